@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Final
 
 import pytest
@@ -13,9 +12,8 @@ from kms_api.vault_api.sys import shape
 from kms_core.backends import KeyVersion
 from kms_core.backends.remote import RemoteBackend
 from kms_core.keyring import Key
-from kms_core.settings.load import load
 from kms_protocol.context import NUMBER, Context
-from kms_protocol.errors import ConfigurationError, InvalidContext
+from kms_protocol.errors import InvalidContext
 from support.memory_kms import MemoryCipher
 
 PATHS: Final = {
@@ -148,23 +146,3 @@ def test_reserved_pairs_are_no_callers_and_bounded() -> None:
             Context.parse({key: "v1"})
     with pytest.raises(InvalidContext, match="8192"):
         Context.reserved({NUMBER: "v" * 8192})
-
-
-# -- settings ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("lines", "words"),
-    [
-        ("enabled = false\nport = 8200", "enabled = true"),
-        ("port = 8082", "name another"),
-        ("port = 8083", "name another"),
-        ("prt = 8200", "port"),
-    ],
-    ids=["disabled", "main", "worker", "misspelt"],
-)
-def test_a_port_that_could_not_be_its_own_is_refused(tmp_path: Path, lines: str, words: str) -> None:
-    (tmp_path / "kms.toml").write_text(f"[kms.facade]\n{lines}\n")
-
-    with pytest.raises(ConfigurationError, match=words):
-        load(tmp_path / "kms.toml", {"HOME": str(tmp_path)})
