@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Final, NoReturn
 
 from kms_cli.plugin.names import PluginTarget
@@ -130,7 +129,7 @@ def run(args: Sequence[str], environ: Mapping[str, str]) -> int:
 
 def main() -> NoReturn:
     """Entry point. age ends a plugin that it no longer needs by SIGINT."""
-    signal.signal(signal.SIGINT, _ended)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(0))
     try:
         secure_memory.forbid_dumps()
         code = run(sys.argv[1:], os.environ)
@@ -143,11 +142,6 @@ def main() -> NoReturn:
 
 def _say(text: str) -> None:
     sys.stderr.write(f"age-plugin-kms: {text}\n")
-
-
-def _ended(number: int, frame: FrameType | None) -> NoReturn:
-    del number, frame
-    os._exit(0)
 
 
 if __name__ == "__main__":

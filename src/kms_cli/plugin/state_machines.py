@@ -41,20 +41,20 @@ MAX_ATTEMPTS: Final = 100
 _INDEX_DIGITS: Final = 9
 
 
-@dataclass(frozen=True, slots=True)
-class PluginError:
-    """An ``error`` command: its subject (``recipient 0``, ``internal``) and its text."""
+class PluginError(Exception):
+    """An ``error`` command: its text, and its subject (``recipient 0``, ``internal``)."""
 
-    about: tuple[str, ...]
-    text: str
+    def __init__(self, text: str, *about: object) -> None:
+        super().__init__(text)
+        self.about = tuple(map(str, about))
 
     @classmethod
-    def of(cls, error: KmsError, *about: str) -> "PluginError":
+    def of(cls, error: KmsError, *about: object) -> "PluginError":
         hint = terminal.hint_of(error)
         text = terminal.plain(error.detail)
         shown = f"{text} ({hint})" if hint else text
         # the service may be untrusted, and age tools print this in a terminal
-        return cls(about, "".join(char if char.isprintable() else " " for char in shown))
+        return cls("".join(char if char.isprintable() else " " for char in shown), *about)
 
 
 # -- recipient-v1 --------------------------------------------------------------------------------------
@@ -73,9 +73,7 @@ def recipient_v1(line: PluginConnection, keys: PluginKeys) -> None:
     """Wrap each file key for each recipient and identity, or report the errors. Raises Broken."""
     request = _wrap_request(line)
     stanzas, errors = _wrapped(request, keys)
-    if errors:
-        _send_errors(line, errors)
-        return
+    _send_errors(line, errors)
     for file, stanza in stanzas:
         if line.ask("recipient-stanza", str(file), *stanza.args, body=stanza.body) != "ok":
             raise Broken("the age tool rejects a stanza")
@@ -115,12 +113,12 @@ def _targets(
             read = PluginTarget.of_recipient if kind == "recipient" else PluginTarget.of_identity
             targets.setdefault(read(text), (kind, index))
         except ValueError as exc:
-            errors.append(PluginError((kind, str(index)), f"invalid {kind}: {exc}"))
+            errors.append(PluginError(f"invalid {kind}: {exc}", kind, index))
     return targets, errors
 
 
 def _wrapped(request: _WrapRequest, keys: PluginKeys) -> tuple[list[tuple[int, Stanza]], list[PluginError]]:
-    """Return a stanza and the index of its file key for each key and target, or the errors."""
+    """Return a stanza and the index of its file key for each key and target, or only the errors."""
     targets, errors = _targets(request.given)
     if errors:
         return [], errors
@@ -130,11 +128,11 @@ def _wrapped(request: _WrapRequest, keys: PluginKeys) -> tuple[list[tuple[int, S
             for file, file_key in enumerate(request.file_keys):
                 stanzas.append((file, parse_stanzas(keys.wrap(file_key, target), FILE_LIMITS)[0]))
         except KmsError as exc:
-            errors.append(PluginError.of(exc, kind, str(index)))
+            errors.append(PluginError.of(exc, kind, index))
     if len({_is_postquantum(stanza) for _, stanza in stanzas}) > 1:
         text = "post-quantum and classic keys do not mix: the file would be as weak as the classic ones"
-        errors.append(PluginError(("internal",), text))
-    return stanzas, errors
+        errors.append(PluginError(text, "internal"))
+    return [] if errors else stanzas, errors
 
 
 def _is_postquantum(stanza: Stanza) -> bool:
@@ -147,30 +145,17 @@ def _is_postquantum(stanza: Stanza) -> bool:
 # -- identity-v1 ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class StanzaBundle:
-    """Stanzas of one file that belong together: a bundle, or all stanzas outside of bundles."""
-
-    file: int
-    stanza: int
-    text: bytes
-    key_id: str
-
-
 def identity_v1(line: PluginConnection, keys: PluginKeys) -> None:
     """Return the file key of each file that an identity can decrypt. Raises Broken."""
     given, files = _received(line)
     targets, errors = _targets(given)
-    if errors:
-        _send_errors(line, errors)
-        return
-    for file, stanzas in files.items():
-        try:
-            parts = list(_parts(file, stanzas))
-        except _MalformedHeader as exc:
-            _send_errors(line, [exc.error], last=False)
-            continue
-        _open_file(line, keys, targets, parts)
+    _send_errors(line, errors)
+    if not errors:
+        for file, stanzas in files.items():
+            try:
+                _open_file(line, keys, targets, file, list(_parts(file, stanzas)))
+            except PluginError as exc:
+                _send_errors(line, [exc])
     line.done()
 
 
@@ -178,30 +163,30 @@ def _open_file(
     line: PluginConnection,
     keys: PluginKeys,
     targets: Mapping[PluginTarget, tuple[str, int]],
-    parts: Iterable[StanzaBundle],
+    file: int,
+    parts: Iterable[tuple[str, bytes]],
 ) -> None:
     """Send the first file key that an identity gives, or the errors unless the file is for other keys."""
     errors: list[PluginError] = []
     refused: set[str] = set()
-    tries = [(part, target) for part in parts for target in targets if target.key_id in {None, part.key_id}]
-    for part, target in tries[:MAX_ATTEMPTS]:
+    tries = [(*part, target) for part in parts for target in targets if target.key_id in {None, part[0]}]
+    for key_id, stanzas, target in tries[:MAX_ATTEMPTS]:
         try:
-            file_key = keys.unwrap(part.text, target)
+            file_key = keys.unwrap(stanzas, target)
         except (DecryptFailed, UnknownKey):
-            refused.add(part.key_id)
+            refused.add(key_id)
         except KmsError as exc:
-            errors.append(PluginError.of(exc, "identity", str(targets[target][1])))
+            errors.append(PluginError.of(exc, *targets[target]))
         else:
-            line.ask("file-key", str(part.file), body=file_key)
+            line.ask("file-key", str(file), body=file_key)
             return
     if len(tries) > MAX_ATTEMPTS:
         text = (
             f"none of the first {MAX_ATTEMPTS} attempts succeeds: give fewer identities, or one with a key id"
         )
-        errors.append(PluginError(("internal",), text))
-    if errors:
-        _send_errors(line, errors, last=False)
-    elif refused:  # a file does not name its context, so another identity may decrypt it
+        errors.append(PluginError(text, "internal"))
+    _send_errors(line, errors)
+    if refused and not errors:  # a file does not name its context, so another identity may decrypt it
         names = ", ".join(sorted(refused))
         why = f"the file is for key {names}: in another context, expired, or of another service"
         line.ask("msg", body=why.encode())
@@ -229,14 +214,11 @@ def _is_index(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= _INDEX_DIGITS
 
 
-class _MalformedHeader(Exception):
-    def __init__(self, file: int, stanza: int) -> None:
-        text = "the header is damaged, or of a later version of kms"
-        self.error = PluginError(("stanza", str(file), str(stanza)), text)
+def _parts(file: int, stanzas: list[Stanza]) -> Iterable[tuple[str, bytes]]:
+    """Yield the stanzas of a file that belong together, as text, each with the id of their key.
 
-
-def _parts(file: int, stanzas: list[Stanza]) -> Iterable[StanzaBundle]:
-    """Yield the bundles of a file. Raises _MalformedHeader."""
+    Those are the stanzas of a bundle, or all outside of bundles. Raises PluginError for a malformed header.
+    """
     outside = [stanza for stanza in stanzas if stanza.type != BUNDLE]
     first = next((place for place, each in enumerate(stanzas) if each.type.startswith(binding.OWN_PREFIX)), 0)
     groups = [(place, [each]) for place, each in enumerate(stanzas) if each.type == BUNDLE]
@@ -244,16 +226,15 @@ def _parts(file: int, stanzas: list[Stanza]) -> Iterable[StanzaBundle]:
         try:
             bound = binding.read_stanzas(unbundled(group, FILE_LIMITS))
         except (DecryptFailed, TooLarge) as exc:
-            raise _MalformedHeader(file, place) from exc
+            text = "the header is damaged, or of a later version of kms"
+            raise PluginError(text, "stanza", file, place) from exc
         if bound is not None:
-            yield StanzaBundle(file, place, b"".join(map(render_stanza, group)), bound.key_id)
+            yield bound.key_id, b"".join(map(render_stanza, group))
 
 
 # -- both ----------------------------------------------------------------------------------------------
 
 
-def _send_errors(line: PluginConnection, errors: Iterable[PluginError], *, last: bool = True) -> None:
+def _send_errors(line: PluginConnection, errors: Iterable[PluginError]) -> None:
     for error in errors:
-        line.ask("error", *error.about, body=error.text.encode())
-    if last:
-        line.done()
+        line.ask("error", *error.about, body=str(error).encode())
