@@ -5,13 +5,12 @@ manifest. It holds plain files only: no link, no device, no path out of the fold
 """
 
 import hashlib
-import io
 import os
 import tarfile
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import PurePosixPath
-from typing import IO, TYPE_CHECKING, BinaryIO, Final, NamedTuple
+from typing import IO, BinaryIO, Final, cast
 
 import msgspec
 
@@ -21,9 +20,6 @@ from kms_core.envelope.sealing import Sealing
 from kms_core.payload.streaming import RangeReader, SlabSealer
 from kms_protocol.errors import BadInput
 from kms_protocol.wire import NOT_JSON
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 VERSION: Final = 1
 _MODE: Final = 0o600
@@ -73,7 +69,7 @@ class ArchiveWriter:
         self.files: list[SavedFile] = []
         target.write(begun.head)
 
-    def add(self, source: Source, origin: str = "") -> SavedFile:
+    def add(self, source: Source, origin: str = "") -> None:
         """Write a file. Raises FilesKeepChanging if it was cut, or changed as its source may not be."""
         before, digest = _stamp(source), hashlib.sha256()
         self._put(_header(source.name, source.size, before[1] // 10**9))
@@ -85,9 +81,9 @@ class ArchiveWriter:
         has_grown = source.change == "append" and after[0] > before[0]
         if after != before and not has_grown and source.change != "any":
             raise FilesKeepChanging(f"{source.path} was changed while it was read")
-        saved = SavedFile(name=source.name, size=source.size, sha256=digest.hexdigest(), origin=origin)
-        self.files.append(saved)
-        return saved
+        self.files.append(
+            SavedFile(name=source.name, size=source.size, sha256=digest.hexdigest(), origin=origin)
+        )
 
     def finish(self, manifest: Manifest) -> None:
         """Write the manifest and the end."""
@@ -123,74 +119,53 @@ def _stamp(source: Source) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-class Entry(NamedTuple):
-    """A file of an archive while it is read: its name, its time of change in seconds, and its content."""
-
-    name: str
-    mtime: float
-    content: Iterator[bytes]
+KeepFile = Callable[[tarfile.TarInfo, Iterator[bytes]], object]
+"""Takes the entry of a file, and its content in parts."""
 
 
-class ArchiveReader:
-    """Reads an archive once, from begin to end. What it yields is true only after all of it was read."""
+def read_archive(sealed: AgeFile, key: bytes, keep: KeepFile) -> Manifest:
+    """Read an archive, and pass each file to ``keep``.
 
-    def __init__(self, sealed: AgeFile, key: bytes) -> None:
-        """Raise NotABackup for a file with armor, DecryptFailed for a truncated one."""
-        if sealed.file_range is None:
-            raise NotABackup("A backup is a file without armor, and no pipe")
-        self._plain = RangeReader(key, sealed.file_range)
-        self._manifest: Manifest | None = None
-
-    @property
-    def verified(self) -> Manifest:
-        """The manifest, after all of ``entries`` was read. Raises NotABackup before."""
-        if self._manifest is None:
-            raise NotABackup
-        return self._manifest
-
-    def entries(self) -> Iterator[Entry]:
-        """Yield each file, whose content must be read before the next. The end verifies all of them.
-
-        Raises NotABackup for anything else than what ``ArchiveWriter`` writes, DecryptFailed for a forgery.
-        """
-        found, last, names = list[SavedFile](), b"", set[str]()
-        with io.BufferedReader(_Slabs(self._plain.slabs()), _READ_BYTES) as stream:
-            try:
-                with tarfile.open(fileobj=stream, mode="r|") as tar:
-                    for entry in tar:
-                        tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
-                        content = None if last else _content(tar, entry, names)
-                        if content is None:
-                            raise NotABackup("A file follows the manifest")
-                        if entry.name == MANIFEST:
-                            last = content.read(_MANIFEST_BYTES)
-                            continue
-                        digest = hashlib.sha256()
-                        yield Entry(entry.name, entry.mtime, _parts(content, digest.update))
-                        found.append(SavedFile(name=entry.name, size=entry.size, sha256=digest.hexdigest()))
-            except (tarfile.TarError, ValueError, EOFError) as exc:
-                raise NotABackup("The file holds no archive of `kms backup`") from exc
-            while stream.read(_READ_BYTES):
-                """Filler after the archive, which must be genuine too."""
-        self._manifest = _verified(last, found)
+    Return the manifest, which describes all files. Until then nothing of what was passed is verified. Raises
+    NotABackup for anything else than what ``ArchiveWriter`` writes, DecryptFailed for a forgery.
+    """
+    if sealed.file_range is None:
+        raise NotABackup("A backup is a file without armor, and no pipe")
+    found, last, names = list[SavedFile](), b"", set[str]()
+    plaintext = cast("BinaryIO", _Plaintext(RangeReader(key, sealed.file_range)))
+    try:
+        with tarfile.open(fileobj=plaintext, mode="r|", bufsize=_READ_BYTES) as tar:
+            for entry in tar:
+                tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
+                content = None if last else _content(tar, entry, names)
+                if content is None:
+                    raise NotABackup("A file follows the manifest")
+                if entry.name == MANIFEST:
+                    last = content.read(_MANIFEST_BYTES)
+                    continue
+                digest = hashlib.sha256()
+                parts = _parts(content, digest.update)
+                keep(entry, parts)
+                for _ in parts:
+                    """Content that was not kept is verified all the same."""
+                found.append(SavedFile(name=entry.name, size=entry.size, sha256=digest.hexdigest()))
+    except (tarfile.TarError, ValueError, EOFError) as exc:
+        raise NotABackup("The file holds no archive of `kms backup`") from exc
+    while plaintext.read(_READ_BYTES):
+        """Filler after the archive, which must be genuine too."""
+    return _verified(last, found)
 
 
-class _Slabs(io.RawIOBase):
-    """The plaintext as a stream."""
+class _Plaintext:
+    """The plaintext as a stream, of which ``tarfile`` uses nothing but ``read``."""
 
-    def __init__(self, slabs: Iterator[memoryview]) -> None:
-        super().__init__()
-        self._slabs, self._rest = slabs, memoryview(b"")
+    def __init__(self, payload: RangeReader) -> None:
+        self._payload, self._position = payload, 0
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: "WriteableBuffer", /) -> int:
-        self._rest = self._rest or next(self._slabs, self._rest)
-        target = memoryview(buffer).cast("B")
-        size = min(len(target), len(self._rest))
-        target[:size], self._rest = self._rest[:size], self._rest[size:]
-        return size
+    def read(self, size: int) -> bytes:
+        part = self._payload.read_at(self._position, size)
+        self._position += len(part)
+        return part
 
 
 def _content(tar: tarfile.TarFile, entry: tarfile.TarInfo, names: set[str]) -> IO[bytes] | None:

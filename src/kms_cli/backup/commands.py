@@ -3,8 +3,11 @@
 import os
 import socket
 import time
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from tarfile import TarInfo
 from tempfile import TemporaryDirectory
 from typing import Final
 
@@ -13,7 +16,7 @@ import click
 from kms_cli import terminal
 from kms_cli.age_file import codec, keys, streams
 from kms_cli.age_file.codec import RequiredBinding
-from kms_cli.backup.archive import ArchiveReader, ArchiveWriter, Entry, Manifest
+from kms_cli.backup.archive import ArchiveWriter, KeepFile, Manifest, read_archive
 from kms_cli.backup.sources import SETTINGS, InstalledFiles
 from kms_cli.commands.offline import KEY_FILE, recipient_option, recipients_file_option
 from kms_cli.options import STDIO, OutputExists, force_option
@@ -134,25 +137,20 @@ def restore_command(
 
     Run it as the user of the service, while the service does not run.
     """
-    folder = folder or session().state_dir
+    folder = None if only_check else folder or session().state_dir
     if folder is None and not only_check:
         raise click.UsageError("name the new state directory with --to DIR, or verify only with --check")
     known = keys.identities(identities)
     with streams.source(file) as source:
         sealed = codec.read(source)
-        key = codec.by_identities(sealed.head, known, RequiredBinding())
+        read = partial(read_archive, sealed, codec.by_identities(sealed.head, known, RequiredBinding()))
         try:
-            reader = ArchiveReader(sealed, key)
-            if folder is None or only_check:
-                for entry in reader.entries():
-                    for _ in entry.content:
-                        """It is verified by being read."""
-                folder = None
+            if folder is None:
+                manifest = read(lambda *_: None)
             else:
-                _place(reader, folder.absolute(), force=force)
+                manifest = _place(read, folder.absolute(), force=force)
         except DecryptFailed as exc:
             raise codec.Damaged from exc
-    manifest = reader.verified
     if folder is None:
         _report(f"{file} is complete and unchanged: a backup of {_origin(manifest)}", manifest)
         return
@@ -160,18 +158,14 @@ def restore_command(
     _tell_next(manifest, folder.absolute())
 
 
-def _place(reader: ArchiveReader, folder: Path, *, force: bool) -> None:
+def _place(read: Callable[[KeepFile], Manifest], folder: Path, *, force: bool) -> Manifest:
     """Write all of an archive beside ``folder``, and rename it once it is verified.
 
     A mount point cannot be renamed: there each name is, from a folder within. Raises NotEmpty.
     """
     is_mount = folder.is_mount()
-    names = (
-        {path.name for path in folder.iterdir()} - (_MOUNTED if is_mount else set())
-        if folder.exists()
-        else set()
-    )
-    if names and (is_mount or not force):
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if names - _MOUNTED and (is_mount or not force):
         raise NotEmpty(f"{folder} is not empty")
     owner = folder.stat() if folder.exists() else None
     make_folders(folder.parent)
@@ -179,8 +173,7 @@ def _place(reader: ArchiveReader, folder: Path, *, force: bool) -> None:
     prefix = f".{folder.name}.restoring-"
     with TemporaryDirectory(prefix=prefix, dir=beside, ignore_cleanup_errors=True) as temporary:
         made = Path(temporary)
-        for entry in reader.entries():
-            _write(made, entry)
+        manifest = read(partial(_write, made))
         if owner is not None and os.geteuid() == 0:
             for path in (made, *made.rglob("*")):
                 os.chown(path, owner.st_uid, owner.st_gid)
@@ -195,15 +188,16 @@ def _place(reader: ArchiveReader, folder: Path, *, force: bool) -> None:
                 terminal.say(f"kept what was there as {kept}")
             made.rename(folder)
     sync_folder(beside)
+    return manifest
 
 
-def _write(folder: Path, entry: Entry) -> None:
+def _write(folder: Path, entry: TarInfo, content: Iterable[bytes]) -> None:
     path = folder / entry.name
     for above in reversed(Path(entry.name).parents):  # mkdir gives no mode to parents
         (folder / above).mkdir(mode=0o700, exist_ok=True)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with open(fd, "wb") as file:  # noqa: PTH123 -- a descriptor, not a path
-        file.writelines(entry.content)
+        file.writelines(content)
     os.utime(path, (entry.mtime, entry.mtime))
 
 

@@ -11,7 +11,7 @@
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -88,7 +88,7 @@ class InstalledFiles:
         if self.settings.kms.jobs.spool_bucket is not None:
             self.notes.append("the spool, which is in a bucket")
         elif self.with_spool:
-            for path in _walk(spool):
+            for path, _ in _walk(spool):
                 with suppress(FileNotFoundError):  # of a job that has ended
                     yield from self._opened(path, f"spool/{path.relative_to(spool)}", "any")
         else:
@@ -140,14 +140,13 @@ class InstalledFiles:
         jobs, apart = self.settings.kms.jobs, {self._folder / name for name in _LIVE_ONLY}
         roots = {root.absolute() for root in jobs.roots}
         apart |= {self.settings.kms.audit.path.absolute(), jobs.spool_dir.absolute(), *roots}
-        found = sorted(_walk(self._folder, apart))
+        found = sorted(path for path, _ in _walk(self._folder, apart))
         anchors = [path for path in found if path.suffix == ".anchor"]
         for path in dict.fromkeys((*anchors, *named, *found)):
             name = str(path.relative_to(self._folder)) if path.is_relative_to(self._folder) else ""
-            if path == self._folder / MANIFEST or not (name or path.exists()):
-                continue
-            with suppress(FileNotFoundError):
-                yield from self._opened(path, name or named[path], link=path in named)
+            if path != self._folder / MANIFEST:
+                with suppress(FileNotFoundError):
+                    yield from self._opened(path, name or named[path], link=path in named)
 
     def _named(self) -> dict[Path, str]:
         """The files that settings name, public keys first, and their default names."""
@@ -195,15 +194,17 @@ class InstalledFiles:
 
     def _note_others(self) -> None:
         """Note which other files the settings name, and which keys are in the servers of backends."""
-        jobs, held = self.settings.kms.jobs, {*self.origins.values()}
-        self.notes += [f"{root}, files of callers" for root in jobs.roots if root.is_dir()]
+        roots, held = self.settings.kms.jobs.roots, {*self.origins.values()}
+        self.notes += [f"{root}, files of callers" for root in roots if root.is_dir()]
         self.notes += [
             f"keys of {scheme}, in its server" for scheme in sorted(self.settings.used_backends - {"age"})
         ]
-        others = {str(path.absolute()) for path in _paths_of(self.settings) if _is_file(path)} - held
-        inside = f"{self._folder}{os.sep}"
+        files = filter(os.path.isfile, _paths_of(self.settings))  # without those that may not be looked at
+        others = {path.absolute() for path in files}
         self.notes += [
-            f"{path}, which the settings name" for path in sorted(others) if not path.startswith(inside)
+            f"{path}, which the settings name"
+            for path in sorted(others)
+            if str(path) not in held and not path.is_relative_to(self._folder)
         ]
 
 
@@ -213,15 +214,16 @@ def is_safe_name(name: str) -> bool:
     return str(path) == name and name.isprintable() and not path.is_absolute() and ".." not in path.parts
 
 
-def _walk(folder: Path, apart: frozenset[Path] | set[Path] = frozenset()) -> Iterator[Path]:
-    """The plain files below a folder that are no temporary ones or locks, without the folders ``apart``."""
+def _walk(folder: Path, apart: frozenset[Path] | set[Path] = frozenset()) -> Iterator[tuple[Path, int]]:
+    """The plain files below a folder and their sizes; no temporary file, no lock, no folder of ``apart``."""
     for at, folders, names in os.walk(folder, onerror=_unless_gone):
         folders[:] = [name for name in folders if Path(at, name) not in apart]
         for path in (Path(at, name) for name in names):
             is_live = path.name.startswith(".") or path.name == "lock" or path.suffix == ".lock"
             with suppress(FileNotFoundError):
-                if not is_live and stat.S_ISREG(path.lstat().st_mode):
-                    yield path
+                found = path.lstat()
+                if not is_live and stat.S_ISREG(found.st_mode):
+                    yield path, found.st_size
 
 
 def _unless_gone(error: OSError) -> None:
@@ -234,38 +236,16 @@ def _standing(folder: Path) -> list[tuple[Path, int]]:
 
     Chains of the audit log name each other's ends: what one names must be in the other.
     """
-    found = _sizes(folder)
+    found = sorted(_walk(folder))
     for _ in range(_TRIES):
-        before, found = found, _sizes(folder)
+        before, found = found, sorted(_walk(folder))
         if before == found:
             break
     return found
 
 
-def _sizes(folder: Path) -> list[tuple[Path, int]]:
-    try:
-        return sorted((path, path.stat().st_size) for path in _walk(folder))
-    except FileNotFoundError as exc:
-        raise FilesKeepChanging(f"Files of {folder} were removed while they were listed") from exc
-
-
-def _is_file(path: Path) -> bool:
-    """Return whether it is a file; False for one that cannot be looked at."""
-    with suppress(OSError):
-        return path.is_file()
-    return False
-
-
-def _paths_of(value: object) -> Iterator[Path]:
-    """All paths in a section of the settings."""
-    if isinstance(value, Path):
-        yield value
-    elif isinstance(value, msgspec.Struct):
-        for name in value.__struct_fields__:
-            yield from _paths_of(getattr(value, name))
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _paths_of(each)
-    elif isinstance(value, tuple):
-        for each in value:
-            yield from _paths_of(each)
+def _paths_of(settings: Settings) -> Sequence[Path]:
+    """All paths in the settings."""
+    found: list[Path] = []
+    msgspec.to_builtins(settings, enc_hook=found.append)  # paths are the only values that are no builtins
+    return found
