@@ -3,17 +3,16 @@
 Passphrases and SSH keys are left to stock ``age``.
 """
 
-import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Final, cast
+from typing import BinaryIO, Final
 
 from kms_cli.age_file.keys import BACKEND, Identities
-from kms_cli.age_file.streams import InputStream, Joined, OutputStream, exactly
-from kms_core.age import armor, header, stream
+from kms_cli.age_file.streams import InputStream, Joined, exactly, new_file, unarmored
+from kms_core.age import header, stream
 from kms_core.age.armor import ArmorWriter
 from kms_core.age.header import FILE_KEY_BYTES, FILE_LIMITS, Header
 from kms_core.age.recipients import Recipient
@@ -21,13 +20,12 @@ from kms_core.age.x25519 import NoMatch
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.sealing import PAD_FROM_BYTES, Sealing
 from kms_core.payload import parallel, streaming
-from kms_core.payload.files import FileRange, FileWriter
+from kms_core.payload.files import FileRange
 from kms_core.payload.parallel import ParallelOptions
 from kms_core.payload.streaming import RangeReader
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed, InvalidRequest, TooLarge
 
-_AGE: Final = b"age-encryption.org/"
 _START_BYTES: Final = FILE_LIMITS.header_bytes + header.NONCE_BYTES
 
 
@@ -82,16 +80,14 @@ class RequiredBinding:
 
 def read(given: InputStream) -> AgeFile:
     """Read a header, armored or not. Raises NotACiphertext, HeaderTooLarge, DecryptFailed."""
-    start, rest, file_range = exactly(given.stream, _START_BYTES), given.stream, given.file_range
-    if not start.startswith(_AGE):
-        rest, file_range = armor.ArmorReader(cast("io.BufferedIOBase", Joined(start, rest))), None
-        start = exactly(rest, _START_BYTES)
+    given = unarmored(given)
+    start = exactly(given.stream, _START_BYTES)
     try:
         head = header.parse(start, FILE_LIMITS)
     except TooLarge as exc:
         raise HeaderTooLarge(exc.detail) from exc
     at = head.payload_offset
-    return AgeFile(head, Joined(start[at:], rest), file_range and file_range.tail(at))
+    return AgeFile(head, Joined(start[at:], given.stream), given.file_range and given.file_range.tail(at))
 
 
 def by_identities(head: Header, identities: Identities, required: RequiredBinding) -> bytes:
@@ -155,17 +151,18 @@ def _bound_file_key(
 # -- the payload -------------------------------------------------------------------------------------
 
 
-def release(sealed: AgeFile, key: bytes, target: OutputStream, options: ParallelOptions) -> None:
+def release(sealed: AgeFile, key: bytes, target: BinaryIO, options: ParallelOptions) -> None:
     """Write the plaintext; to a pipe only authenticated chunks, in order. Raises Damaged."""
+    file = new_file(target)
     with _damaged():
-        if sealed.file_range and target.fd is not None:
-            parallel.open_file(key, sealed.file_range, FileWriter(target.fd), options)
+        if sealed.file_range and file:
+            parallel.open_file(key, sealed.file_range, file, options)
         else:
-            streaming.open_pipe(key, sealed.payload, target.writer, options)
+            streaming.open_pipe(key, sealed.payload, target, options)
 
 
 def release_part(
-    file_range: FileRange, key: bytes, target: OutputStream, offset: int, length: int | None
+    file_range: FileRange, key: bytes, target: BinaryIO, offset: int, length: int | None
 ) -> None:
     """Write a range of the plaintext, without a length up to the end. Raises Damaged.
 
@@ -173,8 +170,7 @@ def release_part(
     """
     stop = None if length is None else offset + length
     with _damaged():
-        for slab in RangeReader(key, file_range).slabs(offset, stop):
-            target.writer.write(slab)
+        target.writelines(RangeReader(key, file_range).slabs(offset, stop))
 
 
 @contextmanager
@@ -208,21 +204,22 @@ def for_service(identities: Identities, key_id: str, context: Context, *, padded
     return sealing.begin([(identities, key)], context, padded=padded)
 
 
-def seal_armored(begun: Sealing, given: InputStream, target: OutputStream, options: ParallelOptions) -> None:
+def seal_armored(begun: Sealing, given: InputStream, target: BinaryIO, options: ParallelOptions) -> None:
     """Write head and payload in ASCII armor."""
-    writer = ArmorWriter(target.writer)
+    writer = ArmorWriter(target)
     writer.write(begun.head)
     streaming.seal_pipe(begun.payload_key, given.stream, writer, options)
     writer.finish()
 
 
-def seal(begun: Sealing, given: InputStream, target: OutputStream, options: ParallelOptions) -> None:
+def seal(begun: Sealing, given: InputStream, target: BinaryIO, options: ParallelOptions) -> None:
     """Write head and payload, by threads between files. Raises InvalidRequest if the source changes."""
-    if given.file_range and target.fd is not None:
-        parallel.seal_file(begun.payload_key, given.file_range, FileWriter(target.fd), begun.head, options)
+    file = new_file(target)
+    if given.file_range and file:
+        parallel.seal_file(begun.payload_key, given.file_range, file, begun.head, options)
         return
-    target.writer.write(begun.head)
-    streaming.seal_pipe(begun.payload_key, given.stream, target.writer, options)
+    target.write(begun.head)
+    streaming.seal_pipe(begun.payload_key, given.stream, target, options)
 
 
 def is_large(given: InputStream) -> tuple[bool, InputStream]:

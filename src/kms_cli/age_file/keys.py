@@ -1,7 +1,7 @@
 """Recipients and identities from files and arguments."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -10,8 +10,15 @@ import click
 
 from kms_cli import terminal
 from kms_core.age import mlkem768x25519
-from kms_core.age.header import Stanza
-from kms_core.age.recipients import Identity, Recipient, parse_identity, parse_recipient, version_of
+from kms_core.age.header import Stanza, is_age_file
+from kms_core.age.recipients import (
+    Identity,
+    Recipient,
+    key_lines,
+    parse_identity,
+    parse_recipient,
+    version_of,
+)
 from kms_core.age.x25519 import NoMatch
 from kms_core.envelope import binding
 from kms_core.envelope.binding import DEFAULT_KEY_ID, DEFAULT_TENANT, KeyRef
@@ -26,7 +33,6 @@ _PEM: Final = "-----BEGIN "
 _PLUGIN_RECIPIENT: Final = re.compile(
     r"age1[^1]+1"
 )  # Bech32 data has no 1, so the name of a plugin precedes it
-_AGE_FILE: Final = ("age-encryption.org/", "-----BEGIN AGE ENCRYPTED FILE-----")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +74,7 @@ def identities(paths: Iterable[Path]) -> Identities:
     native: dict[str, Identity] = {}
     for path in paths:
         text = _text(path)
-        if text.startswith(_AGE_FILE):
+        if is_age_file(text.encode()):
             raise InvalidRequest(
                 f"{path} is itself encrypted: run `age -d -o KEYFILE {path}` and use KEYFILE"
             )
@@ -87,7 +93,7 @@ def recipients(given: Iterable[str], paths: Iterable[Path]) -> list[Recipient]:
     """Read recipients, each once. Raises InvalidRequest, and UsageError for a post-quantum mix."""
     found = [_recipient(text, "-r") for text in given]
     for path in paths:
-        listed = [_recipient(line, f"Line {number} of {path}") for number, line in _lines(_text(path))]
+        listed = [_recipient(line, f"Line {number} of {path}") for number, line in key_lines(_text(path))]
         if not listed:
             raise InvalidRequest(f"{path} contains no recipient")
         found += listed
@@ -115,16 +121,10 @@ def _text(path: Path) -> str:
         raise InvalidRequest(f"{path} is not text") from exc
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
-        if line and not line.startswith("#"):
-            yield number, line
-
-
 def parse_identities(path: Path, text: str) -> list[Identity]:
     """Read the content of an age identity file. Raises InvalidRequest, naming the invalid line."""
     found = []
-    for number, line in _lines(text):
+    for number, line in key_lines(text):
         try:
             found.append(parse_identity(line))
         except ValueError as exc:

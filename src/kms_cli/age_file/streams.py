@@ -9,16 +9,20 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 from kms_cli import terminal
 from kms_cli.options import STDIO, writing
-from kms_core.payload.files import FileRange
+from kms_core.age import armor
+from kms_core.age.header import VERSION_LINE
+from kms_core.payload.files import FileRange, FileWriter
 from kms_core.payload.parallel import ParallelOptions
-from kms_protocol.errors import SpoolFull
+from kms_protocol.errors import NotACiphertext, SpoolFull
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
+
+LOOK_BYTES: Final = 2048
 
 
 class NoRoom(SpoolFull):
@@ -37,14 +41,6 @@ class InputStream:
     @property
     def size(self) -> int | None:
         return self.file_range.size if self.file_range else None
-
-
-@dataclass(frozen=True, slots=True)
-class OutputStream:
-    """An output. ``fd`` is set for a new file, which threads can write, before it has its name."""
-
-    writer: BinaryIO
-    fd: int | None
 
 
 class Joined(io.RawIOBase):
@@ -82,24 +78,41 @@ def source(path: Path) -> Iterator[InputStream]:
         yield InputStream(stream, FileRange(stream.fileno(), status.st_size - at, at) if whole else None)
 
 
+def unarmored(given: InputStream) -> InputStream:
+    """Return the age file in an input, without its armor if it has one. Raises NotACiphertext."""
+    start, rest = exactly(given.stream, LOOK_BYTES), given.stream
+    if given.file_range:
+        rest.seek(-len(start), io.SEEK_CUR)
+    else:
+        rest = Joined(start, rest)
+    if start.startswith(VERSION_LINE):
+        return InputStream(rest, given.file_range)
+    if not start.lstrip().startswith(armor.BEGIN):
+        raise NotACiphertext("Neither an age file nor an armored one")
+    return InputStream(armor.ArmorReader(rest), None)
+
+
 @contextlib.contextmanager
-def target(path: Path | None, *, force: bool) -> Iterator[OutputStream]:
+def target(path: Path | None, *, force: bool) -> Iterator[BinaryIO]:
     """Open an output as ``options.writing``. A file appears complete or not at all; a device is written to.
 
     Raises TargetExists for an existing file, unless ``force`` is set.
     """
-    if path is None or path == STDIO:
-        with writing(path, overwrite=force) as writer:
-            yield OutputStream(writer, None)
-    elif path.exists() and not path.is_file() and not path.is_dir():
+    if path and path != STDIO and path.exists() and not path.is_file() and not path.is_dir():
         with path.open("wb") as writer:
-            yield OutputStream(writer, None)
-    else:
-        try:
-            with writing(path, overwrite=force) as writer:
-                yield OutputStream(writer, writer.fileno())
-        except SpoolFull as exc:
-            raise NoRoom(exc.detail) from exc
+            yield writer
+        return
+    try:
+        with writing(path, overwrite=force) as writer:
+            yield writer
+    except SpoolFull as exc:
+        raise NoRoom(exc.detail) from exc
+
+
+def new_file(target: BinaryIO) -> FileWriter | None:
+    """Return the file of an output, which threads can write; None for stdout, pipes and devices."""
+    is_file = isinstance(target, io.BufferedWriter) and stat.S_ISREG(os.fstat(target.fileno()).st_mode)
+    return FileWriter(target.fileno()) if is_file else None
 
 
 def exactly(stream: io.RawIOBase, size_bytes: int) -> bytes:

@@ -78,7 +78,7 @@ def backup_command(
         streams.target(output, force=force) as target,
     ):
         began, made_at = time.monotonic(), datetime.now(UTC)
-        writer = ArchiveWriter(begun, target.writer)
+        writer = ArchiveWriter(begun, target)
         for source in files.all():
             writer.add(source, files.origins.get(source.name, ""))
         took_s = time.monotonic() - began

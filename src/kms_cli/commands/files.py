@@ -1,9 +1,9 @@
 """``kms encrypt-file``, ``decrypt-file``: files of any size through the job API."""
 
 import contextlib
-import io
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final, Literal, Unpack, cast
 
@@ -29,15 +29,12 @@ from kms_cli.session import connect, meter, printed_as_json
 from kms_client import Client
 from kms_client.problems import failure
 from kms_client.requests import JobOptions
-from kms_core.age import armor
-from kms_protocol.errors import JobCancelled, KmsError, NotACiphertext
+from kms_protocol.errors import JobCancelled, KmsError
 from kms_protocol.units import size_text
 from kms_protocol.wire import ContextIn, JobOut
 
 SUFFIX: Final = ".age"
 SUFFIXES: Final = (SUFFIX, ".enc")  # the second is that of 0.1 and 0.2.0
-AGE_START: Final = b"age-encryption.org/"
-LOOK_BYTES: Final = 2048
 
 
 class JobFailed(KmsError):
@@ -113,11 +110,11 @@ def _run(
     on_stdout = is_stdout(target)
     with connect() as kms, meter(on_stdout=on_stdout) as line:
         with streams.source(source) as opened, writing(target, overwrite=force) as file:
-            sent = opened.stream if kind == "encrypt" else _ciphertext(opened.stream, source)
+            sent = opened if kind == "encrypt" else streams.unarmored(opened)
             upload = kms.upload_encrypt if kind == "encrypt" else kms.upload_decrypt
             accepted = upload(
-                cast("BinaryIO", sent),
-                progress=lambda done, total: line.show("sending", done, total),
+                cast("BinaryIO", sent.stream),
+                progress=partial(line.show, "sending"),
                 **options,
             )
             job = followed(kms, accepted.job_id, line)
@@ -134,9 +131,7 @@ def _run(
 def _receive(kms: Client, job: JobOut, line: terminal.Meter, target: Path | None, file: BinaryIO) -> int:
     """Write the result of a job. Return its size in bytes."""
     try:
-        size = kms.download(
-            job.job_id, file, progress=lambda done, total: line.show("receiving", done, total)
-        )
+        size = kms.download(job.job_id, file, progress=partial(line.show, "receiving"))
         file.flush()
     except (BrokenPipeError, terminal.BinaryOutput):
         _release(kms, job)
@@ -151,20 +146,6 @@ def _receive(kms: Client, job: JobOut, line: terminal.Meter, target: Path | None
 def _release(kms: Client, job: JobOut) -> None:
     with contextlib.suppress(KmsError):  # an older service releases no results
         kms.release(job.job_id)
-
-
-def _ciphertext(stream: io.RawIOBase, source: Path) -> io.IOBase:
-    """Return the age file, without its armor if it has one. Raises NotACiphertext."""
-    start = streams.exactly(stream, LOOK_BYTES)
-    if stream.seekable():
-        stream.seek(-len(start), io.SEEK_CUR)
-    else:
-        stream = streams.Joined(start, stream)
-    if start.startswith(AGE_START):
-        return stream
-    if start.lstrip().startswith(armor.BEGIN):
-        return io.BufferedReader(armor.ArmorReader(cast("io.BufferedReader", stream)))
-    raise NotACiphertext(f"{name_of(source)} is not an age file")
 
 
 def followed(kms: Client, job_id: str, line: terminal.Meter) -> JobOut:
@@ -188,13 +169,10 @@ def require_success(job: JobOut) -> None:
         raise JobCancelled
     if job.state != "failed":
         return
-    match job.error.code if job.error else "internal":
-        case "items_failed" as code:
-            progress = job.progress
-            raise JobFailed(f"{progress.items_failed} of {progress.items} items failed", code)
-        case "attempts_exhausted" as code:
-            raise JobFailed(f"The job used up its attempts ({job.attempt})", code)
-        case "record_refused" as code:
-            raise JobFailed("The stored record of the job was changed", code)
-        case code:
-            raise failure(code)
+    code = job.error.code if job.error else "internal"
+    details = {
+        "items_failed": f"{job.progress.items_failed} of {job.progress.items} items failed",
+        "attempts_exhausted": f"The job used up its attempts ({job.attempt})",
+        "record_refused": "The stored record of the job was changed",
+    }
+    raise JobFailed(details[code], code) if code in details else failure(code)

@@ -4,14 +4,14 @@ A file that ``-o`` names appears complete or not at all. A pipe receives authent
 """
 
 from pathlib import Path
-from typing import Final, TypedDict, Unpack
+from typing import BinaryIO, Final, TypedDict, Unpack
 
 import click
 
 from kms_cli import terminal
 from kms_cli.age_file import codec, keys, streams
 from kms_cli.age_file.codec import RequiredBinding
-from kms_cli.age_file.streams import InputStream, OutputStream
+from kms_cli.age_file.streams import InputStream
 from kms_cli.options import context_option, force_option, is_stdout, name_of, output_option
 from kms_cli.session import meter, printed_as_json
 from kms_core.envelope.binding import DEFAULT_KEY_ID, DEFAULT_TENANT
@@ -183,9 +183,9 @@ def _required(given: OpenOptions) -> RequiredBinding:
 # -- both --------------------------------------------------------------------------------------------
 
 
-def _options(line: terminal.Meter, label: str, source: InputStream, target: OutputStream) -> ParallelOptions:
+def _options(line: terminal.Meter, label: str, source: InputStream, target: BinaryIO) -> ParallelOptions:
     """Show progress for output files only."""
-    return DEFAULTS if target.fd is None else streams.with_progress(line, label, source.size)
+    return DEFAULTS if streams.new_file(target) is None else streams.with_progress(line, label, source.size)
 
 
 def _report(done: str, given: InOut) -> None:

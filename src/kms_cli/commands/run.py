@@ -17,7 +17,7 @@ import msgspec
 from dotenv.parser import parse_stream
 
 from kms_cli import terminal
-from kms_cli.commands.secrets import AGE_START, ciphertext_in
+from kms_cli.commands.secrets import ciphertext_in
 from kms_cli.options import context_option, key_option
 from kms_cli.session import connect
 from kms_protocol.errors import InvalidRequest, TooLarge
@@ -182,7 +182,7 @@ def _values(given: RunOptions, decrypt: _Decrypt) -> Iterator[tuple[str, str]]:
 def _of_file(path: Path, decrypt: _Decrypt) -> Mapping[str, str]:
     """Return the decrypted values of an environment file."""
     data = _read(path)
-    sealed = _ciphertext(data)
+    sealed = ciphertext_in(data)
     if sealed is not None:
         return parse(decrypt(sealed, str(path)), str(path))
     try:
@@ -198,7 +198,7 @@ def _decrypted(name: str, value: str, path: Path, decrypt: _Decrypt) -> str:
         return _content(path.parent / value[1:], decrypt)
     if not value.startswith(_SEALED_TEXT):
         return value
-    sealed = _ciphertext(value.encode())
+    sealed = ciphertext_in(value.encode())
     if sealed is None:
         raise InvalidRequest(
             f"The value of {name} in {path} begins as an encrypted text in base64, but is not one"
@@ -208,7 +208,7 @@ def _decrypted(name: str, value: str, path: Path, decrypt: _Decrypt) -> str:
 
 def _content(path: Path, decrypt: _Decrypt) -> str:
     """Return the decrypted content of a file, without its final newline."""
-    sealed = _ciphertext(_read(path))
+    sealed = ciphertext_in(_read(path))
     if sealed is None:
         raise InvalidRequest(
             f"{path} is not an encrypted file: encrypt it with kms encrypt or kms encrypt-file"
@@ -222,12 +222,6 @@ def _read(path: Path) -> bytes:
     if len(data) > LIMIT_BYTES:
         raise TooLarge(f"{path} exceeds {size_text(LIMIT_BYTES)}, more than an environment can hold")
     return data
-
-
-def _ciphertext(data: bytes) -> bytes | None:
-    """Return an age file without its armor or base64; None if the data is not one."""
-    found = ciphertext_in(data)
-    return found if found and found.startswith(AGE_START) else None
 
 
 def _exec(command: tuple[str, ...], values: Mapping[str, str]) -> NoReturn:

@@ -11,12 +11,12 @@ from kms_cli import terminal
 from kms_cli.options import context_of, context_option, force_option, key_option, output_option, writing
 from kms_cli.session import connect, printed_as_json
 from kms_core.age import armor
+from kms_core.age.header import VERSION_LINE
 from kms_protocol.errors import NotACiphertext, TooLarge
 from kms_protocol.units import MiB
 from kms_protocol.wire import ContextIn
 
 READ_LIMIT_BYTES: Final = 8 * MiB  # above what any setting allows in a single call
-AGE_START: Final = b"age-encryption.org/"
 
 
 class FromStdin(click.Command):
@@ -120,20 +120,21 @@ def _ciphertext() -> bytes:
     """Read a ciphertext from stdin. Raises NotACiphertext, TooLarge."""
     found = ciphertext_in(_stdin())
     if found is None:
-        raise NotACiphertext("stdin is neither base64 nor an age file")
+        raise NotACiphertext("stdin is not an age file, nor one in base64")
     return found
 
 
 def ciphertext_in(given: bytes) -> bytes | None:
-    """Return an age file without its armor, or bytes in base64; None for neither. Raises DecryptFailed."""
-    if given.startswith(AGE_START):
+    """Return an age file without its armor or base64; None for anything else. Raises DecryptFailed."""
+    if given.startswith(VERSION_LINE):
         return given
     if given.lstrip().startswith(armor.BEGIN):
         return armor.dearmor(given)
     try:
-        return binascii.a2b_base64(b"".join(given.split()), strict_mode=True)
+        found = binascii.a2b_base64(b"".join(given.split()), strict_mode=True)
     except binascii.Error:
         return None
+    return found if found.startswith(VERSION_LINE) else None
 
 
 def _base64(data: bytes) -> str:

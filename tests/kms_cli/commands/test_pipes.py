@@ -123,7 +123,7 @@ def test_what_is_no_age_file_is_not_sent(env: dict[str, str], stand_in: Contract
     done = kms(env, "decrypt-file", "-", given=BINARY)
 
     assert (done.returncode, done.stdout) == (65, b"")
-    assert b"kms: error: stdin is not an age file\n" in done.stderr
+    assert b"kms: error: neither an age file nor an armored one\n" in done.stderr
     assert not stand_in.seen
 
 
