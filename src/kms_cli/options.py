@@ -18,6 +18,9 @@ from kms_protocol.wire import PRIORITIES, ContextIn
 
 C = TypeVar("C", bound=Callable[..., Any])
 
+FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
+"""A file that is read."""
+
 
 def duration(option: str, text: str) -> timedelta:
     """Read the duration that an option gives. Raises InvalidRequest, naming the option."""

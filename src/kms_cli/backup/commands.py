@@ -18,8 +18,8 @@ from kms_cli.age_file import codec, keys, streams
 from kms_cli.age_file.codec import RequiredBinding
 from kms_cli.backup.archive import ArchiveWriter, KeepFile, Manifest, read_archive
 from kms_cli.backup.sources import SETTINGS, InstalledFiles
-from kms_cli.commands.offline import KEY_FILE, recipient_option, recipients_file_option
-from kms_cli.options import STDIO, OutputExists, force_option
+from kms_cli.commands.offline import recipient_option, recipients_file_option
+from kms_cli.options import FILE, STDIO, OutputExists, force_option
 from kms_cli.session import printed_as_json, session
 from kms_core.secure_files import make_folders, sync_folder
 from kms_protocol import __version__, small_files
@@ -109,14 +109,14 @@ def _install_id(spool: Path) -> str:
 
 
 @click.command("restore", epilog="Example: kms restore kms-backup.age -i key.txt --to /var/lib/kms-service")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=FILE)
 @click.option(
     "-i",
     "--identity",
     "identities",
     multiple=True,
     required=True,
-    type=KEY_FILE,
+    type=FILE,
     help="Age key file; repeatable.",
 )
 @click.option(

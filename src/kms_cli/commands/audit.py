@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import msgspec
 from kms_cli import audited, terminal
 from kms_cli.local import installation
 from kms_cli.main import AUDIT_COMMANDS, LazyGroup
+from kms_cli.options import FILE
 from kms_cli.session import printed_as_json, session
 from kms_core import audit
 from kms_core.audit import copies, query
@@ -29,7 +30,6 @@ from kms_protocol.errors import AuditUnavailable, ConfigurationError, InvalidReq
 
 FOLLOW_EVERY_S: Final = 0.5
 _PAGE: Final = 1000
-_FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER: Final = click.Path(exists=True, file_okay=False, path_type=Path)
 _MAX_RECEIPT_BYTES: Final = 256 * 1024 * 1024
 
@@ -37,7 +37,7 @@ audit_command = LazyGroup("audit", AUDIT_COMMANDS, "Verify and read the audit lo
 directories_argument = click.argument("folders", metavar="[DIR]...", type=FOLDER, nargs=-1)
 directory_argument = click.argument("folder", metavar="[DIR]", type=FOLDER, required=False)
 keys_option = click.option(
-    "--public-key", type=_FILE, help="Trusted keys [default: the .pub file beside the signing key]."
+    "--public-key", type=FILE, help="Trusted keys [default: the .pub file beside the signing key]."
 )
 
 
@@ -112,7 +112,7 @@ def receipt_command(audit_id: str, folder: Path | None) -> None:
 
 
 @click.command("check-receipt")
-@click.argument("file", type=_FILE)
+@click.argument("file", type=FILE)
 @keys_option
 def check_receipt_command(file: Path, public_key: Path | None) -> None:
     """Check the receipt in FILE with the public key, and show its record. Nothing else is needed."""
@@ -161,20 +161,19 @@ def keys_of(given: Path | None) -> PublicKeys | None:
     return PublicKeys.read(own) if own.exists() else None
 
 
-def logs_in(folders: Sequence[Path]) -> Iterator[HostLog]:
-    """The logs in directories, by the names of these; by their paths if names are the same."""
-    names = [folder.absolute().name for folder in folders]
+def logs_of(folders: Sequence[Path]) -> tuple[Sequence[HostLog], Mapping[str, str]]:
+    """Return the logs in directories, by default those that the settings name, and why others are unread.
+
+    Logs in directories have their names; or their paths, if names are the same.
+    """
+    if not folders:
+        section = installation.settings().kms.audit
+        return copies.found(section.path, section.copies)
+    logs, names = [], [folder.absolute().name for folder in folders]
     for name, folder in zip(names, folders, strict=True):
         log = HostLog(name if names.count(name) == 1 else str(folder), folder.absolute())
-        yield replace(log, is_copy=log.keys_path.is_file())
-
-
-def logs_of(folders: Sequence[Path]) -> tuple[Sequence[HostLog], Mapping[str, str]]:
-    """Return the logs in directories, by default those that the settings name, and why others are unread."""
-    if folders:
-        return list(logs_in(folders)), {}
-    section = installation.settings().kms.audit
-    return copies.found(section.path, section.copies)
+        logs.append(replace(log, is_copy=log.keys_path.is_file()))
+    return logs, {}
 
 
 def _logs(folders: Sequence[Path], host: str | None) -> list[HostLog]:

@@ -120,15 +120,15 @@ def verify_command(
     """
     late = options.duration("--max-late", max_late)
     found = AnchorLines() if no_anchors else _anchors(folders, sources)
+    logs, unread = reading.logs_of(folders)
     if len(folders) > 1 or (not folders and installation.settings().kms.audit.copies):
-        logs, unread = reading.logs_of(folders)
         hosts = [_checked(log, public_key, found, late) for log in logs]
         hosts += [_Host(name, why=why) for name, why in unread.items()]
         if folders or no_anchors:
             return _show_hosts(hosts, {})
         missing = set(_known_hosts()) - {each.name for each in hosts}
         return _show_hosts([*hosts, *map(_Host, sorted(missing))], _unknown_keys(hosts, found))
-    log = next(reading.logs_in(folders), copies.HostLog("", reading.folder_of(None)))
+    log = logs[0]
     keys = reading.keys_of(public_key or (log.keys_path if log.is_copy else None))
     report = _verified(log.folder, keys, found, late if log.is_copy else None)
     if not report.chains and not report.problems:
@@ -154,7 +154,8 @@ def acknowledge_loss_command(chains: Sequence[str], *, every: bool) -> int:
         installation.configured_anchors(installation.settings()),
     )
     if report.not_compared:
-        raise Unavailable(f"Anchors cannot be read, so the loss is unknown: {_reasons(report)}")
+        why = "; ".join(f"{place}: {reason}" for place, reason in report.not_compared.items())
+        raise Unavailable(f"Anchors cannot be read, so the loss is unknown: {why}")
     found = [each for each in report.problems if each.code in {CUT, MISSING_CHAIN} and each.anchor]
     lost = {each.chain: each for each in sorted(found, key=lambda each: each.anchor_seq)}  # the last line
     unknown = set(chains) - lost.keys()
@@ -314,10 +315,6 @@ def _show_findings(report: VerificationReport, host: str = "") -> None:
         terminal.say(_OLDER)
     for note in report.notes:
         terminal.say(f"note: {host}{note.chain} {_number(note.seq)}: {note.text}")
-
-
-def _reasons(report: VerificationReport) -> str:
-    return "; ".join(f"{place}: {why}" for place, why in report.not_compared.items())
 
 
 def _row(each: ChainReport) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import click
 
 from kms_cli import terminal
 from kms_cli.age_file import codec, streams
+from kms_cli.options import FILE
 from kms_cli.session import session
 from kms_core.age import mlkem768x25519, stream, x25519
 from kms_core.age.header import Header, Stanza
@@ -20,7 +21,7 @@ READ_BYTES: Final = 1024 * 1024
 
 
 @click.command("inspect")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=FILE)
 def inspect_command(file: Path) -> None:
     """Show key, backend, stanzas and sizes of an encrypted FILE. No key is used and nothing is verified."""
     terminal.record(inspect(file), as_json=session().as_json)

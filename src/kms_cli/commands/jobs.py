@@ -125,7 +125,7 @@ def group_command(name: str, *, wait: bool) -> None:
         {
             "group": found.name,
             "jobs": f"{found.submitted} of {found.jobs} submitted",
-            **{state: str(count) for state, count in found.states.items()},
+            **found.states,
             "ended": "yes" if found.ended else "no",
             **({"first failed": ", ".join(found.failed)} if found.failed else {}),
         }
@@ -186,18 +186,17 @@ def _reason(error: JobError) -> str:
     return error.code + "".join(f", {item.index}: {item.code}" for item in items)
 
 
-def _report(job: JobOut) -> dict[str, str]:
+def _report(job: JobOut) -> dict[str, object]:
     """Return the counts of a job over many files that rewraps or reseals."""
     found = job.report
     if not isinstance(found, Report):
         return {}
-    verb = "would change" if found.dry_run else "changed"
     left = (f"{one.left} of {one.found} on {one.key_id}/{one.key_version}" for one in found.older)
     return {
-        verb.replace(" ", "_"): str(found.changed),
-        "newest": str(found.newest),
-        "foreign": str(found.foreign),
-        "failed": str(found.failed),
+        "would change" if found.dry_run else "changed": found.changed,
+        "newest": found.newest,
+        "foreign": found.foreign,
+        "failed": found.failed,
         "left": ", ".join(left) or "none on older versions",
     }
 

@@ -11,6 +11,7 @@ import msgspec
 
 from kms_cli import terminal
 from kms_cli.age_file.keys import parse_identities
+from kms_cli.options import FILE
 from kms_core.age import mlkem768x25519, x25519
 from kms_core.age.header import is_age_file
 from kms_core.envelope.sealed_files import RECOVERY
@@ -47,12 +48,7 @@ class KeyFileExists(TargetExists):
     help="Write here (0600), not to stdout; with --sealed-by also to the document that the settings name for "
     "the key: s3://bucket/key.",
 )
-@click.option(
-    "-y",
-    "convert",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Show the recipients of a key file.",
-)
+@click.option("-y", "convert", type=FILE, help="Show the recipients of a key file.")
 @click.option("--pq", is_flag=True, help="Post-quantum hybrid (mlkem768x25519, age 1.3 and later).")
 @click.option(
     "--sealed-by",
@@ -71,7 +67,7 @@ class KeyFileExists(TargetExists):
 @click.option(
     "--from",
     "source",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FILE,
     help="Seal this key file instead of a new identity; it may be sealed already.",
 )
 def keygen_command(  # noqa: PLR0913 -- the options of the command
@@ -117,7 +113,7 @@ def _put(output: str | None, content: bytes, *, is_secret: bool) -> None:
 @click.option(
     "--from",
     "files",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FILE,
     multiple=True,
     help="Add the identities of this sealed key file; repeatable.",
 )

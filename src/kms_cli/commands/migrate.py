@@ -170,13 +170,15 @@ class Migration(Generic[L]):
         """
         made: list[Item] = []
         good: list[MovedRecord] = []
-        for (record, item), found in zip(batch, _processed(client, "encrypt", batch), strict=True):
+        sealed = _processed(client, "encrypt", [item for _, item in batch])
+        for (record, item), found in zip(batch, sealed, strict=True):
             if isinstance(found, KmsError):
                 self._fail(record, found)
             else:
                 key = {"key_id": found.key_id, "key_version": found.key_version}
                 made.append((replace(record, ciphertext=found.ciphertext, **key), item))
-        for (record, item), found in zip(made, _processed(client, "decrypt", made), strict=True):
+        again = [wire.BatchItem(ciphertext=record.ciphertext, context=item.context) for record, item in made]
+        for (record, item), found in zip(made, _processed(client, "decrypt", again), strict=True):
             if isinstance(found, KmsError):
                 self._fail(record, found)
             elif found.plaintext != item.plaintext:
@@ -194,21 +196,18 @@ class Migration(Generic[L]):
 
 
 def _processed(
-    client: Client, operation: Literal["encrypt", "decrypt"], given: Sequence[Item]
+    client: Client, operation: Literal["encrypt", "decrypt"], items: Sequence[wire.BatchItem]
 ) -> list[wire.BatchResult | KmsError]:
     """Return the results of the service, or the errors of single lines, in their order.
 
     A batch above the limit of the service is sent item by item.
     """
-    items = [item for _, item in given]
-    if operation == "decrypt":
-        items = [wire.BatchItem(ciphertext=record.ciphertext, context=item.context) for record, item in given]
     try:
         results = client.batch(operation, items).results if items else []
     except errors.TooLarge as exc:
-        if len(given) == 1:
+        if len(items) == 1:
             return [exc]
-        return [_processed(client, operation, [each])[0] for each in given]
+        return [_processed(client, operation, [each])[0] for each in items]
     return [each if each.error is UNSET else failure(each.error.code) for each in results]
 
 

@@ -17,7 +17,7 @@ import click
 
 from kms_cli.age_file.keys import recipients
 from kms_cli.commands.migrate_output import MigrationReport
-from kms_cli.options import key_option
+from kms_cli.options import FILE, key_option
 from kms_cli.session import connect
 from kms_client import Client
 from kms_core.age import armor
@@ -41,9 +41,7 @@ class SopsFailed(errors.KmsError):
 @click.option("--recipients-file", "-R", type=a_path, help="File that contains it, such as public_key.txt.")
 @key_option
 @click.option("--dry-run", is_flag=True, help="Decrypt all files; change nothing.")
-@click.argument(
-    "files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False)
-)
+@click.argument("files", nargs=-1, required=True, type=FILE)
 def sops_command(
     recipient: str | None,
     recipients_file: Path | None,

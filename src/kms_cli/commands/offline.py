@@ -4,7 +4,7 @@ A file that ``-o`` names appears complete or not at all. A pipe receives authent
 """
 
 from pathlib import Path
-from typing import BinaryIO, Final, TypedDict, Unpack
+from typing import BinaryIO, TypedDict, Unpack
 
 import click
 
@@ -12,7 +12,7 @@ from kms_cli import terminal
 from kms_cli.age_file import codec, keys, streams
 from kms_cli.age_file.codec import RequiredBinding
 from kms_cli.age_file.streams import InputStream
-from kms_cli.options import context_option, force_option, is_stdout, name_of, output_option
+from kms_cli.options import FILE, context_option, force_option, is_stdout, name_of, output_option
 from kms_cli.session import meter, printed_as_json
 from kms_core.envelope.binding import DEFAULT_KEY_ID, DEFAULT_TENANT
 from kms_core.envelope.sealing import Sealing
@@ -20,8 +20,6 @@ from kms_core.payload.parallel import DEFAULTS, ParallelOptions
 from kms_protocol.context import Context
 from kms_protocol.units import size_text
 from kms_protocol.wire import ContextIn
-
-KEY_FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 recipient_option = click.option(
     "-r", "--recipient", "recipients", multiple=True, help="Recipient, age1…; repeatable."
@@ -31,7 +29,7 @@ recipients_file_option = click.option(
     "--recipients-file",
     "recipients_files",
     multiple=True,
-    type=KEY_FILE,
+    type=FILE,
     help="File of recipients, one a line.",
 )
 source_argument = click.argument(
@@ -77,7 +75,7 @@ class OpenOptions(InOut):
 )
 @recipient_option
 @recipients_file_option
-@click.option("-i", "--identity", type=KEY_FILE, help="Encrypt as the service does with this key file.")
+@click.option("-i", "--identity", type=FILE, help="Encrypt as the service does with this key file.")
 @context_option
 @click.option("--key-id", help=f"With -i: key id in the service [default: {DEFAULT_KEY_ID}].")
 @click.option("-a", "--armor", "armored", is_flag=True, help="Write ASCII armor.")
@@ -108,7 +106,7 @@ def seal_command(**given: Unpack[SealOptions]) -> None:
     "open",
     epilog="Example: kms open -i private.txt -o backup.tar backup.age",
 )
-@click.option("-i", "--identity", "identities", multiple=True, type=KEY_FILE, help="Key file.")
+@click.option("-i", "--identity", "identities", multiple=True, type=FILE, help="Key file.")
 @context_option
 @click.option("--tenant", default=DEFAULT_TENANT, show_default=True, help="Tenant that encrypted it.")
 @click.option("--break-glass", is_flag=True, help="Do not check context and origin.")

@@ -38,15 +38,12 @@ KERNEL_COPY_BYTES: Final = 64 * 1024 * 1024
 COPY_BYTES: Final = 1024 * 1024
 
 
-class Rewrap(TypedDict):
-    """Options of ``kms rewrap-file``."""
+class RewrapOptions(TypedDict):
+    """Options that the service takes."""
 
-    source: Path
-    output: Path | None
     context: ContextIn
     new_context: ContextIn
     key_id: str | None
-    force: bool
 
 
 @click.command(
@@ -59,7 +56,9 @@ class Rewrap(TypedDict):
 @click.option("--new-context", callback=context_of, help="Bind this context instead of the old one.")
 @key_option
 @force_option
-def rewrap_file_command(**given: Unpack[Rewrap]) -> None:
+def rewrap_file_command(
+    source: Path, output: Path | None, *, force: bool, **options: Unpack[RewrapOptions]
+) -> None:
     """Rewrap SOURCE under the current version of its key, or under --key-id.
 
     Only the header is sent to the service. The payload is not changed: anyone who could read the old file can
@@ -67,9 +66,8 @@ def rewrap_file_command(**given: Unpack[Rewrap]) -> None:
 
     The SOURCE - is stdin, and its output is stdout.
     """
-    source, output = given["source"], given["output"]
     in_place = output is None and source != STDIO
-    if in_place and not given["force"]:
+    if in_place and not force:
         raise OutputExists(f"Without --output the result would replace {source}")
     if in_place:
         output = source.resolve()
@@ -78,10 +76,11 @@ def rewrap_file_command(**given: Unpack[Rewrap]) -> None:
     with streams.source(source) as opened:
         start = streams.exactly(opened.stream, FILE_LIMITS.header_bytes + header.NONCE_BYTES)
         old = _header(source, start)
-        answer = _rewrapped(start[: old.payload_offset], given)
+        with connect() as kms:
+            answer = kms.rewrap(start[: old.payload_offset], **options)
         new = _checked(answer, old)
         with (
-            writing(output, overwrite=given["force"]) as target,
+            writing(output, overwrite=force) as target,
             meter(on_stdout=is_stdout(output)) as line,
         ):
             if in_place:
@@ -100,13 +99,6 @@ def _header(source: Path, start: bytes) -> Header:
             raise
         name = name_of(source)
         raise NotACiphertext(f"{name} is armored: only a binary file has a header to replace") from exc
-
-
-def _rewrapped(head: bytes, given: Rewrap) -> EncryptOut:
-    with connect() as kms:
-        return kms.rewrap(
-            head, context=given["context"], new_context=given["new_context"], key_id=given["key_id"]
-        )
 
 
 def _checked(answer: EncryptOut, old: Header) -> Header:

@@ -18,7 +18,7 @@ from dotenv.parser import parse_stream
 
 from kms_cli import terminal
 from kms_cli.commands.secrets import ciphertext_in
-from kms_cli.options import context_option, key_option
+from kms_cli.options import FILE, context_option, key_option
 from kms_cli.session import connect
 from kms_protocol.errors import InvalidRequest, TooLarge
 from kms_protocol.units import size_text
@@ -123,7 +123,7 @@ class RunOptions(TypedDict):
     "--env-file",
     "env_files",
     multiple=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FILE,
     help="NAME=value lines or a JSON object: encrypted as a whole, or with encrypted values.",
 )
 @click.option("--env", multiple=True, metavar="NAME=FILE", help="The decrypted content of one file.")

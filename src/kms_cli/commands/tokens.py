@@ -1,7 +1,6 @@
 """``kms token``: creates, lists, rotates and revokes API tokens, in the service's token file or document."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -55,12 +54,11 @@ def create_command(  # noqa: PLR0913, PLR0917 -- one for each option
     for label, text in (("--name", name), ("--tenant", tenant)):
         if not tokens.NAME.fullmatch(text):
             raise InvalidRequest(f"{label} takes at most 80 letters, digits, _ . and -")
-    for line in lines:
-        _check_scope(line)
+    granted = [_scope(line) for line in lines]
     wish, here = TokenRequest(name, tenant, lines, _ttl(ttl)), _token_file(file)
     _check_free(output)
     _print_token("created", *tokens.create(here.where, wish, here.recorded("create")), output)
-    _note_excluded(lines)
+    _note_excluded(granted)
 
 
 @click.command("list")
@@ -138,10 +136,7 @@ class _TokenFile:
         return str(self.where if isinstance(self.where, Path) else self.where.place)
 
     def recorded(self, change: str) -> tokens.Recorder:
-        def record(token: Token) -> AbstractContextManager[None]:
-            return audited.effect(self.settings, f"token.{change}", token.id, token.tenant)
-
-        return record
+        return lambda token: audited.effect(self.settings, f"token.{change}", token.id, token.tenant)
 
 
 def _token_file(file: Path | None) -> _TokenFile:
@@ -202,16 +197,15 @@ def _row(token: Token) -> tuple[str, ...]:
     return token.id, token.tenant, token.name, expires, " | ".join(token.scopes)
 
 
-def _check_scope(line: str) -> None:
+def _scope(line: str) -> scopes.Scope:
     try:
-        scopes.parse(line)
+        return scopes.parse(line)
     except ValueError as exc:
         raise InvalidRequest(f"--scope: {exc}") from exc
 
 
-def _note_excluded(lines: Sequence[str]) -> None:
+def _note_excluded(found: Sequence[scopes.Scope]) -> None:
     """Name the operations that ``*`` excludes and no scope adds."""
-    found = [scopes.parse(line) for line in lines]
     held = frozenset().union(*(scope.operations for scope in found))
     left_out = sorted(frozenset().union(*(scope.left_out for scope in found)) - held)
     if left_out:
