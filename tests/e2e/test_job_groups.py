@@ -12,6 +12,7 @@ from kms_core.jobs.events import feed, transitions
 from kms_core.jobs.events.outbox import Outbox
 from kms_core.jobs.events.webhook import WebhookEndpoint
 from kms_core.jobs.store.store import JobStore
+from kms_core.settings.model import EndpointSection
 from kms_protocol.errors import GroupComplete, UnknownJob
 from kms_protocol.wire import PREFIX
 from support.job_stores import LONG, TENANT, accepted, store_of
@@ -160,8 +161,8 @@ def test_full_group_refuses_and_keeps_nothing(core: Core) -> None:
 
 def test_end_is_delivered_to_the_endpoint_of_the_group(core: Core) -> None:
     store = store_of(core, LONG)
-    endpoint = WebhookEndpoint("https://hooks.test/", Path("/nonexistent"), frozenset())
-    outbox = Outbox(store, {"orchestrator": endpoint})
+    section = EndpointSection(url="https://hooks.test/", secret_file=Path("/nonexistent"), events=())
+    outbox = Outbox(store, {"orchestrator": WebhookEndpoint(section)})
     jobs = [store.submit(accepted(**member("g", 2))).job_id for _ in range(2)]
     for job_id in jobs:
         end(store, job_id)

@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
@@ -32,6 +31,7 @@ from support.webhooks import (
     SECRET,
     Authority,
     Receiver,
+    changed,
     end,
     endpoint,
     every,
@@ -130,10 +130,8 @@ def test_the_signature_verifies_and_a_changed_body_does_not(
     assert abs(time.time() - stamp) < 60
 
 
-def test_only_the_endpoints_states_are_told(
-    store: JobStore, ci: WebhookEndpoint, receiver: Receiver, tmp_path: Path
-) -> None:
-    chatty = endpoint(tmp_path, ci.url, None, tls=ci.tls, events=frozenset({"queued", "running", "failed"}))
+def test_only_the_endpoints_states_are_told(store: JobStore, ci: WebhookEndpoint, receiver: Receiver) -> None:
+    chatty = changed(ci, events=("queued", "running", "failed"))
     end(store)
     with courier(store, {"ci": chatty}):
         until(lambda: settled(Outbox(store, {"ci": chatty})), "the deliveries")
@@ -143,9 +141,9 @@ def test_only_the_endpoints_states_are_told(
 
 
 def test_a_queued_event_of_a_deferred_job_is_no_error(
-    store: JobStore, ci: WebhookEndpoint, receiver: Receiver, tmp_path: Path
+    store: JobStore, ci: WebhookEndpoint, receiver: Receiver
 ) -> None:
-    chatty = endpoint(tmp_path, ci.url, None, tls=ci.tls, events=frozenset({"queued"}))
+    chatty = changed(ci, events=("queued",))
     claim = claimed(store, callback="ci")
     store.defer(claim, 60, counts=False)
     with courier(store, {"ci": chatty}):
@@ -279,7 +277,7 @@ def test_killed_between_the_answer_and_settling_sends_the_same_again(
 ) -> None:
     end(store)
     _, delivery = waiting(store, {"ci": ci})
-    post(ci, delivery.message)
+    post(ci, delivery)
     with courier(store, {"ci": ci}, "w2"):
         until(lambda: settled(Outbox(store, {"ci": ci})), "the delivery")
 
@@ -460,11 +458,11 @@ def test_what_was_accepted_for_a_tenant_that_may_no_longer_is_not_told(
     assert outbox.resend(dead)
     end(store)
     assert len(every(outbox)) == 2
-    with courier(store, {"ci": replace(ci, tenants=frozenset({"others"}))}):
+    with courier(store, {"ci": changed(ci, tenants=("others",))}):
         until(lambda: settled(outbox), "nothing is left")
 
     assert receiver.requests == []
-    with courier(store, {"ci": replace(ci, tenants=frozenset({TENANT}))}):
+    with courier(store, {"ci": changed(ci, tenants=(TENANT,))}):
         job_id = end(store)
         until(lambda: subjects(receiver) == [job_id], "a job of the tenant is told")
 

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain, repeat
@@ -26,6 +26,7 @@ from kms_core.jobs.events.webhook import WebhookEndpoint
 from kms_core.jobs.store.store import JobStore
 from kms_core.settings.load import Settings
 from kms_core.settings.load import load as load_settings
+from kms_core.settings.model import EndpointSection
 from kms_protocol.wire import JobState
 from support.job_stores import TENANT, claimed
 
@@ -176,14 +177,14 @@ def secret_file(folder: Path, secret: bytes = SECRET + b"\n", mode: int = 0o600)
 
 def endpoint(folder: Path, url: str, authority: Authority | None, **changes: object) -> WebhookEndpoint:
     """An endpoint that may be on this machine, unless the changes say otherwise."""
-    fields: dict[str, object] = {
-        "url": url,
-        "secret_file": secret_file(folder),
-        "events": frozenset({"succeeded", "failed", "cancelled"}),
-        "allow_private": True,
-        "tls": ssl.create_default_context(cafile=authority.ca_file) if authority else None,
-    }
-    return WebhookEndpoint(**(fields | changes))  # type: ignore[arg-type]  # fields by name
+    tls = ssl.create_default_context(cafile=authority.ca_file) if authority else None
+    section = EndpointSection(url=url, secret_file=secret_file(folder), allow_private=True)
+    return WebhookEndpoint(msgspec.structs.replace(section, **changes), tls=tls)
+
+
+def changed(found: WebhookEndpoint, **changes: object) -> WebhookEndpoint:
+    """The same endpoint with other settings."""
+    return replace(found, section=msgspec.structs.replace(found.section, **changes))
 
 
 def toml(name: str, receiver: Receiver, authority: Authority, secret: Path, more: str = "") -> str:

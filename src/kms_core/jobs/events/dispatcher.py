@@ -72,7 +72,7 @@ class WebhookDispatcher(PeriodicThread):
             return DeliveryOutcome("failed", "unknown_endpoint")
         if not endpoint.is_for(delivery.tenant):
             return DeliveryOutcome("gone", "tenant_refused")
-        return webhook.post(endpoint, delivery.message)
+        return webhook.post(endpoint, delivery)
 
     def _settle(self, delivery: Delivery, outcome: DeliveryOutcome) -> None:
         log = _log.bind(

@@ -16,8 +16,7 @@ _MOST_FAILED: Final = 10
 def group_of(store: JobStore, tenant: str, name: str) -> job_groups.GroupOut:
     """A group of a tenant as its jobs are told. Raises UnknownJob, JobsUnavailable."""
     jobs = store.group(tenant, name)
-    sizes = {job.accepted.group_jobs for job in jobs if job.accepted}
-    most = max(sizes)
+    most = max(job.accepted.group_jobs for job in jobs if job.accepted)
     return job_groups.GroupOut(
         name=name,
         jobs=most,

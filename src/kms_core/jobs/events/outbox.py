@@ -42,25 +42,18 @@ _INFO: Final = b"kms-service/webhook-delivery/1"
 _log = structlog.get_logger(__name__)
 
 
-class Delivery(msgspec.Struct, frozen=True, kw_only=True):
+class Delivery(WebhookRequest, frozen=True, kw_only=True):
     """An event to send, its endpoint and its failed attempts. Times are seconds since the epoch.
 
     ``entry`` is what stands for it in Redis.
     """
 
-    delivery_id: str
     endpoint: str
-    job_id: str
     tenant: str
     state: wire.JobState
-    body: bytes
     created_at: float
     attempts: int = 0
     entry: bytes = b""
-
-    @property
-    def message(self) -> WebhookRequest:
-        return WebhookRequest(self.delivery_id, self.job_id, self.body)
 
 
 def delay_s(attempts: int) -> float:
@@ -117,7 +110,7 @@ class Outbox:
 
     def _of_event(self, name: str, entry: bytes) -> Delivery | None:
         """The delivery of an event, to the endpoint that the sealed record names; None for other states."""
-        wanted = self._endpoints[name].events if name in self._endpoints else wire.ENDED
+        wanted = self._endpoints[name].section.events if name in self._endpoints else wire.ENDED
         seen = transitions.of_entry(entry)
         if seen is None or not (seen.is_group or seen.is_claim or seen.state in wanted):
             return None

@@ -101,24 +101,17 @@ def told(store: JobStore, transition: Transition) -> ToldEvent | None:
     job = store.get(transition.job_id, transition.tenant)
     if transition.is_group:
         return _group_told(store, job, transition)
-    seen = _verified(transition, job)
-    if seen is None:
-        return None
-    code = seen.code if seen.state in wire.ENDED else ""  # other codes than an end's are no errors
-    job = msgspec.structs.replace(job, state=seen.state, attempt=seen.attempt, error=code)
-    return ToldEvent(seen.delivery_id, job, seen.state, event_body(seen.delivery_id, job, seen.at))
-
-
-def _verified(transition: Transition, job: Job) -> Transition | None:
+    is_refused = job.ended and job.error == REFUSED
     if not transition.is_claim:
-        return transition
-    refused = job.ended and job.error == REFUSED
-    if not refused and (job.state, job.error) != (transition.state, transition.code):
+        code = transition.code if transition.state in wire.ENDED else ""  # other codes are no errors
+        job = msgspec.structs.replace(job, state=transition.state, attempt=transition.attempt, error=code)
+    elif is_refused or (job.state, job.error) == (transition.state, transition.code):
+        transition = msgspec.structs.replace(transition, state=job.state, generation=str(job.generation))
+    else:
         _log.warning("webhook.event_refused", job_id=transition.job_id, state=transition.state)
         return None
-    return msgspec.structs.replace(
-        transition, state=job.state, code=job.error, generation=str(job.generation), attempt=job.attempt
-    )
+    event_id = transition.delivery_id
+    return ToldEvent(event_id, job, job.state, event_body(event_id, job, transition.at))
 
 
 def _group_told(store: JobStore, job: Job, transition: Transition) -> ToldEvent | None:

@@ -39,41 +39,37 @@ from kms_protocol.units import time_text
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
+
+def _networks(*texts: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    return tuple(map(ipaddress.ip_network, texts))
+
+
 _GLOBAL_UNICAST: Final = ipaddress.ip_network("2000::/3")  # all that IANA has given out (RFC 4291 §2.4)
-_NOT_PUBLIC: Final = tuple(
-    ipaddress.ip_network(text)
-    for text in (  # beyond `is_global`, whose list differs between Pythons
-        "100.64.0.0/10",  # RFC 6598; 100.100.100.200 is Alibaba's metadata
-        "192.0.0.0/24",  # RFC 6890
-        "192.88.99.0/24",  # the relays of 6to4, RFC 7526
-        "2001::/23",  # RFC 2928, with Teredo
-        "2002::/16",  # 6to4, RFC 3056: holds an IPv4 address
-        "3fff::/20",  # RFC 9637
-    )
+_NOT_PUBLIC: Final = _networks(  # beyond `is_global`, whose list differs between Pythons
+    "100.64.0.0/10",  # RFC 6598; 100.100.100.200 is Alibaba's metadata
+    "192.0.0.0/24",  # RFC 6890
+    "192.88.99.0/24",  # the relays of 6to4, RFC 7526
+    "2001::/23",  # RFC 2928, with Teredo
+    "2002::/16",  # 6to4, RFC 3056: holds an IPv4 address
+    "3fff::/20",  # RFC 9637
 )
-_OF_HOSTS: Final = tuple(
-    ipaddress.ip_network(text)
-    for text in (
-        "169.254.0.0/16",  # metadata of most clouds; AWS: credentials of containers and pods
-        "fe80::/10",
-        "168.63.129.16/32",  # Azure: the host, which takes POSTs
-        "100.100.100.200/32",  # Alibaba
-        "192.0.0.192/32",  # Oracle
-        "fd00:ec2::/32",  # AWS: ::254 metadata, ::23 credentials of pods
-        "fd20:ce::254/128",  # Google
-        "fd00:42::42/128",  # Scaleway
-        "fd00:c1::a9fe:a9fe/128",  # Oracle
-    )
+_OF_HOSTS: Final = _networks(
+    "169.254.0.0/16",  # metadata of most clouds; AWS: credentials of containers and pods
+    "fe80::/10",
+    "168.63.129.16/32",  # Azure: the host, which takes POSTs
+    "100.100.100.200/32",  # Alibaba
+    "192.0.0.192/32",  # Oracle
+    "fd00:ec2::/32",  # AWS: ::254 metadata, ::23 credentials of pods
+    "fd20:ce::254/128",  # Google
+    "fd00:42::42/128",  # Scaleway
+    "fd00:c1::a9fe:a9fe/128",  # Oracle
 )
-_HOLD_IPV4: Final = tuple(  # in their last 32 bits
-    ipaddress.ip_network(text)
-    for text in (
-        "::/96",  # IPv4-compatible, RFC 4291 §2.5.5.1
-        "::ffff:0:0/96",  # IPv4-mapped, RFC 4291 §2.5.5.2
-        "::ffff:0:0:0/96",  # IPv4-translated, RFC 2765 §2.1
-        "64:ff9b::/96",  # NAT64, RFC 6052 §2.1
-        "64:ff9b:1::/48",  # NAT64 of one network, RFC 8215
-    )
+_HOLD_IPV4: Final = _networks(  # in their last 32 bits
+    "::/96",  # IPv4-compatible, RFC 4291 §2.5.5.1
+    "::ffff:0:0/96",  # IPv4-mapped, RFC 4291 §2.5.5.2
+    "::ffff:0:0:0/96",  # IPv4-translated, RFC 2765 §2.1
+    "64:ff9b::/96",  # NAT64, RFC 6052 §2.1
+    "64:ff9b:1::/48",  # NAT64 of one network, RFC 8215
 )
 
 
@@ -126,22 +122,18 @@ _log = structlog.get_logger(__name__)
 class WebhookEndpoint:
     """One receiver. ``loopback_only``: dev's receivers on this machine, which may lack TLS."""
 
-    url: str = field(repr=False)
-    secret_file: Path
-    events: frozenset[str]
-    allow_private: bool = False
+    section: Section = field(repr=False)
     loopback_only: bool = False
-    tenants: frozenset[str] | None = None
     tls: ssl.SSLContext | None = field(default=None, repr=False)
 
     def is_for(self, tenant: str) -> bool:
         """Return whether jobs of a tenant may name it."""
-        return self.tenants is None or tenant in self.tenants
+        return self.section.tenants is None or tenant in self.section.tenants
 
     def allows(self, address: Address) -> bool:
         if self.loopback_only:
             return address.is_loopback
-        return is_public(address) or (self.allow_private and not is_of_host(address))
+        return is_public(address) or (self.section.allow_private and not is_of_host(address))
 
 
 class EventData(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,13 +162,12 @@ class CloudEvent(msgspec.Struct, frozen=True, kw_only=True):
     data: EventData | job_groups.GroupOut
 
 
-@dataclass(frozen=True, slots=True)
-class WebhookRequest:
+class WebhookRequest(msgspec.Struct, frozen=True):
     """One signed request: ``body`` is the same in every attempt, the signature's time is not."""
 
     delivery_id: str
     job_id: str
-    body: bytes = field(repr=False)
+    body: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +191,6 @@ _FAILURES: Final[Mapping[type[Exception], str]] = {  # the first that fits
     httpcore2.NetworkError: "connection_broken",
     httpcore2.ProtocolError: "connection_broken",
 }
-_KINDS: Final = tuple(_FAILURES)
 
 
 # -- endpoints ---------------------------------------------------------------------------------------
@@ -219,15 +209,7 @@ def _endpoint(section: Section, settings: Settings, name: str) -> WebhookEndpoin
     check_secret(section.secret_file, _log.warning, event, strict=settings.is_prod)
     ca_setting = f"kms.jobs.endpoints.{name}.ca_file"
     tls = client_context(section.ca_file, ca_setting) if url.scheme == "https" else None
-    return WebhookEndpoint(
-        url=section.url,
-        secret_file=section.secret_file,
-        events=frozenset(section.events),
-        allow_private=section.allow_private,
-        loopback_only=settings.environment == "dev" and is_loopback(url.hostname or ""),
-        tenants=None if section.tenants is None else frozenset(section.tenants),
-        tls=tls,
-    )
+    return WebhookEndpoint(section, settings.environment == "dev" and is_loopback(url.hostname or ""), tls)
 
 
 def read_secret(path: Path) -> bytes:
@@ -301,7 +283,7 @@ def post(endpoint: WebhookEndpoint, message: WebhookRequest, total_s: float = TO
     """Send once, in ``total_s`` besides the name's lookup. What is not answered 2xx or 410 has failed."""
     try:
         return _judged(_status(endpoint, message, time.monotonic() + total_s))
-    except _KINDS as exc:
+    except tuple(_FAILURES) as exc:
         word = next(word for kind, word in _FAILURES.items() if isinstance(exc, kind))
         tls = isinstance(exc.__context__, ssl.SSLError)  # the pool drops the cause
         return DeliveryOutcome("failed", "tls_failed" if tls else word)
@@ -309,7 +291,7 @@ def post(endpoint: WebhookEndpoint, message: WebhookRequest, total_s: float = TO
 
 def resolve(endpoint: WebhookEndpoint) -> list[Address]:
     """All addresses of the endpoint's name. Raises AddressRefused for any forbidden one, socket.gaierror."""
-    url = urlsplit(endpoint.url)
+    url = urlsplit(endpoint.section.url)
     found = socket.getaddrinfo(url.hostname, url.port, type=socket.SOCK_STREAM)
     addresses = [ipaddress.ip_address(str(sockaddr[0])) for *_, sockaddr in found]
     if not all(map(endpoint.allows, addresses)):
@@ -318,7 +300,7 @@ def resolve(endpoint: WebhookEndpoint) -> list[Address]:
 
 
 def _status(endpoint: WebhookEndpoint, message: WebhookRequest, deadline: float) -> int:
-    headers = _headers(read_secret(endpoint.secret_file), message)
+    headers = _headers(read_secret(endpoint.section.secret_file), message)
     timeouts = {"connect": CONNECT_S, "read": TOTAL_S, "write": TOTAL_S, "pool": TOTAL_S}
     network = DeadlineTransport([str(address) for address in resolve(endpoint)])
     with (
@@ -326,7 +308,7 @@ def _status(endpoint: WebhookEndpoint, message: WebhookRequest, deadline: float)
         httpcore2.ConnectionPool(ssl_context=endpoint.tls, network_backend=network) as pool,
         pool.stream(
             "POST",
-            endpoint.url,
+            endpoint.section.url,
             headers=headers,
             content=message.body,
             extensions={"timeout": timeouts},

@@ -139,9 +139,7 @@ def test_public_addresses_are_public(address: str) -> None:
 
 @pytest.mark.parametrize("address", OF_HOSTS)
 def test_metadata_of_a_cloud_is_refused_whatever_is_allowed(tmp_path: Path, address: str) -> None:
-    found = webhook.WebhookEndpoint(
-        "https://a.example/", tmp_path / "secret", frozenset(), allow_private=True
-    )
+    found = endpoint(tmp_path, "https://a.example/", None)
 
     assert not found.allows(ipaddress.ip_address(address))
     assert found.allows(ipaddress.ip_address("10.0.0.1"))
@@ -220,7 +218,7 @@ def test_the_signature_is_hmac_sha256_over_the_documented_bytes() -> None:
 def test_a_new_secret_needs_no_restart(tmp_path: Path, authority: Authority, receiver: Receiver) -> None:
     found = endpoint(tmp_path, receiver.url(), authority)
     new = b"n" * 32
-    found.secret_file.write_bytes(new)
+    found.section.secret_file.write_bytes(new)
     post(found, MESSAGE)
 
     headers = receiver.requests[0].headers
@@ -293,7 +291,7 @@ def test_an_unknown_name(tmp_path: Path, authority: Authority) -> None:
 
 def test_a_secret_that_went_away(tmp_path: Path, authority: Authority, receiver: Receiver) -> None:
     found = endpoint(tmp_path, receiver.url(), authority)
-    found.secret_file.unlink()
+    found.section.secret_file.unlink()
 
     assert post(found, MESSAGE) == DeliveryOutcome("failed", "secret_unreadable")
 
@@ -394,6 +392,6 @@ def test_the_documented_receiver_accepts_what_is_genuine(tmp_path: Path, documen
 def test_the_documented_receiver_refuses_another_secret(tmp_path: Path, documented: str) -> None:
     (tmp_path / "other").mkdir()
     found = endpoint(tmp_path / "other", documented, None)
-    found.secret_file.write_bytes(b"x" * 32)
+    found.section.secret_file.write_bytes(b"x" * 32)
 
     assert post(found, MESSAGE) == DeliveryOutcome("failed", "http_401")

@@ -91,7 +91,7 @@ def test_an_open_secret_is_a_warning_in_dev(tmp_path: Path) -> None:
     path = secret_file(tmp_path, mode=0o644)
     found = load_endpoint(tmp_path, f"url = 'https://h/'\nsecret_file = '{path}'")
 
-    assert webhook.endpoints(found)["ci"].secret_file == path
+    assert webhook.endpoints(found)["ci"].section.secret_file == path
 
 
 def test_a_missing_secret_stops_the_start_and_says_how_to_make_one(tmp_path: Path) -> None:

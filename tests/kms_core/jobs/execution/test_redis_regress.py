@@ -20,6 +20,7 @@ from kms_core.jobs.recovery.reaper import Reaper
 from kms_core.jobs.storage.commit_marks import ATTRIBUTE
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
+from kms_core.settings.model import EndpointSection
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import Forbidden
@@ -373,13 +374,13 @@ def test_note_takes_the_place_of_a_mark_where_there_are_no_attributes(
 
 
 def test_end_is_told_once_however_often_the_job_ends(core: Core, store: JobStore) -> None:
-    endpoint = WebhookEndpoint("http://127.0.0.1:9/", Path("/nonexistent"), wire.ENDED)
+    section = EndpointSection(url="http://127.0.0.1:9/", secret_file=Path("/nonexistent"))
     claim = claimed(store, callback="ci")
     before, ids = snapshot(core), []
     for _ in range(2):
         before.restore()
         store.finish(claim, "failed", "decrypt_failed")
-        outbox = Outbox(store, {"ci": endpoint})
+        outbox = Outbox(store, {"ci": WebhookEndpoint(section)})
         ids.append([one.delivery_id for one in outbox.due("ci", 10)])
 
     assert ids[0] == ids[1]
