@@ -112,7 +112,7 @@ class Install:
         """True if a thread calls ``round``: then ``elsewhere`` does not ask Redis."""
         self._notes, self._marks, self._facts = notes, marks, facts
         self._monotonic = monotonic
-        self._lock, self._looking = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()  # of the condition, which ``require`` changes in other threads
         self._looked = self._compared = self._users_at = float("-inf")
         self._at: dict[str, float] = {}
         self._suspects: set[str] = set()
@@ -164,30 +164,29 @@ class Install:
 
     def round(self) -> None:
         """Look at id, marks, clocks and hosts, and renew the note of this host. Raises JobsUnavailable."""
-        with self._looking:  # which may take long, and ``require`` waits for comparisons only
-            before = self.condition
-            with self._lock:
-                self._compare()
-            now, ahead_s = self._notes.now()
-            others = {each: note for each, note in self._others(now).items() if note.serving}
-            missing = self._missing(others)
-            told = any(self.host.id in each.missing for each in others.values())
-            is_shared = not (self._lost_mark() or missing or told)
-            self._update(is_shared=is_shared, ahead_s=ahead_s, others=others)
-            self._looked = self._monotonic()
-            facts = self._facts()
-            self._notes.write(
-                HostNote(
-                    self.host.id,
-                    self.host.name,
-                    now,
-                    clock_s=round(ahead_s, 3),
-                    missing=tuple(missing),
-                    key_places=dict(facts.key_places),
-                    shared=dict(facts.shared),
-                )
+        before = self.condition
+        with self._lock:
+            self._compare()
+        now, ahead_s = self._notes.now()
+        others = {each: note for each, note in self._others(now).items() if note.serving}
+        missing = self._missing(others)
+        told = any(self.host.id in each.missing for each in others.values())
+        is_shared = not (self._lost_mark() or missing or told)
+        self._update(is_shared=is_shared, ahead_s=ahead_s, others=others)
+        self._looked = self._monotonic()
+        facts = self._facts()
+        self._notes.write(
+            HostNote(
+                self.host.id,
+                self.host.name,
+                now,
+                clock_s=round(ahead_s, 3),
+                missing=tuple(missing),
+                key_places=dict(facts.key_places),
+                shared=dict(facts.shared),
             )
-            self._look_for_strangers()
+        )
+        self._look_for_strangers()
         self._tell(before, [others[each].name for each in missing])
 
     def _tell(self, before: InstallCondition, missing: Sequence[str]) -> None:
@@ -222,11 +221,9 @@ class Install:
     def may_sweep(self) -> bool:
         """True if files of jobs that Redis does not know are orphans.
 
-        False under a new Redis, and where hosts that Redis does not know use the spool, or may do. Raises
-        JobsUnavailable.
+        False before the first round, under a new Redis, and where hosts that Redis does not know use the
+        spool, or may do. Raises JobsUnavailable.
         """
-        with self._looking:
-            self._look_for_strangers()
         is_known = self._monotonic() - self._users_at < _YOUNG_S
         return is_known and not self._suspects and not self._notes.is_new_redis()
 

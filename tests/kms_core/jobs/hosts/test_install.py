@@ -391,8 +391,9 @@ def test_marks_are_read_of_some_unknown_hosts_only(
     for number in range(1000):
         (tmp_path / f"spool/hosts/host-x{number}").unlink()
     host.passed_s = 662
+    found.round()
     assert found.may_sweep()
-    assert "host-b" not in reads
+    assert reads.count("host-b") == 1  # as a mark that may be missing, not as that of a stranger
 
 
 def test_no_call_waits_for_a_look_at_marks(machine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
