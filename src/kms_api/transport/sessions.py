@@ -7,6 +7,7 @@ keyed digests name the tenant and the credential. What is in Redis reveals no co
 """
 
 import hashlib
+import hmac
 import re
 import secrets
 import time
@@ -94,7 +95,7 @@ class Sessions:
         return self._key.digest(b"form", holder.encode()).hex()
 
     def is_stamp(self, holder: str, given: str) -> bool:
-        return self._key.is_equal(self.stamp(holder).encode(), given.encode())
+        return hmac.compare_digest(self.stamp(holder).encode(), given.encode())
 
     def _labels(self, who: Principal) -> tuple[str, str]:
         """Names of the tenant and of the credential that reveal neither without the key of this install.

@@ -10,7 +10,7 @@ import msgspec
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from kms_core.age.kdf import KEY_BYTES, hkdf
+from kms_core.age.kdf import hkdf
 from kms_core.jobs.ends import SignedEnd, SignedSplit
 from kms_core.jobs.model import Checkpoint, Commit
 from kms_core.jobs.spec import AnyJob, JobSpec, RecordTooNew, check_needs, unreadable_error
@@ -95,11 +95,6 @@ class RecordKey:
         """A keyed digest of 32 bytes: a plain one of a short secret could be guessed."""
         return self.hasher(*parts).digest()
 
-    @staticmethod
-    def is_equal(given: bytes, own: bytes) -> bool:
-        """Compare without telling by the time where they differ."""
-        return hmac.compare_digest(given, own)
-
     def hasher(self, *parts: bytes) -> "hmac.HMAC":
         """The same, for a body that arrives in pieces."""
         hasher = hmac.new(self._digest_key, digestmod="sha256")
@@ -113,6 +108,3 @@ def _decoded(plain: bytes) -> AnyJob:
         return check_needs(_decode(plain))
     except msgspec.ValidationError as exc:
         raise unreadable_error(msgspec.msgpack.decode(plain)) from exc
-
-
-SECRET_BYTES: Final = KEY_BYTES

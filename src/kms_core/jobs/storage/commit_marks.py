@@ -8,6 +8,7 @@ of its upload.
 """
 
 import errno
+import hmac
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class CommitMarks:
     def is_ours(self, mark: str, url: str, *facts: int) -> bool:
         """Return whether an attempt at this job has put this in place."""
         attempt_id = mark.removeprefix(f"{self.job_id}/").partition("/")[0]
-        return self.key.is_equal(mark.encode(), self.sign(attempt_id, url, *facts).encode())
+        return hmac.compare_digest(mark.encode(), self.sign(attempt_id, url, *facts).encode())
 
     # -- files ----------------------------------------------------------------------------------------
 
