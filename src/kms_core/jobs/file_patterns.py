@@ -13,7 +13,7 @@ is the source itself: then each file takes the place of the one it was made from
 import os
 import re
 import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Final, Self
 from urllib.parse import quote, unquote_to_bytes
@@ -44,14 +44,10 @@ def is_tree(source: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """``base`` is a URL that ends in a slash; ``pattern`` has a part for each name below it."""
+    """``base`` is a URL that ends in a slash; ``parts`` has one for each name below it, None for a ``**``."""
 
     base: str
-    pattern: tuple[str, ...]
-    _names: tuple[Pattern, ...] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_names", tuple(map(_name_pattern, self.pattern)))
+    parts: tuple[Pattern | None, ...]
 
     @classmethod
     def parse(cls, source: str) -> Self:
@@ -65,7 +61,7 @@ class Tree:
             raise InvalidRequest("In a pattern ** stands alone between slashes: write **/*.csv, not **.csv")
         if parts[-1] == ANY_DEPTH:
             parts.append("*")
-        return cls(base, tuple(parts))
+        return cls(base, tuple(None if part == ANY_DEPTH else _name_pattern(part) for part in parts))
 
     def start(self) -> States:
         return self._closed({0})
@@ -73,21 +69,21 @@ class Tree:
     def step(self, states: States, name: str) -> States:
         """The states after ``name``, a decoded part of a path; empty if nothing below can match."""
         after: set[int] = set()
-        for state in states:
-            if state < len(self.pattern):
-                if self.pattern[state] == ANY_DEPTH:
-                    after.add(state)
-                elif self._names[state].matches(name):
-                    after.add(state + 1)
+        for state in states - {len(self.parts)}:
+            part = self.parts[state]
+            if part is None:
+                after.add(state)
+            elif part.matches(name):
+                after.add(state + 1)
         return self._closed(after)
 
     def is_whole(self, states: States) -> bool:
         """Return whether the path so far is one that the pattern names."""
-        return len(self.pattern) in states
+        return len(self.parts) in states
 
     def goes_on(self, states: States) -> bool:
         """Return whether the pattern may name something below."""
-        return any(state < len(self.pattern) for state in states)
+        return any(state < len(self.parts) for state in states)
 
     def names(self, path: str) -> bool:
         """Return whether the pattern names this path below the base, as it stands in a URL."""
@@ -99,8 +95,8 @@ class Tree:
     def _closed(self, states: set[int]) -> States:
         """With what follows a ``**`` that matches no directory; one step for each part of the pattern."""
         found = set(states)
-        for at, part in enumerate(self.pattern):
-            if at in found and part == ANY_DEPTH:
+        for at, part in enumerate(self.parts):
+            if at in found and part is None:
                 found.add(at + 1)
         return frozenset(found)
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Annotated, Final, Literal, get_args
+from typing import Annotated, ClassVar, Final, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -65,6 +65,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
     ``expires_at`` is never before the result is deleted.
     """
 
+    is_spooled: ClassVar[bool] = False
+    """True if its input is in the spool, until some time after its end."""
     job_id: str
     tenant: str
     principal: str
@@ -150,11 +152,6 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
         return self.size_bytes if self.is_spooled else 0
 
     @property
-    def is_spooled(self) -> bool:
-        """Return whether its input is in the spool, until some time after its end."""
-        return False
-
-    @property
     def work_bytes(self) -> int:
         """Bytes that a worker reads for it; 0 where it reads headers only, or cuts the job into parts."""
         return self.size_bytes
@@ -200,11 +197,8 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag
 class UploadJob(JobSpec, frozen=True, kw_only=True, tag="upload"):
     """A job over an uploaded file; ``input_ref`` names its blob as it was written (``BlobWriter.ref``)."""
 
+    is_spooled: ClassVar[bool] = True
     input_ref: bytes = b""
-
-    @property
-    def is_spooled(self) -> bool:
-        return True
 
     @property
     def work_bytes(self) -> int:
@@ -218,6 +212,7 @@ class ItemsJob(JobSpec, frozen=True, kw_only=True, tag="items"):
     with a single part is not split.
     """
 
+    is_spooled: ClassVar[bool] = True
     items: int
     starts: tuple[int, ...]
     parent: str = ""
@@ -227,10 +222,6 @@ class ItemsJob(JobSpec, frozen=True, kw_only=True, tag="items"):
     @property
     def queue(self) -> str:
         return MAINTENANCE if self.kind == "rewrap" else BULK
-
-    @property
-    def is_spooled(self) -> bool:
-        return True
 
     @property
     def work_bytes(self) -> int:

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kms_core.jobs.file_patterns import Tree, decoded, encoded, target_of
+from kms_core.patterns import Pattern
 from kms_protocol.errors import InvalidRequest
 from kms_protocol.wire import JobKind
 
@@ -45,7 +46,7 @@ def test_pattern_that_is_not_clear_is_refused(pattern: str) -> None:
 
 
 def test_base_is_the_longest_directory_without_a_star() -> None:
-    assert Tree.parse("file:///a/b/c*/d") == Tree("file:///a/b/", ("c*", "d"))
+    assert Tree.parse("file:///a/b/c*/d") == Tree("file:///a/b/", (Pattern.parse("c*"), Pattern.parse("d")))
     assert Tree.parse("s3://bucket/p/**").base == "s3://bucket/p/"
     assert Tree.parse("*").base == ""
 
