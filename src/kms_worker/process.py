@@ -78,7 +78,7 @@ def run(loaded: Settings) -> int:
         submit_bytes=intake.text_length if intake else 0,
     )
 
-    heartbeat = Heartbeat(store, name, jobs.concurrency, jobs.queues)
+    heartbeat = Heartbeat(store, name)
     beside: tuple[PeriodicThread, ...] = (
         heartbeat,  # first, before it consumes: who looks while its first job runs must find a worker
         InstallWatch(core.install),

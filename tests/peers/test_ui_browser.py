@@ -12,7 +12,6 @@ import pytest
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import new_attempt_id
 from kms_core.jobs.recovery.reaper import Heartbeat
-from kms_core.jobs.spec import QUEUES
 from kms_protocol.wire import PREFIX
 from support.chromium import Chromium, chromium
 from support.credentials import Guarded
@@ -258,7 +257,7 @@ def busy(guarded: Guarded) -> Iterator[tuple[str, str]]:
         run_job(submitted(body), core.worker_context, "w")
     guarded.post(f"/jobs/{submitted(job)}/cancel", headers=admin)
     host = f"host-{new_attempt_id()[:8]}"  # the jobs of the test before have their leases still
-    heartbeat = Heartbeat(store, f"{host}:aa", 2, QUEUES)
+    heartbeat = Heartbeat(store, f"{host}:aa")
     heartbeat.start()
     heartbeat.serve()
     assert store.claim(submitted(job), f"{host}:aa/7")

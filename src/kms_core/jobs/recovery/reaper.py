@@ -4,7 +4,7 @@ Both run in the parent of each worker; a lock of some seconds lets one reaper ac
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import takewhile
 from typing import Final
 
@@ -16,7 +16,6 @@ from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
 from kms_core.periodic import PeriodicThread
 from kms_protocol import __version__
-from kms_protocol.errors import JobsUnavailable
 
 HEARTBEAT_EVERY_S: Final = 1.0
 _log = structlog.get_logger(__name__)
@@ -30,12 +29,10 @@ class Heartbeat(PeriodicThread):
     was killed is on the list for ``maintenance.WORKER_SEEN_S`` at most.
     """
 
-    def __init__(self, store: JobStore, name: str, processes: int, queues: Sequence[str]) -> None:
+    def __init__(self, store: JobStore, name: str) -> None:
         super().__init__("heartbeat", HEARTBEAT_EVERY_S, failed="worker.unsaid")
         self._store = store
         self._owner = name
-        self._processes = processes
-        self._queues = queues
         self._about = f"{__version__} {time.time():.0f}"
         self._serves = False
 
@@ -55,17 +52,15 @@ class Heartbeat(PeriodicThread):
 
     def _begin(self) -> None:
         self.round()
-        self._store.wake(*self._queues)
+        self._store.wake(*self._store.rules.queues)
 
     def round(self) -> None:
-        served = self._queues if self._serves else ()
-        self._store.worker_seen(self._owner, self._processes, served, self._about)
+        rules = self._store.rules
+        served = rules.queues if self._serves else ()
+        self._store.worker_seen(self._owner, rules.concurrency, served, self._about)
 
     def finish(self) -> None:
-        try:
-            self._store.worker_left(self._owner)
-        except JobsUnavailable:
-            _log.warning("worker.left_unsaid")  # it leaves the list by itself
+        self._store.worker_left(self._owner)  # one that cannot say so leaves the list by itself
 
 
 EVERY_S: Final = 1.0
@@ -73,7 +68,6 @@ _LOCK_S: Final = 10.0
 _SWEEP_EVERY: Final = 600
 _LOOK_EVERY: Final = 10
 _INPUTS_EVERY: Final = 5
-_BATCHES: Final = 5  # of inputs in one round
 _ORPHAN_AGE_S: Final = 3600.0
 _TAKEN_UP: Final = frozenset({"requeued", "committing", "due", "parts_ended"})
 
@@ -146,12 +140,8 @@ class Reaper(PeriodicThread):
         self._store.wake(*QUEUES)
 
     def _delete_inputs(self) -> None:
-        for _ in range(_BATCHES):
-            found = self._store.with_input()
-            removed = list(takewhile(self._is_removed(self._spool.discard_input), found))
-            self._store.inputs_removed(removed)
-            if not found or removed != found:
-                return
+        found = self._store.with_input()
+        self._store.inputs_removed(list(takewhile(self._is_removed(self._spool.discard_input), found)))
 
     def _delete_expired(self) -> None:
         for job_id in takewhile(self._is_removed(self._spool.delete), self._store.expired()):

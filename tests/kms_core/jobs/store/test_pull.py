@@ -317,7 +317,7 @@ def test_a_busy_process_is_sent_no_wake_up(store: JobStore, woken: list[str]) ->
 
 
 def test_a_worker_is_woken_from_when_it_takes_messages(store: JobStore, woken: list[str]) -> None:
-    heartbeat = Heartbeat(store, "w", 2, QUEUES)
+    heartbeat = Heartbeat(store, "w")
     heartbeat.start()
     try:
         for _ in range(3):
