@@ -26,7 +26,7 @@ def test_job_that_ends_while_the_caretaker_looks_at_it_stays_ended(store: JobSto
 
     store.finish(claim, "succeeded")  # after it was seen as due
 
-    assert store.reap(job_id) == "succeeded"
+    assert store.reap_all([job_id]) == ["succeeded"]
     assert not is_open(store, job_id)
 
 
@@ -34,7 +34,7 @@ def test_cancelled_job_that_had_an_attempt_is_tidied_by_a_worker(core: Core) -> 
     store = store_of(core, LONG)
     job_id = claimed(store).accepted.job_id
     lapse(store)
-    store.reap(job_id)
+    store.reap_all([job_id])
 
     store.cancel(job_id, TENANT)
 

@@ -158,7 +158,7 @@ def test_a_retried_dead_letter_is_checked_as_any(install: Guarded, core: Core) -
     run_job(job_id, core.worker_context, "w")
     assert core.worker_context.store.get(job_id, "default").error == "attempts_exhausted"
     tokens.revoke(install.token_file, who.credential.removeprefix("token:"))
-    core.worker_context.store.retry(job_id, "default", 3600)
+    core.worker_context.store.retry(job_id, "default")
 
     assert end(core, job_id) == ("failed", "forbidden")
 

@@ -64,7 +64,7 @@ class Bench:
             self.core.worker_context, store=store_of(self.core, LONG, [])
         )
         lapse(worker_context.store)
-        worker_context.store.reap(job_id)
+        worker_context.store.reap_all([job_id])
         run_job(job_id, worker_context, "w2")
         return self.now(job_id)
 

@@ -304,7 +304,7 @@ def job_of(service: Service, who: Principal, job_id: str) -> Job:
 def revive(service: Service, who: Principal, job_id: str) -> Job:
     """Retry a dead job, on record in the audit log. Raises JobNotDead, UnknownJob."""
     with audit.recorded(service.kms.audit_log, who, "job.retry", job_id):
-        return service.submitter.store.retry(job_id, who.tenant, service.settings.kms.jobs.run_within_s)
+        return service.submitter.store.retry(job_id, who.tenant)
 
 
 def withdraw(service: Service, who: Principal, job_id: str) -> Job:

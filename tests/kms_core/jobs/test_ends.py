@@ -196,11 +196,11 @@ def dead(store: JobStore) -> str:
 def test_retry_seals_the_record_anew_with_its_new_expiry(store: JobStore) -> None:
     job_id = dead(store)
     before, sealed = store.accepted(job_id), fields(store, job_id, "sealed")
-    store.retry(job_id, TENANT, 7_200)
+    store.retry(job_id, TENANT)
     after = store.accepted(job_id)
 
     assert fields(store, job_id, "sealed") != sealed
-    assert after.expires_at == pytest.approx(time.time() + 7_200, abs=60)
+    assert after.expires_at == pytest.approx(time.time() + store.rules.run_within_s, abs=60)
     assert (after.start_by, after.run_by) == (after.expires_at, after.expires_at)
     times = {name: getattr(before, name) for name in ("expires_at", "start_by", "run_by")}
     assert (before.generation, after.generation) == (0, 1)
@@ -211,7 +211,7 @@ def test_end_of_the_generation_before_a_retry_is_refused(store: JobStore) -> Non
     job_id = ended(store)
     earlier = fields(store, job_id, "end", "state", "error")
     forge(store, job_id, state="failed", error="attempts_exhausted")
-    store.retry(job_id, TENANT, 60)
+    store.retry(job_id, TENANT)
     assert b"end" not in record(store, job_id)
 
     forge(store, job_id, **earlier)
@@ -222,14 +222,14 @@ def test_end_of_the_generation_before_a_retry_is_refused(store: JobStore) -> Non
 def test_job_with_an_unproven_end_can_be_retried(store: JobStore) -> None:
     job_id = store.submit(accepted()).job_id
     forge(store, job_id, state="succeeded")
-    store.retry(job_id, TENANT, 60)
+    store.retry(job_id, TENANT)
     claim = store.claim(job_id, "w1")
     assert claim
     store.finish(claim, "succeeded")
 
     assert told(store, job_id) == ("succeeded", "")
     with pytest.raises(JobNotDead):
-        store.retry(job_id, TENANT, 60)
+        store.retry(job_id, TENANT)
 
 
 @pytest.mark.parametrize("why", ["forged", "old"])
@@ -240,7 +240,7 @@ def test_record_that_must_not_run_again_is_not_retried(store: JobStore, why: str
     forge(store, job_id, sealed=b"junk" if why == "forged" else old)
 
     with pytest.raises(JobNotDead):
-        store.retry(job_id, TENANT, 60)
+        store.retry(job_id, TENANT)
     assert told(store, job_id) == ("failed", "attempts_exhausted")
 
 

@@ -163,13 +163,13 @@ def _lines(job: Job, accepted: AnyJob, store: JobStore, spool: Spool) -> Iterato
                 job.tenant, job.job_id, number, part.job.result_attempt, _ref(part.job)
             )
             yield StoredChunk.of(partial(spool.opened, label))
-        elif part.accepted is None:
+        elif part.job.accepted is None:
             raise RecordRefused
-        elif isinstance(part.accepted, TreePart):
-            entries = tree.entries(part.accepted, spool)
-            yield _literal(tree.lines(part.accepted, entries, part.log, part.job.error))
+        elif isinstance(part.job.accepted, TreePart):
+            entries = tree.entries(part.job.accepted, spool)
+            yield _literal(tree.lines(part.job.accepted, entries, part.log, part.job.error))
         else:
-            yield _literal(_refused(number * bulk_lines.PART_ITEMS, part.accepted.items, part.job.error))
+            yield _literal(_refused(number * bulk_lines.PART_ITEMS, part.job.accepted.items, part.job.error))
 
 
 def _refused(first: int, count: int, code: str) -> Iterator[wire.ItemResult]:

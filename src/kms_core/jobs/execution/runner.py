@@ -26,7 +26,6 @@ from kms_core.jobs.ends import (
     SignedEnd,
     SignedSplit,
     needs_proof,
-    spec_digest,
 )
 from kms_core.jobs.execution import bulk_items, one_file, tree, upload
 from kms_core.jobs.execution.context import WorkerContext
@@ -36,7 +35,7 @@ from kms_core.jobs.execution.tree import Paced
 from kms_core.jobs.file_patterns import Tree
 from kms_core.jobs.model import REFUSED, Attempt, Following, Job, LeaseLost
 from kms_core.jobs.spec import FileJob, ItemsJob, JobSpec, TreeJob, TreePart, UploadJob
-from kms_core.jobs.store.reader import ParentRecord, PartRecord, parts_digest
+from kms_core.jobs.store.reader import PartRecord, parts_digest
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics, tracing
 from kms_core.retries import jittered_wait_s
@@ -60,25 +59,26 @@ def end_parent(job: Job, store: JobStore) -> Job:
     ``record_refused`` if a part cannot prove how it ended, or is not the one that the job was cut into. A
     worker that does so at the same time comes to the same. Raises JobsUnavailable, UnknownJob.
     """
-    record = store.parent_record(job.job_id)
+    spec = b""
     try:
-        found = _end_of(job, record, store)
+        split, spec = store.split_of(job.job_id)
+        found = _end_of(job, split, store)
     except UnknownJob:
         found = SignedEnd(fence=job.fence, attempt=job.attempt, state="failed", error=REFUSED, kept_until=0.0)
-    store.end_parent(job, found, spec_digest(record.sealed))
+    store.end_parent(job, found, spec)
     return store.get(job.job_id, job.tenant)
 
 
-def _end_of(job: Job, record: ParentRecord, store: JobStore) -> SignedEnd:
-    accepted = store.record_key.open(job.job_id, record.sealed)
-    split = store.record_key.verified(SignedSplit, job.job_id, record.split, spec_digest(record.sealed))
+def _end_of(job: Job, split: SignedSplit, store: JobStore) -> SignedEnd:
+    if not job.accepted:
+        raise UnknownJob("This job was not sealed by this service")
     sums, specs = _Sums(), hashlib.sha256()
     for part in store.parts_of(job.job_id, split.parts):
         sums.add(part)
         specs.update(part.sealed)
     if specs.digest() != split.digest:
         raise UnknownJob("The parts of this job are not those that it was cut into")
-    kept_until = accepted.result_until(store.now()) + store.rules.result_ttl_s
+    kept_until = job.accepted.result_until(store.now()) + store.rules.result_ttl_s
     return sums.end(job, split.parts, kept_until)
 
 
@@ -101,7 +101,7 @@ class _Sums:
             self._count(job.items, job.items_failed, job.bytes, job.tallies)
             self._fail(job.end.failures if job.end else ())
             return
-        given_up = part.accepted
+        given_up = job.accepted
         if given_up is None:
             raise UnknownJob("A part of this job was not sealed by this service")
         settled = [FileOutcome.parse(word) for word in part.log.settled]

@@ -23,11 +23,12 @@ from kms_core.jobs.execution.context import WorkerContext
 from kms_core.jobs.execution.key_migration import FileOutcome
 from kms_core.jobs.execution.lease import Lease
 from kms_core.jobs.file_patterns import Tree, target_of
-from kms_core.jobs.model import Attempt, Checkpoint, Commit, Job, LeaseLost, part_id
+from kms_core.jobs.model import Attempt, Checkpoint, Commit, LeaseLost, part_id
 from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, TreeJob, TreePart
 from kms_core.jobs.storage.local import ListedFile
 from kms_core.jobs.storage.locations import JobTarget
 from kms_core.jobs.storage.spool import Label, Spool
+from kms_core.jobs.store.reader import PartRecord
 from kms_core.jobs.store.redis_keys import TALLY
 from kms_protocol import wire
 from kms_protocol.errors import JobCancelled, JobExpired, KmsError, TooLarge, Unavailable
@@ -331,15 +332,16 @@ def lines(
         )
 
 
-def abandon(part: TreePart, state: Job, context: WorkerContext) -> None:
+def abandon(part: TreePart, record: PartRecord, context: WorkerContext) -> None:
     """Remove the temporary files that killed attempts at a part left, if no attempt will follow."""
+    state = record.job
     if not state.ended or state.state == "succeeded" or state.error == "items_failed":
         return
     try:
-        found, log = entries(part, context.spool), context.store.log_of(part.job_id)
+        found = entries(part, context.spool)
     except KmsError:
         return
-    context.places.sweep(_targets(part, found, log))
+    context.places.sweep(_targets(part, found, record.log))
 
 
 def _targets(part: TreePart, found: list[ListedFile], log: Checkpoint) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 import structlog
@@ -21,12 +21,11 @@ from kms_core.jobs.spec import ClocksApart, Fields, JobSpec, RecordTooNew, TreeP
 from kms_core.jobs.store import small_blobs
 from kms_core.jobs.store.maintenance import ANY_KEY
 from kms_core.jobs.store.reader import JobReader
-from kms_core.jobs.store.redis_keys import PREFIX, TALLY, busy_key, job_key, number, raise_for, redis_errors
+from kms_core.jobs.store.redis_keys import PREFIX, TALLY, busy_key, flat, job_key, raise_for, redis_errors
 from kms_core.observability import metrics
 from kms_protocol.errors import JobExpired, UnknownJob
 from kms_protocol.wire import JobState
 
-_MOST_DEFERRALS: Final = 10  # delays are longest by then; in Redis anything may stand
 _log = structlog.get_logger(__name__)
 Asked = tuple[list[str], list[Any]]
 """Keys and arguments of a script."""
@@ -113,7 +112,7 @@ class AttemptStore(JobReader):
             fence=int(fence),
             attempt=int(attempt),
             waited_s=float(waited),
-            deferrals=int(min(max(number(deferrals), 0), _MOST_DEFERRALS)),
+            deferrals=int(deferrals),
             is_large=bool(int(is_large)),
             spec=spec,
             commit=key.verified(Commit, job_id, commit, spec) if commit else None,
@@ -131,11 +130,10 @@ class AttemptStore(JobReader):
 
         Raises LeaseLost if another attempt holds the job, JobCancelled if it is to stop.
         """
-        flat = [part for pair in progress.items() for part in pair] or ["worker_seen", 1]
         with redis_errors():
             word = self._run["renew"](
                 [job_key(claim.accepted.job_id), busy_key(claim.worker)],
-                [claim.accepted.job_id, claim.attempt_id, self.rules.lease_s, *flat],
+                [claim.accepted.job_id, claim.attempt_id, self.rules.lease_s, *flat(progress)],
             )[0]
         raise_for(word)
 
@@ -144,13 +142,13 @@ class AttemptStore(JobReader):
         job_id = claim.accepted.job_id
         sealed = [self.record_key.seal(part) for part in parts]
         split = SignedSplit(parts=len(parts), digest=spec_digest(*sealed))
-        flat = [
+        listed = [
             field
             for part, record in zip(parts, sealed, strict=True)
             for field in (part.job_id, record, part.items, part.size_bytes, part.work_bytes)
         ]
         queue, signed = claim.accepted.queue, self.record_key.sign(job_id, split, claim.spec)
-        given = [claim.attempt_id, signed, self.rules.large_job_bytes, *self.wake_up(queue), *flat]
+        given = [claim.attempt_id, signed, self.rules.large_job_bytes, *self.wake_up(queue), *listed]
         word, *count = self._call("split", job_id, *given)
         raise_for(word)
         self.notify(queue, int(count[0]))
@@ -166,8 +164,7 @@ class AttemptStore(JobReader):
             fields["bytes_done"] = end.bytes_done
             fields |= {f"{TALLY}{name}": number for name, number in end.tallies.items()}
             fields["end"] = self.record_key.sign(job.job_id, end, spec)
-        flat = [part for pair in fields.items() for part in pair]
-        given = [job.job_id, job.attempt_id, end.state, end.error, self.rules.result_ttl_s, *flat]
+        given = [job.job_id, job.attempt_id, end.state, end.error, self.rules.result_ttl_s, *flat(fields)]
         with redis_errors():
             (word, *_), _ = self._waits.run(self._run["end_parent"], [job_key(job.job_id)], given)
         if word in {b"finished", b"cancelled"}:
@@ -181,8 +178,7 @@ class AttemptStore(JobReader):
         DurabilityUnconfirmed for a commit that replicas did not acknowledge.
         """
         job_id = claim.accepted.job_id
-        flat = [part for pair in counts.items() for part in pair]
-        given = [claim.attempt_id, self.record_key.sign(job_id, log, claim.spec), *flat]
+        given = [claim.attempt_id, self.record_key.sign(job_id, log, claim.spec), *flat(counts)]
         self.run_confirmed("step", job_id, given, waits=log.pending is not None)
 
     def pace(self, job: TreePart, wanted: int) -> tuple[int, float]:
@@ -220,10 +216,9 @@ class AttemptStore(JobReader):
             kept_until = claim.accepted.result_until(self.now()) + keep_s
             end = claim.end(state, code, work or Work(), kept_until)
             fields["end"] = self.record_key.sign(job_id, end, claim.spec)
-        flat = [part for pair in fields.items() for part in pair]
         with redis_errors():
-            blob = small_blobs.counted(work.blob if work else None)
-            given = [job_id, claim.attempt_id, state, code, keep_s, claim.accepted.owner, *blob, *flat]
+            given: list[Any] = [job_id, claim.attempt_id, state, code, keep_s, claim.accepted.owner]
+            given += [*small_blobs.counted(work.blob if work else None), *flat(fields)]
             word = self._finish([job_key(job_id)], given, claim.following)
         raise_for(word)
         if not claim.accepted.parent:
@@ -235,8 +230,8 @@ class AttemptStore(JobReader):
         attempt_id = new_attempt_id()
         asked = self._asked("", following.worker, "", attempt_id, following.queues)
         first, second = (self._run["finish"], keys, given), (self._run["claim"], *asked)
-        answer, claimed = self._waits.run_both(first, second)
-        if claimed is not None:
+        answer, claimed = self._waits.run_together(first, second)[0]
+        if not isinstance(claimed, Exception):
             following.claimed.append(self._found_by(following.worker, attempt_id, claimed))
         if isinstance(answer, Exception):
             raise answer

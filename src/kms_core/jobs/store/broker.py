@@ -15,8 +15,6 @@ from kms_core.settings.model import RedisSection
 from kms_core.settings.redis_urls import is_shared
 from kms_protocol.errors import JobsUnavailable
 
-_STEPS: Final = (0, 3, 6, 9)
-"""kombu's steps of priority: it keeps a list for each (``kombu.transport.redis.PRIORITY_STEPS``)."""
 _CONFIGURATION: Final[dict[str, object]] = {
     "task_serializer": "json",
     "task_ignore_result": True,
@@ -61,15 +59,10 @@ def messages(connection: Connection, queue: str) -> int:
     try:
         channel = connection.default_channel
         if isinstance(channel, redis.Channel):  # its queue_declare forgets the key prefix
-            with channel.conn_or_acquire() as client:
-                return sum(int(client.llen(_list(channel, queue, step))) for step in _STEPS)
+            return int(channel._size(queue))  # type: ignore[no-untyped-call]  # noqa: SLF001 -- kombu has no other
         return _length_of_queue(connection, queue)
     except (*connection.connection_errors, *connection.channel_errors, OperationalError, OSError) as exc:
         raise JobsUnavailable from exc
-
-
-def _list(channel: redis.Channel, queue: str, step: int) -> str:
-    return str(channel._q_for_pri(queue, step))  # type: ignore[no-untyped-call]  # noqa: SLF001 -- kombu offers the sum alone
 
 
 def _length_of_queue(connection: Connection, queue: str) -> int:

@@ -16,15 +16,7 @@ from kms_core.jobs.model import Attempt, Job, NotifyWorker, QueuePriority
 from kms_core.jobs.sealed_records import RecordKey
 from kms_core.jobs.spec import QUEUES
 from kms_core.jobs.store import wake_up
-from kms_core.jobs.store.redis_keys import (
-    PREFIX,
-    busy_key,
-    is_unreadable,
-    job_key,
-    number,
-    raise_for,
-    redis_errors,
-)
+from kms_core.jobs.store.redis_keys import PREFIX, busy_key, is_unreadable, job_key, raise_for, redis_errors
 from kms_core.jobs.store.replicas import ReplicaWait
 from kms_core.jobs.store.scripts import SCRIPTS
 from kms_core.observability import metrics
@@ -199,12 +191,11 @@ class StoreMaintenance:
         """Open jobs to look at: leases that ran out, delays that are over, queued jobs that expired."""
         return list(dict.fromkeys(name for key in DUE for name in self._first(f"{PREFIX}{key}", limit)))
 
-    def reap(self, job_id: str) -> str:
-        """Look after one open job (``reap.lua``). Returns what was done, or its state."""
-        return self.reap_all([job_id])[0]
-
     def reap_all(self, job_ids: Sequence[str]) -> list[str]:
-        """Look after many. A record that no script can read is ``unreadable``, and leaves the sets."""
+        """Look after open jobs (``reap.lua``). Returns what was done with each, or its state.
+
+        A record that no script can read is ``unreadable``, and leaves the sets.
+        """
         found: list[bytes] = []
         with redis_errors():
             for start in range(0, len(job_ids), _REAPED_AT_ONCE):
@@ -262,7 +253,7 @@ class StoreMaintenance:
             ids = self.redis.zrangebyscore(key, 0, self.now() - ago_s, start=0, num=limit)
         return [raw.decode() for raw in cast("list[bytes]", ids)]
 
-    def with_input(self, limit: int = 1000) -> list[str]:
+    def with_input(self, limit: int = 5000) -> list[str]:
         """Jobs that ended ``input_grace_s`` ago, and whose input is to be removed from the spool."""
         return self._first(f"{PREFIX}inputs", limit, self.rules.input_grace_s)
 
@@ -291,7 +282,7 @@ class StoreMaintenance:
         """Seconds since this worker claimed or renewed anything; infinite if it never did."""
         with redis_errors():
             at = cast("bytes | None", self.redis.get(busy_key(worker)))
-        return self.now() - number(at) if at else math.inf
+        return self.now() - float(at) if at else math.inf
 
     def exists(self, job_id: str) -> bool:
         with redis_errors():

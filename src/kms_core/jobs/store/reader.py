@@ -6,12 +6,13 @@ as Redis has them.
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice, repeat
-from typing import Final, NamedTuple, cast
+from itertools import repeat
+from typing import Final, cast
 
 import msgspec
 import structlog
@@ -20,13 +21,7 @@ from kms_core.jobs.ends import CLOCK_LEEWAY_S, SignedEnd, SignedSplit, needs_pro
 from kms_core.jobs.model import REFUSED, Checkpoint, Job, part_id
 from kms_core.jobs.spec import AnyJob, Fields, JobSpec, TreeJob
 from kms_core.jobs.store.maintenance import StoreMaintenance
-from kms_core.jobs.store.redis_keys import (
-    PREFIX,
-    Cursor,
-    job_key,
-    reading,
-    redis_errors,
-)
+from kms_core.jobs.store.redis_keys import PREFIX, Cursor, job_key, reading, redis_errors
 from kms_core.settings.model import TenantSection
 from kms_protocol.errors import JobNotFinished, RecordRefused, SpoolQuota, UnknownJob
 from kms_protocol.units import size_text
@@ -35,32 +30,22 @@ from kms_protocol.wire import STATES
 MOST_SEEN: Final = 5000
 """Jobs that one page of a list looks at."""
 MOST_GROUPED: Final = 10_000
-_GROUP: Final = b"group"
-_LABEL: Final = b"label"
-_LABEL_BYTES: Final = 16
+_LIST_NAME_BYTES: Final = 16
 FETCHED_S: Final = 60.0
 """So long a fetched result stays: its reader resumes, if the last bytes that were sent did not arrive."""
 _AT_ONCE: Final = 200
 _log = structlog.get_logger(__name__)
 
 
-class ParentRecord(NamedTuple):
-    """The sealed record of a job in parts, and the signed list of them, as they lie in Redis."""
-
-    sealed: bytes
-    split: bytes
-
-
 @dataclass(frozen=True, slots=True)
 class PartRecord:
-    """A part as it is told, its sealed record, opened (None if not sealed here) and as it lies, and its log.
+    """A part as it is told, its sealed record as it lies, and its checkpoint.
 
     ``mark`` (32 bytes) stands for how it ended, in the end of its parent. ``is_unproven``: it says that it
     succeeded, or that only items failed, and cannot prove it.
     """
 
     job: Job
-    accepted: AnyJob | None
     sealed: bytes
     log: Checkpoint
     mark: bytes
@@ -76,8 +61,7 @@ class JobReader(StoreMaintenance):
 
     def seen(self, job_id: str, tenant: str) -> tuple[Job, bytes]:
         """The same, and its sealed record, for scripts that are to change this job only."""
-        with redis_errors():
-            raw = cast("dict[bytes, bytes]", self.redis.hgetall(job_key(job_id)))
+        (raw,) = self._records([job_id])
         return self._owned(job_id, tenant, raw), raw.get(b"sealed", b"")
 
     def _owned(self, job_id: str, tenant: str, raw: Mapping[bytes, bytes]) -> Job:
@@ -85,17 +69,10 @@ class JobReader(StoreMaintenance):
 
         The sealed record decides that; of one that was not sealed by this service, the plain fields.
         """
-        job = self.told(job_id, raw, self._sealed(job_id, raw))
+        job = self._told(job_id, raw)
         if job.tenant != tenant or job.parent:
             raise UnknownJob
         return job
-
-    def _sealed(self, job_id: str, raw: Mapping[bytes, bytes]) -> AnyJob | None:
-        """The sealed part of a record; None if this service did not seal it."""
-        try:
-            return self.record_key.open(job_id, raw.get(b"sealed", b""))
-        except UnknownJob:
-            return None
 
     def release(self, job: Job) -> None:
         """Let go of the result of an ended job, which is gone at once. Raises JobNotFinished, UnknownJob.
@@ -119,11 +96,10 @@ class JobReader(StoreMaintenance):
             raise UnknownJob
         return word
 
-    def part(self, job_id: str) -> Job:
+    def part(self, job_id: str) -> PartRecord:
         """A part of a job, internal to the service: clients cannot get, cancel or retry it by itself."""
-        with redis_errors():
-            raw = cast("dict[bytes, bytes]", self.redis.hgetall(job_key(job_id)))
-        return self.told(job_id, raw, self._sealed(job_id, raw))
+        (raw,) = self._records([job_id])
+        return self._part(job_id, raw)
 
     def accepted(self, job_id: str) -> AnyJob:
         """The sealed part of a job, opened. UnknownJob if it is not there or was not sealed by us."""
@@ -156,7 +132,7 @@ class JobReader(StoreMaintenance):
         ``labels`` are those that each job has. A page has fewer jobs than ``limit`` at the end of the list,
         and where ``MOST_SEEN`` jobs were looked at. Raises InvalidRequest for a cursor that is not one.
         """
-        at = Cursor.parse(before) if before else Cursor.newest()
+        at = Cursor.parse(before) if before else Cursor(math.inf, "")
         wanted = (labels or {}).items()
         key, seen = self._shortest(tenant, state, dict(wanted)), 0
         found: list[Job] = []
@@ -186,9 +162,7 @@ class JobReader(StoreMaintenance):
 
     def label_digests(self, tenant: str, labels: Mapping[str, str]) -> list[str]:
         """The names of the lists of jobs with these labels: keyed digests, which tell Redis nothing."""
-        texts = ((tenant, *label) for label in sorted(labels.items()))
-        digests = (self.record_key.digest(_LABEL, *map(str.encode, each)) for each in texts)
-        return [digest[:_LABEL_BYTES].hex() for digest in digests]
+        return [self._list_name("label", tenant, *label) for label in sorted(labels.items())]
 
     def index_fields(self, accepted: JobSpec, resources: Sequence[str]) -> dict[str, str]:
         """The fields of a record by which the scripts keep lists and the outbox, as far as it has them."""
@@ -202,8 +176,10 @@ class JobReader(StoreMaintenance):
 
     def group_digest(self, tenant: str, name: str) -> str:
         """The name of the list of a group's jobs, keyed as those of labels are."""
-        digest = self.record_key.digest(_GROUP, tenant.encode(), name.encode())
-        return digest[:_LABEL_BYTES].hex()
+        return self._list_name("group", tenant, name)
+
+    def _list_name(self, *texts: str) -> str:
+        return self.record_key.digest(*map(str.encode, texts))[:_LIST_NAME_BYTES].hex()
 
     def group(self, tenant: str, name: str) -> list[Job]:
         """The jobs of a group as they are told, by age; those that did not name it are none of it.
@@ -269,33 +245,22 @@ class JobReader(StoreMaintenance):
         """Dead letters of this tenant, newest first."""
         with redis_errors():
             found = cast("list[bytes]", self.redis.zrevrange(f"{PREFIX}dead:{tenant}", 0, 2 * limit - 1))
-        ids = [raw.decode() for raw in found]
-        jobs = (self._listed(*each) for each in zip(ids, repeat(tenant), self._records(ids)))
-        return list(islice(filter(None, jobs), limit))
+        return self.many([raw.decode() for raw in found], tenant)[:limit]
 
-    def log_of(self, job_id: str) -> Checkpoint:
-        """The checkpoint of a part. Raises UnknownJob if it was not signed by the service."""
-        with redis_errors():
-            found = cast("list[bytes | None]", self.redis.hmget(job_key(job_id), "log", "sealed"))
-        log, sealed = [value or b"" for value in found]
-        spec = spec_digest(sealed)
-        return self.record_key.verified(Checkpoint, job_id, log, spec) if log else Checkpoint()
-
-    def parent_record(self, job_id: str) -> ParentRecord:
-        """The fields from which the end of a parent job is made; missing fields are empty."""
+    def split_of(self, job_id: str) -> tuple[SignedSplit, bytes]:
+        """The parts of a job as was signed, and the digest of its sealed record. UnknownJob if forged."""
         with redis_errors():
             found = cast("list[bytes | None]", self.redis.hmget(job_key(job_id), "sealed", "split"))
-        return ParentRecord(*[value or b"" for value in found])
+        sealed, split = [value or b"" for value in found]
+        spec = spec_digest(sealed)
+        return self.record_key.verified(SignedSplit, job_id, split, spec), spec
 
     def parts_cut(self, job: Job) -> list[str]:
         """The ids of the parts that a job was cut into, as was signed; none where that was forged."""
         if not job.parts:
             return []
-        record = self.parent_record(job.job_id)
         try:
-            split = self.record_key.verified(
-                SignedSplit, job.job_id, record.split, spec_digest(record.sealed)
-            )
+            split, _ = self.split_of(job.job_id)
         except UnknownJob:
             return []
         return [part_id(job.job_id, number) for number in range(split.parts)]
@@ -303,7 +268,7 @@ class JobReader(StoreMaintenance):
     def parts_of(self, job_id: str, count: int) -> Iterator[PartRecord]:
         """The parts of a job in order. UnknownJob where one is not there."""
         ids = [part_id(job_id, number) for number in range(count)]
-        yield from map(self._part, ids, self._records(ids))
+        return map(self._part, ids, self._records(ids))
 
     def _records(self, ids: Sequence[str]) -> Iterator[dict[bytes, bytes]]:
         """The fields of these records, some hundred in one look; none where there is no record."""
@@ -326,25 +291,25 @@ class JobReader(StoreMaintenance):
         return found
 
     def _part(self, job_id: str, raw: Mapping[bytes, bytes]) -> PartRecord:
-        accepted, sealed, log = self._sealed(job_id, raw), raw.get(b"sealed", b""), raw.get(b"log", b"")
-        job, found = self.told(job_id, raw, accepted), Checkpoint()
+        sealed, log = raw.get(b"sealed", b""), raw.get(b"log", b"")
+        job, found = self._told(job_id, raw), Checkpoint()
         with suppress(UnknownJob):  # there is none, or it was forged, which is why the part was given up
             found = self.record_key.verified(Checkpoint, job_id, log, spec_digest(sealed))
         mark = raw[b"end"] if job.end else f"{job.state} {job.error}".encode() + log
         is_unproven = job.error == REFUSED and raw.get(b"error") != REFUSED.encode()
-        return PartRecord(job, accepted, sealed, found, spec_digest(mark), is_unproven)
+        return PartRecord(job, sealed, found, spec_digest(mark), is_unproven)
 
-    def told(self, job_id: str, raw: Mapping[bytes, bytes], accepted: AnyJob | None) -> Job:
+    def _told(self, job_id: str, raw: Mapping[bytes, bytes]) -> Job:
         """The fields of a record as a Job, its end verified. UnknownJob where they are not those of a job."""
+        sealed, accepted = raw.get(b"sealed", b""), None
+        with suppress(UnknownJob):
+            accepted = self.record_key.open(job_id, sealed)
         job = reading(job_id, raw, _sure(accepted) if accepted else {})
         if accepted:
-            job = msgspec.structs.replace(job, accepted=accepted)
-        if accepted and job.ended_at:
-            expires_at = accepted.result_until(job.ended_at)
-            job = msgspec.structs.replace(job, expires_at=expires_at if job.ended else accepted.expires_at)
+            until = accepted.result_until(job.ended_at) if job.ended and job.ended_at else accepted.expires_at
+            job = msgspec.structs.replace(job, accepted=accepted, expires_at=until)
         if not needs_proof(job.state, job.error):
             return job
-        sealed = raw.get(b"sealed", b"")
         end = self._end(job_id, raw.get(b"end", b""), spec_digest(sealed))
         if end and (end.state, end.error) == (job.state, job.error):
             return _as_signed(job, end)

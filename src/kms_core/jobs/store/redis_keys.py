@@ -1,6 +1,5 @@
 """Names of keys in Redis, and the decoding of its answers."""
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from kms_protocol.errors import (
 PREFIX: Final = "kms:"
 TALLY: Final = "tally:"  # of a campaign: fields of its parts that are summed up in the whole
 _DERIVED: Final = frozenset({"job_id", "tallies", "end", "accepted", "is_replayed"})
+_STOPS: Final = {b"lost": LeaseLost, b"cancel": JobCancelled, b"expired": JobExpired}
 _NO_WRITES: Final = ("NOREPLICAS", "MISCONF")
 _CURSOR: Final = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)-([0-9a-f-]{36})")
 _log = structlog.get_logger(__name__)
@@ -46,10 +46,6 @@ class Cursor(NamedTuple):
 
     created_at: float
     job_id: str
-
-    @classmethod
-    def newest(cls) -> Self:
-        return cls(math.inf, "")
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -81,19 +77,20 @@ def reading(job_id: str, raw: Mapping[bytes, bytes], sure: Fields) -> Job:
         raise UnknownJob from exc
 
 
-def number(raw: bytes | None, default: float = 0.0) -> float:
-    """A number as Redis holds it; ``default`` where there is none."""
-    return float(raw) if raw else default
+def number(raw: bytes | None) -> float:
+    """A number as Redis holds it; 0 where there is none."""
+    return float(raw) if raw else 0.0
+
+
+def flat(fields: Fields) -> list[str | int | float | bytes]:
+    """The fields of a record as arguments of a script: names and values in turn."""
+    return [part for pair in fields.items() for part in pair]
 
 
 def raise_for(word: bytes) -> None:
     """Raise LeaseLost, JobCancelled or JobExpired for the word of a script that stands for it."""
-    if word == b"lost":
-        raise LeaseLost
-    if word == b"cancel":
-        raise JobCancelled
-    if word == b"expired":
-        raise JobExpired
+    if word in _STOPS:
+        raise _STOPS[word]
 
 
 def is_unreadable(exc: Exception) -> bool:

@@ -66,27 +66,22 @@ class ReplicaWait:
         """
         if not waits or not self._section.wait_replicas:
             return script(keys, args), True
-        command = _command((script, keys, args))
-        answer, waited = self._followed(command)
-        if isinstance(answer, redis.exceptions.NoScriptError):
-            self._redis.script_load(script.script)
-            answer, waited = self._followed(command)
+        (answer,), confirmed = self.run_together((script, keys, args))
         if isinstance(answer, Exception):
             raise answer
-        return answer, self._is_acknowledged(waited)
+        return answer, confirmed
 
-    def run_both(self, first: Call, second: Call) -> tuple[list[bytes] | Exception, list[bytes] | None]:
-        """The answers of two scripts that are sent together: Redis syncs its file once for both.
+    def run_together(self, *calls: Call) -> tuple[list[list[bytes] | Exception], bool]:
+        """The answers of scripts that are sent together, and whether their writes were acknowledged.
 
-        What the first writes is acknowledged as in ``run``. An error of the first is returned, as the second
-        was run all the same; None for one of the second.
+        Redis syncs its file once for all. An error is returned in place of an answer: the others were run.
         """
-        answer, other, waited = self._followed(_command(first), _command(second))
-        if isinstance(answer, redis.exceptions.NoScriptError):
-            answer = self.run(*first)[0]
-        elif not isinstance(answer, Exception):
-            self._is_acknowledged(waited)
-        return answer, None if isinstance(other, Exception) else other
+        *answers, waited = self._followed(*map(_command, calls))
+        for at, call in enumerate(calls):
+            if isinstance(answers[at], redis.exceptions.NoScriptError):
+                call[0].sha = self._redis.script_load(call[0].script)
+                answers[at], waited = self._followed(_command(call))
+        return answers, self._is_acknowledged(waited)
 
     def confirm(self) -> bool:
         """Return whether all that Redis held a moment ago was acknowledged. Raises redis.RedisError.

@@ -8,10 +8,10 @@ import structlog
 
 from kms_core.jobs.ends import SmallBlob
 from kms_core.jobs.model import DEAD, Job
-from kms_core.jobs.spec import AnyJob, JobSpec
+from kms_core.jobs.spec import JobSpec
 from kms_core.jobs.store import small_blobs
 from kms_core.jobs.store.attempts import AttemptStore
-from kms_core.jobs.store.redis_keys import PREFIX, job_key, redis_errors
+from kms_core.jobs.store.redis_keys import PREFIX, flat, job_key, redis_errors
 from kms_core.observability import metrics
 from kms_core.settings.model import TenantSection
 from kms_protocol.errors import (
@@ -60,14 +60,13 @@ class JobStore(AttemptStore):
         if idempotency:
             keys.append(f"{PREFIX}idem:{accepted.idempotency.hex()}")
         value = f"{accepted.job_id} {accepted.digest.hex()}"
-        flat = [part for pair in fields.items() for part in pair]
         rules, tenant = self.rules, accepted.tenant
         given = [accepted.job_id, rules.open_jobs, value, accepted.expires_at, accepted.created_at, tenant]
         most = self.section.tenants.get(tenant, TenantSection()).open_jobs or 0
         given += [most, accepted.spooled_bytes, self.spool_quota(tenant)]
         given += [rules.large_job_bytes, *self.wake_up(accepted.queue), *small_blobs.counted(blob)]
         with redis_errors():
-            (word, *rest), confirmed = self._waits.run(self._run["submit"], keys, [*given, *flat])
+            (word, *rest), confirmed = self._waits.run(self._run["submit"], keys, [*given, *flat(fields)])
         found = None if word == b"queued" else self._found(word, rest, accepted)
         if not confirmed:
             raise self.unconfirmed_error(found, keys, accepted.job_id, sealed)
@@ -91,13 +90,13 @@ class JobStore(AttemptStore):
         Raises IdempotencyConflict if it is not, or was not sealed by this service, or has expired.
         """
         try:
-            before, job = self.accepted(job_id), self.get(job_id, accepted.tenant)
+            job = self.get(job_id, accepted.tenant)
         except UnknownJob:
             raise IdempotencyConflict(_NO_RECORD) from None
-        asked = (accepted.tenant, accepted.digest, accepted.idempotency)
-        if (before.tenant, before.digest, before.idempotency) != asked:
+        before = job.accepted
+        if before and (before.digest, before.idempotency) != (accepted.digest, accepted.idempotency):
             raise IdempotencyConflict
-        if before.is_forgotten:
+        if not before or before.is_forgotten:
             raise IdempotencyConflict(_NO_RECORD)
         return job
 
@@ -124,20 +123,23 @@ class JobStore(AttemptStore):
             metrics.JOBS.labels(job.kind, "cancelled").inc()
         return job
 
-    def retry(self, job_id: str, tenant: str, run_within_s: float) -> Job:
-        """Give a dead job all its attempts again, for so many seconds. Its specification is sealed again.
+    def retry(self, job_id: str, tenant: str) -> Job:
+        """Give a dead job all its attempts again, for ``run_within_s``. Its specification is sealed again.
 
         Raises JobNotDead for any other job, and if its record is not one that this service wrote; UnknownJob.
         """
         job, before = self.seen(job_id, tenant)
+        accepted = job.accepted
+        if not accepted:
+            raise JobNotDead("The record of this job is not one that this service wrote: submit it again")
+        if not self.is_kept(accepted):
+            raise JobNotDead("This job expired too long ago: submit it again")
         seen = job.attempt_id if job.error in DEAD else "-"
-        accepted = self._to_retry(job_id, before)
-        run_by = self.now() + run_within_s
+        run_by = self.now() + self.rules.run_within_s
         times = {"start_by": run_by, "run_by": run_by, "expires_at": run_by + accepted.keep_for_s}
         changed = {**times, "generation": accepted.generation + 1}
         sealed = self.record_key.seal(msgspec.structs.replace(accepted, **changed))
-        flat = [part for pair in changed.items() for part in pair]
-        given = [before, sealed, seen, accepted.tenant, self.rules.large_job_bytes, *flat]
+        given = [before, sealed, seen, accepted.tenant, self.rules.large_job_bytes, *flat(changed)]
         (word,) = self._call("retry", job_id, *given)
         if word != b"queued":
             self.get(job_id, tenant)  # UnknownJob, if the id is another tenant's by now
@@ -145,14 +147,3 @@ class JobStore(AttemptStore):
         self.wake(accepted.queue)
         self.confirm(job_id)
         return self.get(job_id, tenant)
-
-    def _to_retry(self, job_id: str, sealed: bytes) -> AnyJob:
-        try:
-            accepted = self.record_key.open(job_id, sealed)
-        except UnknownJob:
-            raise JobNotDead(
-                "The record of this job is not one that this service wrote: submit it again"
-            ) from None
-        if not self.is_kept(accepted):
-            raise JobNotDead("This job expired too long ago: submit it again")
-        return accepted

@@ -4,7 +4,7 @@ from typing import Final, cast
 
 import redis
 
-from kms_core.jobs.store.redis_keys import PREFIX, redis_errors
+from kms_core.jobs.store.redis_keys import PREFIX, flat, redis_errors
 from kms_core.jobs.store.scripts import SCRIPTS
 from kms_core.observability.usage import UsageCounters
 from kms_core.periodic import PeriodicThread
@@ -32,10 +32,9 @@ class UsageFlush(PeriodicThread):
     def round(self) -> None:
         if not (counts := self._counters.take()):
             return
-        flat = [part for pair in counts.items() for part in pair]
         try:
             with redis_errors():
-                self._client.register_script(SCRIPTS["add_counts"])([_KEY], flat)
+                self._client.register_script(SCRIPTS["add_counts"])([_KEY], flat(counts))
         except JobsUnavailable:
             self._counters.put_back(counts)
 

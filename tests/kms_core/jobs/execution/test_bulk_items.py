@@ -93,7 +93,7 @@ def test_a_part_that_uses_up_its_attempts_has_error_lines(core: Core) -> None:
     dead, *others = parts_of(core, job)
     assert core.worker_context.store.claim(dead, "w/9") is not None  # and dies
     core.worker_context.store.rules = with_jobs(lease_s=30, attempts=1).jobs
-    while core.worker_context.store.reap(dead) != "requeued":
+    while core.worker_context.store.reap_all([dead])[0] != "requeued":
         pass
     for part in (dead, *others):
         run_job(part, core.worker_context, "w/1")
@@ -160,13 +160,13 @@ def test_a_dead_letter_is_listed_and_can_be_retried(core: Core) -> None:
     assert [found.job_id for found in store.dead(WHO.tenant, 10)] == [job.job_id]
     store.rules = with_jobs().jobs
 
-    store.retry(job.job_id, WHO.tenant, 60)
+    store.retry(job.job_id, WHO.tenant)
     run_job(job.job_id, core.worker_context, "w/1")
 
     assert now(core, job).state == "succeeded"
     assert store.dead(WHO.tenant, 10) == []
     with pytest.raises(JobNotDead):
-        store.retry(job.job_id, WHO.tenant, 60)
+        store.retry(job.job_id, WHO.tenant)
 
 
 def test_a_transition_is_told_once_and_parts_are_not(core: Core) -> None:

@@ -286,7 +286,7 @@ def test_paced_job_gives_its_place_away_between_bursts(core: Core, root: Path) -
     done = []
     for _ in count():
         run_job(part, core.worker_context, "w")
-        found = core.worker_context.store.part(part)
+        found = core.worker_context.store.part(part).job
         done.append(found.items_done)
         if found.state != "queued":
             break
@@ -297,14 +297,14 @@ def test_paced_job_gives_its_place_away_between_bursts(core: Core, root: Path) -
     assert now(core, job_id).state == "succeeded"
     assert report(core, job_id)["changed"] == 3
     assert len(done) == 3  # twelve files, five at a time
-    assert core.worker_context.store.part(part).attempt == 1
+    assert core.worker_context.store.part(part).job.attempt == 1
 
 
 def test_paced_job_that_is_cancelled_ends_at_once(core: Core, root: Path) -> None:
     job_id = start(core, root, rate_per_s=0.001)
     part = part_id(job_id, 0)
     run_job(part, core.worker_context, "w")
-    assert core.worker_context.store.part(part).not_before > time.time() + 60
+    assert core.worker_context.store.part(part).job.not_before > time.time() + 60
 
     core.worker_context.store.cancel(job_id, TENANT)
 
@@ -375,7 +375,7 @@ def test_file_that_the_disk_cannot_give_is_given_up_in_the_end_and_holds_up_no_o
     part = part_id(job_id, 0)
     for _ in range(PATIENCE):
         run_job(part, worker_context, "w")
-        assert core.worker_context.store.part(part).state == "queued"
+        assert core.worker_context.store.part(part).job.state == "queued"
         forge(core.worker_context.store, part, not_before="0")
 
     run_job(part, worker_context, "w")

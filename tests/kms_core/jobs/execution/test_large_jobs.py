@@ -171,7 +171,7 @@ def test_process_of_a_large_job_is_free_when_its_lease_ends(core: Core, end: str
         store.defer(claim, 600, counts=False)
     else:
         core.worker_context.store.redis.hset(f"kms:job:{first}", "lease_until", "0")
-        assert store.reap(first) == "requeued"
+        assert store.reap_all([first]) == ["requeued"]
 
     assert store.claim(second, "w/2")
 
@@ -279,7 +279,7 @@ def test_large_job_that_dies_again_and_again_is_no_exception(core: Core) -> None
     first, second = made(store), made(store)
     assert short.claim(first, "w/1")
     time.sleep(0.3)  # its worker died
-    assert short.reap(first) == "requeued"
+    assert short.reap_all([first]) == ["requeued"]
     held(store, second, "w/2")
 
     assert store.claim(first, "w/1") is None
@@ -392,7 +392,7 @@ def test_files_of_a_part_that_have_grown_make_it_large(core: Core, files: Path) 
 
     run_job(part_id(whole, 0), core.worker_context, "w/1")
 
-    part = core.worker_context.store.part(part_id(whole, 0))
+    part = core.worker_context.store.part(part_id(whole, 0)).job
     assert (part.state, names(files / "out")) == ("queued", ["0.age", "1.age"])
     assert is_ready(core.worker_context.store, part.job_id)
     claim = held(core.worker_context.store, made(core.worker_context.store))

@@ -67,7 +67,7 @@ def done(core: Core, kind: JobKind, source: Path, target: Path, *, overwrite: bo
 def taken_up(worker_context: WorkerContext, job_id: str) -> Job:
     """The job after its worker died and another has had its turn."""
     lapse(worker_context.store)
-    worker_context.store.reap(job_id)
+    worker_context.store.reap_all([job_id])
     run_job(job_id, worker_context, "w2")
     return worker_context.store.get(job_id, TENANT)
 

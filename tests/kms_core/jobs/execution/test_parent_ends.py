@@ -86,7 +86,7 @@ def test_end_of_the_whole_is_signed_with_the_sums_of_its_parts(core: Core, bad: 
     assert (job.items, job.items_done, job.items_failed) == (ITEMS, ITEMS, len(bad))
     assert job.end
     assert (job.end.parts, len(job.end.result_digest)) == (3, 32)
-    assert job.bytes_done == sum(core.worker_context.store.part(part).bytes for part in parts)
+    assert job.bytes_done == sum(core.worker_context.store.part(part).job.bytes for part in parts)
 
 
 def test_end_of_the_whole_is_counted(core: Core) -> None:
@@ -252,7 +252,7 @@ def test_plain_counts_of_parts_are_not_believed(core: Core, unended: list[str]) 
 
     job = now(core, job_id)
     assert (job.state, job.items, job.items_done, job.items_failed) == ("succeeded", ITEMS, ITEMS, 0)
-    assert job.bytes_done == sum(core.worker_context.store.part(part).bytes for part in parts)
+    assert job.bytes_done == sum(core.worker_context.store.part(part).job.bytes for part in parts)
 
 
 @pytest.mark.parametrize("field", ["end", "split"])
@@ -320,9 +320,9 @@ def test_refused_whole_is_cut_anew_by_a_retry(core: Core, unended: list[str]) ->
     forge(store, parts[1], end=b"junk")
     run(core, job_id)
     stale = record(store, parts[1])
-    store.retry(job_id, TENANT, 60)
+    store.retry(job_id, TENANT)
     run(core, job_id)
-    assert [store.part(part).state for part in parts] == ["queued"] * 3
+    assert [store.part(part).job.state for part in parts] == ["queued"] * 3
     assert int(record(store, parts[1])[b"fence"]) > int(stale[b"fence"])
     run(core, *parts)
 
@@ -344,7 +344,7 @@ def test_part_of_an_earlier_life_does_not_count(core: Core) -> None:
     store.redis.hincrby(f"kms:job:{job_id}", "parts_left", -1)
     run(core, *others)
 
-    assert store.part(skipped).state == "succeeded"
+    assert store.part(skipped).job.state == "succeeded"
     assert told(core, job_id) == REFUSED
 
 
@@ -369,5 +369,5 @@ def test_log_of_an_earlier_life_settles_no_file(core: Core, tmp_path: Path) -> N
     forge(store, part, log=log)
     run(core, part)
 
-    assert store.part(part).error == "record_refused"
+    assert store.part(part).job.error == "record_refused"
     assert told(core, job_id) == ("failed", "items_failed")

@@ -395,7 +395,7 @@ def test_ends_of_two_generations_have_different_ids(store: JobStore) -> None:
         found: Any = store.redis.xrevrange("kms:events", count=1)
         ids.add(found[0][1][b"id"])
         assert store.get(job_id, TENANT).generation == generation
-        store.retry(job_id, TENANT, 60)
+        store.retry(job_id, TENANT)
         claim = store.claim(job_id, "w/1")  # type: ignore[assignment]  # it is queued
     assert ids == {f"{job_id}.{generation}.failed".encode() for generation in (0, 1, 2)}
 

@@ -290,7 +290,7 @@ def test_part_that_has_expired_writes_no_file(
     with later(monkeypatch, 2 * 86_400):
         run_job(part, core.worker_context, "w/1")
 
-    assert core.worker_context.store.part(part).error == "expired"
+    assert core.worker_context.store.part(part).job.error == "expired"
     assert not (root / "out").exists()
 
 
@@ -327,7 +327,7 @@ def test_commit_of_a_part_that_expires_before_it_is_finished_puts_nothing_in_pla
     with stack:
         run_job(part, aging, "w/2")
 
-    assert found.part(part).error == "expired"
+    assert found.part(part).job.error == "expired"
     assert not list((root / "out").iterdir())
 
 
@@ -352,5 +352,5 @@ def test_part_that_expires_while_it_runs_writes_no_further_file(
             "w/1",
         )
 
-    assert core.worker_context.store.part(part_id(job_id, 0)).error == "expired"
+    assert core.worker_context.store.part(part_id(job_id, 0)).job.error == "expired"
     assert [path.name for path in (root / "out").iterdir()] == ["a.age"]

@@ -108,7 +108,7 @@ def test_job_whose_record_was_refused_is_a_dead_letter(core: Core) -> None:
 
     assert [job.job_id for job in store.dead(TENANT, 10)] == [job_id]
     forge(store, job_id, sealed=sealed)  # it was a worker with another key, say
-    store.retry(job_id, TENANT, 60)
+    store.retry(job_id, TENANT)
     run_job(job_id, core.worker_context, "w")
 
     assert store.get(job_id, TENANT).state == "succeeded"
@@ -121,7 +121,7 @@ def test_job_of_another_tenant_is_not_retried(core: Core) -> None:
     forge(store, job_id, tenant="mallory", state="failed", error="attempts_exhausted")
 
     with pytest.raises(UnknownJob):
-        store.retry(job_id, "mallory", 3600)
+        store.retry(job_id, "mallory")
     assert record(store, job_id)[b"sealed"] == sealed
     assert record(store, job_id)[b"state"] == b"failed"
 
@@ -236,7 +236,7 @@ def test_job_whose_plain_tenant_was_changed_is_retried_by_its_owner(store: JobSt
     job = store.submit(accepted())
     forge(store, job.job_id, tenant="mallory", state="failed", error="attempts_exhausted")
 
-    assert store.retry(job.job_id, TENANT, 60).state == "queued"
+    assert store.retry(job.job_id, TENANT).state == "queued"
     assert record(store, job.job_id)[b"tenant"] == TENANT.encode()
 
 

@@ -277,9 +277,8 @@ def test_large_files_are_parts_of_their_own(core: Core, root: Path) -> None:
 
     run_job(job_id, core.worker_context, "w")
 
-    parts = [
-        core.worker_context.store.part(part_id(job_id, number)) for number in range(now(core, job_id).parts)
-    ]
+    store = core.worker_context.store
+    parts = [store.part(part_id(job_id, number)).job for number in range(now(core, job_id).parts)]
     assert [part.items for part in parts] == [1, 1, 1, 1]
     assert now(core, job_id).bytes == PART_BYTES * 5 // 2 + 2
 
@@ -297,7 +296,7 @@ def test_listing_that_was_cut_off_is_made_anew_and_what_comes_later_is_not_in_it
     fill(root / "in", c=b"3")
     for _ in range(2):
         lapse(worker_context.store)
-        worker_context.store.reap(job_id)
+        worker_context.store.reap_all([job_id])
         work(worker_context, job_id)
 
     assert set(tree(root / "out")) == {"a.age", "b.age"}
@@ -360,9 +359,9 @@ def test_part_of_a_killed_worker_is_finished_and_each_file_is_done_once(  # noqa
     with pytest.raises(Killed):
         run_job(part, stumbling(core, at, after=after), "w1")
     before = {path.name: path.stat().st_ino for path in (root / "out").glob("*.age")}
-    settled = len(core.worker_context.store.log_of(part).outcomes)
+    settled = len(core.worker_context.store.part(part).log.outcomes)
     lapse(worker_context.store)
-    worker_context.store.reap(part)
+    worker_context.store.reap_all([part])
     run_job(part, worker_context, "w2")
 
     job = now(core, job_id)

@@ -145,7 +145,7 @@ def test_the_lists_keep_a_job_for_as_long_as_its_record_is_kept(store: JobStore)
 
 def test_a_job_that_was_retried_stays_in_its_lists(core: Core, store: JobStore) -> None:
     job_id = dead(store)
-    assert store.retry(job_id, TENANT, 60).state == "queued"
+    assert store.retry(job_id, TENANT).state == "queued"
     store.redis.zadd("kms:records", {job_id: 1})
 
     reaper_of(core, store).reap()

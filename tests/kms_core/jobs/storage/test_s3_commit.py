@@ -201,7 +201,7 @@ def impatient(bench: Bench) -> WorkerContext:
 
 
 def cancelled(bench: Bench, job_id: str) -> None:
-    bench.core.worker_context.store.reap(job_id)
+    bench.core.worker_context.store.reap_all([job_id])
     bench.core.worker_context.store.cancel(job_id, "default")
 
 

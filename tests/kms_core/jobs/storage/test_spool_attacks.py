@@ -52,9 +52,9 @@ class Install:
 
     def run(self, job_id: str) -> Job:
         run_job(job_id, self.core.worker_context, "w")
-        for number in range(self.core.worker_context.store.part(job_id).parts):
+        for number in range(self.core.worker_context.store.part(job_id).job.parts):
             run_job(part_id(job_id, number), self.core.worker_context, "w")
-        return self.core.worker_context.store.part(job_id)
+        return self.core.worker_context.store.part(job_id).job
 
     def download(self, job_id: str, **headers: str) -> httpx.Response:
         return self.service.get(f"/jobs/{job_id}/result", headers=headers)
@@ -480,7 +480,7 @@ def test_a_dead_letter_whose_file_is_put_back_runs(install: Install) -> None:
     assert install.run(job_id).error == "record_refused"
 
     path.write_bytes(before)
-    install.core.worker_context.store.retry(job_id, "default", 60)
+    install.core.worker_context.store.retry(job_id, "default")
 
     assert install.run(job_id).state == "succeeded"
     assert install.download(job_id).content == b"mine"

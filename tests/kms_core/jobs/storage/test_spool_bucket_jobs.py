@@ -134,7 +134,7 @@ def test_bucket_that_is_away_is_told_and_defers_jobs_without_an_attempt(install:
     assert install.service.http.get("/readyz").json()["spool"] == "unavailable"
     assert "spool" in install.service.get("/status").json()["degraded"]
     install.back()
-    until(lambda: install.core.worker_context.store.reap(job_id) != "deferred", "it is due")
+    until(lambda: install.core.worker_context.store.reap_all([job_id])[0] != "deferred", "it is due")
     until(lambda: install.run(job_id).state == "succeeded", "the job ends")
 
     sealed = install.service.result(job_id)

@@ -63,7 +63,7 @@ def test_a_job_that_is_too_new_waits_without_an_attempt(core: Core, store: JobSt
     assert (job[b"state"], job.get(b"attempt", b"0")) == (b"queued", b"0")
     assert job[b"waits_for"]
     assert store.redis.zscore("kms:newer", job_id)
-    assert store.reap(job_id) == "newer"
+    assert store.reap_all([job_id]) == ["newer"]
     Reaper(store, core.worker_context.spool, "w").reap()
     assert taken(store) is None
 
@@ -89,7 +89,7 @@ def test_a_worker_that_knows_the_feature_takes_it(store: JobStore) -> None:
     store.redis.hdel(f"kms:job:{job_id}", "needs")
     store.worker_seen("later", 1, QUEUES)
     assert job_id in store.due()
-    assert store.reap(job_id) == "due"
+    assert store.reap_all([job_id]) == ["due"]
 
     claim = store.next("later/1", QUEUES[0], QUEUES, woken=False)
     assert getattr(claim, "attempt", 0) == 1

@@ -96,7 +96,7 @@ def test_parts_inherit_the_priority_and_so_does_a_retry(core: Core, store: JobSt
 
     assert depths(store)[BULK, "low"] == sum(depths(store).values()) == 2
     forge(store, job_id, state="failed", error="attempts_exhausted")
-    store.retry(job_id, TENANT, 60)
+    store.retry(job_id, TENANT)
     assert depths(store)[BULK, "low"] == 3
 
 

@@ -122,7 +122,7 @@ def test_junk_in_a_record_names_no_resource(core: Core, junk: str) -> None:
     job_id = submit(store, [NAS])
     store.redis.hset(f"kms:job:{job_id}", "resources", junk)
     store.redis.sadd(f"kms:blocked:{NAS}", "junk", "a b", f"kms.bulk {TENANT} small")
-    store.reap(job_id)
+    store.reap_all([job_id])
 
     for _ in range(3):
         found = attempt(store)

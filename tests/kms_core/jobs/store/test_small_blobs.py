@@ -281,14 +281,14 @@ def test_dead_job_is_retried_with_its_input(core: Core) -> None:
     store = store_of(core, with_jobs(attempts=1), [])
     assert store.claim(job_id, "w/1")
     lapse(store)
-    store.reap(job_id)
+    store.reap_all([job_id])
     assert store.claim(job_id, "w/1") is None
     assert store.get(job_id, TENANT).error == "attempts_exhausted"
     reap(core, 0)
 
-    store.retry(job_id, TENANT, 600)
+    store.retry(job_id, TENANT)
 
     assert core.worker_context.store.redis.ttl(f"kms:blobs:{job_id}") == -1
     assert done(core, job_id).state == "succeeded"
     with pytest.raises(JobNotDead):
-        store.retry(job_id, TENANT, 600)
+        store.retry(job_id, TENANT)

@@ -185,7 +185,7 @@ def test_job_of_another_tenant_is_unknown(store: JobStore) -> None:
         with pytest.raises(UnknownJob):
             look(job.job_id, TENANT)
     with pytest.raises(UnknownJob):
-        store.retry(job.job_id, TENANT, 60)
+        store.retry(job.job_id, TENANT)
     assert store.page(TENANT, state=None, limit=10, before=None) == ([], None)
     assert store.get(job.job_id, "theirs").state == "queued"
 
@@ -209,7 +209,7 @@ def test_job_that_changes_hands_after_the_look_stays_as_it_is(store: JobStore, e
     late.__class__ = Late
     acts: list[Callable[[], Job]] = [
         lambda: late.cancel(job.job_id, TENANT),
-        lambda: late.retry(job.job_id, TENANT, 60),
+        lambda: late.retry(job.job_id, TENANT),
     ]
     mine = record(store, job.job_id)
     for act in acts:
@@ -517,7 +517,7 @@ def test_ended_job_stays_as_it_ended(store: JobStore, end: wire.JobState) -> Non
 
     assert store.cancel(claim.accepted.job_id, TENANT).state == end
     with pytest.raises(JobNotDead):
-        store.retry(claim.accepted.job_id, TENANT, 60)
+        store.retry(claim.accepted.job_id, TENANT)
 
 
 # -- committing -------------------------------------------------------------------------------------------
@@ -539,7 +539,7 @@ def test_commit_is_handed_to_whoever_comes_next(store: JobStore) -> None:
     store.committing(claim, COMMIT)
     for number in range(2, 2 + 2 * LONG.jobs.attempts):  # a commit has no limit of attempts
         lapse(store)
-        assert store.reap(claim.accepted.job_id) == "committing"
+        assert store.reap_all([claim.accepted.job_id]) == ["committing"]
         again = store.claim(claim.accepted.job_id, "w")
         assert again
         assert (again.commit, again.attempt, again.fence) == (COMMIT, 1, number)
@@ -566,7 +566,7 @@ def test_commit_that_replicas_may_not_have_waits_for_them(store: JobStore) -> No
 
     store.defer(claim, 0.3, counts=False)
     assert store.next("w2", claim.accepted.queue, (claim.accepted.queue,), woken=False) is None
-    until(lambda: store.reap(job_id) == "committing", "its time has come")
+    until(lambda: store.reap_all([job_id]) == ["committing"], "its time has come")
     again = store.next("w2", claim.accepted.queue, (claim.accepted.queue,), woken=False)
 
     assert isinstance(again, Attempt)
@@ -582,4 +582,4 @@ def test_a_dead_job_whose_result_was_released_is_not_retried(core: Core) -> None
     store.release(store.get(job_id, TENANT))
 
     with pytest.raises(JobNotDead):
-        store.retry(job_id, TENANT, 60)
+        store.retry(job_id, TENANT)

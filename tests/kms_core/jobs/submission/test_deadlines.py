@@ -258,7 +258,7 @@ def test_a_worker_whose_clock_is_a_day_ahead_leaves_jobs_to_others(
         assert store.next("w/1", BULK, QUEUES, woken=False) == job_id
         assert store.get(job_id, TENANT).state == "queued"
     store.redis.hset(f"kms:job:{job_id}", "not_before", 0)
-    store.reap(job_id)
+    store.reap_all([job_id])
 
     assert attempt(store).attempt == 1
 
