@@ -6,7 +6,7 @@ every byte before it, and a proof for one line needs the digests of later lines 
 """
 
 from collections.abc import Callable, Iterable
-from datetime import datetime
+from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Annotated, Final
 
@@ -32,18 +32,14 @@ class LineClock:
         at = self._last = max(now, self._last)
         second, rest = divmod(at, _SECOND_NS)
         if second != self._second:
-            self._second, self._text = second, _text(second)
-        clock = b'"clock":"%b.%06dZ",' % _parts(now) if at - now >= _SECOND_NS else b""
+            self._second, self._text = second, time_text(second)[:-1].encode()
+        clock = b'"clock":"%b",' % text_of(_moment(now)).encode() if at - now >= _SECOND_NS else b""
         return b"%b.%06dZ" % (self._text, rest // 1000), clock
 
 
-def _parts(at_ns: int) -> tuple[bytes, int]:
+def _moment(at_ns: int) -> datetime:
     second, rest = divmod(at_ns, _SECOND_NS)
-    return _text(second), rest // 1000
-
-
-def _text(second: int) -> bytes:
-    return time_text(second)[:-1].encode()
+    return datetime.fromtimestamp(second, UTC).replace(microsecond=rest // 1000)
 
 
 ZERO: Final = bytes(32)

@@ -41,7 +41,6 @@ class Concealer:
 
     def __init__(self, key: bytes) -> None:
         self._key = key
-        self._tenants: dict[str, hmac.HMAC] = {}
         self._repeated = lru_cache(maxsize=_REPEATED)(self._conceal)
 
     @classmethod
@@ -50,9 +49,8 @@ class Concealer:
 
         Raises ConfigurationError, AuditUnavailable while the root of a sealed file is away.
         """
-        _make(path, lambda: base64.b64encode(os.urandom(KEY_BYTES)) + b"\n")
         try:
-            key = base64.b64decode(_secret(path, CONCEALING, open_sealed, strict=strict), validate=False)
+            key = base64.b64decode(_secret(path, CONCEALING, _new_key, open_sealed, strict=strict))
         except ValueError:
             key = b""
         if len(key) != KEY_BYTES:
@@ -66,14 +64,10 @@ class Concealer:
         return self._repeated(tenant, context) if short else self._conceal(tenant, context)
 
     def _conceal(self, tenant: str, context: Context) -> Mapping[str, str]:
-        keyed = self._tenants.get(tenant)
-        if keyed is None:  # there are few tenants
-            keyed = self._tenants[tenant] = hmac.new(self._key, length_prefixed(tenant.encode()), "sha256")
         hidden = {}
         for name, value in context.pairs:
-            each = keyed.copy()
-            each.update(length_prefixed(name.encode(), value.encode()))
-            hidden[name] = each.hexdigest()[:_SHOWN]
+            text = length_prefixed(tenant.encode(), name.encode(), value.encode())
+            hidden[name] = hmac.digest(self._key, text, "sha256").hex()[:_SHOWN]
         return hidden
 
 
@@ -84,7 +78,7 @@ class Signer:
         self._key = key
         self.public = key.public_key().public_bytes_raw()
         self.key_id = key_id(self.public)
-        self.known = PublicKeys.of([self.public])
+        self.known = PublicKeys([self.public])
         """This key and all former keys of the file beside it."""
 
     @classmethod
@@ -93,9 +87,9 @@ class Signer:
 
         Raises ConfigurationError, AuditUnavailable while the root of a sealed file is away.
         """
-        _make(path, _new_private_key)
+        content = _secret(path, SIGNING, _new_private_key, open_sealed, strict=strict)
         try:
-            key = serialization.load_pem_private_key(_secret(path, SIGNING, open_sealed, strict=strict), None)
+            key = serialization.load_pem_private_key(content, None)
         except (ValueError, TypeError):
             key = None
         if not isinstance(key, Ed25519PrivateKey):
@@ -112,23 +106,19 @@ class Signer:
 
     def _publish(self, path: Path) -> None:
         """Add the public key to the file of public keys: lines signed by former keys stay verifiable."""
-        known = PublicKeys.read(path) if path.exists() else PublicKeys({})
+        known = PublicKeys.read(path) if path.exists() else PublicKeys([])
         if self.key_id not in known.keys:
             with _configuring(path), path.open("a") as file:
                 file.write(pem(self.public))
-        self.known = PublicKeys(known.keys | self.known.keys)
+        self.known = PublicKeys([*known.keys.values(), self.public])
 
 
 class PublicKeys:
     """Public keys that a verifier trusts, by their ids."""
 
-    def __init__(self, keys: Mapping[str, bytes]) -> None:
-        self.keys = dict(keys)
-        self._loaded = {name: Ed25519PublicKey.from_public_bytes(raw) for name, raw in keys.items()}
-
-    @classmethod
-    def of(cls, raw: Iterable[bytes]) -> Self:
-        return cls({key_id(each): each for each in raw})
+    def __init__(self, raw: Iterable[bytes]) -> None:
+        self.keys = {key_id(each): each for each in raw}
+        self._loaded = {name: Ed25519PublicKey.from_public_bytes(key) for name, key in self.keys.items()}
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -140,7 +130,7 @@ class PublicKeys:
             keys = [load((block + _ENDS).encode()) for block in blocks if block.strip()]
         except ValueError as exc:
             raise ConfigurationError(f"{path} holds no public keys in PEM") from exc
-        return cls.of(key.public_bytes_raw() for key in keys if isinstance(key, Ed25519PublicKey))
+        return cls(key.public_bytes_raw() for key in keys if isinstance(key, Ed25519PublicKey))
 
     def signed(self, line: bytes) -> ChainLine | None:
         """Decode a signed line (without newline); None unless a known key signed it and its head is right."""
@@ -148,10 +138,8 @@ class PublicKeys:
         if found is None or parts is None or found.kind not in chain.SIGNED:
             return None
         unsigned, signature = parts
-        try:
-            whole = chain.is_sound(bytes.fromhex(found.previous), line)
-        except ValueError:
-            return None
+        before = chain.from_hex(found.previous)
+        whole = before is not None and chain.is_sound(before, line)
         good = whole and self._verifies(found.key, chain.text_to_sign(unsigned), signature)
         return found if good else None
 
@@ -183,24 +171,27 @@ def pem(public: bytes) -> str:
     return key.public_bytes(serialization.Encoding.PEM, form).decode("ascii")
 
 
+def _new_key() -> bytes:
+    return base64.b64encode(os.urandom(KEY_BYTES)) + b"\n"
+
+
 def _new_private_key() -> bytes:
     return Ed25519PrivateKey.generate().private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
 
 
-def _make(path: Path, content: Callable[[], bytes]) -> None:
-    """Create a private file if it does not exist; of two processes, both use the file of the first."""
-    if path.exists():
-        return
-    with _configuring(path):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        secure_files.create(path, content())
+def _secret(
+    path: Path, name: str, new: Callable[[], bytes], open_sealed: OpenSealed | None, *, strict: bool
+) -> bytes:
+    """The content of a key file; of a sealed one as ``name``. One that does not exist is created.
 
-
-def _secret(path: Path, name: str, open_sealed: OpenSealed | None, *, strict: bool) -> bytes:
-    """The content of a key file; of a sealed one as ``name``."""
+    Two processes that create it at the same time both use the file of the first.
+    """
     with _configuring(path):
+        if not path.exists():
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            secure_files.create(path, new())
         content = small_files.read(path)
         secure_files.check_secret(path, _log.warning, "key.file_open_to_others", strict=strict)
     if not is_age_file(content):

@@ -132,7 +132,7 @@ class AuditLog:
 
     def _write(self, records: list[bytes], *, sync: bool) -> str:
         """Write lines by one system call, all or none; the id of the last."""
-        try:
+        with _writing():
             with self._lock:
                 try:
                     file = self._ready()
@@ -146,8 +146,6 @@ class AuditLog:
                     self._checkpoint_or_rotate(file)
             if sync:
                 file.sync(size)
-        except OSError as exc:
-            raise _cannot_write_error(exc) from exc
         note = noted.get()
         if note is not None:
             note.audit_id = name
@@ -155,12 +153,10 @@ class AuditLog:
 
     def check(self) -> None:
         """As ``AuditWriter.check``; also retries a failed write, so that the service becomes ready again."""
-        try:
+        with _writing():
             with self._lock:
                 self._ready()
             room = os.statvfs(self.folder)
-        except OSError as exc:
-            raise _cannot_write_error(exc) from exc
         if room.f_bavail * room.f_frsize < _ENOUGH_BYTES:
             raise AuditUnavailable("The audit log cannot be written (its disk is full)")
 
@@ -188,23 +184,20 @@ class AuditLog:
     def record_removal(self, before: str, files: int) -> None:
         """Record that segments opened up to a time will be removed now. Raises AuditUnavailable."""
         fields = {"kind": chain.RETIRED, "before": before, "files": files}
-        try:
-            with self._lock:
-                file = self._ready()
-                self._put(file, _encode(fields)[1:-1])
-                self._sign(file, chain.CHECKPOINT, {})
-        except OSError as exc:
-            raise _cannot_write_error(exc) from exc
+        with _writing(), self._lock:
+            file = self._ready()
+            self._put(file, _encode(fields)[1:-1])
+            self._sign(file, chain.CHECKPOINT, {})
 
     def close(self) -> None:
         """Append the closing line, at a clean stop; never raises. A later record begins a further segment."""
         with suppress(OSError), self._lock:
-            if (
-                self._pid == os.getpid() and self._goes_on
-            ):  # the last segment is full, and has no closing line
+            if self._pid != os.getpid():
+                return
+            if self._goes_on:  # the last segment is full, and has no closing line
                 self._ready()
             file, self._file = self._file, None
-            if file is None or self._pid != os.getpid():
+            if file is None:
                 return
             try:
                 if file.is_ours():
@@ -227,12 +220,9 @@ class AuditLog:
 
     def _sync_all(self) -> None:
         file = self._file
-        if file is None:
-            return
-        try:
-            file.sync(file.size)
-        except OSError as exc:
-            raise _cannot_write_error(exc) from exc
+        if file is not None:
+            with _writing():
+                file.sync(file.size)
 
     # -- lines, under the lock ------------------------------------------------------------------------
 
@@ -258,7 +248,7 @@ class AuditLog:
             _log.error("audit.file_lost", path=str(before.path), reason=before.trouble)
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._chain = self._chain or self._new_name()
-        file = SegmentFile.create(segments.path_of(self.folder, self._chain, self._number + 1))
+        file = SegmentFile(segments.path_of(self.folder, self._chain, self._number + 1))
         try:
             opened = self._put(file, self._opening())
         except OSError:
@@ -302,10 +292,14 @@ class AuditLog:
         at, _ = self._line_time()
         return f"{self._role}-{at.decode().replace('-', '').replace(':', '')}-{self._pid}"
 
+    def _stamp(self) -> tuple[bytes, bytes]:
+        """The time of the next line, and the fields of a line that follow its number."""
+        at, clock = self._line_time()
+        return at, b',"chain":"%b","time":"%b",%b' % (self._chain.encode(), at, clock)
+
     def _put(self, file: SegmentFile, *records: bytes) -> str:
         """Append lines with the same time; that time."""
-        at, clock = self._line_time()
-        begin = b',"chain":"%b","time":"%b",%b' % (self._chain.encode(), at, clock)
+        at, begin = self._stamp()
         head, lines = self._head, []
         for seq, fields in enumerate(records, start=self._seq + 1):
             line, head = chain.seal(head, b'{"seq":%d%b%b' % (seq, begin, fields))
@@ -319,7 +313,7 @@ class AuditLog:
 
     def _sign(self, file: SegmentFile, kind: str, heads: dict[str, ChainHead]) -> None:
         """Append a signed line, which vouches for all lines before it and for the given heads."""
-        at, clock = self._line_time()
+        _, begin = self._stamp()
         fields = {
             "kind": kind,
             "previous": self._head.hex(),
@@ -327,13 +321,7 @@ class AuditLog:
             "heads": heads,
             "key": self._signer.key_id,
         }
-        unsigned = b'{"seq":%d,"chain":"%b","time":"%b",%b%b' % (
-            self._seq + 1,
-            self._chain.encode(),
-            at,
-            clock,
-            _encode(fields)[1:-1],
-        )
+        unsigned = b'{"seq":%d%b%b' % (self._seq + 1, begin, _encode(fields)[1:-1])
         signature = self._signer.sign(chain.text_to_sign(unsigned))
         line, head = chain.seal(self._head, b'%b%b%b"' % (unsigned, chain.SIGNATURE, signature))
         file.append(line)
@@ -341,8 +329,13 @@ class AuditLog:
         self.last_signed = line
 
 
-def _cannot_write_error(exc: OSError) -> AuditUnavailable:
-    return AuditUnavailable(f"The audit log cannot be written ({exc.strerror})")
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Raise AuditUnavailable in place of an OSError."""
+    try:
+        yield
+    except OSError as exc:
+        raise AuditUnavailable(f"The audit log cannot be written ({exc.strerror})") from exc
 
 
 @contextmanager

@@ -49,8 +49,6 @@ class RecordedOperation(AuditRecord, kw_only=True):
     principal: str = ""
     tenant: str = ""
     credential: str = ""
-    context: dict[str, str] = msgspec.field(default_factory=dict)
-    new_context: dict[str, str] = msgspec.field(default_factory=dict)
     host: str = ""
 
     @property
@@ -232,13 +230,11 @@ def _note(log: HostLog, exc: OSError, unread: dict[str, str]) -> None:
 
 def _from(files: list[Segment], time: str) -> list[Segment]:
     """The segments without those at the beginning that end before the time."""
-    first = len(files) - 1
-    while first and time:
+    for first in range(len(files) - 1 if time else 0, 0, -1):
         opening = files[first].opening()
         if opening is not None and opening.time < time:
-            break
-        first -= 1
-    return files[first if time else 0 :]
+            return files[first:]
+    return files
 
 
 def _last_time(segment: Segment) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Final
 
 from kms_core.audit import chain
 from kms_core.audit.chain import ChainHead, ChainLine
@@ -27,34 +27,28 @@ class SegmentFile:
     this process ended, so bytes that another program or a full disk left there never begin a line.
     """
 
-    def __init__(self, path: Path, fd: int, sync: Callable[[int], None] = os.fdatasync) -> None:
-        self.path = path
-        self.size = 0
-        self.trouble = ""
-        self._name = str(path)
-        self._fd = fd
-        self._sync = sync
-        found = os.fstat(fd)
-        self._identity = (found.st_dev, found.st_ino)
-        self._turn = threading.Condition()
-        self._syncing = False
-        self._synced = 0
-        self._closed = False
-
-    @classmethod
-    def create(cls, path: Path, *, sync: Callable[[int], None] = os.fdatasync) -> Self:
+    def __init__(self, path: Path) -> None:
         """Create the file. A lock on it shows readers that its process lives.
 
         A file that root creates belongs to the owner of the folder, since the service reads all chains.
         Raises OSError; FileExistsError if the name exists.
         """
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self.path = path
+        self.size = 0
+        self.trouble = ""
+        self._name = str(path)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         if os.geteuid() == 0:
             owner = path.parent.stat()
-            os.fchown(fd, owner.st_uid, owner.st_gid)
+            os.fchown(self._fd, owner.st_uid, owner.st_gid)
         with suppress(OSError):  # a file system without locks: readers then take this process for dead
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return cls(path, fd, sync)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found = os.fstat(self._fd)
+        self._identity = (found.st_dev, found.st_ino)
+        self._turn = threading.Condition()
+        self._syncing = False
+        self._synced = 0
+        self._closed = False
 
     def is_ours(self) -> bool:
         """True if the name still leads to the file, with the size that it should have. One system call."""
@@ -104,7 +98,7 @@ class SegmentFile:
             self._syncing, target = True, self.size
         done = False
         try:
-            self._sync(self._fd)
+            os.fdatasync(self._fd)
             done = True
         finally:
             with self._turn:
@@ -139,8 +133,8 @@ class SegmentFile:
         os.close(self._fd)
 
 
-NAME: Final = re.compile(r"([a-z][a-z0-9_]{0,31}-\d{8}T\d{6}\.\d{6}Z-\d{1,10})\.(\d{4,9})\.jsonl")
 CHAIN: Final = re.compile(r"[a-z][a-z0-9_]{0,31}-\d{8}T\d{6}\.\d{6}Z-\d{1,10}")
+NAME: Final = re.compile(rf"({CHAIN.pattern})\.(\d{{4,9}})\.jsonl")
 LONGEST_LINE_BYTES: Final = 1024 * 1024
 MAX_HEADS: Final = 256
 _BLOCK_BYTES: Final = 16 * 1024

@@ -38,10 +38,8 @@ class RedisSink:
         self._client = client
 
     def put(self, line: bytes) -> None:
-        try:
+        with _answering():
             self._client.xadd(ANCHORS, {_FIELD: line.rstrip(b"\n")}, maxlen=_MOST_ANCHORS, approximate=True)
-        except redis.RedisError as exc:
-            raise AuditUnavailable from exc
 
     def lines(self) -> list[bytes]:
         """All lines in the stream, oldest first. Raises AuditUnavailable."""
@@ -69,7 +67,7 @@ def line_of(entry: Entry) -> bytes:
 
 @contextmanager
 def _answering() -> Iterator[None]:
-    """Raise AuditUnavailable with the reason if Redis does not answer a read."""
+    """Raise AuditUnavailable with the reason if Redis does not answer."""
     try:
         yield
     except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as exc:

@@ -46,7 +46,7 @@ class Written:
 
     def __init__(self, folder: Path, plan: Plan, signer: Signer) -> None:
         self.folder = folder
-        self.keys = PublicKeys.of([signer.public])
+        self.keys = PublicKeys([signer.public])
         self.anchors: list[bytes] = []
         for rules, records in plan:
             section = msgspec.structs.replace(rules, path=folder)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from kms_core.audit.keys import Concealer, Signer
-from kms_core.audit.segments import SegmentFile
 from kms_core.audit.sinks import FolderSink
 from kms_core.auth import tokens
 from kms_core.auth.tokens import TokenRequest
@@ -80,11 +79,7 @@ def test_tokens_are_on_disk_before_anybody_is_told(tmp_path: Path, calls: Calls)
     assert third == ("sync", tmp_path.name, 0)
 
 
-def test_the_end_of_a_log_is_on_disk_when_it_is_closed(
-    tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    create = SegmentFile.create
-    monkeypatch.setattr(SegmentFile, "create", lambda path: create(path, sync=os.fdatasync))
+def test_the_end_of_a_log_is_on_disk_when_it_is_closed(tmp_path: Path, calls: Calls) -> None:
     place = Place(tmp_path)
     log = place.trail(audit_section(durability="fsync"))
     log.append(record(1))

@@ -276,7 +276,9 @@ def test_fsync_writes_the_same(place: Place) -> None:
     assert place.verified().verdict == "intact"
 
 
-def test_lines_that_wait_while_the_disk_is_busy_share_the_next_sync(tmp_path: Path) -> None:
+def test_lines_that_wait_while_the_disk_is_busy_share_the_next_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     busy, free, calls = threading.Event(), threading.Event(), []
 
     def sync(fd: int) -> None:
@@ -284,7 +286,8 @@ def test_lines_that_wait_while_the_disk_is_busy_share_the_next_sync(tmp_path: Pa
         busy.set()
         assert free.wait(60)
 
-    file = SegmentFile.create(tmp_path / "file", sync=sync)
+    monkeypatch.setattr("os.fdatasync", sync)
+    file = SegmentFile(tmp_path / "file")
     file.append(b"first\n")
     with ThreadPoolExecutor(9) as pool:
         waiting = [pool.submit(file.sync, file.size)]
@@ -325,7 +328,9 @@ def test_a_disk_without_room_for_records_is_told_before_one_fails(
         trail.check()
 
 
-def test_a_line_is_not_on_disk_if_the_sync_that_it_waits_for_fails(tmp_path: Path) -> None:
+def test_a_line_is_not_on_disk_if_the_sync_that_it_waits_for_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And the disk is not asked again: a kernel may call pages clean that it lost."""
     calls = []
 
@@ -333,7 +338,8 @@ def test_a_line_is_not_on_disk_if_the_sync_that_it_waits_for_fails(tmp_path: Pat
         calls.append(fd)
         raise OSError(5, "broken", str(fd))
 
-    file = SegmentFile.create(tmp_path / "file", sync=sync)
+    monkeypatch.setattr("os.fdatasync", sync)
+    file = SegmentFile(tmp_path / "file")
     file.append(b"first\n")
     for _ in range(2):
         with pytest.raises(OSError, match=r"broken|Input/output"):

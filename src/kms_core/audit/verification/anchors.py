@@ -5,9 +5,9 @@ than the anchor, was cut, or was rewritten. After restoring a backup, an operato
 log (``acknowledged``): anchors of the lost lines then are notes.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final
 
 import structlog
@@ -24,7 +24,7 @@ REWRITTEN: Final = "rewritten"
 ACKNOWLEDGED: Final = "audit.acknowledge_loss"
 """The operation of the record; its effect names the lost lines, see ``effect_of``."""
 NONE_OF_THIS_LOG: Final = "it has no anchor of this log: they were removed, or none was written yet"
-_MOST_DIGITS: Final = 19  # of a line number, at most 2^63 - 1
+_EFFECT: Final = re.compile(r"(.+):([0-9]{1,19})-([0-9]{1,19})-[0-9a-f]+")  # numbers of at most 2^63 - 1
 _FIRST_READ: Final = 10_000  # entries of a stream, when a process starts; ``kms audit verify`` reads all
 Losses = Mapping[str, tuple[int, int]]
 """Lines whose loss was acknowledged: of each chain, the first and the last."""
@@ -36,23 +36,15 @@ def effect_of(name: str, first: int, last: int) -> str:
     return f"{name}:{last}-{first}"
 
 
-def acknowledged(
-    lines: Iterable[ChainLine], known: Losses = MappingProxyType({})
-) -> dict[str, tuple[int, int]]:
-    """The losses in the given records, added to those ``known``. A signature must cover ``lines``.
-
-    A record of an earlier version names only the last line, and covers all lines before it.
-    """
-    found = dict(known)
+def acknowledged(lines: Iterable[ChainLine]) -> Losses:
+    """The losses in the given records, which a signature must cover."""
+    found: dict[str, tuple[int, int]] = {}
     for line in lines:
-        if line.operation != ACKNOWLEDGED or line.stage != "outcome":
-            continue
-        name, _, rest = line.effect.partition(":")
-        last, *more = rest.split("-")
-        first = more[0] if len(more) > 1 else "0"
-        if last.isdecimal() and first.isdecimal() and max(len(last), len(first)) <= _MOST_DIGITS:
-            before = found.get(name, (int(first), int(last)))
-            found[name] = min(before[0], int(first)), max(before[1], int(last))
+        effect = _EFFECT.fullmatch(line.effect)
+        if effect and line.operation == ACKNOWLEDGED and line.stage == "outcome":
+            name, last, first = effect[1], int(effect[2]), int(effect[3])
+            before = found.get(name, (first, last))
+            found[name] = min(before[0], first), max(before[1], last)
     return found
 
 

@@ -86,11 +86,7 @@ def crosscheck(  # noqa: PLR0913 -- a log, its keys and anchors; and what is kno
         made = _chain_report(name, files)
         report.chains.append(made)
         report.problems += _torn(files, made)
-        report.problems += [
-            found.problem_after_end(found.ended_at)
-            for _, found in files
-            if -1 < found.ended_at < found.last_seq
-        ]
+        report.problems += _after_end(files)
         report.notes += _misplaced(files)
         _witness(files, made, witnesses.get(name))
     for name in seen:  # an unsigned claim never replaces a signed one
@@ -329,6 +325,18 @@ def _torn(files: Files, made: ChainReport) -> Iterator[ChainProblem]:
                 segment.path.name,
                 found.last_seq,
             )
+
+
+def _after_end(files: Files) -> Iterator[ChainProblem]:
+    """Problems of lines after the one that ends its segment."""
+    for segment, found in files:
+        ends = (each.seq for each in found.special if each.kind in chain.ENDS and each.chain == found.chain)
+        end = next(ends, found.last_seq)
+        if end < found.last_seq:
+            first = max(found.first_seq, end + 1)
+            count = found.last_seq - first + 1
+            text = f"{count} lines after line {end}, which ends the file: its process wrote none there"
+            yield ChainProblem("after_closed", text, found.chain, segment.path.name, first)
 
 
 def _misplaced(files: Files) -> Iterator[Note]:

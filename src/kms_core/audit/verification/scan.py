@@ -136,22 +136,6 @@ class ScannedSpan:
     special: list[ChainLine] = field(default_factory=list)
     stages: list[ChainLine] = field(default_factory=list)
 
-    @property
-    def ended_at(self) -> int:
-        """The number of the line that ends the segment; -1 if there is none."""
-        return next(
-            (each.seq for each in self.special if each.kind in chain.ENDS and each.chain == self.chain), -1
-        )
-
-    def problem_after_end(self, ended_at: int) -> ChainProblem:
-        """The problem of lines after the one that ends the segment."""
-        first = max(self.first_seq, ended_at + 1)
-        text = (
-            f"{self.last_seq - first + 1} lines after line {ended_at}, which ends the file: its process "
-            "wrote none there"
-        )
-        return ChainProblem("after_closed", text, self.chain, self.path.name, first)
-
 
 def scan(segment: Segment, keys: PublicKeys, end: int, begin: int = 0) -> ScannedSpan:
     """Scan the bytes of a segment between two offsets, where lines begin. Raises OSError."""

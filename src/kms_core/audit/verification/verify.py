@@ -55,7 +55,7 @@ def verify(
     started = time.perf_counter()
     sizes = {segment: segment.path.stat().st_size for segment in _identified(folder)}  # before any line
     report = VerificationReport(trusted=keys is not None, size_bytes=sum(sizes.values()))
-    keys = keys or PublicKeys.of(_own_keys(sizes))
+    keys = keys or PublicKeys(_own_keys(sizes))
     found: dict[Segment, ScannedSpan] = {}
     done = 0
     for segment, size in sizes.items():

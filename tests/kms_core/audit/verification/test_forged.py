@@ -234,7 +234,7 @@ def test_signed_lines_name_no_forged_line_above_a_signed_head(place: Place) -> N
     place.folder.mkdir()
     put_chain(place, opening(seq=40))
 
-    assert segments.chain_heads(place.folder, PublicKeys({}), but="") == {}
+    assert segments.chain_heads(place.folder, PublicKeys([]), but="") == {}
 
 
 # -- other forms of a line -----------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def test_a_forged_end_in_another_form_of_json_is_damage(place: Place) -> None:
 def test_a_loss_with_thousands_of_digits_is_none() -> None:
     def line(last: str) -> chain.ChainLine:
         return chain.ChainLine(
-            seq=1, chain="c", time=TIME, operation=ACKNOWLEDGED, stage="outcome", effect=f"x:{last}-0"
+            seq=1, chain="c", time=TIME, operation=ACKNOWLEDGED, stage="outcome", effect=f"x:{last}-0-1f"
         )
 
     assert acknowledged([line("9" * 5_000), line("9" * 20)]) == {}

@@ -116,7 +116,7 @@ def test_a_changed_receipt_does_not_hold(place: Place, ids: list[str], field: st
 
 
 def test_a_receipt_needs_a_key_that_is_trusted(place: Place, ids: list[str], tmp_path: Path) -> None:
-    other = PublicKeys.of([Signer.at(tmp_path / "other.key").public])
+    other = PublicKeys([Signer.at(tmp_path / "other.key").public])
 
     with pytest.raises(BadReceipt, match="not signed by a key"):
         receipt.check(receipt.make(place.folder, ids[0]), other)

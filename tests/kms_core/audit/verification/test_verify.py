@@ -86,7 +86,7 @@ def test_another_key_does_not_fit(place: Place, tmp_path: Path) -> None:
     place.written(3)
     other = Signer.at(tmp_path / "other.key").public
 
-    assert codes(verify(place.folder, PublicKeys.of([other]))) == ["unknown_key"]
+    assert codes(verify(place.folder, PublicKeys([other]))) == ["unknown_key"]
 
 
 def test_progress_is_told_after_each_file(place: Place) -> None:
