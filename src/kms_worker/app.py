@@ -1,5 +1,6 @@
 """Builds the Celery application of the worker. Its messages say only that a queue has work."""
 
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -35,15 +36,11 @@ _log = structlog.get_logger(__name__)
 _bound: Final = LogBound()
 
 CONFIGURATION: Final[dict[str, object]] = {
-    "task_serializer": "json",
     "accept_content": ["json"],
     "task_ignore_result": True,
     "task_acks_late": True,
     "task_reject_on_worker_lost": True,
     "task_default_queue": FILES,
-    "task_track_started": False,
-    "task_send_sent_event": False,
-    "worker_send_task_events": False,
     "worker_prefetch_multiplier": 1,
     "worker_enable_remote_control": False,
     "worker_hijack_root_logger": False,
@@ -80,22 +77,21 @@ def build(settings: Settings, name: str, pulse: SharedTime) -> Celery:
     app.conf.task_queues = [
         _queue(each, app.conf.task_create_missing_queue_type) for each in (*QUEUES, submit.QUEUE)
     ]
-    signals.setup_logging.connect(_keep_our_logs)
-    cores: dict[int, Core] = {}
+    signals.setup_logging.connect(lambda **_: None, weak=False)  # so Celery leaves logging alone
     notify = broker.notify_through(app, settings.kms.redis)
 
+    @functools.cache
     def core() -> Core:
-        """Each process of the pool has its own connections: nothing is shared across a fork."""
-        if os.getpid() not in cores:
-            tracing.configure("kms-worker", enabled=traced.enabled, endpoint=traced.endpoint)
-            cores[os.getpid()] = made = build_core(settings, "worker", notify)
-            teller = UsageFlush(made.kms.usage, made.worker_context.store.redis)
-            teller.start()
-            made.audit_maintenance.start()
-            signals.worker_process_shutdown.connect(lambda **_: teller.stop(), weak=False)
-            signals.worker_process_shutdown.connect(lambda **_: made.audit_maintenance.stop(), weak=False)
-            signals.worker_process_shutdown.connect(lambda **_: tracing.stop(), weak=False)
-        return cores[os.getpid()]
+        """Called in processes of the pool only: each has its own connections, and none crosses a fork."""
+        tracing.configure("kms-worker", enabled=traced.enabled, endpoint=traced.endpoint)
+        made = build_core(settings, "worker", notify)
+        usage_flush = UsageFlush(made.kms.usage, made.worker_context.store.redis)
+        usage_flush.start()
+        made.audit_maintenance.start()
+        signals.worker_process_shutdown.connect(lambda **_: usage_flush.stop(), weak=False)
+        signals.worker_process_shutdown.connect(lambda **_: made.audit_maintenance.stop(), weak=False)
+        signals.worker_process_shutdown.connect(lambda **_: tracing.stop(), weak=False)
+        return made
 
     @app.task(name=TASK, bind=True)  # type: ignore[untyped-decorator]  # Celery ships no types
     def run(task: Task) -> None:
@@ -154,7 +150,3 @@ def _run_next(worker_context: WorkerContext, following: Following, *, woken: boo
     except Exception as exc:  # noqa: BLE001 -- of one job: its lease runs out, and attempts are bounded
         _log.exception("job.crashed", error=type(exc).__name__)
     return True
-
-
-def _keep_our_logs(**_: object) -> None:
-    """Connected so that Celery leaves logging alone."""

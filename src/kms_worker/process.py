@@ -79,7 +79,7 @@ def run(loaded: Settings) -> int:
     )
 
     heartbeat = Heartbeat(store, name)
-    beside: tuple[PeriodicThread, ...] = (
+    beside: list[PeriodicThread] = [
         heartbeat,  # first, before it consumes: who looks while its first job runs must find a worker
         InstallWatch(core.install),
         Reaper(
@@ -92,22 +92,20 @@ def run(loaded: Settings) -> int:
         rotation.Clock(app, store, name),
         build_monitor(loaded, store.redis),
         *(CopyPoll(copy) for copy in core.copies),
-        *_couriers(loaded, store, name),
-        _slots(loaded, store, name),
-    )
-    watchdog = Watchdog(
-        served,
-        jobs.watchdog_s,
-        partial(_waiting, app, store),
-        lambda: min(time.monotonic() - pulse.at, store.idle_s(name)),
-    )
+        *_dispatchers(loaded, store, name),
+    ]
+    _watch_pool(loaded, store, name, beside)
     server = _serve_metrics(loaded, core, heartbeat.serves)
     _prepare_children()
     signals.worker_ready.connect(lambda **_: heartbeat.serve(), weak=False)
     signals.worker_shutting_down.connect(lambda **_: heartbeat.stop(), weak=False)
-    for thread in beside:
-        _start(thread)
-    watchdog.start()
+    _start(*beside)
+    Watchdog(
+        served,
+        jobs.watchdog_s,
+        partial(_waiting, app, store),
+        lambda: min(time.monotonic() - pulse.at, store.idle_s(name)),
+    ).start()
     try:
         return _consume(app, name, jobs.concurrency, served, checked)
     finally:
@@ -118,10 +116,11 @@ def run(loaded: Settings) -> int:
         heartbeat.join(_LEAVE_S)
 
 
-def _start(thread: PeriodicThread) -> None:
-    """Start a thread whose rounds no fork interrupts."""
-    thread.fork_lock = _between_forks
-    thread.start()
+def _start(*threads: PeriodicThread) -> None:
+    """Start threads whose rounds no fork interrupts."""
+    for thread in threads:
+        thread.fork_lock = _between_forks
+        thread.start()
 
 
 def _serve_metrics(loaded: Settings, core: Core, is_ready: Callable[[], bool]) -> MetricsServer | None:
@@ -133,18 +132,20 @@ def _serve_metrics(loaded: Settings, core: Core, is_ready: Callable[[], bool]) -
     return metrics_server.serve(loaded.kms.bind, loaded.kms.port + 1, app)
 
 
-def _slots(loaded: Settings, store: JobStore, name: str) -> Slots:
-    """The watch over the processes of the pool, with which they share when to stop."""
+def _watch_pool(loaded: Settings, store: JobStore, name: str, beside: list[PeriodicThread]) -> None:
+    """Share with the pool when to stop. Once there is a pool, start its watch, and add it to ``beside``."""
     shared, jobs = attendance.Attendance(), loaded.kms.jobs
     attendance.share(shared)
-    slots = Slots(shared, store, name, jobs.concurrency)
     signals.worker_shutting_down.connect(
         lambda **_: shared.stops_at.set(time.monotonic() + jobs.stop_s), weak=False
     )
-    signals.worker_ready.connect(
-        lambda sender, **_: slots.attach(sender.pool, sender.hub.call_soon, jobs.queues), weak=False
-    )
-    return slots
+
+    def watch(sender: Consumer, **_: object) -> None:
+        slots = Slots(shared, store, name, jobs.queues, sender)
+        beside.append(slots)
+        _start(slots)
+
+    signals.worker_ready.connect(watch, weak=False)
 
 
 def _waiting(app: Celery, store: JobStore) -> Mapping[str, int]:
@@ -166,13 +167,10 @@ def _prepare_children() -> None:
     gc.freeze()  # or the first collection in a child copies them
 
 
-def _couriers(loaded: Settings, store: JobStore, name: str) -> list[WebhookDispatcher]:
+def _dispatchers(loaded: Settings, store: JobStore, name: str) -> list[WebhookDispatcher]:
     """One, if there is an endpoint that it could deliver to."""
     endpoints = webhook.endpoints(loaded)
-    outbox = Outbox(store, endpoints)
-    if not endpoints:
-        return []
-    return [WebhookDispatcher(outbox, endpoints, name)]
+    return [WebhookDispatcher(Outbox(store, endpoints), endpoints, name)] if endpoints else []
 
 
 def _prepare_child(parent: int, **_: object) -> None:

@@ -21,24 +21,21 @@ _log = structlog.get_logger(__name__)
 class LogBound:
     """Lets few lines of a kind into the log, whatever the rate of events. One for each process."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._windows: dict[tuple[str, ...], _Window] = {}
 
     def passes(self, *kind: str) -> int:
         """Count an event: the number of events that a line should tell of, 0 for no line."""
-        return self._windows.setdefault(kind, _Window()).passes(self._clock())
+        return self._windows.setdefault(kind, _Window()).passes(time.monotonic())
 
 
 class Refusals:
     """Those of one process."""
 
-    def __init__(
-        self, beat: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, beat: Callable[[], None] = lambda: None) -> None:
         """``beat`` is called for each message: to refuse one is work."""
         self._beat = beat
-        self._bound = LogBound(clock)
+        self._bound = LogBound()
 
     def refuse(self, queue: str, code: str, task_id: object = "", event: str = "message.refused") -> None:
         """Record that a message was dropped for ``code``, a word of a bounded set.

@@ -32,9 +32,8 @@ def register(app: Celery, core: Callable[[], Core], settings: Settings, name: st
     @app.task(name=TASK)  # type: ignore[untyped-decorator]  # Celery ships no types
     def look_after_keys() -> None:
         try:
-            if core().worker_context.store.once(
-                "keys-looked", name, EVERY_S / 2
-            ):  # however many messages there are
+            # Once in a while, however many messages there are.
+            if core().worker_context.store.once("keys-looked", name, EVERY_S / 2):
                 look_after(core(), settings.kms.rotation, name)
         except JobsUnavailable:
             _log.warning("rotation.left_to_the_next_time")
@@ -54,14 +53,13 @@ def look_after(core: Core, rules: RotationSection, owner: str) -> None:
 class Clock(PeriodicThread):
     """Sends the message once a minute, from one worker of all."""
 
-    def __init__(self, app: Celery, store: JobStore, name: str, *, every_s: float = EVERY_S) -> None:
-        super().__init__("rotation-clock", every_s / 4, failed="rotation.round_failed")
+    def __init__(self, app: Celery, store: JobStore, name: str) -> None:
+        super().__init__("rotation-clock", EVERY_S / 4, failed="rotation.round_failed")
         self._app = app
         self._store = store
         self._owner = name
-        self._every_s = every_s
         self.wake()  # the first round is at once
 
     def round(self) -> None:
-        if self._store.once("keys", self._owner, self._every_s):
+        if self._store.once("keys", self._owner, EVERY_S):
             self._app.send_task(TASK, queue=MAINTENANCE, argsrepr="-", kwargsrepr="-")

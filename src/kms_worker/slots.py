@@ -15,6 +15,7 @@ from typing import Final
 
 import structlog
 from celery.concurrency.prefork import TaskPool
+from celery.worker.consumer import Consumer
 
 from kms_core.jobs.execution.attendance import Attendance, Stall
 from kms_core.jobs.store.store import JobStore
@@ -37,27 +38,23 @@ class _Stuck:
 class Slots(PeriodicThread):
     """Watches the processes of a worker that announced that they hang.
 
-    ``in_loop`` calls a function in the thread that owns the pool. At most ``most`` processes are replaced.
+    At most as many processes are replaced as the pool has at first.
     """
 
-    def __init__(self, attendance: Attendance, store: JobStore, name: str, most: int) -> None:
+    def __init__(
+        self, attendance: Attendance, store: JobStore, name: str, queues: Sequence[str], consumer: Consumer
+    ) -> None:
+        """``consumer`` is that of the worker, with a pool whose processes take the jobs of ``queues``."""
         super().__init__("slots", EVERY_S, failed="slots.round_failed")
-        self._attendance, self._store, self._owner, self._most = attendance, store, name, most
-        self._queues: Sequence[str] = ()
-        self._pids: frozenset[int] = frozenset()
+        self._attendance, self._store, self._owner, self._queues = attendance, store, name, queues
+        self._pool: TaskPool = consumer.pool
+        self._in_loop: Callable[[Callable[[], None]], object] = consumer.hub.call_soon
+        """Calls a function in the thread that owns the pool."""
+        self._pids = frozenset(self._pool.info["processes"])
+        self._most = self._pool.num_processes
         self._stuck: list[_Stuck] = []
         self._surplus = 0
         self._told = 0
-        self._in_loop: Callable[[Callable[[], None]], object] | None = None
-        self._pool: TaskPool | None = None
-
-    def attach(
-        self, pool: TaskPool, in_loop: Callable[[Callable[[], None]], object], queues: Sequence[str]
-    ) -> None:
-        """Give it the pool, once there is one, and the queues whose jobs that takes."""
-        self._queues = queues
-        self._pids = frozenset(pool.info["processes"])
-        self._pool, self._in_loop = pool, in_loop
 
     def round(self) -> None:
         for stall in self._attendance.stalls():
@@ -91,28 +88,24 @@ class Slots(PeriodicThread):
                 "worker.process_stuck", pid=one.stall.pid, job_id=one.stall.job_id, resources=resources
             )
         replaced = sum(each.replaced for each in self._stuck)
-        if self._pool is not None and self._in_loop is not None and replaced < self._most:
-            pool = self._pool
+        if replaced < self._most:
             one.replaced = True
-            self._in_loop(lambda: pool.grow(1))
+            self._in_loop(lambda: self._pool.grow(1))
 
     def _give_back(self) -> None:
         """End as many idle processes as were started for others that have ended by now."""
-        if self._surplus and self._pool is not None and self._in_loop is not None:
+        if self._surplus:
             self._in_loop(self._shrink)
 
     def _shrink(self) -> None:
-        pool = self._pool
-        if not self._surplus or pool is None or len(pool.info["processes"]) > pool.num_processes:
+        if not self._surplus or len(self._pool.info["processes"]) > self._pool.num_processes:
             return  # one is still ending, and would be chosen again
         with suppress(ValueError):  # all are busy: in the next round
-            pool.shrink(1)
+            self._pool.shrink(1)
             self._surplus -= 1
 
     def _forget_ended(self) -> None:
         """Have others woken: a process that was killed left the note that it takes jobs."""
-        if self._pool is None:
-            return
         pids = frozenset(self._pool.info["processes"])
         for pid in self._pids - pids:
             for queue in self._queues:

@@ -45,33 +45,30 @@ def register(
     worker: str,
     pulse: SharedTime,
 ) -> None:
-    """Add the task. ``build`` is called once in each process of the worker; ``pulse`` is of all of them."""
+    """Add the task. ``build`` is called once in each process of the pool; ``pulse`` is of all of them."""
     logging.getLogger("celery.app.trace").addFilter(_is_news)
     logging.getLogger("celery.pool").addFilter(_above_debug)
-    intakes = functools.cache(lambda _process: build())
-    of_process = functools.cache(lambda _process: Refusals())
-
-    def _refused(code: str, task: Task) -> None:
-        of_process(os.getpid()).refuse(QUEUE, code, task.request.id, "submit.refused")
+    intake = functools.cache(build)
+    refusals = Refusals()
 
     @app.task(name=TASK, bind=True, throws=(KmsError,), shared=False)  # type: ignore[untyped-decorator]  # Celery ships no types
     def submit(task: Task, *args: object, **named: object) -> str:
         """The job's id, for ``link``; raises, for ``link_error``, where the message is refused for good."""
         pulse.note()
         try:
-            return accept(intakes(os.getpid()), args, named, f"{worker}/{os.getpid()}")
+            return accept(intake(), args, named, f"{worker}/{os.getpid()}")
         except (Unavailable, SpoolFull, ConfigurationError) as exc:
             _log.warning("submit.postponed", code=exc.code)
             time.sleep(_PAUSE_S)
             _send_again(app, task.request, args)
             raise Ignore from None  # links do not fire
         except KmsError as exc:
-            _refused(exc.code, task)
+            refusals.refuse(QUEUE, exc.code, task.request.id, "submit.refused")
             raise type(exc) from None  # its class alone leaves the process, no text
         except Exception as exc:  # noqa: BLE001 -- the top of the worker: the message must not come back
             # Its class alone: text and traceback may hold the argument.
             _log.error("submit.crashed", error=type(exc).__name__)
-            _refused("crashed", task)
+            refusals.refuse(QUEUE, "crashed", task.request.id, "submit.refused")
             raise KmsError from None
 
 
