@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
 from http import HTTPStatus
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import quote, unquote_plus
 from xml.sax.saxutils import escape  # nosec B406  # text to text: nothing is parsed
 
@@ -21,6 +21,9 @@ import structlog
 from kms_core.payload.files import source_changed_error
 from kms_core.s3.connection import Ask, S3Answer, S3Body, S3Connection, elements, tag
 from kms_protocol.errors import PathRefused
+
+if TYPE_CHECKING:
+    from kms_core.s3.multipart import ObjectReader
 
 MOST_PARTS: Final = 10_000
 MARK: Final = "x-amz-meta-kms-job"
@@ -145,11 +148,11 @@ class Bucket:
     def read_into(self, key: str, etag: str, start: int, views: Sequence[memoryview]) -> None:
         """Fill the views with the bytes from ``start`` on. Raises InvalidRequest if the ETag is another."""
         if size := sum(map(len, views)):
-            self._check_range(self.line.fetch(self._range(key, etag, start, size), views, self._subdomain))
+            self._check_range(self.line.fetch(self._range(key, etag, start, size), views))
 
     def stream(self, key: str, etag: str, start: int, size: int) -> S3Body:
         """The bytes from ``start`` on, unread; the caller closes it. Raises as ``read_into``."""
-        found = self.line.stream(self._range(key, etag, start, size), size, self._subdomain)
+        found = self.line.stream(self._range(key, etag, start, size), size)
         if isinstance(found, S3Body):
             return found
         self._check_range(found)
@@ -157,7 +160,7 @@ class Bucket:
 
     def _range(self, key: str, etag: str, start: int, size: int) -> Ask:
         headers = {"If-Match": etag, "Range": f"bytes={start}-{start + size - 1}"}
-        return Ask("GET", self._path(key), headers=headers)
+        return Ask("GET", self._path(key), headers=headers, subdomain=self._subdomain)
 
     def _check_range(self, answer: S3Answer) -> None:
         if answer.status in _CHANGED or answer.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
@@ -201,7 +204,7 @@ class Bucket:
         query["encoding-type"] = "url"
         while True:
             answer = self._check(self._ask("GET", "", query=query))
-            now, text = answer.time("date"), answer.body.decode("utf-8", "replace")
+            now, text = answer.time("date"), answer.text
             unquoted = unquote_plus if tag(text, "EncodingType") == "url" else str
             for entry in elements(text, name):
                 yield entry, unquoted(tag(entry, "Key")), now
@@ -224,14 +227,14 @@ class Bucket:
         None where it has none, or the store does not tell.
         """
         answer = self._ask("GET", "", query={name: ""})
-        return answer.body.decode("utf-8", "replace") if answer.ok else None
+        return answer.text if answer.ok else None
 
     # -- multipart uploads ---------------------------------------------------------------------------
 
     def begin(self, key: str, mark: str) -> str:
         """Begin an upload, and return its id."""
         answer = self._check(self._ask("POST", key, query={"uploads": ""}, headers={MARK: mark}))
-        upload = tag(answer.body.decode("utf-8", "replace"), "UploadId")
+        upload = tag(answer.text, "UploadId")
         if not upload:
             raise self._refusal(answer)
         return upload
@@ -241,25 +244,26 @@ class Bucket:
         answer = self._check(self._write(key, body, query=query))
         return UploadedPart(number, answer.headers.get("etag", "").strip('"'), len(body))
 
-    def copy_part(self, key: str, upload: str, number: int, run: "Run") -> UploadedPart | None:
+    def copy_part(self, key: str, upload: str, number: int, source: "ObjectReader") -> UploadedPart | None:
         """Have the store copy a part from an object of the same endpoint. None if it cannot.
 
         Raises InvalidRequest if the object has another ETag, where the store checks that.
         """
+        last = source.offset + source.size - 1
         headers = {
-            "x-amz-copy-source": quote(f"/{run.bucket}/{run.key}"),
-            "x-amz-copy-source-if-match": run.etag,
-            "x-amz-copy-source-range": f"bytes={run.start}-{run.start + run.size - 1}",
+            "x-amz-copy-source": quote(f"/{source.bucket.name}/{source.key}"),
+            "x-amz-copy-source-if-match": source.etag,
+            "x-amz-copy-source-range": f"bytes={source.offset}-{last}",
         }
         query = {"partNumber": str(number), "uploadId": upload}
         answer = self._ask("PUT", key, query=query, headers=headers, slow=True)
         if answer.status == HTTPStatus.PRECONDITION_FAILED:
             raise source_changed_error()
-        etag = tag(answer.body.decode("utf-8", "replace"), "ETag").strip('"')
+        etag = tag(answer.text, "ETag").strip('"')
         if answer.status in _CANNOT or answer.code == "NotImplemented" or (answer.ok and not etag):
             return None
         self._check(answer)
-        return UploadedPart(number, etag, run.size)
+        return UploadedPart(number, etag, source.size)
 
     def complete(self, key: str, upload: str, parts: Sequence[UploadedPart], condition: If) -> Completion:
         """Make the object of its parts, atomically."""
@@ -291,11 +295,10 @@ class Bucket:
             if answer.status == HTTPStatus.NOT_FOUND:
                 return None
             self._check(answer)
-            text = answer.body.decode("utf-8", "replace")
-            for entry in elements(text, "Part"):
+            for entry in elements(answer.text, "Part"):
                 number, size = int(tag(entry, "PartNumber")), int(tag(entry, "Size"))
                 found.append(UploadedPart(number, tag(entry, "ETag").strip('"'), size))
-            if tag(text, "IsTruncated") != "true":
+            if tag(answer.text, "IsTruncated") != "true":
                 return found
             query["part-number-marker"] = str(found[-1].number)
 
@@ -331,8 +334,9 @@ class Bucket:
         body: memoryview | bytes = b"",
         slow: bool = False,
     ) -> S3Answer:
-        ask = Ask(method, self._path(key), query or {}, headers or {}, body, slow)
-        return self.line.ask(ask, self._subdomain)
+        return self.line.ask(
+            Ask(method, self._path(key), query or {}, headers or {}, body, slow, self._subdomain)
+        )
 
     def _write(
         self,
@@ -360,17 +364,6 @@ class Bucket:
         _log.warning("s3.refused", bucket=self.name, said=status)
         detail = _ADVICE.get(answer.status, _OTHER).format(bucket=self.name, said=status)
         return StoreRefused(detail, answer.status, status)
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A range of bytes of one version of an object."""
-
-    bucket: str
-    key: str
-    etag: str
-    start: int
-    size: int
 
 
 _OTHER: Final = "The object store answers {said} for bucket {bucket}"

@@ -76,7 +76,10 @@ class S3Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request. ``path`` is encoded; ``slow`` allows ten times the timeout for the answer."""
+    """One request. ``path`` is encoded; ``slow`` allows ten times the timeout for the answer.
+
+    ``subdomain`` is that of the endpoint's host, if the store is to be asked there.
+    """
 
     method: str
     path: str
@@ -84,6 +87,7 @@ class Ask:
     headers: Mapping[str, str] = field(default_factory=dict)
     body: memoryview | bytes = b""
     slow: bool = False
+    subdomain: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,10 @@ class S3Answer:
     @property
     def ok(self) -> bool:
         return HTTPStatus.OK <= self.status < HTTPStatus.MULTIPLE_CHOICES and not self.code
+
+    @property
+    def text(self) -> str:
+        return self.body.decode("utf-8", "replace")
 
     @property
     def code(self) -> str:
@@ -136,14 +144,14 @@ class S3Connection:
         self._idle: list[http.client.HTTPConnection] = []
         self._owner = os.getpid()
 
-    def ask(self, ask: Ask, subdomain: str = "") -> S3Answer:
+    def ask(self, ask: Ask) -> S3Answer:
         """Send a request, and return its answer. Raises StoreAway after four attempts without one.
 
         The store may get a request twice, since an answer can be lost.
         """
-        return self._tried(ask, subdomain, lambda response, _: _whole(response))
+        return self._tried(ask, lambda response, _: _whole(response))
 
-    def fetch(self, ask: Ask, views: Sequence[memoryview], subdomain: str = "") -> S3Answer:
+    def fetch(self, ask: Ask, views: Sequence[memoryview]) -> S3Answer:
         """As ``ask``, but read the body of a 200 or 206 into the views, which it must fill."""
 
         def into(response: http.client.HTTPResponse, _: http.client.HTTPConnection) -> bytes:
@@ -153,9 +161,9 @@ class S3Connection:
                 _fill(response, view)
             return b""
 
-        return self._tried(ask, subdomain, into)
+        return self._tried(ask, into)
 
-    def stream(self, ask: Ask, size: int, subdomain: str = "") -> "S3Answer | S3Body":
+    def stream(self, ask: Ask, size: int) -> "S3Answer | S3Body":
         """As ``ask``, but leave the body of a 200 or 206, of ``size`` bytes, to the caller, who closes it."""
         bodies: list[S3Body] = []
 
@@ -165,17 +173,17 @@ class S3Connection:
             bodies.append(S3Body(response, connection, self._keep))
             return None
 
-        answer = self._tried(ask, subdomain, keep)
+        answer = self._tried(ask, keep)
         return bodies[0] if bodies else answer
 
-    def _tried(self, ask: Ask, subdomain: str, read: _Reader) -> S3Answer:
+    def _tried(self, ask: Ask, read: _Reader) -> S3Answer:
         digest = hashlib.sha256(ask.body).hexdigest()
         problem, status = "", 0
         for number in range(TRIES):
             if number:
                 time.sleep(jittered_wait_s(self._first_wait_s, number, factor=4.0))
             try:
-                answer = self._once(ask, subdomain, digest, read)
+                answer = self._once(ask, digest, read)
             except _BROKEN as exc:
                 metrics.S3_REQUESTS.labels(ask.method, "broken").inc()
                 problem, status = f"does not answer ({type(exc).__name__})", 0
@@ -187,8 +195,8 @@ class S3Connection:
         _log.warning("s3.unavailable", host=self._host, method=ask.method, problem=problem)
         raise StoreAway(f"The object store at {self._host} {problem}", status)
 
-    def _once(self, ask: Ask, subdomain: str, digest: str, read: _Reader) -> S3Answer:
-        host = f"{subdomain}.{self._host}" if subdomain else self._host
+    def _once(self, ask: Ask, digest: str, read: _Reader) -> S3Answer:
+        host = f"{ask.subdomain}.{self._host}" if ask.subdomain else self._host
         named = f"[{host}]" if ":" in host else host
         request = Request(
             ask.method,
@@ -279,9 +287,7 @@ def _exchange(
     for name, value in headers.items():
         connection.putheader(name, value)
     connection.endheaders()
-    with suppress(
-        BrokenPipeError, ConnectionResetError
-    ):  # a refusal may arrive before the whole body is sent
+    with suppress(BrokenPipeError, ConnectionResetError):  # a refusal may come before all of it is sent
         for start in range(0, len(body), _SEND_BYTES):  # each has its own timeout
             connection.send(body[start : start + _SEND_BYTES])
     return connection.getresponse()

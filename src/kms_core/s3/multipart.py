@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from kms_core.payload.files import source_changed_error
-from kms_core.s3.bucket import MOST_PARTS, Bucket, Run, UploadedPart
+from kms_core.s3.bucket import MOST_PARTS, Bucket, UploadedPart
 from kms_core.s3.connection import S3Body
 from kms_protocol.errors import InvalidRequest, PathRefused
 
@@ -121,16 +121,13 @@ class Assembly:
 
         ``check`` is called before each request and may raise to stop; ``report`` gets the bytes of each part.
         """
-        run = Run(source.bucket.name, source.key, source.etag, source.offset, source.size)
-        width = max(COPY_BYTES, -(-run.size // (MOST_PARTS - 1)))
-        starts = range(0, run.size, width)
+        width = max(COPY_BYTES, -(-source.size // (MOST_PARTS - 1)))
+        starts = range(0, source.size, width)
 
         def one(index: int) -> bool:
             check()
-            part_range = replace(
-                run, start=run.start + starts[index], size=min(width, run.size - starts[index])
-            )
-            part = self.bucket.copy_part(self.key, self.upload, index + 2, part_range)
+            rest = source.tail(starts[index])
+            part = self.bucket.copy_part(self.key, self.upload, index + 2, rest.head(min(width, rest.size)))
             if part is None:
                 return False
             self._sent[part.number] = part

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, Run, UploadedPart
+from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, UploadedPart
 from kms_core.s3.connection import TRIES, Ask, S3Connection, S3Endpoint
+from kms_core.s3.multipart import ObjectReader
 from kms_core.s3.sigv4 import Credentials
 from kms_protocol.errors import PathRefused, Unavailable
 from support.webhooks import Authority, make_authority
@@ -249,8 +250,9 @@ def test_parts_are_listed_to_their_end(script: Script) -> None:
 
 def test_a_store_that_ignores_a_copy_is_found_out(script: Script) -> None:
     script.replies = [(200, {"ETag": '"of-nothing"'}, b"")]
+    source = ObjectReader(script.bucket, "ü +", '"e"', 10, 5)
 
-    assert script.bucket.copy_part("k", "u", 2, Run("b", "ü +", '"e"', 5, 10)) is None
+    assert script.bucket.copy_part("k", "u", 2, source) is None
     _, _, headers, _ = script.asked[0]
     assert headers["x-amz-copy-source"] == "/b/%C3%BC%20%2B"
     assert headers["x-amz-copy-source-range"] == "bytes=5-14"

@@ -11,7 +11,7 @@ from kms_core.age import stream
 from kms_core.payload import parallel
 from kms_core.payload.parallel import ParallelOptions
 from kms_core.s3 import multipart
-from kms_core.s3.bucket import MOST_PARTS, ObjectHead, Run, UploadedPart
+from kms_core.s3.bucket import MOST_PARTS, ObjectHead, UploadedPart
 from kms_core.s3.multipart import COPY_BYTES, PART_BYTES, Assembly, ObjectReader, digest
 from kms_protocol.errors import InvalidRequest, JobCancelled, PathRefused
 
@@ -25,7 +25,7 @@ class Shelf:
 
     data: bytes = b""
     sent: dict[int, bytes] = field(default_factory=dict)
-    copied: list[Run] = field(default_factory=list)
+    copied: list[ObjectReader] = field(default_factory=list)
     copies: int = 1_000_000
     line: object = None
     name: str = "shelf"
@@ -39,17 +39,18 @@ class Shelf:
         self.sent[number] = bytes(body)
         return UploadedPart(number, f"e{number}", len(body))
 
-    def copy_part(self, key: str, upload: str, number: int, run: Run) -> UploadedPart | None:
+    def copy_part(self, key: str, upload: str, number: int, source: ObjectReader) -> UploadedPart | None:
         del key, upload
         if len(self.copied) == self.copies:
             return None
-        self.copied.append(run)
-        return UploadedPart(number, f"c{number}", run.size)
+        self.copied.append(source)
+        return UploadedPart(number, f"c{number}", source.size)
 
     def parts(self, key: str, upload: str) -> list[UploadedPart]:
         del key, upload
         sent = [UploadedPart(number, f"e{number}", len(data)) for number, data in self.sent.items()]
-        return sent + [UploadedPart(number, "c", run.size) for number, run in enumerate(self.copied, start=2)]
+        copied = [UploadedPart(number, "c", each.size) for number, each in enumerate(self.copied, start=2)]
+        return sent + copied
 
     def read_into(self, key: str, etag: str, start: int, views: Sequence[memoryview]) -> None:
         del key, etag
@@ -141,7 +142,7 @@ def test_the_store_copies_behind_the_first_part() -> None:
     assert made.copy(reader(shelf, size - PART_BYTES), lambda: None, told.append)
     made.settle()
 
-    assert sorted(run.start for run in shelf.copied) == [0, COPY_BYTES, 2 * COPY_BYTES]
+    assert sorted(source.offset for source in shelf.copied) == [0, COPY_BYTES, 2 * COPY_BYTES]
     assert sorted(told) == [5, COPY_BYTES, COPY_BYTES]
 
 
