@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -197,10 +196,6 @@ class PeerServer:
         host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
         return f"{self.product} at {host}{f':{url.port}' if url.port else ''}"
 
-    def timeout_error(self) -> Unreachable:
-        """The error for a call that reached its deadline."""
-        return Unreachable(f"No answer from {self.where} within {self.timeout_s:g} s")
-
     def unexpected_error(self, what: str) -> BackendUnavailable:
         """The error for an answer (``what``) that only another kind of server would give."""
         url = urlsplit(self.url)
@@ -276,21 +271,20 @@ class Peer:
         """Bound the calls of this thread within the block by one timeout."""
         return self._network.until(time.monotonic() + self.server.timeout_s)
 
-    def left_s(self) -> float:
-        """Seconds left of ``one_timeout`` in this thread. Raises Unreachable if there are none."""
-        with transport_errors(self.server):
-            return self._network.left()
-
     def close(self) -> None:
         """Close all connections. A later call connects again."""
         self._pool.close()
 
     def in_time(self, wait: Callable[[float], T]) -> T:
-        """The result of ``wait``, which gets the seconds left; Unreachable if it raises TimeoutError."""
-        try:
-            return wait(self.left_s())
-        except TimeoutError:
-            raise self.server.timeout_error() from None
+        """The result of ``wait``, which gets the seconds left of ``one_timeout`` in this thread.
+
+        Raises Unreachable if there are none, or if ``wait`` raises TimeoutError.
+        """
+        with transport_errors(self.server):
+            try:
+                return wait(self._network.left())
+            except TimeoutError:
+                raise httpcore2.ReadTimeout from None
 
     def _own_pool(self) -> httpcore2.ConnectionPool:
         if self._owner != os.getpid():  # two processes on one connection would read each other's answers
@@ -365,15 +359,10 @@ def _retry_after(response: httpcore2.Response) -> float:
     given = next((value for name, value in response.headers if name.lower() == b"retry-after"), b"")
     text = given.decode("ascii", "replace").strip()
     try:
-        seconds = float(text) if text.isdecimal() else _seconds_until(parsedate_to_datetime(text))
-    except ValueError:
+        seconds = float(text) if text.isdecimal() else parsedate_to_datetime(text).timestamp() - time.time()
+    except (ValueError, OverflowError):
         return 0.0
     return min(max(seconds, 0.0), MAX_RETRY_AFTER_S)
-
-
-def _seconds_until(moment: datetime) -> float:
-    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return (moment - datetime.now(UTC)).total_seconds()
 
 
 _ERRORS: Final = (  # the first that fits; the text of the last two may quote what came

@@ -6,16 +6,17 @@ first other address. Entries that the client itself has sent are further left an
 
 import ipaddress
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Final
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 MOST_ENTRIES: Final = 32
-_MOST_CHARS: Final = 4096
-_NODE: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+))(?::[0-9]{1,5})?|([0-9A-Fa-f:.]+)", re.ASCII)
+_IP: Final = r"([0-9A-Fa-f:.]{1,45})"  # an IPv6 address that ends with an IPv4 address is the longest
+_NODE: Final = re.compile(rf"(?:\[{_IP}\]|([0-9.]{{1,15}}))(?::[0-9]{{1,5}})?|{_IP}", re.ASCII)
 
 
 def collapsed(lines: Sequence[str]) -> list[Network]:
@@ -39,8 +40,6 @@ class Proxies:
 
     def trust(self, address: str) -> bool:
         """Return whether a socket's address is that of a trusted proxy."""
-        if not self.networks:
-            return False
         found = _address(address)
         return found is not None and self._holds(found)
 
@@ -52,15 +51,14 @@ class Proxies:
         it; where every entry is a trusted proxy, that is the leftmost.
         """
         nearest = peer
-        if len(text) > _MOST_CHARS:  # the entries that are cut off, wholly or in part, are unknown
-            text = f"unknown,{text[-_MOST_CHARS:].partition(',')[2]}"
-        for number, entry in enumerate(_entries(text)):
-            found = None if number >= MOST_ENTRIES else _node(entry)
+        entries = (entry.strip(" \t") for entry in reversed(text.split(",")))
+        for entry in islice(filter(None, entries), MOST_ENTRIES):  # empty ones: RFC 9110 §5.6.1
+            found = _node(entry)
             if found is None:
-                return nearest
+                break
             nearest = str(found)
             if not self._holds(found):
-                return nearest
+                break
         return nearest
 
     def _holds(self, address: Address) -> bool:
@@ -82,10 +80,3 @@ def _node(text: str) -> Address | None:
     """The address of an entry, which may have brackets and a port."""
     match = _NODE.fullmatch(text)
     return _address(match[1] or match[2] or match[3]) if match else None
-
-
-def _entries(text: str) -> Iterator[str]:
-    """The entries from the right, without empty ones (RFC 9110 §5.6.1)."""
-    for entry in reversed(text.split(",")):
-        if entry.strip(" \t"):
-            yield entry.strip(" \t")

@@ -118,7 +118,7 @@ def celery_options(section: RedisSection, transport: Options) -> Options:
     if scheme in SENTINELS:
         found = sentinels(_BROKER, url)
         tls = _tls(section, url)
-        own = _own(found) | ({"ssl": True} | tls if tls else {})
+        own = _login(found.own_username, found.own_password) | ({"ssl": True} | tls if tls else {})
         named = {"master_name": found.master, "sentinel_kwargs": own | {"socket_timeout": _TIMEOUT_S}}
         return _celery(_for_kombu(found), tls, transport | named)
     if scheme in AMQP:
@@ -149,7 +149,7 @@ def _celery(url: str, tls: Options, transport: Options) -> Options:
 
 
 def _by_sentinels(found: Sentinels, options: Options) -> redis.Redis:
-    own = _own(found) | options
+    own = _login(found.own_username, found.own_password) | options
     known = _login(found.username, found.password)
     if "ssl_cert_reqs" in options:
         own["ssl"] = options["ssl"] = True
@@ -158,11 +158,6 @@ def _by_sentinels(found: Sentinels, options: Options) -> redis.Redis:
     )
     client: redis.Redis = watchers.master_for(found.master)  # type: ignore[no-untyped-call]  # as above
     return client
-
-
-def _own(found: Sentinels) -> Options:
-    """Credentials for the Sentinels themselves."""
-    return _login(found.own_username, found.own_password)
 
 
 def _login(username: str, password: str) -> Options:

@@ -91,20 +91,18 @@ class SlotHolder:
         """The address of the node. Raises redis.ConnectionError if no node of the URL tells one."""
         if self._told and time.monotonic() < self._told[1]:
             return self._told[0]
-        trouble: list[Exception] = []
+        trouble: redis.RedisError | None = None
         for host, node in self._nodes:
             try:
                 slots = node.execute_command("CLUSTER SLOTS")  # type: ignore[no-untyped-call]  # untyped there
             except redis.RedisError as exc:
-                trouble.append(exc)
+                trouble = exc
                 continue
             for begin, end, master, *_replicas in slots:
                 if begin <= _SLOT <= end:
                     named = (master[0] or b"").decode()  # empty: as the client knows it
                     return (host if named in {"", "?"} else named), int(master[1])
-        raise redis.ConnectionError(f"No node tells which one holds slot {_SLOT}") from next(
-            iter(trouble), None
-        )
+        raise redis.ConnectionError(f"No node tells which one holds slot {_SLOT}") from trouble
 
 
 def client(hosts: Sequence[Host], options: Mapping[str, Any]) -> redis.Redis:

@@ -128,10 +128,10 @@ def test_calls_within_one_timeout_share_it() -> None:
     with faulty(JSON) as server:
         ours = peer(server.url)
         with ours.one_timeout():
-            before = ours.left_s()
+            before = ours.in_time(float)
             ours.call("GET", "/")
 
-            assert ours.left_s() < before <= TIMEOUT_S
+            assert ours.in_time(float) < before <= TIMEOUT_S
 
 
 FORKING: Final = """

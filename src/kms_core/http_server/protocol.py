@@ -277,9 +277,8 @@ class HttpProtocol(HttpToolsProtocol):
         if self._upgrading:
             return
         self._between, cycle = True, self.cycle
-        if (
-            not self.parser.should_keep_alive()
-        ):  # a trailer may close the connection: the parser accepts nothing after it
+        # A trailer may close the connection: the parser accepts nothing after it.
+        if not self.parser.should_keep_alive():
             cycle.keep_alive = False
             if cycle.response_complete:
                 self.transport.close()
