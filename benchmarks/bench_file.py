@@ -164,7 +164,7 @@ def seal_commands(on: Stage) -> Commands:
 
 def open_commands(on: Stage) -> Commands:
     with on.sealed.open("rb") as file:
-        head = header.read(file.fileno(), FILE_LIMITS)
+        head = header.parse(file.read(FILE_LIMITS.header_bytes + header.NONCE_BYTES), FILE_LIMITS)
     file_key = drive_kms.file_key_of(head, drive_kms.wrapper(on.identity))
     key = stream.payload_key(file_key, head.nonce).hex()
     identity, output, sealed = str(on.identity), str(on.output), str(on.sealed)

@@ -87,12 +87,10 @@ def open_(by: Local, source: str, target: str) -> None:
             streaming.open_pipe(stream.payload_key(file_key_of(head, by), head.nonce), reader, writer)
         return
     with Path(source).open("rb", 0) as reader, Path(target).open("wb", 0) as writer:
-        head = header.read(reader.fileno(), FILE_LIMITS)
-        size = os.fstat(reader.fileno()).st_size - head.payload_offset
+        sealed = FileRange(reader.fileno(), os.fstat(reader.fileno()).st_size)
+        head = header.read_by(sealed.read_at, FILE_LIMITS)
         key = stream.payload_key(file_key_of(head, by), head.nonce)
-        parallel.open_file(
-            key, FileRange(reader.fileno(), size, head.payload_offset), FileWriter(writer.fileno())
-        )
+        parallel.open_file(key, sealed.tail(head.payload_offset), FileWriter(writer.fileno()))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A service over age keys in memory or on disk, and age files taken apart and put together, for tests."""
 
+import io
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +12,7 @@ from typing import Final
 import msgspec
 
 from kms_core.age import header, mlkem768x25519, x25519
+from kms_core.age.armor import ArmorWriter
 from kms_core.age.header import FILE_LIMITS, VERSION_LINE, Header, Stanza
 from kms_core.age.recipients import Identity
 from kms_core.audit import AuditRecord, AuditWriter
@@ -114,6 +116,14 @@ def kms_over(  # noqa: PLR0913 -- what settings would say
 
 
 # -- files taken apart -------------------------------------------------------------------------------
+
+
+def armored(file: bytes) -> bytes:
+    text = io.BytesIO()
+    writer = ArmorWriter(text)
+    writer.write(file)
+    writer.finish()
+    return text.getvalue()
 
 
 def head_of(file: bytes) -> Header:

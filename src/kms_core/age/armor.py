@@ -25,16 +25,6 @@ _AROUND: Final = 1024
 _BLOCK_BYTES: Final = 64 * 1024
 
 
-def armor(data: bytes) -> bytes:
-    """Armor an age file, with LF line ends."""
-    text = io.BytesIO()
-    writer = ArmorWriter(text)
-    for start in range(0, len(data), _BLOCK_BYTES):
-        writer.write(data[start : start + _BLOCK_BYTES])
-    writer.finish()
-    return text.getvalue()
-
-
 def dearmor(text: bytes) -> bytes:
     """The age file in an armored text. Raises as ``ArmorReader``."""
     return b"".join(_decoded(io.BytesIO(text)))
@@ -68,32 +58,28 @@ class ArmorReader(io.RawIOBase):
 
 
 class ArmorWriter:
-    """Armors the bytes written to it. Without ``finish`` the text has no end line, and readers refuse it."""
+    """Armors the bytes written to it, with LF line ends.
+
+    Without ``finish`` the text has no end line, and readers refuse it.
+    """
 
     def __init__(self, target: "SupportsWrite[bytes]") -> None:
         """``target`` accepts all bytes of a write."""
         self._target = target
+        self._begin = BEGIN + b"\n"  # empty once it is written
         self._held = b""
-        self._begun = False
 
     def write(self, data: "ReadableBuffer", /) -> int:
         """Accept all of ``data``, and write complete lines."""
-        self._begin()
         text = self._held + bytes(data)
         whole = len(text) - len(text) % _LINE_BYTES
-        self._target.write(_lines(text[:whole]))
-        self._held = text[whole:]
+        self._target.write(self._begin + _lines(text[:whole]))
+        self._begin, self._held = b"", text[whole:]
         return memoryview(data).nbytes
 
     def finish(self) -> None:
         """Write the last line and the end line; the target stays open."""
-        self._begin()
-        self._target.write(b"%b%b\n" % (_lines(self._held), _END))
-
-    def _begin(self) -> None:
-        if not self._begun:
-            self._target.write(BEGIN + b"\n")
-            self._begun = True
+        self._target.write(self._begin + _lines(self._held) + _END + b"\n")
 
 
 def _lines(data: bytes) -> bytes:

@@ -6,7 +6,6 @@ line. The MAC covers the received bytes up to and including ``---``. Knows no re
 
 import binascii
 import hmac
-import os
 import re
 import string
 from collections.abc import Callable, Iterable
@@ -150,13 +149,11 @@ def unbundled(stanzas: Iterable[Stanza], limits: HeaderLimits) -> tuple[Stanza, 
     return tuple(found)
 
 
-def read(fd: int, limits: HeaderLimits, offset: int = 0) -> Header:
-    """Parse the header of an open file, reading at most ``limits``. Raises as ``parse``."""
-    return read_by(lambda position, length: os.pread(fd, length, offset + position), limits)
-
-
 def read_by(read_at: Callable[[int, int], bytes], limits: HeaderLimits) -> Header:
-    """Parse the header of a source, where ``read_at(position, length)`` returns up to ``length`` bytes."""
+    """Parse the header of a source, where ``read_at(position, length)`` returns up to ``length`` bytes.
+
+    At most ``limits`` are read. Raises as ``parse``.
+    """
     start = read_at(0, _FIRST_READ_BYTES)
     if len(start) == _FIRST_READ_BYTES and start.rfind(_FOOTER) not in range(len(start) - _FOOT_BYTES):
         start = read_at(0, limits.header_bytes + NONCE_BYTES)

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kms_core.age.armor import ArmorReader, ArmorWriter, armor, dearmor
+from kms_core.age.armor import ArmorReader, ArmorWriter, dearmor
 from kms_protocol.errors import DecryptFailed, NotACiphertext
+from support.age_kms import armored
 
 DATA = bytes(range(256)) * 2
-TEXT = armor(DATA)
+TEXT = armored(DATA)
 BODY = TEXT.split(b"\n", 1)[1].rsplit(b"-----END", 1)[0]
 END = b"-----END AGE ENCRYPTED FILE-----\n"
 
@@ -20,7 +21,7 @@ END = b"-----END AGE ENCRYPTED FILE-----\n"
 @settings(deadline=None)
 @given(st.binary(max_size=400))
 def test_what_is_armored_comes_back_with_either_line_end(data: bytes) -> None:
-    text = armor(data)
+    text = armored(data)
 
     assert dearmor(text) == data
     assert dearmor(text.replace(b"\n", b"\r\n")) == data
@@ -30,10 +31,10 @@ def test_what_is_armored_comes_back_with_either_line_end(data: bytes) -> None:
 def test_pyrage_reads_our_armor_and_we_read_its() -> None:
     identity = pyrage.x25519.Identity.generate()
     file = pyrage.encrypt(b"salary", [identity.to_public()])
-    armored = pyrage.encrypt(b"salary", [identity.to_public()], armored=True)
+    text = pyrage.encrypt(b"salary", [identity.to_public()], armored=True)
 
-    assert pyrage.decrypt(armor(file), [identity]) == b"salary"
-    assert pyrage.decrypt(dearmor(armored), [identity]) == b"salary"
+    assert pyrage.decrypt(armored(file), [identity]) == b"salary"
+    assert pyrage.decrypt(dearmor(text), [identity]) == b"salary"
 
 
 @pytest.mark.parametrize("size", [0, 1, 47, 48, 49, 65535, 200_000])
@@ -45,7 +46,7 @@ def test_streams_do_what_memory_does(size: int) -> None:
         assert writer.write(data[start : start + 1000]) == min(1000, size - start)
     writer.finish()
 
-    assert text.getvalue() == armor(data)
+    assert text.getvalue() == armored(data)
     assert io.BufferedReader(ArmorReader(io.BytesIO(text.getvalue()))).read() == data
 
 
@@ -102,7 +103,7 @@ def test_other_texts_are_refused(text: bytes) -> None:
 
 def test_padding_before_the_last_line_is_refused_in_long_texts() -> None:
     data = os.urandom(47)
-    line = armor(data).split(b"\n")[1] + b"\n"
+    line = armored(data).split(b"\n")[1] + b"\n"
     text = b"-----BEGIN AGE ENCRYPTED FILE-----\n" + line * 3000 + END
 
     with pytest.raises(DecryptFailed):

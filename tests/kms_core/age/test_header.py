@@ -269,6 +269,10 @@ def fd() -> Iterator[int]:
         yield stored.fileno()
 
 
+def read(fd: int, offset: int = 0) -> Header:
+    return header.read_by(lambda position, length: os.pread(fd, length, offset + position), FILE_LIMITS)
+
+
 @pytest.mark.parametrize("offset", [0, 5], ids=["at the start", "behind something"])
 @pytest.mark.parametrize(
     "size",
@@ -277,7 +281,7 @@ def fd() -> Iterator[int]:
 def test_a_header_of_any_size_is_read_from_a_file(fd: int, size: int, offset: int) -> None:
     file = padded_to(size) + NONCE + bytes(70_000)
     os.pwrite(fd, file, offset)
-    head = header.read(fd, FILE_LIMITS, offset)
+    head = read(fd, offset)
 
     assert (head.size, head.nonce) == (size, NONCE)
 
@@ -286,7 +290,7 @@ def test_a_header_of_any_size_is_read_from_a_file(fd: int, size: int, offset: in
 def test_a_payload_that_looks_like_an_end_is_no_end(fd: int, payload: bytes) -> None:
     os.write(fd, file_of(SHORT, payload=payload))
 
-    assert header.read(fd, FILE_LIMITS).stanzas == (SHORT,)
+    assert read(fd).stanzas == (SHORT,)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +307,7 @@ def test_files_without_a_header_are_refused_as_in_memory(fd: int, data: bytes, e
     os.write(fd, data)
 
     with pytest.raises(error):
-        header.read(fd, FILE_LIMITS)
+        read(fd)
 
 
 @PROPERTY
@@ -313,4 +317,4 @@ def test_memory_and_files_agree(size: int, payload: bytes) -> None:
     with TemporaryFile(buffering=0) as stored:
         stored.write(file)
 
-        assert header.read(stored.fileno(), FILE_LIMITS) == head_of(file)
+        assert read(stored.fileno()) == head_of(file)

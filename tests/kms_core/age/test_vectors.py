@@ -19,7 +19,7 @@ from kms_core.payload.files import FileRange, FileWriter
 from kms_core.payload.parallel import ParallelOptions
 from kms_core.payload.streaming import RangeReader
 from kms_protocol.errors import DecryptFailed, NotACiphertext
-from support import cctv
+from support import age_kms, cctv
 from support.cctv import Vector
 
 WITH_PASSPHRASE = 26
@@ -121,7 +121,7 @@ def test_the_payload_seals_to_the_same_bytes(good: Vector, slab_chunks: int) -> 
 def test_armor_encodes_to_the_same_text(armored: Vector) -> None:
     text = armored.file.strip().replace(b"\r\n", b"\n") + b"\n"
 
-    assert armor.armor(armor.dearmor(armored.file)) == text
+    assert age_kms.armored(armor.dearmor(armored.file)) == text
 
 
 def decrypt(vector: Vector, released: io.BytesIO, options: ParallelOptions = parallel.DEFAULTS) -> str:

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kms_core.age import armor, header, stream, x25519
+from kms_core.age import header, stream, x25519
 from kms_core.age.header import Stanza
 from kms_core.age.recipients import version_of
 from kms_core.backends.age import AgeBackend
@@ -24,6 +24,7 @@ from support.age_kms import (
     NO_CONTEXT,
     ROW,
     age_backend,
+    armored,
     file_key_of,
     head_of,
     kms_over,
@@ -209,7 +210,7 @@ def test_a_passphrase_file_is_not_even_tried(kms: Kms) -> None:
 
 def test_armor_is_for_the_command(kms: Kms, sealed: bytes) -> None:
     with pytest.raises(NotACiphertext):
-        kms.decrypt(ADA, armor.armor(sealed), ROW)
+        kms.decrypt(ADA, armored(sealed), ROW)
 
 
 # -- edits -------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Final
 
 import pytest
 
-from kms_core.age import armor, x25519
+from kms_core.age import x25519
 from kms_core.age.header import Stanza, is_age_file
 from kms_core.backends.age import AgeBackend
 from kms_core.envelope import sealing
@@ -24,7 +24,7 @@ from kms_core.keyring import Key
 from kms_protocol.context import Context
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, InvalidContext
 from support import programs, sealing_plugin
-from support.age_kms import age_backend, stanza_of, types_of, with_stanzas, write_identities
+from support.age_kms import age_backend, armored, stanza_of, types_of, with_stanzas, write_identities
 from support.memory_kms import memory_backend
 
 CONTENT: Final = b"AGE-SECRET-KEY-1TEST\n"
@@ -60,8 +60,8 @@ def test_a_root_opens_what_it_sealed(root: AgeBackend) -> None:
     sealed = sealer(root).seal("payroll", CONTENT, "root")
 
     assert sealer(root).open("payroll", sealed) == CONTENT
-    assert sealer(root).open("payroll", armor.armor(sealed)) == CONTENT
-    assert (is_age_file(sealed), root_of(sealed), root_of(armor.armor(sealed))) == (True, "root", "root")
+    assert sealer(root).open("payroll", armored(sealed)) == CONTENT
+    assert (is_age_file(sealed), root_of(sealed), root_of(armored(sealed))) == (True, "root", "root")
     assert CONTENT not in sealed
 
 

@@ -15,7 +15,7 @@ import pyrage
 
 from kms_api.vault_api import models, service
 from kms_api.vault_api.service import Extra
-from kms_core.age import armor, header
+from kms_core.age import header
 from kms_core.age.header import FILE_LIMITS
 from kms_core.age.recipients import parse_identity
 from kms_core.auth.policy import AllowAll, Principal
@@ -25,7 +25,7 @@ from kms_core.envelope.binding import KeyRef
 from kms_core.keyring import Key, Keyring
 from kms_core.service import Kms
 from kms_protocol.context import Context
-from support.age_kms import kms_over
+from support.age_kms import armored, kms_over
 from support.golden import backends, manifest, reference
 from support.golden.manifest import Entry, b64
 
@@ -57,7 +57,7 @@ def make(folder: Path) -> None:
     _write(folder / "bundles.json", _bundles())
     _write(folder / "foreign.json", _foreign())
     _write(folder / "vault-api.json", _vault_api())
-    texts = [{"entry": ARMORED, "text": armor.armor(manifest.entry(ARMORED).file).decode()}, *_texts()]
+    texts = [{"entry": ARMORED, "text": armored(manifest.entry(ARMORED).file).decode()}, *_texts()]
     (folder.parent / "texts.json").write_text(json.dumps(texts, indent=1) + "\n")
 
 
