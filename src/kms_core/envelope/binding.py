@@ -176,18 +176,23 @@ def wrap_of(stanza: Stanza, key: KeyRef) -> Wrap:
 
 
 def seal_file_key(secret: bytes, file_key: bytes, aad: bytes, info: bytes) -> bytes:
-    """Seal a 16-byte file key under HKDF(secret, 32 random bytes): salt and sealed key, 64 bytes.
+    """Seal a file key or a wrap key under HKDF(secret, 32 random bytes): salt, sealed key and tag.
 
-    ``secret`` has 32 bytes; ``info`` is ``WRAP_KEY_INFO`` or ``AGE_WRAP_INFO``.
+    ``secret`` has 32 bytes, and the result 48 more than ``file_key``. ``info`` names the use of the secret.
     """
     salt = os.urandom(_SEAL_SALT_BYTES)
     return salt + ChaCha20Poly1305(hkdf(secret, salt=salt, info=info)).encrypt(_SEAL_NONCE, file_key, aad)
 
 
 def open_file_key(secret: bytes, body: bytes, aad: bytes, info: bytes) -> bytes:
-    """Open what ``seal_file_key`` returned. Raises DecryptFailed."""
+    """Open what ``seal_file_key`` returned for a 16-byte file key. Raises DecryptFailed."""
     if len(body) != _SEALED_BYTES or len(secret) != KEY_BYTES:
         raise DecryptFailed
+    return open_sealed(secret, body, aad, info)
+
+
+def open_sealed(secret: bytes, body: bytes, aad: bytes, info: bytes) -> bytes:
+    """Open what ``seal_file_key`` returned for a key of any size. Raises DecryptFailed."""
     wrap_key = hkdf(secret, salt=body[:_SEAL_SALT_BYTES], info=info)
     try:
         return ChaCha20Poly1305(wrap_key).decrypt(_SEAL_NONCE, body[_SEAL_SALT_BYTES:], aad)
@@ -258,11 +263,10 @@ def wrap_aad(key: KeyRef, context: Stanza) -> bytes:
     return _WRAP_LABEL + named + length_prefixed(context.body)
 
 
-def pad_stanza(rendered: Sequence[Stanza], mac_line_bytes: int, head_bytes: int, multiple: int) -> Stanza:
-    """Make the stanza that pads a header with these stanzas to a multiple of ``multiple`` bytes."""
-    taken = head_bytes + sum(len(render_stanza(stanza)) for stanza in rendered) + mac_line_bytes
-    smallest = len(render_stanza(Stanza((PAD, "0"), b"")))
-    return Stanza((PAD, "0" * (1 + -(taken + smallest) % multiple)), b"")
+def pad_stanza(header_bytes: int, multiple: int) -> Stanza:
+    """Make the stanza that pads a header of this size to a multiple of ``multiple`` bytes."""
+    smallest = header_bytes + len(render_stanza(Stanza((PAD, "0"), b"")))
+    return Stanza((PAD, "0" * (1 + -smallest % multiple)), b"")
 
 
 def _context_tag(file_key: bytes, salt: bytes, names: bytes, context: Context) -> bytes:

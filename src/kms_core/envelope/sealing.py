@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from kms_core.age import header, stream
-from kms_core.age.header import FILE_KEY_BYTES, VERSION_LINE, Header, Stanza
+from kms_core.age.header import FILE_KEY_BYTES, Header, Stanza
 from kms_core.age.recipients import Recipient
 from kms_core.age.x25519 import NoMatch
 from kms_core.envelope import binding
@@ -22,7 +22,6 @@ from kms_protocol.errors import DecryptFailed
 SCRYPT: Final = "scrypt"  # the stanza of a file with a passphrase
 PAD_FROM_BYTES: Final = 1024 * 1024
 PADDED_HEADER_BYTES: Final = 4096
-_MAC_LINE_BYTES: Final = len("--- ") + 43 + 1
 
 
 class Wrapper(Protocol):
@@ -83,7 +82,8 @@ def begin(
     file_key, nonce = payload
     stanzas = [*_stanzas(file_key, nonce, keys, context), *(each.wrap(file_key) for each in recipients)]
     if padded:
-        stanzas.append(binding.pad_stanza(stanzas, _MAC_LINE_BYTES, len(VERSION_LINE), PADDED_HEADER_BYTES))
+        size = len(header.render(stanzas, file_key))
+        stanzas.append(binding.pad_stanza(size, PADDED_HEADER_BYTES))
     wrap_keys = binding.wrap_keys_in(stanzas)
     return Sealing(header.render(stanzas, file_key), nonce, file_key, wrap_keys)
 

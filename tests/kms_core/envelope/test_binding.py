@@ -4,7 +4,7 @@ from typing import Final
 import pytest
 
 from kms_core.age import header
-from kms_core.age.header import VERSION_LINE, Header, Stanza
+from kms_core.age.header import Header, Stanza
 from kms_core.envelope import binding
 from kms_core.envelope.binding import CONTEXT, ORIGIN, PAD, WRAP, BoundStanzas, KeyRef
 from kms_protocol.context import Context
@@ -263,7 +263,7 @@ def test_a_remote_wrap_is_4096_bytes_at_most(size: int, *, taken: bool) -> None:
 def test_filler_rounds_a_header_up(taken: int) -> None:
     spare = taken - len(header.render([Stanza(("x",), b"")], FILE_KEY))
     stanza = Stanza(("x" * max(1, 1 + spare),), b"")
-    pad = binding.pad_stanza([stanza], len("--- ") + 43 + 1, len(VERSION_LINE), 4096)
+    pad = binding.pad_stanza(len(header.render([stanza], FILE_KEY)), 4096)
     rendered = header.render([stanza, pad], FILE_KEY)
 
     assert len(rendered) % 4096 == 0

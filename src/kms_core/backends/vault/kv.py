@@ -26,21 +26,17 @@ from typing import Final, Literal
 from urllib.parse import SplitResult
 
 import msgspec
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from kms_core.age.kdf import hkdf
 from kms_core.backends import KeyMissing, KeyVersion
 from kms_core.backends.remote import RemoteBackend
 from kms_core.backends.vault.client import EngineAnswer, VaultClient, connect, located, path_of, said
 from kms_core.backends.vault.settings import VaultKvSection
+from kms_core.envelope import binding
 from kms_core.http_client import Busy, PeerAnswer, Unreachable
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, DecryptFailed
 
 KEY_BYTES: Final = 32
-SALT_BYTES: Final = 32
 _INFO: Final = b"kms-service/vault-kv/1"
-_NONCE: Final = bytes(12)  # each derived key seals once
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,8}")
 
 
@@ -99,18 +95,14 @@ class KvCipher:
         key = self._key(version)
         if key is None:
             raise self._error(f"has no version {version}")
-        salt = os.urandom(SALT_BYTES)
-        return salt + _aead(key, salt).encrypt(_NONCE, secret, aad)
+        return binding.seal_file_key(key, secret, aad, _INFO)
 
     def decrypt(self, wrapped: bytes, version: str, aad: bytes) -> bytes:
         """Decrypt what ``encrypt`` returned."""
         key = self._key(version)
         if key is None:
             raise DecryptFailed
-        try:
-            return _aead(key, wrapped[:SALT_BYTES]).decrypt(_NONCE, wrapped[SALT_BYTES:], aad)
-        except InvalidTag as exc:
-            raise DecryptFailed from exc
+        return binding.open_sealed(key, wrapped, aad, _INFO)
 
     def versions(self) -> Sequence[KeyVersion]:
         """All versions of the document, read now."""
@@ -183,7 +175,6 @@ class KvCipher:
         if answer.status == HTTPStatus.NOT_FOUND:
             return self._absent(answer, now)
         if not answer.ok:
-            said(answer)
             raise answer.unexpected_error()
         if not self._checks:
             return _Document(self._keys(answer.read(EngineAnswer[msgspec.Raw]).data), 0, now)
@@ -224,7 +215,6 @@ class KvCipher:
         answer = self._vault.call("POST", self._url, {"options": {"cas": cas}, "data": data})
         if answer.ok or (answer.status == HTTPStatus.BAD_REQUEST and "check-and-set" in said(answer)):
             return
-        said(answer)
         raise answer.unexpected_error()
 
     @property
@@ -246,10 +236,6 @@ def _versions(document: _Document) -> list[KeyVersion]:
     return [KeyVersion(str(number), document.keys[number].created_at) for number in sorted(document.keys)]
 
 
-def _aead(key: bytes, salt: bytes) -> ChaCha20Poly1305:
-    return ChaCha20Poly1305(hkdf(key, salt=salt, info=_INFO))
-
-
 def open_key(uri: SplitResult | None, section: VaultKvSection, *, strict: bool) -> RemoteBackend:
     """``vault-kv:<path>`` or ``vault-kv:<path>?mount=<mount>``; None means ``path`` of ``[kms.vault_kv]``."""
     mount, path = section.mount, section.path
@@ -260,4 +246,4 @@ def open_key(uri: SplitResult | None, section: VaultKvSection, *, strict: bool) 
         raise ConfigurationError("kms.vault_kv.path is missing: name the secret that holds the wrapping key")
     vault = connect(section, "kms.vault_kv", strict=strict)
     cipher = KvCipher(vault, mount, path, kv_version=section.kv_version, cache_s=section.cache_s)
-    return RemoteBackend(cipher, data_keys=section.data_keys)
+    return RemoteBackend(cipher)
