@@ -63,4 +63,4 @@ class MemoryCipher:
 
 def memory_backend(name: str = "memory") -> tuple[RemoteBackend, MemoryCipher]:
     cipher = MemoryCipher(name)
-    return RemoteBackend(cipher, data_keys=True, policy=NO_RETRIES), cipher
+    return RemoteBackend(cipher, policy=NO_RETRIES), cipher

@@ -1,10 +1,9 @@
 """Calls of several threads to one server: joined in batches, or answered by one call for all of them.
 
-No lock is held while a server is called. Both classes begin empty in a forked child: the thread that would
+No lock is held while a server is called. A forked child needs objects of its own: the thread that would
 end a call of the parent is not there.
 """
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
@@ -42,11 +41,7 @@ class Batcher(Generic[Item, Outcome]):
         self, send: Callable[[Sequence[Item]], Sequence[Outcome | KmsError]], *, batches: int = 1
     ) -> None:
         self._send = send
-        self._batches = batches
-        self._begin()
-
-    def _begin(self) -> None:
-        self._free, self._pid = self._batches, os.getpid()
+        self._free = batches
         self._lock = threading.Lock()
         self._waiting: deque[_Call[Item, Outcome]] = deque()
 
@@ -56,8 +51,6 @@ class Batcher(Generic[Item, Outcome]):
         ``send`` runs in the thread of the last call of its batch, which has the most time left, and bounds
         its waits by that thread's deadline.
         """
-        if self._pid != os.getpid():
-            self._begin()
         call: _Call[Item, Outcome] = _Call(item)
         with self._lock:
             self._waiting.append(call)
@@ -113,17 +106,11 @@ class SingleFlight(Generic[Outcome]):
     """Runs a function once for all threads that ask for the same name while it runs."""
 
     def __init__(self) -> None:
-        self._begin()
-
-    def _begin(self) -> None:
-        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._running: dict[Hashable, Future[Outcome]] = {}
 
     def run(self, name: Hashable, function: Callable[[], Outcome]) -> Outcome:
         """The result of ``function``, or of the call of this name that is running. Raises its error."""
-        if self._pid != os.getpid():
-            self._begin()
         mine: Future[Outcome] = Future()
         with self._lock:
             running = self._running.setdefault(name, mine)

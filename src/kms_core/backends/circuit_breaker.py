@@ -137,38 +137,31 @@ class RetryingCaller:
     def once(self, operation: str, function: Callable[[], T]) -> T:
         """Call ``function`` once, for calls that must not be repeated. Raises as ``call`` does."""
         with tracing.span(f"{self._name} {operation}", SpanKind.CLIENT):
-            return self._once(operation, function)
-
-    def _once(self, operation: str, function: Callable[[], T]) -> T:
-        self._breaker.enter()
-        started = time.perf_counter()
-        result = "error"
-        try:
-            answer = function()
-            result = "ok"
-        except Unreachable as exc:
-            result = "unreachable"
-            if self._is_first(exc):
-                self._breaker.failed()
-            raise
-        except BackendUnavailable:
-            result = "unavailable"
-            self._breaker.answered()
-            raise
-        except KmsError:
-            result = "refused"
-            self._breaker.answered()
-            raise
-        except BaseException:
-            self._breaker.left()
-            raise
-        else:
-            self._breaker.answered()
-            return answer
-        finally:
-            seconds = time.perf_counter() - started
-            metrics.BACKEND_SECONDS.labels(self._name, operation, result).observe(seconds)
-            tracing.note(backend=self._name, operation=operation, result=result)
+            self._breaker.enter()
+            started = time.perf_counter()
+            result = "error"
+            try:
+                answer = function()
+                result = "ok"
+            except Unreachable as exc:
+                result = "unreachable"
+                if self._is_first(exc):
+                    self._breaker.failed()
+                raise
+            except KmsError as exc:
+                result = "unavailable" if isinstance(exc, BackendUnavailable) else "refused"
+                self._breaker.answered()
+                raise
+            except BaseException:
+                self._breaker.left()
+                raise
+            else:
+                self._breaker.answered()
+                return answer
+            finally:
+                seconds = time.perf_counter() - started
+                metrics.BACKEND_SECONDS.labels(self._name, operation, result).observe(seconds)
+                tracing.note(backend=self._name, operation=operation, result=result)
 
     def _is_first(self, exc: Unreachable) -> bool:
         """Return whether no other call of the same request had this error before."""

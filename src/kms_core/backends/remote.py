@@ -89,12 +89,12 @@ class RemoteBackend:
     """
 
     blocks = True
+    data_keys = True
     native = False
 
-    def __init__(self, cipher: Cipher, *, data_keys: bool = True, policy: RetryPolicy | None = None) -> None:
+    def __init__(self, cipher: Cipher, *, policy: RetryPolicy | None = None) -> None:
         """Make no call: a server that is down degrades the service and does not stop its start."""
         self.name = cipher.name
-        self.data_keys = data_keys
         self._cipher = cipher
         self._caller = RetryingCaller(cipher.name, policy or RetryPolicy())
         self._health: tuple[float, Health] | None = None
@@ -216,11 +216,12 @@ class SharingBackend:
     """A ``RemoteBackend`` that asks its server for wrap keys, each for many files; see ``wrap_keys``."""
 
     blocks = True
+    data_keys = True
     native = False
 
     def __init__(self, remote: RemoteBackend, keys: WrapKeys, life_s: float) -> None:
         """``life_s``: seconds that a wrap key serves after the server wrapped or unwrapped it."""
-        self.name, self.data_keys = remote.name, remote.data_keys
+        self.name = remote.name
         self._remote = remote
         self._keys, self._owner, self._life_s = keys, keys.owner(), life_s
         self._seen_changes = remote.changes

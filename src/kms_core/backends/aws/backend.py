@@ -309,7 +309,7 @@ def open_key(uri: SplitResult | None, section: AwsKmsSection, *, strict: bool) -
     )
     calls = _open.get(endpoint) or AwsKmsClient(endpoint)  # keys of one endpoint share its connections
     _open[endpoint] = calls
-    return RemoteBackend(AwsCipher(calls, key), data_keys=section.data_keys)
+    return RemoteBackend(AwsCipher(calls, key))
 
 
 def _options(uri: SplitResult) -> dict[str, str]:

@@ -15,7 +15,6 @@ class AwsKmsSection(BackendSection, frozen=True, kw_only=True):
     """
 
     MODULE: ClassVar = "kms_core.backends.aws.backend"
-    data_keys: ClassVar = True
 
     key_id: str | None = None
     region: str | None = None

@@ -37,18 +37,14 @@ class _EncryptIn(msgspec.Struct):
     enc: str = _ENCRYPTION
 
 
-class _EncryptOut(msgspec.Struct):
+class _Jwe(msgspec.Struct):
     protected: str
     iv: str
     ciphertext: str
     tag: str
 
 
-class _DecryptIn(msgspec.Struct):
-    protected: str
-    iv: str
-    ciphertext: str
-    tag: str
+class _DecryptIn(_Jwe):
     aad: str
     encrypted_key: str = ""
 
@@ -77,7 +73,7 @@ class Jose:
     def seal(self, uid: str, plaintext: bytes, aad: bytes) -> GcmResult:
         """Encrypt under a nonce of the server, with ``jwe_aad(uid, aad)`` authenticated. Raises Refusal."""
         answer = self._post(ENCRYPT, _EncryptIn(uid, _b64(plaintext), _b64(aad)))
-        found = answer.read(_EncryptOut)
+        found = answer.read(_Jwe)
         if found.protected != _protected(uid):
             raise answer.unexpected_error()
         return GcmResult(

@@ -17,7 +17,6 @@ _RISK: Final = "the network can read the token and file keys"
 class VaultSection(BackendSection, frozen=True, kw_only=True):
     """The keys that ``[kms.transit]`` and ``[kms.vault_kv]`` have in common: a server and our token there."""
 
-    data_keys: ClassVar = True
     CREDENTIAL: ClassVar = "token"
     SECRET_FILES: ClassVar = ("token_file", "client_key")
     CERTIFICATE: ClassVar = "client_cert"

@@ -295,4 +295,4 @@ def open_key(uri: SplitResult | None, section: TransitSection, *, strict: bool) 
     if key is None:
         raise ConfigurationError("kms.transit.key_name is missing: name the key that the service uses")
     vault = connect(section, "kms.transit", strict=strict)
-    return RemoteBackend(TransitCipher(vault, mount, key), data_keys=section.data_keys)
+    return RemoteBackend(TransitCipher(vault, mount, key))
