@@ -188,11 +188,7 @@ def _exposition(service: Service) -> bytes:
     return exposition()
 
 
-def _operations(counts: dict[tuple[str, str], int]) -> admin.Operations:
-    by: dict[str, list[int]] = {}
-    for (operation, result), count in counts.items():
-        sums = by.setdefault(operation, [0, 0])
-        sums[result != "ok"] += count
+def _operations(by: dict[str, list[int]]) -> admin.Operations:
     shapes = {
         operation: admin.OperationCount(ok=ok, failed=failed)
         for operation, (ok, failed) in sorted(by.items())

@@ -1,7 +1,7 @@
 """Every Prometheus metric of the service, declared once. Label values come from closed sets only."""
 
 import os
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import product
 from typing import Final, get_args
@@ -236,31 +236,27 @@ answer_seconds: Final = lru_cache(maxsize=1024)(HTTP_SECONDS.labels)
 """``HTTP_SECONDS`` by labels: a lookup in the metric takes as long as counting."""
 _operation_seconds: Final = lru_cache(maxsize=1024)(OPERATION_SECONDS.labels)
 _payload_bytes: Final = lru_cache(maxsize=1024)(PAYLOAD_BYTES.labels)
-_FROM_ZERO: Final = {
-    AUDIT_EVENTS: ("ok", "failed"),
-    KEY_ROTATIONS: ("ok", "failed"),
-    JOB_RESUMES: ("notify_failed", "requeued", "committing", "due", "parts_ended"),
-    JOB_STALLS: get_args(wire.JobKind),
-    SPOOL_REFUSED: ("upload", "items", "head", "result", "files"),
-}
+_KINDS: Final = get_args(wire.JobKind)
 
 
-def announce(backends: Iterable[str], endpoints: Iterable[str]) -> None:
+def announce(backends: Collection[str], endpoints: Collection[str]) -> None:
     """Start counters of rare events at zero, so that an alert sees the first event as an increase."""
-    for backend in backends:
-        BACKEND_RETRIES.labels(backend)
-        BACKEND_FAILOVERS.labels(backend)
-        BREAKER_OPEN.labels(backend)
-    for endpoint, result in product(endpoints, ("delivered", "retried", "gone", "dead")):
-        WEBHOOK_DELIVERIES.labels(endpoint, result)
-    for kind in get_args(wire.JobKind):
-        for state in ("queued", "succeeded", "failed", "cancelled"):
-            JOBS.labels(kind, state)
-        for result in ("ok", "failed"):
-            JOB_ITEMS.labels(kind, result)
-    for counter, labels in _FROM_ZERO.items():
-        for label in labels:
-            counter.labels(label)
+    values: Mapping[Counter | Gauge, Sequence[Collection[str]]] = {  # of each label
+        AUDIT_EVENTS: [("ok", "failed")],
+        BACKEND_FAILOVERS: [backends],
+        BACKEND_RETRIES: [backends],
+        BREAKER_OPEN: [backends],
+        JOBS: [_KINDS, ("queued", "succeeded", "failed", "cancelled")],
+        JOB_ITEMS: [_KINDS, ("ok", "failed")],
+        JOB_RESUMES: [("notify_failed", "requeued", "committing", "due", "parts_ended")],
+        JOB_STALLS: [_KINDS],
+        KEY_ROTATIONS: [("ok", "failed")],
+        SPOOL_REFUSED: [("upload", "items", "head", "result", "files")],
+        WEBHOOK_DELIVERIES: [endpoints, ("delivered", "retried", "gone", "dead")],
+    }
+    for metric, of_labels in values.items():
+        for labels in product(*of_labels):
+            metric.labels(*labels)
 
 
 def show_weak(settings: Iterable[str], weak: Container[str]) -> None:

@@ -62,16 +62,15 @@ class UsageCounters:
             return dict(self._counts)
 
 
-def operations(counts: Mapping[str, int], tenant: str | None = None) -> dict[tuple[str, str], int]:
-    """Counts by (operation, result), of one tenant or of all."""
+def operations(counts: Mapping[str, int], tenant: str | None = None) -> dict[str, list[int]]:
+    """The numbers of successful and of failed calls by operation, of one tenant or of all."""
     start = f"{OPERATIONS} " if tenant is None else f"{OF_TENANT} {tenant} "
-    found = (field for field in counts if field.startswith(start))
-    return {_pair(field.removeprefix(start)): counts[field] for field in found}
-
-
-def _pair(text: str) -> tuple[str, str]:
-    operation, _, result = text.partition(" ")
-    return operation, result
+    found: dict[str, list[int]] = {}
+    for field, count in counts.items():
+        if field.startswith(start):
+            operation, _, result = field.removeprefix(start).partition(" ")
+            found.setdefault(operation, [0, 0])[result != "ok"] += count
+    return found
 
 
 def of_version(counts: Mapping[str, int], key_id: str, version: str, backend: str) -> tuple[int, int]:
@@ -80,9 +79,6 @@ def of_version(counts: Mapping[str, int], key_id: str, version: str, backend: st
     return counts.get(f"{MESSAGES} {name}", 0), counts.get(f"{BYTES} {name}", 0)
 
 
-def together(*parts: Mapping[str, int]) -> dict[str, int]:
-    """The sum of several counts."""
-    total: Counter[str] = Counter()
-    for part in parts:
-        total.update(part)
-    return dict(total)
+def together(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
+    """The sums of the counts of two sources."""
+    return dict(Counter(first) + Counter(second))
