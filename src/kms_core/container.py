@@ -9,7 +9,6 @@ from typing import Final
 import redis
 
 from kms_core import key_opening, keyring, stores
-from kms_core.age.header import SYNC_LIMITS
 from kms_core.audit.maintenance import AuditMaintenance
 from kms_core.audit_setup import build as build_audit
 from kms_core.auth import authenticator, logins, token_documents, tokens
@@ -102,10 +101,7 @@ def build(settings: Settings, process: str, notify: NotifyWorker | None) -> Core
     record_key = RecordKey(spool_key.secrets())
     authenticator_ = authenticator.build(settings, tokens_, record_key.derived(logins.INFO))
     metrics.announce({name for key in keyring_.keys.values() for name in key.names}, jobs.endpoints)
-    rules = SelectionRules(
-        section.require_context,
-        SYNC_LIMITS,
-    )
+    rules = SelectionRules(section.require_context)
     kms = Kms(keyring_, _policy(settings, authenticator_), audit_log, rules)
     blobs = blob_store(settings)
     install = _install(settings, client, partial(facts_of, settings, keyring_, record_key))

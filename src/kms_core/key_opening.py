@@ -85,11 +85,6 @@ def places(settings: Settings) -> Mapping[str, Path | str]:
     return found
 
 
-def key_files(settings: Settings) -> Mapping[str, Path]:
-    """The private files of Age keys that take calls, by key id. Raises ConfigurationError."""
-    return {name: place for name, place in places(settings).items() if isinstance(place, Path)}
-
-
 def documents(settings: Settings) -> Mapping[str, KeyDocument]:
     """The documents of Age keys that take calls, by key id. Raises ConfigurationError."""
     sealer, opened = direct(settings), _inherited(settings)
@@ -102,8 +97,9 @@ def documents(settings: Settings) -> Mapping[str, KeyDocument]:
 
 def sealed_files(settings: Settings) -> Mapping[str, Path]:
     """The key files that are sealed now, by name. Raises ConfigurationError for a wrong URI."""
-    paths = {**key_files(settings), **own_files(settings)}
-    return {name: path for name, path in paths.items() if is_age_file(_start_of(path))}
+    paths = {**places(settings), **own_files(settings)}
+    files = {name: path for name, path in paths.items() if isinstance(path, Path)}
+    return {name: path for name, path in files.items() if is_age_file(_start_of(path))}
 
 
 def _start_of(path: Path) -> bytes:
@@ -244,11 +240,6 @@ class KeyOpener(PeriodicThread):
                 break
             time.sleep(self._look_s)
 
-    def begin(self) -> None:
-        """Open all files, then go on as a thread. Raises as ``open_all``."""
-        self.open_all()
-        self.start()
-
 
 # -- of this process -----------------------------------------------------------------------------------
 
@@ -272,7 +263,8 @@ def begin(settings: Settings) -> int | None:
         with suppress(Unavailable, OSError):  # the log says why, and the processes go on polling
             document.copy.poll()
         opener.add(name, document.private, document.sealed)
-    opener.begin()
+    opener.open_all()
+    opener.start()
     return memory.fd
 
 
@@ -292,12 +284,9 @@ def _inherited(settings: Settings) -> InheritedFiles | None:
 
 def direct(settings: Settings) -> FileSealer:
     """Open and seal files in this process, with a call to a root for each."""
-
-    @cache
-    def roots() -> Mapping[str, keyring.Key]:
-        return keyring.roots(settings)
-
-    return FileSealer(roots, _identities_of(settings), partial(_document, settings))
+    roots = cache(partial(keyring.roots, settings))
+    identities = partial(_identities, settings.backend(AgeSection).seal_identity_path)
+    return FileSealer(roots, identities, partial(_document, settings))
 
 
 def _document(
@@ -310,17 +299,12 @@ def _document(
     return KeyDocument(name, document, copy, sealer, opened)
 
 
-def _identities_of(settings: Settings) -> Callable[[], Sequence[SealingIdentity]]:
-    path = settings.backend(AgeSection).seal_identity_path
-
-    def identities() -> Sequence[SealingIdentity]:
-        if path is None:
-            raise ConfigurationError(
-                "it is sealed for age identities, and none are named: set seal_identity_path under [kms.age]"
-            )
-        return read_identities(path)
-
-    return identities
+def _identities(path: Path | None) -> Sequence[SealingIdentity]:
+    if path is None:
+        raise ConfigurationError(
+            "it is sealed for age identities, and none are named: set seal_identity_path under [kms.age]"
+        )
+    return read_identities(path)
 
 
 # -- keys of peers -------------------------------------------------------------------------------------
@@ -336,8 +320,9 @@ def check(settings: Settings) -> None:
     keys = keyring.build(settings, of_process(settings)).keys
     peers: dict[str, list[Backend]] = {}
     for key in (*keyring.roots(settings).values(), *keys.values()):
-        for backend in key.remote:
-            peers.setdefault(backend.name, []).append(backend)
+        for backend in key.backends:
+            if backend.blocks:
+                peers.setdefault(backend.name, []).append(backend)
     missing: list[KeyMissing] = []
     # daemon threads: a peer that never answers must not delay the end of the process
     threads = [Thread(target=_check_peer, args=(each, missing), daemon=True) for each in peers.values()]

@@ -9,7 +9,7 @@ budget is always logged. An AES-GCM key with random nonces may seal 2^32 message
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Final, Literal
+from typing import Final
 
 import structlog
 
@@ -22,7 +22,6 @@ from kms_core.settings.model import RotationSection
 from kms_protocol.errors import KmsError
 
 SCHEDULE: Final = Principal("rotation-schedule", credential="internal")
-Reason = Literal["age", "budget"]
 _log = structlog.get_logger(__name__)
 
 
@@ -33,15 +32,13 @@ class RotationState:
     key_id: str
     backend: str
     current: KeyVersion
-    messages: int
     budget: float
     due_at: datetime | None
 
-    def due(self, now: datetime, rules: RotationSection) -> Reason | None:
-        """The reason why a rotation is due, or None."""
-        if self.due_at is not None and now >= self.due_at:
-            return "age"
-        return "budget" if rules.budget_rotates and self.budget >= 1 else None
+    def due(self, now: datetime, rules: RotationSection) -> bool:
+        """Return whether a rotation is due, by age or by budget."""
+        is_old = self.due_at is not None and now >= self.due_at
+        return is_old or (rules.budget_rotates and self.budget >= 1)
 
 
 def state_of(key: Key, backend: Backend, counts: Mapping[str, int], rules: RotationSection) -> RotationState:
@@ -50,9 +47,7 @@ def state_of(key: Key, backend: Backend, counts: Mapping[str, int], rules: Rotat
     messages, _ = usage.of_version(counts, key.key_id, current.version, backend.name)
     made = current.created_at
     due_at = made + timedelta(days=rules.every_days) if made is not None and rules.every_days else None
-    return RotationState(
-        key.key_id, backend.name, current, messages, messages / rules.budget_messages, due_at
-    )
+    return RotationState(key.key_id, backend.name, current, messages / rules.budget_messages, due_at)
 
 
 def find_due(keyring: Keyring, counts: Mapping[str, int], rules: RotationSection) -> list[RotationState]:
@@ -69,7 +64,7 @@ def find_due(keyring: Keyring, counts: Mapping[str, int], rules: RotationSection
             _log.warning("rotation.unknown", key_id=key.key_id, backend=backend.name, code=exc.code)
             continue
         labels = (state.key_id, state.backend)
-        is_due = state.due(now, rules) is not None
+        is_due = state.due(now, rules)
         metrics.KEY_BUDGET.labels(*labels).set(state.budget)
         metrics.KEY_ROTATION_DUE.labels(*labels).set(is_due)
         if state.current.created_at is not None:

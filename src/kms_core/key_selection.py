@@ -166,7 +166,9 @@ class KeySelector:
         native = key.native
         if native is None:
             raise ForeignRefused("The key has no age identities, and a foreign file is for one of those")
-        file_key, ref = sealing.foreign_file_key(head, native, key.refs(call.who.tenant))
+        versions = [version.version for version in reversed(native.versions())]
+        refs = [KeyRef(call.who.tenant, key.key_id, version, native.name) for version in versions]
+        file_key, ref = sealing.foreign_file_key(head, native, refs)
         call.note_key(ref, "foreign")
         return Unwrapped(file_key, head.nonce, ref, "foreign")
 

@@ -66,14 +66,6 @@ class Key:
         """The version that names new files of this tenant."""
         return KeyRef(tenant, self.key_id, self.backend.current_version(), self.backend.name)
 
-    def refs(self, tenant: str) -> Sequence[KeyRef]:
-        """All versions of the native backend, or else of ``backend``, the current one first."""
-        backend = self.native or self.backend
-        return [
-            KeyRef(tenant, self.key_id, version.version, backend.name)
-            for version in reversed(backend.versions())
-        ]
-
     def wrapping(self, tenant: str) -> Sequence[BackendKey]:
         """The backends and versions that wrap a new file key; the first names the file."""
         return [
@@ -98,7 +90,7 @@ class Key:
         Native stanzas name no version, so each identity is tried if the context stanza names the version of
         another backend.
         """
-        for backend in self._all:
+        for backend in self.backends:
             versions = [
                 wrap.version
                 for wrap in bound.wraps
@@ -113,7 +105,7 @@ class Key:
         """True if a call needs no network to seal a file, or to open one whose only wrap is ``wrap``."""
         if wrap is None:
             return all(backend.is_ready(tenant, self.key_id, None) for backend in self.sealing)
-        backends = [backend for backend in self._all if backend.name == wrap.backend]
+        backends = [backend for backend in self.backends if backend.name == wrap.backend]
         return any(backend.is_ready(tenant, self.key_id, wrap) for backend in backends)
 
     def for_job(self) -> "Key":
@@ -141,25 +133,21 @@ class Key:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of all backends."""
-        return tuple(backend.name for backend in self._all)
+        return tuple(backend.name for backend in self.backends)
 
     @property
     def native(self) -> AgeBackend | None:
         """The backend that may unwrap a file that stock ``age`` made."""
-        return next((backend for backend in self._all if isinstance(backend, AgeBackend)), None)
+        return next((backend for backend in self.backends if isinstance(backend, AgeBackend)), None)
 
     @property
     def blocks(self) -> str | None:
         """The name of the first backend that waits on a network."""
-        return next((backend.name for backend in self._all if backend.blocks), None)
+        return next((backend.name for backend in self.backends if backend.blocks), None)
 
     @property
-    def remote(self) -> tuple[Backend, ...]:
-        """The backends that wait on a network."""
-        return tuple(backend for backend in self._all if backend.blocks)
-
-    @property
-    def _all(self) -> tuple[Backend, ...]:
+    def backends(self) -> tuple[Backend, ...]:
+        """All backends: those that wrap new files first."""
         return (*self.sealing, *self.retired)
 
 

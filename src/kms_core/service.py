@@ -65,8 +65,7 @@ class Kms:
         with self._recorder.recorded("encrypt", who, context, key_id, bytes_in=data.size) as call:
             keys = self._selector.for_sealing(call)
             started = sealing.begin(keys, context, padded=data.size >= sealing.PAD_FROM_BYTES)
-            if started.wrap_keys:
-                call.note_wraps(started.wrap_keys)
+            call.note_wraps(started.wrap_keys)
             ciphertext = data.seal(started.head, started.payload_key)
             call.record.bytes_out = len(started.head) + stream.sealed_size(data.size)
             return Sealed(ciphertext, keys[0][1], call.note_file(started.nonce))

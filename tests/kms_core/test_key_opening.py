@@ -127,7 +127,7 @@ def test_a_refusal_stops_the_start_and_names_the_file(tmp_path: Path, sealer: Co
     (tmp_path / "a").write_bytes((tmp_path / "b").read_bytes())
 
     with pytest.raises(ConfigurationError) as raised:
-        thread.begin()
+        thread.open_all()
     assert str(tmp_path / "a") in raised.value.detail
     assert "was not sealed as a" in raised.value.detail
 
@@ -155,8 +155,7 @@ def test_the_start_waits_for_keys_of_the_service_only(tmp_path: Path, sealer: Co
 
     thread, memory = opener(tmp_path, sealer, "a", "kms:spool", clock=until_the_third_try)
     (tmp_path / "kms:spool").write_bytes(sealed)
-    thread.begin()
-    thread.stop(5)
+    thread.open_all()
 
     assert sealer.calls.count("kms:spool") == 4
     assert reader(memory, sealer).open("kms:spool", sealed) == CONTENT
@@ -165,8 +164,7 @@ def test_the_start_waits_for_keys_of_the_service_only(tmp_path: Path, sealer: Co
 def test_the_start_does_not_wait_for_other_keys(tmp_path: Path, sealer: Counted) -> None:
     thread, memory = opener(tmp_path, sealer, "a")
     sealer.trouble = BackendUnavailable("away")
-    thread.begin()
-    thread.stop(5)
+    thread.open_all()
 
     with pytest.raises(BackendUnavailable):
         reader(memory, sealer).open("a", (tmp_path / "a").read_bytes())
@@ -196,7 +194,7 @@ def test_the_files_that_may_be_sealed_have_names(tmp_path: Path) -> None:
     )
     found = settings_of(tmp_path, text)
 
-    assert {str(path) for path in key_opening.key_files(found).values()} == {
+    assert {str(path) for path in key_opening.places(found).values()} == {
         "/p",
         "/h",
         f"{tmp_path}/state/age/private_key.txt",

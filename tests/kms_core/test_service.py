@@ -291,6 +291,17 @@ def test_a_rewrap_needs_the_context(kms: Kms) -> None:
         kms.rewrap(ADA, sealed, NO_CONTEXT, new_context=ROW)
 
 
+def test_a_foreign_file_opens_by_an_earlier_identity(tmp_path: Path) -> None:
+    other = x25519.X25519Identity.generate()
+    kms = kms_over(age_backend(tmp_path, IDENTITY, other))
+    for identity in (IDENTITY, other):
+        file_key = os.urandom(16)
+        foreign = render([identity.recipient.wrap(file_key)], file_key) + bytes(16)
+        foreign += stream.seal(stream.payload_key(file_key, bytes(16)), b"theirs")
+
+        assert kms.decrypt(ADA, foreign, NO_CONTEXT).plaintext == b"theirs"
+
+
 def test_a_foreign_file_gets_no_origin_by_rewrap(kms: Kms) -> None:
     file_key = os.urandom(16)
     foreign = render([IDENTITY.recipient.wrap(file_key)], file_key) + bytes(16)
