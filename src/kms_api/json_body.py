@@ -2,26 +2,27 @@
 
 import difflib
 import re
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Final, Generic, TypeAlias, TypeVar
+from typing import Final, Generic, TypeVar
 
 import anyio
 import msgspec
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
-from kms_api.deps import PRINCIPAL, service
+from kms_api.deps import PRINCIPAL
 from kms_api.transport.admission import Reservation, reservation_of
 from kms_api.transport.connection import cycle_of
 from kms_api.transport.upload import refuse_encoding
-from kms_core.settings.model import LimitsSection
 from kms_protocol import shapes, wire
 from kms_protocol.errors import BodyTimeout, InvalidRequest, TooLarge
+from kms_protocol.units import MiB
 
 T = TypeVar("T", bound=shapes.Body)
-Limit: TypeAlias = Callable[[LimitsSection], int]
+BODY_BYTES: Final = 3 * MiB
+"""The largest JSON body of most routes: the plaintext and the ciphertext of a call, or a batch, in base64."""
 _MOMENT_S: Final = 1.0
 _NEARLY: Final = 0.75
 """The ratio of ``difflib`` above which two names of fields are alike."""
@@ -33,24 +34,18 @@ _PATH: Final = re.compile(rf" - at `(\$(?:\.(?:{'|'.join(_FIELDS)})|\[(?:\d{{1,9
 _decoder: Final = cache(msgspec.json.Decoder)
 
 
-def most(limits: LimitsSection) -> int:
-    """The bound on most JSON bodies, in bytes."""
-    return limits.json_body_bytes
-
-
 @dataclass(frozen=True, slots=True)
 class JsonBody(Generic[T]):
-    """Reads bodies of one shape, of at most ``limit`` bytes. The content type does not matter.
+    """Reads bodies of one shape, of at most ``limit_bytes``. The content type does not matter.
 
     Raises what ``read_bytes`` and ``decode`` raise.
     """
 
     shape: type[T]
-    limit: Limit = most
+    limit_bytes: int = BODY_BYTES
 
     async def __call__(self, request: Request) -> T:
-        limit_bytes = self.limit(service(request).settings.kms.limits)
-        return decode(await read_bytes(request, limit_bytes), self.shape)
+        return decode(await read_bytes(request, self.limit_bytes), self.shape)
 
 
 async def read_bytes(request: Request, limit_bytes: int) -> bytes:

@@ -27,7 +27,6 @@ from kms_api.deps import ANONYMOUS, PRINCIPAL, Pool, Service, caller, service
 from kms_api.openapi import describe
 from kms_core import audit
 from kms_core.auth.policy import Principal
-from kms_core.settings.model import LimitsSection
 from kms_protocol import shapes
 from kms_protocol.errors import Forbidden, InvalidRequest, KmsError
 
@@ -71,10 +70,6 @@ class Call(Generic[B_co]):
     @property
     def caller(self) -> Principal:
         return caller(self.request)
-
-    @property
-    def limits(self) -> LimitsSection:
-        return self.service.settings.kms.limits
 
     @property
     def headers(self) -> Headers:

@@ -1,7 +1,7 @@
 """Rotates keys that are due: by the age of a version, or by the number of messages that it sealed.
 
-A version is due after ``every_days`` (0: never), or above ``budget_messages`` with ``budget_rotates``. A used
-budget is always logged. An AES-GCM key with random nonces may seal 2^32 messages (NIST SP 800-38D §8.3).
+A version is due after ``every_days`` (0: never), or, with ``budget_rotates``, after ``BUDGET_MESSAGES``. A
+used budget is always logged.
 
 ``docs/backends.md`` says what a new version is in each backend.
 """
@@ -21,6 +21,8 @@ from kms_core.service import Kms
 from kms_core.settings.model import RotationSection
 from kms_protocol.errors import KmsError
 
+BUDGET_MESSAGES: Final = 2**32
+"""Messages that a version may seal: of more, random nonces of AES-GCM may repeat (NIST SP 800-38D §8.3)."""
 SCHEDULE: Final = Principal("rotation-schedule", credential="internal")
 _log = structlog.get_logger(__name__)
 
@@ -47,7 +49,7 @@ def state_of(key: Key, backend: Backend, counts: Mapping[str, int], rules: Rotat
     messages, _ = usage.of_version(counts, key.key_id, current.version, backend.name)
     made = current.created_at
     due_at = made + timedelta(days=rules.every_days) if made is not None and rules.every_days else None
-    return RotationState(key.key_id, backend.name, current, messages / rules.budget_messages, due_at)
+    return RotationState(key.key_id, backend.name, current, messages / BUDGET_MESSAGES, due_at)
 
 
 def find_due(keyring: Keyring, counts: Mapping[str, int], rules: RotationSection) -> list[RotationState]:

@@ -133,11 +133,12 @@ def test_a_key_of_unknown_age_is_left_alone(core: Core, backend: AgeBackend) -> 
 
 @pytest.mark.parametrize(("rotates", "versions"), [(True, 2), (False, 1)])
 def test_a_spent_budget_rotates_if_told_so(
-    core: Core, backend: AgeBackend, *, rotates: bool, versions: int
+    core: Core, backend: AgeBackend, monkeypatch: pytest.MonkeyPatch, *, rotates: bool, versions: int
 ) -> None:
+    monkeypatch.setattr(key_rotation, "BUDGET_MESSAGES", 10)
     mine = over(core, Key("payroll", backend))
     seal(mine.kms, 10)
-    look_after(mine, RotationSection(budget_messages=10, budget_rotates=rotates), "w1")
+    look_after(mine, RotationSection(budget_rotates=rotates), "w1")
 
     assert len(backend.versions()) == versions
 
@@ -229,21 +230,19 @@ def test_a_rotation_is_on_record_before_and_after_it(core: Core, backend: AgeBac
     assert notes(tmp_path / "state") == []
 
 
-SPENT = RotationSection(every_days=0, budget_messages=10, budget_rotates=True)
-
-
 @pytest.mark.parametrize(
     "rotate",
     [
         lambda core: core.kms.rotate(WHO, "payroll"),
         lambda core: look_after(core, RotationSection(every_days=30), "w1"),
-        lambda core: look_after(core, SPENT, "w1"),
+        lambda core: look_after(core, RotationSection(every_days=0, budget_rotates=True), "w1"),
     ],
     ids=["by hand", "by age", "by budget"],
 )
 def test_a_process_that_dies_between_a_rotation_and_its_record_is_seen(
-    core: Core, tmp_path: Path, rotate: Callable[[Core], object]
+    core: Core, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rotate: Callable[[Core], object]
 ) -> None:
+    monkeypatch.setattr(key_rotation, "BUDGET_MESSAGES", 10)
     backend = age_backend(tmp_path / "keys", x25519.X25519Identity.generate())
     made_days_ago(tmp_path / "keys/private_key.txt", 31)
     dying = cut(core, backend, "outcome", Killed())

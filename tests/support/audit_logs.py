@@ -64,14 +64,24 @@ class Place:
         *,
         role: str = "api",
         clock: Callable[[], int] = time.time_ns,
+        rotate_bytes: int = AuditLog.rotate_bytes,
     ) -> AuditLog:
         concealer, signer = Concealer.at(self.at / "audit.key"), Signer.at(self.signing_key)
         section = msgspec.structs.replace(section or audit_section(), path=self.folder)
-        return AuditLog(section, role, concealer, signer, clock=clock)
+        trail = AuditLog(section, role, concealer, signer, clock=clock)
+        trail.rotate_bytes = rotate_bytes
+        return trail
 
-    def written(self, count: int, section: AuditSection | None = None, *, close: bool = True) -> Path:
+    def written(
+        self,
+        count: int,
+        section: AuditSection | None = None,
+        *,
+        close: bool = True,
+        rotate_bytes: int = AuditLog.rotate_bytes,
+    ) -> Path:
         """A trail of so many records; its (last) file."""
-        trail = self.trail(section)
+        trail = self.trail(section, rotate_bytes=rotate_bytes)
         for number in range(1, count + 1):
             trail.append(record(number))
         if close:

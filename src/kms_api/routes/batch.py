@@ -64,7 +64,7 @@ def _one(call: Call[wire.BatchIn], kms: Kms, index: int, item: wire.BatchItem) -
     operation, reference = call.body.operation, UNSET if item.reference is None else item.reference
     try:
         single = wire.JobItem(plaintext=item.plaintext, ciphertext=item.ciphertext, context=item.context)
-        bulk_lines.check_item(operation, index, single, call.limits.sync_plaintext_bytes)
+        bulk_lines.check_item(operation, index, single)
         data, context = item.plaintext or item.ciphertext or b"", Context.parse(item.context)
         made = kms.run(operation, call.caller, data, context, key_id=item.key_id)
     except KmsError as exc:
@@ -107,7 +107,7 @@ def codec_encode(call: Call[shapes.CodecIn]) -> shapes.CodecOut:
 
     def seal(kms: Kms, payload: shapes.Payload) -> shapes.Payload:
         plaintext = wire.encode(payload)
-        check_plaintext(call.limits, plaintext)
+        check_plaintext(plaintext)
         sealed = kms.encrypt(who, plaintext, context, key_id=key_id)
         metadata = {"encoding": SEALED, "encryption-key-id": sealed.key.key_id.encode()}
         return shapes.Payload(metadata=metadata, data=sealed.ciphertext)
@@ -135,7 +135,7 @@ def codec_decode(call: Call[shapes.CodecIn]) -> shapes.CodecOut:
     def open_(kms: Kms, payload: shapes.Payload) -> shapes.Payload:
         if payload.metadata.get("encoding") != SEALED:
             return payload
-        check_ciphertext(call.limits, payload.data)
+        check_ciphertext(payload.data)
         opened = kms.decrypt(who, payload.data, context)
         try:
             return msgspec.json.decode(opened.plaintext, type=shapes.Payload)

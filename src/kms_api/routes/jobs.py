@@ -25,7 +25,7 @@ from kms_core.jobs.execution import results
 from kms_core.jobs.model import Job
 from kms_core.jobs.submission import celery_intake
 from kms_core.jobs.submission.deadlines import Deadlines
-from kms_core.jobs.submission.submitter import SubmissionOptions
+from kms_core.jobs.submission.submitter import JSON_BYTES, SubmissionOptions
 from kms_protocol import errors, job_groups, submit_message, wire
 from kms_protocol.context import Context
 from kms_protocol.errors import BackendUnavailable, InvalidRequest, JobsUnavailable, UnknownKey
@@ -74,7 +74,7 @@ _EVENT: Final[describe.Json] = {
 }
 _BODY_FACTOR: Final = 2
 """Bytes of a JSON job's body for each byte of its items, which are base64, with names."""
-_read_job: Final = json_body.JsonBody(wire.JobIn, lambda limits: limits.json_job_bytes * _BODY_FACTOR)
+_read_job: Final = json_body.JsonBody(wire.JobIn, _BODY_FACTOR * JSON_BYTES)
 
 
 @router.stream(
@@ -333,5 +333,4 @@ def _submit(call: Call[None], body: wire.JobIn) -> Job:
         metadata=body.metadata or {},
         group=body.group,
     )
-    most = service.settings.kms.limits.json_job_items
-    return service.submitter.submit(options, body, most, partial(service.requests.take_items, who.tenant))
+    return service.submitter.submit(options, body, partial(service.requests.take_items, who.tenant))

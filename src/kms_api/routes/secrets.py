@@ -9,8 +9,8 @@ from kms_api.json_body import JsonBody
 from kms_api.openapi import describe
 from kms_api.routing import CALLER, Call, Router
 from kms_core.envelope.binding import KeyRef
+from kms_core.jobs.bulk_lines import CIPHERTEXT_BYTES, PLAINTEXT_BYTES
 from kms_core.results import Sealed
-from kms_core.settings.model import LimitsSection
 from kms_protocol import errors, wire
 from kms_protocol.context import Context
 from kms_protocol.errors import DataKeysUnsupported, InvalidRequest, TooLarge
@@ -29,7 +29,7 @@ def _opening(call: Call[wire.DecryptIn | wire.RewrapIn]) -> Pool | None:
     "POST",
     "/wrap",
     CALLER,
-    JsonBody(wire.WrapIn, lambda _: _WRAP_BYTES),
+    JsonBody(wire.WrapIn, _WRAP_BYTES),
     lambda call: call.key_pool(call.body.key_id, seals=True),
     gives="Wrapped, as one stanza for the header",
     refuses=describe.SEALING,
@@ -45,7 +45,7 @@ def wrap(call: Call[wire.WrapIn]) -> wire.WrapOut:
     "POST",
     "/unwrap",
     CALLER,
-    JsonBody(wire.UnwrapIn, lambda _: _WRAP_BYTES),
+    JsonBody(wire.UnwrapIn, _WRAP_BYTES),
     lambda call: call.key_pool(call.body.key_id, file=call.body.stanzas),
     gives="The file key; the header's MAC is the caller's to check",
     refuses=(
@@ -77,7 +77,7 @@ def unwrap(call: Call[wire.UnwrapIn]) -> wire.UnwrapOut:
 def encrypt(call: Call[wire.EncryptIn]) -> wire.EncryptOut:
     """Seal up to 1 MiB. The answer is a complete age file, bound to the context."""
     body = call.body
-    check_plaintext(call.limits, body.plaintext)
+    check_plaintext(body.plaintext)
     context = Context.parse(body.context)
     return _sealed(call.service.kms.encrypt(call.caller, body.plaintext, context, key_id=body.key_id))
 
@@ -94,7 +94,7 @@ def encrypt(call: Call[wire.EncryptIn]) -> wire.EncryptOut:
 def decrypt(call: Call[wire.DecryptIn]) -> wire.DecryptOut:
     """Open a ciphertext with the context it was sealed with; the file names its key."""
     body = call.body
-    check_ciphertext(call.limits, body.ciphertext)
+    check_ciphertext(body.ciphertext)
     context = Context.parse(body.context)
     opened = call.service.kms.decrypt(call.caller, body.ciphertext, context, key_id=body.key_id)
     return of_key(
@@ -139,25 +139,27 @@ def generate_key(call: Call[wire.GenerateKeyIn]) -> wire.GenerateKeyOut:
 def rewrap(call: Call[wire.RewrapIn]) -> wire.EncryptOut:
     """A new header around the same payload, for another key or context. Old copies stay readable."""
     body = call.body
-    check_ciphertext(call.limits, body.ciphertext)
+    check_ciphertext(body.ciphertext)
     context = Context.parse(body.context)
     new_context = None if body.new_context is None else Context.parse(body.new_context)
     kms, who = call.service.kms, call.caller
     return _sealed(kms.rewrap(who, body.ciphertext, context, new_context=new_context, key_id=body.key_id))
 
 
-def check_plaintext(limits: LimitsSection, plaintext: bytes) -> None:
+def check_plaintext(plaintext: bytes) -> None:
     """Raise TooLarge for a plaintext above the limit of single calls."""
-    limit = limits.sync_plaintext_bytes
-    if len(plaintext) > limit:
-        raise TooLarge(f"The plaintext is above {limit} bytes: upload it to {wire.PREFIX}/files/encrypt")
+    if len(plaintext) > PLAINTEXT_BYTES:
+        raise TooLarge(
+            f"The plaintext is above {PLAINTEXT_BYTES} bytes: upload it to {wire.PREFIX}/files/encrypt"
+        )
 
 
-def check_ciphertext(limits: LimitsSection, ciphertext: bytes) -> None:
+def check_ciphertext(ciphertext: bytes) -> None:
     """Raise TooLarge for a ciphertext above the limit of single calls."""
-    limit = limits.sync_ciphertext_bytes
-    if len(ciphertext) > limit:
-        raise TooLarge(f"The ciphertext is above {limit} bytes: upload it to {wire.PREFIX}/files/decrypt")
+    if len(ciphertext) > CIPHERTEXT_BYTES:
+        raise TooLarge(
+            f"The ciphertext is above {CIPHERTEXT_BYTES} bytes: upload it to {wire.PREFIX}/files/decrypt"
+        )
 
 
 def of_key(shape: type[U], key: KeyRef, **fields: object) -> U:

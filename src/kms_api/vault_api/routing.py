@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kms_api import json_body, problems
-from kms_api.deps import PRINCIPAL, service
+from kms_api.deps import PRINCIPAL
 from kms_api.routing import (
     CALLER,
     VAULT,
@@ -72,7 +72,7 @@ class Routes:
     def write(
         self, path: str, shape: type[T], threads: Threads[T]
     ) -> Callable[[Callable[[Call[T]], R]], Callable[[Call[T]], R]]:
-        """Declare a function with a body, of at most ``json_body_bytes``. Clients send POST or PUT."""
+        """Declare a function with a body, of at most ``BODY_BYTES``. Clients send POST or PUT."""
 
         async def read(request: Request) -> T:
             body = await body_of(request, shape)
@@ -167,9 +167,8 @@ class VaultApi:
 
 
 async def body_of(request: Request, shape: type[T]) -> T:
-    """The decoded body, of at most ``json_body_bytes``. Raises InvalidRequest, and as ``read_bytes``."""
-    limits = service(request).settings.kms.limits
-    return models.read(await json_body.read_bytes(request, limits.json_body_bytes), shape)
+    """The decoded body, of at most ``BODY_BYTES``. Raises InvalidRequest, and as ``read_bytes``."""
+    return models.read(await json_body.read_bytes(request, json_body.BODY_BYTES), shape)
 
 
 def check_headers(headers: Iterable[tuple[bytes, bytes]], who: Principal) -> None:

@@ -145,28 +145,28 @@ def _encrypt(call: Call[TransitIn], kms: Kms, body: TransitItem) -> VaultCiphert
     if body.plaintext is None:
         raise InvalidRequest("missing plaintext to encrypt: send it in base64; an empty one as an empty text")
     plaintext = models.octets(body.plaintext, "plaintext")
-    check_plaintext(call.limits, plaintext)
+    check_plaintext(plaintext)
     key_id = call.path("name")
     sealed, number = service.encrypt(kms, call.caller, plaintext, _extra(body), key_id=key_id)
     return VaultCiphertext(models.render(number, sealed.ciphertext), number)
 
 
 def _decrypt(call: Call[TransitIn], kms: Kms, body: TransitItem) -> VaultPlaintext:
-    file, extra = _file(call, body)
+    file, extra = _file(body)
     return VaultPlaintext(service.decrypt(kms, call.caller, file, extra, key_id=call.path("name")))
 
 
 def _rewrap(call: Call[TransitIn], kms: Kms, body: TransitItem) -> VaultCiphertext:
-    file, extra = _file(call, body)
+    file, extra = _file(body)
     sealed, number = service.rewrap(kms, call.caller, file, extra, key_id=call.path("name"))
     return VaultCiphertext(models.render(number, sealed.ciphertext), number)
 
 
-def _file(call: Call[TransitIn], body: TransitItem) -> tuple[bytes, Extra]:
+def _file(body: TransitItem) -> tuple[bytes, Extra]:
     if not body.ciphertext:
         raise InvalidRequest("missing ciphertext: send what encrypt gave, with its prefix")
     number, file = models.parse(body.ciphertext)
-    check_ciphertext(call.limits, file)
+    check_ciphertext(file)
     return file, replace(_extra(body), number=number)
 
 

@@ -26,6 +26,7 @@ from kms_core.settings.model import AuditSection
 from kms_protocol import __version__
 from kms_protocol.context import Context
 from kms_protocol.errors import AuditUnavailable
+from kms_protocol.units import MiB
 
 FORMAT: Final = 1
 _MINUTE_S: Final = 60
@@ -49,6 +50,9 @@ class _Group:
 
 class AuditLog:
     """The chain of this process. The first record creates its first segment. Safe in several threads."""
+
+    rotate_bytes = 64 * MiB
+    """A segment of this size is followed by the next one."""
 
     def __init__(
         self,
@@ -142,7 +146,7 @@ class AuditLog:
                     self._refused_since = self._refused_since or self._line_time()[0].decode()
                     raise
                 name, size = f"{self._chain}:{self._seq}", file.size
-                if self._unsigned >= self._section.checkpoint_lines or size >= self._section.rotate_bytes:
+                if self._unsigned >= self._section.checkpoint_lines or size >= self.rotate_bytes:
                     self._checkpoint_or_rotate(file)
             if sync:
                 file.sync(size)
@@ -210,7 +214,7 @@ class AuditLog:
         with suppress(OSError):
             if self._unsigned >= self._section.checkpoint_lines:
                 self._sign(file, chain.CHECKPOINT, {})
-            if file.size >= self._section.rotate_bytes:
+            if file.size >= self.rotate_bytes:
                 self._rotate(file)
 
     def _rotate(self, file: SegmentFile) -> None:

@@ -7,24 +7,25 @@ import msgspec
 
 from kms_protocol import wire
 from kms_protocol.errors import InvalidRequest, TooLarge
+from kms_protocol.units import KiB, MiB
 
-ENVELOPE_BYTES: Final = 64 * 1024  # what a ciphertext may be longer than its plaintext
+PLAINTEXT_BYTES: Final = 1 * MiB
+"""The largest plaintext of an item, and of a call without a job: what is larger is streamed."""
+CIPHERTEXT_BYTES: Final = PLAINTEXT_BYTES + 64 * KiB
 PART_ITEMS: Final = 500
 _MAX_LINE_BYTES: Final = 4 * 1024 * 1024
 decode: Final = msgspec.json.Decoder(wire.JobItem).decode
 
 
-def check_item(kind: wire.JobKind, index: int, item: wire.JobItem, limit_bytes: int) -> None:
+def check_item(kind: wire.JobKind, index: int, item: wire.JobItem) -> None:
     """Refuse an item that lacks what its kind needs, or whose plaintext is above the limit."""
-    given, other, wanted = item.ciphertext, item.plaintext, "ciphertext"
+    given, other, wanted, most = item.ciphertext, item.plaintext, "ciphertext", CIPHERTEXT_BYTES
     if kind == "encrypt":
-        given, other, wanted = item.plaintext, item.ciphertext, "plaintext"
-    else:
-        limit_bytes += ENVELOPE_BYTES
+        given, other, wanted, most = item.plaintext, item.ciphertext, "plaintext", PLAINTEXT_BYTES
     if given is None or other is not None:
         raise InvalidRequest(f"Item {index} needs {wanted}, and nothing else, for {kind}")
-    if len(given) > limit_bytes:
-        raise TooLarge(f"Item {index} is above {limit_bytes} bytes: upload it as a file")
+    if len(given) > most:
+        raise TooLarge(f"Item {index} is above {most} bytes: upload it as a file")
 
 
 def parse_line(index: int, line: bytes) -> wire.JobItem:

@@ -190,9 +190,8 @@ class Attempt:
     """One attempt at a job: the accepted part, unsealed, and the random id that makes its effects count.
 
     Two attempts never have the same ``attempt_id``, also after Redis has gone back in time. ``fence`` is the
-    number of claims so far. ``is_large``: it was claimed as a large job, which reads ``[kms.jobs]
-    large_job_bytes`` or more. ``spec`` is the digest of the sealed record, which binds its commit and
-    checkpoint. ``following``: what its process takes next.
+    number of claims so far. ``is_large``: it was claimed as a large job. ``spec`` is the digest of the sealed
+    record, which binds its commit and checkpoint. ``following``: what its process takes next.
     """
 
     accepted: AnyJob

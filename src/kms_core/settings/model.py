@@ -5,7 +5,7 @@
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from msgspec import Meta, field
 
@@ -14,7 +14,7 @@ from kms_core.backends.age_settings import AgeSection
 from kms_core.sections import BackendSection, KeyId, Positive, Section
 from kms_core.settings.auth import AuthSection
 from kms_core.settings.stores import BucketName, BucketSection, SpoolBucketSection
-from kms_protocol.units import GiB, KiB, MiB
+from kms_protocol.units import GiB, KiB
 from kms_protocol.wire import JobState
 
 if TYPE_CHECKING:
@@ -91,20 +91,6 @@ class FacadeSection(Section, frozen=True, kw_only=True):
     enabled: bool
 
 
-class LimitsSection:
-    """Bounds of a request. They are no settings: what is larger is streamed, as an upload or as NDJSON.
-
-    ``sync_*`` apply to calls that are answered without a job. A JSON body with base64 is a third larger than
-    its data, and holds it and the ciphertext of another call.
-    """
-
-    sync_plaintext_bytes: Final = 1 * MiB
-    sync_ciphertext_bytes: Final = 1 * MiB + 64 * KiB
-    json_body_bytes: Final = 3 * MiB
-    json_job_items: Final = 10_000
-    json_job_bytes: Final = 16 * MiB
-
-
 class EndpointSection(Section, frozen=True, kw_only=True):
     """``[kms.jobs.endpoints.<name>]``: a receiver of webhooks, which a job names in its ``callback``.
 
@@ -123,21 +109,16 @@ class JobsSection(Section, frozen=True, kw_only=True):
     """``[kms.jobs]``: ``roots`` are the directories that ``file://`` may name; none disables such jobs.
 
     Inputs stay in the spool for ``input_grace_s`` after the end of their job: Redis may lose that end.
-    The default is ``files`` in the state directory in dev, and none elsewhere. Jobs that read
-    ``large_job_bytes`` or more leave ``reserved_processes`` of a worker's ``concurrency`` to other jobs.
+    The default is ``files`` in the state directory in dev, and none elsewhere. Large jobs leave
+    ``reserved_processes`` of a worker's ``concurrency`` to other jobs.
     ``durability``: ``fsync`` waits until files of the spool are on disk, ``write`` leaves them to the kernel.
     Inputs and results of at most ``inline_bytes``, sealed, rest in Redis instead.
     ``tenant_spool_bytes`` is the quota of tenants without one of their own; None means no bound.
     Results are kept for ``result_ttl_s`` from the end unless their job says otherwise. An attempt that
     advances nothing for ``stall_s`` is ended. A worker that is told to stop hands jobs back after ``stop_s``.
     ``resource_leases`` bounds the running jobs that use ``root:/path``, ``bucket:name`` or ``backend:name``.
-
-    The last fields are no settings. A job names other deadlines than a day for ``start_within_s`` and
-    ``run_within_s``, up to ``deadline_max_s`` and ``keep_max_s``. A worker that claims nothing for
-    ``watchdog_s`` while messages wait is started again.
     """
 
-    watchdog_s: ClassVar = 120
     roots: tuple[Path, ...]
     spool_dir: Path
     spool_identity_path: Path
@@ -164,11 +145,6 @@ class JobsSection(Section, frozen=True, kw_only=True):
     endpoints: dict[KeyId, EndpointSection] = field(default_factory=dict)
     buckets: dict[BucketName, BucketSection] = field(default_factory=dict)
     spool_bucket: SpoolBucketSection | None = None
-    start_within_s: int = 86_400
-    run_within_s: int = 86_400
-    deadline_max_s: int = 30 * 86_400
-    keep_max_s: int = 30 * 86_400
-    large_job_bytes: int = 64 * MiB
 
 
 class KeySection(Section, frozen=True, kw_only=True):
@@ -190,7 +166,7 @@ class AuditSection(Section, frozen=True, kw_only=True):
 
     ``anchor_*`` keep copies of signed checkpoints, which are written every ``checkpoint_lines`` and
     ``checkpoint_s``. ``keep_days`` 0 keeps all. ``copies`` has copies of the logs of other hosts
-    (``audit.copies``). A file of ``rotate_bytes``, which is no setting, is followed by the next one.
+    (``audit.copies``).
     """
 
     path: Path
@@ -203,19 +179,13 @@ class AuditSection(Section, frozen=True, kw_only=True):
     anchor_redis: bool = True
     anchor_dir: Path | None = None
     copies: Path | None = None
-    rotate_bytes: int = 64 * MiB
 
 
 class RotationSection(Section, frozen=True, kw_only=True):
-    """``[kms.rotation]``: new key versions made by the workers; ``every_days`` 0 disables the schedule.
-
-    ``budget_messages`` is no setting: of more than 2^32 messages nonces may repeat (AES-GCM, NIST SP 800-38D
-    section 8.3).
-    """
+    """``[kms.rotation]``: new key versions made by the workers; ``every_days`` 0 disables the schedule."""
 
     every_days: Annotated[int, Meta(ge=0)] = 90
     budget_rotates: bool = False
-    budget_messages: int = 2**32
 
 
 class LogSection(Section, frozen=True, kw_only=True):
@@ -262,7 +232,6 @@ class KmsSection(Section, frozen=True, kw_only=True):
     tenants: dict[KeyId, TenantSection] = field(default_factory=dict)
     server: ServerSection
     facade: FacadeSection
-    limits: ClassVar = LimitsSection()
     jobs: JobsSection
     audit: AuditSection
     rotation: RotationSection = field(default_factory=RotationSection)

@@ -55,10 +55,7 @@ _REPLACED: Final = {  # names below [kms], by what takes their place
 REMOVED: Final[Mapping[str, str]] = {
     f"kms.{name}": instead for instead, names in _REPLACED.items() for name in names.split()
 }
-"""Settings of earlier versions, each with what takes its place, which the error says.
-
-Where a section still has such a field, the file cannot set it.
-"""
+"""Settings of earlier versions, each with what takes its place, which the error says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +151,7 @@ class SectionReader:
 
         Raises ConfigurationError for an unknown or missing key and for a wrong type.
         """
-        fields = {
-            item.encode_name: item
-            for item in msgspec.structs.fields(shape)
-            if f"{where}.{item.encode_name}" not in REMOVED
-        }
+        fields = {item.encode_name: item for item in msgspec.structs.fields(shape)}
         given = {name: item for name, item in _as_table(value, where).items() if name not in elsewhere}
         for name in given.keys() - fields.keys():
             if instead := REMOVED.get(f"{where}.{name}"):

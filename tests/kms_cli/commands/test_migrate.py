@@ -285,7 +285,7 @@ def test_a_service_of_small_requests_gets_small_ones(
     secrets = [bytes(30_000), b"small", bytes(10_000), bytes(10_000)]
     given = workspace.write("in", [in_transit(vault, key, secret) for secret in secrets])
     with Service(tmp_path / "small") as small:
-        small.constants = {"kms_core.settings.model.LimitsSection.json_body_bytes": 30_000}
+        small.constants = {"kms_api.json_body.JsonBody.__init__.__defaults__": (30_000,)}
         small.start("api")
         done = from_vault(workspace, vault.url, "--key", key, "-o", "out", given, "--url", small.url)
 

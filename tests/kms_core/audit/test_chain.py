@@ -29,11 +29,11 @@ CONTEXTS: Final = st.dictionaries(
 NAMES: Final = st.text(max_size=12)
 STAGES: Final = st.sampled_from(["", "", "", "intent", "outcome"])
 RECORDS: Final = st.lists(st.tuples(NAMES, CONTEXTS, STAGES), min_size=1, max_size=8)
-RULES: Final = st.builds(
-    audit_section, checkpoint_lines=st.integers(1, 6), rotate_bytes=st.sampled_from([600, 2000, 1 << 20])
-)
-TRAILS: Final = st.lists(st.tuples(RULES, RECORDS), min_size=1, max_size=3)
-Plan = list[tuple[AuditSection, list[tuple[str, dict[str, str], str]]]]
+RULES: Final = st.builds(audit_section, checkpoint_lines=st.integers(1, 6))
+SIZES: Final = st.sampled_from([600, 2000, 1 << 20])
+TRAILS: Final = st.lists(st.tuples(RULES, SIZES, RECORDS), min_size=1, max_size=3)
+Plan = list[tuple[AuditSection, int, list[tuple[str, dict[str, str], str]]]]
+"""Settings, the size of a segment, and records, for each chain."""
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +48,10 @@ class Written:
         self.folder = folder
         self.keys = PublicKeys([signer.public])
         self.anchors: list[bytes] = []
-        for rules, records in plan:
+        for rules, rotate_bytes, records in plan:
             section = msgspec.structs.replace(rules, path=folder)
             trail = AuditLog(section, "api", Concealer(bytes(32)), signer)
+            trail.rotate_bytes = rotate_bytes
             for number, (name, context, stage) in enumerate(records):
                 effect = f"e{number}" if stage else ""
                 trail.append(record(principal=name, context=context, stage=stage, effect=effect))
@@ -183,7 +184,7 @@ def test_a_trail_that_nobody_touched_is_not_accused(signer: Signer, plan: Plan) 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_chain_that_stops_when_its_file_has_just_become_full_is_closed(signer: Signer, count: int) -> None:
     """The last record ends the file; the closing line begins another one."""
-    with written([(audit_section(rotate_bytes=1), [("ada", {}, "")] * count)], signer) as trail:
+    with written([(audit_section(), 1, [("ada", {}, "")] * count)], signer) as trail:
         report = trail.verified(anchored=False)
 
         assert (report.verdict, report.chains[0].state) == ("intact", "closed")

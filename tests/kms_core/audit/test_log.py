@@ -287,7 +287,7 @@ def test_times_never_go_back_and_a_clock_that_did_is_told(place: Place) -> None:
 
 
 def test_a_chain_goes_on_in_further_files(place: Place) -> None:
-    place.written(80, audit_section(rotate_bytes=4096))
+    place.written(80, rotate_bytes=4096)
 
     assert len(place.files()) > 3
     assert [line["seq"] for line in place.lines()] == list(range(len(place.lines())))

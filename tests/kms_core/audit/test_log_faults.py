@@ -270,7 +270,7 @@ def test_a_torn_tail_is_never_the_beginning_of_a_line(place: Place) -> None:
 
 
 def test_fsync_writes_the_same(place: Place) -> None:
-    place.written(3, audit_section(durability="fsync", rotate_bytes=4096))
+    place.written(3, audit_section(durability="fsync"), rotate_bytes=4096)
 
     assert place.principals() == ["ada-1", "ada-2", "ada-3"]
     assert place.verified().verdict == "intact"
@@ -458,7 +458,7 @@ def no_descriptor_but(number: int) -> Iterator[None]:
 
 
 def test_threads_that_wait_for_the_disk_all_come_back(place: Place) -> None:
-    trail = place.trail(audit_section(durability="fsync", rotate_bytes=8192))
+    trail = place.trail(audit_section(durability="fsync"), rotate_bytes=8192)
     barrier = threading.Barrier(8)
 
     def work(first: int) -> None:

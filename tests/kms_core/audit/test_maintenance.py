@@ -37,7 +37,7 @@ def place(tmp_path: Path) -> Place:
 
 
 def test_a_place_that_was_away_gets_the_newest_anchor_when_it_is_back(place: Place) -> None:
-    shelf, trail = Shelf(), place.trail(audit_section(rotate_bytes=4096))
+    shelf, trail = Shelf(), place.trail(rotate_bytes=4096)
     keeper = AuditMaintenance(trail, anchors=[shelf])
     shelf.away = True
     for number in range(40):

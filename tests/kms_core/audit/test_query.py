@@ -10,7 +10,7 @@ import pytest
 from kms_core.audit import query
 from kms_core.audit.query import EventFilter
 from kms_protocol.errors import InvalidRequest
-from support.audit_logs import Place, audit_section, record
+from support.audit_logs import Place, record
 
 ALL = EventFilter()
 
@@ -34,7 +34,7 @@ def names(place: Place, wanted: EventFilter = ALL, limit: int = 7) -> list[str]:
 
 
 def test_pages_hold_everything_once_and_in_order(place: Place) -> None:
-    one, two = place.trail(audit_section(rotate_bytes=4096)), place.trail(role="worker")
+    one, two = place.trail(rotate_bytes=4096), place.trail(role="worker")
     for number in range(60):
         (one, two)[number % 3 == 0].append(record(number))
     one.close()
@@ -144,7 +144,7 @@ def test_filters(place: Place, wanted: EventFilter, expected: list[str]) -> None
 
 def test_since_and_until(place: Place) -> None:
     at = [1_800_000_000_000_000_000]
-    trail = place.trail(audit_section(rotate_bytes=4096), clock=lambda: at[0])
+    trail = place.trail(rotate_bytes=4096, clock=lambda: at[0])
     for number in range(100):
         trail.append(record(number))
         at[0] += 60 * 1_000_000_000
@@ -167,7 +167,7 @@ def test_a_call_reads_a_bounded_part(place: Place) -> None:
 
 
 def test_the_newest_come_oldest_first(place: Place) -> None:
-    one, two = place.trail(audit_section(rotate_bytes=4096)), place.trail(role="worker")
+    one, two = place.trail(rotate_bytes=4096), place.trail(role="worker")
     for number in range(60):
         (one, two)[number % 2].append(record(number))
 

@@ -200,7 +200,7 @@ def test_retry_seals_the_record_anew_with_its_new_expiry(store: JobStore) -> Non
     after = store.accepted(job_id)
 
     assert fields(store, job_id, "sealed") != sealed
-    assert after.expires_at == pytest.approx(time.time() + store.rules.run_within_s, abs=60)
+    assert after.expires_at == pytest.approx(time.time() + store.retry_within_s, abs=60)
     assert (after.start_by, after.run_by) == (after.expires_at, after.expires_at)
     times = {name: getattr(before, name) for name in ("expires_at", "start_by", "run_by")}
     assert (before.generation, after.generation) == (0, 1)

@@ -12,7 +12,6 @@ from kms_core.backends import SCHEMES, table_of
 from kms_core.settings.lint import SETTINGS, unaccepted, weaknesses
 from kms_core.settings.load import load
 from kms_core.settings.model import KmsSection, Settings
-from kms_core.settings.toml_reader import REMOVED
 from kms_protocol.errors import ConfigurationError
 
 PROD = """
@@ -372,7 +371,6 @@ def test_every_setting_is_in_the_table_or_weakens_nothing() -> None:
     decided = {name for names in NO_VALUE_WEAKENS.values() for name in names.split()}
     backends = (leaves(shape, table_of(scheme)) for scheme, shape in SCHEMES.items())
     names = {*leaves(KmsSection, ""), *chain.from_iterable(backends)}
-    names -= {name.removeprefix("kms.") for name in REMOVED}
     known = {name.replace(".*", "") for name in names}
 
     assert {name for name in names if name.replace(".*", "") not in SETTINGS} == decided

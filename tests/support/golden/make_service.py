@@ -49,11 +49,13 @@ def audit_log(folder: Path, state: Path) -> None:
     """A log with every kind of line, its anchors and a receipt; ``state`` holds the two keys."""
     folder.mkdir()
     ticks = count(BEGIN_NS, 1_234_567_000)
-    section = audit_section(folder / "log", rotate_bytes=2500, checkpoint_lines=4)
+    section = audit_section(folder / "log", checkpoint_lines=4)
     concealer, signer = Concealer.at(state / "audit.key"), Signer.at(state / "audit-signing.key")
 
     def trail(role: str) -> AuditLog:
-        return AuditLog(section, role, concealer, signer, clock=lambda: next(ticks))
+        made = AuditLog(section, role, concealer, signer, clock=lambda: next(ticks))
+        made.rotate_bytes = 2500
+        return made
 
     anchors: list[bytes] = []
     api = trail("api")

@@ -119,7 +119,7 @@ class Lease(Renewed):
     def admit(self, size_bytes: int) -> None:
         """Raise FoundLarge if a job that was claimed as a small one would read as much as a large one."""
         claim, work_bytes = self.claim, self._bytes + size_bytes
-        if not claim.is_large and not claim.commit and work_bytes >= self._store.rules.large_job_bytes:
+        if not claim.is_large and not claim.commit and work_bytes >= self._store.large_job_bytes:
             raise FoundLarge(work_bytes)
 
     def advance(self, size_bytes: int) -> None:

@@ -60,7 +60,7 @@ class AttemptStore(JobReader):
     def _asked(self, job_id: str, worker: str, woken: str, attempt_id: str, queues: Sequence[str]) -> Asked:
         rules = self.rules
         given = [job_id, worker, rules.lease_s, rules.attempts, rules.result_ttl_s, rules.tenant_leases]
-        given += [rules.large_job_bytes, self.large_leases(), msgspec.json.encode(self.resource_leases)]
+        given += [self.large_job_bytes, self.large_leases(), msgspec.json.encode(self.resource_leases)]
         given += [woken, attempt_id, *queues]
         return [job_key(job_id) if job_id else ANY_KEY, busy_key(worker)], given
 
@@ -148,7 +148,7 @@ class AttemptStore(JobReader):
             for field in (part.job_id, record, part.items, part.size_bytes, part.work_bytes)
         ]
         queue, signed = claim.accepted.queue, self.record_key.sign(job_id, split, claim.spec)
-        given = [claim.attempt_id, signed, self.rules.large_job_bytes, *self.wake_up(queue), *listed]
+        given = [claim.attempt_id, signed, self.large_job_bytes, *self.wake_up(queue), *listed]
         word, *count = self._call("split", job_id, *given)
         raise_for(word)
         self.notify(queue, int(count[0]))
@@ -254,5 +254,5 @@ class AttemptStore(JobReader):
         job turned out to read, for the next claim.
         """
         found = "" if work_bytes is None else work_bytes
-        given = (claim.attempt_id, delay_s, int(not counts), int(away), found, self.rules.large_job_bytes)
+        given = (claim.attempt_id, delay_s, int(not counts), int(away), found, self.large_job_bytes)
         raise_for(self._call("defer", claim.accepted.job_id, *given)[0])

@@ -22,6 +22,7 @@ from kms_core.jobs.store.scripts import SCRIPTS
 from kms_core.observability import metrics
 from kms_core.settings.model import KmsSection
 from kms_protocol.errors import DurabilityUnconfirmed, JobsUnavailable, RedisFull, RedisReadOnly
+from kms_protocol.units import MiB
 from kms_protocol.wire import PRIORITIES
 
 WORKER_SEEN_S: Final = 5.0
@@ -44,6 +45,10 @@ Script = Callable[..., list[bytes]]
 
 class StoreMaintenance:
     """JobStore inherits it. All raise JobsUnavailable without Redis."""
+
+    large_job_bytes = 64 * MiB
+    retry_within_s = 86_400.0
+    """A job that reads as much is large; large jobs leave room for others, see ``[kms.jobs]``."""
 
     def __init__(
         self,
@@ -202,7 +207,7 @@ class StoreMaintenance:
                 pipeline = self.redis.pipeline(transaction=False)
                 some = job_ids[start : start + _REAPED_AT_ONCE]
                 for job_id in some:
-                    given = [job_id, self.rules.large_job_bytes, self.rules.result_ttl_s]
+                    given = [job_id, self.large_job_bytes, self.rules.result_ttl_s]
                     self._run["reap"]([job_key(job_id)], given, client=pipeline)
                 answers = zip(some, pipeline.execute(raise_on_error=False), strict=True)
                 found += [self._reaped(job_id, answer) for job_id, answer in answers]
@@ -314,7 +319,7 @@ class StoreMaintenance:
         Returns the resources that it uses.
         """
         rules, owner = self.rules, (claim.attempt_id, claim.worker)
-        given = (rules.stall_s, rules.large_job_bytes, rules.result_ttl_s)
+        given = (rules.stall_s, self.large_job_bytes, rules.result_ttl_s)
         found = self._call("stalled", claim.accepted.job_id, *owner, *given)
         return found[1].decode(errors="replace").split()
 

@@ -64,7 +64,7 @@ class JobStore(AttemptStore):
         given = [accepted.job_id, rules.open_jobs, value, accepted.expires_at, accepted.created_at, tenant]
         most = self.section.tenants.get(tenant, TenantSection()).open_jobs or 0
         given += [most, accepted.spooled_bytes, self.spool_quota(tenant)]
-        given += [rules.large_job_bytes, *self.wake_up(accepted.queue), *small_blobs.counted(blob)]
+        given += [self.large_job_bytes, *self.wake_up(accepted.queue), *small_blobs.counted(blob)]
         with redis_errors():
             (word, *rest), confirmed = self._waits.run(self._run["submit"], keys, [*given, *flat(fields)])
         found = None if word == b"queued" else self._found(word, rest, accepted)
@@ -113,7 +113,7 @@ class JobStore(AttemptStore):
         """Ends a queued job now, a running one at its next item or slab. Raises JobCommitting, UnknownJob."""
         job, sealed = self.seen(job_id, tenant)
         parts = self.parts_cut(job)
-        given = [sealed, self.rules.result_ttl_s, self.rules.large_job_bytes, *parts]
+        given = [sealed, self.rules.result_ttl_s, self.large_job_bytes, *parts]
         (word,) = self._call("cancel", job_id, *given)
         if word == b"committing":
             raise JobCommitting
@@ -124,7 +124,7 @@ class JobStore(AttemptStore):
         return job
 
     def retry(self, job_id: str, tenant: str) -> Job:
-        """Give a dead job all its attempts again, for ``run_within_s``. Its specification is sealed again.
+        """Give a dead job all its attempts again, for ``retry_within_s``. Its specification is sealed again.
 
         Raises JobNotDead for any other job, and if its record is not one that this service wrote; UnknownJob.
         """
@@ -135,11 +135,11 @@ class JobStore(AttemptStore):
         if not self.is_kept(accepted):
             raise JobNotDead("This job expired too long ago: submit it again")
         seen = job.attempt_id if job.error in DEAD else "-"
-        run_by = self.now() + self.rules.run_within_s
+        run_by = self.now() + self.retry_within_s
         times = {"start_by": run_by, "run_by": run_by, "expires_at": run_by + accepted.keep_for_s}
         changed = {**times, "generation": accepted.generation + 1}
         sealed = self.record_key.seal(msgspec.structs.replace(accepted, **changed))
-        given = [before, sealed, seen, accepted.tenant, self.rules.large_job_bytes, *flat(changed)]
+        given = [before, sealed, seen, accepted.tenant, self.large_job_bytes, *flat(changed)]
         (word,) = self._call("retry", job_id, *given)
         if word != b"queued":
             self.get(job_id, tenant)  # UnknownJob, if the id is another tenant's by now

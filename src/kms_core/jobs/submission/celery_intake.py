@@ -22,7 +22,7 @@ from kms_core.backends.age import AgeBackend
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
 from kms_core.jobs.submission.deadlines import Deadlines
-from kms_core.jobs.submission.submitter import ClientJobId, JobSubmitter, SubmissionOptions
+from kms_core.jobs.submission.submitter import JSON_BYTES, ClientJobId, JobSubmitter, SubmissionOptions
 from kms_core.observability import metrics
 from kms_protocol import small_files, submit_message, wire
 from kms_protocol.errors import (
@@ -56,13 +56,12 @@ class Intake:
         """``authenticator`` None: callers are not authenticated, and a token is not looked at."""
         self._key = key
         self._submitter = submitter
-        self._limits = submitter.store.section.limits
         self._authenticator = authenticator
 
     @property
     def text_length(self) -> int:
         """The most characters that a message has."""
-        longest = SYNC_LIMITS.header_bytes + stream.NONCE + stream.sealed_size(self._limits.json_job_bytes)
+        longest = SYNC_LIMITS.header_bytes + stream.NONCE + stream.sealed_size(JSON_BYTES)
         return (longest + 2) // 3 * 4
 
     def accept(self, message: object, worker: str) -> str:
@@ -85,7 +84,7 @@ class Intake:
         if not store.lock(f"submit:{asked.job_id}", worker, _LOCK_S):
             raise JobsUnavailable("Another worker has this message in hand", retry_after_s=1.0)
         if not self._is_taken(named, who):  # the spool is written under the lock, or two would write one blob
-            self._submitter.submit(self._terms(asked, named, who), asked.job, self._limits.json_job_items)
+            self._submitter.submit(self._terms(asked, named, who), asked.job)
         return asked.job_id
 
     def _who(self, asked: submit_message.Submission) -> Principal:
@@ -121,8 +120,8 @@ class Intake:
         head = header.parse(sealed, SYNC_LIMITS)
         if binding.read(head) is not None:  # a ciphertext of this service is no message
             raise DecryptFailed
-        if stream.plaintext_size(len(sealed) - head.payload_offset) > self._limits.json_job_bytes:
-            raise TooLarge(f"The message is above {self._limits.json_job_bytes} bytes of JSON")
+        if stream.plaintext_size(len(sealed) - head.payload_offset) > JSON_BYTES:
+            raise TooLarge(f"The message is above {JSON_BYTES} bytes of JSON")
         versions = reversed(self._key.versions())
         keys = [KeyRef(_WHO.tenant, "intake", version.version, self._key.name) for version in versions]
         file_key, _ = sealing.foreign_file_key(head, self._key, keys)

@@ -42,7 +42,11 @@ from kms_protocol.errors import (
     SpoolQuota,
     TooLarge,
 )
+from kms_protocol.units import MiB
 
+JSON_BYTES: Final = 16 * MiB
+"""The largest items of a job in JSON, not in NDJSON; in base64 they are a third larger."""
+_JSON_ITEMS: Final = 10_000
 _NOTHING: Final = "Give items, or source and target; to upload a file use /files/encrypt or /files/decrypt"
 _Spec = TypeVar("_Spec", bound=JobSpec)
 
@@ -220,7 +224,7 @@ class JobSubmitter:
         for callback in filter(None, (options.callback, group)):
             if not self._knows(callback, options.who.tenant):
                 raise InvalidRequest("callback names no endpoint for your tenant: see [kms.jobs.endpoints]")
-        options.deadlines.fields(self.store.now(), self._section.jobs)
+        options.deadlines.fields(self.store.now(), self.store.rules.result_ttl_s)
         self.store.ping()
         self._require_install()
 
@@ -256,7 +260,6 @@ class JobSubmitter:
         self,
         options: SubmissionOptions,
         body: wire.JobIn,
-        most_items: int,
         charge: Callable[[int], None] | None = None,
     ) -> Job:
         """A job as ``POST /jobs`` describes it: items, or a reference. Raises as ``check`` and these do.
@@ -265,9 +268,9 @@ class JobSubmitter:
         """
         self.check(options, bulk=body.items is not None)
         if body.items is not None and body.source is None and body.target is None:
-            if len(body.items) > most_items:
+            if len(body.items) > _JSON_ITEMS:
                 raise TooLarge(
-                    f"More than {most_items} items: stream application/x-ndjson to POST /jobs?kind=… instead"
+                    f"More than {_JSON_ITEMS} items: stream application/x-ndjson to POST /jobs?kind=… instead"
                 )
             if charge is not None:
                 charge(len(body.items))
@@ -319,7 +322,7 @@ class JobSubmitter:
         check_room = self.meter(options)
         with self.spool.writing(Label(options.who.tenant, job_id, ITEMS), may_be_small=True) as out:
             for index, item in enumerate(items):
-                bulk_lines.check_item(options.kind, index, item, self._section.limits.sync_plaintext_bytes)
+                bulk_lines.check_item(options.kind, index, item)
                 if index % bulk_lines.PART_ITEMS == 0:
                     starts.append(out.size)
                 line = wire.encode(item) + b"\n"
@@ -355,7 +358,7 @@ class JobSubmitter:
         """The accepted specification; ``fields`` are those that this kind of job has."""
         now, who, new_context = self.store.now(), options.who, options.new_context
         try:
-            times = options.deadlines.fields(now, self._section.jobs)
+            times = options.deadlines.fields(now, self.store.rules.result_ttl_s)
         except InvalidDeadline:  # it passed while the input arrived
             self.spool.delete(job_id)
             raise

@@ -119,7 +119,8 @@ def test_a_log_that_goes_on_agrees_with_its_anchors(place: Place, kept: AnchorPl
 
 
 def test_one_checkpoint_after_another_through_many_files(place: Place, kept: AnchorPlace) -> None:
-    writer = Writer(place, kept, audit_section(checkpoint_lines=4, rotate_bytes=4096))
+    writer = Writer(place, kept, audit_section(checkpoint_lines=4))
+    writer.trail.rotate_bytes = 4096
     watch = watching(place, kept)
     for _ in range(20):
         writer.write(5)

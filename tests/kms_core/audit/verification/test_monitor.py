@@ -29,7 +29,7 @@ def place(tmp_path: Path) -> Place:
 @pytest.fixture
 def trail(place: Place) -> Iterator[AuditLog]:
     """A trail of ten records that is still written to."""
-    made = place.trail(audit_section(checkpoint_lines=4, rotate_bytes=16 * 1024))
+    made = place.trail(audit_section(checkpoint_lines=4), rotate_bytes=16 * 1024)
     for number in range(10):
         made.append(record(number))
     yield made

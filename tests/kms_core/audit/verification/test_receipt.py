@@ -21,7 +21,7 @@ def place(tmp_path: Path) -> Place:
 
 @pytest.fixture
 def ids(place: Place) -> list[str]:
-    trail = place.trail(audit_section(checkpoint_lines=10, rotate_bytes=8192))
+    trail = place.trail(audit_section(checkpoint_lines=10), rotate_bytes=8192)
     made = [trail.append(record(number)) for number in range(60)]
     trail.close()
     return made

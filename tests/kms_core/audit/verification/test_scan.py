@@ -83,7 +83,7 @@ def test_lines_behind_a_closed_end_are_damage(place: Place, later: int) -> None:
 
 def test_lines_behind_the_end_of_a_full_file_are_damage(place: Place) -> None:
     """The process was killed before it began the next one."""
-    trail = place.trail(audit_section(rotate_bytes=1))
+    trail = place.trail(rotate_bytes=1)
     trail.append(record(1))
     (path,) = place.files()
     append_forged(path)
@@ -185,7 +185,7 @@ def append_forged_fast(path: Path, count: int) -> None:
 
 def test_the_interval_is_that_of_the_chain_where_it_signed_less_often(place: Place) -> None:
     """Line 3,000 is the first that is signed; behind the second as many may follow."""
-    path = place.written(3_100, audit_section(checkpoint_lines=3_000, checkpoint_s=1e9, rotate_bytes=1 << 30))
+    path = place.written(3_100, audit_section(checkpoint_lines=3_000, checkpoint_s=1e9))
     rewrite(path, lambda lines: lines[:-1])
     append_forged_fast(path, 1_200)
     place.written(1)
@@ -194,7 +194,7 @@ def test_the_interval_is_that_of_the_chain_where_it_signed_less_often(place: Pla
 
     for file in place.files():
         file.unlink()
-    path = place.written(6_100, audit_section(checkpoint_lines=3_000, checkpoint_s=1e9, rotate_bytes=1 << 30))
+    path = place.written(6_100, audit_section(checkpoint_lines=3_000, checkpoint_s=1e9))
     rewrite(path, lambda lines: lines[:-1])
     append_forged_fast(path, 1_200)
     place.written(1)
@@ -306,9 +306,9 @@ def test_a_chain_without_signed_lines_is_named_by_its_first(place: Place) -> Non
 
 
 def test_the_signed_end_may_be_in_the_file_before(place: Place) -> None:
-    trail = place.trail(audit_section(rotate_bytes=1))
+    trail = place.trail(rotate_bytes=1)
     trail.append(record(1))
-    trail._section = audit_section()  # noqa: SLF001 -- the next file does not fill up
+    trail.rotate_bytes = 1 << 20  # the next file does not fill up
     trail.append(record(2))
 
     assert len(place.files()) == 2

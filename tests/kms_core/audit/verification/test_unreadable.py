@@ -109,7 +109,7 @@ def test_a_file_that_cannot_be_read_hides_no_cut_of_another(place: Place, *, at_
 
 
 def test_a_segment_that_cannot_be_read_is_not_called_missing(place: Place) -> None:
-    trail = place.trail(audit_section(rotate_bytes=4096))
+    trail = place.trail(rotate_bytes=4096)
     for number in range(60):
         trail.append(record(number))
     trail.close()

@@ -90,7 +90,7 @@ def test_another_key_does_not_fit(place: Place, tmp_path: Path) -> None:
 
 
 def test_progress_is_told_after_each_file(place: Place) -> None:
-    place.written(40, audit_section(rotate_bytes=4096))
+    place.written(40, rotate_bytes=4096)
     seen: list[tuple[int, int]] = []
     report = verify(place.folder, place.keys(), progress=lambda done, total: seen.append((done, total)))
 
@@ -100,7 +100,7 @@ def test_progress_is_told_after_each_file(place: Place) -> None:
 
 
 def test_a_change_where_two_blocks_meet_is_found_once(place: Place) -> None:
-    trail = place.trail(audit_section(rotate_bytes=1 << 30))
+    trail = place.trail()
     for _ in range(200):
         trail.append(record(principal="x" * 100_000))
     trail.close()
@@ -343,21 +343,21 @@ def test_an_anchor_with_another_head_accuses_no_log(place: Place) -> None:
 
 
 def test_a_missing_file_in_the_middle_of_a_chain_is_found(place: Place) -> None:
-    place.written(80, audit_section(rotate_bytes=4096))
+    place.written(80, rotate_bytes=4096)
     place.files()[2].unlink()
 
     assert codes(place.verified()) == ["missing_file"]
 
 
 def test_a_missing_first_file_is_found(place: Place) -> None:
-    place.written(80, audit_section(rotate_bytes=4096))
+    place.written(80, rotate_bytes=4096)
     place.files()[0].unlink()
 
     assert codes(place.verified()) == ["missing_file"]
 
 
 def test_a_missing_last_file_is_found_if_another_chain_saw_it(place: Place) -> None:
-    path = place.written(80, audit_section(rotate_bytes=4096))
+    path = place.written(80, rotate_bytes=4096)
     place.written(1)
     path.unlink()
 
@@ -373,7 +373,7 @@ def test_a_missing_chain_is_found(place: Place) -> None:
 
 
 def test_a_file_cut_before_the_next_one_is_found(place: Place) -> None:
-    place.written(80, audit_section(rotate_bytes=4096))
+    place.written(80, rotate_bytes=4096)
     rewrite(place.files()[1], lambda lines: lines[:-2])
 
     assert codes(place.verified()) == ["cut"]

@@ -63,7 +63,7 @@ def start(
     fields: dict[str, object] = {"source": f"file://{root}/**", "overwrite": True} | more
     body = wire.JobIn(kind=kind, **fields)  # type: ignore[arg-type]  # fields by name
     terms = SubmissionOptions(WHO, kind, CONTEXT, new_context=None if new is None else Context.parse(new))
-    job_id = core.submitter.submit(terms, body, 10).job_id
+    job_id = core.submitter.submit(terms, body).job_id
     run_job(job_id, core.worker_context, "w")
     return job_id
 
@@ -266,7 +266,7 @@ def test_file_that_somebody_changes_meanwhile_is_theirs(
         assert outcomes(core, job_id, root) == {"a": "target_exists"}
     else:
         body = wire.JobIn(kind="rewrap", source=f"file://{root}/a", overwrite=True)
-        job_id = core.submitter.submit(SubmissionOptions(WHO, "rewrap", CONTEXT), body, 10).job_id
+        job_id = core.submitter.submit(SubmissionOptions(WHO, "rewrap", CONTEXT), body).job_id
         run_job(job_id, worker_context, "w")
         assert now(core, job_id).error == "target_exists"
 

@@ -123,7 +123,9 @@ def test_one_tenant_alone_has_all_processes(tmp_path: Path) -> None:
 
 def sharing(core: Core, *, several: bool = True, **changes: object) -> JobStore:
     """A store in which one of two processes of a worker is left to jobs that are not large."""
-    return store_of(core, with_jobs(attempts=5, large_job_bytes=LARGE, **changes), [], several=several)
+    store = store_of(core, with_jobs(attempts=5, **changes), [], several=several)
+    store.large_job_bytes = LARGE
+    return store
 
 
 @pytest.fixture
@@ -274,8 +276,7 @@ def test_large_parts_wait_and_small_ones_do_not(store: JobStore) -> None:
 
 
 def test_large_job_that_dies_again_and_again_is_no_exception(core: Core) -> None:
-    short = store_of(core, with_jobs(lease_s=0.2, large_job_bytes=LARGE), [], several=True)
-    store = sharing(core)
+    short, store = sharing(core, lease_s=0.2), sharing(core)
     first, second = made(store), made(store)
     assert short.claim(first, "w/1")
     time.sleep(0.3)  # its worker died

@@ -357,7 +357,7 @@ def test_log_of_an_earlier_life_settles_no_file(core: Core, tmp_path: Path) -> N
     (root / "in").mkdir()
     (root / "in" / "a").write_bytes(b"a")
     body = wire.JobIn(kind="encrypt", source=f"file://{root}/in/*", target=f"file://{root}/out/")
-    job_id = core.submitter.submit(SubmissionOptions(WHO, "encrypt", CONTEXT), body, 10).job_id
+    job_id = core.submitter.submit(SubmissionOptions(WHO, "encrypt", CONTEXT), body).job_id
     part, store = part_id(job_id, 0), core.worker_context.store
     run(core, job_id, part)
     accepted, log = store.accepted(job_id), record(store, part)[b"log"]

@@ -40,7 +40,7 @@ def test_file_whose_header_cannot_be_read(
     (root / "in").write_bytes(JUNK[code])
     target = f"file://{root}/out" + ("/" if "*" in pattern else "")
     body = wire.JobIn(kind=kind, source=f"file://{root}/{pattern}", target=target)
-    job_id = core.submitter.submit(SubmissionOptions(WHO, kind, Context()), body, 10).job_id
+    job_id = core.submitter.submit(SubmissionOptions(WHO, kind, Context()), body).job_id
 
     for name in (job_id, part_id(job_id, 0)) if "*" in pattern else (job_id,):
         run_job(name, core.worker_context, "w")

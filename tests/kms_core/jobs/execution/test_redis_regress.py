@@ -275,7 +275,7 @@ def test_files_of_a_job_over_many_are_recognised(core: Core, files: Path, how: s
 def many(core: Core, kind: JobKind, source: str, target: str, *, overwrite: bool = False) -> str:
     terms = SubmissionOptions(WHO, kind, CONTEXT, new_context=NEW if kind == "reseal" else None)
     body = wire.JobIn(kind=kind, source=source, target=target, overwrite=overwrite)
-    return core.submitter.submit(terms, body, 100).job_id
+    return core.submitter.submit(terms, body).job_id
 
 
 def run_many(core: Core, job_id: str) -> Job:

@@ -278,7 +278,7 @@ def many(core: Core, root: Path) -> str:
     for name in ("a", "b"):
         (root / "in" / name).write_bytes(name.encode())
     body = wire.JobIn(kind="encrypt", source=f"file://{root}/in/*", target=f"file://{root}/out/")
-    job_id = core.submitter.submit(SubmissionOptions(WHO, "encrypt", CONTEXT), body, 10).job_id
+    job_id = core.submitter.submit(SubmissionOptions(WHO, "encrypt", CONTEXT), body).job_id
     run_job(job_id, core.worker_context, "w/1")
     return job_id
 

@@ -88,7 +88,7 @@ def fill(folder: Path, **files: bytes) -> None:
 
 def submit(core: Core, kind: wire.JobKind, source: str, target: str | None, **more: object) -> str:
     body = wire.JobIn(kind=kind, source=source, target=target, **more)  # type: ignore[arg-type]  # fields by name
-    return core.submitter.submit(SubmissionOptions(WHO, kind, CONTEXT), body, 10).job_id
+    return core.submitter.submit(SubmissionOptions(WHO, kind, CONTEXT), body).job_id
 
 
 def url(path: Path, pattern: str = "") -> str:

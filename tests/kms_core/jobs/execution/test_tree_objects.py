@@ -22,7 +22,7 @@ PLAIN: Final = {"a.csv": b"1", "b/c d.csv": b"22", "b/ü%?*.csv": b"", "b/x.txt"
 
 def submit(bench: Bench, kind: wire.JobKind, source: str, target: str | None, **more: object) -> str:
     body = wire.JobIn(kind=kind, source=source, target=target, **more)  # type: ignore[arg-type]  # fields by name
-    return bench.core.submitter.submit(SubmissionOptions(WHO, kind, CONTEXT), body, 10).job_id
+    return bench.core.submitter.submit(SubmissionOptions(WHO, kind, CONTEXT), body).job_id
 
 
 def done(bench: Bench, kind: wire.JobKind, source: str, target: str | None, **more: object) -> str:

@@ -129,7 +129,8 @@ def test_a_capped_tenant_comes_back_when_its_lease_runs_out(core: Core) -> None:
 
 
 def test_large_jobs_leave_processes_to_others(core: Core) -> None:
-    store = store_of(core, with_jobs(large_job_bytes=1000), several=True)
+    store = store_of(core, LONG, several=True)
+    store.large_job_bytes = 1000
     for _ in range(2):
         store.submit(job(tenant="large", size_bytes=1000))
     assert taken(store, "w/1") == "large"
@@ -141,7 +142,8 @@ def test_large_jobs_leave_processes_to_others(core: Core) -> None:
 
 
 def test_a_small_job_passes_a_large_one_of_its_tenant(core: Core) -> None:
-    store = store_of(core, with_jobs(large_job_bytes=1000), several=True)
+    store = store_of(core, LONG, several=True)
+    store.large_job_bytes = 1000
     for size in (1000, 1000, 10):
         store.submit(job(size_bytes=size))
     attempt(store, "w/1")

@@ -26,7 +26,6 @@ from kms_core.envelope.binding import KeyRef
 from kms_core.jobs.execution.attendance import SharedTime
 from kms_core.jobs.submission import celery_intake
 from kms_core.jobs.submission.celery_intake import Intake
-from kms_core.settings.model import LimitsSection
 from kms_protocol import submit_message
 from kms_protocol.context import Context
 from kms_protocol.errors import (
@@ -54,7 +53,7 @@ connect: Final[Any] = Connection  # kombu ships no types
 @pytest.fixture
 def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Service:
     """An install whose Redis is away: only what asks nobody can be decided."""
-    monkeypatch.setattr(LimitsSection, "json_job_bytes", LIMIT)
+    monkeypatch.setattr(celery_intake, "JSON_BYTES", LIMIT)
     return Service(tmp_path, redis="unix:///nonexistent/valkey.sock")
 
 

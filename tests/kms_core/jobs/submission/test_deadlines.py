@@ -17,14 +17,13 @@ from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import InvalidDeadline, JobExpired
 from kms_protocol.wire import JobItem
-from support.job_stores import COMMIT, LONG, TENANT, accepted, record, store_of, with_jobs
+from support.job_stores import COMMIT, LONG, TENANT, accepted, record, store_of
 from support.object_jobs import WHO
 from support.waiting import until
 
 NOW: Final = 1_900_000_000.0
-RULES: Final = with_jobs(
-    start_within_s=600, run_within_s=3_600, result_ttl_s=7_200, deadline_max_s=30 * 86_400, keep_max_s=86_400
-).jobs
+DAY: Final = 86_400
+KEEP_S: Final = 7_200
 
 
 def at(seconds: float) -> datetime:
@@ -43,22 +42,22 @@ def fields(start_by: float, run_by: float, keep_for_s: float) -> dict[str, float
 @pytest.mark.parametrize(
     ("asked", "found"),
     [
-        (Deadlines(), fields(600, 3_600, 7_200)),
-        (Deadlines(start_by=at(60)), fields(60, 3_600, 7_200)),
-        (Deadlines(start_by=at(5_000)), fields(5_000, 5_000, 7_200)),
-        (Deadlines(run_by=at(60)), fields(60, 60, 7_200)),
-        (Deadlines(run_by=at(7_000)), fields(600, 7_000, 7_200)),
+        (Deadlines(), fields(DAY, DAY, KEEP_S)),
+        (Deadlines(start_by=at(60)), fields(60, DAY, KEEP_S)),
+        (Deadlines(start_by=at(2 * DAY)), fields(2 * DAY, 2 * DAY, KEEP_S)),
+        (Deadlines(run_by=at(60)), fields(60, 60, KEEP_S)),
+        (Deadlines(run_by=at(2 * DAY)), fields(DAY, 2 * DAY, KEEP_S)),
         (Deadlines(start_by=at(10), run_by=at(20), keep_for_s=60), fields(10, 20, 60)),
-        (Deadlines(keep_for_s=60), fields(600, 3_600, 60)),
+        (Deadlines(keep_for_s=60), fields(DAY, DAY, 60)),
     ],
     ids=str,
 )
 def test_what_is_not_asked_for_has_a_default(asked: Deadlines, found: dict[str, float]) -> None:
-    assert asked.fields(NOW, RULES) == found
+    assert asked.fields(NOW, KEEP_S) == found
 
 
 def test_the_term_of_old_clients_is_all_three() -> None:
-    found = Deadlines(ttl_s=60).fields(NOW, RULES)
+    found = Deadlines(ttl_s=60).fields(NOW, KEEP_S)
 
     assert found == {"start_by": NOW + 60, "run_by": NOW + 60, "expires_at": NOW + 60}
 
@@ -69,9 +68,9 @@ def test_the_term_of_old_clients_is_all_three() -> None:
         (Deadlines(start_by=at(-1)), "start_by is in the past"),
         (Deadlines(run_by=at(0)), "run_by is in the past"),
         (Deadlines(start_by=at(20), run_by=at(10)), "run_by is before start_by"),
-        (Deadlines(run_by=at(31 * 86_400)), "name an earlier one"),
-        (Deadlines(start_by=at(31 * 86_400)), "name an earlier one"),
-        (Deadlines(keep_for_s=86_401), "name a shorter time"),
+        (Deadlines(run_by=at(31 * DAY)), "name an earlier one"),
+        (Deadlines(start_by=at(31 * DAY)), "name an earlier one"),
+        (Deadlines(keep_for_s=30 * DAY + 1), "name a shorter time"),
         (Deadlines(ttl_s=60, keep_for_s=60), "ttl_s stands for"),
         (Deadlines(ttl_s=60, run_by=at(60)), "ttl_s stands for"),
     ],
@@ -79,7 +78,7 @@ def test_the_term_of_old_clients_is_all_three() -> None:
 )
 def test_wrong_deadlines_are_refused_and_nothing_is_stored(core: Core, asked: Deadlines, told: str) -> None:
     with pytest.raises(InvalidDeadline, match=told):
-        asked.fields(NOW, RULES)
+        asked.fields(NOW, KEEP_S)
 
     past = Deadlines(run_by=datetime.now(UTC) - timedelta(seconds=5))
     with pytest.raises(InvalidDeadline):
