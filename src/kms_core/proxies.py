@@ -40,7 +40,7 @@ class Proxies:
 
     def trust(self, address: str) -> bool:
         """Return whether a socket's address is that of a trusted proxy."""
-        found = _address(address)
+        found = address_of(address)
         return found is not None and self._holds(found)
 
     def client(self, peer: str, text: str) -> str:
@@ -66,7 +66,7 @@ class Proxies:
 
 
 @lru_cache(maxsize=1024)
-def _address(text: str) -> Address | None:
+def address_of(text: str) -> Address | None:
     """An address; IPv4 in IPv6 form (``::ffff:…``) becomes IPv4."""
     try:
         found = ipaddress.ip_address(text.partition("%")[0])
@@ -79,4 +79,4 @@ def _address(text: str) -> Address | None:
 def _node(text: str) -> Address | None:
     """The address of an entry, which may have brackets and a port."""
     match = _NODE.fullmatch(text)
-    return _address(match[1] or match[2] or match[3]) if match else None
+    return address_of(match[1] or match[2] or match[3]) if match else None

@@ -13,10 +13,9 @@ from typing import Final
 import pytest
 from cryptography import x509
 
-from kms_core.auth import authenticator
 from kms_core.auth.authenticator import Authenticator
 from kms_protocol.errors import Unauthenticated, Unavailable
-from support.credentials import AUDIENCE, Authority, Guarded, Issuer, bearer
+from support.credentials import AUDIENCE, Authority, Guarded, Issuer, authenticator_of, bearer
 from support.service import check_problem
 from support.waiting import until
 
@@ -103,7 +102,7 @@ def provider(tmp_path: Path) -> Iterator[Provider]:
 
 def door(tmp_path: Path, provider: Provider, issuer: str | None = None) -> Authenticator:
     """The doors of an install that trusts the provider, in this process."""
-    made = authenticator.build(Guarded(tmp_path / "kms", provider.settings(issuer), NO_REDIS).settings)
+    made = authenticator_of(Guarded(tmp_path / "kms", provider.settings(issuer), NO_REDIS).settings)
     assert made is not None
     return made
 

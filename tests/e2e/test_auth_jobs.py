@@ -68,7 +68,7 @@ def edit(install: Guarded, who: Principal, **changes: object) -> None:
     def changed(token: Token) -> Token:
         return msgspec.structs.replace(token, **changes) if who.credential == f"token:{token.id}" else token
 
-    made = [changed(token) for token in tokens.read(install.token_file)]
+    made = [changed(token) for token in tokens.read(install.token_file).tokens]
     install.token_file.write_bytes(msgspec.json.encode({"version": 1, "tokens": made}))
 
 

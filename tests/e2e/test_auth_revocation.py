@@ -10,7 +10,6 @@ import pytest
 
 from kms_api.server import process
 from kms_core.auth import revocation
-from kms_core.auth.authenticator import build as build_doors
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_job
@@ -20,7 +19,7 @@ from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import ConfigurationError, Unauthenticated, Unavailable
 from kms_protocol.wire import PREFIX
-from support.credentials import Authority, Pair, bearer, shown
+from support.credentials import Authority, Pair, authenticator_of, bearer, shown
 from support.revocation import EXPIRED, NAME, Revoking
 from support.service import check_problem, core_of
 from support.waiting import until
@@ -160,7 +159,7 @@ def test_a_list_that_cannot_be_used_stops_the_start_and_says_what_to_do(tmp_path
     else:
         own.put(unusable(own, tmp_path)[kind])
 
-    for start in (lambda: process.server_context(server), lambda: build_doors(own.settings)):
+    for start in (lambda: process.server_context(server), lambda: authenticator_of(own.settings)):
         with pytest.raises(ConfigurationError, match=r"kms\.server\.client_crl.*leave client_crl out"):
             start()
 

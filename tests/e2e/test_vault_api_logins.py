@@ -75,7 +75,7 @@ def test_a_token_of_a_login_is_of_the_tenant_that_was_brought(world: World) -> N
         world.service.auth("jwt", deploy(world.corp, org=org))["client_token"] for org in ("acme", "web")
     )
     secret = world.secret("web")[1]
-    named = {"role_id": "web/" + tokens.read(world.service.token_file)[-1].name, "secret_id": secret}
+    named = {"role_id": "web/" + tokens.read(world.service.token_file).tokens[-1].name, "secret_id": secret}
     by_secret = world.service.auth("approle", named)["client_token"]
     sealed = world.service.call(acme, "transit/encrypt/default", HELLO).json()["data"]["ciphertext"]
     opened = [

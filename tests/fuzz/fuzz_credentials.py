@@ -20,7 +20,7 @@ from kms_api.transport.authentication import token_of
 from kms_core import scopes
 from kms_core.auth import jwks, tokens
 from kms_core.auth.authenticator import Authenticator
-from kms_core.auth.jwks import IssuerKey
+from kms_core.auth.jwks import IssuerKey, RemoteKeys
 from kms_core.auth.jwt_verifier import Jwts, Trusted
 from kms_core.auth.tokens import TokenFile
 from kms_core.scopes import Access
@@ -58,8 +58,8 @@ _folder: Final = tempfile.TemporaryDirectory(prefix="kms-fuzz-")
 _FILE: Final = Path(_folder.name, "tokens.json")
 
 
-class _Known:
-    """The issuer's one key."""
+class _Known(RemoteKeys):
+    """The issuer's one key, which is not fetched."""
 
     def fitting(self, kid: str | None, algorithm: str) -> Sequence[IssuerKey]:
         fits = kid in {None, "k"} and algorithm == "EdDSA"
@@ -76,7 +76,7 @@ def _jwts() -> Jwts:
         scopes_claim="kms_scopes",
         scopes=("status",),
     )
-    return Jwts([Trusted("corp", section, _Known())])
+    return Jwts([Trusted("corp", section, _Known(bytes))])
 
 
 def _doors() -> Authenticator:
@@ -193,7 +193,7 @@ def _token_file(data: bytes) -> None:
     except ConfigurationError as exc:
         assert str(_FILE) in exc.detail
         return
-    assert all(isinstance(token.scopes, tuple) for token in found)
+    assert all(isinstance(token.scopes, tuple) for token in found.tokens)
 
 
 def _scope(data: bytes) -> None:

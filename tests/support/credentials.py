@@ -20,12 +20,14 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from kms_core.auth import certificates, tokens
+from kms_core.auth import authenticator, certificates, tokens
 from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.certificates import PresentedCertificate
 from kms_core.auth.jwt_verifier import Jwts
 from kms_core.auth.policy import Principal
 from kms_core.auth.tokens import Token, TokenFile, TokenRequest
+from kms_core.container import token_source
+from kms_core.settings.model import Settings
 from support.service import Service
 
 REQUIRED: Final = '[kms.auth]\nmode = "required"\n'
@@ -115,6 +117,11 @@ def claims(**changes: object) -> dict[str, object]:
         "kms_scopes": ["encrypt,decrypt", "jobs:read,jobs:write", "status"],
     } | changes
     return {name: value for name, value in whole.items() if value is not None}
+
+
+def authenticator_of(settings: Settings) -> Authenticator | None:
+    """The authenticator of settings, with the tokens of their file."""
+    return authenticator.build(settings, token_source(settings, None))
 
 
 def verified(jwts: Jwts, text: str) -> Principal:

@@ -117,7 +117,7 @@ def adopt_command(yes: bool, file: Path | None) -> None:
     here = _token_file(None)
     if isinstance(here.where, Path):
         raise InvalidRequest("The settings name a token file and no document: see [kms.auth] tokens")
-    taken = () if file is None else tokens.read(file)
+    taken = () if file is None else tokens.read(file).tokens
     if not yes and not click.confirm(f"Make {here} the newest document of tokens?", err=True):
         raise click.Abort
     with audited.effect(here.settings, "token.adopt", str(here)):

@@ -21,7 +21,7 @@ from kms_core.auth.logins import Logins
 from kms_core.auth.policy import Grant, Principal
 from kms_core.auth.revocation import Revocations
 from kms_core.auth.token_review import Reviews
-from kms_core.auth.tokens import TokenFile, Tokens, UnknownToken
+from kms_core.auth.tokens import Tokens, UnknownToken
 from kms_core.scopes import Scope
 from kms_core.settings.auth import CertificateSection, IssuerSection
 from kms_core.settings.model import Settings
@@ -170,10 +170,10 @@ def _parsed(lines: Sequence[str]) -> Iterator[Scope]:
             continue
 
 
-def build(settings: Settings, tokens_: Tokens | None = None, login_key: bytes = b"") -> Authenticator | None:
+def build(settings: Settings, tokens_: Tokens, login_key: bytes = b"") -> Authenticator | None:
     """The authenticator of the settings; None if they require no credentials. Raises ConfigurationError.
 
-    Tokens are by default those of the token file. Without ``login_key`` no token of a login is accepted.
+    Without ``login_key`` no token of a login is accepted.
     """
     auth = settings.kms.auth
     if auth.mode != "required":
@@ -182,13 +182,13 @@ def build(settings: Settings, tokens_: Tokens | None = None, login_key: bytes = 
     issuers = [
         Trusted(name, section, _keys(name, section, in_dev=in_dev)) for name, section in auth.issuers.items()
     ]
-    known, jwts = tokens_ or TokenFile(auth.tokens_path, strict=settings.is_prod), Jwts(issuers)
+    jwts = Jwts(issuers)
     return Authenticator(
-        known,
+        tokens_,
         jwts,
         auth.certificates,
         revocation.build(settings.kms.server),
-        Logins(login_key, auth, jwts, known) if login_key and auth.logins else None,
+        Logins(login_key, auth, jwts, tokens_) if login_key and auth.logins else None,
     )
 
 

@@ -11,7 +11,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -104,16 +104,6 @@ class IssuerKey:
     algorithms: frozenset[str]
 
 
-class IssuerKeys(Protocol):
-    """The public keys of one issuer."""
-
-    def fitting(self, kid: str | None, algorithm: str) -> Sequence[IssuerKey]:
-        """The keys that may have made a signature. Does no network access.
-
-        Raises KeysPending while keys are being fetched; Unavailable while none are known.
-        """
-
-
 class _KeySet(msgspec.Struct):
     keys: list[dict[str, object]]
 
@@ -174,6 +164,7 @@ class FileKeys:
             raise ConfigurationError(f"The issuer's key set {path} cannot be used: {exc}") from exc
 
     def fitting(self, kid: str | None, algorithm: str) -> Sequence[IssuerKey]:
+        """The keys that may have made a signature. Raises Unavailable if they cannot be read."""
         try:
             if stamp_of([self._path]) != self._stamp:
                 self._stamp, self._keys = self._read()
@@ -214,6 +205,10 @@ class RemoteKeys:
         self._is_failing = False
 
     def fitting(self, kid: str | None, algorithm: str) -> Sequence[IssuerKey]:
+        """The keys that may have made a signature. Does no network access.
+
+        Raises KeysPending while keys are being fetched; Unavailable while none are known.
+        """
         found, now = _fitting(self._keys, kid, algorithm), self._clock()
         age_s = now - self._fetched
         if found and age_s <= KEEP_S / 2:
@@ -254,3 +249,6 @@ class RemoteKeys:
             _log.warning("jwks.not_fetched", error=type(exc).__name__, reason=str(exc))
         finally:
             self._is_failing, self._ended = is_failing, self._clock()
+
+
+IssuerKeys: TypeAlias = FileKeys | RemoteKeys

@@ -124,15 +124,7 @@ class Logins:
 
 def _stamp(issuer: IssuerSection, grant: ClaimGrant) -> bytes:
     """A digest of all that says who may log in as a role: a change of it ends the role's tokens."""
-    who = (
-        *(
-            issuer.issuer,
-            issuer.audience,
-            issuer.jwks_url,
-            issuer.review_url,
-            sorted(issuer.algorithms),
-            issuer.principal_claim,
-        ),
-        *(issuer.tenant, issuer.tenant_claim, sorted(issuer.tenants), sorted(grant.when.items())),
-    )
+    keys = issuer.issuer, issuer.audience, issuer.jwks_url, issuer.review_url, sorted(issuer.algorithms)
+    tenants = issuer.tenant, issuer.tenant_claim, sorted(issuer.tenants)
+    who = (*keys, issuer.principal_claim, *tenants, sorted(grant.when.items()))
     return hashlib.sha256(msgspec.json.encode(who)).digest()

@@ -1,6 +1,5 @@
 """Access to the metrics: by ``[kms.server] metrics``, and by tokens with the scope ``metrics``."""
 
-import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -9,6 +8,7 @@ from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.policy import Policy, allows
 from kms_core.observability import metrics
 from kms_core.proxies import Proxies
+from kms_core.sections import is_loopback
 from kms_protocol.errors import Unauthenticated, Unavailable
 
 _FORWARDED: Final = frozenset({"forwarded", "x-forwarded-for", "x-real-ip", "via"})
@@ -30,7 +30,7 @@ class MetricsAccess:
         """True if a request needs no credential: it is from this machine, and no proxy forwarded it."""
         if self.mode != "loopback":
             return self.mode == "open"
-        if not _is_loopback(address) or (address and self.proxies.trust(address)):
+        if address is None or not is_loopback(address) or self.proxies.trust(address):
             return False
         return _FORWARDED.isdisjoint(map(str.lower, header_names))
 
@@ -44,11 +44,4 @@ class MetricsAccess:
             metrics.AUTH_FAILURES.labels(exc.reason).inc()
         except Unavailable:
             pass
-        return False
-
-
-def _is_loopback(address: str | None) -> bool:
-    try:
-        return address is not None and ipaddress.ip_address(address).is_loopback
-    except ValueError:
         return False

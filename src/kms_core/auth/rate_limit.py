@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
+from kms_core.proxies import address_of
 from kms_protocol.errors import RateLimited
 
 T = TypeVar("T")
@@ -47,12 +48,9 @@ class Failures:
     It also bounds the failures that are logged and recorded: 600 at once, and 10 a second, of all sources.
     """
 
-    def __init__(
-        self, per_minute: float, *, clock: Callable[[], float] = time.monotonic, most: int = MOST_SOURCES
-    ) -> None:
+    def __init__(self, per_minute: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate = Rate(per_minute / 60, max(1.0, per_minute))
         self._clock = clock
-        self._most = most
         self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
         self._records = _Bucket(_RECORDS.burst, clock())
 
@@ -67,7 +65,7 @@ class Failures:
         bucket = self._buckets.pop(source, None) or _Bucket(self._rate.burst, now)
         _take(bucket, self._rate, now)
         self._buckets[source] = bucket
-        if len(self._buckets) > self._most:
+        if len(self._buckets) > MOST_SOURCES:
             self._buckets.popitem(last=False)
         is_room = not _wait_s(self._records, _RECORDS, now)
         if is_room:
@@ -134,15 +132,10 @@ class Requests:
 
 def source_of(address: str) -> str:
     """The source of an address: an IPv4 address or an IPv6 network of 64 bits; other text is kept."""
-    try:
-        found = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
+    found = address_of(address)
     if isinstance(found, ipaddress.IPv6Address):
-        if found.ipv4_mapped:
-            return str(found.ipv4_mapped)
         return str(ipaddress.ip_network((int(found) >> _IPV6_BITS << _IPV6_BITS, _IPV6_BITS)))
-    return str(found)
+    return str(found or address)
 
 
 def _wait_s(bucket: _Bucket, rate: Rate, now: float) -> float:

@@ -1,6 +1,5 @@
 """Tokens in a signed document that hosts share: read from this host's copy, made and revoked everywhere."""
 
-from collections.abc import Sequence
 from typing import Final
 
 from kms_core.auth.tokens import NONE, KnownTokens, Token, Tokens, TokensBody, UnknownToken, log_change
@@ -21,20 +20,21 @@ class DocumentTokens(Tokens):
 
     def __init__(self, copy: LocalCopy) -> None:
         self._copy = copy
-        self._held: tuple[Version, KnownTokens, frozenset[str]] = (Version(), KnownTokens((0,)), frozenset())
+        self._held = Version(), KnownTokens((0,))
 
     def of_digest(self, token_id: str, digest: bytes) -> Token:
         """As for a file; one that was not revoked and is unknown so far raises UnknownToken to look up."""
         try:
             return super().of_digest(token_id, digest)
         except UnknownToken:
-            if token_id in self._revoked():
+            if token_id in self._fresh().revoked:
                 raise
         raise UnknownToken(self._copy.reread, self)
 
     def by_id(self, token_id: str) -> Token | None:
         """As for a file. Blocks for a token that is unknown and was not revoked: it may be new."""
-        if token_id not in self._fresh().tokens and token_id not in self._revoked():
+        known = self._fresh()
+        if token_id not in known.tokens and token_id not in known.revoked:
             self._copy.reread()
         return super().by_id(token_id)
 
@@ -44,23 +44,13 @@ class DocumentTokens(Tokens):
 
     def _fresh(self) -> KnownTokens:
         version = self._copy.current()
-        held, known, _ = self._held
+        held, known = self._held
         if version is held:
             return known
         try:
-            body = TokensBody.of(version.body or NONE)
+            now = KnownTokens.of((version.generation,), TokensBody.of(version.body or NONE))
         except ConfigurationError as exc:
             raise Unavailable("The tokens were written by a later version of the service") from exc
-        revoked = frozenset(one.id for one in body.revoked)
-        now = KnownTokens.of((version.generation,), _valid(body.tokens, revoked))
         log_change(known, now)
-        self._held = version, now, revoked
+        self._held = version, now
         return now
-
-    def _revoked(self) -> frozenset[str]:
-        self._fresh()
-        return self._held[2]
-
-
-def _valid(tokens: Sequence[Token], revoked: frozenset[str]) -> Sequence[Token]:
-    return [token for token in tokens if token.id not in revoked]

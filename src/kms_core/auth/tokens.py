@@ -66,15 +66,21 @@ class Token(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class KnownTokens:
-    """The tokens as read last; ``stamp`` is None if their file does not exist."""
+    """The tokens as read last; ``stamp`` is None if their file does not exist.
+
+    ``revoked`` are ids of tokens that a signed document had.
+    """
 
     stamp: tuple[int, ...] | None
     tokens: Mapping[str, Token] = field(default_factory=dict, repr=False)
     tenants: frozenset[str] = frozenset()
+    revoked: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, stamp: tuple[int, ...], tokens: Sequence[Token]) -> Self:
-        return cls(stamp, {token.id: token for token in tokens}, frozenset(token.tenant for token in tokens))
+    def of(cls, stamp: tuple[int, ...], body: "TokensBody") -> Self:
+        revoked = frozenset(one.id for one in body.revoked)
+        tokens = {token.id: token for token in body.tokens if token.id not in revoked}
+        return cls(stamp, tokens, frozenset(token.tenant for token in tokens.values()), revoked)
 
 
 class UnknownToken(Unauthenticated):
@@ -174,10 +180,10 @@ def log_change(before: KnownTokens, after: KnownTokens) -> None:
     _log.info("tokens.read", tokens=len(new), new=sorted(new - old), gone=sorted(old - new))
 
 
-def read(path: Path) -> tuple[Token, ...]:
-    """All tokens of the file, valid or not. Raises OSError; ConfigurationError for another kind of file."""
+def read(path: Path) -> "TokensBody":
+    """The content of the file. Raises OSError; ConfigurationError for another kind of file."""
     try:
-        return tuple(TokensBody.of(small_files.read(path, _MOST_BYTES)).tokens)
+        return TokensBody.of(small_files.read(path, _MOST_BYTES))
     except ConfigurationError as exc:
         raise ConfigurationError(
             f"{path} is not a file that kms token wrote, or a later version did"
@@ -230,19 +236,14 @@ Recorder = Callable[[Token], AbstractContextManager[object]]
 """Makes a context that is entered while the tokens change, which records the change in the audit log."""
 
 
-def _unrecorded(token: Token) -> AbstractContextManager[object]:
-    del token
-    return nullcontext()
-
-
-def listed(where: Where) -> tuple[Token, ...]:
+def listed(where: Where) -> list[Token]:
     """All tokens, valid or not. Raises as ``read`` and ``SignedDocument.read``."""
     if isinstance(where, SignedDocument):
-        return tuple(TokensBody.of(where.read().body or NONE).tokens)
-    return read(where) if where.exists() else ()
+        return TokensBody.of(where.read().body or NONE).tokens
+    return read(where).tokens if where.exists() else []
 
 
-def create(where: Where, wish: TokenRequest, record: Recorder = _unrecorded) -> tuple[Token, str]:
+def create(where: Where, wish: TokenRequest, record: Recorder = nullcontext) -> tuple[Token, str]:
     """Create a token; returns it with its text, which is not stored. Raises Conflict for a name in use."""
     now, secret = _now(), secrets.token_urlsafe(_SECRET_BYTES)
     token_id = b32encode(os.urandom(_ID_BYTES)).decode("ascii").lower().rstrip("=")
@@ -269,7 +270,7 @@ def create(where: Where, wish: TokenRequest, record: Recorder = _unrecorded) -> 
 
 
 def rotate(
-    where: Where, which: str, overlap: timedelta, ttl: timedelta | None, record: Recorder = _unrecorded
+    where: Where, which: str, overlap: timedelta, ttl: timedelta | None, record: Recorder = nullcontext
 ) -> tuple[Token, str]:
     """Give a token a new text; the old one stays valid for ``overlap``. ``ttl`` None keeps the expiry."""
     now, secret = _now(), secrets.token_urlsafe(_SECRET_BYTES)
@@ -290,7 +291,7 @@ def rotate(
     return _change(where, edit, record)
 
 
-def revoke(where: Where, which: str, record: Recorder = _unrecorded) -> Token:
+def revoke(where: Where, which: str, record: Recorder = nullcontext) -> Token:
     """Remove a token: none of its calls and jobs starts afterwards. Raises Missing."""
 
     def edit(draft: TokensBody) -> tuple[Token, str]:
@@ -327,7 +328,7 @@ def _change(
     if isinstance(where, Path):
         secure_files.make_folders(where.parent)
         with secure_files.lock(where.with_name(f"{where.name}.lock")):  # against other commands
-            draft = TokensBody(tokens=list(listed(where)))
+            draft = TokensBody(tokens=listed(where))
             token, text = edit(draft)
             data = msgspec.json.format(msgspec.json.encode({"version": 1, "tokens": draft.tokens})) + b"\n"
             with record(token):
@@ -379,7 +380,7 @@ def _reason(exc: Exception) -> str:
     return str(exc.strerror if isinstance(exc, OSError) else exc)
 
 
-def several_tenants(settings: Settings, tokens: Tokens | None = None) -> Callable[[], bool]:
+def several_tenants(settings: Settings, known: Tokens) -> Callable[[], bool]:
     """A function that says whether jobs can come from more than one tenant, by settings and tokens.
 
     Without authentication all callers are of one tenant. Unreadable tokens count as several tenants.
@@ -392,7 +393,6 @@ def several_tenants(settings: Settings, tokens: Tokens | None = None) -> Callabl
         *(section.tenant for section in kms.auth.certificates.values()),
         *(name for section in kms.auth.issuers.values() for name in section.tenants or (section.tenant,)),
     }
-    known = tokens or TokenFile(kms.auth.tokens_path, strict=settings.is_prod)
 
     def answer() -> bool:
         if len(named) > 1:

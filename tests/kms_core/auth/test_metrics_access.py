@@ -4,13 +4,12 @@ from pathlib import Path
 
 import jwt
 
-from kms_core.auth.authenticator import build
 from kms_core.auth.metrics_access import MetricsAccess
 from kms_core.auth.policy import ByScopes
 from kms_core.observability import metrics
 from kms_core.proxies import Proxies
 from kms_core.settings.load import load
-from support.credentials import Issuer, claims, issuer_settings
+from support.credentials import Issuer, authenticator_of, claims, issuer_settings
 
 
 def test_good_tokens_read_the_metrics_beside_a_hundred_times_as_many_bad_ones(tmp_path: Path) -> None:
@@ -21,7 +20,7 @@ def test_good_tokens_read_the_metrics_beside_a_hundred_times_as_many_bad_ones(tm
     keys.write_bytes(issuer.jwks)
     config.write_text(issuer_settings(f'jwks_file = "{keys}"'))
     settings = load(config, {"HOME": str(tmp_path)})
-    doors = build(settings)
+    doors = authenticator_of(settings)
     assert doors
     scraping = MetricsAccess(
         "token", doors, ByScopes(doors.scopes_of, {}), Proxies.of(settings.kms.server.trusted_proxies)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from kms_core.auth import rate_limit
 from kms_core.auth.rate_limit import Failures, Rate, Requests, source_of
 from kms_protocol.errors import RateLimited
 
@@ -59,8 +60,9 @@ def test_a_source_that_rested_is_as_good_as_new(clock: Clock) -> None:
     assert failures.wait_s("10.0.0.1") == 0
 
 
-def test_the_sources_that_failed_last_are_remembered(clock: Clock) -> None:
-    failures = Failures(1, clock=clock, most=10)
+def test_the_sources_that_failed_last_are_remembered(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rate_limit, "MOST_SOURCES", 10)
+    failures = Failures(1, clock=clock)
     for number in range(1000):
         failures.failed(f"10.0.{number // 250}.{number % 250}")
 

@@ -242,7 +242,7 @@ def test_commands_that_run_at_once_lose_nothing(path: Path) -> None:
     ]
 
     assert [command.wait(60) for command in commands] == [0] * 3
-    assert len({token.name for token in tokens.read(path)}) == 15
+    assert len({token.name for token in tokens.read(path).tokens}) == 15
 
 
 def test_a_command_that_was_killed_leaves_the_file_as_it_was(path: Path) -> None:

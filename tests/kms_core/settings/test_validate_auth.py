@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from kms_core.auth.authenticator import build as build_doors
 from kms_core.settings.load import check_exposure, load
 from kms_core.settings.model import Settings
 from kms_protocol.errors import ConfigurationError
+from support.credentials import authenticator_of
 
 REQUIRED = "[kms.auth]\nmode = 'required'\n"
 TLS = "[kms.server]\ntls_cert = '/t/c'\ntls_key = '/t/k'\nclient_ca = '/t/ca'\n"
@@ -152,7 +152,7 @@ def test_loopback_in_dev_may_be_an_issuer_without_tls(tmp_path: Path, text: str)
 
 
 def test_an_issuer_alone_is_enough_and_nobody_is_asked_at_the_start(tmp_path: Path) -> None:
-    assert build_doors(read(tmp_path, REQUIRED + ISSUER)) is not None
+    assert authenticator_of(read(tmp_path, REQUIRED + ISSUER)) is not None
 
 
 @pytest.mark.parametrize("bind", ["0.0.0.0", "10.0.0.1"])  # noqa: S104 -- not bound
@@ -174,6 +174,6 @@ def test_prod_is_served_to_those_who_are_asked(tmp_path: Path) -> None:
 
 
 def test_nobody_is_asked_unless_settings_say_so(tmp_path: Path) -> None:
-    assert build_doors(read(tmp_path, "")) is None
-    assert build_doors(read(tmp_path, "[kms.auth]\nmode = 'none'\n")) is None
-    assert build_doors(read(tmp_path, REQUIRED)) is not None
+    assert authenticator_of(read(tmp_path, "")) is None
+    assert authenticator_of(read(tmp_path, "[kms.auth]\nmode = 'none'\n")) is None
+    assert authenticator_of(read(tmp_path, REQUIRED)) is not None

@@ -47,8 +47,8 @@ class StoreMaintenance:
     """JobStore inherits it. All raise JobsUnavailable without Redis."""
 
     large_job_bytes = 64 * MiB
-    retry_within_s = 86_400.0
     """A job that reads as much is large; large jobs leave room for others, see ``[kms.jobs]``."""
+    retry_within_s = 86_400.0
 
     def __init__(
         self,
