@@ -23,22 +23,20 @@ def build(
     concealer = Concealer.at(section.key_path, strict=strict, open_sealed=open_sealed)
     signer = Signer.at(section.signing_key_path, strict=strict, open_sealed=open_sealed)
     audit_log = AuditLog(section, role, concealer, signer)
-    anchors = anchor_sinks(settings, client)
-    for sink in anchors:
-        if isinstance(sink, FolderSink):
-            with suppress(OSError):  # the maintenance retries, and logs the failure
-                sink.make()
-    return audit_log, AuditMaintenance(audit_log, anchors, section.keep_days)
+    return audit_log, AuditMaintenance(audit_log, anchor_sinks(settings, client), section.keep_days)
 
 
 def anchor_sinks(settings: Settings, client: redis.Redis | None) -> list[RedisSink | FolderSink]:
-    """The sinks of anchors in the settings. ``client`` None: none in Redis."""
+    """The sinks of anchors in the settings, with their directory. ``client`` None: none in Redis."""
     section = settings.kms.audit
     sinks: list[RedisSink | FolderSink] = []
     if client and section.anchor_redis:
         sinks.append(RedisSink(client))
     if section.anchor_dir is not None:
-        sinks.append(FolderSink(section.anchor_dir))
+        folder = FolderSink(section.anchor_dir)
+        with suppress(OSError):  # the maintenance retries, and logs the failure
+            folder.make()
+        sinks.append(folder)
     return sinks
 
 

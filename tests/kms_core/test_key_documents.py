@@ -18,7 +18,7 @@ from kms_core.age.recipients import version_of
 from kms_core.age.x25519 import NoMatch
 from kms_core.backends.age import RECHECK_S, AgeBackend
 from kms_core.documents.local_copy import POLL_S
-from kms_core.documents.places import Content, FilePlace
+from kms_core.documents.places import FilePlace
 from kms_core.documents.signed import Anchors, SignedDocument
 from kms_core.envelope.binding import KeyRef
 from kms_core.envelope.sealed_files import FileSealer, NotOpenedYet
@@ -53,7 +53,7 @@ class Place(FilePlace):
         self.is_away = False
         self.before_write: Callable[[], object] = lambda: None
 
-    def read(self, unless: str = "") -> Content:
+    def read(self, unless: str = "") -> tuple[bytes | None, str]:
         self._answer()
         return super().read(unless)
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, TypeAlias
 
 from kms_core import secure_files
 from kms_core.s3 import conditions
@@ -11,13 +11,6 @@ from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError
 
 MOST_BYTES: Final = 4 * 1024 * 1024
-
-
-class Content(NamedTuple):
-    """The bytes at a place, None if they are those of the tag that the caller knows."""
-
-    data: bytes | None
-    tag: str
 
 
 class FilePlace:
@@ -32,14 +25,17 @@ class FilePlace:
     def __str__(self) -> str:
         return str(self._path)
 
-    def read(self, unless: str = "") -> Content:
-        """The content; ``unless`` is a tag that the caller knows. Raises OSError and what stores raise."""
+    def read(self, unless: str = "") -> tuple[bytes | None, str]:
+        """The content and its tag; None for that of ``unless``, which is a tag that the caller knows.
+
+        Raises OSError and what stores raise.
+        """
         try:
             data = small_files.read(self._path, MOST_BYTES)
         except FileNotFoundError:
-            return Content(b"", "")
+            return b"", ""
         tag = hashlib.sha256(data).hexdigest()
-        return Content(None if tag == unless else data, tag)
+        return None if tag == unless else data, tag
 
     def write(self, data: bytes, tag: str) -> bool:
         """Replace the content of this tag. Returns False, and writes nothing, if there is another.
@@ -48,7 +44,8 @@ class FilePlace:
         """
         secure_files.make_folders(self._path.parent)
         with secure_files.lock(self._path.with_name(f"{self._path.name}.lock")):
-            if self.read().tag != tag:
+            _, found = self.read()
+            if found != tag:
                 return False
             secure_files.write(self._path, data, locked=True)
             return True
@@ -68,9 +65,9 @@ class ObjectPlace:
     def __str__(self) -> str:
         return f"s3://{self.bucket.name}/{self._key}"
 
-    def read(self, unless: str = "") -> Content:
+    def read(self, unless: str = "") -> tuple[bytes | None, str]:
         """As ``FilePlace.read``."""
-        return Content(*self.bucket.get(self._key, unless))
+        return self.bucket.get(self._key, unless)
 
     def write(self, data: bytes, tag: str) -> bool:
         """As ``FilePlace.write``."""

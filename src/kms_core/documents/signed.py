@@ -93,9 +93,9 @@ class Anchors:
                 f"generation {max(newer).generation}, was seen before: put that back, or run `{self._adopt}` "
                 "to go on with this one (docs/hosts.md says what is lost)"
             )
-        if local is None or local < found:
+        if (local or Anchor()) < found:
             self._note_here(found)
-        if not is_away and (shared is None or shared < found):
+        if not is_away and (shared or Anchor()) < found:
             self._note_for_all(found)
 
     def highest(self) -> int:
@@ -112,12 +112,11 @@ class Anchors:
         self._note_for_all(found)
 
     def _note_here(self, found: Anchor) -> None:
-        if found.generation:
-            secure_files.make_folders(self._path.parent)
-            secure_files.write(self._path, msgspec.json.encode(found))
+        secure_files.make_folders(self._path.parent)
+        secure_files.write(self._path, msgspec.json.encode(found))
 
     def _note_for_all(self, found: Anchor) -> None:
-        if self._client and found.generation:
+        if self._client:
             try:
                 self._client.transaction(lambda pipe: self._raise(pipe, found), self._redis_key)
             except redis.RedisError as exc:
@@ -183,7 +182,7 @@ class _Line(msgspec.Struct, frozen=True, kw_only=True):
     generation: int
     write_id: str
     earlier: tuple[str, ...]
-    written_at: datetime
+    written_at: datetime | None
     body: msgspec.Raw
 
 
@@ -260,7 +259,7 @@ class SignedDocument:
                 generation=version.generation,
                 write_id=version.write_id,
                 earlier=version.earlier,
-                written_at=version.written_at or datetime.now(UTC),
+                written_at=version.written_at,
                 body=msgspec.Raw(version.body),
             )
         )
@@ -297,10 +296,10 @@ class SignedDocument:
 
     def verified(self, known: Version | None = None) -> Version:
         """Read what lies at the place, which may be old: anchors are neither compared nor changed."""
-        found = self.place.read(known.tag if known else "")
-        if found.data is None and known:
+        data, tag = self.place.read(known.tag if known else "")
+        if data is None and known:
             return known
-        return self.open(found.data or b"", found.tag)
+        return self.open(data or b"", tag)
 
     def _next(self, before: Version, above: int, body: bytes) -> Version:
         earlier = (before.write_id, *before.earlier)[:_EARLIER] if before.write_id else ()

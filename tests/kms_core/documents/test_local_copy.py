@@ -9,7 +9,7 @@ from typing import Final
 import pytest
 
 from kms_core.documents.local_copy import CopyPoll, LocalCopy
-from kms_core.documents.places import Content, FilePlace
+from kms_core.documents.places import FilePlace
 from kms_core.documents.signed import Anchors, SignedDocument
 from kms_protocol.errors import Unavailable
 from support.job_stores import connect
@@ -27,7 +27,7 @@ class Place(FilePlace):
         self.is_away = False
         self.before: Callable[[], object] = lambda: None
 
-    def read(self, unless: str = "") -> Content:
+    def read(self, unless: str = "") -> tuple[bytes | None, str]:
         self.asked += 1
         self.before()
         if self.is_away:

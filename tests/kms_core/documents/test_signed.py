@@ -10,7 +10,7 @@ from typing import Any, Final
 import pytest
 import redis
 
-from kms_core.documents.places import Content, FilePlace, ObjectPlace, Place
+from kms_core.documents.places import FilePlace, ObjectPlace, Place
 from kms_core.documents.signed import Anchors, SignedDocument, Version
 from kms_core.s3.bucket import Bucket
 from kms_core.s3.connection import S3Connection, S3Endpoint
@@ -160,7 +160,7 @@ def test_a_version_that_was_overtaken_while_it_was_read_is_read_again(site: Site
     one.write(one.read(), added("a"))
     read, overtaken = two.place.read, list[Version]()
 
-    def slow(unless: str = "") -> Content:
+    def slow(unless: str = "") -> tuple[bytes | None, str]:
         found = read(unless)
         if not overtaken:
             overtaken.append(one.write(one.read(), added("b")))
