@@ -16,9 +16,9 @@ from kms_core import secure_memory
 from kms_core.observability import logs
 from kms_core.programs.supervisor import Child, supervise
 from kms_core.settings import files, lint
-from kms_core.settings.load import check_exposure
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import KmsSection, Settings
+from kms_core.settings.validation import check_exposure
 from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_UNAVAILABLE, ConfigurationError
 
 _BACKLOG: Final = 2048

@@ -12,8 +12,8 @@ import redis
 
 from kms_core.programs import tether
 from kms_core.settings import lint
-from kms_core.settings.load import check_exposure
 from kms_core.settings.load import load as load_settings
+from kms_core.settings.validation import check_exposure
 from kms_protocol.errors import ConfigurationError
 from kms_worker.app import CONFIGURATION
 from support.artefacts import DEPLOY, ROOT, make_secrets, passes, tool

@@ -17,9 +17,9 @@ from kms_core.backends.age_settings import AgeSection
 from kms_core.backends.cosmian.settings import CosmianSection
 from kms_core.backends.vault.settings import TransitSection
 from kms_core.observability import metrics
-from kms_core.settings.load import check_exposure
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import Settings
+from kms_core.settings.validation import check_exposure
 from support.artefacts import (
     CHART,
     EXAMPLES,

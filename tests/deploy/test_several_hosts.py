@@ -18,9 +18,9 @@ import pytest
 
 from kms_cli.local import up
 from kms_core.settings import lint
-from kms_core.settings.load import check_exposure
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import Settings
+from kms_core.settings.validation import check_exposure
 from support import object_stores, redis_servers
 from support.artefacts import (
     DEPLOY,

@@ -8,8 +8,8 @@ from typing import Final
 import pytest
 
 from kms_core.backends.cosmian.settings import CosmianSection
-from kms_core.settings.load import check_exposure
 from kms_core.settings.load import load as load_settings
+from kms_core.settings.validation import check_exposure
 from kms_protocol.errors import EXIT_CONFIGURATION
 from kms_worker.watchdog import EXIT_DEAF
 from support.artefacts import DEPLOY, ROOT, SYSTEMD, make_secrets, passes, run

@@ -24,9 +24,8 @@ from kms_core.jobs.ends import Work
 from kms_core.jobs.events.outbox import Delivery, Outbox
 from kms_core.jobs.events.webhook import WebhookEndpoint
 from kms_core.jobs.store.store import JobStore
-from kms_core.settings.load import Settings
 from kms_core.settings.load import load as load_settings
-from kms_core.settings.model import EndpointSection
+from kms_core.settings.model import EndpointSection, Settings
 from kms_protocol.wire import JobState
 from support.job_stores import TENANT, claimed
 

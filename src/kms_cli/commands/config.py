@@ -16,9 +16,10 @@ from kms_cli.main import CONFIG_COMMANDS, LazyGroup
 from kms_cli.session import printed_as_json
 from kms_core.backends import SCHEMES, table_of
 from kms_core.settings.lint import Weakness, unaccepted, weaknesses
-from kms_core.settings.load import check_exposure, origins
+from kms_core.settings.load import origins
 from kms_core.settings.model import Settings
 from kms_core.settings.toml_reader import REMOVED
+from kms_core.settings.validation import check_exposure
 from kms_protocol.errors import EXIT_OTHER, ConfigurationError
 
 config_command = LazyGroup("config", CONFIG_COMMANDS, "Show, check and begin the settings.")

@@ -20,8 +20,8 @@ from kms_cli.local import installation
 from kms_cli.session import connect, is_given, printed_as_json, session, use_url
 from kms_client.settings import is_loopback
 from kms_core import container
-from kms_core.settings.load import check_exposure
 from kms_core.settings.load import load as load_settings
+from kms_core.settings.validation import check_exposure
 from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_UNAVAILABLE, ConfigurationError, KmsError
 
 TIMEOUT_S: Final = 5.0

@@ -31,11 +31,12 @@ from kms_core.age.x25519 import X25519Identity
 from kms_core.backends.age_settings import AgeSection
 from kms_core.programs.supervisor import Child, say, supervise
 from kms_core.settings.files import for_server
-from kms_core.settings.load import check_exposure, origins
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.load import named as named_file
+from kms_core.settings.load import origins
 from kms_core.settings.model import Settings
 from kms_core.settings.redis_urls import for_celery
+from kms_core.settings.validation import check_exposure
 from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError, Unavailable
 from kms_protocol.units import time_text

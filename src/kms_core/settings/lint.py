@@ -21,7 +21,6 @@ from kms_protocol.errors import ConfigurationError
 
 _WIDEST: Final = {4: 8, 6: 7}  # bits of 10.0.0.0/8 and of fc00::/7, the largest private networks
 _MOST_PUBLIC: Final = {4: 2**24, 6: 2**120}  # addresses of a /8
-_UNIX: Final = frozenset({"unix", "redis+socket"})
 _log = structlog.get_logger(__name__)
 Test = Callable[[Settings], bool]
 
@@ -100,12 +99,10 @@ def _has_wide_proxies(settings: Settings) -> bool:
 def _leaves_host(url: str) -> bool:
     """Return whether a server of ``[kms.redis]`` is on another machine."""
     parts = split_url("kms.redis.url", url)
-    if parts.scheme in _UNIX:
-        return False
     if parts.scheme in SENTINELS | CLUSTERS:
         found = sentinels("", url) if parts.scheme in SENTINELS else cluster_nodes("", url)
         return not all(is_loopback(host) for host, _ in found.hosts)
-    return not is_loopback(parts.hostname or "localhost")
+    return not is_loopback(parts.hostname or "localhost")  # without a host for the path of a socket
 
 
 def _is_clear_queue(url: str) -> bool:
@@ -165,7 +162,7 @@ def _of_backend(scheme: str, value: WeakValue) -> Weakness:
 
 # -- the table ---------------------------------------------------------------------------------------
 
-_SERVER: Final = (
+TABLE: Final = (
     Weakness(
         "server.tls_cert",
         _has_no_tls,
@@ -196,8 +193,6 @@ _SERVER: Final = (
         "callers in these networks choose the address that limits and the audit log use",
         "name the proxies only",
     ),
-)
-_PEERS: Final = (
     Weakness(
         "redis.url",
         lambda settings: _is_clear_queue(settings.kms.redis.url),
@@ -235,8 +230,6 @@ _PEERS: Final = (
         "the network can read which keys are used when, and headers with a credential",
         "use https://",
     ),
-)
-_JOBS: Final = (
     Weakness(
         "jobs.durability",
         lambda settings: settings.kms.jobs.durability == "write",
@@ -249,8 +242,6 @@ _JOBS: Final = (
         "a fail-over of Redis turns bulk jobs that succeeded into failed ones: their items are gone",
         "write input_grace_s = 60, or more than a replica may lag",
     ),
-)
-_KEYS: Final = (
     Weakness(
         "allow_age_in_prod",
         _outside_dev(_has_plain_keys),
@@ -269,8 +260,6 @@ _KEYS: Final = (
         "files that others encrypted to the public key are accepted as ours",
         "write accept_foreign = false",
     ),
-)
-_AUDIT: Final = (
     Weakness(
         "audit.durability",
         _outside_dev(lambda settings: settings.kms.audit.durability == "write"),
@@ -283,6 +272,6 @@ _AUDIT: Final = (
         "an older copy of the audit log in its place is not noticed",
         "write anchor_redis = true, or name a directory of another disk in anchor_dir",
     ),
+    *map(_readable, SECRETS),
 )
-TABLE: Final = (*_SERVER, *_PEERS, *_JOBS, *_KEYS, *_AUDIT, *map(_readable, SECRETS))
 SETTINGS: Final = tuple(each.setting for each in TABLE)

@@ -23,18 +23,8 @@ from kms_core.settings.toml_reader import (
     read_toml,
     table,
 )
-from kms_core.settings.validation import check, check_environment, check_exposure
+from kms_core.settings.validation import check, check_environment
 from kms_protocol.errors import ConfigurationError
-
-__all__ = [
-    "Settings",
-    "check_exposure",
-    "check_names",
-    "default_state_dir",
-    "load",
-    "named",
-    "origins",
-]
 
 DEFAULT_REDIS_URL: Final = "redis://127.0.0.1:6379/0"
 ALIASES: Final = {"development": "dev", "production": "prod"}

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from kms_core.settings.load import check_exposure, load
+from kms_core.settings.load import load
 from kms_core.settings.model import Settings
+from kms_core.settings.validation import check_exposure
 from kms_protocol.errors import ConfigurationError
 
 HOME = {"HOME": "/home/ada"}

@@ -13,8 +13,8 @@ from kms_core.backends.aws.client import AwsEndpoint, AwsKmsClient
 from kms_core.backends.aws.settings import AwsKmsSection
 from kms_core.http_client import Unreachable
 from kms_core.keyring import build
-from kms_core.settings.load import Settings
 from kms_core.settings.load import load as load_settings
+from kms_core.settings.model import Settings
 from kms_protocol.errors import BackendUnavailable, ConfigurationError
 from support.aws_scripted import ARN, KEY, scripted, working
 from support.aws_servers import REGION
