@@ -99,7 +99,7 @@ def test_a_strange_key_set_is_none(data: bytes) -> None:
 
 def test_a_discovery_document_that_is_nested_without_end_is_none() -> None:
     with pytest.raises(ValueError, match="discovery document"):
-        discover("https://id.example.com", lambda _: NESTED, lambda _: True)
+        discover("https://id.example.com", lambda _: NESTED, in_dev=False)
 
 
 def test_an_answer_that_is_nested_without_end_is_not_one_of_this_api() -> None:

@@ -25,7 +25,6 @@ from kms_core.auth.tokens import Tokens, UnknownToken
 from kms_core.scopes import Scope
 from kms_core.settings.auth import CertificateSection, IssuerSection
 from kms_core.settings.model import Settings
-from kms_core.settings.validate_auth import may_fetch
 from kms_protocol.errors import Forbidden, Unauthenticated
 from kms_protocol.tls_client import client_context
 
@@ -205,4 +204,4 @@ def _keys(name: str, section: IssuerSection, *, in_dev: bool) -> IssuerKeys | Re
     fetch = partial(jwks.fetch, ca_file=section.ca_file, setting=setting)
     if section.jwks_url is not None:
         return RemoteKeys(partial(fetch, section.jwks_url))
-    return RemoteKeys(partial(jwks.discover, section.issuer, fetch, partial(may_fetch, in_dev=in_dev)))
+    return RemoteKeys(partial(jwks.discover, section.issuer, fetch, in_dev=in_dev))

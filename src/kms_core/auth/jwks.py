@@ -26,6 +26,7 @@ from jwt.exceptions import PyJWTError
 from kms_core.http_client import Peer, PeerServer, Tls
 from kms_core.observability import metrics
 from kms_core.reload import Stamp, stamp_of
+from kms_core.sections import check_https
 from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError, KmsError, Unavailable
 from kms_protocol.wire import NOT_JSON
@@ -63,12 +64,12 @@ class _DiscoveryDocument(msgspec.Struct):
     jwks_uri: str
 
 
-def discover(issuer: str, fetch: Callable[[str], bytes], may_fetch: Callable[[str], bool]) -> bytes:
+def discover(issuer: str, fetch: Callable[[str], bytes], *, in_dev: bool) -> bytes:
     """Fetch an issuer's key set by the issuer's URL (OpenID Connect Discovery 1.0 §4).
 
     The discovery document must name exactly this issuer: a forged document could name forged keys. ``fetch``
-    GETs a URL, ``may_fetch`` says whether a document may name a URL. Raises what ``fetch`` does; ValueError
-    for a wrong document.
+    GETs a URL. Raises what ``fetch`` does; ValueError for a wrong document; ConfigurationError if the URL of
+    its keys is not over TLS, or in dev to loopback.
     """
     try:
         text = fetch(issuer.removesuffix("/") + WELL_KNOWN)
@@ -77,8 +78,7 @@ def discover(issuer: str, fetch: Callable[[str], bytes], may_fetch: Callable[[st
         raise ValueError("the discovery document is not JSON with an issuer and a jwks_uri") from exc
     if document.issuer != issuer:
         raise ValueError("the discovery document is of another issuer than that of the settings")
-    if not may_fetch(document.jwks_uri):
-        raise ValueError("the discovery document has no https:// URL of keys")
+    check_https("jwks_uri of the discovery document", document.jwks_uri, in_dev=in_dev, query=True)
     return fetch(document.jwks_uri)
 
 

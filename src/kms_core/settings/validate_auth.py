@@ -102,15 +102,6 @@ def _check_keys(where: str, issuer: IssuerSection, *, in_dev: bool) -> None:
         check_https(f"{where}.issuer, {found}", issuer.issuer, in_dev=in_dev)
 
 
-def may_fetch(text: str, *, in_dev: bool) -> bool:
-    """True if keys may come from a URL: in ASCII, over TLS or in dev from loopback, without a password."""
-    try:
-        check_https("", text, in_dev=in_dev, query=True)
-    except ConfigurationError:
-        return False
-    return True
-
-
 def _check_certificate(where: str, certificate: CertificateSection, server: ServerSection) -> None:
     if server.client_ca is None:
         raise ConfigurationError(f"{where}: client certificates need client_ca under [kms.server]")
