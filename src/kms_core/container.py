@@ -229,8 +229,7 @@ def check_documents(settings: Settings) -> None:
 
     A host that may only read the document changes nothing in it.
     """
-    documents = list(key_opening.documents(settings).values())
-    places = [document.document.place for document in documents]
+    places = [key.document.place for key in key_opening.documents(settings).values()]
     if settings.kms.auth.tokens and settings.kms.auth.mode == "required":
         places.append(token_document(settings, None).place)
     for place in places:

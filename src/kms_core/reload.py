@@ -26,6 +26,11 @@ def stamp_of_stat(found: os.stat_result) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
+def reason_of(exc: Exception) -> str:
+    """Return why a file could not be read, without its name."""
+    return str(exc.strerror or exc) if isinstance(exc, OSError) else str(exc)
+
+
 class Reloaded(Generic[_T]):
     """A value read from files. Safe in several threads.
 

@@ -20,7 +20,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 
 from kms_core.auth.certificates import authority_of, identity_of, key_of
 from kms_core.observability import metrics
-from kms_core.reload import Reloaded, Stamp, stamp_of
+from kms_core.reload import Reloaded, Stamp, reason_of, stamp_of
 from kms_core.settings.model import ServerSection
 from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError, Unavailable
@@ -165,8 +165,7 @@ class Revocations:
         _log.info(f"{self._event}.read", revoked=len(lists.revoked))
 
     def _not_read(self, exc: Exception) -> None:
-        why = exc.strerror if isinstance(exc, OSError) else str(exc)
-        _log.error(f"{self._event}.not_read", path=str(self._file), reason=why)
+        _log.error(f"{self._event}.not_read", path=str(self._file), reason=reason_of(exc))
 
 
 def build(server: ServerSection) -> Revocations | None:

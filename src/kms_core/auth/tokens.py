@@ -23,7 +23,7 @@ import structlog
 
 from kms_core import secure_files
 from kms_core.documents.signed import SignedDocument
-from kms_core.reload import stamp_of_stat
+from kms_core.reload import reason_of, stamp_of_stat
 from kms_core.secure_files import OTHERS, is_open
 from kms_core.settings.model import Settings
 from kms_protocol import small_files
@@ -159,7 +159,7 @@ class TokenFile(Tokens):
         except FileNotFoundError:
             self._read = KnownTokens(None)
         except (OSError, ConfigurationError) as exc:
-            _log.error("tokens.unreadable", path=str(self._path), reason=_reason(exc))
+            _log.error("tokens.unreadable", path=str(self._path), reason=reason_of(exc))
             raise Unavailable("The token file cannot be read; the service's log says why") from exc
         return self._read
 
@@ -374,10 +374,6 @@ def _is_current(digest: Digest, now: datetime) -> bool:
 
 def _now() -> datetime:
     return datetime.now(UTC).replace(microsecond=0)
-
-
-def _reason(exc: Exception) -> str:
-    return str(exc.strerror if isinstance(exc, OSError) else exc)
 
 
 def several_tenants(settings: Settings, known: Tokens) -> Callable[[], bool]:

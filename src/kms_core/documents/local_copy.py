@@ -21,7 +21,7 @@ from kms_core import secure_files
 from kms_core.documents.signed import SignedDocument, Version
 from kms_core.observability import metrics
 from kms_core.periodic import PeriodicThread
-from kms_core.reload import stamp_of_stat
+from kms_core.reload import reason_of, stamp_of_stat
 from kms_protocol.errors import KmsError, Unavailable
 
 POLL_S: Final = 1.0
@@ -119,7 +119,7 @@ class LocalCopy:
         try:
             found = self._document.read(known)
         except (OSError, KmsError) as exc:
-            _log.error("document.not_read", document=self._document.name, reason=_reason(exc))
+            _log.error("document.not_read", document=self._document.name, reason=reason_of(exc))
             raise Unavailable(
                 f"The document {self._document.name} cannot be read; the service's log says why"
             ) from exc
@@ -164,7 +164,3 @@ class CopyPoll(PeriodicThread):
             self._copy.poll()
         finally:
             self._copy.gauge.set(self._copy.age_s)
-
-
-def _reason(exc: Exception) -> str:
-    return str(exc.strerror or exc) if isinstance(exc, OSError) else str(exc)
