@@ -91,7 +91,6 @@ class RemoteBackend:
     blocks = True
     data_keys = True
     native = False
-    data_keys = True
 
     def __init__(self, cipher: Cipher, *, policy: RetryPolicy | None = None) -> None:
         """Make no call: a server that is down degrades the service and does not stop its start."""
@@ -219,7 +218,6 @@ class SharingBackend:
     blocks = True
     data_keys = True
     native = False
-    data_keys = True
 
     def __init__(self, remote: RemoteBackend, keys: WrapKeys, life_s: float) -> None:
         """``life_s``: seconds that a wrap key serves after the server wrapped or unwrapped it."""
