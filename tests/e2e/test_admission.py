@@ -30,7 +30,7 @@ WRITE: Final = "encrypt,decrypt,jobs:read,jobs:write"
 BODY_S: Final = 3.0
 STALL_S: Final = 3.0
 GRACE_S: Final = 2.0
-BOUNDS: Final = {"json": 64 * MIB, "upload": 16, "download": 16, "stream": 64, "login": 8}
+BOUNDS: Final = {"json": 64 * MIB, "uploads": 16, "downloads": 16, "streams": 64, "logins": 8}
 """The defaults for one credential, or one address."""
 CONSTANTS: Final = {
     "kms_api.transport.admission.BODY_S": BODY_S,
@@ -45,7 +45,7 @@ def crowded(
 ) -> Iterator[Guarded]:
     url = valkey.files.url_of(next(database_numbers))
     with Guarded(tmp_path_factory.mktemp("crowded"), REQUIRED, url) as running:
-        running.constants = CONSTANTS
+        running.constants, running.is_open_inside = CONSTANTS, True
         yield running.start()
 
 
@@ -111,18 +111,6 @@ def peers(
         yield made
 
 
-def used(service: Guarded, kind: str) -> int:
-    """Slots, or bytes of JSON bodies, that are in use now."""
-    name = "kms_http_bytes_in_flight" if kind == "json" else "kms_http_slots_in_use"
-    return _metric(service, f'{name}{{kind="{kind}"}}')
-
-
-def _metric(service: Guarded, series: str) -> int:
-    text = service.http.get("/metrics").text
-    found = re.search(rf"^{re.escape(series)} (\S+)$", text, re.MULTILINE)
-    return int(float(found[1])) if found else 0
-
-
 def calls_of_the_other(service: Guarded, who: dict[str, str]) -> None:
     """Single calls, a job and an upload of a well-behaved tenant: each is answered."""
     plaintext = os.urandom(1000)
@@ -178,16 +166,16 @@ def test_idle_uploads_of_one_token(
     crowded: Guarded, bad: dict[str, str], good: dict[str, str], how: str
 ) -> None:
     path, headers = UPLOADS[how]
-    head, slots = bad | headers | {"Content-Length": str(8 * MIB)}, BOUNDS["upload"]
+    head, slots = bad | headers | {"Content-Length": str(8 * MIB)}, BOUNDS["uploads"]
     with peers(crowded, slots, path, head, PIECE) as idle:
         with sending(idle):  # until all others have come, however long that takes
-            until(lambda: used(crowded, "upload") == slots, "its slots are taken")
+            until(lambda: crowded.held("uploads") == slots, "its slots are taken")
             with peers(crowded, 300 - slots, path, head, PIECE) as late:
                 assert Counter(peer.status() for peer in late) == {429: 300 - slots}
             calls_of_the_other(crowded, good)
         assert Counter(peer.status() for peer in idle) == {408: slots}
 
-    until(lambda: used(crowded, "upload") == 0, "nothing is held")
+    until(lambda: crowded.held("uploads") == 0, "nothing is held")
 
 
 @pytest.mark.parametrize("how", UPLOADS)
@@ -225,13 +213,13 @@ SIZE: Final = 31 * MIB
 def test_large_json_bodies_that_drip(crowded: Guarded, bad: dict[str, str], good: dict[str, str]) -> None:
     head = bad | {"Content-Length": str(SIZE)}
     with peers(crowded, 32, f"{PREFIX}/jobs", head, b" " * 60_000) as senders:
-        until(lambda: used(crowded, "json") == 2 * SIZE, "two bodies have their room")
+        until(lambda: crowded.held("json") == 2 * SIZE, "two bodies have their room")
         calls_of_the_other(crowded, good)
-        assert used(crowded, "json") <= BOUNDS["json"]
+        assert crowded.held("json") <= BOUNDS["json"]
         statuses = Counter(peer.status() for peer in senders)
 
     assert statuses == {408: 2, 429: 30}
-    until(lambda: used(crowded, "json") == 0, "nothing is held")
+    until(lambda: crowded.held("json") == 0, "nothing is held")
 
 
 @pytest.mark.parametrize("path", ["/encrypt", "/batch", "/jobs", "/codec/encode"])
@@ -248,13 +236,13 @@ def test_a_json_body_has_its_time_however_it_comes(
                 peer.send(part)
             time.sleep(0.2)
         assert [peer.status() for peer in senders] == [408] * 3
-    until(lambda: used(crowded, "json") == 0, "nothing is held")
+    until(lambda: crowded.held("json") == 0, "nothing is held")
 
 
 def test_the_vault_api_gives_a_body_its_time(crowded: Guarded, good: dict[str, str]) -> None:
     with peers(crowded, 3, "/v1/transit/encrypt/default", good | {"Content-Length": "1000"}, b"{") as senders:
         assert [peer.status() for peer in senders] == [408] * 3
-    assert used(crowded, "json") == 0
+    assert crowded.held("json") == 0
 
 
 def test_chunked_bodies_count_as_they_grow(crowded: Guarded, bad: dict[str, str]) -> None:
@@ -263,12 +251,12 @@ def test_chunked_bodies_count_as_they_grow(crowded: Guarded, bad: dict[str, str]
         for peer in senders:
             for _ in range(20):
                 peer.send(piece)
-        until(lambda: used(crowded, "json") <= BOUNDS["json"], "the bound holds")
+        until(lambda: crowded.held("json") <= BOUNDS["json"], "the bound holds")
         statuses = Counter(peer.status() for peer in senders)
 
     assert statuses[429] >= 2, statuses
     assert statuses[408] + statuses[429] == 5, statuses
-    until(lambda: used(crowded, "json") == 0, "nothing is held")
+    until(lambda: crowded.held("json") == 0, "nothing is held")
 
 
 def test_a_refusal_is_read_by_a_sender_that_reads_only_at_the_end(
@@ -276,7 +264,7 @@ def test_a_refusal_is_read_by_a_sender_that_reads_only_at_the_end(
 ) -> None:
     head = bad | {"Content-Length": str(SIZE)}
     with peers(crowded, 2, f"{PREFIX}/jobs", head, b" "):
-        until(lambda: used(crowded, "json") == 2 * SIZE, "two bodies have their room")
+        until(lambda: crowded.held("json") == 2 * SIZE, "two bodies have their room")
         body = b" " * (8 * MIB)
         late = Peer(crowded, f"{PREFIX}/jobs", bad | {"Content-Length": str(len(body))}, body)
         assert late.is_open, "the whole body could be sent"
@@ -307,7 +295,7 @@ def test_an_unread_body_ends_its_connection(crowded: Guarded) -> None:
 def test_unfinished_logins_need_no_credential_and_hold_little(crowded: Guarded, good: dict[str, str]) -> None:
     form = {"Content-Type": "application/x-www-form-urlencoded", "Content-Length": "1000"}
     with peers(crowded, 100, "/ui/login", form, b"token=") as senders:
-        until(lambda: used(crowded, "login") == BOUNDS["login"], "the slots of one address are taken")
+        until(lambda: crowded.held("logins") == BOUNDS["logins"], "the slots of one address are taken")
         calls_of_the_other(crowded, good)
         with httpx.Client(base_url=crowded.url, trust_env=False) as browser:
             page = browser.get("/ui/login").text
@@ -324,8 +312,8 @@ def test_unfinished_logins_need_no_credential_and_hold_little(crowded: Guarded, 
             assert browser.post("/ui/login", data=sent).status_code == 303
         statuses = Counter(peer.status() for peer in senders)
 
-    assert statuses == {408: BOUNDS["login"], 429: 100 - BOUNDS["login"]}
-    until(lambda: used(crowded, "login") == 0, "nothing is held")
+    assert statuses == {408: BOUNDS["logins"], 429: 100 - BOUNDS["logins"]}
+    until(lambda: crowded.held("logins") == 0, "nothing is held")
 
 
 # -- event streams -----------------------------------------------------------------------------------------
@@ -335,12 +323,12 @@ def test_event_streams_of_one_token(crowded: Guarded, bad: dict[str, str], good:
     path = f"{PREFIX}/jobs/events"
     with peers(crowded, 200, path, bad) as senders:
         statuses = Counter(peer.begun() for peer in senders)
-        assert used(crowded, "stream") == BOUNDS["stream"]
+        assert crowded.held("streams") == BOUNDS["streams"]
         calls_of_the_other(crowded, good)
         with peers(crowded, 5, path, good) as others:
             assert [peer.begun() for peer in others] == [200] * 5
-    assert statuses == {200: BOUNDS["stream"], 429: 200 - BOUNDS["stream"]}
-    until(lambda: used(crowded, "stream") == 0, "streams end with their readers")
+    assert statuses == {200: BOUNDS["streams"], 429: 200 - BOUNDS["streams"]}
+    until(lambda: crowded.held("streams") == 0, "streams end with their readers")
 
 
 def test_waits_of_one_token(crowded: Guarded, bad: dict[str, str], good: dict[str, str]) -> None:
@@ -355,14 +343,14 @@ def test_waits_of_one_token(crowded: Guarded, bad: dict[str, str], good: dict[st
     crowded.kill("worker")  # so that jobs stay queued, and waits open
     try:
         path = waiting(bad)
-        with peers(crowded, BOUNDS["stream"], path, bad):
-            until(lambda: used(crowded, "stream") == BOUNDS["stream"], "they wait")
+        with peers(crowded, BOUNDS["streams"], path, bad):
+            until(lambda: crowded.held("streams") == BOUNDS["streams"], "they wait")
             job = crowded.http.get(path, headers=bad, timeout=20)
             assert (job.json()["state"], job.headers["retry-after"]) == ("queued", "1")
             calls_of_the_other(crowded, good)
             with peers(crowded, 5, waiting(good), good):
-                until(lambda: used(crowded, "stream") == BOUNDS["stream"] + 5, "the other waits too")
-        until(lambda: used(crowded, "stream") == 0, "waits end with their callers")
+                until(lambda: crowded.held("streams") == BOUNDS["streams"] + 5, "the other waits too")
+        until(lambda: crowded.held("streams") == 0, "waits end with their callers")
     finally:
         crowded.start("worker")
 
@@ -384,11 +372,11 @@ def test_readers_that_take_nothing(crowded: Guarded, bad: dict[str, str], good: 
     slow, other = result_of(crowded, bad, data), result_of(crowded, good, data)
     with peers(crowded, 40, slow, bad) as readers:
         statuses = Counter(peer.begun() for peer in readers)
-        assert statuses == {200: BOUNDS["download"], 429: 40 - BOUNDS["download"]}
-        assert used(crowded, "download") == BOUNDS["download"]
+        assert statuses == {200: BOUNDS["downloads"], 429: 40 - BOUNDS["downloads"]}
+        assert crowded.held("downloads") == BOUNDS["downloads"]
         calls_of_the_other(crowded, good)
         assert len(crowded.http.get(other, headers=good).content) > len(data)
-        until(lambda: used(crowded, "download") == 0, "they are given up")
+        until(lambda: crowded.held("downloads") == 0, "they are given up")
 
 
 def test_a_slow_reader_that_goes_on_gets_everything(crowded: Guarded, good: dict[str, str]) -> None:
@@ -414,7 +402,7 @@ def test_an_answer_at_once_that_nobody_takes_ends_its_connection(
     with peers(crowded, 3, f"{PREFIX}/batch", head, body) as readers:
         for peer in readers * 4:  # the kernel takes some of them
             peer.ask(f"{PREFIX}/batch", head, body)
-        until(lambda: used(crowded, "json") == 0, "they are given up")
+        until(lambda: crowded.held("json") == 0, "they are given up")
         for peer in readers:
             peer.status()  # reads to the end of the connection, which an answer that goes on has not
 
@@ -441,7 +429,7 @@ def test_a_thousand_aborted_bodies_leave_nothing(
             time.sleep(0.002)
         peer.close()
 
-    idle: Callable[[], bool] = lambda: all(used(crowded, kind) == 0 for kind in BOUNDS)  # noqa: E731 -- a fact
+    idle: Callable[[], bool] = lambda: all(crowded.held(name) == 0 for name in BOUNDS)  # noqa: E731 -- a fact
     until(idle, "all counters are zero")
     calls_of_the_other(crowded, good)
     until(idle, "they are again")

@@ -261,12 +261,13 @@ def test_failed_files_are_named_by_their_line_of_the_result(service: Service) ->
 def test_waits_and_event_streams_end_when_the_api_stops(tmp_path: Path, redis_url: str) -> None:
     """A wait is answered with the state of the job: callers need not tell a stop from a broken connection."""
     with Service(tmp_path, redis=redis_url) as service, ThreadPoolExecutor() as pool:
+        service.is_open_inside = True
         job_id = service.start("api").submit(job_of(group={"name": "of-two", "jobs": 2}))
         waits = [
             pool.submit(service.get, f"/{path}?wait=60") for path in (f"jobs/{job_id}", "job-groups/of-two")
         ]
         stream = pool.submit(service.get, "/jobs/events")
-        until(lambda: stream_slots(service) == 3, "all wait")
+        until(lambda: service.held("streams") == 3, "all wait")
 
         begun = time.monotonic()
         service.stop("api")
@@ -276,12 +277,6 @@ def test_waits_and_event_streams_end_when_the_api_stops(tmp_path: Path, redis_ur
         assert stream.result().text.startswith(": connected")
 
 
-def stream_slots(service: Service) -> float:
-    text = service.http.get("/metrics").text
-    line = next(line for line in text.splitlines() if line.startswith('kms_http_slots_in_use{kind="stream"'))
-    return float(line.split()[-1])
-
-
 def test_wait_does_not_outlive_its_caller(idle: Service) -> None:
     """A caller that goes away gives its slot back."""
     job_id = idle.submit(job_of())
@@ -289,4 +284,4 @@ def test_wait_does_not_outlive_its_caller(idle: Service) -> None:
         with pytest.raises(Exception, match="timed out"):
             idle.http.get(f"{PREFIX}/jobs/{job_id}?wait=60", timeout=0.3)
 
-    until(lambda: stream_slots(idle) == 0, "the slots to be given back")
+    until(lambda: idle.held("streams") == 0, "the slots to be given back")

@@ -108,14 +108,7 @@ def test_stream_holds_a_slot_and_gives_it_back(idle: Service) -> None:
         next(stream)
         stream.close()
 
-    def slots() -> float:
-        text = idle.http.get("/metrics").text
-        line = next(
-            line for line in text.splitlines() if line.startswith('kms_http_slots_in_use{kind="stream"')
-        )
-        return float(line.split()[-1])
-
-    until(lambda: slots() == 0, "the slots to be given back")
+    until(lambda: idle.held("streams") == 0, "the slots to be given back")
 
 
 # -- the feed

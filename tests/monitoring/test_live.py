@@ -165,7 +165,6 @@ KINDS: Final = {
 DECLARED: Final = KINDS.keys()
 MOVED_ELSEWHERE: Final = {
     "kms_auth_failures": "e2e/test_auth.py",
-    "kms_auth_jwt_work": "e2e/test_auth_flood.py",
     "kms_client_crl_expires_timestamp_seconds": "e2e/test_auth_revocation.py",
     "kms_job_stalls": "chaos/test_hung_mount.py",
     "kms_key_document_age_seconds": "e2e/test_key_documents.py",
@@ -177,15 +176,8 @@ MOVED_ELSEWHERE: Final = {
     "kms_worker_stuck_processes": "chaos/test_hung_mount.py",
 }
 """Metrics of what does not happen here, and the test that moves each."""
-BY_CHANCE: Final = frozenset(
-    {
-        "kms_clock_ahead_seconds",
-        "kms_http_bytes_in_flight",
-        "kms_http_slots_in_use",
-        "kms_job_resource_leases",
-    }
-)
-"""Up for the time of a request or a job, which a scrape may miss; or on either side of zero."""
+BY_CHANCE: Final = frozenset({"kms_clock_ahead_seconds", "kms_job_resource_leases"})
+"""Up for the time of a job, which a scrape may miss; or on either side of zero."""
 
 
 def test_a_service_at_work_is_no_reason_for_an_alert(prometheus: Prometheus) -> None:

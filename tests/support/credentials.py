@@ -12,15 +12,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
 from typing import Any, Final
+from unittest.mock import Mock
 
 import jwt
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from kms_core.auth import authenticator, certificates, tokens
+from kms_core.auth import authenticator, certificates, jwt_verifier, tokens
 from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.certificates import PresentedCertificate
 from kms_core.auth.jwt_verifier import Jwts
@@ -127,6 +129,13 @@ def authenticator_of(settings: Settings) -> Authenticator | None:
 def verified(jwts: Jwts, text: str) -> Principal:
     """The principal of a JWT, after one look-up if that is needed."""
     return Authenticator(TokenFile(Path("/nonexistent")), jwts, {}).principal(text)
+
+
+def counted_signatures(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Counts the JWTs whose signature is verified from now on, as its ``call_count``."""
+    counted = Mock(wraps=jwt_verifier._decoded)  # noqa: SLF001 -- nothing else tells
+    monkeypatch.setattr(jwt_verifier, "_decoded", counted)
+    return counted
 
 
 def public_jwk(key: PrivateKey, kid: str) -> dict[str, Any]:

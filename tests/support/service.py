@@ -51,13 +51,18 @@ def unb64(text: str) -> bytes:
     return b64decode(text, validate=True)
 
 
-def program(module: str, constants: Mapping[str, object]) -> list[str]:
-    """The arguments for Python that run a module's ``main``, after other values for constants that it has."""
+def program(module: str, constants: Mapping[str, object], *, is_open_inside: bool = False) -> list[str]:
+    """The arguments for Python that run a module's ``main``, after other values for constants that it has.
+
+    ``is_open_inside``: with the metrics of ``support.inside``.
+    """
     packages = (f"{module.partition('.')[0]}.", "kms_core.")
     named = [(*path.rsplit(".", 1), value) for path, value in constants.items() if path.startswith(packages)]
-    if not named:
+    if not named and not is_open_inside:
         return ["-m", module]
     lines = [f"setattr(resolve_name({holder!r}), {name!r}, {value!r})" for holder, name, value in named]
+    if is_open_inside:
+        lines += [f"sys.path.append({str(Path(__file__).parents[1])!r})", "import support.inside"]
     first = ["import sys", "from pkgutil import resolve_name"]
     return ["-c", "\n".join([*first, *lines, f"from {module} import main", "sys.exit(main())"])]
 
@@ -68,6 +73,8 @@ class Service:
     worker_probe = "/readyz"
     constants: Mapping[str, object] = MappingProxyType({})
     """Other values of constants in its processes, by their dotted names."""
+    is_open_inside = False
+    """Whether its API has the metrics of ``support.inside``."""
 
     def __init__(self, folder: Path, settings: str = "", redis: str | None = None) -> None:
         self.state = folder / "state"
@@ -132,7 +139,8 @@ class Service:
 
     def spawn(self, name: str) -> None:
         """Start ``api`` or ``worker``, and wait for nothing."""
-        argv = [sys.executable, "-P", *program(PROGRAMS[name], self.constants)]
+        inside = self.is_open_inside and name == "api"
+        argv = [sys.executable, "-P", *program(PROGRAMS[name], self.constants, is_open_inside=inside)]
         with (self.logs / f"{name}.log").open("ab") as output:
             self._processes[name] = tether.spawn(argv, env=self.environ, output=output)
 
@@ -169,6 +177,16 @@ class Service:
         )
 
     # -- calls -------------------------------------------------------------------------------------
+
+    def held(self, budget: str) -> float:
+        """What requests hold of a budget of the API, which ``is_open_inside``."""
+        return self.inside(f'test_budget_held{{budget="{budget}"}}')
+
+    def inside(self, series: str, **more: Any) -> float:  # noqa: ANN401 -- httpx's own keywords
+        """The value of a metric of ``support.inside``."""
+        text = self.http.get("/metrics", **more).text
+        (line,) = (line for line in text.splitlines() if line.startswith(f"{series} "))
+        return float(line.split()[-1])
 
     def get(self, path: str, **more: Any) -> httpx.Response:  # noqa: ANN401 -- httpx's own keywords
         return self.http.get(f"{PREFIX}{path}", **more)
@@ -331,6 +349,7 @@ def idle(
     url = valkey.files.url_of(next(database_numbers))
     settings = "[kms.jobs]\nspool_max_bytes = 1_048_576\n[kms.age]\ndata_keys = false\n"
     with Service(tmp_path_factory.mktemp("idle"), settings, url) as running:
+        running.is_open_inside = True
         yield running.start("api")
 
 

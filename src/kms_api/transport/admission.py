@@ -16,7 +16,6 @@ from kms_api.deps import LOCAL_CALLER, PRINCIPAL
 from kms_api.transport.connection import ReaderWatch, TransferLimits, UnreadBody, cycle_of
 from kms_core.auth.policy import Principal
 from kms_core.auth.rate_limit import source_of
-from kms_core.observability import metrics
 from kms_core.settings.model import ServerSection
 from kms_protocol.errors import KmsError, RateLimited, Unavailable
 from kms_protocol.units import KiB, MiB
@@ -62,8 +61,6 @@ class Budget:
         self.held = 0
         self._total, self._per_tenant, self._per_credential = total, per_tenant, per_credential
         self._amounts = Counter[str | Holder]()  # by tenant, and by tenant and credential
-        gauge = metrics.HTTP_BYTES_IN_FLIGHT if kind == "json" else metrics.HTTP_SLOTS
-        self._shown = gauge.labels(kind)
 
     def take(self, holder: Holder | None, amount: int = 1) -> None:
         """Take an amount now. Raises RateLimited or Unavailable, and then takes nothing."""
@@ -89,7 +86,6 @@ class Budget:
 
     def _add(self, holder: Holder | None, amount: int) -> None:
         self.held += amount
-        self._shown.inc(amount)
         for key in (holder, holder[0]) if holder is not None else ():
             self._amounts[key] += amount
             if not self._amounts[key]:

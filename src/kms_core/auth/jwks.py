@@ -24,7 +24,6 @@ from jwt import PyJWK
 from jwt.exceptions import PyJWTError
 
 from kms_core.http_client import Peer, PeerServer, Tls
-from kms_core.observability import metrics
 from kms_core.reload import Stamp, stamp_of
 from kms_core.sections import check_https
 from kms_protocol import small_files
@@ -239,7 +238,6 @@ class RemoteKeys:
         self._thread.join(max(0.0, until - self._clock()))
 
     def _run(self) -> None:
-        metrics.AUTH_JWT_WORK.labels("key_fetch").inc()
         is_failing = True
         try:
             self._keys = parse(self._fetch())

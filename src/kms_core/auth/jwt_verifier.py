@@ -27,7 +27,6 @@ from kms_core.auth.jwks import IssuerKey, IssuerKeys
 from kms_core.auth.policy import Grant, Principal
 from kms_core.auth.token_review import Reviews
 from kms_core.auth.tokens import NAME, REFUSED
-from kms_core.observability import metrics
 from kms_core.patterns import Pattern
 from kms_core.settings.auth import ClaimGrant, IssuerSection
 from kms_protocol.errors import Unauthenticated
@@ -150,7 +149,6 @@ def _claims(text: str, header: Claims, issuer: Trusted) -> Claims:
         issuer.keys.check(text, claims.get("sub"))
         return claims
     for key in issuer.keys.fitting(kid if isinstance(kid, str) else None, algorithm):
-        metrics.AUTH_JWT_WORK.labels("signature").inc()
         with suppress(InvalidSignatureError):
             return _decoded(text, key, algorithm, section)
     raise Unauthenticated(REFUSED, reason="signature")

@@ -46,29 +46,11 @@ HTTP_SECONDS: Final = Histogram(
     buckets=_FAST,
 )
 INFLIGHT: Final = Gauge("kms_inflight", "HTTP requests being answered", multiprocess_mode="livesum")
-HTTP_BYTES_IN_FLIGHT: Final = Gauge(
-    "kms_http_bytes_in_flight",
-    "Bytes of JSON bodies that are being read or worked on; kind is json",
-    ["kind"],
-    multiprocess_mode="livesum",
-)
-HTTP_SLOTS: Final = Gauge(
-    "kms_http_slots_in_use",
-    "Transfers under way; kind is upload, download, stream or login",
-    ["kind"],
-    multiprocess_mode="livesum",
-)
 AUTH_FAILURES: Final = Counter(
     "kms_auth_failures_total",
     "Failed authentications; reason is missing, malformed, unknown, expired, untrusted, signature, claims, "
     "certificate, revoked or limited",
     ["reason"],
-)
-AUTH_JWT_WORK: Final = Counter(
-    "kms_auth_jwt_work_total",
-    "Costly steps of verifying JWTs; kind is signature (a check by a public key) or key_fetch (a fetch of a "
-    "key set)",
-    ["kind"],
 )
 CLIENT_CRL_EXPIRES: Final = Gauge(
     "kms_client_crl_expires_timestamp_seconds",

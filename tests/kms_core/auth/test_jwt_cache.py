@@ -4,13 +4,12 @@ import time
 from typing import Final
 
 import pytest
-from prometheus_client import REGISTRY
 
 from kms_core.auth.jwks import RemoteKeys
 from kms_core.auth.jwt_verifier import Jwts, Trusted
 from kms_core.settings.auth import IssuerSection as Section
 from kms_protocol.errors import Unauthenticated
-from support.credentials import AUDIENCE, ISSUER, Issuer, verified
+from support.credentials import AUDIENCE, ISSUER, Issuer, counted_signatures, verified
 
 MOST_REMEMBERED: Final = 4096
 MOST_CHARS: Final = 8192
@@ -29,11 +28,6 @@ def jwts(issuer: Issuer) -> Jwts:
     return Jwts([Trusted("corp", section, RemoteKeys(lambda: issuer.jwks))])
 
 
-def signatures() -> float:
-    """How many signatures were checked."""
-    return REGISTRY.get_sample_value("kms_auth_jwt_work_total", {"kind": "signature"}) or 0.0
-
-
 def reason(jwts: Jwts, token: str) -> str:
     with pytest.raises(Unauthenticated) as caught:
         verified(jwts, token)
@@ -50,18 +44,20 @@ def test_a_remembered_token_expires_when_it_says(issuer: Issuer, jwts: Jwts) -> 
     assert reason(jwts, token) == "expired"
 
 
-def test_the_oldest_of_too_many_tokens_is_forgotten(issuer: Issuer, jwts: Jwts) -> None:
+def test_the_oldest_of_too_many_tokens_is_forgotten(
+    issuer: Issuer, jwts: Jwts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokens = [issuer.token(sub=f"ada{number}") for number in range(MOST_REMEMBERED + 2)]
     for token in tokens:
         verified(jwts, token)
-    checked = signatures()
+    signatures = counted_signatures(monkeypatch)
 
     for token in tokens[2:]:
         verified(jwts, token)
-    assert signatures() == checked
+    assert signatures.call_count == 0
     for token in tokens[:2]:
         verified(jwts, token)
-    assert signatures() == checked + 2
+    assert signatures.call_count == 2
 
 
 def test_a_token_has_a_longest_length(issuer: Issuer, jwts: Jwts) -> None:
