@@ -23,6 +23,8 @@ from kms_protocol.units import MiB
 T = TypeVar("T", bound=shapes.Body)
 BODY_BYTES: Final = 3 * MiB
 """The largest JSON body of most routes: the plaintext and the ciphertext of a call, or a batch, in base64."""
+BODY_S: Final = 60.0
+"""Seconds for a whole JSON body or form, which holds its bytes in memory until then."""
 _MOMENT_S: Final = 1.0
 _NEARLY: Final = 0.75
 """The ratio of ``difflib`` above which two names of fields are alike."""
@@ -68,7 +70,7 @@ async def read_bytes(request: Request, limit_bytes: int) -> bytes:
     if declared:
         held.take(held.admission.json, declared)
     counted = None if declared else held
-    await _in_time(held.admission.body_s, _read_into(body, request, limit_bytes, counted))
+    await _in_time(_read_into(body, request, limit_bytes, counted))
     return bytes(body)
 
 
@@ -94,16 +96,16 @@ async def _read_login(request: Request, held: Reservation, body: bytearray, limi
         await _read_into(body, request, limit_bytes, None)
     if moment.cancelled_caught:
         held.take(held.admission.logins)
-        await _in_time(held.admission.body_s, _read_into(body, request, limit_bytes, None))
+        await _in_time(_read_into(body, request, limit_bytes, None))
 
 
-async def _in_time(seconds: float, reading: Coroutine[None, None, None]) -> None:
-    """Raise BodyTimeout if reading takes longer."""
+async def _in_time(reading: Coroutine[None, None, None]) -> None:
+    """Raise BodyTimeout if reading takes too long."""
     try:
-        with anyio.fail_after(seconds):
+        with anyio.fail_after(BODY_S):
             await reading
     except TimeoutError:
-        raise BodyTimeout(f"The body did not arrive within {seconds:.0f} s") from None
+        raise BodyTimeout(f"The body did not arrive within {BODY_S:.0f} s") from None
 
 
 async def _read_into(

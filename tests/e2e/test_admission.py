@@ -33,9 +33,9 @@ GRACE_S: Final = 2.0
 BOUNDS: Final = {"json": 64 * MIB, "uploads": 16, "downloads": 16, "streams": 64, "logins": 8}
 """The defaults for one credential, or one address."""
 CONSTANTS: Final = {
-    "kms_api.transport.admission.BODY_S": BODY_S,
-    "kms_api.transport.admission.STALL_S": STALL_S,
-    "kms_api.transport.admission.GRACE_S": GRACE_S,
+    "kms_api.json_body.BODY_S": BODY_S,
+    "kms_api.transport.connection.STALL_S": STALL_S,
+    "kms_api.transport.connection.GRACE_S": GRACE_S,
 }
 
 

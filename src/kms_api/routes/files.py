@@ -20,7 +20,6 @@ from kms_api.routes.job_answers import accepted, wait_of
 from kms_api.routing import READ, WRITE, Call, Router
 from kms_api.transport import download, upload
 from kms_api.transport.admission import reservation_of
-from kms_api.transport.connection import TransferLimits
 from kms_core import audit
 from kms_core.jobs import authorization, bulk_lines
 from kms_core.jobs.execution import results
@@ -116,7 +115,8 @@ async def _upload(call: Call[None], kind: wire.JobKind) -> Response:
     sink = call.service.submitter.receive_upload(
         submission_options(call, kind), int(call.headers.get("content-length") or 0)
     )
-    job = await upload.receive(call.request, sink, call.service.threads, _pace_of_upload(call))
+    _take_slot(call)
+    job = await upload.receive(call.request, sink, call.service.threads)
     return await accepted(call, job, wait_s)
 
 
@@ -125,7 +125,8 @@ async def submit_stream(call: Call[None]) -> Response:
     kind = _one_of("kind", call.query.get("kind", ""), _KINDS)
     service, options, wait_s = call.service, submission_options(call, kind), wait_of(call)
     upload.refuse_encoding(call.request)
-    reader = upload.UploadReader(call.request, _pace_of_upload(call))
+    _take_slot(call)
+    reader = upload.UploadReader(call.request)
 
     def arriving() -> Iterator[memoryview]:
         slab, more = memoryview(bytearray(_CHUNK_BYTES)), True
@@ -144,11 +145,10 @@ async def submit_stream(call: Call[None]) -> Response:
     return await accepted(call, job, wait_s)
 
 
-def _pace_of_upload(call: Call[None]) -> TransferLimits:
-    """The pace that a sender must keep. Takes the slot of an upload: raises RateLimited, Unavailable."""
+def _take_slot(call: Call[None]) -> None:
+    """Take the slot of an upload. Raises RateLimited, Unavailable."""
     held = reservation_of(call.request.scope)
     held.take(held.admission.uploads)
-    return held.admission.transfer
 
 
 def submission_options(call: Call[None], kind: wire.JobKind) -> SubmissionOptions:

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final, Self
 
 import anyio
@@ -11,68 +10,62 @@ from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from kms_core.http_server.protocol import BODY, HttpProtocol
+from kms_protocol.units import KiB
 
 LINGER_S: Final = 2.0
 """Seconds for which the rest of a body is read and dropped after the answer: to close at once may destroy the
 answer before the sender reads it (RFC 9112 §9.6)."""
 
 
-@dataclass(frozen=True, slots=True)
-class TransferLimits:
-    """At least ``bytes_per_s`` on average after ``grace_s`` seconds, and a byte every ``stall_s`` seconds."""
-
-    grace_s: float
-    bytes_per_s: int
-    stall_s: float
-
-    @property
-    def check_s(self) -> float:
-        """Seconds between two checks of a transfer, short enough for each of the limits."""
-        return min(1.0, self.grace_s / 4, self.stall_s / 4)
+BYTES_PER_S: Final = 4 * KiB
+"""The pace of uploads and downloads, which slow links keep: a slower peer would hold its slot for long."""
+GRACE_S: Final = 30.0
+"""Seconds after which a transfer must have that pace on average."""
+STALL_S: Final = 60.0
+"""Seconds within which at least a byte must move."""
+CHECK_S: Final = 1.0
+"""Seconds between two checks of a transfer."""
 
 
 class TransferRate:
     """The pace of one transfer. Only time in which the service waits for its peer counts."""
 
-    __slots__ = ("_clock", "_limits", "_moved", "_quiet_s", "_waited_s", "_waiting_since")
+    __slots__ = ("_moved", "_quiet_s", "_waited_s", "_waiting_since")
 
-    def __init__(self, limits: TransferLimits, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limits = limits
-        self._clock = clock
+    def __init__(self) -> None:
         self._moved = 0
         self._quiet_s = self._waited_s = 0.0
-        self._waiting_since = clock()
+        self._waiting_since = time.monotonic()
 
     def wait(self) -> None:
         """Start to count time: the service waits for its peer from now on."""
-        self._waiting_since = self._clock()
+        self._waiting_since = time.monotonic()
 
     def left_s(self, moved: int) -> float:
         """Seconds until the peer is too slow if nothing moves; 0 or less once it is.
 
         ``moved`` is the number of bytes since the beginning. Time counts since ``wait``, or the last call.
         """
-        limits, now = self._limits, self._clock()
+        now = time.monotonic()
         spent_s, self._waiting_since = now - self._waiting_since, now
         self._waited_s += spent_s
         self._quiet_s = 0.0 if moved > self._moved else self._quiet_s + spent_s
         self._moved = moved
-        due_s = max(limits.grace_s, moved / limits.bytes_per_s)
-        return min(limits.stall_s - self._quiet_s, due_s - self._waited_s)
+        due_s = max(GRACE_S, moved / BYTES_PER_S)
+        return min(STALL_S - self._quiet_s, due_s - self._waited_s)
 
 
 class ReaderWatch:
-    """Aborts the connection of an answer whose reader is slower than ``limits`` allow, while entered.
+    """Aborts the connection of an answer whose reader is too slow, while entered.
 
     Only time in which bytes wait for the reader counts.
     """
 
-    def __init__(self, cycle: RequestResponseCycle, limits: TransferLimits) -> None:
+    def __init__(self, cycle: RequestResponseCycle) -> None:
         self.written = 0
         """Bytes handed to the transport, counted by the caller, including those that wait at the start."""
         self._transport = cycle.transport
-        self._check_s = limits.check_s
-        self._rate = TransferRate(limits)
+        self._rate = TransferRate()
         self._next: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Self:
@@ -85,7 +78,7 @@ class ReaderWatch:
             self._next.cancel()
 
     def _schedule(self) -> None:
-        self._next = asyncio.get_running_loop().call_later(self._check_s, self._check)
+        self._next = asyncio.get_running_loop().call_later(CHECK_S, self._check)
 
     def _check(self) -> None:
         waiting = self._transport.get_write_buffer_size()

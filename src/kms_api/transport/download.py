@@ -15,7 +15,6 @@ from fastapi import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from kms_api.transport.admission import reservation_of
 from kms_api.transport.connection import ReaderWatch, cycle_of
 from kms_api.transport.upload import Worker, outcome
 
@@ -49,8 +48,7 @@ class WatchedResponse(StreamingResponse):
         if cycle is None:
             await super().__call__(scope, receive, send)
             return
-        limits = reservation_of(scope).admission.transfer
-        watch, is_whole = ReaderWatch(cycle, limits), False
+        watch, is_whole = ReaderWatch(cycle), False
 
         async def written(message: Message) -> None:
             nonlocal is_whole

@@ -9,14 +9,14 @@ import mmap
 from collections.abc import Callable, Generator
 from concurrent.futures import Executor
 from functools import partial
-from typing import Any, Final, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 import anyio
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from kms_api.transport.connection import TransferLimits, TransferRate
+from kms_api.transport.connection import CHECK_S, TransferRate
 from kms_core.http_server.protocol import BODY, HttpProtocol
 from kms_protocol.errors import BodyTimeout, InvalidRequest
 
@@ -35,25 +35,24 @@ def refuse_encoding(request: Request) -> None:
         raise InvalidRequest("Content-Encoding is not accepted: send the bytes as they are")
 
 
-async def receive(
-    request: Request, sink: Generator[None, Slab, T], threads: Executor, limits: TransferLimits
-) -> T:
+async def receive(request: Request, sink: Generator[None, Slab, T], threads: Executor) -> T:
     """Send a body to ``sink`` slab by slab, in threads. Returns what the sink returns after the last slab.
 
     The sink starts before the body is read, and is closed if that breaks off. Raises what the sink raises,
-    InvalidRequest for a compressed body, ClientDisconnect, and BodyTimeout for a sender slower than
-    ``limits``.
+    InvalidRequest for a compressed body, ClientDisconnect, and BodyTimeout for a sender that is too slow.
     """
     refuse_encoding(request)
     worker = Worker(threads)
     try:
         await outcome(await worker.begin(next, sink))
-        reader = UploadReader(request, limits)
+        reader = UploadReader(request)
         slab, other = (memoryview(mmap.mmap(-1, _SLAB_BYTES)) for _ in range(2))  # pages cost once filled
-        while (filled := await reader.fill(slab)).more:
+        size, more = await reader.fill(slab)
+        while more:
             await worker.begin(sink.send, (slab, True))
             slab, other = other, slab
-        return await outcome(await worker.begin(_last, sink, slab[: filled.size]))
+            size, more = await reader.fill(slab)
+        return await outcome(await worker.begin(_last, sink, slab[:size]))
     finally:
         await worker.close(sink)
 
@@ -100,13 +99,6 @@ async def outcome(call: asyncio.Future[R]) -> R:
     return call.result()
 
 
-class Filled(NamedTuple):
-    """The outcome of filling a slab: the bytes in it, and whether more follow. It is full if they do."""
-
-    size: int
-    more: bool
-
-
 class UploadReader:
     """Reads a body straight into slabs, with one wake-up and one copy for each slab.
 
@@ -114,11 +106,9 @@ class UploadReader:
     by no more than one read of the socket.
     """
 
-    def __init__(self, request: Request, limits: TransferLimits) -> None:
-        """``limits`` are the pace that the sender must keep."""
+    def __init__(self, request: Request) -> None:
         self._receive = request.receive
-        self._check_s = limits.check_s
-        self._rate = TransferRate(limits)
+        self._rate = TransferRate()
         self._connection: HttpProtocol
         self._cycle: RequestResponseCycle
         self._connection, self._cycle = request.scope["state"][BODY]
@@ -128,8 +118,8 @@ class UploadReader:
         self._filled = 0  # in slabs before this one
         self._started = False
 
-    async def fill(self, slab: memoryview) -> Filled:
-        """Fill a slab, unless the body ends before.
+    async def fill(self, slab: memoryview) -> tuple[int, bool]:
+        """Fill a slab, unless the body ends before. Returns the bytes in it, and whether more follow.
 
         Raises ClientDisconnect if the body breaks off, BodyTimeout if the sender is too slow.
         """
@@ -146,7 +136,7 @@ class UploadReader:
             self._cycle.message_event.clear()
             self._connection.flow.resume_reading()
             await self._woken()
-        return Filled(self._held, more=bool(self._rest))
+        return self._held, bool(self._rest)
 
     def _take(self, data: bytes) -> None:
         """Take bytes from the protocol, which stops reading at the first byte that does not fit."""
@@ -168,7 +158,7 @@ class UploadReader:
         self._started = True
         message = None
         while message is None:
-            with anyio.move_on_after(self._check_s):
+            with anyio.move_on_after(CHECK_S):
                 message = await self._receive()
             self._check()
         if message["type"] == "http.disconnect":
@@ -180,7 +170,7 @@ class UploadReader:
     async def _woken(self) -> None:
         """Wait until the slab is full, or the body has ended or broken off."""
         while not self._cycle.message_event.is_set():
-            with anyio.move_on_after(self._check_s):
+            with anyio.move_on_after(CHECK_S):
                 await self._cycle.message_event.wait()
             self._check()
 

@@ -26,7 +26,7 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
 
 
 def budget(total: int, tenant: int, credential: int) -> Budget:
-    return Budget("upload", total, tenant, credential)
+    return Budget("uploads", total, tenant, credential)
 
 
 def is_idle(of: Budget) -> bool:

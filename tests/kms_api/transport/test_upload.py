@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from kms_api.transport.connection import TransferLimits
+from kms_api.transport import connection
 from kms_api.transport.upload import UploadReader
 from kms_core.http_server.protocol import HttpProtocol
 from kms_protocol.errors import BodyTimeout
@@ -26,7 +26,6 @@ pytestmark = pytest.mark.anyio
 Handler = Callable[[Request], Awaitable[str]]
 
 
-ANY_PACE: Final = TransferLimits(grace_s=WAIT_S, bytes_per_s=1, stall_s=WAIT_S)
 STALL_S: Final = 0.4
 
 
@@ -58,18 +57,20 @@ async def served(handler: Handler) -> AsyncIterator[tuple[asyncio.StreamReader, 
 async def digest(request: Request) -> str:
     """How many slabs the body filled, the size of the last, and the digest of all."""
     inlet, slab, count, hasher = (
-        UploadReader(request, ANY_PACE),
+        UploadReader(request),
         memoryview(bytearray(SLAB)),
         0,
         hashlib.sha256(),
     )
-    while (filled := await inlet.fill(slab)).more:
-        assert filled.size == SLAB
+    size, more = await inlet.fill(slab)
+    while more:
+        assert size == SLAB
         hasher.update(slab)
         count += 1
         await asyncio.sleep(0)
-    hasher.update(slab[: filled.size])
-    return f"{count} {filled.size} {hasher.hexdigest()}"
+        size, more = await inlet.fill(slab)
+    hasher.update(slab[:size])
+    return f"{count} {size} {hasher.hexdigest()}"
 
 
 def expected(data: bytes) -> str:
@@ -128,7 +129,7 @@ async def test_a_sender_that_waits_to_go_on_is_told_to() -> None:
 async def test_what_is_left_of_a_refused_body_is_passed_over() -> None:
     async def first_slab(request: Request) -> str:
         if request.url.path == "/":
-            await UploadReader(request, ANY_PACE).fill(memoryview(bytearray(SLAB)))
+            await UploadReader(request).fill(memoryview(bytearray(SLAB)))
         return request.url.path
 
     async with served(first_slab) as (reader, writer):
@@ -158,12 +159,15 @@ async def test_a_body_that_breaks_off_raises(sent: int) -> None:
 
 
 @pytest.mark.parametrize("sent", [0, 20, SLAB], ids=str)
-async def test_a_sender_that_stalls_is_given_up_and_one_that_drips_is_not(sent: int) -> None:
+async def test_a_sender_that_stalls_is_given_up_and_one_that_drips_is_not(
+    sent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "STALL_S", STALL_S)
+
     async def stalled(request: Request) -> str:
         slab = bytearray(SLAB)
-        limits = TransferLimits(grace_s=WAIT_S, bytes_per_s=1, stall_s=STALL_S)
         with pytest.raises(BodyTimeout):
-            await UploadReader(request, limits).fill(memoryview(slab))
+            await UploadReader(request).fill(memoryview(slab))
         return str(slab.count(b"x"))
 
     async with served(stalled) as (reader, writer):
@@ -175,18 +179,22 @@ async def test_a_sender_that_stalls_is_given_up_and_one_that_drips_is_not(sent: 
         assert await answered(reader) == str(sent)
 
 
-SLOW: Final = TransferLimits(grace_s=0.4, bytes_per_s=2000, stall_s=WAIT_S)
-
-
 async def by_slabs(request: Request) -> int:
-    inlet, slab, size = UploadReader(request, SLOW), memoryview(bytearray(SLAB)), 0
-    while (filled := await inlet.fill(slab)).more:
-        size += filled.size
-    return size + filled.size
+    inlet, slab, whole = UploadReader(request), memoryview(bytearray(SLAB)), 0
+    size, more = await inlet.fill(slab)
+    while more:
+        whole += size
+        size, more = await inlet.fill(slab)
+    return whole + size
 
 
 @pytest.mark.parametrize(("a_second", "is_taken"), [(200, False), (8000, True)], ids=["below", "above"])
-async def test_a_sender_keeps_the_pace_or_is_given_up(a_second: int, *, is_taken: bool) -> None:
+async def test_a_sender_keeps_the_pace_or_is_given_up(
+    a_second: int, monkeypatch: pytest.MonkeyPatch, *, is_taken: bool
+) -> None:
+    monkeypatch.setattr(connection, "GRACE_S", 0.4)
+    monkeypatch.setattr(connection, "BYTES_PER_S", 2000)
+
     async def handler(request: Request) -> str:
         try:
             return str(await by_slabs(request))
