@@ -18,8 +18,8 @@ from kms_api.openapi import document
 from kms_api.routes import audit, batch, files, jobs, keys, operations, secrets
 from kms_api.routing import DOCS, FastPath
 from kms_api.transport.admission import Admission, Admitted
-from kms_api.transport.authentication import AuthenticationLayer, AuthLimits, RequestAuthenticator
-from kms_api.transport.request_context import ClientAddress, RequestContext, Traced
+from kms_api.transport.authentication import AuthenticationLayer, RequestAuthenticator
+from kms_api.transport.request_context import ClientAddress, RequestContext
 from kms_api.transport.sessions import Sessions
 from kms_api.ui import actions, overview, views
 from kms_api.ui.render import STATIC_FILES, Screen
@@ -27,7 +27,6 @@ from kms_api.vault_api import logins, sys, transit
 from kms_api.vault_api.routing import LOGIN, Routes, VaultApi
 from kms_core.audit.verification.monitor import AuditMonitor
 from kms_core.audit_setup import build_monitor
-from kms_core.auth.metrics_access import MetricsAccess
 from kms_core.auth.rate_limit import Failures, Rate, Requests
 from kms_core.container import Core
 from kms_core.container import build as build_core
@@ -94,8 +93,7 @@ def build(settings: Settings) -> ASGIApp:
         redoc_url=None,
         redirect_slashes=False,  # a redirected POST would send its secret twice
     )
-    requests = Requests(_request_rates(settings))
-    app.state.service = Service(
+    service = app.state.service = Service(
         settings,
         core.kms,
         core.submitter,
@@ -103,8 +101,7 @@ def build(settings: Settings) -> ASGIApp:
         monitor,
         time.monotonic(),
         {},
-        anyio.CapacityLimiter(settings.kms.server.uploads),
-        requests,
+        Requests(_request_rates(settings)),
         ThreadPoolExecutor(_SLAB_THREADS, "slab"),
         core.authenticator,
     )
@@ -114,20 +111,11 @@ def build(settings: Settings) -> ASGIApp:
     problems.install(app)
     metrics.BUILD_INFO.labels(__version__).set(1)
     metrics.show_weak(SETTINGS, unaccepted(settings))
-    limits = AuthLimits(
-        Failures(settings.kms.auth.failures_per_minute / settings.kms.server.processes),
-        requests,
-        MetricsAccess(
-            settings.kms.server.metrics,
-            core.authenticator,
-            core.kms.policy,
-            Proxies.of(settings.kms.server.trusted_proxies),
-        ),
-    )
+    failures = Failures(settings.kms.auth.failures_per_minute / settings.kms.server.processes)
     authenticator = (
         None
         if core.authenticator is None
-        else RequestAuthenticator(core.authenticator, core.kms.audit_log, limits.failures)
+        else RequestAuthenticator(core.authenticator, core.kms.audit_log, failures)
     )
     sessions = Sessions(core.worker_context.store.redis, core.worker_context.store.record_key)
     app.state.entry = authenticator
@@ -136,13 +124,11 @@ def build(settings: Settings) -> ASGIApp:
     if settings.kms.facade.enabled:
         layer = VaultApi(layer, app, VAULT_ROUTES)
     layer = ServerErrorMiddleware(layer, problems.unknown)
-    layer = AuthenticationLayer(layer, authenticator, sessions, limits, open_paths(settings.kms.auth.logins))
+    layer = AuthenticationLayer(layer, authenticator, sessions, service, open_paths(settings.kms.auth.logins))
     layer = RequestContext(
         layer, settings.kms.server.allowed_hosts, core.kms.audit_log, settings.kms.server.codec_origins
     )
     layer = Admitted(layer, Admission.of(settings.kms.server))
-    if traced.enabled:
-        layer = Traced(layer)
     if settings.kms.server.trusted_proxies:
         layer = ClientAddress(layer, Proxies.of(settings.kms.server.trusted_proxies))
     return layer

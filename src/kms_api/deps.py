@@ -14,7 +14,6 @@ from kms_core.audit.verification.monitor import AuditMonitor
 from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.policy import Principal
 from kms_core.auth.rate_limit import Requests
-from kms_core.auth.revocation import Revocations
 from kms_core.jobs.hosts.install import Install
 from kms_core.jobs.submission.submitter import JobSubmitter
 from kms_core.service import Kms
@@ -63,19 +62,12 @@ class Service:
     audit_monitor: AuditMonitor
     started: float
     limiters: dict[str, anyio.CapacityLimiter]
-    upload_limiter: anyio.CapacityLimiter
-    """The threads that parse streams of items while they arrive, one for each stream."""
     requests: Requests
     """Counts items of batches and jobs, and logins; ``authentication.py`` counts requests."""
     threads: Executor
     """The threads that seal, open, write and read the slabs of files."""
     authenticator: Authenticator | None
     """None if requests need no credentials."""
-
-    @property
-    def revocations(self) -> Revocations | None:
-        """The revocation lists of client certificates, if the settings name any."""
-        return self.authenticator.revocations if self.authenticator else None
 
     def can_record(self) -> bool:
         """Return whether audit records can be written now."""
@@ -84,24 +76,6 @@ class Service:
         except AuditUnavailable:
             return False
         return True
-
-    def key_pool(
-        self, tenant: str, key_id: str | None, *, size_bytes: int = 0, file: bytes = b"", seals: bool = False
-    ) -> Pool | None:
-        """The threads for a call on a key; None if it takes microseconds and may run on the event loop.
-
-        A ciphertext names its key in its header: ``file`` is all of it, or its first 32 KiB. ``seals`` says
-        whether the call makes one.
-        """
-        is_large = max(size_bytes, len(file)) > INLINE_BYTES
-        waits_for_disk = self.settings.kms.audit.durability == "fsync"
-        keyring = self.kms.keyring
-        if not (is_large or waits_for_disk or _has_many_stanzas(file)) and (
-            not keyring.blocks or keyring.is_ready(tenant, key_id, file, seals=seals)
-        ):
-            return None
-        own = [] if file and key_id is None else [key_id]  # a file names its key
-        return Pool(keyring.waits_on(own, [file]) or "local")
 
     def batch_pool(self, key_ids: Iterable[str | None], files: Iterable[bytes] = ()) -> Pool:
         """The threads for many calls at once: those of a backend whose keys they name, or the local ones."""
@@ -134,7 +108,7 @@ def caller(request: Request) -> Principal:
     return found
 
 
-def _has_many_stanzas(file: bytes) -> bool:
+def has_many_stanzas(file: bytes) -> bool:
     """Return whether a header has many stanzas, or a bundle, whose stanzas cannot be counted from outside."""
     many = file.count(b"\n-> ", 0, _HEADER_BYTES) > INLINE_STANZAS
     return many or file.find(_BUNDLED, 0, _HEADER_BYTES) >= 0

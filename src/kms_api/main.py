@@ -89,6 +89,8 @@ def parser() -> argparse.ArgumentParser:
 
 def _lead(settings: Settings, config: Path | None) -> int:
     """Run ``[kms.server] processes`` of them until a signal. Returns the exit code (see ``supervise``)."""
+    from kms_core import key_opening  # noqa: PLC0415 -- few installs have sealed keys
+
     secure_memory.lock()  # the settings may hold a password; the children tell whether it could be done
     listener = listen(settings.kms)
     if listener is None:
@@ -98,16 +100,9 @@ def _lead(settings: Settings, config: Path | None) -> int:
     shutil.rmtree(metrics, ignore_errors=True)  # counts of killed predecessors would be added again
     metrics.mkdir(mode=0o700, parents=True)
     numbers = range(1, settings.kms.server.processes + 1)
-    keys = _opened_keys(settings)
+    keys = key_opening.begin(settings)  # None if none is sealed
     children = [_child(number, listener.fileno(), keys, config, metrics) for number in numbers]
     return supervise(children, pid_dir=run_dir, on_ready=lambda: None)
-
-
-def _opened_keys(settings: Settings) -> int | None:
-    """The descriptor of the opened key files for the children; None if none is sealed."""
-    from kms_core import key_opening  # noqa: PLC0415 -- few installs have sealed keys
-
-    return key_opening.begin(settings)
 
 
 def _child(number: int, handle: int, keys: int | None, config: Path | None, metrics: Path) -> Child:

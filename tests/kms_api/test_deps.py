@@ -7,7 +7,8 @@ from typing import cast
 import pytest
 
 from kms_api import deps
-from kms_api.deps import Service
+from kms_api.deps import LOCAL_CALLER, Service
+from kms_api.routing import Call
 from kms_core.age.header import Stanza, bundle, render_stanza
 
 pytestmark = pytest.mark.anyio
@@ -36,7 +37,9 @@ async def test_what_may_take_long_does_not_hold_up_the_loop(data: bytes, apart: 
     kms = SimpleNamespace(keyring=keyring)
     local = cast("Service", SimpleNamespace(settings=settings, kms=kms, limiters={}))
 
-    pool = Service.key_pool(local, "acme", None, file=data)
+    call = cast("Call[None]", SimpleNamespace(service=local, caller=LOCAL_CALLER))
+
+    pool = Call.key_pool(call, None, file=data)
     thread = await Service.run(local, pool, threading.get_ident)
 
     assert (thread != threading.get_ident()) is apart

@@ -55,7 +55,7 @@ def test_an_alert_has_a_severity_a_summary_and_a_runbook(rule: dict[str, Any]) -
     assert rule["annotations"]["summary"]
     page, _, anchor = rule["annotations"]["runbook_url"].partition("#")
     assert page == "{{ $externalLabels.kms_url }}/ui/runbooks"
-    assert [each.alert for each in render.load_runbooks() if each.anchor == anchor] == [rule["alert"]]
+    assert [each.alert for each in render.load_runbooks() if each.alert.lower() == anchor] == [rule["alert"]]
 
 
 def test_every_runbook_is_of_an_alert_and_says_something() -> None:

@@ -9,11 +9,10 @@ from typing import Final, TypeVar, get_args
 from urllib.parse import unquote
 
 import anyio.from_thread
-import anyio.to_thread
 import msgspec
 from fastapi import Response
 
-from kms_api.deps import STORE
+from kms_api.deps import STORE, Pool
 from kms_api.openapi import describe
 from kms_api.problems import problem
 from kms_api.routes.job_answers import accepted, wait_of
@@ -141,7 +140,7 @@ async def submit_stream(call: Call[None]) -> Response:
         )
         return service.submitter.items(options, service.requests.counted(options.who.tenant, parsed))
 
-    job = await anyio.to_thread.run_sync(submit_items, limiter=service.upload_limiter)
+    job = await service.run(Pool("items", service.settings.kms.server.uploads), submit_items)
     return await accepted(call, job, wait_s)
 
 
@@ -260,9 +259,9 @@ def _ranged(call: Call[None], job: Job, body: Result) -> Response:
         headers["X-KMS-File-Id"] = body.file_id
     size = body.size
     start, stop, status = 0, size, 200
-    wanted = _range_of(call.headers.get("range", ""))
+    wanted = _range_of(call.headers.get("range", ""), size)
     if wanted and call.headers.get("if-range", etag) == etag:
-        start, stop = _bounds(*wanted, size=size)
+        start, stop = wanted
         if start >= stop:
             refusal = problem(416, "invalid_request", f"The result has {size} bytes")
             refusal.headers["Content-Range"] = f"bytes */{size}"
@@ -299,17 +298,12 @@ def _begun(slabs: Generator[T]) -> Generator[T]:
     return rest()
 
 
-def _range_of(header: str) -> tuple[str, str] | None:
-    """The range of a valid header; None for any other, which is ignored."""
+def _range_of(header: str, size: int) -> tuple[int, int] | None:
+    """Start and stop of the range of a valid header; None for any other, which is ignored."""
     match = _RANGE.fullmatch(header)
-    if not match:
-        return None
-    first, last = match.groups()
-    backwards = first and last and int(last) < int(first)
-    return None if backwards or not (first or last) else (first, last)
-
-
-def _bounds(first: str, last: str, *, size: int) -> tuple[int, int]:
+    first, last = match.groups() if match else ("", "")
     if not first:
-        return max(0, size - int(last)), size
+        return (max(0, size - int(last)), size) if last else None
+    if last and int(last) < int(first):
+        return None
     return int(first), min(size, int(last) + 1) if last else size

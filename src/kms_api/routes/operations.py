@@ -130,6 +130,8 @@ def _states(service: Service) -> dict[str, bool]:
     """The parts that may be degraded, and whether they are."""
     keyring, audit = service.kms.keyring, service.audit_monitor.condition
     store, use = service.submitter.store.condition(), service.submitter.spool.use()
+    authenticator = service.authenticator
+    revocations = authenticator.revocations if authenticator else None
     return {
         "redis_full": store == "full",
         "redis_read_only": store == "read_only",
@@ -142,8 +144,8 @@ def _states(service: Service) -> dict[str, bool]:
         "audit_anchors": bool(audit.anchors),
         "audit_anchors_away": bool(audit.not_compared),
         "audit_unread": bool(audit.unread),
-        "client_crl": service.revocations is not None and not service.revocations.is_current(),
-        "tokens": service.authenticator is not None and not service.authenticator.tokens.is_current(),
+        "client_crl": revocations is not None and not revocations.is_current(),
+        "tokens": authenticator is not None and not authenticator.tokens.is_current(),
     }
 
 

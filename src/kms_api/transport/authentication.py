@@ -8,7 +8,6 @@ pages only. Requests are counted here, and items of batches and jobs by their ro
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from itertools import islice
@@ -21,7 +20,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kms_api import problems
-from kms_api.deps import ANONYMOUS, LOCAL_CALLER, PRINCIPAL
+from kms_api.deps import ANONYMOUS, LOCAL_CALLER, PRINCIPAL, Service
 from kms_api.routing import METRICS, UI, is_ui, is_vault
 from kms_api.transport.sessions import COOKIE, SESSION, Sessions, cookies, is_id
 from kms_core import audit
@@ -30,10 +29,11 @@ from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.jwks import KeysPending
 from kms_core.auth.metrics_access import MetricsAccess
 from kms_core.auth.policy import Principal
-from kms_core.auth.rate_limit import Failures, Requests
+from kms_core.auth.rate_limit import Failures
 from kms_core.auth.tokens import UnknownToken
 from kms_core.http_server.protocol import CERTIFICATE
 from kms_core.observability import metrics
+from kms_core.proxies import Proxies
 from kms_protocol.errors import Forbidden, KmsError, RateLimited, Unauthenticated
 
 T = TypeVar("T")
@@ -41,15 +41,6 @@ _KEYS: Final = frozenset({b"x-api-key", b"x-vault-token"})
 _COOKIES: Final = 8  # sessions of one request that are looked up
 _LOOK_UPS: Final = 16  # at once: while Redis, a store or an issuer hangs, they wait for each other only
 _log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class AuthLimits:
-    """Limits of failed attempts and of requests, and access to the metrics without a credential."""
-
-    failures: Failures
-    requests: Requests
-    metrics: MetricsAccess
 
 
 class RequestAuthenticator:
@@ -122,22 +113,30 @@ class RequestAuthenticator:
 
 
 class AuthenticationLayer:
-    """Wraps the application. Without an ``authenticator`` every request is of the local caller."""
+    """Wraps the application. Without an ``authenticator`` every request is of the local caller.
+
+    Requests of a tenant count in those of ``service``, whose settings say who may read the metrics.
+    """
 
     def __init__(
         self,
         app: ASGIApp,
         authenticator: RequestAuthenticator | None,
         sessions: Sessions,
-        limits: AuthLimits,
+        service: Service,
         open_paths: frozenset[str],
     ) -> None:
         self._app = app
         self._open_paths = open_paths
         self._authenticator = authenticator
         self._sessions = sessions
-        self._requests = limits.requests
-        self._metrics = limits.metrics
+        self._requests = service.requests
+        self._metrics = MetricsAccess(
+            service.settings.kms.server.metrics,
+            service.authenticator,
+            service.kms.policy,
+            Proxies.of(service.settings.kms.server.trusted_proxies),
+        )
         self._look_ups = anyio.CapacityLimiter(_LOOK_UPS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -6,7 +6,7 @@ Audit records, limits, logs and metrics read the client's address from ``scope["
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import structlog
@@ -22,6 +22,7 @@ from kms_core.audit import AuditWriter
 from kms_core.http_server.connections import REFUSED, HostCheck, by_name
 from kms_core.observability import metrics, tracing
 from kms_core.proxies import Proxies
+from kms_protocol.errors import Forbidden
 from kms_protocol.wire import PREFIX
 
 
@@ -42,37 +43,7 @@ class ClientAddress:
         await self._app(scope, receive, send)
 
 
-_UNROUTED: Final = "unrouted"
-
-
-class Traced:
-    """Makes a span for each request, within the caller's trace if the request names one."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers: Mapping[bytes, bytes] = dict(scope["headers"])
-        given = headers.get(tracing.PARENT.encode(), b"").decode("latin-1")
-        status = 500
-
-        async def answer(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        with tracing.span(scope["method"], SpanKind.SERVER, given):
-            try:
-                await self._app(scope, receive, answer)
-            finally:
-                method, route = scope["method"], getattr(scope.get("route"), "path", _UNROUTED)
-                tracing.note(f"{method} {route}", method=method, route=route, status=status)
-
-
+_PARENT: Final = tracing.PARENT.encode()
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _ANONYMOUS_A_MINUTE: Final = 60
 _HEADERS: Final = ((b"x-content-type-options", b"nosniff"),)
@@ -100,7 +71,10 @@ _log = structlog.get_logger("kms_api.access")
 
 
 class RequestContext:
-    """Gives each request an id, checks Host and Origin, counts and logs answers, and records denials."""
+    """Gives each request an id and a span, checks Host and Origin, counts and logs answers, records denials.
+
+    The span is within the caller's trace if the request names one.
+    """
 
     def __init__(
         self,
@@ -129,7 +103,6 @@ class RequestContext:
         audit.request_id.set(request_id)
         noted = self._noting(scope)
         is_named, cors = self._cors(scope)
-        judged = {b"host": headers.get(b"host", b"")} if is_named else headers  # its Origin is judged already
         started, status = time.perf_counter(), 500
 
         async def answer(message: Message) -> None:
@@ -140,18 +113,23 @@ class RequestContext:
             await send(message)
 
         metrics.INFLIGHT.inc()
-        try:
-            if self._hosts.refuses(judged, scope.get("server")):
-                problem = problems.vault_problem if is_vault(scope["path"]) else problems.problem
-                refusal = problem(403, "forbidden", _CODEC_REFUSED if scope["path"] in _CODEC else REFUSED)
-                await refusal(scope, receive, answer)
-            elif is_named and scope["method"] == "OPTIONS" and _ASKED_METHOD in headers:
-                await Response(status_code=204, headers=_PREFLIGHT)(scope, receive, answer)
-            else:
-                await self._app(scope, receive, answer)
-        finally:
-            metrics.INFLIGHT.dec()
-            _count(scope, status, time.perf_counter() - started)
+        with tracing.span(scope["method"], SpanKind.SERVER, headers.get(_PARENT, b"").decode("latin-1")):
+            try:
+                layer = self._own_answer(scope, headers, is_named=is_named) or self._app
+                await layer(scope, receive, answer)
+            finally:
+                metrics.INFLIGHT.dec()
+                _count(scope, status, time.perf_counter() - started)
+
+    def _own_answer(self, scope: Scope, headers: dict[bytes, bytes], *, is_named: bool) -> Response | None:
+        """The refusal of a Host or an Origin, or the answer to a preflight; None for all other requests."""
+        judged = {b"host": headers.get(b"host", b"")} if is_named else headers  # its Origin is judged already
+        if self._hosts.refuses(judged, scope.get("server")):
+            error = Forbidden(_CODEC_REFUSED if scope["path"] in _CODEC else REFUSED)
+            return problems.vault_answer(error) if is_vault(scope["path"]) else problems.answer(error)
+        if is_named and scope["method"] == "OPTIONS" and _ASKED_METHOD in headers:
+            return Response(status_code=204, headers=_PREFLIGHT)
+        return None
 
     def _cors(self, scope: Scope) -> tuple[bool, list[tuple[bytes, bytes]]]:
         """Return whether a request is of a page that may make it, and the CORS headers of its answer."""
@@ -168,8 +146,7 @@ class RequestContext:
         def denied(code: str) -> None:
             who = scope.get(PRINCIPAL)
             if self._audit_log is not None and ((who and who.name) or self._anonymous.take()):
-                route = f"{scope['method']} {getattr(scope.get('route'), 'path', 'unrouted')}"
-                audit.denied(self._audit_log, who, route, code)
+                audit.denied(self._audit_log, who, f"{scope['method']} {_route(scope)}", code)
 
         audit.source.set(scope["client"][0] if scope.get("client") else "")
         noted = audit.Noted(denied)
@@ -192,8 +169,15 @@ def _marked(
     return [*marked, *_UI_HEADERS, (b"content-security-policy", _POLICY % images)]
 
 
+def _route(scope: Scope) -> str:
+    """The template of the request's path."""
+    template: str = getattr(scope.get("route"), "path", "unrouted")
+    return template
+
+
 def _count(scope: Scope, status: int, seconds: float) -> None:
-    route, method = getattr(scope.get("route"), "path", "unrouted"), scope["method"]
+    route, method = _route(scope), scope["method"]
+    tracing.note(f"{method} {route}", method=method, route=route, status=status)
     metrics.answer_seconds(route, method, str(status)).observe(seconds)
     _log.debug("http.request", method=method, route=route, status=status, duration_us=round(seconds * 1e6))
 
@@ -201,8 +185,7 @@ def _count(scope: Scope, status: int, seconds: float) -> None:
 class _MinuteLimit:
     """A bound on audit records of anonymous callers, per minute."""
 
-    def __init__(self, a_minute: int = _ANONYMOUS_A_MINUTE) -> None:
-        self._most = a_minute
+    def __init__(self) -> None:
         self._minute, self._taken = -1, 0
 
     def take(self) -> bool:
@@ -210,4 +193,4 @@ class _MinuteLimit:
         if minute != self._minute:
             self._minute, self._taken = minute, 0
         self._taken += 1
-        return self._taken <= self._most
+        return self._taken <= _ANONYMOUS_A_MINUTE

@@ -18,7 +18,6 @@ import msgspec
 from fastapi import Request, Response
 from markupsafe import Markup, escape
 from starlette.responses import HTMLResponse, RedirectResponse
-from starlette.types import Receive, Scope, Send
 
 from kms_api import json_body, problems
 from kms_api.deps import PRINCIPAL, service
@@ -91,10 +90,9 @@ _TOKEN: Final = re.compile(r"`([^`]+)`|\b(Kms[A-Z]\w+)\b")
 
 @dataclass(frozen=True, slots=True)
 class Runbook:
-    """An alert, the anchor of its section, and paragraphs as HTML."""
+    """An alert and its paragraphs as HTML. The anchor of its section is the alert in lower case."""
 
     alert: str
-    anchor: str
     paragraphs: tuple[Markup, ...]
 
 
@@ -103,11 +101,7 @@ def load_runbooks() -> tuple[Runbook, ...]:
     _, *parts = _SECTION.split(RUNBOOKS.read_text("utf-8"))
     alerts = parts[::2]
     return tuple(
-        Runbook(
-            alert,
-            alert.lower(),
-            tuple(_paragraph(each, alerts) for each in body.split("\n\n") if each.strip()),
-        )
+        Runbook(alert, tuple(_paragraph(each, alerts) for each in body.split("\n\n") if each.strip()))
         for alert, body in zip(alerts, parts[1::2], strict=True)
     )
 
@@ -166,12 +160,6 @@ class PageRoute(ScopedRoute):
                 return refusal(request, exc)
 
         return answer
-
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().handle(scope, receive, send)
-        except Forbidden as exc:  # of the scope check
-            await refusal(Request(scope), exc)(scope, receive, send)
 
 
 def screen(request: Request) -> Screen:

@@ -4,7 +4,8 @@ A page runs as a whole in one thread. It leaves out what the caller may not read
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -186,32 +187,27 @@ def newest_events(
 
 @router.read("/audit/{audit_id}/receipt", audit.SCOPE, THREADS)
 def receipt_of(call: Call[None]) -> Response:
-    """Proof that an operation of this tenant was recorded, as a file. Raises UnknownRecord."""
-    made = _receipt(call, call.path("audit_id"))
+    """Proof that an operation of this tenant was recorded, as a file.
+
+    Raises UnknownRecord, also for a record that is not an operation of this tenant.
+    """
+    service, caller, host = call.service, call.caller, call.query.get("host", "")
+    made = _receipt(audit.logs_of(service, host).logs, call.path("audit_id"))
+    event = msgspec.json.decode(made.line, type=RecordedOperation)
+    if event.kind or event.tenant != caller.tenant:
+        raise UnknownRecord
+    records.read(service.kms.audit_log, caller, {"receipt": made.id, "host": host}, 1)
     named = f'attachment; filename="receipt-{made.id.replace(":", "-")}.json"'
     body = msgspec.json.encode(made)
     return Response(body, media_type="application/json", headers={"Content-Disposition": named})
 
 
-def _receipt(call: Call[None], audit_id: str) -> Receipt:
-    """Raises UnknownRecord, also for a record that is not an operation of this tenant."""
-    service, caller, host = call.service, call.caller, call.query.get("host", "")
-    made = next(filter(None, (_made(log, audit_id) for log in audit.logs_of(service, host).logs)), None)
-    if made is None:
-        raise UnknownRecord
-    event = msgspec.json.decode(made.line, type=RecordedOperation)
-    if event.kind or event.tenant != caller.tenant:
-        raise UnknownRecord
-    records.read(service.kms.audit_log, caller, {"receipt": made.id, "host": host}, 1)
-    return made
-
-
-def _made(log: HostLog, audit_id: str) -> Receipt | None:
-    """The receipt, if this log has the record."""
-    try:
-        return receipt.make(log.folder, audit_id)
-    except (OSError, UnknownRecord):
-        return None
+def _receipt(logs: Iterable[HostLog], audit_id: str) -> Receipt:
+    """The receipt from the first log that has the record. Raises UnknownRecord."""
+    for log in logs:
+        with suppress(OSError, UnknownRecord):
+            return receipt.make(log.folder, audit_id)
+    raise UnknownRecord
 
 
 # -- keys ----------------------------------------------------------------------------------------------

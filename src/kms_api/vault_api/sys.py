@@ -11,7 +11,7 @@ import msgspec
 from starlette.responses import Response
 
 from kms_api import problems
-from kms_api.deps import KEYS, Pool
+from kms_api.deps import KEYS
 from kms_api.routing import OPEN, Call
 from kms_api.transport.authentication import token_of
 from kms_api.vault_api import models
@@ -35,11 +35,6 @@ _ALWAYS_FALSE: Final = (
     "allow_plaintext_backup",
     "deletion_allowed",
 )
-
-
-def _default_pool(call: Call[None]) -> Pool | None:
-    """The threads of the default key."""
-    return call.key_pool(None)
 
 
 @routes.read("{mount}/keys", None, methods=("GET", "LIST"))
@@ -145,7 +140,7 @@ _DATA_KEYS: Final = frozenset({"plaintext", "wrapped"})
 _MAX_PATHS: Final = 100
 
 
-@routes.read("sys/health", _default_pool, methods=("GET", "HEAD"), rule=OPEN)
+@routes.read("sys/health", lambda call: call.key_pool(None), methods=("GET", "HEAD"), rule=OPEN)
 def health(call: Call[None]) -> Response:
     """Tell if the default key works and records can be written: 200, or 503, which clients call sealed."""
     ready = _ready(call)
@@ -166,7 +161,7 @@ def health(call: Call[None]) -> Response:
     )
 
 
-@routes.read("sys/seal-status", _default_pool, rule=OPEN)
+@routes.read("sys/seal-status", lambda call: call.key_pool(None), rule=OPEN)
 def seal_status(call: Call[None]) -> Response:
     """As ``health``, always with 200."""
     return bare(

@@ -8,9 +8,9 @@ import pytest
 from fastapi import Request
 from starlette.types import Receive, Scope, Send
 
-from kms_api.deps import PRINCIPAL
+from kms_api.deps import PRINCIPAL, Service
 from kms_api.routing import Call
-from kms_api.transport.authentication import AuthenticationLayer, AuthLimits, RequestAuthenticator, token_of
+from kms_api.transport.authentication import AuthenticationLayer, RequestAuthenticator, token_of
 from kms_api.transport.request_context import ClientAddress
 from kms_api.transport.sessions import COOKIE, Sessions
 from kms_api.ui.render import _holder
@@ -20,6 +20,7 @@ from kms_api.vault_api.routing import check_headers
 from kms_core.auth.policy import Principal
 from kms_core.jobs.sealed_records import RecordKey
 from kms_core.proxies import Proxies
+from kms_core.settings.model import ServerSection
 from kms_protocol.errors import Forbidden, InvalidRequest, Unauthenticated
 from support.job_stores import connect
 
@@ -37,8 +38,13 @@ async def test_a_session_is_worth_what_its_credential_is(redis_url: str, *, is_w
     sessions = Sessions(connect(redis_url), RecordKey((bytes(32),)))
     session = sessions.begin(ADA)
     entry = cast("RequestAuthenticator", SimpleNamespace(is_valid=lambda who: is_worth and who == ADA))
-    limits = cast("AuthLimits", SimpleNamespace(requests=None, metrics=None))
-    gate = AuthenticationLayer(cast("Any", None), entry, sessions, limits, frozenset())
+    service = SimpleNamespace(
+        requests=None,
+        settings=SimpleNamespace(kms=SimpleNamespace(server=ServerSection(docs=False))),
+        authenticator=None,
+        kms=SimpleNamespace(policy=None),
+    )
+    gate = AuthenticationLayer(cast("Any", None), entry, sessions, cast("Service", service), frozenset())
     scope = {"path": "/ui", "headers": [(b"cookie", f"{COOKIE}={session}".encode())]}
 
     found = await gate._of_session(scope, entry)  # noqa: SLF001 -- needs no server
