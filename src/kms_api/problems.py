@@ -44,53 +44,30 @@ class ErrorStatus:
 
 
 ANSWERS: Final[Mapping[type[KmsError], ErrorStatus]] = {
-    errors.BadInput: ErrorStatus(422),
-    errors.InvalidRequest: ErrorStatus(422, 400),
-    errors.InvalidContext: ErrorStatus(422, 400),
-    errors.InvalidDeadline: ErrorStatus(422),
-    errors.ContextRequired: ErrorStatus(422, 400),
+    errors.BadInput: ErrorStatus(422, 400),
     errors.NotACiphertext: ErrorStatus(422, 400, "invalid ciphertext"),
     errors.TooLarge: ErrorStatus(413),
     errors.DecryptFailed: ErrorStatus(400, 400, "cipher: message authentication failed", _WRONG_INPUT),
     errors.Unauthenticated: ErrorStatus(401, 403, "permission denied"),
     errors.Refused: ErrorStatus(403),
     errors.Forbidden: ErrorStatus(403, 403, "permission denied"),
-    errors.PathRefused: ErrorStatus(403),
     errors.ForeignRefused: ErrorStatus(403, 400, "invalid ciphertext"),
     errors.Missing: ErrorStatus(404),
     errors.UnknownKey: ErrorStatus(404, 400, "encryption key not found", _NO_KEY),
-    errors.UnknownJob: ErrorStatus(404),
     errors.ResultExpired: ErrorStatus(410),
-    errors.ResultReleased: ErrorStatus(410),
     errors.RecordRefused: ErrorStatus(410),
     errors.Conflict: ErrorStatus(409),
-    errors.IdempotencyConflict: ErrorStatus(409),
-    errors.JobNotFinished: ErrorStatus(409),
-    errors.JobCommitting: ErrorStatus(409),
-    errors.JobNotDead: ErrorStatus(409),
-    errors.GroupComplete: ErrorStatus(409),
-    errors.TargetExists: ErrorStatus(409),
     errors.RotationRefused: ErrorStatus(409, 400),
     errors.DataKeysUnsupported: ErrorStatus(501, 400),
     errors.BodyTimeout: ErrorStatus(408),
     errors.Unavailable: ErrorStatus(503),
     errors.BackendUnavailable: ErrorStatus(503, 503, "unavailable"),
-    errors.JobsUnavailable: ErrorStatus(503),
-    errors.RedisFull: ErrorStatus(503),
-    errors.RedisReadOnly: ErrorStatus(503),
-    errors.WrongInstall: ErrorStatus(503),
-    errors.DurabilityUnconfirmed: ErrorStatus(503),
-    errors.AuditUnavailable: ErrorStatus(503),
-    errors.SpoolUnavailable: ErrorStatus(503),
-    errors.DocumentOutdated: ErrorStatus(503),
     errors.RateLimited: ErrorStatus(429),
     errors.SpoolFull: ErrorStatus(507),
-    errors.SpoolQuota: ErrorStatus(507),
     errors.JobCancelled: ErrorStatus(409),
     errors.JobExpired: ErrorStatus(410),
-    errors.ConfigurationError: ErrorStatus(500),
 }
-_BY_CODE: Final = {kind.code: made for kind, made in ANSWERS.items()}
+"""By kind of error; one that is not here has the answer of its parent."""
 _ROUTING: Final = {
     404: ("not_found", "No such endpoint; see /docs"),
     405: ("method_not_allowed", "This endpoint has other methods; see /docs"),
@@ -115,14 +92,14 @@ class _VaultErrors(msgspec.Struct):
 
 
 def install(app: FastAPI) -> None:
-    """ErrorStatus every error of the application as a problem."""
+    """Answer every error of the application as a problem."""
     for kind in EXPECTED:
         app.add_exception_handler(kind, _expected)
     app.add_exception_handler(Exception, unknown)
 
 
 def answer_of(kind: type[KmsError]) -> ErrorStatus:
-    """The answer to a kind of error, by default that of its parent, which a backend may have extended."""
+    """The answer to a kind of error, which may be one that a backend added; 500 for an unknown one."""
     return next((ANSWERS[each] for each in kind.__mro__ if each in ANSWERS), ErrorStatus(500))
 
 
@@ -139,11 +116,6 @@ def problem(status: int, code: str, detail: str) -> Response:
 def vault_answer(error: Exception, status: int = 0) -> Response:
     """The answer of the Vault API to one of ``EXPECTED``; ``status`` replaces the usual one."""
     return _vault(_recorded(_refusal(error)), status)
-
-
-def vault_problem(status: int, code: str, detail: str) -> Response:
-    """As ``problem``, for the Vault API."""
-    return _vault(_recorded(ErrorReply(_BY_CODE.get(code, ErrorStatus(status)), code, detail)))
 
 
 def vault_error(status: int, text: str) -> Response:

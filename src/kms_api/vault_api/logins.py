@@ -24,7 +24,7 @@ async def _login(request: Request) -> Response:
     known, mount = service(request).authenticator, request.path_params["mount"]
     logins = known.logins if known else None
     if logins is None or mount not in logins.sections:
-        return problems.vault_problem(404, "not_found", NO_ROUTE)
+        return problems.vault_error(404, NO_ROUTE)
     body = await body_of(request, LoginIn)
     entry: RequestAuthenticator = request.app.state.entry
     issued = await entry.verified(request.scope, partial(_issue, logins, mount, body))

@@ -153,14 +153,14 @@ class VaultApi:
         lists = method == "LIST" or (method == "GET" and request.query_params.get("list") in _TRUE)
         path, scope["path_params"] = self._routes.find(scope["path"], lists=lists)
         if not path:
-            return problems.vault_problem(404, "not_found", NO_ROUTE)
+            return problems.vault_error(404, NO_ROUTE)
         scope["route"] = self._routes.paths[path]
         declared = self._routes.declared
         route = declared.get((method, path))
         if route is None and method == "HEAD":  # RFC 9110 §9.3.2
             route = declared.get(("GET", path))
         if route is None:
-            return problems.vault_problem(405, "method_not_allowed", "unsupported operation")
+            return problems.vault_error(405, "unsupported operation")
         if not route.rule.open:
             check_headers(scope["headers"], scope[PRINCIPAL])
         return await route.endpoint(request)
