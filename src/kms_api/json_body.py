@@ -33,7 +33,6 @@ _FIELDS: Final = sorted(
     {field for shape in shapes.Body.__subclasses__() for field in shape.__struct_encode_fields__}
 )
 _PATH: Final = re.compile(rf" - at `(\$(?:\.(?:{'|'.join(_FIELDS)})|\[(?:\d{{1,9}}|\.\.\.)\])+)`\Z")
-_decoder: Final = cache(msgspec.json.Decoder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,16 +123,22 @@ def _too_large(limit_bytes: int) -> TooLarge:
     return TooLarge(f"The body exceeds {limit_bytes} bytes: use the job API")
 
 
-def decode(body: bytes, shape: type[T]) -> T:
-    """Decode JSON strictly; an empty body is an object without fields.
+def decode(body: bytes | msgspec.Raw, shape: type[T], *, is_lenient: bool = False) -> T:
+    """Decode JSON; an empty body is an object without fields.
 
-    Raises InvalidRequest, which names the field and the reason, never a value.
+    ``is_lenient``: ``null`` is such an object too, and numbers and booleans may be strings. Raises
+    InvalidRequest, which names the field and the reason, never a value.
     """
     try:
-        decoded: T = _decoder(shape).decode(body or b"{}")
+        decoded = _decoder(shape, is_lenient=is_lenient).decode(body or b"{}")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise InvalidRequest(why(exc, shape)) from None
-    return decoded
+        raise InvalidRequest(_reason(exc, shape)) from None
+    return shape() if decoded is None else decoded
+
+
+@cache
+def _decoder(shape: type[T], *, is_lenient: bool) -> msgspec.json.Decoder[T | None]:
+    return msgspec.json.Decoder(shape | None if is_lenient else shape, strict=not is_lenient)
 
 
 def answer(shape: shapes.Answer, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -141,7 +146,7 @@ def answer(shape: shapes.Answer, status: int = 200, headers: Mapping[str, str] |
     return Response(wire.encode(shape), status, headers, media_type="application/json")
 
 
-def why(exc: Exception, shape: type[shapes.Body]) -> str:
+def _reason(exc: Exception, shape: type[shapes.Body]) -> str:
     """The reason why a body is refused: msgspec names fields and types, never a value.
 
     The name of an unknown field is the caller's: it is repeated only if it is nearly a field of ours.

@@ -5,6 +5,7 @@ from typing import Final
 
 import msgspec
 
+from kms_api import json_body
 from kms_api.app import VAULT_ROUTES
 from kms_api.vault_api import models
 from kms_api.vault_api.service import Extra
@@ -56,7 +57,7 @@ def check(data: bytes) -> None:
 def _body(data: bytes) -> None:
     for shape in SHAPES:
         try:
-            body = models.read(data, shape)
+            body = json_body.decode(data, shape, is_lenient=True)
         except InvalidRequest as exc:
             assert CANARY.decode() not in exc.detail, "a refusal repeats what was sent"
             continue
@@ -66,12 +67,12 @@ def _body(data: bytes) -> None:
                 _item(item)
             _bound(body)
         else:
-            assert models.read(wire.encode(body), shape) == body
+            assert json_body.decode(wire.encode(body), shape, is_lenient=True) == body
 
 
 def _item(raw: msgspec.Raw) -> None:
     try:
-        _bound(models.read(raw, models.TransitIn))
+        _bound(json_body.decode(raw, models.TransitIn, is_lenient=True))
     except InvalidRequest as exc:
         assert CANARY.decode() not in exc.detail, "a refusal repeats what was sent"
 

@@ -7,14 +7,12 @@ as strings (the ``bao`` command). An unlisted field is refused, since ignoring i
 import re
 from base64 import b64decode, b64encode
 from binascii import a2b_base64
-from functools import cache
-from typing import Final, TypeVar
+from typing import Final
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 from starlette.responses import Response
 
-from kms_api import json_body
 from kms_core import audit
 from kms_protocol import wire
 from kms_protocol.errors import InvalidRequest
@@ -25,7 +23,6 @@ POLICIES: Final = ("kms-service",)
 MAX_ITEMS: Final = 1000
 _HEADER_CHARS: Final = 44 * 1024
 _CIPHERTEXT: Final = re.compile(r"vault:v([1-9][0-9]{0,8}):(.+)", re.ASCII)
-T = TypeVar("T", bound=Body)
 
 
 class BoundFields(Body, frozen=True, kw_only=True):
@@ -194,20 +191,6 @@ class VaultAnswer(Struct):
     wrap_info: None = None
     warnings: None = None
     auth: VaultAuth | None = None
-
-
-@cache
-def _decoder(shape: type[T]) -> msgspec.json.Decoder[T | None]:
-    return msgspec.json.Decoder(shape | None, strict=False)
-
-
-def read(body: bytes | msgspec.Raw, shape: type[T]) -> T:
-    """A body, or an item of one. Raises InvalidRequest, which names the field and reason, never a value."""
-    try:
-        decoded: T | None = _decoder(shape).decode(body or b"null")
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise InvalidRequest(json_body.why(exc, shape)) from None
-    return shape() if decoded is None else decoded
 
 
 def octets(text: str | None, field: str) -> bytes:

@@ -8,7 +8,7 @@ from typing import Final
 
 import msgspec
 
-from kms_api import problems
+from kms_api import json_body, problems
 from kms_api.deps import Pool
 from kms_api.routes.batch import admit_items
 from kms_api.routes.secrets import check_ciphertext, check_plaintext
@@ -132,7 +132,7 @@ def _item(call: Call[TransitIn], kms: Kms, raw: msgspec.Raw, work: Work) -> Item
     """Raises Unavailable, which refuses the whole batch: to try all of it again is harmless."""
     reference = ""
     try:
-        item = models.read(raw, TransitItem)
+        item = json_body.decode(raw, TransitItem, is_lenient=True)
         reference = item.reference or ""
         return Item(reference, **msgspec.structs.asdict(work(call, kms, item)))
     except Unavailable:
