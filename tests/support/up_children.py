@@ -12,17 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from unittest.mock import patch
 
 from kms_cli.local import up
 from kms_cli.main import run
-from kms_core.programs.supervisor import Child, RestartPolicy, supervise
+from kms_core.programs import supervisor
+from kms_core.programs.supervisor import Child
 from kms_core.settings.model import Settings
-
-QUICK = RestartPolicy(first_delay_s=0.05, longest_delay_s=0.4, steady_s=30, start_timeout_s=10, poll_s=0.01)
 
 
 def programs(settings: Settings, env: Mapping[str, str]) -> Sequence[Child]:
@@ -34,8 +32,10 @@ def programs(settings: Settings, env: Mapping[str, str]) -> Sequence[Child]:
 
 
 def run_up() -> int:
-    quick = partial(supervise, policy=QUICK)
-    with patch.multiple(up, service_programs=programs, supervise=quick):
+    quick = patch.multiple(
+        supervisor, FIRST_DELAY_S=0.05, LONGEST_DELAY_S=0.4, START_TIMEOUT_S=10.0, POLL_S=0.01
+    )
+    with patch.multiple(up, service_programs=programs), quick:
         return run(["up", "--state-dir", sys.argv[2], "--port", sys.argv[3]])
 
 

@@ -7,17 +7,26 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Final, Self
+from types import FrameType
+from typing import Final
 
 from kms_core import secure_files
 from kms_core.programs import tether
 from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_OTHER, EXIT_UNAVAILABLE
 
 STOP_SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+REPEAT_S: Final = 0.3  # a terminal and a wrapper may both deliver one Ctrl-C
+FIRST_DELAY_S: Final = 0.2  # before a restart; each further one is twice as long
+LONGEST_DELAY_S: Final = 10.0
+STEADY_S: Final = 30.0  # a child that ran for so long is restarted after the first delay again
+START_TIMEOUT_S: Final = 60.0
+POLL_S: Final = 0.05
+IDLE_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,52 +48,37 @@ class Child:
     pass_fds: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class RestartPolicy:
-    """Delays and timeouts in seconds. After ``steady_s`` of running, delays begin at the first one again."""
-
-    first_delay_s: float = 0.2
-    longest_delay_s: float = 10.0
-    steady_s: float = 30.0
-    start_timeout_s: float = 60.0
-    poll_s: float = 0.05
-    idle_s: float = 5.0
-
-
 def say(text: str) -> None:
     """Print a line for the user on standard error."""
     sys.stderr.write(f"kms: {text}\n")
     sys.stderr.flush()
 
 
-class Signals:
-    """Waits for signals to stop and for deaths of children. For the main thread only."""
+@contextmanager
+def stop_signals() -> Iterator[Callable[[float], bool]]:
+    """Yield a function that waits for a signal, at most so many seconds; True for a signal to stop.
 
-    REPEAT_S: Final = 0.3  # a terminal and a wrapper may both deliver one Ctrl-C
-
-    def __enter__(self) -> Self:
-        self._reader, self._writer = socket.socketpair()
-        self._writer.settimeout(0)  # a signal handler must not wait
-        self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+    The death of a child ends its wait too. For the main thread only.
+    """
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        writer.settimeout(0)  # a signal handler must not wait
+        old_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         wanted = STOP_SIGNALS | {signal.SIGCHLD}
         if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
             wanted -= {signal.SIGHUP}
-        self._old = {number: signal.signal(number, _heard) for number in wanted}
-        return self
+        old = {number: signal.signal(number, _heard) for number in wanted}
+        try:
+            yield partial(_wait, reader)
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(old_fd)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._old_fd)
-        self._reader.close()
-        self._writer.close()
 
-    def wait(self, timeout_s: float) -> bool:
-        """Wait for a signal, at most ``timeout_s`` seconds; True for a signal to stop."""
-        readable, _, _ = select.select([self._reader], [], [], max(0.0, timeout_s))
-        return bool(readable) and not STOP_SIGNALS.isdisjoint(self._reader.recv(4096))
+def _wait(reader: socket.socket, timeout_s: float) -> bool:
+    readable, _, _ = select.select([reader], [], [], max(0.0, timeout_s))
+    return bool(readable) and not STOP_SIGNALS.isdisjoint(reader.recv(4096))
 
 
 def _heard(number: int, frame: FrameType | None) -> None:
@@ -94,13 +88,12 @@ def _heard(number: int, frame: FrameType | None) -> None:
 class Supervisor:
     """Runs one child, and restarts it after growing delays."""
 
-    def __init__(self, child: Child, pid_dir: Path, policy: RestartPolicy) -> None:
+    def __init__(self, child: Child, pid_dir: Path) -> None:
         self.child = child
         self.was_ready = False
         self.refused = False
         self.start_at = 0.0
-        self._policy = policy
-        self._delay_s = policy.first_delay_s
+        self._delay_s = FIRST_DELAY_S
         self._started_at = 0.0
         self._pid_path = pid_dir / f"{child.name}.pid"
         self._process: subprocess.Popen[bytes] | None = None
@@ -131,7 +124,6 @@ class Supervisor:
     def kill(self) -> None:
         """Kill the child and its process group."""
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
             self._reap(self._process)
 
     def _start(self) -> None:
@@ -151,8 +143,8 @@ class Supervisor:
         return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def _reap(self, process: subprocess.Popen[bytes]) -> int:
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        os.killpg(process.pid, signal.SIGKILL)  # pool processes that outlived their parent
+        """Kill what is left of the process group, and return the status of the child."""
+        os.killpg(process.pid, signal.SIGKILL)
         self._process = None
         self._pid_path.unlink(missing_ok=True)
         return process.wait()
@@ -162,13 +154,13 @@ class Supervisor:
             self.refused = True
             return
         now = time.monotonic()
-        if now - self._started_at >= self._policy.steady_s:
-            self._delay_s = self._policy.first_delay_s
+        if now - self._started_at >= STEADY_S:
+            self._delay_s = FIRST_DELAY_S
         how = f"status {status}" if status >= 0 else signal.Signals(-status).name
         where = f", see {self.child.log_path}" if self.child.log_path else ""
         say(f"{self.child.name} ended with {how}{where}; starting it again in {self._delay_s:g} s")
         self.start_at = now + self._delay_s
-        self._delay_s = min(2 * self._delay_s, self._policy.longest_delay_s)
+        self._delay_s = min(2 * self._delay_s, LONGEST_DELAY_S)
 
 
 def append_only(path: Path) -> int:
@@ -176,13 +168,7 @@ def append_only(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
-def supervise(
-    children: Sequence[Child],
-    *,
-    pid_dir: Path,
-    on_ready: Callable[[], None],
-    policy: RestartPolicy | None = None,
-) -> int:
+def supervise(children: Sequence[Child], *, pid_dir: Path, on_ready: Callable[[], None]) -> int:
     """Run ``children`` until SIGINT, SIGTERM or SIGHUP; return the exit code.
 
     They start in the given order. They stop at the same time, those that are ``first`` after the others, each
@@ -190,21 +176,18 @@ def supervise(
     (wrong configuration): then all stop. Call it from the main thread. Returns 0 after a clean stop, 1 after
     a kill, 69 if not all were ready in time, 78 as said.
     """
-    policy = policy or RestartPolicy()
-    supervisors = [Supervisor(child, pid_dir, policy) for child in children]
-    with Signals() as signals:
+    supervisors = [Supervisor(child, pid_dir) for child in children]
+    with stop_signals() as wait:
         try:
-            code = _watch(supervisors, signals, on_ready, policy)
-            return _stop(supervisors, signals, code, policy)
+            code = _watch(supervisors, wait, on_ready)
+            return _stop(supervisors, wait, code)
         finally:
             for supervisor in supervisors:
                 supervisor.kill()
 
 
-def _watch(
-    supervisors: list[Supervisor], signals: Signals, on_ready: Callable[[], None], policy: RestartPolicy
-) -> int:
-    deadline = time.monotonic() + policy.start_timeout_s
+def _watch(supervisors: list[Supervisor], wait: Callable[[float], bool], on_ready: Callable[[], None]) -> int:
+    deadline = time.monotonic() + START_TIMEOUT_S
     announced = False
     while True:
         _tick(supervisors)
@@ -217,9 +200,9 @@ def _watch(
             announced = True
             on_ready()
         if late and time.monotonic() > deadline:
-            say(f"error: not ready after {policy.start_timeout_s:g} s: {', '.join(late)}")
+            say(f"error: not ready after {START_TIMEOUT_S:g} s: {', '.join(late)}")
             return EXIT_UNAVAILABLE
-        if signals.wait(_wait_s(supervisors, policy)):
+        if wait(_wait_s(supervisors)):
             return 0
 
 
@@ -230,33 +213,36 @@ def _tick(supervisors: list[Supervisor]) -> None:
             return
 
 
-def _wait_s(supervisors: list[Supervisor], policy: RestartPolicy) -> float:
+def _wait_s(supervisors: list[Supervisor]) -> float:
     """The time until the next restart can be due; deaths of children end the wait anyway."""
     if not all(supervisor.was_ready for supervisor in supervisors):
-        return policy.poll_s
+        return POLL_S
     due = [supervisor.start_at - time.monotonic() for supervisor in supervisors if not supervisor.alive]
-    return min([policy.idle_s, *due])
+    return min([IDLE_S, *due])
 
 
-def _stop(supervisors: list[Supervisor], signals: Signals, code: int, policy: RestartPolicy) -> int:
+def _stop(supervisors: list[Supervisor], wait: Callable[[float], bool], code: int) -> int:
+    """Stop the children, those that are ``first`` last. Return ``code``, or 1 to have what is left killed."""
     asked_at = time.monotonic()
     say("stopping; press Ctrl-C again to kill")
-    for group in _stop_groups(supervisors):
-        for supervisor in group:
-            supervisor.ask_to_stop()
-        asked = time.monotonic()
-        while not all(supervisor.gone() for supervisor in group):
-            again = signals.wait(policy.poll_s)
-            if again and time.monotonic() - asked_at > Signals.REPEAT_S:
-                return EXIT_OTHER  # the caller kills what is left
-            for supervisor in group:
-                if supervisor.alive and time.monotonic() - asked > supervisor.child.grace_s:
-                    say(f"{supervisor.child.name} did not stop in {supervisor.child.grace_s:g} s; killing it")
-                    supervisor.kill()
+    for is_first in (False, True):
+        group = [supervisor for supervisor in supervisors if supervisor.child.first == is_first]
+        if not _stop_together(group, wait, asked_at):
+            return EXIT_OTHER
     return code
 
 
-def _stop_groups(supervisors: list[Supervisor]) -> list[list[Supervisor]]:
-    """Groups that stop group: all but the ``first`` ones, then each of those in reverse order."""
-    others = [supervisor for supervisor in supervisors if not supervisor.child.first]
-    return [others, *([supervisor] for supervisor in reversed(supervisors) if supervisor.child.first)]
+def _stop_together(group: list[Supervisor], wait: Callable[[float], bool], asked_at: float) -> bool:
+    """Return True once all have ended, False at a second signal to stop; the first was at ``asked_at``."""
+    begun_at = time.monotonic()
+    for supervisor in group:
+        supervisor.ask_to_stop()
+    while not all(supervisor.gone() for supervisor in group):
+        again = wait(POLL_S)
+        if again and time.monotonic() - asked_at > REPEAT_S:
+            return False
+        for supervisor in group:
+            if supervisor.alive and time.monotonic() - begun_at > supervisor.child.grace_s:
+                say(f"{supervisor.child.name} did not stop in {supervisor.child.grace_s:g} s; killing it")
+                supervisor.kill()
+    return True
