@@ -85,15 +85,12 @@ class Context:
         """Return the authenticated bytes: pairs sorted by key, each key and value length-prefixed."""
         return self._canonical
 
-    def get(self, key: str) -> str | None:
-        return dict(self.pairs).get(key)
-
     def not_after(self) -> datetime | None:
         """Return the time of the pair ``not_after``, after which decryption is refused; None without it.
 
         Raises InvalidContext if the value is not an RFC 3339 time with an offset.
         """
-        text = self.get(NOT_AFTER)
+        text = dict(self.pairs).get(NOT_AFTER)
         if text is None:
             return None
         try:

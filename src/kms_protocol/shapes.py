@@ -7,16 +7,13 @@ from typing import Annotated, Any, ClassVar, Final
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 KEY_ID_PATTERN: Final = "^[A-Za-z0-9_.-]{1,80}(?!\\s)$"
-
-LABEL_PATTERN: Final = "^[A-Za-z0-9][A-Za-z0-9_./-]{0,62}(?!\\s)$"
-LABEL_VALUE_PATTERN: Final = "^[A-Za-z0-9_.:/@+-]{0,128}(?!\\s)$"
 MOST_LABELS: Final = 16
 
 KeyId = Annotated[str, Meta(pattern=KEY_ID_PATTERN)]
 Labels = Annotated[
     dict[
-        Annotated[str, Meta(pattern=LABEL_PATTERN)],
-        Annotated[str, Meta(pattern=LABEL_VALUE_PATTERN)],
+        Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9_./-]{0,62}(?!\\s)$")],
+        Annotated[str, Meta(pattern="^[A-Za-z0-9_.:/@+-]{0,128}(?!\\s)$")],
     ],
     Meta(max_length=MOST_LABELS),
 ]

@@ -4,7 +4,7 @@
 means the same as an absent field. ``repr`` shows no value, which keeps the content of a body out of logs.
 """
 
-from typing import Annotated, ClassVar, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal, get_args
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -21,8 +21,8 @@ Priority = Literal["high", "normal", "low"]
 Release = Literal["after_fetch"]
 Outcome = Literal["changed", "newest", "foreign", "would_change"]
 Origin = Literal["service", "foreign"]
-PRIORITIES: Final[tuple[Priority, ...]] = ("high", "normal", "low")
-STATES: Final[tuple[JobState, ...]] = ("queued", "running", "committing", "succeeded", "failed", "cancelled")
+PRIORITIES: Final[tuple[Priority, ...]] = get_args(Priority)
+STATES: Final[tuple[JobState, ...]] = get_args(JobState)
 ENDED: Final = frozenset({"succeeded", "failed", "cancelled"})
 KEY_SPEC_BYTES: Final[dict[str, int]] = {"AES_128": 16, "AES_256": 32}
 
