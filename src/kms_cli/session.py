@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -73,30 +74,16 @@ def connect(*, retries: int = 2, timeout_s: float = 30.0) -> "Client":
 COMPLETION_S: Final = 1.0
 
 
-def complete_keys(
-    ctx: click.Context, parameter: click.Parameter, incomplete: str
-) -> "list[CompletionItem[str]]":
-    """Return the keys of the service whose ids begin so."""
-    del parameter
-    return _offered(ctx, incomplete, lambda kms: [(key.id, key.backend) for key in kms.keys().keys])
-
-
-def complete_jobs(
-    ctx: click.Context, parameter: click.Parameter, incomplete: str
-) -> "list[CompletionItem[str]]":
-    """Return the newest jobs whose ids begin so."""
-    del parameter
-    return _offered(
-        ctx, incomplete, lambda kms: [(job.job_id, f"{job.kind} {job.state}") for job in kms.jobs().jobs]
-    )
-
-
 def _offered(
-    ctx: click.Context, incomplete: str, listed: "Callable[[Client], list[tuple[str, str]]]"
+    listed: "Callable[[Client], list[tuple[str, str]]]",
+    ctx: click.Context,
+    parameter: click.Parameter,
+    incomplete: str,
 ) -> "list[CompletionItem[str]]":
-    """Return what a service lists; nothing without one that answers soon."""
+    """Return what a service lists and begins so; nothing without one that answers soon."""
     from click.shell_completion import CompletionItem  # noqa: PLC0415 -- only shells ask
 
+    del parameter
     with suppress(Exception), ctx.scope(cleanup=False), connect(retries=0, timeout_s=COMPLETION_S) as kms:
         return [
             CompletionItem(terminal.printable(value), help=terminal.printable(text))
@@ -104,6 +91,12 @@ def _offered(
             if value.startswith(incomplete)
         ]
     return []
+
+
+complete_keys: Final = partial(_offered, lambda kms: [(key.id, key.backend) for key in kms.keys().keys])
+complete_jobs: Final = partial(
+    _offered, lambda kms: [(job.job_id, f"{job.kind} {job.state}") for job in kms.jobs().jobs]
+)
 
 
 # -- output ------------------------------------------------------------------------------------------
