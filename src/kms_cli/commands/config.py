@@ -16,6 +16,7 @@ from kms_cli.main import CONFIG_COMMANDS, LazyGroup
 from kms_cli.session import printed_as_json
 from kms_core.backends import SCHEMES, table_of
 from kms_core.settings.lint import Weakness, unaccepted, weaknesses
+from kms_core.settings.load import load as load_settings
 from kms_core.settings.load import origins
 from kms_core.settings.model import Settings
 from kms_core.settings.toml_reader import REMOVED
@@ -55,7 +56,7 @@ def show_command(setting: str | None, *, changed: bool) -> None:
     environ = installation.environ_of(running, os.environ)
     file = installation.settings_file(environ)
     origin = origins(file, environ, overrides=installation.overrides())
-    loaded = installation.settings(environ)
+    loaded = load_settings(file, environ, overrides=installation.overrides())
     for text, advice in installation.doubts(running):
         terminal.say(f"warning: {terminal.plain(text)}: {terminal.plain(advice)}")
     redis = installation.redis_section(loaded, environ)

@@ -20,6 +20,7 @@ import msgspec
 from kms_cli import terminal
 from kms_cli.local import valkey
 from kms_cli.session import DEFAULT_URL, is_given, session
+from kms_core import secure_files
 from kms_core.audit import segments
 from kms_core.audit.sinks import FolderSink, RedisSink
 from kms_core.audit.verification.scan import Note, VerificationReport
@@ -78,15 +79,13 @@ def noted(settings: Settings, environ: Mapping[str, str]) -> Iterator[None]:
         told,
         [name for name in _UNTOLD if environ.get(name)],
     )
-    handle = os.open(folder / _NOTE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        os.ftruncate(handle, 0)
-        os.write(handle, msgspec.json.encode(note))
-        yield
+        with secure_files.lock(folder / _NOTE) as handle:
+            os.ftruncate(handle, 0)
+            os.write(handle, msgspec.json.encode(note))
+            yield
     finally:
         (folder / _NOTE).unlink(missing_ok=True)
-        os.close(handle)
         with suppress(OSError):
             folder.rmdir()
 
@@ -248,57 +247,46 @@ def named_anchors(settings: Settings, sources: Sequence[str]) -> AnchorLines:
     for source in sources:
         if source == REDIS:
             _from_redis(found, settings)
-            continue
-        if Path(source).is_dir():
+        elif Path(source).is_dir():
             _from_folder(found, Path(source))
-            continue
-        try:
-            found.lines[source] = list(segments.lines_of(Path(source)))
-        except OSError as exc:
-            found.failed[source] = f"it cannot be read ({exc.strerror})"
+        else:
+            try:
+                found.lines[source] = list(segments.lines_of(Path(source)))
+            except OSError as exc:
+                found.failed[source] = f"it cannot be read ({exc.strerror})"
     return found
 
 
 def _from_folder(found: AnchorLines, path: Path) -> None:
     """Read the anchors of a directory. Those that can be read are compared even if others cannot."""
     folder = FolderSink(path)
-    with _noting(found, str(path)):
+    try:
         found.lines[str(path)] = folder.lines()
-        if folder.unread:
-            found.failed[str(path)] = folder.unread
+    except AuditUnavailable as exc:
+        found.failed[str(path)] = exc.detail
+    if folder.unread:
+        found.failed[str(path)] = folder.unread
 
 
 def _from_redis(found: AnchorLines, settings: Settings) -> None:
     section = redis_section(settings, os.environ)
-    with _noting(found, _REDIS, "" if is_named(section) else _NO_SERVER):
-        found.lines[_REDIS] = RedisSink(connect(section)).lines()
-
-
-@contextmanager
-def _noting(found: AnchorLines, source: str, hint: str = "") -> Iterator[None]:
     try:
-        yield
+        found.lines[_REDIS] = RedisSink(connect(section)).lines()
     except (AuditUnavailable, ConfigurationError) as exc:
-        found.failed[source] = f"{exc.detail}; {hint}" if hint else exc.detail
+        found.failed[_REDIS] = exc.detail if is_named(section) else f"{exc.detail}; {_NO_SERVER}"
 
 
-def settings(environ: Mapping[str, str] | None = None) -> Settings:
+def settings() -> Settings:
     """Read the settings as the service would, with the global options. Raises ConfigurationError.
 
     Prints which settings files are passed over, and a warning if ``kms up`` runs with other settings.
     """
-    environ = os.environ if environ is None else environ
-    loaded = load_settings(settings_file(environ), environ, overrides=overrides())
-    _warn_of_another(loaded.state_dir, running(environ))
-    return loaded
-
-
-def _warn_of_another(state_dir: Path, found: Sequence[Running]) -> None:
-    """Say once that ``kms up`` runs, but not with the state directory that this command is about."""
-    is_running = any(Path(each.state_dir).resolve() == state_dir.resolve() for each in found)
-    if found and not is_running:
-        text = f"this is about {state_dir}, and kms up runs with another: --state-dir {found[0].state_dir}"
+    loaded = load_settings(settings_file(os.environ), os.environ, overrides=overrides())
+    others = [each.state_dir for each in running(os.environ)]
+    if others and loaded.state_dir.resolve() not in {Path(each).resolve() for each in others}:
+        text = f"this is about {loaded.state_dir}, and kms up runs with another: --state-dir {others[0]}"
         _say_once(f"warning: {text}")
+    return loaded
 
 
 def overrides() -> Mapping[str, object]:

@@ -164,14 +164,8 @@ def _environment(bind: str | None, port: int | None) -> dict[str, str]:
 
 def _make_directories(state_dir: Path) -> Path:
     """Create the state directory and its subdirectories. Return the one for pid files."""
-    try:
-        state_dir.mkdir(mode=valkey.DIR_MODE, parents=True, exist_ok=True)
-        (state_dir / "files").mkdir(mode=valkey.DIR_MODE, exist_ok=True)  # the user may change its mode
-    except OSError as exc:
-        raise ConfigurationError(
-            f"Cannot create the state directory {state_dir}: {exc.strerror}. Name another with --state-dir"
-        ) from exc
-    valkey.private_directory(state_dir / "log")
+    valkey.make_directory(state_dir)
+    valkey.make_directory(state_dir / "files")  # the user may change its mode
     return valkey.private_directory(state_dir / "run")
 
 

@@ -31,19 +31,24 @@ LOG_ROTATE_BYTES: Final = 1024 * 1024
 ANSWER_TIMEOUT_S: Final = 1.0
 
 
+def make_directory(path: Path) -> None:
+    """Create a directory (0700) and its parents. Raises ConfigurationError if it cannot be created."""
+    try:
+        path.mkdir(mode=DIR_MODE, parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigurationError(
+            f"Cannot create the directory {path}: {exc.strerror}. Name another with --state-dir"
+        ) from exc
+
+
 def private_directory(path: Path) -> Path:
     """Create a directory (0700) and its parents. An existing one must already be private to this user.
 
     Its mode is never changed: ``--state-dir /`` as root must not change /run. Raises ConfigurationError if it
     cannot be created, is a symbolic link, belongs to another user or is open to others.
     """
-    try:
-        path.mkdir(mode=DIR_MODE, parents=True, exist_ok=True)
-        found = path.lstat()
-    except OSError as exc:
-        raise ConfigurationError(
-            f"Cannot create the directory {path}: {exc.strerror}. Name another with --state-dir"
-        ) from exc
+    make_directory(path)
+    found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise ConfigurationError(f"{path} is a symbolic link: remove it, or name another with --state-dir")
     if found.st_uid != os.geteuid():
