@@ -2,7 +2,6 @@
 
 import os
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -14,12 +13,12 @@ from kms_cli.age_file.keys import parse_identities
 from kms_cli.options import FILE
 from kms_core.age import mlkem768x25519, x25519
 from kms_core.age.header import is_age_file
+from kms_core.age.recipients import identity_file
 from kms_core.envelope.sealed_files import RECOVERY
 from kms_core.observability import logs
 from kms_core.secure_files import create, open_to_others
 from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError, InvalidRequest, TargetExists
-from kms_protocol.units import time_text
 
 if TYPE_CHECKING:
     from kms_core.envelope.sealed_files import FileSealer
@@ -226,5 +225,4 @@ def _sealer(name: str | None) -> "tuple[Settings, FileSealer, str]":
 def _new_identity(*, post_quantum: bool) -> bytes:
     identity = mlkem768x25519.HybridIdentity.generate() if post_quantum else x25519.X25519Identity.generate()
     sys.stderr.write(f"Public key: {identity.recipient}\n")
-    created = time_text(datetime.now(UTC))
-    return f"# created: {created}\n# public key: {identity.recipient}\n{identity.export()}\n".encode()
+    return identity_file(identity)

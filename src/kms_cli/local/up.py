@@ -14,7 +14,6 @@ import ssl
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from datetime import UTC, datetime
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -26,7 +25,7 @@ from kms_cli import audited, terminal
 from kms_cli.local import installation, valkey
 from kms_cli.session import session
 from kms_core import secure_files
-from kms_core.age.recipients import Recipient, parse_identity
+from kms_core.age.recipients import Recipient, identity_file, parse_identity
 from kms_core.age.x25519 import X25519Identity
 from kms_core.backends.age_settings import AgeSection
 from kms_core.programs.supervisor import Child, say, supervise
@@ -39,7 +38,6 @@ from kms_core.settings.redis_urls import for_celery
 from kms_core.settings.validation import check_exposure
 from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError, Unavailable
-from kms_protocol.units import time_text
 from kms_protocol.wire import PREFIX
 
 RULES: Final = Path(__file__).parents[3] / "monitoring" / "rules"  # in a checkout, from which scripts/up runs
@@ -216,11 +214,9 @@ def make_identity(path: Path) -> bool:
     """Write a new X25519 identity to ``path`` (0600), as age-keygen. Return False if it exists."""
     if path.exists():
         return False
-    identity, now = X25519Identity.generate(), time_text(datetime.now(UTC))
-    text = f"# created: {now}\n# public key: {identity.recipient}\n{identity.export()}\n"
     try:
         path.parent.mkdir(mode=valkey.DIR_MODE, parents=True, exist_ok=True)
-        return secure_files.create(path, text.encode())
+        return secure_files.create(path, identity_file(X25519Identity.generate()))
     except OSError as exc:
         raise ConfigurationError(
             f"Cannot write the key {path}: {exc.strerror}. --state-dir changes its directory"

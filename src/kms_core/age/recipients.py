@@ -1,10 +1,12 @@
 """The native key types of age, X25519 and the post-quantum hybrid, and the lines of their files."""
 
 import hashlib
+from datetime import UTC, datetime
 
 from kms_core.age import mlkem768x25519
 from kms_core.age.mlkem768x25519 import HybridIdentity, HybridRecipient
 from kms_core.age.x25519 import X25519Identity, X25519Recipient
+from kms_protocol.units import time_text
 
 Identity = X25519Identity | HybridIdentity
 """A private key that unwraps file keys."""
@@ -16,6 +18,12 @@ def key_lines(text: str) -> list[tuple[int, str]]:
     """The stripped lines of a file of identities or recipients, without comments; their numbers from 1."""
     lines = enumerate(map(str.strip, text.splitlines()), start=1)
     return [(number, line) for number, line in lines if line and not line.startswith("#")]
+
+
+def identity_file(identity: Identity) -> bytes:
+    """Return the content of a file with a new identity, as age-keygen writes it."""
+    created = time_text(datetime.now(UTC))
+    return f"# created: {created}\n# public key: {identity.recipient}\n{identity.export()}\n".encode()
 
 
 def version_of(recipient: Recipient) -> str:

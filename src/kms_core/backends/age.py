@@ -30,6 +30,7 @@ from kms_core.age.header import FILE_KEY_BYTES, Stanza
 from kms_core.age.recipients import (
     Identity,
     Recipient,
+    identity_file,
     key_lines,
     parse_identity,
     parse_recipient,
@@ -44,7 +45,7 @@ from kms_core.envelope.binding import DEFAULT_KEY_ID, KeyRef, Wrap
 from kms_core.envelope.sealed_files import KeySource, NotOpenedYet, SealedFiles
 from kms_core.http_client import Unreachable
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, RotationRefused
-from kms_protocol.units import time_or_none, time_text
+from kms_protocol.units import time_or_none
 
 RECHECK_S: Final = 0.5
 SOUGHT_EVERY_S: Final = 1.0
@@ -161,9 +162,7 @@ class AgeBackend:
         post_quantum = isinstance(keys.identities[keys.current], mlkem768x25519.HybridIdentity)
         kind = mlkem768x25519.HybridIdentity if post_quantum else x25519.X25519Identity
         identity = kind.generate()
-        created = time_text(datetime.now(UTC))
-        lines = f"# created: {created}\n# public key: {identity.recipient}\n{identity.export()}\n"
-        if self.source.add(lines.encode()):
+        if self.source.add(identity_file(identity)):
             self._wait_for(version_of(identity.recipient))
         self.source.use(str(identity.recipient))
         self._checked = -math.inf
