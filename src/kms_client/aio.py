@@ -8,23 +8,19 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, I
 from dataclasses import dataclass
 from types import TracebackType
 from typing import BinaryIO, Final, Self, TypeVar, Unpack
-from urllib.parse import quote
 
 import httpcore2
-import msgspec
 
 from kms_client import requests
 from kms_client.http_client import (
-    AnswerHead,
     Download,
     Engine,
     Progress,
     Transport,
     Upload,
     new_pool,
-    transport_errors,
 )
-from kms_client.problems import ServiceUnreachable, UnexpectedAnswer
+from kms_client.problems import ServiceUnreachable, decoded
 from kms_client.requests import UploadOptions
 from kms_client.settings import DEFAULT_URL, ClientSettings, Options
 from kms_protocol import admin, job_groups, wire
@@ -40,6 +36,7 @@ _WAITED: Final = 0.9  # an answer after this part of its wait is not early
 _FIRST_POLL_S: Final = 0.1
 _SLOWEST_POLL_S: Final = 2.0
 OUTAGE_S: Final = 60.0  # a job survives a restart of its service, and so does a wait
+_LINE: Final = "A line of the result"
 _NO_ANYIO: Final = "AsyncClient needs anyio: install the client with its extra async, or pip install anyio"
 
 
@@ -52,23 +49,20 @@ class AsyncTransport:
         except ImportError as exc:
             raise ConfigurationError(_NO_ANYIO) from exc
         self._sleep, self._in_thread = anyio.sleep, anyio.to_thread.run_sync
-        self._url = settings.url
         self._pool = new_pool(httpcore2.AsyncConnectionPool, settings)
 
-    async def open(self, request: httpcore2.Request) -> AnswerHead:
-        with transport_errors(self._url):
-            return AnswerHead.of(await self._pool.handle_async_request(request))
+    async def open(self, request: httpcore2.Request) -> httpcore2.Response:
+        return await self._pool.handle_async_request(request)
 
-    async def close(self, answer: AnswerHead) -> None:
-        await answer.raw.aclose()
+    async def close(self, answer: httpcore2.Response) -> None:
+        await answer.aclose()
 
     async def sleep(self, seconds: float) -> None:
         await self._sleep(seconds)
 
-    async def chunks(self, answer: AnswerHead) -> AsyncGenerator[bytes]:
-        with transport_errors(self._url):
-            async for chunk in answer.raw.aiter_stream():
-                yield chunk
+    async def chunks(self, answer: httpcore2.Response) -> AsyncGenerator[bytes]:
+        async for chunk in answer.aiter_stream():
+            yield chunk
 
     async def call(self, work: Callable[[P], T], given: P) -> T:
         return await self._in_thread(work, given)
@@ -120,7 +114,7 @@ class JobWait:
         """Return the state of the job. After a failure this does not wait: a proxy may cut waits short."""
         wait_s = 0 if self._unreachable_since else max(0, int(longest_s))
         call, begun = requests.job(self.job_id, wait_s), time.monotonic()
-        reply = await self.engine.exchange(call, silence_s=self.engine.silence_s(self.until - wait_s))
+        reply = await self.engine.exchange(call, self.until - wait_s)
         job = call.read(reply)
         self._unreachable_since = None
         if wait_s and time.monotonic() - begun > wait_s * _WAITED:
@@ -252,7 +246,7 @@ class AsyncClient:
 
     async def key(self, key_id: str) -> admin.KeyOut:
         """Return one key, with the number of encryptions of each version."""
-        return await self._engine.send(requests.get(requests.key_path(key_id), admin.KeyOut))
+        return await self._engine.send(requests.get(requests.path_of("/keys", key_id), admin.KeyOut))
 
     async def rotate(self, key_id: str) -> admin.RotateOut:
         """Create a new version of a key. Never retried: if no answer arrives, check with ``key``."""
@@ -307,7 +301,7 @@ class AsyncClient:
 
         Raises UnknownJob.
         """
-        path = f"/job-groups/{quote(name, safe='')}"
+        path = requests.path_of("/job-groups", name)
         return await self._engine.send(requests.get(path, job_groups.GroupOut, wait_s=wait_s))
 
     async def release(self, job_id: str) -> wire.JobOut:
@@ -373,9 +367,9 @@ class AsyncClient:
             async for chunk in chunks:
                 *lines, rest = (rest + chunk).split(b"\n")
                 for line in lines:
-                    yield _item(line)
+                    yield decoded(line, wire.ItemResult, _LINE)
         if rest:
-            yield _item(rest)
+            yield decoded(rest, wire.ItemResult, _LINE)
 
     async def download(
         self,
@@ -392,20 +386,14 @@ class AsyncClient:
         arrive than the service announced.
         """
         part, idle = Download(target, progress), 0
-        while not part.complete:
+        while True:
             before = part.offset
             try:
                 await self._engine.fetch(requests.result(job_id, part.headers()), part)
+                break
             except ServiceUnreachable as exc:
                 idle = 0 if part.offset > before else idle + 1
                 await self._engine.pause(exc, exc.retry_after_s * 2**idle, idle)
         if release:
             await self.release(job_id)
         return part.offset
-
-
-def _item(line: bytes) -> wire.ItemResult:
-    try:
-        return msgspec.json.decode(line, type=wire.ItemResult)
-    except wire.NOT_JSON as exc:
-        raise UnexpectedAnswer("A line of the result does not have the shape of this API") from exc

@@ -12,11 +12,11 @@ command.
 
 import contextlib
 import io
+import math
 import random
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import BinaryIO, Final, Protocol, TypeVar
 from urllib.parse import urlsplit
@@ -43,30 +43,21 @@ BROKEN: Final = (
 CA_HINT: Final = "name the authority that signed the server's certificate with SSL_CERT_FILE or ca_file"
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerHead:
-    """The head of an answer, with header names in lower case. The body is read by the transport."""
-
-    status: int
-    headers: Mapping[str, str]
-    raw: httpcore2.Response = field(repr=False)
-
-    @classmethod
-    def of(cls, raw: httpcore2.Response) -> "AnswerHead":
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in raw.headers}
-        return cls(raw.status, headers, raw)
+def headers_of(answer: httpcore2.Response) -> Mapping[str, str]:
+    """Return the headers of an answer, with names in lower case."""
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in answer.headers}
 
 
 class Transport(Protocol):
-    """One connection pool. Exceptions of httpcore2 are converted by ``transport_errors``."""
+    """One connection pool. It may raise exceptions of httpcore2."""
 
-    async def open(self, request: httpcore2.Request) -> AnswerHead:
-        """Send a request and return the head of the answer. The caller closes it."""
+    async def open(self, request: httpcore2.Request) -> httpcore2.Response:
+        """Send a request and return the answer, whose body is not read yet. The caller closes it."""
 
-    def chunks(self, answer: AnswerHead) -> AsyncGenerator[bytes]:
+    def chunks(self, answer: httpcore2.Response) -> AsyncGenerator[bytes]:
         """Yield the rest of the body as it arrives."""
 
-    async def close(self, answer: AnswerHead) -> None:
+    async def close(self, answer: httpcore2.Response) -> None:
         """Return the connection to the pool, or drop it if the body was not read to its end."""
 
     async def sleep(self, seconds: float) -> None:
@@ -113,7 +104,7 @@ def transport_errors(url: str) -> Iterator[None]:
 Progress = Callable[[int, int | None], None]
 
 PART_BYTES: Final = 1024 * 1024
-CONTENT_RANGE: Final = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", re.ASCII)
+CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-\d+/(\d+)", re.ASCII)
 
 
 class Upload:
@@ -168,7 +159,6 @@ class Download:
         self._etag = ""
         self._total: int | None = None
         self.offset = 0
-        self.complete = False
 
     def headers(self) -> Mapping[str, str]:
         """Return the request headers for the whole result, or for its missing part."""
@@ -177,18 +167,17 @@ class Download:
         asked = {"Range": f"bytes={self.offset}-"}
         return {**asked, "If-Range": self._etag} if self._etag else asked
 
-    def begin(self, status: int, headers: Mapping[str, str]) -> bool:
-        """Accept the head of an answer. Return False if it is a problem."""
+    def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        """Accept the head of an answer. Raises UnexpectedAnswer unless it has the missing part, or all."""
         if status == HTTPStatus.PARTIAL_CONTENT:
             self._resume(headers)
-        elif status == HTTPStatus.OK:
+        elif status != HTTPStatus.OK:
+            raise UnexpectedAnswer(f"The service answered {status}, without a result")
+        else:
             self._restart()
             length = headers.get("content-length", "")
             self._total = int(length) if length.isdecimal() else None
             self._etag = headers.get("etag", "")
-        else:
-            return False
-        return True
 
     def write(self, data: bytes) -> None:
         self._target.write(data)
@@ -200,14 +189,12 @@ class Download:
         """End an answer. Raises ServiceUnreachable if bytes are missing; the caller then fetches them."""
         if self._total is not None and self.offset != self._total:
             raise ServiceUnreachable(f"The result broke off at {self.offset} of {self._total} bytes")
-        self.complete = True
 
     def _resume(self, headers: Mapping[str, str]) -> None:
         match = CONTENT_RANGE.fullmatch(headers.get("content-range", ""))
-        if match is None or match[1] is None or int(match[1]) != self.offset:
+        if match is None or int(match[1]) != self.offset:
             raise UnexpectedAnswer("The service answered with another range than the requested one")
-        if match[2] != "*":
-            self._total = int(match[2])
+        self._total = int(match[2])
 
     def _restart(self) -> None:
         """Begin a whole answer: the first one, or one of a changed result, which is fetched again."""
@@ -244,10 +231,10 @@ class Engine:
 
     async def send(self, call: ClientRequest[T], upload: Upload | None = None) -> T:
         """Return the answer, after up to ``retries`` further attempts within ``deadline_s``."""
-        failed, until = 0, self._deadline()
+        failed, until = 0, time.monotonic() + (self._settings.deadline_s or math.inf)
         while True:
             try:
-                reply = await self.exchange(call, upload, self.silence_s(until))
+                reply = await self.exchange(call, until, upload)
                 delay_s = _retry_delay_s(call, reply)
                 if delay_s is None:
                     return call.read(reply)
@@ -261,40 +248,32 @@ class Engine:
             await self.pause(error, delay_s, failed)
             failed += 1
 
-    def _deadline(self) -> float:
-        """Return the time.monotonic value until which an attempt may begin."""
-        return time.monotonic() + (self._settings.deadline_s or float("inf"))
-
-    def silence_s(self, until: float) -> float:
-        """Return the seconds without data after which an attempt fails, so that it ends at ``until``."""
-        return max(_SHORTEST_SILENCE_S, min(self._settings.timeout_s, until - time.monotonic()))
-
     async def pause(self, error: KmsError, delay_s: float, failed: int) -> None:
         """Wait before another attempt. Raises the error if no attempt is left or the wait is too long."""
         if failed >= self._settings.retries or delay_s > LONGEST_WAIT_S:
             raise error
         await self.transport.sleep(delay_s * random.uniform(1, SPREAD))  # noqa: S311 - no secret
 
-    async def exchange(
-        self, call: ClientRequest[T], upload: Upload | None = None, silence_s: float | None = None
-    ) -> Reply:
-        """Make one attempt and read its whole answer."""
+    async def exchange(self, call: ClientRequest[T], until: float, upload: Upload | None = None) -> Reply:
+        """Make one attempt and read its whole answer. Without data it fails at ``until`` (time.monotonic)."""
+        silence_s = max(_SHORTEST_SILENCE_S, min(self._settings.timeout_s, until - time.monotonic()))
         async with self.responding(call, upload=upload, silence_s=silence_s) as answer:
             return await self._reply(answer)
 
     @contextlib.asynccontextmanager
     async def responding(
         self, call: ClientRequest[T], *, upload: Upload | None = None, silence_s: float | None = None
-    ) -> AsyncIterator[AnswerHead]:
-        """Make one attempt and yield the head of its answer, whose body is not read yet."""
-        answer = await self.transport.open(self._request(call, upload, silence_s))
-        try:
-            yield answer
-        finally:
-            await self.transport.close(answer)
+    ) -> AsyncIterator[httpcore2.Response]:
+        """Make one attempt and yield its answer, whose body is not read yet."""
+        with transport_errors(self._settings.url):
+            answer = await self.transport.open(self._request(call, upload, silence_s))
+            try:
+                yield answer
+            finally:
+                await self.transport.close(answer)
 
     @contextlib.asynccontextmanager
-    async def answering(self, call: ClientRequest[T]) -> AsyncIterator[AnswerHead]:
+    async def answering(self, call: ClientRequest[T]) -> AsyncIterator[httpcore2.Response]:
         """As ``responding``, but raises the KmsError of a problem. A refusal for now is retried."""
         failed = 0
         while True:
@@ -321,17 +300,15 @@ class Engine:
     async def fetch(self, call: ClientRequest[T], part: Download) -> None:
         """Write the body of one answer to the target. Raises ServiceUnreachable if it is incomplete."""
         async with self.answering(call) as answer:
-            if not part.begin(answer.status, answer.headers):
-                raise error_of(await self._reply(answer))
+            part.begin(answer.status, headers_of(answer))
             async with contextlib.aclosing(self.transport.chunks(answer)) as chunks:
                 async for chunk in chunks:
                     await self.transport.call(part.write, chunk)
         part.end()
 
-    async def _reply(self, answer: AnswerHead) -> Reply:
-        async with contextlib.aclosing(self.transport.chunks(answer)) as chunks:
-            body = b"".join([chunk async for chunk in chunks])
-        return Reply(answer.status, answer.headers, body)
+    async def _reply(self, answer: httpcore2.Response) -> Reply:
+        body = b"".join([chunk async for chunk in self.transport.chunks(answer)])
+        return Reply(answer.status, headers_of(answer), body)
 
     def _request(
         self, call: ClientRequest[T], upload: Upload | None, silence_s: float | None

@@ -10,7 +10,7 @@ It needs pyarrow, which is no dependency of the client: the program that writes 
 """
 
 from base64 import b64decode, b64encode
-from typing import Final, Protocol, Unpack
+from typing import Final, Unpack
 
 from kms_client.settings import Options
 from kms_client.sync import Client
@@ -25,13 +25,6 @@ except ImportError as exc:
 _NO_TOKEN: Final = ("", "DEFAULT")  # of a connection that was given none
 
 
-class _Connection(Protocol):
-    """The part of ``pyarrow.parquet.encryption.KmsConnectionConfig`` that is read."""
-
-    kms_instance_url: str
-    key_access_token: str
-
-
 class KmsClient(encryption.KmsClient):  # type: ignore[misc]  # Any where pyarrow is not installed
     """Encrypts the keys of Parquet files. A master key is a key id; the context is ``parquet=<key id>``.
 
@@ -39,7 +32,7 @@ class KmsClient(encryption.KmsClient):  # type: ignore[misc]  # Any where pyarro
     connection is the token, if it has one.
     """
 
-    def __init__(self, config: _Connection, **options: Unpack[Options]) -> None:
+    def __init__(self, config: encryption.KmsConnectionConfig, **options: Unpack[Options]) -> None:
         super().__init__()
         if (
             not (options.get("token") or options.get("token_file"))

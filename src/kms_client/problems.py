@@ -7,16 +7,17 @@ text and becomes UnexpectedAnswer, or Unavailable for a retryable status.
 
 import email.utils
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from http import HTTPStatus
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
-from kms_protocol import shapes, wire
+from kms_protocol import errors, shapes, wire
 from kms_protocol.errors import EXIT_OTHER, KmsError, Unavailable
+
+T = TypeVar("T")
 
 START_HINT: Final = "start it with `kms up`, or name its address with --url or KMS_SERVICE_URL"
 RETRYABLE: Final = frozenset(
@@ -27,7 +28,6 @@ RETRYABLE: Final = frozenset(
         HTTPStatus.GATEWAY_TIMEOUT,
     }
 )
-DEFAULT_RETRY_AFTER_S: Final = 5.0
 
 
 class ServiceUnreachable(Unavailable):
@@ -68,23 +68,23 @@ class Reply:
             return None
 
 
-@cache
-def by_code() -> Mapping[str, type[KmsError]]:
-    """Return the error class of each code. A subclass replaces its parent."""
-    return {kind.code: kind for kind in tree(KmsError) if kind.__module__ == KmsError.__module__}
+def decoded(data: bytes, shape: type[T], what: str) -> T:
+    """Decode an answer. Raises UnexpectedAnswer, which begins with ``what``, for another shape."""
+    try:
+        return msgspec.json.decode(data, type=shape)
+    except wire.NOT_JSON as exc:
+        raise UnexpectedAnswer(f"{what} does not have the shape of this API") from exc
 
 
-def tree(top: type[KmsError]) -> Iterator[type[KmsError]]:
-    """Yield a class and its subclasses, parents first."""
-    yield top
-    for child in top.__subclasses__():
-        yield from tree(child)
+BY_CODE: Final[Mapping[str, type[KmsError]]] = {  # a subclass comes later, and replaces its parent
+    kind.code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, KmsError)
+}
 
 
-def failure(code: str, detail: str = "") -> KmsError:
+def failure(code: str) -> KmsError:
     """Return the error of a code, as in a failed item or a failed job."""
-    kind = by_code().get(code)
-    return kind(detail) if kind else UnexpectedAnswer(detail or f"The service answered with code {code}")
+    kind = BY_CODE.get(code)
+    return kind() if kind else UnexpectedAnswer(f"The service answered with code {code}")
 
 
 def error_of(reply: Reply) -> KmsError:
@@ -93,14 +93,14 @@ def error_of(reply: Reply) -> KmsError:
         problem = msgspec.json.decode(reply.body, type=shapes.Problem)
     except wire.NOT_JSON:
         return _not_ours(reply)
-    kind = by_code().get(problem.code)
+    kind = BY_CODE.get(problem.code)
     if kind is None:
         fallback = Unavailable if reply.status in RETRYABLE else UnexpectedAnswer
         error: KmsError = fallback(problem.detail)
     else:
         error = kind(problem.detail)
     if isinstance(error, Unavailable):
-        error.retry_after_s = reply.retry_after_s() or DEFAULT_RETRY_AFTER_S
+        error.retry_after_s = reply.retry_after_s() or error.retry_after_s
     error.add_note(f"request id {problem.request_id}")
     return error
 

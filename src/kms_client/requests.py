@@ -11,9 +11,7 @@ from http import HTTPStatus
 from typing import Final, Generic, TypedDict, TypeVar
 from urllib.parse import quote
 
-import msgspec
-
-from kms_client.problems import Reply, UnexpectedAnswer, error_of
+from kms_client.problems import Reply, decoded, error_of
 from kms_protocol import admin, job_groups, shapes, wire
 from kms_protocol.context import Context
 from kms_protocol.errors import InvalidContext, InvalidRequest
@@ -50,7 +48,7 @@ class UploadOptions(JobOptions, total=False):
 
 @dataclass(frozen=True, slots=True)
 class ClientRequest(Generic[T]):
-    """One request. ``also`` lists statuses outside 2xx whose body is an answer, not a problem.
+    """One request. ``also`` is a status outside 2xx whose body is an answer, not a problem.
 
     A call that is not ``repeatable`` may have had its effect even if no answer arrives. The service may wait
     for ``wait_s`` seconds before it answers.
@@ -61,21 +59,18 @@ class ClientRequest(Generic[T]):
     answer: type[T]
     body: bytes | None = field(default=None, repr=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-    also: frozenset[int] = frozenset()
+    also: HTTPStatus | None = None
     repeatable: bool = True
     wait_s: int = 0
 
     def is_answer(self, status: int) -> bool:
-        return HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES or status in self.also
+        return HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES or status == self.also
 
     def read(self, reply: Reply) -> T:
         """Decode the answer. Raises the KmsError of a problem, UnexpectedAnswer for another shape."""
         if not self.is_answer(reply.status):
             raise error_of(reply)
-        try:
-            return msgspec.json.decode(reply.body, type=self.answer)
-        except wire.NOT_JSON as exc:
-            raise UnexpectedAnswer(f"The answer to {self.path} does not have the shape of this API") from exc
+        return decoded(reply.body, self.answer, f"The answer to {self.path}")
 
 
 def get(
@@ -118,43 +113,37 @@ def _query(given: Mapping[str, object]) -> str:
 
 def health() -> ClientRequest[admin.HealthOut]:
     """Request the health of the backend. The body of a 503 is an answer that names the unhealthy backend."""
-    unhealthy = frozenset({HTTPStatus.SERVICE_UNAVAILABLE.value})
+    unhealthy = HTTPStatus.SERVICE_UNAVAILABLE
     return ClientRequest("GET", f"{PREFIX}/health", admin.HealthOut, also=unhealthy)
 
 
-def key_path(key_id: str) -> str:
-    """Return the path of a key. Raises InvalidRequest without an id."""
-    if not key_id:
-        raise InvalidRequest("A key id is needed")
-    return f"/keys/{quote(key_id, safe='')}"
+def path_of(collection: str, name: str, below: str = "") -> str:
+    """Return the path of a resource, or of one below it. Raises InvalidRequest for an empty name."""
+    if not name:
+        raise InvalidRequest(f"A name or an id is needed for {collection}")
+    return f"{collection}/{quote(name, safe='')}{below}"
 
 
 def rotate(key_id: str) -> ClientRequest[admin.RotateOut]:
     """Request a new key version. Not repeatable: each call creates one."""
-    path = f"{PREFIX}{key_path(key_id)}/rotate"
-    return ClientRequest("POST", path, admin.RotateOut, repeatable=False)
+    path = path_of("/keys", key_id, "/rotate")
+    return ClientRequest("POST", PREFIX + path, admin.RotateOut, repeatable=False)
 
 
 def job(job_id: str, wait_s: int) -> ClientRequest[wire.JobOut]:
     """GET /jobs/{job_id}: now, or at its end if that comes within ``wait_s`` seconds."""
-    return get(job_path(job_id), wire.JobOut, wait_s=wait_s)
-
-
-def job_path(job_id: str, below: str = "") -> str:
-    """Return the path of a job, or of a resource below it. Raises InvalidRequest without an id."""
-    if not job_id:
-        raise InvalidRequest("A job id is needed")
-    return f"/jobs/{quote(job_id, safe='')}{below}"
+    return get(path_of("/jobs", job_id), wire.JobOut, wait_s=wait_s)
 
 
 def change_job(method: str, job_id: str, below: str = "") -> ClientRequest[wire.JobOut]:
     """Request a change of a job, without a body. Raises InvalidRequest without an id."""
-    return ClientRequest(method, PREFIX + job_path(job_id, below), wire.JobOut)
+    return ClientRequest(method, PREFIX + path_of("/jobs", job_id, below), wire.JobOut)
 
 
 def result(job_id: str, headers: Mapping[str, str] | None = None) -> ClientRequest[bytes]:
     """GET /jobs/{job_id}/result."""
-    return ClientRequest("GET", PREFIX + job_path(job_id, "/result"), bytes, headers=headers or {})
+    path = path_of("/jobs", job_id, "/result")
+    return ClientRequest("GET", PREFIX + path, bytes, headers=headers or {})
 
 
 def upload(

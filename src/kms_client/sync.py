@@ -12,7 +12,7 @@ from typing import BinaryIO, Self, TypeVar, Unpack
 import httpcore2
 
 from kms_client.aio import AsyncClient, JobProgress
-from kms_client.http_client import AnswerHead, Progress, new_pool, transport_errors
+from kms_client.http_client import Progress, new_pool
 from kms_client.requests import UploadOptions
 from kms_client.settings import DEFAULT_URL, ClientSettings, Options
 from kms_protocol import admin, job_groups, wire
@@ -48,20 +48,17 @@ class SyncTransport:
     """Blocks the calling thread."""
 
     def __init__(self, settings: ClientSettings) -> None:
-        self._url = settings.url
         self._pool = new_pool(httpcore2.ConnectionPool, settings)
 
-    async def open(self, request: httpcore2.Request) -> AnswerHead:
-        with transport_errors(self._url):
-            return AnswerHead.of(self._pool.handle_request(request))
+    async def open(self, request: httpcore2.Request) -> httpcore2.Response:
+        return self._pool.handle_request(request)
 
-    async def chunks(self, answer: AnswerHead) -> AsyncGenerator[bytes]:
-        with transport_errors(self._url):
-            for chunk in answer.raw.iter_stream():
-                yield chunk
+    async def chunks(self, answer: httpcore2.Response) -> AsyncGenerator[bytes]:
+        for chunk in answer.iter_stream():
+            yield chunk
 
-    async def close(self, answer: AnswerHead) -> None:
-        answer.raw.close()
+    async def close(self, answer: httpcore2.Response) -> None:
+        answer.close()
 
     async def sleep(self, seconds: float) -> None:
         time.sleep(seconds)  # noqa: ASYNC251  # never on an event loop: see run

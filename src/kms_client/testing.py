@@ -23,7 +23,6 @@ import httpcore2
 import msgspec
 
 from kms_client.aio import AsyncClient
-from kms_client.http_client import AnswerHead
 from kms_client.settings import DEFAULT_URL, ClientSettings
 from kms_client.sync import Client, SyncTransport
 from kms_protocol import errors, wire
@@ -102,7 +101,7 @@ class FakeService:
         self._keys: dict[str | None, Json] = {key["key_id"]: key for key in made} | {None: made[0]}
         self._sealed: dict[bytes, _Sealed] = {}
         self._jobs: dict[str, _EndedJob] = {}
-        self._submitted: dict[str, str] = {}
+        self._submitted: dict[str, _EndedJob] = {}
         self._calls: dict[str, Callable[[_FakedCall], Json | bytes]] = {
             "GET /health": _health,
             "POST /encrypt": lambda call: self._single("encrypt", call.read(wire.EncryptIn)),
@@ -261,9 +260,8 @@ class FakeService:
         key = call.headers["idempotency-key"]
         if key not in self._submitted:
             shown, result = run()
-            self._submitted[key] = shown["job_id"]
-            self._jobs[shown["job_id"]] = _EndedJob(submission, shown, result)
-        job = self._jobs[self._submitted[key]]
+            self._submitted[key] = self._jobs[shown["job_id"]] = _EndedJob(submission, shown, result)
+        job = self._submitted[key]
         if job.submission != submission:
             raise errors.IdempotencyConflict
         return job.shown if call.waits else {**job.shown, "state": "queued"}
@@ -294,11 +292,10 @@ class _InMemory(SyncTransport):
     """Asks a FakeService instead of a connection pool."""
 
     def __init__(self, service: FakeService) -> None:
-        self._url = DEFAULT_URL
         self._service = service
 
-    async def open(self, request: httpcore2.Request) -> AnswerHead:
-        return AnswerHead.of(self._service.answer(request))
+    async def open(self, request: httpcore2.Request) -> httpcore2.Response:
+        return self._service.answer(request)
 
     async def shut(self) -> None:
         """Leave the service as it is for its other clients."""

@@ -10,7 +10,7 @@ import pytest
 
 from kms_cli import terminal
 from kms_cli.main import COMMANDS, JOB_COMMANDS, group
-from kms_client.problems import by_code
+from kms_client.problems import BY_CODE
 from kms_core.jobs.model import DEAD
 from support.cli.fixtures import BIN, environment
 from support.contract_server import ContractServer
@@ -138,7 +138,7 @@ def test_every_command_has_help(line: list[str], capsys: pytest.CaptureFixture[s
 def test_every_hint_is_for_a_code_that_exists() -> None:
     ends_of_jobs = {"items_failed", "unexpected_answer", *DEAD}
 
-    assert terminal.HINTS.keys() <= by_code().keys() | ends_of_jobs
+    assert terminal.HINTS.keys() <= BY_CODE.keys() | ends_of_jobs
 
 
 @pytest.mark.parametrize(

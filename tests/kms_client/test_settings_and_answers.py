@@ -1,4 +1,5 @@
 import io
+from collections.abc import Iterator
 from contextlib import closing
 from typing import Any, cast
 
@@ -8,7 +9,7 @@ import pytest
 
 from kms_client import Client, UnexpectedAnswer, requests
 from kms_client.http_client import transport_errors
-from kms_client.problems import Reply, by_code, error_of, failure, tree
+from kms_client.problems import BY_CODE, Reply, error_of, failure
 from kms_client.settings import ClientSettings
 from kms_protocol import errors, shapes, wire
 from kms_protocol.context import Context
@@ -16,6 +17,12 @@ from kms_protocol.errors import KmsError
 from support.contract_server import ContractServer
 
 MIB = 1024 * 1024
+
+
+def tree(top: type[KmsError]) -> Iterator[type[KmsError]]:
+    yield top
+    for child in top.__subclasses__():
+        yield from tree(child)
 
 
 @pytest.mark.parametrize("code", sorted({kind.code for kind in tree(KmsError)}))
@@ -33,8 +40,8 @@ def test_every_code_becomes_its_class(code: str) -> None:
 
 
 def test_classes_that_share_a_code_give_the_deeper_one() -> None:
-    assert by_code()["invalid_request"] is errors.InvalidRequest
-    assert by_code()["forbidden"] is errors.Forbidden
+    assert BY_CODE["invalid_request"] is errors.InvalidRequest
+    assert BY_CODE["forbidden"] is errors.Forbidden
 
 
 def test_unknown_code_keeps_its_text() -> None:
