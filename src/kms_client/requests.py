@@ -14,7 +14,7 @@ from urllib.parse import quote
 from kms_client.problems import Reply, decoded, error_of
 from kms_protocol import admin, job_groups, shapes, wire
 from kms_protocol.context import Context
-from kms_protocol.errors import InvalidContext, InvalidRequest
+from kms_protocol.errors import InvalidRequest
 from kms_protocol.units import time_text
 from kms_protocol.wire import PREFIX, ContextIn
 
@@ -154,8 +154,8 @@ def upload(
         "Content-Type": "application/octet-stream",
         "Idempotency-Key": options.get("idempotency_key") or str(uuid.uuid4()),
     }
-    if text := header_text(context):
-        headers["X-KMS-Context"] = text
+    if pairs := Context.parse(context).pairs:
+        headers["X-KMS-Context"] = json_header(dict(pairs))
     if key_id:
         headers["X-KMS-Key-Id"] = key_id
     for name in ("priority", "callback", "release", "start_by", "run_by", "keep_for"):
@@ -166,20 +166,12 @@ def upload(
         text = ",".join(f"{name}={value}" for name, value in labels.items())
         headers["X-KMS-Labels"] = quote(text, safe="")
     if group_in := options.get("group"):
-        headers["X-KMS-Group"] = quote(wire.encode(group_in), safe="")
+        headers["X-KMS-Group"] = json_header(group_in)
     if metadata := options.get("metadata"):
-        headers["X-KMS-Metadata"] = quote(wire.encode(metadata), safe="")
+        headers["X-KMS-Metadata"] = json_header(metadata)
     return ClientRequest("POST", f"{PREFIX}/files/{kind}", wire.JobAccepted, headers=headers)
 
 
-def header_text(context: ContextIn) -> str:
-    """Return a context as percent-encoded ``key=value,…``, or as JSON if that form is ambiguous."""
-    if not context:
-        return ""
-    pairs = Context.parse(context).pairs
-    plain = ",".join(f"{key}={value}" for key, value in pairs)
-    try:
-        is_exact = not plain.startswith("{") and Context.parse(plain).pairs == pairs
-    except InvalidContext:
-        is_exact = False
-    return quote(plain if is_exact else wire.encode(dict(pairs)).decode(), safe="")
+def json_header(value: object) -> str:
+    """Return a value as percent-encoded JSON."""
+    return quote(wire.encode(value), safe="")

@@ -243,8 +243,8 @@ class FakeService:
         return self._accept(call, (call.name, given, call.body), lambda: self._run_file(call, given))
 
     def _run_file(self, call: _FakedCall, given: Mapping[str, str]) -> _Outcome:
-        text, key_id = given.get("context", ""), given.get("key_id")
-        context = msgspec.json.decode(text, type=dict[str, str]) if text.startswith("{") else text
+        context = msgspec.json.decode(given.get("context", "{}"), type=dict[str, str])
+        key_id = given.get("key_id")
         item = wire.BatchItem(plaintext=call.body, ciphertext=call.body, context=context, key_id=key_id)
         labels = dict(label.split("=", 1) for label in given.get("labels", "").split(",") if label)
         more: Json = {"key_id": key_id, "priority": given.get("priority"), "labels": labels}

@@ -13,7 +13,7 @@ from kms_api.deps import LOCAL_CALLER, PRINCIPAL
 from kms_api.json_body import decode
 from kms_api.routes.files import submission_options
 from kms_api.routing import Call
-from kms_client.requests import header_text
+from kms_client.requests import json_header
 from kms_protocol.context import MAX_BYTES, MAX_PAIRS, Context
 from kms_protocol.errors import InvalidContext, InvalidRequest
 from kms_protocol.wire import EncryptIn
@@ -92,7 +92,7 @@ def _holds(context: Context) -> None:
     assert Context.parse(json.loads(json.dumps(dict(pairs)))) == context
     if all(_is_plain(text) and "=" not in key for key, value in pairs for text in (key, value)):
         assert Context.parse(",".join(f"{key}={value}" for key, value in pairs)) == context
-    value = header_text(dict(pairs)).encode("ascii")
+    value = json_header(dict(pairs)).encode("ascii")
     scope = {"type": "http", "headers": [(b"x-kms-context", value)], PRINCIPAL: LOCAL_CALLER}
     assert submission_options(Call(Request(scope), None), "encrypt").context == context
     try:
