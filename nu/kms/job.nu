@@ -144,7 +144,6 @@ export def "job submit" [
     --key-id: string@nu-complete-keys # key to use instead of the default one
     --overwrite # replace what is there; without a target the source
     --dry-run # of many files: count what would change, touch nothing
-    --rate: number # of many: files a second
     --ttl: duration # how long the job may take and be kept
     --priority: string@$PRIORITIES # before (high) or after (low) other jobs that wait
     --callback: string # endpoint of the service's settings to tell how it ends
@@ -179,7 +178,6 @@ export def "job submit" [
         key_id: $key_id
         overwrite: $overwrite
         dry_run: $dry_run
-        rate_per_s: $rate
         ttl_s: (if $ttl == null { null } else { $ttl // 1sec })
         priority: $priority
         callback: $callback

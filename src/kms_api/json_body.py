@@ -29,6 +29,9 @@ _MOMENT_S: Final = 1.0
 _NEARLY: Final = 0.75
 """The ratio of ``difflib`` above which two names of fields are alike."""
 _UNKNOWN_FIELD: Final = re.compile(r"Object contains unknown field `(?:([a-z_]{1,40})`)?")
+_REMOVED: Final = {
+    "rate_per_s": "`rate_per_s` is gone: [kms.jobs] resource_leases and tenant_leases limit the running parts"
+}
 _FIELDS: Final = sorted(
     {field for shape in shapes.Body.__subclasses__() for field in shape.__struct_encode_fields__}
 )
@@ -156,6 +159,8 @@ def _reason(exc: Exception, shape: type[shapes.Body]) -> str:
     at = f" at {path[1]}" if path else ""
     unknown = _UNKNOWN_FIELD.match(text)
     if unknown:
+        if removed := _REMOVED.get(unknown[1] or ""):
+            return removed
         known = _FIELDS if path else shape.__struct_encode_fields__
         nearest = difflib.get_close_matches(unknown[1] or "", known, 1, _NEARLY)
         if nearest:

@@ -211,8 +211,8 @@ class JobIn(Body, frozen=True, kw_only=True):
     A ``source`` with ``*`` selects many files: ``*`` matches any characters within a name, ``**`` any number
     of directories. The ``target`` is then a directory that ends in ``/``. Relative paths are kept; encrypt
     appends ``.age``, decrypt removes it. To rewrap or reseal in place, omit ``target`` and set ``overwrite``.
-    Rewrap and reseal of many files skip those on the newest key version. ``dry_run`` only counts files,
-    ``rate_per_s`` limits files per second, and ``report`` of the job has the counts.
+    Rewrap and reseal of many files skip those on the newest key version. ``dry_run`` only counts files;
+    ``report`` of the job has the counts.
 
     ``priority`` defaults to ``normal``. No other job starts while a ``high`` job waits; a ``low`` job starts
     only if no other job waits. ``callback`` is a webhook endpoint of the settings, called when the job ends.
@@ -238,7 +238,6 @@ class JobIn(Body, frozen=True, kw_only=True):
     keep_for: KeepFor | None = None
     ttl_s: Annotated[int, Meta(ge=60, le=30 * 24 * 3600)] | None = None
     dry_run: bool | None = None
-    rate_per_s: Annotated[float, Meta(gt=0, le=10_000)] | None = None
     priority: Priority | None = None
     callback: EndpointName | None = None
     release: Release | None = None

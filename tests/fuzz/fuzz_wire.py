@@ -42,7 +42,7 @@ def seeds() -> Iterable[bytes]:
     yield b'{"ciphertext":"c2FsYXJ5","context":{"env":"cAnArY"},"new_context":null}'
     yield b'{"operation":"encrypt","items":[{"plaintext":"cAnArY==","reference":"cAnArY"}]}'
     yield b'{"key_spec":"AES_256","number_of_bytes":32,"without_plaintext":true}'
-    yield b'{"kind":"rewrap","source":"file:///cAnArY/*","overwrite":true,"rate_per_s":1.5,"ttl_s":60}'
+    yield b'{"kind":"rewrap","source":"file:///cAnArY/*","overwrite":true,"ttl_s":60}'
     yield b'{"kind":"encrypt","items":[{"plaintext":""}],"priority":"high","callback":"x"}'
     yield (
         b'{"version":1,"token":"cAnArY","job_id":"0b3d5f6a-8f3f-4f7e-9d6b-1f2e3d4c5b6a",'

@@ -31,7 +31,7 @@ def broker(tmp_path: Path) -> Iterator[str]:
 
 
 def submitted(service: Service) -> list[str]:
-    """A job of each kind, one in parts, and a paced one."""
+    """A job of each kind, and one in parts."""
     for name in ("one", "in/a", "in/b", "old/c"):
         (service.files / name).parent.mkdir(mode=0o700, exist_ok=True)
         (service.files / name).write_bytes(b"plain")
@@ -45,9 +45,7 @@ def submitted(service: Service) -> list[str]:
         service.upload("encrypt", b"an upload", CONTEXT),
         service.submit({**common, "source": f"{files}/one", "target": f"{files}/one.age"}),
         service.submit({**common, "source": f"{files}/in/*", "target": f"{files}/out/"}),
-        service.submit(
-            {**common, "kind": "rewrap", "source": f"{files}/old/*.age", "overwrite": True, "rate_per_s": 50}
-        ),
+        service.submit({**common, "kind": "rewrap", "source": f"{files}/old/*.age", "overwrite": True}),
     ]
 
 

@@ -237,12 +237,6 @@ WAIT_S: Final = 30
 @click.option("--new-context", callback=context_of, help="Context to bind instead of --context.")
 @click.option("--dry-run", is_flag=True, default=None, help="Many files: count the changes, write nothing.")
 @click.option(
-    "--rate",
-    "rate_per_s",
-    type=click.FloatRange(0, 10_000, min_open=True),
-    help="Many files: maximum number of files a second.",
-)
-@click.option(
     "--ttl",
     "ttl_s",
     type=click.IntRange(60, 30 * 24 * 3600),

@@ -254,7 +254,6 @@ class TreeJob(FilesJob, frozen=True, kw_only=True, tag="tree"):
     """A job over all files that a pattern names (``file_patterns.Tree``); a worker lists them."""
 
     dry_run: bool = False
-    rate_per_s: float = 0.0
 
     @property
     def work_bytes(self) -> int:

@@ -31,7 +31,6 @@ from kms_core.jobs.execution import bulk_items, one_file, tree, upload
 from kms_core.jobs.execution.context import WorkerContext
 from kms_core.jobs.execution.key_migration import FileOutcome, OutcomeCounts
 from kms_core.jobs.execution.lease import Chore, FoundLarge, HandedBack, Lease
-from kms_core.jobs.execution.tree import Paced
 from kms_core.jobs.file_patterns import Tree
 from kms_core.jobs.model import REFUSED, Attempt, Following, Job, LeaseLost
 from kms_core.jobs.spec import FileJob, ItemsJob, JobSpec, TreeJob, TreePart, UploadJob
@@ -300,16 +299,13 @@ def _refusal_recorded(job: JobSpec, kms: Kms) -> Iterator[None]:
 
 
 def _defer(claim: Attempt, store: JobStore, exc: Unavailable) -> None:
-    """A peer that is away costs the job time, not an attempt; so does its pace, or a grown source.
+    """A peer that is away costs the job time, not an attempt; so does a grown source.
 
     Raises ``exc`` again if that peer is a Redis that does not answer: nothing can be noted. One that is full
     has no room for parts, and may have later.
     """
     if isinstance(exc, JobsUnavailable) and not isinstance(exc, DurabilityUnconfirmed | RedisFull):
         raise exc
-    if isinstance(exc, Paced):
-        store.defer(claim, exc.retry_after_s, counts=False, away=False)
-        return
     if isinstance(exc, HandedBack):
         with suppress(LeaseLost):
             store.defer(claim, 0, counts=False, away=False)

@@ -6,9 +6,7 @@ goes through the protocol of ``files`` as if it were a job, only that its commit
 checkpoint: the next attempt knows which files are done, and finishes a recorded commit.
 """
 
-import math
 import secrets
-import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -36,18 +34,8 @@ from kms_protocol.errors import JobCancelled, JobExpired, KmsError, TooLarge, Un
 MANIFEST: Final = "files"
 PART_FILES: Final = 500
 PART_BYTES: Final = 1024**3
-BURST_S: Final = 5.0  # of files that a paced part takes at once
 PATIENCE: Final = 8  # deferrals, some minutes, until a file that cannot be read is given up
-_SHORT_S: Final = 0.5
-_MOST_NUMBER: Final = 2**63 - 1  # of a manifest; 0.1 reads no text there
 _decode: Final = msgspec.json.Decoder(ListedFile).decode
-
-
-class Paced(Unavailable):
-    """The job may begin no further file for now."""
-
-    code = "paced"
-    summary = "The pace of the job allows no further file now"
 
 
 # -- the whole -------------------------------------------------------------------------------------------
@@ -58,7 +46,7 @@ def plan(lease: Lease, job: TreeJob, spool: Spool, listed: Iterable[ListedFile],
 
     Raises TooLarge for more than ``most`` files, SpoolFull, and what listing them raises.
     """
-    number = secrets.randbelow(_MOST_NUMBER) + 1
+    number = secrets.randbits(63)
     cuts = [_Cut()]
     with spool.writing(Label(job.tenant, job.job_id, MANIFEST, str(number))) as out:
         for found in listed:
@@ -110,7 +98,7 @@ def _part(job: TreeJob, listing: Mapping[str, object], number: int, cut: _Cut) -
 def run(lease: Lease, job: TreePart, context: WorkerContext) -> None:
     """Settle what the log leaves of a part's files, then write the result lines of all.
 
-    Raises Paced and Unavailable, once the log is stored: the part is then taken up where it stopped.
+    Raises Unavailable, once the log is stored: the part is then taken up where it stopped.
     """
     found = entries(job, context.spool)
     work = _Part(lease, job, context, found)
@@ -134,7 +122,6 @@ class _Part:
         self._kms, self.store, self._places = context.kms.for_job(), context.store, context.places
         self._tree = Tree.parse(self._job.source)
         self._found = found
-        self._granted = 0
         self._deferrals = lease.claim.deferrals
         self._made: set[str] = set()
         self.log = lease.claim.log
@@ -166,7 +153,6 @@ class _Part:
             self._step(self.log)
         for index in range(len(self.log.outcomes), len(self._found)):
             self._look_up()
-            self._keep_pace(len(self._found) - index)
             self._settle(self._one(index))
         self._step(self.log)
 
@@ -186,18 +172,6 @@ class _Part:
     def _step(self, log: Checkpoint) -> None:
         counts = {f"{TALLY}{name}": number for name, number in self.tallies.items()}
         self.store.step(self._lease.claim, log, {"settled": self._tally.done, **counts})
-
-    def _keep_pace(self, left: int) -> None:
-        if not self._job.rate_per_s:
-            return
-        while not self._granted:
-            wanted = min(left, max(1, math.ceil(self._job.rate_per_s * BURST_S)))
-            self._granted, wait_s = self.store.pace(self._job, wanted)
-            if wait_s > _SHORT_S:
-                self._step(self.log)
-                raise Paced(retry_after_s=wait_s)
-            time.sleep(wait_s)
-        self._granted -= 1
 
     def _one(self, index: int) -> FileOutcome:
         found = self._found[index]

@@ -17,11 +17,11 @@ from kms_core.jobs.model import (
     Job,
     new_attempt_id,
 )
-from kms_core.jobs.spec import ClocksApart, Fields, JobSpec, RecordTooNew, TreePart
+from kms_core.jobs.spec import ClocksApart, Fields, JobSpec, RecordTooNew
 from kms_core.jobs.store import small_blobs
 from kms_core.jobs.store.maintenance import ANY_KEY
 from kms_core.jobs.store.reader import JobReader
-from kms_core.jobs.store.redis_keys import PREFIX, TALLY, busy_key, flat, job_key, raise_for, redis_errors
+from kms_core.jobs.store.redis_keys import TALLY, busy_key, flat, job_key, raise_for, redis_errors
 from kms_core.observability import metrics
 from kms_protocol.errors import JobExpired, UnknownJob
 from kms_protocol.wire import JobState
@@ -180,14 +180,6 @@ class AttemptStore(JobReader):
         job_id = claim.accepted.job_id
         given = [claim.attempt_id, self.record_key.sign(job_id, log, claim.spec), *flat(counts)]
         self.run_confirmed("step", job_id, given, waits=log.pending is not None)
-
-    def pace(self, job: TreePart, wanted: int) -> tuple[int, float]:
-        """The number of files that may be started now; if none, the seconds until ``wanted`` may be."""
-        with redis_errors():
-            _, granted, wait_s = self._run["pace"](
-                [job_key(job.job_id), f"{PREFIX}pace:{job.owner}"], [job.job_id, wanted, job.rate_per_s]
-            )
-        return int(granted), float(wait_s)
 
     def committing(self, claim: Attempt, commit: Commit) -> None:
         """Record the commit: any worker may finish it now, and it cannot be cancelled.

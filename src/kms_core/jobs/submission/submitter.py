@@ -59,18 +59,17 @@ class Reference:
     target: str
     overwrite: bool = False
     dry_run: bool = False
-    rate_per_s: float = 0.0
 
     @classmethod
     def of(cls, body: wire.JobIn) -> Self:
         """Raises InvalidRequest for fields that do not go together."""
         source = body.source or ""
         target = source if body.target is None else body.target
-        found = cls(source, target, bool(body.overwrite), bool(body.dry_run), body.rate_per_s or 0.0)
+        found = cls(source, target, bool(body.overwrite), bool(body.dry_run))
         if is_tree(source):
             found.check_many(body.kind)
-        elif found.dry_run or found.rate_per_s:
-            raise InvalidRequest("dry_run and rate_per_s are for a source that names many files, with *")
+        elif found.dry_run:
+            raise InvalidRequest("dry_run is for a source that names many files, with *")
         if body.target is None:
             found.check_in_place(body.kind)
         return found
@@ -83,8 +82,7 @@ class Reference:
     def fields(self) -> dict[str, object]:
         """Fields of a specification that say the same."""
         found: dict[str, object] = {"source": self.source, "target": self.target, "overwrite": self.overwrite}
-        many = {"dry_run": self.dry_run, "rate_per_s": self.rate_per_s}
-        return found | many if is_tree(self.source) else found
+        return found | {"dry_run": self.dry_run} if is_tree(self.source) else found
 
     def check_many(self, kind: wire.JobKind) -> None:
         Tree.parse(self.source)

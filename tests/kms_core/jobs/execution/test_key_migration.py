@@ -2,11 +2,9 @@
 
 import json
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from itertools import count
 from pathlib import Path
 
 import pyrage
@@ -20,14 +18,15 @@ from kms_core.jobs.execution.context import WorkerContext
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.execution.tree import PATIENCE
 from kms_core.jobs.model import Attempt, Checkpoint, Commit, Job, part_id
-from kms_core.jobs.spec import Fields, TreePart
+from kms_core.jobs.spec import Fields
 from kms_core.jobs.storage.locations import JobSource, Locations
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import Unavailable
-from support.job_stores import TENANT, forge
+from support.failing_store import Killed
+from support.job_stores import TENANT, forge, lapse
 
 WHO = Principal("local")
 CONTEXT = Context.parse("env=test")
@@ -275,54 +274,34 @@ def test_file_that_somebody_changes_meanwhile_is_theirs(
     assert not [path for path in root.iterdir() if path.name.startswith(".")]
 
 
-# -- pace ----------------------------------------------------------------------------------------------------
+# -- cancelled -----------------------------------------------------------------------------------------------
 
 
-def test_paced_job_gives_its_place_away_between_bursts(core: Core, root: Path) -> None:
-    for number in range(9):
-        (root / f"f{number}").write_bytes(sealed(core, b"x"))
-    job_id = start(core, root, rate_per_s=1.0, dry_run=True)
-    part = part_id(job_id, 0)
-    done = []
-    for _ in count():
-        run_job(part, core.worker_context, "w")
-        found = core.worker_context.store.part(part).job
-        done.append(found.items_done)
-        if found.state != "queued":
-            break
-        assert found.not_before > time.time()
-        assert core.worker_context.store.claim(part, "w") is None
-        forge(core.worker_context.store, part, not_before="0")
+class KilledAfterOne(JobStore):
+    """The store of a worker that dies once its first file is settled and on record."""
 
-    assert now(core, job_id).state == "succeeded"
-    assert report(core, job_id)["changed"] == 3
-    assert len(done) == 3  # twelve files, five at a time
-    assert core.worker_context.store.part(part).job.attempt == 1
-
-
-def test_paced_job_that_is_cancelled_ends_at_once(core: Core, root: Path) -> None:
-    job_id = start(core, root, rate_per_s=0.001)
-    part = part_id(job_id, 0)
-    run_job(part, core.worker_context, "w")
-    assert core.worker_context.store.part(part).job.not_before > time.time() + 60
-
-    core.worker_context.store.cancel(job_id, TENANT)
-
-    asked = now(core, job_id)
-    assert (asked.state, asked.cancel) == ("running", 1), "a worker may be at work"
-    run_job(part, core.worker_context, "w")
-    assert now(core, job_id).state == "cancelled"
+    def step(self, claim: Attempt, log: Checkpoint, counts: Fields) -> None:
+        super().step(claim, log, counts)
+        if log.outcomes:
+            raise Killed
 
 
 def test_cancelled_job_tells_what_it_has_put_in_place(core: Core, root: Path) -> None:
-    job_id = start(core, root, rate_per_s=0.001)
+    job_id = start(core, root)
     part = part_id(job_id, 0)
-    run_job(part, core.worker_context, "w")
-
-    core.worker_context.store.cancel(job_id, TENANT)
-    run_job(part, core.worker_context, "w")
-
     context = core.worker_context
+    store = KilledAfterOne(
+        context.store.redis, context.store.record_key, lambda *_: None, context.store.section
+    )
+    with pytest.raises(Killed):
+        run_job(part, WorkerContext(core.kms, store, context.spool, context.places), "w")
+
+    context.store.cancel(job_id, TENANT)
+    asked = now(core, job_id)
+    assert (asked.state, asked.cancel) == ("running", 1), "a worker may be at work"
+    lapse(context.store)
+    run_job(part, context, "w")
+
     found = results.of(now(core, job_id), context.store, context.spool)
     lines = [json.loads(line) for line in b"".join(found.slabs(0, found.size)).splitlines()]
     assert len(lines) == len(FILES)
@@ -330,21 +309,6 @@ def test_cancelled_job_tells_what_it_has_put_in_place(core: Core, root: Path) ->
     assert len(done) == 1
     assert {line["error"]["code"] for line in lines if line not in done} == {"cancelled"}
     assert report(core, job_id)[done[0]["outcome"]] == 1
-
-
-def test_parts_share_one_pace(core: Core, root: Path) -> None:
-    job_id = start(core, root, rate_per_s=0.5)
-    job = core.worker_context.store.accepted(part_id(job_id, 0))
-    assert isinstance(job, TreePart)
-
-    first = core.worker_context.store.pace(job, 3)
-    second = core.worker_context.store.pace(job, 3)
-    third = core.worker_context.store.pace(job, 3)
-
-    assert first == (3, 0.0)
-    assert second[0] == 0
-    assert second[1] > 5
-    assert third == (3, 0.0)  # what was waited for
 
 
 # -- what is away --------------------------------------------------------------------------------------------

@@ -22,7 +22,16 @@ from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import InvalidRequest, JobsUnavailable, PathRefused
 from kms_protocol.wire import JobState
-from support.job_stores import LONG, TENANT, forge, lapse, remove_inputs, spool_folder, store_of
+from support.job_stores import (
+    LONG,
+    TENANT,
+    forge,
+    lapse,
+    remove_inputs,
+    spool_folder,
+    store_of,
+    with_jobs,
+)
 
 WHO = Principal("local")
 CONTEXT = Context.parse("env=test")
@@ -242,6 +251,29 @@ def test_more_files_than_allowed_are_refused_and_none_is_touched(core: Core, roo
     assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "too_large")
     assert not (root / "out").exists()
     assert list(core.worker_context.spool.folders(older_than_s=-1)) == []
+
+
+@pytest.mark.parametrize("limit", ["resource", "tenant"])
+def test_parts_count_as_running_jobs(
+    core: Core, root: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr("kms_core.jobs.execution.tree.PART_FILES", 1)
+    fill(root / "in", a=b"1", b=b"2", c=b"3")
+    job_id = submit(core, "encrypt", url(root / "in", "*"), url(root / "out"))
+    is_tenant = limit == "tenant"
+    settings = with_jobs(tenant_leases=2) if is_tenant else with_jobs(resource_leases={f"root:{root}": 2})
+    store = store_of(core, settings)
+    run_job(
+        job_id, WorkerContext(core.kms, store, core.worker_context.spool, core.worker_context.places), "w"
+    )
+
+    first, second, third = (store.claim(part_id(job_id, number), "w") for number in range(3))
+
+    assert first
+    assert second
+    assert third is None
+    store.defer(first, 0, counts=False, away=False)
+    assert store.claim(part_id(job_id, 2), "w")
 
 
 def test_two_files_that_would_be_one_are_one_and_a_refusal(core: Core, root: Path) -> None:
@@ -524,7 +556,6 @@ def test_cancelled_job_keeps_what_was_done_and_leaves_nothing_else(
         ("rewrap", {}),
         ("reseal", {"target": "SOURCE"}),
         ("rewrap", {"source": "file:///a", "overwrite": True, "dry_run": True}),
-        ("rewrap", {"source": "file:///a", "target": "file:///b", "rate_per_s": 1.0}),
         ("encrypt", {"source": "file:///**.csv", "target": "file:///out/"}),
     ],
     ids=str,
