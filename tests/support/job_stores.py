@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import redis
@@ -10,13 +11,13 @@ import redis
 from kms_core import redis_client
 from kms_core.container import Core
 from kms_core.jobs.file_patterns import is_tree
-from kms_core.jobs.model import Attempt, Commit, QueuePriority
+from kms_core.jobs.model import Attempt, Commit, Job, QueuePriority
 from kms_core.jobs.recovery.reaper import Reaper
 from kms_core.jobs.spec import AnyJob
 from kms_core.jobs.storage.spool_folder import SpoolFolder
 from kms_core.jobs.store import queue_stats
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.submitter import new_id
+from kms_core.jobs.submission.submitter import SubmissionOptions, new_id
 from kms_core.settings.load import load
 from kms_core.settings.model import KmsSection, RedisSection
 from support.service import CANARY
@@ -59,6 +60,17 @@ def spool_folder(core: Core) -> Path:
     store = core.worker_context.spool.store
     assert isinstance(store, SpoolFolder)
     return store.path
+
+
+def uploaded(core: Core, options: SubmissionOptions, data: bytes) -> str:
+    """The id of the job over an upload of this content."""
+    receiving = core.submitter.receive_upload(options, 0)
+    next(receiving)
+    try:
+        receiving.send((memoryview(data), False))
+    except StopIteration as ended:
+        return cast("Job", ended.value).job_id
+    raise AssertionError("the upload goes on")
 
 
 def accepted(**changes: object) -> AnyJob:

@@ -27,7 +27,6 @@ from kms_core.jobs.submission import celery_intake
 from kms_core.jobs.submission.deadlines import Deadlines
 from kms_core.jobs.submission.submitter import JSON_BYTES, SubmissionOptions
 from kms_protocol import errors, job_groups, submit_message, wire
-from kms_protocol.context import Context
 from kms_protocol.errors import BackendUnavailable, InvalidRequest, JobsUnavailable, UnknownKey
 
 router: Final = Router("jobs")
@@ -318,19 +317,6 @@ def withdraw(service: Service, who: Principal, job_id: str) -> Job:
 
 def _submit(call: Call[None], body: wire.JobIn) -> Job:
     service, who = call.service, call.caller
-    options = SubmissionOptions(
-        who,
-        body.kind,
-        Context.parse(body.context),
-        body.key_id,
-        None if body.new_context is None else Context.parse(body.new_context),
-        Deadlines(body.start_by, body.run_by, body.keep_for, body.ttl_s),
-        idempotency(call),
-        callback=body.callback or "",
-        priority=body.priority or "normal",
-        release=body.release or "",
-        labels=body.labels or {},
-        metadata=body.metadata or {},
-        group=body.group,
-    )
+    deadlines = Deadlines(body.start_by, body.run_by, body.keep_for, body.ttl_s)
+    options = SubmissionOptions.of(who, body, deadlines, idempotency=idempotency(call))
     return service.submitter.submit(options, body, partial(service.requests.take_items, who.tenant))

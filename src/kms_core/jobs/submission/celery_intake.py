@@ -72,19 +72,17 @@ class Intake:
         Unauthenticated, IdempotencyConflict for another job of this id, and the errors of the submitter.
         """
         asked = self._read(message)
-        with audit.identified(asked.job_id):
-            return self._accept(asked, worker)
-
-    def _accept(self, asked: submit_message.Submission, worker: str) -> str:
-        who = self._who(asked)
         store = self._submitter.store
-        named = ClientJobId(asked.job_id, store.record_key.digest(_DIGEST_LABEL, _encode(_given(asked.job))))
-        if self._is_taken(named, who):
-            return asked.job_id
-        if not store.lock(f"submit:{asked.job_id}", worker, _LOCK_S):
-            raise JobsUnavailable("Another worker has this message in hand", retry_after_s=1.0)
-        if not self._is_taken(named, who):  # the spool is written under the lock, or two would write one blob
-            self._submitter.submit(self._terms(asked, named, who), asked.job)
+        digest = store.record_key.digest(_DIGEST_LABEL, _encode(_given(asked.job)))
+        named = ClientJobId(asked.job_id, digest)
+        with audit.identified(asked.job_id):
+            who = self._who(asked)
+            if self._is_taken(named, who):
+                return asked.job_id
+            if not store.lock(f"submit:{asked.job_id}", worker, _LOCK_S):
+                raise JobsUnavailable("Another worker has this message in hand", retry_after_s=1.0)
+            if not self._is_taken(named, who):  # the spool is written under the lock, or two would write it
+                self._submitter.submit(self._terms(asked, named, who), asked.job)
         return asked.job_id
 
     def _who(self, asked: submit_message.Submission) -> Principal:

@@ -11,12 +11,11 @@ from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import part_id
-from kms_core.jobs.storage.spool import UPLOAD, Label
-from kms_core.jobs.submission.submitter import SubmissionOptions, new_id
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import NotACiphertext
-from support.job_stores import TENANT
+from support.job_stores import TENANT, uploaded
 
 WHO = Principal("local")
 JUNK = {"not_a_ciphertext": b"no age file", "decrypt_failed": b"age-encryption.org/v1\njunk"}
@@ -54,10 +53,7 @@ def test_file_whose_header_cannot_be_read(
 
 @pytest.mark.parametrize("kind", ["rewrap", "decrypt"])
 def test_upload_whose_header_cannot_be_read(core: Core, tmp_path: Path, kind: wire.JobKind) -> None:
-    job_id = new_id()
-    with core.submitter.spool.writing(Label(TENANT, job_id, UPLOAD)) as out:
-        out.write(JUNK["decrypt_failed"])
-    core.submitter.upload(SubmissionOptions(WHO, kind, Context()), job_id, 10, b"", out)
+    job_id = uploaded(core, SubmissionOptions(WHO, kind, Context()), JUNK["decrypt_failed"])
 
     run_job(job_id, core.worker_context, "w")
 

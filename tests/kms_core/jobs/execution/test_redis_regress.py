@@ -37,6 +37,7 @@ from support.job_stores import (
     forge,
     spool_folder,
     store_of,
+    uploaded,
     with_jobs,
 )
 from support.redis_regress import Snapshot
@@ -410,13 +411,7 @@ def bulk(core: Core, kind: JobKind = "encrypt") -> str:
 
 
 def upload(core: Core, kind: JobKind, data: bytes) -> str:
-    receiving = core.submitter.receive_upload(SubmissionOptions(WHO, kind, CONTEXT), len(data))
-    next(receiving)
-    try:
-        receiving.send((memoryview(data), False))
-    except StopIteration as ended:
-        return ended.value.job_id  # type: ignore[no-any-return]  # a Job
-    raise AssertionError("the upload goes on")
+    return uploaded(core, SubmissionOptions(WHO, kind, CONTEXT), data)
 
 
 def result(core: Core, job_id: str) -> bytes:

@@ -21,7 +21,6 @@ from kms_core.jobs.execution import upload
 from kms_core.jobs.execution.lease import Lease
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Job, part_id
-from kms_core.jobs.storage.spool import UPLOAD, Label
 from kms_core.jobs.submission.submitter import ClientJobId, Reference, SubmissionOptions
 from kms_core.observability import metrics
 from kms_core.payload.parallel import ParallelOptions
@@ -30,7 +29,7 @@ from kms_protocol.context import Context
 from kms_protocol.wire import PREFIX
 from support.embedded_valkey import EmbeddedValkey
 from support.failing_store import Killed, stumbling
-from support.job_stores import forge, lapse
+from support.job_stores import forge, lapse, uploaded
 from support.service import Service, b64, check_problem, core_of
 
 MIB: Final = 1024 * 1024
@@ -74,11 +73,7 @@ def install(
 
 
 def _upload(install: Install, who: Principal, kind: wire.JobKind, body: bytes) -> str:
-    core, terms = install.core, SubmissionOptions(who, kind, Context.parse(CONTEXT))
-    job_id = terms.job_id()
-    with core.submitter.spool.writing(Label(who.tenant, job_id, UPLOAD)) as out:
-        out.write(body)
-    return core.submitter.upload(terms, job_id, len(body), b"", out).job_id
+    return uploaded(install.core, SubmissionOptions(who, kind, Context.parse(CONTEXT)), body)
 
 
 def encrypt(install: Install, who: Principal, document: bytes) -> str:

@@ -19,7 +19,7 @@ from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import JobNotDead, RecordRefused, ResultExpired, ResultReleased
-from support.job_stores import TENANT, lapse, spool_folder, store_of, with_jobs
+from support.job_stores import TENANT, lapse, spool_folder, store_of, uploaded, with_jobs
 from support.service import CANARY, Service, core_of, unb64
 
 OPTIONS: Final = SubmissionOptions(Principal("local"), "encrypt", Context())
@@ -36,13 +36,7 @@ def bulk(core: Core, *texts: bytes, options: SubmissionOptions = OPTIONS) -> str
 
 
 def upload(core: Core, data: bytes) -> str:
-    receiving = core.submitter.receive_upload(OPTIONS, 0)
-    next(receiving)
-    try:
-        receiving.send((memoryview(data), False))
-    except StopIteration as ended:
-        return cast("Job", ended.value).job_id
-    raise AssertionError("the upload goes on")
+    return uploaded(core, OPTIONS, data)
 
 
 def done(core: Core, job_id: str) -> Job:
