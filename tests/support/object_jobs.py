@@ -103,7 +103,8 @@ def make(tmp_path: Path, redis_url: str) -> Iterator[Make]:
 
     yield one
     for bench in made:
-        bench.core.worker_context.places.buckets.close()
+        bucket, _ = bench.core.worker_context.places.buckets.writing(bench.bucket.url("out/x"))
+        bucket.line.close()
 
 
 @pytest.fixture(scope="session")

@@ -278,8 +278,7 @@ def _work(lease: Lease, worker_context: WorkerContext) -> str:
         case UploadJob():
             upload.run(lease, job, context.kms, context.spool)
         case FileJob():
-            marks = context.places.marks(job.job_id, lease.claim.spec, job.source)
-            target = context.places.target(job.target, job.job_id, marks, overwrite=job.overwrite)
+            target = context.places.target(job, job.job_id, lease.claim.spec)
             work = one_file.FileWork(
                 job, target, context.kms, context.places, context.store, lease, lease.claim
             )

@@ -224,8 +224,7 @@ class _Part:
 
     def _target(self, file: FileJob) -> JobTarget:
         spec = self._job.parent_spec or self._lease.claim.spec
-        marks = self._places.marks(self._job.owner, spec, file.source)
-        return self._places.target(file.target, file.job_id, marks, overwrite=file.overwrite)
+        return self._places.target(file, self._job.owner, spec)
 
     def _run(
         self, file: FileJob, target: JobTarget, effect: FileOutcome, commit: Commit | None = None

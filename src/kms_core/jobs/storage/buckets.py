@@ -18,9 +18,10 @@ from kms_core.stores import line_of
 from kms_protocol.errors import PathRefused
 
 SCHEME: Final = "s3://"
+ANY_NAME: Final = "any"
+"""Stands for each name below a directory, where permissions are checked."""
 KEY_MAX_BYTES: Final = 1024
 _PROBE: Final = ".kms-probe"
-_ELSEWHERE: Final = "[kms.jobs.buckets] allows no such object for {}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Buckets:
         name, key = parse(url)
         found = self._allowed.get(name)
         if found is None or not key.startswith(found.read if use == "reading" else found.write):
-            raise PathRefused(_ELSEWHERE.format(use))
+            raise PathRefused(f"[kms.jobs.buckets] allows no such object for {use}")
         return found.bucket, key
 
     def require_conditions(self, url: str) -> None:
@@ -77,21 +78,10 @@ class Buckets:
         In the order of keys; empty objects that stand for folders, and probes, are left out. A URL may yet be
         refused by ``reading``, if its key could be read in two ways. Raises PathRefused, Unavailable.
         """
-        name, slash, path = url_prefix.removeprefix(SCHEME).partition("/")
-        if not url_prefix.startswith(SCHEME) or not slash or (path and not path.endswith("/")):
-            raise PathRefused("Expected s3://bucket/ or s3://bucket/folder/, with a slash at its end")
-        prefix = "/".join(path_names(path[:-1])) + "/" if path else ""
-        found = self._allowed.get(name)
-        if found is None or not prefix.startswith(found.read):
-            raise PathRefused(_ELSEWHERE.format("reading"))
-        for key, size, _ in found.bucket.listed(prefix):
+        bucket, below = self.reading(f"{url_prefix}{ANY_NAME}")
+        for key, size, _ in bucket.listed(below.removesuffix(ANY_NAME)):
             if (size or not key.endswith("/")) and key.rpartition("/")[2] != _PROBE:
-                yield f"{SCHEME}{name}/{quote(key)}", size
-
-    def close(self) -> None:
-        """Close what connections are kept. A later request connects again."""
-        for allowed in self._allowed.values():
-            allowed.bucket.line.close()
+                yield f"{SCHEME}{bucket.name}/{quote(key)}", size
 
 
 def parse(url: str) -> tuple[str, str]:

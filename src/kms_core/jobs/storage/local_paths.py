@@ -157,10 +157,6 @@ class Roots:
         root, _ = self._locate(url.removesuffix("/"), itself=True)
         return str(next(named for named, found in self._roots if found == root))
 
-    def check_directory(self, url: str) -> None:
-        """The same for a directory, which ends in a slash and may be a root itself."""
-        self._locate(url.removesuffix("/"), itself=True)
-
     @contextmanager
     def directory(self, url: str) -> Iterator[int]:
         """A descriptor of a directory, which may be a root itself. Raises PathRefused if it is none."""

@@ -17,7 +17,7 @@ from kms_core.jobs.sealed_records import RecordKey
 from kms_core.jobs.spec import FileJob, TreeJob
 from kms_core.jobs.storage import local
 from kms_core.jobs.storage.blob_store import BlobStore
-from kms_core.jobs.storage.buckets import SCHEME, Buckets
+from kms_core.jobs.storage.buckets import ANY_NAME, SCHEME, Buckets
 from kms_core.jobs.storage.commit_marks import CommitMarks
 from kms_core.jobs.storage.local import ListedFile, RootedPending, RootedTarget, walk
 from kms_core.jobs.storage.local_paths import OpenSource, Roots, file_errors
@@ -26,7 +26,6 @@ from kms_core.jobs.storage.s3 import ObjectPending, ObjectSource, ObjectTarget
 from kms_core.settings.model import JobsSection
 from kms_protocol.errors import PathRefused, TooLarge
 
-_ANY: Final = "any"  # a name below a directory
 _BLOCK_BYTES: Final = 512  # of st_blocks, whatever the file system's own are
 _MOST_HOLES: Final = 10_000
 
@@ -108,7 +107,7 @@ class Locations:
         if isinstance(job, TreeJob):
             self.check_base(Tree.parse(job.source).base)
             if not job.in_place:
-                self.check_directory(job.target)
+                self.check(f"{job.target}{ANY_NAME}")
             return 0
         self.check(job.target)
         with self.open_source(job.source) as opened:
@@ -142,18 +141,15 @@ class Locations:
             with suppress(PathRefused):  # its directory may be made before the job runs
                 self.roots.check_room(url, size_bytes)
 
-    def marks(self, job_id: str, spec: bytes, source: str) -> CommitMarks:
-        """The marks of a job, as its submitter knows it, on what it makes of a source.
+    def target(self, job: FileJob, owner: str, spec: bytes) -> JobTarget:
+        """The place of a job's result; looks at nothing.
 
-        ``spec`` is the digest of its sealed record.
+        ``owner`` is the job that the submitter knows, ``spec`` the digest of its sealed record.
         """
-        return CommitMarks(self.key, job_id, spec, source, self.spool)
-
-    def target(self, url: str, job_id: str, marks: CommitMarks, *, overwrite: bool) -> JobTarget:
-        """The place of a job's result; looks at nothing."""
-        if url.startswith(SCHEME):
-            return ObjectTarget(url, job_id, overwrite, self.buckets, self.notes, marks)
-        return RootedTarget(url, job_id, overwrite, self.roots, marks)
+        marks = CommitMarks(self.key, owner, spec, job.source, self.spool)
+        if job.target.startswith(SCHEME):
+            return ObjectTarget(job.target, job.job_id, job.overwrite, self.buckets, self.notes, marks)
+        return RootedTarget(job.target, job.job_id, job.overwrite, self.roots, marks)
 
     def sweep(self, targets: Mapping[str, str], keep: Collection[str] = ()) -> None:
         """Remove temporary files and uploads of jobs, by id, but for those of the attempts ``keep``.
@@ -167,17 +163,10 @@ class Locations:
     def check_base(self, url: str) -> None:
         """Raises PathRefused unless jobs may read what is below this URL, which ends in a slash."""
         if url.startswith(SCHEME):
-            self.buckets.reading(f"{url}{_ANY}")
+            self.buckets.reading(f"{url}{ANY_NAME}")
         else:
             with self.roots.directory(url):
                 pass
-
-    def check_directory(self, url: str) -> None:
-        """The same for writing; looks at nothing."""
-        if url.startswith(SCHEME):
-            self.buckets.writing(f"{url}{_ANY}")
-        else:
-            self.roots.check_directory(url)
 
     def make_parents(self, url: str) -> None:
         """Make the directories that a target lacks. Raises PathRefused, SpoolFull, Unavailable."""

@@ -42,13 +42,13 @@ class MultipartJournal:
     def __init__(self, store: BlobStore) -> None:
         self._store = store
 
-    def intend(self, job_id: str, attempt: str, url: str) -> None:
-        """Note that an upload will begin. Raises SpoolFull, RecordRefused for what is no plain file there."""
-        self._store.put(_FOLDER, self._name(job_id, attempt, url), b"", durable=False)
+    def add(self, job_id: str, attempt: str, url: str, upload: str = "") -> None:
+        """Note an upload that has begun, or, without its id, that one will begin.
 
-    def add(self, job_id: str, attempt: str, url: str, upload: str) -> None:
-        """Note an upload that has begun. Raises as ``intend``, SpoolUnavailable."""
-        self._store.put(_FOLDER, self._name(job_id, attempt, url), upload.encode("ascii"), durable=True)
+        Raises SpoolFull, SpoolUnavailable, RecordRefused for what is no plain file there.
+        """
+        name = self._name(job_id, attempt, url)
+        self._store.put(_FOLDER, name, upload.encode("ascii"), durable=bool(upload))
 
     def forget(self, job_id: str, attempt: str, url: str) -> None:
         """The upload is no more. Doing it twice is no error."""
@@ -77,12 +77,9 @@ class MultipartJournal:
             for name in self._store.names(_FOLDER):
                 if (matched := _NAME.fullmatch(name)) and matched[3] in places:
                     with suppress(ResultExpired, RecordRefused):
-                        yield self._read(name)
-
-    def _read(self, name: str) -> UploadNote:
-        job_id, attempt, place = name.rsplit(".", 2)
-        note = self._store.get(_FOLDER, name, _LONGEST)
-        return UploadNote(job_id, attempt, place, note.data.decode("ascii", "replace"), note.at)
+                        note = self._store.get(_FOLDER, name, _LONGEST)
+                        upload = note.data.decode("ascii", "replace")
+                        yield UploadNote(matched[1], matched[2], matched[3], upload, note.at)
 
     @staticmethod
     def _name(job_id: str, attempt: str, url: str) -> str:

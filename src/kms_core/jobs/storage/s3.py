@@ -132,7 +132,7 @@ class ObjectTarget:
         mark = self.marks.sign(attempt_id, self.url)
 
         def begin() -> str:
-            self.notes.intend(self.job_id, attempt_id, self.url)
+            self.notes.add(self.job_id, attempt_id, self.url)
             upload = bucket.begin(key, mark)
             self.notes.add(self.job_id, attempt_id, self.url, upload)
             return upload

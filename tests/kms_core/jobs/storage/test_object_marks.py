@@ -55,7 +55,7 @@ def test_upload_that_was_begun_before_its_note_had_its_id_is_aborted(bench: Benc
     admin = bucket.store.admin
     foreign = admin.create_multipart_upload(Bucket=bucket.name, Key="out/x")["UploadId"]
     admin.upload_part(Bucket=bucket.name, Key="out/x", UploadId=foreign, PartNumber=1, Body=b"theirs")
-    MultipartJournal(SpoolFolder(spool, DiskSync(spool))).intend(job_id, "z" * 26, target)
+    MultipartJournal(SpoolFolder(spool, DiskSync(spool))).add(job_id, "z" * 26, target)
     admin.create_multipart_upload(Bucket=bucket.name, Key="out/x")
 
     run_job(job_id, bench.core.worker_context, "w/1")

@@ -11,12 +11,12 @@ import pytest
 
 from kms_core.jobs.execution.context import WorkerContext
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.storage.commit_marks import CommitMarks
+from kms_core.jobs.spec import FileJob
 from kms_core.jobs.storage.locations import JobTarget, PendingTarget
 from kms_protocol.errors import JobsUnavailable, PathRefused, TargetExists
 from kms_protocol.wire import JobKind
 from support.failing_store import MOMENTS, Killed, interrupted, stumbling
-from support.job_stores import LONG, TENANT, forge, lapse, record, store_of
+from support.job_stores import LONG, TENANT, accepted, forge, lapse, record, store_of
 from support.object_jobs import Bench
 from support.object_stores import Seen, Way
 from support.waiting import until
@@ -309,8 +309,12 @@ def begun(target: JobTarget, attempt_id: str) -> PendingTarget:
     return held(opened)
 
 
-def marks(bench: Bench) -> CommitMarks:
-    return bench.core.worker_context.places.marks("a-job", b"spec", "s3://bucket/in")
+def target_of(bench: Bench, *, overwrite: bool) -> JobTarget:
+    job = accepted(
+        job_id="a-job", source="s3://bucket/in", target=bench.bucket.url("out/x"), overwrite=overwrite
+    )
+    assert isinstance(job, FileJob)
+    return bench.core.worker_context.places.target(job, "a-job", b"spec")
 
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["create", "over"])
@@ -320,7 +324,7 @@ def test_of_two_attempts_that_write_a_small_object_the_first_wins(bench: Bench, 
     source = held(places.open_source(bucket.put("in", b"source")))
     if overwrite:
         bucket.put("out/x", b"old")
-    target = places.target(bucket.url("out/x"), "a-job", marks(bench), overwrite=overwrite)
+    target = target_of(bench, overwrite=overwrite)
     attempts = [begun(target, attempt_id) for attempt_id in ("one", "two")]
     for attempt, data in zip(attempts, (b"first", b"second"), strict=True):
         attempt.writer.reserve(len(data))
@@ -338,7 +342,7 @@ def test_of_two_attempts_that_write_a_small_object_the_first_wins(bench: Bench, 
 def test_an_upload_is_completed_once_and_a_late_completion_replaces_nothing(bench: Bench) -> None:
     bucket, places = bench.bucket, bench.core.worker_context.places
     source = held(places.open_source(bucket.put("in", b"source")))
-    target = places.target(bucket.url("out/x"), "a-job", marks(bench), overwrite=True)
+    target = target_of(bench, overwrite=True)
     attempt = begun(target, "one")
     attempt.writer.reserve(LARGE)
     attempt.writer.write_at(memoryview(bytes(LARGE)), 0)
@@ -444,7 +448,7 @@ def marked(bench: Bench, mark: str) -> None:
 def test_attempt_does_not_take_the_object_of_another_for_its_own(bench: Bench, size: int) -> None:
     bucket, places = bench.bucket, bench.core.worker_context.places
     source = held(places.open_source(bucket.put("in", b"source")))
-    target = places.target(bucket.url("out/x"), "a-job", marks(bench), overwrite=False)
+    target = target_of(bench, overwrite=False)
     attempts = [begun(target, attempt_id) for attempt_id in ("one", "two")]
     commits = []
     for attempt in attempts:

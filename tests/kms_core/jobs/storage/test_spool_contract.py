@@ -377,7 +377,7 @@ def test_old_names_of_a_bucket_can_be_left_out(place: Place) -> None:
 def test_notes_of_uploads_are_found_again(place: Place) -> None:
     notes, url = MultipartJournal(place.store), "s3://bucket/key"
     assert not list(notes.noted([url]))
-    notes.intend(JOB, "1", url)
+    notes.add(JOB, "1", url)
     assert [note.upload for note in notes.noted([url])] == [""]
     notes.add(JOB, "1", url, "upload-1")
     assert [note.upload for note in notes.noted([url])] == ["upload-1"]
