@@ -121,7 +121,7 @@ def build(settings: Settings, process: str, notify: NotifyWorker | None) -> Core
     return Core(
         kms,
         JobSubmitter(kms, store, spool, locations, install.require),
-        WorkerContext(kms, store, spool, locations, jobs.fanout_files),
+        WorkerContext(kms, store, spool, locations),
         maintenance,
         authenticator_,
         install,

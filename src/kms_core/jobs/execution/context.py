@@ -10,10 +10,9 @@ from kms_core.service import Kms
 
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
-    """The services that a worker uses. ``fanout_files`` is the most files that a pattern may name."""
+    """The services that a worker uses."""
 
     kms: Kms
     store: JobStore
     spool: Spool
     places: Locations
-    fanout_files: int = 100_000

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final, Literal, Self
+from typing import Final, Self, get_args
 
 import msgspec
 
@@ -24,8 +24,7 @@ DUE: Final = "would_change"
 _REFUSED: Final = "!"
 _FOUND: Final = "found "
 _LEFT: Final = "left "
-Shown = Literal["changed", "newest", "foreign", "would_change"]
-_SHOWN: Final[tuple[Shown, ...]] = (CHANGED, NEWEST, FOREIGN, DUE)
+_SHOWN: Final[tuple[wire.Outcome, ...]] = get_args(wire.Outcome)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,7 @@ class FileOutcome:
     def __str__(self) -> str:
         return f"{self.word}{self.code} {self.version}".rstrip()
 
-    def shown(self, job: JobSpec) -> Shown | msgspec.UnsetType:
+    def shown(self, job: JobSpec) -> wire.Outcome | msgspec.UnsetType:
         """As the result of a campaign has it."""
         if not job.campaign:
             return msgspec.UNSET

@@ -151,18 +151,13 @@ def _ref(job: Job) -> bytes:
 
 
 def _lines(job: Job, accepted: AnyJob, store: JobStore, spool: Spool) -> Iterator[ResultChunk]:
-    if not job.parts and isinstance(accepted, TreeJob):
-        return  # no file was named
     if not job.parts:
-        label = bulk_items.result_label(job.tenant, job.job_id, 0, job.result_attempt, _ref(job))
-        yield StoredChunk.of(partial(spool.opened, label))
+        if not isinstance(accepted, TreeJob):  # else no file was named
+            yield _written(job, 0, job, spool)
         return
     for number, part in enumerate(store.parts_as_ended(job)):
         if needs_proof(part.job.state, part.job.error):
-            label = bulk_items.result_label(
-                job.tenant, job.job_id, number, part.job.result_attempt, _ref(part.job)
-            )
-            yield StoredChunk.of(partial(spool.opened, label))
+            yield _written(job, number, part.job, spool)
         elif part.job.accepted is None:
             raise RecordRefused
         elif isinstance(part.job.accepted, TreePart):
@@ -170,6 +165,12 @@ def _lines(job: Job, accepted: AnyJob, store: JobStore, spool: Spool) -> Iterato
             yield _literal(tree.lines(part.job.accepted, entries, part.log, part.job.error))
         else:
             yield _literal(_refused(number * bulk_lines.PART_ITEMS, part.job.accepted.items, part.job.error))
+
+
+def _written(job: Job, number: int, part: Job, spool: Spool) -> StoredChunk:
+    """The lines that a part wrote; a job that was not split is its own part 0."""
+    label = bulk_items.result_label(job.tenant, job.job_id, number, part.result_attempt, _ref(part))
+    return StoredChunk.of(partial(spool.opened, label))
 
 
 def _refused(first: int, count: int, code: str) -> Iterator[wire.ItemResult]:

@@ -236,7 +236,7 @@ def _parts(claim: Attempt, worker_context: WorkerContext) -> Sequence[JobSpec]:
         return []
     listed = worker_context.places.files(Tree.parse(job.source))
     with Lease(worker_context.store, claim) as lease:
-        return tree.plan(lease, job, worker_context.spool, listed, worker_context.fanout_files)
+        return tree.plan(lease, job, worker_context.spool, listed, worker_context.store.rules.fanout_files)
 
 
 def _ended(claim: Attempt, state: JobState, code: str) -> Job:

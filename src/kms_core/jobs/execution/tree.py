@@ -242,8 +242,7 @@ class _Part:
 
     def record(self, commit: Commit | None, effect: FileOutcome) -> None:
         """From here on, any attempt at the part finishes this commit."""
-        words = self.log
-        self._step(Checkpoint(words=words.words, outcomes=words.outcomes, pending=commit, effect=str(effect)))
+        self._step(msgspec.structs.replace(self.log, pending=commit, effect=str(effect)))
 
 
 class _Commits:

@@ -240,12 +240,10 @@ def test_more_files_than_allowed_are_refused_and_none_is_touched(core: Core, roo
     fill(root / "in", a=b"1", b=b"2", c=b"3")
     job_id = submit(core, "encrypt", url(root / "in", "**"), url(root / "out"))
 
+    store = store_of(core, with_jobs(fanout_files=2))
+
     run_job(
-        job_id,
-        WorkerContext(
-            core.kms, core.worker_context.store, core.worker_context.spool, core.worker_context.places, 2
-        ),
-        "w",
+        job_id, WorkerContext(core.kms, store, core.worker_context.spool, core.worker_context.places), "w"
     )
 
     assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "too_large")
