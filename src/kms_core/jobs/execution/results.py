@@ -138,9 +138,7 @@ def _ended(job: Job, store: JobStore) -> AnyJob:
         raise UnknownJob
     if job.state == "cancelled" and not isinstance(accepted, TreeJob):  # nothing of it was put in place
         raise ResultExpired
-    if (
-        job.end is None and job.state != "cancelled"
-    ):  # it failed, or Redis says so: its files have no signature
+    if job.end is None and job.state != "cancelled":  # or Redis says so: its files have no signature
         raise ResultExpired(f"This job failed (`{job.error}`); it has no result")
     return accepted
 

@@ -17,10 +17,9 @@ from typing import Final, NamedTuple, Self
 
 from kms_core.jobs.file_patterns import TAG, TEMPORARY, parse_file_url
 from kms_core.jobs.model import Commit, CommitGone
-from kms_core.payload.files import NO_SPACE, FileRange
+from kms_core.payload.files import FileRange, full_disk_as_error, source_changed_error
 from kms_protocol.errors import (
     ConfigurationError,
-    InvalidRequest,
     PathRefused,
     SpoolFull,
     TargetExists,
@@ -50,10 +49,9 @@ def file_errors() -> Iterator[None]:
     SpoolFull for a full disk or quota, PathRefused for what the caller can mend, else Unavailable.
     """
     try:
-        yield
+        with full_disk_as_error():
+            yield
     except OSError as exc:
-        if exc.errno in NO_SPACE:
-            raise SpoolFull("The disk or quota of the target has no room for this") from exc
         if text := _REFUSALS.get(exc.errno or 0):
             raise PathRefused(text) from exc
         raise Unavailable(f"The file system answered {errno.errorcode.get(exc.errno or 0)}") from exc
@@ -91,9 +89,7 @@ class OpenSource:
     def check_unchanged(self) -> None:
         """Raises InvalidRequest if the file was written to since it was opened; ask after the last read."""
         if FileIdentity.of(os.fstat(self.fd)) != self.identity:
-            raise InvalidRequest(
-                "The source changed while it was read: run the job again when it is complete"
-            )
+            raise source_changed_error()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +157,8 @@ class Roots:
     def directory(self, url: str) -> Iterator[int]:
         """A descriptor of a directory, which may be a root itself. Raises PathRefused if it is none."""
         root, names = self._locate(url.removesuffix("/"), itself=True)
-        with file_errors():
-            dir_fd = _walk(root, names)
-            try:
-                yield dir_fd
-            finally:
-                os.close(dir_fd)
+        with _directory(root, names) as dir_fd:
+            yield dir_fd
 
     def check_room(self, url: str, size_bytes: int) -> None:
         """Raise SpoolFull if the file system of a target has no room for so much, PathRefused."""
@@ -176,15 +168,10 @@ class Roots:
     def make_parents(self, url: str) -> None:
         """Make the directories above a target that are missing (0700), each durable before the next."""
         root, (*parents, _) = self._locate(url)
-        with file_errors():
-            for depth, name in enumerate(parents):
-                above = _walk(root, parents[:depth])
-                try:
-                    with suppress(FileExistsError):
-                        os.mkdir(name, 0o700, dir_fd=above)
-                        os.fsync(above)
-                finally:
-                    os.close(above)
+        for depth, name in enumerate(parents):
+            with _directory(root, parents[:depth]) as above, suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=above)
+                os.fsync(above)
 
     @contextmanager
     def open_source(self, url: str) -> Iterator[OpenSource]:
@@ -280,12 +267,8 @@ class Roots:
     @contextmanager
     def _parent(self, url: str) -> Iterator[tuple[int, str]]:
         root, (*parents, name) = self._locate(url)
-        with file_errors():
-            dir_fd = _walk(root, parents)
-            try:
-                yield dir_fd, name
-            finally:
-                os.close(dir_fd)
+        with _directory(root, parents) as dir_fd:
+            yield dir_fd, name
 
 
 def _checked_root(root: Path, private: Sequence[Path]) -> Path:
@@ -300,17 +283,19 @@ def _checked_root(root: Path, private: Sequence[Path]) -> Path:
     return real
 
 
-def _walk(root: Path, parents: Sequence[str]) -> int:
-    fd = os.open(root, DIRECTORY)
-    try:
-        for name in parents:
-            inner = os.open(name, DIRECTORY, dir_fd=fd)
+@contextmanager
+def _directory(root: Path, names: Sequence[str]) -> Iterator[int]:
+    """A descriptor of a directory, opened name by name from its root on. Raises as ``file_errors``."""
+    with file_errors():
+        fd = os.open(root, DIRECTORY)
+        try:
+            for name in names:
+                inner = os.open(name, DIRECTORY, dir_fd=fd)
+                os.close(fd)
+                fd = inner
+            yield fd
+        finally:
             os.close(fd)
-            fd = inner
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
 
 
 def _found(name: str, dir_fd: int) -> os.stat_result | None:

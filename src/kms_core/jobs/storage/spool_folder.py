@@ -79,21 +79,13 @@ class SpoolFolder:
         """Nothing: each file has its name from the beginning."""
 
     def used_bytes(self) -> int:
-        return size_of(self.path)
+        """Bytes of all files below; those deleted during the count, or unreadable, count as 0."""
+        total = 0
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                with suppress(OSError):
+                    total += Path(folder, name).lstat().st_size
+        return total
 
     def free_bytes(self) -> int:
         return shutil.disk_usage(self.path).free
-
-
-def size_of(folder: str | Path) -> int:
-    """Bytes of all files below; files deleted during the count, or unreadable, count as 0."""
-    total, folders = 0, [folder]
-    while folders:
-        with suppress(OSError), os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                with suppress(OSError):
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(entry.path)
-                    else:
-                        total += entry.stat(follow_symlinks=False).st_size
-    return total
