@@ -202,7 +202,7 @@ class Stdout(io.RawIOBase):
 
 @contextlib.contextmanager
 def stdout(*, forced: bool) -> Iterator[BinaryIO]:
-    """Open stdout for bytes. If the block fails, the user is told that bytes were written."""
+    """Open stdout for bytes. If the block fails, the error says that bytes were written."""
     writer = Stdout(forced=forced)
     try:
         yield cast("BinaryIO", writer)
@@ -275,7 +275,7 @@ class Meter:
 
 
 def progress_line(label: str, done: int, total: int | None, rate: float, columns: int) -> str:
-    """Return bytes, their rate a second and the time left, and more of what is shorter than ``columns``.
+    """Return bytes, their rate a second and the time left, and further figures as far as ``columns`` allow.
 
     A rate of 0 is not known yet.
     """

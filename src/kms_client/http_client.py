@@ -274,7 +274,7 @@ class Engine:
 
     @contextlib.asynccontextmanager
     async def answering(self, call: ClientRequest[T]) -> AsyncIterator[httpcore2.Response]:
-        """As ``responding``, but raises the KmsError of a problem. A refusal for now is retried."""
+        """Open a response like ``responding``; raises the KmsError of a problem, retries refusals for now."""
         failed = 0
         while True:
             async with self.responding(call) as answer:

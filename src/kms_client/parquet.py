@@ -6,7 +6,7 @@
 ...     kms_instance_url="http://localhost:8082"
 ... )
 
-It needs pyarrow, which is no dependency of the client: the program that writes Parquet files brings it.
+It needs pyarrow, which the program that writes Parquet files installs; the client does not depend on it.
 """
 
 from base64 import b64decode, b64encode

@@ -1,8 +1,8 @@
 """Age keys in signed documents that hosts share: the sealed identities, and the recipient in use.
 
-The body is a JSON object with what the two files of a key hold: ``sealed`` (base64) and ``recipient``. Hosts
-read it from their copies. A rotation adds an identity by compare-and-set, and has it used once all hosts read
-it.
+The body is a JSON object with the content of the two files of a key: ``sealed`` (base64) and ``recipient``.
+Hosts read it from their copies. A rotation adds an identity by compare-and-set, and has it used once all
+hosts read it.
 """
 
 import time
@@ -218,7 +218,7 @@ def signed(settings: Settings, secret: bytes, name: str, url: str) -> SignedDocu
 
 
 def copy_of(folder: Path, name: str, document: SignedDocument) -> LocalCopy:
-    """The copy on this host, which is used however old it is: an identity is no revocation."""
+    """The copy on this host, which is used however old it is: identities are not revoked."""
     gauge = metrics.KEY_DOCUMENT_AGE.labels(name)
     return LocalCopy(document, folder, float("inf"), gauge=gauge)
 

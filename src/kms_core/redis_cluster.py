@@ -72,7 +72,7 @@ class SlotConnection(redis.sentinel.SentinelManagedConnection):
 
 
 class SlotConnectionTls(SlotConnection, SSLConnection):
-    """The same over TLS."""
+    """A connection over TLS."""
 
 
 class SlotHolder:

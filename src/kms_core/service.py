@@ -1,7 +1,6 @@
 """``Kms``: all operations with keys. Policy, audit, metrics and key selection happen here, for every process.
 
-Knows no HTTP, no queue and no path. Backends wrap file keys, ``envelope`` makes the format, ``payload`` moves
-the bytes.
+Backends wrap file keys, ``envelope`` makes the format, ``payload`` moves the bytes.
 """
 
 import os
@@ -322,7 +321,7 @@ class Kms:
         return health
 
     def for_job(self) -> "Kms":
-        """The same service for a batch or one run of a job: few calls to remote backends and policy."""
+        """Return this service for a batch or one run of a job: few calls to remote backends and policy."""
         policy = Remembered(self.policy)
         return Kms(self.keyring.for_job(), policy, self.audit_log, self._rules, self.usage)
 

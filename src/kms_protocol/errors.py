@@ -302,7 +302,7 @@ class WrongInstall(JobsUnavailable):
 class DurabilityUnconfirmed(JobsUnavailable):
     """A change of a job that Redis has made, and its replicas did not acknowledge in time.
 
-    It may be lost if Redis fails over now. ``job_id`` is empty for what is about no single job.
+    It may be lost if Redis fails over now. ``job_id`` is empty for an error that is not about a single job.
     """
 
     code = "durability_unconfirmed"
@@ -330,7 +330,7 @@ class SpoolUnavailable(Unavailable):
 
 
 class DocumentOutdated(Unavailable):
-    """A signed document that is older than one that was seen before, or cannot be told from such a one."""
+    """A signed document that is older than one that was seen before, or may be."""
 
     code = "document_outdated"
     summary = "A signed document is older than one that was seen before"

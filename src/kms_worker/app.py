@@ -112,7 +112,7 @@ def _queue(name: str, kind: str) -> Queue:
 def _drain(core: Callable[[], Core], worker: str, queue: str, served: Sequence[str]) -> None:
     """Run jobs until none is ready, for a second at least, or ten if no other message waits for a process.
 
-    Then another wake-up follows. Another host may take that, so it is seldom sent.
+    Then another wake-up follows. Another host may take that, so it is rarely sent.
     """
     begun = time.monotonic()
 

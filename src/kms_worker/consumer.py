@@ -82,7 +82,7 @@ class CheckedConsumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery
         super().__init__(*args, **options)
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
-        """Tell of a queue or exchange that is not as it should be, and wait: Celery tries again at once."""
+        """Log a queue or exchange that is not as it should be, and wait: Celery tries again at once."""
         super().on_connection_error_after_connected(exc)
         if isinstance(exc, amqp.exceptions.AMQPError) and exc.method_sig in _CALLS:
             _log.error(

@@ -1,4 +1,4 @@
-"""Checks of broker messages before Celery acts on them: Malformed is no message of this service.
+"""Checks of broker messages before Celery acts on them: Malformed is raised for any other message.
 
 A producer chooses task, arguments and options. Of a message only a task name, a task id, one argument and
 bounded links are kept. All other options of Celery (eta, expires, timelimit, chain, chord, group, retries,
@@ -49,7 +49,7 @@ _OURS: Final = ("kms.", "celery.")
 
 
 class Malformed(Exception):
-    """Raised for what is no message of this service. Carries the reason and no text of the message."""
+    """Raised for a message that this service did not send. Carries the reason and no text of the message."""
 
     def __init__(self, reason: Reason) -> None:
         super().__init__(reason)

@@ -157,7 +157,7 @@ def _waiting(app: Celery, store: JobStore) -> Mapping[str, int]:
 
 
 def _prepare_children() -> None:
-    """Have each forked child lock its memory, and share the pages of what was imported with the parent."""
+    """Have each forked child lock its memory, and share the pages of imported modules with the parent."""
     os.register_at_fork(
         before=_between_forks.acquire,
         after_in_parent=_between_forks.release,

@@ -25,12 +25,12 @@ class LogBound:
         self._windows: dict[tuple[str, ...], _Window] = {}
 
     def passes(self, *kind: str) -> int:
-        """Count an event: the number of events that a line should tell of, 0 for no line."""
+        """Count an event; returns the number of events for a log line, 0 for none."""
         return self._windows.setdefault(kind, _Window()).passes(time.monotonic())
 
 
 class Refusals:
-    """Those of one process."""
+    """Refusals that one process has counted."""
 
     def __init__(self, beat: Callable[[], None] = lambda: None) -> None:
         """``beat`` is called for each message: to refuse one is work."""

@@ -42,7 +42,7 @@ def register(app: Celery, core: Callable[[], Core], settings: Settings, name: st
 
 
 def look_after(core: Core, rules: RotationSection, owner: str) -> None:
-    """Tell the metrics how keys are, and rotate those that are due. Raises JobsUnavailable."""
+    """Update the key metrics, and rotate the keys that are due. Raises JobsUnavailable."""
     store = core.worker_context.store
     counts = together(usage_flush.shared(store.redis), core.kms.usage.peek())
     due = key_rotation.find_due(core.kms.keyring, counts, rules)

@@ -1,7 +1,7 @@
 """Processes of the pool that hang: they are killed, and those that cannot be ended are replaced.
 
 A process that waits for a disk in the kernel (state D) ends when the disk answers. Until then its worker
-leaves the roots alone that it hangs on, another process takes its place, and status, metrics and log say so.
+avoids the roots that it hangs on, another process takes its place, and status, metrics and log say so.
 """
 
 import os

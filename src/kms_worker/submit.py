@@ -1,4 +1,4 @@
-"""The task ``kms.submit``: hands messages to the intake and says which are tried again; knows no message."""
+"""The task ``kms.submit``: hands messages to the intake and says which are tried again."""
 
 import functools
 import logging
@@ -75,8 +75,8 @@ def register(
 def _send_again(app: Celery, request: Context, args: tuple[object, ...]) -> None:
     """Put a message back as a new one; its own term bounds how often.
 
-    It is no redelivery, of which a broker allows some twenty (RabbitMQ 4), and which says that a worker died.
-    Raises Reject where the broker is away.
+    It does not count as a redelivery, of which a broker allows some twenty (RabbitMQ 4). Raises Reject where
+    the broker is away.
     """
     try:
         app.send_task(

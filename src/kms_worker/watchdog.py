@@ -1,4 +1,4 @@
-"""Notices a worker that lives and takes nothing: messages wait, and none of its processes claims or renews.
+"""Finds a worker that runs and takes nothing: messages wait, and none of its processes claims or renews.
 
 kombu and Celery have several ways to end up so after a broker restart, none of which raises. The cure is
 to leave: the supervisor starts the worker again, and its jobs are in their records.

@@ -284,7 +284,7 @@ async def _fetched(call: Call[None], job: Job, start: int, size: int, sent: int)
 
 
 def _begun(slabs: Generator[T]) -> Generator[T]:
-    """The same slabs, two of which are made first: an error in them is answered as a problem.
+    """Yield slabs after the first two are made, so that an error in those is answered as a problem.
 
     The first slab of a ciphertext is its header.
     """

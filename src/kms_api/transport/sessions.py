@@ -3,7 +3,7 @@
 A session holds a principal, never a token. The cookie is valid for the pages only, not for the API. The
 policy is checked with every request, so a revoked token ends its sessions. All API processes that share Redis
 and the spool key share the sessions. A record is named by the SHA-256 of its cookie and sealed for that name;
-keyed digests name the tenant and the credential. What is in Redis reveals no cookie and no principal.
+keyed digests name the tenant and the credential. Redis holds neither cookies nor principals in clear.
 """
 
 import hashlib

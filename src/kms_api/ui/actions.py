@@ -91,14 +91,14 @@ def _set_cookie(request: Request, answer: Response, name: str, value: str, lasts
 
 @router.call("POST", "/jobs/{job_id}/cancel", WRITE, form, THREADS)
 def cancel(call: Call[Fields]) -> Response:
-    """As ``POST /jobs/{id}/cancel``."""
+    """Cancel a job: ``POST /jobs/{id}/cancel`` for the page."""
     job = jobs.withdraw(call.service, call.caller, call.path("job_id"))
     return to(f"/jobs/{job.job_id}", done="cancelled")
 
 
 @router.call("POST", "/jobs/{job_id}/retry", WRITE, form, THREADS)
 def retry(call: Call[Fields]) -> Response:
-    """As ``POST /jobs/{id}/retry``."""
+    """Retry a job: ``POST /jobs/{id}/retry`` for the page."""
     job = jobs.revive(call.service, call.caller, call.path("job_id"))
     return to(f"/jobs/{job.job_id}", done="retried")
 
@@ -111,6 +111,6 @@ def retry(call: Call[Fields]) -> Response:
     lambda call: call.service.rotation_pool(call.path("key_id")),
 )
 def rotate(call: Call[Fields]) -> Response:
-    """As ``POST /keys/{id}/rotate``."""
+    """Rotate a key: ``POST /keys/{id}/rotate`` for the page."""
     call.service.kms.rotate(call.caller, key_id=call.path("key_id"))
     return to("/keys", done="rotated")

@@ -73,7 +73,7 @@ def overview(call: Call[None]) -> Response:
 
 @dataclass
 class _Jobs:
-    """Jobs as the overview shows them; None for what the caller may not see, or Redis does not tell."""
+    """Jobs as the overview shows them; None if the caller may not see them, or Redis is unreachable."""
 
     newest: list[JobRow] | None = None
     dead: list[JobRow] | None = None

@@ -29,7 +29,7 @@ M = TypeVar("M", Sealed, DataKey)
 class Extra:
     """The caller's data to be bound; empty is the same as none.
 
-    ``number`` is that of the ciphertext's prefix, or of the version that shall seal, where 0 is any.
+    ``number`` is that of the ciphertext's prefix, or of the version to seal with, where 0 is any.
     """
 
     context: bytes = b""
@@ -56,7 +56,7 @@ def encrypt(kms: Kms, who: Principal, plaintext: bytes, extra: Extra, *, key_id:
 
 
 def data_key(kms: Kms, who: Principal, size_bytes: int, extra: Extra, *, key_id: str) -> tuple[DataKey, int]:
-    """As ``encrypt``."""
+    """Generate a data key, and encrypt it as ``encrypt`` does."""
     return _numbered(
         kms,
         who,

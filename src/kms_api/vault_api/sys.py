@@ -163,7 +163,7 @@ def health(call: Call[None]) -> Response:
 
 @routes.read("sys/seal-status", lambda call: call.key_pool(None), rule=OPEN)
 def seal_status(call: Call[None]) -> Response:
-    """As ``health``, always with 200."""
+    """Return ``health`` with status 200 whatever the state is."""
     return bare(
         {
             "type": "kms-service",
@@ -217,7 +217,7 @@ def mounts(call: Call[None]) -> Response:
 
 @routes.read("sys/internal/ui/mounts", None)
 def visible_mounts(call: Call[None]) -> Response:
-    """As ``mounts``, for a page."""
+    """List the mounts, in the format of the web page of OpenBao."""
     del call
     return answer({"secret": {f"{DEFAULT_MOUNT}/": _MOUNT}, "auth": {}})
 

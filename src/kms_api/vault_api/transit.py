@@ -72,7 +72,7 @@ def decrypt(call: Call[TransitIn]) -> object:
 
 @routes.write("{mount}/rewrap/{name}", TransitIn, _transit_pool)
 def rewrap(call: Call[TransitIn]) -> object:
-    """The same payload under the version in use, bound as it was."""
+    """Rewrap a ciphertext under the current version; payload and bound data stay."""
     return _one_or_many(call, "rewrap", _rewrap)
 
 

@@ -33,7 +33,7 @@ class NoRoom(SpoolFull):
 
 @dataclass(frozen=True, slots=True)
 class InputStream:
-    """An input. ``file_range`` is its rest in a regular file, which threads can read."""
+    """An input. ``file_range`` is its remainder in a regular file, which threads can read."""
 
     stream: io.RawIOBase
     file_range: FileRange | None

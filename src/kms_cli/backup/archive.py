@@ -127,7 +127,7 @@ def read_archive(sealed: AgeFile, key: bytes, keep: KeepFile) -> Manifest:
     """Read an archive, and pass each file to ``keep``.
 
     Return the manifest, which describes all files. Until then nothing of what was passed is verified. Raises
-    NotABackup for anything else than what ``ArchiveWriter`` writes, DecryptFailed for a forgery.
+    NotABackup if ``ArchiveWriter`` did not write it, DecryptFailed for a forgery.
     """
     if sealed.file_range is None:
         raise NotABackup("A backup is a file without armor, and no pipe")

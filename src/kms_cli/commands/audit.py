@@ -177,7 +177,7 @@ def logs_of(folders: Sequence[Path]) -> tuple[Sequence[HostLog], Mapping[str, st
 
 
 def _logs(folders: Sequence[Path], host: str | None) -> list[HostLog]:
-    """The logs to read, of one host if that is given; tells of copies that cannot be read."""
+    """The logs to read, of one host if that is given; reports copies that cannot be read."""
     logs, unread = logs_of(folders)
     if len(logs) == 1 and not host and not unread:
         return [HostLog("", logs[0].folder)]

@@ -119,8 +119,8 @@ def _put(output: str | None, content: bytes, *, is_secret: bool) -> None:
 def adopt_command(key_id: str, yes: bool, files: tuple[Path, ...]) -> None:
     """Make the document of a sealed Age key the newest, with all identities that are known here.
 
-    Those are in the document as it lies there, in the copy of this host, and in the given files. Needed to
-    take key files over, after an old document was put back, and if neither this host nor Redis has seen it.
+    They come from the stored document, the copy of this host and the given files. Needed to take key files
+    over, after an old document was put back, and if neither this host nor Redis has seen it.
     """
     from kms_cli import audited  # noqa: PLC0415 -- the rest of the service, which takes a second
 

@@ -1,8 +1,8 @@
 """``kms migrate sops``: adds the age recipient of the service to SOPS files, by the sops program.
 
-sops decrypts a file with its present keys and encrypts it under a new data key for all its recipients and the
-service. The file is replaced after a check that its plaintext is unchanged and that the service alone can
-decrypt the data key.
+Sops decrypts a file with its present keys and encrypts it under a new data key for all its recipients and the
+service. The file is replaced after a check that its plaintext is unchanged and that the service can decrypt
+the data key by itself.
 """
 
 import contextlib

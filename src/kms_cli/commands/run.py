@@ -53,8 +53,8 @@ Programs have more of them than any list: ``--only`` is what lets none through.
 def parse(text: str, where: str) -> dict[str, str]:
     """Read an environment file: a JSON object of strings, or lines as python-dotenv documents them.
 
-    A value is taken as it is written: ``$`` has no meaning. Raises InvalidRequest, which names ``where`` and
-    the line and never a value, for what is not NAME=value and for a name that is set twice.
+    A value is taken as it is written: ``$`` has no meaning. Raises InvalidRequest for a line that is not
+    NAME=value and for a name that is set twice; it names ``where`` and the line, never a value.
     """
     if text.lstrip().startswith("{"):
         try:

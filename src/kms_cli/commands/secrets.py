@@ -20,7 +20,7 @@ READ_LIMIT_BYTES: Final = 8 * MiB  # above what any setting allows in a single c
 
 
 class FromStdin(click.Command):
-    """A command that reads stdin. What it is given as arguments may be the secret, so they are not shown."""
+    """A command that reads stdin. Its arguments may be the secret, so errors do not show them."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:

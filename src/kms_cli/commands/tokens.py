@@ -109,7 +109,7 @@ def revoke_command(which: str, file: Path | None) -> None:
     "--file", "file", type=click.Path(path_type=Path), help="Add the tokens of this token file to them."
 )
 def adopt_command(yes: bool, file: Path | None) -> None:
-    """Go on with the tokens as they lie at [kms.auth] tokens, also if newer ones were seen before.
+    """Accept the tokens stored at [kms.auth] tokens, even if newer ones were seen before.
 
     Needed once after the document was put back from a backup, and if neither this host nor Redis has seen it.
     Tokens that were revoked in a newer document are valid again: revoke them again.

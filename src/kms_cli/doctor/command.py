@@ -1,4 +1,4 @@
-"""``kms doctor``: runs the checks and prints their findings, each with what to do about it."""
+"""``kms doctor``: runs the checks and prints each finding with its remedy."""
 
 import logging
 import os
@@ -58,9 +58,9 @@ _DEGRADED: Final[dict[str, tuple[Level, str, str]]] = {
 def doctor_command() -> int:
     """Check settings, keys, disk, audit log, certificates, Redis, other hosts, and the service.
 
-    Each line is ok, warn or FAIL, with what to do about it. Exit code 0 without failures, 78 if settings or
-    files of this machine fail, 69 if only peers do not answer. Nothing is changed; in a bucket of the spool
-    a probe object is written and deleted.
+    Each line is ok, warn or FAIL, with a remedy. Exit code 0 without failures, 78 if settings or files of
+    this machine fail, 69 if only peers do not answer. Nothing is changed; in a bucket of the spool a probe
+    object is written and deleted.
 
     The first line says which service is checked: the one that --url, --state-dir, --config or their
     variables name, else the kms up of this user that runs, else that of the settings. With --url of another

@@ -106,7 +106,7 @@ def running(environ: Mapping[str, str]) -> list[Running]:
 
 
 def doubts(running: Sequence[Running]) -> Iterator[tuple[str, str]]:
-    """Yield why the settings of this command may not be those of ``kms up``, each with what to do."""
+    """Yield reasons why the settings of this command may not be those of ``kms up``, each with a remedy."""
     if len(running) > 1:
         others = " or ".join(f"--state-dir {each.state_dir}" for each in running[1:])
         yield f"kms up runs {len(running)} times, this is {running[0].state_dir}", f"for another: {others}"
@@ -279,7 +279,7 @@ def _from_redis(found: AnchorLines, settings: Settings) -> None:
 def settings() -> Settings:
     """Read the settings as the service would, with the global options. Raises ConfigurationError.
 
-    Prints which settings files are passed over, and a warning if ``kms up`` runs with other settings.
+    Prints which settings files are skipped, and a warning if ``kms up`` runs with other settings.
     """
     loaded = load_settings(settings_file(os.environ), os.environ, overrides=overrides())
     others = [each.state_dir for each in running(os.environ)]
@@ -296,7 +296,7 @@ def overrides() -> Mapping[str, object]:
 
 
 def settings_file(environ: Mapping[str, str]) -> Path | None:
-    """Return the settings file of this command, and print once which others are passed over."""
+    """Return the settings file of this command, and print once which others are skipped."""
     given = session()
     return files.for_command(given.config, environ, given.state_dir, _say_once)
 

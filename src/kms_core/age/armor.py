@@ -1,4 +1,4 @@
-"""ASCII armor: age files as text, parsed strictly; knows nothing of their content.
+"""ASCII armor: age files as text, parsed strictly.
 
 Source: C2SP age specification, "ASCII armor": strict PEM (RFC 7468) in lines of 64 columns, padded
 canonical base64, LF or CRLF. Before and after it only whitespace is allowed, at most 1 KiB each.

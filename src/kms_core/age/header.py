@@ -1,7 +1,7 @@
 """The textual header of an age v1 file: its strict grammar, parsed in linear time, and its MAC.
 
-Source: C2SP age specification, "Header". A header is the version line, one or more stanzas, and the MAC
-line. The MAC covers the received bytes up to and including ``---``. Knows no recipient type.
+Source: C2SP age specification, "Header". A header is the version line, one or more stanzas, and the MAC line.
+The MAC covers the received bytes up to and including ``---``.
 """
 
 import binascii

@@ -1,4 +1,4 @@
-"""The age payload in memory: STREAM with ChaCha20-Poly1305; knows no header, file or thread.
+"""The age payload in memory: STREAM with ChaCha20-Poly1305.
 
 Source: C2SP age specification, "Payload". A payload is divided into chunks of 64 KiB, of which the last may
 be shorter. Each sealed chunk is 16 bytes longer; its nonce is an 11-byte counter and a byte that marks the

@@ -156,7 +156,7 @@ class AuditLog:
         return name
 
     def check(self) -> None:
-        """As ``AuditWriter.check``; also retries a failed write, so that the service becomes ready again."""
+        """Raise AuditUnavailable while records cannot be written; retries a failed write first."""
         with _writing():
             with self._lock:
                 self._ready()

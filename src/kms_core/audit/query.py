@@ -38,7 +38,7 @@ _MOST_SEEN: Final = 100
 class RecordedOperation(AuditRecord, kw_only=True):
     """The record of an operation, as read back. Other lines of a chain have a ``kind``.
 
-    ``host`` is the host of its log, empty where only one log is read; it is no field of the record.
+    ``host`` is the host of its log, empty where only one log is read; records have no such field.
     """
 
     seq: int
@@ -248,7 +248,7 @@ def _last_time(segment: Segment) -> str:
 
 @lru_cache(maxsize=4096)
 def _last_time_of(segment: Segment, size: int, mtime_ns: int) -> str:
-    """As ``_last_time``; cached for a segment until it changes, which only those of live processes do."""
+    """Return ``_last_time``, cached for a segment until it changes; only segments of live processes do."""
     del size, mtime_ns
     last = segment.last()
     return last.time if last else _LATEST

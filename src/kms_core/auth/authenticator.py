@@ -133,7 +133,7 @@ class Authenticator:
         )
 
     def _lines_of_certificate(self, who: Principal, rest: str) -> Sequence[str] | None:
-        """As ``_lines``. ``rest`` is a name, followed by the identity of a certificate."""
+        """Return ``_lines`` for a certificate. ``rest`` is a name and the identity of a certificate."""
         name, _, identity = rest.partition(":")
         section = self._certificates.get(name)
         if section is None or section.tenant != who.tenant:

@@ -292,7 +292,7 @@ def rotate(
 
 
 def revoke(where: Where, which: str, record: Recorder = nullcontext) -> Token:
-    """Remove a token: none of its calls and jobs starts afterwards. Raises Missing."""
+    """Remove a token: its calls and jobs are refused from then on. Raises Missing."""
 
     def edit(draft: TokensBody) -> tuple[Token, str]:
         token = draft.tokens.pop(_index(draft.tokens, which))
@@ -303,7 +303,7 @@ def revoke(where: Where, which: str, record: Recorder = nullcontext) -> Token:
 
 
 def adopt(document: SignedDocument, taken: Sequence[Token] = ()) -> int:
-    """Go on with the document as it lies at its place, and with these tokens too; returns the number of all.
+    """Accept the stored document and add these tokens; returns the number of all tokens.
 
     Tokens that it has, or that were revoked, are not taken again. Raises as ``SignedDocument.adopt``.
     """

@@ -1,7 +1,7 @@
 """Key backends. Each wraps 16-byte file keys under keys that only it holds; ``SCHEMES`` lists them.
 
-A backend knows nothing of callers, HTTP, jobs, audit, retries or other backends. It authenticates the AAD
-that it is given, or proves origin in its own way; it never drops one.
+Callers, HTTP, jobs, audit and retries are not the business of a backend. It authenticates the AAD that it is
+given, or proves origin in its own way; it never drops one.
 
 Importing this package loads the tables of the backends and none of their code, since settings need it.
 """
@@ -96,7 +96,7 @@ class Backend(Protocol):
         """True if wrapping a new file key, or unwrapping ``wrap``, is certain to need no network now."""
 
     def for_job(self) -> "Backend":
-        """The same key for one run of a bulk job, with a few calls to a server, not one for each item."""
+        """Return this key for one run of a bulk job: a few calls to a server, not one for each item."""
 
     def health_check(self) -> Health:
         """Wrap and unwrap a random file key. Never raises."""

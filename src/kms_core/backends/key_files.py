@@ -78,7 +78,7 @@ class KeyFiles:
             raise ConfigurationError(f"The key file {self.private} cannot be opened: {exc.detail}") from exc
 
     def add(self, block: bytes) -> bool:
-        """By a rename that is on disk before the recipient follows; owner and mode of the file are kept."""
+        """Add a block by a durable rename, before the recipient follows; owner and mode of the file stay."""
         with _changing(self.private):
             stored = small_files.read(self.private)
             after = appended(self._opened(stored), block)

@@ -191,7 +191,7 @@ class RemoteBackend:
         return Health(healthy=again == probe, checked_at=now, detail="" if again == probe else "wrong answer")
 
     def for_job(self) -> "SharingBackend":
-        """The same key for one run of a bulk job: a few calls to the server for any number of items."""
+        """Return this key for one run of a bulk job: a few calls to the server for any number of items."""
         return SharingBackend(self, WrapKeys(RUN_OPENED), RUN_S)
 
     def is_ready(self, tenant: str, key_id: str, wrap: Wrap | None) -> bool:
@@ -236,7 +236,7 @@ class SharingBackend:
         return binding.wrap_stanza(key, body, held.wrapped)
 
     def unwrap(self, stanza: Stanza, key: KeyRef, aad: bytes) -> bytes:
-        """As ``RemoteBackend.unwrap``. An opened wrap key serves only while the server lists its version."""
+        """Unwrap a file key with opened wrap keys, each only while the server lists its version."""
         wrap = binding.wrap_of(stanza, key)
         if not wrap.job or not self._is_listed(key):
             return self._remote.unwrap(stanza, key, aad)

@@ -34,7 +34,7 @@ _log = structlog.get_logger(__name__)
 
 
 class LocalCopy:
-    """The copy in ``<folder>/<name>.copy``: the tag of its place (JSON), then the document as it lies there.
+    """The copy in ``<folder>/<name>.copy``: the tag of its place (JSON), then the stored document.
 
     Its time of change says when the place answered last. Safe in several threads and processes.
     """

@@ -1,7 +1,7 @@
 """The ``kms-service/*`` stanzas, which bind an age file to its context, tenant, key id and origin.
 
 Stock age tools ignore these stanzas, but refuse a file from which one was removed, changed or moved: the
-header MAC covers them. Knows no backend; keys are parameters. Format: docs/design.md.
+header MAC covers them. Keys are parameters. Format: docs/design.md.
 """
 
 import hashlib

@@ -153,7 +153,7 @@ class FileSealer:
         self._roots, self._identities, self._documents = roots, identities, documents
 
     def open(self, name: str, sealed: bytes) -> bytes:
-        """As ``SealedFiles.open``."""
+        """Open a sealed file: ``SealedFiles.open``."""
         try:
             data, head = _parsed(sealed)
             bound = binding.read(head)
@@ -186,11 +186,11 @@ class FileSealer:
         return sealing.seal(content, self._root(root).wrapping(TENANT), _context(name), recovery)
 
     def seal_again(self, name: str, content: bytes, sealed: bytes) -> bytes:
-        """As ``SealedFiles.seal_again``."""
+        """Seal a file under the current root: ``SealedFiles.seal_again``."""
         return self.seal(name, content, root_of(sealed))
 
     def document(self, name: str, url: str, opened: SealedFiles | None = None) -> KeySource:
-        """As ``SealedFiles.document``. Its content is opened by ``opened``, and sealed by this one."""
+        """Make a sealed document (``SealedFiles.document``) from one that ``opened`` opens."""
         if self._documents is None:
             raise ConfigurationError(f"{url} cannot be read: this program reads no documents")
         return self._documents(name, url, self, opened)
@@ -250,7 +250,7 @@ def _parsed(sealed: bytes) -> tuple[bytes, Header]:
 
 
 def recoveries(content: bytes) -> list[Recipient]:
-    """The recipients of the recovery lines. Raises ConfigurationError for one that is no age recipient."""
+    """The recipients of the recovery lines. Raises ConfigurationError for any other text."""
     try:
         return [parse_recipient(text.decode("ascii")) for text in _RECOVERY_LINE.findall(content)]
     except ValueError as exc:

@@ -1,7 +1,7 @@
 """Seals and opens age files with our stanzas: file key, header MAC, context and origin, in this order.
 
-Knows no settings, policy, tenant list or disk. Every new file gets a random 16-byte file key and a random
-16-byte payload nonce; no file key is used for two payloads.
+Every new file gets a random 16-byte file key and a random 16-byte payload nonce; no file key is used for two
+payloads.
 """
 
 import hmac

@@ -33,7 +33,7 @@ def of(job: JobSpec) -> JobAccess:
 
 
 def check(kms: Kms, who: Principal, asked: JobAccess) -> None:
-    """Raise Forbidden or UnknownKey if the job would be refused; Unavailable if that cannot be told now.
+    """Raise Forbidden or UnknownKey if the job would be refused; Unavailable if that cannot be decided now.
 
     Files name the key that opens them, so that of a decrypt job may not be known yet.
     """
@@ -52,7 +52,7 @@ def check_batch(kms: Kms, who: Principal, kind: JobKind) -> None:
     """Raise Forbidden, recorded once, if no scope of the caller allows the operation with any key.
 
     Asked before the first item of a batch: the items would only be denied and recorded one by one.
-    Unavailable if it cannot be told now.
+    Unavailable if it cannot be decided now.
     """
     moves = kind in {"rewrap", "reseal"} and not allows(kms.policy, who, kind)
     try:

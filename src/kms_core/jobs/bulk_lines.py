@@ -1,4 +1,4 @@
-"""Items of bulk jobs as lines of NDJSON: read, checked, and cut out of a stream. Knows no key."""
+"""Items of bulk jobs as lines of NDJSON: read, checked, and cut out of a stream."""
 
 from collections.abc import Iterable, Iterator
 from typing import Final
@@ -37,7 +37,7 @@ def parse_line(index: int, line: bytes) -> wire.JobItem:
 
 
 def lines(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes]:
-    """The lines of a stream of pieces, without their newline; empty ones are passed over."""
+    """The lines of a stream of pieces, without their newline; empty ones are skipped."""
     rest = b""
     for piece in pieces:
         *whole, rest = (rest + bytes(piece)).split(b"\n")

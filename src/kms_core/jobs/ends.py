@@ -23,7 +23,7 @@ class PlacedTarget(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """The target that a job wrote: ``inode`` and ``mtime_ns`` of a file, ``parts`` of an object.
 
     Its URL stands in the sealed record, which the end is bound to: names of files are not shown to Redis.
-    ``parts`` is a digest of what was sent of a multipart upload, empty for an object of a single write.
+    ``parts`` is a digest of the parts of a multipart upload, empty for an object of a single write.
     """
 
     size_bytes: int
@@ -116,5 +116,5 @@ def needs_proof(state: str, error: str) -> bool:
 
 
 def spec_digest(*sealed: bytes) -> bytes:
-    """SHA-256 of sealed records: what binds an end to what was carried out."""
+    """SHA-256 of sealed records, which binds an end to the work that was done."""
     return hashlib.sha256(b"".join(sealed)).digest()

@@ -93,7 +93,7 @@ class Tree:
         return self.is_whole(states)
 
     def _closed(self, states: set[int]) -> States:
-        """With what follows a ``**`` that matches no directory; one step for each part of the pattern."""
+        """Add the positions after each ``**``, which may match no directory."""
         found = set(states)
         for at, part in enumerate(self.parts):
             if at in found and part is None:

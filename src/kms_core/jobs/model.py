@@ -136,7 +136,7 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
     job's source: if the name means another file by then, it is left alone.
 
     Of an object, ``upload`` is the multipart upload, empty where a single write makes it, ``parts`` a digest
-    of what was sent, and ``over`` what may be replaced: nothing, ``*``, or the object with this ETag.
+    of the parts, and ``over`` the object that may be replaced: none, any (``*``), or the one with this ETag.
     ``mark`` is the object's metadata, by which it is recognised. ``attempt_id`` is the last part of the name
     of its temporary file, or of the note of its upload. ``file_id`` is as in ``SignedEnd``.
     """

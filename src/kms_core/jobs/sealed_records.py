@@ -96,7 +96,7 @@ class RecordKey:
         return self.hasher(*parts).digest()
 
     def hasher(self, *parts: bytes) -> "hmac.HMAC":
-        """The same, for a body that arrives in pieces."""
+        """A digest of a body that arrives in pieces."""
         hasher = hmac.new(self._digest_key, digestmod="sha256")
         for part in parts:
             hasher.update(len(part).to_bytes(8, "big") + part)

@@ -36,7 +36,7 @@ Fields = Mapping[str, str | int | float | bytes]
 
 
 class ClocksApart(Unavailable):
-    """By this machine's clock the job has expired, by Redis's it has not: leave it to another worker."""
+    """The job has expired by this machine's clock only, not by that of Redis: another worker may run it."""
 
     code = "clocks_apart"
     summary = "The clocks of this machine and of Redis differ"

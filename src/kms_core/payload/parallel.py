@@ -1,4 +1,4 @@
-"""Seals, opens and reseals large payloads with several threads; knows no header, path, object or job.
+"""Seals, opens and reseals large payloads with several threads.
 
 A slab is a number of consecutive chunks (16 chunks: 1 MiB). Chunks are independent and all offsets are known
 in advance: each thread takes the next slab, reads it, works in place and writes it. A slab is read once for

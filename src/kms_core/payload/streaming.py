@@ -1,4 +1,4 @@
-"""Payloads in order: pushed data, pipes, and ranges of a sealed payload; knows no header.
+"""Payloads in order: pushed data, pipes, and ranges of a sealed payload.
 
 Opening releases only genuine chunks, in order: of a damaged pipe exactly those before the fault.
 """
@@ -253,7 +253,7 @@ class RangeReader:
         return found
 
     def stamp(self) -> None:
-        """Nothing: each read finds a change of what it reads."""
+        """Do nothing: each read finds a change of its range."""
 
     def read_at(self, position: int, length: int) -> bytes:
         """Up to ``length`` bytes from ``position`` on, fewer at the end."""

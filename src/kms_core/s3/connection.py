@@ -152,7 +152,7 @@ class S3Connection:
         return self._tried(ask, lambda response, _: _whole(response))
 
     def fetch(self, ask: Ask, views: Sequence[memoryview]) -> S3Answer:
-        """As ``ask``, but read the body of a 200 or 206 into the views, which it must fill."""
+        """Send a request, and read the body of a 200 or 206 into the views, which it must fill."""
 
         def into(response: http.client.HTTPResponse, _: http.client.HTTPConnection) -> bytes:
             if not _has_range(response, sum(map(len, views))):
@@ -164,7 +164,7 @@ class S3Connection:
         return self._tried(ask, into)
 
     def stream(self, ask: Ask, size: int) -> "S3Answer | S3Body":
-        """As ``ask``, but leave the body of a 200 or 206, of ``size`` bytes, to the caller, who closes it."""
+        """Send a request; the caller reads the body of a 200 or 206, of ``size`` bytes, and closes it."""
         bodies: list[S3Body] = []
 
         def keep(response: http.client.HTTPResponse, connection: http.client.HTTPConnection) -> bytes | None:

@@ -151,8 +151,8 @@ class ReadAhead:
     def _streamed(self, view: memoryview, position: int) -> int:
         """Read bytes that follow others; their number, 0 if the rest is to be read by itself.
 
-        That is so without room for what would be kept, and for a thread that is so late that others have
-        pushed out what was kept for it.
+        That is so if there is no room to keep it, and for a thread so late that others have replaced the kept
+        bytes.
         """
         stream = self._ahead.stream
         if stream and 0 < stream.position - position < _LATE_BYTES:

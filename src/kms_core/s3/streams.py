@@ -34,7 +34,7 @@ class BufferPool:
     """Bounds the bytes of the buffers in this process. Safe for threads and across forks.
 
     While some are in use it keeps those that were given back, within its bound: the first touch of a new page
-    can cost more than what is done with it.
+    can cost more than the work on it.
     """
 
     def __init__(self, limit_bytes: int, wait_s: float = _WAIT_S) -> None:
@@ -210,7 +210,7 @@ class StreamedObject:
         return self._bucket.put(self._key, self._buffer[: self._filled], condition, self._mark)
 
     def discard(self) -> None:
-        """Leave nothing of it behind. What cannot be removed now is left to the sweep."""
+        """Leave nothing of it behind. Parts that cannot be removed now are left to the sweep."""
         self._stop()
         with suppress(KmsError):
             if self._upload:

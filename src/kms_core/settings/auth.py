@@ -60,7 +60,7 @@ class LoginSection(Section, frozen=True, kw_only=True):
 
     ``jwt`` takes a JWT of ``issuer``, a name of ``[kms.auth.issuers]``, and the name of one of its grants as
     role; ``approle`` takes a token of this service and its name. Either hands out a token of the same rights
-    that is valid for ``ttl_s`` seconds, and not longer than what was brought.
+    that is valid for ``ttl_s`` seconds, and not longer than the credential.
     """
 
     method: Literal["jwt", "approle"]

@@ -49,7 +49,7 @@ def for_command(
     """The settings file of a command: the named one, else that of the note, else MACHINE, else None.
 
     ``path`` and ``state_dir`` are the flags ``--config`` and ``--state-dir``. ``say`` gets a line for each
-    file that is passed over. Raises ConfigurationError if the file of the note is gone and no MACHINE exists.
+    file that is skipped. Raises ConfigurationError if the file of the note is gone and no MACHINE exists.
     """
     if file := named(path, environ):
         return file

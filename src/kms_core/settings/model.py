@@ -35,10 +35,10 @@ class EnvironmentSection(Section, frozen=True, kw_only=True):
 class RedisSection(Section, frozen=True, kw_only=True):
     """``[kms.redis]``: job state; ``broker_url`` is Celery's and defaults to the same server.
 
-    ``password_file`` holds the password of the user that a URL of Redis or Sentinel names.
-    ``ca_file`` is the authority to trust instead of the system's, for URLs with TLS.
-    ``broker_queue_type`` is the type of RabbitMQ queues, the same for senders to ``kms.submit``.
-    ``wait_replicas`` must have a job, a commit and an end on disk before it is told of, within ``wait_ms``.
+    ``password_file`` holds the password of the user that a URL of Redis or Sentinel names. ``ca_file`` is the
+    authority to trust instead of the system's, for URLs with TLS. ``broker_queue_type`` is the type of
+    RabbitMQ queues, the same for senders to ``kms.submit``. ``wait_replicas`` must have a job, a commit and
+    an end on disk before it is acknowledged, within ``wait_ms``.
     """
 
     url: str
@@ -108,15 +108,15 @@ class EndpointSection(Section, frozen=True, kw_only=True):
 class JobsSection(Section, frozen=True, kw_only=True):
     """``[kms.jobs]``: ``roots`` are the directories that ``file://`` may name; none disables such jobs.
 
-    Inputs stay in the spool for ``input_grace_s`` after the end of their job: Redis may lose that end.
-    The default is ``files`` in the state directory in dev, and none elsewhere. Large jobs leave
-    ``reserved_processes`` of a worker's ``concurrency`` to other jobs.
-    ``durability``: ``fsync`` waits until files of the spool are on disk, ``write`` leaves them to the kernel.
-    Inputs and results of at most ``inline_bytes``, sealed, rest in Redis instead.
-    ``tenant_spool_bytes`` is the quota of tenants without one of their own; None means no bound.
-    Results are kept for ``result_ttl_s`` from the end unless their job says otherwise. An attempt that
-    advances nothing for ``stall_s`` is ended. A worker that is told to stop hands jobs back after ``stop_s``.
-    ``resource_leases`` bounds the running jobs that use ``root:/path``, ``bucket:name`` or ``backend:name``.
+    Inputs stay in the spool for ``input_grace_s`` after the end of their job: Redis may lose that end. The
+    default is ``files`` in the state directory in dev, and none elsewhere. Large jobs leave
+    ``reserved_processes`` of a worker's ``concurrency`` to other jobs. ``durability``: ``fsync`` waits until
+    files of the spool are on disk, ``write`` leaves them to the kernel. Inputs and results of at most
+    ``inline_bytes``, sealed, are stored in Redis instead. ``tenant_spool_bytes`` is the quota of tenants
+    without one of their own; None means no bound. Results are kept for ``result_ttl_s`` from the end unless
+    their job says otherwise. An attempt that advances nothing for ``stall_s`` is ended. A worker that is told
+    to stop hands jobs back after ``stop_s``. ``resource_leases`` bounds the running jobs that use
+    ``root:/path``, ``bucket:name`` or ``backend:name``.
     """
 
     roots: tuple[Path, ...]

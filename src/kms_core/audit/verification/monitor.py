@@ -72,7 +72,7 @@ class AuditMonitor(PeriodicThread):
         self.wake()  # the first round is at once
 
     def round(self) -> None:
-        """Verify what is new. What cannot be read now is read the next time; ``read_at`` stays until then."""
+        """Verify what is new. A failed read is repeated in the next round; ``read_at`` stays until then."""
         try:
             keys = PublicKeys.read(self._keys)
             for each in self._anchors:

@@ -29,7 +29,7 @@ class Lateness:
     """Tells late lines from missing ones: those were named before all of the copy was made.
 
     ``last`` has the last line of each chain. The copy must have all lines up to the time ``complete_to``,
-    None for a log that is no copy.
+    None for an original log.
     """
 
     last: Mapping[str, int]

@@ -209,7 +209,7 @@ class KvCipher:
     def _write(self, keys: Mapping[int, _Key], cas: int) -> None:
         """Write the document.
 
-        A failed check-and-set is no error: the next read shows the other writer's version.
+        A failed check-and-set raises nothing: the next read shows the other writer's version.
         """
         data = {str(number): keys[number] for number in sorted(keys)}
         answer = self._vault.call("POST", self._url, {"options": {"cas": cas}, "data": data})

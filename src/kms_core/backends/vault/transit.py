@@ -70,7 +70,7 @@ class _Batch(msgspec.Struct, omit_defaults=True):
 
 
 class _ItemOutcome(msgspec.Struct):
-    """The answer to one item, alone or in a batch; ``reference`` is empty where the server returns none."""
+    """The answer to one item, of a batch or by itself; ``reference`` is empty if the server returns none."""
 
     ciphertext: str = ""
     plaintext: bytes | None = None

@@ -1,6 +1,6 @@
 """Webhook dispatcher: a thread of the worker's parent. A lock lets one process deliver at a time.
 
-Requests run in a small pool and touch the network alone. All else (Redis, metrics, logs) happens in the one
+Requests run in a small pool and touch only the network. All else (Redis, metrics, logs) happens in the one
 thread, round by round, and between forks.
 """
 

@@ -1,7 +1,7 @@
 """The events of a tenant's jobs as they happen, read from the stream that the scripts write to.
 
-Each event is told as webhooks tell it: an end that needs a proof as it was signed. An id is that of the
-stream, so that a reader goes on behind the last one it has.
+Each event is the one that webhooks send: an end that needs a proof is given as it was signed. An id is that
+of the stream, so that a reader goes on behind the last one it has.
 """
 
 import re
@@ -44,7 +44,7 @@ def newest(store: JobStore) -> str:
 def read(store: JobStore, tenant: str, after: str, labels: Mapping[str, str]) -> FeedBatch:
     """The next events of a tenant's jobs with these labels, behind an id of the stream.
 
-    Raises InvalidRequest for what is no such id, JobsUnavailable.
+    Raises InvalidRequest for a malformed id, JobsUnavailable.
     """
     place = _place(after.encode())
     if place is None:
@@ -66,7 +66,7 @@ def read(store: JobStore, tenant: str, after: str, labels: Mapping[str, str]) ->
 
 
 def _place(raw: bytes) -> tuple[int, int] | None:
-    """An id of a stream, to be compared; None for what is none."""
+    """An id of a stream as numbers that compare; None for a malformed one."""
     found = _STREAM_ID.fullmatch(raw)
     if not found or max(place := (int(found[1]), int(found[2]))) >= 2**64:
         return None
@@ -74,7 +74,7 @@ def _place(raw: bytes) -> tuple[int, int] | None:
 
 
 def _body(store: JobStore, fields: Fields, labels: Mapping[str, str]) -> bytes:
-    """An event as JSON; empty for one that is not told."""
+    """An event as JSON; empty for one that is not published."""
     text = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in fields.items()}
     transition = transitions.of_event(text)
     try:

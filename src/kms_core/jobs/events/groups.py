@@ -14,7 +14,7 @@ _MOST_FAILED: Final = 10
 
 
 def group_of(store: JobStore, tenant: str, name: str) -> job_groups.GroupOut:
-    """A group of a tenant as its jobs are told. Raises UnknownJob, JobsUnavailable."""
+    """A group of a tenant, from the verified states of its jobs. Raises UnknownJob, JobsUnavailable."""
     jobs = store.group(tenant, name)
     most = max(job.accepted.group_jobs for job in jobs if job.accepted)
     return job_groups.GroupOut(

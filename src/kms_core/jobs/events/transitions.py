@@ -1,6 +1,6 @@
 """Transitions of jobs as events: read as the scripts wrote them, told as the records of their jobs have them.
 
-An end that needs a proof (``ends.needs_proof``) is told as it was signed: as ``failed`` with
+An end that needs a proof (``ends.needs_proof``) is given as it was signed: as ``failed`` with
 ``record_refused`` if the record claims it without a proof, and not at all before the job has ended.
 """
 

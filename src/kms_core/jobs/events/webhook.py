@@ -280,7 +280,7 @@ def _headers(secret: bytes, message: WebhookRequest) -> dict[bytes | str, bytes 
 
 
 def post(endpoint: WebhookEndpoint, message: WebhookRequest, total_s: float = TOTAL_S) -> DeliveryOutcome:
-    """Send once, in ``total_s`` besides the name's lookup. What is not answered 2xx or 410 has failed."""
+    """Send once, in ``total_s`` besides the name's lookup. Any answer but 2xx or 410 is a failure."""
     try:
         return _judged(_status(endpoint, message, time.monotonic() + total_s))
     except tuple(_FAILURES) as exc:

@@ -59,7 +59,7 @@ class Attendance:
         self._reads, self._writes = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def announce(self, stall: Stall) -> None:
-        """Tell the parent that this process hangs."""
+        """Report to the parent that this process hangs."""
         line = msgspec.json.encode(Stall(stall.pid, stall.job_id, stall.resources[:_MOST_RESOURCES])) + b"\n"
         os.write(self._writes, line[-_MOST_BYTES:])
 
@@ -85,7 +85,7 @@ def share(found: Attendance) -> None:
 
 
 def stops_at() -> float:
-    """As ``Attendance.stops_at``; infinite where nothing is shared."""
+    """Return ``Attendance.stops_at``; infinite where nothing is shared."""
     return _shared[0].stops_at.at if _shared else math.inf
 
 
@@ -106,7 +106,7 @@ def is_stopping() -> bool:
 
 
 def leave(stall: Stall | None) -> None:
-    """End this process now, from any thread; the parent is told first of a stall.
+    """End this process now, from any thread; a stall is reported to the parent first.
 
     A thread that waits for a disk in the kernel (state D) keeps the process until the disk answers.
     """

@@ -1,4 +1,4 @@
-"""Campaigns: many files moved to the newest version of their key. Which ones need it, and what came of it."""
+"""Campaigns: many files moved to the newest version of their key. Finds those, and counts the outcomes."""
 
 from collections import Counter
 from collections.abc import Iterable

@@ -49,7 +49,7 @@ class Commits(Protocol):
     """Records a commit before it happens."""
 
     def committing(self, claim: Attempt, commit: Commit) -> None:
-        """From here on any worker may finish it. Raises LeaseLost, JobCancelled, JobsUnavailable."""
+        """Record a commit that any worker may finish. Raises LeaseLost, JobCancelled, JobsUnavailable."""
 
     def withdraw(self, claim: Attempt) -> None:
         """Take it back, if it could put nothing in place. Raises LeaseLost."""
@@ -123,13 +123,13 @@ class Lease(Renewed):
             raise FoundLarge(work_bytes)
 
     def advance(self, size_bytes: int) -> None:
-        """Tell of bytes done."""
+        """Report bytes done."""
         with self._lock:
             self._bytes += size_bytes
             self._moved_at = time.monotonic()
 
     def item(self, size_bytes: int = 0, *, failed: bool) -> None:
-        """Tell of an item done, and of its bytes."""
+        """Report an item done, and its bytes."""
         with self._lock:
             self._bytes += size_bytes
             self._items += 1
@@ -157,7 +157,7 @@ class Lease(Renewed):
         )
 
     def renew(self) -> None:
-        """Extend it, unless it is lost: that ``check`` tells. It may still be told when the work is over.
+        """Extend the lease. A lost one is reported by ``check``, or when the work is done.
 
         An attempt that advances nothing for ``stall_s`` loses it, and its process ends. Once the worker must
         stop, ``check`` tells; an attempt that does not hear it is handed back, and its process ends.
@@ -250,5 +250,5 @@ class _Pacemaker:
 
 @functools.cache
 def _pacemaker(_process: int) -> _Pacemaker:
-    """Of this process: a thread does not outlive a fork."""
+    """The thread of this process: threads do not survive a fork."""
     return _Pacemaker()

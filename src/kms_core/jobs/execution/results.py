@@ -1,4 +1,4 @@
-"""The result of an ended job as bytes of a known size, any run of which can be read; knows no HTTP.
+"""The result of an ended job as bytes of a known size, any run of which can be read.
 
 A result is pieces laid end to end: a header and the payload of the upload, an opened payload, or the
 result lines of every part of a bulk job.
@@ -38,7 +38,7 @@ class LiteralChunk:
 
 @dataclass(frozen=True, slots=True)
 class StoredChunk:
-    """Content that is read from the spool; ``is_sealed``: its sealed chunks, as they rest."""
+    """Content that is read from the spool; ``is_sealed``: its sealed chunks, as stored."""
 
     opened: Callable[[], AbstractContextManager[RangeReader]]
     is_sealed: bool

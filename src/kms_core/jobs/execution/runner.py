@@ -53,7 +53,7 @@ from kms_protocol.wire import JobState
 
 
 def end_parent(job: Job, store: JobStore) -> Job:
-    """End a job whose parts have all ended, and answer with it as it is told from now on.
+    """End a job whose parts have all ended, and return it in its new state.
 
     ``record_refused`` if a part cannot prove how it ended, or is not the one that the job was cut into. A
     worker that does so at the same time comes to the same. Raises JobsUnavailable, UnknownJob.

@@ -1,8 +1,8 @@
-"""Jobs over many files: listed once, cut into parts, each file committed once; knows no key and no script.
+"""Jobs over many files: listed once, cut into parts, each file committed once.
 
 The whole lists its files into a manifest that is sealed in the spool, and becomes parts, which are jobs of
-their own (docs/adr/0006). What appears later is not in it. A part takes its files one after another. Each
-goes through the protocol of ``files`` as if it were a job, only that its commit record rests in the part's
+their own (docs/adr/0006). Files that appear later are not in it. A part takes its files one after another.
+Each goes through the protocol of ``files`` as if it were a job, but its commit record is stored in the part's
 checkpoint: the next attempt knows which files are done, and finishes a recorded commit.
 """
 
@@ -241,7 +241,7 @@ class _Part:
             self._made.add(above)
 
     def record(self, commit: Commit | None, effect: FileOutcome) -> None:
-        """From here on, any attempt at the part finishes this commit."""
+        """Record the commit of a file, so that any attempt at the part finishes it."""
         self._step(msgspec.structs.replace(self.log, pending=commit, effect=str(effect)))
 
 

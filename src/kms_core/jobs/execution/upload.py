@@ -1,9 +1,9 @@
 """Jobs over an uploaded file: the payload stays in place, and the result of the job is a new head for it.
 
-Encrypt: the upload already rests sealed under the spool key, so its file key is wrapped for the target key.
-The result is that header and the payload of the blob as it rests. Other uploads are the content of theirs.
-Decrypt: every chunk is authenticated; the head is the file key, with which a download opens the payload.
-Rewrap: the head is the new header of the same payload. Every head ends with the payload nonce of the file.
+Encrypt: the upload is already sealed under the spool key, so its file key is wrapped for the target key. The
+result is that header and the stored payload of the blob. Other uploads are the content of theirs. Decrypt:
+every chunk is authenticated; the head is the file key, with which a download opens the payload. Rewrap: the
+head is the new header of the same payload. Every head ends with the payload nonce of the file.
 """
 
 from collections.abc import Iterator

@@ -72,7 +72,7 @@ class Facts(NamedTuple):
 class InstallCondition:
     """The findings of the last look. ``wrong`` says why no job may be accepted or run; empty if one may.
 
-    ``strangers`` are names of hosts that use the same spool and another Redis.
+    ``strangers`` are the names of hosts that use the same spool with another Redis.
     """
 
     install_id: str = ""
@@ -289,7 +289,7 @@ class Install:
     def _look_for_strangers(self) -> None:
         """Look every ten minutes whether hosts that this Redis does not know use the spool.
 
-        One that is found is told after a minute: a host that starts leaves its mark before its note.
+        One that is found is reported after a minute: a host that starts leaves its mark before its note.
         """
         now = self._monotonic()
         every_s = MARKS_EVERY_S if self._suspects else USERS_EVERY_S
@@ -342,7 +342,7 @@ class Install:
 
 
 class InstallWatch(PeriodicThread):
-    """Calls ``Install.round`` every two seconds. That Redis is away others tell of."""
+    """Calls ``Install.round`` every two seconds."""
 
     def __init__(self, install: Install) -> None:
         super().__init__("install", EVERY_S, failed="install.round_failed")

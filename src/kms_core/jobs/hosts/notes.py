@@ -33,7 +33,7 @@ _SHOWN_CHARS: Final = 80
 
 
 class HostNote(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Facts that a host tells of itself. ``seen`` is in seconds of Redis's clock.
+    """Facts that a host publishes about itself. ``seen`` is in seconds of Redis's clock.
 
     ``clock_s``: its clock is so many seconds ahead of Redis's. ``missing``: ids of hosts whose mark is not in
     its spool. ``key_places``: where it has its key files, by key id. ``shared``: what must be the same on all
@@ -246,7 +246,7 @@ class SpoolMarks:
             return None
 
     def _create(self, name: str, text: str) -> None:
-        """Of two writers at the same time both may write: all write the id that Redis has."""
+        """Write the id of the install; concurrent writers write the same id, the one in Redis."""
         with suppress(*_FAILS):
             if not self._read(name):
                 self._blobs.put(_FOLDER, name, text.encode(), durable=True)

@@ -1,4 +1,4 @@
-"""Interface of what holds the blobs of the spool: a directory (``spool_folder``).
+"""Interface of the stores of spool blobs: a directory (``spool_folder``).
 
 Blobs have a name in a folder. A folder is that of a job, by its id, or ``multipart``. All calls may raise
 SpoolUnavailable while the disk or the bucket does not answer; a name that is missing raises ResultExpired.

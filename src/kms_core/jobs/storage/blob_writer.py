@@ -14,8 +14,8 @@ from kms_protocol.errors import SpoolFull
 class BlobWriter:
     """Seals and writes one blob front to back. ``ref`` is the random id of this writing.
 
-    ``stored`` counts the bytes in the spool. ``small``, of a finished blob: its name and its bytes, where
-    those are to rest in Redis.
+    ``stored`` counts the bytes in the spool. ``small``, of a finished blob: its name and bytes if they are to
+    be stored in Redis.
     """
 
     def __init__(

@@ -45,7 +45,7 @@ class Buckets:
         return self._found(url, "reading")
 
     def writing(self, url: str) -> tuple[Bucket, str]:
-        """The same of an object that jobs may write."""
+        """The bucket and key of an object that jobs may write."""
         return self._found(url, "writing")
 
     def _found(self, url: str, use: Literal["reading", "writing"]) -> tuple[Bucket, str]:

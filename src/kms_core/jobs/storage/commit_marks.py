@@ -30,7 +30,7 @@ _NO_ATTRIBUTES: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class CommitMarks:
-    """The marks of a job on what it makes of one source.
+    """Marks of a job on the target of one source.
 
     ``job_id`` is that which its submitter knows, ``spec`` the digest of its sealed record.
     """
@@ -42,7 +42,7 @@ class CommitMarks:
     spool: BlobStore
 
     def sign(self, attempt_id: str, url: str, *facts: int) -> str:
-        """The mark of an attempt on what it puts at a URL."""
+        """The mark of an attempt on its target at a URL."""
         texts = (self.job_id, attempt_id, self.source, url, *map(str, facts))
         mac = self.key.digest(_LABEL, self.spec, *(text.encode() for text in texts))
         return f"{self.job_id}/{attempt_id}/{mac.hex()}"

@@ -33,7 +33,7 @@ MOST_DEPTH: Final = 128  # a descriptor is open for each
 class ListedFile(msgspec.Struct, frozen=True, omit_defaults=True):
     """One file of a job over many: its path below the base as in a URL, and its size when it was listed.
 
-    ``code`` says why there is nothing to work on: a directory that may not be read stands for what is in it.
+    ``code`` is the error of a file that cannot be worked on; an unreadable directory stands for its content.
     """
 
     path: str
@@ -44,7 +44,7 @@ class ListedFile(msgspec.Struct, frozen=True, omit_defaults=True):
 def walk(roots: Roots, tree: Tree) -> Iterator[ListedFile]:
     """Regular files in the order of their names' bytes, each directory in its place among them.
 
-    Links, and what is neither file nor directory, are passed over. Raises PathRefused if the base is no
+    Links, and entries that are neither file nor directory, are skipped. Raises PathRefused if the base is no
     directory beneath a root, TooLarge below 128 directories, Unavailable.
     """
     with roots.directory(tree.base) as top:
@@ -149,7 +149,7 @@ class RootedPending:
         )
 
     def finish(self, commit: Commit) -> None:
-        """As the target's ``finish``, with what only the process that did the work has."""
+        """Finish the target, with the open file or upload of the process that did the work."""
         self.target.finish(commit)
 
     def discard(self) -> None:

@@ -1,4 +1,4 @@
-"""Files that jobs name by ``file://``: opened once beneath an allowed root, put in place once. Knows no job.
+"""Files that jobs name by ``file://``: opened once beneath an allowed root, put in place once.
 
 Every path is walked from its root by directory descriptors, a component at a time and without following
 symbolic links (docs/design.md), so what was checked is what is used. A target appears complete or not at all:
@@ -46,7 +46,7 @@ _REFUSALS: Final = {
 def file_errors() -> Iterator[None]:
     """Turns OSErrors into errors of the service; also used to read a source and to write a target.
 
-    SpoolFull for a full disk or quota, PathRefused for what the caller can mend, else Unavailable.
+    SpoolFull for a full disk or quota, PathRefused if the caller can mend it, else Unavailable.
     """
     try:
         with full_disk_as_error():

@@ -136,7 +136,7 @@ class Locations:
             )
 
     def check_room(self, url: str, size_bytes: int) -> None:
-        """Raise SpoolFull if a target has no room for so much, as far as that can be told before the work."""
+        """Raise SpoolFull if a target has no room for so much, as far as that is known before the work."""
         if not url.startswith(SCHEME):
             with suppress(PathRefused):  # its directory may be made before the job runs
                 self.roots.check_room(url, size_bytes)
@@ -154,7 +154,7 @@ class Locations:
     def sweep(self, targets: Mapping[str, str], keep: Collection[str] = ()) -> None:
         """Remove temporary files and uploads of jobs, by id, but for those of the attempts ``keep``.
 
-        ``targets`` are their targets. What cannot be removed now is left to a later call.
+        ``targets`` are their targets. A file that cannot be removed is left to a later call.
         """
         files = {job_id: url for job_id, url in targets.items() if not url.startswith(SCHEME)}
         local.sweep(self.roots, files, keep)

@@ -51,7 +51,7 @@ class MultipartJournal:
         self._store.put(_FOLDER, name, upload.encode("ascii"), durable=bool(upload))
 
     def forget(self, job_id: str, attempt: str, url: str) -> None:
-        """The upload is no more. Doing it twice is no error."""
+        """Remove the note of an upload that has ended; may be called twice."""
         with suppress(ResultExpired, RecordRefused):
             self._store.remove(_FOLDER, self._name(job_id, attempt, url))
 
@@ -91,7 +91,7 @@ def _place(url: str) -> str:
 
 
 def _abort(buckets: Buckets, url: str, note: UploadNote, others: list[UploadNote]) -> bool:
-    """Abort the upload of a note. False if it cannot be told which one that is, while another begins."""
+    """Abort the upload of a note. False if it cannot be known which one that is, while another begins."""
     bucket, key = buckets.writing(url)
     if note.upload:
         bucket.abort(key, note.upload)

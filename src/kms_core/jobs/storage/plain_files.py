@@ -96,7 +96,7 @@ def _unlink(name: str, folder: int) -> None:
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """Tells what is missing, or is no file of ours, by our own errors."""
+    """Turns errors for missing files and unexpected file types into errors of the service."""
     try:
         yield
     except FileNotFoundError as exc:

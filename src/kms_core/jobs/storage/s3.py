@@ -47,7 +47,7 @@ class ObjectSource:
 
 @dataclass(frozen=True, slots=True)
 class ObjectPending:
-    """An object in the making. ``there`` is the ETag of what was at its place, if anything was."""
+    """An object in the making. ``there`` is the ETag of the object at its place, if there was one."""
 
     writer: Assembly
     target: "ObjectTarget"
@@ -87,14 +87,14 @@ class ObjectPending:
         )
 
     def finish(self, commit: Commit) -> None:
-        """As the target's ``finish``, with what is at hand."""
+        """Finish the target with the state of this process."""
         if commit.upload:
             self.target.complete(commit, self.writer.parts)
         else:
             self.target.put(commit, self.writer.whole)
 
     def discard(self) -> None:
-        """Throw away what was sent. What cannot be now, the next attempt does."""
+        """Delete the parts that were sent. If that fails, the next attempt does it."""
         self.target.abort(self.attempt_id, self.writer.upload)
 
 
@@ -193,7 +193,7 @@ class ObjectTarget:
         raise TargetExists("Something else was written to the target while the job ran")
 
     def abort(self, attempt: str, upload: str) -> None:
-        """Throw away an upload and its note. What cannot be now is left to a later call."""
+        """Abort an upload and delete its note. If that fails, a later call does it."""
         with suppress(KmsError):
             if upload:
                 bucket, key = self.buckets.writing(self.url)

@@ -153,10 +153,9 @@ class Spool:
     ) -> Iterator[BlobWriter]:
         """A new blob, durable under its name when the block ends; removed again if the block fails.
 
-        ``may_be_small``: a blob that may rest in Redis is not written; the caller stores ``BlobWriter.small``
-        with the record or the end of the job.
-        Raises SpoolFull, at once if it cannot fit; SpoolUnavailable while something else is in its place, or
-        if the disk fails.
+        ``may_be_small``: a blob that may be stored in Redis is not written; the caller stores
+        ``BlobWriter.small`` with the record or the end of the job. Raises SpoolFull, at once if it cannot
+        fit; SpoolUnavailable while something else is in its place, or if the disk fails.
         """
         used = self._used_bytes(wait=not self.store.is_remote or self._used[0] == -math.inf)
         room = self._max_bytes - used
@@ -256,7 +255,7 @@ class Spool:
         return not names or self.delete(job_id)
 
     def delete(self, job_id: str, *, in_redis: bool = True) -> bool:
-        """Delete all of one job, or its files alone. Return whether it is gone; what is no id has nothing."""
+        """Delete all of one job, or only its files. True if nothing is left, also for a malformed id."""
         if self._small and in_redis:
             self._small.delete(job_id)
         with suppress(ResultExpired):

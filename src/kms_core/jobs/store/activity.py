@@ -83,7 +83,7 @@ class QueueActivity:
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """``has_more``: there are more workers or running jobs than are told of.
+    """``has_more``: there are more workers or running jobs than are listed.
 
     ``results`` of ended jobs are kept, and the next one expires at ``expires`` (seconds since the epoch).
     """

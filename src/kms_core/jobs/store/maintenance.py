@@ -58,7 +58,7 @@ class StoreMaintenance:
         section: KmsSection,
         has_several_tenants: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Without ``notify``, the broker's lists are in this Redis, and scripts push wake-ups there.
+        """If ``notify`` is None, the broker's lists are in this Redis, and scripts push wake-ups there.
 
         ``has_several_tenants``: jobs may come from more than one.
         """
@@ -155,7 +155,7 @@ class StoreMaintenance:
         return at + elapsed if elapsed < _CLOCK_KEPT_S else self.ask_clock()
 
     def ask_clock(self) -> float:
-        """The same, and not a moment behind."""
+        """Ask Redis for its clock, in seconds since the epoch."""
         with redis_errors():
             seconds, micro = self.redis.time()
         self._clock = (seconds + micro / 1e6, time.monotonic())
@@ -314,7 +314,7 @@ class StoreMaintenance:
         self.worker_seen(worker, 0, ())
 
     def stalled(self, claim: Attempt) -> list[str]:
-        """Take the lease from an attempt that advances nothing; its worker leaves its roots alone.
+        """Take the lease from an attempt that advances nothing; its worker no longer touches its roots.
 
         Returns the resources that it uses.
         """
@@ -324,7 +324,7 @@ class StoreMaintenance:
         return found[1].decode(errors="replace").split()
 
     def stuck(self, worker: str, processes: int, seconds: float, resources: Sequence[str]) -> None:
-        """Note the processes of a worker that cannot be ended, and have it leave these resources alone."""
+        """Note the processes of a worker that cannot be ended, and keep it off these resources."""
         self._call("stuck", "", worker, processes, seconds, *resources)
 
     def workers(self) -> int:

@@ -1,8 +1,8 @@
-"""The reading side of the job store: jobs as their owners are told of them, with their ends verified.
+"""The reading side of the job store: jobs as their owners see them, with verified ends.
 
 The sealed part of a record says whose the job is and what was accepted. An end that needs a proof
-(``ends.needs_proof``) and has none is told as ``failed`` with ``record_refused``; all other states are told
-as Redis has them.
+(``ends.needs_proof``) and has none is reported as ``failed`` with ``record_refused``; all other states are
+reported as stored.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ class JobReader(StoreMaintenance):
         return self.seen(job_id, tenant)[0]
 
     def seen(self, job_id: str, tenant: str) -> tuple[Job, bytes]:
-        """The same, and its sealed record, for scripts that are to change this job only."""
+        """Return a job and its sealed record, for scripts that change this job only."""
         (raw,) = self._records([job_id])
         return self._owned(job_id, tenant, raw), raw.get(b"sealed", b"")
 
@@ -182,7 +182,7 @@ class JobReader(StoreMaintenance):
         return self.record_key.digest(*map(str.encode, texts))[:_LIST_NAME_BYTES].hex()
 
     def group(self, tenant: str, name: str) -> list[Job]:
-        """The jobs of a group as they are told, by age; those that did not name it are none of it.
+        """The jobs of a group in their verified states, by age; only those that named it themselves.
 
         Raises UnknownJob if there is none.
         """
@@ -196,7 +196,7 @@ class JobReader(StoreMaintenance):
         return found
 
     def many(self, job_ids: Sequence[str], tenant: str) -> list[Job]:
-        """Those of these jobs that are the tenant's, in the order asked for."""
+        """Return the jobs among these ids that are the tenant's, in this order."""
         jobs = (self._listed(*each) for each in zip(job_ids, repeat(tenant), self._records(job_ids)))
         return list(filter(None, jobs))
 

@@ -94,7 +94,7 @@ def raise_for(word: bytes) -> None:
 
 
 def is_unreadable(exc: Exception) -> bool:
-    """True if a script failed because of what a record holds; else Redis refused it."""
+    """True if a script failed because of the content of a record; else Redis refused it."""
     text = str(exc)
     return type(exc) is redis.ResponseError and "@user_script" in text and not text.startswith(_NO_WRITES)
 

@@ -170,7 +170,7 @@ def _command(call: Call) -> tuple[Any, ...]:
 
 
 def _numbers(waited: object) -> tuple[int, int]:
-    """Local files and replicas of an answer of WAITAOF; zeros for what is no such answer."""
+    """Local files and replicas of an answer of WAITAOF; zeros for any other answer."""
     if isinstance(waited, list) and len(waited) == 2 and all(type(each) is int for each in waited):  # noqa: PLR2004
         return waited[0], waited[1]
     return 0, 0

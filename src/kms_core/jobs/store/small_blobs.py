@@ -23,7 +23,7 @@ class SmallBlobs:
 
     @property
     def most_bytes(self) -> int:
-        """Bytes that a new blob may have to rest here; 0 while Redis has little room."""
+        """The most bytes of a new blob to be stored here; 0 while Redis has little room."""
         return self._most_bytes if self._has_room() else 0
 
     def get(self, job_id: str, name: str) -> bytes | None:

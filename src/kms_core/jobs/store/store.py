@@ -1,4 +1,4 @@
-"""The job store: records in Redis, moved by compare-and-set scripts; knows no queue, disk or key backend."""
+"""The job store: records in Redis, moved by compare-and-set scripts."""
 
 from collections.abc import Sequence
 from typing import Final

@@ -1,4 +1,4 @@
-"""The intake: sealed messages of workflows that have no HTTP become jobs; knows no Celery (docs/celery.md).
+"""The intake: sealed messages of workflows that have no HTTP become jobs (docs/celery.md).
 
 A message is an age file to the intake recipient, made by any age tool. The recipient is public, so a message
 proves nothing about who sent it: the token in it does. Where callers are not authenticated, write access

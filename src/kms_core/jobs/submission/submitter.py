@@ -232,7 +232,7 @@ class JobSubmitter:
         return endpoint is not None and (endpoint.tenants is None or tenant in endpoint.tenants)
 
     def meter(self, options: SubmissionOptions, declared_bytes: int = 0) -> Callable[[int], None]:
-        """To be told the size so far of what arrives: raises SpoolQuota above the tenant's quota."""
+        """Takes the size so far of an arriving body: raises SpoolQuota above the tenant's quota."""
         room = self.store.spool_room(options.who.tenant)
 
         def check(size_bytes: int) -> None:
@@ -247,7 +247,7 @@ class JobSubmitter:
         self._kms.require(who, operation)
 
     def hasher(self, options: SubmissionOptions) -> hmac.HMAC:
-        """A keyed digest of what is asked for; the body is fed to it as it arrives."""
+        """A keyed digest of the request; the body is fed to it as it arrives."""
         new = b"-" if options.new_context is None else b"+" + options.new_context.canonical()
         told = msgspec.json.encode(options.told, order="sorted")
         texts = (options.kind, options.key_id or "", options.callback, options.priority)
@@ -262,7 +262,7 @@ class JobSubmitter:
     ) -> Job:
         """A job as ``POST /jobs`` describes it: items, or a reference. Raises as ``check`` and these do.
 
-        ``charge`` is told the number of items once the caller may submit them, and may raise.
+        ``charge`` gets the number of items once the caller may submit them, and may raise.
         """
         self.check(options, bulk=body.items is not None)
         if body.items is not None and body.source is None and body.target is None:
