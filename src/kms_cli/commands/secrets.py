@@ -11,7 +11,6 @@ from kms_cli import terminal
 from kms_cli.options import context_of, context_option, force_option, key_option, output_option, writing
 from kms_cli.session import connect, printed_as_json
 from kms_core.age import armor
-from kms_core.age.header import VERSION_LINE
 from kms_protocol.errors import NotACiphertext, TooLarge
 from kms_protocol.units import MiB
 from kms_protocol.wire import ContextIn
@@ -126,7 +125,7 @@ def _ciphertext() -> bytes:
 
 def ciphertext_in(given: bytes) -> bytes | None:
     """Return an age file without its armor or base64; None for anything else. Raises DecryptFailed."""
-    if given.startswith(VERSION_LINE):
+    if given.startswith(armor.VERSION_LINE):
         return given
     if given.lstrip().startswith(armor.BEGIN):
         return armor.dearmor(given)
@@ -134,7 +133,7 @@ def ciphertext_in(given: bytes) -> bytes | None:
         found = binascii.a2b_base64(b"".join(given.split()), strict_mode=True)
     except binascii.Error:
         return None
-    return found if found.startswith(VERSION_LINE) else None
+    return found if found.startswith(armor.VERSION_LINE) else None
 
 
 def _base64(data: bytes) -> str:

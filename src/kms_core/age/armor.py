@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     ByteSource = SupportsRead[bytes | None]  # blocking; b"" is the end
 
+VERSION_LINE: Final = b"age-encryption.org/v1\n"
 BEGIN: Final = b"-----BEGIN AGE ENCRYPTED FILE-----"
 _END: Final = b"-----END AGE ENCRYPTED FILE-----"
 _COLUMNS: Final = 64

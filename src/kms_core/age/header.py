@@ -16,7 +16,7 @@ from kms_core.age import armor
 from kms_core.age.kdf import hkdf
 from kms_protocol.errors import DecryptFailed, NotACiphertext, TooLarge
 
-VERSION_LINE: Final = b"age-encryption.org/v1\n"
+VERSION_LINE: Final = armor.VERSION_LINE
 BUNDLE: Final = "kms-service/bundle"
 BUNDLE_VERSION: Final = "1"
 FILE_KEY_BYTES: Final = 16
