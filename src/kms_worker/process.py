@@ -45,11 +45,10 @@ from kms_worker import consumer, metrics_server, rotation, submit
 from kms_worker.metrics_server import MetricsApp, MetricsServer
 from kms_worker.refusals import Refusals
 from kms_worker.slots import Slots
-from kms_worker.watchdog import Watchdog
+from kms_worker.watchdog import PATIENCE_S, Watchdog
 
 _LEAVE_S: Final = 2.0  # for the last word to Redis; a worker whose Redis is away need not wait for it
 _EXIT_ORPHAN: Final = 1
-_WATCHDOG_S: Final = 120  # without a claim while messages wait, after which a worker is started again
 _between_forks: Final = threading.Lock()
 """Held by each thread of the parent while it works, and by the parent while it forks.
 
@@ -103,7 +102,7 @@ def run(loaded: Settings) -> int:
     _start(*beside)
     Watchdog(
         served,
-        _WATCHDOG_S,
+        PATIENCE_S,
         partial(_waiting, app, store),
         lambda: min(time.monotonic() - pulse.at, store.idle_s(name)),
     ).start()

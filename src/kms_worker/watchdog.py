@@ -14,6 +14,9 @@ import structlog
 from kms_core.periodic import PeriodicThread
 from kms_protocol.errors import JobsUnavailable
 
+PATIENCE_S: Final = 120.0
+"""Without a claim while messages wait, after which a worker is started again."""
+
 EXIT_DEAF: Final = 70  # EX_SOFTWARE
 _LOOK_EVERY_S: Final = 5.0
 _log = structlog.get_logger(__name__)
