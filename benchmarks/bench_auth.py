@@ -27,9 +27,9 @@ from starlette.types import ASGIApp
 from kms_api import app
 from kms_cli.local import up
 from kms_core.auth import tokens
-from kms_core.auth.certificates import PresentedCertificate, authority_of, key_of
+from kms_core.auth.client_certificates import PresentedCertificate, authority_of, key_of
 from kms_core.auth.tokens import TokenRequest
-from kms_core.http_server.protocol import CERTIFICATE
+from kms_core.http_protocol import CERTIFICATE
 from kms_core.observability import logs
 from kms_core.settings.load import load as load_settings
 from kms_protocol.wire import PREFIX

@@ -26,7 +26,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from kms_core.observability import logs, metrics, multiprocess_metrics
-from kms_core.observability.usage import UsageCounters
+from kms_core.observability.metrics import UsageCounters
 
 PROCESSES: Final = 8
 KEYS: Final = 100
@@ -158,7 +158,7 @@ sys.stdin.read()
 SERVE: Final = """
 import socket
 import sys
-from kms_core.auth.metrics_access import MetricsAccess
+from kms_core.auth.authenticator import MetricsAccess
 from kms_core.auth.policy import AllowAll
 from kms_core.proxies import Proxies
 from kms_worker.metrics_server import MetricsApp, MetricsServer

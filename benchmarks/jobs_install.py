@@ -24,7 +24,7 @@ from benchmarks.measure import descendants
 from benchmarks.running import free_port, stopped
 from celery import Celery
 
-from kms_cli.local import up, valkey
+from kms_cli.local import installation, up
 from kms_core.container import Core
 from kms_core.container import build as build_core
 from kms_core.jobs.store.redis_keys import job_key
@@ -46,7 +46,7 @@ class Install:
     """Processes are started by ``run`` and end with the ``installed`` block, or by ``end``."""
 
     state: Path
-    place: valkey.ValkeyFiles
+    place: installation.ValkeyFiles
     environ: Mapping[str, str]
     port: int
     core: Core
@@ -132,14 +132,18 @@ def installed(folder: Path, fsync: str, *, tcp: int = 0, **jobs: object) -> Iter
     jobs = {"concurrency": 2, "open_jobs": _OPEN_JOBS, **jobs}
     config.write_text(_toml(jobs))
     with ExitStack() as stack:
-        place = stack.enter_context(valkey.claim(state, os.environ))
-        argv = [*valkey.command(valkey.find_binary(os.environ), place), "--maxmemory", str(_MAXMEMORY)]
+        place = stack.enter_context(installation.claim(state, os.environ))
+        argv = [
+            *installation.command(installation.find_binary(os.environ), place),
+            "--maxmemory",
+            str(_MAXMEMORY),
+        ]
         argv[argv.index("--appendfsync") + 1] = fsync
         argv[argv.index("--port") + 1] = str(tcp)
         argv += ["--bind", "0.0.0.0", "--protected-mode", "no"] if tcp else []  # noqa: S104 -- other namespaces
         log = stack.enter_context(place.log_path.open("ab"))
         stack.enter_context(stopped(tether.spawn(argv, env={}, output=log, pass_fds=(place.lock,))))
-        wait(lambda: valkey.is_ready(place.socket_path))
+        wait(lambda: installation.is_ready(place.socket_path))
         named = {
             "KMS_CONFIG": str(config),
             "KMS_STATE_DIR": str(state),

@@ -18,27 +18,25 @@ from kms_api.openapi import document
 from kms_api.routes import audit, batch, files, jobs, keys, operations, secrets
 from kms_api.routing import DOCS, FastPath
 from kms_api.transport.admission import Admission, Admitted
-from kms_api.transport.authentication import AuthenticationLayer, RequestAuthenticator
+from kms_api.transport.authentication import AuthenticationLayer, RequestAuthenticator, Sessions
 from kms_api.transport.request_context import ClientAddress, RequestContext
-from kms_api.transport.sessions import Sessions
-from kms_api.ui import actions, overview, views
+from kms_api.ui import overview, views
 from kms_api.ui.render import STATIC_FILES, Screen
-from kms_api.vault_api import logins, sys, transit
+from kms_api.vault_api import sys, transit
 from kms_api.vault_api.routing import LOGIN, Routes, VaultApi
-from kms_core.audit.verification.monitor import AuditMonitor
-from kms_core.audit_setup import build_monitor
+from kms_core.audit.verification.verify import AuditMonitor
 from kms_core.auth.rate_limit import Failures, Rate, Requests
-from kms_core.container import Core
+from kms_core.container import Core, build_monitor
 from kms_core.container import build as build_core
-from kms_core.documents.local_copy import CopyPoll
 from kms_core.jobs.hosts.install import InstallWatch
-from kms_core.jobs.store.usage_flush import UsageFlush
+from kms_core.jobs.store.activity import UsageFlush
 from kms_core.observability import metrics, tracing
 from kms_core.periodic import PeriodicThread
 from kms_core.proxies import Proxies
 from kms_core.settings.lint import SETTINGS, unaccepted
 from kms_core.settings.model import Settings
 from kms_core.settings.redis_urls import is_shared
+from kms_core.signed_documents import CopyPoll
 from kms_protocol import __version__, wire
 
 _SLAB_THREADS = 8  # a separate pool: slow disks must not take the threads of other calls
@@ -48,7 +46,7 @@ ROUTERS: Final = (
     operations.webhooks,
     *(part.router for part in (keys, audit, operations)),
 )
-UI: Final = (overview.router, views.router, actions.router)
+UI: Final = (overview.router, views.router, views.router)
 REFERENCE: Final = (views.docs,)
 DOCUMENTED: Final = {wire.PREFIX: ROUTERS, "": (operations.probes,)}
 """The routers of the OpenAPI document, by prefix."""
@@ -56,7 +54,7 @@ RULES: Final = routing.rules_of((*ROUTERS, operations.probes))
 """The access rule of each route of the API, by method and path; only probes have no prefix."""
 UI_RULES: Final = routing.rules_of((*UI, *REFERENCE))
 """Those of the pages."""
-VAULT_ROUTES: Final = Routes((transit.routes, sys.routes, logins.routes))
+VAULT_ROUTES: Final = Routes((transit.routes, sys.routes, sys.routes))
 PAGES: Final = frozenset({DOCS, "/openapi.json"})
 """The public documentation, which ``[kms.server] docs`` turns off."""
 

@@ -10,7 +10,7 @@ import anyio.to_thread
 from fastapi import Request
 
 from kms_core.age.header import BUNDLE
-from kms_core.audit.verification.monitor import AuditMonitor
+from kms_core.audit.verification.verify import AuditMonitor
 from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.policy import Principal
 from kms_core.auth.rate_limit import Requests

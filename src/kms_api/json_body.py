@@ -13,14 +13,13 @@ from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
 from kms_api.deps import PRINCIPAL
-from kms_api.transport.admission import Reservation, reservation_of
-from kms_api.transport.connection import cycle_of
-from kms_api.transport.upload import refuse_encoding
-from kms_protocol import shapes, wire
+from kms_api.transport.admission import Reservation, cycle_of, reservation_of
+from kms_api.transport.bodies import refuse_encoding
+from kms_protocol import wire
 from kms_protocol.errors import BodyTimeout, InvalidRequest, TooLarge
 from kms_protocol.units import MiB
 
-T = TypeVar("T", bound=shapes.Body)
+T = TypeVar("T", bound=wire.Body)
 BODY_BYTES: Final = 3 * MiB
 """The largest JSON body of most routes: the plaintext and the ciphertext of a call, or a batch, in base64."""
 BODY_S: Final = 60.0
@@ -33,7 +32,7 @@ _REMOVED: Final = {
     "rate_per_s": "`rate_per_s` is gone: [kms.jobs] resource_leases and tenant_leases limit the running parts"
 }
 _FIELDS: Final = sorted(
-    {field for shape in shapes.Body.__subclasses__() for field in shape.__struct_encode_fields__}
+    {field for shape in wire.Body.__subclasses__() for field in shape.__struct_encode_fields__}
 )
 _PATH: Final = re.compile(rf" - at `(\$(?:\.(?:{'|'.join(_FIELDS)})|\[(?:\d{{1,9}}|\.\.\.)\])+)`\Z")
 
@@ -144,12 +143,12 @@ def _decoder(shape: type[T], *, is_lenient: bool) -> msgspec.json.Decoder[T | No
     return msgspec.json.Decoder(shape | None if is_lenient else shape, strict=not is_lenient)
 
 
-def answer(shape: shapes.Answer, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def answer(shape: wire.Answer, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return a JSON response."""
     return Response(wire.encode(shape), status, headers, media_type="application/json")
 
 
-def _reason(exc: Exception, shape: type[shapes.Body]) -> str:
+def _reason(exc: Exception, shape: type[wire.Body]) -> str:
     """The reason why a body is refused: msgspec names fields and types, never a value.
 
     The name of an unknown field is the caller's: it is repeated only if it is nearly a field of ours.

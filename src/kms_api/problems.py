@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from kms_core import audit
-from kms_protocol import errors, shapes, wire
+from kms_protocol import errors, wire
 from kms_protocol.errors import KmsError
 
 MEDIA_TYPE: Final = "application/problem+json"
@@ -181,7 +181,7 @@ def _recorded(refusal: ErrorReply) -> ErrorReply:
 
 def _problem(refusal: ErrorReply) -> Response:
     status = refusal.answer.status
-    body = shapes.Problem(
+    body = wire.Problem(
         type=f"urn:kms-service:problem:{refusal.code}",
         title=refusal.title or http.HTTPStatus(status).phrase,
         status=status,

@@ -36,14 +36,14 @@ from kms_api.deps import (
 from kms_api.openapi import describe
 from kms_core import audit
 from kms_core.auth.policy import Principal
-from kms_protocol import shapes
+from kms_protocol import wire
 from kms_protocol.errors import Forbidden, InvalidRequest, KmsError
 
 B = TypeVar("B")
 B_co = TypeVar("B_co", covariant=True)
 A = TypeVar("A")
 E = TypeVar("E", bound=Callable[..., Awaitable[Response]])
-R = TypeVar("R", bound=shapes.Answer | Response)
+R = TypeVar("R", bound=wire.Answer | Response)
 UI: Final = "/ui"
 DOCS: Final = "/docs"
 METRICS: Final = "/metrics"

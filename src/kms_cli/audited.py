@@ -17,7 +17,7 @@ from redis.retry import Retry
 from kms_cli.local import installation
 from kms_core import audit
 from kms_core.audit import AuditLog
-from kms_core.audit_setup import build
+from kms_core.audit.maintenance import build_audit
 from kms_core.auth.policy import Principal
 from kms_core.envelope.binding import DEFAULT_TENANT
 from kms_core.observability import logs
@@ -50,7 +50,7 @@ def log_of(settings: Settings) -> Iterator[AuditLog]:
     """Open the chain of this command, begun by its first record. Raises ConfigurationError."""
     logs.configure("error", json=False)  # stdout is for results, and Redis may be away
     opener = partial(open_sealed, settings)
-    log, maintenance = build(settings, ROLE, redis_of(settings), open_sealed=opener)
+    log, maintenance = build_audit(settings, ROLE, redis_of(settings), open_sealed=opener)
     maintenance.start()
     try:
         yield log

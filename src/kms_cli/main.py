@@ -42,11 +42,11 @@ COMMANDS: Final = {  # name: module, help
     "rewrap-file": ("commands.rewrap_file", "Rewrap a file under the current key, or another."),
     "seal": ("commands.offline", "Encrypt a file or stdin without a service."),
     "open": ("commands.offline", "Decrypt any age file without a service."),
-    "run": ("commands.run", "Run a program with decrypted values in its environment."),
+    "run": ("commands.secrets", "Run a program with decrypted values in its environment."),
     "keygen": ("commands.keygen", "Generate an age key pair."),
-    "recipient": ("commands.recipient", "Print a recipient for age -r, rage and sops."),
-    "identity": ("commands.recipient", "Print an identity for age -d -i, rage and sops."),
-    "inspect": ("commands.inspect", "Show the header of an encrypted file."),
+    "recipient": ("commands.keygen", "Print a recipient for age -r, rage and sops."),
+    "identity": ("commands.keygen", "Print an identity for age -d -i, rage and sops."),
+    "inspect": ("commands.offline", "Show the header of an encrypted file."),
     "token": ("commands.tokens", "Create, list, rotate and revoke API tokens."),
     "migrate": ("commands.migrate", "Migrate ciphertexts from Vault, AWS KMS or SOPS."),
     "audit": ("commands.audit", "Verify and read the audit log of this machine."),
@@ -54,7 +54,7 @@ COMMANDS: Final = {  # name: module, help
     "backup": ("backup.commands", "Back up the service of this machine to one encrypted file."),
     "restore": ("backup.commands", "Verify a backup and put it in place."),
     "config": ("commands.config", "Show, check and begin the settings."),
-    "doctor": ("doctor.command", "Check keys, settings and the service."),
+    "doctor": ("commands.doctor", "Check keys, settings and the service."),
     "completion": ("commands.completion", "Print the completion script of a shell."),
     "help": ("commands.completion", "Show the help of a command."),
 }
@@ -93,12 +93,12 @@ MIGRATE_COMMANDS: Final = {
 }
 
 AUDIT_COMMANDS: Final = {
-    "verify": ("commands.audit_verify", "Check that the log is complete and unchanged."),
+    "verify": ("commands.audit", "Check that the log is complete and unchanged."),
     "tail": ("commands.audit", "Show the last operations, and follow new ones."),
     "receipt": ("commands.audit", "Write a proof that an operation was recorded."),
     "check-receipt": ("commands.audit", "Check such a proof on any machine."),
     "key": ("commands.audit", "Print the public key of the signatures."),
-    "acknowledge-loss": ("commands.audit_verify", "Record that lines are permanently lost."),
+    "acknowledge-loss": ("commands.audit", "Record that lines are permanently lost."),
 }
 
 TOKEN_COMMANDS: Final = {

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from kms_client import Client
-    from kms_protocol import shapes
+    from kms_protocol.wire import Answer
 
 META: Final = "kms_cli."
 DEFAULT_URL: Final = "http://localhost:8082"  # the client's; known here without loading it
@@ -107,7 +107,7 @@ def meter(*, on_stdout: bool = False) -> terminal.Meter:
     return terminal.Meter(hidden=session().as_json or (on_stdout and sys.stdout.isatty()))
 
 
-def printed_as_json(answer: "shapes.Answer | Mapping[str, object]") -> bool:
+def printed_as_json(answer: "Answer | Mapping[str, object]") -> bool:
     """Print an answer as one line of JSON if --json is given. Return whether it was printed."""
     if not session().as_json:
         return False

@@ -8,7 +8,7 @@ b'secret-data'
 """
 
 from kms_client.aio import AsyncClient
-from kms_client.problems import ServiceUnreachable, UnexpectedAnswer
+from kms_client.requests import ServiceUnreachable, UnexpectedAnswer
 from kms_client.settings import DEFAULT_URL, Options
 from kms_client.sync import Client
 from kms_protocol import admin, errors, wire

@@ -20,10 +20,9 @@ from kms_client.http_client import (
     Upload,
     new_pool,
 )
-from kms_client.problems import ServiceUnreachable, decoded
-from kms_client.requests import UploadOptions
+from kms_client.requests import ServiceUnreachable, UploadOptions, decoded
 from kms_client.settings import DEFAULT_URL, ClientSettings, Options
-from kms_protocol import admin, job_groups, wire
+from kms_protocol import admin, wire
 from kms_protocol.errors import ConfigurationError, JobNotFinished, Unavailable
 from kms_protocol.wire import ContextIn
 
@@ -296,13 +295,13 @@ class AsyncClient:
         """Cancel a job. Raises JobCommitting if it is too late."""
         return await self._engine.send(requests.change_job("DELETE", job_id))
 
-    async def group(self, name: str, *, wait_s: int = 0) -> job_groups.GroupOut:
+    async def group(self, name: str, *, wait_s: int = 0) -> wire.GroupOut:
         """Return the counts of a group, at its end if that comes within ``wait_s`` (at most 60) seconds.
 
         Raises UnknownJob.
         """
         path = requests.path_of("/job-groups", name)
-        return await self._engine.send(requests.get(path, job_groups.GroupOut, wait_s=wait_s))
+        return await self._engine.send(requests.get(path, wire.GroupOut, wait_s=wait_s))
 
     async def release(self, job_id: str) -> wire.JobOut:
         """Delete the result of an ended job now, which frees its room. Raises JobNotFinished."""

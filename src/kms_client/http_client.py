@@ -23,8 +23,14 @@ from urllib.parse import urlsplit
 
 import httpcore2
 
-from kms_client.problems import RETRYABLE, Reply, ServiceUnreachable, UnexpectedAnswer, error_of
-from kms_client.requests import ClientRequest
+from kms_client.requests import (
+    RETRYABLE,
+    ClientRequest,
+    Reply,
+    ServiceUnreachable,
+    UnexpectedAnswer,
+    error_of,
+)
 from kms_client.settings import ClientSettings
 from kms_protocol import __version__
 from kms_protocol.errors import InvalidRequest, KmsError

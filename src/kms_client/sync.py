@@ -15,7 +15,7 @@ from kms_client.aio import AsyncClient, JobProgress
 from kms_client.http_client import Progress, new_pool
 from kms_client.requests import UploadOptions
 from kms_client.settings import DEFAULT_URL, ClientSettings, Options
-from kms_protocol import admin, job_groups, wire
+from kms_protocol import admin, wire
 from kms_protocol.wire import ContextIn
 
 T = TypeVar("T")
@@ -223,7 +223,7 @@ class Client:
         """Cancel a job. Raises JobCommitting if it is too late."""
         return run(self._api.cancel(job_id))
 
-    def group(self, name: str, *, wait_s: int = 0) -> job_groups.GroupOut:
+    def group(self, name: str, *, wait_s: int = 0) -> wire.GroupOut:
         """Return the counts of a group, at its end if that comes within ``wait_s`` (at most 60) seconds.
 
         Raises UnknownJob.

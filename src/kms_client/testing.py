@@ -28,8 +28,8 @@ from kms_client.sync import Client, SyncTransport
 from kms_protocol import errors, wire
 from kms_protocol.context import Context
 from kms_protocol.errors import KmsError
-from kms_protocol.shapes import Body
 from kms_protocol.units import MiB, time_text
+from kms_protocol.wire import Body
 
 B = TypeVar("B", bound=Body)
 Json = dict[str, Any]

@@ -1,4 +1,4 @@
-"""Composition root: builds from settings what the API and the worker share; connects to no peer."""
+"""Composition root: builds from settings what the API, the worker and commands share; connects to no peer."""
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -9,31 +9,25 @@ from typing import Final
 import redis
 
 from kms_core import key_opening, keyring, stores
-from kms_core.audit.maintenance import AuditMaintenance
-from kms_core.audit_setup import build as build_audit
-from kms_core.auth import authenticator, logins, token_documents, tokens
+from kms_core.audit.maintenance import AuditMaintenance, anchor_sinks, build_audit
+from kms_core.audit.verification.verify import AuditMonitor
+from kms_core.auth import authenticator, logins, tokens
 from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.policy import AllowAll, ByScopes, Policy
-from kms_core.auth.token_documents import DocumentTokens
-from kms_core.auth.tokens import TokenFile, Tokens
-from kms_core.documents.local_copy import LocalCopy
-from kms_core.documents.signed import Anchors, SignedDocument
-from kms_core.jobs.execution.context import WorkerContext
+from kms_core.auth.tokens import DocumentTokens, TokenFile, Tokens
+from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.hosts.install import Facts, Install
 from kms_core.jobs.hosts.notes import Host, HostNotes, SpoolMarks, key_place
-from kms_core.jobs.model import NotifyWorker
-from kms_core.jobs.sealed_records import RecordKey
-from kms_core.jobs.storage import buckets, spool_bucket
+from kms_core.jobs.model import NotifyWorker, RecordKey
+from kms_core.jobs.storage import s3, spool_bucket
 from kms_core.jobs.storage.blob_store import BlobStore
-from kms_core.jobs.storage.disk_sync import DiskSync
-from kms_core.jobs.storage.local_paths import Roots
+from kms_core.jobs.storage.local import Roots
 from kms_core.jobs.storage.locations import Locations
-from kms_core.jobs.storage.multipart_journal import MultipartJournal
+from kms_core.jobs.storage.s3 import MultipartJournal
 from kms_core.jobs.storage.spool import Spool
-from kms_core.jobs.storage.spool_folder import SpoolFolder
-from kms_core.jobs.store import replicas
-from kms_core.jobs.store.small_blobs import SmallBlobs
-from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.storage.spool_folder import DiskSync, SpoolFolder
+from kms_core.jobs.store.maintenance import verify_replicas
+from kms_core.jobs.store.store import JobStore, SmallBlobs
 from kms_core.jobs.submission.celery_intake import Intake
 from kms_core.jobs.submission.submitter import JobSubmitter
 from kms_core.key_documents import KeyDocument
@@ -46,12 +40,20 @@ from kms_core.secure_files import make_folders
 from kms_core.service import Kms
 from kms_core.settings.model import Settings
 from kms_core.settings.validation import private
+from kms_core.signed_documents import Anchors, LocalCopy, SignedDocument
 from kms_protocol.errors import (
     BackendUnavailable,
     JobsUnavailable,
     PathRefused,
     Unavailable,
 )
+
+
+def build_monitor(settings: Settings, client: redis.Redis | None) -> AuditMonitor:
+    """The monitor of the log. It is not started."""
+    section = settings.kms.audit
+    return AuditMonitor(section.path, section.signing_key_path, anchor_sinks(settings, client))
+
 
 _ASK_S: Final = 1.0
 _SAME_ON_ALL_HOSTS: Final = (
@@ -112,7 +114,7 @@ def build(settings: Settings, process: str, notify: NotifyWorker | None) -> Core
     spool = Spool(blobs, spool_key, jobs.spool_max_bytes, small)
     locations = Locations(
         _roots(settings),
-        buckets.build(settings),
+        s3.build_buckets(settings),
         MultipartJournal(blobs),
         record_key,
         blobs,
@@ -149,7 +151,7 @@ def check(settings: Settings) -> None:
     install, or knows a host with another spool. A Redis that does not answer is compared later.
     """
     with suppress(redis.RedisError):  # it may come back as another one, and each write is waited for anyway
-        replicas.check(settings.kms.redis)
+        verify_replicas(settings.kms.redis)
     with suppress(JobsUnavailable, redis.RedisError), connect(settings.kms.redis, _ASK_S) as client:
         client.ping()  # one that does not answer is told of later
         _install(settings, client).begin()
@@ -198,10 +200,10 @@ def build_intake(settings: Settings, submitter_: JobSubmitter) -> Intake | None:
 
 def token_document(settings: Settings, client: redis.Redis | None) -> SignedDocument:
     """The document of ``[kms.auth] tokens``. Raises ConfigurationError."""
-    key = RecordKey(key_opening.own_key(settings, key_opening.SPOOL).secrets()).derived(token_documents.INFO)
-    anchors = Anchors(token_documents.NAME, stores.documents_folder(settings), client, key)
+    key = RecordKey(key_opening.own_key(settings, key_opening.SPOOL).secrets()).derived(tokens.DOCUMENT_INFO)
+    anchors = Anchors(tokens.DOCUMENT_NAME, stores.documents_folder(settings), client, key)
     place = stores.place_of(settings, settings.kms.auth.tokens or "")
-    return SignedDocument(token_documents.NAME, place, key, anchors)
+    return SignedDocument(tokens.DOCUMENT_NAME, place, key, anchors)
 
 
 def token_source(settings: Settings, copy: LocalCopy | None) -> Tokens:

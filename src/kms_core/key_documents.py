@@ -14,16 +14,13 @@ from typing import Final
 import msgspec
 
 from kms_core import stores
-from kms_core.age.header import is_age_file
-from kms_core.age.kdf import hkdf
-from kms_core.age.recipients import key_lines, parse_identity
+from kms_core.age.header import hkdf, is_age_file
+from kms_core.age.mlkem768x25519 import key_lines, parse_identity
 from kms_core.backends.key_files import appended
-from kms_core.documents.local_copy import LocalCopy
-from kms_core.documents.places import FilePlace
-from kms_core.documents.signed import Anchors, Edit, SignedDocument, Version
 from kms_core.envelope.sealed_files import FileSealer, SealedFiles, StoredKeys, root_of
 from kms_core.observability import metrics
 from kms_core.settings.model import Settings
+from kms_core.signed_documents import Anchors, Edit, FilePlace, LocalCopy, SignedDocument, Version
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, KmsError, Unavailable
 
 INFO: Final = b"kms-service/document/1/keys"

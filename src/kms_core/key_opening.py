@@ -1,7 +1,7 @@
 """Opens the sealed key files of an installation, once for all processes of a program, and checks its peers.
 
 The parent (the leader of the API, the worker before it forks, or a single process) asks the roots at start
-and when a file changes, and keeps the contents in memory that its children inherit (``shared_secrets``). So a
+and when a file changes, and keeps the contents in memory that its children inherit (``SharedSecrets``). So a
 request asks no root. Other programs, such as ``kms doctor``, open the files themselves.
 """
 
@@ -35,10 +35,9 @@ from kms_core.envelope.sealed_files import (
     read_identities,
 )
 from kms_core.key_documents import KeyDocument
-from kms_core.periodic import PeriodicThread
-from kms_core.retries import jittered_wait_s
+from kms_core.periodic import PeriodicThread, jittered_wait_s
+from kms_core.secure_memory import SharedSecrets
 from kms_core.settings.model import Settings
-from kms_core.shared_secrets import SharedSecrets
 from kms_protocol import small_files
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, KmsError, Unavailable
 

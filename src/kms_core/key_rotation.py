@@ -16,7 +16,7 @@ import structlog
 from kms_core.auth.policy import Principal
 from kms_core.backends import Backend, KeyVersion
 from kms_core.keyring import Key, Keyring
-from kms_core.observability import metrics, usage
+from kms_core.observability import metrics
 from kms_core.service import Kms
 from kms_core.settings.model import RotationSection
 from kms_protocol.errors import KmsError
@@ -46,7 +46,7 @@ class RotationState:
 def state_of(key: Key, backend: Backend, counts: Mapping[str, int], rules: RotationSection) -> RotationState:
     """The state of a key in one backend; ``counts`` are usage counts. Raises BackendUnavailable."""
     current = backend.versions()[-1]
-    messages, _ = usage.of_version(counts, key.key_id, current.version, backend.name)
+    messages, _ = metrics.usage_of_version(counts, key.key_id, current.version, backend.name)
     made = current.created_at
     due_at = made + timedelta(days=rules.every_days) if made is not None and rules.every_days else None
     return RotationState(key.key_id, backend.name, current, messages / BUDGET_MESSAGES, due_at)

@@ -15,8 +15,7 @@ from kms_core.envelope.binding import KeyRef
 from kms_core.http_client import Unreachable
 from kms_core.keyring import BackendKey, Key, Keyring
 from kms_core.observability import metrics
-from kms_core.operation import Operation
-from kms_core.results import Origin, Unwrapped
+from kms_core.operation import Operation, Origin, Unwrapped
 from kms_protocol.context import Context
 from kms_protocol.errors import ContextRequired, DecryptFailed, ForeignRefused, InvalidRequest
 

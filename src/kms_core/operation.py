@@ -1,18 +1,20 @@
-"""Records each operation of ``Kms`` once: audit record, metrics, usage counters and trace."""
+"""Results of ``Kms``, and the recorder of each operation: audit record, metrics, usage counters and trace."""
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from kms_core import audit
+from kms_core.age import stream
 from kms_core.audit import AuditRecord, AuditWriter
 from kms_core.auth.policy import Principal
-from kms_core.backends.wrap_keys import name_of
+from kms_core.backends.remote import name_of
 from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef
 from kms_core.observability import metrics, tracing
-from kms_core.observability.usage import UsageCounters
+from kms_core.observability.metrics import UsageCounters
 from kms_protocol.context import Context
 from kms_protocol.errors import AuditUnavailable, KmsError
 
@@ -121,3 +123,66 @@ class OperationRecorder:
                 bytes_out=record.bytes_out,
                 result=counted,
             )
+
+
+Origin = Literal["service", "foreign"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A ciphertext, empty if a file received it, the key that sealed it, and its id (``binding.file_id``)."""
+
+    ciphertext: bytes = field(repr=False)
+    key: KeyRef
+    file_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A plaintext, empty if a file received it, its key, whether this service sealed it, and its file."""
+
+    plaintext: bytes = field(repr=False)
+    key: KeyRef
+    origin: Origin
+    file_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class DataKey:
+    """Random bytes in clear and sealed, and the id of the ciphertext."""
+
+    plaintext: bytes = field(repr=False)
+    ciphertext: bytes = field(repr=False)
+    key: KeyRef
+    file_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class WrappedFileKey:
+    """A file key wrapped for a header that an age tool writes: one stanza as text."""
+
+    stanza: bytes
+    key: KeyRef
+
+
+@dataclass(frozen=True, slots=True)
+class Unwrapped:
+    """The 16-byte file key and the 16-byte payload nonce of a file, with the key that unwrapped it."""
+
+    file_key: bytes = field(repr=False)
+    nonce: bytes = field(repr=False)
+    key: KeyRef
+    origin: Origin
+
+    @property
+    def payload_key(self) -> bytes:
+        return stream.payload_key(self.file_key, self.nonce)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyVersionStatus:
+    """The key that a header names; ``key_version`` is empty where the backend has no such version."""
+
+    key_id: str
+    key_version: str
+    newest: bool

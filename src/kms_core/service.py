@@ -16,13 +16,21 @@ from kms_core.envelope.binding import KeyRef
 from kms_core.key_selection import KeySelector, SelectionRules
 from kms_core.keyring import Keyring
 from kms_core.observability import metrics
-from kms_core.observability.usage import UsageCounters
-from kms_core.operation import Operation, OperationRecorder
+from kms_core.observability.metrics import UsageCounters
+from kms_core.operation import (
+    DataKey,
+    KeyVersionStatus,
+    Opened,
+    Operation,
+    OperationRecorder,
+    Sealed,
+    Unwrapped,
+    WrappedFileKey,
+)
 from kms_core.payload import parallel
 from kms_core.payload.files import RangeSource
 from kms_core.payload.parallel import DEFAULTS, ParallelOptions
-from kms_core.payload.whole import FileToFile, InMemory
-from kms_core.results import DataKey, KeyVersionStatus, Opened, Sealed, Unwrapped, WrappedFileKey
+from kms_core.payload.streaming import FileToFile, InMemory
 from kms_protocol.context import Context
 from kms_protocol.errors import DataKeysUnsupported, Forbidden, InvalidRequest, KmsError, UnknownKey
 from kms_protocol.wire import JobKind

@@ -9,13 +9,12 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from kms_core.documents.places import FilePlace, ObjectPlace, Place
 from kms_core.redis_client import connect
-from kms_core.s3 import sigv4
+from kms_core.s3 import connection
 from kms_core.s3.bucket import Bucket
 from kms_core.s3.connection import S3Connection, S3Endpoint
-from kms_core.settings.model import Settings
-from kms_core.settings.stores import StoreSection
+from kms_core.settings.model import Settings, StoreSection
+from kms_core.signed_documents import FilePlace, ObjectPlace, Place
 from kms_protocol.tls_client import client_context
 
 _TIMEOUT_S: Final = 2.0
@@ -26,11 +25,11 @@ def line_of(where: str, section: StoreSection, *, strict: bool) -> S3Connection:
     """The line to the store of a section, ``where`` in the settings. Raises ConfigurationError."""
     endpoint = section.endpoint or f"https://s3.{section.region}.amazonaws.com"
     if section.access_key_id and section.secret_key_file:
-        credentials = sigv4.from_file(
+        credentials = connection.credentials_from_file(
             section.access_key_id, section.secret_key_file, f"{where}.secret_key_file", strict=strict
         )
     else:
-        credentials = sigv4.from_environment(where)
+        credentials = connection.credentials_from_environment(where)
     trust = client_context(section.ca_file, f"{where}.ca_file") if endpoint.startswith("https:") else None
     return S3Connection(S3Endpoint(endpoint, section.region, credentials, trust, section.timeout_s))
 

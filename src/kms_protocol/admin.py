@@ -4,8 +4,7 @@ from typing import ClassVar, Final, Literal
 
 from msgspec import UNSET, UnsetType, field
 
-from kms_protocol.shapes import Answer
-from kms_protocol.wire import KEY_EXAMPLE, JobState
+from kms_protocol.wire import KEY_EXAMPLE, Answer, JobState
 
 
 class HealthOut(Answer, frozen=True, kw_only=True):

@@ -2,15 +2,139 @@
 
 ``admin.py`` has those for operators. ``bytes`` fields are padded standard base64 (RFC 4648 §4). ``null``
 means the same as an absent field. ``repr`` shows no value, which keeps the content of a body out of logs.
+Messages to ``kms.submit`` and the pieces of group results are here too.
 """
 
-from typing import Annotated, ClassVar, Final, Literal, get_args
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Annotated, Any, ClassVar, Final, Literal, get_args
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType, field
 
-from kms_protocol.job_groups import GroupIn
-from kms_protocol.shapes import Answer, Body, EndpointName, KeepFor, KeyId, Labels, Metadata, Moment
+KEY_ID_PATTERN: Final = "^[A-Za-z0-9_.-]{1,80}(?!\\s)$"
+MOST_LABELS: Final = 16
+
+KeyId = Annotated[str, Meta(pattern=KEY_ID_PATTERN)]
+Labels = Annotated[
+    dict[
+        Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9_./-]{0,62}(?!\\s)$")],
+        Annotated[str, Meta(pattern="^[A-Za-z0-9_.:/@+-]{0,128}(?!\\s)$")],
+    ],
+    Meta(max_length=MOST_LABELS),
+]
+"""Names and values by which jobs are listed."""
+GroupName = Annotated[str, Meta(pattern="^[A-Za-z0-9_.:@+-]{1,128}(?!\\s)$")]
+Metadata = Annotated[
+    dict[Annotated[str, Meta(min_length=1, max_length=64)], Annotated[str, Meta(max_length=512)]],
+    Meta(max_length=16),
+]
+"""Texts of the submitter, which answers and events repeat."""
+EndpointName = Annotated[str, Meta(pattern=KEY_ID_PATTERN)]
+KeepFor = Annotated[int, Meta(ge=60, le=366 * 24 * 3600)]
+"""Seconds for which a result is kept."""
+Moment = Annotated[datetime, Meta(tz=True)]
+"""An RFC 3339 time with an offset."""
+
+
+class Shape(Struct, frozen=True, kw_only=True):
+    """Base of all shapes: immutable, with no value in ``repr``."""
+
+    EXAMPLE: ClassVar[Mapping[str, Any]] = {}
+    """A JSON object of this shape for the OpenAPI document; empty for none."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(…)"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:  # msgspec's own lists all fields
+        return []
+
+
+class Body(Shape, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A request body. Unknown fields are refused."""
+
+
+class Answer(Shape, frozen=True, kw_only=True):
+    """A response body. UNSET fields are left out."""
+
+
+class Problem(Answer, frozen=True, kw_only=True):
+    """An error (RFC 9457, ``application/problem+json``). ``code`` is stable; ``detail`` is for people.
+
+    ``job_id`` is the job that ``durability_unconfirmed`` is about.
+    """
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str
+    links: dict[str, str] | UnsetType = UNSET
+    job_id: str | UnsetType = UNSET
+
+
+class Payload(Body, frozen=True, kw_only=True):
+    """A value of Temporal (temporal.api.common.v1.Payload, as JSON)."""
+
+    metadata: dict[str, bytes] = field(default_factory=dict)
+    data: bytes = b""
+
+
+class CodecIn(Body, frozen=True, kw_only=True):
+    """Payloads for the codec server."""
+
+    EXAMPLE: ClassVar = {"payloads": [{"metadata": {"encoding": "anNvbi9wbGFpbg=="}, "data": "IkhlbGxvIg=="}]}
+    payloads: Annotated[list[Payload], Meta(max_length=1000)] = field(default_factory=list)
+
+
+class CodecOut(Answer, frozen=True, kw_only=True):
+    """Payloads of the codec server."""
+
+    EXAMPLE: ClassVar = {
+        "payloads": [
+            {
+                "metadata": {"encoding": "YmluYXJ5L2VuY3J5cHRlZA=="},
+                "data": "YWdlLWVuY3J5cHRpb24ub3JnL3YxCg==",
+            }
+        ]
+    }
+    payloads: list[Payload]
+
+
+class GroupIn(Body, frozen=True, kw_only=True):
+    """A group of ``jobs`` jobs, which all say the same name and number.
+
+    It ends once all have been submitted and have ended. ``callback`` is a webhook endpoint for that event.
+    """
+
+    name: GroupName
+    jobs: Annotated[int, Meta(ge=1, le=10_000)]
+    callback: EndpointName | None = None
+
+
+class GroupOut(Answer, frozen=True, kw_only=True):
+    """A group: the number of its jobs, of those submitted, and of these by state.
+
+    ``ended`` once all have been submitted and have ended. ``failed`` has the ids of the first ten jobs that
+    did not succeed.
+    """
+
+    EXAMPLE: ClassVar = {
+        "name": "payroll-2027-01",
+        "jobs": 3,
+        "submitted": 3,
+        "states": {"succeeded": 2, "failed": 1},
+        "ended": True,
+        "failed": ["0192f0c1-7a3e-4c55-9d0a-1f2e3d4c5b6a"],
+    }
+    name: str
+    jobs: int
+    submitted: int
+    states: dict[str, int]
+    ended: bool
+    failed: list[str]
+
 
 PREFIX: Final = "/api/v1/kms"
 ContextIn = str | dict[str, str] | None
@@ -394,3 +518,40 @@ class ItemResult(Answer, frozen=True, kw_only=True):
 encode: Final = msgspec.json.encode
 NOT_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """Exceptions raised for bytes that are not JSON of a shape, not text, or nested too deeply."""
+
+
+# A UUID (RFC 9562) in lower case. Version 5 is reserved for the parts of a job.
+JobId = Annotated[
+    str,
+    Meta(
+        pattern="^[0-9a-f]{8}-[0-9a-f]{4}-[1-46-8][0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$",
+        max_length=36,  # without it, $ accepts a line feed at the end
+    ),
+]
+
+
+class Submission(Body, frozen=True, kw_only=True):
+    """Content of a ``kms.submit`` message (docs/celery.md): a job, its id and an expiry time.
+
+    The submitter chooses the id; a replayed message starts no second job. ``token`` is an API token or a JWT.
+    It is null if requests are not authenticated.
+    """
+
+    version: Literal[1]
+    token: Annotated[str, Meta(max_length=4096)] | None = None
+    job_id: JobId
+    expires_at: Annotated[datetime, Meta(tz=True)]
+    job: JobIn
+
+
+class IntakeOut(Answer, frozen=True, kw_only=True):
+    """Recipient for the encryption of ``kms.submit`` messages, and the accepted version of the message."""
+
+    EXAMPLE: ClassVar = {
+        "recipient": "age1cy0su9fwf3gf9mw868g5yut09p6nytfmmnktexz2ya5uqg9vl9sss4euqm",
+        "key_version": "1f0c52b7",
+        "version": 1,
+    }
+    recipient: str
+    key_version: str
+    version: int

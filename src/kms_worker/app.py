@@ -14,19 +14,19 @@ from kms_core.container import Core, build_intake
 from kms_core.container import build as build_core
 from kms_core.jobs.execution import attendance
 from kms_core.jobs.execution.attendance import SharedTime
-from kms_core.jobs.execution.context import WorkerContext
+from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.execution.runner import run_next
 from kms_core.jobs.model import Following
 from kms_core.jobs.spec import FILES, QUEUES
 from kms_core.jobs.store import broker
-from kms_core.jobs.store.usage_flush import UsageFlush
-from kms_core.jobs.store.wake_up import TASK
+from kms_core.jobs.store.activity import UsageFlush
+from kms_core.jobs.store.redis_keys import TASK
 from kms_core.observability import tracing
 from kms_core.redis_client import celery_options
 from kms_core.settings.model import Settings
 from kms_protocol.errors import JobsUnavailable, KmsError
-from kms_worker import rotation, submit
-from kms_worker.refusals import LogBound
+from kms_worker import tasks
+from kms_worker.tasks import LogBound
 
 # After so long Redis gives out a kms.submit again whose worker was killed: nothing else brings it back.
 _VISIBILITY_S: Final = 600
@@ -75,7 +75,7 @@ def build(settings: Settings, name: str, pulse: SharedTime) -> Celery:
     app.conf.update(CONFIGURATION | celery_options(settings.kms.redis, TRANSPORT))
     # A wake-up may be lost, so nothing acknowledges it; a submission is kept until it is a job.
     app.conf.task_queues = [
-        _queue(each, app.conf.task_create_missing_queue_type) for each in (*QUEUES, submit.QUEUE)
+        _queue(each, app.conf.task_create_missing_queue_type) for each in (*QUEUES, tasks.QUEUE)
     ]
     signals.setup_logging.connect(lambda **_: None, weak=False)  # so Celery leaves logging alone
     notify = broker.notify_through(app, settings.kms.redis)
@@ -98,8 +98,8 @@ def build(settings: Settings, name: str, pulse: SharedTime) -> Celery:
         queue = (task.request.delivery_info or {}).get("routing_key") or FILES
         _drain(core, f"{name}/{os.getpid()}", queue, settings.kms.jobs.queues)
 
-    rotation.register(app, core, settings, name)
-    submit.register(app, lambda: build_intake(settings, core().submitter), name, pulse)
+    tasks.register_keys(app, core, settings, name)
+    tasks.register_submit(app, lambda: build_intake(settings, core().submitter), name, pulse)
     return app
 
 

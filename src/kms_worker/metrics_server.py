@@ -13,15 +13,16 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from kms_core.auth.metrics_access import MetricsAccess
-from kms_core.http_server.connections import (
+from kms_core.auth.authenticator import MetricsAccess
+from kms_core.http_protocol import (
     REFUSED,
     ConnectionLimits,
     Connections,
     HostCheck,
+    HttpProtocol,
+    ProblemResponse,
     by_name,
 )
-from kms_core.http_server.protocol import HttpProtocol, ProblemResponse
 from kms_core.observability import metrics
 
 _LIMITS: Final = ConnectionLimits(most=64, timeout_s=10, ends_unread=True)

@@ -20,15 +20,12 @@ from celery import Celery, signals
 from celery.platforms import SecurityWarning
 from celery.worker.consumer import Consumer
 
-from kms_core import secure_memory, server_memory
-from kms_core.audit_setup import build_monitor
-from kms_core.auth.metrics_access import MetricsAccess
-from kms_core.container import Core, build_intake
+from kms_core import secure_memory
+from kms_core.auth.authenticator import MetricsAccess
+from kms_core.container import Core, build_intake, build_monitor
 from kms_core.container import build as build_core
-from kms_core.documents.local_copy import CopyPoll
 from kms_core.jobs.events import webhook
-from kms_core.jobs.events.dispatcher import WebhookDispatcher
-from kms_core.jobs.events.outbox import Outbox
+from kms_core.jobs.events.outbox import Outbox, WebhookDispatcher
 from kms_core.jobs.execution import attendance
 from kms_core.jobs.hosts.install import InstallWatch
 from kms_core.jobs.recovery.reaper import Heartbeat, Reaper
@@ -40,12 +37,12 @@ from kms_core.proxies import Proxies
 from kms_core.redis_client import check_servers
 from kms_core.settings.lint import SETTINGS, unaccepted
 from kms_core.settings.model import Settings
+from kms_core.signed_documents import CopyPoll
 from kms_worker import app as worker_app
-from kms_worker import consumer, metrics_server, rotation, submit
+from kms_worker import consumer, metrics_server, tasks
 from kms_worker.metrics_server import MetricsApp, MetricsServer
-from kms_worker.refusals import Refusals
-from kms_worker.slots import Slots
-from kms_worker.watchdog import PATIENCE_S, Watchdog
+from kms_worker.slots import Slots, Watchdog
+from kms_worker.tasks import Refusals
 
 _LEAVE_S: Final = 2.0  # for the last word to Redis; a worker whose Redis is away need not wait for it
 _EXIT_ORPHAN: Final = 1
@@ -59,7 +56,7 @@ parent forks a process whenever one died, while periodic threads run beside it.
 
 def run(loaded: Settings) -> int:
     """Work until a signal; the exit code."""
-    server_memory.protect(strict=loaded.is_prod)
+    secure_memory.protect(strict=loaded.is_prod)
     # Celery warns of pickle under root; this worker accepts JSON alone.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     name = f"{socket.gethostname()}:{uuid.uuid4().hex[:8]}"
@@ -70,7 +67,7 @@ def run(loaded: Settings) -> int:
     metrics.show_weak(SETTINGS, unaccepted(loaded))
     jobs, store = loaded.kms.jobs, core.worker_context.store
     intake = build_intake(loaded, core.submitter)
-    served = (*jobs.queues, *submit.queues(intake))
+    served = (*jobs.queues, *tasks.queues(intake))
     consumer.install()
     checked = partial(
         consumer.CheckedConsumer,
@@ -89,7 +86,7 @@ def run(loaded: Settings) -> int:
             require_install=core.install.require,
             may_sweep=core.install.may_sweep,
         ),
-        rotation.Clock(app, store, name),
+        tasks.Clock(app, store, name),
         build_monitor(loaded, store.redis),
         *(CopyPoll(copy) for copy in core.copies),
         *_dispatchers(loaded, store, name),
@@ -102,7 +99,7 @@ def run(loaded: Settings) -> int:
     _start(*beside)
     Watchdog(
         served,
-        PATIENCE_S,
+        attendance.PATIENCE_S,
         partial(_waiting, app, store),
         lambda: min(time.monotonic() - pulse.at, store.idle_s(name)),
     ).start()
@@ -151,7 +148,7 @@ def _watch_pool(loaded: Settings, store: JobStore, name: str, beside: list[Perio
 def _waiting(app: Celery, store: JobStore) -> Mapping[str, int]:
     """Messages of ``kms.submit``, and 1 for each queue with jobs to take. Raises JobsUnavailable."""
     with app.connection_for_read() as connection:
-        messages = {submit.QUEUE: broker.messages(connection, submit.QUEUE)}
+        messages = {tasks.QUEUE: broker.messages(connection, tasks.QUEUE)}
     return messages | dict.fromkeys(store.queues_to_serve(), 1)
 
 

@@ -1,4 +1,4 @@
-"""Processes of the pool that hang: they are killed, and those that cannot be ended are replaced.
+"""Processes of the pool that hang are killed or replaced; a worker that takes nothing ends itself.
 
 A process that waits for a disk in the kernel (state D) ends when the disk answers. Until then its worker
 avoids the roots that it hangs on, another process takes its place, and status, metrics and log say so.
@@ -8,7 +8,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -20,6 +20,7 @@ from celery.worker.consumer import Consumer
 from kms_core.jobs.execution.attendance import Attendance, Stall
 from kms_core.jobs.store.store import JobStore
 from kms_core.periodic import PeriodicThread
+from kms_protocol.errors import JobsUnavailable
 
 EVERY_S: Final = 1.0
 _LAST_S: Final = 10.0  # after the time at which attempts are handed back
@@ -124,3 +125,47 @@ def _has_ended(pidfd: int) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
+
+
+# Finds a worker that runs and takes nothing: messages wait, and none of its processes claims or renews.
+#
+# kombu and Celery have several ways to end up so after a broker restart, none of which raises. The cure is
+# to leave: the supervisor starts the worker again, and its jobs are in their records.
+
+EXIT_DEAF: Final = 70  # EX_SOFTWARE
+_LOOK_EVERY_S: Final = 5.0
+
+
+class Watchdog(PeriodicThread):
+    """Leaves with exit code 70 when messages have waited, and the worker been idle, for ``patience_s``."""
+
+    def __init__(
+        self,
+        queues: Sequence[str],
+        patience_s: float,
+        waiting: Callable[[], Mapping[str, int]],
+        idle_s: Callable[[], float],
+    ) -> None:
+        super().__init__("watchdog", min(_LOOK_EVERY_S, patience_s / 4), failed="watchdog.failed")
+        self._queues = queues
+        self._patience_s = patience_s
+        self._waiting = waiting
+        self._idle_s = idle_s
+        self._heard_at = time.monotonic()
+
+    def round(self) -> None:
+        before, self._heard_at = self._heard_at, time.monotonic()
+        if self._deaf():  # a look that fails says nothing, and counts as heard
+            self._heard_at = before
+        if time.monotonic() - self._heard_at > self._patience_s:
+            _log.error("worker.deaf", waited_s=round(time.monotonic() - self._heard_at))
+            os._exit(EXIT_DEAF)  # no shutdown: whatever hangs would hang it, and no job is in hand
+
+    def _deaf(self) -> bool:
+        """Return whether jobs or messages wait and nothing was claimed for long. False without Redis."""
+        try:
+            waiting = self._waiting()
+            mine = any(count for queue, count in waiting.items() if queue in self._queues)
+            return mine and self._idle_s() > self._patience_s
+        except JobsUnavailable:
+            return False

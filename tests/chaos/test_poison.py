@@ -328,7 +328,7 @@ def element(queue: str, task: str, **info: object) -> bytes:
 
 def test_flood_of_refused_messages_is_work_for_the_watchdog(tmp_path: Path) -> None:
     with Service(tmp_path, "[kms.jobs]\nconcurrency = 1\n") as service:
-        service.constants = {"kms_worker.watchdog.PATIENCE_S": 5}
+        service.constants = {"kms_core.jobs.execution.attendance.PATIENCE_S": 5}
         service.start()
         worker, redis = service.pid("worker"), core_of(service).worker_context.store.redis
         end = time.monotonic() + 15

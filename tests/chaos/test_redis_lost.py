@@ -6,7 +6,7 @@ from pathlib import Path
 
 import httpx2 as httpx
 
-from kms_cli.local.valkey import runtime_dir
+from kms_cli.local.installation import runtime_dir
 from kms_core.jobs.spec import BULK
 from kms_protocol.wire import ENDED
 from support.frozen_disk import state_of

@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from kms_core.jobs.store import wake_up
+from kms_core.jobs.store.redis_keys import encode_message, list_key
 from support.service import Service, b64, core_of
 from support.waiting import until
 
@@ -28,14 +28,14 @@ def test_a_hundred_thousand_wake_ups_fill_no_memory(tmp_path: Path) -> None:
         job_id = service.submit({"kind": "encrypt", "items": [{"plaintext": b64(b"x")}]})
         store = core_of(service).worker_context.store
         for _ in range(MANY // 1000):
-            store.redis.lpush(wake_up.list_key("kms.bulk"), *[wake_up.encode_message("kms.bulk")] * 1000)
-        store.redis.lpush(wake_up.list_key("kms.bulk"), b"no message", b"{}", b"\x00")
+            store.redis.lpush(list_key("kms.bulk"), *[encode_message("kms.bulk")] * 1000)
+        store.redis.lpush(list_key("kms.bulk"), b"no message", b"{}", b"\x00")
         service.start("worker")
         before = memory_mib(service.pid("worker"))
 
         service.wait(job_id, "succeeded")
         left = MANY - TAKEN
-        until(lambda: store.redis.llen(wake_up.list_key("kms.bulk")) < left, "many are taken")
+        until(lambda: store.redis.llen(list_key("kms.bulk")) < left, "many are taken")
 
         assert memory_mib(service.pid("worker")) - before < MOST_MIB
         after = service.submit({"kind": "encrypt", "items": [{"plaintext": b64(b"x")}]})

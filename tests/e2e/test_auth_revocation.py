@@ -9,7 +9,7 @@ import httpx2 as httpx
 import pytest
 
 from kms_api.server import process
-from kms_core.auth import revocation
+from kms_core.auth import client_certificates
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_job
@@ -224,7 +224,7 @@ def test_of_several_lists_of_an_authority_the_newest_counts(tmp_path: Path) -> N
     old, new = own.clients.crl(builder.cert, lasts=EXPIRED), own.clients.crl()
     for text in (old + new, new + old):
         own.put(text)
-        lists = revocation.load(own.settings.kms.server)
+        lists = client_certificates.load_lists(own.settings.kms.server)
         assert lists
         assert lists.revoked == frozenset()
         assert lists.ends > time.time()
@@ -236,13 +236,13 @@ def test_revocation_is_looked_up_by_authority_and_number(tmp_path: Path) -> None
     identity = shown(builder, own.clients).identity
     number, authority, key = identity.split(":")
     own.put(own.clients.crl(builder.cert))
-    found = revocation.build(own.settings.kms.server)
+    found = client_certificates.build_revocations(own.settings.kms.server)
 
     assert found
     assert found.is_revoked(identity)
     assert not found.is_revoked(f"{number}:{'0' * 16}:{key}")
     assert not found.is_revoked(f"{number}0:{authority}:{key}")
-    assert revocation.build(ServerSection(docs=True)) is None
+    assert client_certificates.build_revocations(ServerSection(docs=True)) is None
 
 
 # -- jobs ------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from kms_core.age import x25519
 from kms_core.auth.policy import Principal
 from kms_core.jobs.hosts.notes import LIVE_S
 from kms_core.jobs.spec import BULK
-from kms_core.jobs.store import wake_up
+from kms_core.jobs.store import redis_keys
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import EXIT_CONFIGURATION
@@ -163,7 +163,7 @@ def test_worker_takes_no_job_of_another_install(tmp_path: Path, redis_url: str) 
         submitter._require_install = lambda: None  # noqa: SLF001 -- as before it noticed
         options = SubmissionOptions(Principal("local"), "encrypt", Context())
         job_id = submitter.items(options, [JobItem(plaintext=b"a")]).job_id
-        client.lpush(wake_up.list_key(BULK), wake_up.encode_message(BULK))
+        client.lpush(redis_keys.list_key(BULK), redis_keys.encode_message(BULK))
         until(lambda: "job.left_to_lease" in only.output("worker"), "the worker refuses it")
         assert only.job(job_id)["state"] == "queued"
         client.delete("kms:install")

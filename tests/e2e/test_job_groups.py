@@ -8,7 +8,7 @@ from typing import cast
 import pytest
 
 from kms_core.container import Core
-from kms_core.jobs.events import feed, transitions
+from kms_core.jobs.events import transitions
 from kms_core.jobs.events.outbox import Outbox
 from kms_core.jobs.events.webhook import WebhookEndpoint
 from kms_core.jobs.store.store import JobStore
@@ -105,7 +105,10 @@ def end(store: JobStore, job_id: str) -> None:
 
 
 def group_events(store: JobStore) -> list[Json]:
-    told = [json.loads(body) for _, body in feed.read(store, TENANT, feed.START, {}).events]
+    told = [
+        json.loads(body)
+        for _, body in transitions.read_feed(store, TENANT, transitions.FEED_START, {}).events
+    ]
     return [event for event in told if event["type"] == transitions.GROUP_ENDED]
 
 

@@ -13,7 +13,7 @@ from typing import Final
 import httpx2 as httpx
 import pytest
 
-from kms_core.age.recipients import parse_recipient, version_of
+from kms_core.age.mlkem768x25519 import parse_recipient, version_of
 from support import object_stores
 from support.embedded_valkey import EmbeddedValkey
 from support.object_stores import Seen, TestBucket, Way

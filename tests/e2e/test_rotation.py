@@ -20,16 +20,16 @@ from kms_core.audit.verification.verify import verify
 from kms_core.auth.policy import Principal
 from kms_core.backends.age import AgeBackend
 from kms_core.container import Core
-from kms_core.jobs.store import usage_flush
-from kms_core.jobs.store.usage_flush import UsageFlush
+from kms_core.jobs.store import activity
+from kms_core.jobs.store.activity import UsageFlush
 from kms_core.key_selection import SelectionRules
 from kms_core.keyring import Key, Keyring
-from kms_core.observability.usage import UsageCounters
+from kms_core.observability.metrics import UsageCounters
 from kms_core.service import Kms
 from kms_core.settings.model import RotationSection
 from kms_protocol.errors import AuditUnavailable, BackendUnavailable, JobsUnavailable, UnknownKey
 from kms_protocol.wire import PREFIX
-from kms_worker.rotation import look_after
+from kms_worker.tasks import look_after
 from support.age_kms import NO_CONTEXT, age_backend
 from support.audit_logs import Line, Place
 from support.failing_store import Killed
@@ -314,7 +314,7 @@ def test_counts_of_several_processes_add_up(redis_url: str) -> None:
         tally.put_back({"operations encrypt ok": 2, "messages default 1 age": 2})
         UsageFlush(tally, client).round()
 
-    assert usage_flush.shared(client) == {"operations encrypt ok": 4, "messages default 1 age": 4}
+    assert activity.shared_usage(client) == {"operations encrypt ok": 4, "messages default 1 age": 4}
 
 
 def test_counts_wait_while_redis_is_away(redis_url: str) -> None:
@@ -323,8 +323,8 @@ def test_counts_wait_while_redis_is_away(redis_url: str) -> None:
     UsageFlush(tally, connect("unix:///nonexistent/valkey.sock")).round()
     assert tally.peek() == {"operations encrypt ok": 2}
     with pytest.raises(JobsUnavailable):
-        usage_flush.shared(connect("unix:///nonexistent/valkey.sock"))
+        activity.shared_usage(connect("unix:///nonexistent/valkey.sock"))
     UsageFlush(tally, connect(redis_url)).round()
 
-    assert usage_flush.shared(connect(redis_url)) == {"operations encrypt ok": 2}
+    assert activity.shared_usage(connect(redis_url)) == {"operations encrypt ok": 2}
     assert not tally.peek()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kms_core.age.recipients import parse_recipient, version_of
+from kms_core.age.mlkem768x25519 import parse_recipient, version_of
 from kms_protocol.errors import EXIT_CONFIGURATION
 from support import programs
 from support.age_kms import write_identities

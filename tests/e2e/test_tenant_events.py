@@ -8,7 +8,7 @@ import httpx2 as httpx
 import pytest
 
 from kms_core.container import Core
-from kms_core.jobs.events import feed
+from kms_core.jobs.events import transitions
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.wire import PREFIX
 from support.job_stores import LONG, TENANT, accepted, store_of
@@ -114,8 +114,8 @@ def test_stream_holds_a_slot_and_gives_it_back(idle: Service) -> None:
 # -- the feed
 
 
-def read(store: JobStore, after: str = feed.START, tenant: str = TENANT) -> feed.FeedBatch:
-    return feed.read(store, tenant, after, {})
+def read(store: JobStore, after: str = transitions.FEED_START, tenant: str = TENANT) -> transitions.FeedBatch:
+    return transitions.read_feed(store, tenant, after, {})
 
 
 def test_events_of_other_tenants_are_not_told(core: Core) -> None:

@@ -19,9 +19,8 @@ import pytest
 from kms_core import container, redis_client
 from kms_core.auth import tokens
 from kms_core.auth.tokens import Token, TokenRequest
-from kms_core.documents.places import ObjectPlace
-from kms_core.documents.signed import SignedDocument
 from kms_core.s3.connection import S3Connection
+from kms_core.signed_documents import ObjectPlace, SignedDocument
 from support import object_stores
 from support.credentials import DAY, Guarded, bearer
 from support.embedded_valkey import EmbeddedValkey

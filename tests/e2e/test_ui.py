@@ -20,7 +20,7 @@ from pyrage import x25519
 from kms_api import app
 from kms_api.app import UI_RULES
 from kms_api.routing import ScopedRoute
-from kms_api.transport.sessions import LASTS_S
+from kms_api.transport.authentication import LASTS_S
 from kms_api.ui.render import STATIC_FILES
 from kms_core.auth import tokens
 from kms_core.jobs.execution.runner import run_job

@@ -10,8 +10,7 @@ import httpx2 as httpx
 import pytest
 
 from kms_core.container import Core
-from kms_core.jobs.events.dispatcher import WebhookDispatcher
-from kms_core.jobs.events.outbox import Outbox
+from kms_core.jobs.events.outbox import Outbox, WebhookDispatcher
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import REFUSED
 from support.job_stores import accepted, forge

@@ -12,8 +12,7 @@ import msgspec
 import pytest
 
 from kms_core.container import Core
-from kms_core.jobs.events.dispatcher import WebhookDispatcher
-from kms_core.jobs.events.outbox import Delivery, Outbox
+from kms_core.jobs.events.outbox import Delivery, Outbox, WebhookDispatcher
 from kms_core.jobs.events.webhook import WebhookEndpoint, WebhookRequest, post, sign
 from kms_core.jobs.spec import JobSpec
 from kms_core.jobs.store.store import JobStore

@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from typing import Final
 
 from fuzz.fuzz_cosmian_ttlv import STATUSES, UID, Told
-from kms_core.backends.cosmian.kmip import GcmResult
+from kms_core.backends.cosmian.kmip import GcmResult, Refusal
 from kms_core.backends.cosmian.server import Jose
-from kms_core.backends.cosmian.ttlv import Refusal
 from kms_protocol.errors import BackendUnavailable
 
 MOST_BYTES: Final = 2 * 1024

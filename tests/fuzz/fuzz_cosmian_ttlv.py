@@ -7,8 +7,20 @@ from typing import Final
 
 import msgspec
 
-from kms_core.backends.cosmian.kmip import GcmResult, Kmip, Messages, ask_alone
-from kms_core.backends.cosmian.ttlv import Kind, Node, Refusal, name, octets, refusal, structure, text
+from kms_core.backends.cosmian.kmip import (
+    GcmResult,
+    Kind,
+    Kmip,
+    Messages,
+    Node,
+    Refusal,
+    ask_alone,
+    name,
+    octets,
+    refusal,
+    structure,
+    text,
+)
 from kms_core.http_client import Peer, PeerAnswer, PeerServer
 from kms_protocol.errors import BackendUnavailable
 from support.fuzz.harness import PARTS, parts, read_exactly

@@ -14,7 +14,7 @@ from fuzz.fuzz_header import written
 from kms_core.age import header, x25519
 from kms_core.age.header import SYNC_LIMITS
 from kms_core.envelope import binding
-from kms_core.results import Opened
+from kms_core.operation import Opened
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed, ForeignRefused, KmsError, NotACiphertext, TooLarge, UnknownKey
 from support.age_kms import ADA, Kept, age_backend, kms_over

@@ -8,7 +8,7 @@ import msgspec
 from kms_api import json_body
 from kms_api.app import VAULT_ROUTES
 from kms_api.vault_api import models
-from kms_api.vault_api.service import Extra
+from kms_api.vault_api.transit import Extra
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import InvalidContext, InvalidRequest

@@ -6,7 +6,7 @@ from typing import Final
 import msgspec
 
 from kms_api.json_body import decode
-from kms_protocol import shapes, submit_message, wire
+from kms_protocol import wire
 from kms_protocol.errors import InvalidRequest
 
 MOST_BYTES: Final = 2 * 1024
@@ -15,9 +15,9 @@ SHAPES: Final = tuple(
     sorted(
         {
             shape
-            for module in (submit_message, wire)
+            for module in (wire, wire)
             for shape in vars(module).values()
-            if isinstance(shape, type) and issubclass(shape, shapes.Body)
+            if isinstance(shape, type) and issubclass(shape, wire.Body)
         },
         key=lambda shape: shape.__name__,
     )

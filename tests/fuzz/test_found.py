@@ -8,13 +8,12 @@ from typing import Final
 
 import pytest
 
-from kms_client.problems import Reply, UnexpectedAnswer
-from kms_client.requests import ClientRequest
+from kms_client.requests import ClientRequest, Reply, UnexpectedAnswer
 from kms_core.audit import query
 from kms_core.audit.verification import receipt
 from kms_core.audit.verification.receipt import UnknownRecord
-from kms_core.auth import jwks, tokens
-from kms_core.auth.jwks import discover
+from kms_core.auth import jwt_verifier, tokens
+from kms_core.auth.jwt_verifier import discover
 from kms_core.settings.load import load as load_settings
 from kms_protocol import admin, wire
 from kms_protocol.errors import ConfigurationError
@@ -94,7 +93,7 @@ def test_a_token_file_that_is_nested_without_end_is_none_of_ours(tmp_path: Path)
 @pytest.mark.parametrize("data", [NESTED, b'{"\xff":1}'], ids=["nested", "no text"])
 def test_a_strange_key_set_is_none(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"key set|Key Set"):
-        jwks.parse(data)
+        jwt_verifier.parse(data)
 
 
 def test_a_discovery_document_that_is_nested_without_end_is_none() -> None:

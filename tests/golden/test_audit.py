@@ -15,9 +15,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from kms_core.audit import AuditLog, AuditRecord, query
-from kms_core.audit.copies import HostLog
 from kms_core.audit.keys import Concealer, PublicKeys, Signer
-from kms_core.audit.sinks import FolderSink, RedisSink
+from kms_core.audit.maintenance import FolderSink, RedisSink
+from kms_core.audit.segments import HostLog
 from kms_core.audit.verification import receipt
 from kms_core.audit.verification.receipt import Receipt
 from kms_core.audit.verification.scan import VerificationReport

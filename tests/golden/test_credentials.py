@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import pytest
 
-from kms_cli.commands.migrate_output import MovedRecord, continued
+from kms_cli.commands.migrate import MovedRecord, continued
 from kms_cli.plugin.names import PluginTarget
 from kms_core.auth import tokens
 from kms_core.auth.tokens import TokenFile, TokenRequest

@@ -9,9 +9,8 @@ from typing import Any, Final
 import pytest
 
 from kms_core.auth import tokens
-from kms_core.auth.token_documents import DocumentTokens
-from kms_core.auth.tokens import TokenRequest
-from kms_core.documents.local_copy import LocalCopy
+from kms_core.auth.tokens import DocumentTokens, TokenRequest
+from kms_core.signed_documents import LocalCopy
 from kms_protocol.errors import Unauthenticated
 from support.golden import make_document, reference
 from support.golden.jobs import SECRET

@@ -18,16 +18,13 @@ from kms_core.backends.key_files import KeyFiles
 from kms_core.backends.remote import RemoteBackend
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
-from kms_core.jobs.ends import SignedEnd, SignedSplit, spec_digest
 from kms_core.jobs.events.webhook import WebhookRequest, sign
-from kms_core.jobs.model import Checkpoint, Commit
-from kms_core.jobs.sealed_records import RecordKey
-from kms_core.jobs.spec import ItemsJob, UploadJob
-from kms_core.jobs.storage.disk_sync import DiskSync
-from kms_core.jobs.storage.local_paths import temporary_name
+from kms_core.jobs.model import Checkpoint, Commit, RecordKey
+from kms_core.jobs.spec import ItemsJob, SignedEnd, SignedSplit, UploadJob, spec_digest
+from kms_core.jobs.storage.local import temporary_name
 from kms_core.jobs.storage.spool import Label, Spool
-from kms_core.jobs.storage.spool_folder import SpoolFolder
-from kms_core.jobs.store import wake_up
+from kms_core.jobs.storage.spool_folder import DiskSync, SpoolFolder
+from kms_core.jobs.store import redis_keys
 from kms_core.s3 import bucket
 from kms_protocol.context import Context
 from support.golden import make, manifest, reference
@@ -266,9 +263,9 @@ def test_new_bound_records() -> None:
 
 
 def test_new_message() -> None:
-    found = msgspec.json.decode(wake_up.encode_message("kms.files"))
+    found = msgspec.json.decode(redis_keys.encode_message("kms.files"))
 
-    assert wake_up.list_key("kms.files") == "kms:kms.files"
+    assert redis_keys.list_key("kms.files") == "kms:kms.files"
     assert found == {
         "body": "[[],{},null]",
         "content-type": "application/json",

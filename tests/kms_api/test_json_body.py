@@ -11,7 +11,7 @@ from kms_api import json_body
 from kms_api.deps import ANONYMOUS, PRINCIPAL
 from kms_api.transport.admission import RESERVATION, Admission, Reservation
 from kms_core.auth.policy import Principal
-from kms_core.http_server.protocol import BODY
+from kms_core.http_protocol import BODY
 from kms_core.settings.model import ServerSection
 from kms_protocol import wire
 from kms_protocol.errors import InvalidRequest, TooLarge

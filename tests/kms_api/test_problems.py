@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from kms_api import problems
 from kms_core import audit
 from kms_core.jobs.model import LeaseLost
-from kms_protocol import errors, shapes
+from kms_protocol import errors, wire
 from kms_protocol.errors import KmsError
 
 CONTRACT = {
@@ -125,7 +125,7 @@ async def test_error_is_answered_as_a_problem(kind: type[KmsError]) -> None:
 
     answer = await failing(kind())
 
-    problem = msgspec.json.decode(answer.content, type=shapes.Problem)
+    problem = msgspec.json.decode(answer.content, type=wire.Problem)
     assert answer.status_code == problem.status == problems.answer_of(kind).status
     assert answer.headers["content-type"] == "application/problem+json"
     assert problem.code == kind.code

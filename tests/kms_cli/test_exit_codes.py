@@ -10,7 +10,7 @@ import pytest
 
 from kms_cli import terminal
 from kms_cli.main import COMMANDS, JOB_COMMANDS, group
-from kms_client.problems import BY_CODE
+from kms_client.requests import BY_CODE
 from kms_core.jobs.model import DEAD
 from support.cli.fixtures import BIN, environment
 from support.contract_server import ContractServer

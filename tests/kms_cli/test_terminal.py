@@ -10,7 +10,7 @@ import click
 import pytest
 
 from kms_cli import terminal
-from kms_cli.commands import audit, audit_verify
+from kms_cli.commands import audit
 from kms_core.audit.query import RecordedOperation
 from kms_core.audit.verification.scan import ChainProblem, Note, VerificationReport
 from support.cli.at_terminal import at_terminal
@@ -26,7 +26,7 @@ def test_records_that_others_wrote_are_shown_as_text(capsys: pytest.CaptureFixtu
     problem, note = ChainProblem("misplaced", HOSTILE, HOSTILE), Note("late", HOSTILE, HOSTILE)
     with click.Context(audit.tail_command):
         audit._line(event)  # noqa: SLF001 -- what the commands print with
-        audit_verify._show_findings(VerificationReport(trusted=True, problems=[problem], notes=[note]))  # noqa: SLF001 -- as above
+        audit._show_findings(VerificationReport(trusted=True, problems=[problem], notes=[note]))  # noqa: SLF001 -- as above
 
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 2
@@ -36,9 +36,9 @@ def test_records_that_others_wrote_are_shown_as_text(capsys: pytest.CaptureFixtu
 
 def test_hosts_that_others_named_are_shown_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     """Any user of Redis can write the note of a host; a copy of a log can have any name."""
-    hosts = [audit_verify._Host(HOSTILE, None), audit_verify._Host(HOSTILE, None, why=HOSTILE)]  # noqa: SLF001 -- as above
-    with click.Context(audit_verify.verify_command):
-        audit_verify._show_hosts(hosts, {HOSTILE: HOSTILE})  # noqa: SLF001 -- as above
+    hosts = [audit._Host(HOSTILE, None), audit._Host(HOSTILE, None, why=HOSTILE)]  # noqa: SLF001 -- as above
+    with click.Context(audit.verify_command):
+        audit._show_hosts(hosts, {HOSTILE: HOSTILE})  # noqa: SLF001 -- as above
 
     out, err = capsys.readouterr()
     assert (out + err).replace("\n", "").isprintable()

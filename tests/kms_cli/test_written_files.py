@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kms_cli.commands.migrate_output import Lines, MovedRecord
+from kms_cli.commands.migrate import Lines, MovedRecord
 from kms_cli.options import placed
 from kms_core import secure_files
 from support.disk_trace import recorded

@@ -9,9 +9,9 @@ import pytest
 
 from kms_client import Client, UnexpectedAnswer, requests
 from kms_client.http_client import transport_errors
-from kms_client.problems import BY_CODE, Reply, error_of, failure
+from kms_client.requests import BY_CODE, Reply, error_of, failure
 from kms_client.settings import ClientSettings
-from kms_protocol import errors, shapes, wire
+from kms_protocol import errors, wire
 from kms_protocol.context import Context
 from kms_protocol.errors import KmsError
 from support.contract_server import ContractServer
@@ -29,7 +29,7 @@ def tree(top: type[KmsError]) -> Iterator[type[KmsError]]:
 def test_every_code_becomes_its_class(code: str) -> None:
     core = [kind for kind in tree(KmsError) if kind.__module__ == "kms_protocol.errors" and kind.code == code]
     body = wire.encode(
-        shapes.Problem(type="urn:x", title="t", status=418, detail="why", code=code, request_id="r-9")
+        wire.Problem(type="urn:x", title="t", status=418, detail="why", code=code, request_id="r-9")
     )
 
     error = error_of(Reply(418, {}, body))

@@ -13,8 +13,8 @@ from msgspec import UNSET
 
 from kms_client import Client, ServiceUnreachable, errors, testing, wire
 from kms_client.testing import FakeService
-from kms_protocol.shapes import Answer
 from kms_protocol.units import MiB, time_text
+from kms_protocol.wire import Answer
 from support.embedded_valkey import EmbeddedValkey
 from support.service import Service
 

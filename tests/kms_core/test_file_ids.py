@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kms_cli.commands.inspect import inspect
+from kms_cli.commands.offline import inspect
 from kms_core.age import x25519
 from kms_core.backends.age import AgeBackend
 from kms_core.envelope import binding

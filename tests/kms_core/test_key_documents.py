@@ -14,19 +14,17 @@ import pytest
 from kms_core import key_documents
 from kms_core.age import x25519
 from kms_core.age.header import Stanza
-from kms_core.age.recipients import version_of
+from kms_core.age.mlkem768x25519 import version_of
 from kms_core.age.x25519 import NoMatch
 from kms_core.backends.age import RECHECK_S, AgeBackend
-from kms_core.documents.local_copy import POLL_S
-from kms_core.documents.places import FilePlace
-from kms_core.documents.signed import Anchors, SignedDocument
 from kms_core.envelope.binding import KeyRef
 from kms_core.envelope.sealed_files import FileSealer, NotOpenedYet
 from kms_core.http_client import Unreachable
 from kms_core.key_documents import PUBLISH_S, KeyBody, KeyDocument, copy_of
 from kms_core.key_opening import LOOK_S, InheritedFiles, KeyOpener
 from kms_core.keyring import Key
-from kms_core.shared_secrets import SharedSecrets
+from kms_core.secure_memory import SharedSecrets
+from kms_core.signed_documents import POLL_S, Anchors, FilePlace, SignedDocument
 from kms_protocol.errors import (
     BackendUnavailable,
     ConfigurationError,

@@ -12,9 +12,9 @@ from kms_core.age import x25519
 from kms_core.envelope.sealed_files import FileSealer, NotOpenedYet
 from kms_core.key_opening import KeyOpener
 from kms_core.keyring import Key
+from kms_core.secure_memory import SharedSecrets
 from kms_core.settings.load import load
 from kms_core.settings.model import Settings
-from kms_core.shared_secrets import SharedSecrets
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, KmsError, UnknownKey
 from support.age_kms import age_backend, write_identities
 

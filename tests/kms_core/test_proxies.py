@@ -2,7 +2,7 @@
 
 import pytest
 
-from kms_core.auth.metrics_access import MetricsAccess
+from kms_core.auth.authenticator import MetricsAccess
 from kms_core.auth.policy import AllowAll
 from kms_core.proxies import Proxies
 

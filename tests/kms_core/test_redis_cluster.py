@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from redis.crc import key_slot
 
-from kms_core.redis_cluster import tagged
+from kms_core.redis_client import tagged
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kms_core.retries import jittered_wait_s
+from kms_core.periodic import jittered_wait_s
 
 
 @pytest.mark.parametrize(

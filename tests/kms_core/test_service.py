@@ -14,9 +14,9 @@ from kms_core.backends import Health
 from kms_core.backends.age import AgeBackend
 from kms_core.envelope import sealing
 from kms_core.key_selection import SelectionRules
+from kms_core.operation import Unwrapped
 from kms_core.payload.files import FileRange, FileWriter
-from kms_core.payload.whole import FileToFile
-from kms_core.results import Unwrapped
+from kms_core.payload.streaming import FileToFile
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import (

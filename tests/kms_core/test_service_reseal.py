@@ -14,7 +14,7 @@ from kms_core.auth.policy import Principal
 from kms_core.envelope import sealing
 from kms_core.payload.files import FileRange, FileWriter
 from kms_core.payload.parallel import ParallelOptions, copy_run, reseal_file
-from kms_core.payload.whole import FileToFile
+from kms_core.payload.streaming import FileToFile
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed, Forbidden, ForeignRefused, InvalidRequest, KmsError

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from kms_core.shared_secrets import SIZE_BYTES, SharedSecrets
+from kms_core.secure_memory import SIZE_BYTES, SharedSecrets
 from kms_protocol.errors import ConfigurationError
 
 READER = """
 import mmap, os, sys
-from kms_core.shared_secrets import SharedSecrets
+from kms_core.secure_memory import SharedSecrets
 fd = int(sys.argv[1])
 memory = SharedSecrets.inherited(fd)
 print(memory.read().decode())

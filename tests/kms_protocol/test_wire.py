@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kms_protocol import admin, submit_message, wire
-from kms_protocol.shapes import Answer, Body, Shape
-from kms_protocol.wire import DecryptIn, EncryptIn, EncryptOut, GenerateKeyIn, JobIn
+from kms_protocol import admin, wire
+from kms_protocol.wire import Answer, Body, DecryptIn, EncryptIn, EncryptOut, GenerateKeyIn, JobIn, Shape
 
 SECRET = "hunter2"
 
@@ -21,7 +20,7 @@ def shapes(kind: type[Shape]) -> Iterator[type[Shape]]:
 
 
 EVERY = sorted(set(shapes(Shape)) - {Body, Answer}, key=lambda shape: shape.__name__)
-assert {admin.AuditOut, submit_message.Submission} < set(EVERY)
+assert {admin.AuditOut, wire.Submission} < set(EVERY)
 every_shape = pytest.mark.parametrize("shape", EVERY, ids=lambda shape: shape.__name__)
 
 

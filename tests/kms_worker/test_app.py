@@ -4,7 +4,7 @@ from typing import cast
 
 import pytest
 
-from kms_core.jobs.execution.context import WorkerContext
+from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.model import Attempt, Following
 from kms_core.jobs.spec import BULK
 from kms_protocol.errors import JobsUnavailable

@@ -15,11 +15,9 @@ from kombu.entity import Exchange, Queue
 from structlog.testing import capture_logs
 
 from kms_core.jobs.spec import BULK, FILES, MAINTENANCE
-from kms_core.jobs.store import wake_up
-from kms_worker import messages
-from kms_worker.consumer import AcknowledgingQoS
-from kms_worker.messages import Malformed
-from kms_worker.refusals import Refusals
+from kms_core.jobs.store import redis_keys
+from kms_worker.consumer import AcknowledgingQoS, CeleryMessage, Malformed, most_bytes, read_message
+from kms_worker.tasks import Refusals
 from support import malformed_messages
 from support.celery_messages import OPTIONS
 from support.waiting import until
@@ -28,9 +26,9 @@ JSON: Final = ("application/json", "utf-8")
 connect: Final[Any] = Connection  # kombu ships no types
 
 
-def read(queue: str, made: malformed_messages.Poison, *, redelivered: bool = False) -> messages.CeleryMessage:
+def read(queue: str, made: malformed_messages.Poison, *, redelivered: bool = False) -> CeleryMessage:
     content = (made.content_type, made.content_encoding)
-    return messages.read(queue, made.headers, content, made.body, redelivered=redelivered)
+    return read_message(queue, made.headers, content, made.body, redelivered=redelivered)
 
 
 def submission(embed: object = None, **headers: object) -> malformed_messages.Poison:
@@ -59,7 +57,7 @@ def test_what_celery_sends_is_a_message_without_its_options() -> None:
         "id-1", "kms.run", (), {}, eta=None, expires=60, retries=3, time_limit=1, chain=[{"task": "x"}]
     )
     body = json.dumps(sent.body).encode()
-    found = messages.read(FILES, sent.headers, JSON, body, redelivered=False)
+    found = read_message(FILES, sent.headers, JSON, body, redelivered=False)
 
     assert json.loads(found.body()) == [
         [],
@@ -84,9 +82,9 @@ def test_wake_up_that_names_a_job_is_refused() -> None:
 
 
 def test_message_of_the_service_itself_is_one() -> None:
-    element = json.loads(wake_up.encode_message(BULK))
+    element = json.loads(redis_keys.encode_message(BULK))
     kinds = (element["content-type"], element["content-encoding"])
-    found = messages.read(BULK, element["headers"], kinds, element["body"], redelivered=False)
+    found = read_message(BULK, element["headers"], kinds, element["body"], redelivered=False)
 
     assert (found.task, found.args) == ("kms.run", [])
 
@@ -156,7 +154,7 @@ def test_resends_are_those_before_and_this_one(
 
 
 def test_only_a_submission_may_be_long() -> None:
-    assert messages.most_bytes("kms.submit", 10) - messages.most_bytes(BULK, 10) == 10
+    assert most_bytes("kms.submit", 10) - most_bytes(BULK, 10) == 10
 
 
 LONG: Final = 4_000_000
@@ -225,7 +223,7 @@ def test_message_of_a_connection_that_was_lost_is_given_out_again(
 ) -> None:
     """As of a task that ends when Redis has been away: kombu's AttributeError would end the worker."""
     del acknowledging
-    line.lpush("kms:kms.maintenance", wake_up.encode_message(MAINTENANCE))
+    line.lpush("kms:kms.maintenance", redis_keys.encode_message(MAINTENANCE))
     with connect(broker_url, transport_options=OPTIONS) as connection:
         message = received(connection, MAINTENANCE, no_ack=False)
         was, message.channel.connection = message.channel.connection, None  # as kombu leaves a lost one
@@ -239,7 +237,7 @@ def test_message_is_settled_once_it_is_acknowledged(
     acknowledging: None, line: redis.Redis, broker_url: str
 ) -> None:
     del acknowledging
-    line.lpush("kms:kms.maintenance", wake_up.encode_message(MAINTENANCE))
+    line.lpush("kms:kms.maintenance", redis_keys.encode_message(MAINTENANCE))
     with connect(broker_url, transport_options=OPTIONS) as connection:
         received(connection, MAINTENANCE, no_ack=False).ack()
 
@@ -250,7 +248,7 @@ def test_wake_up_costs_nothing_to_acknowledge(
     acknowledging: None, line: redis.Redis, broker_url: str
 ) -> None:
     del acknowledging
-    line.lpush("kms:kms.bulk", wake_up.encode_message(BULK))
+    line.lpush("kms:kms.bulk", redis_keys.encode_message(BULK))
     with connect(broker_url, transport_options=OPTIONS) as connection:
         message = received(connection, BULK, no_ack=True)
         before = line.info("commandstats").get("cmdstat_hdel", {}).get("calls", 0)

@@ -7,7 +7,7 @@ from typing import Final
 
 import pytest
 
-from kms_core.auth.metrics_access import MetricsAccess
+from kms_core.auth.authenticator import MetricsAccess
 from kms_core.auth.policy import AllowAll
 from kms_core.observability import metrics
 from kms_core.proxies import Proxies

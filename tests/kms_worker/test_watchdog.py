@@ -9,7 +9,7 @@ PATIENCE_S: Final = 0.4
 PROGRAM: Final = f"""
 import itertools, time
 from kms_protocol.errors import JobsUnavailable
-from kms_worker.watchdog import Watchdog
+from kms_worker.slots import Watchdog
 
 def gone():
     raise JobsUnavailable

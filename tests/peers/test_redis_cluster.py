@@ -9,7 +9,7 @@ from typing import Final
 import pytest
 import redis
 
-from kms_core.jobs.store.scripts import SCRIPTS
+from kms_core.jobs.store.redis_keys import SCRIPTS
 from kms_protocol.errors import EXIT_CONFIGURATION
 from kms_protocol.wire import ENDED
 from support.embedded_valkey import EmbeddedValkey

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from kms_core.audit import AuditLog, AuditRecord
-from kms_core.audit.copies import HostLog
 from kms_core.audit.keys import Concealer, PublicKeys, Signer, public_path
+from kms_core.audit.segments import HostLog
 from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import verify
 from kms_core.settings.model import AuditSection

@@ -18,8 +18,7 @@ from uuid import uuid4
 import boto3
 from botocore.session import Session
 
-from kms_core.backends.aws.backend import AwsCipher
-from kms_core.backends.aws.client import AwsEndpoint, AwsKmsClient
+from kms_core.backends.aws.backend import AwsCipher, AwsEndpoint, AwsKmsClient
 from kms_core.programs.tether import spawn
 from support.ports import free_port
 from support.waiting import until_up

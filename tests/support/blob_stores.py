@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Final
 
 from kms_core.jobs.storage.blob_store import BlobStore
-from kms_core.jobs.storage.disk_sync import DiskSync
 from kms_core.jobs.storage.spool_bucket import SpoolBucket
-from kms_core.jobs.storage.spool_folder import SpoolFolder
+from kms_core.jobs.storage.spool_folder import DiskSync, SpoolFolder
 from kms_core.s3.bucket import Bucket
-from kms_core.s3.connection import S3Connection, S3Endpoint
-from kms_core.s3.sigv4 import Credentials
+from kms_core.s3.connection import Credentials, S3Connection, S3Endpoint
 from kms_core.s3.streams import BufferPool
 from support import object_stores
 from support.object_stores import ACCESS_KEY, SECRET, TestBucket

@@ -22,9 +22,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from kms_core.auth import authenticator, certificates, jwt_verifier, tokens
+from kms_core.auth import authenticator, client_certificates, jwt_verifier, tokens
 from kms_core.auth.authenticator import Authenticator
-from kms_core.auth.certificates import PresentedCertificate
+from kms_core.auth.client_certificates import PresentedCertificate
 from kms_core.auth.jwt_verifier import Jwts
 from kms_core.auth.policy import Principal
 from kms_core.auth.tokens import Token, TokenFile, TokenRequest
@@ -207,7 +207,7 @@ def der_of(path: Path) -> bytes:
 
 def shown(pair: Pair, *authorities: "Authority") -> PresentedCertificate:
     """A client certificate as TLS gives it to a connection; ``authorities`` from its own to the root."""
-    return certificates.read(der_of(pair.cert), [der_of(one.ca_file) for one in authorities])
+    return client_certificates.read(der_of(pair.cert), [der_of(one.ca_file) for one in authorities])
 
 
 class Authority:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from kms_core.container import Core
-from kms_core.jobs.ends import Work
-from kms_core.jobs.execution.context import WorkerContext
+from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.model import Attempt, Commit
+from kms_core.jobs.spec import Work
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.wire import JobState
 from support.job_stores import LONG

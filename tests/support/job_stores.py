@@ -15,7 +15,7 @@ from kms_core.jobs.model import Attempt, Commit, Job, QueuePriority
 from kms_core.jobs.recovery.reaper import Reaper
 from kms_core.jobs.spec import AnyJob
 from kms_core.jobs.storage.spool_folder import SpoolFolder
-from kms_core.jobs.store import queue_stats
+from kms_core.jobs.store import activity
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import SubmissionOptions, new_id
 from kms_core.settings.load import load
@@ -52,7 +52,7 @@ def store_of(
 
 def depths(store: JobStore) -> dict[QueuePriority, int]:
     """The number of ready jobs by queue and priority."""
-    return queue_stats.survey(store).depths
+    return activity.survey_queues(store).depths
 
 
 def spool_folder(core: Core) -> Path:

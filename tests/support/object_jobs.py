@@ -9,7 +9,7 @@ import pytest
 
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs.execution.context import WorkerContext
+from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Job
 from kms_core.jobs.submission.submitter import Reference, SubmissionOptions

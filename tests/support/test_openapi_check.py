@@ -3,7 +3,7 @@
 import httpx2 as httpx
 import pytest
 
-from kms_protocol import shapes, wire
+from kms_protocol import wire
 from kms_protocol.wire import PREFIX
 from support import openapi_check
 
@@ -14,7 +14,7 @@ SEALED = wire.EncryptOut(ciphertext=b"x", key_id="default", key_version="1", bac
 
 def refused(code: str, status: int = 422) -> bytes:
     return wire.encode(
-        shapes.Problem(type="urn:x", title="t", status=status, detail="d", code=code, request_id="r")
+        wire.Problem(type="urn:x", title="t", status=status, detail="d", code=code, request_id="r")
     )
 
 

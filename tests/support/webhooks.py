@@ -20,9 +20,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from kms_core.jobs.ends import Work
 from kms_core.jobs.events.outbox import Delivery, Outbox
 from kms_core.jobs.events.webhook import WebhookEndpoint
+from kms_core.jobs.spec import Work
 from kms_core.jobs.store.store import JobStore
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import EndpointSection, Settings

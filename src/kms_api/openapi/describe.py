@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final, get_args
 
 from kms_api import problems
-from kms_protocol import errors, shapes, wire
+from kms_protocol import errors, wire
 from kms_protocol.context import MAX_BYTES
 from kms_protocol.errors import KmsError
 
@@ -68,12 +68,12 @@ def header_ref(name: str) -> Json:
     return {"$ref": f"#/components/headers/{name}"}
 
 
-def ref(shape: type[shapes.Shape]) -> Json:
+def ref(shape: type[wire.Shape]) -> Json:
     """Return a reference to the schema of a shape."""
     return {"$ref": f"#/components/schemas/{shape.__name__}"}
 
 
-def takes(shape: type[shapes.Body], *, required: bool = True) -> Json:
+def takes(shape: type[wire.Body], *, required: bool = True) -> Json:
     """A JSON body."""
     return {"required": required, "content": {JSON: {"schema": ref(shape)}}}
 
@@ -83,7 +83,7 @@ BYTES: Final = {"type": "string", "format": "binary"}
 TAKES_BYTES: Final[Json] = {"required": True, "content": {BINARY: {"schema": BYTES}}}
 
 
-def gives(shape: type[shapes.Answer], text: str, *headers: str) -> Json:
+def gives(shape: type[wire.Answer], text: str, *headers: str) -> Json:
     """A JSON answer."""
     return raw(text, {JSON: {"schema": ref(shape)}}, *headers)
 
@@ -93,7 +93,7 @@ def raw(text: str, content: Json, *headers: str) -> Json:
     return {"description": text, "headers": {name: header_ref(name) for name in headers}, "content": content}
 
 
-def lines(shape: type[shapes.Shape]) -> Json:
+def lines(shape: type[wire.Shape]) -> Json:
     """Return the schema of NDJSON whose lines have a shape."""
     return {"type": "string", "contentMediaType": NDJSON, "contentSchema": ref(shape)}
 
@@ -134,7 +134,7 @@ def refusal(status: int, summaries: Mapping[str, str], *headers: str) -> Json:
     """The answer for the errors of one status; ``x-kms-codes`` lists their codes."""
     examples = {code: {"summary": text, "value": _problem(status, code)} for code, text in summaries.items()}
     text = ". ".join(f"`{code}`: {text}" for code, text in summaries.items())
-    content = {problems.MEDIA_TYPE: {"schema": ref(shapes.Problem), "examples": examples}}
+    content = {problems.MEDIA_TYPE: {"schema": ref(wire.Problem), "examples": examples}}
     return {**raw(text, content, *headers), "x-kms-codes": list(summaries)}
 
 
@@ -187,7 +187,7 @@ WAIT: Final = query(
 IDEMPOTENCY: Final = header(
     "Idempotency-Key", text_of(256), "A repeated submission with the same key and body returns the first job"
 )
-_NAME: Final = {"type": "string", "pattern": shapes.KEY_ID_PATTERN}
+_NAME: Final = {"type": "string", "pattern": wire.KEY_ID_PATTERN}
 KEY_ID: Final = header("X-KMS-Key-Id", _NAME, "The key id; absent means the default key")
 OPTIONS: Final = (
     header(
@@ -238,7 +238,7 @@ OPTIONS: Final = (
 STREAMED: Final = (*OPTIONS, IDEMPOTENCY)
 LABEL: Final = query(
     "label",
-    {"type": "array", "items": STRING, "maxItems": shapes.MOST_LABELS},
+    {"type": "array", "items": STRING, "maxItems": wire.MOST_LABELS},
     "Only jobs with this label, as `name=value`; repeat it for jobs that have them all",
 )
 

@@ -12,7 +12,7 @@ from fastapi.routing import APIRouter
 from kms_api.openapi import describe
 from kms_api.openapi.describe import EVERYWHERE, HEADERS, Json
 from kms_api.routing import METRICS, ScopedRoute, routes_of
-from kms_protocol import __version__, admin, errors, job_groups, shapes, submit_message, wire
+from kms_protocol import __version__, admin, errors, wire
 from kms_protocol.context import MAX_BYTES, MAX_PAIRS
 
 TITLE: Final = "kms-service"
@@ -159,9 +159,9 @@ def schemas() -> Json:
     """JSON Schemas of all shapes by name, with examples and the grammars of contexts and base64."""
     named = {
         shape.__name__: shape
-        for module in (admin, job_groups, shapes, submit_message, wire)
+        for module in (admin, wire, wire, wire, wire)
         for shape in vars(module).values()
-        if isinstance(shape, type) and issubclass(shape, shapes.Shape)
+        if isinstance(shape, type) and issubclass(shape, wire.Shape)
     }
     template = _REF.format("schemas", "{name}")
     _, found = msgspec.json.schema_components(named.values(), ref_template=template)

@@ -17,9 +17,9 @@ from kms_api.routes.secrets import check_ciphertext, check_plaintext
 from kms_api.routing import CALLER, Call, Router
 from kms_core.auth.policy import Principal
 from kms_core.jobs import authorization, bulk_lines
-from kms_core.results import Opened, Sealed
+from kms_core.operation import Opened, Sealed
 from kms_core.service import Kms
-from kms_protocol import shapes, wire
+from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import InvalidRequest, KmsError
 
@@ -94,23 +94,23 @@ _NAMESPACE: Final = describe.header(
     "POST",
     "/codec/encode",
     CALLER,
-    JsonBody(shapes.CodecIn),
+    JsonBody(wire.CodecIn),
     lambda call: call.service.batch_pool([call.headers.get("x-kms-key-id")]),
     parameters=(_NAMESPACE, describe.KEY_ID),
     gives="As many payloads, in the same order",
     refuses=describe.SEALING,
 )
-def codec_encode(call: Call[shapes.CodecIn]) -> shapes.CodecOut:
+def codec_encode(call: Call[wire.CodecIn]) -> wire.CodecOut:
     """Seal payloads of Temporal. One that cannot be sealed refuses the whole request."""
     service, who, context = call.service, call.caller, _context(call)
     key_id = call.headers.get("x-kms-key-id")
 
-    def seal(kms: Kms, payload: shapes.Payload) -> shapes.Payload:
+    def seal(kms: Kms, payload: wire.Payload) -> wire.Payload:
         plaintext = wire.encode(payload)
         check_plaintext(plaintext)
         sealed = kms.encrypt(who, plaintext, context, key_id=key_id)
         metadata = {"encoding": SEALED, "encryption-key-id": sealed.key.key_id.encode()}
-        return shapes.Payload(metadata=metadata, data=sealed.ciphertext)
+        return wire.Payload(metadata=metadata, data=sealed.ciphertext)
 
     if key_id is not None:  # a wrong key id is refused even if there is nothing to seal
         service.kms.require(who, "encrypt", key_id, context)
@@ -122,37 +122,35 @@ def codec_encode(call: Call[shapes.CodecIn]) -> shapes.CodecOut:
     "POST",
     "/codec/decode",
     CALLER,
-    JsonBody(shapes.CodecIn),
+    JsonBody(wire.CodecIn),
     lambda call: call.service.batch_pool((), (payload.data for payload in call.body.payloads)),
     parameters=(_NAMESPACE,),
     gives="As many payloads, in the same order",
     refuses=describe.OPENING,
 )
-def codec_decode(call: Call[shapes.CodecIn]) -> shapes.CodecOut:
+def codec_decode(call: Call[wire.CodecIn]) -> wire.CodecOut:
     """Open payloads that ``/codec/encode`` has sealed; each names its key. Others are returned unchanged."""
     who, context = call.caller, _context(call)
 
-    def open_(kms: Kms, payload: shapes.Payload) -> shapes.Payload:
+    def open_(kms: Kms, payload: wire.Payload) -> wire.Payload:
         if payload.metadata.get("encoding") != SEALED:
             return payload
         check_ciphertext(payload.data)
         opened = kms.decrypt(who, payload.data, context)
         try:
-            return msgspec.json.decode(opened.plaintext, type=shapes.Payload)
+            return msgspec.json.decode(opened.plaintext, type=wire.Payload)
         except wire.NOT_JSON:
             raise InvalidRequest("The plaintext is not a payload of Temporal") from None
 
     return _coded(call, open_)
 
 
-def _context(call: Call[shapes.CodecIn]) -> Context:
+def _context(call: Call[wire.CodecIn]) -> Context:
     namespace = call.headers.get("x-namespace")
     return Context.parse(None if namespace is None else {NAMESPACE: namespace})
 
 
-def _coded(
-    call: Call[shapes.CodecIn], code: Callable[[Kms, shapes.Payload], shapes.Payload]
-) -> shapes.CodecOut:
+def _coded(call: Call[wire.CodecIn], code: Callable[[Kms, wire.Payload], wire.Payload]) -> wire.CodecOut:
     kms = call.service.kms.for_job()  # calls an unreachable peer a few times, not once a payload
     with call.service.kms.audit_log.together():
-        return shapes.CodecOut(payloads=[code(kms, payload) for payload in call.body.payloads])
+        return wire.CodecOut(payloads=[code(kms, payload) for payload in call.body.payloads])

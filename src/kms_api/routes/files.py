@@ -17,16 +17,15 @@ from kms_api.openapi import describe
 from kms_api.problems import problem
 from kms_api.routes.job_answers import accepted, wait_of
 from kms_api.routing import READ, WRITE, Call, Router
-from kms_api.transport import download, upload
+from kms_api.transport import bodies
 from kms_api.transport.admission import reservation_of
 from kms_core import audit
 from kms_core.jobs import authorization, bulk_lines
 from kms_core.jobs.execution import results
 from kms_core.jobs.execution.results import Result
 from kms_core.jobs.model import Job
-from kms_core.jobs.submission.deadlines import Deadlines
-from kms_core.jobs.submission.submitter import SubmissionOptions
-from kms_protocol import job_groups, shapes, wire
+from kms_core.jobs.submission.submitter import Deadlines, SubmissionOptions
+from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import (
     DecryptFailed,
@@ -105,7 +104,7 @@ async def job_result(call: Call[None]) -> Response:
     service, held = call.service, reservation_of(call.request.scope)
     job = await service.run(STORE, service.submitter.store.get, call.path("job_id"), call.caller.tenant)
     held.take(held.admission.downloads)
-    download.write_without_lock(call.request)
+    bodies.write_without_lock(call.request)
     return await service.run(STORE, _result, call, job)
 
 
@@ -115,7 +114,7 @@ async def _upload(call: Call[None], kind: wire.JobKind) -> Response:
         submission_options(call, kind), int(call.headers.get("content-length") or 0)
     )
     _take_slot(call)
-    job = await upload.receive(call.request, sink, call.service.threads)
+    job = await bodies.receive(call.request, sink, call.service.threads)
     return await accepted(call, job, wait_s)
 
 
@@ -123,9 +122,9 @@ async def submit_stream(call: Call[None]) -> Response:
     """Submit NDJSON of any length, parsed and sealed in a thread while it arrives."""
     kind = _one_of("kind", call.query.get("kind", ""), _KINDS)
     service, options, wait_s = call.service, submission_options(call, kind), wait_of(call)
-    upload.refuse_encoding(call.request)
+    bodies.refuse_encoding(call.request)
     _take_slot(call)
-    reader = upload.UploadReader(call.request)
+    reader = bodies.UploadReader(call.request)
 
     def arriving() -> Iterator[memoryview]:
         slab, more = memoryview(bytearray(_CHUNK_BYTES)), True
@@ -166,17 +165,17 @@ def submission_options(call: Call[None], kind: wire.JobKind) -> SubmissionOption
         priority=_one_of("X-KMS-Priority", headers.get("x-kms-priority", "normal"), wire.PRIORITIES),
         release=_one_of("X-KMS-Release", headers.get("x-kms-release", ""), ("", *_RELEASES)),
         labels=labels_of(part for part in _unquoted(call, "X-KMS-Labels").split(",") if part),
-        metadata=_object(call, "X-KMS-Metadata", shapes.Metadata) or {},
-        group=_object(call, "X-KMS-Group", job_groups.GroupIn),
+        metadata=_object(call, "X-KMS-Metadata", wire.Metadata) or {},
+        group=_object(call, "X-KMS-Group", wire.GroupIn),
     )
 
 
 class _DeadlineHeaders(msgspec.Struct):
     """The headers of deadlines, in the types of ``JobIn``."""
 
-    start_by: shapes.Moment | None = msgspec.field(name="x-kms-start-by", default=None)
-    run_by: shapes.Moment | None = msgspec.field(name="x-kms-run-by", default=None)
-    keep_for: shapes.KeepFor | None = msgspec.field(name="x-kms-keep-for", default=None)
+    start_by: wire.Moment | None = msgspec.field(name="x-kms-start-by", default=None)
+    run_by: wire.Moment | None = msgspec.field(name="x-kms-run-by", default=None)
+    keep_for: wire.KeepFor | None = msgspec.field(name="x-kms-keep-for", default=None)
 
 
 def _deadlines(call: Call[None]) -> Deadlines:
@@ -206,16 +205,16 @@ def _one_of(name: str, text: str, known: Sequence[W]) -> W:
     raise InvalidRequest(f"{name} is one of {', '.join(filter(None, known))}")
 
 
-def labels_of(pairs: Iterable[str]) -> shapes.Labels:
+def labels_of(pairs: Iterable[str]) -> wire.Labels:
     """The labels in texts of the form ``name=value``. Raises InvalidRequest."""
     found = [pair.partition("=") for pair in pairs]
     try:
         if all(equals for _, equals, _ in found) and len({name for name, _, _ in found}) == len(found):
-            return msgspec.convert({name: value for name, _, value in found}, shapes.Labels)
+            return msgspec.convert({name: value for name, _, value in found}, wire.Labels)
     except msgspec.ValidationError:
         pass
     raise InvalidRequest(
-        f"Labels are at most {shapes.MOST_LABELS} of name=value: names of up to 63 of A-Za-z0-9_./- and "
+        f"Labels are at most {wire.MOST_LABELS} of name=value: names of up to 63 of A-Za-z0-9_./- and "
         "values of up to 128 of A-Za-z0-9_.:/@+-"
     )
 
@@ -270,8 +269,8 @@ def _ranged(call: Call[None], job: Job, body: Result) -> Response:
         status = 206
     media_type = "application/x-ndjson" if body.lines else "application/octet-stream"
     headers["Content-Length"] = str(stop - start)
-    sending = download.send(_begun(body.slabs(start, stop)), call.service.threads)
-    made = download.WatchedResponse(sending, status, headers, media_type)
+    sending = bodies.send(_begun(body.slabs(start, stop)), call.service.threads)
+    made = bodies.WatchedResponse(sending, status, headers, media_type)
     if job.accepted and job.accepted.release and stop > start:
         made.told = partial(_fetched, call, job, start, size)
     return made

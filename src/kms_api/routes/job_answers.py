@@ -13,18 +13,17 @@ from kms_api import json_body
 from kms_api.deps import Pool
 from kms_api.openapi import describe
 from kms_api.routing import Call
-from kms_api.transport.admission import reservation_of
-from kms_api.transport.connection import should_end
-from kms_core.jobs.execution import key_migration
+from kms_api.transport.admission import reservation_of, should_end
+from kms_core.jobs.execution import tree
 from kms_core.jobs.model import Job
-from kms_protocol import job_groups, wire
+from kms_protocol import wire
 from kms_protocol.errors import Unavailable, UnknownJob
 from kms_protocol.units import time_text
 
 POLLS: Final = Pool("events", 2)
 """Polls of all streams and waits: more threads would take the interpreter's lock from other calls."""
 _PAUSES_S: Final = (0.01, 0.5)
-E = TypeVar("E", Job, job_groups.GroupOut)
+E = TypeVar("E", Job, wire.GroupOut)
 
 
 def wait_of(call: Call[None]) -> int:
@@ -121,7 +120,7 @@ def shape(job: Job) -> wire.JobOut:
         metadata=(spec.metadata if spec else None) or UNSET,
         group=(spec.group if spec else None) or UNSET,
         error=_error(job),
-        report=key_migration.report(job),
+        report=tree.migration_report(job),
         links=links(job),
     )
 

@@ -13,20 +13,18 @@ from kms_api.openapi import describe
 from kms_api.routes.files import check_reader, idempotency, labels_of, submit_stream
 from kms_api.routes.job_answers import POLLS, accepted, awaited, polled, shape, wait_of
 from kms_api.routing import READ, WRITE, Call, Router, no_body
-from kms_api.transport.admission import reservation_of
-from kms_api.transport.connection import should_end
-from kms_api.transport.download import WatchedResponse
+from kms_api.transport.admission import reservation_of, should_end
+from kms_api.transport.bodies import WatchedResponse
 from kms_core import audit
-from kms_core.age.recipients import version_of
+from kms_core.age.mlkem768x25519 import version_of
 from kms_core.auth.policy import Principal
-from kms_core.jobs.events import feed
-from kms_core.jobs.events.groups import group_of
+from kms_core.jobs.events import transitions
+from kms_core.jobs.events.transitions import group_of
 from kms_core.jobs.execution import results
 from kms_core.jobs.model import Job
 from kms_core.jobs.submission import celery_intake
-from kms_core.jobs.submission.deadlines import Deadlines
-from kms_core.jobs.submission.submitter import JSON_BYTES, SubmissionOptions
-from kms_protocol import errors, job_groups, submit_message, wire
+from kms_core.jobs.submission.submitter import JSON_BYTES, Deadlines, SubmissionOptions
+from kms_protocol import errors, wire
 from kms_protocol.errors import BackendUnavailable, InvalidRequest, JobsUnavailable, UnknownKey
 
 router: Final = Router("jobs")
@@ -35,10 +33,10 @@ router: Final = Router("jobs")
 @router.read(
     "/intake", WRITE, STORE, gives="The recipient of messages", refuses=(UnknownKey, BackendUnavailable)
 )
-def intake(call: Call[None]) -> submit_message.IntakeOut:
+def intake(call: Call[None]) -> wire.IntakeOut:
     """The age recipient of ``kms.submit`` messages (Celery); 404 where the service takes none."""
     recipient = celery_intake.recipient(call.service.settings.kms.jobs.intake_identity_path)
-    return submit_message.IntakeOut(
+    return wire.IntakeOut(
         recipient=str(recipient), key_version=version_of(recipient), version=celery_intake.VERSION
     )
 
@@ -179,16 +177,18 @@ async def tenant_events(call: Call[None]) -> Response:
     labels, store = labels_of(call.query.getlist("label")), call.service.submitter.store
     after = call.headers.get("last-event-id")
     if after is None:
-        batch = feed.FeedBatch([], await call.service.run(STORE, feed.newest, store))
+        batch = transitions.FeedBatch([], await call.service.run(STORE, transitions.newest_id, store))
     else:
-        batch = await call.service.run(STORE, feed.read, store, call.caller.tenant, after, labels)
+        batch = await call.service.run(STORE, transitions.read_feed, store, call.caller.tenant, after, labels)
     held = reservation_of(call.request.scope)
     held.take(held.admission.streams)
     told = _told(call, batch, labels)
     return WatchedResponse(told, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
 
-async def _told(call: Call[None], batch: feed.FeedBatch, labels: Mapping[str, str]) -> AsyncIterator[bytes]:
+async def _told(
+    call: Call[None], batch: transitions.FeedBatch, labels: Mapping[str, str]
+) -> AsyncIterator[bytes]:
     """The events of a tenant from a batch on. Ends if Redis does not answer: readers come back."""
     silent_s, store = 0.0, call.service.submitter.store
     yield b": connected\n\n"
@@ -205,7 +205,9 @@ async def _told(call: Call[None], batch: feed.FeedBatch, labels: Mapping[str, st
             await anyio.sleep(_POLL_S)
             silent_s += _POLL_S
         try:
-            batch = await call.service.run(POLLS, feed.read, store, call.caller.tenant, batch.cursor, labels)
+            batch = await call.service.run(
+                POLLS, transitions.read_feed, store, call.caller.tenant, batch.cursor, labels
+            )
         except JobsUnavailable:
             return
 
@@ -215,7 +217,7 @@ async def _told(call: Call[None], batch: feed.FeedBatch, labels: Mapping[str, st
     "/job-groups/{name}",
     READ,
     parameters=(describe.WAIT,),
-    answers={200: describe.gives(job_groups.GroupOut, "The group")},
+    answers={200: describe.gives(wire.GroupOut, "The group")},
     refuses=(*describe.ONE_JOB, InvalidRequest),
 )
 async def get_group(call: Call[None]) -> Response:

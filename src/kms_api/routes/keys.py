@@ -9,9 +9,9 @@ from kms_api.deps import KEYS, Service
 from kms_api.routing import CALLER, Call, Router, no_body
 from kms_core import key_rotation
 from kms_core.auth.policy import Principal, allows
-from kms_core.jobs.store import usage_flush
+from kms_core.jobs.store import activity
 from kms_core.keyring import Key
-from kms_core.observability import usage
+from kms_core.observability import metrics
 from kms_protocol import admin
 from kms_protocol.errors import BackendUnavailable, JobsUnavailable, RotationRefused, UnknownKey
 from kms_protocol.units import time_text
@@ -63,7 +63,9 @@ def _counts(service: Service, who: Principal) -> dict[str, int] | None:
     if not allows(service.kms.policy, who, "metrics"):
         return None
     try:
-        return usage.together(usage_flush.shared(service.submitter.store.redis), service.kms.usage.peek())
+        return metrics.added_usage(
+            activity.shared_usage(service.submitter.store.redis), service.kms.usage.peek()
+        )
     except JobsUnavailable:
         return None
 
@@ -96,7 +98,7 @@ def _version(
 ) -> admin.KeyVersionOut:
     messages, size = None, None
     if counts is not None:
-        messages, size = usage.of_version(counts, key.key_id, version, key.backend.name)
+        messages, size = metrics.usage_of_version(counts, key.key_id, version, key.backend.name)
     return admin.KeyVersionOut(version=version, created_at=_time(created_at), operations=messages, bytes=size)
 
 

@@ -13,10 +13,17 @@ from kms_api.openapi import describe
 from kms_api.routing import METRICS, OPEN, READ, WRITE, Call, Router, Rule, no_body
 from kms_core.auth.policy import Principal, allows
 from kms_core.jobs.events.outbox import Delivery, Outbox
-from kms_core.jobs.store import queue_stats, usage_flush
+from kms_core.jobs.store import activity
 from kms_core.jobs.store.redis_keys import redis_errors
-from kms_core.observability import usage
-from kms_core.observability.metrics import REDIS_UP, REDIS_WRITABLE, SPOOL_LIMIT, SPOOL_USED, exposition
+from kms_core.observability.metrics import (
+    REDIS_UP,
+    REDIS_WRITABLE,
+    SPOOL_LIMIT,
+    SPOOL_USED,
+    added_usage,
+    exposition,
+    operations_used,
+)
 from kms_protocol import __version__, admin
 from kms_protocol.errors import JobsUnavailable, Missing
 from kms_protocol.units import time_text
@@ -102,8 +109,8 @@ def condition(service: Service, who: Principal) -> admin.StatusOut:
     jobs, depth, workers, stuck = None, None, None, 0
     counts = service.kms.usage.peek()
     with suppress(JobsUnavailable):
-        counts = usage.together(usage_flush.shared(service.submitter.store.redis), counts)
-        found = queue_stats.survey(service.submitter.store, tenant)
+        counts = added_usage(activity.shared_usage(service.submitter.store.redis), counts)
+        found = activity.survey_queues(service.submitter.store, tenant)
         jobs, workers, stuck = found.jobs, found.workers, found.stuck
         depth = found.jobs["queued"] if tenant else sum(found.depths.values())
     states = {"workers": workers == 0, "worker_processes": stuck > 0}
@@ -112,7 +119,7 @@ def condition(service: Service, who: Principal) -> admin.StatusOut:
         environment=service.settings.environment,
         version=__version__,
         uptime_s=round(time.monotonic() - service.started, 3),
-        operations=_operations(usage.operations(counts, tenant)),
+        operations=_operations(operations_used(counts, tenant)),
         jobs=jobs,
         queue_depth=depth,
         workers=workers,
@@ -177,12 +184,14 @@ def _spool(service: Service, tenant: str | None) -> admin.SpoolOut:
 
 def _exposition(service: Service) -> bytes:
     try:
-        queue_stats.tell(queue_stats.survey(service.submitter.store), service.settings.kms.tenants)
+        activity.set_queue_gauges(
+            activity.survey_queues(service.submitter.store), service.settings.kms.tenants
+        )
         REDIS_UP.set(1)
         REDIS_WRITABLE.set(service.submitter.store.condition() == "available")
     except JobsUnavailable:
         REDIS_UP.set(0)
-        queue_stats.lost()
+        activity.clear_queue_gauges()
     use = service.submitter.spool.use()
     SPOOL_USED.set(use.used_bytes)
     SPOOL_LIMIT.set(use.limit_bytes)

@@ -10,7 +10,7 @@ from kms_api.openapi import describe
 from kms_api.routing import CALLER, Call, Router
 from kms_core.envelope.binding import KeyRef
 from kms_core.jobs.bulk_lines import CIPHERTEXT_BYTES, PLAINTEXT_BYTES
-from kms_core.results import Sealed
+from kms_core.operation import Sealed
 from kms_protocol import errors, wire
 from kms_protocol.context import Context
 from kms_protocol.errors import DataKeysUnsupported, InvalidRequest, TooLarge

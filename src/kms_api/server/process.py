@@ -15,11 +15,10 @@ import uvloop
 from starlette.types import ASGIApp
 
 from kms_api import app
-from kms_core import container, key_opening, server_memory
-from kms_core.auth import revocation
-from kms_core.auth.revocation import Lists
-from kms_core.http_server.connections import ConnectionLimits, Connections
-from kms_core.http_server.protocol import HttpProtocol
+from kms_core import container, key_opening, secure_memory
+from kms_core.auth import client_certificates
+from kms_core.auth.client_certificates import Lists
+from kms_core.http_protocol import ConnectionLimits, Connections, HttpProtocol
 from kms_core.proxies import Proxies
 from kms_core.reload import Reloaded
 from kms_core.secure_files import OTHERS
@@ -44,7 +43,7 @@ class RenewedContext:
         paths = filter(None, (server.tls_cert, server.tls_key, server.client_ca, server.client_crl))
         self._loaded = Reloaded(
             tuple(paths),
-            lambda: (revocation.load(server), _context(server)),
+            lambda: (client_certificates.load_lists(server), _context(server)),
             done=lambda _: _log.info("tls.renewed"),
             failed=lambda exc: _log.error("tls.not_renewed", error=type(exc).__name__),
         )
@@ -135,7 +134,7 @@ def serve(settings: Settings, listener: Callable[[], socket.socket | None]) -> i
 
     ``listener`` returns the listening socket, or None if the port cannot be taken.
     """
-    server_memory.protect(strict=settings.is_prod)
+    secure_memory.protect(strict=settings.is_prod)
     _keep_freed_slabs()
     key_opening.check(settings)
     container.check(settings)

@@ -19,7 +19,7 @@ from kms_api.deps import PRINCIPAL
 from kms_api.routing import DOCS, is_ui, is_vault
 from kms_core import audit
 from kms_core.audit import AuditWriter
-from kms_core.http_server.connections import REFUSED, HostCheck, by_name
+from kms_core.http_protocol import REFUSED, HostCheck, by_name
 from kms_core.observability import metrics, tracing
 from kms_core.proxies import Proxies
 from kms_protocol.errors import Forbidden

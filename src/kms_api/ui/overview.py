@@ -1,10 +1,10 @@
-"""The overview, which tells at a glance what is degraded, waits, fails or is due; and the page of workers.
+"""The overview with its charts, which tells what is degraded, waits, fails or is due; the page of workers.
 
 As in ``views``, a page runs as a whole in one thread, and leaves out what the caller may not see.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,19 +16,134 @@ from fastapi import Response
 from kms_api.deps import Service
 from kms_api.routes import audit, operations
 from kms_api.routing import CALLER, UI, Call, Router, Rule
-from kms_api.ui import charts
-from kms_api.ui.charts import Chart
-from kms_api.ui.render import PageRoute, number, render
+from kms_api.ui.render import PageRoute, number, render, took
 from kms_api.ui.views import DAY, THREADS, JobRow, Row, job_row, newest_events, rows_of
 from kms_core import audit as records
 from kms_core.audit.chain import text_of
 from kms_core.audit.query import EventFilter, RecordedOperation
 from kms_core.auth.policy import Principal, allows
-from kms_core.jobs.store import activity, queue_stats
-from kms_core.jobs.store.activity import Activity
+from kms_core.jobs.store import activity
+from kms_core.jobs.store.activity import SAMPLE, Activity, Interval, survey_queues
 from kms_core.settings.lint import unaccepted
 from kms_protocol.errors import AuditUnavailable, InvalidRequest, JobsUnavailable
 from kms_protocol.units import duration_text
+
+# Charts of the jobs of the last hours: stacked bars as SVG, and the same figures as a table.
+#
+# All is drawn on the server, in units of a picture that ``page.css`` stretches to the page; text is HTML.
+
+PERIODS: Final = {"1h": (300, 12, "hour"), "6h": (900, 24, "6 hours"), "24h": (3600, 24, "24 hours")}
+"""Seconds of one interval, the number of intervals, and the period in words."""
+WIDTH: Final = 10
+"""Of an interval in the picture, whose height is ``HEIGHT``."""
+HEIGHT: Final = 100
+_OPEN: Final = ("queued", "running", "committing")
+_TOPS: Final = (0.002, 0.01, 0.02, 0.1, 0.2, 1, 2, 10, 20, 60, 120, 600, 1200, 3600, 7200, 36_000, 86_400)
+_END: Final = "ffffffff-ffff-ffff-ffff-ffffffffffff"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a bar: its colour, named for a series, its place from the top, and its height."""
+
+    series: str
+    y: float
+    height: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """An interval: its time, the cursor of the list of jobs up to its end, and the text of each series."""
+
+    time: str
+    cursor: str
+    texts: Mapping[str, str]
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """``series`` has the label of each, from the axis upwards; ``ticks`` are the top and middle of the axis.
+
+    ``summary`` says in a sentence what the picture shows. Without bars there is nothing to draw.
+    """
+
+    name: str
+    title: str
+    summary: str
+    series: Mapping[str, str]
+    ticks: tuple[str, str]
+    bars: tuple[Bar, ...]
+
+
+def jobs_chart(intervals: Sequence[Interval], words: str) -> Chart:
+    """Jobs by when they were submitted, and by the state that they are in now."""
+    rows = [
+        {
+            "failed": each.counts["failed"],
+            "succeeded": each.counts["succeeded"],
+            "cancelled": each.counts["cancelled"],
+            "open": sum(each.counts[state] for state in _OPEN),
+        }
+        for each in intervals
+    ]
+    sums = {name: sum(row[name] for row in rows) for name in rows[0]}
+    told = ", ".join(f"{number(count)} {name}" for name, count in sums.items())
+    labels = {name: f"{name} {number(count)}" for name, count in sums.items()}
+    most = max(sum(row.values()) for row in rows)
+    top = next(digit * 10**power for power in range(16) for digit in (2, 4, 10) if digit * 10**power >= most)
+    summary = f"Of the {number(sum(sums.values()))} jobs submitted in the last {words}: {told}."
+    summary = summary if most else f"No jobs in the last {words}."
+    return _chart(("jobs", "Jobs by time of submission", summary), labels, intervals, rows, (top, number))
+
+
+def durations_chart(intervals: Sequence[Interval], words: str) -> Chart:
+    """Means for how long jobs waited and ran."""
+    rows = [{"ran": each.ran_s or 0.0, "waited": each.waited_s or 0.0} for each in intervals]
+    found = [row for row, each in zip(rows, intervals, strict=True) if each.ran_s is not None]
+    means = {name: sum(row[name] for row in found) / max(1, len(found)) for name in rows[0]}
+    labels = {name: f"{name} {took(seconds)}" for name, seconds in means.items()}
+    most = max(sum(row.values()) for row in rows)
+    top = next((top for top in _TOPS if top >= most), most)
+    summary = (
+        f"Jobs that succeeded in the last {words} waited {took(means['waited'])} and ran "
+        f"{took(means['ran'])} on average, of up to {SAMPLE} jobs of each interval."
+    )
+    summary = summary if found else f"No job of the last {words} has succeeded."
+    return _chart(("durations", "Time from submission to end", summary), labels, intervals, rows, (top, took))
+
+
+def _chart(
+    names: tuple[str, str, str],
+    labels: Mapping[str, str],
+    intervals: Sequence[Interval],
+    rows: Sequence[Mapping[str, float]],
+    axis: tuple[float, Callable[..., str]],
+) -> Chart:
+    (top, text), every_s = axis, intervals[1].start - intervals[0].start
+    bars = tuple(
+        Bar(
+            f"{datetime.fromtimestamp(each.start, UTC):%H:%M}",
+            f"{each.start + every_s:.0f}-{_END}",
+            {series: text(value) for series, value in row.items() if value},
+            tuple(_parts(row, top)),
+        )
+        for each, row in zip(intervals, rows, strict=True)
+    )
+    is_empty = not any(bar.parts for bar in bars)
+    return Chart(*names, labels, (text(top), text(type(top)(top / 2))), () if is_empty else bars)
+
+
+def _parts(row: Mapping[str, float], top: float) -> list[Part]:
+    """The parts of a bar, one on the other; one that is not 0 is high enough to be seen."""
+    made, y = [], float(HEIGHT)
+    for series, value in row.items():
+        if value:
+            height = max(1.0, value / top * HEIGHT)
+            y -= height
+            made.append(Part(series, round(y, 2), round(height, 2)))
+    return made
+
 
 router: Final = Router("pages", prefix=UI, kind=PageRoute)
 _FEW: Final = 8
@@ -43,8 +158,8 @@ _OF_OVERVIEW: Final = ("audit:read", "jobs:read", "metrics", "status")
 def overview(call: Call[None]) -> Response:
     """The state of the service, notices, charts of jobs, dead and newest jobs, and refusals of a day."""
     service, caller, period = call.service, call.caller, call.query.get("period", "6h")
-    if period not in charts.PERIODS:
-        raise InvalidRequest(f"period is one of {', '.join(charts.PERIODS)}")
+    if period not in PERIODS:
+        raise InvalidRequest(f"period is one of {', '.join(PERIODS)}")
     may = {name: allows(service.kms.policy, caller, name) for name in _OF_OVERVIEW}
     found = _Jobs()
     with suppress(JobsUnavailable):
@@ -64,7 +179,7 @@ def overview(call: Call[None]) -> Response:
         found=found,
         notices=[*_notices_of_jobs(found), *_notices_of_keys(keys), *_weak(service, is_told=may["metrics"])],
         period=period,
-        periods=charts.PERIODS,
+        periods=PERIODS,
         audit_log=service.audit_monitor.condition if may["audit:read"] else None,
         events=refusals,
         is_log_unreadable=is_log_unreadable,
@@ -92,13 +207,13 @@ class Notice:
 
 def _jobs_of(service: Service, caller: Principal, period: str) -> _Jobs:
     """The newest jobs, the newest dead ones, and the charts. Raises JobsUnavailable."""
-    store, tenant, (every_s, count, words) = service.submitter.store, caller.tenant, charts.PERIODS[period]
+    store, tenant, (every_s, count, words) = service.submitter.store, caller.tenant, PERIODS[period]
     newest, _ = store.page(tenant, state=None, limit=_FEW, before=None)
     intervals = activity.intervals(store, tenant, every_s, count)
     return _Jobs(
         [job_row(job) for job in newest],
         [job_row(job) for job in store.dead(tenant, _FEW)],
-        [charts.of_jobs(intervals, words), charts.of_durations(intervals, words)],
+        [jobs_chart(intervals, words), durations_chart(intervals, words)],
     )
 
 
@@ -156,7 +271,7 @@ def worker_list(call: Call[None]) -> Response:
     Jobs of other tenants are counted only. Raises JobsUnavailable.
     """
     store, spool = call.service.submitter.store, call.service.submitter.spool
-    found, stats = activity.read(store), queue_stats.survey(store)
+    found, stats = activity.read(store), survey_queues(store)
     named = {job_id for worker in found.workers for job_id in worker.jobs}
     may_read = allows(call.service.kms.policy, call.caller, "jobs:read")
     seen = store.many(sorted(named), call.caller.tenant) if may_read else []

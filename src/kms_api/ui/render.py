@@ -22,11 +22,10 @@ from starlette.responses import HTMLResponse, RedirectResponse
 from kms_api import json_body, problems
 from kms_api.deps import PRINCIPAL, service
 from kms_api.routing import UI, ScopedRoute
-from kms_api.transport.authentication import RequestAuthenticator
-from kms_api.transport.sessions import SESSION, VISITOR, Sessions, cookie
+from kms_api.transport.authentication import SESSION, VISITOR, RequestAuthenticator, Sessions, cookie
 from kms_core import audit
 from kms_core.auth.policy import Principal, allows
-from kms_protocol import __version__, shapes, wire
+from kms_protocol import __version__, wire
 from kms_protocol.errors import Forbidden, InvalidRequest, KmsError
 from kms_protocol.units import age_s, duration_text, parse_time, size_text, time_text
 
@@ -196,7 +195,7 @@ def refusal(request: Request, error: KmsError) -> Response:
     if _has_ended(request):
         return to("/login")
     made = problems.answer(error)
-    problem = msgspec.json.decode(made.body, type=shapes.Problem)
+    problem = msgspec.json.decode(made.body, type=wire.Problem)
     page = render(request, "refused.html", made.status_code, problem=problem)
     page.headers.update({name: made.headers[name] for name in _KEPT if name in made.headers})
     return page

@@ -1,6 +1,6 @@
-"""The pages for operators (jobs, audit log, keys, runbooks) and the viewer of the API at ``/docs``.
+"""The pages for operators (jobs, audit log, keys, runbooks), their forms, and the API viewer at ``/docs``.
 
-A page runs as a whole in one thread. It leaves out what the caller may not read or do.
+A page or form runs as a whole in one thread. It leaves out what the caller may not read or do.
 """
 
 import time
@@ -12,25 +12,46 @@ from typing import Final
 from urllib.parse import quote
 
 import msgspec
-from fastapi import Response
+from fastapi import Request, Response
 from starlette.responses import FileResponse
 
-from kms_api.deps import Pool, Service
+from kms_api import problems
+from kms_api.deps import Pool, Service, service
 from kms_api.routes import audit, files, job_answers, jobs, keys
-from kms_api.routing import CALLER, DOCS, OPEN, READ, UI, Call, Router
-from kms_api.ui.render import STATIC, STATIC_FILES, PageRoute, percent, render, screen, to
+from kms_api.routing import CALLER, DOCS, OPEN, READ, UI, WRITE, Call, Router
+from kms_api.transport.authentication import COOKIE, LASTS_S, SESSION, VISITOR, RequestAuthenticator, new_id
+from kms_api.ui.render import (
+    STATIC,
+    STATIC_FILES,
+    Fields,
+    PageRoute,
+    form,
+    percent,
+    render,
+    screen,
+    stamp_of,
+    to,
+)
 from kms_core import audit as records
 from kms_core.audit import query
 from kms_core.audit.chain import text_of
-from kms_core.audit.copies import HostLog
 from kms_core.audit.query import EventFilter, RecordedOperation
+from kms_core.audit.segments import HostLog
 from kms_core.audit.verification import receipt
 from kms_core.audit.verification.receipt import Receipt, UnknownRecord
 from kms_core.auth.policy import Principal, allows
 from kms_core.jobs.model import DEAD, Job
 from kms_core.jobs.spec import FilesJob, UploadJob
 from kms_protocol import admin, wire
-from kms_protocol.errors import AuditUnavailable, InvalidRequest, Missing, UnknownKey
+from kms_protocol.errors import (
+    AuditUnavailable,
+    InvalidRequest,
+    KmsError,
+    Missing,
+    RateLimited,
+    Unauthenticated,
+    UnknownKey,
+)
 from kms_protocol.units import parse_time
 
 router: Final = Router("pages", prefix=UI, kind=PageRoute)
@@ -276,3 +297,103 @@ docs: Final = Router("pages", kind=PageRoute)
 async def api() -> Response:
     """The API in Swagger UI."""
     return FileResponse(STATIC / "docs.html")
+
+
+_FORM_S: Final = 3600
+
+
+# -- sessions ------------------------------------------------------------------------------------------
+
+
+@router.endpoint("GET", "/login", OPEN)
+async def login_page(request: Request) -> Response:
+    """The form for a token; the overview if requests need no credentials."""
+    if screen(request).entry is None:
+        return to("")
+    return _login_page(request)
+
+
+@router.endpoint("POST", "/login", OPEN)
+async def login(request: Request) -> Response:
+    """Begin a session with a new id for the holder of a token."""
+    entry = screen(request).entry
+    if entry is None:
+        return to("")
+    token = (await form(request)).get("token", "").strip()
+    try:
+        session = await _begin(request, entry, token)
+    except (Unauthenticated, RateLimited) as exc:
+        return _login_page(request, exc)
+    answer = to("")
+    _set_cookie(request, answer, COOKIE, session, LASTS_S)
+    answer.delete_cookie(VISITOR, UI)
+    return answer
+
+
+@router.call("POST", "/logout", CALLER, form, THREADS)
+def logout(call: Call[Fields]) -> Response:
+    """End this session, and no other of the same principal."""
+    if session := call.request.scope.get(SESSION):
+        with records.recorded(call.service.kms.audit_log, call.caller, "session.end", ""):
+            screen(call.request).sessions.end(session, call.caller)
+    answer = to("/login")
+    answer.delete_cookie(COOKIE, UI)
+    return answer
+
+
+async def _begin(request: Request, entry: RequestAuthenticator, token: str) -> str:
+    who = await entry.authenticate(request.scope, token)
+    service(request).requests.take(who.tenant)  # the tenant was not known before
+
+    def begin() -> str:
+        with records.recorded(service(request).kms.audit_log, who, "session.begin", ""):
+            return screen(request).sessions.begin(who)
+
+    return await service(request).run(THREADS, begin)
+
+
+def _login_page(request: Request, error: KmsError | None = None) -> Response:
+    visitor = new_id()
+    status = 200 if error is None else problems.answer_of(type(error)).status
+    stamp = stamp_of(request, f"visitor {visitor}")
+    answer = render(request, "login.html", status, error=error, stamp=stamp)
+    if isinstance(error, RateLimited):
+        answer.headers["Retry-After"] = problems.retry_after(error)
+    _set_cookie(request, answer, VISITOR, visitor, _FORM_S)
+    return answer
+
+
+def _set_cookie(request: Request, answer: Response, name: str, value: str, lasts_s: int) -> None:
+    """Set a cookie, for TLS only if the form came over TLS, also to a proxy that terminates it."""
+    is_tls = request.url.scheme == "https" or request.headers.get("origin", "").startswith("https:")
+    answer.set_cookie(name, value, lasts_s, path=UI, secure=is_tls, httponly=True, samesite="strict")
+
+
+# -- jobs and keys ---------------------------------------------------------------------------------------
+
+
+@router.call("POST", "/jobs/{job_id}/cancel", WRITE, form, THREADS)
+def cancel(call: Call[Fields]) -> Response:
+    """Cancel a job: ``POST /jobs/{id}/cancel`` for the page."""
+    job = jobs.withdraw(call.service, call.caller, call.path("job_id"))
+    return to(f"/jobs/{job.job_id}", done="cancelled")
+
+
+@router.call("POST", "/jobs/{job_id}/retry", WRITE, form, THREADS)
+def retry(call: Call[Fields]) -> Response:
+    """Retry a job: ``POST /jobs/{id}/retry`` for the page."""
+    job = jobs.revive(call.service, call.caller, call.path("job_id"))
+    return to(f"/jobs/{job.job_id}", done="retried")
+
+
+@router.call(
+    "POST",
+    "/keys/{key_id}/rotate",
+    CALLER,
+    form,
+    lambda call: call.service.rotation_pool(call.path("key_id")),
+)
+def rotate(call: Call[Fields]) -> Response:
+    """Rotate a key: ``POST /keys/{id}/rotate`` for the page."""
+    call.service.kms.rotate(call.caller, key_id=call.path("key_id"))
+    return to("/keys", done="rotated")

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from kms_core import audit
 from kms_protocol import wire
 from kms_protocol.errors import InvalidRequest
-from kms_protocol.shapes import Body
+from kms_protocol.wire import Body
 
 POLICIES: Final = ("kms-service",)
 """Vault's name for rights, which are scopes here."""

@@ -27,7 +27,7 @@ from kms_api.routing import (
 from kms_api.vault_api import models
 from kms_core.auth.policy import Principal
 from kms_protocol.errors import Forbidden, InvalidRequest
-from kms_protocol.shapes import Body
+from kms_protocol.wire import Body
 
 B = TypeVar("B")
 T = TypeVar("T", bound=Body)

@@ -13,11 +13,9 @@ from typing import Final
 
 import click
 
-from kms_cli import terminal
-from kms_cli.age_file import codec, keys, streams
-from kms_cli.age_file.codec import RequiredBinding
-from kms_cli.backup.archive import ArchiveWriter, KeepFile, Manifest, read_archive
-from kms_cli.backup.sources import SETTINGS, InstalledFiles
+from kms_cli import age_files, terminal
+from kms_cli.age_files import RequiredBinding
+from kms_cli.backup.files import SETTINGS, ArchiveWriter, InstalledFiles, KeepFile, Manifest, read_archive
 from kms_cli.commands.offline import recipient_option, recipients_file_option
 from kms_cli.options import FILE, STDIO, OutputExists, force_option
 from kms_cli.session import printed_as_json, session
@@ -65,7 +63,7 @@ def backup_command(
 
     if not recipients and not recipients_files:
         raise click.UsageError("name who can restore it: -r age1…, or -R FILE (`kms keygen` makes a key)")
-    begun = codec.for_recipients(keys.recipients(recipients, recipients_files))
+    begun = age_files.for_recipients(age_files.recipients(recipients, recipients_files))
     settings = installation.settings()
     if output != STDIO and output.absolute().is_relative_to(settings.state_dir.absolute()):
         raise click.UsageError("a backup in the state directory is lost with it: name another directory")
@@ -75,7 +73,7 @@ def backup_command(
     files = InstalledFiles(settings, os.environ, config, with_spool=not without_spool)
     with (
         audited.effect(settings, "backup.create", str(output)),
-        streams.target(output, force=force) as target,
+        age_files.target(output, force=force) as target,
     ):
         began, made_at = time.monotonic(), datetime.now(UTC)
         writer = ArchiveWriter(begun, target)
@@ -140,17 +138,17 @@ def restore_command(
     folder = None if only_check else folder or session().state_dir
     if folder is None and not only_check:
         raise click.UsageError("name the new state directory with --to DIR, or verify only with --check")
-    known = keys.identities(identities)
-    with streams.source(file) as source:
-        sealed = codec.read(source)
-        read = partial(read_archive, sealed, codec.by_identities(sealed.head, known, RequiredBinding()))
+    known = age_files.identities(identities)
+    with age_files.source(file) as source:
+        sealed = age_files.read(source)
+        read = partial(read_archive, sealed, age_files.by_identities(sealed.head, known, RequiredBinding()))
         try:
             if folder is None:
                 manifest = read(lambda *_: None)
             else:
                 manifest = _place(read, folder.absolute(), force=force)
         except DecryptFailed as exc:
-            raise codec.Damaged from exc
+            raise age_files.Damaged from exc
     if folder is None:
         _report(f"{file} is complete and unchanged: a backup of {_origin(manifest)}", manifest)
         return

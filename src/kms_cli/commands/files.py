@@ -9,8 +9,7 @@ from typing import BinaryIO, Final, Literal, Unpack, cast
 
 import click
 
-from kms_cli import terminal
-from kms_cli.age_file import streams
+from kms_cli import age_files, terminal
 from kms_cli.options import (
     STDIO,
     callback_option,
@@ -27,8 +26,7 @@ from kms_cli.options import (
 )
 from kms_cli.session import connect, meter, printed_as_json
 from kms_client import Client
-from kms_client.problems import failure
-from kms_client.requests import JobOptions
+from kms_client.requests import JobOptions, failure
 from kms_protocol.errors import JobCancelled, KmsError
 from kms_protocol.units import size_text
 from kms_protocol.wire import ContextIn, JobOut
@@ -109,8 +107,8 @@ def _run(
     """Convert one file by a job of the service. A target of None is stdout by default."""
     on_stdout = is_stdout(target)
     with connect() as kms, meter(on_stdout=on_stdout) as line:
-        with streams.source(source) as opened, writing(target, overwrite=force) as file:
-            sent = opened if kind == "encrypt" else streams.unarmored(opened)
+        with age_files.source(source) as opened, writing(target, overwrite=force) as file:
+            sent = opened if kind == "encrypt" else age_files.unarmored(opened)
             upload = kms.upload_encrypt if kind == "encrypt" else kms.upload_decrypt
             accepted = upload(
                 cast("BinaryIO", sent.stream),

@@ -25,10 +25,10 @@ from kms_cli.options import (
     writing,
 )
 from kms_cli.session import complete_jobs, connect, meter, printed_as_json, session
-from kms_protocol.job_groups import GroupIn
 from kms_protocol.units import size_text
 from kms_protocol.wire import (
     ENDED,
+    GroupIn,
     JobError,
     JobIn,
     JobKind,

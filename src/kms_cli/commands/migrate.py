@@ -7,26 +7,29 @@ not answer stops the run, and the next run continues after the written lines.
 
 import binascii
 import contextlib
+import fcntl
 import functools
 import hashlib
 import itertools
+import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final, Generic, Literal, TypeVar
+from typing import Any, BinaryIO, Final, Generic, Literal, TypeVar
 
 import click
 import msgspec
 from msgspec import UNSET
 from msgspec.structs import fields, replace
 
-from kms_cli.commands.migrate_output import Folder, Lines, MigrationReport, MovedRecord, continued
+from kms_cli import terminal
 from kms_cli.main import MIGRATE_COMMANDS, LazyGroup
-from kms_cli.options import STDIO, context_of, context_option, key_option
+from kms_cli.options import STDIO, context_of, context_option, key_option, placed
 from kms_cli.session import connect, session
 from kms_client import Client
-from kms_client.problems import failure
+from kms_client.requests import failure
 from kms_client.settings import check_encrypted
 from kms_core.backends.aws.settings import check_endpoint
 from kms_core.backends.circuit_breaker import RetryingCaller, RetryPolicy
@@ -38,9 +41,127 @@ from kms_core.observability import logs
 from kms_core.sections import check_address
 from kms_protocol import errors, wire
 from kms_protocol.context import Context
-from kms_protocol.errors import InvalidRequest, KmsError
-from kms_protocol.shapes import KeyId
+from kms_protocol.errors import EXIT_BAD_DATA, Conflict, InvalidRequest, KmsError
 from kms_protocol.units import size_text
+from kms_protocol.wire import KeyId
+
+MAX_REPORTED: Final = 50
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+_RECORD_START: Final = b'{"line":'
+
+
+@dataclass(slots=True)
+class MigrationReport:
+    """The number of lines, or files, by outcome."""
+
+    lines: int = 0
+    moved: int = 0
+    already_there: int = 0
+    failed: int = 0
+
+    def fail(self, where: str, error: KmsError) -> None:
+        """Count a failure, and print the first 50."""
+        self.failed += 1
+        if self.failed <= MAX_REPORTED:
+            terminal.say(f"{where}: {error.code}: {terminal.plain(error.detail)}")
+        if self.failed == MAX_REPORTED:
+            terminal.say("further failures are only counted")
+
+    def show(self, *, dry_run: bool, on_stdout: bool) -> int:
+        """Print the counts, as a message if stdout has the ciphertexts. Return the exit code."""
+        counts = asdict(self)
+        if dry_run:
+            counts["would_move"] = counts.pop("moved")
+        if on_stdout:
+            terminal.record(counts, as_json=session().as_json)
+        else:
+            terminal.say(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
+        return EXIT_BAD_DATA if self.failed else 0
+
+
+class MovedRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A migrated ciphertext. ``source`` is the SHA-256 of its line; the service gives the last three."""
+
+    line: int
+    reference: str | None = None
+    source: str
+    ciphertext: bytes = b""  # msgspec writes and reads bytes as base64
+    key_id: str = ""
+    key_version: str = ""
+
+
+class Lines:
+    """Output as one line of JSON for each record. ``done`` has the ``source`` of those in the file."""
+
+    def __init__(self, file: BinaryIO, done: Iterable[str] = ()) -> None:
+        self._file, self._done = file, set(done)
+
+    def has(self, record: MovedRecord) -> bool:
+        """Return whether its line was migrated before."""
+        return record.source in self._done
+
+    def put(self, records: Sequence[MovedRecord]) -> None:
+        """Write records to disk."""
+        self._file.writelines(msgspec.json.encode(record) + b"\n" for record in records)
+        self._done.update(record.source for record in records)
+        self._file.flush()
+        if self._file.seekable():
+            os.fsync(self._file.fileno())
+
+
+@contextlib.contextmanager
+def continued(path: Path) -> Iterator[Lines]:
+    """Open a file that may have records, and remove an incomplete last one.
+
+    Raises InvalidRequest for a file of something else, Conflict while another run writes it.
+    """
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise Conflict(f"Another run is writing {path}") from exc
+        done: list[str] = []
+        for number, line in enumerate(file, start=1):
+            start = line.strip(b"\0")[: len(_RECORD_START)]  # a power cut may leave zeros
+            if not line.endswith(b"\n") and _RECORD_START.startswith(start):
+                file.seek(-len(line), os.SEEK_END)
+                break
+            try:
+                done.append(msgspec.json.decode(line, type=MovedRecord).source)
+            except wire.NOT_JSON as exc:
+                raise InvalidRequest(
+                    f"Line {number} of {path} was not written by this command: name another file"
+                ) from exc
+        file.truncate()
+        yield Lines(file, done)
+
+
+class Folder:
+    """Output as a file for each record, named by its reference or the number of its line."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._sources: dict[Path, str] = {}
+
+    def has(self, record: MovedRecord) -> bool:
+        """Return whether its file exists. Raises InvalidRequest for a name that is invalid or taken."""
+        path = self._path(record)
+        if self._sources.setdefault(path, record.source) != record.source:
+            raise InvalidRequest("Another line has this reference")
+        return path.exists()
+
+    def put(self, records: Sequence[MovedRecord]) -> None:
+        """Write records to disk."""
+        for record in records:
+            with placed(self._path(record), overwrite=False) as file:
+                file.write(record.ciphertext)
+
+    def _path(self, record: MovedRecord) -> Path:
+        name = record.reference or f"line-{record.line}"
+        if not _NAME.fullmatch(name):
+            raise InvalidRequest("A reference that names a file may only contain letters, digits and _ . -")
+        return self._folder / f"{name}.age"
+
 
 migrate_command = LazyGroup(
     "migrate", MIGRATE_COMMANDS, "Migrate ciphertexts of other systems to the service."
@@ -351,7 +472,7 @@ def aws_command(**given: Any) -> int:  # noqa: ANN401 -- click's own
     EncryptionContext, KeyId, reference, new_context, new_key_id. Without --context or new_context, the
     encryption context of AWS becomes the context in the service.
     """
-    from kms_core.backends.aws.client import AwsEndpoint, AwsKmsClient  # noqa: PLC0415 -- botocore is optional
+    from kms_core.backends.aws.backend import AwsEndpoint, AwsKmsClient  # noqa: PLC0415 -- botocore is optional
 
     logs.configure("warn", json=False)  # warnings of the backend appear on stderr
     Context.parse(given["context"])

@@ -15,8 +15,8 @@ from typing import Final
 
 import click
 
-from kms_cli.age_file.keys import recipients
-from kms_cli.commands.migrate_output import MigrationReport
+from kms_cli.age_files import recipients
+from kms_cli.commands.migrate import MigrationReport
 from kms_cli.options import FILE, key_option
 from kms_cli.session import connect
 from kms_client import Client

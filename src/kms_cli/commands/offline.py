@@ -1,23 +1,27 @@
-"""``kms seal`` and ``kms open``: age files with local age keys, without a service.
+"""``kms seal``, ``kms open`` and ``kms inspect``: age files on this machine, without a service.
 
 A file that ``-o`` names appears complete or not at all. A pipe receives authenticated plaintext in order.
 """
 
+import io
 from pathlib import Path
-from typing import BinaryIO, TypedDict, Unpack
+from typing import BinaryIO, Final, TypedDict, Unpack
 
 import click
 
-from kms_cli import terminal
-from kms_cli.age_file import codec, keys, streams
-from kms_cli.age_file.codec import RequiredBinding
-from kms_cli.age_file.streams import InputStream
+from kms_cli import age_files, terminal
+from kms_cli.age_files import InputStream, RequiredBinding
 from kms_cli.options import FILE, context_option, force_option, is_stdout, name_of, output_option
-from kms_cli.session import meter, printed_as_json
+from kms_cli.session import meter, printed_as_json, session
+from kms_core.age import mlkem768x25519, stream, x25519
+from kms_core.age.header import Header, Stanza
+from kms_core.backends import remote
+from kms_core.envelope import binding
 from kms_core.envelope.binding import DEFAULT_KEY_ID, DEFAULT_TENANT
 from kms_core.envelope.sealing import Sealing
 from kms_core.payload.parallel import DEFAULTS, ParallelOptions
 from kms_protocol.context import Context
+from kms_protocol.errors import DecryptFailed
 from kms_protocol.units import size_text
 from kms_protocol.wire import ContextIn
 
@@ -92,12 +96,12 @@ def seal_command(**given: Unpack[SealOptions]) -> None:
     if not given["armored"] and given["output"] is None:
         terminal.refuse_binary("use -a for ASCII armor, name a file with -o, or force it with `-o -`")
     with (
-        streams.source(given["source"]) as opened,
-        streams.target(given["output"], force=given["force"]) as target,
+        age_files.source(given["source"]) as opened,
+        age_files.target(given["output"], force=given["force"]) as target,
         meter(on_stdout=is_stdout(given["output"])) as line,
     ):
         begun, source = _sealing(given, opened)
-        seal = codec.seal_armored if given["armored"] else codec.seal
+        seal = age_files.seal_armored if given["armored"] else age_files.seal
         seal(begun, source, target, _options(line, "sealing", source, target))
     _report("sealed", given)
 
@@ -124,22 +128,22 @@ def open_command(**given: Unpack[OpenOptions]) -> None:
     required = _required(given)
     if not given["identities"]:
         raise click.UsageError("name your key file with -i; for a passphrase use `age -d`")
-    identities = keys.identities(given["identities"])
+    identities = age_files.identities(given["identities"])
     with (
-        streams.source(given["source"]) as source,
-        streams.target(given["output"], force=given["force"]) as target,
+        age_files.source(given["source"]) as source,
+        age_files.target(given["output"], force=given["force"]) as target,
         meter(on_stdout=is_stdout(given["output"])) as line,
     ):
-        sealed = codec.read(source)
+        sealed = age_files.read(source)
         offset, length, file_range = given["offset"], given["length"], sealed.file_range
         is_part = offset is not None or length is not None
         if is_part and file_range is None:
             raise click.UsageError("--offset and --length require a file without armor, not a pipe")
-        key = codec.by_identities(sealed.head, identities, required)
+        key = age_files.by_identities(sealed.head, identities, required)
         if is_part and file_range:
-            codec.release_part(file_range, key, target, offset or 0, length)
+            age_files.release_part(file_range, key, target, offset or 0, length)
         else:
-            codec.release(sealed, key, target, _options(line, "opening", source, target))
+            age_files.release(sealed, key, target, _options(line, "opening", source, target))
     _report("opened", given)
 
 
@@ -157,13 +161,15 @@ def _check_method(given: SealOptions) -> None:
 
 def _sealing(given: SealOptions, source: InputStream) -> tuple[Sealing, InputStream]:
     if given["identity"] is not None:
-        identities = keys.identities([given["identity"]])
-        padded, source = codec.is_large(source)
+        identities = age_files.identities([given["identity"]])
+        padded, source = age_files.is_large(source)
         context = Context.parse(given["context"])
         key_id = given["key_id"] or DEFAULT_KEY_ID
-        keys.check_key_id(key_id)
-        return codec.for_service(identities, key_id, context, padded=padded), source
-    return codec.for_recipients(keys.recipients(given["recipients"], given["recipients_files"])), source
+        age_files.check_key_id(key_id)
+        return age_files.for_service(identities, key_id, context, padded=padded), source
+    return age_files.for_recipients(
+        age_files.recipients(given["recipients"], given["recipients_files"])
+    ), source
 
 
 # -- open --------------------------------------------------------------------------------------------
@@ -183,7 +189,9 @@ def _required(given: OpenOptions) -> RequiredBinding:
 
 def _options(line: terminal.Meter, label: str, source: InputStream, target: BinaryIO) -> ParallelOptions:
     """Show progress for output files only."""
-    return DEFAULTS if streams.new_file(target) is None else streams.with_progress(line, label, source.size)
+    return (
+        DEFAULTS if age_files.new_file(target) is None else age_files.with_progress(line, label, source.size)
+    )
 
 
 def _report(done: str, given: InOut) -> None:
@@ -194,3 +202,69 @@ def _report(done: str, given: InOut) -> None:
     source = name_of(given["source"])
     if not printed_as_json({"source": source, "output": str(output), "bytes": size_bytes}):
         terminal.say(f"{done} {source} to {output} ({size_text(size_bytes)})")
+
+
+NATIVE: Final = frozenset({x25519.STANZA_TYPE, mlkem768x25519.STANZA_TYPE})
+READ_BYTES: Final = 1024 * 1024
+
+
+@click.command("inspect")
+@click.argument("file", type=FILE)
+def inspect_command(file: Path) -> None:
+    """Show key, backend, stanzas and sizes of an encrypted FILE. No key is used and nothing is verified."""
+    terminal.record(inspect(file), as_json=session().as_json)
+
+
+def inspect(path: Path) -> dict[str, object]:
+    """Return named values in display order.
+
+    Raises NotACiphertext, TooLarge for a header above 256 KiB, DecryptFailed for a malformed header.
+    """
+    with age_files.source(path) as opened:
+        try:
+            sealed = age_files.read(opened)
+            bound = binding.read(sealed.head)
+        except DecryptFailed as exc:
+            raise DecryptFailed(f"The header of {path} is damaged") from exc
+        payload_bytes = sealed.file_range.size if sealed.file_range else _size_bytes(sealed.payload)
+    head = sealed.head
+    shared = ", ".join(remote.name_of(wrap.job) for wrap in bound.wraps if wrap.job) if bound else ""
+    named = {"key_id": bound.key_id, "key_version": bound.key_version} if bound else {}
+    return {
+        "format": "age v1" if sealed.file_range else "age v1, armored",
+        "made_by": "kms-service" if bound else "another age tool",
+        "file_id": binding.file_id(head.nonce),
+        **named,
+        "backend": _backend(head),
+        **({"wrap_key": shared} if shared else {}),
+        "context": "bound" if bound else "none",
+        "origin": "claimed" if bound and bound.origin else "none",
+        "stanzas": ", ".join(map(_shown, head.stanzas)),
+        "header_bytes": head.size,
+        "payload_bytes": payload_bytes,
+        "plaintext_bytes": _plaintext_bytes(payload_bytes),
+    }
+
+
+def _plaintext_bytes(payload_bytes: int) -> object:
+    try:
+        return stream.plaintext_size(payload_bytes)
+    except DecryptFailed:
+        return "impossible: the file is truncated"
+
+
+def _backend(head: Header) -> str:
+    wraps = {stanza.args[1] for stanza in head.stanzas if stanza.type == binding.WRAP and stanza.args[1:]}
+    native = {"age" for stanza in head.stanzas if stanza.type in NATIVE}
+    return ", ".join(sorted(wraps | native)) or "unknown"
+
+
+def _shown(stanza: Stanza) -> str:
+    return " ".join(stanza.args[:4]) if stanza.type == binding.WRAP else stanza.type
+
+
+def _size_bytes(source: io.RawIOBase) -> int:
+    size_bytes = 0
+    while part := source.read(READ_BYTES):
+        size_bytes += len(part)
+    return size_bytes

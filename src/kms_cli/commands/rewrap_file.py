@@ -9,9 +9,8 @@ from typing import BinaryIO, Final, TypedDict, Unpack
 
 import click
 
-from kms_cli import terminal
-from kms_cli.age_file import streams
-from kms_cli.age_file.streams import InputStream
+from kms_cli import age_files, terminal
+from kms_cli.age_files import InputStream
 from kms_cli.options import (
     STDIO,
     OutputExists,
@@ -26,7 +25,7 @@ from kms_cli.options import (
     writing,
 )
 from kms_cli.session import connect, meter, printed_as_json
-from kms_client.problems import UnexpectedAnswer
+from kms_client.requests import UnexpectedAnswer
 from kms_core.age import header
 from kms_core.age.armor import BEGIN
 from kms_core.age.header import FILE_LIMITS, Header
@@ -73,8 +72,8 @@ def rewrap_file_command(
         output = source.resolve()
     elif output is None:
         terminal.refuse_binary()
-    with streams.source(source) as opened:
-        start = streams.exactly(opened.stream, FILE_LIMITS.header_bytes + header.NONCE_BYTES)
+    with age_files.source(source) as opened:
+        start = age_files.exactly(opened.stream, FILE_LIMITS.header_bytes + header.NONCE_BYTES)
         old = _header(source, start)
         with connect() as kms:
             answer = kms.rewrap(start[: old.payload_offset], **options)
@@ -121,7 +120,7 @@ def copy_payload(source: InputStream, ahead: bytes, target: BinaryIO, line: term
     """
     fd, done = source.stream.fileno(), 0
     before = os.fstat(fd)
-    rest: io.RawIOBase = streams.Joined(ahead, source.stream)
+    rest: io.RawIOBase = age_files.Joined(ahead, source.stream)
     if source.file_range and isinstance(target, io.BufferedWriter):
         rest = source.stream
         rest.seek(-len(ahead), io.SEEK_CUR)
@@ -130,7 +129,7 @@ def copy_payload(source: InputStream, ahead: bytes, target: BinaryIO, line: term
             while copied := os.copy_file_range(fd, target.fileno(), KERNEL_COPY_BYTES):
                 done += copied
                 line.show("copying", done, source.size)
-    while part := streams.exactly(rest, COPY_BYTES):
+    while part := age_files.exactly(rest, COPY_BYTES):
         done += target.write(part)
         line.show("copying", done, source.size)
     after = os.fstat(fd)

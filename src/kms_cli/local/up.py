@@ -22,17 +22,16 @@ from typing import Final
 import click
 
 from kms_cli import audited, terminal
-from kms_cli.local import installation, valkey
+from kms_cli.local import installation
 from kms_cli.session import session
 from kms_core import secure_files
-from kms_core.age.recipients import Recipient, identity_file, parse_identity
+from kms_core.age.mlkem768x25519 import Recipient, identity_file, parse_identity
 from kms_core.age.x25519 import X25519Identity
 from kms_core.backends.age_settings import AgeSection
 from kms_core.programs.supervisor import Child, say, supervise
-from kms_core.settings.files import for_server
+from kms_core.settings.load import for_server, origins
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.load import named as named_file
-from kms_core.settings.load import origins
 from kms_core.settings.model import Settings
 from kms_core.settings.redis_urls import for_celery
 from kms_core.settings.validation import check_exposure
@@ -58,7 +57,7 @@ def prometheus(settings: Settings, host: str, env: Mapping[str, str]) -> Child:
         raise ConfigurationError(
             "--monitoring needs the folder monitoring/ of a checkout: use scripts/up there"
         )
-    folder = valkey.private_directory(settings.state_dir / "prometheus")
+    folder = installation.private_directory(settings.state_dir / "prometheus")
     secure_files.write(folder / "prometheus.yml", json.dumps(_configuration(settings, host)).encode())
     argv = [
         binary,
@@ -118,7 +117,9 @@ def up_command(bind: str | None, port: int | None, *, monitoring: bool) -> int:
     host = installation.reachable(settings.kms.bind)
     with ExitStack() as stack:
         run_dir = _make_directories(settings.state_dir)
-        stack.enter_context(valkey.locked(run_dir / "lock", f"kms up already runs with {settings.state_dir}"))
+        stack.enter_context(
+            installation.locked(run_dir / "lock", f"kms up already runs with {settings.state_dir}")
+        )
         _check_ports(settings, monitoring)
         if settings.environment == "dev" and _lacks_keys(settings):
             with audited.effect(settings, "key.create", "development"):
@@ -138,11 +139,11 @@ def _embedded_redis(env: dict[str, str], state_dir: Path, stack: ExitStack) -> l
     origin = origins(None, env)
     if origin(("redis", "url")) != "default":
         return []
-    files = stack.enter_context(valkey.claim(state_dir, env))
+    files = stack.enter_context(installation.claim(state_dir, env))
     env["KMS_REDIS_URL"] = files.url_of(0)
     if origin(("redis", "broker_url")) == "default":
         env["KMS_BROKER_URL"] = for_celery(files.url_of(0))
-    return [valkey.child(files, env)]
+    return [installation.child(files, env)]
 
 
 def _environment(bind: str | None, port: int | None) -> dict[str, str]:
@@ -162,9 +163,9 @@ def _environment(bind: str | None, port: int | None) -> dict[str, str]:
 
 def _make_directories(state_dir: Path) -> Path:
     """Create the state directory and its subdirectories. Return the one for pid files."""
-    valkey.make_directory(state_dir)
-    valkey.make_directory(state_dir / "files")  # the user may change its mode
-    return valkey.private_directory(state_dir / "run")
+    installation.make_directory(state_dir)
+    installation.make_directory(state_dir / "files")  # the user may change its mode
+    return installation.private_directory(state_dir / "run")
 
 
 class PortTaken(Unavailable):
@@ -215,7 +216,7 @@ def make_identity(path: Path) -> bool:
     if path.exists():
         return False
     try:
-        path.parent.mkdir(mode=valkey.DIR_MODE, parents=True, exist_ok=True)
+        path.parent.mkdir(mode=installation.DIR_MODE, parents=True, exist_ok=True)
         return secure_files.create(path, identity_file(X25519Identity.generate()))
     except OSError as exc:
         raise ConfigurationError(

@@ -14,7 +14,7 @@ from kms_client.settings import checked_address
 from kms_core.age import bech32
 from kms_protocol.context import Context
 from kms_protocol.errors import KmsError
-from kms_protocol.shapes import KeyId
+from kms_protocol.wire import KeyId
 
 RECIPIENT_PREFIX: Final = "age1kms"
 IDENTITY_PREFIX: Final = "AGE-PLUGIN-KMS-"

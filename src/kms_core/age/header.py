@@ -12,9 +12,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
 from kms_core.age import armor
-from kms_core.age.kdf import hkdf
 from kms_protocol.errors import DecryptFailed, NotACiphertext, TooLarge
+
+KEY_BYTES: Final = 32
+_SHA256: Final = SHA256()
+
+
+def hkdf(secret: bytes, *, salt: bytes, info: bytes) -> bytes:
+    """Derive 32 bytes. An empty salt means 32 zero bytes."""
+    return HKDF(_SHA256, KEY_BYTES, salt, info).derive(secret)
+
 
 VERSION_LINE: Final = armor.VERSION_LINE
 BUNDLE: Final = "kms-service/bundle"

@@ -18,7 +18,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.utils import Buffer
 
-from kms_core.age.kdf import hkdf
+from kms_core.age.header import hkdf
 from kms_protocol.errors import DecryptFailed
 
 CHUNK: Final = 64 * 1024

@@ -11,8 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from kms_core.age import bech32
-from kms_core.age.header import FILE_KEY_BYTES, Stanza, b64decode, b64encode
-from kms_core.age.kdf import hkdf
+from kms_core.age.header import FILE_KEY_BYTES, Stanza, b64decode, b64encode, hkdf
 from kms_protocol.errors import DecryptFailed
 
 STANZA_TYPE: Final = "X25519"

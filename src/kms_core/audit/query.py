@@ -18,11 +18,10 @@ from typing import Final, TypeAlias
 
 import msgspec
 
-from kms_core.audit import copies, segments
+from kms_core.audit import segments
 from kms_core.audit.chain import text_of
-from kms_core.audit.copies import HostLog
 from kms_core.audit.record import AuditRecord
-from kms_core.audit.segments import Segment
+from kms_core.audit.segments import HostLog, Segment
 from kms_protocol.errors import InvalidRequest
 from kms_protocol.wire import NOT_JSON
 
@@ -194,7 +193,7 @@ def _settled(log: HostLog, chains: Sequence[tuple[HostLog, list[Segment]]]) -> s
     """The time before which no record will appear any more."""
     if not log.is_copy:
         return text_of(datetime.now(UTC) - timedelta(seconds=SETTLED_S))
-    return copies.complete_to(_last_time(files[-1]) for each, files in chains if each is log)
+    return segments.complete_to(_last_time(files[-1]) for each, files in chains if each is log)
 
 
 def _bounded(position: _Position) -> _Position:

@@ -4,28 +4,28 @@ A credential is named ``token:<id>``, ``jwt:<issuer>:<digest>``, or ``cert:<name
 ``PresentedCertificate``). After a login with a JWT ``:<role>`` is appended. Jobs keep that name. When a job
 runs, its token must exist, its JWT or login must not be expired and the role be configured, its certificate
 must have an entry in the settings, be neither expired nor revoked, and have authorities that are in the
-settings.
+settings. ``MetricsAccess`` says who may read the metrics.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, Literal
 
 from kms_core import scopes
-from kms_core.auth import jwks, logins, revocation, tokens
-from kms_core.auth.certificates import PresentedCertificate
-from kms_core.auth.jwks import FileKeys, IssuerKeys, KeysPending, RemoteKeys
-from kms_core.auth.jwt_verifier import Jwts, Trusted
+from kms_core.auth import client_certificates, jwt_verifier, logins, tokens
+from kms_core.auth.client_certificates import PresentedCertificate, Revocations
+from kms_core.auth.jwt_verifier import FileKeys, IssuerKeys, Jwts, KeysPending, RemoteKeys, Reviews, Trusted
 from kms_core.auth.logins import Logins
-from kms_core.auth.policy import Grant, Principal
-from kms_core.auth.revocation import Revocations
-from kms_core.auth.token_review import Reviews
+from kms_core.auth.policy import Grant, Policy, Principal, allows
 from kms_core.auth.tokens import Tokens, UnknownToken
+from kms_core.observability import metrics
+from kms_core.proxies import Proxies
 from kms_core.scopes import Scope
-from kms_core.settings.auth import CertificateSection, IssuerSection
-from kms_core.settings.model import Settings
-from kms_protocol.errors import Forbidden, Unauthenticated
+from kms_core.sections import is_loopback
+from kms_core.settings.model import CertificateSection, IssuerSection, Settings
+from kms_protocol.errors import Forbidden, Unauthenticated, Unavailable
 from kms_protocol.tls_client import client_context
 
 NONE_SHOWN: Final = (
@@ -186,7 +186,7 @@ def build(settings: Settings, tokens_: Tokens, login_key: bytes = b"") -> Authen
         tokens_,
         jwts,
         auth.certificates,
-        revocation.build(settings.kms.server),
+        client_certificates.build_revocations(settings.kms.server),
         Logins(login_key, auth, jwts, tokens_) if login_key and auth.logins else None,
     )
 
@@ -195,13 +195,49 @@ def _keys(name: str, section: IssuerSection, *, in_dev: bool) -> IssuerKeys | Re
     """The keys of an issuer: from a file, from a URL, or by OpenID Connect Discovery; or its reviews."""
     where = f"kms.auth.issuers.{name}"
     if section.review_url is not None and section.review_token_file is not None:
-        server = jwks.issuer_at(section.review_url, section.ca_file, f"{where}.review_url")
+        server = jwt_verifier.issuer_at(section.review_url, section.ca_file, f"{where}.review_url")
         return Reviews(server, section.review_token_file, section.audience)
     if section.jwks_file is not None:
         return FileKeys(section.jwks_file)
     client_context(section.ca_file, f"{where}.ca_file")  # an unusable file is refused at the start
     setting = f"{where}.{'issuer' if section.jwks_url is None else 'jwks_url'}"
-    fetch = partial(jwks.fetch, ca_file=section.ca_file, setting=setting)
+    fetch = partial(jwt_verifier.fetch, ca_file=section.ca_file, setting=setting)
     if section.jwks_url is not None:
         return RemoteKeys(partial(fetch, section.jwks_url))
-    return RemoteKeys(partial(jwks.discover, section.issuer, fetch, in_dev=in_dev))
+    return RemoteKeys(partial(jwt_verifier.discover, section.issuer, fetch, in_dev=in_dev))
+
+
+_FORWARDED: Final = frozenset({"forwarded", "x-forwarded-for", "x-real-ip", "via"})
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsAccess:
+    """The rule for /metrics. ``authenticator`` None: no token is valid.
+
+    A trusted proxy never counts as this machine, even if its address is a loopback address.
+    """
+
+    mode: Literal["loopback", "open", "token"]
+    authenticator: Authenticator | None
+    policy: Policy
+    proxies: Proxies
+
+    def is_open_to(self, address: str | None, header_names: Iterable[str]) -> bool:
+        """True if a request needs no credential: it is from this machine, and no proxy forwarded it."""
+        if self.mode != "loopback":
+            return self.mode == "open"
+        if address is None or not is_loopback(address) or self.proxies.trust(address):
+            return False
+        return _FORWARDED.isdisjoint(map(str.lower, header_names))
+
+    def allows(self, token: str) -> bool:
+        """Return whether a token allows to read the metrics. May block for up to 5 seconds."""
+        if self.authenticator is None:
+            return False
+        try:
+            return allows(self.policy, self.authenticator.principal(token), "metrics")
+        except Unauthenticated as exc:
+            metrics.AUTH_FAILURES.labels(exc.reason).inc()
+        except Unavailable:
+            pass
+        return False

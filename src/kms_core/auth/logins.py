@@ -19,7 +19,7 @@ import msgspec
 from kms_core.auth.jwt_verifier import Jwts
 from kms_core.auth.policy import Grant, Principal
 from kms_core.auth.tokens import REFUSED, Tokens
-from kms_core.settings.auth import AuthSection, ClaimGrant, IssuerSection
+from kms_core.settings.model import AuthSection, ClaimGrant, IssuerSection
 from kms_protocol.errors import Unauthenticated
 
 PREFIX: Final = "kmsl_"

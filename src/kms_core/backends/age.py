@@ -27,7 +27,7 @@ import structlog
 
 from kms_core.age import mlkem768x25519, x25519
 from kms_core.age.header import FILE_KEY_BYTES, Stanza
-from kms_core.age.recipients import (
+from kms_core.age.mlkem768x25519 import (
     Identity,
     Recipient,
     identity_file,

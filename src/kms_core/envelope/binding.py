@@ -16,8 +16,16 @@ from typing import Final
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from kms_core.age.header import FILE_KEY_BYTES, Header, Stanza, b64decode, b64encode, render_stanza
-from kms_core.age.kdf import KEY_BYTES, hkdf
+from kms_core.age.header import (
+    FILE_KEY_BYTES,
+    KEY_BYTES,
+    Header,
+    Stanza,
+    b64decode,
+    b64encode,
+    hkdf,
+    render_stanza,
+)
 from kms_core.age.x25519 import NoMatch
 from kms_protocol.context import Context, length_prefixed
 from kms_protocol.errors import DecryptFailed

@@ -1,13 +1,14 @@
 """One bucket: objects by range and condition, and multipart uploads (Amazon S3 API reference).
 
-Conditions are ``If-Match`` and ``If-None-Match: *``. Raises PathRefused for a refused request or a missing
-object, Unavailable while the store does not answer, InvalidRequest for an object that changed. Sizes are in
-bytes.
+Conditions are ``If-Match`` and ``If-None-Match: *``; a probe says whether the store ignores them. Raises
+PathRefused for a refused request or a missing object, Unavailable while the store does not answer,
+InvalidRequest for an object that changed. Sizes are in bytes.
 """
 
 import hashlib
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
@@ -20,7 +21,7 @@ import structlog
 
 from kms_core.payload.files import source_changed_error
 from kms_core.s3.connection import Ask, S3Answer, S3Body, S3Connection, elements, tag
-from kms_protocol.errors import PathRefused
+from kms_protocol.errors import KmsError, PathRefused
 
 if TYPE_CHECKING:
     from kms_core.s3.multipart import ObjectReader
@@ -393,3 +394,36 @@ def _age_s(written: str, now: float) -> float:
         return max(0.0, now - datetime.fromisoformat(written).timestamp()) if now else 0.0
     except ValueError:
         return 0.0
+
+
+PROBE: Final = b"This object shows that the store honours conditions of writes.\n"
+PROBE_MARK: Final = "probe"
+_NO_ETAG: Final = '"00000000000000000000000000000000"'
+
+
+def ignored_conditions(bucket: Bucket, key: str, *, uploads: bool) -> Sequence[str]:
+    """The conditions that a bucket ignores, with ``uploads`` those of completed uploads too.
+
+    Writes to the object ``key`` must fail, since it exists by then. It stays, so that this needs no right to
+    delete. Raises what ``Bucket`` raises.
+    """
+    bucket.put(key, PROBE, If(absent=True), PROBE_MARK)
+    found = [
+        name
+        for name, condition in (("If-None-Match", If(absent=True)), ("If-Match", If(etag=_NO_ETAG)))
+        if bucket.put(key, PROBE, condition, PROBE_MARK)
+    ]
+    if uploads and _completes(bucket, key):
+        found.append("If-None-Match of multipart uploads")
+    return found
+
+
+def _completes(bucket: Bucket, key: str) -> bool:
+    """Return whether an upload to an object that exists is completed although it must not be."""
+    upload = bucket.begin(key, PROBE_MARK)
+    try:
+        parts = [bucket.put_part(key, upload, 1, memoryview(PROBE))]
+        return bucket.complete(key, upload, parts, If(absent=True)) is Completion.DONE
+    finally:
+        with suppress(KmsError):
+            bucket.abort(key, upload)

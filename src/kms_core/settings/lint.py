@@ -12,9 +12,8 @@ from kms_core.backends import SCHEMES, table_of
 from kms_core.backends.age_settings import AgeSection
 from kms_core.sections import WeakValue, is_cleartext, is_loopback
 from kms_core.secure_files import open_to_others
-from kms_core.settings.model import Settings
+from kms_core.settings.model import Settings, StoreSection
 from kms_core.settings.redis_urls import CLUSTERS, SENTINELS, cluster_nodes, is_tls, sentinels, split_url
-from kms_core.settings.stores import StoreSection
 from kms_core.settings.toml_reader import nearest
 from kms_core.settings.validation import SECRETS, paths
 from kms_protocol.errors import ConfigurationError

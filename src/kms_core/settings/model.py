@@ -11,16 +11,141 @@ from msgspec import Meta, field
 
 from kms_core.backends import SCHEMES
 from kms_core.backends.age_settings import AgeSection
-from kms_core.sections import BackendSection, KeyId, Positive, Section
-from kms_core.settings.auth import AuthSection
-from kms_core.settings.stores import BucketName, BucketSection, SpoolBucketSection
-from kms_protocol.units import GiB, KiB
+from kms_core.sections import BackendSection, KeyId, Positive, Section, Timeout
+from kms_protocol.units import GiB, KiB, MiB
 from kms_protocol.wire import JobState
 
 if TYPE_CHECKING:
     BackendName = str
 else:
     BackendName = Literal[tuple(SCHEMES)]
+
+Algorithm = Literal[  # of JWTs: signatures by a private key, nothing else
+    "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"
+]
+
+
+class ClaimGrant(Section, frozen=True, kw_only=True):
+    """``[kms.auth.issuers.<name>.grants.<name>]``: scopes of tokens whose claims match ``when``."""
+
+    when: dict[str, str]
+    scopes: tuple[str, ...]
+
+
+class IssuerSection(Section, frozen=True, kw_only=True):
+    """``[kms.auth.issuers.<name>]``: an issuer of accepted JWTs, and the meaning of their claims.
+
+    Without ``jwks_url`` and ``jwks_file`` its keys are found by discovery. An API server of Kubernetes at
+    ``review_url`` verifies tokens in place of keys (TokenReview), for logins only; it is sent the token in
+    ``review_token_file``. ``tenants`` are the values that
+    ``tenant_claim`` may have. A token's jobs may run for ``job_grace_s`` seconds after its expiry.
+    """
+
+    issuer: Annotated[str, Meta(min_length=1)]
+    audience: Annotated[str, Meta(min_length=1)]
+    jwks_url: str | None = None
+    jwks_file: Path | None = None
+    review_url: str | None = None
+    review_token_file: Path | None = None
+    ca_file: Path | None = None
+    algorithms: Annotated[tuple[Algorithm, ...], Meta(min_length=1)] = ("RS256", "ES256", "EdDSA")
+    leeway_s: Annotated[int, Meta(ge=0, le=300)] = 30
+    principal_claim: str = "sub"
+    tenant: KeyId = "default"
+    tenant_claim: str | None = None
+    tenants: tuple[KeyId, ...] = ()
+    scopes: tuple[str, ...] = ()
+    scopes_claim: str | None = None
+    grants: dict[KeyId, ClaimGrant] = field(default_factory=dict)
+    job_grace_s: Annotated[int, Meta(ge=0, le=30 * 24 * 3600)] = 0
+
+
+class CertificateSection(Section, frozen=True, kw_only=True):
+    """``[kms.auth.certificates.<name>]``: a client certificate, by one of its names."""
+
+    subject: Annotated[str, Meta(min_length=1)]
+    tenant: KeyId = "default"
+    scopes: tuple[str, ...]
+
+
+class LoginSection(Section, frozen=True, kw_only=True):
+    """``[kms.auth.logins.<mount>]``: ``POST /v1/auth/<mount>/login`` of the Vault API.
+
+    ``jwt`` takes a JWT of ``issuer``, a name of ``[kms.auth.issuers]``, and the name of one of its grants as
+    role; ``approle`` takes a token of this service and its name. Either hands out a token of the same rights
+    that is valid for ``ttl_s`` seconds, and not longer than the credential.
+    """
+
+    method: Literal["jwt", "approle"]
+    issuer: KeyId | None = None
+    ttl_s: Annotated[int, Meta(ge=1, le=24 * 3600)] = 3600
+
+
+class AuthSection(Section, frozen=True, kw_only=True):
+    """``[kms.auth]``: mode None is undecided, enough on loopback in dev. ``tokens`` replaces the file."""
+
+    mode: Literal["none", "required"] | None = None
+    tokens_path: Path
+    tokens: Annotated[str, Meta(pattern="^(s3|file)://")] | None = None
+    max_stale_s: Timeout = 60.0
+    failures_per_minute: Positive = 30
+    issuers: dict[KeyId, IssuerSection] = field(default_factory=dict)
+    certificates: dict[KeyId, CertificateSection] = field(default_factory=dict)
+    logins: dict[KeyId, LoginSection] = field(default_factory=dict)
+
+
+BucketName = Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{2,62}(?!\\s)$")]
+
+
+class StoreSection(Section, frozen=True, kw_only=True):
+    """The address of an object store, and the credentials for a bucket.
+
+    Without an ``access_key_id`` the credentials are those that AWS tools would find.
+    """
+
+    endpoint: str | None = None
+    region: Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}(?!\\s)$")] = "us-east-1"  # part of a host name
+    access_key_id: str | None = None
+    secret_key_file: Path | None = None
+    path_style: bool = True
+    allow_http: bool = False
+    ca_file: Path | None = None
+    timeout_s: Timeout = 60.0
+
+
+class BucketSection(StoreSection, frozen=True, kw_only=True):
+    """``[kms.jobs.buckets.<bucket>]``: a bucket and the rights of jobs.
+
+    ``read`` and ``write`` are prefixes of keys that end in a slash; ``""`` is the whole bucket, no prefix
+    means no right.
+    """
+
+    read: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
+
+
+class SpoolBucketSection(StoreSection, frozen=True, kw_only=True):
+    """``[kms.jobs.spool_bucket]``: the spool in a bucket, in place of ``spool_dir``.
+
+    ``url`` is ``s3://bucket`` or ``s3://bucket/prefix``. The buffers of uploads, results and reads of one
+    process have at most ``buffer_bytes``.
+    """
+
+    url: Annotated[str, Meta(pattern="^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_.=-]+)*/?(?!\\s)$")]
+    timeout_s: Timeout = 20.0
+    buffer_bytes: Annotated[int, Meta(ge=16 * MiB)] = 256 * MiB
+
+    @property
+    def bucket(self) -> str:
+        return self.url.split("/")[2]
+
+    @property
+    def prefix(self) -> str:
+        """The beginning of all keys: empty, or with a slash at its end."""
+        path = self.url.split("/", 3)[3:]
+        return f"{path[0].rstrip('/')}/" if path and path[0] else ""
+
+
 _Table = TypeVar("_Table", bound=BackendSection)
 Queue = Literal["kms.bulk", "kms.files", "kms.maintenance"]
 Port = Annotated[int, Meta(ge=1, le=65534)]  # the worker's metrics are on port + 1
@@ -166,7 +291,7 @@ class AuditSection(Section, frozen=True, kw_only=True):
 
     ``anchor_*`` keep copies of signed checkpoints, which are written every ``checkpoint_lines`` and
     ``checkpoint_s``. ``keep_days`` 0 keeps all. ``copies`` has copies of the logs of other hosts
-    (``audit.copies``).
+    (``audit.segments``).
     """
 
     path: Path

@@ -15,9 +15,9 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from kms_api.transport import download
-from kms_api.transport.download import DownloadWriter
-from kms_core.http_server.protocol import BODY, HttpProtocol
+from kms_api.transport import bodies
+from kms_api.transport.bodies import DownloadWriter
+from kms_core.http_protocol import BODY, HttpProtocol
 from support.waiting import WAIT_S
 
 SLABS: Final = [os.urandom(1024 * 1024) for _ in range(24)]
@@ -54,7 +54,7 @@ async def served(
             yield slab
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        download.write_without_lock(Request(scope, receive))
+        bodies.write_without_lock(Request(scope, receive))
         await StreamingResponse(body(), headers=headers)(scope, receive, send)
 
     config, state = uvicorn.Config(app, lifespan="off", log_config=None), ServerState()
@@ -132,7 +132,7 @@ def test_a_connection_with_tls_keeps_its_transport() -> None:
     over_tls, plain = with_context(ssl.create_default_context()), with_context(None)
     before = over_tls.transport
     for cycle in (over_tls, plain):
-        download.write_without_lock(Request({"type": "http", "state": {BODY: (None, cycle)}}))
+        bodies.write_without_lock(Request({"type": "http", "state": {BODY: (None, cycle)}}))
 
     assert over_tls.transport is before
     assert isinstance(plain.transport, DownloadWriter)

@@ -8,7 +8,7 @@ from typing import Final
 
 import pytest
 
-from kms_api.transport import download
+from kms_api.transport import bodies
 from kms_protocol.errors import DecryptFailed
 
 ABOUT: Final = contextvars.ContextVar("about", default="nothing")
@@ -33,7 +33,7 @@ async def test_slabs_come_in_order_from_threads_that_know_the_request(threads: T
 
     ABOUT.set("this request")
 
-    found = [slab async for slab in download.send(numbers(), threads)]
+    found = [slab async for slab in bodies.send(numbers(), threads)]
     assert found == [(number, "this request", False) for number in range(100)]
 
 
@@ -42,7 +42,7 @@ async def test_slabs_before_a_forged_one_are_sent_and_then_it_raises(threads: Th
         yield b"genuine"
         raise DecryptFailed
 
-    sending = download.send(forged(), threads)
+    sending = bodies.send(forged(), threads)
 
     assert await anext(sending) == b"genuine"
     with pytest.raises(DecryptFailed):
@@ -62,7 +62,7 @@ async def test_a_reader_that_goes_away_closes_the_source_once_nothing_runs_in_it
         finally:
             closed.set()
 
-    sending = download.send(slow(), threads)
+    sending = bodies.send(slow(), threads)
     first = await anext(sending)
     threading.Timer(0.05, may_go_on.set).start()
     await sending.aclose()

@@ -10,15 +10,20 @@ from starlette.types import Receive, Scope, Send
 
 from kms_api.deps import PRINCIPAL, Service
 from kms_api.routing import Call
-from kms_api.transport.authentication import AuthenticationLayer, RequestAuthenticator, token_of
+from kms_api.transport.authentication import (
+    COOKIE,
+    AuthenticationLayer,
+    RequestAuthenticator,
+    Sessions,
+    token_of,
+)
 from kms_api.transport.request_context import ClientAddress
-from kms_api.transport.sessions import COOKIE, Sessions
 from kms_api.ui.render import _holder
 from kms_api.vault_api import sys
 from kms_api.vault_api.models import PathsIn
 from kms_api.vault_api.routing import check_headers
 from kms_core.auth.policy import Principal
-from kms_core.jobs.sealed_records import RecordKey
+from kms_core.jobs.model import RecordKey
 from kms_core.proxies import Proxies
 from kms_core.settings.model import ServerSection
 from kms_protocol.errors import Forbidden, InvalidRequest, Unauthenticated

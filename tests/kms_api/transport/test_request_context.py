@@ -11,7 +11,7 @@ from kms_api import problems
 from kms_api.routing import is_ui
 from kms_api.transport.request_context import RequestContext
 from kms_core import audit
-from kms_core.http_server.connections import by_name
+from kms_core.http_protocol import by_name
 from kms_protocol.errors import UnknownJob
 
 CANARY = "kanarienvogel"

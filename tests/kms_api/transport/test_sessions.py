@@ -8,7 +8,7 @@ from typing import Any, Final
 import pytest
 import redis
 
-from kms_api.transport.sessions import (
+from kms_api.transport.authentication import (
     COOKIE,
     LASTS_S,
     MOST_OF_CREDENTIAL,
@@ -18,7 +18,7 @@ from kms_api.transport.sessions import (
     cookies,
 )
 from kms_core.auth.policy import Grant, Principal
-from kms_core.jobs.sealed_records import RecordKey
+from kms_core.jobs.model import RecordKey
 from kms_protocol.errors import Unavailable
 from support.job_stores import connect
 from support.redis_servers import Server, server

@@ -15,9 +15,9 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from kms_api.transport import connection
-from kms_api.transport.upload import UploadReader
-from kms_core.http_server.protocol import HttpProtocol
+from kms_api.transport import admission
+from kms_api.transport.bodies import UploadReader
+from kms_core.http_protocol import HttpProtocol
 from kms_protocol.errors import BodyTimeout
 from support.waiting import WAIT_S
 
@@ -162,7 +162,7 @@ async def test_a_body_that_breaks_off_raises(sent: int) -> None:
 async def test_a_sender_that_stalls_is_given_up_and_one_that_drips_is_not(
     sent: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "STALL_S", STALL_S)
+    monkeypatch.setattr(admission, "STALL_S", STALL_S)
 
     async def stalled(request: Request) -> str:
         slab = bytearray(SLAB)
@@ -192,8 +192,8 @@ async def by_slabs(request: Request) -> int:
 async def test_a_sender_keeps_the_pace_or_is_given_up(
     a_second: int, monkeypatch: pytest.MonkeyPatch, *, is_taken: bool
 ) -> None:
-    monkeypatch.setattr(connection, "GRACE_S", 0.4)
-    monkeypatch.setattr(connection, "BYTES_PER_S", 2000)
+    monkeypatch.setattr(admission, "GRACE_S", 0.4)
+    monkeypatch.setattr(admission, "BYTES_PER_S", 2000)
 
     async def handler(request: Request) -> str:
         try:

@@ -13,9 +13,8 @@ from typing import Any, BinaryIO, Final
 import pyrage
 import pytest
 
-from kms_cli.age_file import codec
-from kms_cli.backup.archive import ArchiveWriter
-from kms_cli.backup.sources import Change, FilesKeepChanging, Source
+from kms_cli import age_files
+from kms_cli.backup.files import ArchiveWriter, Change, FilesKeepChanging, Source
 from kms_cli.main import run
 from kms_core.age import x25519
 from support.cli.offline import Done, Workspace, workspace, write_key
@@ -300,7 +299,7 @@ class Changing:
 def write(change: Callable[[int], object], kind: Change) -> None:
     """Archive a file of 30 bytes that changes while it is read."""
     recipient = x25519.X25519Identity.generate().recipient
-    writer = ArchiveWriter(codec.for_recipients([recipient]), io.BytesIO())
+    writer = ArchiveWriter(age_files.for_recipients([recipient]), io.BytesIO())
     with tempfile.TemporaryFile(buffering=0) as file:
         file.write(bytes(30))
         file.seek(0)

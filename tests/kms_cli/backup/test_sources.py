@@ -6,7 +6,7 @@ from typing import Final
 
 import pytest
 
-from kms_cli.backup.sources import FilesKeepChanging, InstalledFiles, Source
+from kms_cli.backup.files import FilesKeepChanging, InstalledFiles, Source
 from kms_core.settings.load import load
 
 AOF: Final = "valkey/appendonlydir"

@@ -8,10 +8,10 @@ import httpx2 as httpx
 import pyrage
 import pytest
 
-from kms_cli.age_file.keys import Identities
+from kms_cli.age_files import Identities
 from kms_core.age import mlkem768x25519, x25519
 from kms_core.age.header import FILE_LIMITS, parse
-from kms_core.age.recipients import version_of
+from kms_core.age.mlkem768x25519 import version_of
 from kms_core.auth.policy import Principal
 from kms_core.backends.age import AgeBackend
 from kms_core.backends.key_files import KeyFiles

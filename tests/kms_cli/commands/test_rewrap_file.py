@@ -13,7 +13,7 @@ from threading import Thread
 
 import pytest
 
-from kms_cli.age_file import streams
+from kms_cli import age_files
 from kms_cli.commands.rewrap_file import copy_payload
 from kms_cli.terminal import Meter
 from kms_core.age import header
@@ -195,7 +195,7 @@ def test_a_source_that_changes_while_it_is_copied_is_refused(tmp_path: Path) -> 
             source.write_bytes(bytes(MIB + 1))
 
     with (
-        streams.source(source) as opened,
+        age_files.source(source) as opened,
         (tmp_path / "new").open("wb") as target,
         pytest.raises(InvalidRequest, match="changed"),
     ):

@@ -9,7 +9,7 @@ from typing import Final
 import click
 import pytest
 
-from kms_cli.local import installation, valkey
+from kms_cli.local import installation
 from kms_core.settings.load import load
 
 NOBODY: Final = 65534
@@ -32,7 +32,7 @@ def up(environ: dict[str, str]) -> Iterator[Path]:
     """The directory of the note of one that runs."""
     settings = load(None, environ)
     with installation.noted(settings, environ):
-        yield valkey.runtime_dir(settings.state_dir, environ)
+        yield installation.runtime_dir(settings.state_dir, environ)
 
 
 def pipe(folder: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import redis
 from kombu.connection import Connection
 
-from kms_cli.local import up, valkey
+from kms_cli.local import installation, up
 from kms_cli.main import run
 from support.audit_logs import Place
 from support.ports import free_port
@@ -147,7 +147,7 @@ def test_ctrl_c_stops_worker_and_api_together_and_then_valkey(start: Start) -> N
     service = start()
     service.ready_line()
     pids = {name: service.pid(name) for name in ("api", "worker", "valkey")}
-    socket_dir = valkey.runtime_dir(service.state, {})
+    socket_dir = installation.runtime_dir(service.state, {})
     until(lambda: service.notes("worker", "start"), "the worker is up")
     assert socket_dir.exists()
 

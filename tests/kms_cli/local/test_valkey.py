@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from kms_cli.local import valkey
-from kms_cli.local.valkey import ValkeyFiles
+from kms_cli.local import installation
+from kms_cli.local.installation import ValkeyFiles
 from kms_core.programs import tether
 from kms_protocol.errors import ConfigurationError, Conflict, Unavailable
 from support.embedded_valkey import EmbeddedValkey
@@ -31,9 +31,9 @@ def send(url: str, words: str) -> object:
 
 
 def start_binary(binary: Path, place: ValkeyFiles) -> subprocess.Popen[bytes]:
-    command = valkey.command(binary, place)
+    command = installation.command(binary, place)
     process = tether.spawn(command, env={}, output=subprocess.DEVNULL, pass_fds=[place.lock])
-    until(lambda: valkey.is_ready(place.socket_path), "the server is ready")
+    until(lambda: installation.is_ready(place.socket_path), "the server is ready")
     return process
 
 
@@ -214,9 +214,9 @@ def test_full_server_refuses_and_forgets_nothing(tmp_path: Path) -> None:
 
 
 def test_data_moves_to_redis_and_back(tmp_path: Path) -> None:
-    ours = valkey.find_binary({})
+    ours = installation.find_binary({})
     for binary in (ours, Path(program("redis-server")), ours):
-        with valkey.claim(tmp_path, {}) as place, client_of(place.url_of(0)) as client:
+        with installation.claim(tmp_path, {}) as place, client_of(place.url_of(0)) as client:
             process = start_binary(binary, place)
             client.incr("kms:starts")
             client.close()
@@ -248,14 +248,14 @@ def test_second_server_on_one_state_is_refused(tmp_path: Path) -> None:
 
 
 def test_server_whose_starter_let_go_still_holds_the_state(tmp_path: Path) -> None:
-    with valkey.claim(tmp_path, {}) as place:
-        process = start_binary(valkey.find_binary({}), place)
+    with installation.claim(tmp_path, {}) as place:
+        process = start_binary(installation.find_binary({}), place)
 
-    with pytest.raises(Conflict), valkey.claim(tmp_path, {}):
+    with pytest.raises(Conflict), installation.claim(tmp_path, {}):
         pass
     process.terminate()
     process.wait(WAIT_S)
-    with valkey.claim(tmp_path, {}) as again:
+    with installation.claim(tmp_path, {}) as again:
         assert again.data_dir == tmp_path / "valkey"
 
 
@@ -285,7 +285,7 @@ def test_server_dies_with_its_starter(tmp_path: Path) -> None:
 
 
 def test_socket_lives_in_the_sessions_runtime_directory(tmp_path: Path) -> None:
-    session = valkey.private_directory(tmp_path / "r u?n%")
+    session = installation.private_directory(tmp_path / "r u?n%")
     with EmbeddedValkey(tmp_path / "state", environ={"XDG_RUNTIME_DIR": str(session)}) as server:
         with client_of(server.url) as client:
             assert client.ping()
@@ -295,7 +295,7 @@ def test_socket_lives_in_the_sessions_runtime_directory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("session", ["", "relative", "/nonexistent", "/dev/null"], ids=str)
 def test_what_is_no_runtime_directory_is_not_used(tmp_path: Path, session: str) -> None:
-    found = valkey.runtime_dir(tmp_path, {"XDG_RUNTIME_DIR": session})
+    found = installation.runtime_dir(tmp_path, {"XDG_RUNTIME_DIR": session})
 
     assert str(found).startswith(f"/tmp/kms-{os.geteuid()}-")
 
@@ -305,16 +305,16 @@ def test_unfit_runtime_directory_is_not_used(tmp_path: Path, name: str, mode: in
     (tmp_path / name).mkdir()
     (tmp_path / name).chmod(mode)
 
-    found = valkey.runtime_dir(tmp_path, {"XDG_RUNTIME_DIR": str(tmp_path / name)})
+    found = installation.runtime_dir(tmp_path, {"XDG_RUNTIME_DIR": str(tmp_path / name)})
 
     assert found.parent == Path("/tmp")
 
 
 def test_squatted_socket_directory_is_refused(tmp_path: Path) -> None:
-    wanted = valkey.runtime_dir(tmp_path, {})
+    wanted = installation.runtime_dir(tmp_path, {})
     wanted.symlink_to(tmp_path)
     try:
-        with pytest.raises(ConfigurationError, match="symbolic link"), valkey.claim(tmp_path, {}):
+        with pytest.raises(ConfigurationError, match="symbolic link"), installation.claim(tmp_path, {}):
             pass
     finally:
         wanted.unlink()
@@ -323,7 +323,7 @@ def test_squatted_socket_directory_is_refused(tmp_path: Path) -> None:
 def test_directory_open_to_others_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "valkey").mkdir(mode=0o755)
 
-    with pytest.raises(ConfigurationError, match="chmod 700"), valkey.claim(tmp_path, {}):
+    with pytest.raises(ConfigurationError, match="chmod 700"), installation.claim(tmp_path, {}):
         pass
     assert (tmp_path / "valkey").stat().st_mode & 0o777 == 0o755
 
@@ -333,5 +333,5 @@ def test_directory_of_another_user_is_refused(tmp_path: Path) -> None:
     (tmp_path / "valkey").mkdir(mode=0o700)
     os.chown(tmp_path / "valkey", 65534, 65534)
 
-    with pytest.raises(ConfigurationError, match="belongs to user 65534"), valkey.claim(tmp_path, {}):
+    with pytest.raises(ConfigurationError, match="belongs to user 65534"), installation.claim(tmp_path, {}):
         pass

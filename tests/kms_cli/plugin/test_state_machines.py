@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kms_cli.age_file.keys import Identities
+from kms_cli.age_files import Identities
 from kms_cli.plugin.names import PluginTarget
 from kms_cli.plugin.state_machines import (
     MAX_ATTEMPTS,
@@ -22,8 +22,8 @@ from kms_cli.plugin.state_machines import (
 )
 from kms_core.age import bech32, header, mlkem768x25519, x25519
 from kms_core.age.header import Stanza, parse_stanzas, render_stanza
-from kms_core.age.plugin_protocol import Broken, PluginConnection
-from kms_core.age.recipients import Recipient
+from kms_core.age.mlkem768x25519 import Recipient
+from kms_core.age.plugin_identity import Broken, PluginConnection
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
 from kms_protocol.context import Context

@@ -4,8 +4,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from kms_core.age import bech32, mlkem768x25519
-from kms_core.age.header import Stanza, b64encode
-from kms_core.age.kdf import hkdf
+from kms_core.age.header import Stanza, b64encode, hkdf
 from kms_core.age.x25519 import NoMatch, X25519Identity, X25519Recipient
 from kms_protocol.errors import DecryptFailed
 

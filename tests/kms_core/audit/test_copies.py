@@ -11,9 +11,9 @@ from typing import Final
 
 import pytest
 
-from kms_core.audit import AuditLog, copies, query
-from kms_core.audit.copies import HostLog
+from kms_core.audit import AuditLog, query, segments
 from kms_core.audit.query import EventFilter
+from kms_core.audit.segments import HostLog
 from support.audit_logs import Place, record
 
 ALL: Final = EventFilter()
@@ -55,8 +55,8 @@ def other(tmp_path: Path) -> Host:
 
 
 def logs(own: Host, other: Host) -> Sequence[HostLog]:
-    found, unread = copies.found(own.place.folder, other.copy.parent)
-    assert ([each.host for each in found], unread) == ([copies.here(), "kms-2"], {})
+    found, unread = segments.host_logs(own.place.folder, other.copy.parent)
+    assert ([each.host for each in found], unread) == ([segments.local_log(), "kms-2"], {})
     return found
 
 
@@ -73,7 +73,7 @@ def test_events_of_hosts_are_merged_by_time(own: Host, other: Host) -> None:
 
     page = query.page(logs(own, other), ALL, None, 10)
     assert [(event.host, event.principal) for event in page.events] == [
-        ((copies.here(), "kms-2")[number % 2], f"ada-{number}") for number in range(6)
+        ((segments.local_log(), "kms-2")[number % 2], f"ada-{number}") for number in range(6)
     ]
     newest = query.newest(logs(own, other), ALL, 3)
     assert [event.principal for event in newest] == ["ada-3", "ada-4", "ada-5"]
@@ -165,23 +165,23 @@ def test_a_link_in_a_copy_is_not_followed(own: Host, other: Host, tmp_path: Path
     target = next(own.place.folder.iterdir())
     (other.copy / target.name).symlink_to(target)
 
-    found = copies.found(own.place.folder, tmp_path / "copies")
+    found = segments.host_logs(own.place.folder, tmp_path / "copies")
     assert "has a link" in found.unread["kms-2"]
     assert "kms-2" not in [each.host for each in found.logs]
 
 
 def test_names_that_are_no_hosts_are_left_out(own: Host, tmp_path: Path) -> None:
-    for name in (".hidden", "a b", "x" * 81, copies.here(), "-f"):
+    for name in (".hidden", "a b", "x" * 81, segments.local_log(), "-f"):
         (tmp_path / "copies" / name).mkdir()
     (tmp_path / "copies" / "kms-2.pub").touch()
 
-    found = copies.found(own.place.folder, tmp_path / "copies")
-    assert ([each.host for each in found.logs], found.unread) == ([copies.here()], {})
+    found = segments.host_logs(own.place.folder, tmp_path / "copies")
+    assert ([each.host for each in found.logs], found.unread) == ([segments.local_log()], {})
 
 
 def test_a_directory_of_copies_that_is_away_is_told(own: Host, tmp_path: Path) -> None:
-    found = copies.found(own.place.folder, tmp_path / "gone")
-    assert [each.host for each in found.logs] == [copies.here()]
+    found = segments.host_logs(own.place.folder, tmp_path / "gone")
+    assert [each.host for each in found.logs] == [segments.local_log()]
     assert list(found.unread) == ["copies"]
 
 

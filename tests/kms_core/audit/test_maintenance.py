@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from kms_core.audit.maintenance import AuditMaintenance
-from kms_core.audit.sinks import FolderSink, RedisSink
+from kms_core.audit.maintenance import AuditMaintenance, FolderSink, RedisSink
 from kms_protocol.errors import AuditUnavailable
 from support.audit_logs import Place, audit_section, chain_name, codes, record, rewrite
 

@@ -13,12 +13,12 @@ from prometheus_client import REGISTRY
 from kms_core import audit
 from kms_core.age import stream, x25519
 from kms_core.age.header import Stanza, render
-from kms_core.age.recipients import version_of
+from kms_core.age.mlkem768x25519 import version_of
 from kms_core.auth.policy import Principal
 from kms_core.backends.age import AgeBackend
 from kms_core.key_selection import SelectionRules
 from kms_core.payload.files import FileRange, FileWriter
-from kms_core.payload.whole import FileToFile
+from kms_core.payload.streaming import FileToFile
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import AuditUnavailable, KmsError, TargetExists

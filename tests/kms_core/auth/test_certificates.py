@@ -5,7 +5,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from kms_core.auth import certificates
+from kms_core.auth import client_certificates
 from support.credentials import Authority
 
 
@@ -18,7 +18,7 @@ def test_each_name_has_its_kind(tmp_path: Path) -> None:
     )
     pair = Authority(tmp_path).issue("ci", *names, subject="builder")
     read = x509.load_pem_x509_certificate(pair.cert.read_bytes())
-    shown = certificates.read(read.public_bytes(Encoding.DER))
+    shown = client_certificates.read(read.public_bytes(Encoding.DER))
 
     assert sorted(shown.subjects) == [
         "DNS:ci.example.com",
@@ -30,4 +30,4 @@ def test_each_name_has_its_kind(tmp_path: Path) -> None:
 
 
 def test_what_is_no_certificate_has_no_names_and_has_expired() -> None:
-    assert certificates.read(b"no certificate") == certificates.PresentedCertificate((), 0.0)
+    assert client_certificates.read(b"no certificate") == client_certificates.PresentedCertificate((), 0.0)

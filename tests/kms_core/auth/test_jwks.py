@@ -6,10 +6,9 @@ from collections.abc import Iterator
 import jwt
 import pytest
 
-from kms_core.auth import jwks
-from kms_core.auth.jwks import KeysPending, RemoteKeys
-from kms_core.auth.jwt_verifier import Jwts, Trusted
-from kms_core.settings.auth import IssuerSection as Section
+from kms_core.auth import jwt_verifier
+from kms_core.auth.jwt_verifier import Jwts, KeysPending, RemoteKeys, Trusted
+from kms_core.settings.model import IssuerSection as Section
 from kms_protocol.errors import Unauthenticated, Unavailable
 from support.credentials import AUDIENCE, Issuer, claims, counted_signatures, verified
 from support.waiting import until
@@ -74,13 +73,13 @@ def test_a_hanging_endpoint_delays_only_tokens_that_need_it(world: World) -> Non
     corp, other = world.issuers.values()
     verified(world.jwts, corp.token())
     world.endpoints["corp"].open.clear()
-    world.clock.now += jwks.AGAIN_S
+    world.clock.now += jwt_verifier.AGAIN_S
     with pytest.raises(KeysPending):
         world.jwts.verify(world.junk("x"))
 
     assert world.jwts.verify(corp.token(sub="eve")).name == "corp:eve"  # the key is known
     assert verified(world.jwts, other.token(iss=OTHER)).name == "other:ada"
-    world.clock.now += jwks.KEEP_S + 1  # also when the set is old and its fetch is late
+    world.clock.now += jwt_verifier.KEEP_S + 1  # also when the set is old and its fetch is late
     assert world.jwts.verify(corp.token(sub="bob")).name == "corp:bob"
 
 
@@ -108,7 +107,7 @@ def test_no_caller_waits_longer_than_five_seconds(world: World) -> None:
     world.endpoints["corp"].open.clear()
     with pytest.raises(KeysPending) as caught:
         world.jwts.verify(world.junk("x"))
-    world.clock.now += jwks.WAIT_S  # while it waited for a thread
+    world.clock.now += jwt_verifier.WAIT_S  # while it waited for a thread
 
     caught.value.look_up()  # returns at once
     with pytest.raises(Unavailable) as late:
@@ -120,7 +119,7 @@ def test_a_set_that_was_not_used_for_long_is_fetched_before_it_is_believed(world
     corp = world.issuers["corp"]
     verified(world.jwts, corp.token())
     world.endpoints["corp"].open.clear()
-    world.clock.now += jwks.KEEP_S + 1
+    world.clock.now += jwt_verifier.KEEP_S + 1
 
     with pytest.raises(KeysPending):
         world.jwts.verify(corp.token(sub="eve"))
@@ -130,7 +129,7 @@ def test_an_error_that_is_not_foreseen_begins_no_flood_of_fetches(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     endpoint = world.endpoints["corp"]
-    monkeypatch.setattr(jwks, "parse", lambda _: 1 / 0)
+    monkeypatch.setattr(jwt_verifier, "parse", lambda _: 1 / 0)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     for number in range(20):
         with pytest.raises(Unavailable):
@@ -143,7 +142,7 @@ def test_junk_with_any_key_id_costs_one_fetch_and_no_signature_check(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verified(world.jwts, world.issuers["corp"].token())
-    world.clock.now += jwks.AGAIN_S
+    world.clock.now += jwt_verifier.AGAIN_S
     signatures, endpoint = counted_signatures(monkeypatch), world.endpoints["corp"]
     before = endpoint.count
     for number in range(200):
@@ -159,13 +158,13 @@ def test_an_unknown_key_id_is_no_refusal_while_the_issuer_is_away(world: World) 
     verified(world.jwts, corp.token())
     corp.rollover("two")
     endpoint.away = True
-    world.clock.now += jwks.AGAIN_S
+    world.clock.now += jwt_verifier.AGAIN_S
     for _ in range(3):  # the first one waits for the fetch that fails
         with pytest.raises(Unavailable):
             verified(world.jwts, corp.token())
     assert endpoint.count == 2
     endpoint.away = False
-    world.clock.now += jwks.AGAIN_S
+    world.clock.now += jwt_verifier.AGAIN_S
 
     assert verified(world.jwts, corp.token()).name == "corp:ada"
 
@@ -174,7 +173,7 @@ def test_a_set_is_fetched_before_it_is_old_and_no_caller_waits(world: World) -> 
     corp, endpoint = world.issuers["corp"], world.endpoints["corp"]
     verified(world.jwts, corp.token())
     endpoint.open.clear()
-    world.clock.now += jwks.KEEP_S / 2 + 1
+    world.clock.now += jwt_verifier.KEEP_S / 2 + 1
 
     for name in ("eve", "bob"):
         assert world.jwts.verify(corp.token(sub=name)).name == f"corp:{name}"
@@ -185,10 +184,10 @@ def test_no_caller_with_a_known_key_waits_for_an_issuer_that_is_away(world: Worl
     corp, endpoint = world.issuers["corp"], world.endpoints["corp"]
     verified(world.jwts, corp.token())
     endpoint.away = True
-    world.clock.now += jwks.KEEP_S + 1
+    world.clock.now += jwt_verifier.KEEP_S + 1
     assert verified(world.jwts, corp.token(sub="eve")).name == "corp:eve"  # waits for the fetch that fails
     endpoint.open.clear()
-    world.clock.now += jwks.AGAIN_S
+    world.clock.now += jwt_verifier.AGAIN_S
 
     assert world.jwts.verify(corp.token(sub="bob")).name == "corp:bob"
     until(lambda: endpoint.count == 3, "another fetch in the background")
@@ -199,7 +198,7 @@ def test_a_fetch_that_does_not_end_is_the_only_one_and_no_caller_waits_for_it(wo
     endpoint.open.clear()
     with pytest.raises(KeysPending):
         world.jwts.verify(corp.token())
-    world.clock.now += jwks.WAIT_S + 1
+    world.clock.now += jwt_verifier.WAIT_S + 1
     for _ in range(3):
         with pytest.raises(Unavailable) as caught:
             world.jwts.verify(corp.token())

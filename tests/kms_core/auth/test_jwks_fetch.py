@@ -9,14 +9,14 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from kms_core.auth import jwks
+from kms_core.auth import jwt_verifier
 from kms_protocol.errors import BackendUnavailable
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
 
 
 def fetch(url: str) -> bytes:
-    return jwks.fetch(url, None, "kms.auth.issuers.corp.jwks_url")
+    return jwt_verifier.fetch(url, None, "kms.auth.issuers.corp.jwks_url")
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def dripping(head: bytes, piece: bytes, every_s: float = 0.1) -> Callable[[socke
 def test_an_answer_that_drips_ends_in_time(
     head: bytes, piece: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jwks, "_WITHIN_S", 1.0)
+    monkeypatch.setattr(jwt_verifier, "_WITHIN_S", 1.0)
     with serving(dripping(head, piece)) as (url, _):
         begun = time.monotonic()
         with pytest.raises(BackendUnavailable):
@@ -82,7 +82,7 @@ def test_an_answer_that_was_compressed_is_not_unpacked() -> None:
         assert fetch(url) == bomb
 
     with pytest.raises(ValueError, match="not a JSON Web Key Set"):
-        jwks.parse(bomb)
+        jwt_verifier.parse(bomb)
 
 
 def test_an_answer_above_1_mib_is_refused() -> None:

@@ -5,9 +5,8 @@ from typing import Final
 
 import pytest
 
-from kms_core.auth.jwks import RemoteKeys
-from kms_core.auth.jwt_verifier import Jwts, Trusted
-from kms_core.settings.auth import IssuerSection as Section
+from kms_core.auth.jwt_verifier import Jwts, RemoteKeys, Trusted
+from kms_core.settings.model import IssuerSection as Section
 from kms_protocol.errors import Unauthenticated
 from support.credentials import AUDIENCE, ISSUER, Issuer, counted_signatures, verified
 

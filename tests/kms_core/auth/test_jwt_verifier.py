@@ -15,15 +15,14 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from kms_core.auth import jwks
+from kms_core.auth import jwt_verifier
 from kms_core.auth.authenticator import Authenticator
-from kms_core.auth.jwks import FileKeys, RemoteKeys
-from kms_core.auth.jwt_verifier import Jwts, Trusted
+from kms_core.auth.jwt_verifier import FileKeys, Jwts, RemoteKeys, Trusted
 from kms_core.auth.policy import ByScopes, Principal, allows
 from kms_core.auth.tokens import TokenFile
 from kms_core.scopes import NOT_IN_STAR
-from kms_core.settings.auth import CertificateSection, ClaimGrant
-from kms_core.settings.auth import IssuerSection as Section
+from kms_core.settings.model import CertificateSection, ClaimGrant
+from kms_core.settings.model import IssuerSection as Section
 from kms_protocol.errors import ConfigurationError, Unauthenticated, Unavailable
 from support.credentials import (
     AUDIENCE,
@@ -391,7 +390,7 @@ def test_keys_are_fetched_once_and_again_for_a_key_that_is_new(issuer: Issuer) -
         who(jwts, issuer.token(sub=f"ada{number}"))
     assert fetched.count == 1
     issuer.rollover("two")
-    clock.now += jwks.AGAIN_S
+    clock.now += jwt_verifier.AGAIN_S
 
     assert who(jwts, issuer.token()).name == "corp:ada"
     assert who(jwts, issuer.token("one", sub="eve")).name == "corp:eve"
@@ -404,7 +403,7 @@ def test_a_key_that_the_issuer_took_away_signs_no_more(issuer: Issuer) -> None:
     old = issuer.token("one", sub="eve")
     who(jwts, issuer.token())
     issuer.rollover("two", keep=False)
-    clock.now += jwks.KEEP_S + 1
+    clock.now += jwt_verifier.KEEP_S + 1
 
     assert reason(jwts, old) == "signature"
 
@@ -424,7 +423,7 @@ def test_while_the_issuer_is_away_its_keys_are_used_for_a_day(issuer: Issuer) ->
     jwts = Jwts([Trusted("corp", section(), keys)])
     who(jwts, issuer.token())
     fetched.away = True
-    clock.now += jwks.STALE_S - 1
+    clock.now += jwt_verifier.STALE_S - 1
     assert who(jwts, issuer.token(sub="eve")).name == "corp:eve"
     clock.now += 10
 
@@ -440,7 +439,7 @@ def test_an_issuer_that_was_never_reached_is_no_refusal(issuer: Issuer) -> None:
     with pytest.raises(Unavailable):
         verified(jwts, token)
     fetched.away = False
-    clock.now += jwks.AGAIN_S
+    clock.now += jwt_verifier.AGAIN_S
 
     assert who(jwts, token).name == "corp:ada"
 
@@ -483,7 +482,7 @@ def test_keys_for_other_things_are_passed_over(issuer: Issuer) -> None:
         {"kty": "AKP", "alg": "ML-DSA-65", "pub": "AA", "kid": "later"},
         {},
     ]
-    found = jwks.parse(json.dumps({"keys": [*odd, *known]}).encode())
+    found = jwt_verifier.parse(json.dumps({"keys": [*odd, *known]}).encode())
 
     usable = {key.kid: key.algorithms for key in found if key.algorithms}
     assert usable["one"] == {"ES256"}

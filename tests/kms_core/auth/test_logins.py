@@ -9,12 +9,11 @@ import msgspec
 import pytest
 
 from kms_core.auth.authenticator import Authenticator
-from kms_core.auth.jwks import FileKeys
-from kms_core.auth.jwt_verifier import Jwts, Trusted
+from kms_core.auth.jwt_verifier import FileKeys, Jwts, Trusted
 from kms_core.auth.logins import Logins
 from kms_core.auth.policy import ByScopes, allows
 from kms_core.auth.tokens import TokenFile
-from kms_core.settings.auth import AuthSection, ClaimGrant, IssuerSection, LoginSection
+from kms_core.settings.model import AuthSection, ClaimGrant, IssuerSection, LoginSection
 from kms_protocol.errors import Unauthenticated
 from support.credentials import AUDIENCE, ISSUER, Issuer
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jwt
 
-from kms_core.auth.metrics_access import MetricsAccess
+from kms_core.auth.authenticator import MetricsAccess
 from kms_core.auth.policy import ByScopes
 from kms_core.observability import metrics
 from kms_core.proxies import Proxies

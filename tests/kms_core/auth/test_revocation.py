@@ -8,8 +8,8 @@ from typing import Final
 import pytest
 from cryptography import x509
 
-from kms_core.auth import revocation
-from kms_core.auth.revocation import Revocations
+from kms_core.auth import client_certificates
+from kms_core.auth.client_certificates import Revocations
 from support.credentials import Authority, Pair, shown
 
 NAME: Final = "a CA that was re-keyed"
@@ -70,7 +70,7 @@ def test_each_authority_of_one_name_needs_a_list(site: Site) -> None:
     for text in (site.old.crl(), site.new.crl()):
         site.put(text)
         with pytest.raises(ValueError, match="there is no list of CN=a CA that was re-keyed, serial number"):
-            revocation.read(site.crl, site.ca)
+            client_certificates.read_lists(site.crl, site.ca)
 
 
 @pytest.mark.parametrize("is_old", [True, False])
@@ -155,8 +155,8 @@ def test_a_client_ca_that_cannot_be_used_leaves_the_authorities_as_they_are(site
 
 
 def test_files_that_several_parts_of_a_process_ask_for_are_read_once(site: Site) -> None:
-    first = revocation.read(site.crl, site.ca)
-    assert revocation.read(site.crl, site.ca) is first
+    first = client_certificates.read_lists(site.crl, site.ca)
+    assert client_certificates.read_lists(site.crl, site.ca) is first
     site.put(site.old.crl(issued(site.old)[0].cert), site.new.crl())
 
-    assert revocation.read(site.crl, site.ca).revoked
+    assert client_certificates.read_lists(site.crl, site.ca).revoked

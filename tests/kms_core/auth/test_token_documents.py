@@ -10,11 +10,8 @@ from typing import Any, Final
 import pytest
 
 from kms_core.auth import tokens
-from kms_core.auth.token_documents import DocumentTokens
-from kms_core.auth.tokens import TokenRequest, UnknownToken
-from kms_core.documents.local_copy import LocalCopy
-from kms_core.documents.places import FilePlace
-from kms_core.documents.signed import Anchors, SignedDocument
+from kms_core.auth.tokens import DocumentTokens, TokenRequest, UnknownToken
+from kms_core.signed_documents import Anchors, FilePlace, LocalCopy, SignedDocument
 from kms_protocol.errors import Conflict, Missing, Unauthenticated, Unavailable
 from support.job_stores import connect
 

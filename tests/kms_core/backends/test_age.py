@@ -10,7 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from kms_core.age import mlkem768x25519, x25519
-from kms_core.age.recipients import parse_identity, parse_recipient, version_of
+from kms_core.age.mlkem768x25519 import parse_identity, parse_recipient, version_of
 from kms_core.age.x25519 import NoMatch
 from kms_core.backends.age import AgeBackend
 from kms_core.backends.key_files import KeyFiles

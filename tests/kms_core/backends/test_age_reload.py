@@ -7,7 +7,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from kms_core.age import x25519
-from kms_core.age.recipients import version_of
+from kms_core.age.mlkem768x25519 import version_of
 from kms_core.age.x25519 import NoMatch
 from kms_core.backends import age
 from kms_core.backends.age import AgeBackend

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kms_core.age import mlkem768x25519, x25519
-from kms_core.age.recipients import version_of
+from kms_core.age.mlkem768x25519 import version_of
 from kms_core.backends.age import AgeBackend
 from kms_core.backends.key_files import KeyFiles
 from kms_core.envelope import sealing

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kms_core.age import header, stream, x25519
 from kms_core.age.header import Stanza
-from kms_core.age.recipients import version_of
+from kms_core.age.mlkem768x25519 import version_of
 from kms_core.backends.age import AgeBackend
 from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef

@@ -8,10 +8,10 @@ import pytest
 
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs.ends import Work
 from kms_core.jobs.events.outbox import Outbox
 from kms_core.jobs.events.webhook import WebhookEndpoint
 from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.spec import Work
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
 from kms_protocol.context import Context

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, UploadedPart
-from kms_core.s3.connection import TRIES, Ask, S3Connection, S3Endpoint
+from kms_core.s3.connection import TRIES, Ask, Credentials, S3Connection, S3Endpoint
 from kms_core.s3.multipart import ObjectReader
-from kms_core.s3.sigv4 import Credentials
 from kms_protocol.errors import PathRefused, Unavailable
 from support.webhooks import Authority, make_authority
 

@@ -10,8 +10,7 @@ from contextlib import closing, contextmanager
 import pytest
 
 from kms_core.s3.multipart import ObjectReader
-from kms_core.s3.read_ahead import ReadAhead
-from kms_core.s3.streams import BufferPool
+from kms_core.s3.streams import BufferPool, ReadAhead
 from kms_protocol.errors import InvalidRequest, Unavailable
 from support import blob_stores, object_stores
 from support.blob_stores import MIB

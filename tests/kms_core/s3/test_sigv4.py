@@ -9,7 +9,13 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials as TheirCredentials
 
-from kms_core.s3.sigv4 import Credentials, Request, from_environment, from_file, sign
+from kms_core.s3.connection import (
+    Credentials,
+    Request,
+    credentials_from_environment,
+    credentials_from_file,
+    sign,
+)
 from kms_protocol.errors import ConfigurationError, Unavailable
 
 # "Examples: Signature Calculations in AWS Signature Version 4", Amazon S3 API reference
@@ -88,7 +94,9 @@ def test_a_secret_is_read_from_its_file(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("s3cret\n")
     (tmp_path / "key").chmod(0o600)
 
-    assert from_file("AKID", tmp_path / "key", "where", strict=True)() == Credentials("AKID", "s3cret")
+    assert credentials_from_file("AKID", tmp_path / "key", "where", strict=True)() == Credentials(
+        "AKID", "s3cret"
+    )
 
 
 def test_a_secret_that_others_can_read_is_refused_in_prod_alone(tmp_path: Path) -> None:
@@ -96,8 +104,8 @@ def test_a_secret_that_others_can_read_is_refused_in_prod_alone(tmp_path: Path) 
     (tmp_path / "key").chmod(0o644)
 
     with pytest.raises(ConfigurationError, match="chmod 600"):
-        from_file("AKID", tmp_path / "key", "where", strict=True)
-    assert from_file("AKID", tmp_path / "key", "where", strict=False)().secret_key == "s3cret"
+        credentials_from_file("AKID", tmp_path / "key", "where", strict=True)
+    assert credentials_from_file("AKID", tmp_path / "key", "where", strict=False)().secret_key == "s3cret"
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\n", b"\xff"], ids=["missing", "empty", "blank", "binary"])
@@ -107,7 +115,7 @@ def test_a_secret_that_cannot_be_is_refused_at_start(tmp_path: Path, content: by
         (tmp_path / "key").chmod(0o600)
 
     with pytest.raises(ConfigurationError, match="where"):
-        from_file("AKID", tmp_path / "key", "where", strict=True)
+        credentials_from_file("AKID", tmp_path / "key", "where", strict=True)
 
 
 def test_the_environment_gives_what_aws_tools_would_use(
@@ -121,7 +129,7 @@ def test_the_environment_gives_what_aws_tools_would_use(
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
     monkeypatch.delenv("AWS_PROFILE", raising=False)
 
-    assert from_environment("where")() == Credentials("AKIDFILE", "s", "t")
+    assert credentials_from_environment("where")() == Credentials("AKIDFILE", "s", "t")
 
 
 def test_without_credentials_the_store_is_not_available(
@@ -134,7 +142,7 @@ def test_without_credentials_the_store_is_not_available(
     monkeypatch.delenv("AWS_PROFILE", raising=False)
 
     with pytest.raises(Unavailable, match="secret_key_file"):
-        from_environment("where")()
+        credentials_from_environment("where")()
 
 
 def test_credentials_that_cannot_be_had_now_are_not_available(
@@ -148,4 +156,4 @@ def test_credentials_that_cannot_be_had_now_are_not_available(
     monkeypatch.delenv("AWS_PROFILE", raising=False)
 
     with pytest.raises(Unavailable):
-        from_environment("where")()
+        credentials_from_environment("where")()

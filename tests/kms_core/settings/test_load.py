@@ -12,7 +12,7 @@ from kms_core.sections import Section
 from kms_core.settings.load import VARIABLES, load
 from kms_core.settings.model import KmsSection, Settings
 from kms_core.settings.toml_reader import REMOVED
-from kms_protocol import shapes
+from kms_protocol import wire
 from kms_protocol.errors import ConfigurationError
 
 HOME = {"HOME": "/home/ada"}
@@ -408,7 +408,7 @@ def test_no_value_appears_in_repr() -> None:
 def test_key_ids_have_one_grammar() -> None:
     (kind,) = (item.type for item in msgspec.structs.fields(KmsSection) if item.name == "default_key_id")
 
-    assert repr(shapes.KEY_ID_PATTERN) in str(kind)
+    assert repr(wire.KEY_ID_PATTERN) in str(kind)
 
 
 def sections(shape: type[Section], path: str = "kms") -> Iterator[tuple[str, str]]:

@@ -22,13 +22,13 @@ from starlette.types import Receive, Scope, Send
 from kms_api import app
 from kms_cli.local.up import make_identity
 from kms_core.auth import tokens
-from kms_core.auth.certificates import PresentedCertificate, authority_of, key_of
+from kms_core.auth.client_certificates import PresentedCertificate, authority_of, key_of
 from kms_core.auth.policy import Principal
-from kms_core.http_server.protocol import CERTIFICATE, HttpProtocol
+from kms_core.http_protocol import CERTIFICATE, HttpProtocol
 from kms_core.jobs.events.outbox import MOST_ATTEMPTS, Delivery, Outbox
 from kms_core.jobs.store.redis_keys import job_key
 from kms_core.jobs.submission.submitter import SubmissionOptions
-from kms_protocol import job_groups, wire
+from kms_protocol import wire
 from kms_protocol.context import Context
 from support.authorization.permissions import OPERATIONS
 from support.credentials import AUDIENCE, ISSUER, Authority, Guarded, Issuer, bearer
@@ -286,7 +286,7 @@ class Application:
     def group(self) -> str:
         """The name of a new group of one job of somebody of the default tenant."""
         name = uuid.uuid4().hex
-        group = job_groups.GroupIn(name=name, jobs=1)
+        group = wire.GroupIn(name=name, jobs=1)
         who = Principal(self.master.name, "default", "token:x")
         options = SubmissionOptions(who, "encrypt", Context.parse(CONTEXT), group=group)
         self._core.submitter.items(options, [wire.JobItem(plaintext=b"seventeen")])

@@ -10,9 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
-from kms_cli.age_file import codec, keys
-from kms_cli.backup.archive import ArchiveWriter, Manifest
-from kms_cli.backup.sources import InstalledFiles
+from kms_cli import age_files
+from kms_cli.backup.files import ArchiveWriter, InstalledFiles, Manifest
 from support.golden import install, manifest
 
 PATH: Final = manifest.V1.parent / "v2/backup.age"
@@ -51,7 +50,7 @@ def main() -> int:
         state = Path(scratch) / "state"
         put_install(state)
         files = InstalledFiles(install.settings(state), {}, state / "kms.toml", with_spool=True)
-        writer = ArchiveWriter(codec.for_recipients(keys.recipients((recipient(),), ())), target)
+        writer = ArchiveWriter(age_files.for_recipients(age_files.recipients((recipient(),), ())), target)
         for source in files.all():
             writer.add(source, "/etc/kms/kms.toml" if source.name == "kms.toml" else "")
         writer.finish(

@@ -13,11 +13,11 @@ from typing import Final
 
 import pyrage
 
-from kms_api.vault_api import models, service
-from kms_api.vault_api.service import Extra
+from kms_api.vault_api import models, transit
+from kms_api.vault_api.transit import Extra
 from kms_core.age import header
 from kms_core.age.header import FILE_LIMITS
-from kms_core.age.recipients import parse_identity
+from kms_core.age.mlkem768x25519 import parse_identity
 from kms_core.auth.policy import AllowAll, Principal
 from kms_core.backends import Backend
 from kms_core.envelope import binding, sealing
@@ -206,7 +206,7 @@ VAULT: Final[Mapping[str, Extra]] = {
 def _vault_api() -> Iterator[Entry]:
     kms, backend = _kms("age-x25519"), backends.of("age-x25519")
     for name, extra in VAULT.items():
-        sealed, number = service.encrypt(kms, ACME, manifest.SMALL, extra, key_id="payroll")
+        sealed, number = transit.encrypt_bound(kms, ACME, manifest.SMALL, extra, key_id="payroll")
         given = {"kms:transit.context": extra.context, "kms:transit.associated_data": extra.associated_data}
         context = {"kms:transit": f"v{number}"} | {key: b64(value) for key, value in given.items() if value}
         yield _entry(

@@ -12,11 +12,9 @@ from tempfile import TemporaryDirectory
 from typing import Final
 
 from kms_core.auth import tokens
-from kms_core.auth.token_documents import INFO, NAME
-from kms_core.auth.tokens import TokenRequest
-from kms_core.documents.places import FilePlace
-from kms_core.documents.signed import Anchors, SignedDocument
-from kms_core.jobs.sealed_records import RecordKey
+from kms_core.auth.tokens import DOCUMENT_INFO, DOCUMENT_NAME, TokenRequest
+from kms_core.jobs.model import RecordKey
+from kms_core.signed_documents import Anchors, FilePlace, SignedDocument
 from support.golden import manifest
 from support.golden.jobs import SECRET
 
@@ -26,9 +24,9 @@ FAR: Final = datetime(2100, 1, 1, tzinfo=UTC)
 
 def document_at(path: Path) -> SignedDocument:
     """The document in a file, with the keys of the golden set; without Redis."""
-    key = RecordKey((SECRET,)).derived(INFO)
-    anchors = Anchors(NAME, path.parent, None, key)
-    return SignedDocument(NAME, FilePlace(path), key, anchors)
+    key = RecordKey((SECRET,)).derived(DOCUMENT_INFO)
+    anchors = Anchors(DOCUMENT_NAME, path.parent, None, key)
+    return SignedDocument(DOCUMENT_NAME, FilePlace(path), key, anchors)
 
 
 def main() -> int:

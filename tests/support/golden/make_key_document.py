@@ -11,12 +11,11 @@ from tempfile import TemporaryDirectory
 from typing import Final
 
 from kms_core.age.x25519 import X25519Identity
-from kms_core.documents.places import FilePlace
-from kms_core.documents.signed import Anchors, SignedDocument
 from kms_core.envelope.sealed_files import FileSealer
-from kms_core.jobs.sealed_records import RecordKey
+from kms_core.jobs.model import RecordKey
 from kms_core.key_documents import INFO, KeyDocument, copy_of
 from kms_core.keyring import Key
+from kms_core.signed_documents import Anchors, FilePlace, SignedDocument
 from support.golden import backends, manifest
 from support.golden.jobs import SECRET
 

@@ -11,12 +11,12 @@ from typing import Final
 
 import msgspec
 
-from kms_cli.commands.migrate_output import MovedRecord, continued
+from kms_cli.commands.migrate import MovedRecord, continued
 from kms_cli.plugin.names import PluginTarget
 from kms_core import audit
 from kms_core.audit.keys import Concealer, Signer
 from kms_core.audit.log import AuditLog
-from kms_core.audit.sinks import FolderSink
+from kms_core.audit.maintenance import FolderSink
 from kms_core.audit.verification import receipt
 from kms_core.auth import tokens
 from kms_core.auth.tokens import TokenRequest

@@ -14,8 +14,7 @@ from typing import Final, cast
 from kms_core.age import header
 from kms_core.age.header import FILE_LIMITS
 from kms_core.backends.age import AgeBackend
-from kms_core.backends.remote import RemoteBackend, SharingBackend
-from kms_core.backends.wrap_keys import WrapKeys
+from kms_core.backends.remote import RemoteBackend, SharingBackend, WrapKeys
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
 from kms_protocol.context import Context

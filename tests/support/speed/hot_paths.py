@@ -18,7 +18,7 @@ from kms_core.audit.query import EventFilter
 from kms_core.audit.verification import receipt
 from kms_core.audit.verification.verify import verify
 from kms_core.envelope import sealing
-from kms_core.http_server.protocol import BODY
+from kms_core.http_protocol import BODY
 from kms_core.jobs.execution import lease
 from kms_core.jobs.execution.runner import run_claimed
 from kms_core.jobs.store import broker

@@ -27,12 +27,10 @@ from weakref import WeakValueDictionary
 import structlog
 
 from kms_core.backends import KeyMissing, KeyVersion
-from kms_core.backends.cosmian.kmip import GcmResult
+from kms_core.backends.cosmian.kmip import GcmResult, Kind, Refusal
 from kms_core.backends.cosmian.server import CosmianServer
 from kms_core.backends.cosmian.settings import CosmianSection as Section
-from kms_core.backends.cosmian.ttlv import Kind, Refusal
-from kms_core.backends.remote import RemoteBackend
-from kms_core.backends.token_file import FileToken
+from kms_core.backends.remote import FileToken, RemoteBackend
 from kms_core.http_client import Busy, PeerServer, Tls
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, DecryptFailed
 from kms_protocol.units import time_or_none

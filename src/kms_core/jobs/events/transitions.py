@@ -1,23 +1,50 @@
 """Transitions of jobs as events: read as the scripts wrote them, told as the records of their jobs have them.
 
-An end that needs a proof (``ends.needs_proof``) is given as it was signed: as ``failed`` with
+An end that needs a proof (``spec.needs_proof``) is given as it was signed: as ``failed`` with
 ``record_refused`` if the record claims it without a proof, and not at all before the job has ended.
 """
 
+import re
 import uuid
+from collections import Counter
 from collections.abc import Mapping
-from typing import Annotated, Final, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Final, NamedTuple, cast
 
 import msgspec
 import structlog
 from msgspec import Meta
 
-from kms_core.jobs.ends import needs_proof
-from kms_core.jobs.events import groups
 from kms_core.jobs.events.webhook import event_body, group_body
 from kms_core.jobs.model import REFUSED, Job
+from kms_core.jobs.spec import needs_proof
+from kms_core.jobs.store.redis_keys import PREFIX, redis_errors
 from kms_core.jobs.store.store import JobStore
 from kms_protocol import wire
+from kms_protocol.errors import InvalidRequest, UnknownJob
+
+# Groups of jobs: counted for their submitter, and told once all jobs have ended.
+#
+# The number of jobs is in the sealed record of each. So write access to Redis can hide jobs, and then the
+# group does not end; it cannot have a group told as ended with fewer jobs, or with other ends than were
+# signed.
+
+_MOST_FAILED: Final = 10
+
+
+def group_of(store: JobStore, tenant: str, name: str) -> wire.GroupOut:
+    """A group of a tenant, from the verified states of its jobs. Raises UnknownJob, JobsUnavailable."""
+    jobs = store.group(tenant, name)
+    most = max(job.accepted.group_jobs for job in jobs if job.accepted)
+    return wire.GroupOut(
+        name=name,
+        jobs=most,
+        submitted=len(jobs),
+        states=dict(Counter(job.state for job in jobs)),
+        ended=len(jobs) >= most and all(job.ended for job in jobs),
+        failed=[job.job_id for job in jobs if job.ended and job.state != "succeeded"][:_MOST_FAILED],
+    )
+
 
 _IDS: Final = uuid.UUID("0b3f4c1e-7f0e-5d51-9d0e-6b6d73686f6b")  # a namespace of our own (RFC 9562 §5.5)
 GROUP_ENDED: Final = "kms.group.ended"
@@ -118,9 +145,84 @@ def _group_told(store: JobStore, job: Job, transition: Transition) -> ToldEvent 
     """The end of the group of a job; None if not all of its jobs have ended."""
     if not job.accepted or not job.accepted.group:
         return None
-    group = groups.group_of(store, job.tenant, job.accepted.group)
+    group = group_of(store, job.tenant, job.accepted.group)
     if not group.ended:
         return None
     state: wire.JobState = "failed" if group.failed else "succeeded"
     event_id = transition.delivery_id
     return ToldEvent(event_id, job, state, group_body(event_id, group, transition.at))
+
+
+# The events of a tenant's jobs as they happen, read from the stream that the scripts write to.
+#
+# Each event is the one that webhooks send: an end that needs a proof is given as it was signed. An id is
+# that of the stream, so that a reader goes on behind the last one it has.
+
+FEED_START: Final = "0-0"
+_EVENTS: Final = f"{PREFIX}events"
+_AT_ONCE: Final = 500
+_STREAM_ID: Final = re.compile(rb"([0-9]{1,20})-([0-9]{1,20})")
+Fields = Mapping[bytes, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class FeedBatch:
+    """Events of one read as pairs of id and CloudEvent (JSON), and the id to go on behind.
+
+    ``is_gapped``: events behind the id that was asked for are not in the stream any more.
+    """
+
+    events: list[tuple[str, bytes]]
+    cursor: str
+    is_full: bool = False
+    is_gapped: bool = False
+
+
+def newest_id(store: JobStore) -> str:
+    """The id of the last event of all; ``FEED_START`` if there was none. Raises JobsUnavailable."""
+    with redis_errors():
+        last = cast("list[tuple[bytes, Fields]]", store.redis.xrevrange(_EVENTS, count=1))
+    return last[0][0].decode() if last else FEED_START
+
+
+def read_feed(store: JobStore, tenant: str, after: str, labels: Mapping[str, str]) -> FeedBatch:
+    """The next events of a tenant's jobs with these labels, behind an id of the stream.
+
+    Raises InvalidRequest for a malformed id, JobsUnavailable.
+    """
+    place = _place(after.encode())
+    if place is None:
+        raise InvalidRequest("Last-Event-ID is the id of an event of this stream")
+    with redis_errors():
+        first = cast("list[tuple[bytes, Fields]]", store.redis.xrange(_EVENTS, count=1))
+        batch = cast(
+            "list[tuple[bytes, Fields]]", store.redis.xrange(_EVENTS, min=f"({after}", count=_AT_ONCE)
+        )
+    oldest = _place(first[0][0]) if first else None
+    is_gapped = after != FEED_START and oldest is not None and oldest > place
+    found = [
+        (raw.decode(), body)
+        for raw, fields in batch
+        if fields.get(b"tenant") == tenant.encode() and (body := _body(store, fields, labels))
+    ]
+    cursor = batch[-1][0].decode() if batch else after
+    return FeedBatch(found, cursor, len(batch) == _AT_ONCE, is_gapped)
+
+
+def _place(raw: bytes) -> tuple[int, int] | None:
+    """An id of a stream as numbers that compare; None for a malformed one."""
+    found = _STREAM_ID.fullmatch(raw)
+    if not found or max(place := (int(found[1]), int(found[2]))) >= 2**64:
+        return None
+    return place
+
+
+def _body(store: JobStore, fields: Fields, labels: Mapping[str, str]) -> bytes:
+    """An event as JSON; empty for one that is not published."""
+    text = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in fields.items()}
+    transition = of_event(text)
+    try:
+        found = transition and told(store, transition)
+    except UnknownJob:  # its record has expired, or is not the tenant's
+        return b""
+    return found.body if found and labels.items() <= found.job.labels.items() else b""

@@ -32,7 +32,7 @@ from kms_core.sections import is_loopback
 from kms_core.secure_files import check_secret
 from kms_core.settings.model import EndpointSection as Section
 from kms_core.settings.model import Settings
-from kms_protocol import __version__, job_groups, small_files, wire
+from kms_protocol import __version__, small_files, wire
 from kms_protocol.errors import ConfigurationError
 from kms_protocol.tls_client import client_context
 from kms_protocol.units import time_text
@@ -159,7 +159,7 @@ class CloudEvent(msgspec.Struct, frozen=True, kw_only=True):
     subject: str
     time: str
     datacontenttype: str = "application/json"
-    data: EventData | job_groups.GroupOut
+    data: EventData | wire.GroupOut
 
 
 class WebhookRequest(msgspec.Struct, frozen=True):
@@ -231,7 +231,7 @@ def read_secret(path: Path) -> bytes:
 # -- what is sent ------------------------------------------------------------------------------------
 
 
-def group_body(event_id: str, group: job_groups.GroupOut, at: float) -> bytes:
+def group_body(event_id: str, group: wire.GroupOut, at: float) -> bytes:
     """The body for the end of a group; ``at`` in seconds since the epoch."""
     moment = time_text(at, "milliseconds")
     event = CloudEvent(id=event_id, type="kms.group.ended", subject=group.name, time=moment, data=group)

@@ -14,6 +14,8 @@ from typing import Final
 
 import msgspec
 
+PATIENCE_S: Final = 120.0
+"""Without a claim while messages wait, after which a worker is started again."""
 _CLOCK: Final = struct.Struct("d")
 _MOST_BYTES: Final = 4096  # PIPE_BUF: so much is written to a pipe in one piece
 _MOST_RESOURCES: Final = 8

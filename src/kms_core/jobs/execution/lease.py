@@ -9,17 +9,20 @@ import os
 import threading
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Final, Protocol, Self
 
 import structlog
 
-from kms_core.jobs.ends import FirstFailures, Work
 from kms_core.jobs.execution import attendance
 from kms_core.jobs.model import Attempt, Commit, LeaseLost
+from kms_core.jobs.spec import FirstFailures, Work
+from kms_core.jobs.storage.locations import Locations
+from kms_core.jobs.storage.spool import Spool
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
+from kms_core.service import Kms
 from kms_protocol.errors import JobsUnavailable, KmsError, Unavailable
 
 _TELL_EVERY_S: Final = 0.5
@@ -252,3 +255,13 @@ class _Pacemaker:
 def _pacemaker(_process: int) -> _Pacemaker:
     """The thread of this process: threads do not survive a fork."""
     return _Pacemaker()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerContext:
+    """The services that a worker uses."""
+
+    kms: Kms
+    store: JobStore
+    spool: Spool
+    places: Locations

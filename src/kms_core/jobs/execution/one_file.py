@@ -1,4 +1,4 @@
-"""Jobs over one file or object: encrypt, decrypt or rewrap in parallel, commit once, by any worker.
+"""Jobs over one file, object, upload or list of items: encrypt, decrypt or rewrap, commit once.
 
 A target is absent or complete. The commit is described in the job record before it happens, so that a
 worker that dies in the middle leaves it to the next one, and finishing twice changes nothing.
@@ -12,17 +12,120 @@ from typing import Final
 import msgspec
 
 from kms_core import audit
+from kms_core.age import header, stream
+from kms_core.envelope import binding
 from kms_core.jobs import authorization
-from kms_core.jobs.ends import PlacedTarget, Work
-from kms_core.jobs.execution import upload
+from kms_core.jobs.bulk_lines import PART_ITEMS, decode, lines
 from kms_core.jobs.execution.lease import Commits, Lease
-from kms_core.jobs.model import Attempt, Commit, CommitGone
-from kms_core.jobs.spec import FileJob
+from kms_core.jobs.model import Attempt, Commit, CommitGone, part_id
+from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, ItemsJob, PlacedTarget, UploadJob, Work
 from kms_core.jobs.storage.locations import JobTarget, Locations, PendingTarget, is_remote
+from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Blob, Label, Spool
+from kms_core.operation import Opened
 from kms_core.payload.parallel import ParallelOptions
-from kms_core.payload.whole import FileToFile
+from kms_core.payload.streaming import FileToFile, RangeReader
 from kms_core.service import Kms
-from kms_protocol.errors import JobExpired, JobsUnavailable, PathRefused, TargetExists, Unavailable
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.errors import (
+    InvalidRequest,
+    JobExpired,
+    JobsUnavailable,
+    KmsError,
+    PathRefused,
+    RecordRefused,
+    TargetExists,
+    Unavailable,
+)
+
+# Jobs over an uploaded file: the payload stays in place, and the result of the job is a new head for it.
+#
+# Encrypt: the upload is already sealed under the spool key, so its file key is wrapped for the target key.
+# The result is that header and the stored payload of the blob. Other uploads are the content of theirs.
+# Decrypt: every chunk is authenticated; the head is the file key, with which a download opens the payload.
+# Rewrap: the head is the new header of the same payload. Every head ends with the payload nonce of the
+# file.
+
+HEAD: Final = "head"
+
+
+def run_upload(lease: Lease, job: UploadJob, kms: Kms, spool: Spool) -> None:
+    """Make the head of the result.
+
+    Raises what ``Kms`` raises, DecryptFailed for a damaged payload, RecordRefused for another upload.
+    """
+    work = {"encrypt": _encrypt, "decrypt": _decrypt, "rewrap": _rewrap}.get(job.kind)
+    if work is None:
+        raise InvalidRequest("An upload cannot be resealed: name a source and a target")
+    with ExitStack() as stack:
+        try:
+            blob = stack.enter_context(spool.blob(upload_label(job)))
+        except RecordRefused as exc:
+            kms.raise_recorded(job.who, job.kind, job.bound_context, exc)
+        head = work(lease, job, kms, blob)
+        label = Label(job.tenant, job.job_id, HEAD, lease.claim.attempt_id)
+        with spool.writing(label, may_be_small=blob.is_small) as out:
+            out.write(head)
+        lease.made = Work(result_digest=out.ref, blob=out.small, file_id=file_id(head))
+
+
+def upload_label(job: UploadJob) -> Label:
+    """The spool label of a job's upload."""
+    return Label(job.tenant, job.job_id, UPLOAD, ref=job.input_ref)
+
+
+def file_id(head: bytes) -> str:
+    """The id of the file of a head (see ``binding.file_id``)."""
+    return binding.file_id(head[-stream.NONCE :])
+
+
+@contextmanager
+def payload(job: UploadJob, head: bytes, spool: Spool) -> Iterator[RangeReader]:
+    """Reader of the result of a job behind its header; of a decrypted one, which has none, all of it.
+
+    That of an encrypted one is the reader's payload, sealed. Raises ResultExpired; RecordRefused and
+    DecryptFailed, now or when a part of it is read.
+    """
+    with spool.opened(upload_label(job)) as content:
+        if job.kind == "encrypt":
+            yield content
+            return
+        sealed = content.tail(header.read_by(content.read_at, header.FILE_LIMITS).payload_offset)
+        if job.kind == "rewrap":
+            yield sealed
+            return
+        file_key, nonce = head[: header.FILE_KEY_BYTES], head[header.FILE_KEY_BYTES :]
+        yield RangeReader(stream.payload_key(file_key, nonce), sealed)
+
+
+def options_of(lease: Lease) -> ParallelOptions:
+    """Slab by slab: tell progress, stop on loss or cancellation."""
+    return ParallelOptions(progress=lease.advance, check=lease.check)
+
+
+def _encrypt(lease: Lease, job: UploadJob, kms: Kms, blob: Blob) -> bytes:
+    size = blob.content.size
+    lease.advance(size)
+    made = kms.encrypt_header(
+        job.who, (blob.file_key, blob.nonce), job.bound_context, size_bytes=size, key_id=job.key_id
+    )
+    return made + blob.nonce
+
+
+def _decrypt(lease: Lease, job: UploadJob, kms: Kms, blob: Blob) -> bytes:
+    found = kms.decrypt_header(
+        job.who, blob.content, job.bound_context, key_id=job.key_id, options=options_of(lease)
+    )
+    return found.file_key + found.nonce
+
+
+def _rewrap(lease: Lease, job: UploadJob, kms: Kms, blob: Blob) -> bytes:
+    moved, nonce = kms.rewrap_header(
+        job.who, blob.content, job.bound_context, new_context=job.new_bound_context, key_id=job.key_id
+    )
+    lease.advance(blob.content.size)
+    return moved.ciphertext + nonce
+
 
 REMOTE_THREADS: Final = 4
 REMOTE_SLAB_CHUNKS: Final = 32
@@ -154,7 +257,75 @@ def _discarded_on_failure(pending: PendingTarget) -> Iterator[None]:
 
 
 def _options(lease: Lease, job: FileJob) -> ParallelOptions:
-    options = upload.options(lease)
+    options = options_of(lease)
     if is_remote(job.source) or is_remote(job.target):
         return replace(options, threads=REMOTE_THREADS, slab_chunks=REMOTE_SLAB_CHUNKS)
     return options
+
+
+RESULT: Final = "result"
+
+
+def run_items(lease: Lease, job: ItemsJob, kms: Kms, spool: Spool) -> None:
+    """Work through the items of a job, or of its part, and write one result line each, in order.
+
+    Raises Unavailable as it comes: the part is then done again, from its first item.
+    """
+    kms, context = kms.for_job(), job.bound_context
+    label = Label(job.tenant, job.owner, ITEMS, ref=job.input_ref)
+    begin = job.starts[0]
+    first = job.part * PART_ITEMS
+    with (
+        kms.audit_log.together(),
+        spool.opened(label) as reader,
+        spool.writing(
+            result_label(job.tenant, job.owner, job.part, lease.claim.attempt_id), may_be_small=True
+        ) as out,
+    ):
+        for index, line in enumerate(lines(reader.slabs(begin, begin + job.size_bytes)), start=first):
+            lease.check()
+            answer = _answer(kms, job, context, index, decode(line))
+            out.write(wire.encode(answer) + b"\n")
+            lease.item(len(line) + 1, failed=isinstance(answer.error, wire.ErrorCode))
+            if isinstance(answer.error, wire.ErrorCode):
+                lease.failures.add(index, answer.error.code)
+    lease.made = Work(result_digest=out.ref, blob=out.small)
+
+
+def result_label(tenant: str, job_id: str, part: int, attempt: str, ref: bytes = b"") -> Label:
+    """The spool label of the result lines of one part; a job that was not split is its own part 0."""
+    return Label(tenant, job_id, f"{RESULT}{part}", attempt, ref)
+
+
+def item_parts(job: ItemsJob) -> list[ItemsJob]:
+    """The job cut into parts, which several workers can run at once. Doing it again gives the same ids."""
+    ends = (*job.starts[1:], job.size_bytes)
+    return [
+        msgspec.structs.replace(
+            job,
+            job_id=part_id(job.job_id, number),
+            parent=job.job_id,
+            part=number,
+            items=min(PART_ITEMS, job.items - number * PART_ITEMS),
+            starts=(start,),
+            size_bytes=end - start,
+            **NOT_OF_PARTS,
+        )
+        for number, (start, end) in enumerate(zip(job.starts, ends, strict=True))
+    ]
+
+
+def _answer(kms: Kms, job: ItemsJob, bound: Context, index: int, item: wire.JobItem) -> wire.ItemResult:
+    """Work on one item; ``bound`` is the context of those without one. Raises Unavailable."""
+    data = item.plaintext or item.ciphertext or b""
+    try:
+        context = bound if item.context is None else Context.parse(item.context)
+        new_context = job.new_bound_context
+        made = kms.run(job.kind, job.who, data, context, new_context=new_context, key_id=job.key_id)
+    except Unavailable:
+        raise
+    except KmsError as exc:
+        return wire.ItemResult(index=index, error=wire.ErrorCode(code=exc.code))
+    if isinstance(made, Opened):
+        return wire.ItemResult(index=index, plaintext=made.plaintext, file_id=made.file_id)
+    return wire.ItemResult(index=index, ciphertext=made.ciphertext, file_id=made.file_id)

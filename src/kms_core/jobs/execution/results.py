@@ -11,10 +11,9 @@ from functools import partial
 from typing import Self
 
 from kms_core.jobs import bulk_lines
-from kms_core.jobs.ends import needs_proof
-from kms_core.jobs.execution import bulk_items, tree, upload
+from kms_core.jobs.execution import one_file, tree
 from kms_core.jobs.model import DEAD, REFUSED, Job
-from kms_core.jobs.spec import AnyJob, FileJob, TreeJob, TreePart, UploadJob
+from kms_core.jobs.spec import AnyJob, FileJob, TreeJob, TreePart, UploadJob, needs_proof
 from kms_core.jobs.storage.spool import Label, Spool
 from kms_core.jobs.store.store import JobStore
 from kms_core.payload.streaming import RangeReader
@@ -96,14 +95,14 @@ def of(job: Job, store: JobStore, spool: Spool) -> Result:
     _check_target(accepted)
     if not isinstance(accepted, UploadJob):
         return Result(list(_lines(job, accepted, store, spool)), lines=True)
-    label = Label(job.tenant, job.job_id, upload.HEAD, job.result_attempt, _ref(job))
+    label = Label(job.tenant, job.job_id, one_file.HEAD, job.result_attempt, _ref(job))
     with spool.opened(label) as content:
         head = content.read_at(0, content.size)
     payload = StoredChunk.of(
-        partial(upload.payload, accepted, head, spool), is_sealed=accepted.kind == "encrypt"
+        partial(one_file.payload, accepted, head, spool), is_sealed=accepted.kind == "encrypt"
     )
     pieces: list[ResultChunk] = [payload] if accepted.kind == "decrypt" else [LiteralChunk(head), payload]
-    return Result(pieces, file_id=upload.file_id(head))
+    return Result(pieces, file_id=one_file.file_id(head))
 
 
 def release(job: Job, store: JobStore, spool: Spool) -> None:
@@ -167,7 +166,7 @@ def _lines(job: Job, accepted: AnyJob, store: JobStore, spool: Spool) -> Iterato
 
 def _written(job: Job, number: int, part: Job, spool: Spool) -> StoredChunk:
     """The lines that a part wrote; a job that was not split is its own part 0."""
-    label = bulk_items.result_label(job.tenant, job.job_id, number, part.result_attempt, _ref(part))
+    label = one_file.result_label(job.tenant, job.job_id, number, part.result_attempt, _ref(part))
     return StoredChunk.of(partial(spool.opened, label))
 
 

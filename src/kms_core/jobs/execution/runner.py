@@ -18,26 +18,30 @@ from opentelemetry.trace import SpanKind
 from kms_core import audit
 from kms_core.jobs import authorization
 from kms_core.jobs.bulk_lines import PART_ITEMS
-from kms_core.jobs.ends import (
+from kms_core.jobs.execution import one_file, tree
+from kms_core.jobs.execution.lease import Chore, FoundLarge, HandedBack, Lease, WorkerContext
+from kms_core.jobs.execution.tree import FileOutcome, OutcomeCounts
+from kms_core.jobs.file_patterns import Tree
+from kms_core.jobs.model import REFUSED, Attempt, Following, Job, LeaseLost
+from kms_core.jobs.spec import (
     ITEMS_FAILED,
     MOST_FAILURES,
     Failure,
+    FileJob,
     FirstFailures,
+    ItemsJob,
+    JobSpec,
     SignedEnd,
     SignedSplit,
+    TreeJob,
+    TreePart,
+    UploadJob,
     needs_proof,
 )
-from kms_core.jobs.execution import bulk_items, one_file, tree, upload
-from kms_core.jobs.execution.context import WorkerContext
-from kms_core.jobs.execution.key_migration import FileOutcome, OutcomeCounts
-from kms_core.jobs.execution.lease import Chore, FoundLarge, HandedBack, Lease
-from kms_core.jobs.file_patterns import Tree
-from kms_core.jobs.model import REFUSED, Attempt, Following, Job, LeaseLost
-from kms_core.jobs.spec import FileJob, ItemsJob, JobSpec, TreeJob, TreePart, UploadJob
 from kms_core.jobs.store.reader import PartRecord, parts_digest
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics, tracing
-from kms_core.retries import jittered_wait_s
+from kms_core.periodic import jittered_wait_s
 from kms_core.service import Kms
 from kms_protocol.errors import (
     DurabilityUnconfirmed,
@@ -231,7 +235,7 @@ def _parts(claim: Attempt, worker_context: WorkerContext) -> Sequence[JobSpec]:
     """The parts to split the job into; none if it is small, is a part itself, or names no file."""
     job = claim.accepted
     if isinstance(job, ItemsJob) and len(job.starts) > 1:
-        return bulk_items.parts(job)
+        return one_file.item_parts(job)
     if not isinstance(job, TreeJob) or isinstance(job, TreePart):
         return []
     listed = worker_context.places.files(Tree.parse(job.source))
@@ -271,12 +275,12 @@ def _work(lease: Lease, worker_context: WorkerContext) -> str:
     match job:
         case ItemsJob():
             with _refusal_recorded(job, context.kms):
-                bulk_items.run(lease, job, context.kms, context.spool)
+                one_file.run_items(lease, job, context.kms, context.spool)
         case TreePart():
             with _refusal_recorded(job, context.kms):
                 tree.run(lease, job, context)
         case UploadJob():
-            upload.run(lease, job, context.kms, context.spool)
+            one_file.run_upload(lease, job, context.kms, context.spool)
         case FileJob():
             target = context.places.target(job, job.job_id, lease.claim.spec)
             work = one_file.FileWork(

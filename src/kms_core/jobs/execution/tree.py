@@ -1,35 +1,143 @@
 """Jobs over many files: listed once, cut into parts, each file committed once.
 
-The whole lists its files into a manifest that is sealed in the spool, and becomes parts, which are jobs of
-their own (docs/adr/0006). Files that appear later are not in it. A part takes its files one after another.
-Each goes through the protocol of ``files`` as if it were a job, but its commit record is stored in the part's
-checkpoint: the next attempt knows which files are done, and finishes a recorded commit.
+The parent job lists its files into a manifest that is sealed in the spool, and becomes parts, which are jobs
+of their own (docs/adr/0006). Files that appear later are not in it. A part takes its files one by one.
+Each goes through the protocol of ``one_file`` as if it were a job, but its commit record is stored in the
+checkpoint of the part: the next attempt knows which files are done, and finishes a recorded commit.
 """
 
 import secrets
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Self, get_args
 
 import msgspec
 
+from kms_core.age import header
+from kms_core.age.header import FILE_LIMITS
 from kms_core.jobs import bulk_lines
-from kms_core.jobs.ends import Work
-from kms_core.jobs.execution import bulk_items, key_migration, one_file
-from kms_core.jobs.execution.context import WorkerContext
-from kms_core.jobs.execution.key_migration import FileOutcome
-from kms_core.jobs.execution.lease import Lease
+from kms_core.jobs.execution import one_file
+from kms_core.jobs.execution.lease import Lease, WorkerContext
 from kms_core.jobs.file_patterns import Tree, target_of
-from kms_core.jobs.model import Attempt, Checkpoint, Commit, LeaseLost, part_id
-from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, TreeJob, TreePart
+from kms_core.jobs.model import Attempt, Checkpoint, Commit, Job, LeaseLost, part_id
+from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, JobSpec, TreeJob, TreePart, Work
 from kms_core.jobs.storage.local import ListedFile
-from kms_core.jobs.storage.locations import JobTarget
+from kms_core.jobs.storage.locations import JobTarget, Locations
 from kms_core.jobs.storage.spool import Label, Spool
 from kms_core.jobs.store.reader import PartRecord
 from kms_core.jobs.store.redis_keys import TALLY
+from kms_core.service import Kms
 from kms_protocol import wire
 from kms_protocol.errors import JobCancelled, JobExpired, KmsError, TooLarge, Unavailable
+
+DONE: Final = "done"
+CHANGED: Final = "changed"
+NEWEST: Final = "newest"
+FOREIGN: Final = "foreign"
+DUE: Final = "would_change"
+_REFUSED: Final = "!"
+_FOUND: Final = "found "
+_LEFT: Final = "left "
+_SHOWN: Final[tuple[wire.Outcome, ...]] = get_args(wire.Outcome)
+
+
+@dataclass(frozen=True, slots=True)
+class FileOutcome:
+    """The outcome of one file; ``version`` is ``<key id>/<key version>`` as it was found, if it was."""
+
+    word: str
+    version: str = ""
+    code: str = ""
+
+    @classmethod
+    def refused(cls, code: str, version: str = "") -> Self:
+        return cls(_REFUSED, version, code)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        word, _, version = text.partition(" ")
+        return cls.refused(word[1:], version) if word.startswith(_REFUSED) else cls(word, version)
+
+    def __str__(self) -> str:
+        return f"{self.word}{self.code} {self.version}".rstrip()
+
+    def shown(self, job: JobSpec) -> wire.Outcome | msgspec.UnsetType:
+        """As the result of a campaign has it."""
+        if not job.campaign:
+            return msgspec.UNSET
+        return next((word for word in _SHOWN if word == self.word), msgspec.UNSET)
+
+
+def look_at(kms: Kms, places: Locations, file: FileJob) -> FileOutcome:
+    """True if a file is to be moved: ``would_change`` if so. Reads its header, and opens nothing with a key.
+
+    A new context can be seen in no header, so with one every file is to be moved. Raises NotACiphertext,
+    DecryptFailed, UnknownKey, and what opening the file raises.
+    """
+    with places.open_source(file.source) as source:
+        try:
+            head = header.read_by(source.reader.read_at, FILE_LIMITS)
+        except KmsError as exc:
+            kms.raise_recorded(file.who, file.kind, file.bound_context, exc)
+    status = kms.key_version_status(file.who, head, file.key_id)
+    if status is None:
+        return FileOutcome(FOREIGN)
+    if status.newest and file.new_context is None:
+        return FileOutcome(NEWEST)
+    older = status.key_version and not status.newest
+    return FileOutcome(DUE, f"{status.key_id}/{status.key_version}" if older else "")
+
+
+class OutcomeCounts:
+    """Sums over the outcomes of a part, as fields of its record: the script that ends it adds them up."""
+
+    def __init__(self, outcomes: Iterable[FileOutcome]) -> None:
+        self.failed = self.done = 0
+        self._words: Counter[str] = Counter()
+        for outcome in outcomes:
+            self.add(outcome)
+
+    def add(self, outcome: FileOutcome) -> None:
+        self.failed += bool(outcome.code)
+        self.done += not outcome.code
+        self._words[outcome.word] += 1
+        if outcome.version:
+            self._words[_FOUND + outcome.version] += 1
+            self._words[_LEFT + outcome.version] += outcome.word != CHANGED
+
+    def counts(self, job: JobSpec) -> dict[str, int]:
+        """Counts of files by outcome, and by version found and left; empty for other jobs."""
+        told = (*_SHOWN, *(name for name in self._words if name.startswith((_FOUND, _LEFT))))
+        return {name: self._words[name] for name in told} if job.campaign else {}
+
+
+def migration_report(job: Job) -> wire.Report | msgspec.UnsetType:
+    """Progress of a key migration over its ended parts; UNSET for other jobs."""
+    if not job.campaign:
+        return msgspec.UNSET
+    tallies = job.tallies
+    versions = sorted(name.removeprefix(_FOUND) for name in tallies if name.startswith(_FOUND))
+    return wire.Report(
+        dry_run=job.campaign == "dry",
+        changed=tallies.get(DUE if job.campaign == "dry" else CHANGED, 0),
+        newest=tallies.get(NEWEST, 0),
+        foreign=tallies.get(FOREIGN, 0),
+        failed=job.items_failed,
+        older=[_older(version, tallies) for version in versions],
+    )
+
+
+def _older(version: str, tallies: dict[str, int]) -> wire.OlderVersion:
+    key_id, _, key_version = version.partition("/")
+    return wire.OlderVersion(
+        key_id=key_id,
+        key_version=key_version,
+        found=tallies[_FOUND + version],
+        left=tallies.get(_LEFT + version, 0),
+    )
+
 
 MANIFEST: Final = "files"
 PART_FILES: Final = 500
@@ -104,7 +212,7 @@ def run(lease: Lease, job: TreePart, context: WorkerContext) -> None:
     work = _Part(lease, job, context, found)
     work.sweep()
     work.settle_all()
-    label = bulk_items.result_label(job.tenant, job.owner, job.part, lease.claim.attempt_id)
+    label = one_file.result_label(job.tenant, job.owner, job.part, lease.claim.attempt_id)
     with context.spool.writing(label) as out:
         for line in lines(job, found, work.log):
             out.write(wire.encode(line) + b"\n")
@@ -125,7 +233,7 @@ class _Part:
         self._deferrals = lease.claim.deferrals
         self._made: set[str] = set()
         self.log = lease.claim.log
-        self._tally = key_migration.OutcomeCounts(map(FileOutcome.parse, self.log.settled))
+        self._tally = OutcomeCounts(map(FileOutcome.parse, self.log.settled))
         lease.resume(
             items=len(self.log.outcomes),
             failed=self._tally.failed,
@@ -180,14 +288,14 @@ class _Part:
         version = ""
         try:
             file = self._file(index)
-            effect = FileOutcome(key_migration.CHANGED if self._job.campaign else key_migration.DONE)
+            effect = FileOutcome(CHANGED if self._job.campaign else DONE)
             target = self._target(file)
             if not self._job.dry_run and target.recognised():
                 return effect
             if self._job.campaign:
-                outcome = key_migration.look(self._kms, self._places, file)
+                outcome = look_at(self._kms, self._places, file)
                 version = outcome.version
-                if outcome.word != key_migration.DUE or self._job.dry_run:
+                if outcome.word != DUE or self._job.dry_run:
                     return outcome
             self._make_room(file.target)
             effect = replace(effect, version=version)

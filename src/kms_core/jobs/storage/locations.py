@@ -13,16 +13,28 @@ from typing import Final
 from urllib.parse import quote
 
 from kms_core.jobs.file_patterns import Tree
-from kms_core.jobs.sealed_records import RecordKey
+from kms_core.jobs.model import RecordKey
 from kms_core.jobs.spec import FileJob, TreeJob
 from kms_core.jobs.storage import local
-from kms_core.jobs.storage.blob_store import BlobStore
-from kms_core.jobs.storage.buckets import ANY_NAME, SCHEME, Buckets
-from kms_core.jobs.storage.commit_marks import CommitMarks
-from kms_core.jobs.storage.local import ListedFile, RootedPending, RootedTarget, walk
-from kms_core.jobs.storage.local_paths import OpenSource, Roots, file_errors
-from kms_core.jobs.storage.multipart_journal import MultipartJournal
-from kms_core.jobs.storage.s3 import ObjectPending, ObjectSource, ObjectTarget
+from kms_core.jobs.storage.blob_store import BlobStore, CommitMarks
+from kms_core.jobs.storage.local import (
+    ListedFile,
+    OpenSource,
+    RootedPending,
+    RootedTarget,
+    Roots,
+    file_errors,
+    walk,
+)
+from kms_core.jobs.storage.s3 import (
+    ANY_NAME,
+    SCHEME,
+    Buckets,
+    MultipartJournal,
+    ObjectPending,
+    ObjectSource,
+    ObjectTarget,
+)
 from kms_core.settings.model import JobsSection
 from kms_protocol.errors import PathRefused, TooLarge
 

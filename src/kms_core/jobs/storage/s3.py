@@ -3,24 +3,240 @@
 A large target is a multipart upload, which any worker can complete: the commit names it and what its parts
 are. A small one is a single write, of bytes that die with the worker: then the work is done again, and the
 condition on the write lets only the first of several attempts through. The metadata of an object is the mark
-of its attempt (``commit_marks``): so a job recognises its own object, and takes no other for it.
+of its attempt (``CommitMarks``): so a job recognises its own object, and takes no other for it. Uploads that
+were begun are noted, and aborted if their attempt died.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Final
+from datetime import datetime
+from typing import Final, Literal
+from urllib.parse import quote
 
-from kms_core.jobs.ends import PlacedTarget
+from kms_core.jobs.file_patterns import path_names
 from kms_core.jobs.model import Commit, CommitGone
-from kms_core.jobs.storage.buckets import Buckets
-from kms_core.jobs.storage.commit_marks import CommitMarks
-from kms_core.jobs.storage.multipart_journal import MultipartJournal
+from kms_core.jobs.spec import PlacedTarget
+from kms_core.jobs.storage.blob_store import BlobStore, CommitMarks
 from kms_core.payload.files import RangeSource
 from kms_core.payload.parallel import ParallelOptions, copy_run
-from kms_core.s3.bucket import ALWAYS, Completion, If, ObjectHead, UploadedPart
+from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, ObjectHead, UploadedPart, ignored_conditions
+from kms_core.s3.connection import S3Connection
 from kms_core.s3.multipart import Assembly, ObjectReader, digest
-from kms_protocol.errors import KmsError, PathRefused, TargetExists, Unavailable
+from kms_core.settings.model import Settings
+from kms_core.stores import line_of
+from kms_protocol.errors import KmsError, PathRefused, RecordRefused, ResultExpired, TargetExists, Unavailable
+
+# Objects that jobs name by ``s3://``: the buckets of the settings, and where jobs may read and write there.
+#
+# A URL is read as a file's is: its parts are percent-decoded, so that a key with ``%``, ``?``, ``#`` or,
+# for jobs over many, ``*`` can be written. Knows no job.
+
+SCHEME: Final = "s3://"
+ANY_NAME: Final = "any"
+"""Stands for each name below a directory, where permissions are checked."""
+KEY_MAX_BYTES: Final = 1024
+_PROBE: Final = ".kms-probe"
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """A bucket, and the prefixes beneath which jobs may read and write."""
+
+    bucket: Bucket
+    read: tuple[str, ...]
+    write: tuple[str, ...]
+
+
+class Buckets:
+    """The buckets that jobs may use. Safe for threads and across forks."""
+
+    def __init__(self, allowed: Mapping[str, Allowed]) -> None:
+        self._allowed = dict(allowed)
+        self._checked: set[str] = set()
+
+    def reading(self, url: str) -> tuple[Bucket, str]:
+        """Bucket and key of an object that jobs may read; asks no store. Raises PathRefused."""
+        return self._found(url, "reading")
+
+    def writing(self, url: str) -> tuple[Bucket, str]:
+        """The bucket and key of an object that jobs may write."""
+        return self._found(url, "writing")
+
+    def _found(self, url: str, use: Literal["reading", "writing"]) -> tuple[Bucket, str]:
+        name, key = parse(url)
+        found = self._allowed.get(name)
+        if found is None or not key.startswith(found.read if use == "reading" else found.write):
+            raise PathRefused(f"[kms.jobs.buckets] allows no such object for {use}")
+        return found.bucket, key
+
+    def require_conditions(self, url: str) -> None:
+        """Try whether the store of an object that a job writes honours conditions, once for each bucket.
+
+        By an object ``.kms-probe`` beneath the prefix where jobs may write. Raises PathRefused if it ignores
+        any: a target could not appear once, as by ``writing``, Unavailable.
+        """
+        bucket, key = self.writing(url)
+        if bucket.name in self._checked:
+            return
+        prefix = next(each for each in self._allowed[bucket.name].write if key.startswith(each))
+        if found := ignored_conditions(bucket, prefix + _PROBE, uploads=True):
+            raise PathRefused(
+                f"Bucket {bucket.name} ignores {' and '.join(found)}, so a write could replace another one: "
+                "use a store with conditional writes, or another target with overwrite (docs/s3.md)"
+            )
+        self._checked.add(bucket.name)
+
+    def listing(self, url_prefix: str) -> Iterator[tuple[str, int]]:
+        """URL and size in bytes of every object beneath ``s3://bucket/`` or ``s3://bucket/folder/``.
+
+        In the order of keys; empty objects that stand for folders, and probes, are left out. A URL may yet be
+        refused by ``reading``, if its key could be read in two ways. Raises PathRefused, Unavailable.
+        """
+        bucket, below = self.reading(f"{url_prefix}{ANY_NAME}")
+        for key, size, _ in bucket.listed(below.removesuffix(ANY_NAME)):
+            if (size or not key.endswith("/")) and key.rpartition("/")[2] != _PROBE:
+                yield f"{SCHEME}{bucket.name}/{quote(key)}", size
+
+
+def parse(url: str) -> tuple[str, str]:
+    """Bucket and key of ``s3://bucket/key``.
+
+    Raises PathRefused where a store, or what stands before it, could read the key in another way: ``.``,
+    ``..`` or nothing between slashes, an encoded slash, control characters, more than 1,024 bytes.
+    """
+    name, slash, path = url.removeprefix(SCHEME).partition("/")
+    if not url.startswith(SCHEME) or not name or not slash:
+        raise PathRefused("Expected s3://bucket/key")
+    key = "/".join(path_names(path))
+    if len(key.encode()) > KEY_MAX_BYTES:
+        raise PathRefused(f"A key has at most {KEY_MAX_BYTES} bytes")
+    return name, key
+
+
+def build_buckets(settings: Settings) -> Buckets:
+    """The buckets of ``[kms.jobs.buckets]``; reads files of secrets and authorities, connects to nothing.
+
+    Raises ConfigurationError.
+    """
+    lines: dict[tuple[object, ...], S3Connection] = {}
+    allowed = {}
+    for name, section in settings.kms.jobs.buckets.items():
+        # On one line an object is copied by the store itself, from bucket to bucket.
+        same = (section.endpoint, section.region, section.access_key_id, section.secret_key_file)
+        line = lines.setdefault(
+            (*same, section.ca_file, section.timeout_s),
+            line_of(f"kms.jobs.buckets.{name}", section, strict=settings.is_prod),
+        )
+        bucket = Bucket(name, line, path_style=section.path_style)
+        allowed[name] = Allowed(bucket, section.read, section.write)
+    return Buckets(allowed)
+
+
+# Notes of multipart uploads: a store keeps the parts of an upload, and does not tell whose they are.
+#
+# A note is a small blob in the spool, ``multipart/<job id>.<attempt>.<digest of the target>``. It is
+# written empty before the upload begins, then holds its id, and goes with it. Any later attempt finds the
+# notes of its job, also of attempts that Redis has forgotten. An upload whose note is empty (a kill between
+# two requests) has no parts, and is found by listing the uploads to its key.
+
+_FOLDER: Final = "multipart"
+_LONGEST: Final = 4096
+_NAME: Final = re.compile(r"(.+)\.([a-z0-9]+)\.([0-9a-f]{32})")
+_LEEWAY_S: Final = 60.0
+"""So far the clock of a store may be off."""
+
+
+@dataclass(frozen=True, slots=True)
+class UploadNote:
+    """One attempt's note of ``at`` (seconds since the epoch); ``upload`` is empty until that has begun."""
+
+    job_id: str
+    attempt: str
+    place: str
+    upload: str
+    at: float
+
+
+class MultipartJournal:
+    """One note for each attempt and target. Shared by all workers of an install, as the spool is."""
+
+    def __init__(self, store: BlobStore) -> None:
+        self._store = store
+
+    def add(self, job_id: str, attempt: str, url: str, upload: str = "") -> None:
+        """Note an upload that has begun, or, without its id, that one will begin.
+
+        Raises SpoolFull, SpoolUnavailable, RecordRefused for what is no plain file there.
+        """
+        name = self._name(job_id, attempt, url)
+        self._store.put(_FOLDER, name, upload.encode("ascii"), durable=bool(upload))
+
+    def forget(self, job_id: str, attempt: str, url: str) -> None:
+        """Remove the note of an upload that has ended; may be called twice."""
+        with suppress(ResultExpired, RecordRefused):
+            self._store.remove(_FOLDER, self._name(job_id, attempt, url))
+
+    def sweep(self, buckets: Buckets, targets: Mapping[str, str], keep: Collection[str]) -> None:
+        """Abort the uploads of jobs, by id, to their targets, but for those of the attempts ``keep``.
+
+        What cannot be aborted now is left to a later call.
+        """
+        wanted = {job_id: url for job_id, url in targets.items() if url.startswith(SCHEME)}
+        found = list(self.noted(wanted.values())) if wanted else []
+        for note in found:
+            url = wanted.get(note.job_id, "")
+            if note.place != _place(url) or note.attempt in keep:
+                continue
+            with suppress(KmsError):
+                if _abort(buckets, url, note, [other for other in found if other is not note]):
+                    self.forget(note.job_id, note.attempt, url)
+
+    def noted(self, urls: Iterable[str]) -> Iterator[UploadNote]:
+        """The notes of uploads to these targets."""
+        places = {_place(url) for url in urls}
+        with suppress(ResultExpired, RecordRefused):
+            for name in self._store.names(_FOLDER):
+                if (matched := _NAME.fullmatch(name)) and matched[3] in places:
+                    with suppress(ResultExpired, RecordRefused):
+                        note = self._store.get(_FOLDER, name, _LONGEST)
+                        upload = note.data.decode("ascii", "replace")
+                        yield UploadNote(matched[1], matched[2], matched[3], upload, note.at)
+
+    @staticmethod
+    def _name(job_id: str, attempt: str, url: str) -> str:
+        return f"{job_id}.{attempt}.{_place(url)}"
+
+
+def _place(url: str) -> str:
+    return hashlib.sha256(url.encode()).hexdigest()[:32]
+
+
+def _abort(buckets: Buckets, url: str, note: UploadNote, others: list[UploadNote]) -> bool:
+    """Abort the upload of a note. False if it cannot be known which one that is, while another begins."""
+    bucket, key = buckets.writing(url)
+    if note.upload:
+        bucket.abort(key, note.upload)
+        return True
+    same = [other for other in others if other.place == note.place]
+    if not all(other.upload for other in same):
+        return False
+    named = {other.upload for other in same}
+    for found in list(bucket.unfinished(key)):
+        is_new = found.upload not in named and _is_after(found.begun, note.at)
+        if found.key == key and is_new and not bucket.parts(key, found.upload):
+            bucket.abort(key, found.upload)
+    return True
+
+
+def _is_after(begun: str, at: float) -> bool:
+    try:
+        return datetime.fromisoformat(begun).timestamp() >= at - _LEEWAY_S
+    except ValueError:
+        return False
+
 
 _ANY: Final = "*"
 

@@ -25,8 +25,7 @@ from kms_core.age.header import FILE_LIMITS
 from kms_core.backends.age import AgeBackend
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
-from kms_core.jobs.storage.blob_store import BlobStore, WriteBlob
-from kms_core.jobs.storage.blob_writer import BlobWriter
+from kms_core.jobs.storage.blob_store import BlobStore, BlobWriter, WriteBlob
 from kms_core.observability import metrics
 from kms_core.payload.files import FileRange, RangeSource
 from kms_core.payload.streaming import RangeReader

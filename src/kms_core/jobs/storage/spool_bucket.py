@@ -21,10 +21,9 @@ from kms_core.jobs.storage.blob_store import SpoolNote, WriteBlob
 from kms_core.s3.bucket import ALWAYS, Bucket, ObjectHead, StoreRefused
 from kms_core.s3.connection import StoreAway
 from kms_core.s3.multipart import ObjectReader
-from kms_core.s3.read_ahead import ReadAhead
-from kms_core.s3.streams import BufferPool, StreamedObject
+from kms_core.s3.streams import BufferPool, ReadAhead, StreamedObject
 from kms_core.settings.model import Settings
-from kms_core.settings.stores import SpoolBucketSection as Section
+from kms_core.settings.model import SpoolBucketSection as Section
 from kms_core.stores import line_of
 from kms_protocol.errors import (
     InvalidRequest,

@@ -1,18 +1,25 @@
-"""Workers and what they do, queues, and the jobs of the last hours, for the pages; changes nothing.
+"""Workers and what they do, queues, usage, and the jobs of the last hours, for pages and metrics.
 
 All reads are bounded: none costs more where there are more jobs. A job is told of only after the store has
 verified whose it is.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
 
+import redis
+
+from kms_core.jobs.model import QueuePriority
 from kms_core.jobs.spec import QUEUES
 from kms_core.jobs.store.maintenance import WORKER_SEEN_S
-from kms_core.jobs.store.redis_keys import PREFIX, job_key, number, redis_errors
+from kms_core.jobs.store.redis_keys import PREFIX, SCRIPTS, flat, job_key, number, redis_errors
 from kms_core.jobs.store.store import JobStore
+from kms_core.observability import metrics
+from kms_core.observability.metrics import UsageCounters
+from kms_core.periodic import PeriodicThread
+from kms_protocol.errors import JobsUnavailable
 from kms_protocol.wire import STATES, Priority
 
 MOST_WORKERS: Final = 100
@@ -229,3 +236,147 @@ def _spans(record: Sequence[bytes | None]) -> tuple[float, float] | None:
     """For how long a job waited and ran, in seconds; None unless its record says so."""
     created, started, ended = map(number, record)
     return (started - created, ended - started) if 0 < created <= started <= ended else None
+
+
+OTHER: Final = "other"
+OPEN_STATES: Final = ("queued", "running", "committing")
+NEWER: Final = "for_newer_workers"
+"""The value of ``state`` for jobs that wait for a newer worker; they are queued, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStats:
+    """``jobs`` by state, without the parts of others; ``depths`` are ready jobs by queue and priority.
+
+    ``spooled`` are bytes of uploads and items by tenant. ``oldest_queued_s`` is the age in seconds of the
+    oldest job that could run; ``memory`` is the share of its limit that Redis uses (0 without a limit).
+    ``stuck`` processes of workers cannot be ended; ``leases`` are of the resources that have a bound.
+    ``newer`` jobs wait for a worker of a newer version.
+    """
+
+    jobs: dict[str, int]
+    depths: dict[QueuePriority, int]
+    oldest_queued_s: float
+    dead: int
+    workers: int
+    memory: float
+    spooled: dict[str, int]
+    stuck: int = 0
+    leases: Mapping[str, int] = field(default_factory=dict)
+    newer: int = 0
+
+
+def survey_queues(store: JobStore, tenant: str | None = None) -> QueueStats:
+    """Statistics of all jobs; ``jobs`` of one tenant, if one is named.
+
+    Raises JobsUnavailable, RecordRefused.
+    """
+    tenants = [tenant] if tenant is not None else store.tenants()
+    now, bounded, width = store.now(), list(store.resource_leases), len(OPEN_STATES) + 1
+    with redis_errors():
+        pipeline = store.redis.pipeline(transaction=False)
+        for name in tenants:
+            for state in OPEN_STATES:
+                pipeline.zcard(f"{PREFIX}state:{name}:{state}")
+            pipeline.hget(f"{PREFIX}spooled:{name}", "sum")
+        for resource in bounded:
+            pipeline.zcount(f"{PREFIX}used:{resource}", now, "+inf")
+        pipeline.zcard(f"{PREFIX}dead")
+        pipeline.info("memory")
+        pipeline.hgetall(f"{PREFIX}stuck")
+        *counts, dead, memory, stuck = pipeline.execute()
+        rows = [counts[at : at + width] for at in range(0, width * len(tenants), width)]
+        spooled = {name: int(row[-1] or 0) for name, row in zip(tenants, rows, strict=True)}
+        hanging = sum(map(int, stuck.values()))
+    waiting = store.waiting()
+    oldest = min((since for count, since in waiting.values() if count), default=now)
+    return QueueStats(
+        {state: sum(row[at] for row in rows) for at, state in enumerate(OPEN_STATES)},
+        {lane: count for lane, (count, _) in waiting.items()},
+        max(0.0, now - oldest),
+        dead,
+        store.workers(),
+        _share(memory),
+        spooled,
+        hanging,
+        dict(zip(bounded, counts[width * len(tenants) :], strict=True)),
+        store.for_newer_workers(),
+    )
+
+
+def set_queue_gauges(found: QueueStats, tenants: Container[str]) -> None:
+    """Put it into the metrics; sizes of all tenants but ``tenants`` are one sum, which is named other."""
+    sizes = Counter({OTHER: 0})
+    for name, size_bytes in found.spooled.items():
+        sizes[name if name in tenants else OTHER] += size_bytes
+    for name, size_bytes in sizes.items():
+        metrics.SPOOL_TENANT.labels(name).set(size_bytes)
+    for state, count in found.jobs.items():
+        metrics.JOBS_IN_STATE.labels(state).set(count)
+    metrics.JOBS_IN_STATE.labels(NEWER).set(found.newer)
+    for (queue, priority), depth in found.depths.items():
+        metrics.QUEUE_DEPTH.labels(queue, priority).set(depth)
+    metrics.OLDEST_QUEUED.set(found.oldest_queued_s)
+    metrics.DEAD_LETTERS.set(found.dead)
+    metrics.WORKERS.set(found.workers)
+    metrics.REDIS_MEMORY.set(found.memory)
+    metrics.STUCK_PROCESSES.set(found.stuck)
+    for resource, count in found.leases.items():
+        metrics.RESOURCE_LEASES.labels(resource).set(count)
+
+
+def clear_queue_gauges() -> None:
+    """Redis does not answer: a figure of yesterday would look like one of now."""
+    gauges = (
+        metrics.OLDEST_QUEUED,
+        metrics.DEAD_LETTERS,
+        metrics.WORKERS,
+        metrics.REDIS_MEMORY,
+        metrics.REDIS_WRITABLE,
+        metrics.STUCK_PROCESSES,
+    )
+    for gauge in (*gauges, *map(metrics.JOBS_IN_STATE.labels, (*OPEN_STATES, NEWER))):
+        gauge.set(float("nan"))
+    for told in (metrics.QUEUE_DEPTH, metrics.RESOURCE_LEASES):  # those told of before
+        for sample in (sample for family in told.collect() for sample in family.samples):
+            told.labels(**sample.labels).set(float("nan"))
+
+
+def _share(memory: dict[str, int]) -> float:
+    most = memory.get("maxmemory", 0)
+    return memory.get("used_memory", 0) / most if most else 0.0
+
+
+EVERY_S: Final = 2.0
+_KEY: Final = f"{PREFIX}tally"
+
+
+def shared_usage(client: redis.Redis) -> dict[str, int]:
+    """The counts that all processes have flushed. Raises JobsUnavailable, RecordRefused."""
+    with redis_errors():
+        found = cast("dict[bytes, bytes]", client.hgetall(_KEY))
+        return {name.decode(): int(count) for name, count in found.items()}
+
+
+class UsageFlush(PeriodicThread):
+    """Flushes the counts every 2 seconds, and a last time when stopped; without Redis they are kept."""
+
+    def __init__(self, counters: UsageCounters, client: redis.Redis) -> None:
+        super().__init__("usage-flush", EVERY_S, failed="tally.lost")
+        self._counters = counters
+        self._client = client
+
+    def round(self) -> None:
+        if not (counts := self._counters.take()):
+            return
+        try:
+            with redis_errors():
+                self._client.register_script(SCRIPTS["add_counts"])([_KEY], flat(counts))
+        except JobsUnavailable:
+            self._counters.put_back(counts)
+
+    def finish(self) -> None:
+        self.round()
+
+    def stop(self, wait_s: float = EVERY_S) -> None:
+        super().stop(wait_s)

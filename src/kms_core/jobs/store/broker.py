@@ -9,7 +9,7 @@ from kombu.exceptions import OperationalError
 from kombu.transport import redis
 
 from kms_core.jobs.model import NotifyWorker
-from kms_core.jobs.store.wake_up import TASK
+from kms_core.jobs.store.redis_keys import TASK
 from kms_core.redis_client import celery_options
 from kms_core.settings.model import RedisSection
 from kms_core.settings.redis_urls import is_shared

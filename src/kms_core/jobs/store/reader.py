@@ -1,7 +1,7 @@
 """The reading side of the job store: jobs as their owners see them, with verified ends.
 
 The sealed part of a record says whose the job is and what was accepted. An end that needs a proof
-(``ends.needs_proof``) and has none is reported as ``failed`` with ``record_refused``; all other states are
+(``spec.needs_proof``) and has none is reported as ``failed`` with ``record_refused``; all other states are
 reported as stored.
 """
 
@@ -17,9 +17,18 @@ from typing import Final, cast
 import msgspec
 import structlog
 
-from kms_core.jobs.ends import CLOCK_LEEWAY_S, SignedEnd, SignedSplit, needs_proof, spec_digest
 from kms_core.jobs.model import REFUSED, Checkpoint, Job, part_id
-from kms_core.jobs.spec import AnyJob, Fields, JobSpec, TreeJob
+from kms_core.jobs.spec import (
+    CLOCK_LEEWAY_S,
+    AnyJob,
+    Fields,
+    JobSpec,
+    SignedEnd,
+    SignedSplit,
+    TreeJob,
+    needs_proof,
+    spec_digest,
+)
 from kms_core.jobs.store.maintenance import StoreMaintenance
 from kms_core.jobs.store.redis_keys import PREFIX, Cursor, job_key, reading, redis_errors
 from kms_core.settings.model import TenantSection

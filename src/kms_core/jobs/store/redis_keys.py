@@ -1,8 +1,9 @@
-"""Names of keys in Redis, and the decoding of its answers."""
+"""Names of keys in Redis, its scripts, the decoding of its answers, and the wake-ups in its lists."""
 
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.resources import files
 from typing import Final, NamedTuple, Self
 
 import msgspec
@@ -10,7 +11,7 @@ import redis
 import structlog
 
 from kms_core.jobs.model import Job, LeaseLost
-from kms_core.jobs.spec import Fields
+from kms_core.jobs.spec import FEATURES, Fields
 from kms_protocol.errors import (
     InvalidRequest,
     JobCancelled,
@@ -121,3 +122,74 @@ def refusal_of(exc: redis.RedisError) -> type[JobsUnavailable]:
     if isinstance(exc, redis.exceptions.ReadOnlyError) or str(exc).startswith(_NO_WRITES):
         return RedisReadOnly
     return JobsUnavailable
+
+
+# The Lua scripts of jobs: each compares and sets in one step, on the clock of Redis (``lua/*.lua``).
+#
+# A script begins with ``#!lua`` (Redis 7.0 or later), so that a cluster refuses keys of other slots, and
+# with its cost. It is sent with the definitions of ``library.lua`` that it uses behind its first line.
+# ``allow-oom``: it ends or frees something, or must not be held up by a Redis that is full.
+
+_BEGIN: Final = re.compile(r"^(?=local |function )", re.MULTILINE)
+_NAMES: Final = re.compile(r"(?:local )?(?:function )?(\w+(?:, \w+)*)")
+_WORD: Final = re.compile(r"\w+")
+_COMMENT: Final = re.compile(r"--.*")
+
+
+def used(library: str, body: str) -> str:
+    """The definitions of a library that a script uses, by itself or through others.
+
+    Redis makes them again for each call, which for the whole library takes as long as ten commands.
+    A definition begins at the start of a line with ``local`` or ``function``, and uses earlier ones only.
+    """
+    words, kept = set(_WORD.findall(_COMMENT.sub("", body))), []
+    for definition in reversed(_BEGIN.split(library)[1:]):
+        found = _NAMES.match(definition)
+        if found and not words.isdisjoint(found[1].split(", ")):
+            words.update(_WORD.findall(_COMMENT.sub("", definition)))
+            kept.append(definition)
+    return "".join(reversed(kept))
+
+
+def _read() -> Iterator[tuple[str, str]]:
+    folder = files(__package__) / "lua"
+    known = ", ".join(f'["{name}"] = true' for name in sorted(FEATURES))
+    library = (folder / "library.lua").read_text("utf-8").replace("@KNOWN@", known)
+    for file in folder.iterdir():
+        if file.name.endswith(".lua") and file.name != "library.lua":
+            shebang, _, body = file.read_text("utf-8").partition("\n")
+            yield file.name.removesuffix(".lua"), f"{shebang}\n{used(library, body)}\n{body}"
+
+
+SCRIPTS: Final = dict(_read())
+"""Name to text."""
+
+
+# Wake-ups: messages of the broker that say only that a queue has work. The jobs are in the store.
+#
+# A wake-up is a constant and may be lost. It is written as kombu reads it from a list of Redis (Celery's
+# message protocol 2), so that the script that stores a job can push one.
+
+TASK: Final = "kms.run"
+
+
+def list_key(queue: str) -> str:
+    """The key of the list that workers take the messages of a queue from, at its right end."""
+    return f"{PREFIX}{queue}"
+
+
+def encode_message(queue: str) -> bytes:
+    """A wake-up for a queue."""
+    return msgspec.json.encode(
+        {
+            "body": "[[],{},null]",
+            "content-type": "application/json",
+            "content-encoding": "utf-8",
+            "headers": {"task": TASK, "id": "wake-up"},
+            "properties": {
+                "delivery_tag": "wake-up",
+                "delivery_info": {"exchange": "", "routing_key": queue},
+                "priority": 0,
+            },
+        }
+    )

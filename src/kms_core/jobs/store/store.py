@@ -1,35 +1,329 @@
-"""The job store: records in Redis, moved by compare-and-set scripts."""
+"""The job store: records and small blobs in Redis, moved by compare-and-set scripts."""
 
-from collections.abc import Sequence
-from typing import Final
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final, cast
 
 import msgspec
+import redis
 import structlog
 
-from kms_core.jobs.ends import SmallBlob
-from kms_core.jobs.model import DEAD, Job
-from kms_core.jobs.spec import JobSpec
-from kms_core.jobs.store import small_blobs
-from kms_core.jobs.store.attempts import AttemptStore
-from kms_core.jobs.store.redis_keys import PREFIX, flat, job_key, redis_errors
+from kms_core.jobs.model import (
+    DEAD,
+    REFUSED,
+    Attempt,
+    Checkpoint,
+    Commit,
+    Following,
+    Job,
+    new_attempt_id,
+)
+from kms_core.jobs.spec import (
+    ClocksApart,
+    Fields,
+    JobSpec,
+    RecordTooNew,
+    SignedEnd,
+    SignedSplit,
+    SmallBlob,
+    Work,
+    needs_proof,
+    spec_digest,
+)
+from kms_core.jobs.store.maintenance import ANY_KEY
+from kms_core.jobs.store.reader import JobReader
+from kms_core.jobs.store.redis_keys import PREFIX, TALLY, busy_key, flat, job_key, raise_for, redis_errors
 from kms_core.observability import metrics
 from kms_core.settings.model import TenantSection
 from kms_protocol.errors import (
     GroupComplete,
     IdempotencyConflict,
     JobCommitting,
+    JobExpired,
     JobNotDead,
     RateLimited,
     SpoolQuota,
     UnknownJob,
 )
+from kms_protocol.wire import JobState
+
+# Small blobs of the spool in Redis, beside the record of their job: such a job needs no file of its own.
+#
+# The scripts that submit and end a job store its blobs with the record. They leave with it.
+
+
+class SmallBlobs:
+    """Sealed blobs by job and name. Raises JobsUnavailable, RedisFull.
+
+    ``has_room`` says whether Redis has memory for more of them.
+    """
+
+    def __init__(self, client: redis.Redis, most_bytes: int, has_room: Callable[[], bool]) -> None:
+        self._client, self._most_bytes, self._has_room = client, most_bytes, has_room
+
+    @property
+    def most_bytes(self) -> int:
+        """The most bytes of a new blob to be stored here; 0 while Redis has little room."""
+        return self._most_bytes if self._has_room() else 0
+
+    def get(self, job_id: str, name: str) -> bytes | None:
+        """A blob; None if it is not here."""
+        with redis_errors():
+            return cast("bytes | None", self._client.hget(_key(job_id), name))
+
+    def names(self, job_id: str) -> list[str]:
+        """The names of the blobs of a job."""
+        with redis_errors():
+            return [name.decode() for name in cast("list[bytes]", self._client.hkeys(_key(job_id)))]
+
+    def remove(self, job_id: str, name: str) -> None:
+        with redis_errors():
+            self._client.hdel(_key(job_id), name)
+
+    def delete(self, job_id: str) -> None:
+        """Remove all blobs of a job."""
+        with redis_errors():
+            self._client.unlink(_key(job_id))
+
+
+def blob_arguments(blob: SmallBlob | None) -> list[int | str | bytes]:
+    """A blob as arguments of a script, behind their number."""
+    return [2, *blob] if blob else [0]
+
+
+def _key(job_id: str) -> str:
+    return f"{PREFIX}blobs:{job_id}"
+
+
+_log = structlog.get_logger(__name__)
+Asked = tuple[list[str], list[Any]]
+"""Keys and arguments of a script."""
+
+
+class AttemptStore(JobReader):
+    """The worker's side of ``JobStore``: one script each, all safe to repeat."""
+
+    def claim(self, job_id: str, worker: str) -> Attempt | None:
+        """Take this job.
+
+        None if it ended, is leased to a live worker, is not due, or is capped: that costs no attempt.
+        """
+        found = self._claim(job_id, worker, "", ())
+        return found if isinstance(found, Attempt) else None
+
+    def next(self, worker: str, queue: str, served: Sequence[str], *, woken: bool) -> Attempt | str | None:
+        """Take the next job for a process of a worker; jobs of ``queue`` come first.
+
+        The id of a job where that wants a hand only: to be tidied, or to be ended after its parts. None if no
+        job is ready in the queues ``served``. ``woken``: a wake-up for ``queue`` brought the process here.
+        """
+        others = [each for each in served if each != queue]
+        return self._claim("", worker, queue if woken else "", [queue, *others])
+
+    def _claim(self, job_id: str, worker: str, woken: str, queues: Sequence[str]) -> Attempt | str | None:
+        attempt_id = new_attempt_id()
+        with redis_errors():
+            answer = self._run["claim"](*self._asked(job_id, worker, woken, attempt_id, queues))
+        return self._found_by(worker, attempt_id, answer)
+
+    def _asked(self, job_id: str, worker: str, woken: str, attempt_id: str, queues: Sequence[str]) -> Asked:
+        rules = self.rules
+        given = [job_id, worker, rules.lease_s, rules.attempts, rules.result_ttl_s, rules.tenant_leases]
+        given += [self.large_job_bytes, self.large_leases(), msgspec.json.encode(self.resource_leases)]
+        given += [woken, attempt_id, *queues]
+        return [job_key(job_id) if job_id else ANY_KEY, busy_key(worker)], given
+
+    def large_leases(self) -> int:
+        """Large jobs that may run on a worker at a time; 0 for any number."""
+        rules = self.rules
+        shares = rules.reserved_processes and self._has_several_tenants()
+        return max(1, rules.concurrency - rules.reserved_processes) if shares else 0
+
+    def _found_by(self, worker: str, attempt_id: str, answer: Sequence[bytes]) -> Attempt | str | None:
+        word, *rest = answer
+        name = rest[0].decode(errors="replace") if rest else ""
+        if word == b"closed":
+            metrics.JOBS.labels("any", rest[1].decode()).inc()
+        if word != b"claimed":
+            return name or None
+        try:
+            claim = self._claimed(name, worker, attempt_id, rest[1:])
+        except RecordTooNew as exc:  # its plain fields did not say so
+            self._call("put_aside", name, attempt_id, exc.feature)
+            return name
+        except UnknownJob:
+            self._close(name, attempt_id, REFUSED)
+            return name
+        return claim if claim.commit or self._is_in_time(claim) else name
+
+    def _is_in_time(self, claim: Attempt) -> bool:
+        """True if a claimed job is in time; else close it, or leave it to a worker whose clock is right."""
+        job_id = claim.accepted.job_id
+        try:
+            claim.accepted.check_expiry(self.now)
+        except JobExpired as exc:
+            self._close(job_id, claim.attempt_id, exc.code)
+        except ClocksApart as exc:
+            _log.error("job.clocks_apart", job_id=job_id, ahead_s=round(time.time() - self.now()))
+            self.defer(claim, exc.retry_after_s, counts=False, away=False)
+        else:
+            return True
+        return False
+
+    def _claimed(self, job_id: str, worker: str, attempt_id: str, answer: Sequence[bytes]) -> Attempt:
+        fence, attempt, sealed, commit, waited, deferrals, log, is_large, has_room = answer
+        self.has_room = bool(int(has_room))
+        key, spec = self.record_key, spec_digest(sealed or b"")
+        return Attempt(
+            accepted=key.open(job_id, sealed or b""),
+            worker=worker,
+            attempt_id=attempt_id,
+            fence=int(fence),
+            attempt=int(attempt),
+            waited_s=float(waited),
+            deferrals=int(deferrals),
+            is_large=bool(int(is_large)),
+            spec=spec,
+            commit=key.verified(Commit, job_id, commit, spec) if commit else None,
+            log=key.verified(Checkpoint, job_id, log, spec) if log else Checkpoint(),
+        )
+
+    def _close(self, job_id: str, attempt_id: str, code: str) -> None:
+        """End a job that no attempt can do: its record is not as we wrote it, or has expired by our clock."""
+        _log.error("job.closed", job_id=job_id, code=code)
+        self._call("finish", job_id, attempt_id, "failed", code, self.rules.result_ttl_s, job_id, 0)
+        metrics.JOBS.labels("any", "failed").inc()
+
+    def renew(self, claim: Attempt, progress: Fields) -> None:
+        """Extend the lease and tell progress.
+
+        Raises LeaseLost if another attempt holds the job, JobCancelled if it is to stop.
+        """
+        with redis_errors():
+            word = self._run["renew"](
+                [job_key(claim.accepted.job_id), busy_key(claim.worker)],
+                [claim.accepted.job_id, claim.attempt_id, self.rules.lease_s, *flat(progress)],
+            )[0]
+        raise_for(word)
+
+    def split(self, claim: Attempt, parts: Sequence[JobSpec]) -> None:
+        """Turn the job into the parent of these parts in one step, and notify workers for each."""
+        job_id = claim.accepted.job_id
+        sealed = [self.record_key.seal(part) for part in parts]
+        split = SignedSplit(parts=len(parts), digest=spec_digest(*sealed))
+        listed = [
+            field
+            for part, record in zip(parts, sealed, strict=True)
+            for field in (part.job_id, record, part.items, part.size_bytes, part.work_bytes)
+        ]
+        queue, signed = claim.accepted.queue, self.record_key.sign(job_id, split, claim.spec)
+        given = [claim.attempt_id, signed, self.large_job_bytes, *self.wake_up(queue), *listed]
+        word, *count = self._call("split", job_id, *given)
+        raise_for(word)
+        self.notify(queue, int(count[0]))
+
+    def end_parent(self, job: Job, end: SignedEnd, spec: bytes) -> None:
+        """End a job all of whose parts have ended, as cancelled if its owner has asked for that.
+
+        Doing it again, or in two workers, changes nothing.
+        """
+        fields: dict[str, int | bytes] = {"parts_left": 0}
+        if needs_proof(end.state, end.error):
+            fields |= {"items_done": end.items_done, "items_failed": end.items_failed}
+            fields["bytes_done"] = end.bytes_done
+            fields |= {f"{TALLY}{name}": number for name, number in end.tallies.items()}
+            fields["end"] = self.record_key.sign(job.job_id, end, spec)
+        given = [job.job_id, job.attempt_id, end.state, end.error, self.rules.result_ttl_s, *flat(fields)]
+        with redis_errors():
+            (word, *_), _ = self._waits.run(self._run["end_parent"], [job_key(job.job_id)], given)
+        if word in {b"finished", b"cancelled"}:
+            state = end.state if word == b"finished" else "cancelled"
+            metrics.JOBS.labels(job.kind, state).inc()
+
+    def step(self, claim: Attempt, log: Checkpoint, counts: Fields) -> None:
+        """Note how far a part has come.
+
+        Raises LeaseLost if another attempt holds the job, JobCancelled if it is to stop, and
+        DurabilityUnconfirmed for a commit that replicas did not acknowledge.
+        """
+        job_id = claim.accepted.job_id
+        given = [claim.attempt_id, self.record_key.sign(job_id, log, claim.spec), *flat(counts)]
+        self.run_confirmed("step", job_id, given, waits=log.pending is not None)
+
+    def committing(self, claim: Attempt, commit: Commit) -> None:
+        """Record the commit: any worker may finish it now, and it cannot be cancelled.
+
+        Raises JobExpired, DurabilityUnconfirmed if replicas did not acknowledge it.
+        """
+        claim.accepted.check_expiry(self.now)
+        self._commit(claim, self.record_key.sign(claim.accepted.job_id, commit, claim.spec))
+
+    def withdraw(self, claim: Attempt) -> None:
+        """Take back a commit that could put nothing in place: the job runs. Raises LeaseLost."""
+        self._commit(claim, b"")
+
+    def _commit(self, claim: Attempt, signed: bytes) -> None:
+        self.run_confirmed("committing", claim.accepted.job_id, [claim.attempt_id, signed])
+
+    def finish(self, claim: Attempt, state: JobState, code: str = "", work: Work | None = None) -> None:
+        """End the job, signed where the end needs a proof.
+
+        Only the attempt that holds the job can; raises LeaseLost otherwise. An end that replicas do not
+        acknowledge stands, and its events wait (``events/outbox.py``).
+        """
+        job_id, keep_s = claim.accepted.job_id, self.rules.result_ttl_s
+        fields: dict[str, int | bytes] = {**work.progress} if work else {}
+        if needs_proof(state, code):
+            kept_until = claim.accepted.result_until(self.now()) + keep_s
+            end = claim.end(state, code, work or Work(), kept_until)
+            fields["end"] = self.record_key.sign(job_id, end, claim.spec)
+        with redis_errors():
+            given: list[Any] = [job_id, claim.attempt_id, state, code, keep_s, claim.accepted.owner]
+            given += [*blob_arguments(work.blob if work else None), *flat(fields)]
+            word = self._finish([job_key(job_id)], given, claim.following)
+        raise_for(word)
+        if not claim.accepted.parent:
+            metrics.JOBS.labels(claim.accepted.kind, state).inc()
+
+    def _finish(self, keys: Sequence[str], given: Sequence[Any], following: Following | None) -> bytes:
+        if following is None or not following.is_wanted():
+            return self._waits.run(self._run["finish"], keys, given)[0][0]
+        attempt_id = new_attempt_id()
+        asked = self._asked("", following.worker, "", attempt_id, following.queues)
+        first, second = (self._run["finish"], keys, given), (self._run["claim"], *asked)
+        answer, claimed = self._waits.run_together(first, second)[0]
+        if not isinstance(claimed, Exception):
+            following.claimed.append(self._found_by(following.worker, attempt_id, claimed))
+        if isinstance(answer, Exception):
+            raise answer
+        return answer[0]
+
+    def defer(
+        self,
+        claim: Attempt,
+        delay_s: float,
+        *,
+        counts: bool,
+        away: bool = True,
+        work_bytes: int | None = None,
+    ) -> None:
+        """Back to the queue, not before ``delay_s`` seconds; ``counts`` says whether the attempt counts.
+
+        A job that is committing keeps its commit, which the next attempt finishes. Raises LeaseLost.
+
+        ``away``: something does not answer, and the next delay will be longer. ``work_bytes`` is what the
+        job turned out to read, for the next claim.
+        """
+        found = "" if work_bytes is None else work_bytes
+        given = (claim.attempt_id, delay_s, int(not counts), int(away), found, self.large_job_bytes)
+        raise_for(self._call("defer", claim.accepted.job_id, *given)[0])
+
 
 SHED_S: Final = 10.0
 _NO_RECORD: Final = (
     "The job that this Idempotency-Key was used for is not there any more: look for its effect, "
     "then submit again with another key"
 )
-_log = structlog.get_logger(__name__)
 
 
 class JobStore(AttemptStore):
@@ -64,7 +358,7 @@ class JobStore(AttemptStore):
         given = [accepted.job_id, rules.open_jobs, value, accepted.expires_at, accepted.created_at, tenant]
         most = self.section.tenants.get(tenant, TenantSection()).open_jobs or 0
         given += [most, accepted.spooled_bytes, self.spool_quota(tenant)]
-        given += [self.large_job_bytes, *self.wake_up(accepted.queue), *small_blobs.counted(blob)]
+        given += [self.large_job_bytes, *self.wake_up(accepted.queue), *blob_arguments(blob)]
         with redis_errors():
             (word, *rest), confirmed = self._waits.run(self._run["submit"], keys, [*given, *flat(fields)])
         found = None if word == b"queued" else self._found(word, rest, accepted)

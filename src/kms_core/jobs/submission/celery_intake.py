@@ -15,16 +15,21 @@ import msgspec
 from kms_core import audit
 from kms_core.age import header, stream
 from kms_core.age.header import SYNC_LIMITS
-from kms_core.age.recipients import Recipient, parse_identity
+from kms_core.age.mlkem768x25519 import Recipient, parse_identity
 from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.policy import Principal
 from kms_core.backends.age import AgeBackend
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
-from kms_core.jobs.submission.deadlines import Deadlines
-from kms_core.jobs.submission.submitter import JSON_BYTES, ClientJobId, JobSubmitter, SubmissionOptions
+from kms_core.jobs.submission.submitter import (
+    JSON_BYTES,
+    ClientJobId,
+    Deadlines,
+    JobSubmitter,
+    SubmissionOptions,
+)
 from kms_core.observability import metrics
-from kms_protocol import small_files, submit_message, wire
+from kms_protocol import small_files, wire
 from kms_protocol.errors import (
     BackendUnavailable,
     DecryptFailed,
@@ -43,7 +48,7 @@ _WHO: Final = Principal("celery")
 _LOCK_S: Final = 120.0  # far above the time that the largest message takes to reach the spool
 _SKEW_S: Final = 60
 _DIGEST_LABEL: Final = b"kms.submit"
-_decode: Final = msgspec.json.Decoder(submit_message.Submission).decode
+_decode: Final = msgspec.json.Decoder(wire.Submission).decode
 _encode: Final = msgspec.json.Encoder(order="sorted").encode
 
 
@@ -85,7 +90,7 @@ class Intake:
                 self._submitter.submit(self._terms(asked, named, who), asked.job)
         return asked.job_id
 
-    def _who(self, asked: submit_message.Submission) -> Principal:
+    def _who(self, asked: wire.Submission) -> Principal:
         if self._authenticator is None:
             return _WHO
         try:
@@ -96,7 +101,7 @@ class Intake:
         self._submitter.require(who, "jobs:write")
         return who
 
-    def _read(self, message: object) -> submit_message.Submission:
+    def _read(self, message: object) -> wire.Submission:
         """Open, decode and judge a message by itself; its values are in no error's text."""
         if not isinstance(message, str):
             raise InvalidRequest("The one argument of kms.submit is the base64 text of an age file")
@@ -134,9 +139,7 @@ class Intake:
             raise IdempotencyConflict("A different job has this job_id: choose a new one for each job")
         return True
 
-    def _terms(
-        self, asked: submit_message.Submission, named: ClientJobId, who: Principal
-    ) -> SubmissionOptions:
+    def _terms(self, asked: wire.Submission, named: ClientJobId, who: Principal) -> SubmissionOptions:
         """The record must outlive the message, else a late replay would run the job again."""
         job = asked.job
         needed_s = math.ceil(_left_s(asked)) + _SKEW_S - self._submitter.store.rules.result_ttl_s
@@ -167,5 +170,5 @@ def _given(job: wire.JobIn) -> dict[str, object]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _left_s(asked: submit_message.Submission) -> float:
+def _left_s(asked: wire.Submission) -> float:
     return (asked.expires_at - datetime.now(UTC)).total_seconds()

@@ -1,13 +1,14 @@
 """Submission of jobs: checks a request and stores it as an immutable record. Does not use HTTP.
 
 A request that every worker would refuse is refused here, before a byte is uploaded: an unknown key, a missing
-context, a path outside the roots.
+context, a path outside the roots, a deadline that a job of its size cannot keep.
 """
 
 import hmac
 import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Final, Literal, Self, TypeVar
 
 import msgspec
@@ -17,18 +18,16 @@ from kms_core.age import header
 from kms_core.auth.policy import Principal
 from kms_core.jobs import authorization, bulk_lines
 from kms_core.jobs.authorization import JobAccess
-from kms_core.jobs.ends import SmallBlob
 from kms_core.jobs.file_patterns import Tree, is_tree
 from kms_core.jobs.model import Job
-from kms_core.jobs.spec import MOVING, FileJob, FilesJob, ItemsJob, JobSpec, TreeJob, UploadJob
-from kms_core.jobs.storage.blob_writer import BlobWriter
+from kms_core.jobs.spec import MOVING, FileJob, FilesJob, ItemsJob, JobSpec, SmallBlob, TreeJob, UploadJob
+from kms_core.jobs.storage.blob_store import BlobWriter
 from kms_core.jobs.storage.locations import Locations
 from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Label, Spool
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.deadlines import Deadlines
 from kms_core.observability import tracing
 from kms_core.service import Kms
-from kms_protocol import job_groups, wire
+from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import (
     ContextRequired,
@@ -42,7 +41,62 @@ from kms_protocol.errors import (
     SpoolQuota,
     TooLarge,
 )
-from kms_protocol.units import MiB
+from kms_protocol.units import MiB, time_text
+
+WITHIN_S: Final = 86_400
+"""Seconds in which a job starts, and in which it ends, unless it names other times."""
+_MOST_S: Final = 30 * 86_400  # between now and a time that a job names, and for which its result is kept
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """Deadlines that a submission asks for; None takes the default.
+
+    ``ttl_s`` says all three: start, end and deletion within so many seconds.
+    """
+
+    start_by: datetime | None = None
+    run_by: datetime | None = None
+    keep_for_s: float | None = None
+    ttl_s: float | None = None
+
+    @property
+    def text(self) -> str:
+        """All of it, to tell one request from another."""
+        times = [time_text(at, "microseconds") if at else "" for at in (self.start_by, self.run_by)]
+        return f"{times} {self.keep_for_s} {self.ttl_s}"
+
+    def fields(self, now: float, result_ttl_s: float) -> dict[str, float]:
+        """Times of a ``JobSpec`` submitted at ``now`` (seconds since the epoch). Raises InvalidDeadline.
+
+        Without ``keep_for_s`` its result is kept for ``result_ttl_s``.
+        """
+        if self.ttl_s:
+            if self.start_by or self.run_by or self.keep_for_s:
+                raise InvalidDeadline("ttl_s stands for start_by, run_by and keep_for: give it, or those")
+            until = now + self.ttl_s
+            return {"start_by": until, "run_by": until, "expires_at": until}
+        start_by, run_by = (at.timestamp() if at else None for at in (self.start_by, self.run_by))
+        last = now + _MOST_S
+        for name, at in (("start_by", start_by), ("run_by", run_by)):
+            if at is not None and at <= now:
+                raise InvalidDeadline(f"{name} is in the past: the service has {time_text(now)}")
+            if at is not None and at > last:
+                raise InvalidDeadline(f"{name} is after {time_text(last)}: name an earlier one")
+        if start_by and run_by and run_by < start_by:
+            raise InvalidDeadline("run_by is before start_by: a job cannot end before it starts")
+        keep_for_s = self.keep_for_s or result_ttl_s
+        if keep_for_s > _MOST_S:
+            raise InvalidDeadline(f"keep_for is above {_MOST_S} s: name a shorter time")
+        run_by = run_by or max(now + WITHIN_S, start_by or 0)
+        start_by = start_by or min(now + WITHIN_S, run_by)
+        return {
+            "start_by": start_by,
+            "run_by": run_by,
+            "keep_for_s": keep_for_s,
+            "expires_at": run_by + keep_for_s,
+        }
+
 
 JSON_BYTES: Final = 16 * MiB
 """The largest items of a job in JSON, not in NDJSON; in base64 they are a third larger."""
@@ -125,7 +179,7 @@ class SubmissionOptions:
     release: wire.Release | Literal[""] = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
-    group: job_groups.GroupIn | None = None
+    group: wire.GroupIn | None = None
 
     @classmethod
     def of(
@@ -247,7 +301,7 @@ class JobSubmitter:
         self._kms.require(who, operation)
 
     def hasher(self, options: SubmissionOptions) -> hmac.HMAC:
-        """A keyed digest of the request; the body is fed to it as it arrives."""
+        """A keyed digest of the request; the body is fed to it arrives."""
         new = b"-" if options.new_context is None else b"+" + options.new_context.canonical()
         told = msgspec.json.encode(options.told, order="sorted")
         texts = (options.kind, options.key_id or "", options.callback, options.priority)

@@ -14,12 +14,10 @@ from prometheus_client import REGISTRY
 from kms_core import audit
 from kms_core.audit import AuditLog, chain, maintenance, segments
 from kms_core.audit.keys import Signer
-from kms_core.audit.maintenance import AuditMaintenance
-from kms_core.audit.sinks import ANCHORS, FolderSink, RedisSink
+from kms_core.audit.maintenance import ANCHORS, AuditMaintenance, FolderSink, RedisSink
 from kms_core.audit.verification import anchors
-from kms_core.audit.verification.monitor import AuditMonitor
 from kms_core.audit.verification.scan import VerificationReport
-from kms_core.audit.verification.verify import verify
+from kms_core.audit.verification.verify import AuditMonitor, verify
 from kms_core.auth.policy import Principal
 from kms_core.settings.model import AuditSection
 from support.audit_logs import Place, audit_section, chain_name, codes, notes, record

@@ -9,11 +9,10 @@ import pytest
 
 from kms_core.audit import chain, segments
 from kms_core.audit.keys import PublicKeys
-from kms_core.audit.maintenance import AuditMaintenance
-from kms_core.audit.sinks import FolderSink
+from kms_core.audit.maintenance import AuditMaintenance, FolderSink
 from kms_core.audit.verification import scan, verify
 from kms_core.audit.verification.anchors import ACKNOWLEDGED, acknowledged
-from kms_core.audit.verification.monitor import AuditMonitor
+from kms_core.audit.verification.verify import AuditMonitor
 from support.audit_logs import Place, audit_section, chain_name, codes, notes, record, rewrite
 
 SMALL: Final = audit_section(checkpoint_lines=5)

@@ -13,8 +13,8 @@ from kms_core.audit import AuditLog, chain
 from kms_core.audit.keys import PublicKeys
 from kms_core.audit.segments import Segment
 from kms_core.audit.verification import verify
-from kms_core.audit.verification.monitor import AuditMonitor
 from kms_core.audit.verification.scan import ScannedSpan, scan
+from kms_core.audit.verification.verify import AuditMonitor
 from support.audit_logs import Place, audit_section, record
 
 MANY: Final = 5_000

@@ -9,8 +9,8 @@ import pytest
 
 from kms_core.audit import chain, segments
 from kms_core.audit.keys import PublicKeys, Signer
-from kms_core.audit.verification.monitor import AuditMonitor
 from kms_core.audit.verification.scan import VerificationReport
+from kms_core.audit.verification.verify import AuditMonitor
 from support.audit_logs import Place, audit_section, chain_name, codes, notes, record, rewrite
 
 SMALL: Final = audit_section(checkpoint_lines=5)

@@ -15,10 +15,9 @@ from prometheus_client import REGISTRY
 from kms_cli.local import installation
 from kms_core.audit import chain, maintenance
 from kms_core.audit.keys import Signer
-from kms_core.audit.maintenance import AuditMaintenance
-from kms_core.audit.sinks import FolderSink
+from kms_core.audit.maintenance import AuditMaintenance, FolderSink
 from kms_core.audit.verification.crosscheck import Removals
-from kms_core.audit.verification.monitor import AuditMonitor
+from kms_core.audit.verification.verify import AuditMonitor
 from kms_core.settings.model import Settings
 from support.audit_logs import Place, audit_section, notes, record
 

@@ -15,7 +15,7 @@ import pytest
 
 from kms_core.audit import chain, maintenance
 from kms_core.audit.keys import PublicKeys, Signer
-from kms_core.audit.sinks import FolderSink
+from kms_core.audit.maintenance import FolderSink
 from kms_core.audit.verification import scan
 from kms_core.audit.verification.verify import verify
 from kms_core.settings.model import AuditSection

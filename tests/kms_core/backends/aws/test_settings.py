@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import CredentialRetrievalError
 
-from kms_core.backends.aws.backend import AwsCipher, open_key
-from kms_core.backends.aws.client import AwsEndpoint, AwsKmsClient
+from kms_core.backends.aws.backend import AwsCipher, AwsEndpoint, AwsKmsClient, open_key
 from kms_core.backends.aws.settings import AwsKmsSection
 from kms_core.http_client import Unreachable
 from kms_core.keyring import build

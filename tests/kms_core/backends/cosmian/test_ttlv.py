@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from kms_core.backends.cosmian.ttlv import Kind, Node, octets, refusal, structure, text
+from kms_core.backends.cosmian.kmip import Kind, Node, octets, refusal, structure, text
 
 WORDS = {
     "Item_Not_Found: Encrypt: key id: pay, not found": Kind.MISSING,

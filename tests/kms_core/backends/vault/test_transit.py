@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from kms_core import keyring
 from kms_core.backends import KeyMissing
-from kms_core.backends.token_file import FileToken
+from kms_core.backends.remote import FileToken
 from kms_core.backends.vault.client import VaultClient
 from kms_core.backends.vault.transit import TYPES, TransitCipher
 from kms_core.envelope import sealing

@@ -8,8 +8,7 @@ import msgspec
 import pytest
 
 from kms_core.container import Core
-from kms_core.jobs.events.dispatcher import WebhookDispatcher
-from kms_core.jobs.events.outbox import GIVE_UP_S, MOST_ATTEMPTS, Outbox
+from kms_core.jobs.events.outbox import GIVE_UP_S, MOST_ATTEMPTS, Outbox, WebhookDispatcher
 from kms_core.jobs.events.webhook import WebhookEndpoint
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import DurabilityUnconfirmed

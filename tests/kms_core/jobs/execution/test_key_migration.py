@@ -14,7 +14,7 @@ from kms_api.routes.job_answers import shape
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution import results
-from kms_core.jobs.execution.context import WorkerContext
+from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.execution.tree import PATIENCE
 from kms_core.jobs.model import Attempt, Checkpoint, Commit, Job, part_id

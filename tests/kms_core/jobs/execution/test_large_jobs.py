@@ -16,7 +16,7 @@ from kms_core.jobs.execution.lease import FoundLarge, Lease
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Attempt, part_id
 from kms_core.jobs.spec import FILES, QUEUES
-from kms_core.jobs.storage.local_paths import Roots
+from kms_core.jobs.storage.local import Roots
 from kms_core.jobs.storage.locations import check_holes
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import Reference, SubmissionOptions

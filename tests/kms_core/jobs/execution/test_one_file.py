@@ -14,10 +14,10 @@ import pytest
 from kms_core import audit
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs.execution.context import WorkerContext
+from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Job
-from kms_core.jobs.storage.local_paths import OpenSource, Roots
+from kms_core.jobs.storage.local import OpenSource, Roots
 from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import JobsUnavailable, PathRefused

@@ -17,7 +17,7 @@ from kms_core.jobs.execution import results
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Job, LeaseLost, part_id
 from kms_core.jobs.recovery.reaper import Reaper
-from kms_core.jobs.storage.commit_marks import ATTRIBUTE
+from kms_core.jobs.storage.blob_store import ATTRIBUTE
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
 from kms_core.settings.model import EndpointSection

@@ -11,11 +11,10 @@ import pytest
 
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs.ends import spec_digest
-from kms_core.jobs.execution.context import WorkerContext
+from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Attempt, Checkpoint, Commit, Job, part_id
-from kms_core.jobs.spec import ClocksApart, Fields
+from kms_core.jobs.spec import ClocksApart, Fields, spec_digest
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
 from kms_protocol import wire

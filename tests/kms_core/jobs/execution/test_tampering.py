@@ -11,8 +11,8 @@ from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution import results
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.sealed_records import RecordKey
-from kms_core.jobs.store.queue_stats import survey
+from kms_core.jobs.model import RecordKey
+from kms_core.jobs.store.activity import survey_queues
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
@@ -272,7 +272,7 @@ def test_redis_that_is_away_is_told_as_such(core: Core) -> None:
         connect("unix:///nonexistent.sock"), core.worker_context.store.record_key, lambda *_: None, LONG
     )
 
-    for call in (away.ping, away.workers, away.due, partial(survey, away), away.expired):
+    for call in (away.ping, away.workers, away.due, partial(survey_queues, away), away.expired):
         with pytest.raises(JobsUnavailable):
             call()
     with pytest.raises(JobsUnavailable):

@@ -9,13 +9,12 @@ import pytest
 
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs.ends import Work
 from kms_core.jobs.execution import results
-from kms_core.jobs.execution.context import WorkerContext
+from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.execution.tree import PART_BYTES, PART_FILES
 from kms_core.jobs.model import Attempt, Checkpoint, Job, part_id
-from kms_core.jobs.spec import Fields, JobSpec
+from kms_core.jobs.spec import Fields, JobSpec, Work
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
 from kms_protocol import wire

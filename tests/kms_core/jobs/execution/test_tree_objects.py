@@ -6,7 +6,7 @@ from typing import Final
 import pytest
 
 from kms_core.jobs.execution import results
-from kms_core.jobs.execution.context import WorkerContext
+from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Attempt, Checkpoint, part_id
 from kms_core.jobs.spec import Fields

@@ -16,8 +16,7 @@ from kms_core.jobs.hosts import notes as notes_module
 from kms_core.jobs.hosts.install import Facts, Install
 from kms_core.jobs.hosts.notes import LIVE_S, Host, HostNote, HostNotes, SpoolMarks
 from kms_core.jobs.storage.blob_store import SpoolNote
-from kms_core.jobs.storage.disk_sync import DiskSync
-from kms_core.jobs.storage.spool_folder import SpoolFolder
+from kms_core.jobs.storage.spool_folder import DiskSync, SpoolFolder
 from kms_protocol.errors import ConfigurationError, JobsUnavailable, SpoolFull, SpoolUnavailable, WrongInstall
 from support.embedded_valkey import EmbeddedValkey
 

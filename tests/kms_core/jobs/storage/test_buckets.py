@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from kms_core.jobs.storage import buckets
-from kms_core.jobs.storage.buckets import Allowed, Buckets, parse
+from kms_core.jobs.storage import s3
+from kms_core.jobs.storage.s3 import Allowed, Buckets, parse
 from kms_core.s3.bucket import Bucket
-from kms_core.s3.connection import S3Connection, S3Endpoint
-from kms_core.s3.sigv4 import Credentials
+from kms_core.s3.connection import Credentials, S3Connection, S3Endpoint
 from kms_core.settings.load import load as load_settings
 from kms_protocol.errors import ConfigurationError, PathRefused
 
@@ -100,7 +99,7 @@ def built(tmp_path: Path, section: str, environment: str = "dev") -> Buckets:
         f"[kms.jobs.buckets.bkt]\n{section.format(secret=secret)}"
     )
     environ = {"HOME": str(tmp_path), "KMS_STATE_DIR": str(tmp_path / "state")}
-    return buckets.build(load_settings(tmp_path / "kms.toml", environ))
+    return s3.build_buckets(load_settings(tmp_path / "kms.toml", environ))
 
 
 KEY = 'access_key_id = "AKID"\nsecret_key_file = "{secret}"\n'

@@ -13,10 +13,9 @@ from pyrage import x25519
 
 from kms_core.backends.age import AgeBackend
 from kms_core.backends.key_files import KeyFiles
-from kms_core.jobs.storage.disk_sync import DiskSync, GroupSync
-from kms_core.jobs.storage.multipart_journal import MultipartJournal
+from kms_core.jobs.storage.s3 import MultipartJournal
 from kms_core.jobs.storage.spool import UPLOAD, Label, Spool
-from kms_core.jobs.storage.spool_folder import SpoolFolder
+from kms_core.jobs.storage.spool_folder import DiskSync, GroupSync, SpoolFolder
 from kms_core.secure_files import make_folders
 from kms_protocol.errors import ResultExpired, SpoolFull, SpoolUnavailable
 from support.synced_disk import SyncedDisk, install

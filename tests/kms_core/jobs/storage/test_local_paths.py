@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kms_core.jobs.file_patterns import parse_file_url
-from kms_core.jobs.storage.local_paths import Roots, file_errors
+from kms_core.jobs.storage.local import Roots, file_errors
 from kms_protocol.errors import ConfigurationError, InvalidRequest, PathRefused, SpoolFull, Unavailable
 from support.file_tree import (
     a_directory,

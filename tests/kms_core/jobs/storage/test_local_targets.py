@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kms_core.jobs.model import Commit
-from kms_core.jobs.storage.local_paths import Roots, temporary_name
+from kms_core.jobs.storage.local import Roots, temporary_name
 from kms_protocol.errors import PathRefused, TargetExists, Unavailable
 from support.disk_trace import recorded
 from support.file_tree import (

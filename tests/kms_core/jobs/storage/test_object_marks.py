@@ -5,9 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.storage.disk_sync import DiskSync
-from kms_core.jobs.storage.multipart_journal import MultipartJournal
-from kms_core.jobs.storage.spool_folder import SpoolFolder
+from kms_core.jobs.storage.s3 import MultipartJournal
+from kms_core.jobs.storage.spool_folder import DiskSync, SpoolFolder
 from support.embedded_valkey import unrestricted
 from support.job_stores import connect
 from support.object_jobs import Bench

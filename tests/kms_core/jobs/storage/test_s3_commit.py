@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import pytest
 
-from kms_core.jobs.execution.context import WorkerContext
+from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.spec import FileJob
 from kms_core.jobs.storage.locations import JobTarget, PendingTarget

@@ -17,7 +17,7 @@ from kms_core.age import header, stream
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.envelope import sealing
-from kms_core.jobs.execution import upload
+from kms_core.jobs.execution import one_file
 from kms_core.jobs.execution.lease import Lease
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Job, part_id
@@ -383,7 +383,7 @@ def test_upload_changed_while_it_is_read_is_refused(
 
         return ParallelOptions(progress=lease.advance, check=check)
 
-    monkeypatch.setattr(upload, "options", options)
+    monkeypatch.setattr(one_file, "options_of", options)
     ended = install.run(job_id)
 
     assert (ended.state, ended.error) == REFUSED

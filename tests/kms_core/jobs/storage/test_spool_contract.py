@@ -15,7 +15,7 @@ from kms_core.age import header
 from kms_core.age.stream import SEALED_CHUNK
 from kms_core.backends.age import AgeBackend
 from kms_core.backends.key_files import KeyFiles
-from kms_core.jobs.storage.multipart_journal import MultipartJournal
+from kms_core.jobs.storage.s3 import MultipartJournal
 from kms_core.jobs.storage.spool import ITEMS, NO_ATTEMPT, UPLOAD, Label, Spool
 from kms_core.jobs.storage.spool_folder import SpoolFolder
 from kms_core.payload.files import RangeSource

@@ -8,7 +8,7 @@ from kombu.connection import Connection
 from kombu.transport import redis
 
 from kms_core.jobs.spec import BULK, QUEUES
-from kms_core.jobs.store import wake_up
+from kms_core.jobs.store import redis_keys
 from kms_core.settings.model import RedisSection
 from kms_core.settings.redis_urls import for_celery, is_shared
 
@@ -18,15 +18,15 @@ CONNECT: Final[Any] = Connection  # kombu ships no types
 @pytest.mark.parametrize("queue", QUEUES)
 def test_lists_are_those_that_kombu_takes_from(queue: str) -> None:
     assert redis.Channel.priority_steps[0] == 0, "the first list of a queue has its name"
-    assert wake_up.list_key(queue) == f"kms:{queue}"
+    assert redis_keys.list_key(queue) == f"kms:{queue}"
 
 
 def test_a_wake_up_is_a_message_of_kombu() -> None:
     channel = CONNECT("memory://").channel()
-    message = channel.Message(json.loads(wake_up.encode_message(BULK)), channel)
+    message = channel.Message(json.loads(redis_keys.encode_message(BULK)), channel)
 
     assert message.payload == [[], {}, None]
-    assert (message.headers["task"], message.delivery_info["routing_key"]) == (wake_up.TASK, BULK)
+    assert (message.headers["task"], message.delivery_info["routing_key"]) == (redis_keys.TASK, BULK)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from kms_core.container import Core
 from kms_core.jobs.model import Attempt
 from kms_core.jobs.recovery.reaper import Heartbeat, Reaper
 from kms_core.jobs.spec import BULK, FILES, QUEUES, JobSpec
-from kms_core.jobs.store import queue_stats, wake_up
-from kms_core.jobs.store.scripts import SCRIPTS
+from kms_core.jobs.store import activity, redis_keys
+from kms_core.jobs.store.redis_keys import SCRIPTS
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import new_id
 from kms_protocol.errors import JobsUnavailable
@@ -244,10 +244,10 @@ def test_depth_and_age_are_of_ready_jobs(store: JobStore) -> None:
 
     assert depths(store)[BULK, "low"] == 2
     assert sum(depths(store).values()) == 2
-    found = queue_stats.survey(store)
+    found = activity.survey_queues(store)
     assert found.jobs == {"queued": 2, "running": 1, "committing": 0}
     assert 0 <= found.oldest_queued_s < 60
-    assert queue_stats.survey(store, "other").jobs == {"queued": 0, "running": 0, "committing": 0}
+    assert activity.survey_queues(store, "other").jobs == {"queued": 0, "running": 0, "committing": 0}
 
 
 def test_a_list_by_state_finds_an_old_job_behind_many(store: JobStore) -> None:
@@ -408,7 +408,7 @@ def test_where_the_broker_is_the_same_redis_the_script_pushes(core: Core) -> Non
         store.submit(job())
 
     pushed = store.redis.lrange("kms:kms.bulk", 0, -1)
-    assert pushed == [wake_up.encode_message(BULK)]
+    assert pushed == [redis_keys.encode_message(BULK)]
     assert json.loads(pushed[0])["body"] == "[[],{},null]", "no job is named"
 
 

@@ -3,7 +3,7 @@
 import pytest
 import redis
 
-from kms_core.jobs.store.replicas import ReplicaWait, check, check_answers
+from kms_core.jobs.store.maintenance import ReplicaWait, check_answers, verify_replicas
 from kms_core.settings.load import load
 from kms_core.settings.model import RedisSection
 from kms_protocol.errors import ConfigurationError
@@ -78,7 +78,7 @@ def test_cluster_is_refused() -> None:
     url = "redis+cluster://127.0.0.1:1"
 
     with pytest.raises(ConfigurationError, match="a Redis Cluster cannot be waited for"):
-        check(RedisSection(url=url, broker_url="amqp://127.0.0.1", wait_replicas=1))
+        verify_replicas(RedisSection(url=url, broker_url="amqp://127.0.0.1", wait_replicas=1))
 
 
 def test_replicas_that_are_away_are_no_reason_to_refuse(client: redis.Redis) -> None:

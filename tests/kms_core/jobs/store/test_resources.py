@@ -8,7 +8,7 @@ import pytest
 from kms_core.container import Core
 from kms_core.jobs.model import Attempt, LeaseLost
 from kms_core.jobs.spec import BULK, QUEUES, JobSpec
-from kms_core.jobs.store import queue_stats
+from kms_core.jobs.store import activity
 from kms_core.jobs.store.store import JobStore
 from support.job_stores import COMMIT, LONG, TENANT, accepted, depths, lapse, store_of, with_jobs
 from support.waiting import until
@@ -75,7 +75,7 @@ def test_a_job_holds_each_resource_that_it_uses(core: Core) -> None:
     attempt(store)
 
     assert [taken(store), taken(store)] == [last, None]
-    assert queue_stats.survey(store).leases == {BUCKET: 1, "backend:aws": 2}
+    assert activity.survey_queues(store).leases == {BUCKET: 1, "backend:aws": 2}
 
 
 def test_what_waits_for_a_bound_wakes_nobody(core: Core) -> None:
@@ -182,9 +182,9 @@ def test_what_a_process_hangs_on_is_left_alone(store: JobStore) -> None:
     store.stuck("w", 1, 60, [NAS, BUCKET])
 
     assert taken(store) is None
-    assert queue_stats.survey(store).stuck == 1
+    assert activity.survey_queues(store).stuck == 1
     store.stuck("w", 0, 60, [])
-    assert queue_stats.survey(store).stuck == 0
+    assert activity.survey_queues(store).stuck == 0
 
 
 def test_a_worker_that_left_has_no_stuck_process(core: Core) -> None:
@@ -194,7 +194,7 @@ def test_a_worker_that_left_has_no_stuck_process(core: Core) -> None:
 
     store.worker_left("w")
 
-    assert queue_stats.survey(store).stuck == 0
+    assert activity.survey_queues(store).stuck == 0
 
 
 def test_a_commit_that_hangs_is_finished_by_another_worker(store: JobStore) -> None:

@@ -12,14 +12,11 @@ import pytest
 
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs.ends import Work
 from kms_core.jobs.execution.lease import Lease
-from kms_core.jobs.model import Attempt, Job, LeaseLost, part_id
-from kms_core.jobs.sealed_records import RecordKey
-from kms_core.jobs.spec import BULK, FILES, MAINTENANCE
+from kms_core.jobs.model import Attempt, Job, LeaseLost, RecordKey, part_id
+from kms_core.jobs.spec import BULK, FILES, MAINTENANCE, Work
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.deadlines import Deadlines
-from kms_core.jobs.submission.submitter import SubmissionOptions, new_id
+from kms_core.jobs.submission.submitter import Deadlines, SubmissionOptions, new_id
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import (

@@ -9,7 +9,7 @@ from kms_core.container import Core
 from kms_core.jobs.model import Attempt
 from kms_core.jobs.recovery.reaper import Reaper
 from kms_core.jobs.spec import QUEUES
-from kms_core.jobs.store import queue_stats, usage_flush
+from kms_core.jobs.store import activity
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import RecordRefused, UnknownJob
 from support.job_stores import LONG, TENANT, accepted, forge, lapse, store_of
@@ -69,7 +69,7 @@ def test_a_count_that_is_no_number_is_refused(core: Core, key: str) -> None:
     store.redis.hset(f"kms:{key}", "operations encrypt ok", "many")
 
     with pytest.raises(RecordRefused):
-        usage_flush.shared(store.redis) if key == "tally" else queue_stats.survey(store)
+        activity.shared_usage(store.redis) if key == "tally" else activity.survey_queues(store)
 
 
 def test_a_field_of_another_form_is_no_job(core: Core) -> None:

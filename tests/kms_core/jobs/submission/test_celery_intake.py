@@ -26,7 +26,7 @@ from kms_core.envelope.binding import KeyRef
 from kms_core.jobs.execution.attendance import SharedTime
 from kms_core.jobs.submission import celery_intake
 from kms_core.jobs.submission.celery_intake import Intake
-from kms_protocol import submit_message
+from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import (
     BackendUnavailable,
@@ -40,7 +40,7 @@ from kms_protocol.errors import (
     TooLarge,
     UnknownKey,
 )
-from kms_worker import submit
+from kms_worker import tasks
 from support.celery_messages import JOB, body, in_s, seal
 from support.service import B64_CANARY, CANARY, Service, core_of
 
@@ -259,7 +259,7 @@ def test_an_absent_token_is_null(desk: Intake, recipient: str) -> None:
 
 def schema() -> dict[str, object]:
     """The JSON schema of a message, as published in docs/schemas."""
-    found = msgspec.json.schema(submit_message.Submission)
+    found = msgspec.json.schema(wire.Submission)
     for shape in found["$defs"].values():  # docstrings, which Python takes the indentation from since 3.13
         if "description" in shape:
             shape["description"] = inspect.cleandoc(shape["description"])
@@ -339,8 +339,8 @@ def task(
     pulse: SharedTime | None = None,
 ) -> Callable[..., str]:
     app = Celery(set_as_current=False, broker=broker)
-    submit.register(app, build, "worker", pulse or SharedTime())
-    found: Callable[..., str] = app.tasks[submit.TASK]
+    tasks.register_submit(app, build, "worker", pulse or SharedTime())
+    found: Callable[..., str] = app.tasks[tasks.SUBMIT_TASK]
     return found
 
 
@@ -401,8 +401,8 @@ def test_a_key_that_cannot_be_read_costs_no_message() -> None:
 
 
 def test_a_worker_without_a_key_serves_no_messages(desk: Intake) -> None:
-    assert submit.queues(None) == ()
-    assert submit.queues(desk) == ("kms.submit",)
+    assert tasks.queues(None) == ()
+    assert tasks.queues(desk) == ("kms.submit",)
     with pytest.raises(UnknownKey):
         task(lambda: None)("x")
 

@@ -12,8 +12,7 @@ from kms_core.jobs.execution.lease import Lease
 from kms_core.jobs.model import Attempt, Checkpoint, Job, LeaseLost
 from kms_core.jobs.spec import BULK, QUEUES
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.deadlines import Deadlines
-from kms_core.jobs.submission.submitter import SubmissionOptions
+from kms_core.jobs.submission.submitter import Deadlines, SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import InvalidDeadline, JobExpired
 from kms_protocol.wire import JobItem

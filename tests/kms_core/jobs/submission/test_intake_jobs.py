@@ -11,7 +11,7 @@ import redis
 
 from kms_core import audit
 from kms_core.container import Core, build_intake
-from kms_core.jobs.store.queue_stats import survey
+from kms_core.jobs.store.activity import survey_queues
 from kms_core.jobs.submission import celery_intake
 from kms_core.jobs.submission.celery_intake import Intake
 from kms_protocol.errors import (
@@ -91,7 +91,7 @@ def test_a_replay_changes_nothing(desk: Intake, core: Core, install: Service, re
         assert desk.accept(message, worker) == job_id
     assert content(install.spool) == before
     assert core.submitter.store.get(job_id, "default") == job
-    assert survey(core.submitter.store).jobs["queued"] == 1
+    assert survey_queues(core.submitter.store).jobs["queued"] == 1
 
 
 def test_a_message_sealed_anew_is_a_replay_too(desk: Intake, core: Core, recipient: str) -> None:
@@ -99,7 +99,7 @@ def test_a_message_sealed_anew_is_a_replay_too(desk: Intake, core: Core, recipie
     again = asked | {"expires_at": in_s(900), "job": JOB | {"context": {"a": "1", "b": "2"}}}
 
     assert desk.accept(seal(recipient, asked), "worker/1") == desk.accept(seal(recipient, again), "worker/2")
-    assert survey(core.submitter.store).jobs["queued"] == 1
+    assert survey_queues(core.submitter.store).jobs["queued"] == 1
 
 
 OTHERS: Final = {
@@ -176,7 +176,7 @@ def test_many_workers_at_once_make_one_whole_job(install: Service, recipient: st
 
     assert job_id in outcomes
     assert set(outcomes) <= {job_id, "again"}
-    assert survey(core_of(install).submitter.store).jobs["queued"] == 1
+    assert survey_queues(core_of(install).submitter.store).jobs["queued"] == 1
     assert core_of(install).submitter.store.accepted(job_id).items == len(PLAIN)
 
 

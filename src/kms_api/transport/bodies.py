@@ -1,0 +1,273 @@
+"""Bodies of any size: a thread works on one slab while the event loop receives or sends another.
+
+A slow or silent peer holds no thread.
+"""
+
+import asyncio
+import contextvars
+import mmap
+import os
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from concurrent.futures import Executor
+from functools import partial
+from typing import Any, Final, ParamSpec, TypeVar
+
+import anyio
+from cryptography.utils import Buffer
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+from starlette.responses import StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+from kms_api.transport.admission import CHECK_S, ReaderWatch, TransferRate, cycle_of
+from kms_core.http_protocol import BODY, HttpProtocol
+from kms_protocol.errors import BodyTimeout, InvalidRequest
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+Slab = tuple[memoryview, bool]
+"""Bytes, and whether more follow. Valid until the next slab is requested."""
+_SLAB_BYTES: Final = 1024 * 1024
+_SLOW: Final = "The body came too slowly, or stopped arriving"
+
+
+def refuse_encoding(request: Request) -> None:
+    """Raise InvalidRequest for a compressed body, which would make size limits meaningless."""
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise InvalidRequest("Content-Encoding is not accepted: send the bytes as they are")
+
+
+async def receive(request: Request, sink: Generator[None, Slab, T], threads: Executor) -> T:
+    """Send a body to ``sink`` slab by slab, in threads. Returns what the sink returns after the last slab.
+
+    The sink starts before the body is read, and is closed if that breaks off. Raises what the sink raises,
+    InvalidRequest for a compressed body, ClientDisconnect, and BodyTimeout for a sender that is too slow.
+    """
+    refuse_encoding(request)
+    worker = Worker(threads)
+    try:
+        await outcome(await worker.begin(next, sink))
+        reader = UploadReader(request)
+        slab, other = (memoryview(mmap.mmap(-1, _SLAB_BYTES)) for _ in range(2))  # pages cost once filled
+        size, more = await reader.fill(slab)
+        while more:
+            await worker.begin(sink.send, (slab, True))
+            slab, other = other, slab
+            size, more = await reader.fill(slab)
+        return await outcome(await worker.begin(_last, sink, slab[:size]))
+    finally:
+        await worker.close(sink)
+
+
+def _last(sink: Generator[None, Slab, T], slab: memoryview) -> T:
+    try:
+        sink.send((slab, False))
+    except StopIteration as ended:
+        returned: T = ended.value
+        return returned
+    raise RuntimeError("the sink wants more than the last slab")
+
+
+class Worker:
+    """Runs one call at a time in the threads of a pool, each in the context that this was made in."""
+
+    def __init__(self, threads: Executor) -> None:
+        self._threads = threads
+        self._context = contextvars.copy_context()
+        self._latest: asyncio.Future[Any] | None = None
+
+    async def begin(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[R]:
+        """Start a call once the one before has ended. Raises what that one raised."""
+        if self._latest:
+            await outcome(self._latest)
+        run = partial(self._context.run, function, *args, **kwargs)
+        call = asyncio.get_running_loop().run_in_executor(self._threads, run)
+        self._latest = call
+        return call
+
+    async def close(self, generator: Generator[object, Any, object]) -> None:
+        """Close the generator that the calls went through, once none of them is in it any more."""
+        with anyio.CancelScope(shield=True):
+            if self._latest:
+                await asyncio.wait([self._latest])
+                self._latest.exception()  # was raised before, unless the body broke off for another reason
+            await asyncio.get_running_loop().run_in_executor(self._threads, generator.close)
+
+
+async def outcome(call: asyncio.Future[R]) -> R:
+    """The result of a call, which is not cancelled with its caller. Raises what the call raised."""
+    if not call.done():
+        await asyncio.wait([call])
+    return call.result()
+
+
+class UploadReader:
+    """Reads a body straight into slabs, with one wake-up and one copy for each slab.
+
+    ``Request.stream`` wakes a task for each read of the socket, and copies its bytes three times. Reads ahead
+    by no more than one read of the socket.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._receive = request.receive
+        self._rate = TransferRate()
+        self._connection: HttpProtocol
+        self._cycle: RequestResponseCycle
+        self._connection, self._cycle = request.scope["state"][BODY]
+        self._rest = bytearray()  # arrived, but did not fit
+        self._slab = memoryview(b"")
+        self._held = 0
+        self._filled = 0  # in slabs before this one
+        self._started = False
+
+    async def fill(self, slab: memoryview) -> tuple[int, bool]:
+        """Fill a slab, unless the body ends before. Returns the bytes in it, and whether more follow.
+
+        Raises ClientDisconnect if the body breaks off, BodyTimeout if the sender is too slow.
+        """
+        self._filled += self._held
+        self._slab, self._held = slab, 0
+        self._rate.wait()
+        rest, self._rest = self._rest, bytearray()
+        self._put(memoryview(rest))
+        if not self._started:
+            await self._start()
+        while self._cycle.more_body and not self._rest:
+            if self._cycle.disconnected:
+                raise ClientDisconnect
+            self._cycle.message_event.clear()
+            self._connection.flow.resume_reading()
+            await self._woken()
+        return self._held, bool(self._rest)
+
+    def _take(self, data: bytes) -> None:
+        """Take bytes from the protocol, which stops reading at the first byte that does not fit."""
+        if self._cycle.response_complete:
+            return  # the request was refused: the rest is dropped
+        self._put(memoryview(data))
+        if self._rest:
+            self._connection.flow.pause_reading()
+            self._cycle.message_event.set()
+
+    def _put(self, data: memoryview) -> None:
+        size = min(len(data), len(self._slab) - self._held)
+        self._slab[self._held : self._held + size] = data[:size]
+        self._held += size
+        self._rest += data[size:]
+
+    async def _start(self) -> None:
+        """Take the first bytes from uvicorn, which also answers ``Expect: 100-continue``."""
+        self._started = True
+        message = None
+        while message is None:
+            with anyio.move_on_after(CHECK_S):
+                message = await self._receive()
+            self._check()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        self._put(memoryview(message["body"]))
+        if self._cycle.more_body:
+            self._connection.inlet = self._take
+
+    async def _woken(self) -> None:
+        """Wait until the slab is full, or the body has ended or broken off."""
+        while not self._cycle.message_event.is_set():
+            with anyio.move_on_after(CHECK_S):
+                await self._cycle.message_event.wait()
+            self._check()
+
+    def _check(self) -> None:
+        if self._rate.left_s(self._filled + self._held) <= 0:
+            raise BodyTimeout(_SLOW)
+
+
+_LARGE_BYTES: Final = 64 * 1024
+
+
+async def send(slabs: Generator[T], threads: Executor) -> AsyncGenerator[T]:
+    """Yield what ``slabs`` yields, each made in a thread while the one before is sent.
+
+    Raises what ``slabs`` raises. A forged slab breaks the connection: no clean end is sent.
+    """
+    worker = Worker(threads)
+    try:
+        ahead = await worker.begin(next, slabs, None)
+        while (slab := await outcome(ahead)) is not None:
+            ahead = await worker.begin(next, slabs, None)
+            yield slab
+    finally:
+        await worker.close(slabs)  # a download that breaks off leaves no file open
+
+
+class WatchedResponse(StreamingResponse):
+    """A streamed answer, whose connection ends if its reader is too slow."""
+
+    told: Callable[[int], Awaitable[None]] | None = None
+    """Told at the end the number of bytes that were sent: fewer than all if the reader went away."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        cycle = cycle_of(scope)
+        if cycle is None:
+            await super().__call__(scope, receive, send)
+            return
+        watch, is_whole = ReaderWatch(cycle), False
+
+        async def written(message: Message) -> None:
+            nonlocal is_whole
+            watch.written += len(message.get("body", b""))
+            await send(message)
+            is_end = message["type"] == "http.response.body" and not message.get("more_body")
+            is_whole = is_end and not cycle.disconnected
+
+        try:
+            with watch:
+                await super().__call__(scope, receive, written)
+        finally:
+            if self.told is not None and watch.written:
+                with anyio.CancelScope(shield=True):
+                    await self.told(watch.written if is_whole else watch.written - 1)
+
+
+def write_without_lock(request: Request) -> None:
+    """Write the answer to a request without the interpreter's lock; over TLS it is written as usual.
+
+    uvloop holds the lock while it writes, and writing a slab of 1 MiB takes half as long as opening one.
+    """
+    cycle = cycle_of(request.scope)
+    if cycle is not None and cycle.transport.get_extra_info("sslcontext") is None:
+        cycle.transport = DownloadWriter(cycle.transport)
+
+
+class DownloadWriter(asyncio.Transport):
+    """Replaces the transport of uvicorn's cycle for one answer."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        super().__init__()
+        self._transport = transport
+
+    def write(self, data: Buffer) -> None:
+        """Write what the socket takes of large data at once; the transport writes the rest."""
+        transport = self._transport
+        rest = memoryview(data)
+        if len(rest) >= _LARGE_BYTES and not transport.is_closing() and not transport.get_write_buffer_size():
+            rest = rest[self._taken(rest) :]
+        if rest:
+            transport.write(rest)
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def get_write_buffer_size(self) -> int:
+        return self._transport.get_write_buffer_size()
+
+    def _taken(self, data: memoryview) -> int:
+        """The number of bytes taken. Asks for the descriptor each time: a closed one may be reused."""
+        try:
+            return os.write(self._transport.get_extra_info("socket").fileno(), data)
+        except OSError:  # full, or broken, which the transport will notice
+            return 0

@@ -1,1 +1,0 @@
-"""Age files that commands read and write without a service."""

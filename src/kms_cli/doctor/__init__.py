@@ -1,1 +1,0 @@
-"""The checks of ``kms doctor``. They read and change nothing."""

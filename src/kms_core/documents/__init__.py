@@ -1,1 +1,0 @@
-"""Signed documents: small state that hosts share, in a file or an object, changed by compare-and-set."""

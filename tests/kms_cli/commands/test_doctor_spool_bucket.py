@@ -1,0 +1,122 @@
+"""What ``kms doctor`` tells of the bucket that holds the spool."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from kms_cli.commands.doctor import Finding, exit_code, findings
+from kms_core.settings.load import load
+from kms_core.settings.model import Settings
+from kms_protocol.errors import EXIT_UNAVAILABLE
+from support import object_stores
+from support.blob_stores import PREFIX
+from support.object_stores import ObjectStore, Seen, TestBucket, Way
+
+RULES = {
+    "Rules": [
+        {
+            "ID": "abort",
+            "Status": "Enabled",
+            "Filter": {"Prefix": ""},
+            "AbortIncompleteMultipartUpload": {"DaysAfterInitiation": 2},
+            "NoncurrentVersionExpiration": {"NoncurrentDays": 1},
+        }
+    ]
+}
+
+
+@pytest.fixture(scope="module")
+def server() -> ObjectStore:
+    return object_stores.moto()
+
+
+@pytest.fixture
+def way(server: ObjectStore) -> Iterator[Way]:
+    with Way(server) as way:
+        yield way
+
+
+@pytest.fixture
+def bucket(server: ObjectStore) -> TestBucket:
+    return server.new()
+
+
+def settings(folder: Path, bucket: TestBucket, url: str) -> Settings:
+    secret = folder / "secret"
+    secret.write_text(object_stores.SECRET)
+    secret.chmod(0o600)
+    (folder / "kms.toml").write_text(
+        f'[kms.jobs.spool_bucket]\nurl = "s3://{bucket.name}/{PREFIX}"\nendpoint = "{url}"\n'
+        f'allow_http = true\naccess_key_id = "{object_stores.ACCESS_KEY}"\nsecret_key_file = "{secret}"\n'
+    )
+    return load(folder / "kms.toml", {"HOME": str(folder)})
+
+
+def told(folder: Path, bucket: TestBucket, way: Way) -> list[Finding]:
+    return told_of(settings(folder, bucket, way.url))
+
+
+def told_of(settings: Settings) -> list[Finding]:
+    with click.Context(click.Command("kms")):
+        return [each for each in findings(settings) if each.subject == "spool bucket"]
+
+
+def test_a_bucket_that_works_and_has_a_rule(tmp_path: Path, bucket: TestBucket, way: Way) -> None:
+    bucket.store.admin.put_bucket_lifecycle_configuration(
+        Bucket=bucket.name,
+        LifecycleConfiguration=RULES,  # type: ignore[arg-type]  # a dict of this shape
+    )
+    (only,) = told(tmp_path, bucket, way)
+
+    assert (only.level, only.subject) == ("ok", "spool bucket")
+    assert "can be written, read and listed" in only.text
+    assert bucket.keys() == set()
+
+
+def test_a_bucket_without_a_rule_for_uploads(tmp_path: Path, bucket: TestBucket, way: Way) -> None:
+    ok, warned = told(tmp_path, bucket, way)
+
+    assert (ok.level, warned.level) == ("ok", "warn")
+    assert "AbortIncompleteMultipartUpload" in warned.next
+
+
+def test_versioning_and_object_lock_are_told(tmp_path: Path, server: ObjectStore, way: Way) -> None:
+    bucket = TestBucket(server, "kept-for-long")
+    server.admin.create_bucket(Bucket=bucket.name, ObjectLockEnabledForBucket=True)
+    texts = [each.text for each in told(tmp_path, bucket, way) if each.level == "warn"]
+
+    assert any(text.startswith("versioning is on") for text in texts)
+    assert any(text.startswith("object lock is on") for text in texts)
+
+
+def test_a_store_that_ignores_conditions_is_told(tmp_path: Path, bucket: TestBucket, way: Way) -> None:
+    def ignoring(seen: Seen) -> None:
+        seen.headers.pop("if-none-match", None)
+
+    way.meddle = ignoring
+
+    assert any("ignores If-None-Match" in each.text for each in told(tmp_path, bucket, way))
+
+
+@pytest.mark.parametrize("status", [403, 503, 507])
+def test_a_bucket_that_cannot_be_written_fails(
+    tmp_path: Path, bucket: TestBucket, way: Way, status: int
+) -> None:
+    way.meddle = lambda seen: status if seen.method == "PUT" else None
+    (only,) = told(tmp_path, bucket, way)
+
+    assert (only.level, only.subject) == ("FAIL", "spool bucket")
+    assert exit_code([only]) == EXIT_UNAVAILABLE
+
+
+def test_a_bucket_that_is_not_there_fails(tmp_path: Path, server: ObjectStore, way: Way) -> None:
+    (only,) = told(tmp_path, TestBucket(server, "not-there"), way)
+
+    assert only.level == "FAIL"
+    assert "404" in only.text
+
+
+def test_without_the_setting_nothing_is_told(tmp_path: Path) -> None:
+    assert told_of(load(None, {"HOME": str(tmp_path)})) == []

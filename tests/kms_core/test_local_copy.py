@@ -1,0 +1,202 @@
+"""The copy of a document on a host: who asks the place, how old it may be, and when it is read again."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from kms_core.signed_documents import Anchors, CopyPoll, FilePlace, LocalCopy, SignedDocument
+from kms_protocol.errors import Unavailable
+from support.job_stores import connect
+from support.waiting import until
+
+KEY: Final = b"d" * 32
+
+
+class Place(FilePlace):
+    """A file that counts what it is asked, and may be away."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.asked = 0
+        self.is_away = False
+        self.before: Callable[[], object] = lambda: None
+
+    def read(self, unless: str = "") -> tuple[bytes | None, str]:
+        self.asked += 1
+        self.before()
+        if self.is_away:
+            raise Unavailable("away")
+        return super().read(unless)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = time.time()
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Host:
+    """A host with a document and its copy, as one of its processes sees it."""
+
+    def __init__(self, folder: Path, redis_url: str) -> None:
+        self.folder, self.clock = folder, Clock()
+        self.place = Place(folder / "shared")
+        self.document = SignedDocument(
+            "tokens", self.place, KEY, Anchors("tokens", folder / "state", connect(redis_url), KEY)
+        )
+        self.copy = self.process()
+
+    def process(self) -> LocalCopy:
+        return LocalCopy(self.document, self.folder / "state", 60, self.clock)
+
+    def write(self, body: bytes) -> None:
+        self.document.write(self.document.read(), lambda _: body)
+        self.place.asked = 0
+
+
+@pytest.fixture
+def host(tmp_path: Path, redis_url: str) -> Host:
+    return Host(tmp_path, redis_url)
+
+
+def test_nothing_is_known_before_the_first_answer(host: Host) -> None:
+    with pytest.raises(Unavailable, match="not read yet"):
+        host.copy.current()
+    host.place.is_away = True
+    with pytest.raises(Unavailable):
+        host.copy.poll()
+    with pytest.raises(Unavailable):
+        host.copy.current()
+
+    host.place.is_away = False
+    host.copy.poll()
+    assert host.copy.current().body == b""
+
+
+def test_processes_of_a_host_ask_once_a_second(host: Host) -> None:
+    host.write(b"[1]")
+    processes = [host.process() for _ in range(5)]
+    for _ in range(10):
+        for process in processes:
+            process.poll()
+        host.clock.now += 1
+    assert host.place.asked == 10
+    assert [process.current().body for process in processes] == [b"[1]"] * 5
+
+
+def test_a_change_is_seen_by_all_processes_after_one_asked(host: Host) -> None:
+    host.write(b"[1]")
+    other = host.process()
+    host.copy.poll()
+    assert other.current().body == b"[1]"
+    host.write(b"[2]")
+    assert other.current().body == b"[1]"
+    host.clock.now += 1
+    host.copy.poll()
+    assert other.current().body == b"[2]"
+
+
+@pytest.mark.parametrize(
+    ("age_s", "fits"), [(0, True), (59.9, True), (60.1, False), (-1.5, True), (-3, False)]
+)
+def test_a_copy_is_used_for_so_long_without_an_answer(host: Host, age_s: float, *, fits: bool) -> None:
+    """A clock that was set back makes it too old, not too young."""
+    host.write(b"[1]")
+    host.copy.poll()
+    host.place.is_away = True
+    host.clock.now += age_s
+
+    if fits:
+        assert host.copy.current().body == b"[1]"
+    else:
+        with pytest.raises(Unavailable, match="too long"):
+            host.copy.current()
+    host.place.is_away = False
+    host.copy.reread()
+    assert host.copy.current().body == b"[1]"
+
+
+def test_an_answer_counts_from_when_it_was_asked_for(host: Host) -> None:
+    host.write(b"[1]")
+
+    def slow() -> None:
+        host.clock.now += 30
+
+    host.place.before = slow
+    host.copy.poll()
+    host.place.before = lambda: None
+    host.clock.now += 31
+    with pytest.raises(Unavailable):
+        host.copy.current()
+
+
+def test_callers_that_wait_share_an_answer_that_was_asked_for_after_they_came(host: Host) -> None:
+    host.write(b"[1]")
+    host.place.before = lambda: time.sleep(0.3)
+    threads = [threading.Thread(target=host.copy.reread) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert host.place.asked <= 2
+    host.write(b"[2]")
+    begun = time.monotonic()
+    host.copy.reread()
+    assert host.copy.current().body == b"[2]", "an answer from before it came is none"
+    assert time.monotonic() - begun < 3
+
+
+def test_a_failure_is_shared_too(host: Host) -> None:
+    """A token that could not be looked for is not unknown."""
+    host.write(b"[1]")
+    host.place.is_away = True
+    host.place.before = lambda: time.sleep(0.3)
+    failures: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            host.copy.reread()
+        except Unavailable as exc:
+            failures.append(exc)
+
+    threads = [threading.Thread(target=ask) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(failures) == 5
+
+
+def test_a_damaged_copy_is_replaced(host: Host) -> None:
+    host.write(b"[1]")
+    host.copy.poll()
+    path = host.folder / "state/tokens.copy"
+    for content in (b"", b"junk", path.read_bytes().replace(b"[1]", b"[9]")):
+        path.unlink()
+        path.write_bytes(content)
+        with pytest.raises(Unavailable):
+            host.process().current()
+        host.process().reread()
+        assert host.process().current().body == b"[1]"
+
+
+def test_a_poll_goes_on_while_the_place_is_away(host: Host) -> None:
+    host.write(b"[1]")
+    copy = LocalCopy(host.document, host.folder / "state", 60)
+    poll = CopyPoll(copy)
+    host.place.is_away = True
+    poll.start()
+    try:
+        until(lambda: host.place.asked > 1, "it asks again")
+        host.place.is_away = False
+        until((host.folder / "state/tokens.copy").exists, "it has an answer")
+        assert copy.current().body == b"[1]"
+    finally:
+        poll.stop(5)

@@ -1,0 +1,376 @@
+"""Signed documents at each place: changes by several hosts, lost answers, old and forged documents."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import redis
+
+from kms_core.s3.bucket import Bucket
+from kms_core.s3.connection import Credentials, S3Connection, S3Endpoint
+from kms_core.signed_documents import Anchors, FilePlace, ObjectPlace, Place, SignedDocument, Version
+from kms_protocol.errors import ConfigurationError, DocumentOutdated, InvalidRequest, Unavailable
+from support import object_stores
+from support.job_stores import connect
+from support.object_stores import Meddle, ObjectStore, Seen, Way
+from support.redis_servers import Server, server
+
+KEY: Final = b"d" * 32
+NOWHERE: Final = "unix:///nonexistent/valkey.sock"
+STORES: Final = {"weed": object_stores.weed, "moto": object_stores.moto}
+
+
+@dataclass
+class Site:
+    """A place that hosts share, and a way to put other bytes there."""
+
+    place: Callable[[], Place]
+    get: Callable[[], bytes]
+    put: Callable[[bytes], object]
+    remove: Callable[[], object]
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with server(tmp_path_factory.mktemp("redis") / "own", None, appends=False) as started:
+        yield started
+
+
+@pytest.fixture
+def admin(running: Server) -> Any:  # noqa: ANN401 -- of redis-py, whose annotations cover async clients too
+    client = running.admin()
+    client.flushdb()
+    return client
+
+
+LINES: Final[list[S3Connection]] = []
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    """No connection is left open."""
+    yield
+    while LINES:
+        LINES.pop().close()
+
+
+def object_place(store: ObjectStore, bucket: str, url: str = "") -> ObjectPlace:
+    known = Credentials(object_stores.ACCESS_KEY, object_stores.SECRET)
+    endpoint = S3Endpoint(url or store.url, "us-east-1", lambda: known, None, 20.0)
+    LINES.append(S3Connection(endpoint, first_wait_s=0.01))
+    return ObjectPlace(Bucket(bucket, LINES[-1], path_style=True), "state/tokens")
+
+
+@pytest.fixture(params=["file", *STORES])
+def site(request: pytest.FixtureRequest, tmp_path: Path) -> Site:
+    if request.param == "file":
+        path = tmp_path / "shared/document"
+        return Site(lambda: FilePlace(path), path.read_bytes, path.write_bytes, path.unlink)
+    store = STORES[request.param]()
+    bucket = store.new()
+    return Site(
+        lambda: object_place(store, bucket.name),
+        lambda: bucket.get("state/tokens"),
+        lambda data: bucket.put("state/tokens", data),
+        lambda: store.admin.delete_object(Bucket=bucket.name, Key="state/tokens"),
+    )
+
+
+class Hosts:
+    """Hosts that share a place and Redis; each has its own state directory."""
+
+    def __init__(self, folder: Path, client: redis.Redis) -> None:
+        self.folder, self.client = folder, client
+
+    def host(self, name: str, place: Place, client: redis.Redis | None = None) -> SignedDocument:
+        anchors = Anchors("tokens", self.folder / name, client or self.client, KEY)
+        return SignedDocument("tokens", place, KEY, anchors)
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, running: Server, admin: object) -> Hosts:
+    del admin
+    return Hosts(tmp_path, connect(running.url()))
+
+
+def added(*words: str) -> Callable[[bytes], bytes]:
+    """An edit that adds words to a list."""
+    return lambda body: json.dumps([*json.loads(body or b"[]"), *words]).encode()
+
+
+def words(version: Version) -> list[str]:
+    found: list[str] = json.loads(version.body or b"[]")
+    return found
+
+
+def test_what_one_host_writes_others_read(site: Site, hosts: Hosts) -> None:
+    one, two = hosts.host("one", site.place()), hosts.host("two", site.place())
+    empty = one.read()
+    assert (empty.generation, words(empty)) == (0, [])
+
+    first = one.write(empty, added("a"))
+    assert (first.generation, words(first)) == (1, ["a"])
+    seen = two.read()
+    assert (seen.generation, seen.write_id, words(seen)) == (1, first.write_id, ["a"])
+    assert two.read(seen) is seen, "it has not changed"
+    second = two.write(seen, added("b"))
+    assert words(one.read(first)) == ["a", "b"]
+    assert second.earlier == (first.write_id,)
+
+
+def test_a_change_of_an_old_version_is_made_again_on_the_newest(site: Site, hosts: Hosts) -> None:
+    one, two = hosts.host("one", site.place()), hosts.host("two", site.place())
+    old = one.read()
+    two.write(two.read(), added("two"))
+
+    assert words(one.write(old, added("one"))) == ["two", "one"]
+
+
+def test_of_concurrent_changes_none_is_lost(site: Site, hosts: Hosts) -> None:
+    failures: list[Exception] = []
+
+    def work(name: str) -> None:
+        document = hosts.host(name, site.place())
+        try:
+            for number in range(5):
+                document.write(document.read(), added(f"{name}-{number}"))
+        except Exception as exc:  # noqa: BLE001 -- of a thread
+            failures.append(exc)
+
+    threads = [threading.Thread(target=work, args=(f"h{number}",)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    final = hosts.host("h0", site.place()).read()
+    assert sorted(words(final)) == sorted(f"h{host}-{number}" for host in range(4) for number in range(5))
+    assert final.generation == 20
+
+
+def test_a_version_that_was_overtaken_while_it_was_read_is_read_again(site: Site, hosts: Hosts) -> None:
+    """Others write between the answer of the place and that of Redis."""
+    one, two = hosts.host("one", site.place()), hosts.host("two", site.place())
+    one.write(one.read(), added("a"))
+    read, overtaken = two.place.read, list[Version]()
+
+    def slow(unless: str = "") -> tuple[bytes | None, str]:
+        found = read(unless)
+        if not overtaken:
+            overtaken.append(one.write(one.read(), added("b")))
+        return found
+
+    two.place.read = slow  # type: ignore[method-assign]
+    assert words(two.read()) == ["a", "b"]
+
+
+def test_an_old_document_that_is_put_back_is_refused_on_every_host(site: Site, hosts: Hosts) -> None:
+    one, two = hosts.host("one", site.place()), hosts.host("two", site.place())
+    one.write(one.read(), added("a"))
+    two.read()
+    past = site.get()
+    two.write(two.read(), added("b"))
+    one.read()
+    site.put(past)
+
+    for document in (
+        one,
+        two,
+        hosts.host("new", site.place()),
+        hosts.host("one", site.place(), connect(NOWHERE)),
+    ):
+        with pytest.raises(DocumentOutdated, match=r"generation 1,.*generation 2,.*kms token adopt"):
+            document.read()
+    with pytest.raises(DocumentOutdated):
+        one.write(one.open(past, "x"), added("c"))
+
+
+def test_a_document_that_is_deleted_is_refused(site: Site, hosts: Hosts) -> None:
+    one = hosts.host("one", site.place())
+    one.write(one.read(), added("a"))
+    site.remove()
+
+    with pytest.raises(DocumentOutdated):
+        one.read()
+    with pytest.raises(DocumentOutdated):
+        hosts.host("new", site.place()).read()
+
+
+def test_another_document_of_the_same_generation_is_refused(site: Site, hosts: Hosts) -> None:
+    """Two histories, as after a restore: neither is the newest."""
+    one = hosts.host("one", site.place())
+    first = one.write(one.read(), added("a"))
+    past = site.get()
+    one.write(first, added("b"))
+    site.put(past)
+    hosts.client.delete("kms:document:tokens")
+    elsewhere = hosts.host("two", site.place())
+    elsewhere.adopt(added())
+    assert elsewhere.read().generation == 2
+
+    with pytest.raises(DocumentOutdated):
+        one.read()
+
+
+def test_a_new_host_asks_the_operator_where_redis_knows_nothing(site: Site, hosts: Hosts, admin: Any) -> None:  # noqa: ANN401 -- as above
+    one = hosts.host("one", site.place())
+    one.write(one.read(), added("a"))
+    assert words(hosts.host("two", site.place()).read()) == ["a"], "Redis vouches for it"
+    admin.flushdb()
+
+    new = hosts.host("three", site.place())
+    with pytest.raises(DocumentOutdated, match="kms token adopt"):
+        new.read()
+    assert new.adopt(added()).generation == 2
+    for name in ("one", "two", "three", "four"):
+        assert words(hosts.host(name, site.place()).read()) == ["a"]
+
+
+def test_an_old_document_is_adopted_above_all_that_was_seen(site: Site, hosts: Hosts) -> None:
+    one = hosts.host("one", site.place())
+    one.write(one.read(), added("a"))
+    past = site.get()
+    for _ in range(3):
+        one.write(one.read(), added("b"))
+    site.put(past)
+
+    assert one.adopt(added()).generation == 5
+    assert words(hosts.host("two", site.place()).read()) == words(one.read()) == ["a"]
+
+
+def test_a_host_that_knows_no_generation_waits_for_redis(site: Site, hosts: Hosts) -> None:
+    one = hosts.host("one", site.place())
+    one.write(one.read(), added("a"))
+
+    with pytest.raises(Unavailable, match="Redis"):
+        hosts.host("new", site.place(), connect(NOWHERE)).read()
+    assert words(hosts.host("one", site.place(), connect(NOWHERE)).read()) == ["a"]
+
+
+def test_an_anchor_in_redis_that_others_wrote_counts_as_none(site: Site, hosts: Hosts, admin: Any) -> None:  # noqa: ANN401 -- as above
+    one = hosts.host("one", site.place())
+    one.write(one.read(), added("a"))
+    for forged in (b"", b"x", b"0" * 64 + b' {"generation":999,"write_id":"x"}'):
+        admin.set("kms:document:tokens", forged)
+        assert words(one.read()) == ["a"]
+        assert words(hosts.host(f"new-{len(forged)}", site.place()).read()) == ["a"], (
+            "host one raised it again"
+        )
+
+
+@pytest.mark.parametrize(
+    "change", [lambda raw: raw.replace(b'"a"', b'"z"'), lambda raw: raw[:-66], lambda _: b"{}"]
+)
+def test_a_document_that_others_changed_is_refused(
+    site: Site, hosts: Hosts, change: Callable[[bytes], bytes]
+) -> None:
+    one = hosts.host("one", site.place())
+    one.write(one.read(), added("a"))
+    site.put(change(site.get()))
+
+    with pytest.raises(ConfigurationError, match="changed by others"):
+        one.read()
+
+
+def test_a_document_is_signed_for_one_name_and_one_key(hosts: Hosts, tmp_path: Path) -> None:
+    place = FilePlace(tmp_path / "document")
+    one = hosts.host("one", place)
+    one.write(one.read(), added("a"))
+
+    with pytest.raises(ConfigurationError, match="another document"):
+        SignedDocument("states", place, KEY, Anchors("states", tmp_path, None, KEY)).read()
+    with pytest.raises(ConfigurationError, match="another spool key"):
+        SignedDocument("tokens", place, b"e" * 32, Anchors("tokens", tmp_path, None, KEY)).read()
+
+
+def test_a_document_has_a_bound(hosts: Hosts, tmp_path: Path) -> None:
+    one = hosts.host("one", FilePlace(tmp_path / "document"))
+
+    with pytest.raises(InvalidRequest, match="4 MiB"):
+        one.write(one.read(), added("x" * 5_000_000))
+
+
+# -- answers that are lost, and stores that cannot -----------------------------------------------------------
+
+
+@pytest.fixture(params=sorted(STORES))
+def store(request: pytest.FixtureRequest) -> ObjectStore:
+    return STORES[request.param]()
+
+
+@pytest.mark.parametrize("lost", [1, 4, 5])
+def test_a_lost_answer_is_settled_by_the_write_id(store: ObjectStore, hosts: Hosts, lost: int) -> None:
+    """Each request is tried four times; the second finds what the first has written."""
+    bucket = store.new()
+    puts: list[Seen] = []
+
+    def meddle(seen: Seen) -> int | None:
+        if seen.name != "PutObject" or seen.path.endswith(".probe"):
+            return None
+        puts.append(seen)
+        return 0 if len(puts) <= lost else None
+
+    with Way(store, meddle) as way:
+        one = hosts.host("one", object_place(store, bucket.name, way.url))
+        made = one.write(one.read(), added("a"))
+        assert (made.generation, words(made)) == (1, ["a"])
+        puts.clear()
+        again = one.write(made, added("b"))
+        assert words(again) == ["a", "b"], "and no change is made twice"
+        assert again.generation == 2
+
+
+def test_a_large_object_in_place_of_the_probe_stops_no_change(store: ObjectStore, hosts: Hosts) -> None:
+    """Or one write to the bucket would keep a token from being revoked."""
+    bucket = store.new()
+    bucket.put("state/tokens.probe", bytes(9 * 1024 * 1024))
+    one = hosts.host("one", object_place(store, bucket.name))
+
+    assert words(one.write(one.read(), added("a"))) == ["a"]
+
+
+def test_a_store_that_is_away_changes_nothing(store: ObjectStore, hosts: Hosts) -> None:
+    bucket = store.new()
+    with Way(store, lambda seen: 503 if seen.name == "PutObject" else None) as way:
+        one = hosts.host("one", object_place(store, bucket.name, way.url))
+        with pytest.raises(Unavailable):
+            one.write(one.read(), added("a"))
+    assert bucket.keys() == set()
+
+
+def stripped(*names: str) -> Meddle:
+    """A store that does not know these headers."""
+
+    def meddle(seen: Seen) -> int | None:
+        for name in names if seen.method == "PUT" else ():
+            seen.headers.pop(name, None)
+        return None
+
+    return meddle
+
+
+@pytest.mark.parametrize("header", ["if-match", "if-none-match"])
+def test_a_bucket_that_ignores_conditions_is_refused(hosts: Hosts, header: str) -> None:
+    store = object_stores.moto()  # which checks no signature
+    bucket = store.new()
+    with Way(store, stripped(header)) as way:
+        one = hosts.host("one", object_place(store, bucket.name, way.url))
+        with pytest.raises(ConfigurationError, match=f"(?i)ignores {header} on writes"):
+            one.place.check()
+        with pytest.raises(ConfigurationError, match=r"docs/hosts\.md"):
+            one.write(one.read(), added("a"))
+    assert bucket.keys() == {"state/tokens.probe"}
+
+
+def test_a_bucket_that_holds_conditions_is_probed_once_for_a_process(store: ObjectStore) -> None:
+    bucket = store.new()
+    with Way(store) as way:
+        place = object_place(store, bucket.name, way.url)
+        place.check()
+        before = len(way.seen)
+        place.check()
+        assert len(way.seen) == before > 0
