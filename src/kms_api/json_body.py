@@ -122,7 +122,10 @@ async def _read_into(
 
 
 def _too_large(limit_bytes: int) -> TooLarge:
-    return TooLarge(f"The body exceeds {limit_bytes} bytes: use the job API")
+    return TooLarge(
+        f"The body exceeds {limit_bytes:,} bytes: use `kms encrypt-file` or `kms decrypt-file`, "
+        "or stream items to POST /jobs?kind=…"
+    )
 
 
 def decode(body: bytes | msgspec.Raw, shape: type[T], *, is_lenient: bool = False) -> T:

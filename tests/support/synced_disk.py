@@ -59,20 +59,24 @@ class SyncedDisk:
         """Leave in ``folder`` only what was synced. No process may use it."""
         kept = folder.with_name(f"{folder.name}.cut")
         there = {path.lstat().st_ino: path for path in folder.rglob("*")}
-        self._restore(folder.stat().st_ino, kept, there)
+        self._restore(folder.stat().st_ino, kept, there, set())
         shutil.rmtree(folder)
         kept.rename(folder)
 
-    def _restore(self, inode: int, path: Path, there: dict[int, Path]) -> None:
+    def _restore(self, inode: int, path: Path, there: dict[int, Path], moved: set[int]) -> None:
+        """Make a directory of what was synced. Files are moved into it, since a copy has another inode."""
         path.mkdir(mode=0o700)
         folder = self._of(inode, "folder")
         for name, each in json.loads(folder.read_bytes()).items() if folder.exists() else ():
             content, at = self._of(each, "file"), path / name
             if not content.exists():
-                self._restore(each, at, there)
+                self._restore(each, at, there, moved)
                 continue
-            if each in there:  # else its name was removed, and that was not synced
+            if each in moved:
                 at.hardlink_to(there[each])
+            elif each in there:  # else its name was removed, and that was not synced
+                there[each] = there[each].rename(at)
+                moved.add(each)
             at.write_bytes(content.read_bytes())
             for attribute in os.listxattr(at):
                 os.removexattr(at, attribute)
