@@ -1,7 +1,7 @@
 """Rotates keys that are due: by the age of a version, or by the number of messages that it sealed.
 
-A version is due after ``every_days`` (0: never), or, with ``budget_rotates``, after ``BUDGET_MESSAGES``. A
-used budget is always logged.
+A version is due after ``every_days`` or ``BUDGET_MESSAGES``; never where ``every_days`` is 0. A used budget
+is always logged.
 
 ``docs/backends.md`` says what a new version is in each backend.
 """
@@ -40,7 +40,7 @@ class RotationState:
     def due(self, now: datetime, rules: RotationSection) -> bool:
         """Return whether a rotation is due, by age or by budget."""
         is_old = self.due_at is not None and now >= self.due_at
-        return is_old or (rules.budget_rotates and self.budget >= 1)
+        return is_old or (rules.every_days > 0 and self.budget >= 1)
 
 
 def state_of(key: Key, backend: Backend, counts: Mapping[str, int], rules: RotationSection) -> RotationState:

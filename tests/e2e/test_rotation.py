@@ -131,14 +131,14 @@ def test_a_key_of_unknown_age_is_left_alone(core: Core, backend: AgeBackend) -> 
     assert len(backend.versions()) == 1
 
 
-@pytest.mark.parametrize(("rotates", "versions"), [(True, 2), (False, 1)])
-def test_a_spent_budget_rotates_if_told_so(
-    core: Core, backend: AgeBackend, monkeypatch: pytest.MonkeyPatch, *, rotates: bool, versions: int
+@pytest.mark.parametrize(("every_days", "versions"), [(90, 2), (0, 1)])
+def test_a_spent_budget_rotates_where_there_is_a_schedule(
+    core: Core, backend: AgeBackend, monkeypatch: pytest.MonkeyPatch, *, every_days: int, versions: int
 ) -> None:
     monkeypatch.setattr(key_rotation, "BUDGET_MESSAGES", 10)
     mine = over(core, Key("payroll", backend))
     seal(mine.kms, 10)
-    look_after(mine, RotationSection(budget_rotates=rotates), "w1")
+    look_after(mine, RotationSection(every_days=every_days), "w1")
 
     assert len(backend.versions()) == versions
 
@@ -235,7 +235,7 @@ def test_a_rotation_is_on_record_before_and_after_it(core: Core, backend: AgeBac
     [
         lambda core: core.kms.rotate(WHO, "payroll"),
         lambda core: look_after(core, RotationSection(every_days=30), "w1"),
-        lambda core: look_after(core, RotationSection(every_days=0, budget_rotates=True), "w1"),
+        lambda core: look_after(core, RotationSection(every_days=30_000), "w1"),
     ],
     ids=["by hand", "by age", "by budget"],
 )

@@ -264,7 +264,6 @@ class JobsSection(Section, frozen=True, kw_only=True):
     resource_leases: dict[str, Positive] = field(default_factory=dict)
     reserved_processes: Annotated[int, Meta(ge=0)] = 1
     source_max_bytes: Positive = 1024 * GiB
-    source_max_hole_bytes: Annotated[int, Meta(ge=0)] = 4 * GiB
     fanout_files: Positive = 100_000
     queues: tuple[Queue, ...] = ("kms.bulk", "kms.files", "kms.maintenance")
     endpoints: dict[KeyId, EndpointSection] = field(default_factory=dict)
@@ -307,10 +306,12 @@ class AuditSection(Section, frozen=True, kw_only=True):
 
 
 class RotationSection(Section, frozen=True, kw_only=True):
-    """``[kms.rotation]``: new key versions made by the workers; ``every_days`` 0 disables the schedule."""
+    """``[kms.rotation]``: new key versions made by the workers; ``every_days`` 0 disables the schedule.
+
+    A schedule also replaces a version that has sealed as many messages as it may.
+    """
 
     every_days: Annotated[int, Meta(ge=0)] = 90
-    budget_rotates: bool = False
 
 
 class LogSection(Section, frozen=True, kw_only=True):

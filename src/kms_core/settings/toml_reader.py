@@ -51,6 +51,8 @@ _REPLACED: Final = {  # names below [kms], by what takes their place
     ),
     "trusted proxies send X-Forwarded-For": "server.proxy_header",
     "only a credential whose scope names rotate makes new versions": "rotation.max_per_hour",
+    "rotation.every_days above 0 also replaces a version whose budget is used": "rotation.budget_rotates",
+    "the bound is 4 GiB: fill the holes of a source (cp --sparse=never)": "jobs.source_max_hole_bytes",
 }
 REMOVED: Final[Mapping[str, str]] = {
     f"kms.{name}": instead for instead, names in _REPLACED.items() for name in names.split()

@@ -305,7 +305,7 @@ NO_VALUE_WEAKENS = {  # why no value of these settings is told
         tenants.*.requests_per_s tenants.*.burst tenants.*.open_jobs tenants.*.spool_bytes
         server.processes server.client_ca server.client_crl server.client_cert server.uploads
         jobs.concurrency jobs.open_jobs jobs.tenant_leases jobs.tenant_spool_bytes jobs.reserved_processes
-        jobs.source_max_bytes jobs.source_max_hole_bytes jobs.fanout_files jobs.queues
+        jobs.source_max_bytes jobs.fanout_files jobs.queues
         jobs.buckets.*.timeout_s audit.path audit.keep_days
         audit.checkpoint_lines
     """,
@@ -313,7 +313,7 @@ NO_VALUE_WEAKENS = {  # why no value of these settings is told
         environment dev_backend prod_backend environments.*.backend keys default_key_id bind port
         state_dir log.level log.format facade.enabled server.docs
         jobs.buckets.*.path_style jobs.buckets.*.allow_http jobs.buckets.*.ca_file
-        audit.checkpoint_s audit.anchor_dir audit.copies rotation.every_days rotation.budget_rotates
+        audit.checkpoint_s audit.anchor_dir audit.copies rotation.every_days
         traces.enabled
     """,
     "a credential of its own; a literal is refused in prod": """

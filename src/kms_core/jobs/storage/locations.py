@@ -37,7 +37,9 @@ from kms_core.jobs.storage.s3 import (
 )
 from kms_core.settings.model import JobsSection
 from kms_protocol.errors import PathRefused, TooLarge
+from kms_protocol.units import GiB
 
+MOST_HOLE_BYTES: Final = 4 * GiB  # of a source
 _BLOCK_BYTES: Final = 512  # of st_blocks, whatever the file system's own are
 _MOST_HOLES: Final = 10_000
 
@@ -61,8 +63,7 @@ def check_holes(fd: int, most_bytes: int) -> None:
     missing = found.st_size - found.st_blocks * _BLOCK_BYTES
     if missing > most_bytes and holes(fd, found.st_size, missing) > most_bytes:
         raise TooLarge(
-            f"The source is sparse, with more than {most_bytes} bytes of holes: fill them "
-            "(cp --sparse=never), or raise [kms.jobs] source_max_hole_bytes"
+            f"The source is sparse, with more than {most_bytes} bytes of holes: fill them (cp --sparse=never)"
         )
 
 
@@ -138,7 +139,7 @@ class Locations:
         with self.roots.open_source(url) as file:
             self._check_size(file.reader.size)
             with file_errors():
-                check_holes(file.fd, self.limits.source_max_hole_bytes)
+                check_holes(file.fd, MOST_HOLE_BYTES)
             yield file
 
     def _check_size(self, size_bytes: int) -> None:

@@ -16,6 +16,7 @@ from kms_core.jobs.execution.lease import FoundLarge, Lease
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Attempt, part_id
 from kms_core.jobs.spec import FILES, QUEUES
+from kms_core.jobs.storage import locations
 from kms_core.jobs.storage.local import Roots
 from kms_core.jobs.storage.locations import check_holes
 from kms_core.jobs.store.store import JobStore
@@ -419,15 +420,15 @@ def test_file_that_grows_above_the_bound_after_it_was_accepted(core: Core, files
 
 
 def test_source_above_the_bounds_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    limits = "[kms.jobs]\nsource_max_bytes = 10_000_000\nsource_max_hole_bytes = 1_000_000\n"
+    limits = f"[kms.jobs]\nsource_max_bytes = {6 * GIB}\n"
     with Guarded(tmp_path, f"{REQUIRED}{limits}") as install:
         install.start("api")
         who = filing(install)
-        (install.files / "large").write_bytes(bytes(10_000_001))
-        sparse(install.files / "sparse", 1_100_000)
+        sparse(install.files / "large", 6 * GIB + 1)
+        sparse(install.files / "sparse", 5 * GIB)
         (install.files / "fits").write_bytes(os.urandom(10_000_000))
 
-        for name, text in (("large", b"source_max_bytes"), ("sparse", b"source_max_hole_bytes")):
+        for name, text in (("large", b"source_max_bytes"), ("sparse", b"cp --sparse=never")):
             answer = call(install, who, encrypting(install.files / name))
             check_problem(answer, 413, "too_large")
             assert text in answer.content
@@ -447,10 +448,10 @@ def test_object_above_the_bound_is_refused(bench: Bench) -> None:
 
 
 def test_target_without_room_is_refused_when_the_job_is_accepted_and_when_it_runs(
-    tmp_path: Path, redis_url: str
+    tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits = "".join(f"source_max_{what} = {1024**5}\n" for what in ("bytes", "hole_bytes"))
-    install = Guarded(tmp_path, f"[kms.jobs]\n{limits}", redis_url)
+    monkeypatch.setattr(locations, "MOST_HOLE_BYTES", 1024**5)
+    install = Guarded(tmp_path, f"[kms.jobs]\nsource_max_bytes = {1024**5}\n", redis_url)
     core, files = core_of(install), install.files
     free = os.statvfs(files)
     (files / "in").write_bytes(b"x")
