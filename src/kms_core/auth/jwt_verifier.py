@@ -45,18 +45,16 @@ from kms_protocol import small_files
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, KmsError, Unauthenticated, Unavailable
 from kms_protocol.wire import NOT_JSON
 
-PATH: Final = "/apis/authentication.k8s.io/v1/tokenreviews"
-AWAY: Final = "The API server that reviews this token does not answer as it should"
-
-# Public keys of issuers of JWTs (JWKS, RFC 7517), from a file or by HTTPS.
-#
-# Only asymmetric signature keys are used. Each key has the algorithms that fit it (RFC 8725 §3.1), so that
-# a token cannot choose. The URL of a key set may come from OpenID Connect Discovery 1.0 §4.
-
 AGAIN_S: Final = 5.0
 _KEEP_S: Final = 60.0
 _MOST_KEPT: Final = 4096
 _log = structlog.get_logger(__name__)
+
+
+# Reviews of tokens by a Kubernetes API server (TokenReview, authentication.k8s.io/v1).
+
+_REVIEWS: Final = "/apis/authentication.k8s.io/v1/tokenreviews"
+_NO_REVIEW: Final = "The API server that reviews this token does not answer as it should"
 
 
 class _User(msgspec.Struct):
@@ -109,13 +107,13 @@ class Reviews:
         try:
             own = small_files.read(self._token_file).decode("ascii").strip()
             headers = {"Authorization": f"Bearer {own}"}
-            answer = self._server.call("POST", PATH, msgspec.json.encode(asked), headers=headers)
+            answer = self._server.call("POST", _REVIEWS, msgspec.json.encode(asked), headers=headers)
             if not answer.ok:
                 raise answer.unexpected_error()
             status = answer.read(_Review).status
         except (BackendUnavailable, OSError, ValueError) as exc:
             _log.warning("token_review.failed", error=type(exc).__name__)
-            raise Unavailable(AWAY, retry_after_s=AGAIN_S) from exc
+            raise Unavailable(_NO_REVIEW, retry_after_s=AGAIN_S) from exc
         # An API server that knows no audiences leaves them out, and has accepted any.
         is_for_us = self._audience in status.audiences
         if not status.authenticated or status.error or not is_for_us or not status.user.username:
@@ -125,6 +123,11 @@ class Reviews:
             if len(self._accepted) > _MOST_KEPT:
                 self._accepted.popitem(last=False)
 
+
+# Public keys of issuers of JWTs (JWKS, RFC 7517), from a file or by HTTPS.
+#
+# Only asymmetric signature keys are used. Each key has the algorithms that fit it (RFC 8725 §3.1), so that
+# a token cannot choose. The URL of a key set may come from OpenID Connect Discovery 1.0 §4.
 
 WELL_KNOWN: Final = "/.well-known/openid-configuration"
 _WITHIN_S: Final = 10.0
