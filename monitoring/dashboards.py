@@ -43,6 +43,7 @@ KMS_URL: Final = "http://localhost:8082"
 RUNBOOKS: Final = "${kms_url}/ui/runbooks"
 BACKEND: Final = 'backend=~"$backend"'
 KIND: Final = 'kind=~"$kind"'
+OF_KIND: Final = 'operation=~"$kind"'
 OPERATIONS: Final = "kms_operation_duration_seconds_count"
 REQUESTS: Final = "kms_http_request_duration_seconds_count"
 API: Final = 'route!~"/livez|/readyz|/metrics|/docs|/openapi.json|unrouted"'
@@ -139,7 +140,7 @@ OVERVIEW: Final = Board(
         figure("Workers", "max(kms_workers)", tells="Worker processes seen in the last 5 seconds."),
         figure(
             "Dead letters",
-            "max(kms_dead_letters)",
+            'max(kms_jobs_in_state{state="dead"})',
             bad=1,
             tells="Jobs that used up their attempts: kms job dead.",
         ),
@@ -224,7 +225,7 @@ JOBS: Final = Board(
         ),
         figure(
             "Dead letters",
-            "max(kms_dead_letters)",
+            'max(kms_jobs_in_state{state="dead"})',
             bad=1,
             tells="Jobs that used up their attempts: kms job dead.",
         ),
@@ -261,20 +262,20 @@ JOBS: Final = Board(
         ),
         Panel(
             "Bytes",
-            [(per("kind", "kms_job_bytes_total", KIND), "{{kind}}")],
+            [(per("operation", "kms_payload_bytes_total", f'direction="in",{OF_KIND}'), "{{operation}}")],
             "Bps",
-            tells="Bytes a second that jobs read.",
+            tells="Bytes a second that jobs of these kinds read, and single calls that do the same.",
         ),
         Panel(
             "Taken up again",
             [(per("reason", "kms_job_resumes_total"), "{{reason}}")],
             "ops",
-            tells="requeued: a lease ran out; queued: a message was lost; committing: another finished it.",
+            tells="requeued: a lease ran out; committing: another finished it; stalled: an attempt hung.",
         ),
         Panel(
             "Attempts that hung, and processes that cannot be ended",
             [
-                (per("kind", "kms_job_stalls_total", KIND), "{{kind}} stalled"),
+                (per("reason", "kms_job_resumes_total", 'reason="stalled"'), "{{reason}}"),
                 ("max(kms_worker_stuck_processes)", "stuck processes"),
             ],
             tells="A dead mount, for example: the worker's log names the root.",
@@ -407,13 +408,10 @@ TRUST: Final = Board(
     (
         Panel(
             "Audit trail holds",
-            [
-                ("min(kms_audit_chain_ok)", "lines"),
-                ("min by (place) (kms_audit_anchors_ok)", "anchors: {{place}}"),
-            ],
+            [("min by (what) (kms_audit_ok)", "{{what}}")],
             kind="stat",
-            tells="0: lines were changed, cut or removed by another hand (KmsAuditBroken), or anchors name "
-            "lines that the trail lacks (KmsAuditOlderThanAnchors).",
+            tells="chain is 0: lines were changed, cut or removed by another hand (KmsAuditBroken). redis or "
+            "directory is 0: anchors there name lines that the trail lacks (KmsAuditOlderThanAnchors).",
         ),
         figure(
             "Audit failures",
@@ -502,12 +500,6 @@ TRUST: Final = Board(
             tells="How long ago each process last checked what is new in the trail.",
         ),
         Panel(
-            "Audit anchors to second places",
-            [(per("place, result", "kms_audit_anchors_total"), "{{place}} {{result}}")],
-            "ops",
-            tells="Anchors a second that went to Redis or a directory.",
-        ),
-        Panel(
             "What could be stronger",
             [("max by (setting) (kms_setting_weak)", "{{setting}}")],
             "short",
@@ -530,7 +522,7 @@ RUNTIME: Final = Board(
         figure("In flight", "sum(kms_inflight)", tells="Requests that are being answered now."),
         figure(
             "Redis",
-            "min(kms_redis_up)",
+            'min(kms_redis_ok{what="answers"})',
             tells="1: all processes reach Redis. 0: one does not, and jobs are refused there.",
         ),
         figure(
@@ -597,7 +589,7 @@ RUNTIME: Final = Board(
         ),
         Panel(
             "Spool, of its limit",
-            [("max(kms_spool_used_bytes / kms_spool_limit_bytes)", "used")],
+            [("max(kms_spool_used_ratio)", "used")],
             "percentunit",
             tells="Of spool_max_bytes. At 100 % uploads and results are refused with 507.",
         ),
@@ -610,15 +602,15 @@ RUNTIME: Final = Board(
         Panel(
             "Redis takes jobs, and changes that no replica acknowledged",
             [
-                ("min(kms_redis_writable)", "takes jobs"),
+                ('min(kms_redis_ok{what="writes"})', "takes jobs"),
                 ("sum(increase(kms_redis_unconfirmed_total[$__rate_interval]))", "unconfirmed"),
             ],
             tells="1: Redis takes writes. Unconfirmed changes may be lost with the primary.",
         ),
         Panel(
-            "Hosts, and those that differ in spool or Redis",
-            [("max(kms_hosts)", "hosts"), ("min by (instance) (kms_install_ok)", "{{instance}} fits")],
-            tells="Hosts that have been seen in 10 seconds. 0 for a host: KmsInstallSplit.",
+            "Hosts that differ in spool or Redis",
+            [("min by (instance) (kms_install_ok)", "{{instance}} fits")],
+            tells="0 for a host: KmsInstallSplit. kms doctor names the hosts that it sees.",
         ),
         Panel(
             "Clock ahead of Redis's",
@@ -627,10 +619,11 @@ RUNTIME: Final = Board(
             tells="By host. More than 2 s: KmsClockOff. Leases go by the clock of Redis.",
         ),
         Panel(
-            "Age of the tokens",
-            [("max by (instance) (kms_tokens_age_seconds)", "{{instance}}")],
+            "Age of documents",
+            [("max by (instance, document) (kms_document_age_seconds)", "{{instance}} {{document}}")],
             "s",
-            tells="Time since the document of the tokens was read. Above 10 s: KmsTokensLate.",
+            tells="Time since the documents of tokens and keys were read. Above 10 s: KmsTokensLate, "
+            "KmsKeyDocumentLate.",
         ),
     ),
 )

@@ -18,7 +18,6 @@ from kms_core.age.header import hkdf, is_age_file
 from kms_core.age.mlkem768x25519 import key_lines, parse_identity
 from kms_core.backends.key_files import appended
 from kms_core.envelope.sealed_files import FileSealer, SealedFiles, StoredKeys, root_of
-from kms_core.observability import metrics
 from kms_core.settings.model import Settings
 from kms_core.signed_documents import Anchors, Edit, FilePlace, LocalCopy, SignedDocument, Version
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, KmsError, Unavailable
@@ -212,12 +211,6 @@ def signed(settings: Settings, secret: bytes, name: str, url: str) -> SignedDocu
     anchor_key = hkdf(secret, salt=b"", info=INFO + b"/anchor/" + name.encode())  # of this document only
     anchors = Anchors(document, folder, client, anchor_key, f"kms keys adopt {name}")
     return SignedDocument(document, stores.place_of(settings, url), key, anchors)
-
-
-def copy_of(folder: Path, name: str, document: SignedDocument) -> LocalCopy:
-    """The copy on this host, which is used however old it is: identities are not revoked."""
-    gauge = metrics.KEY_DOCUMENT_AGE.labels(name)
-    return LocalCopy(document, folder, float("inf"), gauge=gauge)
 
 
 def _recipients(content: bytes) -> list[str]:

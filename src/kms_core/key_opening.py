@@ -38,6 +38,7 @@ from kms_core.key_documents import KeyDocument
 from kms_core.periodic import PeriodicThread, jittered_wait_s
 from kms_core.secure_memory import SharedSecrets
 from kms_core.settings.model import Settings
+from kms_core.signed_documents import LocalCopy
 from kms_protocol import small_files
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, KmsError, Unavailable
 
@@ -294,7 +295,8 @@ def _document(
     """Its MAC key is derived from the oldest secret of the spool key, which all hosts have."""
     secret = own_key(settings, SPOOL).secrets()[0]
     document = key_documents.signed(settings, secret, name, url)
-    copy = key_documents.copy_of(stores.documents_folder(settings), name, document)
+    folder = stores.documents_folder(settings)
+    copy = LocalCopy(document, folder, math.inf)  # however old it is: identities are not revoked
     return KeyDocument(name, document, copy, sealer, opened)
 
 

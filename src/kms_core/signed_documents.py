@@ -24,7 +24,6 @@ from typing import Any, Final, TypeAlias
 import msgspec
 import redis
 import structlog
-from prometheus_client import Gauge
 
 from kms_core import secure_files
 from kms_core.observability import metrics
@@ -437,13 +436,9 @@ class LocalCopy:
         folder: Path,
         max_stale_s: float,
         clock: Callable[[], float] = time.time,
-        gauge: Gauge = metrics.TOKENS_AGE,
     ) -> None:
-        """``max_stale_s``: seconds without an answer for which the copy is used; infinity: without bound.
-
-        ``gauge`` shows ``age_s``.
-        """
-        self.gauge = gauge
+        """``max_stale_s``: seconds without an answer for which the copy is used; infinity: without bound."""
+        self.gauge = metrics.DOCUMENT_AGE.labels(document.name)
         self._document, self._max_stale_s, self._clock = document, max_stale_s, clock
         self._path, self._lock_path = folder / f"{document.name}.copy", folder / f"{document.name}.lock"
         self._name = str(self._path)

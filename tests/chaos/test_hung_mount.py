@@ -72,7 +72,9 @@ def test_a_hung_mount_takes_no_other_queue_with_it(install: Service, disk: Froze
         assert "kms_worker_stuck_processes 2.0" in install.http.get("/metrics").text
         output = install.output("worker")
         assert output.count("worker.process_stuck") == 2
-        assert "job.stalled" in output  # each counts in kms_job_stalls_total
+        assert "job.stalled" in output
+        of_worker = install.http.get(f"http://127.0.0.1:{install.port + 1}/metrics").text
+        assert 'kms_job_resumes_total{reason="stalled"} 2.0' in of_worker
         assert len(stuck(install)) == 2, "no third process was lost to it"
         for job_id in hung:
             assert install.job(job_id)["state"] == "queued"

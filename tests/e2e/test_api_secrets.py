@@ -398,7 +398,7 @@ def test_probes_answer_without_redis(strict: Service) -> None:
             "spool": "available",
         },
     )
-    assert "kms_redis_up 0.0" in strict.http.get("/metrics").text
+    assert 'kms_redis_ok{what="answers"} 0.0' in strict.http.get("/metrics").text
 
 
 def test_probes_say_that_jobs_are_there(service: Service) -> None:
@@ -410,7 +410,7 @@ def test_probes_say_that_jobs_are_there(service: Service) -> None:
         "keys": "available",
         "spool": "available",
     }
-    assert "kms_redis_up 1.0" in service.http.get("/metrics").text
+    assert 'kms_redis_ok{what="answers"} 1.0' in service.http.get("/metrics").text
 
 
 def test_every_operation_leaves_an_audit_line(service: Service) -> None:

@@ -91,8 +91,7 @@ def test_a_log_put_back_while_nothing_runs_is_found_by_all(own: Service) -> None
 
     own.start("api")
     until(lambda: "audit_anchors" in degraded(own), "the service says so")
-    place = "directory" if (own.state.parent / "second").exists() else "redis"
-    assert f'kms_audit_anchors_ok{{place="{place}"}} 0.0' in own.http.get("/metrics").text
+    assert anchors_lack_lines(own, own.port)
     assert "audit.anchor_ahead" in own.output("api")
     assert "KmsAuditOlderThanAnchors" in own.http.get("/ui").text
     assert own.http.get("/readyz").status_code == 200, "it still takes records"
@@ -129,12 +128,14 @@ def test_a_worker_tells_too(own: Service) -> None:
     older.put_back()
     own.start("worker")
 
-    metrics = f"http://127.0.0.1:{own.port + 1}/metrics"
-    until(lambda: "} 0.0" in line_of(own.http.get(metrics).text, "kms_audit_anchors_ok"), "it says so")
+    until(lambda: anchors_lack_lines(own, own.port + 1), "it says so")
 
 
-def line_of(text: str, name: str) -> str:
-    return next((line for line in text.splitlines() if line.startswith(name)), "")
+def anchors_lack_lines(own: Service, port: int) -> bool:
+    """What the metrics of the process on a port say of the place that has the anchors."""
+    place = "directory" if (own.state.parent / "second").exists() else "redis"
+    text = own.http.get(f"http://127.0.0.1:{port}/metrics").text
+    return f'kms_audit_ok{{what="{place}"}} 0.0' in text
 
 
 def test_a_loss_is_acknowledged_on_record(own: Service) -> None:
@@ -200,7 +201,7 @@ def test_anchors_that_cannot_be_read_are_no_intact_log(tmp_path: Path) -> None:
 
         own.start("api")
         until(lambda: "audit_anchors_away" in degraded(own), "the service says so")
-        assert 'kms_audit_anchors_ok{place="redis"} NaN' in own.http.get("/metrics").text
+        assert 'kms_audit_ok{what="redis"} NaN' in own.http.get("/metrics").text
         assert "audit.anchors_away" in own.output("api")
 
 

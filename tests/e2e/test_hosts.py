@@ -17,7 +17,7 @@ import redis
 
 from kms_core.age import x25519
 from kms_core.auth.policy import Principal
-from kms_core.jobs.hosts.notes import LIVE_S
+from kms_core.jobs.hosts.notes import LIVE_S, HostNotes
 from kms_core.jobs.spec import BULK
 from kms_core.jobs.store import redis_keys
 from kms_core.jobs.submission.submitter import SubmissionOptions
@@ -82,8 +82,21 @@ def pair(tmp_path: Path, redis_url: str) -> Iterator[tuple[Host, Host]]:
         first.start("api")
         second = stack.enter_context(host(tmp_path / "2", redis_url, first))
         second.start()
-        until(lambda: "kms_hosts 2.0" in metrics(first), "the first host sees the second")
+        until_hosts_know_each_other(first, 2)
         yield first, second
+
+
+def until_hosts_know_each_other(of: Host, number: int) -> None:
+    """Wait until so many hosts are live. A host renews its note after it has read those of the others."""
+    notes = HostNotes(redis.Redis.from_url(of.environ["KMS_REDIS_URL"]))
+
+    def renewed(since: float) -> int:
+        live = notes.live(notes.now()[0]).values()
+        return sum(note.serving and note.seen > since for note in live)
+
+    until(lambda: renewed(0) == number, f"{number} hosts are live")
+    since, _ = notes.now()
+    until(lambda: renewed(since) == number, "each host has read the notes of the others")
 
 
 def metrics(of: Host) -> str:
@@ -102,7 +115,7 @@ def test_hosts_with_one_spool_work_on_each_others_jobs(pair: tuple[Host, Host], 
 
     third = host(tmp_path / "3", first.environ["KMS_REDIS_URL"], first)  # one that comes later
     with third.start("api"):
-        until(lambda: "kms_hosts 3.0" in metrics(first), "the first host sees the third")
+        until_hosts_know_each_other(first, 3)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

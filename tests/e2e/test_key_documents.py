@@ -221,7 +221,7 @@ def test_while_the_store_is_away_keys_go_on_and_hosts_start(
 
 def age_s(host: Host) -> float:
     text = httpx.get(f"http://127.0.0.1:{host.port + 1}/metrics", trust_env=False).text
-    return max(map(float, re.findall(r"^kms_key_document_age_seconds{.*} (\S+)$", text, re.MULTILINE)))
+    return max(map(float, re.findall(r'^kms_document_age_seconds{.*"key-.*} (\S+)$', text, re.MULTILINE)))
 
 
 def test_an_old_document_that_is_put_back_loses_no_version(hosts: tuple[Host, Host], store: Store) -> None:

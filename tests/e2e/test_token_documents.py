@@ -213,7 +213,7 @@ def test_while_the_store_is_away_tokens_work_until_the_copy_is_too_old(
 
 def age_s(host: Host) -> float:
     text = httpx.get(f"http://127.0.0.1:{host.port + 1}/metrics", trust_env=False).text
-    return max(map(float, re.findall(r"^kms_tokens_age_seconds(?:{.*})? (\S+)$", text, re.MULTILINE)))
+    return max(map(float, re.findall(r'^kms_document_age_seconds{.*"tokens".*} (\S+)$', text, re.MULTILINE)))
 
 
 def test_status_says_that_the_tokens_are_late_before_none_is_accepted(

@@ -223,7 +223,7 @@ def test_changed_audit_log_is_reported_on_pages_in_status_and_in_metrics(
         assert "a line was changed after it was written" in words(page)
         assert 'href="/ui/runbooks#kmsauditbroken"' in page.text
         assert "audit chain: records were changed" in words(service.http.get("/ui"))
-        assert "kms_audit_chain_ok 0.0" in service.http.get("/metrics").text
+        assert 'kms_audit_ok{what="chain"} 0.0' in service.http.get("/metrics").text
 
 
 def test_every_name_on_the_page_leads_to_a_runbook(service: Service, strict: Service) -> None:

@@ -1,5 +1,6 @@
 """Age keys in signed documents: what hosts read, when a new version is used, and what is refused."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -20,11 +21,11 @@ from kms_core.backends.age import RECHECK_S, AgeBackend
 from kms_core.envelope.binding import KeyRef
 from kms_core.envelope.sealed_files import FileSealer, NotOpenedYet
 from kms_core.http_client import Unreachable
-from kms_core.key_documents import PUBLISH_S, KeyBody, KeyDocument, copy_of
+from kms_core.key_documents import PUBLISH_S, KeyBody, KeyDocument
 from kms_core.key_opening import LOOK_S, InheritedFiles, KeyOpener
 from kms_core.keyring import Key
 from kms_core.secure_memory import SharedSecrets
-from kms_core.signed_documents import POLL_S, Anchors, FilePlace, SignedDocument
+from kms_core.signed_documents import POLL_S, Anchors, FilePlace, LocalCopy, SignedDocument
 from kms_protocol.errors import (
     BackendUnavailable,
     ConfigurationError,
@@ -87,7 +88,7 @@ class Host:
         self.folder = folder
         anchors = Anchors(f"key-{name}", folder, connect(redis_url), KEY, f"kms keys adopt {name}")
         self.document = SignedDocument(f"key-{name}", place, KEY, anchors)
-        self.copy = copy_of(folder, name, self.document)
+        self.copy = LocalCopy(self.document, folder, math.inf)
         memory = SharedSecrets.create()
         self.source = KeyDocument(name, self.document, self.copy, root, InheritedFiles(memory, root))
         self.opener = KeyOpener({}, root, memory, look_s=0.01)
@@ -458,7 +459,7 @@ def test_a_command_reads_the_document_itself_if_no_service_polls(
     folder = tmp_path / "command"
     anchors = Anchors("key-orders", folder, connect(redis_url), KEY)
     document = SignedDocument("key-orders", place, KEY, anchors)
-    source = KeyDocument(NAME, document, copy_of(folder, NAME, document), root)
+    source = KeyDocument(NAME, document, LocalCopy(document, folder, math.inf), root)
 
     assert AgeBackend(source).current_version() == version
     assert not folder.exists()

@@ -107,7 +107,7 @@ def test_a_changed_audit_log_wakes_somebody(
         running = Prometheus(tmp_path, service, alertmanager.address)
         try:
             service.encrypt(b"on record")
-            until(lambda: running.ask("kms_audit_chain_ok == 1"), "the audit log is checked")
+            until(lambda: running.ask('kms_audit_ok{what="chain"} == 1'), "the audit log is checked")
             assert came(receiver, "critical") == []
             (file,) = (service.state / "audit").glob("*.jsonl")
             file.write_bytes(file.read_bytes().replace(b'"encrypt"', b'"decrypt"', 1))

@@ -166,13 +166,11 @@ DECLARED: Final = KINDS.keys()
 MOVED_ELSEWHERE: Final = {
     "kms_auth_failures": "e2e/test_auth.py",
     "kms_client_crl_expires_timestamp_seconds": "e2e/test_auth_revocation.py",
-    "kms_job_stalls": "chaos/test_hung_mount.py",
-    "kms_key_document_age_seconds": "e2e/test_key_documents.py",
+    "kms_document_age_seconds": "e2e/test_token_documents.py",
     "kms_messages_refused": "chaos/test_poison.py",
     "kms_redis_unconfirmed": "peers/test_replicas.py",
     "kms_spool_blobs_refused": "kms_core/jobs/storage/test_spool_attacks.py",
     "kms_setting_weak": "monitoring/test_weak_settings.py",
-    "kms_tokens_age_seconds": "e2e/test_token_documents.py",
     "kms_worker_stuck_processes": "chaos/test_hung_mount.py",
 }
 """Metrics of what does not happen here, and the test that moves each."""

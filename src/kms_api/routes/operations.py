@@ -16,9 +16,7 @@ from kms_core.jobs.events.outbox import Delivery, Outbox
 from kms_core.jobs.store import activity
 from kms_core.jobs.store.redis_keys import redis_errors
 from kms_core.observability.metrics import (
-    REDIS_UP,
-    REDIS_WRITABLE,
-    SPOOL_LIMIT,
+    REDIS_OK,
     SPOOL_USED,
     added_usage,
     exposition,
@@ -183,18 +181,15 @@ def _spool(service: Service, tenant: str | None) -> admin.SpoolOut:
 
 
 def _exposition(service: Service) -> bytes:
+    store = service.submitter.store
     try:
-        activity.set_queue_gauges(
-            activity.survey_queues(service.submitter.store), service.settings.kms.tenants
-        )
-        REDIS_UP.set(1)
-        REDIS_WRITABLE.set(service.submitter.store.condition() == "available")
+        activity.set_queue_gauges(activity.survey_queues(store), service.settings.kms.tenants)
+        REDIS_OK.labels("answers").set(1)
+        REDIS_OK.labels("writes").set(store.condition() == "available")
     except JobsUnavailable:
-        REDIS_UP.set(0)
+        REDIS_OK.labels("answers").set(0)
         activity.clear_queue_gauges()
-    use = service.submitter.spool.use()
-    SPOOL_USED.set(use.used_bytes)
-    SPOOL_LIMIT.set(use.limit_bytes)
+    SPOOL_USED.set(service.submitter.spool.use().ratio)
     service.kms.health_check()
     return exposition()
 

@@ -21,7 +21,6 @@ from kms_core.audit.chain import ChainLine
 from kms_core.audit.keys import Concealer, OpenSealed, PublicKeys, Signer
 from kms_core.audit.log import AuditLog
 from kms_core.audit.segments import Segment
-from kms_core.observability import metrics
 from kms_core.periodic import PeriodicThread
 from kms_core.secure_files import sync_folder
 from kms_core.settings.model import Settings
@@ -36,7 +35,7 @@ Entry = tuple[bytes, dict[bytes, bytes]]
 
 
 class AuditSink(Protocol):
-    """Stores anchors, in order. ``name`` is a label of metrics."""
+    """Stores anchors, in order. ``name`` is for log and metrics."""
 
     name: str
 
@@ -277,7 +276,6 @@ class _AnchorFeed:
             self._sent = line
         except (OSError, AuditUnavailable):
             works = False
-        metrics.AUDIT_ANCHORS.labels(self._sink.name, "ok" if works else "failed").inc()
         if works != self._works:
             self._works = works
             log, event = (_log.info, "audit.place_back") if works else (_log.warning, "audit.place_away")

@@ -140,21 +140,12 @@ CLIENT_CRL_EXPIRES: Final = Gauge(
     multiprocess_mode="livemin",
 )
 AUDIT_EVENTS: Final = Counter("kms_audit_events_total", "Audit records by outcome of the write", ["result"])
-AUDIT_ANCHORS: Final = Counter(
-    "kms_audit_anchors_total",
-    "Anchors of the audit log sent to sinks (place is redis or directory), by outcome",
-    ["place", "result"],
-)
-AUDIT_CHAIN_OK: Final = _latest(
-    "kms_audit_chain_ok",
-    "0 once lines of the audit log were changed, cut or removed while this process ran; "
-    "NaN while the log cannot be read",
-)
-AUDIT_ANCHORS_OK: Final = _latest(
-    "kms_audit_anchors_ok",
-    "1 while the audit log has the lines of the anchors in a sink (place), 0 while it lacks some or anchors "
-    "are gone, NaN while they cannot be read",
-    ["place"],
+AUDIT_OK: Final = _latest(
+    "kms_audit_ok",
+    "1, or 0: chain, once lines of the audit log were changed, cut or removed while this process ran; redis "
+    "or directory, while the log lacks lines of the anchors there, or anchors are gone. NaN while they are "
+    "not read",
+    ["what"],
 )
 AUDIT_READ_AT: Final = _latest(
     "kms_audit_read_timestamp_seconds", "Time at which this process last read new lines of the audit log back"
@@ -165,10 +156,10 @@ JOB_WAIT_SECONDS: Final = Histogram(
     "kms_job_queue_wait_seconds", "Time between acceptance and the first claim", ["kind"], buckets=_SLOW
 )
 JOB_ITEMS: Final = Counter("kms_job_items_total", "Items of bulk jobs by outcome", ["kind", "result"])
-JOB_BYTES: Final = Counter("kms_job_bytes_total", "Payload bytes that jobs have processed", ["kind"])
 JOB_RESUMES: Final = Counter(
     "kms_job_resumes_total",
-    "Jobs that the reaper made ready again, and wake-ups that could not be sent",
+    "Jobs that were made ready again: by the reaper, or as their attempt advanced nothing for stall_s "
+    "(stalled); and wake-ups that could not be sent (notify_failed)",
     ["reason"],
 )
 MESSAGES_REFUSED: Final = Counter(
@@ -182,9 +173,6 @@ SPOOL_REFUSED: Final = Counter(
     "Files of the spool that are not those that were written for their job; role is upload, items, head, "
     "result or files",
     ["role"],
-)
-S3_REQUESTS: Final = Counter(
-    "kms_s3_requests_total", "Requests to object stores; result is a status, or broken", ["method", "result"]
 )
 WEBHOOK_DELIVERIES: Final = Counter(
     "kms_webhook_deliveries_total",
@@ -223,20 +211,24 @@ KEY_ROTATION_DUE: Final = _latest(
     "kms_key_rotation_due", "1 if the version in use should be replaced", ["key_id", "backend"]
 )
 KEY_ROTATIONS: Final = Counter("kms_key_rotations_total", "Scheduled rotations by outcome", ["result"])
-JOBS_IN_STATE: Final = _latest("kms_jobs_in_state", "Open jobs by state", ["state"])
+JOBS_IN_STATE: Final = _latest(
+    "kms_jobs_in_state",
+    "Open jobs by state. Those that are for_newer_workers are queued, too; dead ones used up their attempts",
+    ["state"],
+)
 OLDEST_QUEUED: Final = _latest(
     "kms_jobs_oldest_queued_seconds", "Since when the oldest job waits that could run"
 )
-DEAD_LETTERS: Final = _latest("kms_dead_letters", "Jobs that used up their attempts")
 REDIS_MEMORY: Final = _latest("kms_redis_memory_ratio", "Memory that Redis uses, of what it may")
-REDIS_WRITABLE: Final = _latest(
-    "kms_redis_writable",
-    "1 if Redis takes new jobs, 0 while it is full or takes no writes, NaN while it does not answer",
+REDIS_OK: Final = _latest(
+    "kms_redis_ok",
+    "answers: 1 if Redis answered the last scrape, else 0; writes: 1 if it takes new jobs, 0 while it is "
+    "full or takes no writes, NaN while it does not answer",
+    ["what"],
 )
-SPOOL_USED: Final = _latest("kms_spool_used_bytes", "Size of uploads and results in the spool")
-SPOOL_LIMIT: Final = _latest(
-    "kms_spool_limit_bytes",
-    "Size that the spool may have: spool_max_bytes, or less if its disk has less room",
+SPOOL_USED: Final = _latest(
+    "kms_spool_used_ratio",
+    "Size of the spool, of what it may have: spool_max_bytes, or less if its disk has less room",
 )
 SPOOL_TENANT: Final = _latest(
     "kms_spool_tenant_bytes",
@@ -263,15 +255,11 @@ RESOURCE_LEASES: Final = _latest(
     "Running jobs that use a root, bucket or backend with a bound ([kms.jobs.resource_leases])",
     ["resource"],
 )
-JOB_STALLS: Final = Counter(
-    "kms_job_stalls_total", "Attempts that advanced nothing for stall_s and lost their lease", ["kind"]
-)
 WORKERS: Final = _latest("kms_workers", "Worker processes seen lately")
 REDIS_UNCONFIRMED: Final = Counter(
     "kms_redis_unconfirmed_total",
     "Changes of jobs that replicas of Redis did not acknowledge within [kms.redis] wait_ms",
 )
-REDIS_UP: Final = _latest("kms_redis_up", "1 if Redis answered the last scrape")
 INSTALL_OK: Final = _latest(
     "kms_install_ok",
     "0 while this host differs from others; what is id (of spool and Redis) or spool (the same on all hosts)",
@@ -280,18 +268,13 @@ INSTALL_OK: Final = _latest(
 CLOCK_AHEAD: Final = _latest(
     "kms_clock_ahead_seconds", "Seconds that the clock of this host is ahead of Redis's"
 )
-TOKENS_AGE: Final = Gauge(
-    "kms_tokens_age_seconds",
-    "Seconds since the store of the tokens' document answered; 0 where tokens are in a file",
+DOCUMENT_AGE: Final = Gauge(
+    "kms_document_age_seconds",
+    "Seconds since the store of a document answered; document is key-<id>, or tokens (0 where they are in a "
+    "file)",
+    ["document"],
     multiprocess_mode="livemax",
 )
-KEY_DOCUMENT_AGE: Final = Gauge(
-    "kms_key_document_age_seconds",
-    "Seconds since the store of a key's document answered",
-    ["key_id"],
-    multiprocess_mode="livemax",
-)
-HOSTS: Final = _latest("kms_hosts", "Hosts of this install seen in the last ten seconds")
 BUILD_INFO: Final = Gauge(
     "kms_build_info", "Always 1; the version is the label", ["version"], multiprocess_mode="livemax"
 )
@@ -304,16 +287,16 @@ _KINDS: Final = get_args(wire.JobKind)
 
 
 def announce(backends: Collection[str], endpoints: Collection[str]) -> None:
-    """Start counters of rare events at zero, so that an alert sees the first event as an increase."""
+    """Start metrics of rare events at zero, so that an alert sees the first event as an increase."""
     values: Mapping[Counter | Gauge, Sequence[Collection[str]]] = {  # of each label
         AUDIT_EVENTS: [("ok", "failed")],
         BACKEND_FAILOVERS: [backends],
         BACKEND_RETRIES: [backends],
         BREAKER_OPEN: [backends],
+        DOCUMENT_AGE: [("tokens",)],
         JOBS: [_KINDS, ("queued", "succeeded", "failed", "cancelled")],
         JOB_ITEMS: [_KINDS, ("ok", "failed")],
-        JOB_RESUMES: [("notify_failed", "requeued", "committing", "due", "parts_ended")],
-        JOB_STALLS: [_KINDS],
+        JOB_RESUMES: [("notify_failed", "requeued", "committing", "due", "parts_ended", "stalled")],
         KEY_ROTATIONS: [("ok", "failed")],
         SPOOL_REFUSED: [("upload", "items", "head", "result", "files")],
         WEBHOOK_DELIVERIES: [endpoints, ("delivered", "retried", "gone", "dead")],

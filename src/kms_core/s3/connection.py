@@ -29,7 +29,6 @@ from xml.sax.saxutils import unescape  # nosec B406  # text to text: nothing is 
 
 import structlog
 
-from kms_core.observability import metrics
 from kms_core.periodic import jittered_wait_s
 from kms_core.secure_files import check_secret
 from kms_protocol import __version__, small_files
@@ -311,10 +310,8 @@ class S3Connection:
             try:
                 answer = self._once(ask, digest, read)
             except _BROKEN as exc:
-                metrics.S3_REQUESTS.labels(ask.method, "broken").inc()
                 problem, status = f"does not answer ({type(exc).__name__})", 0
                 continue
-            metrics.S3_REQUESTS.labels(ask.method, str(answer.status)).inc()
             if not answer.is_temporary:
                 return answer
             problem, status = f"answers {answer.status} {answer.code}".rstrip(), answer.status

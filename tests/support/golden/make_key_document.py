@@ -5,6 +5,7 @@ exists: it is made once, by the code whose formats it holds, and never again.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,9 +14,9 @@ from typing import Final
 from kms_core.age.x25519 import X25519Identity
 from kms_core.envelope.sealed_files import FileSealer
 from kms_core.jobs.model import RecordKey
-from kms_core.key_documents import INFO, KeyDocument, copy_of
+from kms_core.key_documents import INFO, KeyDocument
 from kms_core.keyring import Key
-from kms_core.signed_documents import Anchors, FilePlace, SignedDocument
+from kms_core.signed_documents import Anchors, FilePlace, LocalCopy, SignedDocument
 from support.golden import backends, manifest
 from support.golden.jobs import SECRET
 
@@ -30,7 +31,7 @@ def document_at(path: Path) -> KeyDocument:
         f"key-{NAME}", FilePlace(path), secret, Anchors(f"key-{NAME}", path.parent, None, secret)
     )
     sealer = FileSealer(lambda: {"root": Key("root", backends.age("age-x25519"))}, list)
-    return KeyDocument(NAME, document, copy_of(path.parent, NAME, document), sealer)
+    return KeyDocument(NAME, document, LocalCopy(document, path.parent, math.inf), sealer)
 
 
 def _block() -> bytes:

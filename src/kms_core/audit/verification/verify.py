@@ -258,9 +258,8 @@ class AuditMonitor(PeriodicThread):
         self._verifier = Verifier(folder, _TAIL_BYTES)
         self._anchors = [AnchorReader(sink) for sink in anchors]
         self.condition = Condition()
-        metrics.AUDIT_CHAIN_OK.set(_NAN)
-        for each in self._anchors:
-            metrics.AUDIT_ANCHORS_OK.labels(each.name).set(_NAN)
+        for what in ("chain", *(each.name for each in self._anchors)):
+            metrics.AUDIT_OK.labels(what).set(_NAN)
         self.wake()  # the first round is at once
 
     def round(self) -> None:
@@ -297,11 +296,11 @@ class AuditMonitor(PeriodicThread):
             not_compared,
             unread,
         )
-        metrics.AUDIT_CHAIN_OK.set(0 if kept else _NAN if unread else 1)
+        metrics.AUDIT_OK.labels("chain").set(0 if kept else _NAN if unread else 1)
         for each in self._anchors:
             is_older = any(problem.anchor == each.text for problem in proven)
             value = 0 if is_older else _NAN if each.name in not_compared else 1
-            metrics.AUDIT_ANCHORS_OK.labels(each.name).set(value)
+            metrics.AUDIT_OK.labels(each.name).set(value)
         if unread:
             _log.warning("audit.not_read_back", reason=unread)
         else:

@@ -106,7 +106,6 @@ class Lease(Renewed):
     ) -> None:
         super().__exit__(kind, error, trace)
         done = self.claim.accepted.kind
-        metrics.JOB_BYTES.labels(done).inc(self._bytes)
         if self._items:
             metrics.JOB_ITEMS.labels(done, "ok").inc(self._items - self._failed)
             metrics.JOB_ITEMS.labels(done, "failed").inc(self._failed)
@@ -181,14 +180,14 @@ class Lease(Renewed):
             self._trouble = exc
 
     def _stall(self, idle_s: float) -> None:
-        job = self.claim.accepted
+        job_id = self.claim.accepted.job_id
         self._trouble = LeaseLost()
         resources: list[str] = []
         with suppress(JobsUnavailable):  # then the lease runs out
             resources = self._store.stalled(self.claim)
-        metrics.JOB_STALLS.labels(job.kind).inc()
-        _log.error("job.stalled", job_id=job.job_id, idle_s=round(idle_s), resources=resources)
-        attendance.leave(attendance.Stall(os.getpid(), job.job_id, resources))
+        metrics.JOB_RESUMES.labels("stalled").inc()
+        _log.error("job.stalled", job_id=job_id, idle_s=round(idle_s), resources=resources)
+        attendance.leave(attendance.Stall(os.getpid(), job_id, resources))
 
     def _hand_back(self) -> None:
         """The work does not look at ``check``. A commit that has begun is finished by any worker."""

@@ -194,7 +194,6 @@ class Install:
         metrics.INSTALL_OK.labels("id").set(not (found.wrong or found.strangers))
         metrics.INSTALL_OK.labels("spool").set(found.is_shared)
         metrics.CLOCK_AHEAD.set(found.ahead_s)
-        metrics.HOSTS.set(len(found.others) + 1)
         if found.install_id != before.install_id:
             _log.info("install.known", install=found.install_id, host=self.host.id)
         if found.wrong and found.wrong != before.wrong:

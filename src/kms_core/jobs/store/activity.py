@@ -242,6 +242,8 @@ OTHER: Final = "other"
 OPEN_STATES: Final = ("queued", "running", "committing")
 NEWER: Final = "for_newer_workers"
 """The value of ``state`` for jobs that wait for a newer worker; they are queued, too."""
+DEAD: Final = "dead"
+"""The value of ``state`` for jobs that used up their attempts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,13 +313,11 @@ def set_queue_gauges(found: QueueStats, tenants: Container[str]) -> None:
         sizes[name if name in tenants else OTHER] += size_bytes
     for name, size_bytes in sizes.items():
         metrics.SPOOL_TENANT.labels(name).set(size_bytes)
-    for state, count in found.jobs.items():
+    for state, count in (found.jobs | {NEWER: found.newer, DEAD: found.dead}).items():
         metrics.JOBS_IN_STATE.labels(state).set(count)
-    metrics.JOBS_IN_STATE.labels(NEWER).set(found.newer)
     for (queue, priority), depth in found.depths.items():
         metrics.QUEUE_DEPTH.labels(queue, priority).set(depth)
     metrics.OLDEST_QUEUED.set(found.oldest_queued_s)
-    metrics.DEAD_LETTERS.set(found.dead)
     metrics.WORKERS.set(found.workers)
     metrics.REDIS_MEMORY.set(found.memory)
     metrics.STUCK_PROCESSES.set(found.stuck)
@@ -329,13 +329,12 @@ def clear_queue_gauges() -> None:
     """Redis does not answer: a figure of yesterday would look like one of now."""
     gauges = (
         metrics.OLDEST_QUEUED,
-        metrics.DEAD_LETTERS,
         metrics.WORKERS,
         metrics.REDIS_MEMORY,
-        metrics.REDIS_WRITABLE,
+        metrics.REDIS_OK.labels("writes"),
         metrics.STUCK_PROCESSES,
     )
-    for gauge in (*gauges, *map(metrics.JOBS_IN_STATE.labels, (*OPEN_STATES, NEWER))):
+    for gauge in (*gauges, *map(metrics.JOBS_IN_STATE.labels, (*OPEN_STATES, NEWER, DEAD))):
         gauge.set(float("nan"))
     for told in (metrics.QUEUE_DEPTH, metrics.RESOURCE_LEASES):  # those told of before
         for sample in (sample for family in told.collect() for sample in family.samples):

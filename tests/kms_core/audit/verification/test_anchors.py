@@ -81,7 +81,7 @@ def verified(place: Place, kept: AnchorPlace) -> VerificationReport:
 
 
 def ok(kept: AnchorPlace) -> float:
-    value = REGISTRY.get_sample_value("kms_audit_anchors_ok", {"place": kept.name})
+    value = REGISTRY.get_sample_value("kms_audit_ok", {"what": kept.name})
     assert value is not None
     return value
 

@@ -82,7 +82,7 @@ def metric(name: str, **labels: str) -> float:
 
 
 def compared() -> float:
-    return metric("kms_audit_anchors_ok", place="directory")
+    return metric("kms_audit_ok", what="directory")
 
 
 def cut(file: Path) -> None:
@@ -150,14 +150,14 @@ def test_a_file_that_cannot_be_read_is_not_called_compared_until_it_can(place: P
     with unprivileged(place):
         assert found(watch) == []
         assert math.isnan(compared())
-        assert math.isnan(metric("kms_audit_chain_ok"))
+        assert math.isnan(metric("kms_audit_ok", what="chain"))
         assert "Permission denied" in watch.condition.unread
         assert watch.condition.not_compared == {"directory": watch.condition.unread}
         assert watch.condition.read_at == metric("kms_audit_read_timestamp_seconds") == read_at
         file.chmod(0o600)
 
         assert found(watch) == []
-    assert (compared(), metric("kms_audit_chain_ok")) == (1, 1)
+    assert (compared(), metric("kms_audit_ok", what="chain")) == (1, 1)
     assert (watch.condition.unread, watch.condition.not_compared) == ("", {})
     assert watch.condition.read_at > read_at
 
@@ -193,7 +193,7 @@ def test_a_look_that_fails_is_not_called_compared(place: Place, what: str) -> No
     with unprivileged(place):
         assert found(watch) == []
         assert math.isnan(compared())
-        assert math.isnan(metric("kms_audit_chain_ok"))
+        assert math.isnan(metric("kms_audit_ok", what="chain"))
         assert "Permission denied" in watch.condition.unread
         assert watch.condition.not_compared == {"directory": watch.condition.unread}
         taken.chmod(0o700)
