@@ -527,7 +527,7 @@ RUNTIME: Final = Board(
         ),
         figure(
             "Redis memory",
-            "max(kms_redis_memory_ratio)",
+            'max(kms_storage_used_ratio{what="redis"})',
             "percentunit",
             bad=0.8,
             tells="Used, of maxmemory. Above 80 %: KmsRedisMemory. When it is full no job is accepted.",
@@ -589,7 +589,7 @@ RUNTIME: Final = Board(
         ),
         Panel(
             "Spool, of its limit",
-            [("max(kms_spool_used_ratio)", "used")],
+            [('max(kms_storage_used_ratio{what="spool"})', "used")],
             "percentunit",
             tells="Of spool_max_bytes. At 100 % uploads and results are refused with 507.",
         ),

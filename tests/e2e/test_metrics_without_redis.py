@@ -10,7 +10,7 @@ GAUGES = (
     "kms_jobs_oldest_queued_seconds",
     "kms_workers",
     "kms_worker_stuck_processes",
-    "kms_redis_memory_ratio",
+    'kms_storage_used_ratio{what="redis"}',
     'kms_jobs_in_state{state="queued"}',
     'kms_jobs_in_state{state="running"}',
     'kms_jobs_in_state{state="committing"}',

@@ -17,7 +17,7 @@ from kms_core.jobs.store import activity
 from kms_core.jobs.store.redis_keys import redis_errors
 from kms_core.observability.metrics import (
     REDIS_OK,
-    SPOOL_USED,
+    STORAGE_USED,
     added_usage,
     exposition,
     operations_used,
@@ -189,7 +189,7 @@ def _exposition(service: Service) -> bytes:
     except JobsUnavailable:
         REDIS_OK.labels("answers").set(0)
         activity.clear_queue_gauges()
-    SPOOL_USED.set(service.submitter.spool.use().ratio)
+    STORAGE_USED.labels("spool").set(service.submitter.spool.use().ratio)
     service.kms.health_check()
     return exposition()
 

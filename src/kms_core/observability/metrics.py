@@ -219,16 +219,17 @@ JOBS_IN_STATE: Final = _latest(
 OLDEST_QUEUED: Final = _latest(
     "kms_jobs_oldest_queued_seconds", "Since when the oldest job waits that could run"
 )
-REDIS_MEMORY: Final = _latest("kms_redis_memory_ratio", "Memory that Redis uses, of what it may")
 REDIS_OK: Final = _latest(
     "kms_redis_ok",
     "answers: 1 if Redis answered the last scrape, else 0; writes: 1 if it takes new jobs, 0 while it is "
     "full or takes no writes, NaN while it does not answer",
     ["what"],
 )
-SPOOL_USED: Final = _latest(
-    "kms_spool_used_ratio",
-    "Size of the spool, of what it may have: spool_max_bytes, or less if its disk has less room",
+STORAGE_USED: Final = _latest(
+    "kms_storage_used_ratio",
+    "redis: memory that Redis uses, of what it may (NaN while it does not answer); spool: size of the spool, "
+    "of what it may have: spool_max_bytes, or less if its disk has less room",
+    ["what"],
 )
 SPOOL_TENANT: Final = _latest(
     "kms_spool_tenant_bytes",

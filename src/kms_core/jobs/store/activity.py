@@ -319,7 +319,7 @@ def set_queue_gauges(found: QueueStats, tenants: Container[str]) -> None:
         metrics.QUEUE_DEPTH.labels(queue, priority).set(depth)
     metrics.OLDEST_QUEUED.set(found.oldest_queued_s)
     metrics.WORKERS.set(found.workers)
-    metrics.REDIS_MEMORY.set(found.memory)
+    metrics.STORAGE_USED.labels("redis").set(found.memory)
     metrics.STUCK_PROCESSES.set(found.stuck)
     for resource, count in found.leases.items():
         metrics.RESOURCE_LEASES.labels(resource).set(count)
@@ -330,7 +330,7 @@ def clear_queue_gauges() -> None:
     gauges = (
         metrics.OLDEST_QUEUED,
         metrics.WORKERS,
-        metrics.REDIS_MEMORY,
+        metrics.STORAGE_USED.labels("redis"),
         metrics.REDIS_OK.labels("writes"),
         metrics.STUCK_PROCESSES,
     )
