@@ -528,14 +528,14 @@ def _show(report: VerificationReport) -> None:
 def _show_findings(report: VerificationReport, host: str = "") -> None:
     """Show problems and notes; ``host`` begins each line."""
     for problem in report.problems:
-        place = " ".join(part for part in (problem.file or problem.chain, _number(problem.seq)) if part)
-        terminal.shown(f"{host}{problem.code}: {place}: {problem.text}")
+        place = _place(problem.file or problem.chain, problem.seq)
+        terminal.shown(f"{host}{problem.code}: {place}{problem.text}")
     for place, why in report.not_compared.items():
         terminal.shown(f"{host}not compared with the anchors in {place}: {why}")
     if not host and any(problem.anchor for problem in report.problems):
         terminal.say(_OLDER)
     for note in report.notes:
-        terminal.say(f"note: {host}{note.chain} {_number(note.seq)}: {note.text}")
+        terminal.say(f"note: {host}{_place(note.chain, note.seq)}{note.text}")
 
 
 def _row(each: ChainReport) -> tuple[str, ...]:
@@ -551,5 +551,5 @@ def _row(each: ChainReport) -> tuple[str, ...]:
     )
 
 
-def _number(seq: int) -> str:
-    return f"line {seq}" if seq >= 0 else ""
+def _place(chain: str, seq: int) -> str:
+    return (f"{chain} line {seq}: " if seq >= 0 else f"{chain}: ") if chain else ""
