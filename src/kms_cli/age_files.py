@@ -37,7 +37,7 @@ from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import DEFAULT_KEY_ID, DEFAULT_TENANT, KeyRef
 from kms_core.envelope.sealing import PAD_FROM_BYTES, Sealing
 from kms_core.payload import parallel, streaming
-from kms_core.payload.files import FileRange, FileWriter
+from kms_core.payload.files import FileRange, FileWriter, source_changed_error
 from kms_core.payload.parallel import ParallelOptions
 from kms_core.payload.streaming import RangeReader
 from kms_core.secure_files import open_to_others
@@ -319,11 +319,13 @@ class AgeFile:
     """An age file without armor, with its parsed header.
 
     ``payload`` is the rest of it, which can be read once; ``file_range`` the same in a regular file.
+    ``whole`` is the file from its first byte, to be read in place of ``payload``.
     """
 
     head: Header
     payload: Joined
     file_range: FileRange | None
+    whole: InputStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +349,9 @@ def read(given: InputStream) -> AgeFile:
     except TooLarge as exc:
         raise HeaderTooLarge(exc.detail) from exc
     at = head.payload_offset
-    return AgeFile(head, Joined(start[at:], given.stream), given.file_range and given.file_range.tail(at))
+    payload_range = given.file_range and given.file_range.tail(at)
+    whole = InputStream(Joined(start, given.stream), None)
+    return AgeFile(head, Joined(start[at:], given.stream), payload_range, whole)
 
 
 def by_identities(head: Header, identities: Identities, required: RequiredBinding) -> bytes:
@@ -464,6 +468,16 @@ def for_service(identities: Identities, key_id: str, context: Context, *, padded
     return sealing.begin([(identities, key)], context, padded=padded)
 
 
+def for_wrapped(wrap: bytes, file_key: bytes, *, padded: bool) -> Sealing:
+    """Begin a file whose 16-byte file key a service wrapped as ``wrap``, a stanza as text.
+
+    The stanzas of a bundle stand for themselves, as in files that the service writes. Raises DecryptFailed
+    and TooLarge for what is no stanza.
+    """
+    stanzas = header.unbundled(header.parse_stanzas(wrap, FILE_LIMITS), FILE_LIMITS)
+    return sealing.with_stanzas(stanzas, file_key, os.urandom(stream.NONCE), padded=padded)
+
+
 def seal_armored(begun: Sealing, given: InputStream, target: BinaryIO, options: ParallelOptions) -> None:
     """Write head and payload in ASCII armor."""
     writer = ArmorWriter(target)
@@ -479,7 +493,9 @@ def seal(begun: Sealing, given: InputStream, target: BinaryIO, options: Parallel
         parallel.seal_file(begun.payload_key, given.file_range, file, begun.head, options)
         return
     target.write(begun.head)
-    streaming.seal_pipe(begun.payload_key, given.stream, target, options)
+    size_bytes = streaming.seal_pipe(begun.payload_key, given.stream, target, options)
+    if given.size is not None and size_bytes < given.size:
+        raise source_changed_error()
 
 
 def is_large(given: InputStream) -> tuple[bool, InputStream]:

@@ -210,10 +210,18 @@ class AsyncClient:
         return await self._engine.send(requests.post("/wrap", body, wire.WrapOut))
 
     async def unwrap(
-        self, stanzas: bytes, *, context: ContextIn = None, key_id: str | None = None
+        self,
+        stanzas: bytes,
+        *,
+        context: ContextIn = None,
+        key_id: str | None = None,
+        nonce: bytes | None = None,
     ) -> wire.UnwrapOut:
-        """Return the file key of an age file. The caller must check the MAC of the header."""
-        body = wire.UnwrapIn(stanzas=stanzas, context=context, key_id=key_id)
+        """Return the file key of an age file. The caller must check the MAC of the header.
+
+        ``nonce`` is that of the payload, which proves the origin of files of any key.
+        """
+        body = wire.UnwrapIn(stanzas=stanzas, context=context, key_id=key_id, nonce=nonce)
         return await self._engine.send(requests.post("/unwrap", body, wire.UnwrapOut))
 
     async def batch(self, operation: wire.JobKind, items: Iterable[wire.BatchItem]) -> wire.BatchOut:

@@ -147,10 +147,18 @@ class Client:
         return run(self._api.wrap(file_key, context=context, key_id=key_id))
 
     def unwrap(
-        self, stanzas: bytes, *, context: ContextIn = None, key_id: str | None = None
+        self,
+        stanzas: bytes,
+        *,
+        context: ContextIn = None,
+        key_id: str | None = None,
+        nonce: bytes | None = None,
     ) -> wire.UnwrapOut:
-        """Return the file key of an age file. The caller must check the MAC of the header."""
-        return run(self._api.unwrap(stanzas, context=context, key_id=key_id))
+        """Return the file key of an age file. The caller must check the MAC of the header.
+
+        ``nonce`` is that of the payload, which proves the origin of files of any key.
+        """
+        return run(self._api.unwrap(stanzas, context=context, key_id=key_id, nonce=nonce))
 
     def batch(self, operation: wire.JobKind, items: Iterable[wire.BatchItem]) -> wire.BatchOut:
         """Send up to 1,000 items in one call. A failed item has an ``error`` in its result."""

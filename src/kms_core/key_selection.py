@@ -111,11 +111,11 @@ class KeySelector:
         _check_not_after(call.context)
         return Unwrapped(file_key, head.nonce, ref, "service")
 
-    def unwrap_stanzas(self, call: Operation, text: bytes) -> Unwrapped:
-        """Unwrap the file key of our stanzas, given as text without their header; the nonce is empty.
+    def unwrap_stanzas(self, call: Operation, text: bytes, nonce: bytes) -> Unwrapped:
+        """Unwrap the file key of our stanzas, given as text without their header.
 
-        The origin is ``foreign`` where it cannot be proven. Raises DecryptFailed, also without stanzas of
-        ours; ForeignRefused where the key accepts no foreign files.
+        The payload ``nonce`` may be empty. The origin is ``foreign`` where it cannot be proven. Raises
+        DecryptFailed, also without stanzas of ours; ForeignRefused where the key accepts no foreign files.
         """
         stanzas = header.unbundled(header.parse_stanzas(text, self._rules.limits), self._rules.limits)
         call.record.stanzas = binding.stanzas_digest(stanzas)
@@ -126,7 +126,7 @@ class KeySelector:
         (file_key, proven), ref = _first_answer(
             key.unwrapping(call.who.tenant, bound),
             lambda backend, ref: sealing.unwrap_for_plugin(
-                stanzas, backend, ref, context=call.context, bound=bound
+                stanzas, backend, ref, context=call.context, bound=bound, nonce=nonce
             ),
         )
         origin: Origin = "service" if proven else "foreign"
@@ -135,7 +135,7 @@ class KeySelector:
         _check_not_after(call.context)
         if not proven and not key.accept_foreign:
             raise ForeignRefused(_ORIGIN_UNPROVEN)
-        return Unwrapped(file_key, b"", ref, origin)
+        return Unwrapped(file_key, nonce, ref, origin)
 
     def permitted(
         self,

@@ -177,7 +177,7 @@ class Kms:
             call.record.bytes_out = len(ciphertext)
             return DataKey(plaintext, ciphertext, ref, call.note_file(started.nonce))
 
-    # -- file keys for age plugins: an age tool writes the header and the payload ---------------------
+    # -- file keys: the caller writes and reads header and payload -------------------------------------
 
     def wrap(
         self, who: Principal, file_key: bytes, context: Context, *, key_id: str | None = None
@@ -199,15 +199,26 @@ class Kms:
             return WrappedFileKey(text, keys[0][1])
 
     def unwrap(
-        self, who: Principal, stanzas: bytes, context: Context, *, key_id: str | None = None
+        self,
+        who: Principal,
+        stanzas: bytes,
+        context: Context,
+        *,
+        key_id: str | None = None,
+        nonce: bytes = b"",
     ) -> Unwrapped:
-        """Unwrap the file key of our stanzas, given as text; the nonce of the result is empty.
+        """Unwrap the file key of our stanzas, given as text, of the file with this payload nonce.
 
-        Native stanzas without ours are refused: nothing would bind them to a context. Raises as ``decrypt``;
-        the origin is ``foreign`` where it cannot be proven and the key accepts foreign files.
+        Native stanzas without ours are refused: nothing would bind them to a context. Raises as ``decrypt``,
+        and InvalidRequest for a nonce of another size. An age tool gives no nonce; the origin is then
+        ``foreign`` where it cannot be proven and the key accepts foreign files.
         """
         with self._recorder.recorded("unwrap", who, context, key_id, bytes_in=len(stanzas)) as call:
-            found = self._selector.unwrap_stanzas(call, stanzas)
+            if nonce:
+                if len(nonce) != header.NONCE_BYTES:
+                    raise InvalidRequest(f"A nonce has {header.NONCE_BYTES} bytes")
+                call.note_file(nonce)
+            found = self._selector.unwrap_stanzas(call, stanzas, nonce)
             call.record.bytes_out = len(found.file_key)
             return found
 

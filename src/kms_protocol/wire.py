@@ -248,10 +248,14 @@ class WrapOut(UsedKey, frozen=True, kw_only=True):
 
 
 class UnwrapIn(Body, frozen=True, kw_only=True):
-    """``stanzas``: the recipient stanzas of a header, as text. ``key_id``: refuse files of any other key."""
+    """``stanzas``: the recipient stanzas of a header, as text. ``key_id``: refuse files of any other key.
+
+    ``nonce``: the 16 bytes between header and payload. With them the origin of every file is proven.
+    """
 
     EXAMPLE: ClassVar = {"stanzas": _STANZAS, "context": _CONTEXT}
     stanzas: bytes
+    nonce: bytes | None = None
     context: ContextIn = None
     key_id: KeyId | None = None
 

@@ -93,6 +93,21 @@ def test_stanzas_of_a_file_that_the_service_made_prove_no_origin(kms: Kms, trail
     assert trail.lines[-1]["origin"] == "foreign"
 
 
+def test_the_payload_nonce_proves_the_origin_of_a_file_that_the_service_made(kms: Kms, trail: Kept) -> None:
+    sealed = kms.encrypt(ADA, b"salary", ROW)
+    head, stanzas = head_of(sealed.ciphertext), stanzas_of(sealed.ciphertext)
+
+    found = kms.unwrap(ADA, stanzas, ROW, nonce=head.nonce)
+
+    assert (found.origin, found.nonce) == ("service", head.nonce)
+    assert trail.lines[-1]["file_id"] == sealed.file_id
+    head.check_mac(found.file_key)
+    with pytest.raises(DecryptFailed):
+        kms.unwrap(ADA, stanzas, ROW, nonce=bytes(16))
+    with pytest.raises(InvalidRequest):
+        kms.unwrap(ADA, stanzas, ROW, nonce=head.nonce[:15])
+
+
 def test_where_foreign_files_are_taken_they_open(tmp_path: Path) -> None:
     kms = kms_over(age_backend(tmp_path, x25519.X25519Identity.generate()))
     sealed = kms.encrypt(ADA, b"salary", ROW)

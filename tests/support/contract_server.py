@@ -1,6 +1,7 @@
 """A small real server that follows docs/contract.md, with faults on order; its jobs are in memory.
 
-It seals with pyrage and puts the context in front of the plaintext, so it knows nothing of the envelope.
+It seals with pyrage and puts the context in front of the plaintext, so it knows nothing of the envelope. Its
+callers may not wrap or unwrap file keys.
 """
 
 import json
@@ -37,6 +38,7 @@ STATUS: Final[dict[type[KmsError], int]] = {
     errors.JobNotFinished: 409,
     errors.JobCommitting: 409,
     errors.DataKeysUnsupported: 501,
+    errors.Forbidden: 403,
     errors.JobsUnavailable: 503,
 }
 Json = dict[str, object]
@@ -224,6 +226,11 @@ class Handler(BaseHTTPRequestHandler):
         given = json.loads(seen.body)
         plaintext = self.service.open(b64decode(given["ciphertext"]), given.get("context"))
         self.json({"plaintext": text(plaintext), "origin": "service", **KEY})
+
+    def post_wrap(self, seen: Seen) -> None:
+        raise errors.Forbidden(f"This token lacks `{seen.path.rpartition('/')[2]}`")
+
+    post_unwrap = post_wrap
 
     def post_rewrap(self, seen: Seen) -> None:
         given = json.loads(seen.body)

@@ -59,9 +59,8 @@ def wrap(call: Call[wire.WrapIn]) -> wire.WrapOut:
 def unwrap(call: Call[wire.UnwrapIn]) -> wire.UnwrapOut:
     """The file key of an age file, from the stanzas of its header. A scope must name `unwrap`."""
     body = call.body
-    found = call.service.kms.unwrap(
-        call.caller, body.stanzas, Context.parse(body.context), key_id=body.key_id
-    )
+    context, nonce = Context.parse(body.context), body.nonce or b""
+    found = call.service.kms.unwrap(call.caller, body.stanzas, context, key_id=body.key_id, nonce=nonce)
     return of_key(wire.UnwrapOut, found.key, file_key=found.file_key, origin=found.origin)
 
 

@@ -1,6 +1,10 @@
-"""``kms encrypt-file``, ``decrypt-file``: files of any size through the job API."""
+"""``kms encrypt-file``, ``decrypt-file``: files of any size by jobs, and pipes by file keys.
+
+A pipe is encrypted and decrypted here: the service only wraps and unwraps its file key.
+"""
 
 import contextlib
+import os
 import shlex
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +14,7 @@ from typing import BinaryIO, Final, Literal, Unpack, cast
 import click
 
 from kms_cli import age_files, terminal
+from kms_cli.age_files import InputStream
 from kms_cli.options import (
     STDIO,
     callback_option,
@@ -26,8 +31,11 @@ from kms_cli.options import (
 )
 from kms_cli.session import connect, meter, printed_as_json
 from kms_client import Client
-from kms_client.requests import JobOptions, failure
-from kms_protocol.errors import JobCancelled, KmsError
+from kms_client.requests import JobOptions, UnexpectedAnswer, failure
+from kms_core.age import stream
+from kms_core.age.header import FILE_KEY_BYTES, render_stanza
+from kms_core.envelope import binding
+from kms_protocol.errors import DecryptFailed, Forbidden, JobCancelled, KmsError, TooLarge
 from kms_protocol.units import size_text
 from kms_protocol.wire import ContextIn, JobOut
 
@@ -64,7 +72,8 @@ def encrypt_file_command(
 ) -> None:
     """Encrypt SOURCE, of any size, to SOURCE.age or --output. SOURCE is not changed.
 
-    The SOURCE - is stdin, and its output is stdout.
+    The SOURCE - is stdin, and its output is stdout. A pipe is encrypted here, under a file key that the
+    service wraps, which needs the scope wrap. A file, or a pipe with options of jobs, is sent to it.
     """
     if output is None and source == STDIO:
         terminal.refuse_binary()
@@ -87,7 +96,9 @@ def decrypt_file_command(
 ) -> None:
     """Decrypt SOURCE, of any size, to its name without .age or --output, readable only by you.
 
-    The SOURCE - is stdin, and its output is stdout. Nothing is written before the last byte is verified.
+    The SOURCE - is stdin, and its output is stdout. A pipe is decrypted here, chunk by verified chunk, under
+    a file key that the service unwraps, which needs the scope unwrap. A file, or a pipe with options of jobs,
+    is sent to it.
     """
     if output is None and source != STDIO:
         if source.suffix not in SUFFIXES:
@@ -104,32 +115,105 @@ def _run(
     *,
     force: bool,
 ) -> None:
-    """Convert one file by a job of the service. A target of None is stdout by default."""
-    on_stdout = is_stdout(target)
+    """Convert one file. A target of None is stdout by default."""
+    on_stdout, job = is_stdout(target), None
     with connect() as kms, meter(on_stdout=on_stdout) as line:
         with age_files.source(source) as opened, writing(target, overwrite=force) as file:
-            sent = opened if kind == "encrypt" else age_files.unarmored(opened)
-            upload = kms.upload_encrypt if kind == "encrypt" else kms.upload_decrypt
-            accepted = upload(
-                cast("BinaryIO", sent.stream),
-                progress=partial(line.show, "sending"),
-                **options,
-            )
-            job = followed(kms, accepted.job_id, line)
-            require_success(job)
-            size = _receive(kms, job, line, target, file)
-        _release(kms, job)
-    name = name_of(source)
-    done = {"source": name, "output": str(target), "bytes": size, "job_id": job.job_id}
-    if not on_stdout and not printed_as_json(done):
+            left: InputStream | None = opened
+            if (on_stdout or source == STDIO) and not any(map(options.get, JobOptions.__annotations__)):
+                convert = _seal if kind == "encrypt" else _open
+                left = convert(kms, opened, file, options, line)
+            if left:
+                job = _convert_by_job(kms, kind, left, line, options)
+                _receive(kms, job, line, target, file)
+        if job:
+            _release(kms, job)
+    if on_stdout or not target:
+        return
+    name, size_bytes = name_of(source), target.stat().st_size
+    done = {"source": name, "output": str(target), "bytes": size_bytes}
+    if not printed_as_json(done | ({"job_id": job.job_id} if job else {})):
         output = terminal.printable(str(target))
-        terminal.say(f"{kind}ed {terminal.printable(name)} to {output} ({size_text(size)})")
+        terminal.say(f"{kind}ed {terminal.printable(name)} to {output} ({size_text(size_bytes)})")
 
 
-def _receive(kms: Client, job: JobOut, line: terminal.Meter, target: Path | None, file: BinaryIO) -> int:
-    """Write the result of a job. Return its size in bytes."""
+# -- pipes: the service has the file key, and this process the payload -------------------------------
+
+
+def _seal(
+    kms: Client, opened: InputStream, file: BinaryIO, options: TransferOptions, line: terminal.Meter
+) -> InputStream | None:
+    """Encrypt a stream under a new file key. Return what is left: all of it if the token lacks ``wrap``."""
+    file_key = os.urandom(FILE_KEY_BYTES)
     try:
-        size = kms.download(job.job_id, file, progress=partial(line.show, "receiving"))
+        wrap = kms.wrap(file_key, context=options["context"], key_id=options["key_id"]).stanza
+    except Forbidden:
+        _say_uploaded("wrap")
+        return opened
+    padded, opened = age_files.is_large(opened)
+    try:
+        begun = age_files.for_wrapped(wrap, file_key, padded=padded)
+    except (DecryptFailed, TooLarge) as exc:
+        raise UnexpectedAnswer from exc
+    age_files.seal(begun, opened, file, age_files.with_progress(line, "encrypting", opened.size))
+    return None
+
+
+def _open(
+    kms: Client, opened: InputStream, file: BinaryIO, options: TransferOptions, line: terminal.Meter
+) -> InputStream | None:
+    """Decrypt a stream, chunk by chunk.
+
+    Return what is left: all of it if the token lacks ``unwrap``, or the file has no stanzas of a service.
+    """
+    sealed = age_files.read(opened)
+    if binding.read(sealed.head) is None:
+        return sealed.whole
+    stanzas = b"".join(map(render_stanza, sealed.head.stanzas))
+    try:
+        file_key = kms.unwrap(
+            stanzas, context=options["context"], key_id=options["key_id"], nonce=sealed.head.nonce
+        ).file_key
+    except Forbidden:
+        _say_uploaded("unwrap")
+        return sealed.whole
+    except TooLarge:
+        return sealed.whole
+    sealed.head.check_mac(file_key)
+    progress = age_files.with_progress(line, "decrypting", opened.size)
+    age_files.release(sealed, stream.payload_key(file_key, sealed.head.nonce), file, progress)
+    return None
+
+
+def _say_uploaded(operation: str) -> None:
+    terminal.say(
+        f"the token lacks `{operation}`: the service works on the stream, as far as its spool has room"
+    )
+
+
+# -- files: a job of the service -----------------------------------------------------------------------
+
+
+def _convert_by_job(
+    kms: Client,
+    kind: Literal["encrypt", "decrypt"],
+    opened: InputStream,
+    line: terminal.Meter,
+    options: TransferOptions,
+) -> JobOut:
+    """Send a file and wait for its job. Raises the error of a job that does not succeed."""
+    sent = opened if kind == "encrypt" else age_files.unarmored(opened)
+    upload = kms.upload_encrypt if kind == "encrypt" else kms.upload_decrypt
+    accepted = upload(cast("BinaryIO", sent.stream), progress=partial(line.show, "sending"), **options)
+    job = followed(kms, accepted.job_id, line)
+    require_success(job)
+    return job
+
+
+def _receive(kms: Client, job: JobOut, line: terminal.Meter, target: Path | None, file: BinaryIO) -> None:
+    """Write the result of a job."""
+    try:
+        kms.download(job.job_id, file, progress=partial(line.show, "receiving"))
         file.flush()
     except (BrokenPipeError, terminal.BinaryOutput):
         _release(kms, job)
@@ -138,7 +222,6 @@ def _receive(kms: Client, job: JobOut, line: terminal.Meter, target: Path | None
         output = shlex.quote(str(target or STDIO))
         terminal.say(f"the result is kept: `kms job result {job.job_id} -o {output}`")
         raise
-    return size
 
 
 def _release(kms: Client, job: JobOut) -> None:

@@ -81,11 +81,15 @@ def begin(
         payload = drawn[:FILE_KEY_BYTES], drawn[FILE_KEY_BYTES:]
     file_key, nonce = payload
     stanzas = [*_stanzas(file_key, nonce, keys, context), *(each.wrap(file_key) for each in recipients)]
+    return with_stanzas(stanzas, file_key, nonce, padded=padded)
+
+
+def with_stanzas(stanzas: Sequence[Stanza], file_key: bytes, nonce: bytes, *, padded: bool) -> Sealing:
+    """Write the header of a file whose file key is wrapped in ``stanzas``; ``padded`` as in ``begin``."""
     if padded:
         size = len(header.render(stanzas, file_key))
-        stanzas.append(binding.pad_stanza(size, PADDED_HEADER_BYTES))
-    wrap_keys = binding.wrap_keys_in(stanzas)
-    return Sealing(header.render(stanzas, file_key), nonce, file_key, wrap_keys)
+        stanzas = [*stanzas, binding.pad_stanza(size, PADDED_HEADER_BYTES)]
+    return Sealing(header.render(stanzas, file_key), nonce, file_key, binding.wrap_keys_in(stanzas))
 
 
 def seal(
@@ -123,24 +127,25 @@ def unwrapped(head: Header, wrapper: Wrapper, key: KeyRef, bound: BoundStanzas) 
     return file_key
 
 
-def unwrap_for_plugin(
+def unwrap_for_plugin(  # noqa: PLR0913 -- a header in parts
     stanzas: Sequence[Stanza],
     wrapper: Wrapper,
     key: KeyRef,
     *,
     context: Context,
     bound: BoundStanzas | None = None,
+    nonce: bytes = b"",
 ) -> tuple[bytes, bool]:
-    """Unwrap the file key for an age tool, which verifies the header MAC; and whether the origin is proven.
+    """Unwrap the file key for a caller who verifies the header MAC; and whether the origin is proven.
 
-    The origin of a file with a native stanza that this service sealed cannot be proven: its origin stanza
-    binds the payload nonce, which an age plugin does not receive. Raises as ``file_key_of``.
+    Without the payload nonce, which an age plugin does not receive, the origin of a file with a native
+    stanza that this service sealed cannot be proven. Raises as ``file_key_of``.
     """
     bound, file_key = _unwrap_bound(stanzas, wrapper, key, bound)
     binding.check_context(bound, file_key, key.tenant, context)
-    if bound.binds_nonce and wrapper.origin_key(key) is not None:
+    if bound.binds_nonce and not nonce and wrapper.origin_key(key) is not None:
         return file_key, any(wrap.backend == key.backend for wrap in bound.wraps)
-    _check_origin(bound, b"", file_key, wrapper, (key, context))
+    _check_origin(bound, nonce, file_key, wrapper, (key, context))
     return file_key, True
 
 

@@ -2,6 +2,8 @@
 
 import base64
 import hashlib
+import io
+import json
 import signal
 import stat
 import subprocess
@@ -12,6 +14,12 @@ from typing import BinaryIO, Final, cast
 
 import pytest
 
+from kms_cli import age_files
+from kms_cli.age_files import InputStream
+from kms_core.envelope.sealing import Sealing
+from kms_core.payload.files import FileRange
+from kms_core.payload.parallel import DEFAULTS
+from kms_protocol.errors import InvalidRequest
 from support.cli.at_terminal import at_terminal
 from support.cli.fixtures import BIN, Place, environment
 from support.contract_server import ContractServer
@@ -21,6 +29,7 @@ KMS: Final = str(BIN / "kms")
 MIB: Final = 1024 * 1024
 BINARY: Final = bytes(range(256))
 REFUSED: Final = "kms: error: the output is binary, and stdout is a terminal\n"
+BY_JOB: Final = "--priority=normal"  # an option of jobs, so the stream is sent to the service
 FORCE: Final = "kms: hint: name a file with --output, or force it with `--output -`\n"
 
 
@@ -76,9 +85,99 @@ def test_a_pipe_of_any_size_takes_constant_memory_and_no_disk(real_service: Plac
     assert [process.wait(WAIT_S) for process in (sealing, opening)] == [0, 0]
 
 
+# -- pipes by file keys --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(real_service: Place, tmp_path: Path) -> dict[str, str]:
+    return environment(tmp_path, KMS_SERVICE_URL=real_service.url)
+
+
+def jobs_of(env: dict[str, str]) -> set[str]:
+    listed = json.loads(kms(env, "job", "list", "--json", "--limit", "1000").stdout)
+    return {job["job_id"] for job in listed["jobs"]}
+
+
+@pytest.mark.parametrize("size", [0, len(BINARY), 2 * MIB])
+def test_a_pipe_is_a_file_of_the_service_and_no_job(
+    here: dict[str, str], real_service: Place, tmp_path: Path, size: int
+) -> None:
+    plaintext, before = BINARY * (size // len(BINARY)), jobs_of(here)
+    sealed = kms(here, "encrypt-file", "-", "--context", "env=prod", given=plaintext).stdout
+    (tmp_path / "sealed").write_bytes(sealed)
+    opened = kms(here, "decrypt-file", "sealed", "-o", "-", "--context=env=prod", folder=tmp_path)
+
+    assert (opened.returncode, opened.stdout, opened.stderr) == (0, plaintext, b"")
+    assert jobs_of(here) == before
+    shown = json.loads(kms(here, "inspect", "--json", "sealed", folder=tmp_path).stdout)
+    padded = ["kms-service/pad"] if size >= MIB else []
+    assert shown["stanzas"].split(", ") == ["X25519", "kms-service/context", "kms-service/origin", *padded]
+    assert not padded or shown["header_bytes"] % 4096 == 0
+    by_job = kms(here, "decrypt-file", "sealed", "-o", "out", "--context=env=prod", folder=tmp_path)
+    assert (by_job.returncode, (tmp_path / "out").read_bytes()) == (0, plaintext)
+    key = str(real_service.state_dir / "age" / "private_key.txt")
+    assert kms(here, "open", "-i", key, "--context=env=prod", given=sealed).stdout == plaintext
+
+
+def test_a_pipe_opens_what_a_job_sealed(here: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(BINARY)
+    kms(here, "encrypt-file", "file", "--context", "env=prod", folder=tmp_path)
+    sealed = (tmp_path / "file.age").read_bytes()
+
+    assert kms(here, "decrypt-file", "-", "--context=env=prod", given=sealed).stdout == BINARY
+    refused = kms(here, "decrypt-file", "-", "--context=env=dev", given=sealed)
+    assert (refused.returncode, refused.stdout) == (65, b"")
+
+
+@pytest.mark.parametrize("output", ["-", "out"])
+def test_a_file_that_is_cut_off_gives_its_whole_chunks_and_an_error(
+    here: dict[str, str], tmp_path: Path, output: str
+) -> None:
+    """After 4 KiB of header and a nonce a MiB has 15 whole chunks of 64 KiB, each with a tag of 16 bytes."""
+    plaintext = BINARY * (2 * MIB // len(BINARY))
+    sealed = kms(here, "encrypt-file", "-", given=plaintext).stdout
+    done = kms(here, "decrypt-file", "-", "-o", output, given=sealed[:MIB], folder=tmp_path)
+
+    assert done.returncode == 65
+    assert b"kms: error: the file is damaged: it was truncated or changed" in done.stderr
+    assert done.stdout == (plaintext[: 15 * 64 * 1024] if output == "-" else b"")
+    assert (b"kms: note: the output is incomplete" in done.stderr) == (output == "-")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_source_that_shrinks_on_its_way_into_a_pipe_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"shrank")
+    with io.FileIO(tmp_path / "source") as source:
+        given = InputStream(source, FileRange(source.fileno(), size=15))
+        with pytest.raises(InvalidRequest, match="changed while it was read"):
+            age_files.seal(Sealing(b"", bytes(16), bytes(16)), given, io.BytesIO(), DEFAULTS)
+
+
+@pytest.mark.parametrize("operation", ["wrap", "unwrap"])
+def test_a_pipe_without_the_permission_is_sent_to_the_service_and_that_is_told(
+    env: dict[str, str], here: dict[str, str], stand_in: ContractServer, operation: str
+) -> None:
+    told = (
+        f"kms: the token lacks `{operation}`: the service works on the stream, as far as its spool has room\n"
+    )
+    if operation == "wrap":
+        done = kms(env, "encrypt-file", "-", given=BINARY)
+        assert (done.returncode, stand_in.open(done.stdout, None)) == (0, BINARY)
+    else:
+        sealed = kms(here, "encrypt-file", "-", given=BINARY).stdout
+        done = kms(env, "decrypt-file", "-", given=sealed)
+        assert next(iter(stand_in.jobs.values())).kind == "decrypt"
+        assert [each.body for each in stand_in.seen if "/files/" in each.path] == [sealed]
+
+    assert done.stderr.decode().startswith(told)
+
+
+# -- pipes by jobs -------------------------------------------------------------------------------------
+
+
 def test_a_slow_sender_of_a_pipe_is_sent_on_at_once(env: dict[str, str], stand_in: ContractServer) -> None:
     """A service closes connections on which nothing arrives: less than a MiB must not wait for more."""
-    with subprocess.Popen([KMS, "encrypt-file", "-"], env=env, stdin=-1, stdout=-1) as running:
+    with subprocess.Popen([KMS, "encrypt-file", "-", BY_JOB], env=env, stdin=-1, stdout=-1) as running:
         source = cast("BinaryIO", running.stdin)
         for _ in range(3):
             source.write(b"some")
@@ -96,7 +195,7 @@ def test_a_file_on_stdin_is_sent_with_its_length_and_once_more_if_needed(
 ) -> None:
     stand_in.faults.dropped = 1
     (tmp_path / "in").write_bytes(b"head" + BINARY)
-    line = f"read -rN 4; {KMS} encrypt-file -"  # bash reads its bytes and no more of a file
+    line = f"read -rN 4; {KMS} encrypt-file - {BY_JOB}"  # bash reads its bytes and no more of a file
     with (tmp_path / "in").open("rb") as given:
         done = subprocess.run(["bash", "-c", line], env=env, stdin=given, capture_output=True, check=True)
 
@@ -145,7 +244,12 @@ def test_a_result_that_breaks_off_is_told_as_incomplete(
 def test_a_full_disk_behind_stdout_is_told(env: dict[str, str], stand_in: ContractServer, size: int) -> None:
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
-            [KMS, "encrypt-file", "-"], env=env, input=b"x" * size, stdout=full, stderr=-1, check=False
+            [KMS, "encrypt-file", "-", BY_JOB],
+            env=env,
+            input=b"x" * size,
+            stdout=full,
+            stderr=-1,
+            check=False,
         )
 
     assert done.returncode == 1
@@ -208,7 +312,8 @@ def test_an_interrupted_transfer_says_what_is_in_the_pipe(
     env: dict[str, str], stand_in: ContractServer
 ) -> None:
     stand_in.faults.stalls = True
-    with subprocess.Popen([KMS, "encrypt-file", "-"], env=env, stdin=-1, stdout=-1, stderr=-1) as running:
+    command = [KMS, "encrypt-file", "-", BY_JOB]
+    with subprocess.Popen(command, env=env, stdin=-1, stdout=-1, stderr=-1) as running:
         source, pipe = cast("BinaryIO", running.stdin), cast("BinaryIO", running.stdout)
         source.write(b"x" * 4 * MIB)
         source.close()
@@ -233,7 +338,8 @@ def test_a_ciphertext_that_is_refused_leaves_the_pipe_empty(
 
 
 def test_a_reader_that_goes_away_leaves_no_result(env: dict[str, str], stand_in: ContractServer) -> None:
-    with subprocess.Popen([KMS, "encrypt-file", "-"], env=env, stdin=-1, stdout=-1, stderr=-1) as running:
+    command = [KMS, "encrypt-file", "-", BY_JOB]
+    with subprocess.Popen(command, env=env, stdin=-1, stdout=-1, stderr=-1) as running:
         source, pipe = cast("BinaryIO", running.stdin), cast("BinaryIO", running.stdout)
         source.write(b"x" * 4 * MIB)
         source.close()
@@ -263,7 +369,7 @@ def test_a_ciphertext_goes_to_a_terminal_only_if_asked(
 
 def test_a_pipe_gets_bytes_and_no_report(env: dict[str, str], stand_in: ContractServer) -> None:
     for output in ([], ["-o", "-"]):
-        done = kms(env, "encrypt-file", "-", *output, "--json", given=BINARY)
+        done = kms(env, "encrypt-file", "-", BY_JOB, *output, "--json", given=BINARY)
         assert (done.returncode, done.stderr, stand_in.open(done.stdout, None)) == (0, b"", BINARY)
 
 
