@@ -14,6 +14,7 @@ ALLOWED: Final = (
     "COSMIAN_KMS_URL is not http://127.0.0.1:…, and only such a line can be cut",
     "cosmian-kms is not installed",  # which fails in CI by itself where there is a wheel
     "NOTHING IS FUZZED: atheris is not installed, or has no wheel for this Python or processor",  # likewise
+    "terraform is not on the PATH, and no registry has it",
     "no core file is made here at all",  # a hard limit of the machine
     "needs a long /proc/crypto",  # the kernel's
     "no image can be mounted here: it needs root, loop devices and mkfs",  # in a container

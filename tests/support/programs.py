@@ -23,6 +23,7 @@ _GO: Final = {  # module, version, folder of the command. All of them build with
 _TOGETHER: Final = {  # a program, and the one that .ci/all names for the same package
     "age-keygen": "age",
     "epmd": "rabbitmq-server",
+    "initdb": "pg_dump",
     "java": "javac",
     "promtool": "prometheus",
     "ssh-agent": "ssh-add",
