@@ -272,7 +272,7 @@ class CheckedConsumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery
             _log.error(
                 "broker.queue_differs",
                 error=str(exc.reply_text)[:_SHOWN_CHARS],
-                hint="delete the queue or exchange, or set broker_queue_type (docs/celery.md)",
+                hint="delete the queue or exchange, or set broker_queue_type (docs/redis.md)",
             )
             time.sleep(_DIFFERS_S)
 

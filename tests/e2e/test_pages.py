@@ -34,6 +34,7 @@ RUN_BY: Final = {
     "docs/integrations/bao.md": "peers/test_integration_pages.py",
     "docs/integrations/commands.md": "peers/test_integration_pages.py",
     "docs/integrations/consul-template.md": "peers/test_integration_pages.py",
+    "docs/integrations/generated-clients.md": "peers/test_openapi_generators.py",
     "docs/integrations/go.md": "peers/test_vault_api_languages.py",
     "docs/integrations/parquet.md": "peers/test_integration_pages.py",
     "docs/integrations/rust-node-java.md": "peers/test_vault_api_languages.py",
@@ -41,7 +42,6 @@ RUN_BY: Final = {
     "docs/nushell.md": "peers/test_nushell.py",
     "docs/recipes.md": "e2e/test_recipes.py",
     "docs/releases.md": "repository/test_release.py",
-    "docs/sdk.md": "peers/test_openapi_generators.py",
     "docs/sealed-keys.md": "e2e/test_sealed_keys_page.py",
 }
 HERE: Final = [page for page in PAGES if page not in RUN_BY and blocks(page, "sh")]

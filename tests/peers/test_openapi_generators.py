@@ -1,4 +1,4 @@
-"""docs/sdk.md in Go, Java and TypeScript, word for word: clients made of the OpenAPI document.
+"""docs/integrations/generated-clients.md, word for word: clients made of the OpenAPI document.
 
 Each walk fetches its generator, has it read the document of a service, and runs the program of the page.
 """
@@ -17,7 +17,7 @@ from support.embedded_valkey import EmbeddedValkey
 from support.openapi_check import FILE
 from support.programs import kept, program
 
-PAGE: Final = (Path(__file__).parents[2] / "docs/sdk.md").read_text("utf-8")
+PAGE: Final = (Path(__file__).parents[2] / "docs/integrations/generated-clients.md").read_text("utf-8")
 LIMIT_S: Final = 900
 UPLOAD: Final = bytes(range(256)) * 4096
 WALKS: Final = {
@@ -60,7 +60,7 @@ def test_a_generated_client_does_what_the_page_says(guarded: Guarded, language: 
     file, programs = WALKS[language]
     for name in programs:
         program(name)
-    section = PAGE.partition(f"\n### {language}\n")[2].partition("\n## ")[0].partition("\n### ")[0]
+    section = PAGE.partition(f"\n## {language}\n")[2].partition("\n## ")[0]
     section = section.replace("http://localhost:8082", guarded.url)
     (source,) = re.findall(r"```(?:go|java|ts)\n(.*?)```", section, re.DOTALL)
     (tmp_path / file).write_text(source)
