@@ -1,8 +1,8 @@
 """Builds the site of the documents with Zensical, strictly: a link or an anchor that leads nowhere fails.
 
-``scripts/docs`` runs it, with the folder for the site as its only argument. The site has every page that
-README.md leads to; other files that a page links to become pages. Its navigation is the table of documents in
-README.md.
+``scripts/docs`` runs it, with the folder for the site as its only argument. The site has every page and
+picture that README.md leads to; other files that a page links to become pages. Its navigation is the table of
+documents in README.md.
 """
 
 import gzip
@@ -29,6 +29,8 @@ READERS: Final = {"docs/recipes.md": "Users", "docs/backends.md": "Operators", "
 """The page with which the rows for each reader begin."""
 CODE: Final = re.compile(r"`[^`\n]+`")
 LANGUAGES: Final = {".py": "python", ".toml": "toml", ".json": "json"}
+AS_THEY_ARE: Final = {".md", ".svg"}
+"""Suffixes of files that keep their name on the site."""
 STYLE: Final = ".md-typeset table code { word-break: normal; }\n"  # no names cut in two: tables scroll
 CONFIG: Final[dict[str, Any]] = {
     "site_name": "KMS",
@@ -60,9 +62,9 @@ def stage(pages: Path) -> None:
         text = (ROOT / source).read_text("utf-8")
         if source == DOCUMENT:
             text = api_page(json.loads(text))
-        elif source.suffix != ".md":
+        elif source.suffix not in AS_THEY_ARE:
             text = f"# {source}\n\n~~~~~~{LANGUAGES.get(source.suffix, 'text')}\n{text}~~~~~~\n"
-        else:
+        elif source.suffix == ".md":
             more = dict.fromkeys([*linked(source, text), *companions(source)])
             found += [each for each in more if each not in found]
             text = CODE.sub(
@@ -96,7 +98,7 @@ def staged(source: Path) -> Path:
     """Where the page of a file is."""
     if source == DOCUMENT:
         return Path("docs/api.md")
-    return source if source.suffix == ".md" else source.with_name(f"{source.name}.md")
+    return source if source.suffix in AS_THEY_ARE else source.with_name(f"{source.name}.md")
 
 
 # -- the API ----------------------------------------------------------------------------------------------

@@ -23,6 +23,17 @@ LOADING: Final = {"script": "src", "img": "src", "iframe": "src", "source": "src
 ONLY_NAMED: Final = {"canonical", "next", "prev"}  # links of pages to others; browsers load nothing
 LOADED: Final = "performance.getEntriesByType('resource').map((entry) => entry.name)"
 HIDDEN: Final = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+CUT: Final = """
+Array.from(document.querySelectorAll("text"))
+  .filter((text) => {
+    const inner = text.getBBox();
+    const boxes = Array.from(document.querySelectorAll("rect:not(.page)")).map((rect) => rect.getBBox());
+    const box = boxes.find((box) => box.x < inner.x && inner.x < box.x + box.width
+      && box.y < inner.y && inner.y < box.y + box.height);
+    return box && (inner.x + inner.width > box.x + box.width || inner.y + inner.height > box.y + box.height);
+  })
+  .map((text) => text.textContent)
+"""
 SEARCHED: Final = """
 Array.from(document.querySelectorAll("*")).map((place) => place.shadowRoot?.textContent ?? "").join("")
 """
@@ -155,3 +166,21 @@ def test_the_search_finds_pages_without_another_host(url: str, browser: Chromium
 
     assert [each for each in browser.evaluate(LOADED) if not each.startswith(url)] == []
     assert browser.complaints == []
+
+
+def test_the_picture_of_the_architecture_is_drawn_in_both_colours(url: str, browser: Chromium) -> None:
+    schemes: tuple[Scheme, ...] = ("light", "dark")
+    colours = set()
+    for scheme in schemes:
+        browser.appear(scheme)
+        browser.resize(1280, 900)
+        browser.open(f"{url}/docs/architecture.svg")
+        picture(browser, f"architecture-{scheme}")
+        assert browser.evaluate(CUT) == []
+        page = "getComputedStyle(document.querySelector('.page')).fill"
+        text = "getComputedStyle(document.querySelector('text')).fill"
+        colours |= {browser.evaluate(page), browser.evaluate(text)}
+        browser.open(f"{url}/docs/design.html")
+        picture(browser, f"design-{scheme}")
+        assert browser.evaluate("document.querySelector('img[src$=\"architecture.svg\"]').naturalWidth") > 0
+    assert len(colours) == len({"page", "text"}) * len(schemes)
