@@ -5,7 +5,7 @@
 # .venv is made again. PYTHON=/path/to/python3 chooses the interpreter of a .venv that is made.
 # shellcheck shell=bash
 
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P) # by its own name: .venv holds absolute paths
 venv=$root/.venv
 unset PYTHONDONTWRITEBYTECODE # each process would compile all of the project at its start, which costs more than the rest
 

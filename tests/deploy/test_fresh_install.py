@@ -208,6 +208,19 @@ def test_two_at_a_time_make_one_virtual_environment_and_development_adds_to_it(p
     assert (project.ready("dev"), project.ready("runtime")) == ("", "")
 
 
+def test_a_link_to_the_clone_finds_its_virtual_environment(project: Project, tmp_path: Path) -> None:
+    """To make it again would pull .venv from under a service that runs in it."""
+    project.ready()
+    link = tmp_path / "link"
+    link.symlink_to(project.root)
+    (project.venv / "in use").touch()
+
+    done = bash(f"{SOURCED} ready runtime", link, env=project.env)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (project.venv / "in use").exists()
+
+
 def test_an_interrupted_installation_is_begun_again(project: Project) -> None:
     project.ready()
     for stamp in project.venv.glob(".kms-*"):  # written last: an interrupted installation has none
