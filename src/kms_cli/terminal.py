@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, ClassVar, Final, Self, cast
+from typing import TYPE_CHECKING, BinaryIO, ClassVar, Final, NamedTuple, Self, cast
 
 from kms_protocol.errors import EXIT_UNAVAILABLE, EXIT_USAGE, InvalidRequest, KmsError
 from kms_protocol.units import size_text
@@ -229,6 +229,14 @@ def refuse_binary(hint: str = BinaryOutput.hint) -> None:
 
 BAR_COLUMNS: Final = 24
 REDRAW_EVERY_S: Final = 0.1
+_SMALL: Final = 10  # rates below it are shown with a decimal
+
+
+class Step(NamedTuple):
+    """A step of some work. Its amounts are in bytes, or count what ``unit`` names, as ``files``."""
+
+    label: str
+    unit: str = ""
 
 
 class Meter:
@@ -239,7 +247,7 @@ class Meter:
     def __init__(self, *, hidden: bool = False) -> None:
         self._shown = sys.stderr.isatty() and not hidden
         self._drawn_at = 0.0
-        self._label = ""
+        self._step = Step("")
         self._began, self._began_at = time.monotonic(), 0
 
     def __enter__(self) -> Self:
@@ -258,11 +266,11 @@ class Meter:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
 
-    def show(self, label: str, done: int, total: int | None) -> None:
-        """Draw at most ten times a second. ``done`` and ``total`` are in bytes."""
-        now = time.monotonic()
-        if label != self._label:
-            self._label, self._began, self._began_at, redraw_at = label, now, done, now
+    def show(self, label: str, done: int, total: int | None, unit: str = "") -> None:
+        """Draw at most ten times a second. ``done`` and ``total`` are in bytes, or count things: ``unit``."""
+        now, step = time.monotonic(), Step(label, unit)
+        if step != self._step:
+            self._step, self._began, self._began_at, redraw_at = step, now, done, now
         else:
             redraw_at = self._drawn_at + REDRAW_EVERY_S
         if not self._shown or now < redraw_at:
@@ -270,30 +278,45 @@ class Meter:
         self._drawn_at, Meter._is_drawn = now, True
         rate = (done - self._began_at) / (now - self._began) if now > self._began else 0.0
         columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-        sys.stderr.write(f"\r\x1b[K{progress_line(label, done, total, rate, columns)}")
+        sys.stderr.write(f"\r\x1b[K{progress_line(step, done, total, rate, columns)}")
         sys.stderr.flush()
 
 
-def progress_line(label: str, done: int, total: int | None, rate: float, columns: int) -> str:
-    """Return bytes, their rate a second and the time left, and further figures as far as ``columns`` allow.
+def progress_line(step: Step, done: int, total: int | None, rate: float, columns: int) -> str:
+    """Return what is done, its rate a second and the time left, and further figures as ``columns`` allow.
 
     A rate of 0 is not known yet.
     """
-    speed = f" {size_text(rate)}/s" if rate > 0 else ""
+    label, unit = step
+    amount, noun = (count_text, f" {unit}") if unit else (size_text, "")
+    speed = f" {amount(rate)}/s" if rate > 0 else ""
     if not total:
-        return (f"{label} {size_text(done)}{speed}" if done else label)[: columns - 1]
+        texts = [f"{label} {amount(done)}{noun}{speed}", f"{amount(done)}{noun}{speed}", amount(done)]
+        return _fitting(texts if done else [label], columns)
     part = min(1.0, done / total)
     end = f"{speed} {_clock(max(0, total - done) / rate)} left" if rate > 0 else ""
     bar = f"[{'#' * round(part * BAR_COLUMNS):.<{BAR_COLUMNS}}]"
-    sizes = f"{size_text(done)} of {size_text(total)}"
+    amounts = f"{amount(done)} of {amount(total)}{noun}"
     texts = [
-        f"{label} {bar} {part:4.0%} {sizes}{end}",
-        f"{label} {part:.0%} {sizes}{end}",
-        f"{label} {part:.0%} {size_text(done)}{end}",
-        f"{part:.0%} {size_text(done)}{end}",
-        f"{size_text(done)}{end}",
+        f"{label} {bar} {part:4.0%} {amounts}{end}",
+        f"{label} {part:.0%} {amounts}{end}",
+        f"{label} {part:.0%} {amount(done)}{noun}{end}",
+        f"{part:.0%} {amount(done)}{noun}{end}",
+        f"{amount(done)}{noun}{end}",
+        f"{part:.0%} {amount(done)}",
+        f"{part:.0%}",
     ]
-    return next((text for text in texts if len(text) < columns), texts[-1][: columns - 1])
+    return _fitting(texts, columns)
+
+
+def _fitting(texts: Sequence[str], columns: int) -> str:
+    """Return the first text that leaves a column free, else the last one, cut."""
+    return next((text for text in texts if len(text) < columns), texts[-1][: max(0, columns - 1)])
+
+
+def count_text(number: float) -> str:
+    """Return a count or a rate of counts: ``1,200``, and small rates with a decimal, ``0.3``."""
+    return f"{number:,.1f}" if number < _SMALL and number % 1 else f"{number:,.0f}"
 
 
 def _clock(seconds: float) -> str:

@@ -1,18 +1,26 @@
 """Output of the command: names that others wrote are shown as text."""
 
+import io
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import click
+import msgspec
 import pytest
 
 from kms_cli import terminal
 from kms_cli.commands import audit
+from kms_cli.commands.files import shown_in
+from kms_cli.commands.migrate import Lines, Migration, TransitLine, read_line
+from kms_cli.terminal import Step
 from kms_core.audit.query import RecordedOperation
 from kms_core.audit.verification.scan import ChainProblem, Note, VerificationReport
+from kms_protocol.wire import JobOut
+from support.audit_logs import Place
 from support.cli.at_terminal import at_terminal
 from support.cli.fixtures import environment
 from support.contract_server import ContractServer
@@ -63,11 +71,13 @@ GIB: Final = 1024**3
         (50, "sending 25% 1.0 GiB 100.0 MiB/s 0:31 left"),
         (40, "25% 1.0 GiB 100.0 MiB/s 0:31 left"),
         (30, "1.0 GiB 100.0 MiB/s 0:31 left"),
-        (10, "1.0 GiB 1"),
+        (20, "25% 1.0 GiB"),
+        (10, "25%"),
+        (3, "25"),
     ],
 )
 def test_a_progress_line_has_bytes_rate_and_time_left_in_any_width(columns: int, line: str) -> None:
-    assert terminal.progress_line("sending", GIB, 4 * GIB, 100 * 1024**2, columns) == line
+    assert terminal.progress_line(Step("sending"), GIB, 4 * GIB, 100 * 1024**2, columns) == line
 
 
 @pytest.mark.parametrize(
@@ -88,14 +98,39 @@ def test_a_progress_line_has_bytes_rate_and_time_left_in_any_width(columns: int,
 def test_what_is_unknown_is_left_out_of_a_progress_line(
     done: int, total: int | None, rate: float, line: str
 ) -> None:
-    assert terminal.progress_line("queued", done, total, rate, 80) == line
+    assert terminal.progress_line(Step("queued"), done, total, rate, 80) == line
+
+
+@pytest.mark.parametrize(
+    ("total", "columns", "line"),
+    [
+        (4000, 120, "running [######..................]  25% 1,000 of 4,000 items 12/s 4:10 left"),
+        (4000, 60, "running 25% 1,000 of 4,000 items 12/s 4:10 left"),
+        (4000, 40, "running 25% 1,000 items 12/s 4:10 left"),
+        (4000, 30, "1,000 items 12/s 4:10 left"),
+        (4000, 10, "25% 1,000"),
+        (4000, 9, "25%"),
+        (None, 40, "running 1,000 items 12/s"),
+        (None, 20, "1,000 items 12/s"),
+        (None, 10, "1,000"),
+    ],
+)
+def test_things_are_counted_as_bytes_are(total: int | None, columns: int, line: str) -> None:
+    assert terminal.progress_line(Step("running", "items"), 1000, total, 12.0, columns) == line
+
+
+@pytest.mark.parametrize(("rate", "shown"), [(0.3, "0.3/s"), (3.0, "3/s"), (1234.5, "1,234/s")])
+def test_a_slow_rate_of_things_has_a_decimal(rate: float, shown: str) -> None:
+    line = terminal.progress_line(Step("running", "items"), 5, None, rate, 80)
+
+    assert line == f"running 5 items {shown}"
 
 
 @pytest.mark.parametrize("label", ["receiving", "committing"])
 @pytest.mark.parametrize("exponent", range(51))
 def test_forty_columns_hold_bytes_rate_and_time_left(label: str, exponent: int) -> None:
     done, total = 2**exponent - 1, 2**51
-    line = terminal.progress_line(label, done, total, total / 359_999, 40)
+    line = terminal.progress_line(Step(label), done, total, total / 359_999, 40)
 
     assert len(line) < 40
     assert re.search(r"\d (B|[KMGT]iB) .*/s \d+:\d\d:\d\d left$", line)
@@ -120,13 +155,18 @@ def test_a_transfer_at_a_terminal_is_drawn_in_its_width_and_erased(
     assert shown.count("\n") == 1
 
 
+def make_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let stderr, which ``capsys`` keeps, pass for a terminal of 80 columns."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((80, 24)))
+    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
+
+
 def test_a_message_replaces_the_progress_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An interrupted download says what is kept while its line is drawn."""
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((80, 24)))
-    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
+    make_terminal(monkeypatch)
     with terminal.Meter() as line:
         line.show("sending", 0, None)
         terminal.say("one")
@@ -143,3 +183,54 @@ def test_no_progress_is_drawn_for_programs(stand_in: ContractServer, tmp_path: P
 
     assert code == 0
     assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize(("items", "shown"), [(1, "50% 5 B of 10 B"), (4, "75% 3 of 4 items")])
+def test_a_job_of_several_items_shows_items(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, items: int, shown: str
+) -> None:
+    make_terminal(monkeypatch)
+    progress = {"items": items, "items_done": items - 1, "items_failed": 0, "bytes": 10, "bytes_done": 5}
+    job = msgspec.convert(JobOut.EXAMPLE | {"state": "running", "progress": progress}, JobOut)
+    with terminal.Meter() as line:
+        shown_in(line)(job)
+
+    (text,) = drawn(capsys.readouterr().err)
+    assert re.fullmatch(rf"running \[[#.]+\]  {shown}", text)
+
+
+def test_a_migration_shows_lines_in_turn_with_its_messages(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_terminal(monkeypatch)
+    read = partial(read_line, shape=TransitLine, options={})
+    with terminal.Meter() as line:
+        moving = Migration(read, lambda _: b"plaintext", None, Lines(io.BytesIO()), line)
+        moving.run([b"vault:v1:x", b"{"])
+
+    first, failure = drawn(capsys.readouterr().err)
+    assert first == "migrating 1 lines"
+    assert failure.startswith("kms: line 2: invalid_request: ")
+
+
+@pytest.mark.parametrize("columns", [10, 40])
+def test_a_verification_shows_bytes_in_the_width_there_is(tmp_path: Path, columns: int) -> None:
+    place = Place(tmp_path)
+    place.written(50)
+    env = environment(tmp_path)
+    words = f"kms audit verify --no-anchors {place.folder} > report"
+    code, shown = at_terminal(words, tmp_path, env, columns=columns)
+
+    text, *_ = drawn(shown)
+    assert code == 0
+    assert "0%" in text
+    assert 0 < len(text) < columns
+
+
+def test_a_wait_is_shown_before_the_service_answers(stand_in: ContractServer, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    env = environment(tmp_path, KMS_SERVICE_URL=stand_in.url)
+    words = "kms encrypt-file file --json > report; kms job wait job-1 > job"
+    code, shown = at_terminal(words, tmp_path, env, columns=40)
+
+    assert (code, drawn(shown)[0]) == (0, "waiting")

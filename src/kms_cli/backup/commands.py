@@ -18,7 +18,7 @@ from kms_cli.age_files import RequiredBinding
 from kms_cli.backup.files import SETTINGS, ArchiveWriter, InstalledFiles, KeepFile, Manifest, read_archive
 from kms_cli.commands.offline import recipient_option, recipients_file_option
 from kms_cli.options import FILE, STDIO, OutputExists, force_option
-from kms_cli.session import printed_as_json, session
+from kms_cli.session import meter, printed_as_json, session
 from kms_core.secure_files import make_folders, sync_folder
 from kms_protocol import __version__, small_files
 from kms_protocol.errors import DecryptFailed, TargetExists
@@ -74,9 +74,11 @@ def backup_command(
     with (
         audited.effect(settings, "backup.create", str(output)),
         age_files.target(output, force=force) as target,
+        meter(on_stdout=output == STDIO) as line,
     ):
         began, made_at = time.monotonic(), datetime.now(UTC)
-        writer = ArchiveWriter(begun, target)
+        shown = age_files.with_progress(line, "backing up", None)
+        writer = ArchiveWriter(begun, target, shown.progress)
         for source in files.all():
             writer.add(source, files.origins.get(source.name, ""))
         took_s = time.monotonic() - began
@@ -139,9 +141,11 @@ def restore_command(
     if folder is None and not only_check:
         raise click.UsageError("name the new state directory with --to DIR, or verify only with --check")
     known = age_files.identities(identities)
-    with age_files.source(file) as source:
+    with age_files.source(file) as source, meter() as line:
         sealed = age_files.read(source)
-        read = partial(read_archive, sealed, age_files.by_identities(sealed.head, known, RequiredBinding()))
+        key = age_files.by_identities(sealed.head, known, RequiredBinding())
+        shown = age_files.with_progress(line, "verifying", file.stat().st_size)
+        read = partial(read_archive, sealed, key, advance=shown.progress)
         try:
             if folder is None:
                 manifest = read(lambda *_: None)

@@ -308,8 +308,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 class ArchiveWriter:
     """Writes an archive to a stream, which is complete after ``finish``."""
 
-    def __init__(self, begun: Sealing, target: BinaryIO) -> None:
-        self._target, self._sealer = target, SlabSealer(begun.payload_key)
+    def __init__(
+        self, begun: Sealing, target: BinaryIO, advance: Callable[[int], object] = lambda _: None
+    ) -> None:
+        """``advance`` is called with the size of each part that was written, in bytes."""
+        self._target, self._sealer, self._advance = target, SlabSealer(begun.payload_key), advance
         self.files: list[SavedFile] = []
         target.write(begun.head)
 
@@ -339,6 +342,7 @@ class ArchiveWriter:
     def _put(self, data: bytes) -> None:
         for slab in self._sealer.feed(data):
             self._target.write(slab)
+        self._advance(len(data))
 
 
 def _header(name: str, size: int, mtime: int) -> bytes:
@@ -367,8 +371,10 @@ KeepFile = Callable[[tarfile.TarInfo, Iterator[bytes]], object]
 """Takes the entry of a file, and its content in parts."""
 
 
-def read_archive(sealed: AgeFile, key: bytes, keep: KeepFile) -> Manifest:
-    """Read an archive, and pass each file to ``keep``.
+def read_archive(
+    sealed: AgeFile, key: bytes, keep: KeepFile, advance: Callable[[int], object] = lambda _: None
+) -> Manifest:
+    """Read an archive, and pass each file to ``keep``, and the size of each part in bytes to ``advance``.
 
     Return the manifest, which describes all files. Until then nothing of what was passed is verified. Raises
     NotABackup if ``ArchiveWriter`` did not write it, DecryptFailed for a forgery.
@@ -388,7 +394,7 @@ def read_archive(sealed: AgeFile, key: bytes, keep: KeepFile) -> Manifest:
                     last = content.read(_MANIFEST_BYTES)
                     continue
                 digest = hashlib.sha256()
-                parts = _parts(content, digest.update)
+                parts = _parts(content, digest.update, advance)
                 keep(entry, parts)
                 for _ in parts:
                     """Content that was not kept is verified all the same."""
@@ -425,9 +431,12 @@ def _content(tar: tarfile.TarFile, entry: tarfile.TarInfo, names: set[str]) -> I
     return tar.extractfile(entry)
 
 
-def _parts(content: IO[bytes], update: Callable[[bytes], object]) -> Iterator[bytes]:
+def _parts(
+    content: IO[bytes], update: Callable[[bytes], object], advance: Callable[[int], object]
+) -> Iterator[bytes]:
     while part := content.read(_READ_BYTES):
         update(part)
+        advance(len(part))
         yield part
 
 

@@ -240,8 +240,16 @@ def followed(kms: Client, job_id: str, line: terminal.Meter) -> JobOut:
 
 
 def shown_in(line: terminal.Meter) -> Callable[[JobOut], None]:
-    """Return what shows the progress of a job in ``line``."""
-    return lambda job: line.show(job.state, job.progress.bytes_done, job.progress.bytes)
+    """Return what shows the progress of a job in ``line``: its items if there are several, else its bytes."""
+
+    def show(job: JobOut) -> None:
+        done = job.progress
+        if done.items > 1:
+            line.show(job.state, done.items_done, done.items, "items")
+        else:
+            line.show(job.state, done.bytes_done, done.bytes)
+
+    return show
 
 
 def require_success(job: JobOut) -> None:

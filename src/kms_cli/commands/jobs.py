@@ -97,6 +97,7 @@ def show_command(job_id: str) -> None:
 def wait_command(job_id: str, timeout: float | None) -> None:
     """Wait until the job ends, show it, and fail if it failed. Ctrl-C ends the wait, not the job."""
     with connect() as kms, meter() as line:
+        line.show("waiting", 0, None)
         job = kms.wait(job_id, timeout_s=timeout, progress=shown_in(line))
     show_job(job)
     require_success(job)
@@ -115,9 +116,11 @@ def cancel_command(job_id: str) -> None:
 @click.option("--wait", is_flag=True, help="Wait until all jobs of the group have ended.")
 def group_command(name: str, *, wait: bool) -> None:
     """Show how many jobs of a group are in which state; with --wait once all have ended."""
-    with connect() as kms:
-        found = kms.group(name, wait_s=WAIT_S if wait else 0)
+    with connect() as kms, meter() as line:
+        found = kms.group(name)
         while wait and not found.ended:
+            ended = sum(count for state, count in found.states.items() if state in ENDED)
+            line.show("waiting", ended, found.jobs, "jobs")
             found = kms.group(name, wait_s=WAIT_S)
     if printed_as_json(found):
         return

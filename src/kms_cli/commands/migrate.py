@@ -11,6 +11,7 @@ import fcntl
 import functools
 import hashlib
 import itertools
+import logging
 import os
 import re
 import sys
@@ -27,7 +28,7 @@ from msgspec.structs import fields, replace
 from kms_cli import terminal
 from kms_cli.main import MIGRATE_COMMANDS, LazyGroup
 from kms_cli.options import STDIO, context_of, context_option, key_option, placed
-from kms_cli.session import connect, session
+from kms_cli.session import connect, meter, session
 from kms_client import Client
 from kms_client.requests import failure
 from kms_client.settings import check_encrypted
@@ -243,6 +244,7 @@ class Migration(Generic[L]):
     decrypt: Callable[[L], bytes]
     client: Client | None
     output: Lines | Folder
+    meter: terminal.Meter
     report: MigrationReport = field(default_factory=MigrationReport)
     stopped: errors.Unavailable | None = None
 
@@ -264,6 +266,7 @@ class Migration(Generic[L]):
             if not text:
                 continue
             self.report.lines += 1
+            self.meter.show("migrating", self.report.lines, None, "lines")
             try:
                 line, source = self.read(text), hashlib.sha256(text).hexdigest()
                 record = MovedRecord(line=number, reference=line.reference, source=source)
@@ -344,11 +347,16 @@ def migrate(shape: type[L], decrypt: Callable[[L], bytes], given: Mapping[str, A
         if output and not dry_run:
             target = stack.enter_context(continued(output))
         read = functools.partial(read_line, shape=shape, options=given)
-        moving = Migration(read, lambda line: caller.call("unwrap", lambda: decrypt(line)), client, target)
+        with_report = bool(dry_run or output or folder)
+        line = stack.enter_context(meter(on_stdout=not with_report))
+        moving = Migration(
+            read, lambda each: caller.call("unwrap", lambda: decrypt(each)), client, target, line
+        )
         try:
             moving.run(lines_of(given["inputs"]))
         finally:
-            code = moving.report.show(dry_run=dry_run, on_stdout=bool(dry_run or output or folder))
+            line.erase()
+            code = moving.report.show(dry_run=dry_run, on_stdout=with_report)
     return code
 
 
@@ -410,7 +418,7 @@ def transit_command(**given: Any) -> int:  # noqa: ANN401 -- click's own
     associated_data (base64, as in transit's batch_input), key, reference, new_context, new_key_id. --context
     and --key-id are those of the service, for lines without them.
     """
-    logs.configure("warn", json=False)  # warnings of the backend appear on stderr
+    _show_warnings()
     Context.parse(given["context"])
     check_address("--vault-address", given["vault_address"], in_prod=False)
     if not session().allow_http:
@@ -420,6 +428,12 @@ def transit_command(**given: Any) -> int:  # noqa: ANN401 -- click's own
     engine = vault.connect(section, "vault", strict=False)
     mount = vault.path_of(given["mount"], "--mount")
     return migrate(TransitLine, lambda line: _by_transit(engine, mount, line), given)
+
+
+def _show_warnings() -> None:
+    """Show warnings of the other system's backend on stderr, in place of the progress line."""
+    logs.configure("warn", json=False)
+    logging.root.handlers[0].addFilter(lambda _: terminal.Meter.erase() is None)
 
 
 def _by_transit(engine: vault.VaultClient, mount: str, line: TransitLine) -> bytes:
@@ -474,7 +488,7 @@ def aws_command(**given: Any) -> int:  # noqa: ANN401 -- click's own
     """
     from kms_core.backends.aws.backend import AwsEndpoint, AwsKmsClient  # noqa: PLC0415 -- botocore is optional
 
-    logs.configure("warn", json=False)  # warnings of the backend appear on stderr
+    _show_warnings()
     Context.parse(given["context"])
     given["encryption_context"] = dict(Context.parse(given["encryption_context"]).pairs) or None
     if given["endpoint_url"]:

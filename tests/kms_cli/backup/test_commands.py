@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 
 from kms_cli.local.up import make_dev_keys
 from kms_core.settings.load import load
+from support.cli.at_terminal import at_terminal
+from support.cli.fixtures import environment
 from support.cli.offline import Done, Workspace, workspace
 from support.programs import program
 from support.small_disk import small_disk
@@ -58,6 +61,17 @@ def test_a_backup_by_stdout_is_the_same(place: Workspace) -> None:
     place.write("b.age", place.made(*words, KMS_STATE_DIR=place.path("state")))
 
     assert place.kms("restore", "b.age", "-i", "key.txt", "--check").returncode == 0
+
+
+def test_a_backup_and_its_check_show_how_far_they_are(place: Workspace) -> None:
+    env = environment(place.folder, KMS_STATE_DIR=place.path("state"))
+    words = f"kms backup -r {place.recipient} -o b.age && kms restore b.age -i key.txt --check"
+    code, shown = at_terminal(words, place.folder, env, columns=40)
+
+    assert code == 0, shown
+    drawn = re.findall(r"\r\x1b\[K([a-z][^\r]*)", shown)
+    assert {"backing", "verifying"} <= {text.split()[0] for text in drawn}
+    assert all(len(text) < 40 for text in drawn if not text.startswith("kms: "))
 
 
 def test_without_a_recipient_there_is_no_backup(place: Workspace) -> None:

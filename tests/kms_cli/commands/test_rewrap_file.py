@@ -190,8 +190,8 @@ def test_a_source_that_changes_while_it_is_copied_is_refused(tmp_path: Path) -> 
     class Writer(Meter):
         """Writes to the source when the first part was copied."""
 
-        def show(self, label: str, done: int, total: int | None) -> None:
-            del label, done, total
+        def show(self, label: str, done: int, total: int | None, unit: str = "") -> None:
+            del label, done, total, unit
             source.write_bytes(bytes(MIB + 1))
 
     with (

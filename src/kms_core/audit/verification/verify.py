@@ -65,6 +65,7 @@ def verify(
     keys = keys or PublicKeys(_own_keys(sizes))
     found: dict[Segment, ScannedSpan] = {}
     done = 0
+    progress(done, report.size_bytes)
     for segment, size in sizes.items():
         found[segment] = scan(segment, keys, size)
         done += size

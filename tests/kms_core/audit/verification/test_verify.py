@@ -89,13 +89,14 @@ def test_another_key_does_not_fit(place: Place, tmp_path: Path) -> None:
     assert codes(verify(place.folder, PublicKeys([other]))) == ["unknown_key"]
 
 
-def test_progress_is_told_after_each_file(place: Place) -> None:
+def test_progress_is_told_at_first_and_after_each_file(place: Place) -> None:
     place.written(40, rotate_bytes=4096)
     seen: list[tuple[int, int]] = []
     report = verify(place.folder, place.keys(), progress=lambda done, total: seen.append((done, total)))
 
     assert report.verdict == "intact"
-    assert len(seen) == len(place.files()) > 2
+    assert len(seen) == 1 + len(place.files()) > 3
+    assert seen[0] == (0, report.size_bytes)
     assert seen[-1] == (report.size_bytes, report.size_bytes)
 
 
