@@ -11,12 +11,14 @@ import sys
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
+from textwrap import dedent
 from typing import Final, NamedTuple
 
 import click
 
 from kms_api.main import parser as service_parser
-from kms_cli.main import LazyGroup, group
+from kms_cli.commands.completion import EXIT_CODES, topic
+from kms_cli.main import LazyGroup, group, topics
 from kms_cli.plugin.main import USAGE as PLUGIN_USAGE
 from kms_protocol import __version__
 from kms_worker.main import parser as worker_parser
@@ -37,11 +39,15 @@ PROGRAMS: Final = {  # what man pages say after the dash
     "kms-worker": "run jobs of the key management service",
     "age-plugin-kms": "encrypt and decrypt for age, rage and sops with keys of the service",
 }
+HELP: Final = "kms help"
 Pairs = tuple[tuple[str, str], ...]
 
 
 class Entry(NamedTuple):
-    """A program or a command: ``text`` has paragraphs, the pairs have names and what they mean."""
+    """A program, a command or a topic: ``text`` has paragraphs, the pairs have names and what they mean.
+
+    A paragraph that is indented keeps its lines.
+    """
 
     name: str
     summary: str
@@ -50,6 +56,7 @@ class Entry(NamedTuple):
     options: Pairs = ()
     environment: Pairs = ()
     commands: Pairs = ()
+    topics: Pairs = ()
     exit_codes: Pairs = ()
     epilog: str = ""
 
@@ -58,10 +65,10 @@ class Entry(NamedTuple):
 
 
 def entries() -> list[Entry]:
-    """``kms``, its commands in the order of ``kms --help``, and the other programs."""
+    """``kms``, its commands in the order of ``kms --help``, the topics, and the other programs."""
     top = group()
     context = click.Context(top, info_name="kms")
-    return [*of_command(top, context, PROGRAMS["kms"]), *other_programs()]
+    return [*of_command(top, context, PROGRAMS["kms"]), *of_topics(), *other_programs()]
 
 
 def of_command(command: click.Command, context: click.Context, summary: str) -> Iterator[Entry]:
@@ -77,7 +84,10 @@ def of_command(command: click.Command, context: click.Context, summary: str) -> 
         tuple(option_help(each, context) for each in shown),
         tuple(variables),
         tuple((item.value, item.help or "") for item in listed),
-        exit_codes() if top else (),
+        tuple((name, text.partition("\n")[0]) for name, text in topics().items())
+        if command.name == "help"
+        else (),
+        tuple((str(code), f"{text}.") for code, text in EXIT_CODES.items()) if top else (),
         command.epilog or "",
     )
     for item in listed:
@@ -96,13 +106,11 @@ def paragraphs(text: str) -> tuple[str, ...]:
     return tuple(" ".join(part.split()) for part in parts if part.strip())
 
 
-def exit_codes() -> Pairs:
-    """As the contract promises them."""
-    contract = (ROOT / "docs/contract.md").read_text("utf-8")
-    table = contract.partition("| exit code of `kms` |")[2].partition("\n\n")[0]
-    return tuple(
-        (code, f"{text}.") for code, text in re.findall(r"^\| (\d+) \| (.+) \|$", table, re.MULTILINE)
-    )
+def of_topics() -> Iterator[Entry]:
+    for name in topics():
+        summary, *parts = topic(name).split("\n\n")
+        text = tuple(part if part.startswith(" ") else " ".join(part.split()) for part in parts)
+        yield Entry(f"{HELP} {name}", summary, "", text)
 
 
 def other_programs() -> Iterator[Entry]:
@@ -131,9 +139,10 @@ def markdown(made: list[Entry]) -> str:
 
 def markdown_of(entry: Entry) -> str:
     level = "#" * min(3, 2 + entry.name.count(" "))
-    parts = [f"{level} {entry.name}", *map(prose, entry.text), f"```text\n{entry.usage}\n```"]
+    parts = [f"{level} {entry.name}", *map(paragraph, entry.text)]
+    parts += [fenced(entry.usage)] if entry.usage else []
     for title, pairs in sections(entry):
-        links = title == "Commands" and entry.name.startswith("kms")
+        links = title in {"Commands", "Topics"} and entry.name.startswith("kms")
         lines = [
             f"- {f'[`{name}`](#{hyphened(entry.name)}-{name})' if links else f'`{name}`'}: {prose(text)}"
             for name, text in pairs
@@ -150,6 +159,7 @@ def sections(entry: Entry) -> Iterator[tuple[str, Pairs]]:
         "Options": entry.options,
         "Environment": entry.environment,
         "Commands": entry.commands,
+        "Topics": entry.topics,
         "Exit codes": entry.exit_codes,
     }
     return ((title, pairs) for title, pairs in titled.items() if pairs)
@@ -158,6 +168,14 @@ def sections(entry: Entry) -> Iterator[tuple[str, Pairs]]:
 def hyphened(name: str) -> str:
     """The name of a man page, and the anchor of a heading."""
     return name.replace(" ", "-")
+
+
+def paragraph(text: str) -> str:
+    return fenced(dedent(text)) if text.startswith(" ") else prose(text)
+
+
+def fenced(text: str) -> str:
+    return f"```text\n{text}\n```"
 
 
 def prose(text: str) -> str:
@@ -178,12 +196,14 @@ def man(entry: Entry, names: list[str], day: str) -> str:
         rf"{roff(name)} \- {roff(entry.summary.rstrip('.'))}",
         ".SH SYNOPSIS",
         ".nf",
-        roff(entry.usage),
+        roff(entry.usage or entry.name),
         ".fi",
     ]
     lines.append(".SH DESCRIPTION")
     for at, text in enumerate(entry.text):
-        lines += [*([".PP"] if at else []), roff(text)]
+        lines += [".PP"] if at else []
+        is_block = text.startswith(" ")
+        lines += [".nf", *map(roff, dedent(text).splitlines()), ".fi"] if is_block else [roff(text)]
     for title, pairs in sections(entry):
         lines.append(f".SH {'EXIT STATUS' if title == 'Exit codes' else title.upper()}")
         for term, text in pairs:

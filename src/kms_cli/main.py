@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Final, NoReturn, TextIO, cast
 
@@ -56,7 +57,7 @@ COMMANDS: Final = {  # name: module, help
     "config": ("commands.config", "Show, check and begin the settings."),
     "doctor": ("commands.doctor", "Check keys, settings and the service."),
     "completion": ("commands.completion", "Print the completion script of a shell."),
-    "help": ("commands.completion", "Show the help of a command."),
+    "help": ("commands.completion", "Show the help of a command or a topic."),
 }
 JOB_COMMANDS: Final = {
     "submit": ("commands.jobs", "Submit a job over files on the host of the service."),
@@ -152,9 +153,11 @@ class LazyGroup(click.Group):
         return name, command, args[1:]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        del ctx
         with formatter.section("Commands"):
             formatter.write_dl([(name, help_) for name, (_, help_) in self._table.items()])
+        if ctx.parent is None:
+            with formatter.section("Topics of kms help"):
+                formatter.write_dl([(name, text.partition("\n")[0]) for name, text in topics().items()])
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> "list[CompletionItem[str]]":
         return self.commands_from(incomplete) + click.Command.shell_complete(self, ctx, incomplete)
@@ -185,6 +188,12 @@ class UnknownCommand(click.UsageError):
         self.possibilities = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
 
 
+def topics() -> dict[str, str]:
+    """Return the texts of ``kms help TOPIC`` by topic; the first line of each is its summary."""
+    sections = Path(__file__).with_name("topics.md").read_text("utf-8").split("\n## ")[1:]
+    return {name: text for name, _, text in (section.partition("\n") for section in sections)}
+
+
 def group() -> click.Group:
     """Return the ``kms`` command with its global options."""
     top = LazyGroup(
@@ -199,7 +208,7 @@ def run(args: Sequence[str] | None = None) -> int:
     """Run one command line (default: ``sys.argv``). Return its exit code."""
     line = sys.argv[1:] if args is None else list(args)
     try:
-        code = _invoke(line)
+        code = invoke(line)
         sys.stdout.flush()
     except click.UsageError as exc:
         return terminal.misused(exc)
@@ -221,8 +230,8 @@ def run(args: Sequence[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _invoke(line: list[str]) -> object:
-    """Run the command as ``Group.main`` does, but leave broken pipes and Ctrl-C to the caller."""
+def invoke(line: list[str]) -> object:
+    """Run one command line as ``Group.main`` does, but leave broken pipes and Ctrl-C to the caller."""
     top = group()
     try:
         with top.make_context("kms", list(line)) as ctx:

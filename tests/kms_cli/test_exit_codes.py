@@ -1,3 +1,4 @@
+import os
 import resource
 import signal
 import socket
@@ -108,6 +109,18 @@ def test_broken_pipe_is_quiet(stand_in: ContractServer, tmp_path: Path) -> None:
 
     assert running.returncode == 141
     assert said == b""
+
+
+@pytest.mark.parametrize("words", ["help", "help jobs", "--help"])
+def test_help_that_is_not_read_is_quiet(tmp_path: Path, words: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as pipe:
+        done = subprocess.run(
+            [KMS, *words.split()], env=environment(tmp_path), stdout=pipe, stderr=subprocess.PIPE, check=False
+        )
+
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_help_loads_no_heavy_module() -> None:

@@ -9,6 +9,8 @@ from typing import Final
 
 import pytest
 
+from kms_cli.commands.completion import EXIT_CODES
+from kms_cli.main import topics
 from support.programs import program
 
 ROOT: Final = Path(__file__).parents[2]
@@ -35,7 +37,8 @@ def test_the_page_is_what_the_commands_say_at_any_terminal(pages: list[Path]) ->
 def test_the_page_has_every_command_that_help_lists() -> None:
     def listed(*command: str) -> list[str]:
         done = subprocess.run([KMS, *command, "--help"], capture_output=True, text=True, check=True)
-        return re.findall(r"^  ([a-z-]+)  ", done.stdout.partition("Commands:\n")[2], re.MULTILINE)
+        section = done.stdout.partition("Commands:\n")[2].partition("\n\n")[0]
+        return re.findall(r"^  ([a-z-]+)  ", section, re.MULTILINE)
 
     commands = listed()
     expected = {f"kms {name}" for name in commands}
@@ -47,6 +50,22 @@ def test_the_page_has_every_command_that_help_lists() -> None:
     assert {"kms-service", "kms-worker", "age-plugin-kms"} <= set(
         re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
     )
+
+
+def test_exit_codes_are_those_of_the_contract() -> None:
+    contract = (ROOT / "docs/contract.md").read_text("utf-8")
+    table = contract.partition("| exit code of `kms` |")[2].partition("\n\n")[0]
+
+    assert re.findall(r"^\| (\d+) \| (.+) \|$", table, re.MULTILINE) == [
+        (str(code), text) for code, text in EXIT_CODES.items()
+    ]
+
+
+def test_the_page_has_every_topic() -> None:
+    text = PAGE.partition("\n### kms help pipes\n")[2].partition("\n### ")[0]
+
+    assert "\n```text\npg_dump app | kms encrypt-file - > app.age\n" in text
+    assert {f"kms help {name}" for name in topics()} <= set(re.findall(r"^### (.*)$", PAGE, re.MULTILINE))
 
 
 def test_the_page_shows_options_variables_defaults_codes_and_examples() -> None:

@@ -6,12 +6,16 @@ A completion script runs ``kms`` with a variable that makes it answer as ``answe
 import contextlib
 import json
 import os
+import textwrap
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Final
 
 import click
 from click.shell_completion import CompletionItem, ShellComplete, add_completion_class, shell_complete
 
+from kms_cli import main, session, terminal
 from kms_cli.main import COMPLETION_VARIABLE, LazyGroup, group
+from kms_protocol import errors
 
 SHELLS: Final = ("bash", "zsh", "fish", "nushell")
 _NUSHELL: Final = """\
@@ -64,16 +68,70 @@ def completion_command(shell: str) -> int:
 
 
 def _names(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
-    """Return the commands below the words that were given."""
+    """Return the commands below the words that were given; topics, too, if there are none."""
     del parameter
     command: click.Command | None = group()
-    for word in ctx.params.get("words") or ():
+    words = ctx.params.get("words") or ()
+    for word in words:
         command = command.get_command(ctx, word) if isinstance(command, click.Group) else None
-    return command.commands_from(incomplete) if isinstance(command, LazyGroup) else []
+    found = command.commands_from(incomplete) if isinstance(command, LazyGroup) else []
+    topics = {} if words else main.topics()
+    return found + [
+        CompletionItem(name, help=text.partition("\n")[0])
+        for name, text in topics.items()
+        if name.startswith(incomplete)
+    ]
+
+
+WIDTH: Final = 80
+EXIT_CODES: Final[Mapping[int, str]] = {
+    0: "success",
+    errors.EXIT_OTHER: "another error; findings of `kms config lint`; an open end in `kms audit verify`",
+    errors.EXIT_USAGE: "wrong usage",
+    errors.EXIT_BAD_DATA: "bad data, `decrypt_failed`, a damaged audit log",
+    errors.EXIT_UNAVAILABLE: "service, backend or another peer unavailable; `document_outdated`: a signed "
+    "document is older than one seen before",
+    errors.EXIT_EXISTS: "the target exists, or another conflict",
+    errors.EXIT_REFUSED: "refused: authentication, permission, path",
+    errors.EXIT_CONFIGURATION: "wrong configuration",
+}
+
+
+def topic(name: str) -> str:
+    """Return the text of a topic, with exit codes and variables as they are declared."""
+    text = main.topics()[name].rstrip("\n")
+    if "{codes}" in text:
+        return text.replace("{codes}", _rows((str(code), means) for code, means in EXIT_CODES.items()))
+    if "{settings}" in text:
+        from kms_core.settings.load import VARIABLES  # noqa: PLC0415 -- the service, which takes a moment
+
+        options = [each for each in session.options(after_command=False) if each.envvar]
+        shown = _rows((str(each.envvar), f"{each.opts[0]}: {each.help or ''}") for each in options)
+        return text.replace("{options}", shown).replace("{settings}", _rows(VARIABLES.items()))
+    return text
+
+
+def _rows(pairs: Iterable[tuple[str, str]]) -> str:
+    """Return a block with names and what they mean."""
+    rows = dict(pairs)
+    width = max(map(len, rows))
+    return "\n".join(
+        textwrap.fill(
+            text.replace("`", ""),
+            WIDTH,
+            initial_indent=f"    {name:<{width}}  ",
+            subsequent_indent=" " * (width + 6),
+            break_on_hyphens=False,
+        )
+        for name, text in rows.items()
+    )
 
 
 @click.command("help", epilog="Example: kms help job list")
-@click.argument("words", nargs=-1, metavar="[COMMAND]...", shell_complete=_names)
+@click.argument("words", nargs=-1, metavar="[COMMAND | TOPIC]...", shell_complete=_names)
 def help_command(words: tuple[str, ...]) -> None:
-    """Show the help of a command, as COMMAND --help does."""
-    group().main([*words, "--help"], prog_name="kms", standalone_mode=False)
+    """Show the help of a command, as COMMAND --help does, or a text on a topic."""
+    if len(words) == 1 and words[0] in main.topics():
+        terminal.result(topic(words[0]))
+    else:
+        main.invoke([*words, "--help"])

@@ -13,7 +13,8 @@ from typing import Final
 
 import pytest
 
-from kms_cli.main import COMMANDS, JOB_COMMANDS, KEYS_COMMANDS
+from kms_cli.commands.completion import topic
+from kms_cli.main import BROKEN_PIPE, COMMANDS, INTERRUPTED, JOB_COMMANDS, KEYS_COMMANDS, TERMINATED, topics
 from kms_client import Client
 from support.cli.fixtures import BIN, environment
 from support.contract_server import ContractServer
@@ -37,6 +38,7 @@ LINES: Final = {  # what is typed before the Tab key, and what stands there afte
     "--json keys usage d": "--json keys usage default",
     "job wait jo": "job wait job-1",
     "help keys us": "help keys usage",
+    "help exit": "help exit-codes",
     "encrypt-file conf": "encrypt-file config.yaml",
 }
 
@@ -125,9 +127,13 @@ def answered(env: dict[str, str], *words: str) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("words", [("kms", ""), ("kms", "help", "")], ids=" ".join)
-def test_every_command_is_offered_without_its_module(env: dict[str, str], words: tuple[str, ...]) -> None:
-    assert answered(env, *words)[0].split() == [f"plain,{name}" for name in COMMANDS]
+def test_every_command_is_offered_without_its_module(env: dict[str, str]) -> None:
+    assert answered(env, "kms", "")[0].split() == [f"plain,{name}" for name in COMMANDS]
+
+
+def test_help_is_offered_for_commands_and_topics(env: dict[str, str]) -> None:
+    assert answered(env, "kms", "help", "")[0].split() == [f"plain,{name}" for name in (*COMMANDS, *topics())]
+    assert answered(env, "kms", "help", "keys", "rot")[0].split() == ["plain,rotate"]
 
 
 def test_the_commands_of_each_group_are_offered(env: dict[str, str]) -> None:
@@ -205,3 +211,28 @@ def test_help_is_the_help_of_the_command(env: dict[str, str], words: tuple[str, 
 
     assert ours == option
     assert ours.startswith(" ".join(["Usage: kms", *words]))
+
+
+@pytest.mark.parametrize("name", topics())
+def test_a_topic_is_a_short_text_for_any_terminal(name: str) -> None:
+    assert name not in COMMANDS, "kms help shows the command"
+    lines = topic(name).splitlines()
+
+    assert lines[1] == "", "after the summary"
+    assert 8 <= len([line for line in lines if line]) <= 30
+    assert max(map(len, lines)) <= 80
+
+
+def test_exit_codes_of_signals_are_those_of_the_command() -> None:
+    named = re.findall(r"\b1\d\d\b", topic("exit-codes"))
+
+    assert list(map(int, named)) == [INTERRUPTED, TERMINATED, BROKEN_PIPE]
+
+
+def test_help_shows_a_topic_and_lists_it(env: dict[str, str]) -> None:
+    shown = subprocess.run([KMS, "help", "environment"], env=env, capture_output=True, text=True, check=True)
+    listed = subprocess.run([KMS, "help"], env=env, capture_output=True, text=True, check=True).stdout
+
+    assert re.search(r"^    KMS_TOKEN_FILE +--token-file: File that holds", shown.stdout, re.MULTILINE)
+    assert re.search(r"^    KMS_PORT +port$", shown.stdout, re.MULTILINE)
+    assert re.search(r"^  environment  ", listed, re.MULTILINE)
