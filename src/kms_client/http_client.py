@@ -141,7 +141,9 @@ class Upload:
         if part is None:
             raise InvalidRequest("The source is a pipe in non-blocking mode")
         if self.size_bytes is not None and self._sent != self.size_bytes:
-            raise InvalidRequest("The source became shorter while it was being sent")
+            raise InvalidRequest(
+                "The source became shorter while it was sent: try again when no process writes to it"
+            )
 
     def _next_bytes(self) -> int:
         return PART_BYTES if self.size_bytes is None else min(PART_BYTES, self.size_bytes - self._sent)

@@ -90,14 +90,17 @@ def keygen_command(  # noqa: PLR0913 -- the options of the command
     """
     if sealed_by is None and (recovery or source or (name and not convert)):
         raise click.UsageError("--for, --recovery and --from are for sealed files: add --sealed-by KEY")
+    public = ""
     if convert:
         content = _recipients(convert, name)
     elif sealed_by is None:
-        content = _new_identity(post_quantum=pq)
+        content, public = _new_identity(post_quantum=pq)
     else:
         content = _sealed(sealed_by, name, recovery, source, output, post_quantum=pq)
     if content:
         _put(output, content, is_secret=not convert)
+    if public:
+        _show_public(public)
 
 
 def _put(output: str | None, content: bytes, *, is_secret: bool) -> None:
@@ -182,7 +185,8 @@ def _sealed(  # noqa: PLR0913 -- the options of the command
     elif name in AUDIT_KEYS:
         raise click.UsageError(f"{name}: let the service make it, then seal it with --from {own[name]}")
     else:
-        content = _new_identity(post_quantum=post_quantum)
+        content, public = _new_identity(post_quantum=post_quantum)
+        _show_public(public)
     content = "".join(f"{RECOVERY}{recipient}\n" for recipient in recovery).encode() + content
     seals = None if root == IDENTITY else root
     try:
@@ -227,10 +231,14 @@ def _sealer(name: str | None) -> "tuple[Settings, FileSealer, str]":
     return settings, key_opening.direct(settings), name or keyring.default_key_id(settings)
 
 
-def _new_identity(*, post_quantum: bool) -> bytes:
+def _new_identity(*, post_quantum: bool) -> tuple[bytes, str]:
+    """Return the content of a key file, and its recipient."""
     identity = mlkem768x25519.HybridIdentity.generate() if post_quantum else x25519.X25519Identity.generate()
-    sys.stderr.write(f"Public key: {identity.recipient}\n")
-    return identity_file(identity)
+    return identity_file(identity), str(identity.recipient)
+
+
+def _show_public(recipient: str) -> None:
+    sys.stderr.write(f"Public key: {recipient}\n")
 
 
 in_process_option = click.option(
