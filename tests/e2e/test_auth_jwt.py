@@ -77,8 +77,8 @@ def test_tenants_of_one_issuer_cannot_open_each_others_files(trusting: Trusting)
     [
         ({"aud": "another"}, "audience"),
         ({"exp": 1_000_000_000}, "expired"),
-        ({"iss": "https://evil.example.com"}, "not for this service"),
-        ({"org": "evil"}, "not for this service"),
+        ({"iss": "https://evil.example.com"}, "issuer"),
+        ({"org": "evil"}, "tenant"),
     ],
     ids=str,
 )

@@ -26,12 +26,8 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from jwt import PyJWK
-from jwt.exceptions import (
-    ExpiredSignatureError,
-    InvalidAudienceError,
-    InvalidSignatureError,
-    PyJWTError,
-)
+from jwt import exceptions as jwt_errors
+from jwt.exceptions import InvalidSignatureError, PyJWTError
 
 from kms_core import scopes
 from kms_core.auth.policy import Grant, Principal
@@ -357,6 +353,9 @@ _MOST_SCOPES: Final = 64
 _MOST_NAME_CHARS: Final = 200
 _COMPACT: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*", re.ASCII)  # RFC 7515 §7.1
 _TYPES: Final = frozenset({"jwt", "at+jwt", "application/at+jwt"})
+_BAD_ALGORITHM: Final = "The issuer of this token may not use its algorithm or type"
+_NO_KEY: Final = "The issuer of this token has no key with its key id and algorithm"
+_BAD_SIGNATURE: Final = "The signature of this token is not by a key of its issuer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,9 +432,10 @@ class Jwts:
         except (PyJWTError, ValueError) as exc:
             raise Unauthenticated(REFUSED, reason="malformed") from exc
         issuer = self._issuers.get(named) if isinstance(named, str) else None
-        is_reviewed = issuer is not None and isinstance(issuer.keys, Reviews)
-        if issuer is None or name not in {None, issuer.name} or (not name and is_reviewed):
-            raise Unauthenticated(REFUSED, reason="untrusted")
+        if issuer is None or name not in {None, issuer.name}:
+            raise Unauthenticated("The issuer of this token is not accepted here", reason="untrusted")
+        if not name and isinstance(issuer.keys, Reviews):
+            raise Unauthenticated("Tokens of this issuer are accepted at its login", reason="untrusted")
         return issuer, _claims(text, header, issuer)
 
 
@@ -461,15 +461,16 @@ def _claims(text: str, header: Claims, issuer: Trusted) -> Claims:
     section, algorithm, kid = issuer.section, header.get("alg"), header.get("kid")
     kind = str(header.get("typ", "JWT")).lower()
     if not isinstance(algorithm, str) or algorithm not in section.algorithms or kind not in _TYPES:
-        raise Unauthenticated(REFUSED, reason="untrusted")
+        raise Unauthenticated(_BAD_ALGORITHM, reason="untrusted")
     if isinstance(issuer.keys, Reviews):
         claims = _decoded(text, None, algorithm, section)
         issuer.keys.check(text, claims.get("sub"))
         return claims
-    for key in issuer.keys.fitting(kid if isinstance(kid, str) else None, algorithm):
+    keys = issuer.keys.fitting(kid if isinstance(kid, str) else None, algorithm)
+    for key in keys:
         with suppress(InvalidSignatureError):
             return _decoded(text, key, algorithm, section)
-    raise Unauthenticated(REFUSED, reason="signature")
+    raise Unauthenticated(_BAD_SIGNATURE if keys else _NO_KEY, reason="signature")
 
 
 def _decoded(text: str, key: IssuerKey | None, algorithm: str, section: IssuerSection) -> Claims:
@@ -500,10 +501,14 @@ def _decoded(text: str, key: IssuerKey | None, algorithm: str, section: IssuerSe
         )
     except InvalidSignatureError:
         raise
-    except ExpiredSignatureError as exc:  # the signature is right, so the caller holds the token and may know
+    except jwt_errors.ExpiredSignatureError as exc:  # the signature is right: the caller may know
         raise Unauthenticated("This token has expired: ask for a new one", reason="expired") from exc
-    except InvalidAudienceError as exc:
+    except jwt_errors.InvalidAudienceError as exc:
         raise Unauthenticated("This token is for another audience", reason="claims") from exc
+    except jwt_errors.ImmatureSignatureError as exc:
+        raise Unauthenticated("This token is not valid yet: compare the clocks", reason="claims") from exc
+    except jwt_errors.MissingRequiredClaimError as exc:
+        raise Unauthenticated(f"This token lacks the claim {exc.claim}", reason="claims") from exc
     except PyJWTError as exc:
         raise Unauthenticated(REFUSED, reason="claims") from exc
 
@@ -529,7 +534,7 @@ def _tenant(claims: Claims, section: IssuerSection) -> str:
         return section.tenant
     tenant = claims.get(section.tenant_claim)
     if not isinstance(tenant, str) or not NAME.fullmatch(tenant) or tenant not in section.tenants:
-        raise Unauthenticated(REFUSED, reason="claims")
+        raise Unauthenticated("The tenant in this token is not one of its issuer", reason="claims")
     return tenant
 
 

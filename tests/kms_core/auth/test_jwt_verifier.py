@@ -317,6 +317,37 @@ def test_a_wrong_token_lets_nobody_in(issuer: Issuer, name: str) -> None:
     assert reason(door(issuer), make(issuer)) in {why, "claims" if why == "malformed" else why}
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("issuer", "The issuer of this token is not accepted here"),
+        ("unknown kid", "The issuer of this token has no key with its key id and algorithm"),
+        ("other key", "The signature of this token is not by a key of its issuer"),
+        ("algorithm", "The issuer of this token may not use its algorithm or type"),
+        ("audience", "This token is for another audience"),
+        ("no audience", "This token lacks the claim aud"),
+        ("expired", "This token has expired: ask for a new one"),
+        ("not yet", "This token is not valid yet: compare the clocks"),
+        ("two parts", "The credential is unknown, was revoked, or is not for this service"),
+    ],
+)
+def test_a_wrong_token_says_why(issuer: Issuer, name: str, told: str) -> None:
+    make, _ = WRONG[name]
+
+    with pytest.raises(Unauthenticated) as caught:
+        verified(door(issuer), make(issuer))
+
+    assert caught.value.detail == told
+
+
+def test_an_expired_token_of_a_stranger_says_nothing_of_its_claims(issuer: Issuer) -> None:
+    """The signature is checked before the claims: who has no token learns nothing about one."""
+    thief = Issuer()
+    thief.rollover("one")
+
+    assert reason(door(issuer), thief.token(exp=1, aud="another")) == "signature"
+
+
 def test_clocks_may_differ_a_little(issuer: Issuer) -> None:
     now = int(time.time())
     jwts = door(issuer)
