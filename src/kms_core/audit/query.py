@@ -7,6 +7,7 @@ after it; both for each host, since records of a copy appear later.
 
 import base64
 import heapq
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from kms_protocol.wire import NOT_JSON
 
 SETTLED_S: Final = 5.0
 MOST_SCANNED: Final = 20_000
+SEARCH_S: Final = 2.0
+"""The longest search for the first event of a page, in seconds."""
 _NOT_OK: Final = "failed"
 _LONGEST_CURSOR: Final = 16 * 1024
 _LATEST: Final = "9999"
@@ -133,8 +136,10 @@ def fields(event: RecordedOperation) -> dict[str, object]:
 def page(logs: Sequence[HostLog], wanted: EventFilter, after: str | None, limit: int) -> EventPage:
     """The next events after a cursor. Raises InvalidRequest for a cursor that is not from a page.
 
-    A page may hold fewer than ``limit`` events although others follow: a call reads a bounded number.
+    A page may hold fewer than ``limit`` events although others follow: a call reads a bounded number, or
+    while it finds none for at most ``SEARCH_S``.
     """
+    until = time.monotonic() + SEARCH_S
     cursor = _parsed(after) if after else {}
     positions = {each.host: cursor.get(_place(each)) or _Position(wanted.since) for each in logs}
     chains = [(each, files) for each in logs for files in segments.by_chain(each.folder).values()]
@@ -147,7 +152,8 @@ def page(logs: Sequence[HostLog], wanted: EventFilter, after: str | None, limit:
     for scanned, event in enumerate(heapq.merge(*events, key=lambda each: each.order)):
         if wanted.until and event.time >= wanted.until:
             break
-        if len(found) == limit or scanned == MOST_SCANNED:
+        is_enough = scanned >= MOST_SCANNED and (found or time.monotonic() > until)
+        if len(found) == limit or is_enough:
             more = True
             break
         seen[event.host][event.chain] = _SeenLine(event.seq, event.time)

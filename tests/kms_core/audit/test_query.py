@@ -154,16 +154,24 @@ def test_since_and_until(place: Place) -> None:
     assert names(place, wanted) == [f"ada-{number}" for number in range(40, 60)]
 
 
-def test_a_call_reads_a_bounded_part(place: Place) -> None:
+def test_a_call_reads_a_bounded_part(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it finds nothing it reads on, for a bounded time."""
+    monkeypatch.setattr(query, "MOST_SCANNED", 100)
     trail = place.trail()
-    for number in range(query.MOST_SCANNED + 10):
+    for number in range(250):
         trail.append(record(number))
-    last = f"ada-{query.MOST_SCANNED + 5}"
-    rare = EventFilter(equal=(("principal", last),))
-    first = query.page(place.logs, rare, None, 10)
+    rare = EventFilter(equal=(("principal", "ada-205"),))
+    monkeypatch.setattr(query, "SEARCH_S", -1.0)
+    bounded = query.page(place.logs, rare, None, 10)
 
-    assert (first.events, first.more) == ([], True)
-    assert names(place, rare) == [last]
+    assert (bounded.events, bounded.more) == ([], True)
+    assert names(place, rare) == ["ada-205"]
+
+    monkeypatch.setattr(query, "SEARCH_S", 3600.0)
+    first, both = query.page(place.logs, rare, None, 10), EventFilter(equal=(("result", "ok"),))
+
+    assert ([event.principal for event in first.events], first.more) == (["ada-205"], True)
+    assert len(query.page(place.logs, both, None, 1000).events) == 100, "one that has found some ends"
 
 
 def test_the_newest_come_oldest_first(place: Place) -> None:
