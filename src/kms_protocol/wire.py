@@ -313,6 +313,11 @@ class BatchResult(Answer, frozen=True, kw_only=True):
 
 
 class BatchOut(Answer, frozen=True, kw_only=True):
+    """The outcome of each item.
+
+    ``retry_after_s``: the batch used up the requests of the tenant, whose next one is refused for so long.
+    """
+
     EXAMPLE: ClassVar = {
         "results": [
             {"index": 0, "reference": "salary", **_CIPHERTEXT, **KEY_EXAMPLE, **_FILE_ID},
@@ -322,6 +327,7 @@ class BatchOut(Answer, frozen=True, kw_only=True):
     }
     results: list[BatchResult]
     failed: int
+    retry_after_s: float | UnsetType = UNSET
 
 
 # -- jobs --------------------------------------------------------------------------------------------

@@ -40,24 +40,26 @@ def batch(call: Call[wire.BatchIn]) -> wire.BatchOut:
     A caller without a scope for the operation gets 403, as for a single call.
     """
     service, body = call.service, call.body
-    admit_items(service, call.caller, body.operation, len(body.items))
+    wait_s = admit_items(service, call.caller, body.operation, len(body.items))
     kms = service.kms.for_job()
     with kms.audit_log.together():
         results = [_one(call, kms, index, item) for index, item in enumerate(body.items)]
-    return wire.BatchOut(results=results, failed=sum(result.error is not UNSET for result in results))
+    failed = sum(result.error is not UNSET for result in results)
+    return wire.BatchOut(results=results, failed=failed, retry_after_s=round(wait_s, 1) or UNSET)
 
 
 def _pool(service: Service, items: Sequence[wire.BatchItem]) -> Pool:
     return service.batch_pool((item.key_id for item in items), (item.ciphertext or b"" for item in items))
 
 
-def admit_items(service: Service, who: Principal, operation: wire.JobKind, count: int) -> None:
+def admit_items(service: Service, who: Principal, operation: wire.JobKind, count: int) -> float:
     """Authorize a batch as a whole, then count its items; a denied batch counts as one request.
 
-    Raises Forbidden, RateLimited, Unavailable, AuditUnavailable. May wait for the disk.
+    Returns the seconds until the tenant's next request is allowed. Raises Forbidden, RateLimited,
+    Unavailable, AuditUnavailable. May wait for the disk.
     """
     authorization.check_batch(service.kms, who, operation)
-    service.requests.take_items(who.tenant, count)
+    return service.requests.take_items(who.tenant, count)
 
 
 def _one(call: Call[wire.BatchIn], kms: Kms, index: int, item: wire.BatchItem) -> wire.BatchResult:

@@ -21,6 +21,7 @@ MOST_SOURCES: Final = 4096
 _IPV6_BITS: Final = 64  # the network of one caller, who can use any address in it
 DEBT_S: Final = 60.0
 """The highest debt of a tenant, in seconds of its rate."""
+_USED_UP: Final = "Your tenant has used up its requests per second, of which each item of a batch is one"
 _STEP: Final = 100  # items of a stream that are counted at once
 _ENOUGH: Final = 1 - 1e-9  # of one request: a client that waits as told must not fail by a rounding error
 
@@ -92,13 +93,14 @@ class Requests:
         """Count a request. Raises RateLimited with the seconds until the next one is allowed."""
         self._spend(tenant, 1, left=_ENOUGH)
 
-    def take_items(self, tenant: str, count: int) -> None:
+    def take_items(self, tenant: str, count: int) -> float:
         """Count the items of a request, of which ``take`` has counted one already.
 
-        Raises RateLimited, and counts nothing, while the tenant is in debt: of several batches that were
-        allowed at the same time, one may go into debt.
+        Returns the seconds until the next request is allowed, 0 if it is now. Raises RateLimited, and counts
+        nothing, while the tenant is in debt: of several batches that were allowed at the same time, one may
+        go into debt.
         """
-        self._spend(tenant, count - 1, left=_ENOUGH - 1)
+        return self._spend(tenant, count - 1, left=_ENOUGH - 1)
 
     def counted(self, tenant: str, items: Iterable[T]) -> Iterator[T]:
         """Yield the items of a stream, and count each but the first when it is taken, into debt."""
@@ -112,22 +114,22 @@ class Requests:
         finally:
             self._spend(tenant, index - counted)
 
-    def _spend(self, tenant: str, count: int, *, left: float = -math.inf) -> None:
+    def _spend(self, tenant: str, count: int, *, left: float = -math.inf) -> float:
         """Take ``count`` out of a bucket that holds at least ``left``, up to the highest debt.
 
-        Raises RateLimited if it holds less.
+        Returns the seconds until a request is allowed. Raises RateLimited if the bucket holds less.
         """
         rate = self._rates.get(tenant)
         if rate is None or count < 1:
-            return
+            return 0.0
         with self._lock:
             bucket, now = self._buckets[tenant], self._clock()
             level = _level(bucket, rate, now)
             if level >= left:
                 bucket.level, bucket.at = max(level - count, -DEBT_S * rate.per_s), now
         if level < left:
-            wait_s = (1 - level) / rate.per_s
-            raise RateLimited("Your tenant has used up its requests per second", retry_after_s=wait_s)
+            raise RateLimited(_USED_UP, retry_after_s=(1 - level) / rate.per_s)
+        return _wait_s(bucket, rate, now)
 
 
 def source_of(address: str) -> str:

@@ -312,7 +312,7 @@ class JobSubmitter:
         self,
         options: SubmissionOptions,
         body: wire.JobIn,
-        charge: Callable[[int], None] | None = None,
+        charge: Callable[[int], object] | None = None,
     ) -> Job:
         """A job as ``POST /jobs`` describes it: items, or a reference. Raises as ``check`` and these do.
 
