@@ -307,6 +307,19 @@ def test_jobs_are_found_by_label_and_by_id(guarded: Guarded) -> None:
     assert browser.get("/ui/jobs?search=%3d").status_code == 422
 
 
+def test_operations_of_all_tenants_are_charted_for_the_scope_metrics_only(guarded: Guarded) -> None:
+    store = core_of(guarded).worker_context.store
+    for ago_s, succeeded, failed in ((120, 5, 1), (60, 25, 3)):
+        at = f"{(store.now() - ago_s) * 1000:.0f}-0"
+        store.redis.xadd("kms:operations", {"succeeded": succeeded, "failed": failed}, id=at)
+    summary = "Of the 22 operations in the last 6 hours: 2 failed, 20 succeeded."
+
+    assert summary in words(browser_of(guarded, "status,metrics").get("/ui"))
+    assert summary in words(browser_of(guarded, "*,metrics").get("/ui"))
+    assert "Operations of all tenants" not in words(browser_of(guarded, "*").get("/ui"))
+    store.redis.delete("kms:operations")
+
+
 def test_a_failed_job_shows_its_cause_and_a_bar_of_what_went_well(service: Service) -> None:
     items = [{"ciphertext": b64(b"no age file")}, {"ciphertext": b64(b"nor this")}]
     job_id = service.submit({"kind": "decrypt", "items": items})

@@ -6,7 +6,7 @@ As in ``views``, a page runs as a whole in one thread, and leaves out what the c
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final
 from urllib.parse import quote
@@ -23,12 +23,12 @@ from kms_core.audit.chain import text_of
 from kms_core.audit.query import EventFilter, RecordedOperation
 from kms_core.auth.policy import Principal, allows
 from kms_core.jobs.store import activity
-from kms_core.jobs.store.activity import SAMPLE, Activity, Interval, survey_queues
+from kms_core.jobs.store.activity import SAMPLE, Activity, Interval, OperationInterval, survey_queues
 from kms_core.settings.lint import unaccepted
 from kms_protocol.errors import AuditUnavailable, InvalidRequest, JobsUnavailable
 from kms_protocol.units import duration_text
 
-# Charts of the jobs of the last hours: stacked bars as SVG, and the same figures as a table.
+# Charts of the jobs and operations of the last hours: stacked bars as SVG, and the same figures as a table.
 #
 # All is drawn on the server, in units of a picture that ``page.css`` stretches to the page; text is HTML.
 
@@ -87,14 +87,33 @@ def jobs_chart(intervals: Sequence[Interval], words: str) -> Chart:
         }
         for each in intervals
     ]
-    sums = {name: sum(row[name] for row in rows) for name in rows[0]}
-    told = ", ".join(f"{number(count)} {name}" for name, count in sums.items())
-    labels = {name: f"{name} {number(count)}" for name, count in sums.items()}
+    names = ("jobs", "Jobs by time of submission", "jobs submitted", "jobs")
+    return _counts_chart(names, intervals, rows, words)
+
+
+def operations_chart(intervals: Sequence[OperationInterval], words: str) -> Chart:
+    """Operations of all tenants by outcome; those that were refused have failed."""
+    rows = [{"failed": each.failed, "succeeded": each.succeeded} for each in intervals]
+    names = ("operations", "Operations of all tenants", "operations", "operations")
+    return _counts_chart(names, intervals, rows, words)
+
+
+def _counts_chart(
+    names: tuple[str, str, str, str],
+    intervals: Sequence[Interval | OperationInterval],
+    rows: Sequence[Mapping[str, int]],
+    words: str,
+) -> Chart:
+    """``names``: of the chart, its title, what some are called in the summary, and what none are."""
+    name, title, some, none = names
+    sums = {series: sum(row[series] for row in rows) for series in rows[0]}
+    told = ", ".join(f"{number(count)} {series}" for series, count in sums.items())
+    labels = {series: f"{series} {number(count)}" for series, count in sums.items()}
     most = max(sum(row.values()) for row in rows)
-    top = next(digit * 10**power for power in range(16) for digit in (2, 4, 10) if digit * 10**power >= most)
-    summary = f"Of the {number(sum(sums.values()))} jobs submitted in the last {words}: {told}."
-    summary = summary if most else f"No jobs in the last {words}."
-    return _chart(("jobs", "Jobs by time of submission", summary), labels, intervals, rows, (top, number))
+    top = next(digit * 10**power for power in range(19) for digit in (2, 4, 10) if digit * 10**power >= most)
+    summary = f"Of the {number(sum(sums.values()))} {some} in the last {words}: {told}."
+    summary = summary if most else f"No {none} in the last {words}."
+    return _chart((name, title, summary), labels, intervals, rows, (top, number))
 
 
 def durations_chart(intervals: Sequence[Interval], words: str) -> Chart:
@@ -116,7 +135,7 @@ def durations_chart(intervals: Sequence[Interval], words: str) -> Chart:
 def _chart(
     names: tuple[str, str, str],
     labels: Mapping[str, str],
-    intervals: Sequence[Interval],
+    intervals: Sequence[Interval | OperationInterval],
     rows: Sequence[Mapping[str, float]],
     axis: tuple[float, Callable[..., str]],
 ) -> Chart:
@@ -156,15 +175,19 @@ _OF_OVERVIEW: Final = ("audit:read", "jobs:read", "metrics", "status")
 
 @router.read("", CALLER, THREADS)
 def overview(call: Call[None]) -> Response:
-    """The state of the service, notices, charts of jobs, dead and newest jobs, and refusals of a day."""
+    """The state of the service, notices, charts, dead and newest jobs, and refusals of a day."""
     service, caller, period = call.service, call.caller, call.query.get("period", "6h")
+    store = service.submitter.store
     if period not in PERIODS:
         raise InvalidRequest(f"period is one of {', '.join(PERIODS)}")
     may = {name: allows(service.kms.policy, caller, name) for name in _OF_OVERVIEW}
     found = _Jobs()
     with suppress(JobsUnavailable):
         found = _jobs_of(service, caller, period) if may["jobs:read"] else found
-        found.activity = activity.read(service.submitter.store) if may["metrics"] else None
+        if may["metrics"]:
+            found.activity = activity.read(store)
+            every_s, count, words = PERIODS[period]
+            found.charts.insert(1, operations_chart(activity.operations(store, every_s, count), words))
     refusals, is_log_unreadable = None, False
     if may["audit:read"]:
         try:
@@ -192,7 +215,7 @@ class _Jobs:
 
     newest: list[JobRow] | None = None
     dead: list[JobRow] | None = None
-    charts: list[Chart] | None = None
+    charts: list[Chart] = field(default_factory=list)
     activity: Activity | None = None
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from kms_api.ui import overview
-from kms_core.jobs.store.activity import Interval
+from kms_core.jobs.store.activity import Interval, OperationInterval
 from kms_protocol.wire import STATES
 
 START = 1_764_288_000  # 2025-11-28T00:00:00Z
@@ -81,3 +81,16 @@ def test_one_job_among_many_is_seen_and_without_jobs_nothing_is_drawn() -> None:
     assert chart.bars[0].parts[0].height >= 1
     assert overview.jobs_chart([interval(), interval(1)], "hour").bars == ()
     assert overview.durations_chart([interval(), interval(1)], "hour").bars == ()
+
+
+def test_operations_are_drawn_by_outcome() -> None:
+    chart = overview.operations_chart(
+        [OperationInterval(START, 1_500, 500), OperationInterval(START + 900, 0, 0)], "6 hours"
+    )
+
+    assert chart.summary == "Of the 2,000 operations in the last 6 hours: 500 failed, 1,500 succeeded."
+    assert [(part.series, part.height) for part in chart.bars[0].parts] == [("failed", 25), ("succeeded", 75)]
+    none = overview.operations_chart(
+        [OperationInterval(START, 0, 0), OperationInterval(START + 900, 0, 0)], "hour"
+    )
+    assert (none.bars, none.summary) == ((), "No operations in the last hour.")

@@ -12,6 +12,7 @@ import structlog
 
 from kms_core.jobs.spec import QUEUES
 from kms_core.jobs.storage.spool import Spool
+from kms_core.jobs.store import activity
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
 from kms_core.periodic import PeriodicThread
@@ -68,6 +69,7 @@ _LOCK_S: Final = 10.0
 _SWEEP_EVERY: Final = 600
 _LOOK_EVERY: Final = 10
 _INPUTS_EVERY: Final = 5
+_POINT_EVERY: Final = 60
 _ORPHAN_AGE_S: Final = 3600.0
 _TAKEN_UP: Final = frozenset({"requeued", "committing", "due", "parts_ended"})
 
@@ -104,13 +106,18 @@ class Reaper(PeriodicThread):
             self.reap()
 
     def reap(self) -> None:
-        """Take up due jobs, wake workers, delete inputs and results, forget expired jobs, sweep orphans."""
+        """Take up due jobs, wake workers, delete inputs and results, forget expired jobs, sweep orphans.
+
+        Once a minute, add a point to the sums of operations.
+        """
         self._step(self._take_up_due)
         self._step(self._wake_workers)
         if self._rounds % _INPUTS_EVERY == 0:
             self._step(self._delete_inputs)
         self._step(self._delete_expired)
         self._step(self._store.forget)
+        if self._rounds % _POINT_EVERY == 0:
+            self._step(self._count_operations)
         if self._rounds % _LOOK_EVERY == 0:
             self._step(self._tell_of_newer)
             self._store.condition()  # notes how full Redis is, for workers
@@ -150,6 +157,9 @@ class Reaper(PeriodicThread):
     def _is_removed(self, remove: Callable[[str], bool]) -> Callable[[str], bool]:
         """False while the bucket of the spool does not answer: another host, or a later round, removes it."""
         return lambda job_id: remove(job_id) or not self._spool.store.is_away
+
+    def _count_operations(self) -> None:
+        activity.add_point(self._store)
 
     def _tell_of_newer(self) -> None:
         count = self._store.for_newer_workers()

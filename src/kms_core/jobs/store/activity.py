@@ -4,9 +4,11 @@ All reads are bounded: none costs more where there are more jobs. A job is told 
 verified whose it is.
 """
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Final, cast
 
 import redis
@@ -17,7 +19,7 @@ from kms_core.jobs.store.maintenance import WORKER_SEEN_S
 from kms_core.jobs.store.redis_keys import PREFIX, SCRIPTS, flat, job_key, number, redis_errors
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
-from kms_core.observability.metrics import UsageCounters
+from kms_core.observability.metrics import UsageCounters, operations_used
 from kms_core.periodic import PeriodicThread
 from kms_protocol.errors import JobsUnavailable
 from kms_protocol.wire import STATES, Priority
@@ -205,8 +207,7 @@ def intervals(store: JobStore, tenant: str, every_s: int, count: int) -> list[In
     Lists of jobs are by submission, and a job stays in them for a day after its end. Raises JobsUnavailable,
     RecordRefused.
     """
-    last = int(store.now()) // every_s * every_s
-    starts = [last - every_s * back for back in reversed(range(count))]
+    starts = _starts(store, every_s, count)
     with redis_errors():
         pipeline = store.redis.pipeline(transaction=False)
         for start in starts:
@@ -230,6 +231,11 @@ def intervals(store: JobStore, tenant: str, every_s: int, count: int) -> list[In
         )
         for start, row, of in zip(starts, rows, spans, strict=True)
     ]
+
+
+def _starts(store: JobStore, every_s: int, count: int) -> list[int]:
+    last = int(store.now()) // every_s * every_s
+    return [last - every_s * back for back in reversed(range(count))]
 
 
 def _spans(record: Sequence[bytes | None]) -> tuple[float, float] | None:
@@ -355,6 +361,65 @@ def shared_usage(client: redis.Redis) -> dict[str, int]:
     with redis_errors():
         found = cast("dict[bytes, bytes]", client.hgetall(_KEY))
         return {name.decode(): int(count) for name, count in found.items()}
+
+
+# A point a minute of the sums of all operations, in a stream of a day. The sums only grow, so a point that
+# is missing loses nothing: what it would have had is in the next one.
+
+MOST_POINTS: Final = 1440
+_POINTS: Final = f"{PREFIX}operations"
+_SUM: Final = re.compile(rb"[0-9]{1,15}")
+
+
+@dataclass(frozen=True, slots=True)
+class OperationInterval:
+    """Operations of all tenants counted from ``start`` on, in seconds since the epoch.
+
+    ``failed`` includes those that were refused.
+    """
+
+    start: float
+    succeeded: int
+    failed: int
+
+
+def add_point(store: JobStore) -> None:
+    """Add the sums of now to the stream. Raises JobsUnavailable, RecordRefused."""
+    used = operations_used(shared_usage(store.redis)).values()
+    succeeded, failed = (sum(counts[at] for counts in used) for at in (0, 1))
+    with redis_errors():
+        store.redis.xadd(
+            _POINTS, {"succeeded": succeeded, "failed": failed}, maxlen=MOST_POINTS, approximate=False
+        )
+
+
+def operations(store: JobStore, every_s: int, count: int) -> list[OperationInterval]:
+    """The last intervals of so many seconds, the oldest first, from the differences between points.
+
+    What happened between two points counts at the later one; sums that fell began at 0 again. Raises
+    JobsUnavailable, RecordRefused.
+    """
+    counts = {start: [0, 0] for start in _starts(store, every_s, count)}
+    first = min(counts) * 1000
+    with redis_errors():
+        pipeline = store.redis.pipeline(transaction=False)
+        pipeline.xrevrange(_POINTS, max=f"({first}-0", count=1)
+        pipeline.xrange(_POINTS, min=first, count=MOST_POINTS)
+        before, since = pipeline.execute()
+        points = [_point(*entry) for entry in before + since]
+    for (_, *earlier), (at, *later) in pairwise(points):
+        interval = counts.get(at // every_s * every_s, [0, 0])
+        for series, (low, high) in enumerate(zip(earlier, later, strict=True)):
+            interval[series] += high - low if high >= low else high
+    return [OperationInterval(start, *sums) for start, sums in counts.items()]
+
+
+def _point(name: bytes, fields: Mapping[bytes, bytes]) -> tuple[int, int, int]:
+    """The time of a point (seconds since the epoch) and its two sums. Raises ValueError."""
+    sums = [fields.get(series, b"") for series in (b"succeeded", b"failed")]
+    if len(fields) != len(sums) or not all(map(_SUM.fullmatch, sums)):
+        raise ValueError(_POINTS)
+    return int(name.partition(b"-")[0]) // 1000, int(sums[0]), int(sums[1])
 
 
 class UsageFlush(PeriodicThread):

@@ -210,3 +210,13 @@ def test_a_step_that_fails_keeps_the_reaper_from_no_other(
     assert not folder.exists()
     failed = [line["step"] for line in logs if line["event"] == "caretaker.step_failed"]
     assert sorted(failed) == ["take_up_due", "tell_of_newer"], "each is told once"
+
+
+def test_sums_of_operations_are_noted_once_a_minute(core: Core, store: JobStore) -> None:
+    """A round is a second. Those of a full Redis are gaps."""
+    reaper, points = reaper_of(core, store), []
+    for _ in range(61):
+        reaper.reap()
+        points.append(store.redis.xlen("kms:operations"))
+
+    assert points == [1] * 60 + [2]

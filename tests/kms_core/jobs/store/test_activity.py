@@ -1,6 +1,7 @@
 """Workers, queues and the jobs of the last hours, as the pages are told of them."""
 
 import time
+from typing import Any, cast
 
 import pytest
 import redis
@@ -10,6 +11,7 @@ from kms_core.jobs.spec import BULK, FILES, QUEUES
 from kms_core.jobs.store import activity
 from kms_core.jobs.store.activity import QueueActivity, WorkerActivity
 from kms_core.jobs.store.store import JobStore
+from kms_protocol.errors import RecordRefused
 from kms_protocol.wire import JobState
 from support.job_stores import LONG, TENANT, accepted, claimed, forge, store_of
 
@@ -171,3 +173,76 @@ def test_ten_times_as_many_jobs_cost_no_more_reads(store: JobStore) -> None:
         costs.append(commands(store.redis) - before)
 
     assert costs[0] == costs[1]
+
+
+# -- operations --------------------------------------------------------------------------------------------
+
+MINUTE_S = 60
+
+
+def point(store: JobStore, minute: float, succeeded: object, failed: object, **more: object) -> None:
+    """A point in this minute after the start of the hour two hours ago."""
+    at = time.time() // HOUR_S * HOUR_S - 2 * HOUR_S + minute * MINUTE_S
+    fields: dict[Any, Any] = {"succeeded": succeeded, "failed": failed, **more}
+    store.redis.xadd("kms:operations", fields, id=f"{at * 1000:.0f}-0")
+
+
+def told(store: JobStore) -> list[tuple[int, int]]:
+    """Operations that succeeded and failed in each of the last three hours."""
+    return [(each.succeeded, each.failed) for each in activity.operations(store, HOUR_S, 3)]
+
+
+def test_operations_of_an_hour_are_the_difference_of_its_points_and_missing_ones_lose_nothing(
+    store: JobStore,
+) -> None:
+    assert told(store) == [(0, 0)] * 3
+    for minute, succeeded, failed in (
+        (-90, 900, 9),  # too old
+        (-1, 1_000, 10),
+        (0, 1_005, 10),
+        (1, 1_010, 11),
+        (59, 1_400, 11),  # an hour without Redis
+        (119, 1_500, 21),
+        (120, 1_507, 21),
+    ):
+        point(store, minute, succeeded, failed)
+
+    assert told(store) == [(400, 1), (100, 10), (7, 0)]
+
+
+def test_sums_that_begin_again_count_from_zero(store: JobStore) -> None:
+    for minute, succeeded, failed in ((1, 1_000, 10), (2, 30, 4), (3, 50, 4)):
+        point(store, minute, succeeded, failed)
+
+    assert told(store) == [(50, 4), (0, 0), (0, 0)]
+
+
+def test_points_are_the_sums_of_all_operations_and_those_of_a_day_are_kept(store: JobStore) -> None:
+    for name, count in (
+        ("operations encrypt ok", 5),
+        ("operations decrypt ok", 2),
+        ("operations decrypt forbidden", 3),
+        ("tenant default encrypt ok", 5),
+        ("messages default 1 age", 5),
+    ):
+        store.redis.hset("kms:tally", name, str(count))
+    for _ in range(1_442):
+        activity.add_point(store)
+
+    assert store.redis.xlen("kms:operations") == 1_440
+    ((_, newest),) = cast("list[tuple[bytes, object]]", store.redis.xrevrange("kms:operations", count=1))
+    assert newest == {b"succeeded": b"7", b"failed": b"3"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [("many", "1", {}), ("-1", "1", {}), ("1" * 16, "1", {}), ("1", "", {}), ("1", "1", {"more": "1"})],
+)
+def test_a_point_that_no_worker_wrote_is_refused(
+    store: JobStore, fields: tuple[str, str, dict[str, str]]
+) -> None:
+    succeeded, failed, more = fields
+    point(store, 1, succeeded, failed, **more)
+
+    with pytest.raises(RecordRefused):
+        told(store)

@@ -27,6 +27,7 @@
 --   wakes:<q>, draining:<q>     wake-ups under way, and processes that take jobs; capacity:<q> counts processes
 --   newer                       open jobs that a worker put aside for one of a newer version, by when
 --   events                      a stream with one record for each transition
+--   operations                  a stream with the sums of all operations, a point a minute for a day
 --   webhooks:due:<endpoint>     events for an endpoint by when to send them; webhooks:endpoints names all that have any
 --   sessions:<t>                sessions of the pages by age; session:<digest> is the sealed record of one
 local P = string.match(KEYS[1], '^{?kms}?:')
