@@ -50,6 +50,7 @@ PAGES: Final = (
 PUBLIC: Final = ("/ui/login", "/ui/static/{name}", "/docs")
 FILES: Final = tuple(f"/ui/static/{name}" for name in STATIC_FILES)
 HOSTILE: Final = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>"
+BAD: Final[Json] = {"kind": "decrypt", "items": [{"ciphertext": b64(b"no age file")}]}
 ITEMS: Final = {"kind": "encrypt", "items": [{"plaintext": b64(b"x"), "context": CONTEXT}]}
 
 
@@ -253,6 +254,7 @@ def test_without_redis_the_overview_says_so_and_a_list_of_jobs_is_a_503_page(str
     [
         ("/ui/jobs?state=odd", 422),
         ("/ui/jobs?cursor=odd", 422),
+        ("/ui/jobs?kind=odd", 422),
         ("/ui/jobs/no-such-job", 404),
         ("/ui/audit?period=odd", 422),
         ("/ui/audit?until=odd", 422),
@@ -305,6 +307,23 @@ def test_jobs_are_found_by_label_and_by_id(guarded: Guarded) -> None:
     assert "Labels team=ops run=1" in page
     assert "Submitted by" in page
     assert browser.get("/ui/jobs?search=%3d").status_code == 422
+
+
+def test_jobs_are_found_by_kind(guarded: Guarded) -> None:
+    browser = browser_of(guarded, "*", tenant="kinds")
+    labels = {"team": "ops"}
+    ours, plain = (
+        submitted(guarded, "kinds", **BAD, labels=labels),
+        submitted(guarded, "kinds", labels=labels),
+    )
+
+    found = browser.get("/ui/jobs?kind=decrypt&search=team%3Dops")
+    assert (ours in found.text, plain in found.text) == (True, False)
+    links = [attributes.get("href") for _, attributes in Parsed(found.text).tags]
+    assert "/ui/jobs?state=failed&kind=decrypt&search=team%3Dops" in links
+    assert "<option selected>decrypt</option>" in found.text
+    empty = browser.get("/ui/jobs?kind=rewrap&state=queued")
+    assert "No jobs of kind rewrap that are queued." in words(empty)
 
 
 def test_operations_of_all_tenants_are_charted_for_the_scope_metrics_only(guarded: Guarded) -> None:

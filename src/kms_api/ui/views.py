@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Final
-from urllib.parse import quote
+from typing import Final, get_args
+from urllib.parse import quote, urlencode
 
 import msgspec
 from fastapi import Request, Response
@@ -42,6 +42,7 @@ from kms_core.audit.verification.receipt import Receipt, UnknownRecord
 from kms_core.auth.policy import Principal, allows
 from kms_core.jobs.model import DEAD, Job
 from kms_core.jobs.spec import FilesJob, UploadJob
+from kms_core.jobs.store import reader
 from kms_protocol import admin, wire
 from kms_protocol.errors import (
     AuditUnavailable,
@@ -59,6 +60,7 @@ FILTERS: Final = ("operation", "result", "principal", "source", "key_id", "job_i
 PERIODS: Final = {"1h": timedelta(hours=1), "24h": timedelta(days=1), "7d": timedelta(days=7), "all": None}
 THREADS: Final = Pool("page")
 _JOBS: Final = 50
+_KINDS: Final = get_args(wire.JobKind)
 _EVENTS: Final = 100
 DAY: Final = timedelta(days=1)
 _NEARLY_SPENT: Final = 0.7  # as the alert KmsKeyBudget
@@ -96,31 +98,43 @@ def job_row(job: Job) -> JobRow:
 
 @router.read("/jobs", READ, THREADS)
 def job_list(call: Call[None]) -> Response:
-    """Jobs of this tenant, newest first, by state and label. State ``dead``: failed, without attempts left.
+    """Jobs of this tenant, newest first, by state, kind and label.
 
-    ``search`` is a label as name=value, or the id of a job, whose page is shown.
+    State ``dead``: failed, without attempts left. ``search`` is a label as name=value, or the id of a job,
+    whose page is shown.
     """
-    state, cursor = call.query.get("state", ""), call.query.get("cursor", "")
-    search = call.query.get("search", "").strip()
-    store, tenant, following = call.service.submitter.store, call.caller.tenant, None
+    given = {name: call.query.get(name, "").strip() for name in ("state", "kind", "search")}
+    state, kind, search = given.values()
+    store, tenant, cursor = call.service.submitter.store, call.caller.tenant, call.query.get("cursor", "")
     if state not in {"", "dead", *wire.STATES}:
         raise InvalidRequest(f"state is one of dead, {', '.join(wire.STATES)}")
+    if kind not in {"", *_KINDS}:
+        raise InvalidRequest(f"kind is one of {', '.join(_KINDS)}")
     if search and "=" not in search:
         return to(f"/jobs/{quote(search, safe='')}")
     labels = files.labels_of([search] if search else [])
     if state == "dead":
-        found = store.dead(tenant, _JOBS)
+        dead = [job for job in store.dead(tenant, _JOBS) if kind in {"", job.kind}]
+        found, following = [job for job in dead if labels.items() <= job.labels.items()], None
     else:
         found, following = store.page(
-            tenant, state=state or None, limit=_JOBS, before=cursor or None, labels=labels
+            tenant,
+            state=state or None,
+            limit=_JOBS,
+            before=cursor or None,
+            labels=labels,
+            kind=kind or None,
         )
     return render(
         call.request,
         "jobs.html",
         jobs=[job_row(job) for job in found],
-        state=state,
+        **given,
+        kinds=_KINDS,
+        sought=urlencode({name: value for name, value in given.items() if value and name != "state"}),
+        most=reader.MOST_SEEN,
+        is_cut=following and len(found) < _JOBS,
         counts=store.states(tenant),
-        search=search,
         following=following,
         is_first=not cursor,
         done=call.query.get("done", ""),

@@ -127,7 +127,7 @@ class JobReader(StoreMaintenance):
             counts = pipeline.execute()
         return {state: int(count) for state, count in zip(STATES, counts, strict=True)}
 
-    def page(
+    def page(  # noqa: PLR0913 -- the filters of a list
         self,
         tenant: str,
         *,
@@ -135,11 +135,13 @@ class JobReader(StoreMaintenance):
         limit: int,
         before: str | None,
         labels: Mapping[str, str] | None = None,
+        kind: str | None = None,
     ) -> tuple[list[Job], str | None]:
         """Newest first. The cursor names the last one seen: jobs that come or go between pages move nothing.
 
-        ``labels`` are those that each job has. A page has fewer jobs than ``limit`` at the end of the list,
-        and where ``MOST_SEEN`` jobs were looked at. Raises InvalidRequest for a cursor that is not one.
+        ``state``, ``kind`` and ``labels`` are those that each job has. A page has fewer jobs than ``limit``
+        at the end of the list, and where ``MOST_SEEN`` jobs were looked at. Raises InvalidRequest for a
+        cursor that is not one.
         """
         at = Cursor.parse(before) if before else Cursor(math.inf, "")
         wanted = (labels or {}).items()
@@ -149,7 +151,8 @@ class JobReader(StoreMaintenance):
             older = self._older(key, at, limit)
             for at, raw in zip(older, self._records([at.job_id for at in older]), strict=True):
                 job = self._listed(at.job_id, tenant, raw)
-                if job and state in {None, job.state} and wanted <= job.labels.items():
+                is_sought = job and state in {None, job.state} and kind in {None, job.kind}
+                if job and is_sought and wanted <= job.labels.items():
                     found.append(job)
                 if len(found) == limit:
                     return found, str(at)

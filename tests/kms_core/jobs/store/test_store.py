@@ -15,6 +15,7 @@ from kms_core.container import Core
 from kms_core.jobs.execution.lease import Lease
 from kms_core.jobs.model import Attempt, Job, LeaseLost, RecordKey, part_id
 from kms_core.jobs.spec import BULK, FILES, MAINTENANCE, Work
+from kms_core.jobs.store import reader
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import Deadlines, SubmissionOptions, new_id
 from kms_protocol import wire
@@ -256,6 +257,23 @@ def test_pages_stay_complete_when_records_expire_and_others_come_in_between(stor
         store.submit(accepted(created_at=now + 100 + round_))
 
     assert seen == ids[::-1] + sorted(same, reverse=True)
+
+
+def test_pages_by_kind_are_complete_and_each_looks_at_a_bounded_number_of_jobs(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    kinds = ("decrypt", *["encrypt"] * 20, "decrypt")
+    ids = [store.submit(accepted(created_at=now + at, kind=kind)).job_id for at, kind in enumerate(kinds)]
+    found, _ = store.page(TENANT, state=None, limit=5, before=None, kind="decrypt")
+    assert [each.job_id for each in found] == [ids[-1], ids[0]]
+    monkeypatch.setattr(reader, "MOST_SEEN", 10)
+
+    found, following = store.page(TENANT, state=None, limit=5, before=None, kind="decrypt")
+    assert [each.job_id for each in found] == [ids[-1]]
+    while following:
+        found, following = store.page(TENANT, state=None, limit=5, before=following, kind="decrypt")
+    assert [each.job_id for each in found] == [ids[0]]
 
 
 @pytest.mark.parametrize("cursor", ["3", "1-", "-1", "x", "1764010.5-", "nan-" + "0" * 36, "1-" + "G" * 36])
