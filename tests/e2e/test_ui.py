@@ -190,7 +190,8 @@ def test_all_is_read_without_a_script(service: Service) -> None:
 
     assert f"{job_id} encrypt succeeded 1 of 1 items" in words(service.http.get("/ui/jobs"))
     assert "State succeeded Progress 1 of 1 items" in words(service.http.get(f"/ui/jobs/{job_id}"))
-    assert "Healthy:" in words(service.http.get("/ui")), service.get("/status").text
+    healthy = "the backend, Redis, the workers and the audit log work."
+    assert healthy in words(service.http.get("/ui")), service.get("/status").text
     assert "encrypt ok local none default" in words(service.http.get("/ui/audit?operation=encrypt"))
     keys = service.get("/keys").json()["keys"][0]
     assert keys["current_version"] in words(service.http.get("/ui/keys"))
@@ -326,6 +327,34 @@ def test_jobs_are_found_by_kind(guarded: Guarded) -> None:
     assert "No jobs of kind rewrap that are queued." in words(empty)
 
 
+def test_equal_failures_are_folded_and_the_overview_says_how_many_failed_and_why(guarded: Guarded) -> None:
+    core, browser = core_of(guarded), browser_of(guarded, "*", tenant="failing")
+    assert "no job failed in the last hour" in words(browser.get("/ui"))
+    made = [submitted(guarded, "failing", **BAD) for _ in range(60)]
+    for job_id in made:
+        run_job(job_id, core.worker_context, "w")
+    waiting = submitted(guarded, "failing")
+
+    for path in ("/ui/jobs", "/ui/jobs?state=failed"):
+        page = browser.get(path)
+        parsed = Parsed(page.text)
+        assert "60 jobs decrypt failed not_a_ciphertext 60 refused" in words(page)
+        assert len(parsed.all("details")) == 1
+        assert [job_id for job_id in made if f'href="/ui/jobs/{job_id}"' in page.text] == made
+        assert len([body for body in parsed.all("tbody") if body.get("class") == "fold"]) == 1
+    assert waiting in browser.get("/ui/jobs").text
+    told = words(browser.get("/ui"))
+    assert (
+        "60 jobs failed in the last hour, in which 61 were submitted (not_a_ciphertext 60): "
+        "failed jobs" in told
+    )
+    assert "Failed, 1 hour 60" in told
+    assert "Nothing:" not in told
+    assert "failed in the last hour, in which" not in words(
+        browser_of(guarded, "*", tenant="calm").get("/ui")
+    )
+
+
 def test_operations_of_all_tenants_are_charted_for_the_scope_metrics_only(guarded: Guarded) -> None:
     store = core_of(guarded).worker_context.store
     for ago_s, succeeded, failed in ((120, 5, 1), (60, 25, 3)):
@@ -346,7 +375,13 @@ def test_a_failed_job_shows_its_cause_and_a_bar_of_what_went_well(service: Servi
 
     listing = service.http.get("/ui/jobs?state=failed")
 
-    assert f"{job_id} decrypt failed items_failed 2 of 2 items, 2 refused" in words(listing)
+    assert f"{job_id} decrypt failed not_a_ciphertext 2 of 2 items, 2 refused" in words(listing)
+    assert "First failed items 0: not_a_ciphertext, 1: not_a_ciphertext" in words(
+        service.http.get(f"/ui/jobs/{job_id}")
+    )
+    told = words(service.http.get("/ui"))
+    assert "Running, but jobs fail: the backend, Redis, the workers and the audit log work." in told
+    assert "Healthy" not in told
     bars = {bar["aria-label"]: bar for bar in Parsed(listing.text).all("progress")}
     assert bars[f"Progress of job {job_id}"].items() >= {"max": "2", "value": "0"}.items()
 
@@ -599,9 +634,8 @@ def test_failed_job_counts_in_the_chart_and_the_table_of_its_tenant(guarded: Gua
     core = core_of(guarded)
     browser, other = browser_of(guarded, "*", tenant="charted"), browser_of(guarded, "*", tenant="uncharted")
     assert "No jobs in the last 6 hours." in words(browser.get("/ui"))
-    bad: Json = {"kind": "decrypt", "items": [{"ciphertext": b64(b"no age file")}]}
     for _ in range(2):
-        run_job(submitted(guarded, "charted", **bad), core.worker_context, "w")
+        run_job(submitted(guarded, "charted", **BAD), core.worker_context, "w")
     run_job(submitted(guarded, "charted"), core.worker_context, "w")
     waiting = submitted(guarded, "charted")
 

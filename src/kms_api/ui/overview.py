@@ -17,13 +17,14 @@ from kms_api.deps import Service
 from kms_api.routes import audit, operations
 from kms_api.routing import CALLER, UI, Call, Router, Rule
 from kms_api.ui.render import PageRoute, number, render, took
-from kms_api.ui.views import DAY, THREADS, JobRow, Row, job_row, newest_events, rows_of
+from kms_api.ui.views import DAY, THREADS, JobRow, Row, folded, job_row, newest_events, rows_of
 from kms_core import audit as records
 from kms_core.audit.chain import text_of
 from kms_core.audit.query import EventFilter, RecordedOperation
 from kms_core.auth.policy import Principal, allows
 from kms_core.jobs.store import activity
 from kms_core.jobs.store.activity import SAMPLE, Activity, Interval, OperationInterval, survey_queues
+from kms_core.jobs.store.store import JobStore
 from kms_core.settings.lint import unaccepted
 from kms_protocol.errors import AuditUnavailable, InvalidRequest, JobsUnavailable
 from kms_protocol.units import duration_text
@@ -166,6 +167,9 @@ def _parts(row: Mapping[str, float], top: float) -> list[Part]:
 
 router: Final = Router("pages", prefix=UI, kind=PageRoute)
 _FEW: Final = 8
+_MANY: Final = 50
+_MOST_FAILED: Final = 200
+_HOUR_S: Final = 3600
 _OLD_S: Final = 600.0  # as the alert KmsQueueOld
 _OF_OVERVIEW: Final = ("audit:read", "jobs:read", "metrics", "status")
 
@@ -203,20 +207,46 @@ def overview(call: Call[None]) -> Response:
         notices=[*_notices_of_jobs(found), *_notices_of_keys(keys), *_weak(service, is_told=may["metrics"])],
         period=period,
         periods=PERIODS,
+        few=_FEW,
         audit_log=service.audit_monitor.condition if may["audit:read"] else None,
         events=refusals,
         is_log_unreadable=is_log_unreadable,
     )
 
 
+@dataclass(frozen=True, slots=True)
+class RecentFailures:
+    """Jobs that failed in the last hour: their number, by cause, and how many were submitted in it."""
+
+    count: int
+    causes: Mapping[str, int]
+    submitted: int
+
+    @property
+    def text(self) -> str:
+        return f"{self.count}{' or more' * (self.count == _MOST_FAILED)}"
+
+    def __str__(self) -> str:
+        causes = ", ".join(f"{cause} {number(count)}" for cause, count in self.causes.items())
+        jobs = "job" if self.count == 1 else "jobs"
+        submitted = f"in which {number(self.submitted)} were submitted"
+        return f"{self.text} {jobs} failed in the last hour, {submitted} ({causes})"
+
+
 @dataclass
 class _Jobs:
     """Jobs as the overview shows them; None if the caller may not see them, or Redis is unreachable."""
 
-    newest: list[JobRow] | None = None
-    dead: list[JobRow] | None = None
+    newest: list[list[JobRow]] | None = None
+    dead: list[list[JobRow]] | None = None
+    failures: RecentFailures | None = None
     charts: list[Chart] = field(default_factory=list)
     activity: Activity | None = None
+
+    @property
+    def dead_text(self) -> str:
+        count = sum(map(len, self.dead or ()))
+        return f"{count}{' or more' * (count == _MANY)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,21 +261,32 @@ class Notice:
 def _jobs_of(service: Service, caller: Principal, period: str) -> _Jobs:
     """The newest jobs, the newest dead ones, and the charts. Raises JobsUnavailable."""
     store, tenant, (every_s, count, words) = service.submitter.store, caller.tenant, PERIODS[period]
-    newest, _ = store.page(tenant, state=None, limit=_FEW, before=None)
+    newest, _ = store.page(tenant, state=None, limit=_MANY, before=None)
     intervals = activity.intervals(store, tenant, every_s, count)
     return _Jobs(
-        [job_row(job) for job in newest],
-        [job_row(job) for job in store.dead(tenant, _FEW)],
+        folded(map(job_row, newest)),
+        folded(map(job_row, store.dead(tenant, _MANY))),
+        _failures(store, tenant),
         [jobs_chart(intervals, words), durations_chart(intervals, words)],
     )
 
 
+def _failures(store: JobStore, tenant: str) -> RecentFailures | None:
+    """The failures of the last hour among the newest 200 failed jobs. Raises JobsUnavailable."""
+    since = store.now() - _HOUR_S
+    newest, _ = store.page(tenant, state="failed", limit=_MOST_FAILED, before=None)
+    found = [job_row(job) for job in newest if job.ended_at >= since]
+    causes = Counter((row.causes or ("unknown",))[-1] for row in found)
+    submitted = activity.submitted_since(store, tenant, since)
+    return RecentFailures(len(found), dict(causes.most_common()), submitted) if found else None
+
+
 def _notices_of_jobs(found: _Jobs) -> Iterator[Notice]:
+    if found.failures:
+        yield Notice(str(found.failures), f"{UI}/jobs?state=failed", "failed jobs")
     if found.dead:
-        some = f"{len(found.dead)}{' or more' * (len(found.dead) == _FEW)}"
-        yield Notice(
-            f"Dead letters: {some}. They wait to be retried", f"{UI}/jobs?state=dead", "dead letters"
-        )
+        text = f"Dead letters: {found.dead_text}. They wait to be retried"
+        yield Notice(text, f"{UI}/jobs?state=dead", "dead letters")
     for queue in found.activity.queues if found.activity else ():
         if queue.is_unserved:
             count = "1 job waits" if queue.count == 1 else f"{number(queue.count)} jobs wait"

@@ -4,10 +4,12 @@ A page or form runs as a whole in one thread. It leaves out what the caller may 
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from itertools import groupby
 from typing import Final, get_args
 from urllib.parse import quote, urlencode
 
@@ -60,6 +62,7 @@ FILTERS: Final = ("operation", "result", "principal", "source", "key_id", "job_i
 PERIODS: Final = {"1h": timedelta(hours=1), "24h": timedelta(days=1), "7d": timedelta(days=7), "all": None}
 THREADS: Final = Pool("page")
 _JOBS: Final = 50
+_BATCHES: Final = 4
 _KINDS: Final = get_args(wire.JobKind)
 _EVENTS: Final = 100
 DAY: Final = timedelta(days=1)
@@ -83,6 +86,12 @@ class JobRow:
     target: str
     took_s: float | None
 
+    @property
+    def causes(self) -> tuple[str, ...]:
+        """The code of its error, and that of the first failed item if items failed."""
+        error = self.job.error
+        return (error.code, *(each.code for each in (error.items or ())[:1])) if error else ()
+
 
 def job_row(job: Job) -> JobRow:
     """A job as pages show it."""
@@ -93,12 +102,25 @@ def job_row(job: Job) -> JobRow:
     return JobRow(job_answers.shape(job), target, until - job.started_at if job.started_at else None)
 
 
+def folded(rows: Iterable[JobRow]) -> list[list[JobRow]]:
+    """The rows in their order, with consecutive equal failures together.
+
+    Failures are equal if kind, key and causes are.
+    """
+
+    def likeness(row: JobRow) -> object:
+        job = row.job
+        return (job.kind, job.key_id, row.causes) if job.state == "failed" else job.job_id
+
+    return [list(equal) for _, equal in groupby(rows, likeness)]
+
+
 # -- jobs ----------------------------------------------------------------------------------------------
 
 
 @router.read("/jobs", READ, THREADS)
 def job_list(call: Call[None]) -> Response:
-    """Jobs of this tenant, newest first, by state, kind and label.
+    """Jobs of this tenant, newest first, by state, kind and label; equal failures are folded.
 
     State ``dead``: failed, without attempts left. ``search`` is a label as name=value, or the id of a job,
     whose page is shown.
@@ -115,30 +137,37 @@ def job_list(call: Call[None]) -> Response:
     labels = files.labels_of([search] if search else [])
     if state == "dead":
         dead = [job for job in store.dead(tenant, _JOBS) if kind in {"", job.kind}]
-        found, following = [job for job in dead if labels.items() <= job.labels.items()], None
+        rows, following = [job_row(job) for job in dead if labels.items() <= job.labels.items()], None
     else:
-        found, following = store.page(
-            tenant,
-            state=state or None,
-            limit=_JOBS,
-            before=cursor or None,
-            labels=labels,
-            kind=kind or None,
-        )
+        page = partial(store.page, tenant, state=state or None, limit=_JOBS, labels=labels, kind=kind or None)
+        rows, following = _rows(page, cursor or None)
     return render(
         call.request,
         "jobs.html",
-        jobs=[job_row(job) for job in found],
+        jobs=folded(rows),
         **given,
         kinds=_KINDS,
         sought=urlencode({name: value for name, value in given.items() if value and name != "state"}),
         most=reader.MOST_SEEN,
-        is_cut=following and len(found) < _JOBS,
+        is_cut=following and len(rows) % _JOBS,
         counts=store.states(tenant),
         following=following,
         is_first=not cursor,
         done=call.query.get("done", ""),
     )
+
+
+def _rows(
+    page: Callable[..., tuple[list[Job], str | None]], following: str | None
+) -> tuple[list[JobRow], str | None]:
+    """Rows of some pages, as many as fold to the length of one, and the cursor behind them."""
+    rows: list[JobRow] = []
+    for _ in range(_BATCHES):
+        found, following = page(before=following)
+        rows += map(job_row, found)
+        if following is None or len(found) < _JOBS or len(folded(rows)) >= _JOBS:
+            break
+    return rows, following
 
 
 @router.read("/jobs/{job_id}", READ, THREADS)

@@ -244,6 +244,15 @@ def _spans(record: Sequence[bytes | None]) -> tuple[float, float] | None:
     return (started - created, ended - started) if 0 < created <= started <= ended else None
 
 
+def submitted_since(store: JobStore, tenant: str, since: float) -> int:
+    """The number of a tenant's jobs submitted since a time (seconds since the epoch).
+
+    Raises JobsUnavailable.
+    """
+    with redis_errors():
+        return int(store.redis.zcount(f"{PREFIX}tenant:{tenant}", since, "+inf"))
+
+
 OTHER: Final = "other"
 OPEN_STATES: Final = ("queued", "running", "committing")
 NEWER: Final = "for_newer_workers"
