@@ -54,6 +54,17 @@ LOWEST: Final = """
 """
 GRAPHICS: Final = 3.0  # WCAG 2.2, 1.4.11
 RESOURCES: Final = "performance.getEntriesByType('resource').map((each) => new URL(each.name).origin)"
+# What moves from now on without a hand at it (Layout Instability API).
+SHIFTS: Final = """
+window.moved = [];
+new PerformanceObserver((found) => moved.push(...found.getEntries().flatMap(
+  (entry) => entry.sources.map((source) => source.node?.nodeName ?? "")
+))).observe({type: "layout-shift"});
+"""
+CUT_OFF: Final = (
+    "Math.max(0, ...Array.from(document.querySelectorAll('.scroll'), (table) => "
+    "table.scrollWidth - table.clientWidth))"
+)
 HIDDEN: Final = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
@@ -97,6 +108,7 @@ def seen(browser: Chromium, folder: Path, name: str) -> None:
         browser.resize(width, 740)
         browser.picture(folder / f"{name}-{width}.png")
         assert browser.evaluate(HIDDEN) <= 0, f"{name} does not fit a window of {width} pixels"
+        assert width < 400 or browser.evaluate(CUT_OFF) == 0, f"columns of {name} are cut off"
     browser.resize(1280, 900)
 
 
@@ -160,12 +172,15 @@ def test_api_viewer_shows_encrypt_and_decrypt_first_and_tries_a_call(
     assert browser.complaints == []
 
 
+@pytest.mark.parametrize("width", [1280, 400])
 def test_progress_and_the_end_of_a_job_appear_without_loading_the_page_again(
-    idle: Service, browser: Chromium
+    idle: Service, browser: Chromium, width: int
 ) -> None:
+    browser.resize(width, 900)
     job_id = idle.submit({"kind": "encrypt", "items": ITEMS})
     browser.open(f"{idle.url}/ui/jobs")
     browser.evaluate("window.loaded = 'once'")
+    browser.evaluate(SHIFTS)
     row = f"document.querySelector('[href$=\"{job_id}\"]').closest('tr')"
     assert browser.evaluate(f"{row}.querySelector('.state').textContent") == "queued"
 
@@ -174,6 +189,7 @@ def test_progress_and_the_end_of_a_job_appear_without_loading_the_page_again(
     assert browser.evaluate(f"{row}.querySelector('.amount').textContent") == "40 of 40 items"
     assert browser.evaluate(f"{row}.querySelector('progress').position") == 1
     assert browser.evaluate("window.loaded") == "once"
+    assert browser.evaluate("moved") == []
 
     job_id = idle.submit({"kind": "encrypt", "items": ITEMS})
     browser.open(f"{idle.url}/ui/jobs/{job_id}")
@@ -245,7 +261,10 @@ TEXT: Final = "document.querySelector('main').textContent.replace(/\\s+/g, ' ')"
 
 @pytest.fixture
 def busy(guarded: Guarded) -> Iterator[tuple[str, str]]:
-    """The token of a tenant with jobs of each state, and the host of a worker that runs one of them."""
+    """The token of a tenant with jobs of each state, 25 of them equal failures, and the host of a worker.
+
+    The worker runs one of them.
+    """
     core, admin = core_of(guarded), guarded.token("*", tenant="busy")
     store, job = core.worker_context.store, {"kind": "encrypt", "items": ITEMS}
 
@@ -253,7 +272,7 @@ def busy(guarded: Guarded) -> Iterator[tuple[str, str]]:
         return str(guarded.post("/jobs", body, headers=admin).json()["job_id"])
 
     bad = {"kind": "decrypt", "items": [{"ciphertext": b64(b"no age file")}]}
-    for body in (bad, job, job):
+    for body in (*[bad] * 25, job, job):
         run_job(submitted(body), core.worker_context, "w")
     guarded.post(f"/jobs/{submitted(job)}/cancel", headers=admin)
     host = f"host-{new_attempt_id()[:8]}"  # the jobs of the test before have their leases still
@@ -339,4 +358,42 @@ def test_keyboard_leads_through_the_charts_to_workers_and_keys(
     assert f"{host} aa working 1 of 2 slots in use" in browser.evaluate(TEXT)
     assert "host-2 bb not seen" in browser.evaluate(TEXT)
     follow(browser, "Keys", "/ui/keys")
+    assert browser.complaints == []
+
+
+def test_folded_failures_are_opened_searched_and_charted(
+    guarded: Guarded, browser: Chromium, busy: tuple[str, str], tmp_path: Path
+) -> None:
+    token, _ = busy
+    folder = pictures(tmp_path)
+    rows = "Array.from(document.querySelectorAll('.fold tr'), (row) => row.checkVisibility())"
+    bars = "document.querySelectorAll('#chart-operations ~ .plot g rect:not(.whole)')"
+    kinds = "document.querySelectorAll('tbody tr td:nth-child(2)')"
+    store = core_of(guarded).worker_context.store
+    for ago_s, succeeded, failed in ((60, 5, 1), (1, 25, 3)):
+        at = f"{(store.now() - ago_s) * 1000:.0f}-0"
+        store.redis.xadd("kms:operations", {"succeeded": succeeded, "failed": failed}, id=at)
+    browser.open(f"{guarded.url}/ui/login")
+    browser.evaluate(f"document.getElementById('token').value = {token!r}")
+    browser.submit("form.login")
+    assert "jobs failed in the last hour" in browser.evaluate(TEXT)
+    drawn = browser.evaluate(f"Array.from({bars}, (each) => each.classList[0])")
+    assert set(drawn) == {"failed", "succeeded"}
+    seen(browser, folder, "overview-busy")
+
+    follow(browser, "failed jobs", "/ui/jobs?state=failed")
+    assert browser.evaluate(rows) == [True] + [False] * (len(browser.evaluate(rows)) - 1)
+    assert len(browser.evaluate(rows)) >= 26
+    reach(browser, f"{len(browser.evaluate(rows)) - 1} jobs")
+    press(browser, "Enter", 13)
+    until(lambda: all(browser.evaluate(rows)), "the failures are opened")
+    seen(browser, folder, "jobs-opened")
+
+    browser.evaluate("document.querySelector('[name=kind]').value = 'encrypt'")
+    browser.submit("form.filter")
+    assert browser.evaluate("location.search") == "?state=failed&kind=encrypt&search="
+    assert "No jobs of kind encrypt that are failed." in browser.evaluate(TEXT)
+    follow(browser, "all", "/ui/jobs?kind=encrypt")
+    assert set(browser.evaluate(f"Array.from({kinds}, (cell) => cell.textContent)")) == {"encrypt"}
+    seen(browser, folder, "jobs-by-kind")
     assert browser.complaints == []
