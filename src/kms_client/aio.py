@@ -1,33 +1,23 @@
-"""The async client: a method for each call of the service, and the transport for asyncio and trio."""
+"""The async client: a method for each call of the service."""
 
 import contextlib
 import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from types import TracebackType
-from typing import BinaryIO, Final, Self, TypeVar, Unpack
+from typing import BinaryIO, Final, Self, Unpack
 
-import httpcore2
+from msgspec import Struct
 
 from kms_client import requests
-from kms_client.http_client import (
-    Download,
-    Engine,
-    Progress,
-    Transport,
-    Upload,
-    new_pool,
-)
+from kms_client.http_client import Download, Engine, Progress, Transport, Upload
 from kms_client.requests import ServiceUnreachable, UploadOptions, decoded
 from kms_client.settings import DEFAULT_URL, ClientSettings, Options
 from kms_protocol import admin, wire
 from kms_protocol.errors import ConfigurationError, JobNotFinished, Unavailable
 from kms_protocol.wire import ContextIn
 
-T = TypeVar("T")
-P = TypeVar("P")
 JobProgress = Callable[[wire.JobOut], None]
 _LONG_POLL_S: Final = 30.0
 _SHORT_POLL_S: Final = 1.0  # of a caller that shows the progress
@@ -36,46 +26,10 @@ _FIRST_POLL_S: Final = 0.1
 _SLOWEST_POLL_S: Final = 2.0
 OUTAGE_S: Final = 60.0  # a job survives a restart of its service, and so does a wait
 _LINE: Final = "A line of the result"
-_NO_ANYIO: Final = "AsyncClient needs anyio: install the client with its extra async, or pip install anyio"
+_NO_EXTRA: Final = "AsyncClient needs anyio and httpcore2: install the client with its extra async"
 
 
-class AsyncTransport:
-    """Runs on asyncio or trio, as its caller does. Raises ConfigurationError without anyio, an extra."""
-
-    def __init__(self, settings: ClientSettings) -> None:
-        try:
-            import anyio.to_thread  # noqa: PLC0415 -- the sync client works without it
-        except ImportError as exc:
-            raise ConfigurationError(_NO_ANYIO) from exc
-        self._sleep, self._in_thread = anyio.sleep, anyio.to_thread.run_sync
-        self._pool = new_pool(httpcore2.AsyncConnectionPool, settings)
-
-    async def open(self, request: httpcore2.Request) -> httpcore2.Response:
-        return await self._pool.handle_async_request(request)
-
-    async def close(self, answer: httpcore2.Response) -> None:
-        await answer.aclose()
-
-    async def sleep(self, seconds: float) -> None:
-        await self._sleep(seconds)
-
-    async def chunks(self, answer: httpcore2.Response) -> AsyncGenerator[bytes]:
-        async for chunk in answer.aiter_stream():
-            yield chunk
-
-    async def call(self, work: Callable[[P], T], given: P) -> T:
-        return await self._in_thread(work, given)
-
-    async def body(self, parts: Iterator[bytes]) -> AsyncIterator[bytes]:
-        while part := await self._in_thread(next, parts, b""):
-            yield part
-
-    async def shut(self) -> None:
-        await self._pool.aclose()
-
-
-@dataclass(slots=True)
-class JobWait:
+class JobWait(Struct):
     """A wait for the end of a job by requests that wait; ``until`` is a time.monotonic value.
 
     A service without waits (0.1), or without room for one more, answers at once and is polled.
@@ -139,6 +93,11 @@ class AsyncClient:
     """
 
     def __init__(self, url: str = DEFAULT_URL, **options: Unpack[Options]) -> None:
+        """Raises ConfigurationError for wrong settings, and without the extra ``async``."""
+        try:
+            from kms_client.async_transport import AsyncTransport  # noqa: PLC0415 -- Client works without it
+        except ImportError as exc:
+            raise ConfigurationError(_NO_EXTRA) from exc
         settings = ClientSettings(url, **options)
         self._engine = Engine(settings, AsyncTransport(settings))
 

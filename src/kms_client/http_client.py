@@ -1,13 +1,10 @@
-"""Requests over httpcore2: the transport, bounded retries, and streamed bodies that can be resumed.
+"""Requests over a transport: bounded retries, and streamed bodies that can be resumed.
 
-The code is written once, as coroutines over ``Transport``. The async transport (aio.py) suspends; the sync
-one (sync.py) never does, so ``sync.run`` finishes each coroutine in one step, without an event loop.
+The code is written once, as coroutines over ``Transport``. The async transport (async_transport.py) suspends;
+the sync one (sync.py) never does, so ``sync.run`` finishes each coroutine in one step, without an event loop.
 
 A retry never repeats an effect: only a ``repeatable`` call is repeated, a submission carries its
 Idempotency-Key, and a streamed body is repeated only if its source can be read again.
-
-httpcore2 is the connection layer of httpx2. Importing httpx2 would double the start-up time of a short
-command.
 """
 
 import contextlib
@@ -21,11 +18,10 @@ from http import HTTPStatus
 from typing import BinaryIO, Final, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-import httpcore2
-
 from kms_client.requests import (
     RETRYABLE,
     ClientRequest,
+    Hidden,
     Reply,
     ServiceUnreachable,
     UnexpectedAnswer,
@@ -40,31 +36,47 @@ P = TypeVar("P")
 
 SILENCE_S: Final = 60.0  # the wait after a timeout: the service did not answer for a whole one
 KEPT_S: Final = 5.0  # for an idle connection
-BROKEN: Final = (
-    httpcore2.NetworkError,
-    httpcore2.ProtocolError,
-    httpcore2.ProxyError,
-    httpcore2.UnsupportedProtocol,
-)
+MOST_KEPT: Final = 20
 CA_HINT: Final = "name the authority that signed the server's certificate with SSL_CERT_FILE or ca_file"
 
 
-def headers_of(answer: httpcore2.Response) -> Mapping[str, str]:
-    """Return the headers of an answer, with names in lower case."""
-    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in answer.headers}
+class HttpRequest(Hidden, frozen=True):
+    """One request, with all its headers. ``url`` begins with the address of the service.
+
+    ``timeout_s`` limits connecting and each wait to send, ``silence_s`` each wait for data of the answer.
+    """
+
+    method: str
+    url: str
+    headers: Mapping[str, str]
+    body: bytes | Iterator[bytes] | AsyncIterator[bytes] | None
+    timeout_s: float
+    silence_s: float
+
+
+class HttpAnswer(Protocol):
+    """An answer whose body is not read yet."""
+
+    @property
+    def status(self) -> int:
+        """The status code."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The headers, with names in lower case."""
+
+    def chunks(self) -> AsyncGenerator[bytes]:
+        """Yield the rest of the body as it arrives. Raises ServiceUnreachable if it breaks off."""
+
+    async def close(self) -> None:
+        """Keep the connection for further requests, or drop it if the body was not read to its end."""
 
 
 class Transport(Protocol):
-    """One connection pool. It may raise exceptions of httpcore2."""
+    """The connections to one service."""
 
-    async def open(self, request: httpcore2.Request) -> httpcore2.Response:
-        """Send a request and return the answer, whose body is not read yet. The caller closes it."""
-
-    def chunks(self, answer: httpcore2.Response) -> AsyncGenerator[bytes]:
-        """Yield the rest of the body as it arrives."""
-
-    async def close(self, answer: httpcore2.Response) -> None:
-        """Return the connection to the pool, or drop it if the body was not read to its end."""
+    async def open(self, request: HttpRequest) -> HttpAnswer:
+        """Send a request and return the answer, which the caller closes. Raises ServiceUnreachable."""
 
     async def sleep(self, seconds: float) -> None:
         """Wait without blocking other tasks."""
@@ -79,30 +91,21 @@ class Transport(Protocol):
         """Close every connection."""
 
 
-def new_pool(kind: Callable[..., T], settings: ClientSettings) -> T:
-    """Return a connection pool. Raises ConfigurationError for unusable certificates or proxies."""
-    return kind(
-        ssl_context=settings.tls(),
-        proxy=settings.proxy(),
-        max_connections=100,
-        max_keepalive_connections=20,
-        keepalive_expiry=KEPT_S,
-    )
+def connect_error(url: str, error: Exception) -> ServiceUnreachable:
+    """Return the error of a connection that could not be made."""
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return ServiceUnreachable(f"The certificate of {url} is not trusted", hint=CA_HINT)
+    return ServiceUnreachable(f"Nothing answers at {url}")
 
 
-@contextlib.contextmanager
-def transport_errors(url: str) -> Iterator[None]:
-    """Convert exceptions of httpcore2 to ServiceUnreachable."""
-    try:
-        yield
-    except httpcore2.ConnectError as exc:
-        if "CERTIFICATE_VERIFY_FAILED" in str(exc):
-            raise ServiceUnreachable(f"The certificate of {url} is not trusted", hint=CA_HINT) from exc
-        raise ServiceUnreachable(f"Nothing answers at {url}") from exc
-    except httpcore2.TimeoutException as exc:
-        raise ServiceUnreachable(f"No answer from {url} in time", retry_after_s=SILENCE_S) from exc
-    except BROKEN as exc:
-        raise ServiceUnreachable(f"The connection to {url} broke") from exc
+def timeout_error(url: str) -> ServiceUnreachable:
+    """Return the error of a wait that took too long."""
+    return ServiceUnreachable(f"No answer from {url} in time", retry_after_s=SILENCE_S)
+
+
+def broken_error(url: str) -> ServiceUnreachable:
+    """Return the error of a connection that ended too early."""
+    return ServiceUnreachable(f"The connection to {url} broke")
 
 
 # -- streamed bodies ---------------------------------------------------------------------------------
@@ -271,17 +274,16 @@ class Engine:
     @contextlib.asynccontextmanager
     async def responding(
         self, call: ClientRequest[T], *, upload: Upload | None = None, silence_s: float | None = None
-    ) -> AsyncIterator[httpcore2.Response]:
+    ) -> AsyncIterator[HttpAnswer]:
         """Make one attempt and yield its answer, whose body is not read yet."""
-        with transport_errors(self._settings.url):
-            answer = await self.transport.open(self._request(call, upload, silence_s))
-            try:
-                yield answer
-            finally:
-                await self.transport.close(answer)
+        answer = await self.transport.open(self._request(call, upload, silence_s))
+        try:
+            yield answer
+        finally:
+            await answer.close()
 
     @contextlib.asynccontextmanager
-    async def answering(self, call: ClientRequest[T]) -> AsyncIterator[httpcore2.Response]:
+    async def answering(self, call: ClientRequest[T]) -> AsyncIterator[HttpAnswer]:
         """Open a response like ``responding``; raises the KmsError of a problem, retries refusals for now."""
         failed = 0
         while True:
@@ -298,44 +300,31 @@ class Engine:
 
     async def stream(self, call: ClientRequest[T]) -> AsyncGenerator[bytes]:
         """Yield the body of one answer as it arrives."""
-        async with (
-            self.answering(call) as answer,
-            contextlib.aclosing(self.transport.chunks(answer)) as chunks,
-        ):
+        async with self.answering(call) as answer, contextlib.aclosing(answer.chunks()) as chunks:
             async for chunk in chunks:
                 yield chunk
 
     async def fetch(self, call: ClientRequest[T], part: Download) -> None:
         """Write the body of one answer to the target. Raises ServiceUnreachable if it is incomplete."""
         async with self.answering(call) as answer:
-            part.begin(answer.status, headers_of(answer))
-            async with contextlib.aclosing(self.transport.chunks(answer)) as chunks:
+            part.begin(answer.status, answer.headers)
+            async with contextlib.aclosing(answer.chunks()) as chunks:
                 async for chunk in chunks:
                     await self.transport.call(part.write, chunk)
         part.end()
 
-    async def _reply(self, answer: httpcore2.Response) -> Reply:
-        body = b"".join([chunk async for chunk in self.transport.chunks(answer)])
-        return Reply(answer.status, headers_of(answer), body)
+    async def _reply(self, answer: HttpAnswer) -> Reply:
+        return Reply(answer.status, answer.headers, b"".join([chunk async for chunk in answer.chunks()]))
 
-    def _request(
-        self, call: ClientRequest[T], upload: Upload | None, silence_s: float | None
-    ) -> httpcore2.Request:
+    def _request(self, call: ClientRequest[T], upload: Upload | None, silence_s: float | None) -> HttpRequest:
         settings = self._settings
-        timeout_s = settings.timeout_s
-        timeouts = {
-            "connect": timeout_s,
-            "read": (silence_s or timeout_s) + call.wait_s,
-            "write": timeout_s,
-            "pool": timeout_s,
-        }
-        headers = {**self._always, **call.headers, **_length(call, upload), **settings.authorization()}
-        return httpcore2.Request(
+        return HttpRequest(
             call.method,
             settings.url + call.path,
-            headers=list(headers.items()),
-            content=call.body if upload is None else self.transport.body(upload.parts()),
-            extensions={"timeout": timeouts},
+            {**self._always, **call.headers, **_length(call, upload), **settings.authorization()},
+            call.body if upload is None else self.transport.body(upload.parts()),
+            timeout_s=settings.timeout_s,
+            silence_s=(silence_s or settings.timeout_s) + call.wait_s,
         )
 
 

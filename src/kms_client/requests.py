@@ -7,7 +7,6 @@ import email.utils
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import datetime
 from http import HTTPStatus
 from typing import Final, Generic, TypedDict, TypeVar
@@ -59,13 +58,22 @@ class UnexpectedAnswer(KmsError):
     exit_code = EXIT_OTHER
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Hidden(msgspec.Struct, frozen=True):
+    """Base of values that may hold secrets: ``repr`` shows none of their fields."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(…)"
+
+    def __rich_repr__(self) -> list[tuple[str, object]]:  # msgspec's own lists all fields
+        return []
+
+
+class Reply(Hidden, frozen=True):
     """A whole answer. Header names are in lower case."""
 
     status: int
     headers: Mapping[str, str]
-    body: bytes = field(repr=False)
+    body: bytes
 
     def retry_after_s(self) -> float | None:
         """Return the seconds of Retry-After (RFC 9110 §10.2.3: a number or a date); None if unusable."""
@@ -147,8 +155,7 @@ class UploadOptions(JobOptions, total=False):
     idempotency_key: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class ClientRequest(Generic[T]):
+class ClientRequest(Hidden, Generic[T], frozen=True):
     """One request. ``also`` is a status outside 2xx whose body is an answer, not a problem.
 
     A call that is not ``repeatable`` may have had its effect even if no answer arrives. The service may wait
@@ -158,8 +165,8 @@ class ClientRequest(Generic[T]):
     method: str
     path: str
     answer: type[T]
-    body: bytes | None = field(default=None, repr=False)
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    body: bytes | None = None
+    headers: Mapping[str, str] = msgspec.field(default_factory=dict)
     also: HTTPStatus | None = None
     repeatable: bool = True
     wait_s: int = 0

@@ -2,13 +2,13 @@
 
 import re
 import ssl
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypedDict
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
-import httpcore2
+from msgspec.structs import force_setattr
 
+from kms_client.requests import Hidden
 from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError
 from kms_protocol.tls_client import client_context
@@ -49,15 +49,14 @@ class Options(TypedDict, total=False):
     allow_http: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ClientSettings:
+class ClientSettings(Hidden, frozen=True):
     """The address and the options of a client. Raises ConfigurationError unless it is http(s)://host.
 
     It also does for ``http://`` to a host that is not loopback, unless ``allow_http`` is set.
     """
 
     url: str
-    token: str | None = field(default=None, repr=False)
+    token: str | None = None
     token_file: str | Path | None = None
     timeout_s: float = 30.0
     deadline_s: float | None = None
@@ -70,7 +69,7 @@ class ClientSettings:
     def __post_init__(self) -> None:
         if bool(self.cert_file) != bool(self.key_file):
             raise ConfigurationError("cert_file and key_file must be given together")
-        object.__setattr__(self, "url", checked_address(self.url))
+        force_setattr(self, "url", checked_address(self.url))
         if not self.allow_http:
             check_encrypted(self.url)
 
@@ -88,7 +87,7 @@ class ClientSettings:
             raise ConfigurationError("The token contains characters that a header cannot contain")
         return {"Authorization": f"Bearer {token}"}
 
-    def proxy(self) -> httpcore2.Proxy | None:
+    def proxy(self) -> SplitResult | None:
         """Return the proxy of the environment (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY), if one applies.
 
         None applies to a service on loopback. Raises ConfigurationError for a proxy that is not HTTP.
@@ -120,18 +119,22 @@ class ClientSettings:
         return context
 
 
-def _proxy(text: str) -> httpcore2.Proxy:
+def _proxy(text: str) -> SplitResult:
     """Parse an HTTP proxy; without a scheme it is http, as in curl. Raises ConfigurationError."""
     try:
         parts = urlsplit(text if "://" in text else f"http://{text}")
-        address = f"{parts.hostname}:{parts.port}" if parts.port else parts.hostname
+        usable = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
     except ValueError:
-        parts, address = urlsplit(""), None
-    if parts.scheme not in {"http", "https"} or not address:
+        parts, usable = urlsplit(""), None
+    if not usable:
         raise ConfigurationError("The proxy that the environment names is not http://host:port")
-    user = unquote(parts.username or "")
-    credentials = (user, unquote(parts.password or "")) if user else None
-    return httpcore2.Proxy(f"{parts.scheme}://{address}", auth=credentials)
+    return parts
+
+
+def credentials_of(proxy: SplitResult) -> tuple[str, str] | None:
+    """Return the user and the password of a proxy, if it has any."""
+    user = unquote(proxy.username or "")
+    return (user, unquote(proxy.password or "")) if user else None
 
 
 def check_encrypted(url: str) -> None:

@@ -14,15 +14,15 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar, cast
 from urllib.parse import unquote
 
-import httpcore2
 import msgspec
 
 from kms_client.aio import AsyncClient
+from kms_client.http_client import HttpAnswer, HttpRequest
 from kms_client.settings import DEFAULT_URL, ClientSettings
 from kms_client.sync import Client, SyncTransport
 from kms_protocol import errors, wire
@@ -126,21 +126,20 @@ class FakeService:
         """Return an AsyncClient of this service, which works without anyio."""
         return AsyncClient.over(_SETTINGS, _InMemory(self))
 
-    def answer(self, request: httpcore2.Request) -> httpcore2.Response:
-        """Answer a request of a client. Raises the KmsError of a problem."""
-        path, _, query = request.url.target.decode().removeprefix(wire.PREFIX).partition("?")
-        route = f"{request.method.decode()} {_NAMED.sub('*', path)}"
+    def answer(self, request: HttpRequest) -> bytes:
+        """Return the body of the answer to a request of a client. Raises the KmsError of a problem."""
+        path, _, query = request.url.removeprefix(DEFAULT_URL + wire.PREFIX).partition("?")
+        route = f"{request.method} {_NAMED.sub('*', path)}"
         if route not in self._calls:
             raise NotImplementedError(f"FakeService does not answer {route}")
         if self.failures:
             raise self.failures.pop(0)
-        stream = cast("Iterable[bytes]", request.stream)  # of a sync transport
-        name = _NAMED.search(path)
-        headers = {key.decode().lower(): unquote(value.decode()) for key, value in request.headers}
-        call = _FakedCall(name[0] if name else "", headers, b"".join(stream), "wait=" in query)
+        name, sent = _NAMED.search(path), request.body or b""
+        headers = {key.lower(): unquote(value) for key, value in request.headers.items()}
+        body = sent if isinstance(sent, bytes) else b"".join(cast("Iterable[bytes]", sent))
+        call = _FakedCall(name[0] if name else "", headers, body, "wait=" in query)
         found = self._calls[route](call)
-        body = found if isinstance(found, bytes) else msgspec.json.encode(found)
-        return httpcore2.Response(200, headers=[("Content-Length", str(len(body)))], content=body)
+        return found if isinstance(found, bytes) else msgspec.json.encode(found)
 
     # -- single calls ---------------------------------------------------------------------------------
 
@@ -288,14 +287,28 @@ class FakeService:
         return job.shown
 
 
+@dataclass(frozen=True, slots=True)
+class _FakedAnswer:
+    body: bytes = field(repr=False)
+    headers: Mapping[str, str]
+    status: int = 200
+
+    async def chunks(self) -> AsyncGenerator[bytes]:
+        yield self.body
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
 class _InMemory(SyncTransport):
     """Asks a FakeService instead of a connection pool."""
 
     def __init__(self, service: FakeService) -> None:
-        self._service = service
+        self._fake = service
 
-    async def open(self, request: httpcore2.Request) -> httpcore2.Response:
-        return self._service.answer(request)
+    async def open(self, request: HttpRequest) -> HttpAnswer:
+        body = self._fake.answer(request)
+        return _FakedAnswer(body, {"content-length": str(len(body))})
 
     async def shut(self) -> None:
         """Leave the service as it is for its other clients."""

@@ -27,8 +27,8 @@ from support.waiting import WAIT_S, until
 from support.wheels import build, copy_sources
 
 CLIENT: Final[dict[str, Any]] = tomllib.loads((ROOT / "client/pyproject.toml").read_text())["project"]
-SYNC_PACKAGES: Final = {"kms_service_client", "httpcore2", "h11", "truststore", "msgspec"}
-ASYNC_PACKAGES: Final = {"anyio", "idna", "typing_extensions"}
+SYNC_PACKAGES: Final = {"kms_service_client", "msgspec"}
+ASYNC_PACKAGES: Final = {"anyio", "idna", "typing_extensions", "httpcore2", "h11", "truststore"}
 SYNC: Final = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -255,7 +255,8 @@ def test_the_async_client_says_what_it_lacks(sync_only: Path, https: str) -> Non
 
     assert done.returncode == 1
     assert (
-        "ConfigurationError: AsyncClient needs anyio: install the client with its extra async" in done.stderr
+        "ConfigurationError: AsyncClient needs anyio and httpcore2: install the client with its extra async"
+        in done.stderr
     )
 
 
