@@ -20,7 +20,7 @@ from benchmarks.measure import Reading, say
 
 ROOT: Final = Path(__file__).parents[1]
 PYTHON: Final = (sys.executable, "-m")
-KMS: Final = (sys.executable, "-m", "kms_cli.main")
+KMS: Final = (str(Path(sys.executable).with_name("kms")),)  # as installed
 _AS_INSTALLED: Final = str(Path(__file__).with_name("as_installed"))
 _OURS: Final = re.compile(r"KMS_|PROVISIONING_ENV$|COSMIAN_")
 _LOOK_EVERY_MS: Final = 20

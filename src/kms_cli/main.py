@@ -3,7 +3,6 @@
 The module of a subcommand is imported when the subcommand is used: ``kms --help`` imports none.
 """
 
-import difflib
 import gc
 import importlib
 import os
@@ -184,6 +183,8 @@ class UnknownCommand(click.UsageError):
     """An unknown command name. ``possibilities`` holds the most similar known name, if any."""
 
     def __init__(self, name: str, known: Sequence[str], ctx: click.Context) -> None:
+        import difflib  # noqa: PLC0415 -- only misspelt commands need it
+
         super().__init__(f'unknown command "{name}"', ctx)
         self.possibilities = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
 

@@ -7,10 +7,9 @@ by the first ``connect``: commands that need no service start without it.
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
 
@@ -26,8 +25,7 @@ META: Final = "kms_cli."
 DEFAULT_URL: Final = "http://localhost:8082"  # the client's; known here without loading it
 
 
-@dataclass(frozen=True, slots=True)
-class Session:
+class Session(NamedTuple):
     """The global options of a run."""
 
     url: str = DEFAULT_URL

@@ -4,7 +4,6 @@ import codecs
 import contextlib
 import errno
 import io
-import json
 import os
 import re
 import sys
@@ -87,11 +86,17 @@ def shown(text: str) -> None:
 def record(values: Mapping[str, object], *, as_json: bool = False) -> None:
     """Print named values on stdout: one a line, or all as one line of JSON."""
     if as_json:
-        result(json.dumps(values, ensure_ascii=False))
+        result(_json(values))
         return
     width = max(map(len, values))
     for name, value in values.items():
         result(f"{name.replace('_', ' '):<{width}}  {printable(str(value))}")
+
+
+def _json(values: object) -> str:
+    import json  # noqa: PLC0415 -- not needed without --json
+
+    return json.dumps(values, ensure_ascii=False)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -127,7 +132,7 @@ def failed(error: KmsError, *, as_json: bool = False) -> int:
     notes = [n for n in getattr(error, "__notes__", []) if with_notes or n == INCOMPLETE]
     if as_json:
         shown = {"code": error.code, "detail": error.detail, "hint": hint, "notes": notes}
-        sys.stderr.write(json.dumps({"error": shown}, ensure_ascii=False) + "\n")
+        sys.stderr.write(_json({"error": shown}) + "\n")
         return error.exit_code
     say(f"error: {plain(error.detail)}")
     for label, text in (("hint", hint), *(("note", note) for note in notes)):

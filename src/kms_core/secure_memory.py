@@ -7,7 +7,6 @@ Python cannot erase memory. ``SharedSecrets`` holds secrets that processes of on
 
 import ctypes
 import fcntl
-import hashlib
 import mmap
 import os
 import resource
@@ -136,7 +135,7 @@ class SharedSecrets:
             raise ConfigurationError(f"The sealed key files hold more than {SIZE_BYTES // 1024**2} MiB")
         generation = self.generation() + 1
         self._memory[_HEAD.size : _HEAD.size + len(content)] = content
-        self._memory[: _HEAD.size] = _HEAD.pack(generation, len(content), hashlib.sha256(content).digest())
+        self._memory[: _HEAD.size] = _HEAD.pack(generation, len(content), _digest(content))
 
     def generation(self) -> int:
         """The number of writes."""
@@ -148,7 +147,13 @@ class SharedSecrets:
         for _ in range(_TRIES):
             generation, length, digest = _HEAD.unpack_from(self._memory)
             content = self._memory[_HEAD.size : _HEAD.size + length]
-            if not generation or hashlib.sha256(content).digest() == digest:
+            if not generation or _digest(content) == digest:
                 return content
             time.sleep(_AGAIN_S)
         raise ConfigurationError("The memory with the opened keys is damaged: restart the service")
+
+
+def _digest(content: bytes) -> bytes:
+    import hashlib  # noqa: PLC0415 -- loads OpenSSL's digests, which few commands need
+
+    return hashlib.sha256(content).digest()

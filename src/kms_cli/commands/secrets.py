@@ -12,7 +12,6 @@ from typing import Final, Literal, NoReturn, TypedDict, Unpack
 
 import click
 import msgspec
-from dotenv.parser import parse_stream
 
 from kms_cli import terminal
 from kms_cli.options import FILE, context_of, context_option, force_option, key_option, output_option, writing
@@ -153,7 +152,7 @@ def _base64(data: bytes) -> str:
 # and no memory of this process remains.
 
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_RISKY_NAMES: Final = re.compile(
+_RISKY_NAMES: Final = (  # compiled when it is first used: that takes a millisecond
     r"LD_.*|DYLD_.*|PATH|HOME|IFS|GCONV_PATH|GLIBC_TUNABLES|MALLOC_.*|OPENSSL_(CONF|ENGINES|MODULES)|KMS_.*"
     r"|ENV|SHELL|SHELLOPTS|BASH_ENV|BASH_FUNC.*|BASHOPTS|PS4|ZDOTDIR|(GNU)?MAKEFLAGS|MAKEFILES"
     r"|(.*_)?(EDITOR|PAGER|ASKPASS|(ADD)?OPTS|(PASS)?COMMAND|CMD(_ARGS)?|EXTERNAL_DIFF|RSH|GPG_EXEC|CONNECT_PROG)"
@@ -189,6 +188,8 @@ def parse(text: str, where: str) -> dict[str, str]:
             return msgspec.json.decode(text, type=dict[str, str])
         except msgspec.DecodeError:
             raise InvalidRequest(f"{where} is not a JSON object of strings") from None
+    from dotenv.parser import parse_stream  # noqa: PLC0415 -- imports logging and tempfile
+
     values: dict[str, str] = {}
     for binding in parse_stream(io.StringIO(text)):
         name, value, source = binding.key, binding.value, binding.original
@@ -215,7 +216,7 @@ def check(
         raise InvalidRequest(f"{where} sets a name that is not valid in a shell")
     if only and name not in only:
         raise InvalidRequest(f"{where} sets {name}, which is none of --only: add --only {name} to pass it")
-    if not only and _RISKY_NAMES.fullmatch(name) and name not in allowed:
+    if not only and re.fullmatch(_RISKY_NAMES, name) and name not in allowed:
         raise InvalidRequest(
             f"{where} sets {name}, which selects what programs load or run: allow it with --allow {name}"
         )
