@@ -50,7 +50,7 @@ COMMANDS: Final = {  # name: module, help
     "token": ("commands.tokens", "Create, list, rotate and revoke API tokens."),
     "migrate": ("commands.migrate", "Migrate ciphertexts from Vault, AWS KMS or SOPS."),
     "audit": ("commands.audit", "Verify and read the audit log of this machine."),
-    "cosmian": ("commands.cosmian", "Create the keys of the service on a Cosmian KMS server."),
+    "cosmian": ("commands.keygen", "Create the keys of the service on a Cosmian KMS server."),
     "backup": ("backup.commands", "Back up the service of this machine to one encrypted file."),
     "restore": ("backup.commands", "Verify a backup and put it in place."),
     "config": ("commands.config", "Show, check and begin the settings."),
@@ -109,7 +109,7 @@ TOKEN_COMMANDS: Final = {
     "adopt": ("commands.tokens", "Go on with a document of tokens that was put back."),
 }
 
-COSMIAN_COMMANDS: Final = {"init-key": ("commands.cosmian", "Create the keys that the settings name.")}
+COSMIAN_COMMANDS: Final = {"init-key": ("commands.keygen", "Create the keys that the settings name.")}
 
 
 class LazyGroup(click.Group):

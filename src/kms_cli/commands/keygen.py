@@ -1,15 +1,21 @@
-"""``kms keygen`` and ``kms recipient``: age key files in the format of age-keygen, and their recipients."""
+"""Commands that make keys: age key files in the format of age-keygen, keys on a Cosmian KMS server.
+
+Also ``kms recipient`` and ``kms identity``, which name keys of the service for age tools.
+"""
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
 
 import click
 import msgspec
 
 from kms_cli import terminal
 from kms_cli.age_files import check_key_id, parse_identities
+from kms_cli.main import COSMIAN_COMMANDS, LazyGroup
 from kms_cli.options import FILE, context_option, key_option
 from kms_cli.plugin.names import PluginTarget
 from kms_cli.session import DEFAULT_URL, printed_as_json, session
@@ -294,3 +300,52 @@ def _target(context: ContextIn, key_id: str | None, *, in_process: bool, with_ur
     url = checked_address(session().url or DEFAULT_URL) if with_url else None
     check_key_id(key_id)
     return PluginTarget(key_id, Context.parse(context), url, in_process)
+
+
+# -- keys on a Cosmian KMS server ----------------------------------------------------------------------
+
+cosmian_command: Final = LazyGroup(
+    "cosmian", COSMIAN_COMMANDS, "Create the keys of the service on a Cosmian KMS server."
+)
+
+
+@click.command("init-key")
+def init_key_command() -> None:
+    """Create the Cosmian keys that the settings name, unless they exist."""
+    from kms_cli.local import installation  # noqa: PLC0415 -- the rest of the service, which takes a second
+
+    settings = installation.settings()
+    names = list(dict.fromkeys(_cosmian_keys(settings)))
+    if not names:
+        raise ConfigurationError(
+            f"No key of the environment {settings.environment} uses Cosmian: set its backend under [kms], "
+            "or write a key as cosmian:<name> under [kms.keys]"
+        )
+    for name in names:
+        _init_cosmian_key(name, settings)
+
+
+def _init_cosmian_key(name: str, settings: "Settings") -> None:
+    from kms_cli import audited  # noqa: PLC0415 -- as above
+    from kms_core.backends.cosmian.backend import key_of  # noqa: PLC0415 -- as above
+    from kms_core.backends.cosmian.settings import CosmianSection  # noqa: PLC0415 -- as above
+
+    key = key_of(name, settings.backend(CosmianSection), strict=settings.is_prod)
+    with audited.effect(settings, "key.create", name), key.call():
+        version, is_new = key.init()
+    if not printed_as_json({"name": name, "version": version.version, "made": is_new}):
+        done = f"created {name}" if is_new else f"{name} exists"
+        terminal.result(f"{done}, version {version.version}, on {key.server.where}")
+
+
+def _cosmian_keys(settings: "Settings") -> Iterator[str]:
+    """Yield the names of the keys that encrypt. A key that only decrypts must exist already."""
+    from kms_core.backends.cosmian.settings import CosmianSection  # noqa: PLC0415 -- as above
+
+    kms = settings.kms
+    if settings.active_backend == "cosmian" and kms.default_key_id not in kms.keys:
+        yield settings.backend(CosmianSection).default_key_id
+    for _, uri in kms.key_uris:
+        parts = urlsplit(uri)
+        if parts.scheme == "cosmian" and parts.query != "seal=false":
+            yield parts.path
