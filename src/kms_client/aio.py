@@ -5,7 +5,6 @@ import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
-from types import TracebackType
 from typing import BinaryIO, Final, Self, Unpack
 
 from msgspec import Struct
@@ -111,9 +110,7 @@ class AsyncClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -295,32 +292,16 @@ class AsyncClient:
     # -- streams -------------------------------------------------------------------------------------
 
     async def upload_encrypt(
-        self,
-        source: BinaryIO,
-        *,
-        context: ContextIn = None,
-        key_id: str | None = None,
-        progress: Progress | None = None,
-        **options: Unpack[UploadOptions],
+        self, source: BinaryIO, *, progress: Progress | None = None, **options: Unpack[UploadOptions]
     ) -> wire.JobAccepted:
         """Send a file of any size. ``progress`` receives the bytes sent and the total, if known."""
-        return await self._engine.send(
-            requests.upload("encrypt", context, key_id, options), Upload(source, progress)
-        )
+        return await self._engine.send(requests.upload("encrypt", options), Upload(source, progress))
 
     async def upload_decrypt(
-        self,
-        source: BinaryIO,
-        *,
-        context: ContextIn = None,
-        key_id: str | None = None,
-        progress: Progress | None = None,
-        **options: Unpack[UploadOptions],
+        self, source: BinaryIO, *, progress: Progress | None = None, **options: Unpack[UploadOptions]
     ) -> wire.JobAccepted:
         """Send a ciphertext of any size, as ``upload_encrypt``."""
-        return await self._engine.send(
-            requests.upload("decrypt", context, key_id, options), Upload(source, progress)
-        )
+        return await self._engine.send(requests.upload("decrypt", options), Upload(source, progress))
 
     def result(self, job_id: str) -> AsyncGenerator[bytes]:
         """Yield the result as it arrives. Raises JobNotFinished, ResultExpired. ``download`` can resume."""
@@ -338,12 +319,7 @@ class AsyncClient:
             yield decoded(rest, wire.ItemResult, _LINE)
 
     async def download(
-        self,
-        job_id: str,
-        target: BinaryIO,
-        *,
-        progress: Progress | None = None,
-        release: bool = False,
+        self, job_id: str, target: BinaryIO, *, progress: Progress | None = None, release: bool = False
     ) -> int:
         """Write the result to ``target`` and return its size in bytes.
 

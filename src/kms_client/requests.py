@@ -111,12 +111,8 @@ def error_of(reply: Reply) -> KmsError:
         problem = msgspec.json.decode(reply.body, type=wire.Problem)
     except wire.NOT_JSON:
         return _not_ours(reply)
-    kind = BY_CODE.get(problem.code)
-    if kind is None:
-        fallback = Unavailable if reply.status in RETRYABLE else UnexpectedAnswer
-        error: KmsError = fallback(problem.detail)
-    else:
-        error = kind(problem.detail)
+    unknown: type[KmsError] = Unavailable if reply.status in RETRYABLE else UnexpectedAnswer
+    error = BY_CODE.get(problem.code, unknown)(problem.detail)
     if isinstance(error, Unavailable):
         error.retry_after_s = reply.retry_after_s() or error.retry_after_s
     error.add_note(f"request id {problem.request_id}")
@@ -145,9 +141,11 @@ class JobOptions(TypedDict, total=False):
 class UploadOptions(JobOptions, total=False):
     """``idempotency_key`` makes it safe to repeat an upload after a crash of the caller.
 
-    ``group``, ``labels``, ``metadata`` and ``release`` are those of ``JobIn``.
+    All others are those of ``JobIn``.
     """
 
+    context: ContextIn
+    key_id: str | None
     group: wire.GroupIn | None
     labels: Mapping[str, str] | None
     metadata: Mapping[str, str] | None
@@ -254,17 +252,15 @@ def result(job_id: str, headers: Mapping[str, str] | None = None) -> ClientReque
     return ClientRequest("GET", PREFIX + path, bytes, headers=headers or {})
 
 
-def upload(
-    kind: wire.JobKind, context: ContextIn, key_id: str | None, options: UploadOptions
-) -> ClientRequest[wire.JobAccepted]:
+def upload(kind: wire.JobKind, options: UploadOptions) -> ClientRequest[wire.JobAccepted]:
     """Begin an upload. Context and key id are sent in headers, never in the query string."""
     headers = {
         "Content-Type": "application/octet-stream",
         "Idempotency-Key": options.get("idempotency_key") or str(uuid.uuid4()),
     }
-    if pairs := Context.parse(context).pairs:
+    if pairs := Context.parse(options.get("context")).pairs:
         headers["X-KMS-Context"] = json_header(dict(pairs))
-    if key_id:
+    if key_id := options.get("key_id"):
         headers["X-KMS-Key-Id"] = key_id
     for name in ("priority", "callback", "release", "start_by", "run_by", "keep_for"):
         if value := options.get(name):

@@ -92,16 +92,19 @@ class ClientSettings(Hidden, frozen=True):
 
         None applies to a service on loopback. Raises ConfigurationError for a proxy that is not HTTP.
         """
-        parts = urlsplit(self.url)
-        if is_loopback(parts.hostname):
+        service = urlsplit(self.url)
+        if is_loopback(service.hostname):
             return None
         from urllib.request import getproxies, proxy_bypass  # noqa: PLC0415 -- imports much, and is rarely needed
 
         found = getproxies()
-        url = found.get(parts.scheme) or found.get("all")
-        if not url or proxy_bypass(parts.hostname or ""):
+        url = found.get(service.scheme) or found.get("all")
+        if not url or proxy_bypass(service.hostname or ""):
             return None
-        return _proxy(url)
+        parts = _http_url(url if "://" in url else f"http://{url}")  # http without a scheme, as in curl
+        if not parts:
+            raise ConfigurationError("The proxy that the environment names is not http://host:port")
+        return parts
 
     def tls(self) -> ssl.SSLContext:
         """Return a context that verifies servers against ``ca_file`` or the authorities of the system.
@@ -119,16 +122,14 @@ class ClientSettings(Hidden, frozen=True):
         return context
 
 
-def _proxy(text: str) -> SplitResult:
-    """Parse an HTTP proxy; without a scheme it is http, as in curl. Raises ConfigurationError."""
+def _http_url(text: str) -> SplitResult | None:
+    """Parse a URL; None unless it is http(s)://host, with any port but 0."""
     try:
-        parts = urlsplit(text if "://" in text else f"http://{text}")
+        parts = urlsplit(text)
         usable = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
     except ValueError:
-        parts, usable = urlsplit(""), None
-    if not usable:
-        raise ConfigurationError("The proxy that the environment names is not http://host:port")
-    return parts
+        return None
+    return parts if usable else None
 
 
 def credentials_of(proxy: SplitResult) -> tuple[str, str] | None:
@@ -146,12 +147,8 @@ def check_encrypted(url: str) -> None:
 
 def checked_address(url: str) -> str:
     """Return a service address without its final slash. Raises ConfigurationError for an invalid one."""
-    try:
-        parts = urlsplit(url)
-        usable = url.isascii() and parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
-    except ValueError as exc:
-        raise ConfigurationError(_ADDRESS) from exc
-    if not usable:
+    parts = _http_url(url)
+    if not parts or not url.isascii():
         raise ConfigurationError(_ADDRESS)
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ConfigurationError("The service address holds no user, password or query: use a token file")

@@ -14,7 +14,6 @@ import time
 from base64 import b64encode
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Mapping
 from http import HTTPStatus
-from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, Final, Self, TypeVar, Unpack, cast
 from urllib.parse import urlsplit
 
@@ -170,14 +169,12 @@ class SyncTransport:
 
     def _kept(self) -> _Sending | None:
         """Return an idle connection that the service has not closed."""
-        while self._idle:
-            try:
+        with contextlib.suppress(IndexError):  # none is left
+            while True:
                 connection, since = self._idle.pop()
-            except IndexError:  # another thread took it
-                return None
-            if time.monotonic() - since < KEPT_S and not _is_readable(connection.sock):
-                return connection
-            connection.close()
+                if time.monotonic() - since < KEPT_S and not _is_readable(connection.sock):
+                    return connection
+                connection.close()
         return None
 
     def _new(self, timeout_s: float) -> _Sending:
@@ -210,10 +207,8 @@ class SyncTransport:
 
     def _send(self, connection: _Sending, request: HttpRequest) -> None:
         """Send a request; what the service no longer reads, as after an early refusal, is left out."""
-        headers, target = (
-            request.headers,
-            request.url.removeprefix(self._url.removesuffix(self._service.path)),
-        )
+        headers = request.headers
+        target = request.url.removeprefix(self._url.removesuffix(self._service.path))
         if self._proxy and self._service.scheme == "http":
             headers, target = {**headers, **self._for_proxy()}, request.url
         connection.sock.settimeout(request.timeout_s)
@@ -279,9 +274,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -444,32 +437,16 @@ class Client:
     # -- streams -------------------------------------------------------------------------------------
 
     def upload_encrypt(
-        self,
-        source: BinaryIO,
-        *,
-        context: ContextIn = None,
-        key_id: str | None = None,
-        progress: Progress | None = None,
-        **options: Unpack[UploadOptions],
+        self, source: BinaryIO, *, progress: Progress | None = None, **options: Unpack[UploadOptions]
     ) -> wire.JobAccepted:
         """Send a file of any size. ``progress`` receives the bytes sent and the total, if known."""
-        return run(
-            self._api.upload_encrypt(source, context=context, key_id=key_id, progress=progress, **options)
-        )
+        return run(self._api.upload_encrypt(source, progress=progress, **options))
 
     def upload_decrypt(
-        self,
-        source: BinaryIO,
-        *,
-        context: ContextIn = None,
-        key_id: str | None = None,
-        progress: Progress | None = None,
-        **options: Unpack[UploadOptions],
+        self, source: BinaryIO, *, progress: Progress | None = None, **options: Unpack[UploadOptions]
     ) -> wire.JobAccepted:
         """Send a ciphertext of any size, as ``upload_encrypt``."""
-        return run(
-            self._api.upload_decrypt(source, context=context, key_id=key_id, progress=progress, **options)
-        )
+        return run(self._api.upload_decrypt(source, progress=progress, **options))
 
     def result(self, job_id: str) -> Iterator[bytes]:
         """Yield the result as it arrives. Raises JobNotFinished, ResultExpired. ``download`` can resume."""
@@ -480,12 +457,7 @@ class Client:
         return each(self._api.items(job_id))
 
     def download(
-        self,
-        job_id: str,
-        target: BinaryIO,
-        *,
-        progress: Progress | None = None,
-        release: bool = False,
+        self, job_id: str, target: BinaryIO, *, progress: Progress | None = None, release: bool = False
     ) -> int:
         """Write the result to ``target``, resuming broken connections. Return its size in bytes.
 

@@ -21,7 +21,7 @@ Connect = Callable[..., Client]
     ids=["none", "text", "utf-8", "comma"],
 )
 def test_context_of_an_upload_is_json(context: wire.ContextIn, expected: str | None) -> None:
-    assert requests.upload("encrypt", context, None, {}).headers.get("X-KMS-Context") == expected
+    assert requests.upload("encrypt", {"context": context}).headers.get("X-KMS-Context") == expected
 
 
 def test_wrong_context_costs_no_request(kms: Client, server: ContractServer) -> None:
