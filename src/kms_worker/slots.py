@@ -67,7 +67,8 @@ class Slots(PeriodicThread):
             one.rounds += 1
             if one.rounds == 2 or (one.rounds > 2 and not one.replaced):  # noqa: PLR2004 -- it had time to end
                 self._replace(one)
-        self._give_back()
+        if self._surplus:
+            self._in_loop(self._shrink)
         self._forget_ended()
         self._tell()
         if self._stuck and time.monotonic() > self._attendance.stops_at.at + _LAST_S:
@@ -93,12 +94,8 @@ class Slots(PeriodicThread):
             one.replaced = True
             self._in_loop(lambda: self._pool.grow(1))
 
-    def _give_back(self) -> None:
-        """End as many idle processes as were started for others that have ended by now."""
-        if self._surplus:
-            self._in_loop(self._shrink)
-
     def _shrink(self) -> None:
+        """End an idle process, if one was started for another that has ended by now."""
         if not self._surplus or len(self._pool.info["processes"]) > self._pool.num_processes:
             return  # one is still ending, and would be chosen again
         with suppress(ValueError):  # all are busy: in the next round

@@ -217,13 +217,12 @@ def read_secret(path: Path) -> bytes:
 
     It is read for each delivery, so a new secret needs no restart.
     """
+    hint = _MAKE.format(path=path)
     try:
         secret = small_files.read(path).rstrip(b"\r\n")
     except OSError as exc:
-        hint = _MAKE.format(path=path)
         raise ConfigurationError(f"Cannot read the webhook secret {path} ({exc.strerror}): {hint}") from exc
     if len(secret) < SECRET_BYTES:
-        hint = _MAKE.format(path=path)
         raise ConfigurationError(f"The webhook secret {path} is below {SECRET_BYTES} bytes: {hint}")
     return secret
 

@@ -10,7 +10,6 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Final, Protocol, Self
 
 import structlog
@@ -76,9 +75,7 @@ class Renewed:
         _pacemaker(os.getpid()).add(self)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         _pacemaker(os.getpid()).remove(self)
 
 
@@ -101,10 +98,8 @@ class Lease(Renewed):
         self._held_until = self._moved_at + store.rules.lease_s
         self.every_s = min(_TELL_EVERY_S, store.rules.lease_s / 3)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         done = self.claim.accepted.kind
         if self._items:
             metrics.JOB_ITEMS.labels(done, "ok").inc(self._items - self._failed)

@@ -5,7 +5,7 @@ worker that dies in the middle leaves it to the next one, and finishing twice ch
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -19,7 +19,7 @@ from kms_core.jobs.bulk_lines import PART_ITEMS, decode, lines
 from kms_core.jobs.execution.lease import Commits, Lease
 from kms_core.jobs.model import Attempt, Commit, CommitGone, part_id
 from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, ItemsJob, PlacedTarget, UploadJob, Work
-from kms_core.jobs.storage.locations import JobTarget, Locations, PendingTarget, is_remote
+from kms_core.jobs.storage.locations import JobSource, JobTarget, Locations, PendingTarget, is_remote
 from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Blob, Label, Spool
 from kms_core.operation import Opened
 from kms_core.payload.parallel import ParallelOptions
@@ -216,25 +216,31 @@ class FileWork:
 
     @contextmanager
     def _attempt(self) -> Iterator[tuple[PendingTarget, Commit]]:
-        """The work done, and its commit described. If the block fails, nothing is left behind."""
+        """The work done, and its commit described.
+
+        If the block fails, nothing is left behind, unless Redis may have heard that it is committing.
+        """
         job = self.job
-        with ExitStack() as stack:
-            source = stack.enter_context(self.places.open_source(job.source))
+        with self.places.open_source(job.source) as source:
             self.lease.admit(source.reader.size)
             room_bytes = 0 if job.kind == "rewrap" else source.reader.size  # a payload may be moved as it is
-            begun: AbstractContextManager[PendingTarget] = self.target.prepare(
-                self.claim.attempt_id, room_bytes
-            )
-            pending = stack.enter_context(begun)
-            stack.enter_context(_discarded_on_failure(pending))
-            data = FileToFile(source.reader, pending.writer, _options(self.lease, job), pending.copy)
-            new = job.new_bound_context
-            made = self.kms.run(
-                job.kind, job.who, data, job.bound_context, new_context=new, key_id=job.key_id
-            )
-            source.check_unchanged()
-            settled = pending.settle(source, in_place=job.in_place)
-            yield pending, msgspec.structs.replace(settled, file_id=made.file_id)
+            with self.target.prepare(self.claim.attempt_id, room_bytes) as pending:
+                try:
+                    yield pending, self._work(source, pending)
+                except JobsUnavailable:
+                    raise
+                except Exception:
+                    pending.discard()
+                    raise
+
+    def _work(self, source: JobSource, pending: PendingTarget) -> Commit:
+        """Make the target of the source, and describe its commit."""
+        job, new = self.job, self.job.new_bound_context
+        data = FileToFile(source.reader, pending.writer, _options(self.lease, job), pending.copy)
+        made = self.kms.run(job.kind, job.who, data, job.bound_context, new_context=new, key_id=job.key_id)
+        source.check_unchanged()
+        settled = pending.settle(source, in_place=job.in_place)
+        return msgspec.structs.replace(settled, file_id=made.file_id)
 
 
 def _placed(commit: Commit) -> Work:
@@ -242,18 +248,6 @@ def _placed(commit: Commit) -> Work:
         size_bytes=commit.size_bytes, inode=commit.inode, mtime_ns=commit.mtime_ns, parts=commit.parts
     )
     return Work(target=target, file_id=commit.file_id)
-
-
-@contextmanager
-def _discarded_on_failure(pending: PendingTarget) -> Iterator[None]:
-    """A failed attempt leaves nothing behind, unless Redis may have heard that it is committing."""
-    try:
-        yield
-    except JobsUnavailable:
-        raise
-    except Exception:
-        pending.discard()
-        raise
 
 
 def _options(lease: Lease, job: FileJob) -> ParallelOptions:

@@ -228,7 +228,9 @@ def _attempt(claim: Attempt, worker_context: WorkerContext) -> None:
     except KmsError as exc:
         _end_badly(claim, worker_context, exc)
     else:
-        _tidy(job, worker_context, None if job.parent else _ended(claim, state, code))
+        # as Redis holds it now, without a request
+        ended = Job(job_id=job.job_id, tenant=job.tenant, kind=job.kind, state=state, error=code)
+        _tidy(job, worker_context, None if job.parent else ended)
 
 
 def _parts(claim: Attempt, worker_context: WorkerContext) -> Sequence[JobSpec]:
@@ -243,30 +245,21 @@ def _parts(claim: Attempt, worker_context: WorkerContext) -> Sequence[JobSpec]:
         return tree.plan(lease, job, worker_context.spool, listed, worker_context.store.rules.fanout_files)
 
 
-def _ended(claim: Attempt, state: JobState, code: str) -> Job:
-    """The job as Redis holds it now, without a request."""
-    job = claim.accepted
-    return Job(job_id=job.job_id, tenant=job.tenant, kind=job.kind, state=state, error=code)
-
-
 def _tidy(job: JobSpec, worker_context: WorkerContext, whole: Job | None = None) -> None:
     """Remove what an ended job needs no more: items, half-written targets; all of it if cancelled.
 
     The list of a cancelled job over many files stays: its result says which of them were done.
     """
     with Chore(worker_context.store, job.job_id):
-        _tidy_files(job, worker_context, whole or worker_context.store.get(job.owner, job.tenant))
-
-
-def _tidy_files(job: JobSpec, worker_context: WorkerContext, whole: Job) -> None:
-    if whole.parts_ended:
-        whole = end_parent(whole, worker_context.store)
-    if isinstance(job, TreePart):
-        tree.abandon(job, worker_context.store.part(job.job_id), worker_context)
-    elif whole.ended and isinstance(job, FileJob):
-        worker_context.places.sweep({job.job_id: job.target})
-    if whole.state == "cancelled" and not (isinstance(job, TreeJob) and whole.parts):
-        worker_context.spool.delete(job.owner)
+        whole = whole or worker_context.store.get(job.owner, job.tenant)
+        if whole.parts_ended:
+            whole = end_parent(whole, worker_context.store)
+        if isinstance(job, TreePart):
+            tree.abandon(job, worker_context.store.part(job.job_id), worker_context)
+        elif whole.ended and isinstance(job, FileJob):
+            worker_context.places.sweep({job.job_id: job.target})
+        if whole.state == "cancelled" and not (isinstance(job, TreeJob) and whole.parts):
+            worker_context.spool.delete(job.owner)
 
 
 def _work(lease: Lease, worker_context: WorkerContext) -> str:

@@ -76,25 +76,6 @@ def open_(folder: Path, name: str) -> Iterator[int]:
         yield fd
 
 
-def names(folder: Path) -> list[str]:
-    """Names in a folder. Raises ResultExpired, RecordRefused."""
-    with ExitStack() as stack:
-        return os.listdir(_folder_fd(folder, stack))
-
-
-def remove(folder: Path, name: str) -> None:
-    """Take a name out of its folder, if it is there. Raises ResultExpired, RecordRefused."""
-    with ExitStack() as stack:
-        _unlink(name, _folder_fd(folder, stack))
-
-
-def remove_folder(folder: Path) -> bool:
-    """Remove a folder and all in it; whether it is gone."""
-    with suppress(RecursionError):  # folders in folders that others made
-        shutil.rmtree(folder, ignore_errors=True)
-    return not os.path.lexists(folder)
-
-
 def _folder_fd(folder: Path, stack: ExitStack) -> int:
     with _refusing():
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -243,13 +224,17 @@ class SpoolFolder:
 
     def names(self, folder: str, young_s: float = math.inf) -> list[str]:
         del young_s  # to read them takes little time
-        return names(self.path / folder)
+        with ExitStack() as stack:
+            return os.listdir(_folder_fd(self.path / folder, stack))
 
     def remove(self, folder: str, name: str) -> None:
-        remove(self.path / folder, name)
+        with ExitStack() as stack:
+            _unlink(name, _folder_fd(self.path / folder, stack))
 
     def remove_folder(self, folder: str) -> bool:
-        return remove_folder(self.path / folder)
+        with suppress(RecursionError):  # folders in folders that others made
+            shutil.rmtree(self.path / folder, ignore_errors=True)
+        return not os.path.lexists(self.path / folder)
 
     def folders(self, older_than_s: float) -> Iterator[str]:
         limit = time.time() - older_than_s

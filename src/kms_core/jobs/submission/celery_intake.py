@@ -15,7 +15,7 @@ import msgspec
 from kms_core import audit
 from kms_core.age import header, stream
 from kms_core.age.header import SYNC_LIMITS
-from kms_core.age.mlkem768x25519 import Recipient, parse_identity
+from kms_core.age.mlkem768x25519 import Recipient, key_lines, parse_identity
 from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.policy import Principal
 from kms_core.backends.age import AgeBackend
@@ -156,8 +156,8 @@ def recipient(path: Path) -> Recipient:
     Raises UnknownKey if there is no file, BackendUnavailable if it cannot be read or holds no identity.
     """
     try:
-        lines = [line.strip() for line in small_files.text(path).splitlines()]
-        return parse_identity([line for line in lines if line and not line.startswith("#")][-1]).recipient
+        _, last = key_lines(small_files.text(path))[-1]
+        return parse_identity(last).recipient
     except FileNotFoundError:
         raise UnknownKey("This service has no intake key, so it takes no kms.submit messages") from None
     except (OSError, ValueError, IndexError) as exc:

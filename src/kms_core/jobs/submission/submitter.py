@@ -21,7 +21,6 @@ from kms_core.jobs.authorization import JobAccess
 from kms_core.jobs.file_patterns import Tree, is_tree
 from kms_core.jobs.model import Job
 from kms_core.jobs.spec import MOVING, FileJob, FilesJob, ItemsJob, JobSpec, SmallBlob, TreeJob, UploadJob
-from kms_core.jobs.storage.blob_store import BlobWriter
 from kms_core.jobs.storage.locations import Locations
 from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Label, Spool
 from kms_core.jobs.store.store import JobStore
@@ -356,13 +355,8 @@ class JobSubmitter:
                     hasher.update(slab)
             if declared_bytes and out.size != declared_bytes:
                 raise InvalidRequest("The upload ended before its Content-Length")
-        return self.upload(options, job_id, out.size, hasher.digest() if hasher else b"", out)
-
-    def upload(
-        self, options: SubmissionOptions, job_id: str, size_bytes: int, digest: bytes, out: BlobWriter
-    ) -> Job:
-        """A job over an upload that ``out`` wrote whole."""
-        job = self._spec(UploadJob, options, job_id, digest, size_bytes=size_bytes, input_ref=out.ref)
+        digest = hasher.digest() if hasher else b""
+        job = self._spec(UploadJob, options, job_id, digest, size_bytes=out.size, input_ref=out.ref)
         return self._store(options, job, out.small)
 
     def items(self, options: SubmissionOptions, items: Iterable[wire.JobItem]) -> Job:
