@@ -17,7 +17,7 @@ from kms_api.deps import Service
 from kms_api.openapi import document
 from kms_api.routes import audit, batch, files, jobs, keys, operations, secrets
 from kms_api.routing import DOCS, FastPath
-from kms_api.transport.admission import Admission, Admitted
+from kms_api.transport.admission import Admitted, budgets_of
 from kms_api.transport.authentication import AuthenticationLayer, RequestAuthenticator, Sessions
 from kms_api.transport.request_context import ClientAddress, RequestContext
 from kms_api.ui import overview, views
@@ -46,7 +46,7 @@ ROUTERS: Final = (
     operations.webhooks,
     *(part.router for part in (keys, audit, operations)),
 )
-UI: Final = (overview.router, views.router, views.router)
+UI: Final = (overview.router, views.router)
 REFERENCE: Final = (views.docs,)
 DOCUMENTED: Final = {wire.PREFIX: ROUTERS, "": (operations.probes,)}
 """The routers of the OpenAPI document, by prefix."""
@@ -54,7 +54,7 @@ RULES: Final = routing.rules_of((*ROUTERS, operations.probes))
 """The access rule of each route of the API, by method and path; only probes have no prefix."""
 UI_RULES: Final = routing.rules_of((*UI, *REFERENCE))
 """Those of the pages."""
-VAULT_ROUTES: Final = Routes((transit.routes, sys.routes, sys.routes))
+VAULT_ROUTES: Final = Routes((transit.routes, sys.routes))
 PAGES: Final = frozenset({DOCS, "/openapi.json"})
 """The public documentation, which ``[kms.server] docs`` turns off."""
 
@@ -126,7 +126,7 @@ def build(settings: Settings) -> ASGIApp:
     layer = RequestContext(
         layer, settings.kms.server.allowed_hosts, core.kms.audit_log, settings.kms.server.codec_origins
     )
-    layer = Admitted(layer, Admission.of(settings.kms.server))
+    layer = Admitted(layer, budgets_of(settings.kms.server))
     if settings.kms.server.trusted_proxies:
         layer = ClientAddress(layer, Proxies.of(settings.kms.server.trusted_proxies))
     return layer

@@ -69,7 +69,7 @@ async def read_bytes(request: Request, limit_bytes: int) -> bytes:
         await _read_login(request, held, body, limit_bytes)
         return bytes(body)
     if declared:
-        held.take(held.admission.json, declared)
+        held.take("json", declared)
     counted = None if declared else held
     await _in_time(_read_into(body, request, limit_bytes, counted))
     return bytes(body)
@@ -84,7 +84,7 @@ async def _whole(request: Request, held: Reservation, limit_bytes: int) -> bytes
     if len(body) > limit_bytes:
         raise _too_large(limit_bytes)
     if body:
-        held.take(held.admission.json, len(body))
+        held.take("json", len(body))
     return body
 
 
@@ -96,7 +96,7 @@ async def _read_login(request: Request, held: Reservation, body: bytearray, limi
     with anyio.move_on_after(_MOMENT_S) as moment:
         await _read_into(body, request, limit_bytes, None)
     if moment.cancelled_caught:
-        held.take(held.admission.logins)
+        held.take("logins")
         await _in_time(_read_into(body, request, limit_bytes, None))
 
 
@@ -117,7 +117,7 @@ async def _read_into(
         if len(body) + len(part) > limit_bytes:
             raise _too_large(limit_bytes)
         if counted is not None and part:
-            counted.take(counted.admission.json, len(part))
+            counted.take("json", len(part))
         body += part
 
 

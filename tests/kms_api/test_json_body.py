@@ -9,7 +9,7 @@ from starlette.types import Message
 
 from kms_api import json_body
 from kms_api.deps import ANONYMOUS, PRINCIPAL
-from kms_api.transport.admission import RESERVATION, Admission, Reservation
+from kms_api.transport.admission import RESERVATION, Reservation, budgets_of
 from kms_core.auth.policy import Principal
 from kms_core.http_protocol import BODY
 from kms_core.settings.model import ServerSection
@@ -39,7 +39,7 @@ def request_of(pieces: Sequence[bytes], headers: Mapping[str, str] | None = None
 
     raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
     scope = {"type": "http", "method": "POST", "path": "/", "headers": raw, PRINCIPAL: CALLER}
-    scope[RESERVATION] = Reservation(Admission.of(ServerSection(docs=False)), scope)
+    scope[RESERVATION] = Reservation(budgets_of(ServerSection(docs=False)), scope)
     return Request(scope, receive)
 
 
@@ -216,7 +216,7 @@ async def test_a_body_counts_once(headers: dict[str, str]) -> None:
 
     await json_body.read_bytes(request, LIMIT)
 
-    assert request.scope[RESERVATION].admission.json.held == LIMIT
+    assert request.scope[RESERVATION].budgets["json"].held == LIMIT
 
 
 async def test_a_body_that_came_with_its_head_has_the_same_limit() -> None:
@@ -243,7 +243,7 @@ async def test_a_slow_form_of_a_stranger_takes_a_slot(
     request = Request({**at_once.scope, PRINCIPAL: ANONYMOUS}, receive)
 
     assert await json_body.read_bytes(request, LIMIT) == b"form"
-    assert request.scope[RESERVATION].admission.logins.held == (1 if delay_s else 0)
+    assert request.scope[RESERVATION].budgets["logins"].held == (1 if delay_s else 0)
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip", "x"])

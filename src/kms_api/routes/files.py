@@ -101,9 +101,9 @@ async def decrypt_file(call: Call[None]) -> Response:
 )
 async def job_result(call: Call[None]) -> Response:
     """The bytes of a file job (with ``Range``), or one JSON line for each item of a bulk job."""
-    service, held = call.service, reservation_of(call.request.scope)
+    service = call.service
     job = await service.run(STORE, service.submitter.store.get, call.path("job_id"), call.caller.tenant)
-    held.take(held.admission.downloads)
+    reservation_of(call.request.scope).take("downloads")
     bodies.write_without_lock(call.request)
     return await service.run(STORE, _result, call, job)
 
@@ -113,7 +113,7 @@ async def _upload(call: Call[None], kind: wire.JobKind) -> Response:
     sink = call.service.submitter.receive_upload(
         submission_options(call, kind), int(call.headers.get("content-length") or 0)
     )
-    _take_slot(call)
+    reservation_of(call.request.scope).take("uploads")
     job = await bodies.receive(call.request, sink, call.service.threads)
     return await accepted(call, job, wait_s)
 
@@ -123,7 +123,7 @@ async def submit_stream(call: Call[None]) -> Response:
     kind = _one_of("kind", call.query.get("kind", ""), _KINDS)
     service, options, wait_s = call.service, submission_options(call, kind), wait_of(call)
     bodies.refuse_encoding(call.request)
-    _take_slot(call)
+    reservation_of(call.request.scope).take("uploads")
     reader = bodies.UploadReader(call.request)
 
     def arriving() -> Iterator[memoryview]:
@@ -141,12 +141,6 @@ async def submit_stream(call: Call[None]) -> Response:
 
     job = await service.run(Pool("items", service.settings.kms.server.uploads), submit_items)
     return await accepted(call, job, wait_s)
-
-
-def _take_slot(call: Call[None]) -> None:
-    """Take the slot of an upload. Raises RateLimited, Unavailable."""
-    held = reservation_of(call.request.scope)
-    held.take(held.admission.uploads)
 
 
 def submission_options(call: Call[None], kind: wire.JobKind) -> SubmissionOptions:

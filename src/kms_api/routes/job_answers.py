@@ -42,7 +42,7 @@ async def awaited(call: Call[None], job: Job, wait_s: int) -> Job:
     held = reservation_of(call.request.scope)
     held.release()
     with suppress(Unavailable, UnknownJob):
-        held.take(held.admission.streams)
+        held.take("streams")
         look = partial(call.service.submitter.store.get, job.job_id, job.tenant)
         return await polled(call, job, look, wait_s, _PAUSES_S)
     return job

@@ -180,8 +180,7 @@ async def tenant_events(call: Call[None]) -> Response:
         batch = transitions.FeedBatch([], await call.service.run(STORE, transitions.newest_id, store))
     else:
         batch = await call.service.run(STORE, transitions.read_feed, store, call.caller.tenant, after, labels)
-    held = reservation_of(call.request.scope)
-    held.take(held.admission.streams)
+    reservation_of(call.request.scope).take("streams")
     told = _told(call, batch, labels)
     return WatchedResponse(told, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
@@ -226,8 +225,7 @@ async def get_group(call: Call[None]) -> Response:
     look = partial(group_of, call.service.submitter.store, call.caller.tenant, call.path("name"))
     found = await call.service.run(STORE, look)
     if wait_s and not found.ended:
-        held = reservation_of(call.request.scope)
-        held.take(held.admission.streams)
+        reservation_of(call.request.scope).take("streams")
         found = await polled(call, found, look, wait_s, _PAUSES_OF_GROUPS_S)
     return json_body.answer(found)
 

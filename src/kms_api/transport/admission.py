@@ -9,9 +9,8 @@ A request gives back its amounts when it ends, also by an error.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final, Self
+from collections.abc import Callable, Mapping
+from typing import Final, Literal, Self
 
 import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -169,6 +168,7 @@ _LOGINS: Final = 64
 _LOGINS_PER_ADDRESS: Final = 8
 """Unfinished logins: they hold no credential to count by."""
 _RETRY_S: Final = 5.0
+Kind = Literal["json", "uploads", "downloads", "streams", "logins"]
 Holder = tuple[str, str]
 """The tenant and the credential of a request; the source address twice, if it has no credential."""
 
@@ -214,50 +214,39 @@ class Budget:
         return RateLimited(f"This {of} has its maximum of {self._noun}", retry_after_s=_RETRY_S)
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """The budgets of a process."""
-
-    json: Budget
-    uploads: Budget
-    downloads: Budget
-    streams: Budget
-    logins: Budget
-
-    @classmethod
-    def of(cls, server: ServerSection) -> Self:
-        """The budgets: a tenant has half of the slots, and a credential a quarter."""
-        half, quarter = (server.uploads + 1) // 2, (server.uploads + 3) // 4
-        return cls(
-            Budget("bytes of request bodies", _JSON_BYTES, _JSON_BYTES // 2, _JSON_BYTES // 3),
-            Budget("uploads", server.uploads, half, quarter),
-            Budget("downloads", server.uploads, half, quarter),
-            Budget("open event streams", _STREAMS, _STREAMS // 2, _STREAMS // 4),
-            Budget("unfinished logins", _LOGINS, _LOGINS_PER_ADDRESS, _LOGINS_PER_ADDRESS),
-        )
+def budgets_of(server: ServerSection) -> dict[Kind, Budget]:
+    """The budgets of a process: a tenant has half of the slots, and a credential a quarter."""
+    half, quarter = (server.uploads + 1) // 2, (server.uploads + 3) // 4
+    return {
+        "json": Budget("bytes of request bodies", _JSON_BYTES, _JSON_BYTES // 2, _JSON_BYTES // 3),
+        "uploads": Budget("uploads", server.uploads, half, quarter),
+        "downloads": Budget("downloads", server.uploads, half, quarter),
+        "streams": Budget("open event streams", _STREAMS, _STREAMS // 2, _STREAMS // 4),
+        "logins": Budget("unfinished logins", _LOGINS, _LOGINS_PER_ADDRESS, _LOGINS_PER_ADDRESS),
+    }
 
 
 class Reservation:
-    """The amounts that one request holds of the budgets of ``admission``."""
+    """The amounts that one request holds of ``budgets``."""
 
-    __slots__ = ("_amounts", "_scope", "admission")
+    __slots__ = ("_amounts", "_scope", "budgets")
 
-    def __init__(self, admission: Admission, scope: Scope) -> None:
-        self.admission = admission
+    def __init__(self, budgets: Mapping[Kind, Budget], scope: Scope) -> None:
+        self.budgets = budgets
         self._scope = scope
-        self._amounts: dict[Budget, int] = {}
+        self._amounts = Counter[Kind]()
 
-    def take(self, budget: Budget, amount: int = 1) -> None:
+    def take(self, kind: Kind, amount: int = 1) -> None:
         """Take an amount until the request ends. Raises RateLimited, Unavailable."""
-        budget.take(holder_of(self._scope), amount)
-        self._amounts[budget] = self._amounts.get(budget, 0) + amount
+        self.budgets[kind].take(holder_of(self._scope), amount)
+        self._amounts[kind] += amount
 
     def release(self) -> None:
         """Give back all amounts."""
         if self._amounts:
             holder = holder_of(self._scope)
-            for budget, amount in self._amounts.items():
-                budget.give_back(holder, amount)
+            for kind, amount in self._amounts.items():
+                self.budgets[kind].give_back(holder, amount)
             self._amounts.clear()
 
 
@@ -267,15 +256,15 @@ class Admitted:
     An answer that leaves part of the body unread ends the connection.
     """
 
-    def __init__(self, app: ASGIApp, admission: Admission) -> None:
+    def __init__(self, app: ASGIApp, budgets: Mapping[Kind, Budget]) -> None:
         self._app = app
-        self._admission = admission
+        self._budgets = budgets
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        held = scope[RESERVATION] = Reservation(self._admission, scope)
+        held = scope[RESERVATION] = Reservation(self._budgets, scope)
         cycle = cycle_of(scope)
         if cycle is not None and cycle.more_body:
             send = UnreadBody(scope, receive, send, held.release).send
