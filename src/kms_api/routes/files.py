@@ -1,7 +1,7 @@
 """Files of any size: a streamed upload becomes a job, a job's result is a streamed download with ranges."""
 
 import re
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import islice
@@ -38,7 +38,7 @@ from kms_protocol.errors import (
 )
 
 T = TypeVar("T")
-W = TypeVar("W", bound=str)
+W = TypeVar("W", bound=str | None)
 router: Final = Router("files")
 _RESULT: Final = {
     describe.BINARY: {"schema": describe.BYTES},
@@ -120,7 +120,7 @@ async def _upload(call: Call[None], kind: wire.JobKind) -> Response:
 
 async def submit_stream(call: Call[None]) -> Response:
     """Submit NDJSON of any length, parsed and sealed in a thread while it arrives."""
-    kind = _one_of("kind", call.query.get("kind", ""), _KINDS)
+    kind = one_of("kind", call.query.get("kind", ""), _KINDS)
     service, options, wait_s = call.service, submission_options(call, kind), wait_of(call)
     bodies.refuse_encoding(call.request)
     reservation_of(call.request.scope).take("uploads")
@@ -156,8 +156,8 @@ def submission_options(call: Call[None], kind: wire.JobKind) -> SubmissionOption
         deadlines=_deadlines(call),
         idempotency=idempotency(call),
         callback=headers.get("x-kms-callback", ""),
-        priority=_one_of("X-KMS-Priority", headers.get("x-kms-priority", "normal"), wire.PRIORITIES),
-        release=_one_of("X-KMS-Release", headers.get("x-kms-release", ""), ("", *_RELEASES)),
+        priority=one_of("X-KMS-Priority", headers.get("x-kms-priority", "normal"), wire.PRIORITIES),
+        release=one_of("X-KMS-Release", headers.get("x-kms-release", ""), ("", *_RELEASES)),
         labels=labels_of(part for part in _unquoted(call, "X-KMS-Labels").split(",") if part),
         metadata=_object(call, "X-KMS-Metadata", wire.Metadata) or {},
         group=_object(call, "X-KMS-Group", wire.GroupIn),
@@ -192,7 +192,8 @@ def idempotency(call: Call[None]) -> str:
     return key
 
 
-def _one_of(name: str, text: str, known: Sequence[W]) -> W:
+def one_of(name: str, text: str | None, known: Iterable[W]) -> W:
+    """The known value that is ``text``. Raises InvalidRequest, which lists those that are not empty."""
     for each in known:
         if text == each:
             return each

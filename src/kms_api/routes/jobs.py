@@ -10,7 +10,7 @@ from fastapi import Response
 from kms_api import json_body
 from kms_api.deps import STORE, Service
 from kms_api.openapi import describe
-from kms_api.routes.files import check_reader, idempotency, labels_of, submit_stream
+from kms_api.routes.files import check_reader, idempotency, labels_of, one_of, submit_stream
 from kms_api.routes.job_answers import POLLS, accepted, awaited, polled, shape, wait_of
 from kms_api.routing import READ, WRITE, Call, Router, no_body
 from kms_api.transport.admission import reservation_of, should_end
@@ -117,12 +117,9 @@ async def submit_job(call: Call[None]) -> Response:
 )
 def list_jobs(call: Call[None]) -> wire.JobList:
     """Jobs of this tenant, newest first; ``next`` is the cursor of the following page."""
-    state = call.query.get("state")
-    if state is not None and state not in wire.STATES:
-        raise InvalidRequest(f"state is one of {', '.join(wire.STATES)}")
     jobs, following = call.service.submitter.store.page(
         call.caller.tenant,
-        state=state,
+        state=one_of("state", call.query.get("state"), (None, *wire.STATES)),
         limit=call.number("limit", *_PAGE),
         before=call.query.get("cursor"),
         labels=labels_of(call.query.getlist("label")),
@@ -259,7 +256,8 @@ def get_jobs(call: Call[wire.JobsIn]) -> wire.JobsOut:
 async def get_job(call: Call[None]) -> Response:
     """State and progress of one job; with ``?wait=`` (seconds) once it has ended, or after that time."""
     wait_s = wait_of(call)
-    found = await call.service.run(STORE, job_of, call.service, call.caller, call.path("job_id"))
+    store = call.service.submitter.store
+    found = await call.service.run(STORE, store.get, call.path("job_id"), call.caller.tenant)
     job = await awaited(call, found, wait_s)
     return json_body.answer(shape(job), headers=None if job.ended else {"Retry-After": "1"})
 
@@ -282,22 +280,17 @@ def cancel_job(call: Call[None]) -> wire.JobOut:
 def release_result(call: Call[None]) -> wire.JobOut:
     """Delete the result of an ended job now, for those who may fetch it; of a dead job also its input."""
     store, spool = call.service.submitter.store, call.service.submitter.spool
-    job = job_of(call.service, call.caller, call.path("job_id"))
+    job = store.get(call.path("job_id"), call.caller.tenant)
     check_reader(call, job)
     with audit.recorded(call.service.kms.audit_log, call.caller, "job.release", job.job_id):
         results.release(job, store, spool)
-    return shape(job_of(call.service, call.caller, job.job_id))
+    return shape(store.get(job.job_id, call.caller.tenant))
 
 
 @router.call("POST", "/jobs/{job_id}/cancel", WRITE, no_body, STORE, gives="The job", refuses=_CANCELLING)
 def cancel_job_by_post(call: Call[None]) -> wire.JobOut:
     """Cancel, for clients that cannot send DELETE."""
     return cancel_job(call)
-
-
-def job_of(service: Service, who: Principal, job_id: str) -> Job:
-    """The caller's job of this id. Raises UnknownJob, also for a job of another tenant."""
-    return service.submitter.store.get(job_id, who.tenant)
 
 
 def revive(service: Service, who: Principal, job_id: str) -> Job:

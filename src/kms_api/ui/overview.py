@@ -14,7 +14,7 @@ from urllib.parse import quote
 from fastapi import Response
 
 from kms_api.deps import Service
-from kms_api.routes import audit, operations
+from kms_api.routes import audit, files, operations
 from kms_api.routing import CALLER, UI, Call, Router, Rule
 from kms_api.ui.render import PageRoute, number, render, took
 from kms_api.ui.views import DAY, THREADS, JobRow, Row, folded, job_row, newest_events, rows_of
@@ -26,7 +26,7 @@ from kms_core.jobs.store import activity
 from kms_core.jobs.store.activity import SAMPLE, Activity, Interval, OperationInterval, survey_queues
 from kms_core.jobs.store.store import JobStore
 from kms_core.settings.lint import unaccepted
-from kms_protocol.errors import AuditUnavailable, InvalidRequest, JobsUnavailable
+from kms_protocol.errors import AuditUnavailable, JobsUnavailable
 from kms_protocol.units import duration_text
 
 # Charts of the jobs and operations of the last hours: stacked bars as SVG, and the same figures as a table.
@@ -35,9 +35,8 @@ from kms_protocol.units import duration_text
 
 PERIODS: Final = {"1h": (300, 12, "hour"), "6h": (900, 24, "6 hours"), "24h": (3600, 24, "24 hours")}
 """Seconds of one interval, the number of intervals, and the period in words."""
-WIDTH: Final = 10
-"""Of an interval in the picture, whose height is ``HEIGHT``."""
 HEIGHT: Final = 100
+"""Of the picture, in which an interval is 10 wide."""
 _OPEN: Final = ("queued", "running", "committing")
 _TOPS: Final = (0.002, 0.01, 0.02, 0.1, 0.2, 1, 2, 10, 20, 60, 120, 600, 1200, 3600, 7200, 36_000, 86_400)
 _END: Final = "ffffffff-ffff-ffff-ffff-ffffffffffff"
@@ -88,33 +87,31 @@ def jobs_chart(intervals: Sequence[Interval], words: str) -> Chart:
         }
         for each in intervals
     ]
-    names = ("jobs", "Jobs by time of submission", "jobs submitted", "jobs")
-    return _counts_chart(names, intervals, rows, words)
+    return _counts_chart(("jobs", "Jobs by time of submission"), "jobs submitted", intervals, rows, words)
 
 
 def operations_chart(intervals: Sequence[OperationInterval], words: str) -> Chart:
     """Operations of all tenants by outcome; those that were refused have failed."""
     rows = [{"failed": each.failed, "succeeded": each.succeeded} for each in intervals]
-    names = ("operations", "Operations of all tenants", "operations", "operations")
-    return _counts_chart(names, intervals, rows, words)
+    return _counts_chart(("operations", "Operations of all tenants"), "operations", intervals, rows, words)
 
 
 def _counts_chart(
-    names: tuple[str, str, str, str],
+    names: tuple[str, str],
+    counted: str,
     intervals: Sequence[Interval | OperationInterval],
     rows: Sequence[Mapping[str, int]],
     words: str,
 ) -> Chart:
-    """``names``: of the chart, its title, what some are called in the summary, and what none are."""
-    name, title, some, none = names
+    """``names``: of the chart, and its title. ``counted``: what the summary says that it counts."""
     sums = {series: sum(row[series] for row in rows) for series in rows[0]}
     told = ", ".join(f"{number(count)} {series}" for series, count in sums.items())
     labels = {series: f"{series} {number(count)}" for series, count in sums.items()}
     most = max(sum(row.values()) for row in rows)
     top = next(digit * 10**power for power in range(19) for digit in (2, 4, 10) if digit * 10**power >= most)
-    summary = f"Of the {number(sum(sums.values()))} {some} in the last {words}: {told}."
-    summary = summary if most else f"No {none} in the last {words}."
-    return _chart((name, title, summary), labels, intervals, rows, (top, number))
+    summary = f"Of the {number(sum(sums.values()))} {counted} in the last {words}: {told}."
+    summary = summary if most else f"No {names[0]} in the last {words}."
+    return _chart((*names, summary), labels, intervals, rows, (top, number))
 
 
 def durations_chart(intervals: Sequence[Interval], words: str) -> Chart:
@@ -180,10 +177,8 @@ _OF_OVERVIEW: Final = ("audit:read", "jobs:read", "metrics", "status")
 @router.read("", CALLER, THREADS)
 def overview(call: Call[None]) -> Response:
     """The state of the service, notices, charts, dead and newest jobs, and refusals of a day."""
-    service, caller, period = call.service, call.caller, call.query.get("period", "6h")
-    store = service.submitter.store
-    if period not in PERIODS:
-        raise InvalidRequest(f"period is one of {', '.join(PERIODS)}")
+    service, caller, store = call.service, call.caller, call.service.submitter.store
+    period = files.one_of("period", call.query.get("period", "6h"), PERIODS)
     may = {name: allows(service.kms.policy, caller, name) for name in _OF_OVERVIEW}
     found = _Jobs()
     with suppress(JobsUnavailable):
@@ -214,39 +209,20 @@ def overview(call: Call[None]) -> Response:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class RecentFailures:
-    """Jobs that failed in the last hour: their number, by cause, and how many were submitted in it."""
-
-    count: int
-    causes: Mapping[str, int]
-    submitted: int
-
-    @property
-    def text(self) -> str:
-        return f"{self.count}{' or more' * (self.count == _MOST_FAILED)}"
-
-    def __str__(self) -> str:
-        causes = ", ".join(f"{cause} {number(count)}" for cause, count in self.causes.items())
-        jobs = "job" if self.count == 1 else "jobs"
-        submitted = f"in which {number(self.submitted)} were submitted"
-        return f"{self.text} {jobs} failed in the last hour, {submitted} ({causes})"
-
-
 @dataclass
 class _Jobs:
-    """Jobs as the overview shows them; None if the caller may not see them, or Redis is unreachable."""
+    """Jobs as the overview shows them; None if the caller may not see them, or Redis is unreachable.
+
+    ``failed`` is the number of jobs that failed in the last hour, and ``failures`` a sentence about them.
+    """
 
     newest: list[list[JobRow]] | None = None
     dead: list[list[JobRow]] | None = None
-    failures: RecentFailures | None = None
+    dead_count: str = ""
+    failed: str = ""
+    failures: str = ""
     charts: list[Chart] = field(default_factory=list)
     activity: Activity | None = None
-
-    @property
-    def dead_text(self) -> str:
-        count = sum(map(len, self.dead or ()))
-        return f"{count}{' or more' * (count == _MANY)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,30 +238,38 @@ def _jobs_of(service: Service, caller: Principal, period: str) -> _Jobs:
     """The newest jobs, the newest dead ones, and the charts. Raises JobsUnavailable."""
     store, tenant, (every_s, count, words) = service.submitter.store, caller.tenant, PERIODS[period]
     newest, _ = store.page(tenant, state=None, limit=_MANY, before=None)
-    intervals = activity.intervals(store, tenant, every_s, count)
+    dead, intervals = store.dead(tenant, _MANY), activity.intervals(store, tenant, every_s, count)
     return _Jobs(
         folded(map(job_row, newest)),
-        folded(map(job_row, store.dead(tenant, _MANY))),
-        _failures(store, tenant),
+        folded(map(job_row, dead)),
+        _count_text(len(dead), _MANY),
+        *_failures(store, tenant),
         [jobs_chart(intervals, words), durations_chart(intervals, words)],
     )
 
 
-def _failures(store: JobStore, tenant: str) -> RecentFailures | None:
-    """The failures of the last hour among the newest 200 failed jobs. Raises JobsUnavailable."""
+def _count_text(count: int, most: int) -> str:
+    """A count of at most ``most``, where a search ends."""
+    return f"{count}{' or more' * (count == most)}"
+
+
+def _failures(store: JobStore, tenant: str) -> tuple[str, str]:
+    """``failed`` and ``failures`` of ``_Jobs``, of the newest 200 failed jobs. Raises JobsUnavailable."""
     since = store.now() - _HOUR_S
     newest, _ = store.page(tenant, state="failed", limit=_MOST_FAILED, before=None)
     found = [job_row(job) for job in newest if job.ended_at >= since]
-    causes = Counter((row.causes or ("unknown",))[-1] for row in found)
-    submitted = activity.submitted_since(store, tenant, since)
-    return RecentFailures(len(found), dict(causes.most_common()), submitted) if found else None
+    count, jobs = _count_text(len(found), _MOST_FAILED), "job" if len(found) == 1 else "jobs"
+    counts = Counter((row.causes or ("unknown",))[-1] for row in found)
+    causes = ", ".join(f"{cause} {number(times)}" for cause, times in counts.most_common())
+    submitted = f"in which {number(activity.submitted_since(store, tenant, since))} were submitted"
+    return count, f"{count} {jobs} failed in the last hour, {submitted} ({causes})" if found else ""
 
 
 def _notices_of_jobs(found: _Jobs) -> Iterator[Notice]:
     if found.failures:
-        yield Notice(str(found.failures), f"{UI}/jobs?state=failed", "failed jobs")
+        yield Notice(found.failures, f"{UI}/jobs?state=failed", "failed jobs")
     if found.dead:
-        text = f"Dead letters: {found.dead_text}. They wait to be retried"
+        text = f"Dead letters: {found.dead_count}. They wait to be retried"
         yield Notice(text, f"{UI}/jobs?state=dead", "dead letters")
     for queue in found.activity.queues if found.activity else ():
         if queue.is_unserved:

@@ -116,7 +116,6 @@ def _paragraph(text: str, alerts: Sequence[str]) -> Markup:
 
 
 Fields: TypeAlias = dict[str, str]
-STAMP: Final = "stamp"
 _FORM_BYTES: Final = 16 * 1024
 _KEPT: Final = ("retry-after", "www-authenticate")
 _ENDED: Final = "The session has expired: log in again"
@@ -173,7 +172,7 @@ def render(request: Request, name: str, status: int = 200, /, **facts: object) -
         "who": request.scope[PRINCIPAL],
         "may": partial(_may, request),
         "has_session": SESSION in request.scope,
-        "stamp": stamp_of(request, _holder(request)),
+        "stamp": screen(request).sessions.stamp(_holder(request)),
         "path": request.url.path,
         "environment": service(request).settings.environment,
         "version": __version__,
@@ -212,11 +211,6 @@ def to(path: str, **query: str) -> Response:
     return RedirectResponse(f"{UI}{path}" + (f"?{urlencode(query)}" if query else ""), HTTPStatus.SEE_OTHER)
 
 
-def stamp_of(request: Request, holder: str) -> str:
-    """The CSRF token of forms for this holder."""
-    return screen(request).sessions.stamp(holder)
-
-
 async def form(request: Request) -> Fields:
     """Fields of a form. Raises Forbidden without a valid CSRF token, InvalidRequest."""
     body = await json_body.read_bytes(request, _FORM_BYTES)
@@ -226,7 +220,7 @@ async def form(request: Request) -> Fields:
         fields = dict(parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=20))
     except ValueError:
         raise InvalidRequest("The form cannot be read") from None
-    if not screen(request).sessions.is_stamp(_holder(request), fields.get(STAMP, "")):
+    if not screen(request).sessions.is_stamp(_holder(request), fields.get("stamp", "")):
         raise Forbidden(_FORGED)
     return fields
 

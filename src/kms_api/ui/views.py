@@ -22,18 +22,7 @@ from kms_api.deps import Pool, Service, service
 from kms_api.routes import audit, files, job_answers, jobs, keys
 from kms_api.routing import CALLER, DOCS, OPEN, READ, UI, WRITE, Call, Router
 from kms_api.transport.authentication import COOKIE, LASTS_S, SESSION, VISITOR, RequestAuthenticator, new_id
-from kms_api.ui.render import (
-    STATIC,
-    STATIC_FILES,
-    Fields,
-    PageRoute,
-    form,
-    percent,
-    render,
-    screen,
-    stamp_of,
-    to,
-)
+from kms_api.ui.render import STATIC, STATIC_FILES, Fields, PageRoute, form, percent, render, screen, to
 from kms_core import audit as records
 from kms_core.audit import query
 from kms_core.audit.chain import text_of
@@ -46,15 +35,7 @@ from kms_core.jobs.model import DEAD, Job
 from kms_core.jobs.spec import FilesJob, UploadJob
 from kms_core.jobs.store import reader
 from kms_protocol import admin, wire
-from kms_protocol.errors import (
-    AuditUnavailable,
-    InvalidRequest,
-    KmsError,
-    Missing,
-    RateLimited,
-    Unauthenticated,
-    UnknownKey,
-)
+from kms_protocol.errors import AuditUnavailable, KmsError, Missing, RateLimited, Unauthenticated, UnknownKey
 from kms_protocol.units import parse_time
 
 router: Final = Router("pages", prefix=UI, kind=PageRoute)
@@ -128,10 +109,8 @@ def job_list(call: Call[None]) -> Response:
     given = {name: call.query.get(name, "").strip() for name in ("state", "kind", "search")}
     state, kind, search = given.values()
     store, tenant, cursor = call.service.submitter.store, call.caller.tenant, call.query.get("cursor", "")
-    if state not in {"", "dead", *wire.STATES}:
-        raise InvalidRequest(f"state is one of dead, {', '.join(wire.STATES)}")
-    if kind not in {"", *_KINDS}:
-        raise InvalidRequest(f"kind is one of {', '.join(_KINDS)}")
+    files.one_of("state", state, ("", "dead", *wire.STATES))
+    files.one_of("kind", kind, ("", *_KINDS))
     if search and "=" not in search:
         return to(f"/jobs/{quote(search, safe='')}")
     labels = files.labels_of([search] if search else [])
@@ -173,15 +152,14 @@ def _rows(
 @router.read("/jobs/{job_id}", READ, THREADS)
 def job(call: Call[None]) -> Response:
     """State and progress of a job, and forms to cancel or retry it."""
-    row = job_row(jobs.job_of(call.service, call.caller, call.path("job_id")))
-    shape = row.job
+    row = job_row(call.service.submitter.store.get(call.path("job_id"), call.caller.tenant))
     return render(
         call.request,
         "job.html",
-        job=shape,
+        job=row.job,
         row=row,
-        is_dead=shape.error is not None and shape.error.code in DEAD,
-        has_ended=shape.state in wire.ENDED,
+        is_dead=row.job.error is not None and row.job.error.code in DEAD,
+        has_ended=row.job.state in wire.ENDED,
         done=call.query.get("done", ""),
     )
 
@@ -198,12 +176,11 @@ async def job_state(call: Call[None]) -> Response:
 @router.read("/audit", audit.SCOPE, THREADS)
 def audit_log(call: Call[None]) -> Response:
     """Operations of this tenant, newest first, by filter and period."""
-    period, until = call.query.get("period", "24h"), call.query.get("until", "")
-    if period not in PERIODS:
-        raise InvalidRequest(f"period is one of {', '.join(PERIODS)}")
+    period = files.one_of("period", call.query.get("period", "24h"), PERIODS)
+    until, host = call.query.get("until", ""), call.query.get("host", "")
     service, caller = call.service, call.caller
     given = {name: call.query.get(name, "").strip() for name in FILTERS}
-    logs, unread = audit.logs_of(service, call.query.get("host", ""))
+    logs, unread = audit.logs_of(service, host)
     equal = [(name, value) for name, value in given.items() if value and name != "result"]
     ago = PERIODS[period]
     wanted = EventFilter(
@@ -213,7 +190,7 @@ def audit_log(call: Call[None]) -> Response:
         until=audit.time_of("until", until or None),
     )
     found, writable = newest_events(logs, wanted, _EVENTS, unread), True
-    asked = {**given, "host": call.query.get("host", ""), "period": period, "until": until}
+    asked = {**given, "host": host, "period": period, "until": until}
     try:
         records.read(service.kms.audit_log, caller, asked, len(found))
     except AuditUnavailable:
@@ -223,7 +200,7 @@ def audit_log(call: Call[None]) -> Response:
         "audit.html",
         events=found,
         given=given,
-        host=asked["host"],
+        host=host,
         hosts=audit.hosts(audit.logs_of(service)),
         unread=unread,
         period=period,
@@ -398,7 +375,7 @@ async def _begin(request: Request, entry: RequestAuthenticator, token: str) -> s
 def _login_page(request: Request, error: KmsError | None = None) -> Response:
     visitor = new_id()
     status = 200 if error is None else problems.answer_of(type(error)).status
-    stamp = stamp_of(request, f"visitor {visitor}")
+    stamp = screen(request).sessions.stamp(f"visitor {visitor}")
     answer = render(request, "login.html", status, error=error, stamp=stamp)
     if isinstance(error, RateLimited):
         answer.headers["Retry-After"] = problems.retry_after(error)
