@@ -28,7 +28,7 @@ INLINE_BYTES: Final = 256 * 1024
 _HEADER_BYTES: Final = 32 * 1024
 _BUNDLED: Final = f"-> {BUNDLE} ".encode()
 PRINCIPAL: Final = "kms.principal"
-"""The key of a request's principal in its ASGI scope."""
+"""The key of a request's principal in its ASGI scope, where ``authentication.py`` puts it."""
 LOCAL_CALLER: Final = Principal("local")
 """Every caller of a service without authentication, which only loopback reaches (``check_exposure``)."""
 ANONYMOUS: Final = Principal("")
@@ -99,12 +99,6 @@ class Service:
 def service(request: Request) -> Service:
     """The service that answers a request."""
     found: Service = request.app.state.service
-    return found
-
-
-def caller(request: Request) -> Principal:
-    """The principal that ``authentication.py`` found for a request."""
-    found: Principal = request.scope[PRINCIPAL]
     return found
 
 

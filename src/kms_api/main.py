@@ -16,7 +16,6 @@ from kms_core import secure_memory
 from kms_core.observability import logs
 from kms_core.programs.supervisor import Child, supervise
 from kms_core.settings import lint, load
-from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import KmsSection, Settings
 from kms_core.settings.validation import check_exposure
 from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_UNAVAILABLE, ConfigurationError
@@ -31,7 +30,7 @@ def main() -> int:
     try:
         secure_memory.forbid_dumps()
         file = load.for_server(arguments.config, os.environ)
-        loaded = load_settings(file, os.environ)
+        loaded = load.load(file, os.environ)
         logs.configure(loaded.kms.log.level, json=loaded.kms.log.as_json(terminal=sys.stderr.isatty()))
         check_exposure(loaded)
         if arguments.listener is None:  # else the leader has warned

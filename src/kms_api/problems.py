@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-import msgspec
 import structlog
 from fastapi import FastAPI, Request, Response
 from msgspec import UNSET
@@ -87,10 +86,6 @@ class ErrorReply:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-class _VaultErrors(msgspec.Struct):
-    errors: list[str]
-
-
 def install(app: FastAPI) -> None:
     """Answer every error of the application as a problem."""
     for kind in EXPECTED:
@@ -120,7 +115,7 @@ def vault_answer(error: Exception, status: int = 0) -> Response:
 
 def vault_error(status: int, text: str) -> Response:
     """An answer of the Vault API that concerns no caller, and is not recorded."""
-    return Response(wire.encode(_VaultErrors([text])), status, media_type="application/json")
+    return Response(wire.encode({"errors": [text]}), status, media_type="application/json")
 
 
 def vault_text(error: KmsError) -> str:

@@ -23,16 +23,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from kms_api import json_body, problems
-from kms_api.deps import (
-    ANONYMOUS,
-    INLINE_BYTES,
-    PRINCIPAL,
-    Pool,
-    Service,
-    caller,
-    has_many_stanzas,
-    service,
-)
+from kms_api.deps import ANONYMOUS, INLINE_BYTES, PRINCIPAL, Pool, Service, has_many_stanzas, service
 from kms_api.openapi import describe
 from kms_core import audit
 from kms_core.auth.policy import Principal
@@ -78,7 +69,8 @@ class Call(Generic[B_co]):
 
     @property
     def caller(self) -> Principal:
-        return caller(self.request)
+        found: Principal = self.request.scope[PRINCIPAL]
+        return found
 
     @property
     def headers(self) -> Headers:

@@ -19,12 +19,7 @@ TITLE: Final = "kms-service"
 VERSION: Final = "3.1.0"
 _REF: Final = "#/components/{}/{}"
 _ANYONE: Final = (errors.Forbidden, errors.AuditUnavailable, errors.KmsError)
-_CALLERS: Final = (
-    *_ANYONE,
-    errors.Unauthenticated,
-    errors.RateLimited,
-    errors.Unavailable,
-)
+_CALLERS: Final = (*_ANYONE, errors.Unauthenticated, errors.RateLimited, errors.Unavailable)
 _NOT_FOUND: Final = {"not_found": "No such endpoint: a value in the path contains a slash"}
 _OF_STATUS: Final = {401: ("WWW-Authenticate",), 429: ("Retry-After",), 503: ("Retry-After",)}
 _BASE64: Final = "^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
@@ -159,7 +154,7 @@ def schemas() -> Json:
     """JSON Schemas of all shapes by name, with examples and the grammars of contexts and base64."""
     named = {
         shape.__name__: shape
-        for module in (admin, wire, wire, wire, wire)
+        for module in (admin, wire)
         for shape in vars(module).values()
         if isinstance(shape, type) and issubclass(shape, wire.Shape)
     }

@@ -3,8 +3,6 @@
 from datetime import datetime
 from typing import Final
 
-import msgspec
-
 from kms_api.deps import KEYS, Service
 from kms_api.routing import CALLER, Call, Router, no_body
 from kms_core import key_rotation
@@ -71,25 +69,20 @@ def _counts(service: Service, who: Principal) -> dict[str, int] | None:
 
 
 def _shape(service: Service, key: Key, counts: dict[str, int] | None) -> admin.KeyOut:
-    plain = admin.KeyOut(
-        id=key.key_id,
-        backend=key.backend.name,
-        current_version=None,
-        versions=[],
-        default=key is service.kms.keyring.default,
-        others=[backend.name for backend in key.others],
-    )
     try:
         versions = key.backend.versions()
         state = key_rotation.state_of(key, key.backend, counts or {}, service.settings.kms.rotation)
     except BackendUnavailable:
-        return plain
-    return msgspec.structs.replace(
-        plain,
-        current_version=state.current.version,
+        versions, state = [], None
+    return admin.KeyOut(
+        id=key.key_id,
+        backend=key.backend.name,
+        current_version=state.current.version if state else None,
         versions=[_version(key, version.version, version.created_at, counts) for version in versions],
-        rotate_at=_time(state.due_at),
-        budget=None if counts is None else state.budget,
+        default=key is service.kms.keyring.default,
+        others=[backend.name for backend in key.others],
+        rotate_at=_time(state.due_at) if state else None,
+        budget=state.budget if state and counts is not None else None,
     )
 
 

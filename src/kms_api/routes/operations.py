@@ -15,13 +15,7 @@ from kms_core.auth.policy import Principal, allows
 from kms_core.jobs.events.outbox import Delivery, Outbox
 from kms_core.jobs.store import activity
 from kms_core.jobs.store.redis_keys import redis_errors
-from kms_core.observability.metrics import (
-    REDIS_OK,
-    STORAGE_USED,
-    added_usage,
-    exposition,
-    operations_used,
-)
+from kms_core.observability.metrics import REDIS_OK, STORAGE_USED, added_usage, exposition, operations_used
 from kms_protocol import __version__, admin
 from kms_protocol.errors import JobsUnavailable, Missing
 from kms_protocol.units import time_text
@@ -98,7 +92,17 @@ def readyz(call: Call[None]) -> Response:
 @probes.read(METRICS, Rule("metrics"), STORE, answers={200: describe.raw("Metrics", _TEXT)})
 def metrics(call: Call[None]) -> Response:
     """Prometheus text format. The state of jobs is read from Redis at each request."""
-    return Response(_exposition(call.service), media_type=CONTENT_TYPE_LATEST)
+    service, store = call.service, call.service.submitter.store
+    try:
+        activity.set_queue_gauges(activity.survey_queues(store), service.settings.kms.tenants)
+        REDIS_OK.labels("answers").set(1)
+        REDIS_OK.labels("writes").set(store.condition() == "available")
+    except JobsUnavailable:
+        REDIS_OK.labels("answers").set(0)
+        activity.clear_queue_gauges()
+    STORAGE_USED.labels("spool").set(service.submitter.spool.use().ratio)
+    service.kms.health_check()
+    return Response(exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
 def condition(service: Service, who: Principal) -> admin.StatusOut:
@@ -162,10 +166,9 @@ def _spool_state(
         return "unavailable"
     if not service.install.condition.is_shared:
         return "not_shared"
-    full = use.ratio
-    if full >= 1.0:
+    if use.ratio >= 1.0:
         return "full"
-    return "nearly_full" if full >= NEARLY_FULL else "available"
+    return "nearly_full" if use.ratio >= NEARLY_FULL else "available"
 
 
 def _spool(service: Service, tenant: str | None) -> admin.SpoolOut:
@@ -178,20 +181,6 @@ def _spool(service: Service, tenant: str | None) -> admin.SpoolOut:
     except JobsUnavailable:
         used = None
     return admin.SpoolOut(full=full, used_bytes=used, limit_bytes=store.spool_quota(tenant) or None)
-
-
-def _exposition(service: Service) -> bytes:
-    store = service.submitter.store
-    try:
-        activity.set_queue_gauges(activity.survey_queues(store), service.settings.kms.tenants)
-        REDIS_OK.labels("answers").set(1)
-        REDIS_OK.labels("writes").set(store.condition() == "available")
-    except JobsUnavailable:
-        REDIS_OK.labels("answers").set(0)
-        activity.clear_queue_gauges()
-    STORAGE_USED.labels("spool").set(service.submitter.spool.use().ratio)
-    service.kms.health_check()
-    return exposition()
 
 
 def _operations(by: dict[str, list[int]]) -> admin.Operations:

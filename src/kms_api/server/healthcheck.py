@@ -12,7 +12,6 @@ import sys
 from typing import Final
 
 from kms_core.settings import load
-from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import KmsSection
 from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_UNAVAILABLE, ConfigurationError
 
@@ -23,7 +22,7 @@ _WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 -- compa
 def main(words: list[str]) -> int:
     """Return 0 if it answers, 69 if not, 78 for wrong settings."""
     try:
-        kms = load_settings(load.for_command(None, os.environ, None, _say), os.environ).kms
+        kms = load.load(load.for_command(None, os.environ, None, _say), os.environ).kms
     except ConfigurationError as exc:
         _say(f"error: {exc.detail}")
         return EXIT_CONFIGURATION

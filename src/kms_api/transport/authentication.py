@@ -152,11 +152,6 @@ def is_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None
 
 
-def cookie(headers: Iterable[tuple[bytes, bytes]], name: str) -> str:
-    """The first value of a cookie in the headers of a request; empty without one."""
-    return next(cookies(headers, name), "")
-
-
 def cookies(headers: Iterable[tuple[bytes, bytes]], name: str) -> Iterator[str]:
     """All values of a cookie: another port or subdomain may have set one too, which may come first.
 

@@ -22,7 +22,7 @@ from starlette.responses import HTMLResponse, RedirectResponse
 from kms_api import json_body, problems
 from kms_api.deps import PRINCIPAL, service
 from kms_api.routing import UI, ScopedRoute
-from kms_api.transport.authentication import SESSION, VISITOR, RequestAuthenticator, Sessions, cookie
+from kms_api.transport.authentication import SESSION, VISITOR, RequestAuthenticator, Sessions, cookies
 from kms_core import audit
 from kms_core.auth.policy import Principal, allows
 from kms_protocol import __version__, wire
@@ -232,4 +232,4 @@ def _holder(request: Request) -> str:
     who: Principal = request.scope[PRINCIPAL]
     if who.name:
         return f"caller {who.tenant} {who.credential} {who.name}"
-    return f"visitor {cookie(request.scope['headers'], VISITOR)}"
+    return f"visitor {next(cookies(request.scope['headers'], VISITOR), '')}"

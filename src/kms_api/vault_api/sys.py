@@ -64,7 +64,7 @@ def list_keys(call: Call[None]) -> Response:
 def get_key(call: Call[None]) -> Response | VaultKey:
     """The record of a key."""
     try:
-        return _record(call)
+        return shape(_seen(call))
     except UnknownKey as exc:
         return problems.vault_answer(exc, 404)
 
@@ -83,7 +83,7 @@ def create_key(call: Call[KeyIn]) -> VaultKey:
         raise InvalidRequest("versions are retired by the operator of the service, in the key's backend")
     if str(body.auto_rotate_period or "0").strip("0hms"):
         raise InvalidRequest("auto_rotate_period: the service rotates by [kms.rotation] every_days")
-    return _record(call)
+    return shape(_seen(call))
 
 
 @routes.write(
@@ -92,7 +92,7 @@ def create_key(call: Call[KeyIn]) -> VaultKey:
 def rotate_key(call: Call[EmptyIn]) -> VaultKey:
     """A new version, which seals from now on; old ones decrypt."""
     call.service.kms.rotate(call.caller, key_id=call.path("name"))
-    return _record(call)
+    return shape(_seen(call))
 
 
 @routes.read("{mount}/keys/{name}", None, methods=("DELETE",))
@@ -107,10 +107,6 @@ def _seen(call: Call[object]) -> Key:
     if not call.service.kms.policy.sees(call.caller, key_id):
         raise UnknownKey
     return call.service.kms.keyring.named(key_id)
-
-
-def _record(call: Call[object]) -> VaultKey:
-    return shape(_seen(call))
 
 
 def shape(key: Key) -> VaultKey:
@@ -146,7 +142,7 @@ _MOUNT: Final[Mapping[str, Any]] = {
     "deprecation_status": "supported",
 }
 DEFAULT_MOUNT: Final = "transit"
-_OPERATIONS: Final = {"encrypt": "encrypt", "decrypt": "decrypt", "rewrap": "rewrap", "rotate": "rotate"}
+_TRANSIT_PATHS: Final = frozenset({"keys", "datakey", "encrypt", "decrypt", "rewrap", "rotate"})
 _DATA_KEYS: Final = frozenset({"plaintext", "wrapped"})
 _MAX_PATHS: Final = 100
 
@@ -237,7 +233,7 @@ def visible_mounts(call: Call[None]) -> Response:
 def mount_of(call: Call[None]) -> Response:
     """The mount of a path: everything before a path of transit."""
     parts = call.path("mount").strip("/").split("/")
-    ends = [at for at, part in enumerate(parts) if part in {"keys", "datakey", *_OPERATIONS} and at]
+    ends = [at for at, part in enumerate(parts) if part in _TRANSIT_PATHS and at]
     mount = "/".join(parts[: ends[0]] if ends else parts)
     return answer({**_MOUNT, "path": f"{mount}/"})
 
@@ -313,9 +309,8 @@ def _capabilities(call: Call[PathsIn], parts: list[str]) -> list[str]:
             can = "update"
         case _:
             return ["deny"]
-    allowed = allows(
-        kms.policy, who, operation, name
-    )  # of every name: unseen and absent ones take equal times
+    # of every name: unseen and absent ones take equal times
+    allowed = allows(kms.policy, who, operation, name)
     return [can] if allowed and name in kms.keyring.keys else ["deny"]
 
 

@@ -217,23 +217,18 @@ def rewrap(call: Call[TransitIn]) -> object:
 @routes.write("{mount}/datakey/plaintext/{name}", DataKeyIn, _pool)
 def data_key(call: Call[DataKeyIn]) -> VaultCiphertext:
     """Random bytes, in clear and sealed."""
-    made, number = _data_key(call)
+    bits = 256 if call.body.bits is None else call.body.bits
+    if bits not in _BITS:
+        raise InvalidRequest("bits: expected 128, 256 or 512")
+    kms, key_id = call.service.kms, call.path("name")
+    made, number = data_key_bound(kms, call.caller, bits // 8, _extra(call.body), key_id=key_id)
     return VaultCiphertext(models.render(number, made.ciphertext), number, made.plaintext)
 
 
 @routes.write("{mount}/datakey/wrapped/{name}", DataKeyIn, _pool)
 def wrapped_data_key(call: Call[DataKeyIn]) -> VaultCiphertext:
     """Random bytes, only sealed."""
-    made, number = _data_key(call)
-    return VaultCiphertext(models.render(number, made.ciphertext), number)
-
-
-def _data_key(call: Call[DataKeyIn]) -> tuple[DataKey, int]:
-    bits = 256 if call.body.bits is None else call.body.bits
-    if bits not in _BITS:
-        raise InvalidRequest("bits: expected 128, 256 or 512")
-    kms, key_id = call.service.kms, call.path("name")
-    return data_key_bound(kms, call.caller, bits // 8, _extra(call.body), key_id=key_id)
+    return msgspec.structs.replace(data_key(call), plaintext=msgspec.UNSET)
 
 
 def _one_or_many(call: Call[TransitIn], operation: JobKind, work: Work) -> object:

@@ -14,7 +14,6 @@ from kms_api.transport.authentication import (
     MOST_OF_CREDENTIAL,
     MOST_OF_TENANT,
     Sessions,
-    cookie,
     cookies,
 )
 from kms_core.auth.policy import Grant, Principal
@@ -239,7 +238,7 @@ def test_what_is_no_session_is_none_and_asks_no_redis(session: str) -> None:
 def test_a_cookie_is_what_its_name_says(header: str, value: str) -> None:
     headers = [(b"host", b"kms_session=no"), (b"cookie", header.encode()), (b"cookie", b"d=e")]
 
-    assert cookie(headers, COOKIE) == value
+    assert next(cookies(headers, COOKIE), "") == value
 
 
 def test_all_values_of_a_cookie_are_found() -> None:
@@ -255,6 +254,6 @@ def test_no_cookie_takes_long_to_read() -> None:
         headers = [(b"cookie", b'a="' + b"\\\\" * (size // 2) + b'"; kms_session="' + b"\\1" * (size // 2))]
         begun = time.process_time()
         for _ in range(50):
-            cookie(headers, COOKIE)
+            next(cookies(headers, COOKIE), "")
         seconds.append((time.process_time() - begun) / 50)
         assert seconds[-1] <= max(seconds[0], 1e-5) * size / 600 * 3, seconds
