@@ -8,7 +8,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Final, NoReturn, TextIO, cast
@@ -27,37 +27,8 @@ INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141  # the exit code that a shell reports for SIGPIPE
 TERMINATED: Final = 143
 COMPLETION_VARIABLE: Final = "_KMS_COMPLETE"  # set by the completion scripts
-COMMANDS: Final = {  # name: module, help
-    "up": ("local.up", "Run the whole service on this machine."),
-    "encrypt": ("commands.secrets", "Encrypt stdin and print base64."),
-    "decrypt": ("commands.secrets", "Decrypt base64 from stdin."),
-    "generate-key": ("commands.secrets", "Generate a data key, in plaintext and encrypted."),
-    "rewrap": ("commands.secrets", "Rewrap a ciphertext under the current key, or another."),
-    "encrypt-file": ("commands.files", "Encrypt a file of any size."),
-    "decrypt-file": ("commands.files", "Decrypt a file of any size."),
-    "job": ("commands.jobs", "Submit, list, follow and cancel jobs."),
-    "keys": ("commands.service", "List, show and rotate keys."),
-    "status": ("commands.service", "Show the state and the counters of the service."),
-    "health": ("commands.service", "Check that the key backend works."),
-    "rewrap-file": ("commands.rewrap_file", "Rewrap a file under the current key, or another."),
-    "seal": ("commands.offline", "Encrypt a file or stdin without a service."),
-    "open": ("commands.offline", "Decrypt any age file without a service."),
-    "run": ("commands.secrets", "Run a program with decrypted values in its environment."),
-    "keygen": ("commands.keygen", "Generate an age key pair."),
-    "recipient": ("commands.keygen", "Print a recipient for age -r, rage and sops."),
-    "identity": ("commands.keygen", "Print an identity for age -d -i, rage and sops."),
-    "inspect": ("commands.offline", "Show the header of an encrypted file."),
-    "token": ("commands.tokens", "Create, list, rotate and revoke API tokens."),
-    "migrate": ("commands.migrate", "Migrate ciphertexts from Vault, AWS KMS or SOPS."),
-    "audit": ("commands.audit", "Verify and read the audit log of this machine."),
-    "cosmian": ("commands.keygen", "Create the keys of the service on a Cosmian KMS server."),
-    "backup": ("backup.commands", "Back up the service of this machine to one encrypted file."),
-    "restore": ("backup.commands", "Verify a backup and put it in place."),
-    "config": ("commands.config", "Show, check and begin the settings."),
-    "doctor": ("commands.doctor", "Check keys, settings and the service."),
-    "completion": ("commands.completion", "Print the completion script of a shell."),
-    "help": ("commands.completion", "Show the help of a command or a topic."),
-}
+Commands = Mapping[str, tuple["str | Commands", str]]
+"""The module of each command, or the commands of a group, and its help; by name."""
 JOB_COMMANDS: Final = {
     "submit": ("commands.jobs", "Submit a job over files on the host of the service."),
     "list": ("commands.jobs", "List jobs, newest first."),
@@ -111,11 +82,43 @@ TOKEN_COMMANDS: Final = {
 
 COSMIAN_COMMANDS: Final = {"init-key": ("commands.keygen", "Create the keys that the settings name.")}
 
+COMMANDS: Final[Commands] = {
+    "up": ("local.up", "Run the whole service on this machine."),
+    "encrypt": ("commands.secrets", "Encrypt stdin and print base64."),
+    "decrypt": ("commands.secrets", "Decrypt base64 from stdin."),
+    "generate-key": ("commands.secrets", "Generate a data key, in plaintext and encrypted."),
+    "rewrap": ("commands.secrets", "Rewrap a ciphertext under the current key, or another."),
+    "encrypt-file": ("commands.files", "Encrypt a file of any size."),
+    "decrypt-file": ("commands.files", "Decrypt a file of any size."),
+    "job": (JOB_COMMANDS, "Submit, list, follow and cancel jobs."),
+    "keys": (KEYS_COMMANDS, "List, show and rotate keys."),
+    "status": ("commands.service", "Show the state and the counters of the service."),
+    "health": ("commands.service", "Check that the key backend works."),
+    "rewrap-file": ("commands.rewrap_file", "Rewrap a file under the current key, or another."),
+    "seal": ("commands.offline", "Encrypt a file or stdin without a service."),
+    "open": ("commands.offline", "Decrypt any age file without a service."),
+    "run": ("commands.secrets", "Run a program with decrypted values in its environment."),
+    "keygen": ("commands.keygen", "Generate an age key pair."),
+    "recipient": ("commands.keygen", "Print a recipient for age -r, rage and sops."),
+    "identity": ("commands.keygen", "Print an identity for age -d -i, rage and sops."),
+    "inspect": ("commands.offline", "Show the header of an encrypted file."),
+    "token": (TOKEN_COMMANDS, "Create, list, rotate and revoke API tokens."),
+    "migrate": (MIGRATE_COMMANDS, "Migrate ciphertexts from Vault, AWS KMS or SOPS."),
+    "audit": (AUDIT_COMMANDS, "Verify and read the audit log of this machine."),
+    "cosmian": (COSMIAN_COMMANDS, "Create the keys of the service on a Cosmian KMS server."),
+    "backup": ("backup.commands", "Back up the service of this machine to one encrypted file."),
+    "restore": ("backup.commands", "Verify a backup and put it in place."),
+    "config": (CONFIG_COMMANDS, "Show, check and begin the settings."),
+    "doctor": ("commands.doctor", "Check keys, settings and the service."),
+    "completion": ("commands.completion", "Print the completion script of a shell."),
+    "help": ("commands.completion", "Show the help of a command or a topic."),
+}
+
 
 class LazyGroup(click.Group):
-    """A group that imports a command when it is used. ``table``: module and help by command name."""
+    """A group that imports a command when it is used."""
 
-    def __init__(self, name: str, table: dict[str, tuple[str, str]], help_: str) -> None:
+    def __init__(self, name: str, table: Commands, help_: str) -> None:
         super().__init__(
             name,
             help=help_,
@@ -133,8 +136,12 @@ class LazyGroup(click.Group):
         del ctx
         if cmd_name not in self._table:
             return None
-        module = importlib.import_module(f"kms_cli.{self._table[cmd_name][0]}")
-        command: click.Command = getattr(module, cmd_name.replace("-", "_") + "_command")
+        place, help_ = self._table[cmd_name]
+        if isinstance(place, str):
+            module = importlib.import_module(f"kms_cli.{place}")
+            command: click.Command = getattr(module, cmd_name.replace("-", "_") + "_command")
+        else:
+            command = LazyGroup(cmd_name, place, help_)
         known = {parameter.name for parameter in command.params}
         command.params += [new for new in session.options(after_command=True) if new.name not in known]
         command.context_settings = {"help_option_names": ["-h", "--help"]}

@@ -16,7 +16,6 @@ import msgspec
 from kms_cli import audited, options, terminal
 from kms_cli.local import installation
 from kms_cli.local.installation import AnchorLines
-from kms_cli.main import AUDIT_COMMANDS, LazyGroup
 from kms_cli.options import FILE
 from kms_cli.session import meter, printed_as_json, session
 from kms_core import audit
@@ -49,7 +48,6 @@ _PAGE: Final = 1000
 FOLDER: Final = click.Path(exists=True, file_okay=False, path_type=Path)
 _MAX_RECEIPT_BYTES: Final = 256 * 1024 * 1024
 
-audit_command = LazyGroup("audit", AUDIT_COMMANDS, "Verify and read the audit log of this machine.")
 directories_argument = click.argument("folders", metavar="[DIR]...", type=FOLDER, nargs=-1)
 directory_argument = click.argument("folder", metavar="[DIR]", type=FOLDER, required=False)
 keys_option = click.option(

@@ -12,7 +12,6 @@ import msgspec
 
 from kms_cli import terminal
 from kms_cli.local import installation
-from kms_cli.main import CONFIG_COMMANDS, LazyGroup
 from kms_cli.session import printed_as_json
 from kms_core.backends import SCHEMES, table_of
 from kms_core.settings.lint import Weakness, unaccepted, weaknesses
@@ -22,8 +21,6 @@ from kms_core.settings.model import Settings
 from kms_core.settings.toml_reader import REMOVED
 from kms_core.settings.validation import check_exposure
 from kms_protocol.errors import EXIT_OTHER, ConfigurationError
-
-config_command = LazyGroup("config", CONFIG_COMMANDS, "Show, check and begin the settings.")
 
 _HIDDEN: Final = "(hidden)"
 # A URL of another form is hidden as a whole, since its password may be anywhere: one with an @ in its path.

@@ -9,7 +9,6 @@ from msgspec import UNSET
 
 from kms_cli import terminal
 from kms_cli.commands.files import followed, require_success, shown_in
-from kms_cli.main import JOB_COMMANDS, LazyGroup
 from kms_cli.options import (
     callback_option,
     context_of,
@@ -39,7 +38,6 @@ from kms_protocol.wire import (
     Report,
 )
 
-job_command = LazyGroup("job", JOB_COMMANDS, "Submit, list, follow and cancel jobs.")
 id_argument = click.argument("job_id", metavar="ID", shell_complete=complete_jobs)
 
 

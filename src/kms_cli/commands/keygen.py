@@ -15,7 +15,6 @@ import msgspec
 
 from kms_cli import terminal
 from kms_cli.age_files import check_key_id, parse_identities
-from kms_cli.main import COSMIAN_COMMANDS, LazyGroup
 from kms_cli.options import FILE, context_option, key_option
 from kms_cli.plugin.names import PluginTarget
 from kms_cli.session import DEFAULT_URL, printed_as_json, session
@@ -303,10 +302,6 @@ def _target(context: ContextIn, key_id: str | None, *, in_process: bool, with_ur
 
 
 # -- keys on a Cosmian KMS server ----------------------------------------------------------------------
-
-cosmian_command: Final = LazyGroup(
-    "cosmian", COSMIAN_COMMANDS, "Create the keys of the service on a Cosmian KMS server."
-)
 
 
 @click.command("init-key")

@@ -26,7 +26,6 @@ from msgspec import UNSET
 from msgspec.structs import fields, replace
 
 from kms_cli import terminal
-from kms_cli.main import MIGRATE_COMMANDS, LazyGroup
 from kms_cli.options import STDIO, context_of, context_option, key_option, placed
 from kms_cli.session import connect, meter, session
 from kms_client import Client
@@ -164,9 +163,6 @@ class Folder:
         return self._folder / f"{name}.age"
 
 
-migrate_command = LazyGroup(
-    "migrate", MIGRATE_COMMANDS, "Migrate ciphertexts of other systems to the service."
-)
 BATCH_LINES: Final = 100
 LINE_BYTES: Final = 64 * 1024 * 1024
 GIVE_UP_AFTER: Final = 20  # failures of the other system in a row

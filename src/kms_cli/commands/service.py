@@ -5,7 +5,6 @@ from datetime import UTC, datetime
 import click
 
 from kms_cli import terminal
-from kms_cli.main import KEYS_COMMANDS, LazyGroup
 from kms_cli.session import complete_keys, connect, printed_as_json
 from kms_protocol.admin import KeyOut, StatusOut
 from kms_protocol.errors import EXIT_UNAVAILABLE
@@ -54,7 +53,6 @@ def _jobs(status: StatusOut) -> dict[str, object]:
 
 # -- keys ---------------------------------------------------------------------------------------------
 
-keys_command = LazyGroup("keys", KEYS_COMMANDS, "List, show and rotate keys.")
 key_argument = click.argument("key_id", metavar="KEY", shell_complete=complete_keys)
 
 

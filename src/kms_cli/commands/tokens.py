@@ -9,7 +9,6 @@ import click
 
 from kms_cli import audited, terminal
 from kms_cli.local import installation
-from kms_cli.main import TOKEN_COMMANDS, LazyGroup
 from kms_cli.options import duration
 from kms_cli.session import printed_as_json, session
 from kms_core import scopes
@@ -21,7 +20,6 @@ from kms_core.settings.model import Settings
 from kms_protocol.errors import InvalidRequest, TargetExists
 from kms_protocol.units import time_text
 
-token_command = LazyGroup("token", TOKEN_COMMANDS, "Create, list, rotate and revoke API tokens.")
 file_option = click.option(
     "--file", "file", type=click.Path(path_type=Path), help="Token file [default: that of the settings]."
 )
