@@ -160,23 +160,20 @@ class LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, help_) for name, (_, help_) in self._table.items()])
+            formatter.write_dl(self._listed())
         if ctx.parent is None:
             with formatter.section("Topics of kms help"):
-                formatter.write_dl([(name, text.partition("\n")[0]) for name, text in topics().items()])
+                formatter.write_dl(summaries())
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> "list[CompletionItem[str]]":
         return self.commands_from(incomplete) + click.Command.shell_complete(self, ctx, incomplete)
 
     def commands_from(self, incomplete: str) -> "list[CompletionItem[str]]":
         """Return the commands whose names begin so, for a shell. Imports none."""
-        from click.shell_completion import CompletionItem  # noqa: PLC0415 -- only shells ask
+        return session.completions(self._listed(), incomplete)
 
-        return [
-            CompletionItem(name, help=help_)
-            for name, (_, help_) in self._table.items()
-            if name.startswith(incomplete)
-        ]
+    def _listed(self) -> list[tuple[str, str]]:
+        return [(name, help_) for name, (_, help_) in self._table.items()]
 
     def _without_command(self) -> int:
         ctx = click.get_current_context()
@@ -200,6 +197,11 @@ def topics() -> dict[str, str]:
     """Return the texts of ``kms help TOPIC`` by topic; the first line of each is its summary."""
     sections = Path(__file__).with_name("topics.md").read_text("utf-8").split("\n## ")[1:]
     return {name: text for name, _, text in (section.partition("\n") for section in sections)}
+
+
+def summaries() -> list[tuple[str, str]]:
+    """Return the topics with their summaries."""
+    return [(name, text.partition("\n")[0]) for name, text in topics().items()]
 
 
 def group() -> click.Group:

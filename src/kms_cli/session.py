@@ -5,7 +5,7 @@ by the first ``connect``: commands that need no service start without it.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -72,6 +72,17 @@ def connect(*, retries: int = 2, timeout_s: float = 30.0) -> "Client":
 COMPLETION_S: Final = 1.0
 
 
+def completions(pairs: Iterable[tuple[str, str]], incomplete: str) -> "list[CompletionItem[str]]":
+    """Return the values that begin so, of pairs of a value and its help, for a shell."""
+    from click.shell_completion import CompletionItem  # noqa: PLC0415 -- only shells ask
+
+    return [
+        CompletionItem(terminal.printable(value), help=terminal.printable(text))
+        for value, text in pairs
+        if value.startswith(incomplete)
+    ]
+
+
 def _offered(
     listed: "Callable[[Client], list[tuple[str, str]]]",
     ctx: click.Context,
@@ -79,15 +90,9 @@ def _offered(
     incomplete: str,
 ) -> "list[CompletionItem[str]]":
     """Return what a service lists and begins so; nothing without one that answers soon."""
-    from click.shell_completion import CompletionItem  # noqa: PLC0415 -- only shells ask
-
     del parameter
     with suppress(Exception), ctx.scope(cleanup=False), connect(retries=0, timeout_s=COMPLETION_S) as kms:
-        return [
-            CompletionItem(terminal.printable(value), help=terminal.printable(text))
-            for value, text in listed(kms)
-            if value.startswith(incomplete)
-        ]
+        return completions(listed(kms), incomplete)
     return []
 
 

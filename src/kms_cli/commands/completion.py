@@ -75,12 +75,7 @@ def _names(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> l
     for word in words:
         command = command.get_command(ctx, word) if isinstance(command, click.Group) else None
     found = command.commands_from(incomplete) if isinstance(command, LazyGroup) else []
-    topics = {} if words else main.topics()
-    return found + [
-        CompletionItem(name, help=text.partition("\n")[0])
-        for name, text in topics.items()
-        if name.startswith(incomplete)
-    ]
+    return found if words else found + session.completions(main.summaries(), incomplete)
 
 
 WIDTH: Final = 80
