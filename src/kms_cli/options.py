@@ -10,10 +10,10 @@ import click
 import msgspec
 
 from kms_cli import terminal
-from kms_cli.session import complete_keys
+from kms_cli.session import complete_keys, printed_as_json
 from kms_core.secure_files import replacing
 from kms_protocol.errors import InvalidContext, InvalidRequest, TargetExists
-from kms_protocol.units import parse_duration, parse_time
+from kms_protocol.units import parse_duration, parse_time, size_text
 from kms_protocol.wire import PRIORITIES, ContextIn
 
 C = TypeVar("C", bound=Callable[..., Any])
@@ -179,3 +179,13 @@ def writing(target: Path | None, *, overwrite: bool) -> Iterator[BinaryIO]:
     else:
         with placed(target, overwrite=overwrite) as file:
             yield file
+
+
+def report_written(done: str, source: Path, output: Path | None, **more: str) -> None:
+    """Print what was done, unless to stdout or a device, and the size of the output. ``more``: for --json."""
+    if output is None or is_stdout(output) or not output.is_file():
+        return
+    size_bytes = output.stat().st_size
+    if not printed_as_json({"source": name_of(source), "output": str(output), "bytes": size_bytes, **more}):
+        text = f"{done} {name_of(source)} to {output} ({size_text(size_bytes)})"
+        terminal.say(terminal.printable(text))

@@ -17,6 +17,7 @@ from kms_cli.commands import audit
 from kms_cli.commands.files import shown_in
 from kms_cli.commands.migrate import Lines, Migration, TransitLine, read_line
 from kms_cli.terminal import Step
+from kms_core.age.x25519 import X25519Identity
 from kms_core.audit.query import RecordedOperation
 from kms_core.audit.verification.scan import ChainProblem, Note, VerificationReport
 from kms_protocol.wire import JobOut
@@ -183,6 +184,14 @@ def test_no_progress_is_drawn_for_programs(stand_in: ContractServer, tmp_path: P
 
     assert code == 0
     assert "\x1b" not in shown
+
+
+def test_sealing_to_a_pipe_shows_progress(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 4_000_000)
+    words = f"kms seal -r {X25519Identity.generate().recipient} file | cat > sealed"
+    _, shown = at_terminal(words, tmp_path, environment(tmp_path))
+
+    assert {line.split()[0] for line in drawn(shown)} == {"sealing"}
 
 
 @pytest.mark.parametrize(("items", "shown"), [(1, "50% 5 B of 10 B"), (4, "75% 3 of 4 items")])

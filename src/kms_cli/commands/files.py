@@ -23,20 +23,19 @@ from kms_cli.options import (
     force_option,
     is_stdout,
     key_option,
-    name_of,
     output_option,
     priority_option,
+    report_written,
     source_argument,
     writing,
 )
-from kms_cli.session import connect, meter, printed_as_json
+from kms_cli.session import connect, meter
 from kms_client import Client
 from kms_client.requests import JobOptions, UnexpectedAnswer, failure
 from kms_core.age import stream
 from kms_core.age.header import FILE_KEY_BYTES, render_stanza
 from kms_core.envelope import binding
 from kms_protocol.errors import DecryptFailed, Forbidden, JobCancelled, KmsError, TooLarge
-from kms_protocol.units import size_text
 from kms_protocol.wire import ContextIn, JobOut
 
 SUFFIX: Final = ".age"
@@ -128,13 +127,7 @@ def _run(
                 _receive(kms, job, line, target, file)
         if job:
             _release(kms, job)
-    if on_stdout or not target:
-        return
-    name, size_bytes = name_of(source), target.stat().st_size
-    done = {"source": name, "output": str(target), "bytes": size_bytes}
-    if not printed_as_json(done | ({"job_id": job.job_id} if job else {})):
-        output = terminal.printable(str(target))
-        terminal.say(f"{kind}ed {terminal.printable(name)} to {output} ({size_text(size_bytes)})")
+    report_written(f"{kind}ed", source, target, **({"job_id": job.job_id} if job else {}))
 
 
 # -- pipes: the service has the file key, and this process the payload -------------------------------

@@ -5,24 +5,22 @@ A file that ``-o`` names appears complete or not at all. A pipe receives authent
 
 import io
 from pathlib import Path
-from typing import BinaryIO, Final, TypedDict, Unpack
+from typing import Final, TypedDict, Unpack
 
 import click
 
 from kms_cli import age_files, terminal
 from kms_cli.age_files import InputStream, RequiredBinding
-from kms_cli.options import FILE, context_option, force_option, is_stdout, name_of, output_option
-from kms_cli.session import meter, printed_as_json, session
+from kms_cli.options import FILE, context_option, force_option, is_stdout, output_option, report_written
+from kms_cli.session import meter, session
 from kms_core.age import mlkem768x25519, stream, x25519
 from kms_core.age.header import Header, Stanza
 from kms_core.backends import remote
 from kms_core.envelope import binding
 from kms_core.envelope.binding import DEFAULT_KEY_ID, DEFAULT_TENANT
 from kms_core.envelope.sealing import Sealing
-from kms_core.payload.parallel import DEFAULTS, ParallelOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed
-from kms_protocol.units import size_text
 from kms_protocol.wire import ContextIn
 
 recipient_option = click.option(
@@ -102,8 +100,8 @@ def seal_command(**given: Unpack[SealOptions]) -> None:
     ):
         begun, source = _sealing(given, opened)
         seal = age_files.seal_armored if given["armored"] else age_files.seal
-        seal(begun, source, target, _options(line, "sealing", source, target))
-    _report("sealed", given)
+        seal(begun, source, target, age_files.with_progress(line, "sealing", source.size))
+    report_written("sealed", given["source"], given["output"])
 
 
 @click.command(
@@ -143,8 +141,8 @@ def open_command(**given: Unpack[OpenOptions]) -> None:
         if is_part and file_range:
             age_files.release_part(file_range, key, target, offset or 0, length)
         else:
-            age_files.release(sealed, key, target, _options(line, "opening", source, target))
-    _report("opened", given)
+            age_files.release(sealed, key, target, age_files.with_progress(line, "opening", source.size))
+    report_written("opened", given["source"], given["output"])
 
 
 # -- seal --------------------------------------------------------------------------------------------
@@ -184,25 +182,7 @@ def _required(given: OpenOptions) -> RequiredBinding:
     return RequiredBinding(checked=False, tenant=given["tenant"])
 
 
-# -- both --------------------------------------------------------------------------------------------
-
-
-def _options(line: terminal.Meter, label: str, source: InputStream, target: BinaryIO) -> ParallelOptions:
-    """Show progress for output files only."""
-    return (
-        DEFAULTS if age_files.new_file(target) is None else age_files.with_progress(line, label, source.size)
-    )
-
-
-def _report(done: str, given: InOut) -> None:
-    output = given["output"]
-    if output is None or is_stdout(output) or not output.is_file():
-        return
-    size_bytes = output.stat().st_size
-    source = name_of(given["source"])
-    if not printed_as_json({"source": source, "output": str(output), "bytes": size_bytes}):
-        terminal.say(f"{done} {source} to {output} ({size_text(size_bytes)})")
-
+# -- inspect -----------------------------------------------------------------------------------------
 
 NATIVE: Final = frozenset({x25519.STANZA_TYPE, mlkem768x25519.STANZA_TYPE})
 READ_BYTES: Final = 1024 * 1024
