@@ -20,6 +20,8 @@ C = TypeVar("C", bound=Callable[..., Any])
 
 FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 """A file that is read."""
+PATH: Final = click.Path(path_type=Path)
+"""Any path."""
 
 
 def duration(option: str, text: str) -> timedelta:

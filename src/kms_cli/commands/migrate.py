@@ -26,7 +26,7 @@ from msgspec import UNSET
 from msgspec.structs import fields, replace
 
 from kms_cli import terminal
-from kms_cli.options import STDIO, context_of, context_option, key_option, placed
+from kms_cli.options import PATH, STDIO, context_of, context_option, key_option, placed
 from kms_cli.session import connect, meter, session
 from kms_client import Client
 from kms_client.requests import failure
@@ -167,7 +167,6 @@ BATCH_LINES: Final = 100
 LINE_BYTES: Final = 64 * 1024 * 1024
 GIVE_UP_AFTER: Final = 20  # failures of the other system in a row
 AWS_TIMEOUT_S: Final = 10.0
-a_path: Final = click.Path(path_type=Path)
 
 
 class NotTheSame(KmsError):
@@ -366,8 +365,8 @@ def line_options(command: C) -> C:
         context_option,
         click.option("--dry-run", is_flag=True, help="Decrypt all lines; encrypt and write nothing."),
         click.option("--output-dir", type=folder, help=each),
-        click.option("--output", "-o", type=a_path, help=appended),
-        click.argument("inputs", nargs=-1, type=a_path),
+        click.option("--output", "-o", type=PATH, help=appended),
+        click.argument("inputs", nargs=-1, type=PATH),
     ):
         command = option(command)
     return command
@@ -399,9 +398,9 @@ def base64(text: str) -> bytes:
 
 @click.command("transit")
 @click.option("--vault-address", required=True, help="https://host:port of the server.")
-@click.option("--vault-token-file", required=True, type=a_path, help="File that holds a token for it.")
+@click.option("--vault-token-file", required=True, type=PATH, help="File that holds a token for it.")
 @click.option("--vault-namespace", help="Namespace of the mount.")
-@click.option("--vault-ca-file", type=a_path, help="Trust only the certificate authorities in this file.")
+@click.option("--vault-ca-file", type=PATH, help="Trust only the certificate authorities in this file.")
 @click.option("--mount", default="transit", show_default=True, help="Path of the engine.")
 @click.option("--key", help="Name of the key in transit.")
 @click.option("--vault-context", type=base64, help="Context of a derived key, in base64.")
@@ -471,7 +470,7 @@ class _DecryptAnswer(msgspec.Struct, rename="pascal"):
 @click.option("--region", help="Region of the keys.")
 @click.option("--profile", help="Profile of ~/.aws/config.")
 @click.option("--endpoint-url", help="Address instead of that of the region.")
-@click.option("--aws-ca-file", type=a_path, help="Trust only the certificate authorities in this file.")
+@click.option("--aws-ca-file", type=PATH, help="Trust only the certificate authorities in this file.")
 @click.option("--aws-key", help="Required key of the ciphertexts: its ARN, id or alias.")
 @click.option("--encryption-context", callback=context_of, help="Context in AWS, written as --context.")
 @line_options

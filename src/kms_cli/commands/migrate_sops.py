@@ -17,13 +17,12 @@ import click
 
 from kms_cli.age_files import recipients
 from kms_cli.commands.migrate import MigrationReport
-from kms_cli.options import FILE, key_option
+from kms_cli.options import FILE, PATH, key_option
 from kms_cli.session import connect
 from kms_client import Client
 from kms_core.age import armor
 from kms_protocol import errors
 
-a_path: Final = click.Path(path_type=Path)
 DATA_KEY_BYTES: Final = frozenset({32, 33})  # 33: a share of a file with several key groups
 _END: Final = b"-----END AGE ENCRYPTED FILE-----"
 
@@ -38,7 +37,7 @@ class SopsFailed(errors.KmsError):
 
 @click.command("sops")
 @click.option("--recipient", "-r", help="Age recipient of the service: age1…")
-@click.option("--recipients-file", "-R", type=a_path, help="File that contains it, such as public_key.txt.")
+@click.option("--recipients-file", "-R", type=PATH, help="File that contains it, such as public_key.txt.")
 @key_option
 @click.option("--dry-run", is_flag=True, help="Decrypt all files; change nothing.")
 @click.argument("files", nargs=-1, required=True, type=FILE)

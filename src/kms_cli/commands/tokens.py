@@ -9,7 +9,7 @@ import click
 
 from kms_cli import audited, terminal
 from kms_cli.local import installation
-from kms_cli.options import duration
+from kms_cli.options import PATH, duration
 from kms_cli.session import printed_as_json, session
 from kms_core import scopes
 from kms_core.auth import tokens
@@ -20,13 +20,9 @@ from kms_core.settings.model import Settings
 from kms_protocol.errors import InvalidRequest, TargetExists
 from kms_protocol.units import time_text
 
-file_option = click.option(
-    "--file", "file", type=click.Path(path_type=Path), help="Token file [default: that of the settings]."
-)
+file_option = click.option("--file", type=PATH, help="Token file [default: that of the settings].")
 which_argument = click.argument("which", metavar="TOKEN")
-output_option = click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Write the token here (0600), not to stdout."
-)
+output_option = click.option("-o", "--output", type=PATH, help="Write the token here (0600), not to stdout.")
 
 
 @click.command(
@@ -103,9 +99,7 @@ def revoke_command(which: str, file: Path | None) -> None:
 
 @click.command("adopt")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@click.option(
-    "--file", "file", type=click.Path(path_type=Path), help="Add the tokens of this token file to them."
-)
+@click.option("--file", type=PATH, help="Add the tokens of this token file to them.")
 def adopt_command(yes: bool, file: Path | None) -> None:
     """Accept the tokens stored at [kms.auth] tokens, even if newer ones were seen before.
 
