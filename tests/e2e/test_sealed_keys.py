@@ -288,5 +288,6 @@ def test_a_free_port_is_no_root(tmp_path: Path, redis_url: str) -> None:
 
         assert done.returncode == 69
         assert not made.exists()
+        assert b"Public key" not in done.stderr
         write_identities(made)
         assert bao().url not in done.stderr.decode()

@@ -101,11 +101,11 @@ def keygen_command(  # noqa: PLR0913 -- the options of the command
     elif sealed_by is None:
         content, public = _new_identity(post_quantum=pq)
     else:
-        content = _sealed(sealed_by, name, recovery, source, output, post_quantum=pq)
+        content, public = _sealed(sealed_by, name, recovery, source, output, post_quantum=pq)
     if content:
         _put(output, content, is_secret=not convert)
     if public:
-        _show_public(public)
+        sys.stderr.write(f"Public key: {public}\n")
 
 
 def _put(output: str | None, content: bytes, *, is_secret: bool) -> None:
@@ -170,16 +170,18 @@ def _sealed(  # noqa: PLR0913 -- the options of the command
     output: str | None,
     *,
     post_quantum: bool,
-) -> bytes:
+) -> tuple[bytes, str]:
     """Return a new identity, or the content of ``source``, sealed for ``name`` under ``root``.
 
-    It is written to the document at ``output``, and nothing is returned, if that is one.
+    It is written to the document at ``output``, and an empty content is returned, if that is one. The
+    recipient of a new identity is returned too.
     """
     from kms_core import key_opening  # noqa: PLC0415 -- a plain key needs neither settings nor backends
 
     settings, sealer, name = _sealer(name)
     own = key_opening.own_files(settings)
     known = (*key_opening.places(settings), *own)
+    public = ""
     if name not in known:
         raise InvalidRequest(f"The settings have no Age key {name}: --for names one of {', '.join(known)}")
     if source is not None:
@@ -191,14 +193,13 @@ def _sealed(  # noqa: PLR0913 -- the options of the command
         raise click.UsageError(f"{name}: let the service make it, then seal it with --from {own[name]}")
     else:
         content, public = _new_identity(post_quantum=post_quantum)
-        _show_public(public)
     content = "".join(f"{RECOVERY}{recipient}\n" for recipient in recovery).encode() + content
     seals = None if root == IDENTITY else root
     try:
         if output and output.startswith(DOCUMENTS):
             _write_document(name, output, content, seals)
-            return b""
-        return sealer.seal(name, content, seals)
+            return b"", public
+        return sealer.seal(name, content, seals), public
     except ConfigurationError as exc:
         raise ConfigurationError(f"Cannot seal the key: {exc.detail}") from exc
 
@@ -240,10 +241,6 @@ def _new_identity(*, post_quantum: bool) -> tuple[bytes, str]:
     """Return the content of a key file, and its recipient."""
     identity = mlkem768x25519.HybridIdentity.generate() if post_quantum else x25519.X25519Identity.generate()
     return identity_file(identity), str(identity.recipient)
-
-
-def _show_public(recipient: str) -> None:
-    sys.stderr.write(f"Public key: {recipient}\n")
 
 
 in_process_option = click.option(
@@ -307,39 +304,33 @@ def _target(context: ContextIn, key_id: str | None, *, in_process: bool, with_ur
 @click.command("init-key")
 def init_key_command() -> None:
     """Create the Cosmian keys that the settings name, unless they exist."""
-    from kms_cli.local import installation  # noqa: PLC0415 -- the rest of the service, which takes a second
+    from kms_cli import audited  # noqa: PLC0415 -- the rest of the service, which takes a second
+    from kms_cli.local import installation  # noqa: PLC0415 -- as above
+    from kms_core.backends.cosmian.backend import key_of  # noqa: PLC0415 -- as above
+    from kms_core.backends.cosmian.settings import CosmianSection  # noqa: PLC0415 -- as above
 
     settings = installation.settings()
-    names = list(dict.fromkeys(_cosmian_keys(settings)))
+    section = settings.backend(CosmianSection)
+    names = list(dict.fromkeys(_cosmian_keys(settings, section.default_key_id)))
     if not names:
         raise ConfigurationError(
             f"No key of the environment {settings.environment} uses Cosmian: set its backend under [kms], "
             "or write a key as cosmian:<name> under [kms.keys]"
         )
     for name in names:
-        _init_cosmian_key(name, settings)
+        key = key_of(name, section, strict=settings.is_prod)
+        with audited.effect(settings, "key.create", name), key.call():
+            version, is_new = key.init()
+        if not printed_as_json({"name": name, "version": version.version, "made": is_new}):
+            done = f"created {name}" if is_new else f"{name} exists"
+            terminal.result(f"{done}, version {version.version}, on {key.server.where}")
 
 
-def _init_cosmian_key(name: str, settings: "Settings") -> None:
-    from kms_cli import audited  # noqa: PLC0415 -- as above
-    from kms_core.backends.cosmian.backend import key_of  # noqa: PLC0415 -- as above
-    from kms_core.backends.cosmian.settings import CosmianSection  # noqa: PLC0415 -- as above
-
-    key = key_of(name, settings.backend(CosmianSection), strict=settings.is_prod)
-    with audited.effect(settings, "key.create", name), key.call():
-        version, is_new = key.init()
-    if not printed_as_json({"name": name, "version": version.version, "made": is_new}):
-        done = f"created {name}" if is_new else f"{name} exists"
-        terminal.result(f"{done}, version {version.version}, on {key.server.where}")
-
-
-def _cosmian_keys(settings: "Settings") -> Iterator[str]:
+def _cosmian_keys(settings: "Settings", default: str) -> Iterator[str]:
     """Yield the names of the keys that encrypt. A key that only decrypts must exist already."""
-    from kms_core.backends.cosmian.settings import CosmianSection  # noqa: PLC0415 -- as above
-
     kms = settings.kms
     if settings.active_backend == "cosmian" and kms.default_key_id not in kms.keys:
-        yield settings.backend(CosmianSection).default_key_id
+        yield default
     for _, uri in kms.key_uris:
         parts = urlsplit(uri)
         if parts.scheme == "cosmian" and parts.query != "seal=false":
