@@ -11,7 +11,6 @@ import stat
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -437,7 +436,7 @@ def release_part(
         target.writelines(RangeReader(key, file_range).slabs(offset, stop))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _damaged() -> Iterator[None]:
     try:
         yield

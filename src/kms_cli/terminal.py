@@ -9,7 +9,6 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, ClassVar, Final, NamedTuple, Self, cast
 
 from kms_protocol.errors import EXIT_UNAVAILABLE, EXIT_USAGE, InvalidRequest, KmsError
@@ -258,9 +257,7 @@ class Meter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.erase()
 
     @classmethod

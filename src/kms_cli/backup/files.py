@@ -305,13 +305,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return sum(file.size for file in self.files)
 
 
+Advance = Callable[[int], object]
+"""Takes the size in bytes of each part that was written or read, to show progress."""
+
+
 class ArchiveWriter:
     """Writes an archive to a stream, which is complete after ``finish``."""
 
-    def __init__(
-        self, begun: Sealing, target: BinaryIO, advance: Callable[[int], object] = lambda _: None
-    ) -> None:
-        """``advance`` is called with the size of each part that was written, in bytes."""
+    def __init__(self, begun: Sealing, target: BinaryIO, advance: Advance = lambda _: None) -> None:
         self._target, self._sealer, self._advance = target, SlabSealer(begun.payload_key), advance
         self.files: list[SavedFile] = []
         target.write(begun.head)
@@ -371,10 +372,8 @@ KeepFile = Callable[[tarfile.TarInfo, Iterator[bytes]], object]
 """Takes the entry of a file, and its content in parts."""
 
 
-def read_archive(
-    sealed: AgeFile, key: bytes, keep: KeepFile, advance: Callable[[int], object] = lambda _: None
-) -> Manifest:
-    """Read an archive, and pass each file to ``keep``, and the size of each part in bytes to ``advance``.
+def read_archive(sealed: AgeFile, key: bytes, keep: KeepFile, advance: Advance = lambda _: None) -> Manifest:
+    """Read an archive, and pass each file to ``keep``, and the sizes of its parts to ``advance``.
 
     Return the manifest, which describes all files. Until then nothing of what was passed is verified. Raises
     NotABackup if ``ArchiveWriter`` did not write it, DecryptFailed for a forgery.
@@ -431,9 +430,7 @@ def _content(tar: tarfile.TarFile, entry: tarfile.TarInfo, names: set[str]) -> I
     return tar.extractfile(entry)
 
 
-def _parts(
-    content: IO[bytes], update: Callable[[bytes], object], advance: Callable[[int], object]
-) -> Iterator[bytes]:
+def _parts(content: IO[bytes], update: Callable[[bytes], object], advance: Advance) -> Iterator[bytes]:
     while part := content.read(_READ_BYTES):
         update(part)
         advance(len(part))

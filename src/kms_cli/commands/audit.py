@@ -49,7 +49,6 @@ FOLDER: Final = click.Path(exists=True, file_okay=False, path_type=Path)
 _MAX_RECEIPT_BYTES: Final = 256 * 1024 * 1024
 
 directories_argument = click.argument("folders", metavar="[DIR]...", type=FOLDER, nargs=-1)
-directory_argument = click.argument("folder", metavar="[DIR]", type=FOLDER, required=False)
 keys_option = click.option(
     "--public-key", type=FILE, help="Trusted keys [default: the .pub file beside the signing key]."
 )
@@ -113,13 +112,13 @@ def _concealer() -> Concealer:
 
 @click.command("receipt")
 @click.argument("audit_id", metavar="ID")
-@directory_argument
+@click.argument("folder", metavar="[DIR]", type=FOLDER, required=False)
 def receipt_command(audit_id: str, folder: Path | None) -> None:
     """Write a receipt for the record ID (X-KMS-Audit-Id): its line, and the proof up to a signed checkpoint.
 
     A receipt reveals no other record. "kms audit check-receipt" checks it on any machine.
     """
-    made = receipt.make(folder_of(folder), audit_id)
+    made = receipt.make(folder or installation.settings().kms.audit.path, audit_id)
     if is_own(folder):
         _record_read({"receipt": made.id}, 1)
     terminal.result(msgspec.json.encode(made).decode())
@@ -160,11 +159,6 @@ def key_command() -> None:
 
 
 # -- log, keys and anchors ---------------------------------------------------------------------------
-
-
-def folder_of(given: Path | None) -> Path:
-    """The directory of a log: by default that of the settings."""
-    return given or installation.settings().kms.audit.path
 
 
 def keys_of(given: Path | None) -> PublicKeys | None:
@@ -367,11 +361,8 @@ def acknowledge_loss_command(chains: Sequence[str], *, every: bool) -> int:
     user and the first and last lost line; "kms audit verify" then shows the loss as a note. A later loss
     needs a record of its own. Lines that were replaced by others cannot be acknowledged.
     """
-    report = _verified(
-        folder_of(None),
-        keys_of(None),
-        installation.configured_anchors(installation.settings()),
-    )
+    settings = installation.settings()
+    report = _verified(settings.kms.audit.path, keys_of(None), installation.configured_anchors(settings))
     if report.not_compared:
         why = "; ".join(f"{place}: {reason}" for place, reason in report.not_compared.items())
         raise Unavailable(f"Anchors cannot be read, so the loss is unknown: {why}")
@@ -389,7 +380,7 @@ def acknowledge_loss_command(chains: Sequence[str], *, every: bool) -> int:
             terminal.shown(f"{each.chain}: {each.text}")
         terminal.say("name the chains, or --all" if lost else "the log has every line that its anchors name")
         return EXIT_OTHER if lost else 0
-    with audited.log_of(installation.settings()) as log:
+    with audited.log_of(settings) as log:
         for each in chosen:
             first = each.seq if each.code == CUT else 0
             what = audit.effect_name(effect_of(each.chain, first, each.anchor_seq))
@@ -496,13 +487,8 @@ def _verified(
     max_late: timedelta | None = None,
 ) -> VerificationReport:
     with meter() as line:
-        report = verify(
-            where,
-            keys,
-            found.lines,
-            progress=lambda done, total: line.show("verifying", done, total),
-            max_late=max_late,
-        )
+        progress = partial(line.show, "verifying")
+        report = verify(where, keys, found.lines, progress=progress, max_late=max_late)
     found.note_in(report)
     return report
 

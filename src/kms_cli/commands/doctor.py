@@ -1,10 +1,8 @@
 """``kms doctor``: checks this machine and asks the service, and prints each finding with its remedy."""
 
-import logging
 import os
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
@@ -17,7 +15,6 @@ from urllib.parse import urlsplit
 
 import click
 import redis
-import structlog
 from cryptography import x509
 
 from kms_cli import terminal
@@ -35,6 +32,7 @@ from kms_core.jobs.storage import spool_bucket
 from kms_core.jobs.storage.spool_bucket import SpoolBucket
 from kms_core.jobs.store import maintenance
 from kms_core.jobs.store.redis_keys import PREFIX
+from kms_core.observability import logs
 from kms_core.redis_client import check_servers
 from kms_core.s3.bucket import If
 from kms_core.settings.lint import unaccepted, weaknesses
@@ -471,10 +469,7 @@ def doctor_command() -> int:
     variables name, else the kms up of this user that runs, else that of the settings. With --url of another
     machine this one is not checked.
     """
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+    logs.configure("off", json=False)  # each finding says what a log would
     found = []
     for finding in _findings():
         _show(finding)

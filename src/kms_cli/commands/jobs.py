@@ -1,5 +1,6 @@
 """``kms job``: submit, list, show, wait, cancel, result, dead, retry."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, get_args
 from urllib.parse import quote
@@ -150,7 +151,7 @@ def result_command(job_id: str, output: Path | None, *, force: bool, release: bo
     """Write the result to stdout or --output: the bytes of a file, or a line of JSON for each item."""
     with connect() as kms, meter(on_stdout=is_stdout(output)) as line:
         with writing(output, overwrite=force) as target:
-            kms.download(job_id, target, progress=lambda done, total: line.show("receiving", done, total))
+            kms.download(job_id, target, progress=partial(line.show, "receiving"))
         if release:  # the file is in place
             kms.release(job_id)
 
