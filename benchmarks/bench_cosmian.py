@@ -26,8 +26,9 @@ from benchmarks.measure import Contender, Reading, in_turn
 from benchmarks.running import free_port, stopped
 from benchmarks.wrapping import AAD, COLUMNS, SECRET, TITLE, cells, wraps
 
+from kms_core.backends.batching import BATCHES, Batcher
 from kms_core.backends.cosmian.backend import CosmianCipher, CosmianKey
-from kms_core.backends.cosmian.server import BATCHES, CosmianServer, Protocol
+from kms_core.backends.cosmian.server import CosmianServer, Protocol
 from kms_core.http_client import PeerAnswer, PeerServer
 
 CALLERS: Final = (1, 16, 64)
@@ -100,7 +101,10 @@ class Work:
 
     def server(self, protocol: Protocol, batches: int) -> Listening:
         server = PeerServer(self.url, "Cosmian KMS", "kms.cosmian.server_url", _TIMEOUT_S)
-        return Listening(server, None, protocol, batches=batches)
+        found = Listening(server, None, protocol)
+        send = found.messages._send  # noqa: SLF001 -- its messages, with another number in flight
+        found.messages.batcher = Batcher(send, batches=batches)
+        return found
 
     def by(self, server: CosmianServer) -> Callable[[], Reading]:
         return wraps(CosmianCipher(_made(CosmianKey(server, self.name))), "1", self.callers, self.seconds)

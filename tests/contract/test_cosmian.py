@@ -12,8 +12,9 @@ from typing import Final
 
 import pytest
 
+from kms_core.backends.batching import BATCHES
 from kms_core.backends.cosmian.backend import BULK, CosmianCipher, CosmianKey
-from kms_core.backends.cosmian.server import BATCHES, Protocol
+from kms_core.backends.cosmian.server import Protocol
 from kms_core.http_client import Busy, Unreachable
 from kms_protocol.errors import BackendUnavailable, DecryptFailed
 from support.contract.cosmian_ciphers import (

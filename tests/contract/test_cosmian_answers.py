@@ -16,8 +16,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from kms_core.backends import KeyMissing
+from kms_core.backends.batching import BATCHES
 from kms_core.backends.cosmian.backend import CosmianCipher, CosmianKey
-from kms_core.backends.cosmian.server import BATCHES, CosmianServer
+from kms_core.backends.cosmian.server import CosmianServer
 from kms_core.http_client import Busy, PeerServer, Unreachable
 from kms_protocol.errors import BackendUnavailable, DecryptFailed, KmsError
 from support.contract.cosmian_ciphers import (

@@ -96,7 +96,7 @@ def check(data: bytes) -> None:
     _reasons(body)
     post = Told(status, body).post
     with PEER.one_timeout():
-        _each(Kmip(Messages(post, PEER, 1).ask))
+        _each(Kmip(Messages(post, PEER).ask))
         _each(Kmip(partial(ask_alone, post), old=True))
 
 

@@ -14,6 +14,7 @@ from kms_core.http_client import Busy
 from kms_protocol.errors import KmsError
 
 MOST_ITEMS: Final = 64
+BATCHES: Final = 2  # a second caller does not wait for the first round trip; more gain nothing
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
 
@@ -38,7 +39,7 @@ class Batcher(Generic[Item, Outcome]):
     """
 
     def __init__(
-        self, send: Callable[[Sequence[Item]], Sequence[Outcome | KmsError]], *, batches: int = 1
+        self, send: Callable[[Sequence[Item]], Sequence[Outcome | KmsError]], *, batches: int = BATCHES
     ) -> None:
         self._send = send
         self._free = batches

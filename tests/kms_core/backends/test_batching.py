@@ -64,12 +64,12 @@ def gathered(
 def test_a_call_goes_alone_and_at_once(line: Line) -> None:
     line.let()
 
-    assert Batcher(line.send).call("a", WAIT_S) == "A"
+    assert Batcher(line.send, batches=1).call("a", WAIT_S) == "A"
     assert line.batches == [["a"]]
 
 
 def test_what_gathers_meanwhile_goes_together(line: Line, threads: ThreadPoolExecutor) -> None:
-    calls = gathered(line, Batcher(line.send), threads, ["b", "c", "d"])
+    calls = gathered(line, Batcher(line.send, batches=1), threads, ["b", "c", "d"])
 
     assert [call.result(WAIT_S) for call in calls] == ["FIRST", "B", "C", "D"]
     assert line.batches == [["first"], ["b", "c", "d"]]
@@ -77,14 +77,14 @@ def test_what_gathers_meanwhile_goes_together(line: Line, threads: ThreadPoolExe
 
 def test_a_batch_has_no_more_than_its_most(line: Line, threads: ThreadPoolExecutor) -> None:
     items = [f"i{number}" for number in range(MOST_ITEMS + 3)]
-    calls = gathered(line, Batcher(line.send), threads, items)
+    calls = gathered(line, Batcher(line.send, batches=1), threads, items)
 
     assert [call.result(WAIT_S) for call in calls] == ["FIRST", *(item.upper() for item in items)]
     assert line.batches == [["first"], items[:MOST_ITEMS], items[MOST_ITEMS:]]
 
 
 def test_a_bad_item_fails_alone(line: Line, threads: ThreadPoolExecutor) -> None:
-    first, good, bad, last = gathered(line, Batcher(line.send), threads, ["good", "bad", "last"])
+    first, good, bad, last = gathered(line, Batcher(line.send, batches=1), threads, ["good", "bad", "last"])
 
     assert [first.result(WAIT_S), good.result(WAIT_S), last.result(WAIT_S)] == ["FIRST", "GOOD", "LAST"]
     assert isinstance(bad.exception(WAIT_S), DecryptFailed)
@@ -92,7 +92,7 @@ def test_a_bad_item_fails_alone(line: Line, threads: ThreadPoolExecutor) -> None
 
 def test_an_error_of_the_whole_fails_all(line: Line, threads: ThreadPoolExecutor) -> None:
     line.error = Unreachable("gone")
-    calls = gathered(line, Batcher(line.send), threads, ["b", "c"])
+    calls = gathered(line, Batcher(line.send, batches=1), threads, ["b", "c"])
 
     assert {type(call.exception(WAIT_S)) for call in calls} == {Unreachable}
     assert line.batches == [["first"], ["b", "c"]]
@@ -102,7 +102,7 @@ def test_what_breaks_off_the_sender_fails_the_others_so_that_they_try_again(
     line: Line, threads: ThreadPoolExecutor
 ) -> None:
     line.error = ZeroDivisionError()
-    coalescer = Batcher(line.send)
+    coalescer = Batcher(line.send, batches=1)
     first, follower, carrier = gathered(line, coalescer, threads, ["b", "c"])
 
     assert isinstance(first.exception(WAIT_S), ZeroDivisionError)
@@ -113,7 +113,7 @@ def test_what_breaks_off_the_sender_fails_the_others_so_that_they_try_again(
 
 
 def test_a_call_that_has_waited_too_long_leaves_the_others(line: Line, threads: ThreadPoolExecutor) -> None:
-    coalescer = Batcher(line.send)
+    coalescer = Batcher(line.send, batches=1)
     first = threads.submit(coalescer.call, "first", WAIT_S)
     assert line.entered.acquire(timeout=WAIT_S)
 
@@ -126,7 +126,7 @@ def test_a_call_that_has_waited_too_long_leaves_the_others(line: Line, threads: 
 
 
 def test_a_call_that_another_carries_gives_up_alone(line: Line, threads: ThreadPoolExecutor) -> None:
-    coalescer = Batcher(line.send)
+    coalescer = Batcher(line.send, batches=1)
     first = threads.submit(coalescer.call, "first", WAIT_S)
     assert line.entered.acquire(timeout=WAIT_S)
     hasty = threads.submit(coalescer.call, "hasty", 10 * SHORT_S)
@@ -141,7 +141,7 @@ def test_a_call_that_another_carries_gives_up_alone(line: Line, threads: ThreadP
 
 
 def test_lanes_are_batches_under_way_at_a_time(line: Line, threads: ThreadPoolExecutor) -> None:
-    coalescer = Batcher(line.send, batches=2)
+    coalescer = Batcher(line.send)
     calls = [threads.submit(coalescer.call, item, WAIT_S) for item in ("a", "b")]
     for _ in calls:
         assert line.entered.acquire(timeout=WAIT_S)
@@ -155,7 +155,7 @@ def test_lanes_are_batches_under_way_at_a_time(line: Line, threads: ThreadPoolEx
 
 def test_many_threads_all_get_their_own(line: Line, threads: ThreadPoolExecutor) -> None:
     line.let()
-    coalescer = Batcher(line.send)
+    coalescer = Batcher(line.send, batches=1)
     items = [f"i{number}" for number in range(2000)]
 
     assert list(threads.map(lambda item: coalescer.call(item, WAIT_S), items)) == [i.upper() for i in items]

@@ -302,11 +302,10 @@ _open: Final[WeakValueDictionary[tuple[Section, bool, int], CosmianServer]] = We
 
 def open_key(uri: SplitResult | None, section: Section, *, strict: bool) -> RemoteBackend:
     """``cosmian:<name>``; None means ``default_key_id`` of ``[kms.cosmian]``. Raises ConfigurationError."""
-    if uri is None:
-        return RemoteBackend(CosmianCipher(key_of(section.default_key_id, section, strict=strict)))
-    if uri.netloc or uri.query or uri.fragment:
+    if uri and (uri.netloc or uri.query or uri.fragment):
         raise ConfigurationError("A Cosmian key is cosmian:<name>; the server is set under [kms.cosmian]")
-    return RemoteBackend(CosmianCipher(key_of(uri.path, section, strict=strict)))
+    name = uri.path if uri else section.default_key_id
+    return RemoteBackend(CosmianCipher(key_of(name, section, strict=strict)))
 
 
 def key_of(name: str, section: Section, *, strict: bool) -> CosmianKey:

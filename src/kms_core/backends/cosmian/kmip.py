@@ -185,10 +185,10 @@ class KeyAttributes:
 class Messages:
     """Sends operations to servers from 5.0 on, in batches."""
 
-    def __init__(self, post: Post, peer: Peer, batches: int) -> None:
+    def __init__(self, post: Post, peer: Peer) -> None:
         """``peer`` bounds the time that an operation may wait."""
         self._post, self._peer = post, peer
-        self.batcher: Batcher[Node, Node] = Batcher(self._send, batches=batches)
+        self.batcher: Batcher[Node, Node] = Batcher(self._send)
 
     def ask(self, operation: Node) -> Node:
         """As ``Ask``."""

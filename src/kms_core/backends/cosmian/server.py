@@ -134,7 +134,6 @@ def _octets(text: str, answer: PeerAnswer) -> bytes:
 
 
 Protocol = Literal["auto", "kmip", "jose"]
-BATCHES: Final = 2  # a second caller does not wait for the first round trip; more gain nothing
 _VERSION: Final = re.compile(r"(\d+)\.(\d+)\.")
 _MESSAGES_FROM: Final = (5, 0)
 _JOSE_FROM: Final = (5, 23)
@@ -143,25 +142,15 @@ _JOSE_FROM: Final = (5, 23)
 class CosmianServer:
     """Calls to one server. Safe for several threads."""
 
-    def __init__(
-        self,
-        server: PeerServer,
-        token: FileToken | None,
-        protocol: Protocol = "auto",
-        *,
-        batches: int = BATCHES,
-    ) -> None:
-        """Make no call. Raises ConfigurationError for an unusable TLS file.
-
-        ``batches``: how many messages of several operations may be in flight.
-        """
+    def __init__(self, server: PeerServer, token: FileToken | None, protocol: Protocol = "auto") -> None:
+        """Make no call. Raises ConfigurationError for an unusable TLS file."""
         self.where = server.where
         self.section = server.setting.rpartition(".")[0]
         self.peer = Peer(server)
         self.token = token
         self._protocol = protocol
         self._version: tuple[int, int] | None = None
-        self.messages = Messages(self.post, self.peer, batches)
+        self.messages = Messages(self.post, self.peer)
         self._new, self._old = Kmip(self.messages.ask), Kmip(partial(ask_alone, self.post), old=True)
         self._jose = Jose(self.post)
 

@@ -30,7 +30,6 @@ TYPES: Final = frozenset({"aes128-gcm96", "aes256-gcm96", "chacha20-poly1305", "
 _NAME: Final = re.compile(r"\w(?:[\w.-]*\w)?", re.ASCII)  # the rule of the engine
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,8}")  # "0" would mean 1, "01" too
 _LAST_SECOND: Final = 253_402_300_800  # the year 10000
-BATCHES: Final = 2  # requests in flight for each key and operation
 _NO_UPSERT: Final = "none"
 """An invalid key type: encrypt would otherwise create a missing key, where our policy allows it."""
 
@@ -115,8 +114,8 @@ class TransitCipher:
             )
         self._key = key
         self._warned = False
-        self._encrypts: Batcher[Item, _ItemOutcome] = Batcher(partial(self._send, "encrypt"), batches=BATCHES)
-        self._decrypts: Batcher[Item, _ItemOutcome] = Batcher(partial(self._send, "decrypt"), batches=BATCHES)
+        self._encrypts: Batcher[Item, _ItemOutcome] = Batcher(partial(self._send, "encrypt"))
+        self._decrypts: Batcher[Item, _ItemOutcome] = Batcher(partial(self._send, "decrypt"))
 
     def encrypt(self, secret: bytes, version: str, aad: bytes) -> bytes:
         """Encrypt under exactly this version. Raises BackendUnavailable if that is not possible."""
