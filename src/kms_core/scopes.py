@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, Literal, Self
+from typing import Final, Literal
 from urllib.parse import unquote
 
 from kms_core.patterns import Pattern, any_matches
@@ -67,27 +67,6 @@ class Scope:
     read: tuple[str, ...] = ()
     write: tuple[str, ...] = ()
 
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Parse one line. Raises ValueError, with a text for its author, if it violates the grammar."""
-        names, *rules = text.split(" ")
-        given: dict[str, list[str]] = {}
-        for rule in rules:
-            name, equals, value = rule.partition("=")
-            if not equals or not value or name not in _RULES:
-                raise ValueError(f"after the operations come rules: {', '.join(f'{r}=…' for r in _RULES)}")
-            given.setdefault(name, []).append(value)
-        for name in ("key", "context"):
-            if len(given.get(name, ())) > 1:
-                raise ValueError(f"{name}= occurs twice: separate by commas, or write two scopes")
-        return cls(
-            _operations(names),
-            tuple(_key_pattern(key) for value in given.get("key", ()) for key in value.split(",")),
-            tuple(_pair(pair) for value in given.get("context", ()) for pair in value.split(",")),
-            tuple(map(_prefix, given.get("read", ()))),
-            tuple(map(_prefix, given.get("write", ()))),
-        )
-
     @property
     def left_out(self) -> frozenset[str]:
         """Operations that a scope with ``*`` does not include; none for a scope without ``*``."""
@@ -106,13 +85,32 @@ class Scope:
         return None
 
 
+# -- parsing -----------------------------------------------------------------------------------------
+
+
 @lru_cache(maxsize=4096)
 def parse(text: str) -> Scope:
-    """Parse one line as ``Scope.parse``, cached: each request needs the same few lines."""
-    return Scope.parse(text)
+    """Parse one line, cached: each request needs the same few lines.
 
-
-# -- parsing -----------------------------------------------------------------------------------------
+    Raises ValueError, with a text for its author, if it violates the grammar.
+    """
+    names, *rules = text.split(" ")
+    given: dict[str, list[str]] = {}
+    for rule in rules:
+        name, equals, value = rule.partition("=")
+        if not equals or not value or name not in _RULES:
+            raise ValueError(f"after the operations come rules: {', '.join(f'{r}=…' for r in _RULES)}")
+        given.setdefault(name, []).append(value)
+    for name in ("key", "context"):
+        if len(given.get(name, ())) > 1:
+            raise ValueError(f"{name}= occurs twice: separate by commas, or write two scopes")
+    return Scope(
+        _operations(names),
+        tuple(_key_pattern(key) for value in given.get("key", ()) for key in value.split(",")),
+        tuple(_pair(pair) for value in given.get("context", ()) for pair in value.split(",")),
+        tuple(map(_prefix, given.get("read", ()))),
+        tuple(map(_prefix, given.get("write", ()))),
+    )
 
 
 def _operations(text: str) -> frozenset[str]:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kms_core import scopes
 from kms_core.auth.policy import ByScopes, Principal, allows
 from kms_core.jobs.file_patterns import Tree
 from kms_core.patterns import Pattern
@@ -88,7 +89,7 @@ class Holds:
     """One scope that stands."""
 
     def __init__(self, line: str) -> None:
-        self.scope = Scope.parse(line)
+        self.scope = scopes.parse(line)
 
     def scopes_of(self, who: Principal) -> list[Scope]:
         del who

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kms_core.scopes import OPERATIONS, Access, Scope
+from kms_core.scopes import OPERATIONS, Access, parse
 from kms_protocol.context import Context
 
 
 def missing(line: str, wanted: Access) -> str | None:
-    return Scope.parse(line).missing(wanted)
+    return parse(line).missing(wanted)
 
 
 def on(operation: str, key_id: str | None = None, context: str | None = None) -> Access:
@@ -141,20 +141,20 @@ def test_objects_are_named_as_they_are(url: str, rule: str | None) -> None:
 )
 def test_a_line_that_is_no_scope_is_refused_in_words(line: str, word: str) -> None:
     with pytest.raises(ValueError, match=re.escape(word)):
-        Scope.parse(line)
+        parse(line)
 
 
 @given(st.text(max_size=60))
 def test_no_text_does_anything_but_parse_or_be_refused(text: str) -> None:
     try:
-        scope = Scope.parse(text)
+        scope = parse(text)
     except ValueError:
         return
     assert scope.operations <= set(OPERATIONS)
 
 
 def test_a_scope_shows_the_keys_that_it_names() -> None:
-    assert Scope.parse("decrypt key=pay-*").names_key("pay-1")
-    assert not Scope.parse("decrypt key=pay-*").names_key("other")
-    assert Scope.parse("rotate").names_key("other")
-    assert not Scope.parse("jobs:read,status").names_key("other")
+    assert parse("decrypt key=pay-*").names_key("pay-1")
+    assert not parse("decrypt key=pay-*").names_key("other")
+    assert parse("rotate").names_key("other")
+    assert not parse("jobs:read,status").names_key("other")

@@ -6,6 +6,7 @@ from typing import Final
 
 import pytest
 
+from kms_core import scopes
 from kms_core.age import x25519
 from kms_core.auth.policy import INTERNAL, ByScopes, Principal, allows
 from kms_core.backends.age import AgeBackend
@@ -33,7 +34,7 @@ class Stands:
             raise Unavailable
         if who.credential not in self.lines:
             raise Forbidden
-        return [Scope.parse(line) for line in self.lines[who.credential]]
+        return [scopes.parse(line) for line in self.lines[who.credential]]
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 
 from kms_api.vault_api import transit
 from kms_api.vault_api.transit import Extra
+from kms_core import scopes
 from kms_core.age import x25519
 from kms_core.auth.policy import ByScopes, Principal
 from kms_core.backends import Backend, KeyVersion
@@ -31,7 +32,7 @@ class Stands:
 
     def scopes_of(self, who: Principal) -> Iterable[Scope]:
         del who
-        return [Scope.parse("* key=default")]
+        return [scopes.parse("* key=default")]
 
 
 class Asked(ByScopes):

@@ -6,6 +6,7 @@ from typing import Final
 
 import pytest
 
+from kms_core import scopes
 from kms_core.age import x25519
 from kms_core.auth.policy import ByScopes, Principal
 from kms_core.jobs import authorization
@@ -27,7 +28,7 @@ class Credentials:
     """Credentials that read jobs, and some that may do more."""
 
     def scopes_of(self, who: Principal) -> Iterable[Scope]:
-        return [Scope.parse(SCOPES.get(who.name, READS))]
+        return [scopes.parse(SCOPES.get(who.name, READS))]
 
 
 @pytest.fixture
