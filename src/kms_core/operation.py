@@ -9,6 +9,7 @@ from typing import Literal, Self
 from kms_core import audit
 from kms_core.age import stream
 from kms_core.audit import AuditRecord, AuditWriter
+from kms_core.audit.record import record_of
 from kms_core.auth.policy import Principal
 from kms_core.backends.remote import name_of
 from kms_core.envelope import binding
@@ -84,17 +85,8 @@ class OperationRecorder:
         After ``record_intent`` only success and KmsError are outcomes: after any other exception the effect
         is unknown, and the intent stays without an outcome. Raises AuditUnavailable in place of a result.
         """
-        record = AuditRecord(
-            operation=operation,
-            principal=who.name,
-            tenant=who.tenant,
-            credential=who.credential,
-            request_id=audit.request_id.get(),
-            job_id=audit.job_id.get(),
-            source=audit.source.get(),
-            bytes_in=bytes_in,
-            context=self._audit_log.conceal(who.tenant, context),
-        )
+        record = record_of(who, operation)
+        record.bytes_in, record.context = bytes_in, self._audit_log.conceal(who.tenant, context)
         return Operation(who, context, key_id, record, self._append)
 
     def record_intent(self, call: Operation) -> None:

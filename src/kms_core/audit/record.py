@@ -154,7 +154,7 @@ def effect(log: AuditWriter, who: Principal, operation: str, name: str) -> Itera
     A process that finishes the work of a killed one uses the same ``name``. Only success and a KmsError are
     outcomes. Raises AuditUnavailable, before the effect if the intent cannot be written.
     """
-    record = _record(who, operation)
+    record = record_of(who, operation)
     begin_effect(log, record, name)
     with _ending(log, record):
         yield
@@ -166,7 +166,7 @@ def recorded(log: AuditWriter, who: Principal, operation: str, job: str) -> Iter
 
     ``job`` comes from the caller. Text that cannot be the id of a job is left out of the record.
     """
-    with _ending(log, _record(who, operation, job=job if _JOB_ID.fullmatch(job) else "")):
+    with _ending(log, record_of(who, operation, job=job if _JOB_ID.fullmatch(job) else "")):
         yield
 
 
@@ -188,7 +188,7 @@ def read(log: AuditWriter, who: Principal, asked: Mapping[str, str], count: int)
 
     Returns the id of the record. Raises AuditUnavailable: then no record may leave.
     """
-    record = _record(who, READ, result=OK)
+    record = record_of(who, READ, result=OK)
     record.filter = "&".join(f"{name}={value}" for name, value in asked.items() if value)[:_MOST_FILTER]
     record.count = count
     return append(log, record)
@@ -196,7 +196,7 @@ def read(log: AuditWriter, who: Principal, asked: Mapping[str, str], count: int)
 
 def denied(log: AuditWriter, who: Principal | None, route: str, code: str) -> None:
     """Record an attempt that was denied before any operation began. ``route`` is a template, never a path."""
-    append(log, _record(who, DENIED, route=route, result=code))
+    append(log, record_of(who, DENIED, route=route, result=code))
 
 
 def record_denial(code: str) -> None:
@@ -209,9 +209,10 @@ def record_denial(code: str) -> None:
         note.denied(code)
 
 
-def _record(
+def record_of(
     who: Principal | None, operation: str, *, route: str = "", job: str = "", result: str = ""
 ) -> AuditRecord:
+    """A record of the current request; ``who`` is None if its caller is not known."""
     return AuditRecord(
         operation=operation,
         route=route,
