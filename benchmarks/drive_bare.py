@@ -18,7 +18,7 @@ from typing import Final
 
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from kms_core.payload.files import reserve_bytes
+from kms_core.payload.files import FileWriter
 
 CHUNK: Final = 64 * 1024
 SEALED: Final = CHUNK + 16
@@ -82,7 +82,7 @@ def main(operation: str, key: str, offset: str, *paths: str) -> None:
         if operation == "open":
             make, size = opener, size - start - 16 * -(-(size - start) // SEALED)
             grown = size
-        reserve_bytes(writer.fileno(), grown)
+        FileWriter(writer.fileno()).reserve(grown)
         turns = itertools.count()
 
         def work() -> None:

@@ -35,21 +35,6 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
             data, offset = data[written:], offset + written
 
 
-def reserve_bytes(fd: int, size: int) -> None:
-    """Grow a file to ``size`` bytes before it is written, in the way that is fastest on its file system.
-
-    Raises SpoolFull where the file system can tell in advance.
-    """
-    status = os.fstat(fd)
-    if size - status.st_size < _RESERVE_FROM_BYTES or not stat.S_ISREG(status.st_mode):
-        return
-    with full_disk_as_error():
-        if _file_system(status.st_dev) == _EXT4:
-            os.posix_fallocate(fd, status.st_size, size - status.st_size)
-        else:
-            os.ftruncate(fd, size)
-
-
 @contextmanager
 def full_disk_as_error() -> Iterator[None]:
     """Raise SpoolFull in place of an OSError for a full disk, an exceeded quota or a file size limit."""
@@ -142,7 +127,18 @@ class FileWriter:
     fd: int
 
     def reserve(self, size: int) -> None:
-        reserve_bytes(self.fd, size)
+        """Grow the file before it is written, in the way that is fastest on its file system.
+
+        Raises SpoolFull where the file system can tell in advance.
+        """
+        status = os.fstat(self.fd)
+        if size - status.st_size < _RESERVE_FROM_BYTES or not stat.S_ISREG(status.st_mode):
+            return
+        with full_disk_as_error():
+            if _file_system(status.st_dev) == _EXT4:
+                os.posix_fallocate(self.fd, status.st_size, size - status.st_size)
+            else:
+                os.ftruncate(self.fd, size)
 
     def write_at(self, data: memoryview, position: int) -> None:
         write_all(self.fd, data, position)

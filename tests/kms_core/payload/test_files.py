@@ -30,9 +30,9 @@ def test_short_reads_are_completed() -> None:
 def test_reserving_grows_a_file_and_never_shrinks_it(folder: Path) -> None:
     with tempfile.TemporaryFile(dir=folder) as file:
         os.pwrite(file.fileno(), b"header", 0)
-        files.reserve_bytes(file.fileno(), 4 * MIB)
+        files.FileWriter(file.fileno()).reserve(4 * MIB)
         grown = os.fstat(file.fileno())
-        files.reserve_bytes(file.fileno(), 2 * MIB)
+        files.FileWriter(file.fileno()).reserve(2 * MIB)
 
         assert grown.st_size == os.fstat(file.fileno()).st_size == 4 * MIB
         assert os.pread(file.fileno(), 8, 0) == b"header\0\0"
@@ -41,21 +41,21 @@ def test_reserving_grows_a_file_and_never_shrinks_it(folder: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a file system in memory")
 def test_pages_of_memory_are_not_filled_beforehand() -> None:
     with tempfile.TemporaryFile(dir="/dev/shm") as file:
-        files.reserve_bytes(file.fileno(), 4 * MIB)
+        files.FileWriter(file.fileno()).reserve(4 * MIB)
 
         assert os.fstat(file.fileno()).st_blocks == 0
 
 
 def test_small_files_are_left_to_grow() -> None:
     with tempfile.TemporaryFile() as file:
-        files.reserve_bytes(file.fileno(), MIB - 1)
+        files.FileWriter(file.fileno()).reserve(MIB - 1)
 
         assert os.fstat(file.fileno()).st_size == 0
 
 
 def test_a_file_on_no_mount_is_reserved_too() -> None:
     with os.fdopen(os.memfd_create("unnamed"), "r+b") as file:
-        files.reserve_bytes(file.fileno(), 2 * MIB)
+        files.FileWriter(file.fileno()).reserve(2 * MIB)
 
         assert os.fstat(file.fileno()).st_size == 2 * MIB
 
