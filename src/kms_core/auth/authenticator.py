@@ -138,8 +138,6 @@ class Authenticator:
         section = self._certificates.get(name)
         if section is None or section.tenant != who.tenant:
             return None
-        if who.grant is not None and time.time() > who.grant.until:
-            return None
         if self.revocations is not None and self.revocations.is_revoked(identity):
             return None
         return section.scopes
@@ -147,7 +145,7 @@ class Authenticator:
     def _lines(self, who: Principal) -> Sequence[str] | None:
         """The lines of a credential's scopes; None if it is not valid any more."""
         kind, _, rest = who.credential.partition(":")
-        if kind in {"token", "jwt"} and who.grant and time.time() >= who.grant.until:
+        if who.grant and time.time() >= who.grant.until:
             return None
         if kind == "token":
             token = self.tokens.by_id(rest)

@@ -23,13 +23,11 @@ from kms_core.settings.model import ServerSection
 from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError, Unavailable
 
-_LABELS: Final[
-    tuple[tuple[type[x509.DNSName | x509.UniformResourceIdentifier | x509.RFC822Name], str], ...]
-] = (
-    (x509.DNSName, "DNS"),
-    (x509.UniformResourceIdentifier, "URI"),
-    (x509.RFC822Name, "email"),
-)
+_LABELS: Final[Mapping[str, type[x509.DNSName | x509.UniformResourceIdentifier | x509.RFC822Name]]] = {
+    "DNS": x509.DNSName,
+    "URI": x509.UniformResourceIdentifier,
+    "email": x509.RFC822Name,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +101,7 @@ def _subjects(certificate: x509.Certificate) -> Iterator[str]:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         names = x509.SubjectAlternativeName([])
-    for kind, label in _LABELS:
+    for label, kind in _LABELS.items():
         yield from (f"{label}:{name}" for name in names.get_values_for_type(kind))
     yield f"subject:{certificate.subject.rfc4514_string()}"
 

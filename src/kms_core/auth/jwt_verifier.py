@@ -42,8 +42,8 @@ from kms_protocol.errors import BackendUnavailable, ConfigurationError, KmsError
 from kms_protocol.wire import NOT_JSON
 
 AGAIN_S: Final = 5.0
-_KEEP_S: Final = 60.0
-_MOST_KEPT: Final = 4096
+_REMEMBERED_S: Final = 60.0
+_MOST_REMEMBERED: Final = 4096
 _log = structlog.get_logger(__name__)
 
 
@@ -115,8 +115,8 @@ class Reviews:
         if not status.authenticated or status.error or not is_for_us or not status.user.username:
             raise Unauthenticated(REFUSED, reason="review")
         with self._lock:
-            self._accepted[digest] = status.user.username, self._clock() + _KEEP_S
-            if len(self._accepted) > _MOST_KEPT:
+            self._accepted[digest] = status.user.username, self._clock() + _REMEMBERED_S
+            if len(self._accepted) > _MOST_REMEMBERED:
                 self._accepted.popitem(last=False)
 
 
@@ -347,8 +347,6 @@ IssuerKeys: TypeAlias = FileKeys | RemoteKeys
 
 Claims = Mapping[str, object]
 MOST_CHARS: Final = 8192
-_REMEMBER_S: Final = 60.0
-_MOST_REMEMBERED: Final = 4096
 _MOST_SCOPES: Final = 64
 _MOST_NAME_CHARS: Final = 200
 _COMPACT: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*", re.ASCII)  # RFC 7515 §7.1
@@ -391,9 +389,12 @@ class Jwts:
         seen = self._seen.get(digest)
         if seen is not None and time.time() < seen[1]:
             return seen[0]
-        who, until = self._verified(text, digest)
+        issuer, claims = self._checked(text)
+        until = _expiry(claims) + issuer.section.leeway_s
+        grant = Grant(tuple(_scopes(claims, issuer.section)), until + issuer.section.job_grace_s)
+        who = _principal(issuer, claims, _credential(issuer, digest), grant)
         with self._lock:
-            self._seen[digest] = who, min(until, time.time() + _REMEMBER_S)
+            self._seen[digest] = who, min(until, time.time() + _REMEMBERED_S)
             if len(self._seen) > _MOST_REMEMBERED:
                 self._seen.popitem(last=False)
         return who
@@ -417,12 +418,6 @@ class Jwts:
         """Seconds for which jobs may run after the expiry of a token of this issuer."""
         section = self._sections.get(name)
         return section.job_grace_s if section else 0
-
-    def _verified(self, text: str, digest: bytes) -> tuple[Principal, float]:
-        issuer, claims = self._checked(text)
-        until = _expiry(claims) + issuer.section.leeway_s
-        grant = Grant(tuple(_scopes(claims, issuer.section)), until + issuer.section.job_grace_s)
-        return _principal(issuer, claims, _credential(issuer, digest), grant), until
 
     def _checked(self, text: str, name: str | None = None) -> tuple[Trusted, Claims]:
         """The issuer of a token, which is ``name`` if that is given, and its claims after all checks."""
