@@ -177,12 +177,11 @@ class FileSealer:
         """
         recovery = recoveries(content)
         if root is None:
-            file_key = os.urandom(FILE_KEY_BYTES)
+            file_key, nonce = os.urandom(FILE_KEY_BYTES), os.urandom(stream.NONCE)
             stanzas = [each.wrap(file_key) for each in recovery]
             stanzas += _wraps(self._identities()[0], file_key)
-            nonce = os.urandom(stream.NONCE)
-            head = header.render(stanzas, file_key) + nonce
-            return head + stream.seal(stream.payload_key(file_key, nonce), content)
+            made = sealing.with_stanzas(stanzas, file_key, nonce, padded=False)
+            return made.head + stream.seal(made.payload_key, content)
         return sealing.seal(content, self._root(root).wrapping(TENANT), _context(name), recovery)
 
     def seal_again(self, name: str, content: bytes, sealed: bytes) -> bytes:

@@ -114,10 +114,6 @@ def _is_open_redis(settings: Settings) -> bool:
     return _leaves_host(section.url) and not has_password and section.client_cert_file is None
 
 
-def _has_clear_bucket(settings: Settings) -> bool:
-    return any(is_cleartext(bucket.endpoint) for bucket in settings.kms.jobs.buckets.values())
-
-
 def _spool_store(settings: Settings) -> StoreSection:
     return settings.kms.jobs.spool_bucket or StoreSection()
 
@@ -213,7 +209,7 @@ TABLE: Final = (
     *(_of_backend(scheme, value) for scheme, shape in SCHEMES.items() for value in shape.WEAK_VALUES),
     Weakness(
         "jobs.buckets.endpoint",
-        _has_clear_bucket,
+        lambda settings: any(is_cleartext(each.endpoint) for each in settings.kms.jobs.buckets.values()),
         "the network can read plaintexts of jobs",
         "use https://",
     ),

@@ -22,7 +22,6 @@ from kms_core.settings.model import (
     ServerSection,
     Settings,
     StoreSection,
-    TenantSection,
 )
 from kms_core.settings.redis_urls import check_redis
 from kms_core.settings.toml_reader import nearest
@@ -47,9 +46,9 @@ def check_auth(settings: Settings) -> None:
         _check_certificate(f"kms.auth.certificates.{name}", certificate, server)
     for mount, login in auth.logins.items():
         _check_login(f"kms.auth.logins.{mount}", mount, login, settings)
-    _check_server(server)
     for name, tenant in settings.kms.tenants.items():
-        _check_tenant(f"kms.tenants.{name}", tenant)
+        if tenant.burst is not None and tenant.requests_per_s is None:
+            raise ConfigurationError(f"kms.tenants.{name}.burst: it needs requests_per_s")
 
 
 def check_document(settings: Settings, where: str, text: str) -> None:
@@ -139,19 +138,6 @@ def _check_login(where: str, mount: str, login: LoginSection, settings: Settings
         raise ConfigurationError(f'{where}.issuer: it is for method = "jwt"')
 
 
-def _check_server(server: ServerSection) -> None:
-    check_pair("kms.server", server, "tls_cert", "tls_key")
-    if server.client_ca is not None and server.tls_cert is None:
-        raise ConfigurationError(
-            "kms.server.client_ca: client certificates need TLS; set tls_cert and tls_key"
-        )
-    if server.client_cert == "required" and server.client_ca is None:
-        raise ConfigurationError("kms.server.client_cert: name the authority that signs them in client_ca")
-    if server.client_crl is not None and server.client_ca is None:
-        raise ConfigurationError("kms.server.client_crl: name the authority that signs it in client_ca")
-    _check_proxies(server.trusted_proxies)
-
-
 def _check_proxies(lines: Sequence[str]) -> None:
     """Refuse invalid networks, and networks that together contain every address."""
     where = "kms.server.trusted_proxies"
@@ -166,11 +152,6 @@ def _check_proxies(lines: Sequence[str]) -> None:
         raise ConfigurationError(
             f"{where}: this trusts every address, so that callers could choose theirs: name the proxies only"
         )
-
-
-def _check_tenant(where: str, tenant: TenantSection) -> None:
-    if tenant.burst is not None and tenant.requests_per_s is None:
-        raise ConfigurationError(f"{where}.burst: it needs requests_per_s")
 
 
 def _check_scopes(where: str, lines: Sequence[str]) -> None:
@@ -376,8 +357,19 @@ def _check_http(where: str, section: StoreSection, *, in_dev: bool) -> None:
 
 
 def check_server(settings: Settings) -> None:
-    """Require origins as browsers send them."""
-    for index, origin in enumerate(settings.kms.server.codec_origins):
+    """Refuse half of the settings of TLS, unusable proxies, and origins that no browser sends."""
+    server = settings.kms.server
+    check_pair("kms.server", server, "tls_cert", "tls_key")
+    if server.client_ca is not None and server.tls_cert is None:
+        raise ConfigurationError(
+            "kms.server.client_ca: client certificates need TLS; set tls_cert and tls_key"
+        )
+    if server.client_cert == "required" and server.client_ca is None:
+        raise ConfigurationError("kms.server.client_cert: name the authority that signs them in client_ca")
+    if server.client_crl is not None and server.client_ca is None:
+        raise ConfigurationError("kms.server.client_crl: name the authority that signs it in client_ca")
+    _check_proxies(server.trusted_proxies)
+    for index, origin in enumerate(server.codec_origins):
         if not _ORIGIN.fullmatch(origin):
             raise ConfigurationError(
                 f"kms.server.codec_origins[{index}]: expected one origin as browsers send it, such as "

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 from typing import ClassVar
-from urllib.parse import urlsplit
 
-from kms_core.sections import BackendSection, Timeout, check_address, is_loopback
+from kms_core.sections import BackendSection, Timeout, check_address, is_cleartext
 from kms_protocol.errors import ConfigurationError
 
 
@@ -31,5 +30,5 @@ class AwsKmsSection(BackendSection, frozen=True, kw_only=True):
 def check_endpoint(where: str, url: str, *, in_prod: bool) -> None:
     """Refuse what ``check_address`` does, and ``http://`` off loopback, since requests hold file keys."""
     check_address(where, url, in_prod=in_prod)
-    if url.startswith("http:") and not is_loopback(urlsplit(url).hostname or ""):
+    if is_cleartext(url):
         raise ConfigurationError(f"{where}: http:// is for loopback only; use https://")
