@@ -117,14 +117,11 @@ class VaultClient:
         body = None if document is None else msgspec.json.encode(document)
         headers = {"X-Vault-Token": token, "X-Vault-Request": "true", **self._namespace}
         answer = self.peer.call(method, f"/v1/{path}", body, headers=headers, expected=_SEALED)
+        if answer.status == HTTPStatus.SERVICE_UNAVAILABLE and b"sealed" in answer.body:
+            raise Unreachable(f"{self.server.where} is sealed: run `bao operator unseal` there")
         if answer.status == HTTPStatus.SERVICE_UNAVAILABLE:
-            raise self._sealed(answer)
+            raise Unreachable(f"{self.server.where} answers {answer.status}")
         return answer
-
-    def _sealed(self, answer: PeerAnswer) -> Unreachable:
-        if b"sealed" in answer.body:
-            return Unreachable(f"{self.server.where} is sealed: run `bao operator unseal` there")
-        return Unreachable(f"{self.server.where} answers {answer.status}")
 
     def _forbidden(self, answer: PeerAnswer, path: str) -> BackendUnavailable:
         said(answer)
