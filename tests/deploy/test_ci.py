@@ -14,12 +14,16 @@ BROUGHT: Final = {  # with a program that .ci/all names
     "java": "javac",
     "mkfs": "mkfs.ext4",
     "promtool": "prometheus",
+    "psql": "pg_dump",
     "ssh-agent": "ssh-add",
     "ssh-keygen": "ssh-add",
     "systemd-": "systemd-analyze",  # the rest of the name varies
     "unshare": "nsenter",
 }
-OPTIONAL: Final = {"minio"}  # built by hand: tests of stores take it along where it is
+OPTIONAL: Final = {
+    "minio",  # built by hand: tests of stores take it along where it is
+    "terraform",  # in no package of Debian: its recipe is tested where it is
+}
 OF_DEBIAN: Final = {"bash", "mount", "tar"}  # on every system
 
 
