@@ -118,7 +118,7 @@ def _is_made(url: str) -> bool:
 def _install(folder: Path, name: str, endpoint: str) -> Iterator[Install]:
     """An API process and a worker of two, with the spool in the bucket if there is an endpoint."""
     place = _new(folder / name.rpartition(" ")[2])
-    jobs: dict[str, object] = {"spool_max_bytes": _SPOOL_BYTES}
+    jobs: dict[str, object] = {"spool_max_bytes": _SPOOL_BYTES, "inline_bytes": 0}
     if endpoint:
         secret = place / "secret"
         secret.write_text(drive_s3.SECRET)
@@ -170,7 +170,7 @@ def _small(installs: dict[str, Install], options: report.Options, seconds: float
     found = options.keep("small jobs", in_turn(contenders, options.plan, seconds))
     title = (
         f"{options.given.jobs:,} jobs of one item at once, sent in process: with the bucket "
-        f"`inline_bytes = {_INLINE_BYTES:,}`, with the directory its default"
+        f"`inline_bytes = {_INLINE_BYTES:,}`, with the directory 0"
     )
     return report.table(title, found, _RATE)
 

@@ -142,7 +142,8 @@ def test_jobs_run_end_are_cancelled_released_and_purged(own: Core, filled: Fille
     assert store.get(job_id, TENANT).state == "succeeded"
     store.release(store.get(job_id, TENANT))
     Reaper(store, spool, "me").round()
-    assert list(spool.folders(-1)) == [withdrawn]
+    kept = [each for each in (job_id, withdrawn, purged) if filled.client.exists(f"kms:blobs:{each}")]
+    assert kept == [withdrawn]
     with pytest.raises(RedisFull):
         store.submit(accepted())
 
@@ -158,3 +159,19 @@ def test_job_in_parts_waits_for_room_without_losing_an_attempt(own: Core, filled
     store.redis.hset(f"kms:job:{job_id}", "not_before", 0)
     run_job(job_id, own.worker_context, "w1")
     assert store.get(job_id, TENANT).parts == 2
+
+
+def test_redis_without_a_bound_has_room_for_small_blobs_up_to_half_of_an_assumed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    valkey = EmbeddedValkey(tmp_path / "valkey", options=("--maxmemory", "0"))
+    try:
+        store = core_of(Service(tmp_path / "core", redis=valkey.start().url)).worker_context.store
+        store.ping(write=True)
+        assert store.has_room
+
+        monkeypatch.setattr(maintenance, "UNBOUNDED", 1024**2)
+        store.ping(write=True)
+        assert not store.has_room
+    finally:
+        valkey.stop()

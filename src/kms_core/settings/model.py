@@ -249,7 +249,7 @@ class JobsSection(Section, frozen=True, kw_only=True):
     spool_identity_path: Path
     intake_identity_path: Path
     spool_max_bytes: Positive = 10 * GiB
-    inline_bytes: Annotated[int, Meta(ge=0, le=64 * KiB)] = 0
+    inline_bytes: Annotated[int, Meta(ge=0, le=64 * KiB)] = 16 * KiB
     durability: Literal["fsync", "write"] = "fsync"
     tenant_spool_bytes: Positive | None = None
     result_ttl_s: Annotated[int, Meta(ge=1, le=30 * 86_400)] = 86_400

@@ -32,7 +32,6 @@ server:
   {{- end }}
 jobs:
   roots: []
-  inline_bytes: 16384
   {{- if .Values.secrets.keys }}
   spool_identity_path: /run/secrets/keys/spool.key
   intake_identity_path: /run/secrets/keys/intake.key

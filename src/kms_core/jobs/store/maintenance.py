@@ -36,7 +36,7 @@ from kms_protocol.errors import (
     RedisFull,
     RedisReadOnly,
 )
-from kms_protocol.units import MiB
+from kms_protocol.units import GiB, MiB
 from kms_protocol.wire import PRIORITIES
 
 # Waits until a write is on the disks of Redis and of its replicas (WAITAOF, Redis 7.2, Valkey).
@@ -210,6 +210,8 @@ ANY_KEY: Final = f"{PREFIX}open"
 """The key of scripts that are about no job: all keys are in one slot."""
 FULL: Final = 0.95
 """The used part of Redis's memory from which on no job is accepted: accepted ones can run and end."""
+UNBOUNDED: Final = 2 * GiB
+"""Bytes of memory to go by where Redis has no maxmemory: small blobs rest in it up to half of that."""
 StoreCondition = Literal["available", "unavailable", "full", "read_only"]
 _CONDITION_KEPT_S: Final = 1.0
 _CLOCK_KEPT_S: Final = 10.0
@@ -301,7 +303,7 @@ class StoreMaintenance:
 
         It counts as full from ``FULL`` on. Without any memory left it refuses the script.
         """
-        seconds, *found = self._call("probe", "", int(write), FULL)
+        seconds, *found = self._call("probe", "", int(write), FULL, UNBOUNDED)
         if not found:
             raise RedisFull
         self._clock = (int(seconds) + int(found[0]) / 1e6, time.monotonic())

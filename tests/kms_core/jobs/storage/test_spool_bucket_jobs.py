@@ -65,6 +65,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, redis_of_module: str) -> It
     secret.chmod(0o600)
     with Way(bucket.store) as way:
         settings = (
+            "[kms.jobs]\ninline_bytes = 0\n"
             f'[kms.jobs.spool_bucket]\nurl = "s3://{bucket.name}/{PREFIX}"\nendpoint = "{way.url}"\n'
             f'allow_http = true\naccess_key_id = "{object_stores.ACCESS_KEY}"\nsecret_key_file = "{secret}"\n'
         )

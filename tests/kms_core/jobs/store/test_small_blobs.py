@@ -24,11 +24,12 @@ from support.service import CANARY, Service, core_of, unb64
 
 OPTIONS: Final = SubmissionOptions(Principal("local"), "encrypt", Context())
 LIMIT: Final = 16 * 1024
+NONE: Final = "[kms.jobs]\ninline_bytes = 0\n"
 
 
 @pytest.fixture
 def core(tmp_path: Path, redis_url: str) -> Core:
-    return core_of(Service(tmp_path, f"[kms.jobs]\ninline_bytes = {LIMIT}\n", redis_url))
+    return core_of(Service(tmp_path, "", redis_url))
 
 
 def bulk(core: Core, *texts: bytes, options: SubmissionOptions = OPTIONS) -> str:
@@ -136,8 +137,8 @@ def test_blobs_go_to_the_disk_while_redis_has_little_room(core: Core) -> None:
     assert not small(core, later)
 
 
-def test_none_is_in_redis_by_default(tmp_path: Path, redis_url: str) -> None:
-    core = core_of(Service(tmp_path / "none", "", redis_url))
+def test_none_is_in_redis_if_none_may_be(tmp_path: Path, redis_url: str) -> None:
+    core = core_of(Service(tmp_path / "none", NONE, redis_url))
     job_id = bulk(core, b"x")
 
     assert done(core, job_id).state == "succeeded"
@@ -149,7 +150,7 @@ def test_a_process_that_keeps_none_there_reads_those_of_others(
     core: Core, tmp_path: Path, redis_url: str
 ) -> None:
     """Hosts may differ in ``inline_bytes``, and it may be set back to 0 while jobs wait."""
-    other = core_of(Service(tmp_path, "", redis_url))
+    other = core_of(Service(tmp_path, NONE, redis_url))
     waiting, ended = bulk(core, b"one"), bulk(core, b"two")
     done(core, ended)
 
