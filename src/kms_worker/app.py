@@ -52,13 +52,14 @@ CONFIGURATION: Final[dict[str, object]] = {
 }
 TRANSPORT: Final[dict[str, object]] = {
     "visibility_timeout": _VISIBILITY_S,
-    "unacked_restore_interval": 5,
+    "unacked_restore_interval": 30,
     "unacked_restore_throttle": 1,
     "unacked_restore_limit": 100,  # of one look, or a list of junk would keep the loop for a minute
     "socket_timeout": 10,
     "socket_connect_timeout": 2,
     "socket_keepalive": True,
-    "health_check_interval": 25,
+    "polling_interval": 5,  # seconds that Redis holds a BRPOP: a message ends it at once
+    "health_check_interval": 23,  # a line that went dead is noticed after twice this and those 5 s
     "global_keyprefix": "kms:",
     "confirm_publish": True,  # RabbitMQ: a message counts as sent once a majority has it
 }

@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
@@ -98,9 +98,8 @@ def run(loaded: Settings) -> int:
     signals.worker_shutting_down.connect(lambda **_: heartbeat.stop(), weak=False)
     _start(*beside)
     Watchdog(
-        served,
         attendance.PATIENCE_S,
-        partial(_waiting, app, store),
+        partial(_can_take, app, store, served),
         lambda: min(time.monotonic() - pulse.at, store.idle_s(name)),
     ).start()
     try:
@@ -145,11 +144,13 @@ def _watch_pool(loaded: Settings, store: JobStore, name: str, beside: list[Perio
     signals.worker_ready.connect(watch, weak=False)
 
 
-def _waiting(app: Celery, store: JobStore) -> Mapping[str, int]:
-    """Messages of ``kms.submit``, and 1 for each queue with jobs to take. Raises JobsUnavailable."""
+def _can_take(app: Celery, store: JobStore, served: Sequence[str]) -> bool:
+    """Return whether a job or a message waits that the worker could take. Raises JobsUnavailable."""
+    is_ready = store.has_ready(*store.rules.queues)
+    if is_ready or tasks.QUEUE not in served:
+        return is_ready
     with app.connection_for_read() as connection:
-        messages = {tasks.QUEUE: broker.messages(connection, tasks.QUEUE)}
-    return messages | dict.fromkeys(store.queues_to_serve(), 1)
+        return broker.messages(connection, tasks.QUEUE) > 0
 
 
 def _prepare_children() -> None:

@@ -8,7 +8,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -138,15 +138,13 @@ class Watchdog(PeriodicThread):
 
     def __init__(
         self,
-        queues: Sequence[str],
         patience_s: float,
-        waiting: Callable[[], Mapping[str, int]],
+        can_take: Callable[[], bool],
         idle_s: Callable[[], float],
     ) -> None:
         super().__init__("watchdog", min(_LOOK_EVERY_S, patience_s / 4), failed="watchdog.failed")
-        self._queues = queues
         self._patience_s = patience_s
-        self._waiting = waiting
+        self._can_take = can_take
         self._idle_s = idle_s
         self._heard_at = time.monotonic()
 
@@ -161,8 +159,6 @@ class Watchdog(PeriodicThread):
     def _deaf(self) -> bool:
         """Return whether jobs or messages wait and nothing was claimed for long. False without Redis."""
         try:
-            waiting = self._waiting()
-            mine = any(count for queue, count in waiting.items() if queue in self._queues)
-            return mine and self._idle_s() > self._patience_s
+            return self._can_take() and self._idle_s() > self._patience_s
         except JobsUnavailable:
             return False

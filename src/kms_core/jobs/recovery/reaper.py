@@ -4,13 +4,12 @@ Both run in the parent of each worker; a lock of some seconds lets one reaper ac
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Final
 
 import structlog
 
-from kms_core.jobs.spec import QUEUES
 from kms_core.jobs.storage.spool import Spool
 from kms_core.jobs.store import activity
 from kms_core.jobs.store.store import JobStore
@@ -19,6 +18,7 @@ from kms_core.periodic import PeriodicThread
 from kms_protocol import __version__
 
 HEARTBEAT_EVERY_S: Final = 1.0
+_COUNT_EVERY: Final = 3
 _log = structlog.get_logger(__name__)
 
 
@@ -26,6 +26,7 @@ class Heartbeat(PeriodicThread):
     """Records once a second that this worker lives, and how many processes serve which queues.
 
     It serves none before ``serve``: another worker would get the wake-ups that are sent for its processes.
+    The processes of all workers are counted in every third round: others may have been killed.
     Nothing else is done here, so nothing can delay it; ``stop`` takes the worker off the list. A worker that
     was killed is on the list for ``maintenance.WORKER_SEEN_S`` at most.
     """
@@ -36,6 +37,7 @@ class Heartbeat(PeriodicThread):
         self._owner = name
         self._about = f"{__version__} {time.time():.0f}"
         self._serves = False
+        self._rounds = 0
 
     def start(self) -> None:
         """Record it now, in this thread, and from then on in a thread of its own."""
@@ -52,13 +54,15 @@ class Heartbeat(PeriodicThread):
         return self._serves and not self.stopping
 
     def _begin(self) -> None:
+        self._rounds = 0
         self.round()
-        self._store.wake(*self._store.rules.queues)
+        self._store.wake()
 
     def round(self) -> None:
-        rules = self._store.rules
+        rules, counts = self._store.rules, self._rounds % _COUNT_EVERY == 0
         served = rules.queues if self._serves else ()
-        self._store.worker_seen(self._owner, rules.concurrency, served, self._about)
+        self._store.worker_seen(self._owner, rules.concurrency, served, self._about, counts=counts)
+        self._rounds += 1
 
     def finish(self) -> None:
         self._store.worker_left(self._owner)  # one that cannot say so leaves the list by itself
@@ -66,10 +70,6 @@ class Heartbeat(PeriodicThread):
 
 EVERY_S: Final = 1.0
 _LOCK_S: Final = 10.0
-_SWEEP_EVERY: Final = 600
-_LOOK_EVERY: Final = 10
-_INPUTS_EVERY: Final = 5
-_POINT_EVERY: Final = 60
 _ORPHAN_AGE_S: Final = 3600.0
 _TAKEN_UP: Final = frozenset({"requeued", "committing", "due", "parts_ended"})
 
@@ -110,22 +110,23 @@ class Reaper(PeriodicThread):
 
         Once a minute, add a point to the sums of operations.
         """
-        self._step(self._take_up_due)
-        self._step(self._wake_workers)
-        if self._rounds % _INPUTS_EVERY == 0:
-            self._step(self._delete_inputs)
-        self._step(self._delete_expired)
-        self._step(self._store.forget)
-        if self._rounds % _POINT_EVERY == 0:
-            self._step(self._count_operations)
-        if self._rounds % _LOOK_EVERY == 0:
-            self._step(self._tell_of_newer)
-            self._store.condition()  # notes how full Redis is, for workers
-        if self._rounds % _SWEEP_EVERY == 0:
-            self._step(self._sweep)
+        steps: Sequence[tuple[int, Callable[[], object]]] = (
+            (1, self._take_up_due),
+            (1, self._store.wake),
+            (5, self._delete_inputs),
+            (2, self._delete_expired),
+            (2, self._store.forget),
+            (60, self._count_operations),
+            (10, self._tell_of_newer),
+            (10, self._store.condition),  # notes how full Redis is, for workers
+            (600, self._sweep),
+        )
+        for every, step in steps:
+            if self._rounds % every == 0:
+                self._step(step)
         self._rounds += 1
 
-    def _step(self, step: Callable[[], None]) -> None:
+    def _step(self, step: Callable[[], object]) -> None:
         """One step, which may fail without the others; the log has the first failure of a row."""
         try:
             step()
@@ -142,9 +143,6 @@ class Reaper(PeriodicThread):
             if found in _TAKEN_UP:
                 metrics.JOB_RESUMES.labels(found).inc()
                 _log.info("job.taken_up", job_id=job_id, reason=found)
-
-    def _wake_workers(self) -> None:
-        self._store.wake(*QUEUES)
 
     def _delete_inputs(self) -> None:
         found = self._store.with_input()

@@ -341,12 +341,12 @@ class StoreMaintenance:
 
     # -- wake-ups -------------------------------------------------------------------------------------
 
-    def wake(self, *queues: str) -> None:
+    def wake(self) -> None:
         """Send as many wake-ups for each queue as it has ready jobs and idle processes."""
-        given = [part for queue in queues for part in (queue, *self.wake_up(queue))]
-        counts = self._call("wake", "", *given)
-        for queue, count in zip(queues, counts, strict=True):
-            self.notify(queue, int(count))
+        if self.has_ready(*QUEUES):
+            given = [part for queue in QUEUES for part in (queue, *self.wake_up(queue))]
+            for queue, count in zip(QUEUES, self._call("wake", "", *given), strict=True):
+                self.notify(queue, int(count))
 
     def wake_up(self, queue: str) -> tuple[str, bytes]:
         """The list for a wake-up, and the wake-up; both empty if the broker is elsewhere."""
@@ -401,10 +401,10 @@ class StoreMaintenance:
         _log.warning("job.unreadable", job_id=job_id)
         return b"unreadable"
 
-    def queues_to_serve(self) -> set[str]:
-        """The queues with jobs that a worker could take: ready ones, of a tenant that is not at its cap."""
+    def has_ready(self, *queues: str) -> bool:
+        """True if one of the queues has jobs that may run: ready ones, of a tenant that is not at its cap."""
         with redis_errors():
-            return {queue for queue in QUEUES if self.redis.exists(f"{PREFIX}active:{queue}")}
+            return bool(self.redis.exists(*(f"{PREFIX}active:{queue}" for queue in queues)))
 
     def waiting(self) -> Mapping[QueuePriority, tuple[int, float]]:
         """The number of ready jobs, and since when the oldest waits."""
@@ -426,7 +426,7 @@ class StoreMaintenance:
         with redis_errors():
             return int(self.redis.zcard(f"{PREFIX}newer"))
 
-    def expired(self, limit: int = 1000) -> list[str]:
+    def expired(self, limit: int = 2000) -> list[str]:
         """Ended jobs whose results are to be deleted."""
         return self._first(f"{PREFIX}ended", limit)
 
@@ -457,9 +457,10 @@ class StoreMaintenance:
         with redis_errors():
             return sorted(raw.decode() for raw in cast("set[bytes]", self.redis.smembers(_TENANTS)))
 
-    def forget(self, limit: int = 1000) -> None:
+    def forget(self, limit: int = 2000) -> None:
         """Take the ids of expired records out of the lists of jobs, which never expire."""
-        self._call("forget", "", limit)
+        if self._first(f"{PREFIX}records", 1):
+            self._call("forget", "", limit)
 
     def idle_s(self, worker: str) -> float:
         """Seconds since this worker claimed or renewed anything; infinite if it never did."""
@@ -481,10 +482,15 @@ class StoreMaintenance:
         with redis_errors():
             return bool(self.redis.set(f"{PREFIX}once:{name}", owner, nx=True, px=int(seconds * 1000)))
 
-    def worker_seen(self, worker: str, processes: int, queues: Sequence[str], about: str = "") -> None:
-        """Note that a worker lives, its processes, their queues, and its version and when it started."""
+    def worker_seen(
+        self, worker: str, processes: int, queues: Sequence[str], about: str = "", *, counts: bool = True
+    ) -> None:
+        """Note that a worker lives, its processes, their queues, and its version and when it started.
+
+        If not ``counts``, only the first, unless the worker counted as gone.
+        """
         with redis_errors():
-            given = [worker, processes, WORKER_SEEN_S, about, *queues]
+            given = [worker, processes, WORKER_SEEN_S, int(counts), about, *queues]
             self._run["worker_seen"]([_WORKERS], given)
 
     def worker_left(self, worker: str) -> None:

@@ -438,6 +438,6 @@ class JobStore(AttemptStore):
         if word != b"queued":
             self.get(job_id, tenant)  # UnknownJob, if the id is another tenant's by now
             raise JobNotDead
-        self.wake(accepted.queue)
+        self.wake()
         self.confirm(job_id)
         return self.get(job_id, tenant)

@@ -286,11 +286,11 @@ def test_no_wake_up_where_no_worker_lives(store: JobStore, woken: list[str]) -> 
     assert woken == []
 
     store.worker_seen("w", 1, (FILES,))
-    store.wake(BULK)
+    store.wake()
     assert woken == []
 
     store.worker_seen("w", 1, QUEUES)
-    store.wake(BULK)
+    store.wake()
     assert woken == [BULK]
 
 
@@ -343,13 +343,14 @@ def test_no_wake_up_for_jobs_of_a_tenant_at_its_cap(core: Core, woken: list[str]
     assert taken(store) is None
 
     store.worker_seen("w", 1, QUEUES)
-    store.wake(BULK)
+    store.wake()
     assert woken == []
-    assert store.queues_to_serve() == set()  # or a watchdog would end the worker, which takes nothing
+    assert not store.has_ready(*QUEUES)  # or a watchdog would end the worker, which takes nothing
 
     store.finish(running, "failed", "expired")
-    assert store.queues_to_serve() == {BULK}
-    store.wake(BULK)
+    assert store.has_ready(BULK)
+    assert not store.has_ready(FILES)
+    store.wake()
     assert woken == [BULK]
 
 
@@ -370,6 +371,36 @@ def test_a_count_of_processes_that_others_wrote_is_taken_again(store: JobStore, 
     store.submit(job())
 
     assert woken == [BULK]
+
+
+@pytest.mark.parametrize("how", ["forgotten", "silent"])
+def test_a_worker_that_is_back_is_counted_at_once(store: JobStore, woken: list[str], how: str) -> None:
+    store.worker_seen("w", 1, QUEUES)
+    if how == "forgotten":  # as after a fail-over
+        store.redis.delete("kms:workers", "kms:slots")
+    else:
+        store.redis.zadd("kms:workers", {"w": time.time() - 11})
+    store.redis.delete("kms:capacity:kms.bulk")  # as after ten seconds
+    store.worker_seen("w", 1, QUEUES, counts=False)
+
+    store.submit(job())
+
+    assert woken == [BULK]
+
+
+def test_processes_of_a_killed_worker_are_counted_no_more(store: JobStore, woken: list[str]) -> None:
+    store.worker_seen("killed", 4, QUEUES)
+    heartbeat = Heartbeat(store, "w")
+    heartbeat.serve()
+    store.redis.zadd("kms:workers", {"killed": time.time() - 60})
+    for _ in range(3):
+        heartbeat.round()
+
+    for _ in range(5):
+        store.submit(job())
+
+    assert woken == [BULK] * store.rules.concurrency
+    assert store.workers() == 1
 
 
 def test_a_lost_wake_up_is_sent_again(core: Core, store: JobStore, woken: list[str]) -> None:

@@ -87,7 +87,7 @@ def test_what_waits_for_a_bound_wakes_nobody(core: Core) -> None:
     assert taken(store) is None
     store.worker_seen("w", 4, QUEUES)
 
-    store.wake(BULK)
+    store.wake()
     assert woken == []
     assert depths(store)[BULK, "normal"] == 19
 

@@ -3,8 +3,9 @@
 -- KEYS: any key of jobs   ARGV: '', and of each queue: its name, the broker's list or '', the message
 local counts = {}
 for i = 2, #ARGV, 3 do
+  local is_wanted = has_choice(ARGV[i]) and idle(ARGV[i]) > 0
   -- one at least: a process that finds nothing takes tenants without ready jobs out of the choice
-  local most = has_choice(ARGV[i]) and math.max(1, ready_jobs(ARGV[i])) or 0
-  table.insert(counts, wake(ARGV[i], most, ARGV[i + 1], ARGV[i + 2]))
+  local most = is_wanted and math.max(1, ready_jobs(ARGV[i]))
+  table.insert(counts, most and wake(ARGV[i], most, ARGV[i + 1], ARGV[i + 2]) or 0)
 end
 return counts
