@@ -1,31 +1,39 @@
-"""How work is shared out: between a tenant with many jobs and one with few, and between two hosts.
+"""How work is shared out: between a tenant with many jobs and one with few, and between hosts.
 
-Both count rather than time. A job of the small tenant is submitted when the one before it has ended, while
-10,000 of the big tenant wait and two processes work. Two hosts are network namespaces with a worker each.
+A job of the small tenant is submitted when the one before it has ended, while 10,000 of the big tenant wait
+and two processes work; or while large files of the big tenant are encrypted. Two hosts are network namespaces
+with a worker each; that an idle one is found while the other is in long files does not depend on a network.
 """
 
 import functools
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Final, cast
 
-from benchmarks import report
+from benchmarks import children, report
 from benchmarks.bench_jobs import TERMS, bulk_items
-from benchmarks.jobs_install import Ends, Install, in_two_processes, installed, wait
+from benchmarks.jobs_install import Ends, Install, in_two_processes, installed, long_files, wait
 from benchmarks.measure import Contender, Reading, in_turn
 from benchmarks.report import Cell, Scale
 from benchmarks.running import free_port
 
+from kms_core.auth import tokens
 from kms_core.auth.policy import Principal
+from kms_core.jobs.spec import BULK, MAINTENANCE
 from kms_core.jobs.store.redis_keys import job_key
-from kms_protocol.wire import JobItem
+from kms_core.jobs.submission.submitter import SubmissionOptions
+from kms_protocol.wire import ENDED, JobItem
+from support import rabbitmq
 from support.network_hosts import Host, hosts
 
 BIG: Final = 10_000
 WAITING: Final = 1_000
+FILE_MIB: Final = 3072  # a job over such a file lasts for longer than a look at it
 _BIG: Final = replace(TERMS, who=Principal("big", "big"))
 _SMALL: Final = replace(TERMS, who=Principal("small", "small"))
 _ITEMS: Final = [JobItem(plaintext=b"secret")]
@@ -39,6 +47,10 @@ _BEFORE: Final = Scale(key="worst", unit="jobs of the big tenant, worst", digits
 _MEDIAN: Final = Scale(key="median", digits=0)
 _APART: Final = Scale(key="apart_s", unit="s until both are busy")
 _SHARE: Final = Scale(key="share", factor=100, digits=0)
+_TIMES: Final = 10
+_BEGUN: Final = Scale(key="worst_s", unit=f"s until it begins, worst of {_TIMES}")
+_BEGUN_MEDIAN: Final = Scale(key="median_s")
+_REQUIRED: Final = '[kms.auth]\nmode = "required"\n'  # without it there is one tenant
 
 
 def main() -> None:
@@ -49,14 +61,17 @@ def main() -> None:
         budget_s=200.0,
         big=BIG,
         waiting=WAITING,
+        file_mib=FILE_MIB,
         dir="/dev/shm",  # noqa: S108 -- jobs whose disk costs nothing
     )
-    given, budget = options.given, options.budget(2)
+    given, budget = options.given, options.budget(4)
     with tempfile.TemporaryDirectory(prefix="kms-bench-", dir=report.place(given.dir)) as name:
         folder = Path(name)
         parts = [
             _fairness(folder / "fair", options, budget.share()),
+            _beside_files(folder / "files", options, budget.share()),
             _hosts(folder / "hosts", options, budget.share()),
+            _idle_host(folder / "idle", options, budget.share()),
         ]
     options.write(parts)
 
@@ -118,7 +133,82 @@ def _made(folder: Path) -> Path:
     return folder
 
 
+def _beside_files(folder: Path, options: report.Options, seconds: float) -> str:
+    """The big tenant has as many large files as there are processes."""
+    size_mib = options.given.file_mib
+    with installed(folder, "no", settings=_REQUIRED) as install:
+        here = f"{(install.state / 'files').as_uri()}/"
+        big = _with_token(install, "big", f"encrypt read={here} write={here}")
+        small = _with_token(install, "small", "*")
+        waited = functools.partial(_waited, install, big, small, 1, size_mib)  # one process is for others
+        install.worker("worker")
+        contender = Contender(
+            "beside two large files of another tenant", functools.partial(_ten_times, waited)
+        )
+        plan = replace(options.plan, warms=False)
+        found = options.keep("beside files", in_turn([contender], plan, seconds))
+    title = f"A job of a small tenant beside two files of {size_mib:,} MiB of another, two processes"
+    return report.table(title, found, _BEGUN, more={"median": _BEGUN_MEDIAN.median})
+
+
+def _with_token(install: Install, tenant: str, scope: str) -> SubmissionOptions:
+    where = install.loaded.kms.auth.tokens_path
+    token, _ = tokens.create(where, tokens.TokenRequest(tenant, tenant, [scope], timedelta(days=1)))
+    return replace(TERMS, who=Principal(token.name, token.tenant, f"token:{token.id}"))
+
+
+def _ten_times(waited: Callable[[], float]) -> Reading:
+    waits = sorted(waited() for _ in range(_TIMES))
+    return {"worst_s": waits[-1], "median_s": waits[len(waits) // 2]}
+
+
+def _waited(
+    install: Install, long: SubmissionOptions, one: SubmissionOptions, running: int, size_mib: int
+) -> float:
+    """Seconds until a job of one item begins while ``running`` of two long files are worked on.
+
+    Raises RuntimeError if a file ends before the job begins.
+    """
+    ends = Ends(install.redis)
+    files = {job.job_id for job in long_files(install, long, 2, size_mib * 1024**2)}
+    begun = (found for found in ends.later() if found.job_id in files and found.state == "running")
+    for _ in range(running):
+        next(begun)
+    job = install.core.submitter.items(one, _ITEMS)
+    queued, running_at = ends.moment(job.job_id, "queued"), ends.moment(job.job_id, "running")
+    for job_id in files:
+        install.core.worker_context.store.cancel(job_id, long.who.tenant)
+    ended = {}
+    for found in ends.later():
+        if found.state in ENDED and found.job_id in {*files, job.job_id}:
+            ended[found.job_id] = found.state
+        if len(ended) > len(files):
+            break
+    if "succeeded" in {ended.get(job_id) for job_id in files}:
+        raise RuntimeError("a file ended before the job began: choose a larger --file-mib")
+    return running_at - queued
+
+
 # -- hosts -------------------------------------------------------------------------------------------
+
+
+def _idle_host(folder: Path, options: report.Options, seconds: float) -> str:
+    """Two workers of two processes each: files are for one of them, small jobs for both."""
+    with ExitStack() as stack:
+        brokers = {"Redis": ""}
+        if children.installed(["rabbitmq-server"]):
+            brokers["RabbitMQ"] = stack.enter_context(rabbitmq.server(folder / "server"))
+        contenders = []
+        for name, broker in brokers.items():
+            install = stack.enter_context(installed(folder / name, "no", broker=broker))
+            install.worker("busy")
+            install.worker("idle", queues=[BULK, MAINTENANCE])
+            waited = functools.partial(_waited, install, TERMS, TERMS, 2, options.given.file_mib)
+            contenders.append(Contender(name, functools.partial(_ten_times, waited)))
+        plan = replace(options.plan, warms=False)
+        found = options.keep("idle host", in_turn(contenders, plan, seconds))
+    title = "One host with both processes in long files, an idle one: a job of one item"
+    return report.table(title, found, _BEGUN, more={"median": _BEGUN_MEDIAN.median})
 
 
 def _hosts(folder: Path, options: report.Options, seconds: float) -> str:

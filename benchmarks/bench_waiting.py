@@ -17,11 +17,10 @@ from typing import Any, Final
 
 from benchmarks import report
 from benchmarks.bench_jobs import TERMS, bulk_items
-from benchmarks.jobs_install import Ends, Install, copy, installed
+from benchmarks.jobs_install import Ends, Install, copy, installed, long_files
 from benchmarks.measure import Contender, Reading, Series, in_turn, say
 from benchmarks.report import Scale
 
-from kms_core.jobs.submission.submitter import Reference
 from kms_protocol.wire import PREFIX
 
 FEW: Final = 100
@@ -39,8 +38,7 @@ _PATHS: Final = {
 _ASKED: Final = 50
 _ASK_S: Final = 2.0
 _IDLE_S: Final = 10.0
-_SETTLE_S: Final = 12.0  # what follows a change of the queue: looks that are due, clocks that are kept
-_ADOPTED_A_S: Final = 500  # at least; after its start a reaper looks at each open job once
+_SETTLE_S: Final = 60.0  # since the last submission, and since the worker began
 _SOURCE_BYTES: Final = 3 * 1024**3  # a hole, so that the first attempt lasts for longer than a look at it
 _TOP: Final = 5
 _OURS: Final = ("info", "client|setinfo", "hello", "auth")  # of the look itself
@@ -94,7 +92,12 @@ def main() -> None:
     options.write(parts)
 
 
-def _waiting(stack: ExitStack, folder: Path, depth: int, **jobs: int) -> Waiting:
+def _waiting(
+    stack: ExitStack,
+    folder: Path,
+    depth: int,
+    **jobs: Any,  # noqa: ANN401 -- settings of every kind
+) -> Waiting:
     install = stack.enter_context(installed(folder, "no", **jobs))
     job = install.core.submitter.items(TERMS, bulk_items(1))
     begun = time.perf_counter()
@@ -143,11 +146,8 @@ def _asked(side: Waiting, path: str) -> Reading:
 def _recovery(side: Waiting) -> Reading:
     """Kill the worker that runs a job, and await the second attempt by the other one."""
     install = side.install
-    source, target = (install.state / "files" / name for name in ("source", "target"))
-    with source.open("wb") as file:
-        file.truncate(_SOURCE_BYTES)
     ends = Ends(install.redis)
-    job = install.core.submitter.files(TERMS, Reference(f"file://{source}", f"file://{target}"))
+    (job,) = long_files(install, TERMS, 1, _SOURCE_BYTES)
     ends.moment(job.job_id, "running")
     holder = install.holder(job.job_id)
     if not holder:
@@ -172,13 +172,17 @@ def _redis_s(install: Install) -> float:
 def _idle(
     stack: ExitStack, folder: Path, sides: list[Waiting], options: report.Options, seconds: float
 ) -> Iterator[str]:
-    """Commands of two workers that find nothing to do: of a queue nobody serves, of a capped tenant."""
+    """Commands of an API and a worker of two processes that find nothing to do."""
     capped = _waiting(stack, folder, sides[0].depth, lease_s=600, tenant_leases=1)
     if capped.install.core.worker_context.store.claim(capped.job, "bench/1") is None:
         raise RuntimeError("a job that waits could not be claimed")
-    for worker in _WORKERS:
-        capped.install.worker(worker, concurrency=1)
-    time.sleep(_SETTLE_S + sides[0].depth / _ADOPTED_A_S)
+    capped.install.api()
+    capped.install.worker("idle")
+    for side in sides:
+        for worker in _WORKERS:
+            side.install.end(worker)
+        side.install.worker("idle", queues=SERVED)
+    time.sleep(_SETTLE_S)
     what = {
         f"{sides[0].name}, of a queue that nobody serves": sides[0].install,
         f"{capped.name}, of a tenant at its cap": capped.install,
@@ -189,7 +193,7 @@ def _idle(
     ]
     plan = replace(options.plan, warms=False)
     found: list[Series] = list(options.keep("idle", in_turn(contenders, plan, seconds)))
-    title = "Redis commands a second while two idle workers run, each command of a script counted"
+    title = "Redis commands a second while one API and one worker are idle, each command of a script counted"
     yield report.table(title, found, _RATE, more={"scripts a second": _SENT.median})
 
 

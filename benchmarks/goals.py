@@ -330,7 +330,8 @@ ROWS: Final = (
         [at_most("", 5, 2, [value("waiting", "second attempt", _MANY_JOBS, "over_s")], "s")],
     ),
     Row(
-        "idle Redis commands a second: 100,000 queued for a queue nobody serves; 100,000 behind a cap",
+        "idle Redis commands a second of one API and one worker: 100,000 queued for a queue nobody serves; "
+        "100,000 behind a cap",
         "-",
         [
             at_most(name, 50, 10, [value("waiting", "idle", f"{_MANY_JOBS}, of a {of}", "rate")], "")
@@ -351,6 +352,27 @@ ROWS: Final = (
                 [value("sharing", "small tenant", "behind 10,000 of another tenant", "worst")],
                 "jobs",
             )
+        ],
+    ),
+    Row(
+        "the same beside two large files of the big one: begun within",
+        "-",
+        [
+            at_most(
+                "",
+                2,
+                0.3,
+                [value("sharing", "beside files", "beside two large files of another tenant", "worst_s")],
+                "s",
+            )
+        ],
+    ),
+    Row(
+        "one host whose processes are all in long files, one idle host, one job, ten times: begun within",
+        "-",
+        [
+            at_most(name, 2, 0.1, [value("sharing", "idle host", name, "worst_s")], "s")
+            for name in ("Redis", "RabbitMQ")
         ],
     ),
     Row(

@@ -27,11 +27,14 @@ from celery import Celery
 from kms_cli.local import installation, up
 from kms_core.container import Core
 from kms_core.container import build as build_core
+from kms_core.jobs.model import Job
+from kms_core.jobs.store import broker as job_broker
 from kms_core.jobs.store.redis_keys import job_key
-from kms_core.jobs.submission.submitter import new_id
+from kms_core.jobs.submission.submitter import Reference, SubmissionOptions, new_id
 from kms_core.programs import tether
 from kms_core.settings.load import load as load_settings
-from kms_core.settings.redis_urls import for_celery
+from kms_core.settings.model import Settings
+from kms_core.settings.redis_urls import for_celery, is_shared
 from kms_protocol.wire import PREFIX
 
 START_S: Final = 60.0
@@ -52,6 +55,8 @@ class Install:
     core: Core
     stack: ExitStack
     jobs: Mapping[str, object]
+    loaded: Settings
+    settings: str = ""
     running: dict[str, tuple[subprocess.Popen[bytes], ExitStack]] = field(default_factory=dict)
 
     @property
@@ -93,7 +98,7 @@ class Install:
     def worker_environ(self, name: str, port: int, jobs: Mapping[str, object]) -> Mapping[str, str]:
         """What a worker with settings of its own is given."""
         config = self.state.with_name(f"{name}.toml")
-        config.write_text(_toml({**self.jobs, **jobs}))
+        config.write_text(self.settings + _toml({**self.jobs, **jobs}))
         return {"KMS_CONFIG": str(config), "KMS_PORT": str(port)}
 
     def holder(self, job_id: str) -> str:
@@ -122,15 +127,18 @@ class Install:
 
 
 @contextmanager
-def installed(folder: Path, fsync: str, *, tcp: int = 0, **jobs: object) -> Iterator[Install]:
+def installed(
+    folder: Path, fsync: str, *, tcp: int = 0, broker: str = "", settings: str = "", **jobs: object
+) -> Iterator[Install]:
     """A state directory with keys and a Valkey server (``appendfsync`` as given); nothing else runs yet.
 
-    ``jobs`` go to ``[kms.jobs]``; ``tcp`` is a port on which the server listens at all addresses too.
+    ``jobs`` go to ``[kms.jobs]``, ``settings`` before that; ``tcp`` is a port on which the server listens at
+    all addresses too, ``broker`` the URL of another broker.
     """
     state, config = folder / "state", folder / "kms.toml"
     (state / "files").mkdir(parents=True)
     jobs = {"concurrency": 2, "open_jobs": _OPEN_JOBS, **jobs}
-    config.write_text(_toml(jobs))
+    config.write_text(settings + _toml(jobs))
     with ExitStack() as stack:
         place = stack.enter_context(installation.claim(state, os.environ))
         argv = [
@@ -150,12 +158,14 @@ def installed(folder: Path, fsync: str, *, tcp: int = 0, **jobs: object) -> Iter
             "KMS_REDIS_URL": place.url_of(0),
             "KMS_LOG": "warning",
             "HOME": str(folder),
+            **({"KMS_BROKER_URL": broker} if broker else {}),
         }
         port = free_port()
-        settings = load_settings(config, named | {"KMS_PORT": str(port)})
-        up.make_dev_keys(settings)
-        core = build_core(settings, "bench", None)
-        yield Install(state, place, named, port, core, stack, jobs)
+        loaded = load_settings(config, named | {"KMS_PORT": str(port)})
+        up.make_dev_keys(loaded)
+        notify = None if is_shared(loaded.kms.redis) else job_broker.connect(loaded.kms.redis)
+        core = build_core(loaded, "bench", notify)
+        yield Install(state, place, named, port, core, stack, jobs, loaded, settings)
 
 
 def _toml(jobs: Mapping[str, object], table: str = "kms.jobs") -> str:
@@ -188,6 +198,18 @@ def copy(install: Install, job_id: str, count: int) -> None:
             store.submit(msgspec.structs.replace(spec, job_id=new_id(), created_at=store.now()))
 
     in_two_processes(count, work)
+
+
+def long_files(install: Install, options: SubmissionOptions, count: int, size_bytes: int) -> list[Job]:
+    """Submit jobs that encrypt a file each, which takes seconds. The file is a hole of so many bytes."""
+    folder = install.state / "files"
+    with (folder / "source").open("wb") as file:
+        file.truncate(size_bytes)
+    targets = [folder / f"target{number}" for number in range(count)]
+    for target in targets:
+        target.unlink(missing_ok=True)
+    asked = [Reference((folder / "source").as_uri(), target.as_uri()) for target in targets]
+    return [install.core.submitter.files(options, each) for each in asked]
 
 
 def wait(fact: Callable[[], object], seconds: float = START_S, what: str = "a process that is ready") -> None:
