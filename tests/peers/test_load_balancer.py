@@ -200,8 +200,10 @@ def test_no_call_is_lost_by_a_killed_host_but_those_in_hand(balanced: Balanced) 
     with balanced.callers() as callers:
         callers.more()
         balanced.one.kill("api")
+        until(lambda: not balanced.is_up("kms-1"), "HAProxy notices that it is gone")
         callers.more(200)
         balanced.one.start("api")
+        until(lambda: balanced.is_up("kms-1"), "HAProxy notices that it is back")
         callers.more(200)
         balanced.two.kill("api")  # all calls go to the one that is back
         callers.more(200)
