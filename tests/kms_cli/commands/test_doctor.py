@@ -96,8 +96,15 @@ def configured(folder: Path, settings: str, redis: str = NO_REDIS) -> Service:
 # -- a service at work -------------------------------------------------------------------------------
 
 
+def at_work(service: Service) -> tuple[int, int]:
+    """Workers, and jobs that wait."""
+    status = service.get("/status").json()
+    return status["workers"], status["queue_depth"]
+
+
 def test_of_a_service_at_work_nothing_fails(service: Service) -> None:
     service.encrypt(b"a record for the trail")
+    until(lambda: at_work(service) == (1, 0), "the worker runs, and jobs of other tests have ended")
     told = doctor(service)
 
     assert told.failed == set()

@@ -378,10 +378,9 @@ def test_upload_changed_while_it_is_read_is_refused(
     def options(lease: Lease) -> ParallelOptions:
         def check() -> None:
             if next(turns) == 2:
-                with path.open("r+b") as file:
-                    os.pwrite(file.fileno(), b"x", 7 * MIB)
+                _flip(7 * MIB)(path)
 
-        return ParallelOptions(progress=lease.advance, check=check)
+        return ParallelOptions(threads=1, progress=lease.advance, check=check)
 
     monkeypatch.setattr(one_file, "options_of", options)
     ended = install.run(job_id)
