@@ -39,8 +39,10 @@ class SyncedDisk:
             with os.scandir(fd) as entries:
                 names = {entry.name: entry.inode() for entry in entries}
             self._put(self._of(found.st_ino, "folder"), json.dumps(names).encode())
+            self._of(found.st_ino, "file").unlink(missing_ok=True)  # of a file that had this inode before
         else:
             self._put(self._of(found.st_ino, "file"), Path(f"/proc/self/fd/{fd}").read_bytes(), fd)
+            self._of(found.st_ino, "folder").unlink(missing_ok=True)
 
     def is_new(self, inode: int) -> None:
         """Forget what was synced when the inode was another file's."""
