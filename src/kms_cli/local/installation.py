@@ -27,7 +27,7 @@ from kms_core import secure_files
 from kms_core.audit import segments
 from kms_core.audit.maintenance import FolderSink, RedisSink
 from kms_core.audit.verification.scan import Note, VerificationReport
-from kms_core.programs.supervisor import Child
+from kms_core.programs.supervisor import Child, say
 from kms_core.redis_client import connect
 from kms_core.settings import load
 from kms_core.settings.load import DEFAULT_REDIS_URL
@@ -49,6 +49,7 @@ DIR_MODE: Final = 0o700
 MAXMEMORY: Final = "256mb"  # a full server refuses writes and never drops data
 LOG_ROTATE_BYTES: Final = 1024 * 1024
 ANSWER_TIMEOUT_S: Final = 1.0
+_LAST_WRITE_BYTES: Final = 16 * 1024 * 1024
 
 
 def make_directory(path: Path) -> None:
@@ -135,7 +136,7 @@ def is_private(folder: Path, owners: set[int]) -> bool:
 
 @contextmanager
 def claim(state_dir: Path, environ: Mapping[str, str]) -> Iterator[ValkeyFiles]:
-    """Create the directories of the server, and lock them.
+    """Create the directories of the server, lock them, and cut what a power cut left behind its data.
 
     Raises Conflict if another server uses the state directory, ConfigurationError if a directory cannot be
     created or is not private. Files of this run are removed at the end; the data stays.
@@ -146,6 +147,8 @@ def claim(state_dir: Path, environ: Mapping[str, str]) -> Iterator[ValkeyFiles]:
         if log_path.exists() and log_path.stat().st_size > LOG_ROTATE_BYTES:
             log_path.replace(log_path.with_name("valkey.log.1"))
         run = private_directory(runtime_dir(state_dir, environ))
+        for commands in data_dir.glob("appendonlydir/*.incr.aof"):
+            _cut_zeros(commands)
         files = ValkeyFiles(data_dir=data_dir, socket_path=run / "valkey.sock", log_path=log_path, lock=lock)
         try:
             yield files
@@ -153,6 +156,21 @@ def claim(state_dir: Path, environ: Mapping[str, str]) -> Iterator[ValkeyFiles]:
             files.socket_path.unlink(missing_ok=True)
             with suppress(OSError):  # the note of kms up is there
                 run.rmdir()
+
+
+def _cut_zeros(path: Path) -> None:
+    """Cut zero bytes off the end of an append-only file, with which Valkey would not start.
+
+    After a power cut a file system (ext4) may have them in place of a write that was not synced, and so not
+    answered. Valkey itself cuts the part of a command that may be before them.
+    """
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _LAST_WRITE_BYTES))
+        last = file.read()
+        if zeros := len(last) - len(last.rstrip(b"\0")):
+            file.truncate(size - zeros)
+            say(f"cut {zeros} zero bytes off {path}, which a power cut left in place of a write")
 
 
 @contextmanager

@@ -157,7 +157,10 @@ class Supervisor:
         if now - self._started_at >= STEADY_S:
             self._delay_s = FIRST_DELAY_S
         how = f"status {status}" if status >= 0 else signal.Signals(-status).name
-        where = f", see {self.child.log_path}" if self.child.log_path else ""
+        where = ""
+        if path := self.child.log_path:
+            last = path.read_text("utf-8", "replace").rstrip().rpartition("\n")[2]
+            where = f": {last!r}, see {path}" if status > 0 else f", see {path}"
         say(f"{self.child.name} ended with {how}{where}; starting it again in {self._delay_s:g} s")
         self.start_at = now + self._delay_s
         self._delay_s = min(2 * self._delay_s, LONGEST_DELAY_S)

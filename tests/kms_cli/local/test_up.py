@@ -194,6 +194,21 @@ def test_valkey_keeps_what_it_acknowledged_over_a_kill(start: Start) -> None:
         assert client.get("kms:job") == b"1"
 
 
+def test_valkey_that_cannot_read_its_data_says_why(start: Start) -> None:
+    service = start()
+    service.ready_line()
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(WAIT_S) == 0
+    (data,) = (service.state / "valkey/appendonlydir").glob("*.incr.aof")
+    data.write_bytes(b"not a command\r\n")
+
+    again = start()
+
+    until(lambda: "valkey ended with status 1: " in again.stderr, "it ends")
+    why = rf"# Bad file format reading .*{data.name}.*, see {again.state}/log/valkey\.log;"
+    assert re.search(why, again.stderr)
+
+
 def answers(client: redis.Redis) -> bool:
     try:
         return bool(client.ping())

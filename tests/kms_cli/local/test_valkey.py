@@ -226,6 +226,23 @@ def test_data_moves_to_redis_and_back(tmp_path: Path) -> None:
         assert client.get("kms:starts") == b"3"
 
 
+@pytest.mark.parametrize("part", [b"", b"*3\r\n$3\r\nSET\r\n$5\r\nkms:b\r\n$9\r\n123"], ids=["zeros", "part"])
+def test_zeros_that_a_power_cut_left_are_cut(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], part: bytes
+) -> None:
+    """Valkey refuses them, although the writes before them were acknowledged."""
+    with EmbeddedValkey(tmp_path) as server, client_of(server.url) as client:
+        client.set("kms:a", b"ends in zeros\0\0")
+    (log,) = (tmp_path / "valkey/appendonlydir").glob("*.incr.aof")
+    log.write_bytes(log.read_bytes() + part + bytes(100_000))
+
+    with EmbeddedValkey(tmp_path) as server, client_of(server.url) as client:
+        found = client.get("kms:a"), client.get("kms:b")
+
+    assert found == (b"ends in zeros\0\0", None)
+    assert f"cut 100000 zero bytes off {log}" in capfd.readouterr().err
+
+
 def test_damaged_data_is_told_with_the_servers_own_words(tmp_path: Path) -> None:
     with EmbeddedValkey(tmp_path) as server, client_of(server.url) as client:
         client.set("kms:a", "1")
