@@ -342,8 +342,8 @@ class StoreMaintenance:
     # -- wake-ups -------------------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """Send as many wake-ups for each queue as it has ready jobs and idle processes."""
-        if self.has_ready(*QUEUES):
+        """Send as many wake-ups for each queue as it has ready jobs, or all have chores, and idle processes."""
+        if self._has_any("chores", *map("active:{}".format, QUEUES)):
             given = [part for queue in QUEUES for part in (queue, *self.wake_up(queue))]
             for queue, count in zip(QUEUES, self._call("wake", "", *given), strict=True):
                 self.notify(queue, int(count))
@@ -403,8 +403,11 @@ class StoreMaintenance:
 
     def has_ready(self, *queues: str) -> bool:
         """True if one of the queues has jobs that may run: ready ones, of a tenant that is not at its cap."""
+        return self._has_any(*map("active:{}".format, queues))
+
+    def _has_any(self, *keys: str) -> bool:
         with redis_errors():
-            return bool(self.redis.exists(*(f"{PREFIX}active:{queue}" for queue in queues)))
+            return bool(self.redis.exists(*(f"{PREFIX}{key}" for key in keys)))
 
     def waiting(self) -> Mapping[QueuePriority, tuple[int, float]]:
         """The number of ready jobs, and since when the oldest waits."""

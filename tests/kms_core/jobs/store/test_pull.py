@@ -416,6 +416,25 @@ def test_a_lost_wake_up_is_sent_again(core: Core, store: JobStore, woken: list[s
     assert woken == [BULK, BULK]
 
 
+def test_a_worker_is_woken_to_end_a_job_whose_parts_have_ended(
+    core: Core, store: JobStore, woken: list[str]
+) -> None:
+    """The worker that ended the last part was killed, and nothing else is to be done."""
+    whole = claimed(store, items=1, source="items")
+    part = accepted(items=1, source="items", parent=whole.accepted.job_id)
+    store.split(whole, [part])
+    last = store.claim(part.job_id, "w1")
+    assert last
+    store.finish(last, "succeeded")
+    lapse(store)
+    store.worker_seen("w", 1, QUEUES)
+
+    Reaper(store, core.worker_context.spool, "r").reap()
+
+    assert BULK in woken
+    assert store.next("w/1", BULK, QUEUES, woken=True) == whole.accepted.job_id
+
+
 def test_a_process_that_stops_hands_on(store: JobStore, woken: list[str]) -> None:
     store.worker_seen("w", 1, QUEUES)
     for _ in range(2):
