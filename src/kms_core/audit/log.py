@@ -123,7 +123,7 @@ class AuditLog:
 
     def _end(self, group: _Group) -> None:
         """Write the rest of a group, which fails as a whole: the caller may go on after a failed record."""
-        with _counted():
+        with metrics.AUDIT_EVENTS.labels("failed").count_exceptions(AuditUnavailable):
             for record in group.failed_items.summaries:
                 group.waiting.append(_encode(record)[1:-1])
                 metrics.AUDIT_RECORD.inc()
@@ -340,13 +340,3 @@ def _writing() -> Iterator[None]:
         yield
     except OSError as exc:
         raise AuditUnavailable(f"The audit log cannot be written ({exc.strerror})") from exc
-
-
-@contextmanager
-def _counted() -> Iterator[None]:
-    """Count an error of records that were counted as written already."""
-    try:
-        yield
-    except AuditUnavailable:
-        metrics.AUDIT_EVENTS.labels("failed").inc()
-        raise
