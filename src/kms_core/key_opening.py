@@ -64,9 +64,12 @@ def own_files(settings: Settings) -> Mapping[str, Path]:
 
 
 def own_key(settings: Settings, name: str) -> AgeBackend:
-    """A key of the service itself, ``SPOOL`` or ``INTAKE``. Raises ConfigurationError."""
+    """A key of the service itself, ``SPOOL`` or ``INTAKE``. Raises ConfigurationError.
+
+    Files under the spool key have no native stanza: only the service opens them.
+    """
     path, sealed = own_files(settings)[name], of_process(settings)
-    return AgeBackend(KeyFiles(path, strict=settings.is_prod, name=name, sealed=sealed))
+    return AgeBackend(KeyFiles(path, strict=settings.is_prod, name=name, sealed=sealed), native=name != SPOOL)
 
 
 def places(settings: Settings) -> Mapping[str, Path | str]:

@@ -207,15 +207,17 @@ def test_new_digest() -> None:
 
 
 def test_new_blob(tmp_path: Path) -> None:
-    """An age file of the spool identity, bound to its names and to the id of its writing."""
-    key = AgeBackend(KeyFiles(manifest.copied("keys/spool.txt", tmp_path)))
+    """An age file under the secret of the spool identity, bound to its names and the id of its writing."""
+    key = AgeBackend(KeyFiles(manifest.copied("keys/spool.txt", tmp_path)), native=False)
     spool = Spool(SpoolFolder(tmp_path, DiskSync(tmp_path)), key, 1 << 30)
     with spool.writing(Label("acme", JOB_ID, "head", "3")) as out:
         out.write(SMALL)
     data = (tmp_path / JOB_ID / "head.3").read_bytes()
-    native, context, origin = reference.unverified_stanzas(data)
-    file_key = reference.x25519_file_key(manifest.identity_secret("spool"), native)
+    wrap, context, origin = reference.unverified_stanzas(data)
     names = Names("acme", "spool", context.args[3], "age")
+    aad = reference.wrap_aad(names, context.body)
+    secret = manifest.identity_secret("spool")
+    file_key = reference.salted_open(secret, b"kms-service/wrap-age/1", wrap.body, aad)
     bound = {"attempt": "3", "job": JOB_ID, "role": "head", "write": out.ref.hex()}
     nonce = data[data.index(b"\n--- ") + 49 :][:16]
 

@@ -36,7 +36,7 @@ def key(tmp_path: Path) -> AgeBackend:
     path = tmp_path / "spool.key"
     path.write_text(str(x25519.Identity.generate()))
     path.chmod(0o600)
-    return AgeBackend(KeyFiles(path))
+    return AgeBackend(KeyFiles(path), native=False)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def key(tmp_path: Path) -> AgeBackend:
     path = tmp_path / "spool.key"
     path.write_text(str(x25519.Identity.generate()))
     path.chmod(0o600)
-    return AgeBackend(KeyFiles(path))
+    return AgeBackend(KeyFiles(path), native=False)
 
 
 @pytest.fixture(params=blob_stores.KINDS)
@@ -188,7 +188,7 @@ def test_blob_of_another_spool_key_is_refused(spool: Spool, place: Place, tmp_pa
     written = write(spool, label())
     (tmp_path / "other.key").write_text(str(x25519.Identity.generate()))
     (tmp_path / "other.key").chmod(0o600)
-    other = made(place, AgeBackend(KeyFiles(tmp_path / "other.key")))
+    other = made(place, AgeBackend(KeyFiles(tmp_path / "other.key"), native=False))
     other.remove(JOB, label().name)
     forged = write(other, label())
 
@@ -238,7 +238,7 @@ def test_key_that_was_rotated_still_opens(
     before, old = write(spool, label()), key.current_version()
     with (tmp_path / "spool.key").open("a") as file:
         file.write(f"\n{x25519.Identity.generate()}\n")
-    rotated = made(place, AgeBackend(KeyFiles(tmp_path / "spool.key")))
+    rotated = made(place, AgeBackend(KeyFiles(tmp_path / "spool.key"), native=False))
     after = write(rotated, label(OTHER))
 
     assert read(rotated, before) == read(rotated, after) == SECRET
