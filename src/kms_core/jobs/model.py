@@ -206,7 +206,8 @@ class Attempt:
 
     Two attempts never have the same ``attempt_id``, also after Redis has gone back in time. ``fence`` is the
     number of claims so far. ``is_large``: it was claimed as a large job. ``spec`` is the digest of the sealed
-    record, which binds its commit and checkpoint. ``following``: what its process takes next.
+    record, which binds its commit and checkpoint. ``small_input``: its sealed input, if that rests in Redis.
+    ``following``: what its process takes next.
     """
 
     accepted: AnyJob
@@ -220,6 +221,7 @@ class Attempt:
     commit: Commit | None = field(default=None)
     log: Checkpoint = field(default_factory=Checkpoint)
     spec: bytes = b""
+    small_input: bytes | None = field(default=None, repr=False)
     following: "Following | None" = field(default=None, compare=False)
 
     def end(self, state: JobState, error: str, work: Work, kept_until: float) -> SignedEnd:

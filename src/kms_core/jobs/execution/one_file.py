@@ -59,7 +59,7 @@ def run_upload(lease: Lease, job: UploadJob, kms: Kms, spool: Spool) -> None:
         raise InvalidRequest("An upload cannot be resealed: name a source and a target")
     with ExitStack() as stack:
         try:
-            blob = stack.enter_context(spool.blob(upload_label(job)))
+            blob = stack.enter_context(spool.blob(upload_label(job), lease.claim.small_input))
         except RecordRefused as exc:
             kms.raise_recorded(job.who, job.kind, job.bound_context, exc)
         head = work(lease, job, kms, blob)
@@ -271,7 +271,7 @@ def run_items(lease: Lease, job: ItemsJob, kms: Kms, spool: Spool) -> None:
     first = job.part * PART_ITEMS
     with (
         kms.audit_log.together(),
-        spool.opened(label) as reader,
+        spool.opened(label, lease.claim.small_input) as reader,
         spool.writing(
             result_label(job.tenant, job.owner, job.part, lease.claim.attempt_id), may_be_small=True
         ) as out,

@@ -184,14 +184,14 @@ class Spool:
             raise SpoolUnavailable(_IN_THE_WAY) from exc
 
     @contextmanager
-    def blob(self, label: Label) -> Iterator[Blob]:
-        """A blob to be read.
+    def blob(self, label: Label, small: bytes | None = None) -> Iterator[Blob]:
+        """A blob to be read; ``small`` is what Redis has of it, where that was read with its job.
 
         Raises ResultExpired if it is gone; RecordRefused, now or when a part of it is read, if it is not the
         one that ``label.ref`` names.
         """
         try:
-            with self._open(label) as (source, is_small):
+            with self._open(label, small) as (source, is_small):
                 yield self._opened(label, source, is_small=is_small)
         except RecordRefused:
             role = label.role.rstrip("0123456789")
@@ -200,16 +200,16 @@ class Spool:
             raise
 
     @contextmanager
-    def _open(self, label: Label) -> Iterator[tuple[RangeSource, bool]]:
-        small = self._small.get(label.job_id, label.name) if self._small else None
-        if small is None:
+    def _open(self, label: Label, small: bytes | None) -> Iterator[tuple[RangeSource, bool]]:
+        found = self._small.get(label.job_id, label.name) if self._small and small is None else small
+        if found is None:
             with self.store.open(_folder(label.job_id), label.name) as source:
                 yield source, False
             return
         fd = os.memfd_create("blob", os.MFD_CLOEXEC)
         try:
-            os.write(fd, small)
-            yield FileRange(fd, len(small)), True
+            os.write(fd, found)
+            yield FileRange(fd, len(found)), True
         finally:
             os.close(fd)
 
@@ -228,9 +228,9 @@ class Spool:
         return Blob(content, file_key, head.nonce, is_small)
 
     @contextmanager
-    def opened(self, label: Label) -> Iterator[BlobReader]:
-        """The content of a blob. Raises as ``blob``."""
-        with self.blob(label) as blob:
+    def opened(self, label: Label, small: bytes | None = None) -> Iterator[BlobReader]:
+        """The content of a blob. Arguments and errors as for ``blob``."""
+        with self.blob(label, small) as blob:
             yield blob.content
 
     def remove(self, job_id: str, name: str) -> None:

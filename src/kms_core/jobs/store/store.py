@@ -171,7 +171,7 @@ class AttemptStore(JobReader):
         return False
 
     def _claimed(self, job_id: str, worker: str, attempt_id: str, answer: Sequence[bytes]) -> Attempt:
-        fence, attempt, sealed, commit, waited, deferrals, log, is_large, has_room = answer
+        fence, attempt, sealed, commit, waited, deferrals, log, is_large, has_room, small_input = answer
         self.has_room = bool(int(has_room))
         key, spec = self.record_key, spec_digest(sealed or b"")
         return Attempt(
@@ -186,6 +186,7 @@ class AttemptStore(JobReader):
             spec=spec,
             commit=key.verified(Commit, job_id, commit, spec) if commit else None,
             log=key.verified(Checkpoint, job_id, log, spec) if log else Checkpoint(),
+            small_input=small_input or None,
         )
 
     def _close(self, job_id: str, attempt_id: str, code: str) -> None:

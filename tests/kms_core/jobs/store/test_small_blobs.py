@@ -1,6 +1,7 @@
 """Small inputs and results in Redis: no file of the spool, the same bindings, gone with their job."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, cast
@@ -10,7 +11,7 @@ import pytest
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution import results
-from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.execution.runner import run_claimed, run_job
 from kms_core.jobs.model import Job
 from kms_core.jobs.recovery.reaper import Reaper
 from kms_core.jobs.store.store import JobStore
@@ -66,6 +67,18 @@ def reap(core: Core, grace_s: float) -> None:
     found = core.worker_context.store
     store = JobStore(found.redis, found.record_key, lambda _: None, with_jobs(input_grace_s=grace_s))
     Reaper(store, core.worker_context.spool, "w").reap()
+
+
+@pytest.mark.parametrize("submit", [bulk, upload], ids=["items", "upload"])
+def test_small_input_comes_with_the_claim(core: Core, submit: Callable[[Core, bytes], str]) -> None:
+    context = core.worker_context
+    job_id = submit(core, CANARY.encode())
+    claim = context.store.claim(job_id, "w/1")
+    assert claim
+    context.store.redis.delete(f"kms:blobs:{job_id}")
+    run_claimed(claim, context)
+
+    assert context.store.get(job_id, TENANT).state == "succeeded"
 
 
 # -- where blobs rest -----------------------------------------------------------------------------------

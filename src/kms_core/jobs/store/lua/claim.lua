@@ -5,8 +5,8 @@
 -- ARGV: id or '', worker, lease_s, most attempts, keep_s, most leases of a tenant, bytes of a large job, most
 --   large jobs on this worker (0: any), most leases of each resource as JSON, queue of the wake-up that is
 --   followed or '', id of the new attempt, queues that the worker serves, of which the first comes first
--- Answers `none`; `chore` and a job that wants a hand; `closed`, a job, its state and code; `claimed` and the
--- job; or why the job that was named is not to be had.
+-- Answers `none`; `chore` and a job that wants a hand; `closed`, a job, its state and code; `claimed`, the job
+-- and its input where that is small; or why the job that was named is not to be had.
 local worker, tenant_cap, large_cap, attempt_id = ARGV[2], tonumber(ARGV[6]), tonumber(ARGV[8]), ARGV[11]
 local large, bounds = large_key(worker), cjson.decode(ARGV[9])
 
@@ -102,6 +102,7 @@ local function try(key, name, named)
   if f.state ~= 'queued' and f.state ~= 'running' and f.state ~= 'committing' then return {'ended'} end
   if parts_ended(key) then return {'parts_ended'} end
   local g = redis.call('HMGET', key, 'lease_until', 'not_before', 'cancel', 'sealed', 'commit', 'deferrals', 'log')
+  local input = redis.call('HMGET', P .. 'blobs:' .. name, 'items', 'upload')
   if f.state ~= 'queued' and number(g[1]) > now then return {'leased'} end
   if f.state == 'queued' and number(g[2]) > now then
     redis.call('ZADD', P .. 'delayed', number(g[2]), name)
@@ -159,7 +160,8 @@ local function try(key, name, named)
   f.attempt = string.format('%.0f', attempt)
   if not is_commit then event(f, name, 'running', '') end
   return {'claimed', name, fence, attempt, g[4], is_commit and g[5] or '', tostring(now - number(f.created_at)),
-    g[6] or 0, g[7] or '', size == 'large' and 1 or 0, 1 - redis.call('EXISTS', P .. 'half')}
+    g[6] or 0, g[7] or '', size == 'large' and 1 or 0, 1 - redis.call('EXISTS', P .. 'half'),
+    input[1] or input[2] or ''}
 end
 
 redis.call('SET', KEYS[2], now, 'EX', 3600)
