@@ -100,8 +100,9 @@ local function try(key, name, named)
   local f = record(key)
   if not f.state then return {'gone'} end
   if f.state ~= 'queued' and f.state ~= 'running' and f.state ~= 'committing' then return {'ended'} end
-  if parts_ended(key) then return {'parts_ended'} end
-  local g = redis.call('HMGET', key, 'lease_until', 'not_before', 'cancel', 'sealed', 'commit', 'deferrals', 'log')
+  local g = redis.call('HMGET', key, 'lease_until', 'not_before', 'fence', 'sealed', 'commit', 'deferrals', 'log',
+    'parts', 'parts_left')
+  if g[8] and number(g[9]) <= 0 then return {'parts_ended'} end
   local input = redis.call('HMGET', P .. 'blobs:' .. name, 'items', 'upload')
   if f.state ~= 'queued' and number(g[1]) > now then return {'leased'} end
   if f.state == 'queued' and number(g[2]) > now then
@@ -114,12 +115,11 @@ local function try(key, name, named)
     return {'newer'}
   end
   job, id = key, name
-  local fence, attempt = number(redis.call('HGET', key, 'fence')), number(f.attempt)
-  fence = fence + 1
+  local fence, attempt = number(g[3]) + 1, number(f.attempt)
   local size = size_of(f, ARGV[7])
   if f.state ~= 'committing' then
     local code, final = '', 'failed'
-    if g[3] == '1' or parent_stopped(f.parent) then code, final = 'cancelled', 'cancelled'
+    if f.cancel == '1' or parent_stopped(f.parent) then code, final = 'cancelled', 'cancelled'
     elseif expiry(f) then code = expiry(f)
     elseif attempt >= tonumber(ARGV[4]) then code = 'attempts_exhausted' end
     if code ~= '' then
@@ -134,15 +134,17 @@ local function try(key, name, named)
   end
   local is_commit = f.state == 'committing'
   local lease_until = is_commit and now + tonumber(ARGV[3]) or lease_end(f, tonumber(ARGV[3]))
-  unready(name, f)
+  if named then unready(name, f) else redis.call('ZREM', waiting_key(f), name) end  -- it was chosen out of its set
   redis.call('ZREM', P .. 'expiring', name)
-  redis.call('HSET', key, 'attempt_id', attempt_id, 'fence', fence, 'attempt', attempt, 'lease_until', lease_until,
-    'worker', worker, 'paid_until', now + 0.01)
-  if not is_commit then
-    redis.call('HSETNX', key, 'started_at', now)
-    become(key, name, f, 'running', 'bytes_done', 0, 'items_done', 0, 'items_failed', 0)
+  local lease = { 'attempt_id', attempt_id, 'fence', fence, 'attempt', attempt, 'lease_until', lease_until,
+    'worker', worker, 'paid_until', now + 0.01 }
+  if is_commit then
+    redis.call('HSET', key, unpack(lease))
+  else
+    become(key, name, f, 'running', 'started_at', f.started_at or now, 'bytes_done', 0, 'items_done', 0,
+      'items_failed', 0, unpack(lease))
   end
-  redis.call('HDEL', key, 'waits_for')
+  no_longer_aside(key, name, f)
   charge(f.queue, f.tenant, 0.01)
   redis.call('ZADD', P .. 'leased', lease_until, name)
   redis.call('ZADD', leases_key(f.tenant), lease_until, name)

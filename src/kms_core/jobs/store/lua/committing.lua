@@ -1,14 +1,14 @@
 #!lua flags=allow-oom
 -- Record a commit before it happens, or take it back. Repeating it changes nothing. O(log n).
 -- KEYS: job   ARGV: id, attempt id, commit record, or '' to take it back
-local ours, state, cancel = held(ARGV[2])
-if not ours then return {'lost'} end
 local f = record(job)
+local ours, cancel = held(f, ARGV[2])
+if not ours then return {'lost'} end
 if ARGV[3] == '' then
-  if state == 'committing' then become(job, id, f, 'running', 'commit', '') end
+  if f.state == 'committing' then become(job, id, f, 'running', 'commit', '') end
   return {'running'}
 end
-if state == 'committing' then
+if f.state == 'committing' then
   if redis.call('HGET', job, 'commit') ~= ARGV[3] then return {'lost'} end
   redis.call('HSET', job, 'commit', ARGV[3])
   return {'committing'}

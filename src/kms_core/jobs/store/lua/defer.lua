@@ -3,9 +3,9 @@
 -- O(log n).
 -- KEYS: job   ARGV: id, attempt id, delay_s, 1 if the attempt does not count, 1 if something was away,
 --   the bytes that it turned out to read, or '', bytes of a large job
-local ours, state = held(ARGV[2])
-if not ours then return {'lost'} end
-local delay_s, f = tonumber(ARGV[3]), record(job)
+local f = record(job)
+if not held(f, ARGV[2]) then return {'lost'} end
+local delay_s, state = tonumber(ARGV[3]), f.state
 add(job, 'deferrals', ARGV[5])
 if ARGV[6] ~= '' then
   redis.call('HSET', job, 'work_bytes', ARGV[6])

@@ -48,15 +48,20 @@ end
 
 local FIELDS = { 'state', 'tenant', 'queue', 'priority', 'created_at', 'parent', 'kind', 'generation', 'attempt',
   'expires_at', 'work_bytes', 'labels', 'group', 'start_by', 'run_by', 'keep_for', 'started_at', 'resources',
-  'needs', 'callback', 'group_callback' }
+  'needs', 'callback', 'group_callback', 'attempt_id', 'cancel', 'worker', 'paid_until', 'waits_for', 'spooled' }
+
+-- Fields with the types that transitions go by, and none of those missing that each job has.
+local function typed(f)
+  f.tenant, f.queue, f.priority = f.tenant or '', f.queue or 'kms.bulk', f.priority or 'normal'
+  f.run_by, f.start_by = number(f.run_by), number(f.start_by)
+  return f
+end
 
 -- The fields of a record that transitions go by.
 local function record(key)
   local found, f = redis.call('HMGET', key, unpack(FIELDS)), {}
   for i, name in ipairs(FIELDS) do f[name] = found[i] or nil end
-  f.tenant, f.queue, f.priority = f.tenant or '', f.queue or 'kms.bulk', f.priority or 'normal'
-  f.run_by, f.start_by = number(f.run_by), number(f.start_by)
-  return f
+  return typed(f)
 end
 
 -- The features that workers of this version know: those of records, and those that a job may name.
@@ -196,13 +201,14 @@ end
 
 -- Charge a tenant for lease time, in seconds.
 local function charge(queue, tenant, seconds)
-  local key = redis.call('ZSCORE', active_key(queue), tenant) and active_key(queue) or spent_key(queue)
-  redis.call('ZADD', key, number(redis.call('ZSCORE', key, tenant)) + seconds, tenant)
+  if not redis.call('ZADD', active_key(queue), 'XX', 'INCR', seconds, tenant) then
+    redis.call('ZINCRBY', spent_key(queue), seconds, tenant)
+  end
 end
 
 -- Charge for the lease of a job up to now. A claim has paid for its first moments already.
 local function charge_lease(key, f)
-  local paid = number(redis.call('HGET', key, 'paid_until'))
+  local paid = number(f.paid_until)
   if paid > 0 and now > paid then
     charge(f.queue, f.tenant, math.min(now - paid, 3600))
     redis.call('HSET', key, 'paid_until', now)
@@ -286,6 +292,13 @@ local function put_aside(key, name, f, feature)
   redis.call('ZADD', P .. 'newer', now, name)
 end
 
+-- Note that a job waits for no newer version any more: it is claimed, or ends.
+local function no_longer_aside(key, name, f)
+  if not f.waits_for then return end
+  redis.call('HDEL', key, 'waits_for')
+  redis.call('ZREM', P .. 'newer', name)
+end
+
 -- The number of members that last, of a set that is by when they end.
 local function lasting(key)
   redis.call('ZREMRANGEBYSCORE', key, '-inf', now)
@@ -347,7 +360,7 @@ local function leave_alone(worker, resources, seconds)
 end
 
 local function release(f, name)  -- the lease of a job is over
-  local worker = redis.call('HGET', P .. 'job:' .. name, 'worker') or ''
+  local worker = f.worker or ''
   redis.call('ZREM', P .. 'leased', name)
   redis.call('ZREM', leases_key(f.tenant), name)
   redis.call('ZREM', large_key(worker), name)
@@ -388,21 +401,22 @@ end
 
 local function close(key, name, f, state, code, keep_s)
   charge_lease(key, f)
-  if f.state ~= 'running' then unready(name, f) end  -- which the claim of a running job did
+  if f.state ~= 'running' then  -- else its claim did so
+    unready(name, f)
+    redis.call('ZREM', P .. 'expiring', name)
+  end
   redis.call('ZREM', P .. 'delayed', name)
-  redis.call('ZREM', P .. 'expiring', name)
   become(key, name, f, state, 'error', code, 'lease_until', 0, 'ended_at', now)
-  redis.call('HDEL', key, 'waits_for')
-  redis.call('ZREM', P .. 'newer', name)
+  no_longer_aside(key, name, f)
   redis.call('ZREM', P .. 'open', name)
   redis.call('ZREM', quota_key(f.tenant), name)
   if state == 'succeeded' then
     for _, resource in ipairs(resources_of(f.resources)) do
-      redis.call('ZREM', stalls_key(redis.call('HGET', key, 'worker') or ''), resource)
+      redis.call('ZREM', stalls_key(f.worker), resource)
     end
   end
   if state == 'cancelled' then unspool(f.tenant, name) end
-  if code ~= 'attempts_exhausted' and code ~= 'record_refused' and redis.call('HEXISTS', key, 'spooled') == 1 then
+  if code ~= 'attempts_exhausted' and code ~= 'record_refused' and f.spooled then
     redis.call('ZADD', P .. 'inputs', now, name)
   end
   release(f, name)
@@ -413,7 +427,6 @@ local function close(key, name, f, state, code, keep_s)
   redis.call('EXPIREAT', key, math.floor(expires + keep_s))
   redis.call('EXPIREAT', P .. 'blobs:' .. name, math.floor(expires + keep_s))
   if not f.parent then note_lists(name, f, expires + keep_s) end
-  f.attempt = redis.call('HGET', key, 'attempt')
   event(f, name, state, code)
   if index_group(name, f, false, expires + keep_s) then event(f, name, 'ended', '', 'group') end
 end
@@ -459,11 +472,10 @@ local function parent_stopped(parent)
   return w[1] ~= 'running' or w[2] == '1'
 end
 
--- Whether the attempt of this id holds the job; its state; whether it is to stop.
-local function held(attempt_id)
-  local f = redis.call('HMGET', job, 'state', 'attempt_id', 'cancel', 'parent')
-  local ours = (f[1] == 'running' or f[1] == 'committing') and f[2] == attempt_id
-  return ours, f[1], f[3] == '1' or parent_stopped(f[4])
+-- Whether the attempt of this id holds a job; whether it is to stop.
+local function held(f, attempt_id)
+  local ours = (f.state == 'running' or f.state == 'committing') and f.attempt_id == attempt_id
+  return ours, f.cancel == '1' or parent_stopped(f.parent)
 end
 
 -- End a job that no attempt holds, or one that is fenced off now; a worker tidies what it left.

@@ -2,9 +2,9 @@
 -- Give back a job that a worker of this version cannot do, as its sealed record says: without an attempt, and
 -- until a newer worker takes it. O(log n).
 -- KEYS: job   ARGV: id, attempt id, the feature that it needs
-local ours, state = held(ARGV[2])
-if not ours then return {'lost'} end
 local f = record(job)
+if not held(f, ARGV[2]) then return {'lost'} end
+local state = f.state
 give_back(f, 0)
 redis.call('HSET', job, 'needs', ARGV[3])
 if state == 'running' then add(job, 'attempt', -1) end

@@ -4,11 +4,11 @@
 --   of each part: id, sealed record, items, bytes, bytes that it reads
 -- The job runs without a lease until the last part ends. Parts of an earlier generation begin again, with
 -- no attempt. Answers `split` and how many wake-ups are to be sent.
-local ours, state, cancel = held(ARGV[2])
-if not ours or state ~= 'running' then return {'lost'} end
+local f = record(job)
+local ours, cancel = held(f, ARGV[2])
+if not ours or f.state ~= 'running' then return {'lost'} end
 if redis.call('HEXISTS', job, 'parts') == 1 then return {'split', 0} end  -- repeated
 if cancel then return {'cancel'} end
-local f = record(job)
 local expires = f.run_by
 local parts, items, bytes = 0, 0, 0
 for i = 7, #ARGV, 5 do

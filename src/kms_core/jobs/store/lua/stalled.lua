@@ -3,8 +3,9 @@
 -- O(log n).
 -- KEYS: job   ARGV: id, attempt id, worker, seconds to leave its roots alone, bytes of a large job, keep_s
 -- The attempt counts. A job that is to be cancelled ends. A commit that has begun keeps its state, for any worker to finish.
-local ours, state, cancel = held(ARGV[2])
 local f = record(job)
+local ours, cancel = held(f, ARGV[2])
+local state = f.state
 leave_alone(ARGV[3], resources_of(f.resources), ARGV[4])
 if not ours or redis.call('HEXISTS', job, 'parts') == 1 then return {'lost', f.resources or ''} end
 if state == 'running' and cancel then

@@ -22,28 +22,25 @@ if redis.call('ZCARD', P .. 'open') >= tonumber(ARGV[2]) then return {'full'} en
 redis.call('ZREMRANGEBYSCORE', quota_key(tenant), 0, now)
 local most = tonumber(ARGV[7])
 if most > 0 and redis.call('ZCARD', quota_key(tenant)) >= most then return {'quota'} end
-local first = 14 + tonumber(ARGV[13])
-for i = first, #ARGV, 2 do
-  local group, count = group_of(ARGV[i] == 'group' and { group = ARGV[i + 1] } or {})
-  if group and redis.call('ZCARD', P .. 'group:' .. group) >= count then return {'group'} end
-end
+local first, f = 14 + tonumber(ARGV[13]), {}
+for i = first, #ARGV, 2 do f[ARGV[i]] = ARGV[i + 1] end
+local group, count = group_of(typed(f))
+if group and redis.call('ZCARD', P .. 'group:' .. group) >= count then return {'group'} end
 local size, most_bytes, spooled = tonumber(ARGV[8]), tonumber(ARGV[9]), P .. 'spooled:' .. tenant
 if size > 0 then
-  local sum = number(redis.call('HGET', spooled, 'sum')) + size
-  if most_bytes > 0 and sum > most_bytes then return {'spool'} end
+  if most_bytes > 0 and number(redis.call('HGET', spooled, 'sum')) + size > most_bytes then return {'spool'} end
   redis.call('HSET', spooled, id, size)
   add(spooled, 'sum', size)
 end
 if KEYS[3] then redis.call('SET', KEYS[3], ARGV[3], 'EXAT', math.floor(tonumber(ARGV[4]))) end
-redis.call('HSET', job, unpack(ARGV, first))
+redis.call('HSET', job, 'state', 'queued', unpack(ARGV, first))
 if first > 14 then redis.call('HSET', P .. 'blobs:' .. id, unpack(ARGV, 14, first - 1)) end
 redis.call('ZADD', P .. 'open', now, id)
 redis.call('SADD', P .. 'tenants', tenant)
 redis.call('ZADD', KEYS[2], ARGV[5], id)
-local f = record(job)
 redis.call('ZADD', quota_key(tenant), f.run_by, id)
 redis.call('ZADD', P .. 'expiring', waits_until(f), id)
-become(job, id, f, 'queued')
+redis.call('ZADD', state_key(f, 'queued'), ARGV[5], id)
 for digest in string.gmatch(f.labels or '', '%x+') do redis.call('ZADD', P .. 'label:' .. digest, ARGV[5], id) end
 index_group(id, f, true, tonumber(ARGV[4]) + 3600)
 offer(id, f, ARGV[10])
