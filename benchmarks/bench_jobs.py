@@ -74,8 +74,8 @@ def main() -> None:
         idle = {name: resident_bytes(pid) for name, pid in pids.items()}
         budget = options.budget(4)
         parts = [
-            f"Valkey on a unix socket, AOF `{given.fsync}`, two pool processes each, "
-            f"`inline_bytes = {given.inline_bytes:,}`; state in `{given.dir}`.",
+            f"Valkey on a unix socket, AOF `{given.fsync}`, `inline_bytes = {given.inline_bytes}`; "  # noqa: ISC004
+            f"two pool processes each; state in `{given.dir}`.",
             _single(install, options, budget.share()),
             _pipelined(install, options, budget.share()),
             _bulk(install, options, budget.share()),

@@ -342,7 +342,7 @@ class StoreMaintenance:
     # -- wake-ups -------------------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """Send as many wake-ups for each queue as it has ready jobs, or all have chores, and idle processes."""
+        """Send wake-ups to idle processes for each queue with ready jobs, and for chores."""
         if self._has_any("chores", *map("active:{}".format, QUEUES)):
             given = [part for queue in QUEUES for part in (queue, *self.wake_up(queue))]
             for queue, count in zip(QUEUES, self._call("wake", "", *given), strict=True):
