@@ -205,29 +205,34 @@ class WatchedResponse(StreamingResponse):
     """A streamed answer, whose connection ends if its reader is too slow."""
 
     told: Callable[[int], Awaitable[None]] | None = None
-    """Told at the end the number of bytes that were sent: fewer than all if the reader went away."""
+    """Told at the end the number of bytes that were sent: fewer than all if the reader went away before.
+
+    An answer with a Content-Length is all sent once the connection has taken so many bytes: a reader that has
+    them may close it before the end of the answer is processed here.
+    """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         cycle = cycle_of(scope)
         if cycle is None:
             await super().__call__(scope, receive, send)
             return
-        watch, is_whole = ReaderWatch(cycle), False
+        watch, size = ReaderWatch(cycle), int(self.headers.get("content-length", "-1"))
+        sent, is_whole = 0, False
 
         async def written(message: Message) -> None:
-            nonlocal is_whole
+            nonlocal sent, is_whole
+            sent += len(message.get("body", b""))
             watch.written += len(message.get("body", b""))
             await send(message)
-            is_end = message["type"] == "http.response.body" and not message.get("more_body")
-            is_whole = is_end and not cycle.disconnected
+            is_whole |= sent == size and not cycle.disconnected and not cycle.flow.write_paused
 
         try:
             with watch:
                 await super().__call__(scope, receive, written)
         finally:
-            if self.told is not None and watch.written:
+            if self.told is not None and sent:
                 with anyio.CancelScope(shield=True):
-                    await self.told(watch.written if is_whole else watch.written - 1)
+                    await self.told(sent if is_whole else sent - 1)
 
 
 def write_without_lock(request: Request) -> None:

@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 from fastapi import Request
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from kms_api.transport import bodies
@@ -136,3 +136,37 @@ def test_a_connection_with_tls_keeps_its_transport() -> None:
 
     assert over_tls.transport is before
     assert isinstance(plain.transport, DownloadWriter)
+
+
+# -- what was sent
+
+
+@pytest.mark.parametrize(("waits", "sent"), [(False, 3), (True, 2)])
+async def test_a_reader_that_closes_once_it_has_all_bytes_was_sent_all(*, waits: bool, sent: int) -> None:
+    """Before the end of the answer is processed, and unless bytes still wait in the transport."""
+    told: list[int] = []
+    gone = asyncio.Event()
+    transport = SimpleNamespace(get_write_buffer_size=lambda: 0)
+    cycle = SimpleNamespace(disconnected=False, flow=SimpleNamespace(write_paused=False), transport=transport)
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"abc"
+        cycle.disconnected = True
+        gone.set()
+        await asyncio.sleep(WAIT_S)
+
+    async def receive() -> Message:
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        cycle.flow.write_paused = waits and bool(message.get("body"))
+
+    async def note(count: int) -> None:
+        told.append(count)
+
+    answer = bodies.WatchedResponse(body(), headers={"Content-Length": "3"})
+    answer.told = note
+    await answer({"type": "http", "state": {BODY: (None, cycle)}}, receive, send)
+
+    assert told == [sent]
