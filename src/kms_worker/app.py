@@ -32,6 +32,7 @@ from kms_worker.tasks import LogBound
 _VISIBILITY_S: Final = 600
 _SLICE_S: Final = 1.0
 _LONG_SLICE_S: Final = 10.0
+_TURN_S: Final = 0.5
 _log = structlog.get_logger(__name__)
 _bound: Final = LogBound()
 
@@ -113,9 +114,10 @@ def _queue(name: str, kind: str) -> Queue:
 def _drain(core: Callable[[], Core], worker: str, queue: str, served: Sequence[str]) -> None:
     """Run jobs until none is ready, for a second at least, or ten if no other message waits for a process.
 
-    Then another wake-up follows. Another host may take that, so it is rarely sent.
+    Then another wake-up follows for each queue with ready jobs. Another host may take that, so it is rarely
+    sent. ``queue`` comes first for half a second, then the others in turn: none waits until another is empty.
     """
-    begun = time.monotonic()
+    begun = turned = time.monotonic()
 
     def goes_on() -> bool:
         took = time.monotonic() - begun
@@ -131,7 +133,10 @@ def _drain(core: Callable[[], Core], worker: str, queue: str, served: Sequence[s
             if not _run_next(worker_context, following, woken=woken):
                 return
             woken = False
-        worker_context.store.drained(worker, queue, served)
+            if time.monotonic() - turned > _TURN_S:
+                turned, following.queues = time.monotonic(), [*following.queues[1:], following.queues[0]]
+        for each in following.queues:
+            worker_context.store.drained(worker, each, served)
     except JobsUnavailable:
         _log.warning("job.left_to_lease")
     except Exception as exc:  # noqa: BLE001 -- the top of the worker: another wake-up follows

@@ -1,12 +1,16 @@
 """Jobs that a process of a worker takes one after another, and what ends that."""
 
+import time
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
+from kms_core.container import Core
+from kms_core.jobs.execution import attendance
 from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.model import Attempt, Following
-from kms_core.jobs.spec import BULK
+from kms_core.jobs.spec import BULK, FILES, QUEUES
 from kms_protocol.errors import JobsUnavailable
 from kms_worker import app
 
@@ -33,3 +37,29 @@ def test_a_claimed_job_is_not_left_because_redis_went_away_after_the_one_before(
     else:
         with pytest.raises(JobsUnavailable):
             app._run_next(CONTEXT, following, woken=False)  # noqa: SLF001 -- as above
+
+
+def test_queues_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job of another queue waits half a second, and not until the first queue is empty."""
+    now = [0.0]
+    firsts: list[str] = []
+    handed_on: list[str] = []
+
+    def runs(_: WorkerContext, following: Following, *, woken: bool) -> bool:
+        assert woken == (not firsts)
+        firsts.append(following.queues[0])
+        now[0] += 0.3  # seconds of a job
+        return True
+
+    store = SimpleNamespace(drained=lambda _, queue, __: handed_on.append(queue))
+    core = SimpleNamespace(
+        install=SimpleNamespace(require=lambda: None), worker_context=SimpleNamespace(store=store)
+    )
+    monkeypatch.setattr(app, "run_next", runs)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(attendance, "is_wanted", lambda _: True)
+
+    app._drain(lambda: cast("Core", core), "w/1", BULK, QUEUES)  # noqa: SLF001 -- the loop of a process
+
+    assert firsts == [BULK, BULK, FILES, FILES]
+    assert sorted(handed_on) == sorted(QUEUES)
