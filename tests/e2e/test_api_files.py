@@ -141,7 +141,7 @@ def test_damaged_upload_ends_as_failed_and_has_no_result(service: Service, at: i
     job_id = service.upload("decrypt", bytes(damaged))
     job = service.wait(job_id, "failed")
 
-    assert job["error"] == {"code": "decrypt_failed"}
+    assert job["error"]["code"] == "decrypt_failed"
     check_problem(service.get(f"/jobs/{job_id}/result"), 410, "result_expired")
     assert not [name for name in service.spooled() if name.startswith(f"{job_id}/result")]
 
@@ -157,13 +157,13 @@ def test_upload_cut_or_stretched_ends_as_failed(service: Service, cut: object) -
 
     job_id = service.upload("decrypt", cut(whole))
 
-    assert service.wait(job_id, "failed")["error"] == {"code": "decrypt_failed"}
+    assert service.wait(job_id, "failed")["error"]["code"] == "decrypt_failed"
 
 
 def test_wrong_context_ends_as_failed(service: Service) -> None:
     job_id = service.upload("decrypt", sealed(service, b"x", "a=1"), "a=2")
 
-    assert service.wait(job_id, "failed")["error"] == {"code": "decrypt_failed"}
+    assert service.wait(job_id, "failed")["error"]["code"] == "decrypt_failed"
 
 
 def test_context_is_required_before_a_byte_is_taken(service: Service, strict: Service) -> None:
@@ -354,8 +354,10 @@ def test_result_of_a_cancelled_upload_is_gone(idle: Service) -> None:
     job_id = idle.upload("encrypt", b"x")
     cancelled = idle.post(f"/jobs/{job_id}/cancel").json()
 
-    assert (cancelled["state"], cancelled["error"]) == ("cancelled", {"code": "cancelled"})
-    check_problem(idle.get(f"/jobs/{job_id}/result"), 410, "result_expired")
+    assert (cancelled["state"], cancelled["error"]["code"]) == ("cancelled", "cancelled")
+    gone = idle.get(f"/jobs/{job_id}/result")
+    check_problem(gone, 410, "result_expired")
+    assert gone.json()["detail"] == "This job was cancelled; it has no result"
     assert not (idle.spool / job_id).exists()
 
 

@@ -447,7 +447,11 @@ _DEGRADED: Final[dict[str, tuple[Level, str, str]]] = {
     "audit_unread": ("warn", "it cannot read its audit log", _VERIFY),
     "redis": ("warn", "it reaches no Redis, so jobs and files wait", "start it, or kms up"),
     "redis_full": ("FAIL", "Redis is full, so no job is accepted", _FREE),
-    "redis_read_only": ("FAIL", "Redis takes no writes, so no job runs", "kms doctor on its machine"),
+    "redis_read_only": (
+        "FAIL",
+        "Redis takes no writes, so no job runs",
+        "it is a replica, has fewer replicas than min-replicas-to-write, or cannot save: see its log",
+    ),
     "spool": ("warn", "the spool is nearly full, or its bucket does not answer", _SPOOL),
     "spool_not_shared": ("FAIL", "another host uses another spool", "kms doctor on each host (line hosts)"),
     "install": ("FAIL", "its Redis and its spool are of different installs", "line install on its machine"),

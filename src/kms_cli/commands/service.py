@@ -6,14 +6,17 @@ import click
 
 from kms_cli import terminal
 from kms_cli.session import complete_keys, connect, printed_as_json
-from kms_protocol.admin import KeyOut, StatusOut
+from kms_protocol.admin import KeyOut, SpoolOut, StatusOut
 from kms_protocol.errors import EXIT_UNAVAILABLE
 from kms_protocol.units import age_s, duration_text, parse_time, size_text
 
 
 @click.command("status")
 def status_command() -> None:
-    """Show backend, version, uptime, counts of operations and jobs, and degraded parts."""
+    """Show backend, version, uptime, counts of operations and jobs, the spool, and degraded parts.
+
+    The bytes of the spool are those of your tenant, with its quota, or of all for the scope metrics.
+    """
     with connect() as kms:
         status = kms.status()
     if printed_as_json(status):
@@ -28,7 +31,7 @@ def status_command() -> None:
             "operations": status.operations.total,
             **counts,
             **_jobs(status),
-            "spool": f"{status.spool.full:.0%} full" if status.spool else "unknown",
+            "spool": _spool(status.spool) if status.spool else "unknown",
             "degraded": ", ".join(status.degraded) or "nothing",
         },
     )
@@ -42,6 +45,13 @@ def health_command() -> int:
     if not printed_as_json(health):
         terminal.result(f"{health.status} ({health.backend}, {health.checked_at})")
     return 0 if health.status == "healthy" else EXIT_UNAVAILABLE
+
+
+def _spool(spool: SpoolOut) -> str:
+    used = "" if spool.used_bytes is None else f", {size_text(spool.used_bytes)} used"
+    return f"{spool.full:.0%} full{used}" + (
+        f" of {size_text(spool.limit_bytes)}" if spool.limit_bytes else ""
+    )
 
 
 def _jobs(status: StatusOut) -> dict[str, object]:

@@ -129,17 +129,21 @@ def _ended(job: Job, store: JobStore) -> AnyJob:
     if job.released and job.released <= store.now():
         raise ResultReleased
     if job.purged or (job.state == "cancelled" and not job.parts):
-        raise ResultExpired
+        raise _gone_error(job)
     if job.error == REFUSED:
         raise RecordRefused
     accepted = store.accepted(job.job_id)
     if accepted.tenant != job.tenant:  # Redis was tampered with: the sealed part is right
         raise UnknownJob
     if job.state == "cancelled" and not isinstance(accepted, TreeJob):  # nothing of it was put in place
-        raise ResultExpired
+        raise _gone_error(job)
     if job.end is None and job.state != "cancelled":  # or Redis says so: its files have no signature
         raise ResultExpired(f"This job failed (`{job.error}`); it has no result")
     return accepted
+
+
+def _gone_error(job: Job) -> ResultExpired:
+    return ResultExpired("This job was cancelled; it has no result" if job.state == "cancelled" else "")
 
 
 def _ref(job: Job) -> bytes:
