@@ -293,7 +293,7 @@ def test_jobs_are_found_by_label_and_by_id(guarded: Guarded) -> None:
     )
 
     whole = browser.get("/ui/jobs")
-    assert "queued 2 running" in words(whole)
+    assert "all 2 queued 2 running" in words(whole)
     assert "team=ops run=1" in words(whole)
     link = f"/ui/jobs?search={quote('team=ops', safe='')}"
     assert link in [attributes.get("href") for _, attributes in Parsed(whole.text).tags]
@@ -489,7 +489,9 @@ def test_a_dead_letter_is_listed_and_retried(idle: Service) -> None:
     browser = Browser(idle)
 
     assert f"{job_id} encrypt failed attempts_exhausted" in words(browser.get("/ui"))
-    assert f'action="/ui/jobs/{job_id}/retry"' in browser.get("/ui/jobs?state=dead").text
+    listing = browser.get("/ui/jobs?state=dead")
+    assert f'action="/ui/jobs/{job_id}/retry"' in listing.text
+    assert re.search(r"dead letters [1-9]", words(listing))
     assert browser.send(f"/ui/jobs/{job_id}/retry", stamp="").status_code == 403
     answer = browser.send(f"/ui/jobs/{job_id}/retry")
     assert (answer.status_code, answer.headers["location"]) == (303, f"/ui/jobs/{job_id}?done=retried")

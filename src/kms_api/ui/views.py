@@ -113,7 +113,7 @@ def job_list(call: Call[None]) -> Response:
     files.one_of("kind", kind, ("", *_KINDS))
     if search and "=" not in search:
         return to(f"/jobs/{quote(search, safe='')}")
-    labels = files.labels_of([search] if search else [])
+    labels, counts = files.labels_of([search] if search else []), store.states(tenant)
     if state == "dead":
         dead = [job for job in store.dead(tenant, _JOBS) if kind in {"", job.kind}]
         rows, following = [job_row(job) for job in dead if labels.items() <= job.labels.items()], None
@@ -129,7 +129,8 @@ def job_list(call: Call[None]) -> Response:
         sought=urlencode({name: value for name, value in given.items() if value and name != "state"}),
         most=reader.MOST_SEEN,
         is_cut=following and len(rows) % _JOBS,
-        counts=store.states(tenant),
+        counts=counts,
+        total=sum(counts[name] for name in wire.STATES),
         following=following,
         is_first=not cursor,
         done=call.query.get("done", ""),

@@ -119,13 +119,18 @@ class JobReader(StoreMaintenance):
         return self.record_key.open(job_id, sealed)
 
     def states(self, tenant: str) -> Mapping[str, int]:
-        """The number of listed jobs of a tenant by state; records that expired just now may be among them."""
+        """The number of listed jobs of a tenant by state, and of dead letters as ``dead``.
+
+        Records that expired just now may be among them.
+        """
+        keys: dict[str, str] = {state: f"{PREFIX}state:{tenant}:{state}" for state in STATES}
+        keys["dead"] = f"{PREFIX}dead:{tenant}"
         with redis_errors():
             pipeline = self.redis.pipeline(transaction=False)
-            for state in STATES:
-                pipeline.zcard(f"{PREFIX}state:{tenant}:{state}")
+            for key in keys.values():
+                pipeline.zcard(key)
             counts = pipeline.execute()
-        return {state: int(count) for state, count in zip(STATES, counts, strict=True)}
+        return {name: int(count) for name, count in zip(keys, counts, strict=True)}
 
     def page(  # noqa: PLR0913 -- the filters of a list
         self,
