@@ -65,6 +65,8 @@ ANSWERS: Final[Mapping[type[KmsError], ErrorStatus]] = {
     errors.SpoolFull: ErrorStatus(507),
     errors.JobCancelled: ErrorStatus(409),
     errors.JobExpired: ErrorStatus(410),
+    errors.ItemsFailed: ErrorStatus(409),
+    errors.AttemptsExhausted: ErrorStatus(409),
 }
 """By kind of error; one that is not here has the answer of its parent."""
 _ROUTING: Final = {

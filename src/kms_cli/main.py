@@ -38,7 +38,7 @@ JOB_COMMANDS: Final = {
     "result": ("commands.jobs", "Fetch the result of a job."),
     "group": ("commands.jobs", "Show a group of jobs."),
     "release": ("commands.jobs", "Delete the result of an ended job."),
-    "dead": ("commands.jobs", "List jobs that used up their attempts."),
+    "dead": ("commands.jobs", "List dead letters: jobs that used up their attempts."),
     "retry": ("commands.jobs", "Retry a job that used up its attempts."),
 }
 

@@ -29,9 +29,10 @@ HINTS: Final[Mapping[str, str]] = {  # by error code
     "unauthenticated": "name the file that holds your token with --token-file or KMS_TOKEN_FILE; if you did, "
     "ask the operator for a new one",
     "forbidden": "ask the operator for a token whose scope allows this operation, key, context and path",
+    "path_refused": "name plain files beneath [kms.jobs] roots, as `kms config show` on that host lists them",
     "unknown_key": "check --key-id, or leave it out to use the default key",
     "unknown_job": "`kms job list` shows your jobs",
-    "result_expired": "submit the job again",
+    "result_expired": "`kms job show` says how the job ended; to have a result again, submit it again",
     "job_not_finished": "wait for it with `kms job wait`",
     "backend_unavailable": "try again later; `kms status` and `kms doctor` show more",
     "jobs_unavailable": "start Redis and a worker, or all of it with `kms up`",
@@ -49,8 +50,6 @@ HINTS: Final[Mapping[str, str]] = {  # by error code
     "result_released": "submit the job again",
     "spool_quota": "release results with `kms job release`, or wait until they expire",
     "spool_full": "wait until results expire, or ask the operator for a larger spool",
-    "items_failed": "`kms job result` shows which items and why",
-    "attempts_exhausted": "ask the operator for the log of the worker",
     "record_refused": "ask the operator: the stored record of the job was changed, or the keys differ",
     "unexpected_answer": "check --url and KMS_SERVICE_URL: is it this service, of the same version",
 }
@@ -121,7 +120,7 @@ def plain(text: str) -> str:
 
 def hint_of(error: KmsError) -> str:
     """Return what to do about an error: its own ``hint``, or that of its code, or an empty text."""
-    return getattr(error, "hint", "") or HINTS.get(error.code, "")
+    return error.hint or HINTS.get(error.code, "")
 
 
 def failed(error: KmsError, *, as_json: bool = False) -> int:

@@ -16,7 +16,7 @@ KmsError
 │                       · SpoolUnavailable · DocumentOutdated
 │                       · JobsUnavailable (RedisFull · RedisReadOnly · WrongInstall · DurabilityUnconfirmed)
 ├── SpoolFull           (SpoolQuota)
-├── JobCancelled · JobExpired    ends of a job that are not failures
+├── JobCancelled · JobExpired (JobNotStarted) · ItemsFailed · AttemptsExhausted    ends of a job
 └── ConfigurationError  raised at start only
 
 ``code`` is part of the API and never changes; the text may. ``exit_code`` is the exit code of the ``kms``
@@ -35,11 +35,15 @@ EXIT_CONFIGURATION: Final = 78
 
 
 class KmsError(Exception):
-    """An error with a stable ``code``. Its text never contains plaintext, keys, tokens or context values."""
+    """An error with a stable ``code``. Its text never contains plaintext, keys, tokens or context values.
+
+    ``hint`` says what to do, where the place that raises it knows more than the code says.
+    """
 
     code: ClassVar[str] = "internal"
     summary: ClassVar[str] = "The service failed to handle the request"
     exit_code: ClassVar[int] = EXIT_OTHER
+    hint: str = ""
 
     def __init__(self, detail: str = "") -> None:
         super().__init__(detail or self.summary)
@@ -378,6 +382,27 @@ class JobExpired(KmsError):
 
     code = "expired"
     summary = "The job expired before it could finish"
+
+
+class JobNotStarted(JobExpired):
+    """A job that no worker had begun by its ``start_by``."""
+
+    code = "not_started"
+    summary = "No worker began the job in time, so it did nothing"
+
+
+class ItemsFailed(KmsError):
+    """A job some of whose items or files were refused."""
+
+    code = "items_failed"
+    summary = "Items of the job failed"
+
+
+class AttemptsExhausted(KmsError):
+    """A job whose workers died in every attempt."""
+
+    code = "attempts_exhausted"
+    summary = "The job used up its attempts"
 
 
 class ConfigurationError(KmsError):

@@ -432,9 +432,11 @@ class FailedItem(Answer, frozen=True, kw_only=True):
 
 
 class JobError(Answer, frozen=True, kw_only=True):
-    """The reason why a job failed. ``items`` are the first failed items or files, where some did."""
+    """The reason why a job failed, and what to do. ``items`` are the first items or files that failed."""
 
     code: str
+    detail: str | UnsetType = UNSET
+    hint: str | UnsetType = UNSET
     items: list[FailedItem] | UnsetType = UNSET
 
 

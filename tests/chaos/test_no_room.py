@@ -93,7 +93,7 @@ def test_result_that_finds_no_room_fails_the_job(small: Service) -> None:
     job_id = small.submit({"kind": "encrypt", "items": items})
     job = small.wait(job_id, "failed")
 
-    assert job["error"] == {"code": "spool_full"}
+    assert job["error"]["code"] == "spool_full"
     until(lambda: small.spooled() == [], "nothing is left")
     again = small.submit({"kind": "encrypt", "items": items[:2]})
     small.wait(again, "succeeded")

@@ -131,7 +131,7 @@ def do_jobs(install: CanaryService) -> None:
         target = {"encrypt": "sealed", "decrypt": f"{name}-back"}.get(kind, f"{kind}ed")
         job = {"kind": kind, "source": here + source, "target": here + target, "callback": "hook"}
         assert install.job_of(job)["state"] == "succeeded"
-        assert install.job_of(job)["error"] == {"code": "target_exists"}
+        assert install.job_of(job)["error"]["code"] == "target_exists"
         tree = "many/*" if first else "many-encrypt/*"
         job = {"kind": kind, "source": here + tree, "target": f"{here}many-{kind}/", "priority": "low"}
         assert install.job_of(job)["state"] == "succeeded"
@@ -154,7 +154,7 @@ def wrong_key(install: CanaryService) -> None:
         assert install.ask("POST", f"{PREFIX}/decrypt", asked).status_code == status
     job = {"kind": "decrypt", "items": [{"ciphertext": foreign, "context": install.context}]}
     failed = [{"index": 0, "code": "decrypt_failed"}]
-    assert install.job_of(job)["error"] == {"code": "items_failed", "items": failed}
+    assert install.job_of(job)["error"].items() >= {"code": "items_failed", "items": failed}.items()
     assert install.upload_of("decrypt", unb64(foreign))["state"] == "failed"
     odd = install.ask(
         "POST", f"{PREFIX}/files/decrypt", content=install.plaintext.encode(), headers=install.headers

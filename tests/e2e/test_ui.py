@@ -376,9 +376,11 @@ def test_a_failed_job_shows_its_cause_and_a_bar_of_what_went_well(service: Servi
     listing = service.http.get("/ui/jobs?state=failed")
 
     assert f"{job_id} decrypt failed not_a_ciphertext 2 of 2 items, 2 refused" in words(listing)
-    assert "First failed items 0: not_a_ciphertext, 1: not_a_ciphertext" in words(
-        service.http.get(f"/ui/jobs/{job_id}")
-    )
+    page = words(service.http.get(f"/ui/jobs/{job_id}"))
+    assert "Error items_failed 2 of 2 items failed, the first at index 0: " in page
+    assert "What to do Give what kms encrypt or kms encrypt-file wrote; kms job result shows" in page
+    assert "First failed items 0: not_a_ciphertext, 1: not_a_ciphertext" in page
+    assert re.search(r"Started \d.* Ended \d.*, after \d+ ", page)
     told = words(service.http.get("/ui"))
     assert "Running, but jobs fail: the backend, Redis, the workers and the audit log work." in told
     assert "Healthy" not in told

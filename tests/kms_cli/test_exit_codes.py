@@ -12,7 +12,6 @@ import pytest
 from kms_cli import terminal
 from kms_cli.main import COMMANDS, JOB_COMMANDS, group
 from kms_client.requests import BY_CODE
-from kms_core.jobs.model import DEAD
 from support.cli.fixtures import BIN, environment
 from support.contract_server import ContractServer
 from support.waiting import WAIT_S, until
@@ -149,9 +148,7 @@ def test_every_command_has_help(line: list[str], capsys: pytest.CaptureFixture[s
 
 
 def test_every_hint_is_for_a_code_that_exists() -> None:
-    ends_of_jobs = {"items_failed", "unexpected_answer", *DEAD}
-
-    assert terminal.HINTS.keys() <= BY_CODE.keys() | ends_of_jobs
+    assert terminal.HINTS.keys() <= BY_CODE.keys() | {"unexpected_answer"}
 
 
 @pytest.mark.parametrize(

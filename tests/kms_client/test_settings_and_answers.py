@@ -45,10 +45,10 @@ def test_classes_that_share_a_code_give_the_deeper_one() -> None:
 
 
 def test_unknown_code_keeps_its_text() -> None:
-    error = failure("items_failed")
+    error = failure("of_the_future")
 
     assert isinstance(error, UnexpectedAnswer)
-    assert "items_failed" in str(error)
+    assert "of_the_future" in str(error)
 
 
 @pytest.mark.parametrize(

@@ -294,7 +294,8 @@ def test_a_file_that_does_not_open_fails_its_job(kms: Client) -> None:
     ended = kms.wait(job.job_id, timeout_s=60)
 
     assert ended.state == "failed"
-    assert ended.error == wire.JobError(code="decrypt_failed")
+    assert ended.error
+    assert ended.error.code == "decrypt_failed"
     with pytest.raises(errors.ResultExpired):
         kms.download(job.job_id, io.BytesIO())
     with pytest.raises(errors.NotACiphertext):

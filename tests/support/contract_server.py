@@ -18,8 +18,10 @@ from threading import Thread
 from typing import Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import msgspec
 import pyrage
 
+from kms_api.routes.job_answers import ENDS
 from kms_protocol import errors
 from kms_protocol.context import Context
 from kms_protocol.errors import KmsError
@@ -134,7 +136,9 @@ class ContractServer:
             },
             "created_at": "2026-11-24T15:40:00Z",
             "expires_at": "2026-11-25T15:40:00Z",
-            "error": {"code": job.error} if job.error and done else None,
+            "error": {"code": job.error, **msgspec.to_builtins(ENDS[job.error])}
+            if job.error and done
+            else None,
             "links": links(job_id),
         }
 

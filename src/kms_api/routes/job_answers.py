@@ -1,11 +1,13 @@
 """Answers about jobs: their wire form, the answer to a submission, and long polls (``?wait=``)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Final, TypeVar
 
 import anyio
+import msgspec
 from fastapi import Response
 from msgspec import UNSET, UnsetType
 
@@ -16,6 +18,7 @@ from kms_api.routing import Call
 from kms_api.transport.admission import reservation_of, should_end
 from kms_core.jobs.execution import tree
 from kms_core.jobs.model import Job
+from kms_core.jobs.spec import ITEMS_FAILED, Failure
 from kms_protocol import wire
 from kms_protocol.errors import Unavailable, UnknownJob
 from kms_protocol.units import time_text
@@ -129,10 +132,39 @@ def _time(at: float) -> str | UnsetType:
     return time_text(at, "milliseconds") if at else UNSET
 
 
+class JobEnd(msgspec.Struct, frozen=True):
+    """The end of a job or item that failed: what happened, and what to do."""
+
+    detail: str
+    hint: str
+
+
+ENDS: Final = msgspec.toml.decode(
+    Path(__file__).with_name("job_ends.toml").read_bytes(), type=dict[str, JobEnd]
+)
+"""By error code."""
+
+
 def _error(job: Job) -> wire.JobError | None:
+    """The error of a job. Where items failed, it explains the first of them."""
     if not job.error:
         return None
-    failed = [
-        wire.FailedItem(index=index, code=code) for index, code in (job.end.failures if job.end else ())
-    ]
-    return wire.JobError(code=job.error, items=failed or UNSET)
+    failures = job.end.failures if job.end else ()
+    found = ENDS.get(job.error)
+    if job.error == ITEMS_FAILED:
+        found = _items_failed(f"{job.items_failed} of {job.items} items failed", failures)
+    return wire.JobError(
+        code=job.error,
+        detail=found.detail if found else UNSET,
+        hint=found.hint if found else UNSET,
+        items=[wire.FailedItem(index=index, code=code) for index, code in failures] or UNSET,
+    )
+
+
+def _items_failed(count: str, failures: Sequence[Failure]) -> JobEnd:
+    results = "`kms job result` shows which and why"
+    for index, code in failures:
+        if first := ENDS.get(code):
+            why = f"{first.detail[0].lower()}{first.detail[1:]}"
+            return JobEnd(f"{count}, the first at index {index}: {why}", f"{first.hint}; {results}")
+    return JobEnd(count, results)

@@ -100,12 +100,14 @@ def load_runbooks() -> tuple[Runbook, ...]:
     _, *parts = _SECTION.split(RUNBOOKS.read_text("utf-8"))
     alerts = parts[::2]
     return tuple(
-        Runbook(alert, tuple(_paragraph(each, alerts) for each in body.split("\n\n") if each.strip()))
+        Runbook(alert, tuple(prose(each, alerts) for each in body.split("\n\n") if each.strip()))
         for alert, body in zip(alerts, parts[1::2], strict=True)
     )
 
 
-def _paragraph(text: str, alerts: Sequence[str]) -> Markup:
+def prose(text: str, alerts: Sequence[str] = ()) -> Markup:
+    """Format a paragraph: inline code, and links to these alerts."""
+
     def html(found: re.Match[str]) -> str:
         code, alert = found.groups()
         if code:
@@ -141,7 +143,7 @@ class Screen:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        templates.filters |= FILTERS
+        templates.filters |= {**FILTERS, "prose": prose}
         return cls(templates, load_runbooks(), sessions, entry)
 
 

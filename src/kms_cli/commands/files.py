@@ -36,18 +36,10 @@ from kms_core.age import stream
 from kms_core.age.header import FILE_KEY_BYTES, render_stanza
 from kms_core.envelope import binding
 from kms_protocol.errors import DecryptFailed, Forbidden, JobCancelled, KmsError, TooLarge
-from kms_protocol.wire import ContextIn, JobOut
+from kms_protocol.wire import ContextIn, JobError, JobOut
 
 SUFFIX: Final = ".age"
 SUFFIXES: Final = (SUFFIX, ".enc")  # the second is that of 0.1 and 0.2.0
-
-
-class JobFailed(KmsError):
-    """A failure that only jobs have."""
-
-    def __init__(self, detail: str, code: str) -> None:
-        super().__init__(detail)
-        self.hint = terminal.HINTS.get(code, "")
 
 
 class TransferOptions(JobOptions):
@@ -246,15 +238,13 @@ def shown_in(line: terminal.Meter) -> Callable[[JobOut], None]:
 
 
 def require_success(job: JobOut) -> None:
-    """Raise the error of a failed or cancelled job."""
+    """Raise the error of a failed or cancelled job, as the service explains it."""
     if job.state == "cancelled":
         raise JobCancelled
     if job.state != "failed":
         return
-    code = job.error.code if job.error else "internal"
-    details = {
-        "items_failed": f"{job.progress.items_failed} of {job.progress.items} items failed",
-        "attempts_exhausted": f"The job used up its attempts ({job.attempt})",
-        "record_refused": "The stored record of the job was changed",
-    }
-    raise JobFailed(details[code], code) if code in details else failure(code)
+    told = job.error or JobError(code="internal")
+    error = failure(told.code)
+    error.detail = told.detail or error.detail
+    error.hint = told.hint or ""
+    raise error

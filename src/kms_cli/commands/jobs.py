@@ -1,12 +1,13 @@
 """``kms job``: submit, list, show, wait, cancel, result, dead, retry."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, get_args
 from urllib.parse import quote
 
 import click
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from kms_cli import terminal
 from kms_cli.commands.files import followed, require_success, shown_in
@@ -25,7 +26,8 @@ from kms_cli.options import (
     writing,
 )
 from kms_cli.session import complete_jobs, connect, meter, printed_as_json, session
-from kms_protocol.units import size_text
+from kms_protocol.errors import ItemsFailed
+from kms_protocol.units import age_s, duration_text, size_text
 from kms_protocol.wire import (
     ENDED,
     GroupIn,
@@ -47,7 +49,10 @@ id_argument = click.argument("job_id", metavar="ID", shell_complete=complete_job
 @label_option
 @click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
 def list_command(state: JobState | None, labels: dict[str, str] | None, limit: int) -> None:
-    """List jobs, newest first; with --label those that have all these labels."""
+    """List jobs, newest first: id, kind, age, state, and how far it is or why it failed.
+
+    With --label those that have all these labels. --json lists all that "kms job show" does.
+    """
     with connect() as kms:
         page = kms.jobs(state=state, labels=labels, limit=limit)
     _rows(page, "no jobs")
@@ -58,9 +63,9 @@ def list_command(state: JobState | None, labels: dict[str, str] | None, limit: i
 @click.command("dead")
 @click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
 def dead_command(limit: int) -> None:
-    """List jobs that used up their attempts, newest first."""
+    """List dead letters, newest first: jobs that ended with attempts_exhausted or record_refused."""
     with connect() as kms:
-        _rows(kms.dead(limit=limit), "no jobs used up their attempts")
+        _rows(kms.dead(limit=limit), "no dead letters")
 
 
 @click.command("retry")
@@ -74,12 +79,28 @@ def retry_command(job_id: str) -> None:
 def _rows(page: JobList, if_empty: str) -> None:
     if printed_as_json(page):
         return
-    for job in page.jobs:
+    for job in page.jobs:  # at most 80 columns
+        count, unit = duration_text(max(0.0, age_s(job.created_at))).split()
         terminal.result(
-            f"{job.job_id}  {job.kind:<7}  {job.state:<10}  {job.created_at}  {_progress(job)}".rstrip()
+            f"{job.job_id}  {job.kind:<7}  {count + unit[0]:>4}  {job.state} {_brief(job)}".rstrip()
         )
     if not page.jobs:
         terminal.say(if_empty)
+
+
+def _brief(job: JobOut) -> str:
+    """Return the size of a job, how much of it is done while it runs, or why it failed."""
+    progress = job.progress
+    total, done = progress.bytes, progress.bytes_done
+    if progress.items > 1:
+        total, done = progress.items, progress.items_done
+    if job.error and job.error.code not in {job.state, ItemsFailed.code}:
+        return job.error.code
+    if progress.items_failed:
+        return f"{progress.items_failed:,} of {progress.items:,}"
+    if job.state in {"running", "committing"} and total:
+        return f"{done / total:.0%}"
+    return f"{total:,} items" if progress.items > 1 else size_text(total)
 
 
 @click.command("show")
@@ -165,12 +186,19 @@ def show_job(job: JobOut) -> None:
         "job": job.job_id,
         "kind": job.kind,
         "state": job.state,
-        "error": _reason(job.error) if job.error else None,
+        **_error(job.error),
         "progress": _progress(job) or "none",
         **_report(job),
         "attempt": job.attempt,
-        "labels": ", ".join(f"{name}={value}" for name, value in (job.labels or {}).items()),
+        "priority": job.priority if job.priority != "normal" else None,
+        "key": job.key_id,
+        "submitter": job.submitter,
+        "labels": _pairs(job.labels),
+        "metadata": _pairs(job.metadata),
+        "group": job.group,
         "cancelling": "yes, a worker may still be at work" if job.cancelling is True else None,
+        "waits_for": f"a worker with the feature {job.waits_for}" if job.waits_for else None,
+        "not_before": job.not_before,
         "start_by": job.start_by if waiting else None,
         "run_by": job.run_by if waiting else None,
         "created": job.created_at,
@@ -182,10 +210,19 @@ def show_job(job: JobOut) -> None:
     terminal.record({name: value for name, value in shown.items() if value not in {None, "", UNSET}})
 
 
-def _reason(error: JobError) -> str:
-    """Return the code of a failed job, and the first items that failed."""
-    items = error.items or []
-    return error.code + "".join(f", {item.index}: {item.code}" for item in items)
+def _error(error: JobError | None) -> dict[str, object]:
+    """Return why a job failed, the first items that did, and what to do."""
+    if not error:
+        return {}
+    return {
+        "error": f"{error.code}: {terminal.plain(error.detail)}" if error.detail else error.code,
+        "first failed": ", ".join(f"{item.index}: {item.code}" for item in error.items or ()),
+        "hint": error.hint,
+    }
+
+
+def _pairs(named: Mapping[str, str] | UnsetType) -> str:
+    return ", ".join(f"{name}={value}" for name, value in (named or {}).items())
 
 
 def _report(job: JobOut) -> dict[str, object]:
