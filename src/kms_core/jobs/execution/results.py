@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import Final, Self
 
 from kms_core.jobs import bulk_lines
 from kms_core.jobs.execution import one_file, tree
@@ -19,6 +19,9 @@ from kms_core.jobs.store.store import JobStore
 from kms_core.payload.streaming import RangeReader
 from kms_protocol import wire
 from kms_protocol.errors import JobNotFinished, RecordRefused, ResultExpired, ResultReleased, UnknownJob
+
+_LAG_S: Final = 1.0
+"""So far the time of Redis, as a process knows it, may be behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +129,7 @@ def _ended(job: Job, store: JobStore) -> AnyJob:
     """The sealed part of a job whose result may be read. Raises as ``of``."""
     if not job.ended:
         raise JobNotFinished
-    if job.released and job.released <= store.now():
+    if job.released and job.released <= store.now() + _LAG_S:
         raise ResultReleased
     if job.purged or (job.state == "cancelled" and not job.parts):
         raise _gone_error(job)
