@@ -101,6 +101,87 @@ def test_a_tenant_that_was_idle_saves_no_time_up(store: JobStore) -> None:
     assert Counter(turns) == {"busy": 4, "idle": 4}
 
 
+def test_lease_time_is_charged_while_a_job_runs(store: JobStore) -> None:
+    for _ in range(2):
+        store.submit(job())
+    found = attempt(store)
+    time.sleep(0.2)
+
+    store.renew(found, {})
+
+    assert (store.redis.zscore(f"kms:active:{BULK}", TENANT) or 0) > 0.15
+
+
+def test_no_clock_makes_a_tenant_pay_for_more_than_an_hour_at_once(store: JobStore) -> None:
+    for _ in range(2):
+        store.submit(job())
+    found = attempt(store)
+    forge(store, found.accepted.job_id, paid_until=str(store.now() - 86_400))
+
+    store.renew(found, {})
+
+    assert (store.redis.zscore(f"kms:active:{BULK}", TENANT) or 0) == pytest.approx(3600, abs=10)
+
+
+def test_lease_time_costs_nothing_while_no_job_waits(store: JobStore) -> None:
+    """A tenant that used idle processes does not wait behind one that comes later."""
+    store.submit(job(tenant="first"))
+    found = attempt(store)
+    forge(store, found.accepted.job_id, paid_until=str(store.now() - 1000))
+    store.renew(found, {})
+
+    for tenant in ("first", "later"):
+        store.submit(job(tenant=tenant))
+
+    assert {store.redis.zscore(f"kms:active:{BULK}", tenant) for tenant in ("first", "later")} == {0}
+
+
+def test_tenants_whose_time_is_made_up_for_are_not_kept(store: JobStore) -> None:
+    for _ in range(40):
+        store.submit(job(tenant="busy"))
+    for number in range(20):
+        store.submit(job(tenant=f"once-{number}"))
+        taken(store)
+    while taken(store):
+        pass
+
+    assert store.redis.zcard(f"kms:spent:{BULK}") == 0
+
+
+def test_a_tenant_that_was_idle_begins_where_the_last_choice_was(store: JobStore) -> None:
+    """Of five jobs, each claim costs 10 ms while others wait."""
+    for _ in range(5):
+        store.submit(job(tenant="busy"))
+    for _ in range(5):
+        attempt(store)
+
+    store.submit(job(tenant="idle"))
+
+    assert store.redis.zscore(f"kms:active:{BULK}", "idle") == pytest.approx(0.04)
+
+
+def test_a_tenant_begins_where_the_least_active_one_is(store: JobStore) -> None:
+    store.submit(job(tenant="busy"))
+    store.redis.zadd(f"kms:active:{BULK}", {"busy": 500})
+
+    store.submit(job(tenant="new"))
+
+    assert store.redis.zscore(f"kms:active:{BULK}", "new") == 500
+
+
+def test_a_tenant_that_submits_one_job_at_a_time_pays_for_each(store: JobStore) -> None:
+    """Or it would be chosen before one whose jobs wait, again and again."""
+    for _ in range(10):
+        store.submit(job(tenant="many"))
+    turns = []
+    for _ in range(12):
+        if not store.redis.exists(f"kms:sizes:{BULK}:always-one"):
+            store.submit(job(tenant="always-one"))
+        turns.append(taken(store))
+
+    assert Counter(turns) == {"always-one": 6, "many": 6}
+
+
 def test_a_capped_tenant_blocks_no_other_and_comes_back(core: Core) -> None:
     store = store_of(core, with_jobs(tenant_leases=1))
     for _ in range(3):

@@ -199,11 +199,13 @@ local function deactivate(queue, tenant)
   redis.call('ZREMRANGEBYSCORE', spent_key(queue), '-inf', number(redis.call('GET', P .. 'floor:' .. queue)))
 end
 
--- Charge a tenant for lease time, in seconds.
+-- Charge a tenant for lease time, in seconds, while jobs wait: else it takes nothing from others. One without a
+-- virtual time is where the last choice was.
 local function charge(queue, tenant, seconds)
-  if not redis.call('ZADD', active_key(queue), 'XX', 'INCR', seconds, tenant) then
-    redis.call('ZINCRBY', spent_key(queue), seconds, tenant)
-  end
+  if redis.call('ZADD', active_key(queue), 'XX', 'INCR', seconds, tenant) then return end
+  if redis.call('EXISTS', active_key(queue)) == 0 then return end
+  local at = redis.call('ZSCORE', spent_key(queue), tenant) or redis.call('GET', P .. 'floor:' .. queue)
+  redis.call('ZADD', spent_key(queue), number(at) + seconds, tenant)
 end
 
 -- Charge for the lease of a job up to now. A claim has paid for its first moments already.
