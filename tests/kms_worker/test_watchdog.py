@@ -1,9 +1,16 @@
 """The watchdog of a worker: a worker that lives and takes nothing leaves with 70, and no other does."""
 
+import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Final
+
+from kms_worker.slots import EXIT_DEAF
+from support.service import Service
+from support.waiting import until
 
 PATIENCE_S: Final = 0.4
 PROGRAM: Final = f"""
@@ -51,3 +58,15 @@ def test_a_worker_stays_that_works_or_has_nothing_to_take() -> None:
         ends = pool.map(lambda case: ends_with(case[0], case[1], STAYS_S), cases.values())
 
     assert dict(zip(cases, ends, strict=True)) == dict.fromkeys(cases, 0)
+
+
+def test_a_worker_whose_processes_stand_still_leaves(tmp_path: Path, redis_url: str) -> None:
+    with Service(tmp_path, "[kms.jobs]\nconcurrency = 1\n", redis_url) as service:
+        service.constants = {"kms_core.jobs.execution.attendance.PATIENCE_S": 1}
+        service.start()
+        for pid in service.pool_pids():
+            os.kill(pid, signal.SIGSTOP)
+        service.submit({"kind": "encrypt", "items": [{"plaintext": ""}]})
+
+        until(lambda: "worker.deaf" in service.output("worker"), "it leaves")
+        assert service.stop("worker") == EXIT_DEAF

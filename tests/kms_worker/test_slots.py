@@ -1,0 +1,208 @@
+"""Processes of a worker's pool that hang: real processes, and a pool that notes what is asked of it."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, Final
+
+import pytest
+
+from kms_core.container import Core
+from kms_core.jobs.execution.attendance import Attendance, Stall
+from kms_core.jobs.spec import BULK, QUEUES
+from kms_core.jobs.store import activity
+from kms_core.jobs.store.store import JobStore
+from kms_worker.slots import Slots
+from support.job_stores import LONG, accepted, store_of
+
+NAS: Final = "root:/srv/nas"
+GOES_ON: Final = 9  # the status of a process that ends by itself
+
+
+class Pool:
+    """Celery's pool as far as the watch uses it: the pids of its processes, and how many there are to be."""
+
+    def __init__(self, *pids: int) -> None:
+        self.info = {"processes": list(pids)}
+        self.num_processes = len(pids)
+        self.is_busy = False
+        self.asked: list[str] = []
+
+    def grow(self, count: int) -> None:
+        self.num_processes += count
+        self.asked.append("grow")
+
+    def shrink(self, count: int) -> None:
+        if self.is_busy:
+            raise ValueError("all processes are busy")
+        self.num_processes -= count
+        self.asked.append("shrink")
+
+
+class Hanging:
+    """Processes that a kill ends only once they are ``let_go``: as if they waited for a disk."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self._held: dict[int, subprocess.Popen[bytes]] = {}
+        self._kill = os.kill
+        patch.setattr(os, "kill", self._hold)
+
+    def _hold(self, pid: int, number: int) -> None:
+        if pid not in self._held:
+            self._kill(pid, number)
+
+    def start(self) -> int:
+        process = subprocess.Popen(["sleep", "600"])
+        self._held[process.pid] = process
+        return process.pid
+
+    def let_go(self, pid: int) -> None:
+        process = self._held.pop(pid)
+        process.kill()
+        process.wait()
+
+    def end(self) -> None:
+        for pid in list(self._held):
+            self.let_go(pid)
+
+
+@pytest.fixture
+def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hanging]:
+    found = Hanging(monkeypatch)
+    yield found
+    found.end()
+
+
+@pytest.fixture
+def store(core: Core) -> JobStore:
+    return store_of(core, LONG)
+
+
+def watch(shared: Attendance, store: JobStore, pool: Pool) -> Slots:
+    consumer: Any = SimpleNamespace(pool=pool, hub=SimpleNamespace(call_soon=lambda work: work()))
+    return Slots(shared, store, "w", QUEUES, consumer)
+
+
+def hang(shared: Attendance, *pids: int) -> None:
+    for pid in pids:
+        shared.announce(Stall(pid, "some job", [NAS]))
+
+
+def stuck(store: JobStore) -> int:
+    return activity.survey_queues(store).stuck
+
+
+def test_a_process_that_hangs_is_killed_and_the_pool_replaces_it_by_itself(store: JobStore) -> None:
+    process = subprocess.Popen(["sleep", "600"])
+    try:
+        shared, pool = Attendance(), Pool(process.pid)
+        slots = watch(shared, store, pool)
+        hang(shared, process.pid)
+        slots.round()
+        assert process.wait(10) == -signal.SIGKILL
+    finally:
+        process.kill()
+        process.wait()
+    for _ in range(3):
+        slots.round()
+
+    assert pool.asked == []
+    assert stuck(store) == 0
+
+
+def test_one_that_cannot_be_ended_is_replaced_and_told_until_it_ends(
+    store: JobStore, hanging: Hanging
+) -> None:
+    pid = hanging.start()
+    shared, pool = Attendance(), Pool(pid)
+    slots = watch(shared, store, pool)
+    store.submit(accepted(items=1, source="items"), resources=[NAS])
+    hang(shared, pid)
+    slots.round()
+    assert (pool.asked, stuck(store)) == ([], 0), "it has time to end"
+
+    for _ in range(3):
+        slots.round()
+    assert (pool.asked, stuck(store)) == (["grow"], 1)
+    assert store.next("w/1", BULK, QUEUES, woken=False) is None, "its worker leaves the root alone"
+
+    hanging.let_go(pid)
+    for _ in range(3):
+        slots.round()
+    assert (pool.asked, stuck(store)) == (["grow", "shrink"], 0)
+
+
+def test_no_more_are_replaced_at_a_time_than_the_pool_has(store: JobStore, hanging: Hanging) -> None:
+    first, second = hanging.start(), hanging.start()
+    shared, pool = Attendance(), Pool(first)
+    slots = watch(shared, store, pool)
+    hang(shared, first, second)
+    for _ in range(4):
+        slots.round()
+    assert (pool.asked, stuck(store)) == (["grow"], 2)
+
+    hanging.let_go(first)
+    slots.round()
+    assert sorted(pool.asked) == ["grow", "grow", "shrink"], "the second is replaced in its turn"
+
+
+def test_a_surplus_process_waits_for_an_idle_moment(store: JobStore, hanging: Hanging) -> None:
+    pid = hanging.start()
+    shared, pool = Attendance(), Pool(pid)
+    slots = watch(shared, store, pool)
+    hang(shared, pid)
+    for _ in range(2):
+        slots.round()
+    pool.info["processes"] = [pid, 1]
+    pool.is_busy = True
+    hanging.let_go(pid)
+    slots.round()
+    pool.is_busy = False
+    pool.info["processes"] = [pid, 1, 2]  # one is still ending
+    slots.round()
+    assert pool.asked == ["grow"]
+
+    pool.info["processes"] = [pid, 1]
+    slots.round()
+    assert pool.asked == ["grow", "shrink"]
+
+
+def test_a_process_that_was_killed_takes_no_jobs_any_more(core: Core) -> None:
+    """It left the note that it takes jobs; without it another one is woken."""
+    woken: list[str] = []
+    store = store_of(core, LONG, woken)
+    pool = Pool(71)
+    slots = watch(Attendance(), store, pool)
+    store.worker_seen("w", 1, QUEUES)
+    for _ in range(2):
+        store.submit(accepted(items=1, source="items"))
+    store.next("w/71", BULK, QUEUES, woken=True)
+    slots.round()
+    assert woken == [BULK]
+
+    pool.info["processes"] = [72]
+    slots.round()
+
+    assert woken == [BULK, BULK]
+
+
+@pytest.mark.parametrize(("told_s_ago", "status"), [(11.0, os.EX_OK), (5.0, GOES_ON)])
+def test_a_worker_that_stops_leaves_what_hangs(
+    store: JobStore, hanging: Hanging, told_s_ago: float, status: int
+) -> None:
+    """Ten seconds after attempts were handed back: its pool would wait for the process."""
+    held, shared = hanging.start(), Attendance()
+    hang(shared, held)
+    shared.stops_at.set(time.monotonic() - told_s_ago)
+    store.redis.connection_pool.disconnect()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            watch(shared, store, Pool(held)).round()
+        finally:
+            os._exit(GOES_ON)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status
