@@ -45,8 +45,9 @@ def test_taken_port(tmp_path: Path, port: str) -> None:
         "nonsense = 1\n",
         '[kms.age]\nprivate_key_path = "/nonexistent/key"\n',
         '[kms.redis]\nurl = "nonsense"\n',
+        '[kms.jobs]\nqueues = ["kms.bulk", "kms.video"]\n',
     ],
-    ids=["unknown", "key", "redis"],
+    ids=["unknown", "key", "redis", "queue"],
 )
 def test_wrong_configuration_does_not_start(tmp_path: Path, program: str, settings: str) -> None:
     service = Service(tmp_path)

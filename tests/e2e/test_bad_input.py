@@ -154,6 +154,7 @@ def test_time_limit_in_the_past_is_a_failed_decryption(service: Service) -> None
         ("/jobs", {"kind": "encrypt", "items": [{"plaintext": ""}], "ttl_s": 59}),
         ("/jobs", {"kind": "encrypt", "items": [{"plaintext": ""}], "ttl_s": 10**9}),
         ("/jobs", {"kind": "encrypt", "items": [{"plaintext": ""}], "priority": CANARY}),
+        ("/jobs", {"kind": "encrypt", "items": [{"plaintext": ""}], "queue": CANARY}),
         ("/jobs", {"kind": "encrypt", "items": [{"plaintext": ""}], "callback": f"http://{CANARY}"}),
     ],
     ids=lambda value: value if isinstance(value, str) else json.dumps(value)[:50],
