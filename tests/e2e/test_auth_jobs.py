@@ -532,15 +532,31 @@ def test_items_above_the_quota_are_refused_while_they_arrive(install: Guarded, c
     assert install.spooled() == []
 
 
+def test_an_upload_above_the_quota_is_refused_while_it_arrives(install: Guarded, core: Core) -> None:
+    """Or before, if it tells its size."""
+    terms = SubmissionOptions(caller(install, "*", tenant="narrow"), "encrypt", Context.parse("row=1"))
+    with pytest.raises(SpoolQuota, match="in the spool"):
+        next(core.submitter.receive_upload(terms, 151))
+    receiving = core.submitter.receive_upload(terms, 0)
+    next(receiving)
+    receiving.send((memoryview(bytes(150)), True))
+    with pytest.raises(SpoolQuota, match="in the spool"):
+        receiving.send((memoryview(bytes(1)), True))
+
+    assert install.spooled() == []
+
+
 def test_submissions_at_once_are_counted_one_by_one(install: Guarded, core: Core) -> None:
     """What looked at the room before another took it is told so by the store."""
     store = core.worker_context.store
     store.submit(accepted(tenant="narrow", size_bytes=100))
     with pytest.raises(SpoolQuota, match="in the spool"):
-        store.submit(accepted(tenant="narrow", size_bytes=100))
+        store.submit(accepted(tenant="narrow", size_bytes=51))
     store.submit(accepted(tenant="narrow", size_bytes=100, source="file:///a", target="file:///b"))
-
     assert store.spool_room("narrow") == 50
+
+    store.submit(accepted(tenant="narrow", size_bytes=50))
+    assert store.spool_room("narrow") == 0
     assert store.spool_room("default") is None
     assert install.spooled() == []
 

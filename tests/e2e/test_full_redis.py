@@ -120,6 +120,17 @@ def bulk(core: Core, count: int = 1) -> str:
     return core.submitter.items(options, items).job_id
 
 
+def test_small_blobs_rest_in_redis_while_half_of_it_is_free(own: Core, filled: Filled) -> None:
+    store = own.worker_context.store
+    store.ping(write=True)
+    assert store.has_room
+    filled.fill(0.55)
+
+    store.ping(write=True)
+
+    assert not store.has_room
+
+
 def test_nothing_of_a_refused_job_is_left(own: Core, filled: Filled) -> None:
     """Redis fills up between the check and the submission."""
     spool = own.worker_context.spool

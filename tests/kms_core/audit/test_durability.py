@@ -79,6 +79,13 @@ def test_tokens_are_on_disk_before_anybody_is_told(tmp_path: Path, calls: Calls)
     assert third == ("sync", tmp_path.name, 0)
 
 
+def test_a_folder_that_is_made_for_tokens_keeps_its_name(tmp_path: Path, calls: Calls) -> None:
+    path = tmp_path / "made" / "tokens.json"
+    tokens.create(path, TokenRequest(name="ci", tenant="default", scopes=("status",), ttl=None))
+
+    assert calls.made[0] == ("sync", tmp_path.name, 0)
+
+
 def test_the_end_of_a_log_is_on_disk_when_it_is_closed(tmp_path: Path, calls: Calls) -> None:
     place = Place(tmp_path)
     log = place.trail(audit_section(durability="fsync"))

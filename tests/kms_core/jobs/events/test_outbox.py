@@ -59,6 +59,18 @@ def test_a_delivery_that_always_fails_ends_as_dead(
     assert [found.delivery_id for found in outbox.dead()] == [delivery.delivery_id]
 
 
+def test_each_failed_attempt_waits_longer_up_to_a_quarter_of_an_hour(
+    store: JobStore, ci: WebhookEndpoint
+) -> None:
+    """Twice as long each time, of which a half is random."""
+    end(store)
+    outbox, delivery = waiting(store, {"ci": ci})
+    for failed, longest_s in ((0, 1), (3, 8), (15, 900)):
+        wait_s = outbox.put_off(msgspec.structs.replace(delivery, attempts=failed))
+        assert wait_s is not None
+        assert longest_s / 2 <= wait_s <= longest_s
+
+
 def test_other_states_are_passed_over_and_leave(store: JobStore, ci: WebhookEndpoint) -> None:
     """Also where more of them come first than may be sent at a time."""
     for _ in range(5):
