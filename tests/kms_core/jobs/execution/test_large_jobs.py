@@ -380,6 +380,15 @@ def test_file_that_has_grown_large_is_claimed_again_as_a_large_job(core: Core, f
     assert now(core, job_id) == ("succeeded", "")
 
 
+def test_job_that_turned_out_large_waits_among_large_ones(store: JobStore) -> None:
+    held(store, made(store))
+    grown = held(store, made(store, SMALL), "w/2")
+
+    store.defer(grown, 0, counts=False, away=False, work_bytes=LARGE)
+
+    assert store.next("w/2", FILES, QUEUES, woken=False) is None
+
+
 def test_files_of_a_part_that_have_grown_make_it_large(core: Core, files: Path) -> None:
     core = replace(core, worker_context=replace(core.worker_context, store=sharing(core)))
     (files / "in").mkdir()

@@ -11,7 +11,7 @@ import pytest
 from kms_core.container import Core
 from kms_core.jobs.execution import attendance
 from kms_core.jobs.execution.attendance import Attendance, Stall
-from kms_core.jobs.execution.lease import Chore, HandedBack, Lease
+from kms_core.jobs.execution.lease import Chore, HandedBack, Lease, Renewed
 from kms_core.jobs.model import LeaseLost
 from kms_core.jobs.store.store import JobStore
 from support.job_stores import COMMIT, TENANT, claimed, store_of, with_jobs
@@ -44,12 +44,20 @@ def in_child(work: Callable[[], object]) -> int:
     return os.waitpid(pid, 0)[1]
 
 
-def test_an_attempt_that_advances_keeps_its_lease(store: JobStore) -> None:
+MOVES: Final[dict[str, Callable[[Lease], None]]] = {
+    "bytes": lambda lease: lease.advance(1),
+    "an item": lambda lease: lease.item(failed=True),
+    "a check": lambda lease: lease.check(),
+}
+
+
+@pytest.mark.parametrize("moves", MOVES.values(), ids=MOVES)
+def test_an_attempt_that_advances_keeps_its_lease(store: JobStore, moves: Callable[[Lease], None]) -> None:
     claim = claimed(store)
     with Lease(store, claim) as lease:
         for _ in range(10):
             time.sleep(0.2)
-            lease.advance(1)
+            moves(lease)
 
     store.finish(claim, "succeeded")
 
@@ -75,6 +83,27 @@ def test_its_process_ends_and_its_parent_is_told(store: JobStore, shared: Attend
     told: list[Stall] = list(shared.stalls())
     assert [stall.job_id for stall in told] == [claim.accepted.job_id]
     assert list(shared.stalls()) == []
+
+
+class Counted(Renewed):
+    """Renewals are counted, and fail with ``error`` if there is one."""
+
+    every_s = 0.05
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.count, self._error = 0, error
+
+    def renew(self) -> None:
+        self.count += 1
+        if self._error:
+            raise self._error
+
+
+def test_a_renewal_that_fails_stops_no_other() -> None:
+    with Counted(ValueError()) as failing, Counted() as other:
+        until(lambda: failing.count > 2, "it is renewed all the same")
+        before = other.count
+        until(lambda: other.count > before, "the other is renewed")
 
 
 def test_a_chore_that_hangs_ends_its_process(store: JobStore, shared: Attendance) -> None:

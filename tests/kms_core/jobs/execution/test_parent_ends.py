@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import cast
 
+import msgspec
 import pytest
 
 from kms_core.auth.policy import Principal
@@ -168,6 +169,13 @@ def test_two_workers_that_end_the_last_parts_come_to_one_end(core: Core) -> None
     assert seen == [job_id, job_id]
     assert told(core, job_id) == ("succeeded", "")
     assert events(core).count("kms.job.succeeded") == 1
+
+
+def test_worker_of_an_earlier_attempt_does_not_end_it(core: Core, unended: list[str]) -> None:
+    store = core.worker_context.store
+    runner.end_parent(msgspec.structs.replace(now(core, unended[0]), attempt_id="earlier"), store)
+
+    assert now(core, unended[0]).state == "running"
 
 
 def test_cancelled_in_between_it_ends_as_cancelled(core: Core, unended: list[str]) -> None:

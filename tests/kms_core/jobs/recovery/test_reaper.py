@@ -14,8 +14,8 @@ from kms_core.jobs.recovery.reaper import Reaper
 from kms_core.jobs.storage.spool import Label
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import new_id
-from kms_protocol.errors import JobsUnavailable
-from support.job_stores import LONG, TENANT, accepted, claimed, lapse, state, store_of
+from kms_protocol.errors import JobsUnavailable, WrongInstall
+from support.job_stores import LONG, TENANT, accepted, claimed, lapse, state, store_of, with_jobs
 from support.waiting import until
 
 
@@ -155,6 +155,25 @@ def test_a_job_that_was_retried_stays_in_its_lists(core: Core, store: JobStore) 
     assert not store.redis.exists("kms:records")
 
 
+def test_a_reaper_whose_spool_is_of_another_install_touches_nothing(core: Core, store: JobStore) -> None:
+    def refuse() -> None:
+        raise WrongInstall
+
+    claim = claimed(store)
+    lapse(store)
+
+    with pytest.raises(WrongInstall):
+        Reaper(store, core.worker_context.spool, "r1", require_install=refuse).round()
+    assert state(store, claim) == "running"
+
+
+def test_a_killed_reaper_holds_up_the_next_no_longer_than_a_lease(core: Core) -> None:
+    store = store_of(core, with_jobs(lease_s=2))
+    reaper_of(core, store).round()
+
+    assert 0 < store.redis.pttl("kms:lock:caretaker") <= 2000
+
+
 def test_one_reaper_at_a_time(store: JobStore) -> None:
     assert store.lock("caretaker", "c1", 10)
     assert store.lock("caretaker", "c1", 10)
@@ -210,6 +229,36 @@ def test_a_step_that_fails_keeps_the_reaper_from_no_other(
     assert not folder.exists()
     failed = [line["step"] for line in logs if line["event"] == "caretaker.step_failed"]
     assert sorted(failed) == ["take_up_due", "tell_of_newer"], "each is told once"
+
+
+def test_a_step_that_fails_again_after_a_good_round_is_told_again(
+    core: Core, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> list[str]:
+        raise JobsUnavailable
+
+    reaper = reaper_of(core, store)
+    with capture_logs() as logs:
+        for _ in range(2):
+            with monkeypatch.context() as patched:
+                patched.setattr(store, "due", fails)
+                reaper.reap()
+            reaper.reap()
+
+    assert [line["step"] for line in logs if line["event"] == "caretaker.step_failed"] == ["take_up_due"] * 2
+
+
+def test_the_room_in_redis_is_looked_at_every_ten_rounds(
+    core: Core, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers learn it with their next claim: small blobs rest in Redis while half of it is free."""
+    looks: list[None] = []
+    monkeypatch.setattr(store, "condition", lambda: looks.append(None))
+    reaper = reaper_of(core, store)
+    for _ in range(11):
+        reaper.reap()
+
+    assert len(looks) == 2
 
 
 def test_sums_of_operations_are_noted_once_a_minute(core: Core, store: JobStore) -> None:

@@ -10,7 +10,8 @@ from kms_core.container import Core
 from kms_core.jobs.bulk_lines import PART_ITEMS
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Attempt
-from kms_core.jobs.spec import BULK, QUEUES
+from kms_core.jobs.spec import BULK, FILES, QUEUES
+from kms_core.jobs.store import redis_keys
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
@@ -114,7 +115,10 @@ def test_a_worker_takes_jobs_of_the_queues_that_settings_name(tmp_path: Path, re
     with Service(tmp_path, '[kms.jobs]\nqueues = ["kms.bulk"]\n', redis_url) as service:
         service.start()
         others = service.upload("encrypt", b"x")
+        redis = core_of(service).worker_context.store.redis
+        redis.lpush("kms:kms.files", redis_keys.encode_message(FILES))  # for a worker that serves this queue
         for _ in range(5):
             service.wait(service.submit({"kind": "encrypt", "items": [{"plaintext": ""}]}), "succeeded")
 
         assert service.job(others)["state"] == "queued"
+        assert redis.llen("kms:kms.files") == 1

@@ -1,8 +1,10 @@
 """The choice of the next job: fairness, priority, bounds, wake-ups; over a real Valkey."""
 
 import json
+import math
 import time
 from collections import Counter
+from typing import cast
 
 import pytest
 
@@ -16,7 +18,18 @@ from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import new_id
 from kms_protocol.errors import JobsUnavailable
 from kms_protocol.wire import Priority
-from support.job_stores import LONG, TENANT, accepted, claimed, depths, forge, lapse, store_of, with_jobs
+from support.job_stores import (
+    COMMIT,
+    LONG,
+    TENANT,
+    accepted,
+    claimed,
+    depths,
+    forge,
+    lapse,
+    store_of,
+    with_jobs,
+)
 from support.waiting import until
 
 
@@ -86,21 +99,6 @@ def test_lease_time_is_charged(store: JobStore) -> None:
     assert Counter(turns)["short"] >= 6
 
 
-def test_a_tenant_that_was_idle_saves_no_time_up(store: JobStore) -> None:
-    store.submit(job(tenant="idle"))
-    store.finish(attempt(store), "succeeded")
-    for _ in range(20):
-        store.submit(job(tenant="busy"))
-    for _ in range(10):
-        store.finish(attempt(store), "succeeded")
-    for _ in range(20):
-        store.submit(job(tenant="idle"))
-
-    turns = [taken(store) for _ in range(8)]
-
-    assert Counter(turns) == {"busy": 4, "idle": 4}
-
-
 def test_lease_time_is_charged_while_a_job_runs(store: JobStore) -> None:
     for _ in range(2):
         store.submit(job())
@@ -146,6 +144,21 @@ def test_tenants_whose_time_is_made_up_for_are_not_kept(store: JobStore) -> None
         pass
 
     assert store.redis.zcard(f"kms:spent:{BULK}") == 0
+
+
+def test_a_tenant_that_was_idle_saves_no_time_up(store: JobStore) -> None:
+    store.submit(job(tenant="idle"))
+    store.finish(attempt(store), "succeeded")
+    for _ in range(20):
+        store.submit(job(tenant="busy"))
+    for _ in range(10):
+        store.finish(attempt(store), "succeeded")
+    for _ in range(20):
+        store.submit(job(tenant="idle"))
+
+    turns = [taken(store) for _ in range(8)]
+
+    assert Counter(turns) == {"busy": 4, "idle": 4}
 
 
 def test_a_tenant_that_was_idle_begins_where_the_last_choice_was(store: JobStore) -> None:
@@ -207,6 +220,21 @@ def test_a_capped_tenant_comes_back_when_its_lease_runs_out(core: Core) -> None:
     assert store.reap_all(store.due()) == ["requeued"]
 
     assert taken(store) == TENANT
+
+
+def test_a_commit_of_a_dead_worker_holds_up_no_other_queue_of_its_tenant(core: Core) -> None:
+    store = store_of(core, with_jobs(tenant_leases=1))
+    store.submit(job())
+    other = store.submit(accepted())
+    store.committing(attempt(store), COMMIT)
+    assert store.next("w/1", FILES, (FILES,), woken=False) is None
+    lapse(store)
+
+    assert store.reap_all(store.due()) == ["committing"]
+
+    found = store.next("w/1", FILES, (FILES,), woken=False)
+    assert isinstance(found, Attempt)
+    assert found.accepted.job_id == other.job_id
 
 
 def test_large_jobs_leave_processes_to_others(core: Core) -> None:
@@ -284,6 +312,17 @@ def test_a_deferred_job_is_ready_when_its_time_has_come(store: JobStore) -> None
     assert taken(store) == TENANT
 
 
+def test_a_ready_job_that_is_not_due_yet_waits_for_its_time(store: JobStore) -> None:
+    """The clock of Redis went back since it was made ready."""
+    found = store.submit(job())
+    forge(store, found.job_id, not_before=str(time.time() + 0.3))
+    assert taken(store) is None
+
+    until(store.due, "its time has come")
+    assert store.reap_all(store.due()) == ["due"]
+    assert taken(store) == TENANT
+
+
 def test_a_job_whose_lease_ran_out_is_ready_again(core: Core) -> None:
     store = store_of(core, LONG)
     claim = claimed(store, items=1, source="items")
@@ -313,7 +352,7 @@ def test_a_queued_job_that_expires_is_ended_without_a_worker(store: JobStore) ->
     assert store.reap_all(store.due()) == ["expired"]
 
     ended = store.get(found.job_id, TENANT)
-    assert (ended.state, ended.error) == ("failed", "expired")
+    assert (ended.state, ended.error, ended.fence) == ("failed", "expired", 1)
     assert store.next("w/1", BULK, QUEUES, woken=False) == found.job_id, "a worker tidies"
     assert taken(store) is None
 
@@ -348,6 +387,19 @@ def test_a_list_by_state_finds_an_old_job_behind_many(store: JobStore) -> None:
 
     assert ([each.job_id for each in found], following) == ([old.job_id], None)
     assert asked["commands"] < 5
+
+
+def test_a_worker_that_asks_for_jobs_or_renews_is_not_idle(store: JobStore) -> None:
+    """By this its watchdog goes."""
+    assert math.isinf(store.idle_s("w"))
+    assert taken(store) is None
+    assert store.idle_s("w") < 60
+
+    store.submit(job())
+    claim = attempt(store)
+    store.redis.delete("kms:busy:w")
+    store.renew(claim, {})
+    assert store.idle_s("w") < 60
 
 
 # -- wake-ups --------------------------------------------------------------------------------------------
@@ -385,6 +437,24 @@ def test_a_worker_that_left_is_sent_no_wake_up(store: JobStore, woken: list[str]
     assert store.workers() == 0
 
 
+def test_a_worker_that_died_is_sent_no_wake_up_and_takes_none_from_others(
+    store: JobStore, woken: list[str]
+) -> None:
+    store.worker_seen("dead", 2, QUEUES)
+    store.submit(job())
+    taken(store, "dead/1", woken=True)
+    store.redis.zadd("kms:workers", {"dead": store.now() - 6, "long ago": store.now() - 60})
+    woken.clear()
+
+    store.worker_seen("w", 1, QUEUES)
+    for _ in range(3):
+        store.submit(job())
+
+    assert woken == [BULK]
+    assert store.redis.zrange("kms:workers", 0, -1) == [b"dead", b"w"]
+    assert store.workers() == 1
+
+
 def test_a_busy_process_is_sent_no_wake_up(store: JobStore, woken: list[str]) -> None:
     store.worker_seen("w", 1, QUEUES)
     store.submit(job())
@@ -396,6 +466,19 @@ def test_a_busy_process_is_sent_no_wake_up(store: JobStore, woken: list[str]) ->
     taken(store)
     assert taken(store) is None  # it is idle again
     store.submit(job())
+    assert woken == [BULK, BULK]
+
+
+def test_the_note_that_a_process_takes_jobs_lasts_as_long_as_its_lease(
+    store: JobStore, woken: list[str]
+) -> None:
+    store.worker_seen("w", 1, QUEUES)
+    store.submit(job())
+    taken(store, woken=True)
+    assert store.redis.zadd(f"kms:draining:{BULK}", {"w/1": store.now() - 1}, ch=True) == 1
+
+    store.submit(job())
+
     assert woken == [BULK, BULK]
 
 
@@ -414,6 +497,16 @@ def test_a_worker_is_woken_from_when_it_takes_messages(store: JobStore, woken: l
         heartbeat.stop()
         heartbeat.join()
     assert store.workers() == 0
+
+
+def test_a_worker_is_woken_for_the_queues_that_its_settings_name(core: Core, woken: list[str]) -> None:
+    store = store_of(core, with_jobs(queues=(BULK,)), woken)
+    Heartbeat(store, "w").serve()
+
+    store.submit(accepted())
+    assert woken == []
+    store.submit(job())
+    assert woken == [BULK]
 
 
 def test_no_wake_up_for_jobs_of_a_tenant_at_its_cap(core: Core, woken: list[str]) -> None:
@@ -490,6 +583,8 @@ def test_a_lost_wake_up_is_sent_again(core: Core, store: JobStore, woken: list[s
     reaper = Reaper(store, core.worker_context.spool, "r")
     reaper.reap()
     assert woken == [BULK], "it may still come"
+    (wake_up,) = cast("list[bytes]", store.redis.zrange("kms:wakes:kms.bulk", 0, -1))
+    assert store.redis.zscore("kms:wakes:kms.bulk", wake_up) == pytest.approx(time.time() + 2, abs=2)
 
     store.redis.delete("kms:wakes:kms.bulk")  # as after two seconds
     reaper.reap()

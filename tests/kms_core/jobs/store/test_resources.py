@@ -42,6 +42,29 @@ def test_a_full_resource_blocks_nothing_behind_it(core: Core) -> None:
     assert [taken(store), taken(store), taken(store), taken(store)] == [nas[0], others[0], others[1], None]
 
 
+def test_a_renewed_lease_counts_on_wherever_it_counts(core: Core) -> None:
+    store = store_of(core, with_jobs(resource_leases={NAS: 1}))
+    store.stuck("w", 0, -1, [NAS])  # what was left alone until now: one attempt is made
+    job_id = submit(store, [NAS])
+    held = store.next("w/1", BULK, QUEUES, woken=True)
+    assert isinstance(held, Attempt)
+    marks = {
+        f"kms:running:{TENANT}": job_id,
+        f"kms:used:{NAS}": job_id,
+        "kms:probes:w": NAS,
+        f"kms:draining:{BULK}": "w/1",
+        "kms:leased": job_id,
+    }
+    soon = store.now() + 1
+    for key, member in marks.items():
+        assert store.redis.zadd(key, {member: soon}, xx=True, ch=True) == 1, key
+
+    store.renew(held, {})
+
+    late = [key for key, member in marks.items() if (store.redis.zscore(key, member) or 0) < soon + 500]
+    assert late == []
+
+
 def test_it_is_chosen_again_when_a_lease_ends(core: Core) -> None:
     store = store_of(core, with_jobs(resource_leases={NAS: 1}))
     first, second = (submit(store, [NAS], tenant=tenant) for tenant in ("a", "b"))
@@ -176,6 +199,19 @@ def test_after_a_while_one_attempt_is_made(store: JobStore) -> None:
     assert taken(store), "it works again"
 
 
+def test_another_attempt_follows_one_that_failed_in_time(store: JobStore) -> None:
+    store.stuck("w", 0, -1, [NAS])  # what was left alone until now
+    for _ in range(2):
+        submit(store, [NAS])
+    held = attempt(store)
+    assert held
+    assert taken(store) is None
+
+    store.finish(held, "failed", "path_refused")
+
+    assert taken(store)
+
+
 def test_what_a_process_hangs_on_is_left_alone(store: JobStore) -> None:
     submit(store, [NAS])
 
@@ -185,6 +221,33 @@ def test_what_a_process_hangs_on_is_left_alone(store: JobStore) -> None:
     assert activity.survey_queues(store).stuck == 1
     store.stuck("w", 0, 60, [])
     assert activity.survey_queues(store).stuck == 0
+
+
+def test_a_short_time_does_not_shorten_a_long_one(store: JobStore) -> None:
+    for seconds in (600, 1):
+        store.stuck("w", 1, seconds, [NAS])
+
+    assert (store.redis.zscore("kms:stalls:w", NAS) or 0) > store.now() + 500
+
+
+def test_a_stalled_attempt_of_a_job_that_is_to_be_cancelled_ends_it(store: JobStore) -> None:
+    job_id = submit(store, [NAS])
+    held = attempt(store)
+    assert held
+    store.cancel(job_id, TENANT)
+
+    store.stalled(held)
+
+    assert store.get(job_id, TENANT).state == "cancelled"
+
+
+def test_what_is_to_be_tidied_there_is_left_to_another_worker(store: JobStore) -> None:
+    job_id = submit(store, [NAS])
+    store.redis.zadd("kms:chores", {job_id: 1})
+    store.stuck("w", 1, 60, [NAS])
+
+    assert attempt(store) is None
+    assert store.next("another/1", BULK, QUEUES, woken=False) == job_id
 
 
 def test_a_worker_that_left_has_no_stuck_process(core: Core) -> None:

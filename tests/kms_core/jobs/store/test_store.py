@@ -6,6 +6,7 @@ from copy import copy
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
+from typing import cast
 
 import msgspec
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution.lease import Lease
-from kms_core.jobs.model import Attempt, Job, LeaseLost, RecordKey, part_id
+from kms_core.jobs.model import Attempt, Checkpoint, Job, LeaseLost, RecordKey, part_id
 from kms_core.jobs.spec import BULK, FILES, MAINTENANCE, Work
 from kms_core.jobs.store import reader
 from kms_core.jobs.store.store import JobStore
@@ -21,11 +22,13 @@ from kms_core.jobs.submission.submitter import Deadlines, SubmissionOptions, new
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import (
+    DurabilityUnconfirmed,
     IdempotencyConflict,
     InvalidRequest,
     JobCancelled,
     JobCommitting,
     JobNotDead,
+    RateLimited,
     UnknownJob,
 )
 from support.job_stores import (
@@ -55,6 +58,12 @@ def store(core: Core) -> JobStore:
 def beating(core: Core) -> JobStore:
     """A store whose leases are renewed six times a second."""
     return store_of(core, with_jobs(lease_s=0.5))
+
+
+def unheard(core: Core) -> JobStore:
+    """A store whose writes no replica acknowledges."""
+    waiting = msgspec.structs.replace(LONG.redis, wait_replicas=1, wait_ms=20)
+    return store_of(core, msgspec.structs.replace(LONG, redis=waiting))
 
 
 # -- submitting ------------------------------------------------------------------------------------------
@@ -110,6 +119,41 @@ def test_an_entry_of_an_idempotency_key_names_no_other_job(store: JobStore, othe
     with pytest.raises(IdempotencyConflict) as refused:
         store.submit(accepted(digest=b"same"), idempotency="scope key")
     assert ("with another key" in str(refused.value)) == (other not in {"digest", "key", "no key"})
+
+
+def test_job_that_no_replica_has_is_taken_back_whole(core: Core) -> None:
+    store, job = unheard(core), accepted(size_bytes=9)
+    with pytest.raises(DurabilityUnconfirmed, match="was taken back"):
+        store.submit(job, idempotency="scope key", blob=("upload", b"sealed"))
+
+    entry = f"kms:idem:{store.record_key.digest(b'scope key').hex()}"
+    left = [entry, f"kms:job:{job.job_id}", f"kms:blobs:{job.job_id}", "kms:open", f"kms:open:{TENANT}"]
+    assert not store.redis.exists(*left, "kms:expiring", "kms:ended", "kms:records", "kms:lists")
+    assert store.page(TENANT, state=None, limit=5, before=None) == ([], None)
+    assert store.spooled_bytes(TENANT) == 0
+
+
+def test_job_that_has_begun_is_not_taken_back(store: JobStore) -> None:
+    """Also where it waits again: half a target may be there."""
+    claim = claimed(store)
+    job_id = claim.accepted.job_id
+    store.defer(claim, 0, counts=False)
+    keys = [f"kms:job:{job_id}", f"kms:tenant:{TENANT}"]
+
+    refused = store.unconfirmed_error(None, keys, job_id, record(store, job_id)[b"sealed"])
+
+    assert "It may be lost" in str(refused)
+    assert store.get(job_id, TENANT).state == "queued"
+
+
+def test_so_many_jobs_may_be_open_and_no_more(core: Core) -> None:
+    store = store_of(core, with_jobs(open_jobs=2))
+    first, _ = (store.submit(accepted()) for _ in range(2))
+    with pytest.raises(RateLimited, match="Too many jobs wait"):
+        store.submit(accepted())
+
+    store.cancel(first.job_id, TENANT)
+    store.submit(accepted())
 
 
 def test_idempotency_outlasts_the_end_of_the_job(store: JobStore) -> None:
@@ -303,6 +347,7 @@ def test_leased_job_is_nobody_else_s(store: JobStore) -> None:
 
 def test_lapsed_lease_is_taken_over_and_the_old_fence_is_powerless(store: JobStore) -> None:
     old = claimed(store)
+    store.renew(old, {"bytes_done": 7, "items_done": 2, "items_failed": 1})
     lapse(store)
     new = store.claim(old.accepted.job_id, "w2")
     assert new
@@ -320,6 +365,7 @@ def test_lapsed_lease_is_taken_over_and_the_old_fence_is_powerless(store: JobSto
             effect()
     found = store.get(old.accepted.job_id, TENANT)
     assert (found.state, found.fence, found.bytes_done) == ("running", 2, 0)
+    assert (found.items_done, found.items_failed) == (0, 0)
     store.finish(new, "succeeded")
     assert state(store, new) == "succeeded"
 
@@ -428,6 +474,39 @@ def test_deferral_costs_time_and_no_attempt(store: JobStore) -> None:
     assert found.not_before > time.time() + 500
 
 
+def test_each_return_to_the_queue_is_told_with_its_reason(store: JobStore) -> None:
+    claim = claimed(store)
+    job_id = claim.accepted.job_id
+
+    def again() -> Attempt:
+        found = store.claim(job_id, "w")
+        assert found
+        return found
+
+    store.defer(claim, 0, counts=False)
+    again()
+    lapse(store)
+    store.reap_all([job_id])
+    store.stalled(again())
+    store.finish(again(), "failed", "attempts_exhausted")
+    store.retry(job_id, TENANT)
+
+    stream = cast("list[tuple[bytes, dict[bytes, bytes]]]", store.redis.xrange("kms:events"))
+    told = [(fields[b"type"].decode().rpartition(".")[2], fields[b"code"].decode()) for _, fields in stream]
+    assert told == [
+        ("queued", ""),
+        ("running", ""),
+        ("queued", "deferred"),
+        ("running", ""),
+        ("queued", "lease_lost"),
+        ("running", ""),
+        ("queued", "stalled"),
+        ("running", ""),
+        ("failed", "attempts_exhausted"),
+        ("queued", "retried"),
+    ]
+
+
 def test_deferral_may_count(store: JobStore) -> None:
     claim = claimed(store)
 
@@ -459,6 +538,16 @@ def test_job_that_is_split_twice_is_split_once(store: JobStore) -> None:
 
     store.renew(held, {})
     store.finish(held, "succeeded")
+
+
+def test_job_that_is_to_be_cancelled_is_not_split(store: JobStore) -> None:
+    claim = claimed(store, source="items", items=1)
+    job_id = claim.accepted.job_id
+    store.cancel(job_id, TENANT)
+
+    with pytest.raises(JobCancelled):
+        store.split(claim, [msgspec.structs.replace(claim.accepted, job_id=part_id(job_id, 0), parent="x")])
+    assert store.get(job_id, TENANT).parts == 0
 
 
 def test_renewal_that_comes_late_does_not_put_a_lease_on_a_job_in_parts(store: JobStore) -> None:
@@ -549,6 +638,17 @@ def test_commit_said_twice_is_said_once(store: JobStore) -> None:
     assert state(store, claim) == "committing"
 
 
+def test_commit_of_one_file_of_many_waits_for_replicas_and_other_steps_do_not(
+    core: Core, store: JobStore
+) -> None:
+    claim = claimed(store)
+    waiting = unheard(core)
+    waiting.step(claim, Checkpoint(words=("",), outcomes=(0,)), {})
+
+    with pytest.raises(DurabilityUnconfirmed):
+        waiting.step(claim, Checkpoint(words=("",), outcomes=(0,), pending=COMMIT), {})
+
+
 def test_commit_is_handed_to_whoever_comes_next(store: JobStore) -> None:
     claim = claimed(store)
     store.committing(claim, COMMIT)
@@ -586,6 +686,20 @@ def test_commit_that_replicas_may_not_have_waits_for_them(store: JobStore) -> No
 
     assert isinstance(again, Attempt)
     assert (again.commit, again.deferrals) == (COMMIT, 1)
+
+
+def test_a_job_that_is_retried_counts_and_expires_as_a_new_one(store: JobStore) -> None:
+    claim = claimed(store)
+    job_id = claim.accepted.job_id
+    store.finish(claim, "failed", "attempts_exhausted")
+    store.purged(job_id)
+
+    run_by = store.retry(job_id, TENANT).run_by
+
+    assert store.redis.zscore("kms:open", job_id), "of all open jobs"
+    for key in (f"kms:open:{TENANT}", "kms:expiring"):
+        assert store.redis.zscore(key, job_id) == pytest.approx(run_by, abs=1)
+    assert record(store, job_id).keys().isdisjoint({b"started_at", b"ended_at", b"purged"})
 
 
 def test_a_dead_job_whose_result_was_released_is_not_retried(core: Core) -> None:

@@ -9,14 +9,14 @@ import pytest
 
 from kms_core.container import Core
 from kms_core.jobs.execution.lease import Lease
-from kms_core.jobs.model import Attempt, Checkpoint, Job, LeaseLost
+from kms_core.jobs.model import Attempt, Checkpoint, Job, LeaseLost, part_id
 from kms_core.jobs.spec import BULK, QUEUES
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import Deadlines, SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import InvalidDeadline, JobExpired
 from kms_protocol.wire import JobItem
-from support.job_stores import COMMIT, LONG, TENANT, accepted, record, store_of
+from support.job_stores import COMMIT, LONG, TENANT, accepted, lapse, record, store_of
 from support.object_jobs import WHO
 from support.waiting import until
 
@@ -137,12 +137,16 @@ def test_a_worker_does_not_start_it_late(store: JobStore) -> None:
 
 def test_a_job_that_has_started_may_go_on(store: JobStore) -> None:
     job_id = job(store, start_by=0.3)
-    store.defer(attempt(store), 0, counts=False)
+    first = attempt(store)
+    started_at = store.get(job_id, TENANT).started_at
     time.sleep(0.4)
+    assert store.due() == []
+    store.defer(first, 0, counts=False)
 
     assert store.due() == []
     store.finish(attempt(store), "succeeded")
     assert ended(store, job_id) == ("succeeded", "")
+    assert store.get(job_id, TENANT).started_at == started_at > 0
 
 
 def test_a_running_job_hears_that_its_time_is_over(store: JobStore) -> None:
@@ -163,6 +167,41 @@ def test_a_job_whose_worker_hears_nothing_ends_all_the_same(store: JobStore) -> 
     assert ended(store, job_id) == ("failed", "expired")
     with pytest.raises(LeaseLost):
         store.finish(claim, "succeeded")
+
+
+def test_a_commit_that_was_recorded_in_time_is_finished_under_a_whole_lease(store: JobStore) -> None:
+    job_id = job(store, run_by=1)
+    store.committing(attempt(store), COMMIT)
+    time.sleep(1.1)
+    lapse(store)
+
+    again = store.claim(job_id, "w/2")
+
+    assert again
+    assert again.commit == COMMIT
+    assert float(record(store, job_id)[b"lease_until"]) == pytest.approx(time.time() + 600, abs=60)
+
+
+def test_a_job_that_was_given_back_for_long_ends_with_its_time(store: JobStore) -> None:
+    job_id = job(store, run_by=1)
+    store.defer(attempt(store), 600, counts=False)
+
+    until(store.due, "its time is over")
+
+    assert store.reap_all(store.due()) == ["expired"]
+    assert ended(store, job_id) == ("failed", "expired")
+
+
+def test_a_part_that_no_worker_takes_ends_with_its_time(store: JobStore) -> None:
+    whole = job(store, run_by=1)
+    claim = attempt(store)
+    part = msgspec.structs.replace(claim.accepted, job_id=part_id(whole, 0), parent=whole)
+    store.split(claim, [part])
+
+    until(lambda: part.job_id in store.due(), "its time is over")
+
+    assert store.reap_all([part.job_id]) == ["expired"]
+    assert store.part(part.job_id).job.error == "expired"
 
 
 def test_nothing_is_put_in_place_late() -> None:
@@ -259,6 +298,18 @@ def test_a_worker_whose_clock_is_a_day_ahead_leaves_jobs_to_others(
     store.reap_all([job_id])
 
     assert attempt(store).attempt == 1
+
+
+def test_redis_is_asked_for_its_clock_every_ten_seconds(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.ask_clock()
+    monkeypatch.setattr(store, "ask_clock", lambda: NOW)
+    monkeypatch.setattr(time, "monotonic", lambda real=time.monotonic: real() + 5)
+    assert store.now() != NOW
+
+    monkeypatch.setattr(time, "monotonic", lambda real=time.monotonic: real() + 5)
+    assert store.now() == NOW
 
 
 def test_a_submission_goes_by_the_clock_of_redis(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
