@@ -37,7 +37,7 @@ local job, id = KEYS[1], ARGV[1]
 
 local PENALTY_S = { high = 0, normal = 600, low = 3600 }
 local QUEUES = { ['kms.bulk'] = true, ['kms.files'] = true, ['kms.maintenance'] = true }
-local WAKE_S = 2
+local WAKE_S = 1  -- in which a wake-up is taken, or it is lost
 local EXPIRY_S = 3  -- in which a worker ends an attempt that runs for too long, before others may
 
 local function number(text) return tonumber(text) or 0 end  -- of a field that may be missing
