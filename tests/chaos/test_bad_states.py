@@ -140,7 +140,7 @@ def test_a_worker_whose_clock_is_behind_starts_nothing_late(shifted: Shifted) ->
     time.sleep(1.1)
     shifted.start("worker")
 
-    assert shifted.wait(late, "failed")["error"] == {"code": "not_started"}
+    assert shifted.wait(late, "failed")["error"]["code"] == "not_started"
     shifted.wait(good, "succeeded")
 
 

@@ -111,7 +111,7 @@ def test_job_that_kills_every_worker_becomes_a_dead_letter(tmp_path: Path) -> No
                 path.unlink()
 
         ended = service.wait(job_id, "failed")
-        assert (ended["error"], ended["attempt"]) == ({"code": "attempts_exhausted"}, 2)
+        assert (ended["error"]["code"], ended["attempt"]) == ("attempts_exhausted", 2)
         assert [letter["job_id"] for letter in service.get("/jobs/dead").json()["jobs"]] == [job_id]
         assert not (service.files / "back").exists()
 

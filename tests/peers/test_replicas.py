@@ -131,7 +131,7 @@ def test_upload_that_no_replica_has_leaves_its_input_for_a_while(tmp_path: Path,
         service.start("api")
         pair.relay.hold(FAR_S)
 
-        answer = service.post("/files/encrypt", content=b"x" * 100)
+        answer = service.post("/files/encrypt", content=bytes(20_000))
 
         check_problem(answer, 503, "durability_unconfirmed")
         assert f"{answer.json()['job_id']}/upload" in service.spooled()

@@ -5,7 +5,7 @@
 local counts, chores = {}, redis.call('ZCARD', P .. 'chores')
 for i = 2, #ARGV, 3 do
   local most = 0
-  if idle(ARGV[i]) > 0 then
+  if (chores > 0 or has_choice(ARGV[i])) and idle(ARGV[i]) > 0 then
     -- one at least: a process that finds nothing takes tenants without ready jobs out of the choice
     most = math.max(chores, has_choice(ARGV[i]) and math.max(1, ready_jobs(ARGV[i])) or 0)
   end
