@@ -121,6 +121,34 @@ class FileRange:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryRange:
+    """Bytes in memory, as a range."""
+
+    data: memoryview
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def read_at(self, position: int, length: int) -> bytes:
+        return bytes(self.data[position : position + length])
+
+    def read_into(self, views: Sequence[memoryview], position: int) -> bool:
+        if position + sum(map(len, views)) > self.size:
+            return False
+        for view in views:
+            view[:] = self.data[position : position + len(view)]
+            position += len(view)
+        return True
+
+    def stamp(self) -> None:
+        """Do nothing: they do not change."""
+
+    def tail(self, position: int) -> "MemoryRange":
+        return MemoryRange(self.data[position:])
+
+
+@dataclass(frozen=True, slots=True)
 class FileWriter:
     """An open file as a target."""
 

@@ -246,9 +246,8 @@ class RangeReader:
         self._aead = ChaCha20Poly1305(key)
         self._payload = payload
         self._offset = 0
-        self._kept: tuple[tuple[int, memoryview], ...] = ()
         last = chunk_count(self._total) - 1
-        self._open(last, memoryview(bytearray(SEALED_CHUNK)), memoryview(bytearray(CHUNK)))
+        self._kept: tuple[tuple[int, memoryview], ...] = ((last, self._opened(last)),)
 
     def tail(self, position: int) -> Self:
         """The range from ``position`` on."""
@@ -301,21 +300,27 @@ class RangeReader:
 
         The last chunks of which a part was read are kept: what is read next often begins in one.
         """
-        sealed = memoryview(bytearray(SEALED_CHUNK))
+        sealed = memoryview(b"")
         while view:
             at, skipped = divmod(start, CHUNK)
-            if not skipped and len(view) >= min(CHUNK, self._total - start):
+            opened = dict(self._kept).get(at)
+            if opened is None and not skipped and len(view) >= min(CHUNK, self._total - start):
+                sealed = sealed or memoryview(bytearray(SEALED_CHUNK))
                 taken = self._open(at, sealed, view)
             else:
-                opened = dict(self._kept).get(at)
                 if opened is None:
-                    opened = memoryview(bytearray(min(CHUNK, self._total - at * CHUNK)))
-                    self._open(at, sealed, opened)
+                    opened = self._opened(at)
                     self._kept = (*self._kept[1 - _KEPT :], (at, opened))
                 part = opened[skipped : skipped + len(view)]
                 taken = len(part)
                 view[:taken] = part
             view, start = view[taken:], start + taken
+
+    def _opened(self, at: int) -> memoryview:
+        """The plaintext of a chunk."""
+        opened = memoryview(bytearray(min(CHUNK, self._total - at * CHUNK)))
+        self._open(at, memoryview(bytearray(len(opened) + TAG)), opened)
+        return opened
 
     def _open(self, at: int, sealed: memoryview, plain: memoryview) -> int:
         """Read a chunk into the start of ``sealed`` and open it into that of ``plain``. Returns its size."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kms_core.payload import files
-from kms_core.payload.files import FileRange
+from kms_core.payload.files import FileRange, MemoryRange
 
 SHORT = Path("/proc/crypto")  # the kernel gives it a page at a time
 MIB = 1024 * 1024
@@ -24,6 +24,15 @@ def test_short_reads_are_completed() -> None:
         assert not source.read_into([memoryview(bytearray(5000))] * 2, len(whole) - 9000)
 
     assert b"".join(views) == whole[100:8100]
+
+
+def test_a_range_of_memory_is_read_from_a_position_on_and_not_beyond_its_end() -> None:
+    source = MemoryRange(memoryview(b"0123456789")).tail(2)
+    views = [memoryview(bytearray(3)), memoryview(bytearray(4))]
+
+    assert source.read_into(views, 1)
+    assert (b"".join(views), source.size, source.read_at(6, 100)) == (b"3456789", 8, b"89")
+    assert not source.read_into(views, 2)
 
 
 @pytest.mark.parametrize("folder", [Path("/dev/shm"), Path(__file__).parent], ids=["memory", "disk"])

@@ -27,7 +27,7 @@ from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
 from kms_core.jobs.storage.blob_store import BlobStore, BlobWriter, WriteBlob
 from kms_core.observability import metrics
-from kms_core.payload.files import FileRange, RangeSource
+from kms_core.payload.files import MemoryRange, RangeSource
 from kms_core.payload.streaming import RangeReader
 from kms_protocol.context import Context
 from kms_protocol.errors import (
@@ -190,28 +190,20 @@ class Spool:
         Raises ResultExpired if it is gone; RecordRefused, now or when a part of it is read, if it is not the
         one that ``label.ref`` names.
         """
+        found = self._small.get(label.job_id, label.name) if self._small and small is None else small
         try:
-            with self._open(label, small) as (source, is_small):
-                yield self._opened(label, source, is_small=is_small)
+            with ExitStack() as stack:
+                source: RangeSource = (
+                    stack.enter_context(self.store.open(_folder(label.job_id), label.name))
+                    if found is None
+                    else MemoryRange(memoryview(found))
+                )
+                yield self._opened(label, source, is_small=found is not None)
         except RecordRefused:
             role = label.role.rstrip("0123456789")
             _log.error("spool.blob_refused", job_id=label.job_id, role=role, attempt=label.attempt)
             metrics.SPOOL_REFUSED.labels(role).inc()
             raise
-
-    @contextmanager
-    def _open(self, label: Label, small: bytes | None) -> Iterator[tuple[RangeSource, bool]]:
-        found = self._small.get(label.job_id, label.name) if self._small and small is None else small
-        if found is None:
-            with self.store.open(_folder(label.job_id), label.name) as source:
-                yield source, False
-            return
-        fd = os.memfd_create("blob", os.MFD_CLOEXEC)
-        try:
-            os.write(fd, found)
-            yield FileRange(fd, len(found)), True
-        finally:
-            os.close(fd)
 
     def _opened(self, label: Label, source: RangeSource, *, is_small: bool) -> Blob:
         try:
@@ -220,7 +212,7 @@ class Spool:
             if bound is None:
                 raise RecordRefused
             ref = replace(self._key_ref(label), version=bound.key_version)
-            file_key = sealing.file_key_of(head, self._key, ref, context=label.context)
+            file_key = sealing.file_key_of(head, self._key, ref, context=label.context, bound=bound)
             key = stream.payload_key(file_key, head.nonce)
             content = BlobReader(key, source.tail(head.payload_offset))
         except (NotACiphertext, TooLarge, DecryptFailed) as exc:
