@@ -4,9 +4,10 @@ A target is absent or complete. The commit is described in the job record before
 worker that dies in the middle leaves it to the next one, and finishing twice changes nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -21,7 +22,7 @@ from kms_core.jobs.model import Attempt, Commit, CommitGone, part_id
 from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, ItemsJob, PlacedTarget, UploadJob, Work
 from kms_core.jobs.storage.locations import JobSource, JobTarget, Locations, PendingTarget, is_remote
 from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Blob, Label, Spool
-from kms_core.operation import Opened
+from kms_core.operation import Opened, Sealed
 from kms_core.payload.parallel import ParallelOptions
 from kms_core.payload.streaming import FileToFile, RangeReader
 from kms_core.service import Kms
@@ -265,7 +266,8 @@ def run_items(lease: Lease, job: ItemsJob, kms: Kms, spool: Spool) -> None:
 
     Raises Unavailable as it comes: the part is then done again, from its first item.
     """
-    kms, context = kms.for_job(), job.bound_context
+    new_context, context = job.new_bound_context, job.bound_context
+    run = partial(kms.for_job().run, job.kind, job.who, new_context=new_context, key_id=job.key_id)
     label = Label(job.tenant, job.owner, ITEMS, ref=job.input_ref)
     begin = job.starts[0]
     first = job.part * PART_ITEMS
@@ -278,7 +280,7 @@ def run_items(lease: Lease, job: ItemsJob, kms: Kms, spool: Spool) -> None:
     ):
         for index, line in enumerate(lines(reader.slabs(begin, begin + job.size_bytes)), start=first):
             lease.check()
-            answer = _answer(kms, job, context, index, decode(line))
+            answer = _answer(run, context, index, decode(line))
             out.write(wire.encode(answer) + b"\n")
             lease.item(len(line) + 1, failed=isinstance(answer.error, wire.ErrorCode))
             if isinstance(answer.error, wire.ErrorCode):
@@ -309,13 +311,13 @@ def item_parts(job: ItemsJob) -> list[ItemsJob]:
     ]
 
 
-def _answer(kms: Kms, job: ItemsJob, bound: Context, index: int, item: wire.JobItem) -> wire.ItemResult:
+def _answer(
+    run: Callable[[bytes, Context], Sealed | Opened], bound: Context, index: int, item: wire.JobItem
+) -> wire.ItemResult:
     """Work on one item; ``bound`` is the context of those without one. Raises Unavailable."""
-    data = item.plaintext or item.ciphertext or b""
     try:
         context = bound if item.context is None else Context.parse(item.context)
-        new_context = job.new_bound_context
-        made = kms.run(job.kind, job.who, data, context, new_context=new_context, key_id=job.key_id)
+        made = run(item.plaintext or item.ciphertext or b"", context)
     except Unavailable:
         raise
     except KmsError as exc:

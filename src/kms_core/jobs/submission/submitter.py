@@ -362,24 +362,24 @@ class JobSubmitter:
     def items(self, options: SubmissionOptions, items: Iterable[wire.JobItem]) -> Job:
         """A bulk job; its items go to the spool one by one. Raises InvalidRequest, TooLarge, SpoolFull."""
         job_id = options.job_id()
-        hasher = self.hasher(options)
+        hasher = self.hasher(options) if options.idempotency else None
         starts: list[int] = []
         count = 0
         check_room = self.meter(options)
         with self.spool.writing(Label(options.who.tenant, job_id, ITEMS), may_be_small=True) as out:
-            for index, item in enumerate(items):
-                bulk_lines.check_item(options.kind, index, item)
-                if index % bulk_lines.PART_ITEMS == 0:
+            for count, item in enumerate(items, start=1):
+                bulk_lines.check_item(options.kind, count - 1, item)
+                if len(starts) * bulk_lines.PART_ITEMS < count:
                     starts.append(out.size)
                 line = wire.encode(item) + b"\n"
-                hasher.update(line)
+                if hasher:
+                    hasher.update(line)
                 out.write(line)
                 check_room(out.size)
-                count += 1
             if not count:
                 raise InvalidRequest("A bulk job needs at least one item")
         fields = {"items": count, "size_bytes": out.size, "starts": tuple(starts), "input_ref": out.ref}
-        job = self._spec(ItemsJob, options, job_id, hasher.digest(), **fields)
+        job = self._spec(ItemsJob, options, job_id, hasher.digest() if hasher else b"", **fields)
         return self._store(options, job, out.small)
 
     def files(self, options: SubmissionOptions, asked: Reference) -> Job:
