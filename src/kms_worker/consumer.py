@@ -111,7 +111,8 @@ def read_message(
         raise Malformed("unknown_task")
     if not isinstance(task_id, str) or not TASK_ID.fullmatch(task_id):
         raise Malformed("headers")
-    if not _is_json(content):
+    kind, encoding = content
+    if kind != "application/json" or str(encoding).lower() != "utf-8":
         raise Malformed("content_type")
     args, embed = _arguments(task, body)
     callbacks, errbacks = (_links(embed, name) for name in ("callbacks", "errbacks"))
@@ -133,11 +134,6 @@ def check_sealed(message: CeleryMessage) -> None:
         raise Malformed("invalid_request") from None
     if not content.startswith(VERSION_LINE):
         raise Malformed("not_a_ciphertext")
-
-
-def _is_json(content: tuple[object, object]) -> bool:
-    kind, encoding = content
-    return kind == "application/json" and isinstance(encoding, str) and encoding.lower() == "utf-8"
 
 
 class _Empty(msgspec.Struct, forbid_unknown_fields=True):
@@ -185,9 +181,7 @@ def _link(raw: object) -> dict[str, object] | None:
     queue = options.get("queue") if isinstance(options, dict) else None
     args, named = raw.get("args") or [], raw.get("kwargs") or {}
     known = _is_theirs(raw.get("task")) and _is_theirs(queue)
-    if not known or not isinstance(args, list) or not isinstance(named, dict):
-        return None
-    if not _is_flat([args, named]):
+    if not known or not isinstance(args, list) or not isinstance(named, dict) or not _is_flat([args, named]):
         return None
     immutable = raw.get("immutable") is True
     made = {"task": raw["task"], "args": args, "kwargs": named, "options": {"queue": queue}}

@@ -57,8 +57,6 @@ parent forks a process whenever one died, while periodic threads run beside it.
 def run(loaded: Settings) -> int:
     """Work until a signal; the exit code."""
     secure_memory.protect(strict=loaded.is_prod)
-    # Celery warns of pickle under root; this worker accepts JSON alone.
-    warnings.filterwarnings("ignore", category=SecurityWarning)
     name = f"{socket.gethostname()}:{uuid.uuid4().hex[:8]}"
     check_servers(loaded.kms.redis)
     pulse = attendance.SharedTime()
@@ -75,7 +73,7 @@ def run(loaded: Settings) -> int:
         submit_bytes=intake.text_length if intake else 0,
     )
 
-    heartbeat = Heartbeat(store, name)
+    heartbeat, endpoints = Heartbeat(store, name), webhook.endpoints(loaded)
     beside: list[PeriodicThread] = [
         heartbeat,  # first, before it consumes: who looks while its first job runs must find a worker
         InstallWatch(core.install),
@@ -89,7 +87,7 @@ def run(loaded: Settings) -> int:
         tasks.Clock(app, store, name),
         build_monitor(loaded, store.redis),
         *(CopyPoll(copy) for copy in core.copies),
-        *_dispatchers(loaded, store, name),
+        *([WebhookDispatcher(Outbox(store, endpoints), endpoints, name)] if endpoints else []),
     ]
     _watch_pool(loaded, store, name, beside)
     server = _serve_metrics(loaded, core, heartbeat.serves)
@@ -137,6 +135,8 @@ def _watch_pool(loaded: Settings, store: JobStore, name: str, beside: list[Perio
     )
 
     def watch(sender: Consumer, **_: object) -> None:
+        # Celery ends a worker whose child dies before the first message; later ones it replaces, and so this.
+        sender.pool.did_start_ok = lambda: True
         slots = Slots(shared, store, name, jobs.queues, sender)
         beside.append(slots)
         _start(slots)
@@ -165,12 +165,6 @@ def _prepare_children() -> None:
     gc.freeze()  # or the first collection in a child copies them
 
 
-def _dispatchers(loaded: Settings, store: JobStore, name: str) -> list[WebhookDispatcher]:
-    """One, if there is an endpoint that it could deliver to."""
-    endpoints = webhook.endpoints(loaded)
-    return [WebhookDispatcher(Outbox(store, endpoints), endpoints, name)] if endpoints else []
-
-
 def _prepare_child(parent: int, **_: object) -> None:
     """A fork inherits that it cannot be dumped, and no lock of memory.
 
@@ -181,14 +175,11 @@ def _prepare_child(parent: int, **_: object) -> None:
     secure_memory.lock()
 
 
-def _bear_early_deaths(sender: Consumer, **_: object) -> None:
-    """Celery ends a worker whose child dies before the first message; later ones it replaces, and so this."""
-    sender.pool.did_start_ok = lambda: True
-
-
 def _consume(
     app: Celery, name: str, concurrency: int, queues: Sequence[str], consumer: Callable[..., Consumer]
 ) -> int:
+    # Celery warns of pickle under root; this worker accepts JSON alone.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
     worker = app.Worker(
         consumer_cls=consumer,
         hostname=f"kms@{name}",
@@ -200,6 +191,5 @@ def _consume(
         quiet=True,
         queues=",".join(queues),
     )
-    signals.worker_ready.connect(_bear_early_deaths, weak=False)
     worker.start()
     return int(worker.exitcode or 0)

@@ -65,7 +65,7 @@ class Slots(PeriodicThread):
         self._drop_ended()
         for one in self._stuck:
             one.rounds += 1
-            if one.rounds == 2 or (one.rounds > 2 and not one.replaced):  # noqa: PLR2004 -- it had time to end
+            if one.rounds > 1 and not one.replaced:  # it had time to end
                 self._replace(one)
         if self._surplus:
             self._in_loop(self._shrink)
@@ -84,11 +84,9 @@ class Slots(PeriodicThread):
             self._surplus += one.replaced
 
     def _replace(self, one: _Stuck) -> None:
-        if one.rounds == 2:  # noqa: PLR2004 -- as above
-            resources = one.stall.resources
-            _log.error(
-                "worker.process_stuck", pid=one.stall.pid, job_id=one.stall.job_id, resources=resources
-            )
+        if one.rounds == 2:  # noqa: PLR2004 -- the first time
+            pid, job_id, resources = one.stall.pid, one.stall.job_id, one.stall.resources
+            _log.error("worker.process_stuck", pid=pid, job_id=job_id, resources=resources)
         replaced = sum(each.replaced for each in self._stuck)
         if replaced < self._most:
             one.replaced = True

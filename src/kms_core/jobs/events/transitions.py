@@ -163,6 +163,8 @@ _EVENTS: Final = f"{PREFIX}events"
 _AT_ONCE: Final = 500
 _STREAM_ID: Final = re.compile(rb"([0-9]{1,20})-([0-9]{1,20})")
 Fields = Mapping[bytes, bytes]
+Entries = list[tuple[bytes, Fields]]
+"""Ids and fields of events in the stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +183,7 @@ class FeedBatch:
 def newest_id(store: JobStore) -> str:
     """The id of the last event of all; ``FEED_START`` if there was none. Raises JobsUnavailable."""
     with redis_errors():
-        last = cast("list[tuple[bytes, Fields]]", store.redis.xrevrange(_EVENTS, count=1))
+        last = cast("Entries", store.redis.xrevrange(_EVENTS, count=1))
     return last[0][0].decode() if last else FEED_START
 
 
@@ -194,10 +196,8 @@ def read_feed(store: JobStore, tenant: str, after: str, labels: Mapping[str, str
     if place is None:
         raise InvalidRequest("Last-Event-ID is the id of an event of this stream")
     with redis_errors():
-        first = cast("list[tuple[bytes, Fields]]", store.redis.xrange(_EVENTS, count=1))
-        batch = cast(
-            "list[tuple[bytes, Fields]]", store.redis.xrange(_EVENTS, min=f"({after}", count=_AT_ONCE)
-        )
+        first = cast("Entries", store.redis.xrange(_EVENTS, count=1))
+        batch = cast("Entries", store.redis.xrange(_EVENTS, min=f"({after}", count=_AT_ONCE))
     oldest = _place(first[0][0]) if first else None
     is_gapped = after != FEED_START and oldest is not None and oldest > place
     found = [

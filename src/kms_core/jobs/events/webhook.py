@@ -203,9 +203,8 @@ def endpoints(settings: Settings) -> dict[str, WebhookEndpoint]:
 
 
 def _endpoint(section: Section, settings: Settings, name: str) -> WebhookEndpoint:
-    url = urlsplit(section.url)
+    url, event = urlsplit(section.url), "webhook.secret_open_to_others"
     read_secret(section.secret_file)
-    event = "webhook.secret_open_to_others"
     check_secret(section.secret_file, _log.warning, event, strict=settings.is_prod)
     ca_setting = f"kms.jobs.endpoints.{name}.ca_file"
     tls = client_context(section.ca_file, ca_setting) if url.scheme == "https" else None
@@ -232,14 +231,11 @@ def read_secret(path: Path) -> bytes:
 
 def group_body(event_id: str, group: wire.GroupOut, at: float) -> bytes:
     """The body for the end of a group; ``at`` in seconds since the epoch."""
-    moment = time_text(at, "milliseconds")
-    event = CloudEvent(id=event_id, type="kms.group.ended", subject=group.name, time=moment, data=group)
-    return msgspec.json.encode(event)
+    return _body(event_id, "kms.group.ended", group.name, at, group)
 
 
 def event_body(delivery_id: str, job: Job, at: float) -> bytes:
     """The body for a job as one event found it; ``at`` in seconds since the epoch."""
-    moment = time_text(at, "milliseconds")
     data = EventData(
         job_id=job.job_id,
         kind=job.kind,
@@ -250,10 +246,12 @@ def event_body(delivery_id: str, job: Job, at: float) -> bytes:
         labels=job.labels or msgspec.UNSET,
         metadata=(job.accepted.metadata if job.accepted else None) or msgspec.UNSET,
     )
-    event = CloudEvent(
-        id=delivery_id, type=f"kms.job.{job.state}", subject=job.job_id, time=moment, data=data
-    )
-    return msgspec.json.encode(event)
+    return _body(delivery_id, f"kms.job.{job.state}", job.job_id, at, data)
+
+
+def _body(name: str, kind: str, subject: str, at: float, data: EventData | wire.GroupOut) -> bytes:
+    moment = time_text(at, "milliseconds")
+    return msgspec.json.encode(CloudEvent(id=name, type=kind, subject=subject, time=moment, data=data))
 
 
 def sign(secret: bytes, timestamp: int, message: WebhookRequest) -> str:

@@ -181,10 +181,9 @@ def run_next(worker_context: WorkerContext, following: Following, *, woken: bool
     if isinstance(found, str):
         with suppress(UnknownJob):  # its record is gone, or was not written by this service
             run_job(found, worker_context, following.worker)
-    elif isinstance(found.accepted, ItemsJob | UploadJob):  # what is left of them is soon removed
-        run_claimed(replace(found, following=following), worker_context)
     else:
-        run_claimed(found, worker_context)
+        is_short = isinstance(found.accepted, ItemsJob | UploadJob)  # what is left of them is soon removed
+        run_claimed(replace(found, following=following if is_short else None), worker_context)
     return True
 
 

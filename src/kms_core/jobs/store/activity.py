@@ -313,7 +313,7 @@ def survey_queues(store: JobStore, tenant: str | None = None) -> QueueStats:
         max(0.0, now - oldest),
         dead,
         store.workers(),
-        _share(memory),
+        memory["used_memory"] / memory["maxmemory"] if memory.get("maxmemory") else 0.0,
         spooled,
         hanging,
         dict(zip(bounded, counts[width * len(tenants) :], strict=True)),
@@ -354,11 +354,6 @@ def clear_queue_gauges() -> None:
     for told in (metrics.QUEUE_DEPTH, metrics.RESOURCE_LEASES):  # those told of before
         for sample in (sample for family in told.collect() for sample in family.samples):
             told.labels(**sample.labels).set(float("nan"))
-
-
-def _share(memory: dict[str, int]) -> float:
-    most = memory.get("maxmemory", 0)
-    return memory.get("used_memory", 0) / most if most else 0.0
 
 
 EVERY_S: Final = 2.0

@@ -40,11 +40,6 @@ local function is_stalled(class)
   return false
 end
 
-local function read_stalls()
-  local found = redis.call('ZRANGE', stalls_key(worker), 0, -1, 'WITHSCORES')
-  for i = 1, #found, 2 do stalls[found[i]] = tonumber(found[i + 1]) end
-end
-
 -- The first job with the lowest rank, and its class; nil if a tenant has none that may run.
 local function best_of(queue, tenant)
   local found, lowest, seen, found_in
@@ -167,7 +162,8 @@ local function try(key, name, named)
 end
 
 redis.call('SET', KEYS[2], now, 'EX', 3600)
-read_stalls()
+local found = redis.call('ZRANGE', stalls_key(worker), 0, -1, 'WITHSCORES')
+for i = 1, #found, 2 do stalls[found[i]] = tonumber(found[i + 1]) end
 if id ~= '' then return try(job, id, true) end
 for _, name in ipairs(redis.call('ZRANGE', P .. 'chores', 0, 15)) do
   local f = redis.call('HMGET', P .. 'job:' .. name, 'state', 'resources')
