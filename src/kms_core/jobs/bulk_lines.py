@@ -12,7 +12,9 @@ from kms_protocol.units import KiB, MiB
 PLAINTEXT_BYTES: Final = 1 * MiB
 """The largest plaintext of an item, and of a call without a job: what is larger is streamed."""
 CIPHERTEXT_BYTES: Final = PLAINTEXT_BYTES + 64 * KiB
-PART_ITEMS: Final = 500
+RUN_ITEMS: Final = 500
+"""Items between two places of the input at which a job can be cut; a part has one run, or several."""
+MOST_PARTS: Final = 100
 _MAX_LINE_BYTES: Final = 4 * 1024 * 1024
 decode: Final = msgspec.json.Decoder(wire.JobItem).decode
 

@@ -323,8 +323,8 @@ class UploadJob(JobSpec, frozen=True, kw_only=True, tag="upload"):
 class ItemsJob(JobSpec, frozen=True, kw_only=True, tag="items"):
     """A bulk job over items in the spool, or one of its parts, which has a ``parent`` and a number.
 
-    ``starts`` says where in the blob ``input_ref`` each part of some hundred items begins. A job
-    with a single part is not split.
+    ``starts`` says where in the blob ``input_ref`` each run of some hundred items begins. A job with a single
+    run is not split. ``first`` is the number of the first item of a part.
     """
 
     is_spooled: ClassVar[bool] = True
@@ -332,6 +332,7 @@ class ItemsJob(JobSpec, frozen=True, kw_only=True, tag="items"):
     starts: tuple[int, ...]
     parent: str = ""
     part: int = 0
+    first: int = 0
     input_ref: bytes = b""
 
     @property

@@ -16,7 +16,7 @@ from kms_core import audit
 from kms_core.age import header, stream
 from kms_core.envelope import binding
 from kms_core.jobs import authorization
-from kms_core.jobs.bulk_lines import PART_ITEMS, decode, lines
+from kms_core.jobs.bulk_lines import MOST_PARTS, RUN_ITEMS, decode, lines
 from kms_core.jobs.execution.lease import Commits, Lease
 from kms_core.jobs.model import Attempt, Commit, CommitGone, part_id
 from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, ItemsJob, PlacedTarget, UploadJob, Work
@@ -270,7 +270,6 @@ def run_items(lease: Lease, job: ItemsJob, kms: Kms, spool: Spool) -> None:
     run = partial(kms.for_job().run, job.kind, job.who, new_context=new_context, key_id=job.key_id)
     label = Label(job.tenant, job.owner, ITEMS, ref=job.input_ref)
     begin = job.starts[0]
-    first = job.part * PART_ITEMS
     with (
         kms.audit_log.together(),
         spool.opened(label, lease.claim.small_input) as reader,
@@ -278,7 +277,7 @@ def run_items(lease: Lease, job: ItemsJob, kms: Kms, spool: Spool) -> None:
             result_label(job.tenant, job.owner, job.part, lease.claim.attempt_id), may_be_small=True
         ) as out,
     ):
-        for index, line in enumerate(lines(reader.slabs(begin, begin + job.size_bytes)), start=first):
+        for index, line in enumerate(lines(reader.slabs(begin, begin + job.size_bytes)), start=job.first):
             lease.check()
             answer = _answer(run, context, index, decode(line))
             out.write(wire.encode(answer) + b"\n")
@@ -294,20 +293,26 @@ def result_label(tenant: str, job_id: str, part: int, attempt: str, ref: bytes =
 
 
 def item_parts(job: ItemsJob) -> list[ItemsJob]:
-    """The job cut into parts, which several workers can run at once. Doing it again gives the same ids."""
-    ends = (*job.starts[1:], job.size_bytes)
+    """The job cut into parts, which several workers can run at once. Doing it again gives the same ids.
+
+    A large job has larger parts, or Redis would do nothing else while it stores them.
+    """
+    runs = -(-len(job.starts) // MOST_PARTS)
+    starts, most = job.starts[::runs], runs * RUN_ITEMS
+    ends = (*starts[1:], job.size_bytes)
     return [
         msgspec.structs.replace(
             job,
             job_id=part_id(job.job_id, number),
             parent=job.job_id,
             part=number,
-            items=min(PART_ITEMS, job.items - number * PART_ITEMS),
+            first=number * most,
+            items=min(most, job.items - number * most),
             starts=(start,),
             size_bytes=end - start,
             **NOT_OF_PARTS,
         )
-        for number, (start, end) in enumerate(zip(job.starts, ends, strict=True))
+        for number, (start, end) in enumerate(zip(starts, ends, strict=True))
     ]
 
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final, Self
 
-from kms_core.jobs import bulk_lines
 from kms_core.jobs.execution import one_file, tree
 from kms_core.jobs.model import DEAD, REFUSED, Job
-from kms_core.jobs.spec import AnyJob, FileJob, TreeJob, TreePart, UploadJob, needs_proof
+from kms_core.jobs.spec import AnyJob, FileJob, ItemsJob, TreeJob, TreePart, UploadJob, needs_proof
 from kms_core.jobs.storage.spool import Label, Spool
 from kms_core.jobs.store.store import JobStore
 from kms_core.payload.streaming import RangeReader
@@ -162,13 +161,13 @@ def _lines(job: Job, accepted: AnyJob, store: JobStore, spool: Spool) -> Iterato
     for number, part in enumerate(store.parts_as_ended(job)):
         if needs_proof(part.job.state, part.job.error):
             yield _written(job, number, part.job, spool)
-        elif part.job.accepted is None:
-            raise RecordRefused
         elif isinstance(part.job.accepted, TreePart):
             entries = tree.entries(part.job.accepted, spool)
             yield _literal(tree.lines(part.job.accepted, entries, part.log, part.job.error))
+        elif isinstance(part.job.accepted, ItemsJob):
+            yield _literal(_refused(part.job.accepted, part.job.error))
         else:
-            yield _literal(_refused(number * bulk_lines.PART_ITEMS, part.job.accepted.items, part.job.error))
+            raise RecordRefused
 
 
 def _written(job: Job, number: int, part: Job, spool: Spool) -> StoredChunk:
@@ -177,10 +176,10 @@ def _written(job: Job, number: int, part: Job, spool: Spool) -> StoredChunk:
     return StoredChunk.of(partial(spool.opened, label))
 
 
-def _refused(first: int, count: int, code: str) -> Iterator[wire.ItemResult]:
+def _refused(part: ItemsJob, code: str) -> Iterator[wire.ItemResult]:
     """The lines of a part that never got to an end of its own."""
     error = wire.ErrorCode(code=code)
-    return (wire.ItemResult(index=index, error=error) for index in range(first, first + count))
+    return (wire.ItemResult(index=part.first + at, error=error) for at in range(part.items))
 
 
 def _literal(lines: Iterable[wire.ItemResult]) -> LiteralChunk:

@@ -17,7 +17,6 @@ from opentelemetry.trace import SpanKind
 
 from kms_core import audit
 from kms_core.jobs import authorization
-from kms_core.jobs.bulk_lines import PART_ITEMS
 from kms_core.jobs.execution import one_file, tree
 from kms_core.jobs.execution.lease import Chore, FoundLarge, HandedBack, Lease, WorkerContext
 from kms_core.jobs.execution.tree import FileOutcome, OutcomeCounts
@@ -109,8 +108,7 @@ class _Sums:
             raise UnknownJob("A part of this job was not sealed by this service")
         settled = [FileOutcome.parse(word) for word in part.log.settled]
         tally = OutcomeCounts(settled)
-        first = given_up.first if isinstance(given_up, TreePart) else 0
-        first += given_up.part * PART_ITEMS if isinstance(given_up, ItemsJob) else 0
+        first = given_up.first if isinstance(given_up, TreePart | ItemsJob) else 0
         codes = [each.code for each in settled] + [job.error] * min(
             given_up.items - len(settled), MOST_FAILURES
         )

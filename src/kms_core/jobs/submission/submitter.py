@@ -369,7 +369,7 @@ class JobSubmitter:
         with self.spool.writing(Label(options.who.tenant, job_id, ITEMS), may_be_small=True) as out:
             for count, item in enumerate(items, start=1):
                 bulk_lines.check_item(options.kind, count - 1, item)
-                if len(starts) * bulk_lines.PART_ITEMS < count:
+                if len(starts) * bulk_lines.RUN_ITEMS < count:
                     starts.append(out.size)
                 line = wire.encode(item) + b"\n"
                 if hasher:

@@ -8,8 +8,7 @@ import pytest
 
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs import bulk_lines
-from kms_core.jobs.execution import results
+from kms_core.jobs.execution import one_file, results
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Job, part_id
 from kms_core.jobs.spec import BULK
@@ -49,8 +48,14 @@ def lines(core: Core, job: Job) -> list[wire.ItemResult]:
     return [wire.ItemResult(**json.loads(line)) for line in whole.splitlines()]
 
 
-@pytest.mark.parametrize("count", [1, 499, 500, 501, 1_500, 1_501], ids=str)
-def test_every_item_has_its_line_in_order(core: Core, count: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "most", "parts"),
+    [(1, 100, 0), (500, 100, 0), (501, 100, 2), (1_500, 100, 3), (1_501, 3, 2), (2_001, 3, 3)],
+)
+def test_every_item_has_its_line_in_order(
+    core: Core, count: int, most: int, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(one_file, "MOST_PARTS", most)
     job = submit(core, count)
     run_job(job.job_id, core.worker_context, "w/1")
     for part in reversed(parts_of(core, job)):
@@ -60,9 +65,7 @@ def test_every_item_has_its_line_in_order(core: Core, count: int) -> None:
     assert (ended.state, ended.items_done, ended.items_failed) == ("succeeded", count, 0)
     assert ended.bytes_done <= ended.bytes
     assert [line.index for line in lines(core, job)] == list(range(count))
-    assert len(parts_of(core, job)) == (
-        0 if count <= bulk_lines.PART_ITEMS else -(-count // bulk_lines.PART_ITEMS)
-    )
+    assert len(parts_of(core, job)) == parts
 
 
 def test_one_bad_item_fails_the_whole_and_no_other_item(core: Core) -> None:
@@ -86,22 +89,27 @@ def test_splitting_twice_makes_the_same_parts_and_a_part_counts_once(core: Core)
     assert (now(core, job).state, now(core, job).items_done) == ("succeeded", 1_001)
 
 
-def test_a_part_that_uses_up_its_attempts_has_error_lines(core: Core) -> None:
+def test_a_part_that_uses_up_its_attempts_has_error_lines(
+    core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(one_file, "MOST_PARTS", 2)  # so a part has 1,000 items
     core.worker_context.store.rules = with_jobs(lease_s=0.01, attempts=1).jobs
-    job = submit(core, 1_001)
+    job = submit(core, 1_501)
     run_job(job.job_id, core.worker_context, "w/1")
-    dead, *others = parts_of(core, job)
+    other, dead = parts_of(core, job)
     assert core.worker_context.store.claim(dead, "w/9") is not None  # and dies
     core.worker_context.store.rules = with_jobs(lease_s=30, attempts=1).jobs
     while core.worker_context.store.reap_all([dead])[0] != "requeued":
         pass
-    for part in (dead, *others):
+    for part in (dead, other):
         run_job(part, core.worker_context, "w/1")
 
     ended = now(core, job)
-    assert (ended.state, ended.error, ended.items_failed) == ("failed", "items_failed", 500)
+    assert (ended.state, ended.error, ended.items_failed) == ("failed", "items_failed", 501)
+    assert ended.end is not None
+    assert ended.end.failures[0] == (1_000, "attempts_exhausted")
     codes = {line.index: line.error for line in lines(core, job) if line.error}
-    assert sorted(codes) == list(range(500))
+    assert sorted(codes) == list(range(1_000, 1_501))
 
 
 def test_cancelling_the_whole_stops_its_parts_and_leaves_nothing(core: Core) -> None:

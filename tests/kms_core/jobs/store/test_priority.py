@@ -7,7 +7,7 @@ import pytest
 
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs.bulk_lines import PART_ITEMS
+from kms_core.jobs.bulk_lines import RUN_ITEMS
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Attempt
 from kms_core.jobs.spec import BULK, FILES, QUEUES
@@ -88,7 +88,7 @@ def test_priority_tells_requests_apart(idle: Service) -> None:
 
 
 def test_parts_inherit_the_priority_and_so_does_a_retry(core: Core, store: JobStore) -> None:
-    items = [JobItem(plaintext=b"x")] * (PART_ITEMS + 1)
+    items = [JobItem(plaintext=b"x")] * (RUN_ITEMS + 1)
     terms = SubmissionOptions(Principal("local"), "encrypt", Context.parse("a=1"), priority="low")
     job_id = core.submitter.items(terms, items).job_id
     assert depths(store)[BULK, "low"] == 1
