@@ -31,7 +31,7 @@ Metadata = Annotated[
 ]
 """Texts of the submitter, which answers and events repeat."""
 EndpointName = Annotated[str, Meta(pattern=KEY_ID_PATTERN)]
-KeepFor = Annotated[int, Meta(ge=60, le=366 * 24 * 3600)]
+KeepFor = Annotated[int, Meta(ge=60)]
 """Seconds for which a result is kept."""
 Moment = Annotated[datetime, Meta(tz=True)]
 """An RFC 3339 time with an offset."""

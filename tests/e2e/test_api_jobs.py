@@ -306,6 +306,7 @@ def test_deadlines_are_told(idle: Service, way: str) -> None:
         ({"X-KMS-Keep-For": "59"}, "invalid_request"),
         ({"X-KMS-Start-By": "2020-01-01T00:00:00Z"}, "invalid_deadline"),
         ({"X-KMS-Start-By": "2999-01-01T00:00:00Z"}, "invalid_deadline"),
+        ({"X-KMS-Keep-For": "40000000"}, "invalid_deadline"),
     ],
     ids=str,
 )
