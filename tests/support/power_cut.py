@@ -75,8 +75,14 @@ class OnImage(Service):
         super().__init__(self._at, settings)
 
     def _mount(self) -> bool:
-        mount = ["mount", "-o", "loop", str(self._image), str(self._at)]
-        return not subprocess.run(mount, capture_output=True, check=False).returncode
+        """By a device of its own: another mount namespace may have the file system that was shut down."""
+        found = subprocess.run(
+            ["losetup", "--find", "--show", self._image], capture_output=True, text=True, check=False
+        )
+        device = found.stdout.strip()
+        mounted = subprocess.run(["mount", device, self._at], capture_output=True, check=False)
+        subprocess.run(["losetup", "--detach", device], capture_output=True, check=False)
+        return not mounted.returncode
 
     def settle(self) -> None:
         """Put on disk what the test wrote."""
