@@ -209,11 +209,13 @@ class Install:
     def require(self) -> None:
         """Raise WrongInstall if the jobs of this Redis belong to another spool; JobsUnavailable.
 
-        Compares in this call where no thread did so in the last seconds.
+        Compares in this call where no thread did so in the last seconds, and waits for no spool that is away.
         """
-        if self._monotonic() - self._compared > 2 * EVERY_S:
-            with self._lock:
-                self._compare()
+        if self._monotonic() - self._compared > 2 * EVERY_S and self._lock.acquire(timeout=_POLL_S):
+            try:
+                self._compare(reads=not self.is_watched)
+            finally:
+                self._lock.release()
         if self.condition.wrong:
             raise WrongInstall(self.condition.wrong)
 
@@ -246,13 +248,13 @@ class Install:
 
     # -- the id ---------------------------------------------------------------------------------------
 
-    def _compare(self) -> None:
+    def _compare(self, *, reads: bool = True) -> None:
         """Compare the ids, and write them where there is none: first in Redis, where one writer wins.
 
-        While the spool does not answer nothing is compared.
+        While the spool does not answer nothing is compared, and while it takes no writes no id is made.
         """
         stored, wrong, jobs = self._notes.install_id(), "", 0
-        own = self._own_id(stored)
+        own = self._own_id(stored, reads=reads)
         self._compared = self._monotonic()
         if own is None:
             return
@@ -260,6 +262,8 @@ class Install:
             if own:
                 self._notes.note_new_redis()
                 _log.warning("install.redis_was_empty", advice=_EMPTY)
+            elif not self._is_writable():
+                return
             self._notes.offer_install_id(own or os.urandom(16).hex())
             stored = self._notes.install_id()
         elif not own and not self.condition.others:
@@ -272,13 +276,18 @@ class Install:
         wrong = wrong or mismatch(own, stored)
         self.condition = replace(self.condition, install_id=own or "", wrong=wrong)
 
-    def _own_id(self, stored: str | None) -> str | None:
+    def _is_writable(self) -> bool:
+        """Return whether the spool takes a mark: an id in Redis only would be that of another spool later."""
+        self._marks.create_host(self.host.id, self.host.name)
+        return self._marks.lacks_host(self.host.id) is False
+
+    def _own_id(self, stored: str | None, *, reads: bool) -> str | None:
         """The id in the spool; None while that does not answer, empty if there never was one.
 
-        It is read again once a minute while it is that of Redis.
+        While it is that of Redis it is read again once a minute, if ``reads``.
         """
         known = self.condition.install_id
-        if not self._is_due("id", MARKS_EVERY_S) and known and known == stored:
+        if not (reads and self._is_due("id", MARKS_EVERY_S)) and known and known == stored:
             return known
         found = self._marks.install_id()
         return found or known if found is not None else None

@@ -236,6 +236,26 @@ def test_full_disk_does_not_prevent_the_start(machine: Make, monkeypatch: pytest
     assert (found.condition.wrong, found.condition.is_shared) == ("", True)
 
 
+def test_spool_that_takes_no_writes_gets_its_id_later_although_jobs_wait(
+    machine: Make, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs that need no spool are accepted meanwhile; they are no sign of another spool."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise SpoolUnavailable
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SpoolFolder, "put", refused)
+        host = machine("a")
+        host.started()
+        client.zadd("kms:open", {"0192f0c1-7a3e-4c55-9d0a-1f2e3d4c5b6a": 1.0})
+        found = host.started()
+        assert (found.condition.wrong, client.get("kms:install")) == ("", None)
+
+    found.round()
+    assert (found.condition.wrong, len(found.condition.install_id)) == ("", 32)
+
+
 # -- the proof of a shared spool -----------------------------------------------------------------------------
 
 
@@ -416,6 +436,29 @@ def test_no_call_waits_for_a_look_at_marks(machine: Make, monkeypatch: pytest.Mo
     host.passed_s = 601
     found.round()
     assert required.is_set()
+
+
+def test_no_call_waits_for_a_spool_that_does_not_answer(
+    machine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, required, in_time = machine("a"), Event(), []
+    found = host.started()
+    found.is_watched = True
+
+    def require() -> None:
+        found.require()
+        required.set()
+
+    def silent(_: SpoolMarks) -> str:
+        host.passed_s = 200  # long after the last comparison
+        Thread(target=require, daemon=True).start()
+        in_time.append(required.wait(20))
+        return found.condition.install_id
+
+    monkeypatch.setattr(SpoolMarks, "install_id", silent)
+    host.passed_s = 61
+    found.round()
+    assert in_time == [True]
 
 
 def test_link_in_the_place_of_a_mark_is_not_followed(machine: Make, tmp_path: Path) -> None:
