@@ -34,7 +34,7 @@ from kms_core.jobs.store import maintenance
 from kms_core.jobs.store.redis_keys import PREFIX
 from kms_core.observability import logs
 from kms_core.redis_client import check_servers
-from kms_core.s3.bucket import If
+from kms_core.s3.bucket import If, StoreRefused
 from kms_core.settings.lint import unaccepted, weaknesses
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import RedisSection, Settings
@@ -342,7 +342,8 @@ def _hosts(settings: Settings, notes: HostNotes) -> Iterator[Finding]:
     if wrong := mismatch(own_id, stored):
         yield Finding("FAIL", "install", wrong)
     elif stored and not own_id:
-        yield Finding("warn", "install", f"Redis has {stored}, the spool has none: {_HOSTS}")
+        has = "has none" if own_id is not None else "does not answer, or refuses"
+        yield Finding("warn", "install", f"Redis has {stored}, the spool {has}: {_HOSTS}")
     else:
         same = f"{stored}, the same in the spool and in Redis"
         yield Finding("ok", "install", same if stored else "Redis has no id yet: the next start writes it")
@@ -401,9 +402,10 @@ def _bucket(settings: Settings) -> Iterator[Finding]:
 def _probe(store: SpoolBucket, url: str) -> Finding:
     folder, name, content = "probe", os.urandom(16).hex(), os.urandom(16)
     key = f"{store.prefix}{folder}/{name}"
-    with store.errors():
-        honours = store.bucket.put(key, content, If(absent=True), "probe")
-        honours = honours and not store.bucket.put(key, content, If(absent=True), "probe")
+    store.put(folder, name, content, durable=True)
+    honours = False
+    with suppress(StoreRefused):
+        honours = not store.bucket.put(key, content, If(absent=True), "probe")
     same = store.get(folder, name, len(content)).data == content and name in store.names(folder)
     store.remove(folder, name)
     if not same:
@@ -430,7 +432,7 @@ _CHECKS: Final[Mapping[str, Callable[[Settings], Iterator[Finding]]]] = {
 TIMEOUT_S: Final = 5.0
 _VERIFY: Final = "kms audit verify on its machine"
 _FREE: Final = "raise maxmemory of Redis, or let results expire sooner"
-_SPOOL: Final = "release fetched results (kms job release), or raise [kms.jobs] spool_max_bytes"
+_SPOOL: Final = "release fetched results (kms job release), raise spool_max_bytes; or line spool bucket"
 _DOCUMENT: Final = (
     "document.not_read in its log says why; if it was put back: kms keys adopt, kms token adopt"
 )
@@ -452,7 +454,7 @@ _DEGRADED: Final[dict[str, tuple[Level, str, str]]] = {
         "Redis takes no writes, so no job runs",
         "it is a replica, has fewer replicas than min-replicas-to-write, or cannot save: see its log",
     ),
-    "spool": ("warn", "the spool is nearly full, or its bucket does not answer", _SPOOL),
+    "spool": ("warn", "the spool is nearly full, or its bucket does not answer or refuses calls", _SPOOL),
     "spool_not_shared": ("FAIL", "another host uses another spool", "kms doctor on each host (line hosts)"),
     "install": ("FAIL", "its Redis and its spool are of different installs", "line install on its machine"),
     "clock": ("warn", "clocks of its hosts differ", "use NTP on all hosts and on that of Redis"),

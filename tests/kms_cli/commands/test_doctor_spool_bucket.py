@@ -100,6 +100,14 @@ def test_a_store_that_ignores_conditions_is_told(tmp_path: Path, bucket: TestBuc
     assert any("ignores If-None-Match" in each.text for each in told(tmp_path, bucket, way))
 
 
+def test_a_store_that_knows_no_conditions_is_told(tmp_path: Path, bucket: TestBucket, way: Way) -> None:
+    way.meddle = lambda seen: 501 if "if-none-match" in seen.headers else None
+    found = told(tmp_path, bucket, way)
+
+    assert (found[0].level, "ignores If-None-Match" in found[0].text) == ("warn", True)
+    assert bucket.keys() == set()
+
+
 @pytest.mark.parametrize("status", [403, 503, 507])
 def test_a_bucket_that_cannot_be_written_fails(
     tmp_path: Path, bucket: TestBucket, way: Way, status: int
