@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import httpx2 as httpx
 import pytest
+import yaml
 
 from kms_cli.local import up
 from kms_core.settings import lint
@@ -123,6 +124,20 @@ def test_compose_runs_api_and_worker_and_no_server_of_its_own(composed: dict[str
         assert Path(settings) == FILES["compose"]
     addresses = {each["host_ip"] for each in composed["services"]["api"]["ports"]}
     assert addresses == {"127.0.0.1", "192.0.2.11"}
+
+
+def test_volumes_of_compose_are_of_one_host_and_its_memory_has_room_for_buffers(
+    composed: dict[str, Any],
+) -> None:
+    one_host = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["x-service"]["mem_limit"]
+    bucket = settings_of("compose").kms.jobs.spool_bucket
+    assert (one_host, bucket is not None) == ("1g", True)
+    buffers = bucket.buffer_bytes if bucket else 0
+
+    for service in composed["services"].values():
+        named = {each["source"] for each in service["volumes"] if each["type"] == "volume"}
+        assert not any({"driver", "driver_opts"} & composed["volumes"][name].keys() for name in named)
+        assert int(service["mem_limit"]) >= 1024 * MIB + buffers
 
 
 def test_compose_mounts_each_secret_that_its_settings_name(composed: dict[str, Any]) -> None:
