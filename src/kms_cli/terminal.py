@@ -38,7 +38,7 @@ HINTS: Final[Mapping[str, str]] = {  # by error code
     "jobs_unavailable": "start Redis and a worker, or all of it with `kms up`",
     "durability_unconfirmed": "try again with the same job id or Idempotency-Key",
     "audit_unavailable": "free space on the disk of the audit log, or run this as the user of the service",
-    "spool_unavailable": "try again later, and ask the operator about the disk of the spool",
+    "spool_unavailable": "try again later, and ask the operator: `kms doctor` shows the disk or bucket",
     "document_outdated": "see docs/hosts.md, and ask who put an older document there",
     "unavailable": "try again later",
     "rate_limited": "try again later",

@@ -20,8 +20,8 @@ class ReadyOut(Answer, frozen=True, kw_only=True):
     """Readiness, and whether jobs can be submitted, audit records written and all local keys used.
 
     ``jobs`` is ``full`` while Redis has no memory left, ``read_only`` while it takes no writes. ``spool`` is
-    ``nearly_full`` from 90 % on, ``unavailable`` while its bucket does not answer, and ``not_shared`` while
-    another host has another spool.
+    ``nearly_full`` from 90 % on, ``unavailable`` while its bucket does not answer or refuses calls, and
+    ``not_shared`` while another host has another spool.
     """
 
     EXAMPLE: ClassVar = {

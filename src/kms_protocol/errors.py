@@ -327,10 +327,13 @@ class AuditUnavailable(Unavailable):
 
 
 class SpoolUnavailable(Unavailable):
-    """A spool whose disk failed, or where something else is in the place of a file."""
+    """A disk of the spool that failed, or a bucket that does not answer, or refuses.
+
+    Also raised where something else is in the place of a file.
+    """
 
     code = "spool_unavailable"
-    summary = "The disk of uploads and results failed"
+    summary = "Uploads and results cannot be stored or read now"
 
 
 class DocumentOutdated(Unavailable):

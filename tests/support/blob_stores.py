@@ -1,6 +1,7 @@
 """Places for the spool, for tests that hold for each: a directory, and buckets of real servers."""
 
 import shutil
+import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from kms_core.s3.connection import Credentials, S3Connection, S3Endpoint
 from kms_core.s3.streams import BufferPool
 from support import object_stores
 from support.object_stores import ACCESS_KEY, SECRET, TestBucket
+from support.waiting import until
 
 PREFIX: Final = "the/spool/"
 MIB: Final = 1024 * 1024
@@ -59,6 +61,14 @@ def spool_bucket(bucket: TestBucket, url: str = "", buffer_bytes: int = 64 * MIB
     return SpoolBucket(
         Bucket(bucket.name, line, path_style=True), PREFIX, BufferPool(buffer_bytes, wait_s=0.5)
     )
+
+
+def close(store: SpoolBucket) -> None:
+    """Close a store, after its threads: the one that counts, and the one that asks for an answer."""
+    store.bucket.head = lambda _: None  # type: ignore[method-assign, assignment]
+    names = {"spool-use", "spool-away"}
+    until(lambda: not names & {each.name for each in threading.enumerate()}, "no thread uses it")
+    store.bucket.line.close()
 
 
 def of_bucket(bucket: TestBucket) -> Place:

@@ -27,6 +27,8 @@ WriteBlob = Callable[[memoryview, int], None]
 
 The caller may change them afterwards. Raises SpoolFull.
 """
+CreateBlob = Callable[[], tuple[WriteBlob, int]]
+"""Begins a blob in a store, and says how many bytes it may take from then on."""
 
 
 class SpoolNote(NamedTuple):
@@ -50,6 +52,10 @@ class BlobStore(Protocol):
     @property
     def is_away(self) -> bool:
         """Return whether the last call got no answer."""
+
+    @property
+    def is_refused(self) -> bool:
+        """Return whether a call was refused in the last minute, and nothing was written since."""
 
     def create(self, folder: str, name: str, declared_bytes: int = 0) -> AbstractContextManager[WriteBlob]:
         """A new blob in place of an unfinished one, durable under its name when the block ends.
@@ -99,7 +105,7 @@ class BlobWriter:
     """
 
     def __init__(
-        self, ref: bytes, begun: Sealing, create: Callable[[], WriteBlob], room: int, most_small_bytes: int
+        self, ref: bytes, begun: Sealing, create: CreateBlob, room: int, most_small_bytes: int
     ) -> None:
         """The blob may take ``room`` bytes; ``create`` is called before it has more than may be small.
 
@@ -135,18 +141,18 @@ class BlobWriter:
 
     def _put(self, data: memoryview) -> None:
         position, self.stored = self.stored, self.stored + len(data)
+        if self._write is None and self.stored > self._most_small_bytes:
+            self._write, self._room = self._create()
         if self.stored > self._room:
             raise SpoolFull(
                 "Uploads and results use all of spool_max_bytes: wait until results expire, or raise it"
             )
-        if self._write is None and self.stored <= self._most_small_bytes:
+        if self._write is None:
             self._memory += data
             return
-        if self._write is None:
-            self._write = self._create()
-            if self._memory:
-                self._write(memoryview(self._memory), 0)
-                self._memory = bytearray()
+        if self._memory:
+            self._write(memoryview(self._memory), 0)
+            self._memory = bytearray()
         self._write(data, position)
 
 

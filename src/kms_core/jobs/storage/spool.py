@@ -51,7 +51,6 @@ _RESULTS: Final = ("head.", "result")
 _SPOOL_KEY_ID: Final = "spool"
 _JOB_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _REF_BYTES: Final = 16
-_ASK_AGAIN_S: Final = 2.0
 _USAGE_REST: Final = 50  # a count is good for so many times the time it took: it costs 2 % of a process
 _IN_THE_WAY: Final = (
     "Something else is in the spool where a file of the service is to be; see the service's log"
@@ -84,7 +83,7 @@ class Label:
 class SpoolUse:
     """Bytes in the spool, and bytes that fit: the setting, or less if the disk has less room.
 
-    ``is_away``: what holds them does not answer.
+    ``is_away``: what holds them does not answer, or refuses calls.
     """
 
     used_bytes: int
@@ -144,7 +143,6 @@ class Spool:
         self._max_bytes = max_bytes
         self._used = (-math.inf, 0)  # when to count again, and what there is
         self._counting = 0  # the process that has a thread for it
-        self._ask_again = 0.0  # when to look whether a bucket that is away is back
 
     @contextmanager
     def writing(
@@ -156,7 +154,9 @@ class Spool:
         ``BlobWriter.small`` with the record or the end of the job. Raises SpoolFull, at once if it cannot
         fit; SpoolUnavailable while something else is in its place, or if the disk fails.
         """
-        used = self._used_bytes(wait=not self.store.is_remote or self._used[0] == -math.inf)
+        most = self._small.most_bytes if self._small and may_be_small else 0
+        most = most if declared_bytes < most else 0
+        used = self._used_bytes(wait=not self.store.is_remote or (not most and self._used[0] == -math.inf))
         room = self._max_bytes - used
         if declared_bytes > room:
             raise SpoolFull(
@@ -167,21 +167,24 @@ class Spool:
             raise SpoolFull("The disk of uploads and results has no room for this upload")
         written = replace(label, ref=os.urandom(_REF_BYTES))
         begun = sealing.begin([(self._key, self._key_ref(label))], written.context)
-        most = self._small.most_bytes if self._small and may_be_small else 0
         with ExitStack() as stack:
             create = partial(self._create, stack, label, declared_bytes)
-            out = BlobWriter(written.ref, begun, create, room, most if declared_bytes < most else 0)
+            out = BlobWriter(written.ref, begun, create, room, most)
             yield out
             out.finish(label.name)
         if out.small is None:
             self._used = (self._used[0], self._used[1] + out.stored)
 
-    def _create(self, stack: ExitStack, label: Label, declared_bytes: int) -> WriteBlob:
+    def _create(self, stack: ExitStack, label: Label, declared_bytes: int) -> tuple[WriteBlob, int]:
+        """A new blob in the store, and the bytes that it may take."""
+        if self._used[0] == -math.inf:  # it might have been small
+            self._count()
         try:
-            return stack.enter_context(self.store.create(_folder(label.job_id), label.name, declared_bytes))
+            made = stack.enter_context(self.store.create(_folder(label.job_id), label.name, declared_bytes))
         except RecordRefused as exc:
             _log.error("spool.in_the_way", job_id=label.job_id, role=label.role)
             raise SpoolUnavailable(_IN_THE_WAY) from exc
+        return made, self._max_bytes - self._used[1]
 
     @contextmanager
     def blob(self, label: Label, small: bytes | None = None) -> Iterator[Blob]:
@@ -270,16 +273,17 @@ class Spool:
     def use(self) -> SpoolUse:
         """The bytes that the spool has and may have. Does not wait for a bucket: it has the last count."""
         used = self._used_bytes(wait=not self.store.is_remote)
-        return SpoolUse(used, min(self._max_bytes, used + self.store.free_bytes()), self.store.is_away)
+        is_away = self.store.is_away or self.store.is_refused
+        return SpoolUse(used, min(self._max_bytes, used + self.store.free_bytes()), is_away)
 
     def _used_bytes(self, *, wait: bool) -> int:
         """The spool's size in bytes: counted every few seconds at most, plus our writes since then."""
         now = time.monotonic()
-        if now >= self._used[0] or (self.store.is_away and now >= self._ask_again):
+        if now >= self._used[0]:
             if wait:
                 self._count()
             elif self._counting != os.getpid():
-                self._counting, self._ask_again = os.getpid(), now + _ASK_AGAIN_S
+                self._counting = os.getpid()
                 threading.Thread(target=self._count_aside, name="spool-use", daemon=True).start()
         return self._used[1]
 

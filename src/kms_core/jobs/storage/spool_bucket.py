@@ -2,17 +2,19 @@
 
 An answered write is durable. A blob appears whole or not at all: below one part it is one PUT, above it a
 multipart upload. Writes ask for a free name (``If-None-Match: *``) where the store knows that. The spool's
-errors are raised in place of the store's; after a call without an answer others fail at once for a second,
-and for up to 8 after several.
+errors are raised in place of the store's; after a call without an answer others fail at once, until a thread
+that asks every 1 to 8 seconds has one.
 """
 
 import math
 import os
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from itertools import chain, repeat
 from typing import Final
 
 import structlog
@@ -40,8 +42,10 @@ UNFINISHED_S: Final = 86_400.0
 """So old is a multipart upload of a writer that was killed: one that goes on looks the same."""
 
 _USAGE_CACHE_S: Final = 30.0
-_AWAY_S: Final = 1.0
-_LONGEST_AWAY_S: Final = 8.0
+_ASK_S: Final = (1.0, 2.0, 4.0, 8.0)
+_LINGERS_S: Final = 1.0
+_REFUSED_S: Final = 60.0
+_WANTED_S: Final = 60.0
 _ROOM_BYTES: Final = 1 << 62  # a store does not tell how much it takes
 _FULL_CODES: Final = ("QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded")
 _FULL: Final = (
@@ -64,14 +68,19 @@ class SpoolBucket:
     pool: BufferPool
     usage_cache_s: float = _USAGE_CACHE_S
     is_remote: bool = True
-    _no_answer: bool = field(default=False, init=False)
-    _away_s: float = field(default=_AWAY_S, init=False)
-    _away_until: float = field(default=0.0, init=False)
+    _asking: int = field(default=0, init=False)  # the process that waits for an answer
+    _answered: float = field(default=-math.inf, init=False)
+    _wanted: float = field(default=-math.inf, init=False)
+    _refused: float = field(default=-math.inf, init=False)
 
     @property
     def is_away(self) -> bool:
-        """Return whether it does not answer, or is not asked: a write that goes on may have an answer."""
-        return self._no_answer or time.monotonic() < self._away_until
+        """Return whether it does not answer, or did not a second ago, so that a failed call is told apart."""
+        return self._asking == os.getpid() or time.monotonic() - self._answered < _LINGERS_S
+
+    @property
+    def is_refused(self) -> bool:
+        return time.monotonic() - self._refused < _REFUSED_S
 
     @contextmanager
     def create(self, folder: str, name: str, declared_bytes: int = 0) -> Iterator[WriteBlob]:
@@ -89,6 +98,7 @@ class SpoolBucket:
                 yield write
                 with self.errors(goes_on=True):
                     out.finish()
+                self._refused = -math.inf
             except BaseException:
                 out.discard()
                 raise
@@ -106,6 +116,7 @@ class SpoolBucket:
         del durable  # it is
         with self.errors():
             self.bucket.put(self._key(folder, name), data, ALWAYS, "spool")
+        self._refused = -math.inf
 
     def get(self, folder: str, name: str, most_bytes: int) -> SpoolNote:
         key = self._key(folder, name)
@@ -167,12 +178,27 @@ class SpoolBucket:
             yield
         except (StoreRefused, Unavailable) as exc:
             raise self._error(exc) from exc
-        self._no_answer, self._away_s = False, _AWAY_S
 
     def check(self) -> None:
-        """Raise SpoolUnavailable for some time after a call without an answer."""
-        if time.monotonic() < self._away_until:
+        """Raise SpoolUnavailable after a call without an answer, until there is one."""
+        if self._asking == os.getpid():
+            self._wanted = time.monotonic()
             raise SpoolUnavailable(_AWAY)
+
+    def _ask(self) -> None:
+        """Ask until there is an answer, or no call in a minute, in a thread: no caller waits for it."""
+        try:
+            for wait_s in chain(_ASK_S, repeat(_ASK_S[-1])):
+                time.sleep(wait_s)
+                if time.monotonic() - self._wanted > _WANTED_S:
+                    return
+                with suppress(Unavailable):
+                    self.bucket.head(self._key("hosts", "install"))
+                    return
+        except StoreRefused:
+            return
+        finally:
+            self._answered, self._asking = time.monotonic(), 0
 
     def _error(self, exc: StoreRefused | Unavailable) -> KmsError:
         said = exc.said if isinstance(exc, StoreRefused) else ""
@@ -180,10 +206,12 @@ class SpoolBucket:
         if full or said.endswith(_FULL_CODES):
             return SpoolFull(_FULL)
         if said:
+            self._refused = time.monotonic()
             return SpoolUnavailable(_REFUSED.format(said=said))
         if isinstance(exc, StoreAway):
-            self._no_answer, self._away_until = True, time.monotonic() + self._away_s
-            self._away_s = min(2 * self._away_s, _LONGEST_AWAY_S)
+            if self._asking != os.getpid():
+                self._asking, self._wanted = os.getpid(), time.monotonic()
+                threading.Thread(target=self._ask, name="spool-away", daemon=True).start()
             return SpoolUnavailable(_AWAY)
         return exc if isinstance(exc, SpoolUnavailable) else SpoolUnavailable(exc.detail)
 

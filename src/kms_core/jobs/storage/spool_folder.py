@@ -192,6 +192,7 @@ class SpoolFolder:
     usage_cache_s: float = _USAGE_CACHE_S
     is_remote: bool = False
     is_away: bool = False
+    is_refused: bool = False
 
     @contextmanager
     def create(self, folder: str, name: str, declared_bytes: int = 0) -> Iterator[WriteBlob]:

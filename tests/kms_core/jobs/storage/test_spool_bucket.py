@@ -6,7 +6,9 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
+from typing import Self
 
 import pytest
 from pyrage import x25519
@@ -21,7 +23,9 @@ from kms_core.jobs.storage.spool import UPLOAD, Label, Spool
 from kms_core.jobs.storage.spool_bucket import SpoolBucket
 from kms_core.payload import parallel
 from kms_core.payload.parallel import ParallelOptions
-from kms_core.s3 import streams
+from kms_core.s3 import connection, streams
+from kms_core.s3.bucket import Bucket
+from kms_core.s3.connection import Credentials, S3Connection, S3Endpoint
 from kms_core.s3.multipart import PART_BYTES
 from kms_core.s3.streams import BufferPool
 from kms_protocol.errors import ResultExpired, SpoolFull, SpoolUnavailable
@@ -29,6 +33,7 @@ from support import blob_stores, object_stores
 from support.blob_stores import PREFIX
 from support.object_stores import ObjectStore, Seen, TestBucket, Way
 from support.ports import free_port
+from support.waiting import until
 
 JOB = "11111111-1111-1111-1111-111111111111"
 KEY = f"{PREFIX}{JOB}/upload"
@@ -64,7 +69,7 @@ def way(server: ObjectStore) -> Iterator[Way]:
 def store(bucket: TestBucket, way: Way) -> Iterator[SpoolBucket]:
     store = blob_stores.spool_bucket(bucket, way.url)
     yield store
-    store.bucket.line.close()
+    blob_stores.close(store)
 
 
 @pytest.fixture
@@ -192,18 +197,116 @@ def test_bucket_that_is_away_fails_calls_at_once_and_comes_back(spool: Spool, wa
     with pytest.raises(SpoolUnavailable):
         read(spool, written)
     assert spool.use().is_away
-    asked = len(way.seen)
+    asked = of_job(way)
 
     with pytest.raises(SpoolUnavailable):
         read(spool, written)
     with pytest.raises(SpoolUnavailable), spool.writing(Label("default", JOB, "head", "1")):
         pytest.fail("nothing may be read of it")
-    assert len(way.seen) == asked
+    assert of_job(way) == asked
     way.meddle = lambda _: None
-    time.sleep(1.1)
+    until(lambda: not spool.use().is_away, "the bucket is back")
 
     assert read(spool, written) == b"x"
+
+
+def of_job(way: Way) -> list[str]:
+    """The requests that name the job."""
+    return [seen.name for seen in way.seen if JOB in seen.path]
+
+
+def test_no_call_waits_for_the_one_that_asks_whether_the_bucket_is_back(spool: Spool, way: Way) -> None:
+    written, is_back = write(spool, b"x"), threading.Event()
+    way.meddle = lambda _: 503
+    with pytest.raises(SpoolUnavailable):
+        read(spool, written)
+    del way.seen[:]
+
+    def silent(_: Seen) -> None:
+        is_back.wait(60)
+
+    way.meddle = silent
+    until(lambda: way.seen, "it is asked")
+    with pytest.raises(SpoolUnavailable):
+        read(spool, written)
+    assert of_job(way) == []
+    is_back.set()
+    until(lambda: not spool.use().is_away, "the bucket is back")
+
+    assert read(spool, written) == b"x"
+
+
+def test_process_that_was_forked_while_the_bucket_was_away_asks_by_itself(spool: Spool, way: Way) -> None:
+    written = write(spool, b"x")
+    way.meddle = lambda _: 503
+    with pytest.raises(SpoolUnavailable):
+        read(spool, written)
+    way.meddle = lambda _: None
+    pid = os.fork()
+    if not pid:
+        try:
+            os._exit(7 if read(spool, written) == b"x" else 1)
+        finally:
+            os._exit(1)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+def test_refusal_is_told_until_something_is_written(spool: Spool, way: Way) -> None:
+    way.meddle = lambda seen: 403 if seen.method == "PUT" else None
+    with pytest.raises(SpoolUnavailable):
+        write(spool, b"x")
+    assert spool.use().is_away
+    assert not spool.store.is_away
+    way.meddle = lambda _: None
+
+    assert read(spool, write(spool, b"x")) == b"x"
     assert not spool.use().is_away
+
+
+class Small:
+    """A place for small blobs that has none."""
+
+    most_bytes = 10_000
+
+    def get(self, job_id: str, name: str) -> bytes | None:
+        del job_id, name
+        return None
+
+    def names(self, job_id: str) -> list[str]:
+        del job_id
+        return []
+
+    def remove(self, job_id: str, name: str) -> None:
+        """Nothing is there."""
+
+    def delete(self, job_id: str) -> None:
+        """Nothing is there."""
+
+
+def test_small_blob_needs_no_bucket(store: SpoolBucket, key: AgeBackend, way: Way) -> None:
+    """Also the first one of a process, whose first write to the bucket waits for a count."""
+    way.meddle = lambda _: 503
+    spool = Spool(store, key, MIB, Small())
+
+    with spool.writing(LABEL, may_be_small=True) as out:
+        out.write(b"x")
+
+    assert out.small is not None
+    until(lambda: store.is_away, "it was counted aside")
+
+
+@pytest.mark.parametrize("size", [20_000, 300_000], ids=["one-slab", "several"])
+def test_blob_that_outgrows_redis_is_bounded_by_what_is_there(
+    store: SpoolBucket, key: AgeBackend, bucket: TestBucket, size: int
+) -> None:
+    bucket.put(f"{PREFIX}{JOB}/other", bytes(90_000))
+    spool = Spool(store, key, 100_000, Small())
+
+    with pytest.raises(SpoolFull), spool.writing(LABEL, may_be_small=True) as out:
+        out.write(bytes(size))
+
+    assert bucket.keys() == {f"{PREFIX}{JOB}/other"}
 
 
 def test_deleting_while_the_bucket_is_away_says_so(spool: Spool, bucket: TestBucket, way: Way) -> None:
@@ -240,6 +343,39 @@ def test_missing_bucket_is_no_expired_result(spool: Spool, server: ObjectStore, 
         read(spool, LABEL)
     with pytest.raises(SpoolUnavailable):
         store.get("hosts", "install", 100)
+
+
+class HourAhead(datetime):
+    """A clock that is an hour off."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Self:
+        return super().now(tz) + timedelta(hours=1)
+
+
+@pytest.mark.parametrize("wrong", ["secret", "key", "right", "clock"])
+def test_request_that_the_store_does_not_allow_is_a_refusal(
+    key: AgeBackend, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """By SeaweedFS, which checks signatures and their times."""
+    bucket = object_stores.weed().new()
+    names = {"key": "AKIDNOBODY", "right": object_stores.READER_KEY}
+    secret = "another" if wrong == "secret" else object_stores.SECRET
+    credentials = Credentials(names.get(wrong, object_stores.ACCESS_KEY), secret)
+    endpoint = S3Endpoint(bucket.store.url, "us-east-1", lambda: credentials, None, 20.0)
+    line = S3Connection(endpoint)
+    store = SpoolBucket(Bucket(bucket.name, line, path_style=True), PREFIX, BufferPool(64 * MIB))
+    if wrong == "clock":
+        monkeypatch.setattr(connection, "datetime", HourAhead)
+
+    with pytest.raises(SpoolUnavailable, match=r"refuses this \(403 .*the clock"):
+        store.put(JOB, "note", b"x", durable=True)
+    with pytest.raises(SpoolUnavailable, match=r"refuses this \(403 "):
+        write(Spool(store, key, MIB), b"x")
+
+    assert store.is_refused
+    assert bucket.keys() == set()
+    blob_stores.close(store)
 
 
 def test_store_without_conditions_is_written_without(spool: Spool, way: Way) -> None:
@@ -411,3 +547,4 @@ def test_unreachable_store_is_told_in_time(bucket: TestBucket) -> None:
         store.names(JOB)
 
     assert time.monotonic() - begun < 5
+    blob_stores.close(store)

@@ -39,10 +39,15 @@ class Install:
         run_job(job_id, self.core.worker_context, "w")
         return self.core.worker_context.store.get(job_id, TENANT)
 
+    @property
+    def spool(self) -> str:
+        return str(self.service.http.get("/readyz").json()["spool"])
+
     def back(self) -> None:
         """The bucket answers again, and calls are made again."""
         self.way.meddle = lambda _: None
-        until(lambda: self.service.http.get("/readyz").json()["spool"] == "available", "the bucket is back")
+        until(lambda: self.service.post("/jobs", ITEM).status_code == 202, "a job is accepted again")
+        until(lambda: self.spool == "available", "the bucket is back")
         store = self.core.worker_context.spool.store
         assert isinstance(store, SpoolBucket)
         until(lambda: not _is_refused(store.check), "the worker asks again")
@@ -122,6 +127,9 @@ def test_submission_is_refused_with_a_code_and_leaves_no_job(
     check_problem(install.service.post("/jobs", ITEM), answer, code)
 
     assert install.service.get("/jobs").json()["jobs"] == before
+    if status in {403, 301}:
+        assert install.spool == "unavailable"
+        assert "spool" in install.service.get("/status").json()["degraded"]
 
 
 def test_bucket_that_is_away_is_told_and_defers_jobs_without_an_attempt(install: Install) -> None:
@@ -132,7 +140,7 @@ def test_bucket_that_is_away_is_told_and_defers_jobs_without_an_attempt(install:
     assert (job.state, job.attempt) == ("queued", 0)
     check_problem(install.service.post("/jobs", ITEM), 503, "spool_unavailable")
     assert install.service.http.get("/readyz").status_code == 200
-    assert install.service.http.get("/readyz").json()["spool"] == "unavailable"
+    assert install.spool == "unavailable"
     assert "spool" in install.service.get("/status").json()["degraded"]
     install.back()
     until(lambda: install.core.worker_context.store.reap_all([job_id])[0] != "deferred", "it is due")
