@@ -69,7 +69,8 @@ class Slots(PeriodicThread):
                 self._replace(one)
         if self._surplus:
             self._in_loop(self._shrink)
-        self._forget_ended()
+        with suppress(AttributeError):  # the pool has ended, with the worker
+            self._forget_ended()
         self._tell()
         if self._stuck and time.monotonic() > self._attendance.stops_at.at + _LAST_S:
             _log.warning("worker.left_stuck_processes", pids=[one.stall.pid for one in self._stuck])

@@ -206,3 +206,11 @@ def test_a_worker_that_stops_leaves_what_hangs(
             os._exit(GOES_ON)
 
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status
+
+
+def test_pool_that_has_ended_is_no_failure(store: JobStore) -> None:
+    """Celery's pool has no processes to name once the worker stops."""
+    pool = Pool(1)
+    slots = watch(Attendance(), store, pool)
+    del pool.info
+    slots.round()
