@@ -14,16 +14,14 @@ from kms_core.audit.verification.verify import AuditMonitor
 from kms_core.auth import authenticator, logins, tokens
 from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.policy import AllowAll, ByScopes, Policy
-from kms_core.auth.tokens import DocumentTokens, TokenFile, Tokens
 from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.hosts.install import Facts, Install
-from kms_core.jobs.hosts.notes import Host, HostNotes, SpoolMarks, key_place
+from kms_core.jobs.hosts.notes import Host, HostNotes, SpoolMarks, digest, key_place
 from kms_core.jobs.model import NotifyWorker, RecordKey
 from kms_core.jobs.storage import s3, spool_bucket
 from kms_core.jobs.storage.blob_store import BlobStore
 from kms_core.jobs.storage.local import Roots
 from kms_core.jobs.storage.locations import Locations
-from kms_core.jobs.storage.s3 import MultipartJournal
 from kms_core.jobs.storage.spool import Spool
 from kms_core.jobs.storage.spool_folder import DiskSync, SpoolFolder
 from kms_core.jobs.store.maintenance import verify_replicas
@@ -32,7 +30,6 @@ from kms_core.jobs.submission.celery_intake import Intake
 from kms_core.jobs.submission.submitter import JobSubmitter
 from kms_core.key_documents import KeyDocument
 from kms_core.key_selection import SelectionRules
-from kms_core.keyring import Keyring
 from kms_core.observability import metrics
 from kms_core.patterns import Pattern
 from kms_core.redis_client import connect
@@ -41,12 +38,7 @@ from kms_core.service import Kms
 from kms_core.settings.model import Settings
 from kms_core.settings.validation import private
 from kms_core.signed_documents import Anchors, LocalCopy, SignedDocument
-from kms_protocol.errors import (
-    BackendUnavailable,
-    JobsUnavailable,
-    PathRefused,
-    Unavailable,
-)
+from kms_protocol.errors import BackendUnavailable, JobsUnavailable, PathRefused, Unavailable
 
 
 def build_monitor(settings: Settings, client: redis.Redis | None) -> AuditMonitor:
@@ -115,7 +107,7 @@ def build(settings: Settings, process: str, notify: NotifyWorker | None) -> Core
     locations = Locations(
         _roots(settings),
         s3.build_buckets(settings),
-        MultipartJournal(blobs),
+        s3.MultipartJournal(blobs),
         record_key,
         blobs,
         jobs,
@@ -170,23 +162,30 @@ def facts(settings: Settings) -> Facts:
     return facts_of(settings, keyring_, RecordKey(key_opening.own_key(settings, key_opening.SPOOL).secrets()))
 
 
-def facts_of(settings: Settings, keyring_: Keyring, record_key: RecordKey) -> Facts:
+def facts_of(settings: Settings, keyring_: keyring.Keyring, record_key: RecordKey) -> Facts:
     """Facts that this host tells others of itself; none is secret."""
     natives = keyring_.natives
     shared = {f"[kms.jobs] {name}": str(getattr(settings.kms.jobs, name)) for name in _SAME_ON_ALL_HOSTS}
     shared["spool key"] = record_key.digest(b"hosts").hex()[:16]
     shared["key ids"] = " ".join(sorted(keyring_.keys))
+    shared["[kms.jobs.buckets]"] = " ".join(sorted(settings.kms.jobs.buckets)) or "none"
+    shared["[kms.tenants]"] = " ".join(sorted(settings.kms.tenants)) or "none"
+    with suppress(OSError):  # a file that only the service may read
+        file = settings.kms.auth.tokens_path
+        tokens_ = f"a file {digest(file.read_text())}" if file.exists() else "no file"
+        shared["[kms.auth] tokens"] = settings.kms.auth.tokens or tokens_
     for key_id, native in natives.items():
         with suppress(BackendUnavailable):
-            shared[f"version of key {key_id}"] = native.current_version()
+            shared[f"version of key {key_id}"] = f"{native.current_version()} of {len(native.versions())}"
     return Facts({key_id: key_place(native.source.private) for key_id, native in natives.items()}, shared)
 
 
 def _install(
     settings: Settings, client: redis.Redis, facts_: Callable[[], Facts] = lambda: Facts({}, {})
 ) -> Install:
+    own_marks = marks(settings)  # makes the directory that is part of the host's id
     host = Host.here(settings.state_dir, settings.kms.jobs.spool_dir)
-    return Install(HostNotes(client), marks(settings), host, facts_)
+    return Install(HostNotes(client), own_marks, host, facts_)
 
 
 def build_intake(settings: Settings, submitter_: JobSubmitter) -> Intake | None:
@@ -206,11 +205,11 @@ def token_document(settings: Settings, client: redis.Redis | None) -> SignedDocu
     return SignedDocument(tokens.DOCUMENT_NAME, place, key, anchors)
 
 
-def token_source(settings: Settings, copy: LocalCopy | None) -> Tokens:
+def token_source(settings: Settings, copy: LocalCopy | None) -> tokens.Tokens:
     """The tokens of the settings: of the host's copy of a document, or of the token file."""
     if copy is not None:
-        return DocumentTokens(copy)
-    return TokenFile(settings.kms.auth.tokens_path, strict=settings.is_prod)
+        return tokens.DocumentTokens(copy)
+    return tokens.TokenFile(settings.kms.auth.tokens_path, strict=settings.is_prod)
 
 
 def _token_copy(settings: Settings) -> LocalCopy | None:
@@ -221,7 +220,7 @@ def _token_copy(settings: Settings) -> LocalCopy | None:
     return LocalCopy(document, stores.documents_folder(settings), auth.max_stale_s)
 
 
-def _key_copies(keyring_: Keyring) -> Iterator[LocalCopy]:
+def _key_copies(keyring_: keyring.Keyring) -> Iterator[LocalCopy]:
     sources = (native.source for native in keyring_.natives.values())
     return (source.copy for source in sources if isinstance(source, KeyDocument))
 

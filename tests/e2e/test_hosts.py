@@ -42,9 +42,9 @@ class Host(Service):
     def environ(self) -> dict[str, str]:
         return super().environ | (self.clock.environ if self.clock else {})
 
-    def doctor(self) -> dict[tuple[str, str], str]:
-        """The lines of ``kms doctor`` about hosts, by subject and level."""
-        given = self.environ | {"KMS_SERVICE_URL": self.url}
+    def doctor(self, **environ: str) -> dict[tuple[str, str], str]:
+        """The last line of ``kms doctor`` for each subject and level."""
+        given = self.environ | {"KMS_SERVICE_URL": self.url} | environ
         argv = [sys.executable, "-P", "-m", "kms_cli.main", "doctor", "--json"]
         ran = subprocess.run(argv, env=given, capture_output=True, text=True, check=False, timeout=60)
         lines = [json.loads(line) for line in ran.stdout.splitlines()]
@@ -249,10 +249,34 @@ def test_doctor_says_what_is_shared_and_what_is_not(pair: tuple[Host, Host]) -> 
     first, second = pair
     told = first.doctor()
     assert first.get("/status").json()["install"] in told["install", "ok"]
-    assert "shares spool, Redis, keys and settings; key files of its own: default" in told["hosts", "ok"]
+    assert "shares spool, Redis, keys, tokens and settings; key files" in told["hosts", "ok"]
+    assert "key files of its own: default" in told["hosts", "ok"]
 
     second.kill("api")
     second.kill("worker")
-    second.config.write_text(second.config.read_text() + "lease_s = 10\n")
+    more = '[kms.jobs.buckets.reports]\n[kms.tenants.a]\nkeys = ["*"]\n'
+    second.config.write_text(f"{second.config.read_text()}lease_s = 10\n{more}")
+    (second.state / "tokens.json").write_text("{}")
+    append(second, x25519.X25519Identity.generate())
     second.start("api")
     until(lambda: "[kms.jobs] lease_s is 10" in first.doctor().get(("hosts", "warn"), ""), "the difference")
+    other = first.doctor()["hosts", "warn"]
+    assert "[kms.jobs.buckets] is reports there and none here" in other
+    assert "[kms.tenants] is a there and none here" in other
+    assert re.search("tokens is a file [0-9a-f]{16} there and no file here", other)
+    assert re.search("version of key default is ([0-9a-f]{8}) of 2 there and \\1 of 1 here", other)
+
+
+def test_doctor_tells_hosts_of_another_install_with_the_same_spool(
+    pair: tuple[Host, Host], tmp_path: Path
+) -> None:
+    first, _ = pair
+    with EmbeddedValkey(tmp_path / "other") as other:
+        told = first.doctor(KMS_REDIS_URL=other.url)
+    assert "hosts that this Redis does not know use this spool" in told["install", "FAIL"]
+    assert ("install", "FAIL") not in first.doctor()
+
+
+def test_host_is_one_host_from_its_first_start(pair: tuple[Host, Host]) -> None:
+    """Its id contains the directory of the spool, which the first start makes."""
+    assert len(list(pair[0].spool.glob("hosts/host-*"))) == len(pair)

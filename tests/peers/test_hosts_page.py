@@ -44,7 +44,11 @@ def test_the_page_works_as_written(tmp_path: Path) -> None:
 
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     told = done.stdout.splitlines()
-    shared = [line for line in told if re.match("ok +hosts +.* shares spool, Redis, keys and settings", line)]
+    shared = [
+        line
+        for line in told
+        if re.match("ok +hosts +.* shares spool, Redis, keys, tokens and settings", line)
+    ]
     assert len(shared) == 5 * 4, "each host sees the four others"
     assert len([line for line in told if re.match("ok +install ", line)]) == 5
     assert "20000" in told

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import click
 import redis
 from cryptography import x509
+from msgspec.structs import replace
 
 from kms_cli import terminal
 from kms_cli.local import installation
@@ -26,14 +27,12 @@ from kms_core.audit.keys import PublicKeys, public_path
 from kms_core.audit.verification.verify import verify
 from kms_core.backends import NATIVE, table_of
 from kms_core.envelope.sealed_files import root_of
-from kms_core.jobs.hosts.install import CLOCK_BOUND_S, Facts, differences, mismatch
-from kms_core.jobs.hosts.notes import Host, HostNotes
+from kms_core.jobs.hosts.install import CLOCK_BOUND_S, YOUNG_S, Facts, differences, mismatch
+from kms_core.jobs.hosts.notes import Host, HostNote, HostNotes
 from kms_core.jobs.storage import spool_bucket
-from kms_core.jobs.storage.spool_bucket import SpoolBucket
 from kms_core.jobs.store import maintenance
 from kms_core.jobs.store.redis_keys import PREFIX
 from kms_core.observability import logs
-from kms_core.redis_client import check_servers
 from kms_core.s3.bucket import If, StoreRefused
 from kms_core.settings.lint import unaccepted, weaknesses
 from kms_core.settings.load import load as load_settings
@@ -238,7 +237,7 @@ def _queue(settings: Settings) -> Iterator[Finding]:
     """Check the Redis of the jobs, what hosts tell each other there, and a broker that is another server."""
     section = installation.redis_section(settings, os.environ)
     try:
-        check_servers(section)
+        redis_client.check_servers(section)
         maintenance.verify_replicas(section)
         with redis_client.connect(section) as client:
             yield from _redis(client, section)
@@ -338,36 +337,50 @@ def _broker(url: str) -> Finding:
 def _hosts(settings: Settings, notes: HostNotes) -> Iterator[Finding]:
     """Compare the install id of the spool and of Redis, and each live host with this one."""
     marks = container.marks(settings, makes=False)
-    own_id, stored = marks.install_id(), notes.install_id()
-    if wrong := mismatch(own_id, stored):
-        yield Finding("FAIL", "install", wrong)
-    elif stored and not own_id:
-        has = "has none" if own_id is not None else "does not answer, or refuses"
-        yield Finding("warn", "install", f"Redis has {stored}, the spool {has}: {_HOSTS}")
-    else:
-        same = f"{stored}, the same in the spool and in Redis"
-        yield Finding("ok", "install", same if stored else "Redis has no id yet: the next start writes it")
-    here, own = Host.here(settings.state_dir, settings.kms.jobs.spool_dir), Facts({}, {})
+    here = Host.here(settings.state_dir, settings.kms.jobs.spool_dir)
+    own_id = marks.install_id()
+    yield _install(own_id, notes.install_id())
+    with suppress(KmsError, OSError):  # a host that never served has no mark to compare with
+        if own_id and (found := marks.users(here.id, YOUNG_S, {*notes.known(), here.id})):
+            text = f"hosts that this Redis does not know use this spool: {', '.join(sorted(found.values()))}"
+            yield Finding("FAIL", "install", text, _HOSTS)
     others = [each for each in notes.live(notes.now()[0]).values() if each.id != here.id and each.serving]
     if not others:
         yield Finding("ok", "hosts", "no other host of this install is seen")
         return
+    own = Facts({}, {})
     with suppress(ConfigurationError, BackendUnavailable):  # other checks tell of it
         own = container.facts(settings)
     for note in others:
-        told, lacks_mark = differences(own, note), marks.lacks_host(note.id)
-        if abs(note.clock_s) > CLOCK_BOUND_S:
-            told.append(f"its clock is {note.clock_s:+.0f} s off the clock of Redis")
-        if lacks_mark:
-            told.append("it uses another spool: its mark is not in this one")
-        if told:
-            level: Level = "FAIL" if lacks_mark else "warn"
-            yield Finding(level, "hosts", f"{note.name} differs: {'; '.join(told)}", _HOSTS)
-            continue
-        places = note.key_places
-        separate = sorted(name for name, place in own.key_places.items() if places.get(name, place) != place)
-        files = f"; key files of its own: {', '.join(separate)}" if separate else ""
-        yield Finding("ok", "hosts", f"{note.name} shares spool, Redis, keys and settings{files}")
+        yield _host(own, note, None if own_id is None else marks.lacks_host(note.id))
+
+
+def _install(own_id: str | None, stored: str | None) -> Finding:
+    """Compare the id in the spool, None if it cannot be read, with that in Redis."""
+    if wrong := mismatch(own_id, stored):
+        return Finding("FAIL", "install", wrong)
+    if own_id is None:
+        return Finding("warn", "install", "the spool cannot be read, so it is not compared")
+    if stored and not own_id:
+        return Finding("warn", "install", f"the spool has no id, Redis has {stored}", _HOSTS)
+    same = f"{stored}, the same in the spool and in Redis"
+    return Finding("ok", "install", same if stored else "no id in Redis yet: the next start writes it")
+
+
+def _host(own: Facts, note: HostNote, lacks_mark: bool | None) -> Finding:
+    """Compare this host with another one. ``lacks_mark`` is None while the spool cannot be read."""
+    told = differences(own, note)
+    if abs(note.clock_s) > CLOCK_BOUND_S:
+        told.append(f"its clock is {note.clock_s:+.0f} s off the clock of Redis")
+    if lacks_mark:
+        told.append("it uses another spool: its mark is not in this one")
+    if told:
+        level: Level = "FAIL" if lacks_mark else "warn"
+        return Finding(level, "hosts", f"{note.name} differs: {'; '.join(told)}", _HOSTS)
+    places, spool = note.key_places, "" if lacks_mark is None else "spool, "
+    separate = sorted(name for name, place in own.key_places.items() if places.get(name, place) != place)
+    files = f"; key files of its own: {', '.join(separate)}" if separate else ""
+    return Finding("ok", "hosts", f"{note.name} shares {spool}Redis, keys, tokens and settings{files}")
 
 
 # -- the bucket of the spool ---------------------------------------------------------------------------
@@ -399,7 +412,7 @@ def _bucket(settings: Settings) -> Iterator[Finding]:
         yield Finding("warn", "spool bucket", text, then)
 
 
-def _probe(store: SpoolBucket, url: str) -> Finding:
+def _probe(store: spool_bucket.SpoolBucket, url: str) -> Finding:
     folder, name, content = "probe", os.urandom(16).hex(), os.urandom(16)
     key = f"{store.prefix}{folder}/{name}"
     store.put(folder, name, content, durable=True)
@@ -456,7 +469,7 @@ _DEGRADED: Final[dict[str, tuple[Level, str, str]]] = {
     ),
     "spool": ("warn", "the spool is nearly full, or its bucket does not answer or refuses calls", _SPOOL),
     "spool_not_shared": ("FAIL", "another host uses another spool", "kms doctor on each host (line hosts)"),
-    "install": ("FAIL", "its Redis and its spool are of different installs", "line install on its machine"),
+    "install": ("FAIL", "another install uses its Redis or its spool", "line install on its machine"),
     "clock": ("warn", "clocks of its hosts differ", "use NTP on all hosts and on that of Redis"),
     "workers": ("warn", "no worker runs, so jobs wait", "start kms-worker, or kms up"),
     "worker_processes": ("warn", "worker processes hang", "worker.process_stuck in its log says where"),
@@ -511,6 +524,10 @@ def _findings() -> Iterator[Finding]:
     try:
         file = installation.settings_file(environ)
         settings = load_settings(file, environ, overrides=installation.overrides())
+        if section := settings.kms.jobs.spool_bucket:  # each request is tried four times
+            section = replace(section, timeout_s=min(section.timeout_s, TIMEOUT_S))
+            jobs = replace(settings.kms.jobs, spool_bucket=section)
+            settings = replace(settings, kms=replace(settings.kms, jobs=jobs))
         if not is_given("url"):
             use_url(installation.url_of(settings))
         how = "kms up runs it" if running else "kms up does not run it"

@@ -59,9 +59,7 @@ _SEVERAL_HOSTS: Final = (
     "The hosts {} have files of their own for this key, and would not know its new version: append a new "
     "identity to the private file of all hosts, then replace the public file on all (docs/hosts.md, Rotation)"
 )
-_UNKNOWN_HERE: Final = (
-    "This host has no identity of the version {}: copy the private file of the hosts {}, which have their own"
-)
+_UNKNOWN: Final = "Here is no identity of the version {}: copy the private file of a host that has it ({})"
 _log = structlog.get_logger(__name__)
 
 
@@ -219,7 +217,7 @@ class AgeBackend:
         if reason := self.source.behind(keys.stamp):
             raise Unreachable(reason)
         if others := self.elsewhere(asks=False):
-            raise Unreachable(_UNKNOWN_HERE.format(version, ", ".join(others)))
+            raise Unreachable(_UNKNOWN.format(version, ", ".join(others)))
         raise NoMatch
 
     def _fresh(self) -> _KeyFiles:

@@ -416,7 +416,7 @@ def test_a_broker_that_is_away(tmp_path: Path) -> None:
     ("name", "level", "said"),
     [
         ("spool", "warn", "kms job release"),
-        ("install", "FAIL", "different installs"),
+        ("install", "FAIL", "another install uses"),
         ("named_in_a_later_version", "warn", "named_in_a_later_version is degraded"),
     ],
 )

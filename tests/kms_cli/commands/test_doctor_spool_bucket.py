@@ -2,11 +2,16 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
+import redis
 
+from kms_cli.commands import doctor
 from kms_cli.commands.doctor import Finding, exit_code, findings
+from kms_core import container
+from kms_core.jobs.hosts.notes import HostNote, HostNotes
 from kms_core.settings.load import load
 from kms_core.settings.model import Settings
 from kms_protocol.errors import EXIT_UNAVAILABLE
@@ -124,6 +129,46 @@ def test_a_bucket_that_is_not_there_fails(tmp_path: Path, server: ObjectStore, w
 
     assert only.level == "FAIL"
     assert "404" in only.text
+
+
+def test_hosts_are_not_said_to_share_a_spool_that_cannot_be_read(
+    tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with redis.Redis.from_url(redis_url) as client:
+        notes = HostNotes(client)
+        notes.write(HostNote("b", "kms-2", notes.now()[0]))
+    monkeypatch.setattr(container, "marks", lambda *_, **__: SimpleNamespace(install_id=lambda: None))
+    with click.Context(click.Command("kms")):
+        found = list(findings(load(None, {"HOME": str(tmp_path), "KMS_REDIS_URL": redis_url})))
+
+    told = {each.subject: (each.level, each.text) for each in found if each.subject in {"install", "hosts"}}
+    assert told["install"] == ("warn", "the spool cannot be read, so it is not compared")
+    assert told["hosts"][1].startswith("kms-2 shares Redis")
+
+
+def test_a_store_without_an_answer_is_not_waited_for_as_long_as_by_a_service(
+    tmp_path: Path, bucket: TestBucket, way: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Settings] = []
+
+    def check(settings: Settings) -> Iterator[Finding]:
+        asked.append(settings)
+        yield from ()
+
+    monkeypatch.setattr(doctor, "findings", check)
+    settings(tmp_path, bucket, way.url)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("KMS_CONFIG", str(tmp_path / "kms.toml"))
+
+    def marks(settings: Settings, **_: object) -> SimpleNamespace:
+        asked.append(settings)
+        return SimpleNamespace(install_id=lambda: None)
+
+    monkeypatch.setattr(container, "marks", marks)
+    with click.Context(click.Command("kms")):
+        list(doctor._findings())  # noqa: SLF001 -- as the command
+    sections = [each.kms.jobs.spool_bucket for each in asked]
+    assert [section and section.timeout_s for section in sections] == [doctor.TIMEOUT_S] * 2
 
 
 def test_without_the_setting_nothing_is_told(tmp_path: Path) -> None:

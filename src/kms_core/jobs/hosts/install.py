@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
+import msgspec
 import structlog
 
 from kms_core.jobs.hosts.notes import Host, HostNote, HostNotes, SpoolMarks
@@ -25,7 +26,8 @@ MARKS_EVERY_S: Final = 60.0
 """Marks of hosts that were found are looked for again so often (s); missing ones in each round."""
 USERS_EVERY_S: Final = 600.0
 """Each host renews its own mark so often (s), and looks for those of hosts that this Redis does not know."""
-_YOUNG_S: Final = 3 * USERS_EVERY_S
+YOUNG_S: Final = 3 * USERS_EVERY_S
+"""A mark that is at most so old (s) is of a host that runs."""
 MISSING_S: Final = 10.0
 """A mark that cannot be read for so long is missing (s): a file system of a network may show it late."""
 CLOCK_BOUND_S: Final = 2.0
@@ -64,8 +66,8 @@ _log = structlog.get_logger(__name__)
 class Facts(NamedTuple):
     """Places of the key files of this host, by key id; and values that all hosts must share, by name."""
 
-    key_places: Mapping[str, str]
-    shared: Mapping[str, str]
+    key_places: dict[str, str]
+    shared: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,18 +176,8 @@ class Install:
         is_shared = not (self._lost_mark() or missing or told)
         self._update(is_shared=is_shared, ahead_s=ahead_s, others=others)
         self._looked = self._monotonic()
-        facts = self._facts()
-        self._notes.write(
-            HostNote(
-                self.host.id,
-                self.host.name,
-                now,
-                clock_s=round(ahead_s, 3),
-                missing=tuple(missing),
-                key_places=dict(facts.key_places),
-                shared=dict(facts.shared),
-            )
-        )
+        note = HostNote(self.host.id, self.host.name, now, clock_s=round(ahead_s, 3), missing=tuple(missing))
+        self._notes.write(msgspec.structs.replace(note, **self._facts()._asdict()))
         self._look_for_strangers()
         self._tell(before, [others[each].name for each in missing])
 
@@ -225,7 +217,7 @@ class Install:
         False before the first round, under a new Redis, and where hosts that Redis does not know use the
         spool, or may do. Raises JobsUnavailable.
         """
-        is_known = self._monotonic() - self._users_at < _YOUNG_S
+        is_known = self._monotonic() - self._users_at < YOUNG_S
         return is_known and not self._suspects and not self._notes.is_new_redis()
 
     def elsewhere(self, key_id: str, *, asks: bool) -> list[str]:
@@ -306,7 +298,7 @@ class Install:
         self._marks.renew_host(self.host.id, self.host.name)
         with suppress(KmsError, OSError):
             known = {*self._notes.known(), self.host.id}
-            found = self._marks.users(self.host.id, _YOUNG_S, known)
+            found = self._marks.users(self.host.id, YOUNG_S, known)
             self._update(strangers=tuple(sorted(found[each] for each in found.keys() & self._suspects)))
             self._suspects, self._users_at = set(found), now
 
@@ -365,11 +357,10 @@ class InstallWatch(PeriodicThread):
 
 def differences(facts: Facts, note: HostNote) -> list[str]:
     """Settings and keys of that host that must be as here, and differ."""
-    both = sorted(facts.shared.keys() & note.shared.keys())
     return [
-        f"{name} is {note.shared[name]} there and {facts.shared[name]} here"
-        for name in both
-        if note.shared[name] != facts.shared[name]
+        f"{name} is {there} there and {facts.shared[name]} here"
+        for name, there in sorted(note.shared.items())
+        if facts.shared.get(name, there) != there
     ]
 
 
