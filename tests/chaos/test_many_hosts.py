@@ -59,7 +59,13 @@ def test_every_job_ends_once_whichever_line_is_cut(
 
     with capsys.disabled():
         print(f"many hosts: {verdict.facts}")  # noqa: T201
-    assert not verdict.faults, "\n".join(verdict.faults[:40])
+    assert not verdict.faults, "\n".join([*verdict.faults[:40], *_refusals(tmp_path)])
+
+
+def _refusals(folder: Path) -> list[str]:
+    """What the store refused, which a job that fails with ``path_refused`` does not say."""
+    lines = (line for log in folder.rglob("worker.log") for line in log.read_text("utf-8").splitlines())
+    return [line for line in lines if "s3.refused" in line]
 
 
 def _run(folder: Path, seed: int) -> Verdict:
