@@ -21,6 +21,7 @@ PLANTED: Final = """
 import time
 MOST_BYTES = 64
 WORDS = (b"magic",)
+held = [b"." * (600 << 20)]  # most of the limit before the clock of an input runs: a busy machine gives memory slowly
 
 def seeds():
     return [b"nothing"]
@@ -94,7 +95,10 @@ def test_a_short_run_finds_nothing(name: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("fuzzer")
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [("raise KeyError('planted')", "planted"), ("held = bytearray(2 << 30); time.sleep(5)", "out-of-memory")],
+    [
+        ("raise KeyError('planted')", "planted"),
+        ("held.append(b'.' * (400 << 20)); time.sleep(5)", "out-of-memory"),
+    ],
     ids=["an error of another kind", "memory"],
 )
 def test_a_planted_fault_is_found_and_its_input_kept(tmp_path: Path, fault: str, words: str) -> None:
