@@ -21,7 +21,7 @@ import structlog
 
 from kms_core.payload.files import source_changed_error
 from kms_core.s3.connection import Ask, S3Answer, S3Body, S3Connection, elements, tag
-from kms_protocol.errors import KmsError, PathRefused
+from kms_protocol.errors import KmsError, PathRefused, Unavailable
 
 if TYPE_CHECKING:
     from kms_core.s3.multipart import ObjectReader
@@ -74,6 +74,12 @@ class StoreRefused(PathRefused):
     def __init__(self, detail: str, status: int, said: str) -> None:
         super().__init__(detail)
         self.status, self.said = status, said
+
+
+class UploadAborted(Unavailable):
+    """An upload that ended under its writer: a worker without its lease, or a lifecycle rule, aborted it."""
+
+    summary = "The upload was aborted before it was complete: try again"
 
 
 class UploadedPart(NamedTuple):
@@ -241,6 +247,7 @@ class Bucket:
         return upload
 
     def put_part(self, key: str, upload: str, number: int, body: memoryview) -> UploadedPart:
+        """Send a part. Raises UploadAborted."""
         query = {"partNumber": str(number), "uploadId": upload}
         answer = self._check(self._write(key, body, query=query))
         return UploadedPart(number, answer.headers.get("etag", "").strip('"'), len(body))
@@ -248,7 +255,7 @@ class Bucket:
     def copy_part(self, key: str, upload: str, number: int, source: "ObjectReader") -> UploadedPart | None:
         """Have the store copy a part from an object of the same endpoint. None if it cannot.
 
-        Raises InvalidRequest if the object has another ETag, where the store checks that.
+        Raises InvalidRequest if the object has another ETag, where the store checks that, UploadAborted.
         """
         last = source.offset + source.size - 1
         headers = {
@@ -360,7 +367,9 @@ class Bucket:
             raise self._refusal(answer)
         return answer
 
-    def _refusal(self, answer: S3Answer) -> PathRefused:
+    def _refusal(self, answer: S3Answer) -> KmsError:
+        if answer.code == "NoSuchUpload":
+            return UploadAborted()
         status = f"{answer.status} {answer.code}".rstrip()
         _log.warning("s3.refused", bucket=self.name, said=status)
         detail = _ADVICE.get(answer.status, _OTHER).format(bucket=self.name, said=status)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from kms_core.payload.files import source_changed_error
-from kms_core.s3.bucket import MOST_PARTS, Bucket, UploadedPart
+from kms_core.s3.bucket import MOST_PARTS, Bucket, UploadAborted, UploadedPart
 from kms_core.s3.connection import S3Body
 from kms_protocol.errors import InvalidRequest, PathRefused
 
@@ -143,9 +143,11 @@ class Assembly:
         return True
 
     def settle(self) -> None:
-        """Raise InvalidRequest unless all bytes were written. Nothing may be written afterwards."""
+        """Raise InvalidRequest unless all bytes were written, UploadAborted. Nothing may be written after."""
         if self._copied:  # the store knows the sizes of copied parts
-            self._sent = {part.number: part for part in self.bucket.parts(self.key, self.upload) or ()}
+            if (parts := self.bucket.parts(self.key, self.upload)) is None:
+                raise UploadAborted
+            self._sent = {part.number: part for part in parts}
         held = sum(part.size for part in self._sent.values()) if self.upload else len(self.whole)
         if held != self.size or (not self.upload and any(part.missing for part in self._filling.values())):
             raise InvalidRequest("The object is incomplete: run the job again")

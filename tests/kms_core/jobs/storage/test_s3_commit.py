@@ -13,6 +13,7 @@ from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.spec import FileJob
 from kms_core.jobs.storage.locations import JobTarget, PendingTarget
+from kms_core.s3.bucket import Bucket
 from kms_protocol.errors import JobsUnavailable, PathRefused, TargetExists
 from kms_protocol.wire import JobKind
 from support.failing_store import MOMENTS, Killed, interrupted, stumbling
@@ -246,6 +247,29 @@ def test_upload_that_cannot_be_aborted_now_is_aborted_by_the_next_attempt(watche
     assert watched.nothing_left()
 
 
+@pytest.mark.parametrize("request_", ["UploadPart", "UploadPartCopy"])
+def test_upload_that_another_aborts_is_done_again(watched: Bench, way: Way, request_: str) -> None:
+    """A worker that has lost its lease may sweep late, and a lifecycle of the bucket at any time."""
+    bucket = watched.bucket
+    source, target = _sealed(watched), bucket.url("out/x")
+    job_id = watched.submit("rewrap", source, target)
+    admin, aborted = bucket.store.admin, []
+
+    def abort(seen: Seen) -> None:
+        if seen.name == request_ and not aborted:
+            (upload,) = aborted[:] = admin.list_multipart_uploads(Bucket=bucket.name)["Uploads"]
+            admin.abort_multipart_upload(Bucket=bucket.name, Key=upload["Key"], UploadId=upload["UploadId"])
+
+    way.meddle = abort
+    job = watched.run(job_id)
+    assert (job.state, job.error) == ("queued", "")
+    forge(watched.core.worker_context.store, job_id, not_before="0")
+
+    assert watched.run(job_id).state == "succeeded"
+    assert aborted
+    assert watched.nothing_left()
+
+
 def test_store_that_is_away_at_the_commit_holds_it_up_and_no_more(watched: Bench, way: Way) -> None:
     data, bucket = os.urandom(LARGE), watched.bucket
     job_id = watched.submit("encrypt", bucket.put("in", data), bucket.url("out/x"))
@@ -339,7 +363,9 @@ def test_of_two_attempts_that_write_a_small_object_the_first_wins(bench: Bench, 
     assert target.finish(commit)
 
 
-def test_an_upload_is_completed_once_and_a_late_completion_replaces_nothing(bench: Bench) -> None:
+def test_an_upload_is_completed_once_and_a_late_completion_replaces_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bucket, places = bench.bucket, bench.core.worker_context.places
     source = held(places.open_source(bucket.put("in", b"source")))
     target = target_of(bench, overwrite=True)
@@ -350,6 +376,9 @@ def test_an_upload_is_completed_once_and_a_late_completion_replaces_nothing(benc
     attempt.finish(commit)
 
     assert target.finish(commit)
+    with monkeypatch.context() as ending:  # while SeaweedFS ends an upload, it lists some of its parts
+        ending.setattr(Bucket, "parts", lambda *_: [])
+        assert target.finish(commit)
     bucket.put("out/x", b"somebody else's")
     with pytest.raises(PathRefused):
         attempt.finish(commit)
