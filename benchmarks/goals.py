@@ -421,7 +421,7 @@ ROWS: Final = (
         "-",
         [
             at_most("small job", 0, 0, [value("spool", "requests", "small job", "calls")], ""),
-            at_most("file", 150, 150, [_spool(value("spool", "requests", "file", "calls"))], ""),
+            at_most("file", 180, 130, [_spool(value("spool", "requests", "file", "calls"))], ""),
         ],
     ),
     Row(
