@@ -3,9 +3,7 @@
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import BinaryIO, cast
 
 import pytest
@@ -13,18 +11,13 @@ import pytest
 from kms_core.age import stream
 from kms_core.age.header import FILE_LIMITS, parse
 from support.cli.fixtures import BIN, environment
-from support.cli.offline import Workspace, workspace
+from support.cli.offline import Workspace
 from support.programs import program
 from support.waiting import WAIT_S, until
 
 CHUNK = 65536
 SIZE = 5 * CHUNK + 1000
 Change = Callable[[bytes, int], bytes]
-
-
-@pytest.fixture(name="workspace")
-def a_desk(tmp_path: Path) -> Workspace:
-    return workspace(tmp_path)
 
 
 def flipped(data: bytes, at: int) -> bytes:
@@ -34,26 +27,9 @@ def flipped(data: bytes, at: int) -> bytes:
 
 CHANGES: dict[str, tuple[Change, int]] = {  # what is done, and how many whole chunks are genuine before it
     "flipped-nonce": (lambda file, payload: flipped(file, payload - 1), 0),
-    "flipped-first-chunk": (flipped, 0),
-    "flipped-first-tag": (lambda file, payload: flipped(file, payload + stream.SEALED_CHUNK - 1), 0),
     "flipped-third-chunk": (lambda file, payload: flipped(file, payload + 2 * stream.SEALED_CHUNK), 2),
-    "flipped-last-chunk": (lambda file, _: flipped(file, -20), 5),
-    "flipped-last-tag": (lambda file, _: flipped(file, -1), 5),
-    "cut-by-a-byte": (lambda file, _: file[:-1], 5),
     "cut-to-whole-chunks": (lambda file, payload: file[: payload + 5 * stream.SEALED_CHUNK], 5),
-    "cut-to-a-chunk-and-a-bit": (lambda file, payload: file[: payload + stream.SEALED_CHUNK + 9], 1),
-    "cut-to-no-payload": (lambda file, payload: file[:payload], 0),
     "extended-by-a-byte": (lambda file, _: file + b"\0", 5),
-    "extended-by-a-chunk": (lambda file, _: file + bytes(stream.SEALED_CHUNK), 5),
-    "chunks-swapped": (
-        lambda file, payload: (
-            file[:payload]
-            + file[payload + stream.SEALED_CHUNK : payload + 2 * stream.SEALED_CHUNK]
-            + file[payload : payload + stream.SEALED_CHUNK]
-            + file[payload + 2 * stream.SEALED_CHUNK :]
-        ),
-        0,
-    ),
 }
 
 
@@ -106,33 +82,21 @@ def test_what_is_no_age_file_is_called_that(workspace: Workspace, given: bytes) 
 # -- parts -------------------------------------------------------------------------------------------
 
 PARTS = [
-    (0, 1),
-    (0, SIZE),
-    (CHUNK - 1, 2),
-    (CHUNK, CHUNK),
-    (SIZE - 1, 1),
-    (SIZE - 1, 99),
-    (SIZE, 1),
-    (SIZE + 9, 9),
-    (7, 0),
+    *[(0, 1), (0, SIZE), (CHUNK - 1, 2), (CHUNK, CHUNK), (7, 0)],
+    *[(SIZE - 1, 1), (SIZE - 1, 99), (SIZE, 1), (SIZE + 9, 9), (70_000, None)],
 ]
 
 
 @pytest.mark.parametrize(("offset", "length"), PARTS)
-def test_a_part_is_what_the_whole_has_there(workspace: Workspace, offset: int, length: int) -> None:
+def test_a_part_is_what_the_whole_has_there(workspace: Workspace, offset: int, length: int | None) -> None:
+    """Without a length it goes to the end."""
     plaintext = os.urandom(SIZE)
     workspace.made("seal", "-r", workspace.recipient, "-o", "in", given=plaintext)
-    asked = ["open", "-i", "key.txt", "--offset", str(offset), "--length", str(length), "in"]
+    asked = ["--offset", str(offset), *([] if length is None else ["--length", str(length)])]
+    workspace.made("open", "-i", "key.txt", *asked, "-o", "out", "in")
 
-    assert workspace.made(*asked) == plaintext[offset : offset + length]
-
-
-def test_a_part_without_a_length_goes_to_the_end_and_into_a_file(workspace: Workspace) -> None:
-    plaintext = os.urandom(SIZE)
-    workspace.made("seal", "-r", workspace.recipient, "-o", "in", given=plaintext)
-    workspace.made("open", "-i", "key.txt", "--offset", "70000", "-o", "out", "in")
-
-    assert workspace.read("out") == plaintext[70000:]
+    assert workspace.made("open", "-i", "key.txt", *asked, "in") == workspace.read("out")
+    assert workspace.read("out") == plaintext[offset:][:length]
 
 
 def test_a_part_of_a_cut_file_is_refused_though_its_chunks_are_whole(workspace: Workspace) -> None:
@@ -155,15 +119,13 @@ def test_a_pipe_and_armor_have_no_parts(workspace: Workspace, armored: list[str]
 # -- ends --------------------------------------------------------------------------------------------
 
 
+def way(workspace: Workspace, verb: str) -> list[str]:
+    return ["seal", "-r", workspace.recipient] if verb == "seal" else ["open", "-i", "key.txt"]
+
+
 def started(workspace: Workspace, *args: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [str(BIN / "kms"), *args],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=workspace.folder,
-        env=environment(workspace.folder),
-    )
+    words, env = [str(BIN / "kms"), *args], environment(workspace.folder)
+    return subprocess.Popen(words, stdin=-1, stdout=-1, stderr=-1, cwd=workspace.folder, env=env)
 
 
 @pytest.mark.parametrize(
@@ -173,15 +135,11 @@ def started(workspace: Workspace, *args: str) -> subprocess.Popen[bytes]:
 def test_an_interruption_leaves_no_file(
     workspace: Workspace, verb: str, number: signal.Signals, code: int
 ) -> None:
-    ways = {
-        "seal": ["seal", "-r", workspace.recipient],
-        "open": ["open", "-i", "key.txt"],
-    }
     age = subprocess.run(
         [program("age"), "-r", workspace.recipient], input=bytes(2**21), capture_output=True, check=True
     )
     before = workspace.names()
-    with started(workspace, *ways[verb], "-o", "out") as running:
+    with started(workspace, *way(workspace, verb), "-o", "out") as running:
         pipe = cast("BinaryIO", running.stdin)
         pipe.write(age.stdout[: 2**20])
         pipe.flush()
@@ -199,33 +157,10 @@ def test_an_interruption_leaves_no_file(
 @pytest.mark.parametrize("verb", ["seal", "open"])
 def test_a_reader_that_leaves_ends_it_quietly(workspace: Workspace, verb: str) -> None:
     sealed = workspace.made("seal", "-r", workspace.recipient, given=bytes(8 * 2**20))
-    way = ["seal", "-r", workspace.recipient] if verb == "seal" else ["open", "-i", "key.txt"]
-    with started(workspace, *way, workspace.write("in", sealed)) as running:
+    with started(workspace, *way(workspace, verb), workspace.write("in", sealed)) as running:
         output = cast("BinaryIO", running.stdout)
         output.read(10)
         output.close()
         said = cast("BinaryIO", running.stderr).read()
 
     assert (running.returncode, said) == (141, b"")
-
-
-def test_a_stopped_and_continued_process_loses_nothing(workspace: Workspace) -> None:
-    plaintext = os.urandom(3 * 2**20)
-    with started(workspace, "seal", "-r", workspace.recipient, "-o", "out") as running:
-        pipe = cast("BinaryIO", running.stdin)
-        for start in range(0, len(plaintext), 2**18):
-            running.send_signal(signal.SIGSTOP)
-            running.send_signal(signal.SIGCONT)
-            pipe.write(plaintext[start : start + 2**18])
-        pipe.close()
-        running.wait(WAIT_S)
-
-    assert workspace.made("open", "-i", "key.txt", "out") == plaintext
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
-def test_a_full_device_is_an_error(workspace: Workspace) -> None:
-    done = workspace.kms("seal", "-r", workspace.recipient, "-o", "/dev/full", given=b"salary")
-
-    assert done.returncode == 1
-    assert b"kms: error: no space left on device" in done.stderr.lower()
