@@ -16,6 +16,7 @@ from support.openbao import ROOT_TOKEN, bao
 from support.programs import program
 
 SECRET: Final = "hunter2"
+STRANGER: Final = str(x25519.X25519Identity.generate().recipient)
 FORMATS: Final = {
     "a.yaml": f"db:\n  password: {SECRET}\n  hosts: [a, b]\n",
     "a.json": json.dumps({"password": SECRET, "nested": {"n": 1}}),
@@ -119,9 +120,8 @@ def test_a_second_run_leaves_migrated_files_alone(workspace: Workspace) -> None:
 
 
 def test_a_file_that_does_not_open_is_told_and_stops_nothing(workspace: Workspace) -> None:
-    stranger = str(x25519.X25519Identity.generate().recipient)
     (workspace.folder / "plain.yaml").write_text("a: b\n")
-    for name, recipient in (("a.yaml", stranger), ("a.json", (workspace.folder / "old.pub").read_text())):
+    for name, recipient in (("a.yaml", STRANGER), ("a.json", (workspace.folder / "old.pub").read_text())):
         (workspace.folder / name).write_text(FORMATS[name])
         (workspace.folder / name).write_bytes(sops(workspace, "encrypt", "--age", recipient, name))
     untouched = (workspace.folder / "a.yaml").read_bytes()
@@ -135,15 +135,26 @@ def test_a_file_that_does_not_open_is_told_and_stops_nothing(workspace: Workspac
     assert (workspace.folder / "a.yaml").read_bytes() == untouched
 
 
-def test_a_recipient_that_the_service_does_not_hold_changes_nothing(workspace: Workspace) -> None:
+@pytest.mark.parametrize(
+    ("words", "env", "code", "told"),
+    [
+        (["-r", STRANGER], {}, 65, "is this the recipient of its key"),
+        (["--url", "http://127.0.0.1:9"], {}, 69, "service_unreachable"),
+        ([], {"PATH": "/nowhere"}, 78, "install it"),
+    ],
+    ids=["a recipient that the service does not hold", "no service", "no sops"],
+)
+def test_what_cannot_be_migrated_stays_as_it_is(
+    workspace: Workspace, words: list[str], env: dict[str, str], code: int, told: str
+) -> None:
     sealed(workspace, "a.yaml")
     before = (workspace.folder / "a.yaml").read_bytes()
-    stranger = str(x25519.X25519Identity.generate().recipient)
+    to = [] if "-r" in words else ["-R", public_key(workspace)]
 
-    done = workspace.kms("migrate", "sops", "--json", "-r", stranger, "a.yaml", env=old(workspace))
+    done = workspace.kms("migrate", "sops", "--json", *to, *words, "a.yaml", env={**old(workspace), **env})
 
-    assert done.returncode == 65
-    assert b"is this the recipient of its key" in done.stderr
+    assert done.returncode == code
+    assert told in done.stderr.decode()
     assert (workspace.folder / "a.yaml").read_bytes() == before
 
 
@@ -155,25 +166,6 @@ def test_a_rehearsal_changes_nothing(workspace: Workspace) -> None:
 
     assert report(done) == {"lines": 1, "would_move": 1, "already_there": 0, "failed": 0}
     assert (workspace.folder / "a.yaml").read_bytes() == before
-
-
-def test_a_service_that_is_away_changes_nothing(workspace: Workspace) -> None:
-    sealed(workspace, "a.yaml")
-    before = (workspace.folder / "a.yaml").read_bytes()
-
-    done = migrated(workspace, "a.yaml", "--url", "http://127.0.0.1:9")
-
-    assert done.returncode == 69
-    assert (workspace.folder / "a.yaml").read_bytes() == before
-
-
-def test_without_sops_the_command_says_what_to_install(workspace: Workspace) -> None:
-    sealed(workspace, "a.yaml")
-
-    done = migrated(workspace, "a.yaml", PATH="/nowhere")
-
-    assert done.returncode == 78
-    assert b"install it" in done.stderr
 
 
 def test_beginnings_without_an_end_take_no_long_look() -> None:
