@@ -4,13 +4,15 @@ import ast
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
+import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Final
 from unittest.mock import MagicMock
@@ -19,17 +21,15 @@ import click
 import msgspec
 import pytest
 import redis
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from kms_cli.commands import doctor as doctor_command
-from kms_cli.commands.doctor import MAX_VERIFIED_BYTES
+from kms_cli.commands.doctor import MAX_VERIFIED_BYTES, Finding
 from kms_cli.local import installation
 from kms_core.programs import tether
+from kms_core.settings.load import load
 from kms_protocol.admin import StatusOut
 from support.cli.fixtures import BIN
+from support.credentials import Authority
 from support.ports import free_port
 from support.service import Service
 from support.small_disk import small_disk
@@ -39,6 +39,7 @@ NO_REDIS: Final = "unix:///nonexistent/valkey.sock"
 PROD: Final = 'allow_age_in_prod = true\nprod_backend = "age"\n[kms.auth]\nmode = "required"\n'
 ROOT: Final = Path(__file__).parents[3]
 TIMEOUT_S: Final = 60
+NOBODY: Final = 65534
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,13 @@ class Told:
 
     def at(self, subject: str, level: str) -> str:
         """Text and next step of the one line about a subject with this level."""
-        found = [line for line in self.lines if (line["subject"], line["level"]) == (subject, level)]
-        assert len(found) == 1, self.lines
-        return f"{found[0]['text']}: {found[0]['next']}"
+        (found,) = self.all(subject, level)
+        return found
 
-    def all(self, subject: str, level: str) -> str:
+    def all(self, subject: str, level: str) -> list[str]:
         """Texts and next steps of all lines about a subject with this level."""
         found = [line for line in self.lines if (line["subject"], line["level"]) == (subject, level)]
-        return "\n".join(f"{line['text']}: {line['next']}" for line in found)
+        return [f"{line['text']}: {line['next']}" for line in found]
 
     @property
     def failed(self) -> set[str]:
@@ -66,14 +66,9 @@ class Told:
 
 def command(install: Service, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     given = install.environ | {"KMS_SERVICE_URL": install.url, **environ}
+    words = [str(BIN / "kms"), *arguments]
     return subprocess.run(
-        [BIN / "kms", *arguments],
-        env=given,
-        cwd=install.logs,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
+        words, env=given, cwd=install.logs, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )
 
 
@@ -83,14 +78,14 @@ def doctor(install: Service, **environ: str) -> Told:
     return Told([json.loads(line) for line in ran.stdout.splitlines()], ran.returncode)
 
 
+def configured(folder: Path, settings: str = "", redis: str = NO_REDIS) -> Service:
+    """Keys and settings, and nothing that runs."""
+    return Service(folder, settings, redis)
+
+
 @pytest.fixture
 def install(tmp_path: Path) -> Service:
-    """Keys and settings, and nothing that runs."""
-    return Service(tmp_path, redis=NO_REDIS)
-
-
-def configured(folder: Path, settings: str, redis: str = NO_REDIS) -> Service:
-    return Service(folder, settings, redis)
+    return configured(tmp_path)
 
 
 # -- a service at work -------------------------------------------------------------------------------
@@ -124,9 +119,9 @@ def test_lines_for_people_say_what_lines_for_programs_say(service: Service) -> N
 
 
 def test_a_service_without_workers_and_one_without_redis_say_so(idle: Service, strict: Service) -> None:
-    assert "start kms-worker" in doctor(idle).all("service", "warn")
+    assert "start kms-worker" in str(doctor(idle).all("service", "warn"))
     told = doctor(strict)
-    assert "reaches no Redis" in told.all("service", "warn")
+    assert "reaches no Redis" in str(told.all("service", "warn"))
     assert "nothing answers at /nonexistent/valkey.sock" in told.at("redis", "FAIL")
     assert told.exit_code == 69
 
@@ -155,49 +150,53 @@ def test_a_trail_that_was_changed_under_a_service_fails_there_and_here(tmp_path:
 # -- settings and keys -------------------------------------------------------------------------------
 
 
-def test_settings_that_are_wrong_end_it_with_the_way_to_mend_them(tmp_path: Path, install: Service) -> None:
-    install.config.write_text("[kms]\nprot = 1\n")
-    told = doctor(install)
-
-    assert 'did you mean "port"?' in told.at("settings", "FAIL")
-    assert told.exit_code == 78
-    assert tmp_path / "kms.toml" == install.config
+TRANSIT: Final = '[kms.transit]\naddress = "http://127.0.0.1:9"\nkey_name = "k"\ntoken = "t"\ntimeout_s = 1.0'
 
 
-def test_keys_of_the_service_that_others_may_read(tmp_path: Path) -> None:
-    install, name = configured(tmp_path, PROD), "audit-signing.key"
-    made = command(install, "token", "create", "--name", "a", "--scope", "*", "-o", "a.token")
-    assert made.returncode == 0, made.stderr
-    (install.state / name).chmod(0o644)
+@pytest.mark.parametrize(
+    ("settings", "subject", "told", "code"),
+    [
+        ("prot = 1", "settings", 'did you mean "port"?', 78),
+        (f'dev_backend = "transit"\n{TRANSIT}', "self-test", "does not wrap and unwrap", 69),
+        ('[kms.redis]\nbroker_url = "amqp://127.0.0.1:9"', "broker", "nothing answers at 127.0.0.1:9", 69),
+    ],
+    ids=["wrong", "a backend that is away", "a broker that is away"],
+)
+def test_what_is_away_is_not_a_wrong_setting(
+    install: Service, settings: str, subject: str, told: str, code: int
+) -> None:
+    install.config.write_text(f"[kms]\n{settings}\n")
+    found = doctor(install)
 
-    assert "audit.signing_key_path" in doctor(install).at("weak", "warn")
-    told = doctor(install, PROVISIONING_ENV="prod")
-    assert "chmod 600" in told.at("weak", "FAIL")
-    assert told.exit_code == 78
+    assert told in found.at(subject, "FAIL")
+    assert found.exit_code == code
 
 
-def test_a_spool_key_that_is_not_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("environment", "level", "weak", "missing"),
+    [
+        ("dev", "warn", "audit.signing_key_path", "kms up creates it"),
+        ("prod", "FAIL", "chmod 600", "kms keygen -o"),
+    ],
+)
+def test_keys_of_the_service_that_others_may_read_or_that_are_not_there(
+    tmp_path: Path, environment: str, level: str, weak: str, missing: str
+) -> None:
     install = configured(tmp_path, PROD)
+    recorded(install)
+    (install.state / "audit-signing.key").chmod(0o644)
     (install.state / "spool.key").unlink()
+    told = doctor(install, PROVISIONING_ENV=environment)
 
-    assert "kms up creates it" in doctor(install).at("own keys", "warn")
-    assert "kms keygen -o" in doctor(install, PROVISIONING_ENV="prod").at("own keys", "FAIL")
+    assert weak in told.at("weak", level)
+    assert missing in told.at("own keys", level)
+    assert environment == "dev" or told.exit_code == 78
 
 
-def test_a_token_file_that_is_not_there(install: Service, tmp_path: Path) -> None:
-    told = doctor(install, KMS_TOKEN_FILE=str(tmp_path / "my.token"))
+def test_a_token_file_that_is_not_there(install: Service) -> None:
+    told = doctor(install, KMS_TOKEN_FILE="/nonexistent/my.token")
 
     assert "Cannot read the token file" in told.at("service", "FAIL")
-
-
-def test_a_backend_that_is_away_is_not_a_wrong_setting(tmp_path: Path) -> None:
-    address = f"http://127.0.0.1:{free_port()}"
-    section = f'[kms.transit]\naddress = "{address}"\nkey_name = "k"\ntoken = "t"\ntimeout_s = 1.0\n'
-    install = configured(tmp_path, f'dev_backend = "transit"\n{section}')
-    told = doctor(install)
-
-    assert "does not wrap and unwrap" in told.at("self-test", "FAIL")
-    assert told.exit_code == 69
 
 
 # -- the trail ---------------------------------------------------------------------------------------
@@ -247,53 +246,38 @@ def test_a_trail_that_takes_no_record(tmp_path: Path) -> None:
 
 def test_a_spool_and_a_trail_without_room(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 8 * 1024 * 1024) as disk:
-        spool, audit = disk / "spool", disk / "audit"
-        settings = f'[kms.jobs]\nspool_dir = "{spool}"\n[kms.audit]\npath = "{audit}"\n'
-        install = configured(tmp_path, settings)
-        spool.mkdir()
-        audit.mkdir()
-        told = doctor(install)
+        for name in ("spool", "audit"):
+            (disk / name).mkdir()
+        settings = f'[kms.jobs]\nspool_dir = "{disk}/spool"\n[kms.audit]\npath = "{disk}/audit"\n'
+        told = doctor(configured(tmp_path, settings))
 
     assert "free space" in told.at("spool", "FAIL")
     assert "free space" in told.at("audit", "FAIL")
     assert told.exit_code == 78
 
 
-@pytest.mark.parametrize(
-    ("days", "level"), [(-1, "FAIL"), (5, "warn"), (300, "ok")], ids=["expired", "soon", "fine"]
-)
-def test_a_certificate_has_an_end(tmp_path: Path, days: int, level: str) -> None:
-    cert, key = tmp_path / "tls.crt", tmp_path / "tls.key"
-    certificate(cert, key, datetime.now(UTC) + timedelta(days=days))
-    install = configured(tmp_path, f'[kms.server]\ntls_cert = "{cert}"\ntls_key = "{key}"\n')
+def with_certificate(folder: Path, lasts: timedelta) -> Service:
+    pair = Authority(folder).issue("tls", server=True, lasts=lasts)
+    return configured(folder, f'[kms.server]\ntls_cert = "{pair.cert}"\ntls_key = "{pair.key}"\n')
 
-    assert "valid until" in doctor(install).at("certificate", level)
+
+@pytest.mark.parametrize(
+    ("lasts", "level"),
+    [(timedelta(minutes=-30), "FAIL"), (timedelta(days=5), "warn"), (timedelta(days=300), "ok")],
+    ids=["expired", "soon", "fine"],
+)
+def test_a_certificate_has_an_end(tmp_path: Path, lasts: timedelta, level: str) -> None:
+    assert "valid until" in doctor(with_certificate(tmp_path, lasts)).at("certificate", level)
 
 
 def test_a_certificate_that_is_none_and_a_key_that_others_read(tmp_path: Path) -> None:
-    cert, key = tmp_path / "tls.crt", tmp_path / "tls.key"
-    certificate(cert, key, datetime.now(UTC) + timedelta(days=90))
-    cert.write_text("no certificate")
-    key.chmod(0o644)
-    told = doctor(configured(tmp_path, f'[kms.server]\ntls_cert = "{cert}"\ntls_key = "{key}"\n'))
+    install = with_certificate(tmp_path, timedelta(days=90))
+    (tmp_path / "tls.crt").write_text("no certificate")
+    (tmp_path / "tls.key").chmod(0o644)
+    told = doctor(install)
 
     assert "contains no certificate" in told.at("certificate", "FAIL")
     assert "server.tls_key" in told.at("weak", "warn")
-
-
-def certificate(cert: Path, key: Path, ends: datetime) -> None:
-    """For ``localhost``, signed by itself, valid since 30 days."""
-    secret = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    made = (
-        x509.CertificateBuilder(name, name, secret.public_key(), x509.random_serial_number())
-        .not_valid_before(datetime.now(UTC) - timedelta(days=30))
-        .not_valid_after(ends)
-        .sign(secret, hashes.SHA256())
-    )
-    cert.write_bytes(made.public_bytes(Encoding.PEM))
-    key.touch(0o600)
-    key.write_bytes(secret.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
 
 # -- Redis and ports ---------------------------------------------------------------------------------
@@ -303,11 +287,11 @@ def certificate(cert: Path, key: Path, ends: datetime) -> None:
 def weak(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of a server that forgets what it is told, and what it should keep."""
     folder, port = tmp_path_factory.mktemp("weak"), free_port()
-    options = {"port": str(port), "bind": "127.0.0.1", "dir": str(folder), "save": "", "appendonly": "no"}
-    options |= {"maxmemory": "64mb", "maxmemory-policy": "allkeys-lru"}
-    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    binary = str(installation.find_binary(os.environ))
+    weak = "--bind 127.0.0.1 --appendonly no --maxmemory 64mb --maxmemory-policy allkeys-lru"
+    command = [binary, "--port", str(port), "--dir", str(folder), "--save", "", *weak.split()]
     with ExitStack() as stack, (folder / "log").open("wb") as log:
-        process = tether.spawn([str(installation.find_binary(os.environ)), *words], env={}, output=log)
+        process = tether.spawn(command, env={}, output=log)
         stack.callback(process.wait)
         stack.callback(process.kill)
         until(lambda: answers(port), "the server is up")
@@ -352,61 +336,56 @@ def test_a_redis_that_is_a_replica_or_lets_nobody_in(tmp_path: Path, weak: int) 
     assert "hunter2" not in str(told.lines)
 
 
+@contextmanager
+def in_between(serve: Callable[[socket.socket], None]) -> Iterator[str]:
+    """The URL of a server that does this with each connection."""
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = listener.accept()
+                threading.Thread(target=serve_one, args=(near,), daemon=True).start()
+
+    def serve_one(near: socket.socket) -> None:
+        with suppress(OSError), near:
+            serve(near)
+
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"redis://127.0.0.1:{listener.getsockname()[1]}/0"
+
+
 def test_a_redis_that_refuses_this_machine_is_not_called_silent(tmp_path: Path) -> None:
     """As one without a password of its default user answers from afar: its protected mode."""
-    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        threading.Thread(target=refusing, args=(listener,), daemon=True).start()
-        told = doctor(configured(tmp_path, "", f"redis://127.0.0.1:{listener.getsockname()[1]}/0"))
+
+    def refuse(near: socket.socket) -> None:
+        near.recv(65536)
+        near.sendall(b"-DENIED Redis is running in protected mode. In this mode it tells much more.\r\n")
+
+    with in_between(refuse) as url:
+        told = doctor(configured(tmp_path, "", url))
 
     assert "answers with an error: DENIED Redis is running in protected mode" in told.at("redis", "FAIL")
     assert "protected-mode of the server" in told.at("redis", "FAIL")
     assert told.exit_code == 69
 
 
-def refusing(listener: socket.socket) -> None:
-    with suppress(OSError):
-        while True:
-            near, _ = listener.accept()
-            with near:
-                near.recv(65536)
-                near.sendall(
-                    b"-DENIED Redis is running in protected mode. In this mode it tells much more.\r\n"
-                )
-
-
 def test_a_clock_that_differs_from_that_of_redis(tmp_path: Path, weak: int) -> None:
-    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        threading.Thread(target=hurried, args=(listener, weak), daemon=True).start()
-        told = doctor(configured(tmp_path, "", f"redis://127.0.0.1:{listener.getsockname()[1]}/0"))
+    def hurry(near: socket.socket) -> None:
+        """Pass on what the server says; the seconds of TIME are 300 more."""
+        with socket.create_connection(("127.0.0.1", weak)) as far:
+            while asked := near.recv(65536):
+                far.sendall(asked)
+                told = far.recv(65536)
+                while told.count(b"\r\n") < 2 and told[:1] in b"$*":
+                    told += far.recv(65536)
+                later = re.sub(rb"(?<=^\*2\r\n\$10\r\n)\d+", lambda at: b"%d" % (int(at[0]) + 300), told)
+                near.sendall(later)
+
+    with in_between(hurry) as url:
+        told = doctor(configured(tmp_path, "", url))
 
     assert re.match(r"the clock of Redis is \d{3} s ahead", told.at("clock", "FAIL"))
-
-
-def hurried(listener: socket.socket, port: int) -> None:
-    """Between clients and the server: the seconds of TIME are 300 more."""
-    with suppress(OSError):
-        while True:
-            near, _ = listener.accept()
-            threading.Thread(target=_hurried, args=(near, port), daemon=True).start()
-
-
-def _hurried(near: socket.socket, port: int) -> None:
-    with suppress(OSError), near, socket.create_connection(("127.0.0.1", port)) as far:
-        while asked := near.recv(65536):
-            far.sendall(asked)
-            told = far.recv(65536)
-            while told.count(b"\r\n") < 2 and told[:1] in b"$*":
-                told += far.recv(65536)
-            near.sendall(
-                re.sub(rb"(?<=^\*2\r\n\$10\r\n)\d+", lambda found: b"%d" % (int(found[0]) + 300), told)
-            )
-
-
-def test_a_broker_that_is_away(tmp_path: Path) -> None:
-    port = free_port()
-    install = configured(tmp_path, f'[kms.redis]\nbroker_url = "amqp://127.0.0.1:{port}"\n')
-
-    assert f"nothing answers at 127.0.0.1:{port}" in doctor(install).at("broker", "FAIL")
 
 
 # -- what the service says of itself -----------------------------------------------------------------
@@ -432,6 +411,49 @@ def test_what_the_service_calls_degraded_is_a_line(
 
     (line,) = [each for each in found if each.subject == "service" and each.level != "ok"]
     assert (line.level, said in f"{line.text}: {line.next}") == (level, True)
+
+
+# -- this machine, as a user who may not see all of it -----------------------------------------------
+
+
+@pytest.fixture
+def closed() -> Iterator[Path]:
+    """A directory that may not be entered, and a user for whom modes of files count."""
+    home = Path(tempfile.mkdtemp(dir=os.environ.get("TMPDIR", "/tmp")))
+    home.chmod(0o777)
+    before = os.geteuid()
+    os.seteuid(before or NOBODY)
+    try:
+        (home / "closed").mkdir(mode=0)
+        yield home / "closed"
+    finally:
+        os.seteuid(before)
+        (home / "closed").chmod(0o700)
+        shutil.rmtree(home)
+
+
+def findings(closed: Path, key: str, value: str) -> list[Finding]:
+    section, _, name = f"kms.{key}".rpartition(".")
+    config = closed.with_name("kms.toml")
+    config.write_text(f'[{section}]\n{name} = "{value}"\n')
+    with click.Context(click.Command("kms")):
+        return list(doctor_command.findings(load(config, {"HOME": str(closed.parent)})))
+
+
+def test_an_audit_log_below_a_directory_that_may_not_be_entered_ends_no_doctor(closed: Path) -> None:
+    found = findings(closed, "audit.path", f"{closed}/audit")
+
+    (told,) = [each for each in found if each.subject == "audit log"]
+    assert (told.level, told.text) == ("FAIL", f"{closed}/audit: Permission denied")
+
+
+@pytest.mark.parametrize("key", ["state_dir", "jobs.spool_dir", "audit.signing_key_path"])
+def test_a_check_that_may_not_see_its_files_keeps_no_other_from_being_made(closed: Path, key: str) -> None:
+    """Such as those of the state directory of the service, for another user."""
+    found = findings(closed, key, f"{closed}/x")
+
+    assert found[-1].subject == "redis"
+    assert any(each.level == "FAIL" and "ermission denied" in each.text for each in found)
 
 
 # -- the page ----------------------------------------------------------------------------------------

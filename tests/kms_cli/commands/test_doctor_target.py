@@ -3,7 +3,7 @@
 import json
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,27 @@ from support.waiting import WAIT_S
 
 TIMEOUT_S: Final = 60
 PASSWORD: Final = "hunter2"
+
+
+def kms(
+    *arguments: str, environ: Mapping[str, str], cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    words = [str(BIN / "kms"), *arguments]
+    return subprocess.run(
+        words, env=environ, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+
+
+@dataclass(frozen=True)
+class Told:
+    """The lines of one run, and its exit code."""
+
+    lines: list[dict[str, str]]
+    exit_code: int
+
+    def of(self, subject: str, level: str) -> list[str]:
+        found = [line for line in self.lines if (line["subject"], line["level"]) == (subject, level)]
+        return [f"{line['text']}: {line['next']}" for line in found]
 
 
 @dataclass(frozen=True)
@@ -51,33 +72,12 @@ class User:
             process.communicate(timeout=WAIT_S)
 
     def kms(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [BIN / "kms", *arguments],
-            env=self.environ(**more),
-            cwd=self.home,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
+        return kms(*arguments, environ=self.environ(**more), cwd=self.home)
 
-    def doctor(self, *arguments: str, **more: str) -> "Told":
+    def doctor(self, *arguments: str, **more: str) -> Told:
         ran = self.kms("doctor", "--json", *arguments, **more)
         assert not ran.stderr
         return Told([json.loads(line) for line in ran.stdout.splitlines()], ran.returncode)
-
-
-@dataclass(frozen=True)
-class Told:
-    lines: list[dict[str, str]]
-    exit_code: int
-
-    def of(self, subject: str, level: str) -> list[str]:
-        return [
-            f"{line['text']}: {line['next']}"
-            for line in self.lines
-            if (line["subject"], line["level"]) == (subject, level)
-        ]
 
 
 @pytest.fixture
@@ -251,17 +251,7 @@ def test_what_kms_up_found_is_read_by_commands_elsewhere(user: User) -> None:
 
 def test_without_kms_up_it_is_the_address_of_the_settings(tmp_path: Path) -> None:
     install = Service(tmp_path, redis="unix:///nonexistent/valkey.sock")
-    ran = subprocess.run(
-        [BIN / "kms", "doctor"], env=install.environ, capture_output=True, text=True, check=False
-    )
+    first, *_, last = kms("doctor", environ=install.environ).stdout.splitlines()
 
-    first, last = ran.stdout.splitlines()[0], ran.stdout.splitlines()[-1]
     assert first.startswith(f"ok    target        http://127.0.0.1:{install.port}, state {install.state}: ")
     assert f"nothing answers at http://127.0.0.1:{install.port}" in last
-
-
-def test_a_service_on_another_machine_is_named_first(user: User) -> None:
-    told = user.doctor(KMS_SERVICE_URL="https://kms.invalid:9")
-
-    assert told.lines[0]["text"] == "https://kms.invalid:9, on another machine: this one is not checked"
-    assert [line["subject"] for line in told.lines] == ["target", "service"]
