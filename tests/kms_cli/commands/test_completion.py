@@ -6,7 +6,7 @@ import select
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -58,13 +58,9 @@ def shell(request: pytest.FixtureRequest, env: dict[str, str], tmp_path: Path) -
     command, setup = SHELLS[request.param]
     program(command[0])
     ours, theirs = os.openpty()
+    command = ["setsid", "--ctty", "--wait", *command]
     with subprocess.Popen(
-        ["setsid", "--ctty", "--wait", *command],
-        cwd=tmp_path,
-        env=env,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
+        command, cwd=tmp_path, env=env, stdin=theirs, stdout=theirs, stderr=theirs
     ) as running:
         os.close(theirs)
         try:
@@ -116,29 +112,32 @@ def test_fish_completes(env: dict[str, str], tmp_path: Path) -> None:
         assert completed.split()[-1] in re.split(r"[\t\n]", done.stdout), typed
 
 
+def printed(env: dict[str, str], *words: str) -> str:
+    return subprocess.run([KMS, *words], env=env, capture_output=True, text=True, check=True).stdout
+
+
 def answered(env: dict[str, str], *words: str) -> tuple[str, str]:
     """What the script of bash is answered for the last of the words."""
-    asked = {
-        "_KMS_COMPLETE": "bash_complete",
-        "COMP_WORDS": " ".join(words),
-        "COMP_CWORD": str(len(words) - 1),
-    }
+    asked = {"COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+    asked["_KMS_COMPLETE"] = "bash_complete"
     done = subprocess.run([KMS], env={**env, **asked}, capture_output=True, text=True, check=False)
     return done.stdout, done.stderr
 
 
-def test_every_command_is_offered_without_its_module(env: dict[str, str]) -> None:
-    assert answered(env, "kms", "")[0].split() == [f"plain,{name}" for name in COMMANDS]
-
-
-def test_help_is_offered_for_commands_and_topics(env: dict[str, str]) -> None:
-    assert answered(env, "kms", "help", "")[0].split() == [f"plain,{name}" for name in (*COMMANDS, *topics())]
-    assert answered(env, "kms", "help", "keys", "rot")[0].split() == ["plain,rotate"]
-
-
-def test_the_commands_of_each_group_are_offered(env: dict[str, str]) -> None:
-    for name, table in {"job": JOB_COMMANDS, "keys": KEYS_COMMANDS}.items():
-        assert answered(env, "kms", name, "")[0].split() == [f"plain,{each}" for each in table]
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (("kms", ""), COMMANDS),
+        (("kms", "job", ""), JOB_COMMANDS),
+        (("kms", "keys", ""), KEYS_COMMANDS),
+        (("kms", "help", ""), (*COMMANDS, *topics())),
+        (("kms", "help", "keys", "rot"), ["rotate"]),
+    ],
+)
+def test_commands_and_topics_are_offered_without_their_modules(
+    env: dict[str, str], words: tuple[str, ...], offered: Iterable[str]
+) -> None:
+    assert answered(env, *words)[0].split() == [f"plain,{name}" for name in offered]
 
 
 @pytest.mark.parametrize("fault", ["away", "address", "token", "foreign_answer", "busy"])
@@ -166,18 +165,10 @@ def test_a_service_that_never_answers_is_waited_for_briefly(env: dict[str, str])
 
 
 @pytest.mark.parametrize(
-    "words",
-    [
-        ("nothing", ""),
-        ("job", "nothing", ""),
-        ("encrypt", "--nothing", ""),
-        ("--url",),
-        ("help", "nothing", ""),
-    ],
-    ids=" ".join,
+    "line", ["nothing ", "job nothing ", "encrypt --nothing ", "--url", "help nothing "], ids=str
 )
-def test_a_line_that_is_wrong_is_completed_in_silence(env: dict[str, str], words: tuple[str, ...]) -> None:
-    assert answered(env, "kms", *words)[1] == ""
+def test_a_line_that_is_wrong_is_completed_in_silence(env: dict[str, str], line: str) -> None:
+    assert answered(env, "kms", *line.split(" "))[1] == ""
 
 
 def test_completion_uses_the_token_and_the_address_on_the_line(
@@ -204,13 +195,10 @@ def test_what_a_service_names_is_no_command_of_a_terminal(
 
 @pytest.mark.parametrize("words", [(), ("encrypt",), ("job",), ("job", "list"), ("help",)], ids=" ".join)
 def test_help_is_the_help_of_the_command(env: dict[str, str], words: tuple[str, ...]) -> None:
-    ours, option = (
-        subprocess.run([KMS, *line], env=env, capture_output=True, text=True, check=True).stdout
-        for line in (("help", *words), (*words, "--help"))
-    )
+    shown = printed(env, "help", *words)
 
-    assert ours == option
-    assert ours.startswith(" ".join(["Usage: kms", *words]))
+    assert shown == printed(env, *words, "--help")
+    assert shown.startswith(" ".join(["Usage: kms", *words]))
 
 
 @pytest.mark.parametrize("name", topics())
@@ -230,9 +218,8 @@ def test_exit_codes_of_signals_are_those_of_the_command() -> None:
 
 
 def test_help_shows_a_topic_and_lists_it(env: dict[str, str]) -> None:
-    shown = subprocess.run([KMS, "help", "environment"], env=env, capture_output=True, text=True, check=True)
-    listed = subprocess.run([KMS, "help"], env=env, capture_output=True, text=True, check=True).stdout
+    shown = printed(env, "help", "environment")
 
-    assert re.search(r"^    KMS_TOKEN_FILE +--token-file: File that holds", shown.stdout, re.MULTILINE)
-    assert re.search(r"^    KMS_PORT +port$", shown.stdout, re.MULTILINE)
-    assert re.search(r"^  environment  ", listed, re.MULTILINE)
+    assert re.search(r"^    KMS_TOKEN_FILE +--token-file: File that holds", shown, re.MULTILINE)
+    assert re.search(r"^    KMS_PORT +port$", shown, re.MULTILINE)
+    assert re.search(r"^  environment  ", printed(env, "help"), re.MULTILINE)

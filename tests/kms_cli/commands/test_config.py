@@ -2,7 +2,9 @@
 
 import json
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -19,6 +21,15 @@ broker_url = "amqp://me:hunter2@broker.invalid"
 """
 
 
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Kms = Callable[..., Said]
+
+
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -28,27 +39,32 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def test_a_weak_setting_ends_with_1(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["config", "lint", "--config", str(config)]) == 1
+@pytest.fixture
+def kms(config: Path, capsys: pytest.CaptureFixture[str]) -> Kms:
+    """Run words with the settings of a text, else with those that are weak."""
 
-    out, err = capsys.readouterr()
-    assert out.startswith("redis.broker_url: the network can read the password")
-    assert out.count("\n") == 1
-    assert "accepted: server.allowed_hosts: " in err
-    assert "hunter2" not in out + err
+    def run_with(words: str, settings: str = WEAK) -> Said:
+        config.write_text(settings)
+        return Said(run([*words.split(), "--config", str(config)]), *capsys.readouterr())
 
-
-def test_what_is_accepted_ends_with_0(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config.write_text(WEAK.replace('"server', '"redis.broker_url", "server'))
-
-    assert run(["config", "lint", "--config", str(config)]) == 0
-    assert capsys.readouterr().out == ""
+    return run_with
 
 
-def test_json_has_all_and_says_which_are_accepted(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(["config", "lint", "--config", str(config), "--json"])
+def test_a_weak_setting_ends_with_1_and_one_that_is_accepted_with_0(kms: Kms) -> None:
+    said = kms("config lint")
 
-    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert said.code == 1
+    assert said.out.startswith("redis.broker_url: the network can read the password")
+    assert said.out.count("\n") == 1
+    assert "accepted: server.allowed_hosts: " in said.err
+    assert "hunter2" not in said.out + said.err
+    accepted = kms("config lint", WEAK.replace('"server', '"redis.broker_url", "server'))
+    assert (accepted.code, accepted.out) == (0, "")
+
+
+def test_json_has_all_and_says_which_are_accepted(kms: Kms) -> None:
+    records = [json.loads(line) for line in kms("config lint --json").out.splitlines()]
+
     assert {record["setting"]: record["accepted"] for record in records} == {
         "server.allowed_hosts": True,
         "redis.broker_url": False,
@@ -56,12 +72,10 @@ def test_json_has_all_and_says_which_are_accepted(config: Path, capsys: pytest.C
     assert all(record["risk"] and record["advice"] for record in records)
 
 
-def test_doctor_warns_of_what_is_not_accepted(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(["doctor", "--config", str(config)])
+def test_doctor_warns_of_what_is_not_accepted(kms: Kms) -> None:
+    (weak,) = [line for line in kms("doctor").out.splitlines() if line.split()[1] == "weak"]
 
-    weak = [line for line in capsys.readouterr().out.splitlines() if line.split()[1] == "weak"]
-    assert len(weak) == 1
-    assert weak[0].startswith("warn  weak          redis.broker_url: ")
+    assert weak.startswith("warn  weak          redis.broker_url: ")
 
 
 SHOWN = """
@@ -78,16 +92,14 @@ keys = ["x*"]
 
 
 def test_settings_are_shown_with_where_they_come_from(
-    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    config: Path, kms: Kms, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config.write_text(SHOWN)
     monkeypatch.setenv("KMS_BIND", "127.0.0.2")
     state = config.parent / "state"
 
-    words = ["config", "show", "--changed", "--config", str(config), "--state-dir", str(state)]
-    assert run(words) == 0
-    out = capsys.readouterr().out
+    code, out, _ = kms(f"config show --changed --state-dir {state}", SHOWN)
 
+    assert code == 0
     assert out.splitlines() == [
         "[kms]",
         'bind = "127.0.0.2"  # KMS_BIND',
@@ -140,17 +152,19 @@ def test_settings_are_shown_with_where_they_come_from(
             "sentinel://me:hunter2@a.invalid:26379,[::1]/0?master=m&sentinel%5Fpassword=hunter2",
             "sentinel://(hidden)@a.invalid:26379,[::1]/0?master=m&(hidden)",
         ),
+        ("https://a.invalid/receiver/v1/otlp/hunter2/v1/traces", "https://a.invalid/(hidden)"),
+        ("http://a.invalid:4318/v1/traces", "http://a.invalid:4318/v1/traces"),
     ],
 )  # fmt: skip
-def test_of_a_url_only_known_parts_are_shown(
-    config: Path, url: str, shown: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Some of these connect; of others, which do not, just then the settings are looked at, and passed on."""
-    config.write_text(f'[kms.redis]\nbroker_url = "{url}"\n')
+def test_of_a_url_only_known_parts_are_shown(config: Path, kms: Kms, url: str, shown: str) -> None:
+    """Some of these connect; of others, which do not, just then the settings are looked at, and passed on.
 
-    assert run(["config", "show", "--changed", "--config", str(config)]) == 0
+    The path of a receiver of spans, by HTTP, may be its credential.
+    """
+    section, name = ("traces", "endpoint") if url.startswith("http") else ("redis", "broker_url")
+    said = kms("config show --changed", f'[kms.{section}]\n{name} = "{url}"\n')
 
-    assert capsys.readouterr().out.splitlines()[-1] == f'broker_url = "{shown}"  # {config}'
+    assert (said.code, said.out.splitlines()[-1]) == (0, f'{name} = "{shown}"  # {config}')
 
 
 ADDRESSES = """
@@ -175,14 +189,13 @@ keys = ["ci@example.com"]
 
 
 def test_addresses_of_all_kinds_are_shown_without_credentials(
-    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kms: Kms, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config.write_text(ADDRESSES)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "me:hunter2@traces.invalid")
 
-    assert run(["config", "show", "--config", str(config), "--json"]) == 0
+    code, out, _ = kms("config show --json", ADDRESSES)
 
-    out = capsys.readouterr().out
+    assert code == 0
     assert "hunter2" not in out
     shown = {record["setting"]: record["value"] for record in map(json.loads, out.splitlines())}
     assert shown["keys.one"] == "age:///srv/a.txt?public=/srv/b.txt&native=false"
@@ -195,23 +208,6 @@ def test_addresses_of_all_kinds_are_shown_without_credentials(
     assert shown["jobs.endpoints.chat.url"] == "https://hooks.invalid/(hidden)?(hidden)"
     assert shown["tenants.a.keys"] == ["ci@example.com"]
     assert shown["traces.endpoint"] == "(hidden)"
-
-
-@pytest.mark.parametrize(
-    ("url", "shown"),
-    [
-        ("https://a.invalid/receiver/v1/otlp/hunter2/v1/traces", "https://a.invalid/(hidden)"),
-        ("http://a.invalid:4318/v1/traces", "http://a.invalid:4318/v1/traces"),
-    ],
-)
-def test_the_path_of_a_receiver_of_spans_may_be_its_credential(
-    config: Path, url: str, shown: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config.write_text(f'[kms.traces]\nendpoint = "{url}"\n')
-
-    assert run(["config", "show", "--changed", "--config", str(config)]) == 0
-
-    assert capsys.readouterr().out.splitlines()[-1] == f'endpoint = "{shown}"  # {config}'
 
 
 NAMED = """
@@ -228,61 +224,52 @@ read = ["in/"]
 """
 
 
-def test_names_with_dots_are_shown_with_where_they_come_from(
-    config: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config.write_text(NAMED)
+def test_names_with_dots_are_shown_with_where_they_come_from(config: Path, kms: Kms) -> None:
+    code, out, _ = kms("config show --changed", NAMED)
 
-    assert run(["config", "show", "--changed", "--config", str(config)]) == 0
-
-    out = capsys.readouterr().out
+    assert code == 0
     assert tomllib.loads(out) == tomllib.loads(NAMED)
     assert out.count(f"  # {config}\n") == 5
 
 
-def test_one_setting_is_its_value_and_nothing_else(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config.write_text('[kms]\nport = 9001\n[kms.redis]\nbroker_url = "amqps://broker.invalid//"\n')
-    words = ["config", "show", "--config", str(config)]
-
-    assert [run([*words, name]) for name in ("redis.broker_url", "port", "jobs.roots")] == [0, 0, 0]
-    assert capsys.readouterr().out.splitlines()[:2] == ["amqps://broker.invalid//", "9001"]
-    assert run([*words, "redis.broker"]) == 2
-    assert 'no setting "redis.broker" is set, did you mean redis.broker_url?' in capsys.readouterr().err
-
-
-def test_one_setting_with_a_credential_is_refused_and_its_place_named(
-    config: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("name", "code", "told"),
+    [
+        ("redis.broker_url", 0, "amqps://broker.invalid//\n"),
+        ("port", 0, "9001\n"),
+        ("redis.broker", 2, 'no setting "redis.broker" is set, did you mean redis.broker_url?'),
+        ("redis.url", 78, "redis.url has a credential, which is not printed: see {config}"),
+    ],
+)
+def test_one_setting_is_its_value_and_nothing_else(
+    config: Path, kms: Kms, name: str, code: int, told: str
 ) -> None:
     """In a script ``(hidden)`` would be taken for the password."""
-    assert run(["config", "show", "--config", str(config), "redis.broker_url"]) == 78
+    redis = 'url = "rediss://me:hunter2@redis.invalid/0"\nbroker_url = "amqps://broker.invalid//"\n'
+    said = kms(f"config show {name}", f"[kms]\nport = 9001\n[kms.redis]\n{redis}")
 
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert f"redis.broker_url has a credential, which is not printed: see {config}" in err
-    assert "hunter2" not in err
+    assert (said.code, said.out) == (code, "" if code else told)
+    assert not code or told.format(config=config) in said.err
+    assert "hunter2" not in said.err
 
 
-def test_all_settings_are_shown_as_toml_and_as_json(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config.write_text("[kms]\nport = 9001\n")
+def test_all_settings_are_shown_as_toml_and_as_json(config: Path, kms: Kms) -> None:
+    code, out, _ = kms("config show", "[kms]\nport = 9001\n")
+    shown = tomllib.loads(out)["kms"]
+    as_json = kms("config show --json", "[kms]\nport = 9001\n")
+    records = [json.loads(line) for line in as_json.out.splitlines()]
 
-    assert run(["config", "show", "--config", str(config)]) == 0
-    shown = tomllib.loads(capsys.readouterr().out)
-    assert shown["kms"]["port"] == 9001
-    assert shown["kms"]["jobs"]["attempts"] == 5
-    assert shown["kms"]["server"]["docs"] is True
-
-    assert run(["config", "show", "--config", str(config), "--json"]) == 0
-    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (code, as_json.code) == (0, 0)
+    assert (shown["port"], shown["jobs"]["attempts"], shown["server"]["docs"]) == (9001, 5, True)
     assert {"setting": "port", "value": 9001, "from": str(config)} in records
-    assert {"setting": "jobs.lease_s", "value": shown["kms"]["jobs"]["lease_s"], "from": "default"} in records
+    assert {"setting": "jobs.lease_s", "value": shown["jobs"]["lease_s"], "from": "default"} in records
 
 
 @pytest.mark.parametrize("environment", ["dev", "prod"])
 def test_a_file_to_begin_with_has_no_weak_setting(
-    config: Path, environment: str, capsys: pytest.CaptureFixture[str]
+    kms: Kms, environment: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["config", "init", "--environment", environment]) == 0
-    config.write_text(capsys.readouterr().out)
+    found = kms("config lint", capsys.readouterr().out)
 
-    assert run(["config", "lint", "--config", str(config)]) == 0
-    assert capsys.readouterr() == ("", f"kms: no setting weakens security ({environment})\n")
+    assert found == (0, "", f"kms: no setting weakens security ({environment})\n")

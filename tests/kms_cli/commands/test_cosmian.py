@@ -1,32 +1,25 @@
 """``kms cosmian init-key``, and how API and worker start with keys on a Cosmian KMS server."""
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-import httpx2 as httpx
 import pytest
 
 from kms_core.age.x25519 import X25519Identity
 from support.age_kms import write_identities
 from support.audit_logs import Place
+from support.cli.fixtures import BIN
 from support.contract.cosmian_double import CosmianDouble
 from support.contract.faults import unused_url
-from support.ports import free_port
-from support.programs import tied
-from support.waiting import WAIT_S, until
+from support.service import Service
+from support.waiting import WAIT_S
 
-BIN: Final = Path(sys.executable).parent
-SETTINGS: Final = """
-[kms]
-dev_backend = "cosmian"
-port = {port}
+SETTINGS: Final = """dev_backend = "cosmian"
 [kms.cosmian]
+server_url = "{url}"
 default_key_id = "master"
 [kms.keys]
 {keys}
@@ -39,95 +32,47 @@ def double() -> Iterator[CosmianDouble]:
         yield made
 
 
-class Install:
-    """Settings and a state directory, and the programs in them."""
-
-    def __init__(self, folder: Path, cosmian_url: str, keys: str = 'payroll = "cosmian:pay"') -> None:
-        self.port = free_port()
-        config, state = folder / "kms.toml", folder / "state"
-        config.write_text(SETTINGS.format(port=self.port, keys=keys))
-        state.mkdir(mode=0o700)
-        write_identities(state / "spool.key", X25519Identity.generate())
-        self._environ = {
-            "PATH": os.environ["PATH"],
-            "HOME": str(folder),
-            "KMS_CONFIG": str(config),
-            "KMS_STATE_DIR": str(state),
-            "KMS_REDIS_URL": unused_url().replace("http:", "redis:"),
-            "COSMIAN_KMS_URL": cosmian_url,
-        }
-
-    def run(self, *words: str) -> tuple[int, str, str]:
-        """Exit code, results, words."""
-        done = subprocess.run(
-            [BIN / words[0], *words[1:]],
-            env=self._environ,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=WAIT_S,
-        )
-        return done.returncode, done.stdout, done.stderr
-
-    @contextmanager
-    def service(self) -> Iterator[str]:
-        """The API, once it answers."""
-        process = subprocess.Popen(tied(BIN / "kms-service"), env=self._environ, stderr=subprocess.DEVNULL)
-        url = f"http://127.0.0.1:{self.port}"
-        try:
-            until(lambda: process.poll() is not None or _answers(url), "the API answers")
-            assert process.poll() is None
-            yield url
-        finally:
-            process.terminate()
-            process.wait(WAIT_S)
+def installed(folder: Path, url: str, keys: str = 'payroll = "cosmian:pay"') -> Service:
+    return Service(folder, SETTINGS.format(url=url, keys=keys), "unix:///nonexistent/valkey.sock")
 
 
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/livez", trust_env=False).is_success
-    except httpx.TransportError:
-        return False
+def run(install: Service, *words: str) -> tuple[int, str, str]:
+    """Exit code, results, words."""
+    argv, env = [str(BIN / words[0]), *words[1:]], install.environ
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False, timeout=WAIT_S)
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_keys_are_made_once(double: CosmianDouble, tmp_path: Path) -> None:
-    install, where = Install(tmp_path, double.url), f"Cosmian KMS at {double.url.removeprefix('http://')}"
+    install, where = installed(tmp_path, double.url), f"Cosmian KMS at {double.url.removeprefix('http://')}"
+    made = f"created master, version 1, on {where}\ncreated pay, version 1, on {where}\n"
+    there = f"master exists, version 1, on {where}\npay exists, version 1, on {where}\n"
 
-    assert install.run("kms", "cosmian", "init-key") == (
-        0,
-        f"created master, version 1, on {where}\ncreated pay, version 1, on {where}\n",
-        "",
-    )
-    assert install.run("kms", "cosmian", "init-key") == (
-        0,
-        f"master exists, version 1, on {where}\npay exists, version 1, on {where}\n",
-        "",
-    )
-    code, said, _ = install.run("kms", "--json", "cosmian", "init-key")
+    assert run(install, "kms", "cosmian", "init-key") == (0, made, "")
+    assert run(install, "kms", "cosmian", "init-key") == (0, there, "")
+    code, said, _ = run(install, "kms", "--json", "cosmian", "init-key")
     assert (code, json.loads(said.splitlines()[0])) == (0, {"name": "master", "version": "1", "made": False})
-    recorded = [
-        (line["effect"].rpartition("-")[0], line["stage"]) for line in Place(tmp_path / "state").operations()
-    ]
-    assert sorted(recorded) == sorted(
-        [(name, stage) for name in ("master", "pay") for stage in ("intent", "outcome")] * 3
-    )
+    lines = Place(install.state).operations()[-12:]  # after those of the install's own keys
+    recorded = [(line["effect"].rpartition("-")[0], line["stage"]) for line in lines]
+    each = [(name, stage) for name in ("master", "pay") for stage in ("intent", "outcome")]
+    assert sorted(recorded) == sorted(each * 3)
 
 
 def test_a_key_that_only_opens_old_files_is_not_made(double: CosmianDouble, tmp_path: Path) -> None:
     write_identities(tmp_path / "age.txt", X25519Identity.generate())
     keys = f'moved = ["age://{tmp_path}/age.txt", "cosmian:before?seal=false"]'
 
-    code, said, _ = Install(tmp_path, double.url, keys).run("kms", "cosmian", "init-key")
+    code, said, _ = run(installed(tmp_path, double.url, keys), "kms", "cosmian", "init-key")
     assert (code, len(said.splitlines())) == (0, 1)
     assert "master" in said
 
 
 def test_a_server_that_is_not_there_is_told(tmp_path: Path) -> None:
-    code, _, words = Install(tmp_path, unused_url()).run("kms", "cosmian", "init-key")
+    code, _, words = run(installed(tmp_path, unused_url()), "kms", "cosmian", "init-key")
 
     assert code == 69
     assert "no connection to Cosmian KMS" in words
-    intent, outcome = Place(tmp_path / "state").operations()
+    *_, intent, outcome = Place(tmp_path / "state").operations()
     assert (intent["operation"], outcome["result"]) == ("key.create", "backend_unavailable")
 
 
@@ -135,7 +80,7 @@ def test_a_server_that_is_not_there_is_told(tmp_path: Path) -> None:
 def test_nothing_starts_without_its_key_and_the_error_says_how_to_make_it(
     double: CosmianDouble, tmp_path: Path, program: str
 ) -> None:
-    code, _, words = Install(tmp_path, double.url).run(program)
+    code, _, words = run(installed(tmp_path, double.url), program)
 
     assert code == 78
     assert words.splitlines()[-1].startswith(f"{program}: error: The key pay on Cosmian KMS at ")
@@ -145,26 +90,9 @@ def test_nothing_starts_without_its_key_and_the_error_says_how_to_make_it(
 def test_a_server_that_is_away_degrades_and_does_not_stop_a_start(
     double: CosmianDouble, tmp_path: Path
 ) -> None:
-    install = Install(tmp_path, double.url)
-    install.run("kms", "cosmian", "init-key")
-    double.stop()
-    with install.service() as url:
-        health = httpx.get(f"{url}/api/v1/kms/health", trust_env=False)
+    with installed(tmp_path, double.url) as service:
+        run(service, "kms", "cosmian", "init-key")
+        double.stop()
+        health = service.start("api").get("/health")
 
     assert (health.status_code, health.json()["status"]) == (503, "unhealthy")
-
-
-def test_what_the_service_seals_with_a_key_on_cosmian_it_opens(double: CosmianDouble, tmp_path: Path) -> None:
-    install = Install(tmp_path, double.url)
-    install.run("kms", "cosmian", "init-key")
-    with install.service() as url, httpx.Client(base_url=f"{url}/api/v1/kms", trust_env=False) as kms:
-        sealed = kms.post("/encrypt", json={"plaintext": "c2VjcmV0", "context": "row=7"}).json()
-        right = {"ciphertext": sealed["ciphertext"], "context": "row=7"}
-        opened, refused = (
-            kms.post("/decrypt", json=right),
-            kms.post("/decrypt", json=right | {"context": "row=8"}),
-        )
-
-    assert (sealed["backend"], sealed["key_id"], sealed["key_version"]) == ("cosmian", "master", "1")
-    assert opened.json()["plaintext"] == "c2VjcmV0"
-    assert (refused.status_code, refused.json()["code"]) == (400, "decrypt_failed")

@@ -116,20 +116,16 @@ def test_a_program_finds_signals_as_a_shell_leaves_them(toolbench: Bench) -> Non
     assert int(printed.split()[1], 16) & ORDINARY == 0
 
 
-def test_names_that_steer_programs_are_refused(toolbench: Bench) -> None:
-    (toolbench.folder / "app.env").write_text("LD_PRELOAD=/tmp/evil\n")
+def test_names_that_steer_programs_are_refused_unless_allowed(toolbench: Bench) -> None:
+    (toolbench.folder / "app.env").write_text("PYTHONPATH=/tmp/evil\n")
 
     code, said = refused(toolbench, "--env-file", "app.env", *SHOW)
 
     assert code == 65
-    assert "allow it with --allow LD_PRELOAD" in said
+    assert "allow it with --allow PYTHONPATH" in said
     assert "evil" not in said
-
-
-def test_a_name_that_steers_programs_may_be_allowed(toolbench: Bench) -> None:
-    (toolbench.folder / "app.env").write_text("PYTHONPATH=/srv/app\n")
-
-    assert shown(toolbench, "--env-file", "app.env", "--allow", "PYTHONPATH")["PYTHONPATH"] == "/srv/app"
+    allowed = shown(toolbench, "--env-file", "app.env", "--allow", "PYTHONPATH")
+    assert allowed["PYTHONPATH"] == "/tmp/evil"
 
 
 def test_only_lets_no_other_name_through(toolbench: Bench) -> None:
