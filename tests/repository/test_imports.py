@@ -3,26 +3,29 @@
 import subprocess
 import sys
 
+import pytest
+
 from support.contract_server import running
 
-
-def test_the_api_does_not_load_celery() -> None:
-    """Celery is loaded only where the broker is not the Redis of the jobs: it takes 8 MiB of each process."""
-    script = "import sys, kms_api.app; print(sorted({'celery', 'kombu'} & set(sys.modules)))"
-
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-
-    assert done.stdout == "[]\n"
+BACKENDS = {"httpcore2", "kms_core.keyring", "kms_core.key_opening", "kms_core.jobs"}
+HELP = {"asyncio", "cryptography", "httpx2", "kms_client", "msgspec", "pyrage"}
 
 
-def test_commands_that_read_the_audit_log_load_no_backend() -> None:
-    """They open sealed audit keys, and look for other hosts, only where there are any."""
-    heavy = {"httpcore2", "kms_core.keyring", "kms_core.key_opening", "kms_core.jobs"}
-    script = f"import sys, kms_cli.commands.audit; print(sorted({heavy} & set(sys.modules)))"
+@pytest.mark.parametrize(
+    ("code", "unused"),
+    [
+        ("import kms_api.app", {"celery", "kombu"}),  # they take 8 MiB of each process
+        ("import kms_cli.commands.audit", BACKENDS),  # which only open sealed keys and find other hosts
+        ("from kms_cli.main import run; run(['--help'])", HELP),
+    ],
+    ids=["API", "audit log", "help"],
+)
+def test_a_program_loads_what_it_needs(code: str, unused: set[str]) -> None:
+    argv = [sys.executable, "-c", f"{code}; import sys; print(); print(*sys.modules)"]
 
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
 
-    assert done.stdout == "[]\n"
+    assert unused & set(done.stdout.splitlines()[-1].split()) == set()
 
 
 _CALL = """
@@ -37,26 +40,9 @@ kms_cli.start()
 
 def test_a_small_call_loads_what_it_needs() -> None:
     """Each of these takes a part of every call, the second HTTP library a quarter, collections a tenth."""
-    unused = {
-        "anyio",
-        "asyncio",
-        "difflib",
-        "dotenv",
-        "encodings.idna",
-        "h11",
-        "hashlib",
-        "httpcore2",
-        "json",
-    }
-    unused |= {
-        "httpx2",
-        "importlib.metadata",
-        "logging",
-        "shutil",
-        "tempfile",
-        "truststore",
-        "urllib.request",
-    }
+    unused = {"anyio", "asyncio", "cryptography", "difflib", "dotenv", "encodings.idna", "h11", "hashlib"}
+    unused |= {"httpcore2", "httpx2", "importlib.metadata", "json", "logging", "pyrage", "rich", "shutil"}
+    unused |= {"tempfile", "truststore", "urllib.request"}
 
     with running() as service:
         argv = [sys.executable, "-c", _CALL, service.url]

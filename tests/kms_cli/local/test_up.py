@@ -2,7 +2,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -70,6 +69,9 @@ class Up:
         until(path.exists, f"a pid file of {name}")
         return int(path.read_text())
 
+    def pids(self) -> list[int]:
+        return [self.pid(name) for name in ("api", "worker", "valkey")]
+
     def notes(self, name: str, event: str) -> list[dict[str, object]]:
         notes = [json.loads(line) for line in self.notes_path.read_text().splitlines()]
         return [note for note in notes if note["name"] == name and note["event"] == event]
@@ -109,26 +111,23 @@ def start(tmp_path: Path, port: int) -> Iterator[Start]:
         one.close()
 
 
-def test_ready_line_is_all_that_stdout_gets(start: Start, port: int) -> None:
-    service = start()
-
-    line = service.ready_line()
-
-    assert line == f"kms: ready http://127.0.0.1:{port} (state {service.state})\n"
-    service.ctrl_c()
-    assert service.process.stdout
-    assert service.process.stdout.read() == ""
-    assert f"curl -s http://127.0.0.1:{port}/api/v1/kms/encrypt" in service.stderr
+def working(start: Start, **faults: str) -> Up:
+    """One that is ready and whose worker is up."""
+    service = start(**faults)
+    service.ready_line()
+    until(lambda: service.notes("worker", "start"), "the worker is up")
+    return service
 
 
-def test_pages_and_the_own_redis_are_told(
+def test_the_ready_line_is_all_of_stdout_and_stderr_tells_of_pages_and_redis(
     start: Start, port: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``kms config show`` tells the same addresses to others on this machine."""
     service = start()
-    service.ready_line()
+    assert service.ready_line() == f"kms: ready http://127.0.0.1:{port} (state {service.state})\n"
     until(lambda: "stop with Ctrl-C" in service.stderr, "all is said")
 
+    assert f"curl -s http://127.0.0.1:{port}/api/v1/kms/encrypt" in service.stderr
     assert f"kms: in a browser: http://127.0.0.1:{port}/ui, http://127.0.0.1:{port}/docs\n" in service.stderr
     found = re.search(r"for Celery: export KMS_REDIS_URL='(.+)' KMS_BROKER_URL='(.+)'", service.stderr)
     assert found
@@ -141,14 +140,15 @@ def test_pages_and_the_own_redis_are_told(
     shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     told = {each["setting"]: each["value"] for each in shown if each["from"] == "kms up, which runs"}
     assert told == {"port": port, "redis.url": found[1], "redis.broker_url": found[2]}
+    service.ctrl_c()
+    assert service.process.stdout
+    assert service.process.stdout.read() == ""
 
 
 def test_ctrl_c_stops_worker_and_api_together_and_then_valkey(start: Start) -> None:
-    service = start()
-    service.ready_line()
-    pids = {name: service.pid(name) for name in ("api", "worker", "valkey")}
+    service = working(start)
+    pids = service.pids()
     socket_dir = installation.runtime_dir(service.state, {})
-    until(lambda: service.notes("worker", "start"), "the worker is up")
     assert socket_dir.exists()
 
     service.ctrl_c()
@@ -159,7 +159,7 @@ def test_ctrl_c_stops_worker_and_api_together_and_then_valkey(start: Start) -> N
     assert service.notes("api", "SIGTERM")
     assert not service.notes("api", "SIGINT")  # the terminal's signal reached the supervisor alone
     assert "bye bye" in (service.state / "log/valkey.log").read_text()
-    assert not any(runs(pid) for pid in pids.values())
+    assert not any(map(runs, pids))
     assert [path.name for path in (service.state / "run").iterdir()] == ["lock"]
     assert not socket_dir.exists()
 
@@ -177,23 +177,6 @@ def test_child_that_dies_is_started_again(start: Start, name: str) -> None:
     until(lambda: up.is_alive("127.0.0.1", service.port), "the API is there")
 
 
-def test_valkey_keeps_what_it_acknowledged_over_a_kill(start: Start) -> None:
-    service = start()
-    service.ready_line()
-    (api,) = service.notes("api", "start")
-    env = api["env"]
-    assert isinstance(env, dict)
-    client = redis.Redis.from_url(env["KMS_REDIS_URL"], retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
-    first = service.pid("valkey")
-
-    with client:
-        client.set("kms:job", "1")
-        os.kill(first, signal.SIGKILL)
-        until(lambda: service.pid("valkey") != first and answers(client), "valkey answers again")
-
-        assert client.get("kms:job") == b"1"
-
-
 def test_valkey_that_cannot_read_its_data_says_why(start: Start) -> None:
     service = start()
     service.ready_line()
@@ -209,17 +192,8 @@ def test_valkey_that_cannot_read_its_data_says_why(start: Start) -> None:
     assert re.search(why, again.stderr)
 
 
-def answers(client: redis.Redis) -> bool:
-    try:
-        return bool(client.ping())
-    except redis.ConnectionError:
-        return False
-
-
 def test_what_a_dead_child_had_started_is_gone_before_the_next(start: Start) -> None:
-    service = start(STAND_IN_WORKER="helped")
-    service.ready_line()
-    until(lambda: service.notes("worker", "start"), "the worker is up")
+    service = working(start, STAND_IN_WORKER="helped")
     (first,) = service.notes("worker", "start")
 
     os.kill(int(str(first["pid"])), signal.SIGKILL)
@@ -233,10 +207,8 @@ def test_child_that_keeps_dying_is_started_later_and_later(start: Start) -> None
 
     until(lambda: len(service.notes("worker", "start")) >= 6, "six starts")
 
-    delays = [
-        line.split()[-2] for line in service.stderr.splitlines() if "worker ended with status 7" in line
-    ]
-    assert delays[:5] == ["0.05", "0.1", "0.2", "0.4", "0.4"]
+    ended = [line for line in service.stderr.splitlines() if "worker ended with status 7" in line]
+    assert [line.split()[-2] for line in ended][:5] == ["0.05", "0.1", "0.2", "0.4", "0.4"]
 
 
 @pytest.mark.parametrize("name", ["api", "worker"])
@@ -253,10 +225,8 @@ def test_wrong_configuration_of_a_child_stops_everything(start: Start, name: str
 
 
 def test_second_ctrl_c_kills(start: Start) -> None:
-    service = start(STAND_IN_WORKER="stubborn")
-    service.ready_line()
-    pids = [service.pid(name) for name in ("api", "worker", "valkey")]
-    until(lambda: service.notes("worker", "start"), "the worker is up")
+    service = working(start, STAND_IN_WORKER="stubborn")
+    pids = service.pids()
 
     service.ctrl_c()
     until(lambda: service.notes("worker", "SIGTERM"), "the worker was asked")
@@ -265,13 +235,11 @@ def test_second_ctrl_c_kills(start: Start) -> None:
     status = service.process.wait(WAIT_S)
 
     assert status == 1
-    assert not any(runs(pid) for pid in pids)
+    assert not any(map(runs, pids))
 
 
 def test_child_that_does_not_stop_is_killed_after_its_grace(start: Start) -> None:
-    service = start(STAND_IN_WORKER="stubborn")
-    service.ready_line()
-    until(lambda: service.notes("worker", "start"), "the worker is up")
+    service = working(start, STAND_IN_WORKER="stubborn")
 
     service.process.send_signal(signal.SIGTERM)
     until(lambda: service.notes("api", "SIGTERM"), "the API does not wait for the worker")
@@ -285,12 +253,12 @@ def test_child_that_does_not_stop_is_killed_after_its_grace(start: Start) -> Non
 def test_children_die_with_the_supervisor_and_the_state_is_free(start: Start) -> None:
     service = start()
     service.ready_line()
-    pids = [service.pid(name) for name in ("api", "worker", "valkey")]
+    pids = service.pids()
 
     service.process.kill()
     service.process.wait(WAIT_S)
 
-    until(lambda: not any(runs(pid) for pid in pids), "all are gone")
+    until(lambda: not any(map(runs, pids)), "all are gone")
     assert start().ready_line().startswith("kms: ready")
 
 
@@ -305,18 +273,6 @@ def test_second_up_on_one_state_is_refused(start: Start) -> None:
     assert up.is_alive("127.0.0.1", first.port)
 
 
-@pytest.mark.parametrize("offset", [0, 1], ids=["api", "metrics"])
-def test_taken_port_is_refused_before_anything_starts(start: Start, port: int, offset: int) -> None:
-    with socket.create_server(("127.0.0.1", port + offset)):
-        service = start()
-        status = service.process.wait(WAIT_S)
-
-    assert status == 69
-    assert f"127.0.0.1 port {port + offset}" in service.stderr
-    assert not service.notes("api", "start")
-    assert not (service.state / "valkey").exists()
-
-
 def test_named_redis_is_used_and_none_is_started(start: Start, redis_url: str) -> None:
     service = start(KMS_REDIS_URL=redis_url)
     service.ready_line()
@@ -328,37 +284,28 @@ def test_named_redis_is_used_and_none_is_started(start: Start, redis_url: str) -
 
 
 def test_dev_keys_are_made_once_and_fit(start: Start) -> None:
+    """A public key that is missing is written from the private one."""
     service = start()
     service.ready_line()
     service.close()
     private, public = service.state / "age/private_key.txt", service.state / "age/public_key.txt"
-    comments, secret = private.read_text().splitlines()[:2], private.read_text().splitlines()[2]
-    recipient = public.read_text().strip()
-
-    start().ready_line()
-
-    assert private.read_text().splitlines() == [*comments, secret]
-    assert comments[0].startswith("# created: 20")
-    assert comments[1] == f"# public key: {recipient}"
-    assert str(pyrage.x25519.Identity.from_str(secret).to_public()) == recipient
-    assert [oct(path.stat().st_mode & 0o777) for path in (private, service.state / "spool.key")] == [
-        "0o600"
-    ] * 2
+    made, recipient = private.read_text(), public.read_text()
+    again = start()
+    again.ready_line()
+    again.close()
     recorded = [(line["operation"], line["stage"]) for line in Place(service.state).operations()]
     assert recorded == [("key.create", "intent"), ("key.create", "outcome")]
-
-
-def test_missing_public_key_is_written_from_the_private_one(start: Start) -> None:
-    service = start()
-    service.ready_line()
-    service.close()
-    public = service.state / "age/public_key.txt"
-    recipient = public.read_text()
     public.unlink()
 
     start().ready_line()
 
-    assert public.read_text() == recipient
+    assert (private.read_text(), public.read_text()) == (made, recipient)
+    created, shown, secret = made.splitlines()
+    assert created.startswith("# created: 20")
+    assert f"{shown}\n" == f"# public key: {recipient}"
+    assert f"{pyrage.x25519.Identity.from_str(secret).to_public()}\n" == recipient
+    modes = {path.stat().st_mode & 0o777 for path in (private, service.state / "spool.key")}
+    assert modes == {0o600}
 
 
 def test_prod_gets_no_keys(start: Start, tmp_path: Path) -> None:
