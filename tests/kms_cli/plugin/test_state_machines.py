@@ -14,12 +14,7 @@ from hypothesis import strategies as st
 
 from kms_cli.age_files import Identities
 from kms_cli.plugin.names import PluginTarget
-from kms_cli.plugin.state_machines import (
-    MAX_ATTEMPTS,
-    PluginKeys,
-    identity_v1,
-    recipient_v1,
-)
+from kms_cli.plugin.state_machines import MAX_ATTEMPTS, PluginKeys, identity_v1, recipient_v1
 from kms_core.age import bech32, header, mlkem768x25519, x25519
 from kms_core.age.header import Stanza, parse_stanzas, render_stanza
 from kms_core.age.mlkem768x25519 import Recipient
@@ -101,8 +96,14 @@ def wrapped(keys: PluginKeys, *recipients: str, file_key: bytes = FILE_KEY) -> l
     return [Stanza(each.args[2:], each.body) for each in found]
 
 
-def offered(file: int, stanza: Stanza) -> Stanza:
-    return Stanza(("recipient-stanza", str(file), *stanza.args), stanza.body)
+def offered(file: int, *stanzas: Stanza) -> list[Stanza]:
+    return [Stanza(("recipient-stanza", str(file), *each.args), each.body) for each in stanzas]
+
+
+def opened(keys: PluginKeys, stanzas: Sequence[Stanza], *identities: str) -> list[Stanza]:
+    """What comes of a file with these stanzas and identities, else the one of the key and context."""
+    words = [f"add-identity {each}" for each in identities or [HERE.identity()]]
+    return answer(identity_v1, said(*words, *offered(0, *stanzas), "done"), keys)
 
 
 # -- recipient-v1 ----------------------------------------------------------------------------------------
@@ -155,16 +156,6 @@ def test_a_recipient_that_cannot_be_used_is_named_by_its_index(sealer: Sealer, t
     assert not sealer.asked
 
 
-def test_an_error_of_the_service_leaves_no_stanza(sealer: Sealer) -> None:
-    sealer.trouble = BackendUnavailable()
-    incoming = said(HERE_TOO, wrap_key(), "done")
-
-    error, done = answer(recipient_v1, incoming, sealer)
-
-    assert (error.args, done.args) == (("error", "identity", "0"), ("done",))
-    assert b"the key backend is not available (" in error.body
-
-
 @pytest.mark.parametrize(
     ("labels", "hybrids", "expected"),
     [(True, True, ["labels", "postquantum"]), (True, False, []), (False, True, [])],
@@ -206,8 +197,8 @@ def test_every_file_gets_its_key(sealer: Sealer) -> None:
     second = wrapped(sealer, HERE.recipient(), file_key=OTHER_KEY)
     native = Stanza(("X25519", "a"), bytes(32))
     incoming = said(
-        offered(0, native), HERE_TOO, *(offered(0, each) for each in first), "grease",
-        *(offered(3, each) for each in second), offered(7, native), "done",
+        *offered(0, native), HERE_TOO, *offered(0, *first), "grease", *offered(3, *second),
+        *offered(7, native), "done",
     )  # fmt: skip
 
     found = answer(identity_v1, incoming, sealer)
@@ -218,31 +209,21 @@ def test_every_file_gets_its_key(sealer: Sealer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("identity", "words"),
+    ("identities", "words"),
     [
-        (PluginTarget("other", ENV), ["done"]),
-        (PluginTarget("payroll"), ["msg", "done"]),
-        (PluginTarget(None, ENV), ["file-key", "done"]),
+        ([PluginTarget("other", ENV)], ["done"]),
+        ([PluginTarget("payroll")], ["msg", "done"]),
+        ([PluginTarget(None, ENV)], ["file-key", "done"]),
+        ([PluginTarget("payroll"), PluginTarget("other", ENV), HERE], ["file-key", "done"]),
     ],
-    ids=["of another key", "of another context", "of any key"],
+    ids=["of another key", "of another context", "of any key", "the last of three"],
 )
-def test_an_identity_opens_what_it_names(sealer: Sealer, identity: PluginTarget, words: list[str]) -> None:
-    stanzas = wrapped(sealer, HERE.recipient())
-    incoming = said(f"add-identity {identity.identity()}", *(offered(0, each) for each in stanzas), "done")
+def test_identities_open_what_they_name(
+    sealer: Sealer, identities: list[PluginTarget], words: list[str]
+) -> None:
+    found = opened(sealer, wrapped(sealer, HERE.recipient()), *(each.identity() for each in identities))
 
-    assert [each.type for each in answer(identity_v1, incoming, sealer)] == words
-
-
-def test_identities_are_tried_until_one_opens(sealer: Sealer) -> None:
-    stanzas = wrapped(sealer, HERE.recipient())
-    tried = [PluginTarget("payroll"), PluginTarget("payroll", Context.parse("env=dev")), HERE]
-    incoming = said(
-        *(f"add-identity {each.identity()}" for each in tried),
-        *(offered(0, each) for each in stanzas),
-        "done",
-    )
-
-    assert [each.type for each in answer(identity_v1, incoming, sealer)] == ["file-key", "done"]
+    assert [each.type for each in found] == words
 
 
 @pytest.mark.parametrize(
@@ -257,12 +238,9 @@ def test_identities_are_tried_until_one_opens(sealer: Sealer) -> None:
 )
 def test_a_stanza_of_ours_that_is_none_spoils_its_file_alone(sealer: Sealer, stanza: Stanza) -> None:
     good = wrapped(sealer, HERE.recipient())
-    incoming = said(
-        HERE_TOO, offered(0, Stanza(("X25519", "a"), b"")), offered(0, stanza),
-        *(offered(0, each) for each in good), *(offered(1, each) for each in good), "done",
-    )  # fmt: skip
+    files = [*offered(0, Stanza(("X25519", "a"), b""), stanza, *good), *offered(1, *good)]
 
-    error, key, _ = answer(identity_v1, incoming, sealer)
+    error, key, _ = answer(identity_v1, said(HERE_TOO, *files, "done"), sealer)
 
     assert error.args == ("error", "stanza", "0", "1")
     assert key.args == ("file-key", "1")
@@ -271,43 +249,33 @@ def test_a_stanza_of_ours_that_is_none_spoils_its_file_alone(sealer: Sealer, sta
 def test_a_broken_identity_means_that_nothing_is_opened(sealer: Sealer) -> None:
     stanzas = wrapped(sealer, HERE.recipient())
     broken = HERE.identity()[:-1] + ("Q" if HERE.identity()[-1] != "Q" else "P")
-    incoming = said(
-        HERE_TOO, f"add-identity {broken}", *(offered(0, each) for each in stanzas), "done"
-    )  # fmt: skip
 
-    error, done = answer(identity_v1, incoming, sealer)
+    error, done = opened(sealer, stanzas, HERE.identity(), broken)
 
     assert (error.args, done.args) == (("error", "identity", "1"), ("done",))
     assert broken.encode() not in error.body
 
 
-def test_without_a_service_a_file_is_in_error(sealer: Sealer) -> None:
-    stanzas = wrapped(sealer, HERE.recipient())
-    sealer.trouble = BackendUnavailable()
-    incoming = said(HERE_TOO, *(offered(0, each) for each in stanzas), "done")
-
-    assert [each.args for each in answer(identity_v1, incoming, sealer)] == [
-        ("error", "identity", "0"), ("done",)
-    ]  # fmt: skip
-
-
 def test_a_header_of_many_wraps_costs_a_bounded_number_of_calls(sealer: Sealer) -> None:
     (stanza,) = wrapped(sealer, PluginTarget("payroll").recipient())
     sealer.asked.clear()
-    incoming = said(HERE_TOO, *[offered(0, stanza)] * (MAX_ATTEMPTS + 1), "done")
 
-    error, done = answer(identity_v1, incoming, sealer)
+    error, done = opened(sealer, [stanza] * (MAX_ATTEMPTS + 1))
 
     assert len(sealer.asked) == MAX_ATTEMPTS
     assert (error.args, done.args) == (("error", "internal"), ("done",))
 
 
-def test_what_a_service_says_sends_the_terminal_nothing_but_text(sealer: Sealer) -> None:
-    sealer.trouble = BackendUnavailable("down\x1b]0;owned\x07\nage: warning: trust me")
-    incoming = said(HERE_TOO, wrap_key(), "done")
+@pytest.mark.parametrize("operation", ["wrap", "unwrap"])
+def test_what_a_service_refuses_with_is_the_error_and_plain_text(sealer: Sealer, operation: str) -> None:
+    stanzas = wrapped(sealer, HERE.recipient())
+    sealer.trouble = BackendUnavailable("Down\x1b]0;owned\x07\nage: warning: trust me")
+    wrapping = said(HERE_TOO, wrap_key(), "done")
 
-    error, _ = answer(recipient_v1, incoming, sealer)
+    error, done = answer(recipient_v1, wrapping, sealer) if operation == "wrap" else opened(sealer, stanzas)
 
+    assert (error.args, done.args) == (("error", "identity", "0"), ("done",))
+    assert error.body.startswith(b"down ]0;owned  age: warning: trust me (")
     assert error.body.decode().isprintable()
 
 
@@ -336,23 +304,21 @@ WRAPPING: Final = [
     b"-> add-recipient\n\n-> done\n\n",
 ]
 UNWRAPPING: Final = [b"-> recipient-stanza\n\n-> done\n\n", b"-> recipient-stanza 0\n\n-> done\n\n"]
+OF_A_FILE: Final = "-> recipient-stanza {} X25519 a\n\n"
+BACK: Final = [  # file indices are numbers that do not go back
+    f"{OF_A_FILE.format(2)}{OF_A_FILE.format(index)}-> done\n\n".encode()
+    for index in ("-1", "x", "1.0", "٣", "9" * 10, "1")
+]
 
 
 @pytest.mark.parametrize(
     ("machine", "incoming"),
-    [(recipient_v1, each) for each in BOTH + WRAPPING] + [(identity_v1, each) for each in BOTH + UNWRAPPING],
+    [(recipient_v1, each) for each in BOTH + WRAPPING]
+    + [(identity_v1, each) for each in BOTH + UNWRAPPING + BACK],
 )
 def test_what_is_no_protocol_ends_the_talk(sealer: Sealer, machine: object, incoming: bytes) -> None:
     with pytest.raises(Broken):
         answer(machine, incoming, sealer)
-
-
-@pytest.mark.parametrize("index", ["-1", "x", "1.0", "٣", "9" * 10, "1"])
-def test_file_indices_are_numbers_that_do_not_go_back(sealer: Sealer, index: str) -> None:
-    incoming = said("recipient-stanza 2 X25519 a") + f"-> recipient-stanza {index} X25519 a\n\n".encode()
-
-    with pytest.raises(Broken):
-        answer(identity_v1, incoming + said("done"), sealer)
 
 
 @pytest.mark.parametrize(
@@ -462,26 +428,22 @@ def test_the_stanzas_of_a_bundle_stand_in_its_place() -> None:
     found.check_mac(FILE_KEY)
 
 
-def test_a_bundle_within_a_bundle_is_no_stanza_of_ours() -> None:
-    head = head_of(file_of([header.bundle([header.bundle([Stanza(("a",), b"")])])]))
+INNER: Final = header.bundle([Stanza(("a",), b"")])
 
+
+@pytest.mark.parametrize(
+    "stanza",
+    [
+        header.bundle([INNER]),
+        Stanza((header.BUNDLE, "2"), INNER.body),
+        Stanza((header.BUNDLE, "1", "x"), INNER.body),
+        Stanza((header.BUNDLE,), INNER.body),
+    ],
+    ids=["within a bundle", "later version", "more words", "no version"],
+)
+def test_a_bundle_of_another_version_or_shape_spoils_its_file(stanza: Stanza) -> None:
     with pytest.raises(DecryptFailed):
-        binding.read(head)
-
-
-@pytest.mark.parametrize("args", [("2",), ("1", "x"), ()], ids=str)
-def test_a_bundle_of_another_version_or_shape_spoils_its_file(args: tuple[str, ...]) -> None:
-    body = header.bundle([Stanza(("a",), b"")]).body
-
-    with pytest.raises(DecryptFailed):
-        head_of(file_of([Stanza((header.BUNDLE, *args), body)]))
-
-
-def test_a_bundle_counts_towards_the_limit_of_stanzas() -> None:
-    many = [header.bundle([Stanza(("a",), b"")] * 3000)] * 2
-
-    with pytest.raises(KmsError, match="more than 4096 stanzas"):
-        head_of(file_of(many))
+        binding.read(head_of(file_of([stanza])))
 
 
 def test_who_hands_over_for_an_age_key_proves_it_without_a_nonce(sealer: Sealer) -> None:
