@@ -56,11 +56,14 @@ def test_stock_age_and_tar_open_a_backup(place: Workspace) -> None:
     assert digests(place.folder / "new") == digests(opened)
 
 
-def test_a_backup_by_stdout_is_the_same(place: Workspace) -> None:
-    words = ("backup", "-r", place.recipient, "-o", "-")
-    place.write("b.age", place.made(*words, KMS_STATE_DIR=place.path("state")))
+def test_a_backup_by_stdout_is_the_same_and_both_say_what_is_not_included(place: Workspace) -> None:
+    made = place.kms("backup", "-r", place.recipient, "-o", "-", KMS_STATE_DIR=place.path("state"))
+    place.write("b.age", made.stdout)
+    checked = place.kms("restore", "b.age", "-i", "key.txt", "--check", "--json")
 
-    assert place.kms("restore", "b.age", "-i", "key.txt", "--check").returncode == 0
+    assert (made.returncode, checked.returncode) == (0, 0)
+    assert b"not included: Redis, which is not the embedded Valkey" in made.stderr
+    assert b'"left_out": ["Redis, which is not the embedded Valkey' in checked.stdout
 
 
 def test_a_backup_and_its_check_show_how_far_they_are(place: Workspace) -> None:
@@ -74,14 +77,6 @@ def test_a_backup_and_its_check_show_how_far_they_are(place: Workspace) -> None:
     assert all(len(text) < 40 for text in drawn if not text.startswith("kms: "))
 
 
-def test_without_a_recipient_there_is_no_backup(place: Workspace) -> None:
-    done = place.kms("backup", "-o", "b.age", KMS_STATE_DIR=place.path("state"))
-
-    assert done.returncode == 2
-    assert b"-r age1" in done.stderr
-    assert not place.has("b.age")
-
-
 def test_a_file_is_not_overwritten_unasked(place: Workspace) -> None:
     place.write("b.age", b"mine")
 
@@ -91,11 +86,17 @@ def test_a_file_is_not_overwritten_unasked(place: Workspace) -> None:
     assert (place.folder / "b.age").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_backup_is_not_put_into_what_it_backs_up(place: Workspace) -> None:
-    done = backup(place, "-o", place.path("state/b.age"))
-
-    assert done.returncode == 2
+def test_a_backup_needs_a_recipient_and_a_place_elsewhere_and_a_restore_a_target(place: Workspace) -> None:
+    without = place.kms("backup", "-o", "b.age", KMS_STATE_DIR=place.path("state"))
+    within = backup(place, "-o", place.path("state/b.age"))
+    assert not place.has("b.age")
     assert not place.has("state/b.age")
+    assert backup(place).returncode == 0
+    nowhere = place.kms("restore", "b.age", "-i", "key.txt")
+
+    assert (without.returncode, within.returncode, nowhere.returncode) == (2, 2, 2)
+    assert b"-r age1" in without.stderr
+    assert b"--to DIR" in nowhere.stderr
 
 
 def test_a_backup_that_fails_leaves_no_file(place: Workspace) -> None:
@@ -136,21 +137,6 @@ def test_root_restores_for_the_owner_of_the_folder(place: Workspace) -> None:
     assert place.kms("restore", "b.age", "-i", "key.txt", "--to", "new").returncode == 0
     found = [place.folder / "new", *(place.folder / "new").rglob("*")]
     assert {(path.stat().st_uid, path.stat().st_gid) for path in found} == {(4711, 4712)}
-
-
-def test_a_restore_needs_a_target(place: Workspace) -> None:
-    assert backup(place).returncode == 0
-    done = place.kms("restore", "b.age", "-i", "key.txt")
-
-    assert done.returncode == 2
-    assert b"--to DIR" in done.stderr
-
-
-def test_what_is_not_included_is_said_by_both(place: Workspace) -> None:
-    made = backup(place)
-    assert b"not included: Redis, which is not the embedded Valkey" in made.stderr
-    checked = place.kms("restore", "b.age", "-i", "key.txt", "--check", "--json")
-    assert b'"left_out": ["Redis, which is not the embedded Valkey' in checked.stdout
 
 
 def at(place: Workspace, folder: str, *words: str, code: int = 0) -> bytes:

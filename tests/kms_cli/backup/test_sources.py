@@ -126,13 +126,6 @@ def test_files_that_valkey_replaced_are_not_taken(tmp_path: Path) -> None:
     assert f"{AOF}/appendonly.aof.1.base.aof" not in taken(files)
 
 
-def test_a_redis_of_its_own_is_not_taken_and_said(tmp_path: Path) -> None:
-    files = install(tmp_path, '[kms.redis]\nurl = "rediss://redis.example.com/0"\n')
-
-    assert not any(name.startswith("valkey/") for name in taken(files))
-    assert any(note.startswith("Redis, which is not the embedded Valkey") for note in files.notes)
-
-
 def test_keys_elsewhere_get_their_default_names(tmp_path: Path) -> None:
     (tmp_path / "secrets").mkdir()
     for name in ("spool_key", "private", "public"):
@@ -155,26 +148,22 @@ def test_keys_elsewhere_get_their_default_names(tmp_path: Path) -> None:
     assert files.origins["spool.key"] == f"{at}/spool_key"
 
 
-def test_other_files_of_the_settings_are_named(tmp_path: Path) -> None:
+def test_what_else_the_settings_name_is_named(tmp_path: Path) -> None:
     (tmp_path / "password").write_text("secret")
     files = install(
         tmp_path,
-        f'[kms.redis]\nurl = "redis://kms@redis.example.com/0"\npassword_file = "{tmp_path}/password"\n'
-        f'[kms.jobs]\nroots = ["{tmp_path}/state/files"]\n',
+        'dev_backend = "transit"\n[kms.transit]\naddress = "https://vault.example.com"\n'
+        'key_name = "k"\ntoken = "t"\n[kms.redis]\nurl = "redis://kms@redis.example.com/0"\n'
+        f'password_file = "{tmp_path}/password"\n[kms.jobs]\nroots = ["{tmp_path}/state/files"]\n',
     )
 
     found = taken(files)
 
     assert "secret" not in found.values()
+    assert not any(name.startswith("valkey/") for name in found)
+    assert any(note.startswith("Redis, which is not the embedded Valkey") for note in files.notes)
     assert f"{tmp_path}/password, which the settings name" in files.notes
     assert f"{tmp_path}/state/files, files of callers" in files.notes
-
-
-def test_keys_of_other_backends_are_named(tmp_path: Path) -> None:
-    settings = 'dev_backend = "transit"\n[kms.transit]\naddress = "https://vault.example.com"\n'
-    files = install(tmp_path, f'{settings}key_name = "k"\ntoken = "t"\n')
-    taken(files)
-
     assert "keys of transit, in its server" in files.notes
 
 
@@ -188,21 +177,16 @@ def test_without_the_spool_the_install_id_stays(tmp_path: Path) -> None:
 
 
 def test_links_and_pipes_are_not_followed(tmp_path: Path) -> None:
+    """And a name that could not be restored is left out and said."""
     files = install(tmp_path)
     (tmp_path / "other").write_text("of another user")
     os.mkfifo(tmp_path / "state/spool/job-1/pipe")
     (tmp_path / "state/spool/job-1/link").symlink_to(tmp_path / "other")
     (tmp_path / "state/spool/linked").symlink_to(tmp_path)
+    (tmp_path / "state/spool/job-1/a\nb").write_text("x")
 
     found = taken(files)
 
     assert "of another user" not in found.values()
     assert [name for name in found if name.startswith("spool/job-1")] == ["spool/job-1/input"]
-
-
-def test_a_name_that_could_not_be_restored_is_left_out_and_said(tmp_path: Path) -> None:
-    files = install(tmp_path)
-    (tmp_path / "state/spool/job-1/a\nb").write_text("x")
-
-    assert not any("\n" in name for name in taken(files))
     assert any("whose name" in note for note in files.notes)
