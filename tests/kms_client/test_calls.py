@@ -32,48 +32,27 @@ def test_wrong_context_costs_no_request(kms: Client, server: ContractServer) -> 
 
 
 @pytest.mark.parametrize("context", [None, "env=prod", {"a": "1,2"}], ids=["none", "text", "mapping"])
-def test_round_trip(kms: Client, context: wire.ContextIn) -> None:
+def test_calls_there_and_back(kms: Client, context: wire.ContextIn) -> None:
     sealed = kms.encrypt(b"secret-data", context=context)
-
-    assert kms.decrypt(sealed.ciphertext, context=context).plaintext == b"secret-data"
-    assert (sealed.key_id, sealed.key_version, sealed.backend) == ("default", "0a1b2c3d", "age")
-
-
-def test_wrong_context_is_decrypt_failed(kms: Client) -> None:
-    sealed = kms.encrypt(b"secret-data", context="env=prod")
-
-    with pytest.raises(errors.DecryptFailed):
-        kms.decrypt(sealed.ciphertext, context="env=dev")
-
-
-def test_data_key_with_and_without_plaintext(kms: Client) -> None:
-    assert len(bytes(kms.generate_data_key("AES_128").plaintext or b"")) == 16
-    assert not kms.generate_data_key(without_plaintext=True).plaintext
-
-
-def test_refused_data_keys(kms: Client, server: ContractServer) -> None:
-    server.faults.data_keys = False
-
-    with pytest.raises(errors.DataKeysUnsupported):
-        kms.generate_data_key()
-
-
-def test_rewrap_changes_the_context(kms: Client) -> None:
-    sealed = kms.encrypt(b"x", context="env=dev")
-
-    moved = kms.rewrap(sealed.ciphertext, context="env=dev", new_context="env=prod")
-
-    assert kms.decrypt(moved.ciphertext, context="env=prod").plaintext == b"x"
-
-
-def test_batch_keeps_refusals_in_place(kms: Client) -> None:
-    good = wire.BatchItem(ciphertext=kms.encrypt(b"x").ciphertext)
-
+    moved = kms.rewrap(sealed.ciphertext, context=context, new_context="env=dev")
+    good = wire.BatchItem(ciphertext=moved.ciphertext, context="env=dev")
     answer = kms.batch("decrypt", [good, wire.BatchItem(ciphertext=b"junk")])
 
-    assert answer.failed == 1
-    assert answer.results[0].plaintext == b"x"
+    assert (sealed.key_id, sealed.key_version, sealed.backend) == ("default", "0a1b2c3d", "age")
+    assert kms.decrypt(sealed.ciphertext, context=context).plaintext == b"secret-data"
+    assert kms.decrypt(moved.ciphertext, context="env=dev").plaintext == b"secret-data"
+    with pytest.raises(errors.DecryptFailed):
+        kms.decrypt(sealed.ciphertext, context="env=dev")
+    assert (answer.failed, answer.results[0].plaintext) == (1, b"secret-data")
     assert answer.results[1].error == wire.ErrorCode(code="not_a_ciphertext")
+
+
+def test_data_keys(kms: Client, server: ContractServer) -> None:
+    assert len(bytes(kms.generate_data_key("AES_128").plaintext or b"")) == 16
+    assert not kms.generate_data_key(without_plaintext=True).plaintext
+    server.faults.data_keys = False
+    with pytest.raises(errors.DataKeysUnsupported):
+        kms.generate_data_key()
 
 
 def test_unhealthy_is_an_answer(kms: Client, server: ContractServer) -> None:
@@ -115,24 +94,36 @@ def test_wrong_address_is_refused(url: str) -> None:
         Client(url)
 
 
-def test_busy_service_is_asked_again(kms: Client, server: ContractServer) -> None:
-    server.faults.busy = 2
-
-    assert kms.status().version == "0.1.0"
-    assert len(server.seen) == 3
-
-
-@pytest.mark.parametrize("retry_after", [None, "3600"], ids=["unsaid", "too long"])
-def test_no_retry_without_a_short_retry_after(
-    kms: Client, server: ContractServer, retry_after: str | None
+@pytest.mark.parametrize(
+    ("faults", "options", "expected"),
+    [
+        ({"busy": 2}, {}, (None, 3)),
+        ({"busy": 1}, {"deadline_s": 60.0}, (None, 2)),
+        ({"busy": 1, "retry_after": "3"}, {"deadline_s": 1.0}, (3.0, 1)),
+        ({"busy": 1, "retry_after": "3600"}, {}, (3600.0, 1)),
+        ({"busy": 1, "retry_after": None}, {}, (5.0, 1)),
+    ],
+    ids=["busy", "within the deadline", "after the deadline", "too long", "unsaid"],
+)
+def test_busy_service_is_asked_again_where_that_may_help(
+    connect: Connect,
+    server: ContractServer,
+    faults: dict[str, object],
+    options: dict[str, float],
+    expected: tuple[float | None, int],
 ) -> None:
-    server.faults.busy, server.faults.retry_after = 1, retry_after
+    for name, value in faults.items():
+        setattr(server.faults, name, value)
+    retry_after_s, attempts = expected
+    kms = connect(**options)
 
-    with pytest.raises(errors.JobsUnavailable) as caught:
-        kms.status()
-
-    assert caught.value.retry_after_s == float(retry_after or 5)
-    assert len(server.seen) == 1
+    if retry_after_s is None:
+        assert kms.status().version == "0.1.0"
+    else:
+        with pytest.raises(errors.JobsUnavailable) as caught:
+            kms.status()
+        assert caught.value.retry_after_s == retry_after_s
+    assert len(server.seen) == attempts
 
 
 def test_retries_are_bounded(kms: Client, server: ContractServer) -> None:
@@ -142,23 +133,6 @@ def test_retries_are_bounded(kms: Client, server: ContractServer) -> None:
         kms.status()
 
     assert len(server.seen) == 3
-
-
-def test_no_attempt_begins_after_the_deadline(connect: Connect, server: ContractServer) -> None:
-    server.faults.busy, server.faults.retry_after = 1, "3"
-
-    with pytest.raises(errors.JobsUnavailable):
-        connect(deadline_s=1.0).status()
-
-    assert len(server.seen) == 1
-
-
-def test_deadline_leaves_room_for_attempts_within_it(connect: Connect, server: ContractServer) -> None:
-    server.faults.busy = 1
-
-    assert connect(deadline_s=60.0).status().backend
-
-    assert len(server.seen) == 2
 
 
 def test_nothing_listening_says_how_to_start_it(connect: Connect) -> None:

@@ -69,6 +69,18 @@ def scripted(serve: Callable[[socket.socket], None]) -> Iterator[Scripted]:
     thread.join(10)
 
 
+def replying(data: bytes, *, waits: bool = False) -> Callable[[socket.socket], None]:
+    """Answer one request, and wait until the client closes the connection."""
+
+    def serve(connection: socket.socket) -> None:
+        head_of(connection)
+        connection.sendall(data)
+        if waits:
+            head_of(connection)
+
+    return serve
+
+
 @pytest.fixture(autouse=True)
 def _no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:
@@ -76,42 +88,29 @@ def _no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name.upper(), raising=False)
 
 
-def test_calls_share_a_connection(connect: Connect) -> None:
-    def serve(connection: socket.socket) -> None:
-        while head_of(connection):
-            connection.sendall(answer())
-
-    with scripted(serve) as service:
-        kms = connect(service.url)
-        for _ in range(3):
-            kms.health()
-        assert service.connections == 1
-        kms.close()
-
-
-def test_a_connection_that_the_service_closed_is_not_used(connect: Connect) -> None:
-    def serve(connection: socket.socket) -> None:
-        head_of(connection)
+def keeping(connection: socket.socket) -> None:
+    while head_of(connection):
         connection.sendall(answer())
 
+
+CLOSING = replying(answer(HEALTHY, 200, "Connection: close"), waits=True)
+
+
+@pytest.mark.parametrize(
+    ("serve", "connections"),
+    [(keeping, 1), (replying(answer()), 3), (CLOSING, 3)],
+    ids=["kept", "closed by the service", "to be closed"],
+)
+def test_calls_share_a_connection_that_stays_open(
+    connect: Connect, serve: Callable[[socket.socket], None], connections: int
+) -> None:
     with scripted(serve) as service:
         kms = connect(service.url, retries=0)
         for _ in range(3):
             assert kms.health().backend == "age"
-            assert service.closed.acquire(timeout=10)
-        assert service.connections == 3
-
-
-def test_a_connection_that_is_to_be_closed_is_not_kept(connect: Connect) -> None:
-    def serve(connection: socket.socket) -> None:
-        head_of(connection)
-        connection.sendall(answer(HEALTHY, 200, "Connection: close"))
-        head_of(connection)  # until the client closes it
-
-    with scripted(serve) as service:
-        kms = connect(service.url, retries=0)
-        assert kms.health().backend == kms.health().backend
-        assert service.connections == 2
+            assert connections == 1 or service.closed.acquire(timeout=10)
+        assert service.connections == connections
+        kms.close()
 
 
 def test_threads_share_a_client(server: ContractServer) -> None:
@@ -156,22 +155,13 @@ def test_an_early_refusal_of_an_upload_is_read() -> None:
     ids=["length", "chunk", "last chunk", "head", "no HTTP", "empty"],
 )
 def test_an_answer_that_breaks_off_is_told(connect: Connect, cut: bytes) -> None:
-    def serve(connection: socket.socket) -> None:
-        head_of(connection)
-        connection.sendall(cut)
-
-    with scripted(serve) as service, pytest.raises(ServiceUnreachable, match="broke"):
+    with scripted(replying(cut)) as service, pytest.raises(ServiceUnreachable, match="broke"):
         connect(service.url, retries=0).health()
 
 
 @pytest.mark.parametrize("begun", [b"", answer(HEALTHY, length=len(HEALTHY) + 1)], ids=["head", "body"])
 def test_silence_is_told(connect: Connect, begun: bytes) -> None:
-    def serve(connection: socket.socket) -> None:
-        head_of(connection)
-        connection.sendall(begun)
-        head_of(connection)  # until the client closes it
-
-    with scripted(serve) as service, pytest.raises(ServiceUnreachable, match="in time"):
+    with scripted(replying(begun, waits=True)) as service, pytest.raises(ServiceUnreachable, match="in time"):
         connect(service.url, retries=0, timeout_s=0.2).health()
 
 
@@ -250,11 +240,7 @@ def test_tls_goes_through_a_proxy_to_the_service(
 
 
 def test_a_proxy_that_refuses_is_told(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
-    def serve(connection: socket.socket) -> None:
-        head_of(connection)
-        connection.sendall(answer(b"", 407))
-
-    with scripted(serve) as proxy:
+    with scripted(replying(answer(b"", 407))) as proxy:
         monkeypatch.setenv("https_proxy", proxy.url)
         with pytest.raises(ServiceUnreachable):
             connect("https://kms.invalid", retries=0).health()

@@ -95,13 +95,6 @@ def test_wait_outlives_a_restart(kms: Client, server: ContractServer) -> None:
     assert kms.wait(job_id).state == "succeeded"
 
 
-def test_wait_has_an_end(kms: Client, server: ContractServer) -> None:
-    server.faults.steps_s = 100
-
-    with pytest.raises(errors.JobNotFinished):
-        kms.wait(kms.submit(bulk_job()).job_id, timeout_s=0.3)
-
-
 @pytest.mark.parametrize("timeout_s", [0, 1.2])
 def test_no_poll_outlasts_the_time_given(kms: Client, server: ContractServer, timeout_s: float) -> None:
     server.faults.steps_s = 100
