@@ -45,18 +45,6 @@ def test_absent_and_empty_mean_none(given: str | dict[str, str] | None) -> None:
         ("KMS:x=1", {"KMS:x": "1"}),
         ("kms=1", {"kms": "1"}),
     ],
-    ids=[
-        "one",
-        "two",
-        "any order",
-        "spaces",
-        "empty value",
-        "equals",
-        "inner space",
-        "unicode",
-        "KMS:",
-        "kms",
-    ],
 )
 def test_text_and_object_are_two_forms_of_one_context(text: str, pairs: dict[str, str]) -> None:
     assert Context.parse(text) == Context.parse(pairs)
@@ -68,16 +56,12 @@ def test_an_object_may_hold_commas_and_outer_spaces() -> None:
     assert context.pairs == ((" a ", "x, y"), ("b", " "))
 
 
-def test_keys_are_in_order() -> None:
-    context = Context.parse("env=prod,service=api")
+def test_keys_are_in_order_and_values_are_not_shown() -> None:
+    context = Context.parse("service=api,env=prod")
 
     assert context
     assert context.keys == ("env", "service")
-
-
-def test_values_are_not_shown() -> None:
-    assert "prod" not in repr(Context.parse("env=prod"))
-    assert "prod" not in str(Context.parse("env=prod"))
+    assert "prod" not in f"{context!r} {context}"
 
 
 def test_canonical_bytes_are_what_the_format_says() -> None:
@@ -87,12 +71,9 @@ def test_canonical_bytes_are_what_the_format_says() -> None:
 
 
 def test_pairs_are_sorted_by_their_bytes() -> None:
-    assert Context.parse({"\uff5a": "", "\U00010000": "", "Z": "", "a": ""}).keys == (
-        "Z",
-        "a",
-        "\uff5a",
-        "\U00010000",
-    )
+    pairs = {"\uff5a": "", "\U00010000": "", "Z": "", "a": ""}
+
+    assert Context.parse(pairs).keys == ("Z", "a", "\uff5a", "\U00010000")
 
 
 def test_composed_and_decomposed_letters_are_different_contexts() -> None:

@@ -33,31 +33,6 @@ TREE = tuple(below(KmsError))
 every_error = pytest.mark.parametrize("error", TREE, ids=lambda error: error.__name__)
 
 
-def drawn() -> dict[str, str]:
-    """Name of each error in the docstring to the name of its parent; ``A (B · C)`` has two children."""
-    parents: dict[str, str] = {}
-    branch = ""
-    picture = (errors.__doc__ or "").partition("KmsError\n")[2].partition("\n\n")[0]
-    for line in picture.splitlines():
-        for parent, children in re.findall(r"(\w+) \((\w[^)]*)\)", line):
-            parents |= dict.fromkeys(children.split(" · "), parent)
-        line = re.sub(r"(?<=\w) \([^)]*\)", "", line)  # noqa: PLW2901 -- without those
-        on_trunk = re.match(r"[├└]── ([A-Za-z ·]+?)(?:  |$)", line)
-        names = re.findall(r"\b[A-Z]\w+", line.partition(": ")[2] if ": " in line else line)
-        known = [name for name in names if hasattr(errors, name)]
-        if on_trunk:
-            trunk = re.findall(r"\b[A-Z]\w+", on_trunk[1])
-            parents |= dict.fromkeys(trunk, "KmsError")
-            branch = trunk[0]
-            known = [name for name in known if name not in trunk]
-        parents |= dict.fromkeys(known, branch)
-    return parents
-
-
-def test_the_tree_in_the_docstring_is_the_real_one() -> None:
-    assert drawn() == {error.__name__: error.__bases__[0].__name__ for error in TREE if error is not KmsError}
-
-
 def test_codes_are_unique() -> None:
     counted = Counter(error.code for error in TREE)
 
@@ -69,19 +44,12 @@ def test_every_published_code_is_there() -> None:
 
 
 @every_error
-def test_codes_are_words(error: type[KmsError]) -> None:
-    assert re.fullmatch(r"[a-z]+(_[a-z]+)*", error.code)
-
-
-@every_error
-def test_exit_codes_are_those_of_sysexits(error: type[KmsError]) -> None:
-    assert error.exit_code in EXIT_CODES
-
-
-@every_error
-def test_a_branch_keeps_its_exit_code(error: type[KmsError]) -> None:
+def test_an_error_has_a_code_of_words_and_an_exit_code_of_sysexits(error: type[KmsError]) -> None:
+    """A branch keeps its exit code."""
     parent = error.__mro__[1]
 
+    assert re.fullmatch(r"[a-z]+(_[a-z]+)*", error.code)
+    assert error.exit_code in EXIT_CODES
     if issubclass(parent, KmsError) and parent is not KmsError:
         assert error.exit_code == parent.exit_code
 
@@ -99,12 +67,8 @@ def test_exit_codes_of_what_scripts_look_for(code: str, exit_code: int) -> None:
 
 
 @every_error
-def test_an_error_without_words_says_its_summary(error: type[KmsError]) -> None:
+def test_an_error_says_what_it_was_given_or_its_summary(error: type[KmsError]) -> None:
     assert str(error()) == error().detail == error.summary
-
-
-@every_error
-def test_an_error_says_what_it_was_given(error: type[KmsError]) -> None:
     assert str(error("The tape is full")) == error("The tape is full").detail == "The tape is full"
 
 
