@@ -18,13 +18,16 @@ PAGE: Final = (ROOT / "docs/cli.md").read_text("utf-8")
 KMS: Final = Path(sys.executable).with_name("kms")
 
 
+def ran(*argv: str | Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(argv, env=os.environ | environ, capture_output=True, text=True, check=False)
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The man pages, in a folder as below share/man."""
     folder = tmp_path_factory.mktemp("man")
-    environ = os.environ | {"COLUMNS": "40", "FORCE_COLOR": "1"}
-    argv: list[str | Path] = [sys.executable, ROOT / "scripts/reference.py", folder / "cli.md", folder]
-    subprocess.run(argv, env=environ, check=True)
+    argv = (sys.executable, ROOT / "scripts/reference.py", folder / "cli.md", folder)
+    assert ran(*argv, COLUMNS="40", FORCE_COLOR="1").returncode == 0
     return sorted(folder.glob("man1/*.1"))
 
 
@@ -36,8 +39,7 @@ def test_the_page_is_what_the_commands_say_at_any_terminal(pages: list[Path]) ->
 
 def test_the_page_has_every_command_that_help_lists() -> None:
     def listed(*command: str) -> list[str]:
-        done = subprocess.run([KMS, *command, "--help"], capture_output=True, text=True, check=True)
-        section = done.stdout.partition("Commands:\n")[2].partition("\n\n")[0]
+        section = ran(KMS, *command, "--help").stdout.partition("Commands:\n")[2].partition("\n\n")[0]
         return re.findall(r"^  ([a-z-]+)  ", section, re.MULTILINE)
 
     commands = listed()
@@ -87,17 +89,10 @@ def test_each_heading_is_a_man_page(pages: list[Path]) -> None:
 
 
 def test_no_man_page_has_a_mistake(pages: list[Path]) -> None:
-    found = subprocess.run(
-        [program("mandoc"), "-T", "lint", "-W", "warning", *pages],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    found = ran(program("mandoc"), "-T", "lint", "-W", "warning", *pages)
     assert (found.returncode, found.stdout) == (0, "")
-    shown = subprocess.run(
-        [program("groff"), "-ww", "-man", "-z", *pages], capture_output=True, text=True, check=True
-    )
-    assert shown.stderr == ""
+    shown = ran(program("groff"), "-ww", "-man", "-z", *pages)
+    assert (shown.returncode, shown.stderr) == (0, "")
 
 
 def test_man_shows_what_was_written(pages: list[Path], tmp_path: Path) -> None:
@@ -106,13 +101,7 @@ def test_man_shows_what_was_written(pages: list[Path], tmp_path: Path) -> None:
     (tmp_path / "share").mkdir()
     (tmp_path / "share/man").symlink_to(pages[0].parents[1])
     environ = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "MANWIDTH": "80", "LC_ALL": "C.UTF-8"}
-    done = subprocess.run(
-        [program("man"), "--pager=cat", "kms-job-submit"],
-        env=environ,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = ran(program("man"), "--pager=cat", "kms-job-submit", **environ)
     shown = re.sub(r".\x08|\x1b\[[0-9;]*m", "", done.stdout)
 
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,12 +1,16 @@
-"""``scripts/test`` runs failures again, alone, and ends what hangs; the tiers hold each test once."""
+"""``scripts/test`` runs failures again, alone, and ends what hangs; the tiers hold each test once.
+
+``scripts/test --changed`` finds the tests of a change by the mirror of src in tests.
+"""
 
 import json
 import re
 import runpy
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import pytest
 
@@ -128,3 +132,36 @@ def test_the_list_of_the_second_tier_names_tests() -> None:
 def test_a_folder_or_the_list_makes_the_tier(test: str, part: str | None) -> None:
     assert tiers.is_second(test) is (part is not None)
     assert part in {None, tiers.part_of(test)}
+
+
+# -- scripts/test --changed -------------------------------------------------------------------------------
+
+CHANGED: Final = runpy.run_path(str(ROOT / "scripts/changed_tests.py"))
+affected_by: Final = cast("Callable[[Path], set[Path]]", CHANGED["affected_by"])
+MODULES: Final = sorted(path.relative_to(ROOT) for path in (ROOT / "src").rglob("*.py"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ("src/kms_core/age/header.py", "tests/kms_core/age/test_header.py"),
+        ("src/kms_core/age/__init__.py", "tests/kms_core/age/test_header.py"),
+        ("src/kms_core/service.py", "tests/kms_core/test_service_reseal.py"),
+        ("tests/kms_core/age/test_header.py", "tests/kms_core/age/test_header.py"),
+        ("tests/kms_client/conftest.py", "tests/kms_client"),
+        ("tests/support/ports.py", "tests/support/test_ports.py"),
+        ("docs/security.md", "tests/repository"),
+        ("scripts/lint", "tests/repository"),
+    ],
+)
+def test_a_change_has_its_tests(changed: str, expected: str) -> None:
+    assert Path(expected) in affected_by(Path(changed))
+
+
+def test_a_module_does_not_run_the_tests_of_its_neighbours() -> None:
+    assert Path("tests/kms_core/age/test_bech32.py") not in affected_by(Path("src/kms_core/age/armor.py"))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_each_module_has_tests(module: Path) -> None:
+    assert affected_by(module)

@@ -42,9 +42,19 @@ def found(structure: ModuleType, files: dict[str, str], **bounds: object) -> lis
     return list(structure.problems(read, BOUNDS | bounds))
 
 
-def test_a_good_tree_has_no_problem(structure: ModuleType) -> None:
-    files = {"a": '"""Reads files."""\n\nX = 1\n', "p/__init__": '"""Empty."""\n'}
-    assert found(structure, files) == []
+@pytest.mark.parametrize(
+    ("files", "bounds"),
+    [
+        ({"a": '"""Reads files."""\n\nX = 1\n', "p/__init__": '"""Empty."""\n'}, {}),
+        ({"a": "X = 1\n", "b": "import a\n"}, {"alone": {"a": "a program"}}),
+        ({"a": 'X = "anew, What?"\n'}, {}),
+    ],
+    ids=["plain", "a small module with a reason", "a text that is no docstring"],
+)
+def test_a_good_tree_has_no_problem(
+    structure: ModuleType, files: dict[str, str], bounds: dict[str, object]
+) -> None:
+    assert found(structure, files, **bounds) == []
 
 
 def test_code_lines_are_those_without_blanks_comments_and_docstrings(structure: ModuleType) -> None:
@@ -76,11 +86,3 @@ def test_each_bound_is_held(
 ) -> None:
     [only] = found(structure, files, **bounds)
     assert only.startswith(problem)
-
-
-def test_a_reason_lets_a_small_module_stand_alone(structure: ModuleType) -> None:
-    assert found(structure, {"a": "X = 1\n", "b": "import a\n"}, alone={"a": "a program"}) == []
-
-
-def test_a_text_that_is_no_docstring_may_say_anything(structure: ModuleType) -> None:
-    assert found(structure, {"a": 'X = "anew, What?"\n'}) == []

@@ -43,22 +43,19 @@ def test_the_sbom_of_a_lock_file_is_the_same_bytes_each_time() -> None:
     assert sbom("requirements.lock") == sbom("requirements.lock")
 
 
+GOOD: Final = {"name": "a", "version": "1", "vulns": []}
+VULNERABLE_ONE: Final = GOOD | {"vulns": [{"id": "PYSEC-1", "fix_versions": ["2"]}]}
+UNKNOWN: Final = {"name": "b", "skip_reason": "not found"}
+
+
 @pytest.mark.parametrize(
     ("dependencies", "code", "words"),
     [
         ([], UNCHECKED, "NOTHING WAS CHECKED"),
-        ([{"name": "a", "skip_reason": "not found"}], UNCHECKED, "NOTHING WAS CHECKED"),
-        ([{"name": "a", "version": "1", "vulns": []}], 0, "1 packages, no known vulnerability"),
-        (
-            [{"name": "a", "version": "1", "vulns": [{"id": "PYSEC-1", "fix_versions": ["2"]}]}],
-            VULNERABLE,
-            "a 1: PYSEC-1, mended in 2",
-        ),
-        (
-            [{"name": "a", "version": "1", "vulns": []}, {"name": "b", "skip_reason": "not found"}],
-            VULNERABLE,
-            "not checked, since the service does not know them: b",
-        ),
+        ([UNKNOWN], UNCHECKED, "NOTHING WAS CHECKED"),
+        ([GOOD], 0, "1 packages, no known vulnerability"),
+        ([VULNERABLE_ONE], VULNERABLE, "a 1: PYSEC-1, mended in 2"),
+        ([GOOD, UNKNOWN], VULNERABLE, "not checked, since the service does not know them: b"),
     ],
     ids=["nothing", "all passed over", "good", "vulnerable", "one passed over"],
 )
@@ -68,20 +65,12 @@ def test_only_what_was_looked_up_and_is_clean_passes(
     done = judged(json.dumps({"dependencies": dependencies, "fixes": []}))
 
     assert (done.returncode, words in done.stderr) == (code, True)
-
-
-def test_what_is_no_report_is_nothing_checked() -> None:
     assert judged("Traceback").returncode == UNCHECKED
 
 
 def judged(said: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts/vulnerabilities.py"],
-        input=said,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    argv = [sys.executable, str(ROOT / "scripts/vulnerabilities.py")]
+    return subprocess.run(argv, input=said, capture_output=True, text=True, check=False)
 
 
 def test_what_bandit_leaves_out_is_held_by_a_rule_of_ruff() -> None:
