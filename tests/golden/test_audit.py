@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from kms_core.audit import AuditLog, AuditRecord, query
+from kms_core.audit import query
 from kms_core.audit.keys import Concealer, PublicKeys, Signer
 from kms_core.audit.maintenance import FolderSink, RedisSink
 from kms_core.audit.segments import HostLog
@@ -23,7 +22,6 @@ from kms_core.audit.verification.receipt import Receipt
 from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import verify
 from kms_protocol.context import Context
-from support.audit_logs import audit_section
 from support.golden import expected_service as expected
 from support.golden import install, make_service, manifest
 from support.golden.reference import hmac_sha256, names, sha256
@@ -40,10 +38,6 @@ SIGNED: Final = PLACED | {"kind", "previous", "opened", "heads", "key", "signatu
 
 def lines_of(path: Path) -> list[bytes]:
     return path.read_bytes().splitlines()
-
-
-def files() -> list[Path]:
-    return sorted((FOLDER / "log").iterdir())
 
 
 def every_line(folder: Path = FOLDER) -> list[tuple[bytes, dict[str, Any]]]:
@@ -140,8 +134,9 @@ def _next_head(before: bytes, line: bytes) -> bytes:
     return sha256(before + sha256(_body(line)))
 
 
-def check_chain(lines: list[bytes], before: bytes) -> None:
+def check_chain(lines: list[bytes]) -> None:
     """Heads follow one another; raises AssertionError."""
+    before = bytes.fromhex(json.loads(lines[0]).get("previous", "00" * 32))
     for line in lines:
         before = _next_head(before, line)
         assert json.loads(line)["head"] == before.hex()
@@ -153,39 +148,39 @@ def check_signature(line: bytes, key: Ed25519PublicKey) -> None:
     key.verify(base64.b64decode(rest.rstrip(b'"')), LABEL + unsigned)
 
 
-def test_heads_and_signatures_are_those_of_version_1() -> None:
-    for path in files():
-        lines = lines_of(path)
-        check_chain(lines, bytes.fromhex(json.loads(lines[0]).get("previous", "00" * 32)))
-    signed = [line for line, fields in every_line() if "signature" in fields]
-    assert len(signed) == 9
-    for line in signed:
-        check_signature(line, public_key())
-    assert len(set(signed) & set(FolderSink(FOLDER / "anchors").lines())) == 6
-
-
-def check_kinds(lines: list[tuple[bytes, dict[str, Any]]]) -> None:
-    """Every kind of line is there, with the fields of version 1; raises AssertionError."""
+def check_log(folder: Path, key: Ed25519PublicKey) -> None:
+    """Names, heads and signatures are those of version 1, as are the fields of every kind of line."""
+    for path in (folder / "log").iterdir():
+        assert re.fullmatch(r"(api|worker)-\d{8}T\d{6}\.\d{6}Z-\d+\.000\d\.jsonl", path.name)
+        check_chain(lines_of(path))
+    lines = every_line(folder)
     assert {fields.get("kind", "") for _, fields in lines} == KINDS
-    for _, fields in lines:
+    for line, fields in lines:
+        names = fields.keys() - {"clock"}
         if fields.get("kind") == "open":
-            assert fields.keys() - {"previous", "previous_opened", "heads", "clock"} == OPENING
+            assert names - {"previous", "previous_opened", "heads"} == OPENING
             assert fields["version"] == 1
         elif "signature" in fields:
-            assert fields.keys() - {"clock"} == SIGNED
+            assert names == SIGNED
+            check_signature(line, key)
         elif "operation" in fields:
+            assert names == {*expected.RECORD, "principal", "context"} | PLACED
             assert {name: fields[name] for name in expected.RECORD} == expected.RECORD
 
 
-def test_every_kind_of_line_has_the_fields_of_version_1() -> None:
-    check_kinds(every_line())
+def test_log_is_of_version_1() -> None:
+    check_log(FOLDER, public_key())
+
+    signed = {line for line, fields in every_line() if "signature" in fields}
+    assert len(signed) == 9
+    assert len(signed & set(FolderSink(FOLDER / "anchors").lines())) == 6
 
 
-def test_a_log_that_is_written_now_has_them_too(tmp_path: Path) -> None:
+def test_a_log_that_is_written_now_is_too(tmp_path: Path) -> None:
     install.put_keys(tmp_path)
     make_service.audit_log(tmp_path / "new", tmp_path)
 
-    check_kinds(every_line(tmp_path / "new"))
+    check_log(tmp_path / "new", public_key())
 
 
 def test_receipt_is_that_of_version_1() -> None:
@@ -201,33 +196,6 @@ def test_receipt_is_that_of_version_1() -> None:
 
 
 # -- what the tree writes, read as version 1 ---------------------------------------------------------
-
-
-@pytest.fixture
-def written(tmp_path: Path) -> list[bytes]:
-    install.put_keys(tmp_path)
-    trail = AuditLog(
-        audit_section(tmp_path / "log"),
-        "api",
-        Concealer.at(tmp_path / "audit.key"),
-        Signer.at(tmp_path / "audit-signing.key"),
-    )
-    trail.append(AuditRecord(**expected.RECORD, principal="ada"))
-    trail.close()
-    (file,) = (tmp_path / "log").iterdir()
-    assert re.fullmatch(r"api-\d{8}T\d{6}\.\d{6}Z-\d+\.0001\.jsonl", file.name)
-    return lines_of(file)
-
-
-def test_new_lines_are_of_version_1(written: list[bytes]) -> None:
-    opening, record, closing = written
-
-    check_chain(written, bytes(32))
-    check_signature(closing, public_key())
-    assert json.loads(opening).keys() - {"clock", "heads"} == OPENING
-    assert json.loads(opening)["version"] == 1
-    assert json.loads(closing).keys() - {"clock"} == SIGNED
-    assert json.loads(record).keys() - {"clock"} == {*expected.RECORD, "principal"} | PLACED
 
 
 def test_new_anchors_lie_where_those_of_version_1_do(tmp_path: Path) -> None:

@@ -93,8 +93,3 @@ def test_new_backup_is_of_this_format(place: Workspace) -> None:
     assert said["version"] == 1
     assert said.keys() == FIELDS
     assert EXPECTED.keys() - found.keys() <= {"kms.toml"}
-
-
-def test_the_set_is_never_made_again(capsys: pytest.CaptureFixture[str]) -> None:
-    assert make_backup.main() == 1
-    assert "never made again" in capsys.readouterr().err

@@ -88,23 +88,16 @@ def test_new_token_file_is_of_version_1(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_plugin_names_are_read_and_written_as_before(number: int) -> None:
+def test_plugin_names_are_of_version_1_and_read_and_written_as_before(number: int) -> None:
     given, target = NAMES[number], TARGETS[number]
 
-    assert (
-        PluginTarget.of_recipient(given["recipient"]) == PluginTarget.of_identity(given["identity"]) == target
-    )
+    assert PluginTarget.of_recipient(given["recipient"]) == target
+    assert PluginTarget.of_identity(given["identity"]) == target
     assert (target.recipient(), target.identity()) == (given["recipient"], given["identity"])
-
-
-@pytest.mark.parametrize("number", [0, 1])
-def test_plugin_names_are_of_version_1(number: int) -> None:
-    for text in NAMES[number].values():
+    for text, prefix in ((given["recipient"], "age1kms1"), (given["identity"], "AGE-PLUGIN-KMS-1")):
         data = reference.bech32_data(text)
-        assert data[:1] == b"\x01"
-        assert json.loads(data[1:]) == SAID[number]
-    assert NAMES[number]["recipient"].startswith("age1kms1")
-    assert NAMES[number]["identity"].startswith("AGE-PLUGIN-KMS-1")
+        assert text.startswith(prefix)
+        assert (data[:1], json.loads(data[1:])) == (b"\x01", SAID[number])
 
 
 # -- moved ciphertexts, and payloads of Temporal -----------------------------------------------------

@@ -6,7 +6,8 @@ The other tests read what is stored. A label or a version that only the writing 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from types import ModuleType
+from typing import Any, Final
 
 import msgspec
 import pytest
@@ -27,7 +28,15 @@ from kms_core.jobs.storage.spool_folder import DiskSync, SpoolFolder
 from kms_core.jobs.store import redis_keys
 from kms_core.s3 import bucket
 from kms_protocol.context import Context
-from support.golden import make, manifest, reference
+from support.golden import (
+    make,
+    make_backup,
+    make_document,
+    make_key_document,
+    make_wraps,
+    manifest,
+    reference,
+)
 from support.golden.jobs import SECRET as SPOOL_SECRET
 from support.golden.manifest import SMALL
 from support.golden.reference import Names, Stanza
@@ -123,10 +132,8 @@ def test_new_bundle(peer: Seen) -> None:
     made = sealing.wrap_for_plugin(bytes(16), [(RemoteBackend(peer), ref())], Context.parse(BOUND))
 
     assert made.args == ("kms-service/bundle", "1")
-    assert [one.args[0] for one in reference.stanzas_of(made.body)] == [
-        "kms-service/wrap",
-        "kms-service/context",
-    ]
+    inner = [one.args[0] for one in reference.stanzas_of(made.body)]
+    assert inner == ["kms-service/wrap", "kms-service/context"]
 
 
 def test_new_pad(peer: Seen) -> None:
@@ -140,37 +147,26 @@ def test_new_pad(peer: Seen) -> None:
 # -- jobs --------------------------------------------------------------------------------------------
 
 
-ACCEPTED: Final = UploadJob(
-    job_id=JOB_ID,
-    tenant="acme",
-    principal="ada",
-    credential="none",
-    kind="encrypt",
-    context=(("env", "prod"),),
-    created_at=1.0,
-    expires_at=2.0,
-    start_by=2.0,
-    run_by=2.0,
-)
+FIELDS: Final[dict[str, Any]] = {
+    "job_id": JOB_ID,
+    "tenant": "acme",
+    "principal": "ada",
+    "credential": "none",
+    "kind": "encrypt",
+    "created_at": 1.0,
+    "expires_at": 2.0,
+    "start_by": 2.0,
+    "run_by": 2.0,
+}
+ACCEPTED: Final = UploadJob(**FIELDS, context=(("env", "prod"),))
 
 
 def test_new_record() -> None:
     older = bytes(32)
     sealed = RecordKey((older, SECRET)).seal(ACCEPTED)
 
-    assert msgspec.msgpack.decode(reference.opened_record(SECRET, JOB_ID, sealed)) == {
-        "job_id": JOB_ID,
-        "tenant": "acme",
-        "principal": "ada",
-        "credential": "none",
-        "kind": "encrypt",
-        "form": "upload",
-        "context": [["env", "prod"]],
-        "created_at": 1.0,
-        "expires_at": 2.0,
-        "start_by": 2.0,
-        "run_by": 2.0,
-    }
+    stored = FIELDS | {"form": "upload", "context": [["env", "prod"]]}
+    assert msgspec.msgpack.decode(reference.opened_record(SECRET, JOB_ID, sealed)) == stored
     assert RecordKey((older, SECRET)).open(JOB_ID, _by_reference(SECRET)) == ACCEPTED
     assert RecordKey((older, SECRET)).open(JOB_ID, _by_reference(older)) == ACCEPTED
 
@@ -250,18 +246,13 @@ def test_new_bound_records() -> None:
         b"end": key.sign(JOB_ID, end, spec),
     }
     bodies = {
-        label: reference.opened_bound(SECRET, label, JOB_ID, sealed, signed) for label, signed in made.items()
+        label: msgspec.msgpack.decode(reference.opened_bound(SECRET, label, JOB_ID, sealed, signed))
+        for label, signed in made.items()
     }
 
-    assert msgspec.msgpack.decode(bodies[b"commit"])["size_bytes"] == 2
-    assert msgspec.msgpack.decode(bodies[b"log"])["words"] == ["done"]
-    assert msgspec.msgpack.decode(bodies[b"split"]) == {"parts": 1, "digest": reference.sha256(b"abc")}
-    assert msgspec.msgpack.decode(bodies[b"end"]) == {
-        "fence": 1,
-        "attempt": 2,
-        "state": "succeeded",
-        "kept_until": 3.0,
-    }
+    assert (bodies[b"commit"]["size_bytes"], bodies[b"log"]["words"]) == (2, ["done"])
+    assert bodies[b"split"] == {"parts": 1, "digest": reference.sha256(b"abc")}
+    assert bodies[b"end"] == {"fence": 1, "attempt": 2, "state": "succeeded", "kept_until": 3.0}
 
 
 def test_new_message() -> None:
@@ -290,6 +281,9 @@ def test_reference_reads_the_golden_set() -> None:
         reference.opened_file(entry.file, bytes(16))
 
 
-def test_a_set_is_never_made_again(capsys: pytest.CaptureFixture[str]) -> None:
-    assert make.main() == 1
+@pytest.mark.parametrize(
+    "maker", [make, make_backup, make_document, make_key_document, make_wraps], ids=lambda each: each.__name__
+)
+def test_a_set_is_never_made_again(maker: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert maker.main() == 1
     assert "never made again" in capsys.readouterr().err

@@ -1,44 +1,48 @@
-"""Files of age keys with ``native=false`` open, and are what docs/design.md describes."""
+"""Files of age keys with ``native=false``, and of remote keys with ``share``, open and are as documented."""
 
 import json
+from collections.abc import Callable
 from typing import Final
 
 import pytest
 
 from kms_core.auth.policy import Principal
-from kms_core.service import Kms
+from kms_core.backends import Backend
 from kms_protocol.context import Context
-from kms_protocol.errors import DecryptFailed
 from support.age_kms import kms_over
 from support.golden import backends, make_wraps, manifest, reference
 from support.golden.manifest import Entry
 from support.golden.reference import Names, Stanza
 
-ENTRIES: Final = tuple(manifest.entry_of(stored) for stored in json.loads(make_wraps.PATH.read_text()))
-EVERY: Final = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: str(entry.name))
+AGE: Final = tuple(manifest.entry_of(stored) for stored in json.loads(make_wraps.PATH.read_text()))
+SHARED: Final = [
+    pytest.param(entry, id=entry.name, marks=[pytest.mark.cosmian] if "cosmian" in entry.name else [])
+    for entry in map(manifest.entry_of, json.loads(make_wraps.SHARED.read_text()))
+]
+EVERY: Final = pytest.mark.parametrize("entry", AGE, ids=lambda entry: str(entry.name))
 INFO: Final = b"kms-service/wrap-age/1"
+Make = Callable[[str], Backend]
 
 
-def kms_of(entry: Entry, *, native: bool) -> Kms:
-    made = backends.age(entry.backend, native=native)
-    return kms_over(made, {"payroll": made}, accept_foreign=False)
+def check_opens(entry: Entry, made: Backend) -> None:
+    kms = kms_over(made, {"payroll": made}, accept_foreign=False)
+    who = Principal("golden", entry.tenant, "test")
+    opened = kms.decrypt(who, entry.file, Context.parse(entry.context))
+
+    assert (opened.plaintext, opened.origin) == (entry.plaintext, "service")
+    assert opened.key.version == entry.version
 
 
 @EVERY
 @pytest.mark.parametrize("native", [False, True], ids=["native=false", "native"])
-def test_file_opens(entry: Entry, native: bool) -> None:
-    kms, context = kms_of(entry, native=native), Context.parse(entry.context)
-    opened = kms.decrypt(Principal("golden", entry.tenant, "test"), entry.file, context)
+def test_file_of_an_age_key_opens(entry: Entry, native: bool) -> None:
+    check_opens(entry, backends.age(entry.backend, native=native))
 
-    assert (opened.plaintext, opened.origin, opened.key.version) == (
-        entry.plaintext,
-        "service",
-        entry.version,
-    )
-    with pytest.raises(DecryptFailed):
-        kms.decrypt(Principal("golden", "rival", "test"), entry.file, context)
-    with pytest.raises(DecryptFailed):
-        kms.decrypt(Principal("golden", entry.tenant, "test"), entry.file, Context.parse("env=dev"))
+
+@pytest.mark.parametrize("entry", SHARED)
+@pytest.mark.parametrize("made", [backends.of, make_wraps.sharing], ids=["without share", "share=5m"])
+def test_file_of_a_shared_wrap_key_opens(entry: Entry, made: Make) -> None:
+    check_opens(entry, made(entry.backend))
 
 
 def stanzas(entry: Entry) -> list[Stanza]:
@@ -78,6 +82,14 @@ def test_new_file_is_of_this_format(name: str) -> None:
     assert reference.opened_file(made.ciphertext, file_key) == b"salary"
 
 
-def test_the_set_is_never_made_again(capsys: pytest.CaptureFixture[str]) -> None:
-    assert make_wraps.main() == 1
-    assert "never made again" in capsys.readouterr().err
+@pytest.mark.parametrize("entry", SHARED)
+def test_wrap_key_and_file_key_authenticate_their_aads(entry: Entry) -> None:
+    wrap, context = reference.parsed(entry.head, entry.file_key)
+    kind, scheme, key_id, version, job = wrap.args
+    names = Names(entry.tenant, key_id, version, scheme)
+    secret = backends.peer_opens(scheme, version, reference.decoded(job), reference.job_aad(names))
+    aad = reference.wrap_aad(names, context.body)
+
+    assert (kind, scheme, key_id, version) == ("kms-service/wrap", entry.scheme, entry.key_id, entry.version)
+    assert (len(secret), len(wrap.body)) == (32, 64)
+    assert reference.salted_open(secret, b"kms-service/job/1", wrap.body, aad) == entry.file_key
