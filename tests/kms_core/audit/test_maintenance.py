@@ -2,14 +2,15 @@
 
 import json
 import time
-from pathlib import Path
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import redis
 
+from kms_core.audit import maintenance
 from kms_core.audit.maintenance import AuditMaintenance, FolderSink, RedisSink
 from kms_protocol.errors import AuditUnavailable
-from support.audit_logs import Place, audit_section, chain_name, codes, record, rewrite
+from support.audit_logs import Place, audit_section, chain_name, codes, record
 
 EAGER = audit_section(checkpoint_s=0)
 DAY_NS = 24 * 3600 * 1_000_000_000
@@ -20,9 +21,9 @@ class Shelf:
 
     name = "directory"
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_away: bool = False) -> None:
         self.lines: list[bytes] = []
-        self.away = False
+        self.away = is_away
 
     def put(self, line: bytes) -> None:
         if self.away:
@@ -30,15 +31,9 @@ class Shelf:
         self.lines.append(line)
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path)
-
-
 def test_a_place_that_was_away_gets_the_newest_anchor_when_it_is_back(place: Place) -> None:
-    shelf, trail = Shelf(), place.trail(rotate_bytes=4096)
+    shelf, trail = Shelf(is_away=True), place.trail(rotate_bytes=4096)
     keeper = AuditMaintenance(trail, anchors=[shelf])
-    shelf.away = True
     for number in range(40):
         trail.append(record(number))
         keeper.round()
@@ -50,8 +45,7 @@ def test_a_place_that_was_away_gets_the_newest_anchor_when_it_is_back(place: Pla
 
 
 def test_one_place_that_is_away_holds_up_no_other(place: Place) -> None:
-    away, there = Shelf(), Shelf()
-    away.away = True
+    away, there = Shelf(is_away=True), Shelf()
     trail = place.trail(EAGER)
     keeper = AuditMaintenance(trail, anchors=[away, there])
     trail.append(record())
@@ -95,20 +89,6 @@ def test_the_folder_of_anchors_is_private(place: Place) -> None:
     assert path.parent.stat().st_mode & 0o777 == 0o700
 
 
-def test_anchors_in_redis_tell_of_a_cut(place: Place, redis_url: str) -> None:
-    stream = RedisSink(redis.Redis.from_url(redis_url))
-    trail = place.trail(EAGER)
-    keeper = AuditMaintenance(trail, anchors=[stream])
-    for number in range(10):
-        trail.append(record(number))
-    keeper.round()
-    rewrite(place.files()[0], lambda lines: lines[:5])
-    trail.close()
-
-    assert len(stream.lines()) == 1
-    assert "cut" in codes(place.verified(*stream.lines()))
-
-
 def test_without_redis_nothing_is_held_up(place: Place) -> None:
     stream = RedisSink(redis.Redis.from_url("unix:///nonexistent/valkey.sock"))
     trail = place.trail(EAGER)
@@ -121,34 +101,80 @@ def test_without_redis_nothing_is_held_up(place: Place) -> None:
         stream.lines()
 
 
-@pytest.mark.parametrize(("keep_days", "left"), [(0, 2), (20, 1)])
-def test_old_files_are_removed_with_a_record(place: Place, keep_days: int, left: int) -> None:
-    old = place.trail(clock=lambda: time.time_ns() - 30 * DAY_NS)
-    old.append(record(1))
-    old.close()
-    trail = place.trail()
-    trail.append(record(2))
-    keeper = AuditMaintenance(trail, keep_days=keep_days)
-    keeper.round()
-    trail.close()
+# -- retention ---------------------------------------------------------------------------------------
 
-    assert len(place.files()) == left
-    assert [line["files"] for line in place.lines() if line.get("kind") == "retired"] == [1] * (2 - left)
+
+def aged(place: Place, *days: int) -> None:
+    """A chain of so many days ago each."""
+    for ago in days:
+        at = time.time_ns() - ago * DAY_NS
+        trail = place.trail(clock=lambda at=at: at)  # type: ignore[misc]  # bound early
+        trail.append(record(ago))
+        trail.close()
+
+
+def retire(place: Place, keep_days: int) -> list[int]:
+    """The days ago of which records are left."""
+    trail = place.trail()
+    trail.append(record(0))
+    AuditMaintenance(trail, keep_days=keep_days).round()
+    trail.close()
+    return sorted({int(name.removeprefix("ada-")) for name in place.principals()} - {0})
+
+
+def test_old_files_are_removed_with_a_record_and_verification_knows(place: Place) -> None:
+    """Removals on top of removals too."""
+    aged(place, 50, 40, 30, 10, 5)
+    assert retire(place, 0) == [5, 10, 30, 40, 50]
+    assert retire(place, 20) == [5, 10]
+    aged(place, 4, 1)
+    assert retire(place, 7) == [1, 4, 5]
+    assert retire(place, 3) == [1]
+
+    assert [line["files"] for line in place.lines() if line.get("kind") == "retired"] == [3, 1, 2]
     assert place.verified().verdict == "intact"
 
 
-def test_what_cannot_be_recorded_is_not_removed(place: Place) -> None:
-    old = place.trail(clock=lambda: time.time_ns() - 30 * DAY_NS)
-    old.append(record(1))
+def test_a_young_file_that_is_gone_is_missing_all_the_same(place: Place) -> None:
+    aged(place, 50, 10)
+    young = place.files()[-1]
+    assert retire(place, 20) == [10]
+    young.unlink()
+
+    assert codes(place.verified()) == ["missing_chain"]
+
+
+def test_a_file_goes_only_after_all_that_were_opened_before_it(place: Place) -> None:
+    """Or one time could not say which files are gone. Files of live processes stay, too."""
+    at = [time.time_ns() - 60 * DAY_NS]
+    old = place.trail(clock=lambda: at[0])
+    old.append(record(60))
+    assert retire(place, 20) == [60]
+    aged(place, 50)
+    at[0] = time.time_ns()
+    old.append(record(2))
     old.close()
+
+    assert retire(place, 20) == [2, 50, 60]
+
+
+def test_days_are_kept_from_the_last_record_on(place: Place) -> None:
+    aged(place, 21, 19)
+    now = datetime.now(UTC)
+
+    assert len(maintenance.due_segments(place.folder, 20, now)[0]) == 1
+    assert len(maintenance.due_segments(place.folder, 20, now + timedelta(days=3))[0]) == 2
+
+
+def test_what_cannot_be_recorded_is_not_removed(place: Place) -> None:
+    aged(place, 30)
     trail = place.trail()
     trail.append(record(2))
     place.signing_key.unlink()
-    path = place.files()[-1]
-    path.unlink()
+    place.files()[-1].unlink()
     (place.folder / f"{chain_name(trail)}.0002.jsonl").touch()  # the name of its next file is taken
     with pytest.raises(AuditUnavailable):
         AuditMaintenance(trail, keep_days=20).round()
 
     assert len(place.files()) == 2
-    assert "ada-1" in place.principals()
+    assert "ada-30" in place.principals()

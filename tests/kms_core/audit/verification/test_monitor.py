@@ -1,6 +1,5 @@
 """A trail that is read back while it is written: a hand that changes it is noticed, and nothing else is."""
 
-import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,15 +14,11 @@ from kms_core.audit.segments import Segment
 from kms_core.audit.verification import verify
 from kms_core.audit.verification.scan import ScannedSpan, scan
 from kms_core.audit.verification.verify import AuditMonitor
-from support.audit_logs import Place, audit_section, record
+from support.audit_logs import Place, audit_section, record, rewrite
+from support.waiting import until
 
 MANY: Final = 5_000
 """Records of more than a MiB: a look does not read all of them."""
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path)
 
 
 @pytest.fixture
@@ -75,14 +70,6 @@ def test_a_trail_that_grows_and_rotates_holds(place: Place, trail: AuditLog, wat
     assert REGISTRY.get_sample_value("kms_audit_read_timestamp_seconds") == watch.condition.read_at
 
 
-def test_only_the_end_of_a_long_file_is_read_at_first(place: Place) -> None:
-    place.written(MANY)
-    watch = AuditMonitor(place.folder, place.signing_key)
-
-    assert codes(watch) == set()
-    assert 0 < watch.condition.lines < MANY
-
-
 def test_of_many_new_lines_the_last_are_read_and_the_old_ones_must_still_be_there(place: Place) -> None:
     busy = place.trail(role="busy")
     busy.append(record(1))
@@ -93,32 +80,13 @@ def test_of_many_new_lines_the_last_are_read_and_the_old_ones_must_still_be_ther
 
     assert codes(watch) == set()
     assert watch.condition.lines < MANY
+    first = AuditMonitor(place.folder, place.signing_key)
+    assert (codes(first), 0 < first.condition.lines < MANY) == (set(), True)
     for number in range(MANY):
         busy.append(record(number))
     (file,) = place.folder.glob("busy-*")
-    lines = file.read_bytes().splitlines(keepends=True)
-    file.write_bytes(b"".join((lines[0], *lines[2:])))
+    rewrite(file, lambda lines: [lines[0], *lines[2:]])
     assert codes(watch) & {"rewritten", "cut"}
-
-
-def test_lines_behind_an_end_far_above_the_last_mib_are_found(place: Place) -> None:
-    """Only the end that was known before tells that its process wrote no more."""
-    file = place.written(3)
-    watch = AuditMonitor(place.folder, place.signing_key)
-    assert codes(watch) == set()
-    line = file.read_bytes().splitlines()[-1]
-    head, found = chain.claimed_head(line), chain.read(line)
-    assert head
-    assert found
-    body, lines = chain.body_of(file.read_bytes().splitlines()[1]), []
-    for seq in range(found.seq + 1, MANY):
-        sealed, head = chain.seal(head, body.replace(b'"seq":1,', b'"seq":%d,' % seq))
-        lines.append(sealed)
-    with file.open("ab") as end:
-        end.write(b"".join(lines))
-
-    assert codes(watch) == {"after_closed"}
-    assert watch.condition.lines < MANY - 1
 
 
 def test_segments_that_have_not_changed_are_not_read_again(
@@ -153,25 +121,16 @@ def edited_with_its_time_put_back(file: Path) -> None:
 
 def edited_while_it_grows(file: Path) -> None:
     """As a process that goes on writing does not notice, since the size is right."""
-    line = file.read_bytes().splitlines()[-1]
-    head, found = chain.claimed_head(line), chain.read(line)
-    assert head
+    last = file.read_bytes().splitlines()[-1]
+    found = chain.read(last)
     assert found
-    body = chain.body_of(line).replace(b'"seq":%d,' % found.seq, b'"seq":%d,' % (found.seq + 1))
+    body = chain.body_of(last).replace(b'"seq":%d,' % found.seq, b'"seq":%d,' % (found.seq + 1))
     edited(file)
     with file.open("ab") as end:
-        end.write(chain.seal(head, body)[0])
+        end.write(chain.seal(bytes.fromhex(found.head), body)[0])
 
 
-def cut(file: Path) -> None:
-    os.truncate(file, file.stat().st_size - 40)
-
-
-def cut_to_whole_lines(file: Path) -> None:
-    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-2]))
-
-
-def forged(file: Path) -> None:
+def written_anew(file: Path) -> None:
     """Every line anew, with heads that fit, and one line more."""
     bodies = [chain.body_of(line) for line in file.read_bytes().splitlines()]
     last = len(bodies) - 1
@@ -183,37 +142,29 @@ def forged(file: Path) -> None:
     file.write_bytes(b"".join(lines))
 
 
-@pytest.mark.parametrize(
-    ("hand", "expected"),
-    [
-        (edited, {"edited"}),
-        (edited_with_its_time_put_back, {"edited"}),
-        (edited_while_it_grows, {"edited"}),
-        (cut, {"cut"}),
-        (cut_to_whole_lines, {"cut"}),
-        (Path.unlink, {"missing_file"}),
-    ],
-    ids=lambda each: getattr(each, "__name__", ""),
-)
-def test_a_hand_that_changes_the_trail_is_noticed(
-    place: Place, watch: AuditMonitor, hand: Callable[[Path], None], expected: set[str]
-) -> None:
-    hand(place.files()[0])
-
-    assert codes(watch) == expected
-    assert chain_ok() == 0
-    assert codes(watch) == expected, "it stays, and is not told again"
-    assert len(watch.condition.problems) == 1
+HANDS: Final[dict[str, tuple[Callable[[Path], object], str]]] = {
+    "edited": (edited, "edited"),
+    "edited, and its time put back": (edited_with_its_time_put_back, "edited"),
+    "edited while it grows": (edited_while_it_grows, "edited"),
+    "cut": (lambda file: os.truncate(file, file.stat().st_size - 40), "cut"),
+    "cut to whole lines": (lambda file: rewrite(file, lambda lines: lines[:-2]), "cut"),
+    "removed": (Path.unlink, "missing_file"),
+    "written anew": (written_anew, "rewritten"),
+}
 
 
-def test_whoever_writes_a_file_anew_is_noticed_although_all_its_heads_fit(place: Place) -> None:
+@pytest.mark.parametrize("name", HANDS)
+def test_a_hand_that_changes_the_trail_is_noticed(place: Place, name: str) -> None:
+    hand, code = HANDS[name]
     file = place.written(10, close=False)
     watch = AuditMonitor(place.folder, place.signing_key)
     assert codes(watch) == set()
+    hand(file)
 
-    forged(file)
-
-    assert codes(watch) == {"rewritten"}
+    assert codes(watch) == {code}
+    assert chain_ok() == 0
+    assert codes(watch) == {code}, "it stays, and is not told again"
+    assert len(watch.condition.problems) == 1
 
 
 def test_files_whose_removal_is_on_record_are_not_missed(
@@ -229,43 +180,45 @@ def test_files_whose_removal_is_on_record_are_not_missed(
     assert codes(watch) == set()
 
 
-def test_a_folder_that_cannot_be_read_is_no_broken_trail_but_an_old_time(
-    place: Place, watch: AuditMonitor
+def test_an_error_that_no_code_expects_is_reported_and_the_next_round_is_as_ever(
+    place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = watch.condition.read_at
-    (place.at / "signing.pub").rename(place.at / "elsewhere")
+    """The first one is at once, in the thread that goes on after it."""
 
-    assert codes(watch) == set()
-    assert watch.condition.read_at == before
-    assert math.isnan(chain_ok()), "neither whole nor broken"
-    (place.at / "elsewhere").rename(place.at / "signing.pub")
-    assert codes(watch) == set()
-    assert chain_ok() == 1
+    def broken(*_: object) -> ScannedSpan:
+        raise ZeroDivisionError
+
+    path = place.written(3)
+    watch = AuditMonitor(place.folder, place.signing_key)
+    monkeypatch.setattr(verify, "scan", broken)
+    watch.start()
+    try:
+        until(lambda: "ZeroDivisionError" in watch.condition.unread, "the first round")
+        assert watch.condition.read_at == 0
+        monkeypatch.setattr(verify, "scan", scan)
+        watch.wake()
+        until(lambda: watch.condition.read_at, "another round")
+    finally:
+        watch.stop(5)
+    assert (watch.condition.unread, watch.condition.lines) == ("", 5)
+    path.unlink()
+
+    assert codes(watch) == {"missing_file"}
 
 
-def test_half_a_line_at_the_end_is_read_once_it_is_whole(
-    place: Place, trail: AuditLog, watch: AuditMonitor
+@pytest.mark.parametrize("written", [-30, 0], ids=["half a line", "no line"])
+def test_the_end_of_a_segment_is_read_once_it_is_whole(
+    place: Place, trail: AuditLog, watch: AuditMonitor, written: int
 ) -> None:
-    trail.append(record(77))
-    file = place.files()[-1]
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-30])  # as a reader may meet it in the middle of a write
-    watch.round()
-    file.write_bytes(whole)
-
-    assert codes(watch) == set()
-    assert watch.condition.newest == place.lines()[-1]["time"]
-
-
-def test_a_segment_that_is_just_begun_is_read_once_it_has_a_line(place: Place, trail: AuditLog) -> None:
+    """As a reader may meet it in the middle of a write."""
     while len(place.files()) < 2:
         trail.append(record())
     file = place.files()[-1]
     whole = file.read_bytes()
-    file.write_bytes(b"")
-    watch = AuditMonitor(place.folder, place.signing_key)
+    file.write_bytes(whole[:written])
     assert codes(watch) == set()
     file.write_bytes(whole)
 
     assert codes(watch) == set()
     assert watch.condition.lines == len(place.lines())
+    assert watch.condition.newest == place.lines()[-1]["time"]

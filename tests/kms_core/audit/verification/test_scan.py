@@ -1,7 +1,8 @@
-"""What stands behind the last signed line of a chain has no witness, and behind a closed end it is damage."""
+"""Lines without a signature have no witness, excuse nothing, and behind a closed end they are damage."""
 
 import os
-import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -9,49 +10,67 @@ import pytest
 
 from kms_core.audit import chain, segments
 from kms_core.audit.keys import PublicKeys, Signer
+from kms_core.audit.maintenance import AuditMaintenance, FolderSink
+from kms_core.audit.verification.anchors import ACKNOWLEDGED
 from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import AuditMonitor
 from support.audit_logs import Place, audit_section, chain_name, codes, notes, record, rewrite
 
 SMALL: Final = audit_section(checkpoint_lines=5)
+TIME: Final = "2026-01-01T00:00:00.000000Z"
 LATER: Final = "2999-01-01T00:00:00.000000Z"
+FORGED: Final = "worker-29990101T000000.000000Z-1"
+DAY_NS: Final = 24 * 3600 * 1_000_000_000
+OPENING: Final = '"kind":"open","version":1,"segment":1,"reason":"started"'
+ORDINARY: Final = '"operation":"decrypt","principal":"eve","tenant":"acme","result":"ok"'
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path)
+# -- a hand that has no key ----------------------------------------------------------------------------
 
 
-def append_forged(path: Path, count: int = 1) -> None:
-    """Lines with heads that fit, as anybody can add them who writes to the folder and has no key."""
-    for _ in range(count):
-        last = path.read_bytes().splitlines()[-1]
-        found, head = chain.read(last), chain.claimed_head(last)
-        assert found is not None
-        assert head is not None
-        body = (
-            f'{{"seq":{found.seq + 1},"chain":"{found.chain}","time":"{LATER}","operation":"decrypt",'
-            '"principal":"eve","tenant":"acme","result":"ok"'
-        )
-        with path.open("ab") as file:
-            file.write(chain.seal(head, body.encode())[0])
+def body(name: str, seq: int, rest: str) -> bytes:
+    return f'{{"seq":{seq},"chain":"{name}","time":"{TIME}",{rest}'.encode()
+
+
+def put_chain(place: Place, *lines: tuple[int, str], name: str = FORGED, segment: int = 1) -> Path:
+    """A segment that no process wrote, with heads that fit: the number of each line, and its other fields."""
+    place.folder.mkdir(exist_ok=True)
+    head, written = chain.ZERO, b""
+    for seq, rest in lines:
+        line, head = chain.seal(head, body(name, seq, rest))
+        written += line
+    path = segments.path_of(place.folder, name, segment)
+    path.write_bytes(written)
+    return path
+
+
+def last_of(path: Path) -> chain.ChainLine:
+    found = chain.read(path.read_bytes().splitlines()[-1])
+    assert found is not None
+    return found
+
+
+def append(path: Path, *bodies: bytes) -> str:
+    """Append lines with heads that fit; the last head."""
+    head, written = bytes.fromhex(last_of(path).head), b""
+    for each in bodies:
+        line, head = chain.seal(head, each)
+        written += line
+    with path.open("ab") as file:
+        file.write(written)
+    return head.hex()
+
+
+def append_forged(path: Path, count: int = 1, rest: str = ORDINARY) -> str:
+    """Append lines with the numbers that follow."""
+    end = last_of(path)
+    return append(path, *(body(end.chain, end.seq + 1 + number, rest) for number in range(count)))
 
 
 def crashed(place: Place, records: int = 5) -> Path:
     """A chain that was killed: lines 0 to 4 are signed by line 5, and line 6 is not."""
     path = place.written(records, SMALL)
     rewrite(path, lambda lines: lines[:-1])
-    return path
-
-
-def forged_file(place: Place, name: str, heads: str = "{}") -> Path:
-    """The first file of a chain that no process wrote."""
-    body = (
-        f'{{"seq":0,"chain":"{name}","time":"{LATER}","kind":"open","version":1,"segment":1,"reason":"started",'
-        f'"service":"x","public_key":"{"00" * 32}","heads":{heads}'
-    )
-    path = segments.path_of(place.folder, name, 1)
-    path.write_bytes(chain.seal(chain.ZERO, body.encode())[0])
     return path
 
 
@@ -64,21 +83,51 @@ def said(report: VerificationReport, code: str) -> str:
     return text
 
 
+def watching(place: Place, *anchors: FolderSink) -> AuditMonitor:
+    return AuditMonitor(place.folder, place.signing_key, anchors)
+
+
+def watched(watch: AuditMonitor) -> list[tuple[str, int]]:
+    watch.round()
+    return [(problem.code, problem.seq) for problem in watch.condition.problems]
+
+
 # -- behind a closed end -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("later", [0, 2], ids=["alone", "other chains after it"])
-def test_lines_behind_a_closed_end_are_damage(place: Place, later: int) -> None:
-    """Also once a checkpoint of another chain could have named them."""
+@pytest.mark.parametrize(
+    "rest",
+    [ORDINARY, f'{ORDINARY},"seq":4', '"operation":"decrypt",'],
+    ids=["plain", "second number", "no JSON"],
+)
+@pytest.mark.parametrize("is_known", [True, False], ids=["read before", "read at first"])
+def test_lines_behind_a_closed_end_are_damage(place: Place, rest: str, *, is_known: bool) -> None:
+    """They count by their position, no other chain names them, and without them the log is intact again."""
     path = place.written(3)
-    append_forged(path, 2)
-    for _ in range(later):
-        place.written(2)
+    whole = path.read_bytes()
+    watch = watching(place)
+    if is_known:
+        assert watched(watch) == []
+    append_forged(path, 2, rest)
+    assert watched(watch) == watched(watch) == [("after_closed", 5)]
+    place.written(2)
     report = place.verified()
 
     assert (report.verdict, codes(report)) == ("damaged", ["after_closed"])
     assert (report.problems[0].file, report.problems[0].seq) == (path.name, 5)
     assert "2 lines after line 4" in report.problems[0].text
+    path.write_bytes(whole)
+    assert place.verified().verdict == "intact"
+
+
+def test_lines_behind_an_end_far_above_the_last_mib_are_found(place: Place) -> None:
+    """Only the end that was known before tells that its process wrote no more."""
+    path, watch = place.written(3), watching(place)
+    assert watched(watch) == []
+    append_forged(path, 8_000)
+
+    assert watched(watch) == [("after_closed", 5)]
+    assert watch.condition.lines < 8_000
 
 
 def test_lines_behind_the_end_of_a_full_file_are_damage(place: Place) -> None:
@@ -89,17 +138,6 @@ def test_lines_behind_the_end_of_a_full_file_are_damage(place: Place) -> None:
     append_forged(path)
 
     assert codes(place.verified()) == ["after_closed"]
-
-
-def test_a_forged_line_behind_a_closed_end_is_named_by_no_chain_and_can_be_taken_out(place: Place) -> None:
-    path = place.written(3)
-    whole = path.read_bytes()
-    append_forged(path)
-    place.written(2)
-    assert codes(place.verified()) == ["after_closed"]
-    path.write_bytes(whole)
-
-    assert place.verified().verdict == "intact"
 
 
 def test_unsigned_lines_in_a_further_file_behind_a_closed_end_are_no_intact_log(place: Place) -> None:
@@ -124,20 +162,6 @@ def test_unsigned_lines_in_a_further_file_behind_a_closed_end_are_no_intact_log(
     assert "its last 2 lines are not signed" in said(report, "cut_or_crashed")
 
 
-@pytest.mark.parametrize("looked", [True, False], ids=["read before", "read at first"])
-def test_a_line_behind_a_closed_end_is_seen_while_the_service_runs(place: Place, looked: bool) -> None:
-    path = place.written(3)
-    watch = AuditMonitor(place.folder, place.signing_key)
-    if looked:
-        watch.round()
-        assert watch.condition.problems == ()
-    append_forged(path)
-    watch.round()
-    watch.round()
-
-    assert [(problem.code, problem.seq) for problem in watch.condition.problems] == [("after_closed", 5)]
-
-
 # -- ends without a closing line ---------------------------------------------------------------------
 
 
@@ -153,8 +177,7 @@ def test_a_tail_without_signature_is_counted_and_said(place: Place) -> None:
 
 
 def test_an_end_that_is_signed_is_said_to_have_no_such_tail(place: Place) -> None:
-    path = place.written(5, SMALL)
-    rewrite(path, lambda lines: lines[:6])
+    rewrite(place.written(5, SMALL), lambda lines: lines[:6])
 
     assert "not signed" not in said(place.verified(), "cut_or_crashed")
 
@@ -162,47 +185,27 @@ def test_an_end_that_is_signed_is_said_to_have_no_such_tail(place: Place) -> Non
 @pytest.mark.parametrize(("count", "verdict"), [(1_099, "intact"), (1_100, "open end")])
 def test_a_witness_counts_for_one_checkpoint_interval(place: Place, count: int, verdict: str) -> None:
     """Behind line 5, which is signed, stands line 6 already."""
-    append_forged_fast(crashed(place), count)
+    append_forged(crashed(place), count)
     place.written(1)
     report = place.verified()
 
     assert (report.verdict, codes(report)) == (verdict, [])
 
 
-def append_forged_fast(path: Path, count: int) -> None:
-    """The same for many lines: the file is read once."""
-    last = path.read_bytes().splitlines()[-1]
-    found, head = chain.read(last), chain.claimed_head(last)
-    assert found is not None
-    assert head is not None
-    lines = []
-    for seq in range(found.seq + 1, found.seq + 1 + count):
-        body = f'{{"seq":{seq},"chain":"{found.chain}","time":"{LATER}","operation":"decrypt"'
-        line, head = chain.seal(head, body.encode())
-        lines.append(line)
-    path.write_bytes(path.read_bytes() + b"".join(lines))
-
-
-def test_the_interval_is_that_of_the_chain_where_it_signed_less_often(place: Place) -> None:
-    """Line 3,000 is the first that is signed; behind the second as many may follow."""
-    path = place.written(3_100, audit_section(checkpoint_lines=3_000, checkpoint_s=1e9))
+@pytest.mark.parametrize(("records", "verdict"), [(3_100, "open end"), (6_100, "intact")])
+def test_the_interval_is_that_of_the_chain_where_it_signed_less_often(
+    place: Place, records: int, verdict: str
+) -> None:
+    """One signed line, number 3,000, tells of no interval; behind the second as many lines may follow."""
+    path = place.written(records, audit_section(checkpoint_lines=3_000, checkpoint_s=1e9))
     rewrite(path, lambda lines: lines[:-1])
-    append_forged_fast(path, 1_200)
+    append_forged(path, 1_200)
     place.written(1)
-    report = place.verified()
-    assert report.verdict == "open end", "one signed line tells of no interval"
 
-    for file in place.files():
-        file.unlink()
-    path = place.written(6_100, audit_section(checkpoint_lines=3_000, checkpoint_s=1e9))
-    rewrite(path, lambda lines: lines[:-1])
-    append_forged_fast(path, 1_200)
-    place.written(1)
-    assert place.verified().verdict == "intact"
+    assert place.verified().verdict == verdict
 
 
-def seen_early(place: Place) -> tuple[Path, bytes]:
-    """A chain that goes on, signed, after another saw its beginning; its file, and an anchor of the other."""
+def test_who_saw_the_beginning_of_a_chain_is_no_witness_of_its_end(place: Place) -> None:
     trail, other = place.trail(SMALL), place.trail(role="worker")
     trail.append(record(1))
     other.append(record(1))
@@ -210,21 +213,11 @@ def seen_early(place: Place) -> tuple[Path, bytes]:
     for number in range(6):
         trail.append(record(number))
     trail.close()
-    return segments.listed(place.folder)[0].path, other.last_signed
-
-
-def test_who_saw_the_beginning_of_a_chain_is_no_witness_of_its_end(place: Place) -> None:
-    path, _ = seen_early(place)
-    rewrite(path, lambda lines: lines[:-1])
+    assert notes(place.verified(other.last_signed)) == ["not_anchored"], "its end is named by nothing"
+    rewrite(place.files()[0], lambda lines: lines[:-1])
     report = place.verified()
 
     assert (report.verdict, report.chains[0].witness) == ("open end", "")
-
-
-def test_an_end_that_was_seen_by_no_chain_and_has_no_anchor_is_noted(place: Place) -> None:
-    _, anchor = seen_early(place)
-
-    assert notes(place.verified(anchor)) == ["not_anchored"]
 
 
 def test_an_anchor_is_a_witness_of_its_own_line_alone(place: Place) -> None:
@@ -238,33 +231,31 @@ def test_an_anchor_is_a_witness_of_its_own_line_alone(place: Place) -> None:
 
 
 def test_a_chain_that_no_key_signed_bears_no_witness(place: Place) -> None:
-    path = crashed(place)
-    last = chain.read(path.read_bytes().splitlines()[-1])
-    assert last is not None
-    heads = f'{{"{last.chain}":[{last.seq},"{last.head}","{last.time}"]}}'
-    forged_file(place, "worker-29990101T000000.000000Z-1", heads)
+    last = last_of(crashed(place))
+    put_chain(place, (0, f'{OPENING},"heads":{{"{last.chain}":[{last.seq},"{last.head}","{last.time}"]}}'))
     report = place.verified()
 
-    assert report.verdict == "open end"
-    assert not report.chains[0].witness
+    assert (report.verdict, report.chains[0].witness) == ("open end", "")
 
 
 # -- what chains name of each other ------------------------------------------------------------------
 
 
-def test_only_signed_ends_are_named(place: Place) -> None:
+@pytest.mark.parametrize(
+    "forge",
+    [
+        append_forged,
+        lambda path: rewrite(path, lambda lines: [*lines, lines[5].replace(b'"seq":5,', b'"seq":8,')]),
+    ],
+    ids=["no signature", "that of another line"],
+)
+def test_only_signed_ends_are_named(place: Place, forge: Callable[[Path], object]) -> None:
     path = crashed(place)
-    append_forged(path)
-    name = segments.listed(place.folder)[0].chain
+    name = last_of(path).chain
+    forge(path)
 
     assert tips(place) == {name: 5}
-
-
-def test_a_chain_does_not_name_itself(place: Place) -> None:
-    crashed(place)
-    name = segments.listed(place.folder)[0].chain
-
-    assert segments.chain_heads(place.folder, place.keys(), but=name) == {}
+    assert segments.chain_heads(place.folder, place.keys(), but=name) == {}, "none names itself"
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"seq":7,"chain"', b"x" * 5_000])
@@ -277,21 +268,10 @@ def test_a_search_that_finds_no_line_ends_behind_the_last_whole_one(place: Place
     assert segments.offset_of(path, lambda _: False) == whole
 
 
-def test_a_line_with_the_signature_of_another_is_no_end(place: Place) -> None:
-    path = crashed(place)
-    lines = path.read_bytes().splitlines(keepends=True)
-    forged = re.sub(rb'"seq":5,', b'"seq":8,', lines[5])
-    path.write_bytes(b"".join([*lines, forged]))
-    name = segments.listed(place.folder)[0].chain
-
-    assert tips(place) == {name: 5}
-
-
 def test_a_signed_line_of_another_chain_is_no_end(place: Place) -> None:
     path = crashed(place)
-    other = place.written(1)
-    path.write_bytes(path.read_bytes() + other.read_bytes().splitlines(keepends=True)[-1])
-    name = segments.listed(place.folder)[0].chain
+    name = last_of(path).chain
+    path.write_bytes(path.read_bytes() + place.written(1).read_bytes().splitlines(keepends=True)[-1])
 
     assert tips(place).get(name) in {None, 0}
 
@@ -316,8 +296,7 @@ def test_the_signed_end_may_be_in_the_file_before(place: Place) -> None:
 
 
 def test_an_end_signed_by_a_former_key_is_named(place: Place) -> None:
-    crashed(place)
-    name = segments.listed(place.folder)[0].chain
+    name = last_of(crashed(place)).chain
     place.signing_key.rename(place.at / "former.key")
     place.written(1)
     opening = place.lines()[-3]
@@ -325,42 +304,24 @@ def test_an_end_signed_by_a_former_key_is_named(place: Place) -> None:
     assert (opening["kind"], {each: tip[0] for each, tip in opening["heads"].items()}) == ("open", {name: 5})
 
 
-def test_an_end_is_named_once(place: Place) -> None:
-    crashed(place)
-    place.written(1)
-    place.written(1)
-    first, second, third = (
-        {line["chain"]: line for line in place.lines() if line.get("kind") == "open"}[each.chain]
-        for each in segments.listed(place.folder)
-    )
-
-    assert first["heads"] == {}
-    assert [*second["heads"]] == [first["chain"]]
-    assert [*third["heads"]] == [second["chain"]]
-
-
 def test_a_forged_chain_keeps_no_end_from_being_named(place: Place) -> None:
     """Its first line names the end, as if that were on record already."""
-    path = crashed(place)
-    signed = chain.read(path.read_bytes().splitlines()[5])
+    signed = chain.read(crashed(place).read_bytes().splitlines()[5])
     assert signed is not None
-    forged_file(
-        place, "worker-29990101T000000.000000Z-1", f'{{"{signed.chain}":[5,"{signed.head}","{signed.time}"]}}'
-    )
+    put_chain(place, (0, f'{OPENING},"heads":{{"{signed.chain}":[5,"{signed.head}","{signed.time}"]}}'))
 
     assert tips(place)[signed.chain] == 5
 
 
-def test_at_most_256_ends_are_named_those_written_last(place: Place) -> None:
-    signer = Signer.at(place.signing_key)
-    place.folder.mkdir()
-    names = [signed_chain(place, signer, number) for number in range(300)]
-
-    assert [*tips(place)] == names[: 300 - 257 : -1]
-    assert len(tips(place)) == 256
-    keys = Counting(place.keys().keys.values())
-    segments.chain_heads(place.folder, keys, but="")
-    assert keys.asked == 256, "older chains are not even read"
+def signed_chain(place: Place, signer: Signer, number: int) -> str:
+    """A chain of an opening line and a checkpoint; written so many seconds after chain 0."""
+    name = f"api-20260101T000000.000000Z-{number}"
+    path = put_chain(place, (0, OPENING), name=name)
+    rest = f'"kind":"checkpoint","previous":"{last_of(path).head}","opened":"{TIME}","heads":{{}}'
+    unsigned = body(name, 1, f'{rest},"key":"{signer.key_id}"')
+    append(path, b'%b%b%b"' % (unsigned, chain.SIGNATURE, signer.sign(chain.text_to_sign(unsigned))))
+    os.utime(path, (1_700_000_000 + number, 1_700_000_000 + number))
+    return name
 
 
 class Counting(PublicKeys):
@@ -373,9 +334,19 @@ class Counting(PublicKeys):
         return super().signed(line)
 
 
+def test_at_most_256_ends_are_named_those_written_last(place: Place) -> None:
+    signer = Signer.at(place.signing_key)
+    names = [signed_chain(place, signer, number) for number in range(300)]
+
+    assert [*tips(place)] == names[: 300 - 257 : -1]
+    assert len(tips(place)) == 256
+    keys = Counting(place.keys().keys.values())
+    segments.chain_heads(place.folder, keys, but="")
+    assert keys.asked == 256, "older chains are not even read"
+
+
 def test_chains_that_were_not_written_to_of_late_can_be_left_out(place: Place) -> None:
     signer = Signer.at(place.signing_key)
-    place.folder.mkdir()
     names = [signed_chain(place, signer, number) for number in range(4)]
 
     found = segments.chain_heads(place.folder, place.keys(), but="", since=1_700_000_002)
@@ -383,34 +354,176 @@ def test_chains_that_were_not_written_to_of_late_can_be_left_out(place: Place) -
 
 
 def test_forged_chains_crowd_out_no_signed_one(place: Place) -> None:
-    signer = Signer.at(place.signing_key)
-    place.folder.mkdir()
-    name = signed_chain(place, signer, 1)
+    name = signed_chain(place, Signer.at(place.signing_key), 1)
     for number in range(300):
-        forged_file(place, f"worker-29990101T000000.000000Z-{number}")
+        put_chain(place, (0, OPENING), name=f"worker-29990101T000000.000000Z-{number}")
 
     found = tips(place)
     assert (len(found), next(iter(found))) == (256, name)
 
 
-def signed_chain(place: Place, signer: Signer, number: int) -> str:
-    """A chain of an opening line and a checkpoint; written so many seconds after chain 0."""
-    name = f"api-20260101T000000.000000Z-{number}"
-    path = forged_file(place, name)
-    opening = path.read_bytes()
-    head = chain.claimed_head(opening[:-1])
-    assert head is not None
-    unsigned = (
-        f'{{"seq":1,"chain":"{name}","time":"{LATER}","kind":"checkpoint","previous":"{head.hex()}",'
-        f'"opened":"{LATER}","heads":{{}},"key":"{signer.key_id}"'
-    ).encode()
-    body = b'%b%b%b"' % (unsigned, chain.SIGNATURE, signer.sign(chain.text_to_sign(unsigned)))
-    path.write_bytes(opening + chain.seal(head, body)[0])
-    os.utime(path, (1_700_000_000 + number, 1_700_000_000 + number))
-    return name
+def test_signed_lines_name_no_forged_line_above_a_signed_head(place: Place) -> None:
+    """A chain without signatures begins with line 0. A later line would replace an earlier signed head."""
+    put_chain(place, (40, OPENING))
+
+    assert segments.chain_heads(place.folder, PublicKeys([]), but="") == {}
 
 
-# -- names ---------------------------------------------------------------------------------------------
+# -- what excuses nothing ------------------------------------------------------------------------------
+
+RETIRED: Final = f'"kind":"retired","before":"{LATER}"'
+"""The record of a removal that would excuse any chain."""
+LOSS: Final = f'"operation":"{ACKNOWLEDGED}","stage":"outcome","effect":"LOST:999999-0-1f"'
+"""The record of a loss that would excuse any line of the chain whose name takes the place of LOST."""
+
+
+@pytest.fixture
+def lost(place: Place) -> tuple[str, Path]:
+    """The name of a chain that is gone, and the file of another one; both ends have anchors."""
+    files = [place.written(count, SMALL) for count in (20, 6)]
+    for file in files:
+        FolderSink(place.at / "anchors").put(file.read_bytes().splitlines(keepends=True)[-1])
+    name = last_of(files[0]).chain
+    files[0].unlink()
+    return name, files[1]
+
+
+def check_missed(place: Place, damage: str) -> None:
+    """That chain is missed by verify, which finds other damage too, and by a monitor that starts now."""
+    anchors = FolderSink(place.at / "anchors")
+    watch = watching(place, anchors)
+    watch.round()
+
+    assert {"missing_chain", damage} <= {*codes(place.verified(*anchors.lines()))}
+    assert "missing_chain" in [problem.code for problem in watch.condition.anchors]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        # the last signed line of a chain without signatures is -1, which is more than -3
+        [(-4, OPENING), (-3, RETIRED), (-2, '"operation":"x"')],
+        [(-4, OPENING), (-3, LOSS)],
+        [(0, OPENING), (1, f'{LOSS},"seq":-9')],
+    ],
+    ids=["removal with a negative number", "loss with a negative number", "loss with two numbers"],
+)
+def test_a_chain_without_signatures_excuses_no_missing_one(
+    place: Place, lost: tuple[str, Path], lines: list[tuple[int, str]]
+) -> None:
+    put_chain(place, *((seq, rest.replace("LOST", lost[0])) for seq, rest in lines))
+
+    check_missed(place, "unreadable")
+
+
+@pytest.mark.parametrize(
+    "second", ['"seq":0', f'"chain":"{FORGED}","seq":-9', '"seq":-1'], ids=["number", "chain", "negative"]
+)
+def test_a_removal_with_two_numbers_excuses_no_missing_chain(
+    place: Place, lost: tuple[str, Path], second: str
+) -> None:
+    """It stands after the last signed line, and says that it stands before."""
+    path = lost[1]
+    rewrite(path, lambda lines: lines[:-1])  # as after a crash
+    append_forged(path, 1, f"{RETIRED},{second}")
+
+    check_missed(place, "unreadable")
+
+
+def test_another_file_under_the_name_of_a_signed_chain_excuses_no_missing_one(
+    place: Place, lost: tuple[str, Path]
+) -> None:
+    """It has no signature, and is read before the signed one."""
+    name, path = lost
+    put_chain(place, (0, OPENING), (1, LOSS.replace("LOST", name)), name=last_of(path).chain, segment=0)
+
+    check_missed(place, "duplicate_file")
+
+
+def test_an_unsigned_head_replaces_no_signed_one(place: Place) -> None:
+    """A chain rewritten below a head in a signed line, and a forged line that names the new end."""
+    path = place.written(30, SMALL)
+    place.written(3, SMALL)
+    rewrite(path, lambda lines: lines[:14])
+    head = append_forged(path, 60)
+    assert codes(place.verified()) == ["rewritten"]
+    end = last_of(path)
+    append_forged(path, 1, f'"kind":"x","heads":{{"{end.chain}":[{end.seq},"{head}",""]}}')
+
+    assert codes(place.verified()) == ["rewritten"]
+
+
+def test_an_unsigned_head_excuses_no_missing_chain(place: Place) -> None:
+    """The signed head is younger than the removal on record; the forged one claims to be older."""
+    at = time.time_ns() - 30 * DAY_NS
+    old = place.trail(clock=lambda: at)
+    old.append(record(1))
+    old.close()
+    lost = place.written(3)
+    name = last_of(lost).chain
+    log = place.trail(role="worker")
+    log.append(record(1))
+    AuditMaintenance(log, keep_days=20).round()
+    log.close()
+    lost.unlink()
+    assert codes(place.verified()) == ["missing_chain"]
+    heads = f'"heads":{{"{name}":[99,"{"00" * 32}","2020-01-01T00:00:00.000000Z"]}}'
+    put_chain(place, (0, f"{OPENING},{heads}"))
+
+    assert codes(place.verified()) == ["missing_chain"]
+
+
+# -- other forms of a line -----------------------------------------------------------------------------
+
+
+def test_a_forged_end_in_another_form_of_json_is_damage(place: Place) -> None:
+    """A space after the brace: number and head are right, and the end has no signature."""
+    path = place.written(8, SMALL)
+    rewrite(path, lambda lines: lines[:7])
+    append_forged(path, 3)
+    end = last_of(path)
+    append(path, body(end.chain, end.seq + 1, '"kind":"closed"').replace(b"{", b"{ ", 1))
+
+    assert codes(place.verified()) == ["edited"]
+    assert [code for code, _ in watched(watching(place))] == ["edited"]
+
+
+@pytest.mark.parametrize("digits", [19, 4_300, 5_000])
+@pytest.mark.parametrize("where", ["line", "head"])
+def test_a_number_of_many_digits_is_unreadable(place: Place, digits: int, where: str) -> None:
+    """Python refuses to print numbers of more than 4,300 digits."""
+    number = "9" * digits
+    if where == "line":
+        path = put_chain(place, (0, OPENING))
+        line, _ = chain.seal(chain.ZERO, body(FORGED, 0, OPENING).replace(b":0,", f":{number},".encode(), 1))
+        path.write_bytes(line * 2)
+    else:
+        put_chain(place, (0, f'{OPENING},"heads":{{"{FORGED}":[{number},"00","{TIME}"]}}'))
+    place.trail()
+
+    assert place.verified().problems[0].code == "unreadable"
+
+
+@pytest.mark.parametrize("size", [1 << 20, 3 << 20, 9 << 20])
+def test_a_line_of_more_than_a_mib_is_unreadable(place: Place, size: int) -> None:
+    """The service writes none, and its readers stop at one, even if number and head are right."""
+    path = place.written(3)
+    rewrite(path, lambda lines: lines[:-1])
+    append_forged(path, 1, f'"operation":"x","principal":"{"x" * size}"')
+    report = place.verified()
+
+    assert codes(report) == ["unreadable"]
+    assert "1 MiB" in report.problems[0].text
+    assert notes(report) == ["cut_or_crashed"]
+
+
+def test_bytes_without_newline_change_no_number(place: Place) -> None:
+    path = place.written(3)
+    path.write_bytes(path.read_bytes() + b"x" * 100)
+    report = place.verified()
+
+    assert codes(report) == ["unreadable"]
+    assert report.chains[0].last_seq == 4
 
 
 @pytest.mark.parametrize("suffix", [".old", ".bak"])

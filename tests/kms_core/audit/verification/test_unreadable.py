@@ -13,13 +13,12 @@ import pytest
 from prometheus_client import REGISTRY
 
 from kms_cli.local import installation
-from kms_core.audit import chain, maintenance
-from kms_core.audit.keys import Signer
+from kms_core.audit import chain, maintenance, query, segments
 from kms_core.audit.maintenance import AuditMaintenance, FolderSink
 from kms_core.audit.verification.crosscheck import Removals
 from kms_core.audit.verification.verify import AuditMonitor
 from kms_core.settings.model import Settings
-from support.audit_logs import Place, audit_section, notes, record
+from support.audit_logs import Place, audit_section, codes, notes, record, rewrite
 
 NOBODY: Final = 65534
 MARK: Final = b'"kind":"retired"'
@@ -32,6 +31,8 @@ def place() -> Iterator[Place]:
     at = Path(tempfile.mkdtemp(dir=os.environ.get("TMPDIR", "/tmp")))
     at.chmod(0o777)
     yield Place(at)
+    for folder in filter(Path.is_dir, at.iterdir()):
+        folder.chmod(0o700)
     shutil.rmtree(at)
 
 
@@ -86,25 +87,40 @@ def compared() -> float:
 
 
 def cut(file: Path) -> None:
-    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:2]))
+    rewrite(file, lambda lines: lines[:2])
 
 
 # -- the log -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at_first", [True, False], ids=["at the first look", "later"])
-def test_a_file_that_cannot_be_read_hides_no_cut_of_another(place: Place, *, at_first: bool) -> None:
+def lock(file: Path) -> None:
+    file.chmod(0)
+
+
+def put_directory(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+AT_FIRST: Final = pytest.mark.parametrize("at_first", [True, False], ids=["at the first look", "later"])
+
+
+@pytest.mark.parametrize("hide", [lock, put_directory])
+@AT_FIRST
+def test_a_file_that_cannot_be_read_hides_no_cut_of_another(
+    place: Place, hide: Callable[[Path], None], *, at_first: bool
+) -> None:
     first, second = chain_of(place, "api"), chain_of(place, "worker")
     watch = watching(place)
     if not at_first:
         assert found(watch) == []
     cut(second)
-    first.touch()
-    first.chmod(0)
+    hide(first)
+    is_known = hide is lock and not at_first
     with unprivileged(place):
-        assert sorted(found(watch)) == (["cut", "missing_chain"] if at_first else ["cut"])
+        assert sorted(found(watch)) == (["cut"] if is_known else ["cut", "missing_chain"])
     assert compared() == 0
-    assert first.name in watch.condition.unread
+    assert (first.name in watch.condition.unread) == (hide is lock)
 
 
 def test_a_segment_that_cannot_be_read_is_not_called_missing(place: Place) -> None:
@@ -126,52 +142,15 @@ def test_a_segment_that_cannot_be_read_is_not_called_missing(place: Place) -> No
     assert (watch.condition.problems, watch.condition.unread) == ((), "")
 
 
-@pytest.mark.parametrize("at_first", [True, False], ids=["at the first look", "later"])
-def test_a_directory_in_place_of_a_file_hides_no_cut_of_another(place: Place, *, at_first: bool) -> None:
-    first, second = chain_of(place, "api"), chain_of(place, "worker")
-    watch = watching(place)
-    if not at_first:
-        assert found(watch) == []
-    cut(second)
-    first.unlink()
-    first.mkdir()
-
-    assert sorted(found(watch)) == ["cut", "missing_chain"]
-    assert compared() == 0
-
-
-def test_a_file_that_cannot_be_read_is_not_called_compared_until_it_can(place: Place) -> None:
-    file = chain_of(place, "api")
-    watch = watching(place)
-    assert (found(watch), compared(), watch.condition.unread) == ([], 1, "")
-    read_at = watch.condition.read_at
-    file.touch()
-    file.chmod(0)
-    with unprivileged(place):
-        assert found(watch) == []
-        assert math.isnan(compared())
-        assert math.isnan(metric("kms_audit_ok", what="chain"))
-        assert "Permission denied" in watch.condition.unread
-        assert watch.condition.not_compared == {"directory": watch.condition.unread}
-        assert watch.condition.read_at == metric("kms_audit_read_timestamp_seconds") == read_at
-        file.chmod(0o600)
-
-        assert found(watch) == []
-    assert (compared(), metric("kms_audit_ok", what="chain")) == (1, 1)
-    assert (watch.condition.unread, watch.condition.not_compared) == ("", {})
-    assert watch.condition.read_at > read_at
-
-
 def test_an_anchor_whose_line_cannot_be_read_is_compared_once_it_can(place: Place) -> None:
     """The file itself has not changed since it was read."""
     trail = place.trail(EAGER)
-    keeper = AuditMaintenance(trail, [kept(place)])
     trail.append(record(1))
     trail.close()
     watch = watching(place)
     watch.round()
     (file,) = place.files()
-    keeper.round()
+    kept(place).put(trail.last_signed)
     file.chmod(0)
     with unprivileged(place):
         assert found(watch) == []
@@ -179,16 +158,16 @@ def test_an_anchor_whose_line_cannot_be_read_is_compared_once_it_can(place: Plac
         assert "Permission denied" in watch.condition.not_compared["directory"]
         file.chmod(0o600)
 
-        assert found(watch) == []
-        assert compared() == 1
+        assert (found(watch), compared()) == ([], 1)
 
 
-@pytest.mark.parametrize("what", ["folder", "keys"])
+@pytest.mark.parametrize("what", ["file", "folder", "keys"])
 def test_a_look_that_fails_is_not_called_compared(place: Place, what: str) -> None:
-    chain_of(place, "api")
+    file = chain_of(place, "api")
     watch = watching(place)
-    assert (found(watch), compared()) == ([], 1)
-    taken = place.folder if what == "folder" else place.at / "signing.pub"
+    assert (found(watch), compared(), watch.condition.unread) == ([], 1, "")
+    read_at = watch.condition.read_at
+    taken = {"file": file, "folder": place.folder, "keys": place.at / "signing.pub"}[what]
     taken.chmod(0)
     with unprivileged(place):
         assert found(watch) == []
@@ -196,9 +175,13 @@ def test_a_look_that_fails_is_not_called_compared(place: Place, what: str) -> No
         assert math.isnan(metric("kms_audit_ok", what="chain"))
         assert "Permission denied" in watch.condition.unread
         assert watch.condition.not_compared == {"directory": watch.condition.unread}
+        assert watch.condition.read_at == metric("kms_audit_read_timestamp_seconds") == read_at
         taken.chmod(0o700)
 
-        assert (found(watch), compared(), watch.condition.unread) == ([], 1, "")
+        assert found(watch) == []
+    assert (compared(), metric("kms_audit_ok", what="chain")) == (1, 1)
+    assert (watch.condition.unread, watch.condition.not_compared) == ("", {})
+    assert watch.condition.read_at > read_at
 
 
 def test_a_look_that_fails_takes_back_no_contradiction(place: Place) -> None:
@@ -258,6 +241,27 @@ def test_a_file_whose_opening_is_not_known_is_excused_by_no_removal() -> None:
     assert not removals.cover("")
 
 
+def test_a_copy_that_cannot_be_read_is_told_and_read_once_it_can(place: Place) -> None:
+    """The pages of several hosts show the others."""
+    own, other, copies = Place(place.at / "own"), Place(place.at / "other"), place.at / "copies"
+    own.written(1)
+    other.written(1)
+    shutil.copytree(other.folder, copies / "kms-2")
+    logs = segments.host_logs(own.folder, copies).logs
+    (hidden,) = (copies / "kms-2").iterdir()
+    hidden.chmod(0)
+    unread: dict[str, str] = {}
+    with unprivileged(place):
+        page = query.page(logs, query.EventFilter(), None, 10)
+        query.newest(logs, query.EventFilter(), 10, unread=unread)
+        hidden.chmod(0o600)
+        later = query.page(logs, query.EventFilter(), page.following, 10)
+
+    assert ([event.host for event in page.events], [*page.unread]) == ([segments.local_log()], ["kms-2"])
+    assert [*unread] == ["kms-2"]
+    assert ([event.host for event in later.events], [*later.unread]) == (["kms-2"], [])
+
+
 # -- anchors -----------------------------------------------------------------------------------------
 
 
@@ -276,24 +280,27 @@ def forged(file: Path, count: int) -> bytes:
     )
 
 
-JUNK: Final[dict[str, Callable[[Path], bytes]]] = {
-    "text": lambda _: b"nonsense\n",
-    "many lines": lambda _: b"{}\n" * 5_000,
-    "forged": lambda file: forged(file, 20),
-    "empty lines": lambda _: b"\n" * 100_000,
+JUNK: Final[dict[str, tuple[Callable[[Path], bytes], int]]] = {
+    "text": (lambda _: b"nonsense\n", 7),
+    "many lines": (lambda _: b"{}\n" * 5_000, 7),
+    "forged": (lambda file: forged(file, 20), 7),
+    "empty lines": (lambda _: b"\n" * 100_000, 7),
+    "more than a MiB": (lambda _: b"nonsense\n" * 200_000, 6),
 }
+"""What stands behind the anchors of lines 6 and 7, and the one that counts at the first look."""
 
 
 @pytest.mark.parametrize("name", JUNK)
-@pytest.mark.parametrize("at_first", [True, False], ids=["at the first look", "later"])
+@AT_FIRST
 def test_what_stands_behind_an_anchor_does_not_hide_it(place: Place, name: str, *, at_first: bool) -> None:
+    make, anchor_seq = JUNK[name]
     file = chain_of(place, "api", 5)
     anchored = anchor_file(place, "api")
     watch = watching(place)
     if not at_first:
         assert (found(watch), watch.condition.not_compared) == ([], {})
     with anchored.open("ab") as out:
-        out.write(JUNK[name](anchored))
+        out.write(make(anchored))
 
     assert found(watch) == []
     assert "is damaged" in watch.condition.not_compared["directory"]
@@ -301,65 +308,58 @@ def test_what_stands_behind_an_anchor_does_not_hide_it(place: Place, name: str, 
     cut(file)
     assert (found(watch), compared()) == (["cut"], 0)
     (problem,) = watch.condition.anchors
-    assert problem.anchor_seq == 7, "the newest anchor counts"
+    assert problem.anchor_seq == (anchor_seq if at_first else 7)
 
 
-def test_behind_a_mib_of_junk_the_first_anchor_counts(place: Place) -> None:
-    file = chain_of(place, "api", 5)
-    anchored = anchor_file(place, "api")
-    with anchored.open("ab") as out:
-        out.write(b"nonsense\n" * 200_000)
-    watch = watching(place)
-    assert found(watch) == []
-    assert "is damaged" in watch.condition.not_compared["directory"]
-    cut(file)
-
-    assert found(watch) == ["cut"]
-    assert watch.condition.anchors[0].anchor_seq == 6
+STRAY: Final = "api-20260101T000000.000000Z-1.anchors.jsonl"
 
 
-def test_a_file_of_junk_alone_is_damaged(place: Place) -> None:
-    chain_of(place, "api")
-    (place.at / "anchors" / "api-20260101T000000.000000Z-1.anchors.jsonl").write_bytes(b"nonsense\n")
-    watch = watching(place)
-
-    assert found(watch) == []
-    assert "is damaged" in watch.condition.not_compared["directory"]
-
-
-def lock(file: Path) -> None:
+def put_locked(file: Path) -> None:
     file.write_bytes(b"nonsense\n")
     file.chmod(0)
 
 
-NO_ANCHORS: Final[dict[str, Callable[[Path], None]]] = {
-    "directory": lambda file: file.mkdir(),
-    "pipe": os.mkfifo,
-    "link": lambda file: file.symlink_to("a" * 300),
-    "locked": lock,
+def put_out_of_reach(file: Path) -> None:
+    """A link is in its place, and the file is in a directory that the user may not enter."""
+    away = file.parent.parent / "away"
+    away.mkdir()
+    if file.exists():
+        file.rename(away / file.name)
+    file.symlink_to(away / file.name)
+    away.chmod(0)
+
+
+NO_ANCHORS: Final[dict[str, tuple[Callable[[Path], None], bool]]] = {
+    "directory": (Path.mkdir, False),
+    "pipe": (os.mkfifo, False),
+    "link": (lambda file: file.symlink_to("a" * 300), False),
+    "locked": (put_locked, True),
+    "out of reach": (put_out_of_reach, True),
 }
+"""How it comes about, and whether it may be a file of anchors."""
 
 
 @pytest.mark.parametrize("kind", NO_ANCHORS)
-@pytest.mark.parametrize("at_first", [True, False], ids=["at the first look", "later"])
+@AT_FIRST
 def test_what_is_no_file_of_anchors_hides_no_other(place: Place, kind: str, *, at_first: bool) -> None:
+    make, is_told = NO_ANCHORS[kind]
     file = chain_of(place, "api")
     watch = watching(place)
     if not at_first:
         assert found(watch) == []
-    stray = place.at / "anchors" / "api-20260101T000000.000000Z-1.anchors.jsonl"
-    NO_ANCHORS[kind](stray)
+    stray = place.at / "anchors" / STRAY
+    make(stray)
     cut(file)
     folder = kept(place)
     with unprivileged(place):
         assert (found(watch), compared()) == (["cut"], 0)
-        assert [problem.code for problem in place.verified(*folder.lines()).problems] == ["cut"]
+        assert codes(place.verified(*folder.lines())) == ["cut"]
         told = [folder.unread, watch.condition.not_compared.get("directory", "")]
-        assert told == ([f"{stray} cannot be read (Permission denied)"] * 2 if kind == "locked" else ["", ""])
+        assert told == [f"{stray} cannot be read (Permission denied)" if is_told else ""] * 2
         read = installation.named_anchors(cast("Settings", None), [str(folder.path)])
     assert set(read.lines) == {str(folder.path)}
     assert len(read.lines[str(folder.path)]) > 1
-    assert list(read.failed) == ([str(folder.path)] if kind == "locked" else [])
+    assert list(read.failed) == ([str(folder.path)] if is_told else [])
 
 
 def test_a_link_that_leads_nowhere_does_not_end_a_verification(place: Place) -> None:
@@ -367,46 +367,20 @@ def test_a_link_that_leads_nowhere_does_not_end_a_verification(place: Place) -> 
     place.folder.joinpath("api.jsonl").symlink_to("a" * 300)
     cut(file)
 
-    assert [problem.code for problem in place.verified(*kept(place).lines()).problems] == ["cut"]
-
-
-@contextmanager
-def out_of_reach(file: Path) -> Iterator[None]:
-    """A link is in its place, and the file is in a directory that the user may not enter."""
-    away = file.parent.parent / "away"
-    away.mkdir()
-    file.rename(away / file.name)
-    file.symlink_to(away / file.name)
-    away.chmod(0)
-    yield
-    away.chmod(0o700)
+    assert codes(place.verified(*kept(place).lines())) == ["cut"]
 
 
 def test_a_log_with_a_file_out_of_reach_is_not_called_intact(place: Place) -> None:
     """It is the newest, which no other names."""
     chain_of(place, "api")
-    with out_of_reach(chain_of(place, "worker")):
-        watch = watching(place)
-        with unprivileged(place):
-            with pytest.raises(PermissionError):
-                place.verified()
-            watch.round()
+    put_out_of_reach(chain_of(place, "worker"))
+    watch = watching(place)
+    with unprivileged(place):
+        with pytest.raises(PermissionError):
+            place.verified()
+        watch.round()
 
     assert "Permission denied" in watch.condition.unread
-
-
-def test_a_file_of_anchors_out_of_reach_is_told_of_and_hides_no_other(place: Place) -> None:
-    first, second = chain_of(place, "api"), chain_of(place, "worker")
-    anchored = kept(place).path / f"{second.name.partition('.00')[0]}.anchors.jsonl"
-    cut(first)
-    with out_of_reach(anchored):
-        watch, read = watching(place), kept(place)
-        with unprivileged(place):
-            assert found(watch) == ["cut"]
-            lines = read.lines()
-
-    assert f"{anchored} cannot be read (Permission denied)" in watch.condition.not_compared["directory"]
-    assert (read.unread, lines != []) == (f"{anchored} cannot be read (Permission denied)", True)
 
 
 @pytest.mark.parametrize("mode", [0, 0o300, 0o400])
@@ -419,7 +393,6 @@ def test_a_folder_of_anchors_that_cannot_be_read_is_told_of(place: Place, mode: 
         watch = watching(place)
         assert found(watch) == []
         read = installation.named_anchors(cast("Settings", None), [str(folder.path)])
-    folder.path.chmod(0o700)
 
     assert "cannot be read (Permission denied)" in watch.condition.not_compared["directory"]
     assert ["cannot be read (Permission denied)" in why for why in read.failed.values()] == [True]
@@ -427,8 +400,7 @@ def test_a_folder_of_anchors_that_cannot_be_read_is_told_of(place: Place, mode: 
 
 def test_a_file_of_anchors_that_can_be_read_again_is_compared(place: Place) -> None:
     """It has not changed."""
-    file = chain_of(place, "api")
-    anchored = anchor_file(place, "api")
+    file, anchored = chain_of(place, "api"), anchor_file(place, "api")
     anchored.chmod(0)
     watch = watching(place)
     with unprivileged(place):
@@ -456,16 +428,20 @@ def test_the_next_anchor_ends_it(place: Place) -> None:
     assert (found(watch), watch.condition.not_compared, compared()) == ([], {}, 1)
 
 
-def test_an_empty_file_and_one_of_another_install_are_not_damaged(place: Place) -> None:
+def test_an_empty_file_and_one_of_another_install_are_not_damaged_and_junk_alone_is(place: Place) -> None:
     (place.at / "other").mkdir()
     other = Place(place.at / "other")
     chain_of(other, "worker")
     shutil.copytree(other.at / "anchors", place.at / "anchors")
     chain_of(place, "api")
-    (place.at / "anchors" / "api-20260101T000000.000000Z-1.anchors.jsonl").touch()
+    stray = place.at / "anchors" / STRAY
+    stray.touch()
     watch = watching(place)
-
     assert (found(watch), watch.condition.not_compared, compared()) == ([], {}, 1)
+    stray.write_bytes(b"nonsense\n")
+
+    assert found(watch) == []
+    assert "is damaged" in watch.condition.not_compared["directory"]
 
 
 def test_verification_notes_lines_that_are_no_anchors(place: Place) -> None:
@@ -477,11 +453,3 @@ def test_verification_notes_lines_that_are_no_anchors(place: Place) -> None:
 
     assert (report.verdict, notes(report)) == ("intact", ["anchors_damaged"])
     assert "2 lines in here" in report.notes[0].text
-
-
-def test_signer_knows_all_keys_that_signed_here(place: Place) -> None:
-    first = Signer.at(place.signing_key)
-    place.signing_key.unlink()
-    second = Signer.at(place.signing_key)
-
-    assert {*second.known.keys} == {first.key_id, second.key_id} == {*Signer.at(place.signing_key).known.keys}
