@@ -34,6 +34,8 @@ SIZES: Final = st.sampled_from([600, 2000, 1 << 20])
 TRAILS: Final = st.lists(st.tuples(RULES, SIZES, RECORDS), min_size=1, max_size=3)
 Plan = list[tuple[AuditSection, int, list[tuple[str, dict[str, str], str]]]]
 """Settings, the size of a segment, and records, for each chain."""
+Pick = Callable[[int], int]
+"""A number below the given one."""
 
 
 @pytest.fixture(scope="module")
@@ -62,23 +64,21 @@ class Written:
     def files(self) -> list[Path]:
         return sorted(self.folder.iterdir())
 
+    def any_file(self, pick: Pick) -> Path:
+        return self.files[pick(len(self.files))]
+
     def verified(self, *, anchored: bool = True) -> VerificationReport:
         return verify(self.folder, self.keys, {"here": self.anchors} if anchored and self.anchors else {})
 
 
 @contextmanager
 def written(plan: Plan, signer: Signer) -> Iterator[Written]:
-    folder = Path(tempfile.mkdtemp(prefix="kms-chain-", dir=MEMORY if MEMORY.is_dir() else None))
-    try:
-        yield Written(folder, plan, signer)
-    finally:
-        shutil.rmtree(folder)
+    memory = MEMORY if MEMORY.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="kms-chain-", dir=memory) as folder:
+        yield Written(Path(folder), plan, signer)
 
 
 # -- damages -----------------------------------------------------------------------------------------
-
-Pick = Callable[[int], int]
-"""A number below the given one."""
 
 
 def lines_of(path: Path) -> list[bytes]:
@@ -87,14 +87,14 @@ def lines_of(path: Path) -> list[bytes]:
 
 def edit(trail: Written, pick: Pick) -> None:
     """One byte becomes another."""
-    path = trail.files[pick(len(trail.files))]
+    path = trail.any_file(pick)
     data = bytearray(path.read_bytes())
     data[pick(len(data))] ^= 1 + pick(255)
     path.write_bytes(bytes(data))
 
 
 def remove_lines(trail: Written, pick: Pick) -> None:
-    path = trail.files[pick(len(trail.files))]
+    path = trail.any_file(pick)
     lines = lines_of(path)
     at = pick(len(lines))
     del lines[at : at + 1 + pick(3)]
@@ -103,7 +103,7 @@ def remove_lines(trail: Written, pick: Pick) -> None:
 
 def swap_lines(trail: Written, pick: Pick) -> None:
     """Within a file, or between two."""
-    one, other = trail.files[pick(len(trail.files))], trail.files[pick(len(trail.files))]
+    one, other = trail.any_file(pick), trail.any_file(pick)
     places = [(path, number) for path in dict.fromkeys((one, other)) for number in range(len(lines_of(path)))]
     (path, at), (path_2, at_2) = places[pick(len(places))], places[pick(len(places))]
     if (path, at) == (path_2, at_2):
@@ -117,7 +117,7 @@ def swap_lines(trail: Written, pick: Pick) -> None:
 
 def repeat_line(trail: Written, pick: Pick) -> None:
     """Somewhere in the same file or in another one."""
-    source, target = trail.files[pick(len(trail.files))], trail.files[pick(len(trail.files))]
+    source, target = trail.any_file(pick), trail.any_file(pick)
     lines, stray = lines_of(target), lines_of(source)
     lines.insert(pick(len(lines) + 1), stray[pick(len(stray))])
     target.write_bytes(b"".join(lines))
@@ -125,7 +125,7 @@ def repeat_line(trail: Written, pick: Pick) -> None:
 
 def put_in(trail: Written, pick: Pick) -> None:
     """A line that was never written, or an empty one."""
-    path = trail.files[pick(len(trail.files))]
+    path = trail.any_file(pick)
     lines = lines_of(path)
     lines.insert(pick(len(lines) + 1), (b"\n", b"{}\n", b'{"seq":1}\n', b"\xff\n")[pick(4)])
     path.write_bytes(b"".join(lines))
@@ -133,24 +133,24 @@ def put_in(trail: Written, pick: Pick) -> None:
 
 def cut(trail: Written, pick: Pick) -> None:
     """The end of a file, from any byte on."""
-    path = trail.files[pick(len(trail.files))]
+    path = trail.any_file(pick)
     data = path.read_bytes()
     path.write_bytes(data[: pick(len(data))])
 
 
 def remove_file(trail: Written, pick: Pick) -> None:
-    trail.files[pick(len(trail.files))].unlink()
+    trail.any_file(pick).unlink()
 
 
 def copy_file(trail: Written, pick: Pick) -> None:
-    path = trail.files[pick(len(trail.files))]
+    path = trail.any_file(pick)
     shutil.copy(path, path.with_name(f"copy-of-{path.name}"))
 
 
 def fuse_files(trail: Written, pick: Pick) -> None:
     """The lines of one file behind those of another, as if it went on."""
-    path = trail.files[pick(len(trail.files))]
-    path.write_bytes(path.read_bytes() + trail.files[pick(len(trail.files))].read_bytes())
+    path = trail.any_file(pick)
+    path.write_bytes(path.read_bytes() + trail.any_file(pick).read_bytes())
 
 
 DAMAGES: Final = (
@@ -197,24 +197,13 @@ def test_a_chain_that_stops_when_its_file_has_just_become_full_is_closed(signer:
 def test_whatever_is_done_to_an_anchored_trail_is_found(
     signer: Signer, damage: Callable[[Written, Pick], None], plan: Plan, data: st.DataObject
 ) -> None:
+    """What nobody else has seen may be cut at its end without contradiction; that is told as an open end.
+
+    Without anchors a chain may also go as a whole.
+    """
     with written(plan, signer) as trail:
         damage(trail, lambda below: data.draw(st.integers(0, below - 1)))
 
         assert trail.verified().verdict == "damaged"
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [edit, remove_lines, swap_lines, repeat_line, put_in, cut, copy_file, fuse_files],
-    ids=lambda damage: damage.__name__,
-)
-@LAW
-@given(TRAILS, st.data())
-def test_without_anchors_no_damaged_trail_is_called_intact(
-    signer: Signer, damage: Callable[[Written, Pick], None], plan: Plan, data: st.DataObject
-) -> None:
-    """What nobody else has seen may be cut at its end without contradiction; that is told as an open end."""
-    with written(plan, signer) as trail:
-        damage(trail, lambda below: data.draw(st.integers(0, below - 1)))
-
-        assert trail.verified(anchored=False).verdict in {"damaged", "open end"}
+        if damage is not remove_file:
+            assert trail.verified(anchored=False).verdict in {"damaged", "open end"}

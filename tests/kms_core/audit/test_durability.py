@@ -52,42 +52,38 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return Calls(monkeypatch)
 
 
-@pytest.mark.parametrize("make", [Concealer.at, Signer.at], ids=["hiding", "signing"])
-def test_an_audit_key_is_on_disk_before_it_is_used(
-    tmp_path: Path, calls: Calls, make: Callable[[Path], object]
-) -> None:
-    """Values that were hidden, and lines that were signed, with a key that a power cut takes are lost."""
-    make(tmp_path / "made.key")
-    (first, second, third) = calls.made
-    size = (tmp_path / "made.key").stat().st_size
-
-    assert (first[0], first[2]) == ("sync", size)
-    assert first[1].startswith(".made.key.")
-    assert second == ("link", "made.key", 0)
-    assert third == ("sync", tmp_path.name, 0)
-
-
-def test_tokens_are_on_disk_before_anybody_is_told(tmp_path: Path, calls: Calls) -> None:
-    """A revoked token that comes back after a power cut lets somebody in."""
-    path = tmp_path / "tokens.json"
+def create_token(path: Path) -> None:
     tokens.create(path, TokenRequest(name="ci", tenant="default", scopes=("status",), ttl=None))
-    (first, second, third) = calls.made
 
-    assert (first[0], first[2]) == ("sync", path.stat().st_size)
-    assert first[1].startswith(".tokens.json.")
-    assert second == ("replace", "tokens.json", 0)
-    assert third == ("sync", tmp_path.name, 0)
+
+@pytest.mark.parametrize(
+    ("make", "naming"),
+    [(Concealer.at, "link"), (Signer.at, "link"), (create_token, "replace")],
+    ids=["hiding", "signing", "tokens"],
+)
+def test_keys_and_tokens_are_on_disk_before_they_count(
+    tmp_path: Path, calls: Calls, make: Callable[[Path], object], naming: str
+) -> None:
+    """A power cut would take the key of values and lines, or bring back a revoked token."""
+    path = tmp_path / "made.key"
+    make(path)
+    temporary = calls.made[0][1]
+
+    assert temporary.startswith(".made.key.")
+    assert calls.made == [
+        ("sync", temporary, path.stat().st_size),
+        (naming, path.name, 0),
+        ("sync", tmp_path.name, 0),
+    ]
 
 
 def test_a_folder_that_is_made_for_tokens_keeps_its_name(tmp_path: Path, calls: Calls) -> None:
-    path = tmp_path / "made" / "tokens.json"
-    tokens.create(path, TokenRequest(name="ci", tenant="default", scopes=("status",), ttl=None))
+    create_token(tmp_path / "made" / "tokens.json")
 
     assert calls.made[0] == ("sync", tmp_path.name, 0)
 
 
-def test_the_end_of_a_log_is_on_disk_when_it_is_closed(tmp_path: Path, calls: Calls) -> None:
-    place = Place(tmp_path)
+def test_the_end_of_a_log_is_on_disk_when_it_is_closed(place: Place, calls: Calls) -> None:
     log = place.trail(audit_section(durability="fsync"))
     log.append(record(1))
     calls.made.clear()
@@ -97,16 +93,15 @@ def test_the_end_of_a_log_is_on_disk_when_it_is_closed(tmp_path: Path, calls: Ca
     assert calls.made == [("sync", file.name, file.stat().st_size)]
 
 
-def test_a_new_file_of_anchors_keeps_its_name(tmp_path: Path, calls: Calls) -> None:
-    place = Place(tmp_path)
+def test_a_new_file_of_anchors_keeps_its_name(place: Place, calls: Calls) -> None:
     log = place.trail()
     log.append(record(1))
     log.close()
-    anchors = FolderSink(tmp_path / "anchors")
+    anchors = FolderSink(place.at / "anchors")
     calls.made.clear()
     anchors.put(log.last_signed)
     anchors.put(log.last_signed)
-    (file,) = (tmp_path / "anchors").iterdir()
+    (file,) = (place.at / "anchors").iterdir()
     size = len(log.last_signed)
 
     assert calls.made == [

@@ -1,7 +1,7 @@
 """Failed items of one batch: how many have a record each, and what the record of the others says."""
 
+from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Final
 
 import pytest
@@ -18,11 +18,6 @@ from support.memory_kms import memory_backend
 
 BOUND: Final = 10
 FAILED: Final = ("unauthenticated", "forbidden", "unknown_key", "decrypt_failed", "not_a_ciphertext")
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path)
 
 
 def batch(place: Place, *records: Mapping[str, object]) -> list[Line]:
@@ -47,27 +42,27 @@ def test_failures_above_the_bound_are_one_record(place: Place, result: str) -> N
     assert (lines[-1]["bytes_in"], lines[-1]["duration_us"]) == (3 * 990, 2 * 990)
 
 
-def test_at_the_bound_each_failure_has_its_record(place: Place) -> None:
-    lines = batch(place, *[{"result": "forbidden"}] * BOUND)
+@pytest.mark.parametrize(
+    ("results", "single", "together"),
+    [
+        (["forbidden"] * BOUND, {"forbidden": BOUND}, {}),
+        (["forbidden"] * 20 + ["ok"] * 300, {"forbidden": BOUND, "ok": 300}, {"forbidden": 10}),
+        (
+            ["forbidden", "unknown_key"] * 50,
+            {"forbidden": 5, "unknown_key": 5},
+            {"forbidden": 45, "unknown_key": 45},
+        ),
+    ],
+    ids=["at the bound", "successes", "two results"],
+)
+def test_results_are_counted_apart_and_share_the_bound(
+    place: Place, results: list[str], single: dict[str, int], together: dict[str, int]
+) -> None:
+    """Each item that succeeds has its record."""
+    lines = batch(place, *[{"result": result} for result in results])
 
-    assert [line.get("count") for line in lines] == [None] * BOUND
-
-
-def test_each_item_that_succeeds_has_its_record(place: Place) -> None:
-    lines = batch(place, *[{"result": "forbidden"}] * 20, *[{"result": "ok"}] * 300)
-
-    assert [line["result"] for line in lines].count("ok") == 300
-    assert lines[-1]["count"] == 20 - BOUND
-
-
-def test_results_are_counted_apart_and_share_the_bound(place: Place) -> None:
-    lines = batch(place, *[{"result": "forbidden"}, {"result": "unknown_key"}] * 50)
-
-    assert len(lines) == BOUND + 2
-    assert [(line["result"], line["count"]) for line in lines[BOUND:]] == [
-        ("forbidden", 45),
-        ("unknown_key", 45),
-    ]
+    assert Counter(line["result"] for line in lines if "count" not in line) == single
+    assert {line["result"]: line["count"] for line in lines if "count" in line} == together
 
 
 def test_only_what_all_have_in_common_is_told_of_them(place: Place) -> None:

@@ -3,6 +3,7 @@
 import json
 import resource
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,8 @@ from support.audit_logs import Place, record
 ALL = EventFilter()
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path)
+def principals(events: Iterable[query.RecordedOperation]) -> list[str]:
+    return [event.principal for event in events]
 
 
 def names(place: Place, wanted: EventFilter = ALL, limit: int = 7) -> list[str]:
@@ -27,7 +27,7 @@ def names(place: Place, wanted: EventFilter = ALL, limit: int = 7) -> list[str]:
     while True:
         page = query.page(place.logs, wanted, after, limit)
         assert len(page.events) <= limit
-        found += [event.principal for event in page.events]
+        found += principals(page.events)
         after = page.following
         if not page.more:
             return found
@@ -54,10 +54,10 @@ def test_a_cursor_goes_on_with_what_comes_later(place: Place) -> None:
     third = place.trail(role="late")
     third.append(record(5))
 
-    assert [event.principal for event in page.events] == ["ada-1", "ada-2"]
-    assert [event.principal for event in later.events] == ["ada-3", "ada-4"]
+    assert principals(page.events) == ["ada-1", "ada-2"]
+    assert principals(later.events) == ["ada-3", "ada-4"]
     assert not later.more
-    assert [event.principal for event in query.page(place.logs, ALL, later.following, 10).events] == ["ada-5"]
+    assert principals(query.page(place.logs, ALL, later.following, 10).events) == ["ada-5"]
 
 
 def test_more_chains_than_files_may_be_open_are_read(place: Place) -> None:
@@ -77,7 +77,7 @@ def test_more_chains_than_files_may_be_open_are_read(place: Place) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
     assert found == [str(number) for number in range(limit)]
-    assert [event.principal for event in newest] == found[-30:]
+    assert principals(newest) == found[-30:]
 
 
 def test_a_cursor_is_small_once_everything_is_settled(place: Place) -> None:
@@ -110,7 +110,7 @@ def test_a_clock_that_went_back_hides_nothing(place: Place) -> None:
     at[0] -= 7200 * 1_000_000_000
     trail.append(record(2))
 
-    assert [e.principal for e in query.page(place.logs, ALL, page.following, 10).events] == ["ada-2"]
+    assert principals(query.page(place.logs, ALL, page.following, 10).events) == ["ada-2"]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_filters(place: Place, wanted: EventFilter, expected: list[str]) -> None
     )  # what is about to happen has neither come off nor failed
 
     assert names(place, wanted) == expected
-    assert [event.principal for event in query.newest(place.logs, wanted, 10)] == expected
+    assert principals(query.newest(place.logs, wanted, 10)) == expected
 
 
 def test_since_and_until(place: Place) -> None:
@@ -170,7 +170,7 @@ def test_a_call_reads_a_bounded_part(place: Place, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(query, "SEARCH_S", 3600.0)
     first, both = query.page(place.logs, rare, None, 10), EventFilter(equal=(("result", "ok"),))
 
-    assert ([event.principal for event in first.events], first.more) == (["ada-205"], True)
+    assert (principals(first.events), first.more) == (["ada-205"], True)
     assert len(query.page(place.logs, both, None, 1000).events) == 100, "one that has found some ends"
 
 
@@ -179,11 +179,7 @@ def test_the_newest_come_oldest_first(place: Place) -> None:
     for number in range(60):
         (one, two)[number % 2].append(record(number))
 
-    assert [event.principal for event in query.newest(place.logs, ALL, 3)] == [
-        "ada-57",
-        "ada-58",
-        "ada-59",
-    ]
+    assert principals(query.newest(place.logs, ALL, 3)) == ["ada-57", "ada-58", "ada-59"]
     assert len(query.newest(place.logs, ALL, 1000)) == 60
     assert query.newest(place.logs, ALL, 0) == []
 
