@@ -7,10 +7,19 @@ import jwt
 import pytest
 
 from kms_core.auth import jwt_verifier
-from kms_core.auth.jwt_verifier import Jwts, KeysPending, RemoteKeys, Trusted
+from kms_core.auth.jwt_verifier import (
+    AGAIN_S,
+    KEEP_S,
+    STALE_S,
+    WAIT_S,
+    Jwts,
+    KeysPending,
+    RemoteKeys,
+    Trusted,
+)
 from kms_core.settings.model import IssuerSection as Section
 from kms_protocol.errors import Unauthenticated, Unavailable
-from support.credentials import AUDIENCE, Issuer, claims, counted_signatures, verified
+from support.credentials import AUDIENCE, ISSUER, Issuer, claims, counted_signatures, verified
 from support.waiting import until
 
 OTHER = "https://other.example.com"
@@ -41,186 +50,234 @@ class Endpoint:
 
 
 class World:
-    """Two issuers and the verifier that trusts both."""
+    """An issuer and its key endpoint, another issuer, and the verifier that trusts both."""
 
     def __init__(self) -> None:
         self.clock = Clock()
-        self.issuers = {"corp": Issuer(), "other": Issuer()}
-        for issuer in self.issuers.values():
-            issuer.rollover("one")
-        self.endpoints = {name: Endpoint(issuer) for name, issuer in self.issuers.items()}
-        self.jwts = Jwts([self._trusted("corp", "https://id.example.com"), self._trusted("other", OTHER)])
+        self.corp, self.other = Issuer(), Issuer()
+        self.corp.rollover("one")
+        self.other.rollover("one")
+        self.endpoint = Endpoint(self.corp)
+        trusted = (("corp", ISSUER, self.endpoint), ("other", OTHER, Endpoint(self.other)))
+        self.jwts = Jwts(
+            [
+                Trusted(
+                    name,
+                    Section(issuer=url, audience=AUDIENCE, jwks_url="-"),
+                    RemoteKeys(endpoint, clock=self.clock),
+                )
+                for name, url, endpoint in trusted
+            ]
+        )
 
-    def _trusted(self, name: str, url: str) -> Trusted:
-        section = Section(issuer=url, audience=AUDIENCE, jwks_url="-")
-        return Trusted(name, section, RemoteKeys(self.endpoints[name], clock=self.clock))
+    def name(self, token: str) -> str:
+        """The principal of a token, after one look-up if that is needed."""
+        return verified(self.jwts, token).name
 
-    def junk(self, kid: str) -> str:
+    def name_at_once(self, token: str) -> str:
+        """The principal of a token for whose key nobody waits."""
+        return self.jwts.verify(token).name
+
+    def junk(self, kid: str | None) -> str:
         """A token of the first issuer by a key that the issuer does not have."""
-        thief = self.issuers["other"].keys["one"][0]
-        return jwt.encode(claims(), thief, "ES256", {"kid": kid})
+        thief = self.other.keys["one"][0]
+        return jwt.encode(claims(), thief, "ES256", {"kid": kid} if kid else None)
 
 
 @pytest.fixture
 def world() -> Iterator[World]:
     made = World()
     yield made
-    for endpoint in made.endpoints.values():
-        endpoint.open.set()
+    made.endpoint.open.set()
 
 
-def test_a_hanging_endpoint_delays_only_tokens_that_need_it(world: World) -> None:
-    corp, other = world.issuers.values()
-    verified(world.jwts, corp.token())
-    world.endpoints["corp"].open.clear()
-    world.clock.now += jwt_verifier.AGAIN_S
+@pytest.fixture
+def known(world: World) -> World:
+    """One whose keys of the first issuer have been fetched."""
+    world.name(world.corp.token())
+    return world
+
+
+# -- keys that change, and issuers that are away -------------------------------------------------------
+
+
+def test_keys_are_fetched_once_and_again_for_a_key_that_is_new(world: World) -> None:
+    for number in range(5):
+        world.name(world.corp.token(sub=f"ada{number}"))
+    assert world.endpoint.count == 1
+    world.corp.rollover("two")
+    world.clock.now += AGAIN_S
+
+    assert world.name(world.corp.token()) == "corp:ada"
+    assert world.name(world.corp.token("one", sub="eve")) == "corp:eve"
+    assert world.endpoint.count == 2
+
+
+def test_a_key_that_the_issuer_took_away_signs_no_more(known: World) -> None:
+    old = known.corp.token("one", sub="eve")
+    known.corp.rollover("two", keep=False)
+    known.clock.now += KEEP_S + 1
+
+    with pytest.raises(Unauthenticated) as caught:
+        known.name(old)
+    assert caught.value.reason == "signature"
+
+
+def test_while_the_issuer_is_away_its_keys_are_used_for_a_day(known: World) -> None:
+    known.endpoint.away = True
+    known.clock.now += STALE_S - 1
+    assert known.name(known.corp.token(sub="eve")) == "corp:eve"
+    known.clock.now += 10
+
+    with pytest.raises(Unavailable):
+        known.name(known.corp.token(sub="late"))
+
+
+def test_an_issuer_that_was_never_reached_is_no_refusal(world: World) -> None:
+    world.endpoint.away = True
+    token = world.corp.token()
+    with pytest.raises(Unavailable):
+        world.name(token)
+    world.endpoint.away = False
+    world.clock.now += AGAIN_S
+
+    assert world.name(token) == "corp:ada"
+
+
+def test_an_unknown_key_id_is_no_refusal_while_the_issuer_is_away(known: World) -> None:
+    known.corp.rollover("two")
+    known.endpoint.away = True
+    known.clock.now += AGAIN_S
+    for _ in range(3):  # the first one waits for the fetch that fails
+        with pytest.raises(Unavailable):
+            known.name(known.corp.token())
+    assert known.endpoint.count == 2
+    known.endpoint.away = False
+    known.clock.now += AGAIN_S
+
+    assert known.name(known.corp.token()) == "corp:ada"
+
+
+# -- who waits -----------------------------------------------------------------------------------------
+
+
+def test_a_hanging_endpoint_delays_only_tokens_that_need_it(known: World) -> None:
+    known.endpoint.open.clear()
+    known.clock.now += AGAIN_S
     with pytest.raises(KeysPending):
-        world.jwts.verify(world.junk("x"))
+        known.jwts.verify(known.junk("x"))
 
-    assert world.jwts.verify(corp.token(sub="eve")).name == "corp:eve"  # the key is known
-    assert verified(world.jwts, other.token(iss=OTHER)).name == "other:ada"
-    world.clock.now += jwt_verifier.KEEP_S + 1  # also when the set is old and its fetch is late
-    assert world.jwts.verify(corp.token(sub="bob")).name == "corp:bob"
+    assert known.name_at_once(known.corp.token(sub="eve")) == "corp:eve"  # the key is known
+    assert known.name(known.other.token(iss=OTHER)) == "other:ada"
+    known.clock.now += KEEP_S + 1  # also when the set is old and its fetch is late
+    assert known.name_at_once(known.corp.token(sub="bob")) == "corp:bob"
 
 
 def test_one_fetch_serves_all_who_wait(world: World) -> None:
-    corp, endpoint = world.issuers["corp"], world.endpoints["corp"]
-    endpoint.open.clear()
+    world.endpoint.open.clear()
     found: list[str] = []
 
     def call(number: int) -> None:
-        found.append(verified(world.jwts, corp.token(sub=f"ada{number}")).name)
+        found.append(world.name(world.corp.token(sub=f"ada{number}")))
 
     threads = [threading.Thread(target=call, args=(number,)) for number in range(20)]
     for thread in threads:
         thread.start()
-    until(lambda: endpoint.count, "the fetch has begun")
-    endpoint.open.set()
+    until(lambda: world.endpoint.count, "the fetch has begun")
+    world.endpoint.open.set()
     for thread in threads:
         thread.join()
 
     assert sorted(found) == sorted(f"corp:ada{number}" for number in range(20))
-    assert endpoint.count == 1
+    assert world.endpoint.count == 1
 
 
-def test_no_caller_waits_longer_than_five_seconds(world: World) -> None:
-    world.endpoints["corp"].open.clear()
-    with pytest.raises(KeysPending) as caught:
-        world.jwts.verify(world.junk("x"))
-    world.clock.now += jwt_verifier.WAIT_S  # while it waited for a thread
+def test_a_fetch_that_does_not_end_is_the_only_one_and_no_caller_waits_longer_than_five_seconds(
+    world: World,
+) -> None:
+    world.endpoint.open.clear()
+    with pytest.raises(KeysPending) as pending:
+        world.jwts.verify(world.corp.token())
+    world.clock.now += WAIT_S  # while it waited for a thread
+    pending.value.look_up()  # returns at once
+    for _ in range(3):
+        with pytest.raises(Unavailable) as late:
+            world.jwts.verify(world.corp.token())
+        assert not isinstance(late.value, KeysPending)
+        world.clock.now += 60
+    assert world.endpoint.count == 1
+    world.endpoint.open.set()
+    until(lambda: not any(thread.name == "jwks" for thread in threading.enumerate()), "the end of the fetch")
 
-    caught.value.look_up()  # returns at once
-    with pytest.raises(Unavailable) as late:
-        world.jwts.verify(world.junk("x"))
-    assert not isinstance(late.value, KeysPending)
+    assert world.name(world.corp.token()) == "corp:ada"
 
 
-def test_a_set_that_was_not_used_for_long_is_fetched_before_it_is_believed(world: World) -> None:
-    corp = world.issuers["corp"]
-    verified(world.jwts, corp.token())
-    world.endpoints["corp"].open.clear()
-    world.clock.now += jwt_verifier.KEEP_S + 1
+def test_a_set_that_was_not_used_for_long_is_fetched_before_it_is_believed(known: World) -> None:
+    known.endpoint.open.clear()
+    known.clock.now += KEEP_S + 1
 
     with pytest.raises(KeysPending):
-        world.jwts.verify(corp.token(sub="eve"))
+        known.jwts.verify(known.corp.token(sub="eve"))
+
+
+def test_a_set_is_fetched_before_it_is_old_and_no_caller_waits(known: World) -> None:
+    known.endpoint.open.clear()
+    known.clock.now += KEEP_S / 2 + 1
+
+    for name in ("eve", "bob"):
+        assert known.name_at_once(known.corp.token(sub=name)) == f"corp:{name}"
+    until(lambda: known.endpoint.count == 2, "the fetch in the background")
+
+
+def test_no_caller_with_a_known_key_waits_for_an_issuer_that_is_away(known: World) -> None:
+    known.endpoint.away = True
+    known.clock.now += KEEP_S + 1
+    assert known.name(known.corp.token(sub="eve")) == "corp:eve"  # waits for the fetch that fails
+    known.endpoint.open.clear()
+    known.clock.now += AGAIN_S
+
+    assert known.name_at_once(known.corp.token(sub="bob")) == "corp:bob"
+    until(lambda: known.endpoint.count == 3, "another fetch in the background")
+
+
+# -- junk ------------------------------------------------------------------------------------------------
 
 
 def test_an_error_that_is_not_foreseen_begins_no_flood_of_fetches(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    endpoint = world.endpoints["corp"]
     monkeypatch.setattr(jwt_verifier, "parse", lambda _: 1 / 0)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     for number in range(20):
         with pytest.raises(Unavailable):
-            verified(world.jwts, world.junk(f"kid{number}"))
+            world.name(world.junk(f"kid{number}"))
 
-    assert endpoint.count == 1
+    assert world.endpoint.count == 1
 
 
-def test_junk_with_any_key_id_costs_one_fetch_and_no_signature_check(
-    world: World, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("after_s", [0, AGAIN_S])
+def test_junk_with_any_key_id_costs_one_fetch_at_most_and_no_signature_check(
+    known: World, after_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    verified(world.jwts, world.issuers["corp"].token())
-    world.clock.now += jwt_verifier.AGAIN_S
-    signatures, endpoint = counted_signatures(monkeypatch), world.endpoints["corp"]
-    before = endpoint.count
+    known.clock.now += after_s
+    signatures, before = counted_signatures(monkeypatch), known.endpoint.count
     for number in range(200):
         with pytest.raises(Unauthenticated) as caught:
-            verified(world.jwts, world.junk(f"kid{number}"))
+            known.name(known.junk(f"kid{number}"))
         assert caught.value.reason == "signature"
 
-    assert (endpoint.count - before, signatures.call_count) == (1, 0)
-
-
-def test_an_unknown_key_id_is_no_refusal_while_the_issuer_is_away(world: World) -> None:
-    corp, endpoint = world.issuers["corp"], world.endpoints["corp"]
-    verified(world.jwts, corp.token())
-    corp.rollover("two")
-    endpoint.away = True
-    world.clock.now += jwt_verifier.AGAIN_S
-    for _ in range(3):  # the first one waits for the fetch that fails
-        with pytest.raises(Unavailable):
-            verified(world.jwts, corp.token())
-    assert endpoint.count == 2
-    endpoint.away = False
-    world.clock.now += jwt_verifier.AGAIN_S
-
-    assert verified(world.jwts, corp.token()).name == "corp:ada"
-
-
-def test_a_set_is_fetched_before_it_is_old_and_no_caller_waits(world: World) -> None:
-    corp, endpoint = world.issuers["corp"], world.endpoints["corp"]
-    verified(world.jwts, corp.token())
-    endpoint.open.clear()
-    world.clock.now += jwt_verifier.KEEP_S / 2 + 1
-
-    for name in ("eve", "bob"):
-        assert world.jwts.verify(corp.token(sub=name)).name == f"corp:{name}"
-    until(lambda: endpoint.count == 2, "the fetch in the background")
-
-
-def test_no_caller_with_a_known_key_waits_for_an_issuer_that_is_away(world: World) -> None:
-    corp, endpoint = world.issuers["corp"], world.endpoints["corp"]
-    verified(world.jwts, corp.token())
-    endpoint.away = True
-    world.clock.now += jwt_verifier.KEEP_S + 1
-    assert verified(world.jwts, corp.token(sub="eve")).name == "corp:eve"  # waits for the fetch that fails
-    endpoint.open.clear()
-    world.clock.now += jwt_verifier.AGAIN_S
-
-    assert world.jwts.verify(corp.token(sub="bob")).name == "corp:bob"
-    until(lambda: endpoint.count == 3, "another fetch in the background")
-
-
-def test_a_fetch_that_does_not_end_is_the_only_one_and_no_caller_waits_for_it(world: World) -> None:
-    corp, endpoint = world.issuers["corp"], world.endpoints["corp"]
-    endpoint.open.clear()
-    with pytest.raises(KeysPending):
-        world.jwts.verify(corp.token())
-    world.clock.now += jwt_verifier.WAIT_S + 1
-    for _ in range(3):
-        with pytest.raises(Unavailable) as caught:
-            world.jwts.verify(corp.token())
-        assert not isinstance(caught.value, KeysPending)
-        world.clock.now += 60
-    assert endpoint.count == 1
-    endpoint.open.set()
-    until(lambda: not any(thread.name == "jwks" for thread in threading.enumerate()), "the end of the fetch")
-
-    assert verified(world.jwts, corp.token()).name == "corp:ada"
+    assert (known.endpoint.count - before, signatures.call_count) == (1 if after_s else 0, 0)
 
 
 def test_a_token_without_a_key_id_is_tried_with_eight_keys(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    corp = world.issuers["corp"]
     for number in range(20):
-        corp.rollover(f"k{number}")
-    verified(world.jwts, corp.token("one"))
+        world.corp.rollover(f"k{number}")
+    world.name(world.corp.token("one"))
     signatures = counted_signatures(monkeypatch)
     with pytest.raises(Unauthenticated):
-        world.jwts.verify(jwt.encode(claims(), world.issuers["other"].keys["one"][0], "ES256"))
+        world.jwts.verify(world.junk(None))
 
     assert signatures.call_count == 8
 

@@ -10,7 +10,7 @@ import pytest
 
 from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.jwt_verifier import FileKeys, Jwts, Trusted
-from kms_core.auth.logins import Logins
+from kms_core.auth.logins import Issued, Logins
 from kms_core.auth.policy import ByScopes, allows
 from kms_core.auth.tokens import TokenFile
 from kms_core.settings.model import AuthSection, ClaimGrant, IssuerSection, LoginSection
@@ -35,6 +35,7 @@ BASE: Final = AuthSection(
     },
 )
 Change = Callable[[AuthSection], AuthSection]
+Entry = Callable[..., Authenticator]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def issuer() -> Issuer:
 
 
 @pytest.fixture
-def entry(issuer: Issuer, tmp_path: Path) -> Callable[..., Authenticator]:
+def entry(issuer: Issuer, tmp_path: Path) -> Entry:
     """What another process with these settings has."""
     keys = tmp_path / "jwks.json"
     keys.write_bytes(issuer.jwks)
@@ -56,6 +57,11 @@ def entry(issuer: Issuer, tmp_path: Path) -> Callable[..., Authenticator]:
         return Authenticator(tokens, jwts, {}, None, Logins(key, auth, jwts, tokens))
 
     return made
+
+
+def log_in(door: Authenticator, issuer: Issuer, **changes: object) -> Issued:
+    assert door.logins
+    return door.logins.by_jwt("jwt", "deploy", issuer.token(**changes))
 
 
 def issuers(**changes: Any) -> Change:  # noqa: ANN401 -- fields of the section
@@ -94,35 +100,32 @@ ENDS: Final[dict[str, Change]] = {
 
 
 @pytest.mark.parametrize("change", ENDS.values(), ids=ENDS)
-def test_a_token_ends_with_its_role(
-    issuer: Issuer, entry: Callable[..., Authenticator], change: Change
-) -> None:
-    before = entry()
-    assert before.logins
-    text = before.logins.by_jwt("jwt", "deploy", issuer.token()).text
+def test_a_token_ends_with_its_role(issuer: Issuer, entry: Entry, change: Change) -> None:
+    text = log_in(entry(), issuer).text
 
     assert entry().authenticate(text).name == "corp:ada"
     with pytest.raises(Unauthenticated):
         entry(change(BASE)).authenticate(text)
 
 
-def test_scopes_are_those_of_the_settings_now(issuer: Issuer, entry: Callable[..., Authenticator]) -> None:
-    first = entry()
-    assert first.logins
-    text = first.logins.by_jwt("jwt", "deploy", issuer.token()).text
+def test_the_key_decides(issuer: Issuer, entry: Entry) -> None:
+    with pytest.raises(Unauthenticated):
+        entry(key=bytes(32)).authenticate(log_in(entry(), issuer).text)
+
+
+def test_scopes_are_those_of_the_settings_now(issuer: Issuer, entry: Entry) -> None:
     later = entry(grants(scopes=("decrypt",))(BASE))
-    who = later.authenticate(text)
+    who = later.authenticate(log_in(entry(), issuer).text)
 
     assert allows(ByScopes(later.scopes_of, {}), who, "decrypt", "k")
     assert not allows(ByScopes(later.scopes_of, {}), who, "encrypt", "k")
 
 
 def test_a_shorter_ttl_ends_older_tokens_too(
-    issuer: Issuer, entry: Callable[..., Authenticator], monkeypatch: pytest.MonkeyPatch
+    issuer: Issuer, entry: Entry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, now = entry(), time.time()
-    assert first.logins
-    made = first.logins.by_jwt("jwt", "deploy", issuer.token(exp=int(now) + 3000))
+    made = log_in(first, issuer, exp=int(now) + 3000)
     shorter = entry(logins(jwt=LoginSection(method="jwt", issuer="corp", ttl_s=60))(BASE))
     assert 2900 < made.ttl_s <= 3000
     assert shorter.authenticate(made.text).name
@@ -133,13 +136,10 @@ def test_a_shorter_ttl_ends_older_tokens_too(
         shorter.authenticate(made.text)
 
 
-def test_a_token_expires(
-    issuer: Issuer, entry: Callable[..., Authenticator], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_token_expires(issuer: Issuer, entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the end of what was brought, without the leeway that a JWT has."""
     door, now = entry(), int(time.time())
-    assert door.logins
-    text = door.logins.by_jwt("jwt", "deploy", issuer.token(exp=now + 600)).text
+    text = log_in(door, issuer, exp=now + 600).text
     monkeypatch.setattr(time, "time", lambda: now + 599.0)
     assert door.authenticate(text).name
     monkeypatch.setattr(time, "time", lambda: now + 600.0)
@@ -148,28 +148,16 @@ def test_a_token_expires(
         door.authenticate(text)
 
 
-def test_the_key_decides(issuer: Issuer, entry: Callable[..., Authenticator]) -> None:
-    first = entry()
-    assert first.logins
-    text = first.logins.by_jwt("jwt", "deploy", issuer.token()).text
-
-    with pytest.raises(Unauthenticated):
-        entry(key=bytes(32)).authenticate(text)
-
-
 def test_a_job_of_a_login_ends_with_it_and_its_role(
-    issuer: Issuer, entry: Callable[..., Authenticator], monkeypatch: pytest.MonkeyPatch
+    issuer: Issuer, entry: Entry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The principal rests in the job's record: grace is for jobs, and the time that is told leaves it out."""
     first, now = entry(), time.time()
-    assert first.logins
-    made = first.logins.by_jwt("jwt", "deploy", issuer.token())
+    made = log_in(first, issuer)
     who = first.authenticate(made.text)
 
     assert first.until(who) == pytest.approx(now + made.ttl_s, abs=2)
-    assert allows(ByScopes(first.scopes_of, {}), who, "encrypt", "k")
     assert not allows(ByScopes(entry(issuers(grants={})(BASE)).scopes_of, {}), who, "encrypt", "k")
-    monkeypatch.setattr(time, "time", lambda: now + made.ttl_s + GRACE_S - 5)
-    assert allows(ByScopes(first.scopes_of, {}), who, "encrypt", "k")
-    monkeypatch.setattr(time, "time", lambda: now + made.ttl_s + GRACE_S + 5)
-    assert not allows(ByScopes(first.scopes_of, {}), who, "encrypt", "k")
+    for later_s, is_allowed in ((0, True), (GRACE_S - 5, True), (GRACE_S + 5, False)):
+        monkeypatch.setattr(time, "time", lambda: now + made.ttl_s + later_s)  # noqa: B023 -- called in the round
+        assert allows(ByScopes(first.scopes_of, {}), who, "encrypt", "k") == is_allowed

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
+from typing import Final
 
 import msgspec
 import pytest
@@ -16,8 +17,17 @@ from kms_core.auth import tokens
 from kms_core.auth.tokens import Token, TokenFile, TokenRequest
 from kms_protocol.errors import ConfigurationError, Conflict, Missing, Unauthenticated, Unavailable
 
-HOUR = timedelta(hours=1)
-NONE = timedelta()
+HOUR: Final = timedelta(hours=1)
+NONE: Final = timedelta()
+CREATE_MANY: Final = """
+import sys
+from pathlib import Path
+from kms_core.auth import tokens
+
+for number in range(5):
+    wish = tokens.TokenRequest(f"{sys.argv[2]}-{number}", "default", ["encrypt"], None)
+    tokens.create(Path(sys.argv[1]), wish)
+"""
 
 
 @pytest.fixture
@@ -27,6 +37,17 @@ def path(tmp_path: Path) -> Path:
 
 def wish(name: str = "ci", tenant: str = "default", ttl: timedelta | None = HOUR) -> TokenRequest:
     return TokenRequest(name, tenant, ["encrypt key=ci-*", "jobs:read"], ttl)
+
+
+@pytest.fixture
+def made(path: Path) -> tuple[Token, str]:
+    """A token in the file, and its text."""
+    return tokens.create(path, wish())
+
+
+@pytest.fixture
+def text(made: tuple[Token, str]) -> str:
+    return made[1]
 
 
 def reason(file: TokenFile, text: str) -> str:
@@ -47,15 +68,22 @@ def edit(path: Path, change: Callable[[Token], Token]) -> None:
     path.write_bytes(msgspec.json.encode({"version": 1, "tokens": changed}))
 
 
+def expire(path: Path) -> None:
+    past = datetime.now(UTC) - HOUR
+    edit(path, lambda token: msgspec.structs.replace(token, expires_at=past))
+
+
 # -- being let in ----------------------------------------------------------------------------------------
 
 
-def test_a_token_lets_its_holder_in(path: Path) -> None:
-    token, text = tokens.create(path, wish())
+def test_a_token_lets_its_holder_in(path: Path, made: tuple[Token, str]) -> None:
+    token, text = made
+    _, endless = tokens.create(path, wish("forever", ttl=None))
     found = TokenFile(path).authenticate(text)
 
     assert (found.id, found.name, found.tenant) == (token.id, "ci", "default")
     assert found.scopes == ("encrypt key=ci-*", "jobs:read")
+    assert TokenFile(path).authenticate(endless).expires_at is None
 
 
 def test_a_token_has_256_random_bits_behind_its_id(path: Path) -> None:
@@ -66,17 +94,11 @@ def test_a_token_has_256_random_bits_behind_its_id(path: Path) -> None:
     assert len(texts[0][15:]) * 6 >= 256
 
 
-def test_the_text_of_a_token_rests_nowhere(path: Path) -> None:
-    _, text = tokens.create(path, wish())
+def test_the_text_of_a_token_rests_nowhere(path: Path, text: str) -> None:
+    """And the files are the owner's alone."""
     rests = b"".join(file.read_bytes() for file in path.parent.iterdir())
 
-    assert text.encode() not in rests
     assert text[15:].encode() not in rests
-
-
-def test_files_are_the_owners_alone(path: Path) -> None:
-    tokens.create(path, wish())
-
     assert {file.name: oct(file.stat().st_mode & 0o777) for file in path.parent.iterdir()} == {
         "tokens.json": "0o600",
         "tokens.json.lock": "0o600",
@@ -98,56 +120,54 @@ def test_files_are_the_owners_alone(path: Path) -> None:
     ],
     ids=["empty", "prefix", "longer", "line-end", "upper", "last", "secret", "id"],
 )
-def test_another_text_lets_nobody_in(path: Path, change: Callable[[str], str], why: str) -> None:
-    _, text = tokens.create(path, wish())
-
+def test_another_text_lets_nobody_in(path: Path, text: str, change: Callable[[str], str], why: str) -> None:
     assert reason(TokenFile(path), change(text)) == why
 
 
-def test_the_secret_of_one_token_is_not_that_of_another(path: Path) -> None:
-    (one, first), (_, second) = tokens.create(path, wish("a")), tokens.create(path, wish("b"))
+def test_the_secret_of_one_token_is_not_that_of_another(path: Path, text: str) -> None:
+    _, other = tokens.create(path, wish("other"))
 
-    assert reason(TokenFile(path), second[:15].replace(second[4:14], one.id) + second[15:]) == "unknown"
-    assert lets_in(TokenFile(path), first)
+    assert reason(TokenFile(path), text[:15] + other[15:]) == "unknown"
+    assert lets_in(TokenFile(path), text)
 
 
-def test_a_token_that_expired_says_so_to_its_holder_alone(path: Path) -> None:
-    _, text = tokens.create(path, wish())
-    past = datetime.now(UTC) - HOUR
-    edit(path, lambda token: msgspec.structs.replace(token, expires_at=past))
+def test_a_token_that_expired_says_so_to_its_holder_alone(path: Path, made: tuple[Token, str]) -> None:
+    token, text = made
     file = TokenFile(path)
+    assert file.by_id(token.id) == token
+    expire(path)
 
     assert reason(file, text) == "expired"
     assert reason(file, text[:15] + "A" * 43) == "unknown"
+    assert (file.by_id(token.id), file.by_id("nobody")) == (None, None)
 
 
-def test_a_token_may_last_for_ever(path: Path) -> None:
-    _, text = tokens.create(path, wish(ttl=None))
+def test_a_token_is_valid_until_the_second_in_which_it_expires(made: tuple[Token, str]) -> None:
+    expires_at = made[0].expires_at
 
-    assert TokenFile(path).authenticate(text).expires_at is None
+    assert expires_at is not None
+    assert made[0].has_expired(expires_at)
+    assert not made[0].has_expired(expires_at - timedelta(microseconds=1))
 
 
 # -- changes ---------------------------------------------------------------------------------------------
 
 
 def test_changes_are_seen_at_once_without_a_restart(path: Path) -> None:
+    """A revoked name is free again."""
     file = TokenFile(path)
-    _, text = tokens.create(path, wish())
+    first, text = tokens.create(path, wish())
     assert lets_in(file, text)
     tokens.revoke(path, "ci")
-
     assert reason(file, text) == "unknown"
-
-
-def test_a_revoked_name_is_free_again(path: Path) -> None:
-    first, _ = tokens.create(path, wish())
-    tokens.revoke(path, first.id)
     second, _ = tokens.create(path, wish())
 
     assert first.id != second.id
 
 
 def test_names_are_used_once_in_each_tenant(path: Path) -> None:
+    with pytest.raises(Missing):
+        tokens.revoke(path, "ci")
     tokens.create(path, wish())
     tokens.create(path, wish(tenant="other"))
 
@@ -158,95 +178,60 @@ def test_names_are_used_once_in_each_tenant(path: Path) -> None:
     assert tokens.revoke(path, "other/ci").tenant == "other"
 
 
-def test_who_is_not_there_cannot_be_revoked(path: Path) -> None:
-    with pytest.raises(Missing):
-        tokens.revoke(path, "ci")
-
-
-def test_a_rotated_token_keeps_its_id_and_both_secrets_for_a_while(path: Path) -> None:
-    token, old = tokens.create(path, wish())
+def test_a_rotated_token_keeps_its_id_and_both_secrets_until_the_overlap_ends(
+    path: Path, made: tuple[Token, str]
+) -> None:
+    token, old = made
     rotated, new = tokens.rotate(path, "ci", HOUR, None)
-    file = TokenFile(path)
-
+    file, past = TokenFile(path), datetime.now(UTC) - HOUR
     assert rotated.id == token.id == file.authenticate(new).id == file.authenticate(old).id
     assert rotated.expires_at == token.expires_at
 
-
-def test_a_token_rotated_without_overlap_has_one_secret(path: Path) -> None:
-    _, old = tokens.create(path, wish())
-    _, new = tokens.rotate(path, "ci", NONE, None)
-
-    assert lets_in(TokenFile(path), new)
-    assert reason(TokenFile(path), old) == "unknown"
-
-
-def test_an_old_secret_ends_with_its_overlap(path: Path) -> None:
-    _, old = tokens.create(path, wish())
-    _, new = tokens.rotate(path, "ci", HOUR, None)
-    past = datetime.now(UTC) - HOUR
-
     def lapse(token: Token) -> Token:
-        digests = tuple(
-            msgspec.structs.replace(digest, until=past if digest.until else None) for digest in token.digests
-        )
-        return msgspec.structs.replace(token, digests=digests)
+        digests = (msgspec.structs.replace(each, until=each.until and past) for each in token.digests)
+        return msgspec.structs.replace(token, digests=tuple(digests))
 
     edit(path, lapse)
-    assert reason(TokenFile(path), old) == "unknown"
-    assert lets_in(TokenFile(path), new)
+    assert reason(file, old) == "unknown"
+    assert lets_in(file, new)
 
 
+@pytest.mark.usefixtures("made")
 def test_rotating_again_extends_no_old_secret(path: Path) -> None:
-    tokens.create(path, wish())
     once, _ = tokens.rotate(path, "ci", HOUR, None)
     twice, _ = tokens.rotate(path, "ci", 24 * HOUR, None)
 
     assert [digest.until for digest in twice.digests[2:]] == [once.digests[1].until]
 
 
-def test_rotating_without_an_overlap_keeps_no_old_digest(path: Path) -> None:
-    tokens.create(path, wish())
+def test_rotating_without_an_overlap_keeps_no_old_secret(path: Path, text: str) -> None:
     tokens.rotate(path, "ci", HOUR, None)
-    token, text = tokens.rotate(path, "ci", NONE, None)
+    token, new = tokens.rotate(path, "ci", NONE, None)
 
-    assert [digest.sha256 for digest in token.digests] == [sha256(text.encode()).digest()]
-
-
-def test_a_token_is_valid_until_the_second_in_which_it_expires(path: Path) -> None:
-    token, _ = tokens.create(path, wish())
-
-    assert token.expires_at is not None
-    assert token.has_expired(token.expires_at)
-    assert not token.has_expired(token.expires_at - timedelta(microseconds=1))
+    assert [digest.sha256 for digest in token.digests] == [sha256(new.encode()).digest()]
+    assert lets_in(TokenFile(path), new)
+    assert reason(TokenFile(path), text) == "unknown"
 
 
-def test_rotating_may_give_a_new_term(path: Path) -> None:
-    token, _ = tokens.create(path, wish())
-    rotated, _ = tokens.rotate(path, token.id, NONE, 3 * HOUR)
+def test_rotating_may_give_a_new_term(path: Path, made: tuple[Token, str]) -> None:
+    rotated, _ = tokens.rotate(path, made[0].id, NONE, 3 * HOUR)
 
     assert rotated.expires_at is not None
-    assert token.expires_at is not None
-    assert rotated.expires_at > token.expires_at
+    assert made[0].expires_at is not None
+    assert rotated.expires_at > made[0].expires_at
 
 
 def test_commands_that_run_at_once_lose_nothing(path: Path) -> None:
-    script = (
-        "import sys; from pathlib import Path; from kms_core.auth import tokens; "
-        "[tokens.create(Path(sys.argv[1]), tokens.TokenRequest(f'{sys.argv[2]}-{n}', 'default', ['encrypt'],"
-        " None))"
-        " "
-        "for n in range(5)]"
-    )
     commands = [
-        subprocess.Popen([sys.executable, "-c", script, str(path), f"command{number}"]) for number in range(3)
+        subprocess.Popen([sys.executable, "-c", CREATE_MANY, str(path), f"command{number}"])
+        for number in range(3)
     ]
 
     assert [command.wait(60) for command in commands] == [0] * 3
     assert len({token.name for token in tokens.read(path).tokens}) == 15
 
 
-def test_a_command_that_was_killed_leaves_the_file_as_it_was(path: Path) -> None:
-    _, text = tokens.create(path, wish())
+def test_a_command_that_was_killed_leaves_the_file_as_it_was(path: Path, text: str) -> None:
     (path.parent / ".tokens.json.tmp").write_text("half a fi")
     tokens.create(path, wish("next"))
 
@@ -268,27 +253,29 @@ def test_without_a_file_nobody_is_let_in_and_nobody_is_judged(path: Path, tmp_pa
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b'{"version": 2}', b'{"tokens": [{"id": "x"}]}'], ids=repr
 )
-def test_a_file_of_another_make_lets_nobody_in(path: Path, content: bytes) -> None:
-    _, text = tokens.create(path, wish())
+def test_a_file_of_another_make_lets_nobody_in_until_it_is_mended(
+    path: Path, text: str, content: bytes
+) -> None:
+    file, good = TokenFile(path), path.read_bytes()
     path.write_bytes(content)
-
     with pytest.raises(Unavailable):
-        TokenFile(path).authenticate(text)
+        file.authenticate(text)
     with pytest.raises(ConfigurationError):
         tokens.read(path)
+    path.write_bytes(good)
+
+    assert lets_in(file, text)
 
 
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
-def test_a_file_that_others_may_write_lets_nobody_in(path: Path, mode: int) -> None:
-    _, text = tokens.create(path, wish())
+def test_a_file_that_others_may_write_lets_nobody_in(path: Path, text: str, mode: int) -> None:
     path.chmod(mode)
 
     with pytest.raises(Unavailable):
         TokenFile(path).authenticate(text)
 
 
-def test_a_file_that_all_may_read_is_refused_where_it_matters(path: Path) -> None:
-    _, text = tokens.create(path, wish())
+def test_a_file_that_all_may_read_is_refused_where_it_matters(path: Path, text: str) -> None:
     path.chmod(0o604)
 
     assert lets_in(TokenFile(path), text)
@@ -297,31 +284,8 @@ def test_a_file_that_all_may_read_is_refused_where_it_matters(path: Path) -> Non
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-def test_a_file_of_somebody_else_lets_nobody_in(path: Path) -> None:
-    _, text = tokens.create(path, wish())
+def test_a_file_of_somebody_else_lets_nobody_in(path: Path, text: str) -> None:
     os.chown(path, 12345, -1)
 
     with pytest.raises(Unavailable):
         TokenFile(path).authenticate(text)
-
-
-def test_a_file_that_is_mended_lets_in_again(path: Path) -> None:
-    _, text = tokens.create(path, wish())
-    file, good = TokenFile(path), path.read_bytes()
-    path.write_bytes(b"junk")
-    with pytest.raises(Unavailable):
-        file.authenticate(text)
-    path.write_bytes(good)
-
-    assert lets_in(file, text)
-
-
-def test_a_token_is_found_by_its_id_while_it_is_valid(path: Path) -> None:
-    token, _ = tokens.create(path, wish())
-    file = TokenFile(path)
-    assert file.by_id(token.id) == token
-    past = datetime.now(UTC) - HOUR
-    edit(path, lambda one: msgspec.structs.replace(one, expires_at=past))
-
-    assert file.by_id(token.id) is None
-    assert file.by_id("nobody") is None

@@ -1,4 +1,4 @@
-"""Authorities of client certificates and their revocation lists: which certificates are revoked."""
+"""Client certificates: their names, each with its kind, and which are revoked."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -10,7 +10,7 @@ from cryptography import x509
 
 from kms_core.auth import client_certificates
 from kms_core.auth.client_certificates import Revocations
-from support.credentials import Authority, Pair, shown
+from support.credentials import DAY, HOUR, Authority, Pair, der_of, shown
 
 NAME: Final = "a CA that was re-keyed"
 
@@ -73,29 +73,19 @@ def test_each_authority_of_one_name_needs_a_list(site: Site) -> None:
             client_certificates.read_lists(site.crl, site.ca)
 
 
+@pytest.mark.parametrize(
+    ("lasts", "ago"), [(timedelta(seconds=-10), HOUR), (DAY, -HOUR)], ids=["expired", "begins later"]
+)
 @pytest.mark.parametrize("is_old", [True, False])
-def test_each_list_of_authorities_of_one_name_must_be_current(site: Site, is_old: bool) -> None:
+def test_each_list_of_authorities_of_one_name_must_be_current(
+    site: Site, is_old: bool, lasts: timedelta, ago: timedelta
+) -> None:
     found = site.lists()
     assert found.is_current()
-    expired, current = (site.old, site.new) if is_old else (site.new, site.old)
-    site.put(expired.crl(lasts=timedelta(seconds=-10)), current.crl())
+    changed, current = (site.old, site.new) if is_old else (site.new, site.old)
+    site.put(changed.crl(lasts=lasts, ago=ago), current.crl())
 
     assert not found.is_current()
-
-
-def test_a_list_that_begins_later_is_not_current(site: Site) -> None:
-    found = site.lists()
-    site.put(site.new.crl(ago=timedelta(hours=-1)), site.old.crl())
-
-    assert not found.is_current()
-
-
-def removed(site: Site, name: str) -> tuple[str, str]:
-    """Identities of an authority that a test then removes from client_ca, and of one that stays."""
-    other = Authority(site.folder / "other", name)
-    site.trust(other, site.new)
-    site.put(other.crl(), site.new.crl())
-    return issued(other)[1], issued(site.new)[1]
 
 
 @pytest.mark.parametrize("name", [NAME, "another CA"])
@@ -103,8 +93,10 @@ def removed(site: Site, name: str) -> tuple[str, str]:
 def test_certificates_of_an_authority_removed_from_client_ca_are_revoked(
     site: Site, name: str, of: Callable[[Site], Revocations]
 ) -> None:
-    gone, kept = removed(site, name)
-    found = of(site)
+    other = Authority(site.folder / "other", name)
+    site.trust(other, site.new)
+    site.put(other.crl(), site.new.crl())
+    (_, gone), (_, kept), found = issued(other), issued(site.new), of(site)
     assert not found.is_revoked(gone)
     site.trust(site.new)
     site.put(site.new.crl())
@@ -113,25 +105,27 @@ def test_certificates_of_an_authority_removed_from_client_ca_are_revoked(
     assert not found.is_revoked(kept)
 
 
+def below(site: Site) -> tuple[Authority, str]:
+    """An intermediate below the old authority, and the identity of a certificate that it issued."""
+    middle = Authority(site.folder / "middle", "an intermediate CA", site.old)
+    return middle, shown(middle.issue("leaf", x509.DNSName("leaf")), middle, site.old).identity
+
+
 def test_certificates_below_an_authority_removed_from_client_ca_are_revoked(site: Site) -> None:
     """An intermediate is no root: with its root gone, TLS lets none of its certificates in."""
-    middle = Authority(site.folder / "middle", "an intermediate CA", site.old)
+    middle, identity = below(site)
     site.trust(site.old, site.new, middle)
     site.put(site.old.crl(), site.new.crl(), middle.crl())
-    identity = shown(middle.issue("leaf", x509.DNSName("leaf")), middle, site.old).identity
-    found, beside = site.lists(), site.authorities_only()
-    assert not found.is_revoked(identity)
-    assert not beside.is_revoked(identity)
+    both = (site.lists(), site.authorities_only())
+    assert [found.is_revoked(identity) for found in both] == [False, False]
     site.trust(site.new, middle)
     site.put(site.new.crl(), middle.crl())
 
-    assert found.is_revoked(identity)
-    assert beside.is_revoked(identity)
+    assert [found.is_revoked(identity) for found in both] == [True, True]
 
 
 def test_without_lists_an_intermediate_that_the_client_sends_is_trusted_by_its_root(site: Site) -> None:
-    middle = Authority(site.folder / "middle", "an intermediate CA", site.old)
-    identity = shown(middle.issue("leaf", x509.DNSName("leaf")), middle, site.old).identity
+    _, identity = below(site)
 
     assert not site.authorities_only().is_revoked(identity)
     assert site.lists().is_revoked(identity)  # TLS refuses it, too: its authority has no list
@@ -160,3 +154,26 @@ def test_files_that_several_parts_of_a_process_ask_for_are_read_once(site: Site)
     site.put(site.old.crl(issued(site.old)[0].cert), site.new.crl())
 
     assert client_certificates.read_lists(site.crl, site.ca).revoked
+
+
+def test_each_name_has_its_kind(tmp_path: Path) -> None:
+    """As ``[kms.auth.certificates]`` writes them: one kind never stands for another."""
+    names = (
+        x509.RFC822Name("ci@example.com"),
+        x509.DNSName("ci.example.com"),
+        x509.UniformResourceIdentifier("spiffe://acme/ci"),
+    )
+    pair = Authority(tmp_path).issue("ci", *names, subject="builder")
+    read = client_certificates.read(der_of(pair.cert))
+
+    assert sorted(read.subjects) == [
+        "DNS:ci.example.com",
+        "URI:spiffe://acme/ci",
+        "email:ci@example.com",
+        "subject:CN=builder",
+    ]
+    assert read.until == x509.load_der_x509_certificate(der_of(pair.cert)).not_valid_after_utc.timestamp()
+
+
+def test_what_is_no_certificate_has_no_names_and_has_expired() -> None:
+    assert client_certificates.read(b"no certificate") == client_certificates.PresentedCertificate((), 0.0)
