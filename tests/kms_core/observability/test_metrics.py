@@ -24,22 +24,18 @@ assert before[:2] == (dict(os.environ), values.ValueClass), "the collectors are 
 assert threading.active_count() == before[3]
 assert not hooks.called
 """
-SHARE: Final = """
+BEGIN: Final = """
 import os
 from kms_core.observability import multiprocess_metrics
 multiprocess_metrics.share(os.environ)
 from kms_core.observability import metrics
+"""
+COUNT: Final = """
 metrics.WORKERS.set(3)
 metrics.JOBS.labels("encrypt", "failed").inc()
-print(metrics.exposition().decode())
 """
-READ: Final = """
-import os
-from kms_core.observability import multiprocess_metrics
-multiprocess_metrics.share(os.environ)
-from kms_core.observability import metrics
-print(metrics.exposition().decode())
-"""
+READ: Final = f"{BEGIN}print(metrics.exposition().decode())"
+SHARE: Final = f"{BEGIN}{COUNT}print(metrics.exposition().decode())"
 LATE: Final = """
 import os
 from kms_core.observability import metrics, multiprocess_metrics
