@@ -62,32 +62,13 @@ def test_pieces_may_end_anywhere(end: bytes) -> None:
     assert ArmorReader(ByteByByte(text)).readall() == DATA
 
 
-def test_an_unfinished_text_is_refused() -> None:
-    text = io.BytesIO()
-    ArmorWriter(text).write(DATA)
-
-    with pytest.raises(DecryptFailed):
-        dearmor(text.getvalue())
-
-
-FORGED = {
+FORGED = {  # beside those of the vectors
     "cut-in-end": TEXT[:-4],
     "cut-in-body": TEXT[:100],
     "begin": TEXT[:20] + b"X" + TEXT[21:],
-    "empty-last-line": TEXT.replace(END, b"\n" + END),
-    "empty-first-line": TEXT.replace(BODY, b"\n" + BODY),
-    "headers": TEXT.replace(BODY, b"Version: 1\n\n" + BODY),
-    "one-line": TEXT.replace(BODY, BODY.replace(b"\n", b"")),
-    "space-at-line-end": TEXT.replace(BODY, BODY.replace(b"\n", b" \n")),
     "two-cr": TEXT.replace(BODY, BODY.replace(b"\n", b"\r\r\n")),
-    "short-line": TEXT.replace(BODY, BODY[:10] + b"\n" + BODY[10:]),
-    "no-padding": TEXT.replace(BODY, BODY.replace(b"=", b"")),
-    "dash": TEXT.replace(BODY, BODY[:10] + b"-" + BODY[11:]),
     "early-padding": TEXT.replace(BODY, BODY[:10] + b"=" + BODY[11:]),
-    "spare-bits": TEXT.replace(BODY, BODY.replace(b"8=\n", b"9=\n")),
     "space-after-begin": TEXT.replace(b"FILE-----\n", b"FILE----- \n", 1),
-    "space-after-end": TEXT[:-1] + b" \n",
-    "behind": TEXT + b"x",
     "twice": TEXT + TEXT,
     "much-space-behind": TEXT + b"\n" * 1025,
     "cr-behind": TEXT[:-1] + b"\r",

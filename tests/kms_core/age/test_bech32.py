@@ -1,4 +1,3 @@
-import pyrage
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -122,13 +121,3 @@ def test_nothing_but_value_error_is_raised(text: str) -> None:
         return
 
     assert bech32.encode(prefix, data) == text
-
-
-def test_keys_of_another_implementation_are_read() -> None:
-    identity = pyrage.x25519.Identity.generate()
-    prefix, secret = bech32.decode(str(identity))
-    recipient_prefix, public = bech32.decode(str(identity.to_public()))
-
-    assert (prefix, len(secret)) == ("AGE-SECRET-KEY-", 32)
-    assert (recipient_prefix, len(public)) == ("age", 32)
-    assert bech32.encode(prefix, secret) == str(identity)
