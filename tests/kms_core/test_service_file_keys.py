@@ -24,6 +24,7 @@ from kms_protocol.errors import (
 from support.age_kms import ADA, NO_CONTEXT, ROW, Kept, age_backend, head_of, kms_over
 
 FILE_KEY: Final = bytes(range(16))
+IDENTITIES: Final = {name: x25519.X25519Identity.generate() for name in ("default", "payroll")}
 BOB: Final = Principal("bob", "other", "test")
 
 
@@ -34,12 +35,8 @@ def trail() -> Kept:
 
 @pytest.fixture
 def kms(tmp_path: Path, trail: Kept) -> Kms:
-    default, payroll = tmp_path / "default", tmp_path / "payroll"
-    default.mkdir()
-    payroll.mkdir()
-    others = {"payroll": age_backend(payroll, x25519.X25519Identity.generate())}
-    mine = age_backend(default, x25519.X25519Identity.generate())
-    return kms_over(mine, others, trail=trail, accept_foreign=False)
+    mine, payroll = (age_backend(tmp_path / name, IDENTITIES[name]) for name in IDENTITIES)
+    return kms_over(mine, {"payroll": payroll}, trail=trail, accept_foreign=False)
 
 
 def stanzas_of(file: bytes) -> bytes:

@@ -43,9 +43,13 @@ def backends(tmp_path: Path) -> dict[str, AgeBackend]:
     return {name: age_backend(tmp_path / name, x25519.X25519Identity.generate()) for name in names}
 
 
-def kms(backends: dict[str, AgeBackend], *lines: str, trail: Kept | None = None) -> Kms:
+def kms(
+    backends: dict[str, AgeBackend], *lines: str, trail: Kept | None = None, tenant_keys: str = ""
+) -> Kms:
     others = {name: backend for name, backend in backends.items() if name != "default"}
-    return kms_over(backends["default"], others, policy=ByScopes(Stands(*lines).scopes_of, {}), trail=trail)
+    tenants = {"acme": [Pattern.parse(tenant_keys)]} if tenant_keys else {}
+    policy = ByScopes(Stands(*lines).scopes_of, tenants)
+    return kms_over(backends["default"], others, policy=policy, trail=trail)
 
 
 def refused(error: type[KmsError], call: Callable[[], object]) -> str:
@@ -171,26 +175,22 @@ def test_rewrap_to_elsewhere_needs_decrypt_there_and_encrypt_here(backends: dict
 
 
 def test_a_tenant_has_the_keys_that_settings_give_it(backends: dict[str, AgeBackend]) -> None:
-    others = {name: backend for name, backend in backends.items() if name != "default"}
-    policy = ByScopes(Stands("*").scopes_of, {"acme": [Pattern.parse("pay-1")]})
-    service = kms_over(backends["default"], others, policy=policy)
+    service = kms(backends, "*", tenant_keys="pay-1")
 
     assert service.encrypt(WHO, b"x", ROW, key_id="pay-1").key.key_id == "pay-1"
     refused(UnknownKey, lambda: service.encrypt(WHO, b"x", ROW, key_id="pay-2"))
     refused(UnknownKey, lambda: service.encrypt(WHO, b"x", ROW, key_id="no-such-key"))
-    assert [key for key in backends if policy.sees(WHO, key)] == ["pay-1"]
+    assert [key for key in backends if service.policy.sees(WHO, key)] == ["pay-1"]
 
 
 @pytest.mark.parametrize("pattern", ["pay", "ay-1", "pay-1x", "p*y", "*-2"])
 def test_a_pattern_of_a_tenant_stands_for_whole_key_ids(
     backends: dict[str, AgeBackend], pattern: str
 ) -> None:
-    policy = ByScopes(Stands("*").scopes_of, {"acme": [Pattern.parse(pattern)]})
-    others = {name: backend for name, backend in backends.items() if name != "default"}
-    service = kms_over(backends["default"], others, policy=policy)
+    service = kms(backends, "*", tenant_keys=pattern)
 
     refused(UnknownKey, lambda: service.encrypt(WHO, b"x", ROW, key_id="pay-1"))
-    assert not policy.sees(WHO, "pay-1")
+    assert not service.policy.sees(WHO, "pay-1")
 
 
 def test_the_service_itself_rotates_and_nothing_else(backends: dict[str, AgeBackend]) -> None:

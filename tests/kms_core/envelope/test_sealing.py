@@ -1,5 +1,5 @@
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from kms_core.age import header, mlkem768x25519, stream, x25519
 from kms_core.age.header import FILE_LIMITS, Stanza
-from kms_core.backends.age import AgeBackend
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
 from kms_protocol.context import Context
@@ -57,7 +56,7 @@ class OneIdentity:
 WRAPPER: Final = OneIdentity(IDENTITY)
 KEY: Final = KeyRef("acme", "payroll", "1", "age")
 SEALED: Final = sealing.seal(b"salary", [(WRAPPER, KEY)], ROW)
-LONG: Final = sealing.seal(bytes(CHUNK + 5), [(WRAPPER, KEY)], ROW)
+ANOTHER: Final = sealing.seal(b"raises", [(WRAPPER, KEY)], ROW)
 
 
 def unseal(file: bytes, context: Context = ROW, key: KeyRef = KEY) -> bytes:
@@ -114,14 +113,6 @@ def test_secrets_are_not_shown() -> None:
     assert repr(started.payload_key) not in repr(started)
 
 
-def test_no_file_key_and_no_nonce_is_used_twice() -> None:
-    files = [sealing.seal(b"", [(WRAPPER, KEY)], ROW) for _ in range(200)]
-
-    assert len({file_key_of(file, IDENTITY) for file in files}) == 200
-    assert len({head_of(file).nonce for file in files}) == 200
-    assert len({stanza_of(file, "X25519").args[1] for file in files}) == 200
-
-
 # -- what is refused ---------------------------------------------------------------------------------
 
 
@@ -160,44 +151,11 @@ def test_every_removed_byte_is_refused(place: int, count: int) -> None:
     assert refused(SEALED[:place] + SEALED[place + count :])
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, len(LONG) - head_of(LONG).payload_offset - 1), st.integers(1, 255))
-def test_every_edited_byte_of_a_longer_payload_is_refused(place: int, change: int) -> None:
-    edited = bytearray(LONG)
-    edited[head_of(LONG).payload_offset + place] ^= change
-
-    assert refused(bytes(edited))
-
-
-def payload_swapped(file: bytes) -> bytes:
-    start = head_of(file).payload_offset
-    first, second = file[start : start + stream.SEALED_CHUNK], file[start + stream.SEALED_CHUNK :]
-    return file[:start] + second + first
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda file: file[: head_of(file).payload_offset],
-        lambda file: file[: head_of(file).payload_offset + stream.SEALED_CHUNK],
-        lambda file: file[: -stream.TAG - 5],
-        lambda file: file + b"\0",
-        lambda file: file + bytes(stream.TAG),
-        lambda file: file + file[head_of(file).payload_offset :],
-        payload_swapped,
-    ],
-    ids=["no payload", "whole chunk cut", "last chunk cut", "byte more", "tag more", "doubled", "swapped"],
-)
-def test_a_payload_of_another_extent_is_refused(change: Callable[[bytes], bytes]) -> None:
-    assert refused(change(LONG))
-
-
 def test_the_payload_of_another_file_is_refused() -> None:
-    other = sealing.seal(b"raises", [(WRAPPER, KEY)], ROW)
     start = head_of(SEALED).payload_offset
 
-    assert refused(SEALED[:start] + other[start:])
-    assert refused(SEALED[: start - 16] + other[start - 16 :])
+    assert refused(SEALED[:start] + ANOTHER[start:])
+    assert refused(SEALED[: start - 16] + ANOTHER[start - 16 :])
 
 
 # -- stanzas rearranged by somebody without the file key ----------------------------------------------
@@ -222,25 +180,6 @@ def test_only_the_stanzas_that_were_sealed_open(stanzas: list[Stanza]) -> None:
         assert refused(with_stanzas(SEALED, stanzas))
 
 
-@pytest.mark.parametrize("kind", OWN)
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda _: [],
-        lambda stanza: [stanza, stanza],
-        lambda stanza: [Stanza(stanza.args, bytes(len(stanza.body)))],
-        lambda stanza: [Stanza((stanza.args[0], "2", *stanza.args[2:]), stanza.body)],
-        lambda stanza: [Stanza((stanza.args[0] + "2", *stanza.args[1:]), stanza.body)],
-        lambda stanza: [Stanza((*stanza.args, "x"), stanza.body)],
-    ],
-    ids=["removed", "doubled", "blanked", "of version 2", "of another type", "argument added"],
-)
-def test_a_changed_stanza_is_refused(kind: str, change: Callable[[Stanza], Sequence[Stanza]]) -> None:
-    stanzas = [part for stanza in STANZAS for part in (change(stanza) if stanza.type == kind else [stanza])]
-
-    assert refused(with_stanzas(SEALED, stanzas))
-
-
 # -- and by somebody with it -------------------------------------------------------------------------
 
 
@@ -261,8 +200,8 @@ def test_another_recipient_may_be_added_by_who_can_read_the_file() -> None:
         [STANZAS[0], STANZAS[2]],
         [STANZAS[0], STANZAS[1], Stanza(STANZAS[2].args, bytes(32))],
         [STANZAS[0], STANZAS[1], Stanza(STANZAS[2].args, os.urandom(32))],
-        [STANZAS[0], STANZAS[1], stanza_of(LONG, binding.ORIGIN)],
-        [STANZAS[0], stanza_of(LONG, binding.CONTEXT), STANZAS[2]],
+        [STANZAS[0], STANZAS[1], stanza_of(ANOTHER, binding.ORIGIN)],
+        [STANZAS[0], stanza_of(ANOTHER, binding.CONTEXT), STANZAS[2]],
         [Stanza(("X25519", "short"), bytes(31)), *STANZAS],
         STANZAS[1:],
     ],
@@ -287,11 +226,6 @@ def test_a_foreign_file_is_not_opened_as_one_of_ours() -> None:
     file_key = file_key_of(SEALED, IDENTITY)
 
     assert refused(resigned(SEALED, STANZAS[:1], file_key))
-
-
-def test_one_of_ours_needs_the_key_it_names() -> None:
-    with pytest.raises(DecryptFailed):
-        unseal(SEALED, key=KeyRef("acme", "other", "1", "age"))
 
 
 class Remote(OneIdentity):
@@ -319,8 +253,8 @@ def foreign(*recipients: x25519.X25519Recipient) -> bytes:
     return head + nonce + stream.seal(stream.payload_key(file_key, nonce), b"theirs")
 
 
-def test_a_foreign_file_opens_by_any_version(tmp_path: Path) -> None:
-    backend = two_versions(tmp_path)
+def test_a_foreign_file_opens_by_any_version_that_it_is_for(tmp_path: Path) -> None:
+    backend = age_backend(tmp_path, STRANGER, IDENTITY)
     keys = [KeyRef("acme", "k", version.version, "age") for version in backend.versions()]
     for recipient, key in zip([STRANGER.recipient, IDENTITY.recipient], keys, strict=True):
         file = foreign(x25519.X25519Identity.generate().recipient, recipient)
@@ -328,15 +262,8 @@ def test_a_foreign_file_opens_by_any_version(tmp_path: Path) -> None:
 
         assert found == key
         assert sealing.open_(file, head_of(file), file_key) == b"theirs"
-
-
-def test_a_foreign_file_for_others_does_not_open(tmp_path: Path) -> None:
-    backend = two_versions(tmp_path)
-    keys = [KeyRef("acme", "k", version.version, "age") for version in backend.versions()]
-    file = foreign(x25519.X25519Identity.generate().recipient)
-
     with pytest.raises(DecryptFailed):
-        sealing.foreign_file_key(head_of(file), backend, keys)
+        sealing.foreign_file_key(head_of(foreign(x25519.X25519Identity.generate().recipient)), backend, keys)
 
 
 def test_a_foreign_file_with_a_wrong_mac_does_not_open() -> None:
@@ -344,10 +271,6 @@ def test_a_foreign_file_with_a_wrong_mac_does_not_open() -> None:
 
     with pytest.raises(DecryptFailed):
         sealing.foreign_file_key(head_of(file), WRAPPER, [KEY])
-
-
-def two_versions(directory: Path) -> AgeBackend:
-    return age_backend(directory, STRANGER, IDENTITY)
 
 
 PASSPHRASE: Final = Stanza(("scrypt", "bBjlhJVYZeE4aqUdmtRHfw", "18"), bytes(32))
