@@ -1,3 +1,5 @@
+"""Age keys in files: what is read and refused, and how a running process takes changes up."""
+
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,13 +12,15 @@ import pytest
 from structlog.testing import capture_logs
 
 from kms_core.age import mlkem768x25519, x25519
-from kms_core.age.mlkem768x25519 import parse_identity, parse_recipient, version_of
+from kms_core.age.mlkem768x25519 import version_of
 from kms_core.age.x25519 import NoMatch
+from kms_core.backends import age
 from kms_core.backends.age import AgeBackend
 from kms_core.backends.key_files import KeyFiles
 from kms_core.envelope.binding import KeyRef
-from kms_protocol.errors import ConfigurationError
-from support.age_kms import NativeIdentity, age_backend, write_identities, write_pair
+from kms_core.http_client import Unreachable
+from kms_protocol.errors import ConfigurationError, RotationRefused
+from support.age_kms import NativeIdentity, age_backend, write_identities, write_pair, write_recipient
 
 FIRST: Final = x25519.X25519Identity.generate()
 SECOND: Final = x25519.X25519Identity.generate()
@@ -101,34 +105,19 @@ def test_a_version_is_the_digest_of_the_recipient() -> None:
     assert version_of(identity.recipient) == "0087f1a8"
 
 
-def test_the_time_of_making_is_read(tmp_path: Path) -> None:
-    text = f"# created: 2026-11-24T16:00:00+01:00\n{FIRST.export()}\n# created: today\n{SECOND.export()}\n"
+@pytest.mark.parametrize("second", ["# created: today\n", ""], ids=["no time", "of the next identity only"])
+def test_the_time_of_making_is_read(tmp_path: Path, second: str) -> None:
+    text = f"# created: 2026-11-24T16:00:00+01:00\n{FIRST.export()}\n{second}{SECOND.export()}\n"
     backend = opened(pair(tmp_path, text, f"{SECOND.recipient}"))
 
-    assert [version.created_at for version in backend.versions()] == [
-        datetime(2026, 11, 24, 15, tzinfo=UTC),
-        None,
-    ]
-
-
-def test_a_time_belongs_to_the_next_identity_only(tmp_path: Path) -> None:
-    text = f"# created: 2026-11-24T16:00:00Z\n{FIRST.export()}\n{SECOND.export()}\n"
-    backend = opened(pair(tmp_path, text, f"{SECOND.recipient}"))
-
-    assert backend.versions()[-1].created_at is None
+    made = [version.created_at for version in backend.versions()]
+    assert made == [datetime(2026, 11, 24, 15, tzinfo=UTC), None]
 
 
 def test_a_recipient_file_may_have_comments(tmp_path: Path) -> None:
     backend = opened(pair(tmp_path, FIRST.export(), f"# in use\n\n {FIRST.recipient} \r\n"))
 
     assert backend.current_version() == version_of(FIRST.recipient)
-
-
-@pytest.mark.parametrize("identity", [FIRST, HYBRID], ids=["x25519", "hybrid"])
-def test_both_native_types_parse(identity: NativeIdentity) -> None:
-    assert parse_identity(identity.export()) == identity
-    assert parse_recipient(str(identity.recipient)) == identity.recipient
-    assert parse_identity(identity.export().lower()) == identity
 
 
 # -- refusals ----------------------------------------------------------------------------------------
@@ -275,14 +264,6 @@ def test_secrets_are_those_of_all_versions_the_current_last(tmp_path: Path) -> N
     assert backend.secrets()[-1] == backend.origin_key(key)
 
 
-def test_health_is_found_by_doing(tmp_path: Path) -> None:
-    before = datetime.now(UTC)
-    health = age_backend(tmp_path, FIRST).health_check()
-
-    assert health.healthy
-    assert before <= health.checked_at <= datetime.now(UTC)
-
-
 def test_keys_of_another_implementation_serve(tmp_path: Path) -> None:
     theirs = pyrage.x25519.Identity.generate()
     backend = opened(pair(tmp_path, f"{theirs}\n", f"{theirs.to_public()}\n"))
@@ -296,3 +277,170 @@ def test_nothing_secret_is_shown(tmp_path: Path) -> None:
     assert FIRST.export() not in shown
     assert repr(FIRST.secret) not in shown
     assert repr(HYBRID.secret) not in shown
+
+
+# -- rotation without a restart ----------------------------------------------------------------------
+
+
+def test_an_appended_identity_and_a_new_recipient_are_picked_up(tmp_path: Path) -> None:
+    backend = age_backend(tmp_path, FIRST)
+    write_identities(tmp_path / "private_key.txt", FIRST, SECOND)
+
+    assert backend.current_version() == version_of(FIRST.recipient)
+    assert opens(backend, SECOND)
+    write_recipient(tmp_path / "public_key.txt", SECOND)
+    assert backend.current_version() == version_of(SECOND.recipient)
+    assert versions_of(backend) == [version_of(FIRST.recipient), version_of(SECOND.recipient)]
+    assert opens(backend, FIRST)
+
+
+def test_files_replaced_by_rename_are_picked_up(tmp_path: Path) -> None:
+    backend = age_backend(tmp_path, FIRST)
+    write_pair(tmp_path / "new", FIRST, SECOND)
+    for name in ("private_key.txt", "public_key.txt"):
+        (tmp_path / "new" / name).rename(tmp_path / name)
+
+    assert backend.current_version() == version_of(SECOND.recipient)
+
+
+def test_a_removed_identity_opens_nothing_more(tmp_path: Path) -> None:
+    backend = age_backend(tmp_path, FIRST, SECOND)
+    assert opens(backend, FIRST)
+    write_identities(tmp_path / "private_key.txt", SECOND)
+
+    assert not opens(backend, FIRST)
+    with pytest.raises(NoMatch):
+        backend.origin_key(KeyRef("acme", "k", version_of(FIRST.recipient), "age"))
+
+
+def test_a_reload_is_logged_without_keys(tmp_path: Path) -> None:
+    backend = age_backend(tmp_path, FIRST)
+    write_pair(tmp_path, FIRST, SECOND)
+    with capture_logs() as logs:
+        backend.current_version()
+        backend.current_version()
+
+    assert [line["event"] for line in logs] == ["key.reloaded"]
+    assert SECOND.export() not in str(logs)
+
+
+def test_between_two_looks_the_files_are_taken_to_be_unchanged(tmp_path: Path) -> None:
+    backend = AgeBackend(write_pair(tmp_path, FIRST), recheck_s=3600)
+    write_pair(tmp_path, FIRST, SECOND)
+
+    assert backend.current_version() == version_of(FIRST.recipient)
+
+
+def test_a_running_process_looks_at_least_once_a_second() -> None:
+    assert age.RECHECK_S < 1
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda directory: (directory / "private_key.txt").unlink(),
+        lambda directory: (directory / "public_key.txt").unlink(),
+        lambda directory: (directory / "private_key.txt").write_text("AGE-SECRET-KEY-1HUNTER2\n"),
+        lambda directory: (directory / "private_key.txt").write_text(""),
+        lambda directory: write_recipient(directory / "public_key.txt", SECOND),
+        lambda directory: (directory / "private_key.txt").write_bytes(b"\xff"),
+    ],
+    ids=["private gone", "public gone", "malformed", "empty", "recipient without identity", "binary"],
+)
+def test_bad_new_files_leave_the_old_keys_in_use_in_the_open(
+    tmp_path: Path, spoil: Callable[[Path], object]
+) -> None:
+    backend = age_backend(tmp_path, FIRST)
+    spoil(tmp_path)
+    with capture_logs() as logs:
+        health = backend.health_check()
+
+    assert not health.healthy
+    assert health.detail
+    assert backend.current_version() == version_of(FIRST.recipient)
+    assert opens(backend, FIRST)
+    assert {(line["event"], line["log_level"]) for line in logs} == {("key.reload_failed", "warning")}
+    assert "HUNTER2" not in health.detail + str(logs)
+
+
+def test_trouble_is_over_when_the_files_are_right_again_or_the_same_file_is_back(tmp_path: Path) -> None:
+    backend, private = age_backend(tmp_path, FIRST), tmp_path / "private_key.txt"
+    before = private.read_bytes()
+    private.write_text("nonsense")
+    assert not backend.health_check().healthy
+    private.write_bytes(before)
+    assert (backend.health_check().healthy, backend.health_check().detail) == (True, "")
+
+    away = private.rename(tmp_path / "away")
+    assert not backend.health_check().healthy
+    away.rename(private)
+    assert backend.health_check().healthy
+
+
+def test_files_that_become_open_in_prod_are_trouble(tmp_path: Path) -> None:
+    backend = AgeBackend(replace(write_pair(tmp_path, FIRST), strict=True), recheck_s=0)
+    write_pair(tmp_path, FIRST, SECOND)
+    (tmp_path / "private_key.txt").chmod(0o644)
+
+    assert "chmod 600" in backend.health_check().detail
+    assert backend.current_version() == version_of(FIRST.recipient)
+
+
+# -- several hosts with files of their own ---------------------------------------------------------------
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[KeyFiles]:
+    """The reads of key files after the first one."""
+    found: list[KeyFiles] = []
+    load = age._load  # noqa: SLF001 -- counted
+
+    def counted(files: KeyFiles) -> object:
+        found.append(files)
+        return load(files)
+
+    monkeypatch.setattr(age, "_load", counted)
+    return found
+
+
+def test_an_unknown_version_has_the_files_read_at_once(tmp_path: Path) -> None:
+    backend = AgeBackend(write_pair(tmp_path, FIRST), recheck_s=3600)
+    write_identities(tmp_path / "private_key.txt", FIRST, SECOND)
+
+    assert opens(backend, SECOND)
+
+
+def test_a_flood_of_unknown_versions_has_them_read_once(tmp_path: Path, loads: list[KeyFiles]) -> None:
+    backend = AgeBackend(write_pair(tmp_path, FIRST), recheck_s=3600)
+    loads.clear()
+    for number in range(100):
+        with pytest.raises(NoMatch):
+            backend.unwrap(FIRST.recipient.wrap(FILE_KEY), KeyRef("acme", "k", f"{number:08x}", "age"), b"")
+
+    assert len(loads) == 1
+
+
+def test_an_unknown_version_that_another_host_may_have_is_no_wrong_file(tmp_path: Path) -> None:
+    backend = AgeBackend(write_pair(tmp_path, FIRST), recheck_s=3600)
+    backend.elsewhere = lambda **_: ["kms-2"]
+    with pytest.raises(Unreachable, match="kms-2"):
+        opens(backend, SECOND)
+    assert opens(backend, FIRST)
+    with pytest.raises(NoMatch):  # a version has another form
+        backend.unwrap(SECOND.recipient.wrap(FILE_KEY), KeyRef("acme", "k", "12", "age"), b"")
+
+
+def test_rotation_is_refused_where_other_hosts_would_not_know_of_it(tmp_path: Path) -> None:
+    backend = age_backend(tmp_path, FIRST)
+    asked: list[bool] = []
+
+    def elsewhere(asks: bool) -> list[str]:
+        asked.append(asks)
+        return ["kms-2", "kms-3"]
+
+    backend.elsewhere = elsewhere
+    with pytest.raises(RotationRefused, match=r"kms-2, kms-3 .*append a new identity"):
+        backend.rotate()
+
+    assert asked == [True]
+    assert versions_of(backend) == [version_of(FIRST.recipient)]

@@ -1,4 +1,4 @@
-"""One key id, several backends: files that any of them opens, failover, moves between them, job keys."""
+"""One key id, several backends: files that any of them opens, failover, moves, job keys, what headers say."""
 
 import subprocess
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from kms_core.age import x25519
 from kms_core.age.header import Stanza
-from kms_core.auth.policy import AllowAll
+from kms_core.auth.policy import AllowAll, Principal
 from kms_core.backends import Backend
 from kms_core.envelope import binding
 from kms_core.http_client import Unreachable
@@ -16,19 +16,19 @@ from kms_core.key_selection import SelectionRules
 from kms_core.keyring import Key, Keyring
 from kms_core.service import Kms
 from kms_protocol.context import Context
-from kms_protocol.errors import BackendUnavailable, DecryptFailed, ForeignRefused, KmsError
+from kms_protocol.errors import DecryptFailed, ForeignRefused, KmsError, UnknownKey
 from support.age_kms import ADA, ROW, Kept, age_backend, head_of, resigned, types_of
-from support.memory_kms import MemoryCipher, memory_backend
+from support.memory_kms import memory_backend
 from support.programs import program
 
 IDENTITY: Final = x25519.X25519Identity.generate()
 SALARY: Final = b"salary"
 
 
-def service(*backends: Backend, retired: tuple[Backend, ...] = ()) -> Kms:
+def service(*backends: Backend, retired: tuple[Backend, ...] = (), key_id: str = "payroll") -> Kms:
     """A service with one key of these backends, the first of which names the files."""
-    key = Key("payroll", backends[0], accept_foreign=True, others=backends[1:], retired=retired)
-    return Kms(Keyring({"payroll": key}, key), AllowAll(), Kept(), SelectionRules())
+    key = Key(key_id, backends[0], accept_foreign=True, others=backends[1:], retired=retired)
+    return Kms(Keyring({key_id: key}, key), AllowAll(), Kept(), SelectionRules())
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_stock_age_opens_a_file_of_two_backends(age: Backend, tmp_path: Path) ->
     assert done.stdout == SALARY
 
 
-def test_a_backend_that_is_silent_is_passed_over(age: Backend) -> None:
+def test_a_backend_that_is_silent_is_passed_over_and_one_that_refuses_is_not(age: Backend) -> None:
     remote, peer = memory_backend()
     kms = service(remote, age)
     file = sealed_by(kms)
@@ -71,14 +71,7 @@ def test_a_backend_that_is_silent_is_passed_over(age: Backend) -> None:
 
     opened = kms.decrypt(ADA, file, ROW)
     assert (opened.plaintext, opened.key.backend) == (SALARY, "age")
-
-
-def test_a_refusal_is_not_passed_over(age: Backend) -> None:
-    remote, peer = memory_backend()
-    kms = service(remote, age)
-    file = sealed_by(kms)
     peer.trouble = DecryptFailed()
-
     with pytest.raises(DecryptFailed):
         opened_by(kms, file)
 
@@ -118,22 +111,6 @@ def test_a_file_moves_from_age_to_a_peer_and_back_without_its_payload(age: Backe
         file = kms.rewrap(ADA, file, ROW).ciphertext
         assert file[head_of(file).size :] == payload
         assert opened_by(service(kms.keyring.default.backend), file) == bytes(100_000)
-
-
-def test_a_wrap_is_for_its_context_stanza_alone() -> None:
-    """Whoever learns a file key still cannot bind the file to another context: the peer's AAD says which."""
-    remote, peer = memory_backend()
-    kms = service(remote)
-    file = sealed_by(kms)
-    wrap, bound = head_of(file).stanzas
-    aad = binding.wrap_aad(binding.KeyRef("acme", "payroll", "1", "memory"), bound)
-    file_key = peer.decrypt(wrap.body, "1", aad)
-    other = binding.context_stanza(
-        file_key, binding.KeyRef("acme", "payroll", "1", "memory"), Context.parse("row=8")
-    )
-
-    with pytest.raises(DecryptFailed):
-        opened_by(kms, resigned(file, [wrap, other], file_key), Context.parse("row=8"))
 
 
 @pytest.mark.parametrize(
@@ -180,52 +157,6 @@ def test_a_foreign_file_needs_a_key_with_age_identities() -> None:
         opened_by(service(memory_backend()[0]), foreign, Context())
 
 
-# -- versions ----------------------------------------------------------------------------------------
-
-
-def test_versions_are_asked_for_once_and_outlive_the_peer() -> None:
-    remote, peer = memory_backend()
-    for _ in range(3):
-        remote.current_version()
-    peer.cut()
-
-    assert remote.current_version() == "1"
-    assert peer.calls["versions"] == 1
-
-
-def test_a_wrap_that_fails_has_the_versions_asked_for_anew() -> None:
-    remote, peer = memory_backend()
-    kms = service(remote)
-    sealed_by(kms)
-    peer.rotate()  # elsewhere, and the old version no longer seals
-    peer.trouble = BackendUnavailable("below min_encryption_version")
-    with pytest.raises(BackendUnavailable):
-        sealed_by(kms)
-    peer.trouble = None
-
-    assert kms.encrypt(ADA, SALARY, ROW).key.version == "2"
-
-
-def test_rotation_is_in_use_at_once_and_old_files_open() -> None:
-    remote, _ = memory_backend()
-    kms = service(remote)
-    old = sealed_by(kms)
-    remote.rotate()
-
-    assert kms.encrypt(ADA, SALARY, ROW).key.version == "2"
-    assert opened_by(kms, old) == SALARY
-
-
-def test_health_is_a_real_round_trip_and_never_raises() -> None:
-    remote, peer = memory_backend()
-    assert remote.health_check().healthy
-    assert (peer.calls["encrypt"], peer.calls["decrypt"]) == (1, 1)
-    other, gone = memory_backend()
-    gone.cut()
-
-    assert not other.health_check().healthy
-
-
 # -- job keys ----------------------------------------------------------------------------------------
 
 
@@ -245,16 +176,6 @@ def test_a_thousand_items_cost_the_peer_one_call_each_way() -> None:
     assert (peer.calls["encrypt"], peer.calls["decrypt"]) == (1, 1)
 
 
-def test_a_file_under_a_job_key_opens_by_itself_and_with_its_context_only() -> None:
-    kms = service(memory_backend()[0])
-    first, second = job_files(kms, 2)
-
-    assert opened_by(kms, second, Context.parse("row=1")) == SALARY
-    with pytest.raises(DecryptFailed):
-        opened_by(kms, second, Context.parse("row=0"))
-    assert head_of(first).stanzas[0].args[:4] == (binding.WRAP, "memory", "payroll", "1")
-
-
 def test_every_flipped_bit_of_a_wrap_under_a_job_key_is_refused() -> None:
     kms = service(memory_backend()[0])
     (file,) = job_files(kms, 1)
@@ -265,14 +186,6 @@ def test_every_flipped_bit_of_a_wrap_under_a_job_key_is_refused() -> None:
         changed = resigned(file, [Stanza(wrap.args, bytes(body)), bound], bytes(16))
         with pytest.raises(DecryptFailed):
             opened_by(kms, changed, Context.parse("row=0"))
-
-
-def test_a_job_key_is_for_one_tenant() -> None:
-    kms = service(memory_backend()[0])
-    (file,) = job_files(kms, 1)
-
-    with pytest.raises(DecryptFailed):
-        kms.decrypt(type(ADA)("eve", "rivals", "test"), file, Context.parse("row=0"))
 
 
 def test_a_job_key_is_not_a_file_key() -> None:
@@ -288,9 +201,69 @@ def test_a_job_key_is_not_a_file_key() -> None:
         opened_by(kms, swapped, Context.parse("row=0"))
 
 
-def test_the_peer_of_another_service_opens_nothing() -> None:
-    theirs = sealed_by(service(memory_backend()[0]))
+# -- what a header says of its key, and whether a rewrap would say the same, without opening anything ----
 
-    with pytest.raises(DecryptFailed):
-        opened_by(service(memory_backend()[0]), theirs)
-    assert MemoryCipher().keys
+
+def newest(kms: Kms, file: bytes) -> bool:
+    found = kms.key_version_status(ADA, head_of(file), None)
+    assert found
+    return found.newest
+
+
+def test_own_file_is_on_the_newest_version_until_the_key_is_rotated() -> None:
+    kms = service(memory_backend()[0])
+    file = sealed_by(kms)
+    before = newest(kms, file)
+    kms.rotate(ADA, "payroll")
+    moved = kms.rewrap(ADA, file, ROW).ciphertext
+
+    assert (before, newest(kms, file), newest(kms, moved)) == (True, False, True)
+
+
+def test_file_that_lacks_a_wrap_or_has_one_too_many_is_not_as_a_new_one(age: Backend) -> None:
+    remote = memory_backend()[0]
+    alone, both, native = service(remote), service(remote, age), service(age)
+
+    assert [newest(alone, sealed_by(kms)) for kms in (alone, both)] == [True, False]
+    assert [newest(both, sealed_by(kms)) for kms in (alone, both)] == [False, True]
+    assert [newest(native, sealed_by(kms)) for kms in (native, both)] == [True, False]
+
+
+def test_other_key_is_not_the_newest_of_this_one(age: Backend) -> None:
+    keys = {name: Key(name, age) for name in ("payroll", "other")}
+    kms = Kms(Keyring(keys, keys["payroll"]), AllowAll(), Kept(), SelectionRules())
+    head = head_of(sealed_by(kms))
+
+    moved = kms.key_version_status(ADA, head, "other")
+    with pytest.raises(UnknownKey):
+        kms.key_version_status(ADA, head, "missing")
+    with pytest.raises(UnknownKey):
+        service(age, key_id="elsewhere").key_version_status(ADA, head, None)
+
+    assert moved
+    assert (moved.key_id, moved.newest) == ("payroll", False)
+
+
+def test_version_that_the_backend_does_not_know_is_not_named(age: Backend, tmp_path: Path) -> None:
+    other = service(age_backend(tmp_path / "other", x25519.X25519Identity.generate()))
+
+    found = service(age).key_version_status(ADA, head_of(sealed_by(other)), None)
+
+    assert found
+    assert (found.key_version, found.newest) == ("", False)
+
+
+class Blind(AllowAll):
+    """A policy that shows no key."""
+
+    def sees(self, who: Principal, key_id: str) -> bool:
+        del who, key_id
+        return False
+
+
+def test_a_header_says_nothing_of_a_key_that_the_caller_may_not_see(age: Backend) -> None:
+    kms = service(age)
+    blind = Kms(kms.keyring, Blind(), Kept(), SelectionRules())
+
+    with pytest.raises(UnknownKey):
+        blind.key_version_status(ADA, head_of(sealed_by(kms)), None)

@@ -37,8 +37,7 @@ SHARE_S: Final = 300.0
 class Clock:
     """Seconds that pass when told to."""
 
-    def __init__(self) -> None:
-        self.now = 1000.0
+    now = 1000.0
 
     def __call__(self) -> float:
         return self.now
@@ -58,17 +57,27 @@ class Shared:
         remote = RemoteBackend(self.cipher, policy=NO_RETRIES)
         return SharingBackend(remote, WrapKeys(clock=self.clock), SHARE_S)
 
+    def opened(self) -> Stanza:
+        """A stanza that this process has wrapped and unwrapped."""
+        stanza = wrapped(self.backend)
+        assert self.backend.unwrap(stanza, KEY, AAD) == FILE_KEY
+        return stanza
+
     @property
     def calls(self) -> tuple[int, int]:
         return self.cipher.calls["encrypt"], self.cipher.calls["decrypt"]
+
+
+@pytest.fixture
+def shared() -> Shared:
+    return Shared()
 
 
 def wrapped(backend: SharingBackend | RemoteBackend, key: KeyRef = KEY) -> Stanza:
     return backend.wrap(FILE_KEY, key, AAD)
 
 
-def test_many_files_cost_one_call_each_way() -> None:
-    shared = Shared()
+def test_many_files_cost_one_call_each_way(shared: Shared) -> None:
     stanzas = [wrapped(shared.backend) for _ in range(100)]
 
     assert (
@@ -81,8 +90,7 @@ def test_many_files_cost_one_call_each_way() -> None:
             shared.backend.unwrap(stanza, KEY, b"another context")
 
 
-def test_another_process_and_a_key_that_shares_nothing_open_the_files() -> None:
-    shared = Shared()
+def test_another_process_and_a_key_that_shares_nothing_open_the_files(shared: Shared) -> None:
     stanzas = [wrapped(shared.backend) for _ in range(10)]
     for opener in (shared.another(), shared.remote, shared.remote.for_job()):
         assert [opener.unwrap(stanza, KEY, AAD) for stanza in stanzas] == [FILE_KEY] * 10
@@ -90,8 +98,7 @@ def test_another_process_and_a_key_that_shares_nothing_open_the_files() -> None:
     assert shared.backend.unwrap(wrapped(shared.remote), KEY, AAD) == FILE_KEY
 
 
-def test_the_time_is_counted_from_the_wrap_and_not_from_a_use() -> None:
-    shared = Shared()
+def test_the_time_is_counted_from_the_wrap_and_not_from_a_use(shared: Shared) -> None:
     first = wrapped(shared.backend)
     for _ in range(3):
         shared.clock.now += SHARE_S / 3 - 1
@@ -102,8 +109,7 @@ def test_the_time_is_counted_from_the_wrap_and_not_from_a_use() -> None:
     assert shared.calls == (2, 0)
 
 
-def test_the_time_is_counted_from_the_unwrap_and_not_from_a_use() -> None:
-    shared = Shared()
+def test_the_time_is_counted_from_the_unwrap_and_not_from_a_use(shared: Shared) -> None:
     stanza = wrapped(shared.backend)
     for _ in range(4):
         assert shared.backend.unwrap(stanza, KEY, AAD) == FILE_KEY
@@ -114,10 +120,8 @@ def test_the_time_is_counted_from_the_unwrap_and_not_from_a_use() -> None:
     assert shared.calls == (1, 2)
 
 
-def test_after_its_time_a_key_needs_the_server_to_open_a_file() -> None:
-    shared = Shared()
-    stanza = wrapped(shared.backend)
-    shared.backend.unwrap(stanza, KEY, AAD)
+def test_after_its_time_a_key_needs_the_server_to_open_a_file(shared: Shared) -> None:
+    stanza = shared.opened()
     shared.cipher.cut()
     assert shared.backend.unwrap(stanza, KEY, AAD) == FILE_KEY
 
@@ -158,8 +162,7 @@ def test_the_opened_keys_are_bounded_and_the_one_used_last_stays() -> None:
     [KeyRef("rival", "payroll", "1", "memory"), KeyRef("acme", "orders", "1", "memory")],
     ids=["tenant", "key"],
 )
-def test_each_tenant_and_key_has_a_wrap_key_of_its_own(other: KeyRef) -> None:
-    shared = Shared()
+def test_each_tenant_and_key_has_a_wrap_key_of_its_own(shared: Shared, other: KeyRef) -> None:
     mine, theirs = wrapped(shared.backend), wrapped(shared.backend, other)
 
     assert mine.args[4] != theirs.args[4]
@@ -168,9 +171,8 @@ def test_each_tenant_and_key_has_a_wrap_key_of_its_own(other: KeyRef) -> None:
         shared.backend.unwrap(moved, other, AAD)
 
 
-def test_credentials_that_only_encrypt_open_nothing() -> None:
+def test_credentials_that_only_encrypt_open_nothing(shared: Shared) -> None:
     """The process made the key; still the server has to unwrap it before it opens a file."""
-    shared = Shared()
     stanza = wrapped(shared.backend)
     shared.cipher.trouble = BackendUnavailable("decrypt is not granted")
 
@@ -187,8 +189,7 @@ def stale(shared: Shared) -> None:
     remote._known = replace(remote._known, asked_at=-VERSIONS_FRESH_S)  # noqa: SLF001 -- the test is the time
 
 
-def test_a_rotation_ends_the_key() -> None:
-    shared = Shared()
+def test_a_rotation_ends_the_key(shared: Shared) -> None:
     before = wrapped(shared.backend)
     assert shared.backend.rotate().version == "2"
     new = KeyRef("acme", "payroll", "2", "memory")
@@ -198,10 +199,8 @@ def test_a_rotation_ends_the_key() -> None:
     assert shared.calls == (2, 1)
 
 
-def test_a_version_that_another_process_made_ends_the_key() -> None:
-    shared = Shared()
-    stanza = wrapped(shared.backend)
-    shared.backend.unwrap(stanza, KEY, AAD)
+def test_a_version_that_another_process_made_ends_the_key(shared: Shared) -> None:
+    stanza = shared.opened()
     shared.cipher.rotate()
     stale(shared)
     shared.backend.unwrap(stanza, KEY, AAD)
@@ -209,12 +208,10 @@ def test_a_version_that_another_process_made_ends_the_key() -> None:
     assert shared.calls == (1, 2)
 
 
-def test_a_version_that_the_server_retired_opens_nothing() -> None:
+def test_a_version_that_the_server_retired_opens_nothing(shared: Shared) -> None:
     """Revoked at the backend: the list of versions says so within 30 seconds, also in the key's minutes."""
-    shared = Shared()
     shared.cipher.rotate()
-    stanza = wrapped(shared.backend)
-    shared.backend.unwrap(stanza, KEY, AAD)
+    stanza = shared.opened()
     del shared.cipher.keys["1"]
     assert shared.backend.unwrap(stanza, KEY, AAD) == FILE_KEY
 
@@ -223,9 +220,8 @@ def test_a_version_that_the_server_retired_opens_nothing() -> None:
         shared.backend.unwrap(stanza, KEY, AAD)
 
 
-def test_a_version_that_is_not_listed_yet_is_the_servers_to_judge() -> None:
+def test_a_version_that_is_not_listed_yet_is_the_servers_to_judge(shared: Shared) -> None:
     """Else it could be retired again before the list ever names it, and no change would end its key."""
-    shared = Shared()
     shared.backend.versions()
     shared.cipher.rotate()
     new = KeyRef("acme", "payroll", "2", "memory")
@@ -239,10 +235,8 @@ def test_a_version_that_is_not_listed_yet_is_the_servers_to_judge() -> None:
         shared.backend.unwrap(stanza, new, AAD)
 
 
-def test_credentials_that_were_revoked_open_nothing() -> None:
-    shared = Shared()
-    stanza = wrapped(shared.backend)
-    shared.backend.unwrap(stanza, KEY, AAD)
+def test_credentials_that_were_revoked_open_nothing(shared: Shared) -> None:
+    stanza = shared.opened()
     shared.cipher.trouble = BackendUnavailable("the server refuses our token")
     stale(shared)
 
@@ -254,10 +248,8 @@ def test_credentials_that_were_revoked_open_nothing() -> None:
     assert shared.cipher.calls["decrypt"] == 4
 
 
-def test_another_token_ends_the_key() -> None:
-    shared = Shared()
-    stanza = wrapped(shared.backend)
-    shared.backend.unwrap(stanza, KEY, AAD)
+def test_another_token_ends_the_key(shared: Shared) -> None:
+    stanza = shared.opened()
     shared.cipher.token.changes += 1
     stale(shared)
     shared.backend.unwrap(stanza, KEY, AAD)
@@ -265,10 +257,8 @@ def test_another_token_ends_the_key() -> None:
     assert shared.calls == (1, 2)
 
 
-def test_a_server_that_is_away_for_a_moment_is_not_missed() -> None:
-    shared = Shared()
-    stanza = wrapped(shared.backend)
-    shared.backend.unwrap(stanza, KEY, AAD)
+def test_a_server_that_is_away_for_a_moment_is_not_missed(shared: Shared) -> None:
+    stanza = shared.opened()
     shared.cipher.cut()
     stale(shared)
 
@@ -276,10 +266,8 @@ def test_a_server_that_is_away_for_a_moment_is_not_missed() -> None:
     assert wrapped(shared.backend).args == stanza.args
 
 
-def test_a_forked_process_has_no_keys() -> None:
-    shared = Shared()
-    stanza = wrapped(shared.backend)
-    shared.backend.unwrap(stanza, KEY, AAD)
+def test_a_forked_process_has_no_keys(shared: Shared) -> None:
+    stanza = shared.opened()
     child = os.fork()
     if not child:
         calls = shared.calls
@@ -346,8 +334,7 @@ def test_an_error_is_the_error_of_all_that_wait_and_of_no_other() -> None:
 # -- whether a call needs the server -----------------------------------------------------------------
 
 
-def test_a_key_is_ready_while_nothing_ends_it_within_a_second() -> None:
-    shared = Shared()
+def test_a_key_is_ready_while_nothing_ends_it_within_a_second(shared: Shared) -> None:
     wrap = Wrap("memory", "payroll", "1", b"", b"another")
     assert not shared.backend.is_ready("acme", "payroll", None)
 
@@ -369,8 +356,7 @@ def test_a_key_is_ready_while_nothing_ends_it_within_a_second() -> None:
     assert not shared.backend.is_ready("acme", "payroll", own)
 
 
-def test_a_key_that_shares_nothing_is_never_ready() -> None:
-    shared = Shared()
+def test_a_key_that_shares_nothing_is_never_ready(shared: Shared) -> None:
     stanza = wrapped(shared.remote)
     shared.remote.versions()
 
@@ -388,8 +374,7 @@ class Nobody(AllowAll):
         raise Forbidden
 
 
-def test_policy_comes_before_a_wrap_key() -> None:
-    shared = Shared()
+def test_policy_comes_before_a_wrap_key(shared: Shared) -> None:
     sealed = kms_over(shared.backend).encrypt(ADA, b"salary", ROW).ciphertext
     kms_over(shared.backend).decrypt(ADA, sealed, ROW)
     strict = kms_over(shared.backend, policy=Nobody())
@@ -405,8 +390,8 @@ def test_policy_comes_before_a_wrap_key() -> None:
 # -- the audit log -----------------------------------------------------------------------------------
 
 
-def test_each_record_names_the_wrap_key() -> None:
-    shared, trail = Shared(), Kept()
+def test_each_record_names_the_wrap_key(shared: Shared) -> None:
+    trail = Kept()
     kms = kms_over(shared.backend, trail=trail)
     sealed = kms.encrypt(ADA, b"salary", ROW).ciphertext
     name = name_of(binding.read_wrap(head_of(sealed).stanzas[0]).job)
@@ -422,8 +407,8 @@ def test_each_record_names_the_wrap_key() -> None:
     assert [line["wrap_key"] for line in trail.lines] == [name] * 9
 
 
-def test_a_record_of_a_file_without_a_shared_key_names_none() -> None:
-    shared, trail = Shared(), Kept()
+def test_a_record_of_a_file_without_a_shared_key_names_none(shared: Shared) -> None:
+    trail = Kept()
     kms = kms_over(shared.remote, trail=trail)
     kms.decrypt(ADA, kms.encrypt(ADA, b"salary", ROW).ciphertext, ROW)
     kms.rewrap(ADA, kms_over(shared.backend).encrypt(ADA, b"salary", ROW).ciphertext, ROW)
