@@ -4,6 +4,7 @@ Both servers are programs of others (``awsservers``); the administrator is boto3
 """
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from uuid import uuid4
 
 import pytest
@@ -71,18 +72,6 @@ def test_after_an_alias_has_moved_a_fresh_process_opens_what_its_earlier_keys_se
     assert aws.cipher(alias).decrypt(wrapped, old, AAD) == SECRET
 
 
-def test_a_key_that_left_the_history_opens_nothing(aws: AwsServer) -> None:
-    alias = aws.new_alias()
-    cipher = aws.cipher(alias)
-    old = current(cipher)
-    wrapped = cipher.encrypt(SECRET, old, AAD)
-    cipher.rotate()
-    aws.admin.delete_alias(AliasName=f"{alias}/{old}")
-
-    with pytest.raises(DecryptFailed):
-        aws.cipher(alias).decrypt(wrapped, old, AAD)
-
-
 @pytest.mark.parametrize("naming", ["none", "of another alias", "with another key's name"])
 def test_what_another_key_of_the_account_sealed_is_refused(aws: AwsServer, naming: str) -> None:
     """A file names its version: whoever may use any key of the account must not forge under ours."""
@@ -135,19 +124,14 @@ def test_two_rotations_at_once_lose_no_key(aws: AwsServer) -> None:
     cipher = aws.cipher(alias)
     old = current(cipher)
     gate = threading.Barrier(2)
-    made: list[str] = []
 
-    def rotate() -> None:
+    def rotate(own: AwsCipher) -> str:
         gate.wait()
-        made.append(aws.cipher(alias).rotate().version)
+        return own.rotate().version
 
-    threads = [threading.Thread(target=rotate) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as threads:
+        made = list(threads.map(rotate, [aws.cipher(alias), aws.cipher(alias)]))
 
-    assert len(made) == 2
     assert set(ids(aws.cipher(alias))) == {old, *made}
 
 
@@ -204,19 +188,3 @@ def test_a_disabled_old_key_does_not_stop_the_new_one(stateful: AwsServer) -> No
     stateful.admin.disable_key(KeyId=old)
 
     assert cipher.decrypt(cipher.encrypt(SECRET, new, AAD), new, AAD) == SECRET
-
-
-# -- what the peer cannot do -------------------------------------------------------------------------
-
-
-def test_an_answer_made_with_another_key_than_asked_for_is_refused(stateful: AwsServer) -> None:
-    """ministack opens under whatever key it finds in the ciphertext, and says which."""
-    first, second = stateful.cipher(stateful.new_alias()), stateful.cipher(stateful.new_alias())
-    wrapped = first.encrypt(SECRET, current(first), AAD)
-    second_key = current(second)
-
-    try:
-        opened = second.decrypt(wrapped, second_key, AAD)
-    except DecryptFailed:
-        return
-    assert opened != SECRET

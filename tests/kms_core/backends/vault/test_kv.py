@@ -180,18 +180,6 @@ def test_a_secret_that_holds_something_else_is_refused_and_left_alone(
 # -- versions ------------------------------------------------------------------------------------------
 
 
-def test_rotation_keeps_old_versions_and_tells_when_each_was_made(cipher: KvCipher) -> None:
-    before = cipher.encrypt(SECRET, "1", AAD)
-    made = cipher.rotate()
-
-    assert made.version == "2"
-    assert made.created_at is not None
-    assert names(cipher) == ["1", "2"]
-    assert cipher.decrypt(before, "1", AAD) == SECRET
-    with pytest.raises(DecryptFailed):
-        cipher.decrypt(before, "2", AAD)
-
-
 def test_a_removed_version_opens_nothing_any_more(server: Bao, path: str, cipher: KvCipher) -> None:
     wrapped = cipher.encrypt(SECRET, "1", AAD)
     cipher.rotate()
@@ -206,9 +194,10 @@ def test_a_removed_version_opens_nothing_any_more(server: Bao, path: str, cipher
 def test_a_version_of_another_process_opens_at_once(server: Bao, path: str, cipher: KvCipher) -> None:
     elsewhere = kv(server, path, cache_s=WHILE_IN_MEMORY_S)
     elsewhere.versions()
-    made = cipher.rotate().version
+    made = cipher.rotate()
 
-    assert elsewhere.decrypt(cipher.encrypt(SECRET, made, AAD), made, AAD) == SECRET
+    assert made.created_at is not None
+    assert elsewhere.decrypt(cipher.encrypt(SECRET, "2", AAD), "2", AAD) == SECRET
 
 
 @pytest.mark.parametrize("version", ["0", "01", "2", "-1", "latest", "9" * 30])
@@ -219,12 +208,6 @@ def test_a_version_that_is_not_there_opens_nothing(cipher: KvCipher, version: st
         cipher.decrypt(wrapped, version, AAD)
     with pytest.raises(BackendUnavailable, match="has no version"):
         cipher.encrypt(SECRET, version, AAD)
-
-
-@pytest.mark.parametrize("cut", [0, 1, 31, 32, 47])
-def test_a_cut_wrap_fails(cipher: KvCipher, cut: int) -> None:
-    with pytest.raises(DecryptFailed):
-        cipher.decrypt(cipher.encrypt(SECRET, "1", AAD)[:cut], "1", AAD)
 
 
 # -- what stays in memory ------------------------------------------------------------------------------
@@ -267,10 +250,15 @@ def test_a_refusal_takes_the_keys_out_of_memory(server: Bao, path: str) -> None:
 
 
 @pytest.fixture
-def first(server: Bao, path: str) -> KvCipher:
-    """A cipher of a mount without check-and-set; nothing is there yet."""
-    mount = f"kv{path.rpartition('/')[2]}"
+def mount(server: Bao) -> str:
+    """A mount without check-and-set; nothing is there yet."""
+    mount = f"kv{uuid4().hex}"
     server.cli("secrets", "enable", f"-path={mount}", "-version=1", "kv")
+    return mount
+
+
+@pytest.fixture
+def first(server: Bao, mount: str) -> KvCipher:
     return KvCipher(
         openbao.vault(server.url, token=openbao.ROOT_TOKEN), mount, "kms/pay", kv_version=1, cache_s=0.0
     )
@@ -294,12 +282,10 @@ def test_on_version_1_the_service_writes_nothing(first: KvCipher) -> None:
         first.versions()
 
 
+@pytest.mark.usefixtures("cipher")
 @pytest.mark.parametrize("call", ["versions", "encrypt"])
-def test_the_wrong_kv_version_is_told(server: Bao, path: str, cipher: KvCipher, call: str) -> None:
-    cipher.versions()
+def test_the_wrong_kv_version_is_told(server: Bao, path: str, mount: str, call: str) -> None:
     as_1 = KvCipher(openbao.vault(server.url, token=openbao.ROOT_TOKEN), "secret", path, kv_version=1)
-    mount = f"kv{path.rpartition('/')[2]}"
-    server.cli("secrets", "enable", f"-path={mount}", "-version=1", "kv")
     as_2 = KvCipher(openbao.vault(server.url, token=openbao.ROOT_TOKEN), mount, path)
 
     with pytest.raises(BackendUnavailable, match=r"set kms\.vault_kv\.kv_version = 2"):

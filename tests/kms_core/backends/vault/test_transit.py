@@ -3,7 +3,6 @@
 import base64
 import socket
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -15,14 +14,14 @@ from kms_core import keyring
 from kms_core.backends import KeyMissing
 from kms_core.backends.remote import FileToken
 from kms_core.backends.vault.client import VaultClient
-from kms_core.backends.vault.transit import TYPES, TransitCipher
+from kms_core.backends.vault.transit import TransitCipher
 from kms_core.envelope import sealing
 from kms_core.http_client import Busy, PeerServer, Unreachable
 from kms_core.settings.load import load
 from kms_protocol.errors import BackendUnavailable, DecryptFailed
 from support import openbao
 from support.age_kms import ROW, head_of
-from support.contract.faults import Fault, Faulty, answer, faulty, hangs_up, unused_url
+from support.contract.faults import Fault, Faulty, answer, faulty, hangs_up
 from support.openbao import Bao, BaoRefused, transit
 
 SECRET: Final = bytes(range(16))
@@ -44,6 +43,10 @@ def cipher(server: Bao, key: str) -> TransitCipher:
     return transit(server, key)
 
 
+def names(cipher: TransitCipher) -> list[str]:
+    return [version.version for version in cipher.versions()]
+
+
 def b64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
@@ -57,45 +60,26 @@ def by_the_command(server: Bao, key: str, wrapped: bytes, *more: str) -> bytes:
     return base64.b64decode(server.cli(*words, *more))
 
 
-def test_the_command_opens_a_wrap_with_its_associated_data(
+def test_the_command_opens_a_wrap_with_its_associated_data_and_not_without(
     server: Bao, key: str, cipher: TransitCipher
 ) -> None:
     wrapped = cipher.encrypt(SECRET, "1", AAD)
 
     assert len(wrapped) == 12 + len(SECRET) + 16
     assert by_the_command(server, key, wrapped, f"associated_data={b64(AAD)}") == SECRET
+    for wrong in ((), (f"associated_data={b64(b'other')}",), (f"context={b64(AAD)}",)):
+        with pytest.raises(BaoRefused, match="message authentication failed"):
+            by_the_command(server, key, wrapped, *wrong)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [(), (f"associated_data={b64(b'other')}",), (f"context={b64(AAD)}",)],
-    ids=["none", "other", "context"],
-)
-def test_the_command_opens_no_wrap_without_it(
-    server: Bao, key: str, cipher: TransitCipher, wrong: tuple[str, ...]
-) -> None:
-    wrapped = cipher.encrypt(SECRET, "1", AAD)
-
-    with pytest.raises(BaoRefused, match="message authentication failed"):
-        by_the_command(server, key, wrapped, *wrong)
-
-
-@pytest.mark.parametrize("kind", sorted(TYPES))
-def test_every_type_that_is_accepted_binds_the_aad(server: Bao, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["aes128-gcm96", "aes256-gcm96", "chacha20-poly1305", "xchacha20-poly1305"])
+def test_every_type_with_aead_is_taken_and_binds_the_aad(server: Bao, kind: str) -> None:
     cipher = transit(server, server.new_key(type=kind))
     wrapped = cipher.encrypt(SECRET, cipher.versions()[-1].version, AAD)
 
     assert cipher.decrypt(wrapped, "1", AAD) == SECRET
     with pytest.raises(DecryptFailed):
         cipher.decrypt(wrapped, "1", b"other")
-
-
-@pytest.mark.parametrize(
-    "damaged", [b"", b"x", bytes(27), bytes(44), bytes(5000)], ids=lambda damaged: f"{len(damaged)} bytes"
-)
-def test_damaged_wraps_are_refused(cipher: TransitCipher, damaged: bytes) -> None:
-    with pytest.raises(DecryptFailed):
-        cipher.decrypt(damaged, "1", AAD)
 
 
 @pytest.mark.parametrize("version", ["0", "01", "2", "-1", "1:", "latest", "9" * 30])
@@ -109,53 +93,30 @@ def test_a_version_that_is_not_there_decrypts_nothing(cipher: TransitCipher, ver
 # -- versions ------------------------------------------------------------------------------------------
 
 
-def test_rotation_makes_a_version_and_the_old_one_wraps_and_opens_on(cipher: TransitCipher) -> None:
-    before = cipher.encrypt(SECRET, "1", AAD)
-    made = cipher.rotate()
-
-    assert made.version == "2"
-    assert made.created_at is not None
-    assert [version.version for version in cipher.versions()] == ["1", "2"]
-    assert cipher.decrypt(before, "1", AAD) == SECRET
-    assert cipher.decrypt(cipher.encrypt(SECRET, "1", AAD), "1", AAD) == SECRET
-    assert cipher.decrypt(cipher.encrypt(SECRET, "2", AAD), "2", AAD) == SECRET
-
-
-def test_a_rotation_by_the_command_is_seen(server: Bao, key: str, cipher: TransitCipher) -> None:
+def test_a_rotation_here_or_by_the_command_is_seen_and_the_old_version_wraps_on(
+    server: Bao, key: str, cipher: TransitCipher
+) -> None:
+    assert cipher.rotate().created_at is not None
     server.cli("write", "-f", f"transit/keys/{key}/rotate")
 
-    assert [version.version for version in cipher.versions()] == ["1", "2"]
+    assert names(cipher) == ["1", "2", "3"]
+    for version in ("1", "3"):
+        assert cipher.decrypt(cipher.encrypt(SECRET, version, AAD), version, AAD) == SECRET
 
 
-def test_versions_below_the_minimum_of_decryption_are_gone(
+def test_versions_below_the_minimum_of_decryption_are_gone_trimmed_or_not(
     server: Bao, key: str, cipher: TransitCipher
 ) -> None:
     wrapped = cipher.encrypt(SECRET, "1", AAD)
     cipher.rotate()
     server.cli("write", f"transit/keys/{key}/config", "min_decryption_version=2")
 
-    assert [version.version for version in cipher.versions()] == ["2"]
+    assert names(cipher) == ["2"]
     with pytest.raises(DecryptFailed):
         cipher.decrypt(wrapped, "1", AAD)
-
-
-def test_versions_that_were_trimmed_are_gone(server: Bao, key: str, cipher: TransitCipher) -> None:
-    cipher.rotate()
-    limits = {"min_decryption_version": 2, "min_encryption_version": 2}
-    server.admin("POST", f"transit/keys/{key}/config", limits)
+    server.cli("write", f"transit/keys/{key}/config", "min_encryption_version=2")
     server.admin("POST", f"transit/keys/{key}/trim", {"min_available_version": 2})
-
-    assert [version.version for version in cipher.versions()] == ["2"]
-
-
-@pytest.mark.parametrize("minimum", ["min_decryption_version", "min_available_version"])
-def test_a_server_that_lists_versions_below_its_minimum_is_not_believed(minimum: str) -> None:
-    versions = b'"latest_version": 3, "keys": {"1": 1, "3": 1795546983, "2": {"name": "x"}}'
-    record = b'{"data": {"type": "aes256-gcm96", %s, "%s": 2}}' % (versions, minimum.encode())
-    with faulty(answer(200, record)) as front:
-        cipher = TransitCipher(openbao.vault(front.url, token="s.token"), "transit", "pay")
-
-        assert [version.version for version in cipher.versions()] == ["2", "3"]
+    assert names(cipher) == ["2"]
 
 
 def test_a_version_below_the_minimum_of_encryption_is_not_replaced_by_another(
@@ -209,16 +170,9 @@ def test_a_missing_key_is_not_made_by_the_way_but_by_the_command_in_the_error(se
     command = caught.value.detail.partition("`bao ")[2].partition("`")[0]
     server.cli(*command.split())
 
-    assert [version.version for version in cipher.versions()] == ["1"]
-
-
-@pytest.mark.parametrize("call", CALLS)
-def test_a_key_that_was_deleted_is_missing(server: Bao, key: str, call: str) -> None:
-    cipher = transit(server, key)
-    cipher.encrypt(SECRET, "1", AAD)
+    assert names(cipher) == ["1"]
     server.admin("POST", f"transit/keys/{key}/config", {"deletion_allowed": True})
     server.admin("DELETE", f"transit/keys/{key}")
-
     with pytest.raises(KeyMissing, match="make it with"):
         CALLS[call](cipher)
 
@@ -246,15 +200,6 @@ def test_keys_that_do_not_bind_the_aad_are_refused(
 def test_no_derived_key_encrypts(server: Bao) -> None:
     with pytest.raises(BackendUnavailable):
         CALLS["encrypt"](transit(server, server.new_key(derived=True)))
-
-
-def test_a_key_that_can_be_exported_is_told_of_once(server: Bao) -> None:
-    cipher = transit(server, server.new_key(exportable=True))
-    with capture_logs() as logs:
-        cipher.versions()
-        cipher.versions()
-
-    assert [entry["event"] for entry in logs] == ["key.exportable"]
 
 
 # -- the server, the mount, our rights -----------------------------------------------------------------
@@ -296,9 +241,14 @@ def test_a_policy_that_lacks_a_path_is_told_which(server: Bao, key: str) -> None
         CALLS["decrypt"](cipher)
 
 
+def of_root(server: Bao, mount: str, namespace: str | None = None) -> TransitCipher:
+    vault = openbao.vault(server.url, token=openbao.ROOT_TOKEN, namespace=namespace)
+    return TransitCipher(vault, mount, "pay")
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_a_missing_mount_is_told_with_the_command_that_enables_it(server: Bao, call: str) -> None:
-    cipher = TransitCipher(openbao.vault(server.url, token=openbao.ROOT_TOKEN), "nowhere", "pay")
+    cipher = of_root(server, "nowhere")
 
     with pytest.raises(BackendUnavailable, match="`bao secrets enable -path=nowhere transit`"):
         CALLS[call](cipher)
@@ -307,7 +257,7 @@ def test_a_missing_mount_is_told_with_the_command_that_enables_it(server: Bao, c
 def test_a_mount_of_several_segments_works(server: Bao) -> None:
     server.cli("secrets", "enable", "-path=team/a/transit", "transit")
     server.cli("write", "-f", "team/a/transit/keys/pay")
-    cipher = TransitCipher(openbao.vault(server.url, token=openbao.ROOT_TOKEN), "team/a/transit", "pay")
+    cipher = of_root(server, "team/a/transit")
 
     assert cipher.decrypt(cipher.encrypt(SECRET, "1", AAD), "1", AAD) == SECRET
 
@@ -316,25 +266,11 @@ def test_a_namespace_is_entered(server: Bao) -> None:
     server.cli("namespace", "create", "payroll")
     server.cli("secrets", "enable", "-namespace=payroll", "transit")
     server.cli("write", "-namespace=payroll", "-f", "transit/keys/pay")
-    inside = TransitCipher(
-        openbao.vault(server.url, token=openbao.ROOT_TOKEN, namespace="payroll"), "transit", "pay"
-    )
-    elsewhere = TransitCipher(
-        openbao.vault(server.url, token=openbao.ROOT_TOKEN, namespace="nowhere"), "transit", "pay"
-    )
+    inside, elsewhere = (of_root(server, "transit", namespace) for namespace in ("payroll", "nowhere"))
 
     assert inside.decrypt(inside.encrypt(SECRET, "1", AAD), "1", AAD) == SECRET
     with pytest.raises(BackendUnavailable, match=r"no such namespace: check kms\.vault_kv\.namespace"):
         elsewhere.versions()
-
-
-def test_many_threads_share_one_cipher(cipher: TransitCipher) -> None:
-    def trip(number: int) -> bool:
-        aad = str(number).encode()
-        return cipher.decrypt(cipher.encrypt(SECRET, "1", aad), "1", aad) == SECRET
-
-    with ThreadPoolExecutor(16) as pool:
-        assert all(pool.map(trip, range(200)))
 
 
 # -- the token -----------------------------------------------------------------------------------------
@@ -409,7 +345,7 @@ def test_a_renewal_never_fails_the_call_that_it_comes_with(
         cipher = timed(front, "pay", FileToken("s.token", None, strict=True), clock)
         cipher.versions()
         clock.now += 1801
-        assert [version.version for version in cipher.versions()] == ["1"]
+        assert names(cipher) == ["1"]
         tried = asked(front, "renew-self")
         clock.now += (next_s or 100_000) - 1
         cipher.versions()
@@ -505,19 +441,3 @@ token_file = "{tmp_path / "token"}"
 
     assert head.stanzas[0].args == ("kms-service/wrap", "transit", "default", "1")
     assert sealing.open_(file, head, sealing.file_key_of(head, key.backend, ref, context=ROW)) == b"salary"
-
-
-def test_an_absent_server_stops_no_start(tmp_path: Path) -> None:
-    (tmp_path / "kms.toml").write_text(f"""
-[kms]
-dev_backend = "transit"
-[kms.transit]
-address = "{unused_url()}"
-token = "s.token"
-key_name = "pay"
-""")
-    backend = keyring.build(load(tmp_path / "kms.toml", {"HOME": str(tmp_path)})).default.backend
-
-    assert "No connection to OpenBao or Vault at 127.0.0.1" in backend.health_check().detail
-    with pytest.raises(Unreachable):
-        backend.current_version()

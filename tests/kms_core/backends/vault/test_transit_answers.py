@@ -79,9 +79,23 @@ def test_a_ciphertext_of_another_form_is_refused(ciphertext: str) -> None:
         cipher.encrypt(SECRET, "2", AAD)
 
 
-def test_a_version_above_the_latest_is_not_believed() -> None:
-    with answering(KEY | {"latest_version": 1}) as cipher:
-        assert [version.version for version in cipher.versions()] == ["1"]
+THREE: Final = {"latest_version": 3, "keys": {"1": 1, "3": 1795546983, "2": {"name": "x"}}}
+
+
+@pytest.mark.parametrize(
+    ("record", "versions"),
+    [
+        ({"latest_version": 1}, ["1"]),
+        (THREE | {"min_decryption_version": 2}, ["2", "3"]),
+        (THREE | {"min_available_version": 2}, ["2", "3"]),
+    ],
+    ids=["latest", "minimum of decryption", "minimum available"],
+)
+def test_a_version_outside_the_bounds_of_its_key_is_not_believed(
+    record: dict[str, object], versions: list[str]
+) -> None:
+    with answering(KEY | record) as cipher:
+        assert [version.version for version in cipher.versions()] == versions
 
 
 def test_a_key_without_its_latest_version_is_refused() -> None:
@@ -98,12 +112,6 @@ def test_a_key_that_is_deleted_for_now_says_how_to_restore_it() -> None:
         pytest.raises(BackendUnavailable, match=r"restore it with `bao write -f transit/keys/pay/soft-"),
     ):
         cipher.versions()
-
-
-@pytest.mark.parametrize("kind", ["aes128-gcm96", "aes256-gcm96", "chacha20-poly1305", "xchacha20-poly1305"])
-def test_every_type_with_aead_is_taken(kind: str) -> None:
-    with answering(KEY | {"type": kind}) as cipher:
-        assert [version.version for version in cipher.versions()] == ["1", "2"]
 
 
 def test_a_404_of_another_server_is_told_from_a_missing_key() -> None:
