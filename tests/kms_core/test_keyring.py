@@ -14,7 +14,7 @@ from kms_core.backends.age_settings import AgeSection
 from kms_core.backends.remote import RemoteBackend, SharingBackend, WrapKeys
 from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef
-from kms_core.keyring import Key, Keyring
+from kms_core.keyring import Keyring
 from kms_core.settings.load import load
 from kms_core.settings.model import Settings
 from kms_protocol.context import Context
@@ -50,49 +50,35 @@ def key_files(tmp_path: Path) -> None:
     write_pair(tmp_path / "payroll", PAYROLL)
 
 
-def sealed_by(key: Key, identity: x25519.X25519Identity) -> bool:
-    return key.backend.current_version() == version_of(identity.recipient)
-
-
 # -- which key ---------------------------------------------------------------------------------------
 
-
-def test_without_settings_the_only_key_is_the_default(tmp_path: Path) -> None:
-    keys = built(tmp_path)
-
-    assert list(keys.keys) == ["default"]
-    assert keys.named(None) is keys.named("default") is keys.default
-    assert sealed_by(keys.default, OWN)
+URI: Final = "age://{tmp}/payroll/private_key.txt"
+MAPPED: Final = f'[kms.keys]\npayroll = "{URI}"'
 
 
-def test_further_ids_are_mapped_by_uri(tmp_path: Path) -> None:
-    keys = built(tmp_path, '[kms.keys]\npayroll = "age://{tmp}/payroll/private_key.txt"')
+@pytest.mark.parametrize(
+    ("text", "keys", "default"),
+    [
+        ("", {"default": OWN}, "default"),
+        (MAPPED, {"default": OWN, "payroll": PAYROLL}, "default"),
+        (f'[kms.keys]\npayroll = ["{URI}?seal=true"]', {"default": OWN, "payroll": PAYROLL}, "default"),
+        ('[kms]\ndefault_key_id = "main"', {"main": OWN}, "main"),
+        (f'[kms]\ndefault_key_id = "payroll"\n{MAPPED}', {"payroll": PAYROLL}, "payroll"),
+        (f'[kms.keys]\ndefault = "{URI}"', {"default": PAYROLL}, "default"),
+    ],
+    ids=["no settings", "mapped", "a list of one", "another default", "a mapped default", "default mapped"],
+)
+def test_settings_say_which_keys_there_are_and_which_is_the_default(
+    tmp_path: Path, text: str, keys: dict[str, x25519.X25519Identity], default: str
+) -> None:
+    if OWN not in keys.values():
+        (tmp_path / "state/age/private_key.txt").unlink()  # a mapped default needs no key of its own
+    ring = built(tmp_path, text)
 
-    assert set(keys.keys) == {"default", "payroll"}
-    assert sealed_by(keys.named("payroll"), PAYROLL)
-    assert sealed_by(keys.named(None), OWN)
-
-
-def test_the_default_may_have_another_name(tmp_path: Path) -> None:
-    keys = built(tmp_path, '[kms]\ndefault_key_id = "main"')
-
-    assert keys.named(None).key_id == "main"
-    assert sealed_by(keys.named("main"), OWN)
-
-
-def test_the_default_may_be_one_of_the_mapped(tmp_path: Path) -> None:
-    text = '[kms]\ndefault_key_id = "payroll"\n[kms.keys]\npayroll = "age://{tmp}/payroll/private_key.txt"'
-    keys = built(tmp_path, text)
-
-    assert list(keys.keys) == ["payroll"]
-    assert sealed_by(keys.named(None), PAYROLL)
-
-
-def test_a_default_that_is_mapped_needs_no_key_of_its_own(tmp_path: Path) -> None:
-    (tmp_path / "state/age/private_key.txt").unlink()
-    keys = built(tmp_path, '[kms.keys]\ndefault = "age://{tmp}/payroll/private_key.txt"')
-
-    assert sealed_by(keys.named(None), PAYROLL)
+    expected = {key_id: version_of(identity.recipient) for key_id, identity in keys.items()}
+    assert {key_id: key.backend.current_version() for key_id, key in ring.keys.items()} == expected
+    assert ring.named(None) is ring.named(default) is ring.default
+    assert {(key.others, key.retired) for key in ring.keys.values()} == {((), ())}
 
 
 @pytest.mark.parametrize("key_id", ["other", "", "DEFAULT", "default ", "age:///etc/passwd"])
@@ -104,7 +90,7 @@ def test_an_unknown_id_is_unknown(tmp_path: Path, key_id: str) -> None:
 @pytest.mark.parametrize("accepted", [True, False])
 def test_every_key_knows_whether_it_takes_foreign_files(tmp_path: Path, *, accepted: bool) -> None:
     text = f"[kms.age]\naccept_foreign = {str(accepted).lower()}\n"
-    keys = built(tmp_path, text + '[kms.keys]\npayroll = "age://{tmp}/payroll/private_key.txt"')
+    keys = built(tmp_path, text + MAPPED)
 
     assert {key.accept_foreign for key in keys.keys.values()} == {accepted}
 
@@ -113,14 +99,6 @@ def test_a_key_names_the_version_in_use(tmp_path: Path) -> None:
     write_pair(tmp_path / "state/age", OWN, NEXT, current=OWN)
 
     assert built(tmp_path).default.ref("acme") == KeyRef("acme", "default", version_of(OWN.recipient), "age")
-
-
-def test_a_retired_backend_is_asked_to_open_only(tmp_path: Path) -> None:
-    text = '[kms.keys]\npayroll = ["age://{tmp}/payroll/private_key.txt?seal=true"]'
-    key = built(tmp_path, text).named("payroll")
-
-    assert sealed_by(key, PAYROLL)
-    assert (key.others, key.retired) == ((), ())
 
 
 # -- what is refused at start ------------------------------------------------------------------------
@@ -198,18 +176,24 @@ def test_no_uri_means_the_section_of_settings(tmp_path: Path) -> None:
     assert backend.data_keys  # in dev
 
 
-def test_a_uri_names_both_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "current", "native"),
+    [
+        ("?public={folder}/public_key.txt", OWN, True),
+        ("", NEXT, True),
+        ("?native=true", NEXT, True),
+        ("?native=false", NEXT, False),
+    ],
+)
+def test_a_uri_names_the_files_and_whether_age_files_get_native_stanzas(
+    tmp_path: Path, options: str, current: x25519.X25519Identity, native: bool
+) -> None:
     write_pair(tmp_path / "a b", OWN, NEXT, current=OWN)
-    uri = f"age://{tmp_path}/a%20b/private_key.txt?public={tmp_path}/a%20b/public_key.txt"
+    folder = f"{tmp_path}/a%20b"
+    backend = opened(f"age://{folder}/private_key.txt{options.format(folder=folder)}", settings_of(tmp_path))
 
-    assert opened(uri, settings_of(tmp_path)).current_version() == version_of(OWN.recipient)
-
-
-def test_a_uri_may_name_the_identity_file_alone(tmp_path: Path) -> None:
-    write_pair(tmp_path / "other", OWN, NEXT, current=OWN)
-    uri = f"age://{tmp_path}/other/private_key.txt"
-
-    assert opened(uri, settings_of(tmp_path)).current_version() == version_of(NEXT.recipient)
+    assert backend.current_version() == version_of(current.recipient)
+    assert backend.native is native
 
 
 @pytest.mark.parametrize(
@@ -239,14 +223,6 @@ def test_a_wrong_uri_is_refused_with_a_right_one(tmp_path: Path, uri: str) -> No
         ConfigurationError, match=r"An age key( is age:///path/to/private_key\.txt|: native is)"
     ):
         opened(uri.format(own=tmp_path / "payroll"), settings_of(tmp_path))
-
-
-@pytest.mark.parametrize(("option", "native"), [("", True), ("?native=true", True), ("?native=false", False)])
-def test_a_uri_says_whether_files_get_native_stanzas(tmp_path: Path, option: str, native: bool) -> None:
-    write_pair(tmp_path / "payroll", OWN)
-    uri = f"age://{tmp_path}/payroll/private_key.txt{option}"
-
-    assert opened(uri, settings_of(tmp_path)).native is native
 
 
 def test_in_prod_a_uri_is_held_to_private_files(tmp_path: Path) -> None:
@@ -346,10 +322,7 @@ def test_no_other_header_passes_for_one_that_needs_no_server(tmp_path: Path) -> 
 
 def test_a_bundle_names_the_backend_that_a_call_waits_for_as_its_stanzas_do(tmp_path: Path) -> None:
     """Else calls on a silent backend would take the threads of all others."""
-    keys = built(
-        tmp_path,
-        '[kms.transit]\naddress = "http://127.0.0.1:9"\ntoken = "t"\n[kms.keys]\nremote = "transit:k"',
-    )
+    keys = built(tmp_path, TRANSIT + 'remote = "transit:k"')
     ref = KeyRef("default", "remote", "1", "transit")
     stanzas = [
         binding.context_stanza(bytes(16), ref, Context.parse("row=7")),
@@ -372,8 +345,8 @@ def test_a_bundle_names_the_backend_that_a_call_waits_for_as_its_stanzas_do(tmp_
 def test_a_file_of_a_local_key_waits_for_no_default_key_on_a_server(tmp_path: Path) -> None:
     keys = built(
         tmp_path,
-        '[kms]\ndefault_key_id = "remote"\n[kms.transit]\naddress = "http://127.0.0.1:9"\ntoken = "t"\n'
-        '[kms.keys]\nremote = "transit:k"\nlocal = "age://{tmp}/payroll/private_key.txt"',
+        '[kms]\ndefault_key_id = "remote"\n' + TRANSIT + 'remote = "transit:k"\n'
+        'local = "age://{tmp}/payroll/private_key.txt"',
     )
     bound = binding.context_stanza(bytes(16), KeyRef("default", "local", "1", "age"), Context.parse("row=7"))
 

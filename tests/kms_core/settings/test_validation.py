@@ -7,6 +7,7 @@ from kms_core.settings.load import load
 from kms_core.settings.model import Settings
 from kms_core.settings.validation import check_exposure
 from kms_protocol.errors import ConfigurationError
+from support.credentials import authenticator_of
 
 HOME = {"HOME": "/home/ada"}
 COSMIAN = HOME | {"PROVISIONING_ENV": "prod", "COSMIAN_KMS_URL": "https://kms.test"}
@@ -91,15 +92,20 @@ def test_loopback_in_dev_needs_no_authentication(bind: str) -> None:
 
 @pytest.mark.parametrize("bind", ["0.0.0.0", "::", "10.0.0.1", "localhost.evil.example"])  # noqa: S104 - refused
 def test_other_addresses_without_authentication_are_refused(tmp_path: Path, bind: str) -> None:
-    with pytest.raises(ConfigurationError, match=r'mode = "none" under \[kms\.auth\]'):
+    with pytest.raises(ConfigurationError, match=r'kms token create.*mode = "none" under \[kms\.auth\]'):
         check_exposure(load(None, HOME | {"KMS_BIND": bind}))
 
-    check_exposure(read(tmp_path, "[kms.auth]\nmode = 'none'", HOME | {"KMS_BIND": bind}))
+    for mode in ("none", "required"):
+        check_exposure(read(tmp_path, f"[kms.auth]\nmode = '{mode}'", HOME | {"KMS_BIND": bind}))
 
 
-def test_prod_without_authentication_is_refused() -> None:
+def test_prod_without_authentication_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="The environment is prod"):
         check_exposure(load(None, COSMIAN))
+
+    settings = read(tmp_path, "[kms.auth]\nmode = 'required'", COSMIAN)
+    check_exposure(settings)
+    assert not settings.kms.server.docs
 
 
 @pytest.mark.parametrize(
@@ -136,11 +142,9 @@ def test_a_root_of_its_own_in_the_state_directory_is_allowed(tmp_path: Path) -> 
         "[kms.keys]\npay = 'age:///srv/in/private_key.txt?public=/k/public_key.txt'",
         "[kms.keys]\npay = 'age:///k/private%5Fkey.txt?public=/srv/in/public_key.txt'",
         "[kms.keys]\nlog = 'other://v/transit/keys/x'\na = 'age:///k/p'\npay = 'age:///srv/%69n/private_key.txt'",
-        "[kms.cosmian]\napi_key_file = '/srv/in/token'",
-        "[kms.age]\nprivate_key_path = '/srv/in/private_key.txt'",
         "[kms.audit]\npath = '/srv/in/audit'",
     ],
-    ids=["private", "public", "quoted", "cosmian", "age", "audit"],
+    ids=["private", "public", "quoted", "audit"],
 )
 def test_key_files_and_records_under_a_root_are_refused(tmp_path: Path, text: str) -> None:
     assert "kms.jobs.roots[0] overlaps" in refusal(tmp_path, text + "\n[kms.jobs]\nroots = ['/srv/in']")
@@ -282,3 +286,120 @@ def test_other_text_is_no_origin(tmp_path: Path, origin: str) -> None:
 
     assert told.startswith("kms.server.codec_origins[1]: expected one origin as browsers send it, such as ")
     assert "secret" not in told
+
+
+# -- callers and tenants -------------------------------------------------------------------------------
+
+REQUIRED = "[kms.auth]\nmode = 'required'\n"
+TLS = "[kms.server]\ntls_cert = '/t/c'\ntls_key = '/t/k'\nclient_ca = '/t/ca'\n"
+REVIEW = "review_url = '{}'\nreview_token_file = '/t/reviewer'\n"
+ISSUER = "[kms.auth.issuers.corp]\nissuer = 'https://id'\naudience = 'kms'\n"
+KEYS = "jwks_url = 'https://id/keys'\n"
+JWT = REQUIRED + ISSUER + KEYS
+GRANT = JWT + "[kms.auth.issuers.corp.grants.g]\n"
+LOGIN = REQUIRED + "[kms.auth.logins.a]\n"
+TOKENS = REQUIRED + "tokens = 's3://state/in/tokens'\n[kms.jobs.buckets.state]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (ISSUER + KEYS, 'write mode = "required"'),
+        ("[kms.auth]\nmode = 'none'\n" + ISSUER + KEYS, 'write mode = "required"'),
+        (TLS + "[kms.auth.certificates.a]\nsubject = 'DNS:a'\nscopes = []\n", 'write mode = "required"'),
+        ("[kms.auth]\nmode = 'optional'\n", "kms.auth.mode: expected one of none, required"),
+        (REQUIRED + ISSUER.replace("https://id", "corp"), "found by discovery"),
+        (REQUIRED + ISSUER.replace("https://id", "http://id"), "found by discovery"),
+        (REQUIRED + ISSUER.replace("https://id", "https://id?a=hunter2"), "found by discovery"),
+        (REQUIRED + ISSUER.replace("https://id", "https://u:hunter2@id"), "found by discovery"),
+        (JWT + "jwks_file = '/k'\n", "not by both"),
+        (REQUIRED + ISSUER + "jwks_url = 'http://id/keys'\n", "expected https://"),
+        (REQUIRED + ISSUER + "jwks_url = 'https://u:hunter2@id/keys'\n", "no user, password"),
+        (REQUIRED + ISSUER + "jwks_url = 'file:///keys'\n", "expected https://"),
+        (REQUIRED + ISSUER + "jwks_url = 'https://bücher.example/keys'\n", "in ASCII"),
+        (REQUIRED + ISSUER + "jwks_url = 'https://[hunter2'\n", "expected https://"),
+        (JWT + "algorithms = ['HS256']\n", "kms.auth.issuers.corp.algorithms"),
+        (JWT + "algorithms = ['none']\n", "kms.auth.issuers.corp.algorithms"),
+        (JWT + "algorithms = []\n", "kms.auth.issuers.corp.algorithms"),
+        (JWT + "leeway_s = 3600\n", "kms.auth.issuers.corp.leeway_s"),
+        (JWT + "tenant_claim = 'org'\n", "set both or neither"),
+        (JWT + "tenants = ['a']\n", "set both or neither"),
+        (JWT + "tenant = 'a b'\n", "kms.auth.issuers.corp.tenant"),
+        (JWT + "scopes = ['status', 'encript']\n", "scopes[1]: a scope begins"),
+        (GRANT + "when = {}\nscopes = []\n", "name a claim"),
+        (GRANT + "when = {a = 'b'}\nscopes = ['x']\n", "grants.g.scopes[0]"),
+        (JWT + ISSUER.replace("corp", "twin") + KEYS, "the same issuer"),
+        (REQUIRED + "[kms.auth.certificates.a]\nsubject = 'DNS:a'\nscopes = []\n", "need client_ca"),
+        (REQUIRED + TLS + "[kms.auth.certificates.a]\nsubject = 'a'\nscopes = []\n", "expected DNS:name"),
+        (REQUIRED + ISSUER + "review_url = 'https://k'\n", "belong together"),
+        (REQUIRED + ISSUER + "review_token_file = '/t/k'\n", "belong together"),
+        (JWT + REVIEW.format("https://k"), "review_url: it replaces"),
+        (REQUIRED + ISSUER + REVIEW.format("http://k"), "review_url: expected https://"),
+        (REQUIRED + ISSUER + REVIEW.format("https://u:p@k"), "review_url: no user, password"),
+        ("[kms.auth.logins.a]\nmethod = 'approle'\n", 'write mode = "required"'),
+        (REQUIRED + "[kms.auth.logins.token]\nmethod = 'approle'\n", "no login can have this name"),
+        (REQUIRED + "[kms.auth.logins.'a/b']\nmethod = 'approle'\n", "kms.auth.logins"),
+        (LOGIN + "method = 'jwt'\n", "a.issuer: expected the name"),
+        (LOGIN + "method = 'jwt'\nissuer = 'corp'\n", "a.issuer: expected the name"),
+        (LOGIN + "method = 'approle'\nissuer = 'corp'\n", "it is for method"),
+        (LOGIN + "method = 'ldap'\n", "a.method: expected one of"),
+        (LOGIN + "method = 'approle'\nttl_s = 90000\n", "a.ttl_s"),
+        ("[kms.facade]\nenabled = false\n" + LOGIN + "method = 'approle'\n", "set enabled under"),
+        (REQUIRED + TLS + "[kms.auth.certificates.a]\nsubject = 'DNS:a'\nscopes = ['x']\n", "scopes[0]"),
+        ("[kms.server]\nclient_crl = '/t/crl'\n", "client_crl: name the authority"),
+        ("[kms.server]\ntrusted_proxies = ['proxy']\n", "[0]: expected an address or a network"),
+        ("[kms.server]\ntrusted_proxies = ['::1', '10.1.2.3/8']\n", "trusted_proxies[1]: expected"),
+        ("[kms.server]\ntrusted_proxies = ['0.0.0.0/0']\n", "this trusts every address"),
+        ("[kms.server]\ntrusted_proxies = ['10.0.0.0/8', '::/0']\n", "this trusts every address"),
+        ("[kms.server]\ntrusted_proxies = ['0.0.0.0/1', '128.0.0.0/1']\n", "this trusts every address"),
+        ("[kms.server]\ntls_cert = '/t/c'\n", "belong together"),
+        ("[kms.server]\ntls_key = '/t/c'\n", "belong together"),
+        ("[kms.server]\nclient_ca = '/t/c'\n", "need TLS"),
+        ("[kms.server]\nclient_cert = 'required'\n", "in client_ca"),
+        ("[kms.tenants.a]\nburst = 5\n", "needs requests_per_s"),
+        ("[kms.tenants.a]\nrequests_per_s = 0\n", "kms.tenants.a.requests_per_s"),
+        ("[kms.tenants.'a/b']\nopen_jobs = 5\n", "kms.tenants"),
+        (REQUIRED + "tokens = '/t/tokens'\n", "kms.auth.tokens"),
+        (REQUIRED + "tokens = 'file://host/t'\n", "kms.auth.tokens: expected file:///path"),
+        (REQUIRED + "tokens = 's3://state/tokens'\n", "add a section [kms.jobs.buckets.state]"),
+        (TOKENS.replace("in/tokens", "a/../b"), "kms.auth.tokens: a part of the key is"),
+        (TOKENS.replace("/in/tokens", ""), "kms.auth.tokens: expected s3://"),
+        (TOKENS + "read = ['in/']\n", "jobs could read or write it"),
+        (TOKENS + "write = ['']\n", "jobs could read or write it"),
+        (TOKENS + "[kms.jobs.spool_bucket]\nurl = 's3://state/in'\n", "kms.auth.tokens: it is in the spool"),
+        (REQUIRED + "max_stale_s = 0\n", "kms.auth.max_stale_s"),
+        (REQUIRED + "tokens = 'file:///srv/t'\n[kms.jobs]\nroots = ['/srv']\n", "kms.auth.tokens"),
+    ],
+    ids=lambda text: text.replace("\n", " ")[-60:],
+)
+def test_settings_of_callers_that_contradict_themselves_are_refused(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    detail = refusal(tmp_path, text)
+
+    assert message in detail
+    assert "hunter2" not in detail
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        REQUIRED + ISSUER + "jwks_url = 'http://127.0.0.1:9000/keys'\n",
+        REQUIRED + ISSUER.replace("https://id", "http://127.0.0.1:9000"),
+    ],
+    ids=["by its URL", "by discovery"],
+)
+def test_loopback_in_dev_may_be_an_issuer_without_tls(tmp_path: Path, text: str) -> None:
+    assert read(tmp_path, text).kms.auth.issuers["corp"].leeway_s == 30
+
+    prod = "[kms]\nenvironment = 'prod'\nprod_backend = 'age'\nallow_age_in_prod = true\n"
+    for refused in (text.replace("127.0.0.1", "10.0.0.1"), prod + text):
+        with pytest.raises(ConfigurationError, match="expected https"):
+            read(tmp_path, refused)
+
+
+def test_nobody_is_asked_unless_settings_say_so(tmp_path: Path) -> None:
+    assert authenticator_of(read(tmp_path, "")) is None
+    assert authenticator_of(read(tmp_path, "[kms.auth]\nmode = 'none'\n")) is None
+    for text in (REQUIRED, REQUIRED + ISSUER):  # no issuer is asked at the start
+        assert authenticator_of(read(tmp_path, text)) is not None

@@ -81,14 +81,5 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     assert str(file) in refusal(tmp_path, client_cert_file=str(file), client_key_file=str(file))
 
 
-@pytest.mark.parametrize("name", ["api_key_file", "client_key_file"])
-def test_no_root_of_jobs_holds_a_credential(tmp_path: Path, name: str) -> None:
-    root = tmp_path / "files"
-    more = {"client_cert_file": str(tmp_path / "cert")} if name == "client_key_file" else {}
-    values = {name: str(root / "secret"), "kms__jobs.roots": [str(root)], **more}
-
-    assert f"overlaps kms.cosmian.{name}" in refusal(tmp_path / "state", **values)
-
-
 def test_a_protocol_is_one_of_three(tmp_path: Path) -> None:
     assert "auto, kmip, jose" in refusal(tmp_path, protocol="rest")

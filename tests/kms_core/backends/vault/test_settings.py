@@ -87,14 +87,6 @@ def test_a_token_from_a_variable_is_allowed_in_prod(tmp_path: Path) -> None:
     assert "s.token" not in repr(settings.backend(TransitSection))
 
 
-@pytest.mark.parametrize("key", ["token_file", "client_key"])
-@pytest.mark.parametrize("section", ["transit", "vault_kv"])
-def test_secret_files_under_a_root_of_jobs_are_refused(tmp_path: Path, section: str, key: str) -> None:
-    text = f"[kms.jobs]\nroots = ['/srv/in']\n[kms.{section}]\n{key} = '/srv/in/secret'\n"
-
-    assert f"overlaps kms.{section}.{key}" in refusal(tmp_path, text)
-
-
 # -- keys ----------------------------------------------------------------------------------------------
 
 
