@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from kms_core.backends import Backend
-from support.contract.cosmian_ciphers import ALICE, MALLORY
+from kms_core.backends.cosmian.backend import CosmianCipher
+from support.contract.cosmian_ciphers import ALICE, MALLORY, cipher_of, made
 from support.contract.cosmian_double import CosmianDouble
 from support.contract.rigs import MAKERS, Rig
 
@@ -31,6 +32,12 @@ def backend(rig: Rig) -> Backend:
 def double() -> Iterator[CosmianDouble]:
     with CosmianDouble() as made:
         yield made
+
+
+@pytest.fixture
+def cipher(double: CosmianDouble) -> CosmianCipher:
+    """A key of the double with its first version."""
+    return made(cipher_of(double))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from support.contract.cosmian_double import NEW, OLD, CosmianDouble
+from support.contract.cosmian_double import CosmianDouble
 from support.contract.cosmian_exchanges import Play, load, scenes, shape
 
 
@@ -31,12 +31,3 @@ def client_of(double: CosmianDouble) -> httpx.Client:
 def _expected(step: dict[str, Any]) -> dict[str, Any]:
     answer = step["answer"]
     return {"name": step["name"], **answer, "body": shape(answer["body"])}
-
-
-def test_what_was_recorded_tells_where_from() -> None:
-    for scene in scenes():
-        found = load(scene)
-
-        version = found["version"].split()[0]
-        assert version in {NEW.split()[0], OLD.split()[0]}
-        assert version in found["origin"]
