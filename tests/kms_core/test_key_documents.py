@@ -130,10 +130,14 @@ def first() -> x25519.X25519Identity:
 
 
 @pytest.fixture
-def hosts(
-    tmp_path: Path, place: Place, redis_url: str, root: Root, first: x25519.X25519Identity
-) -> Iterator[tuple[Host, Host]]:
-    one, two = (Host(tmp_path / name, place, redis_url, root) for name in ("one", "two"))
+def host_of(tmp_path: Path, place: Place, redis_url: str, root: Root) -> Callable[[str], Host]:
+    """A host by its name, at the shared place."""
+    return lambda name: Host(tmp_path / name, place, redis_url, root)
+
+
+@pytest.fixture
+def hosts(host_of: Callable[[str], Host], first: x25519.X25519Identity) -> Iterator[tuple[Host, Host]]:
+    one, two = host_of("one"), host_of("two")
     assert one.source.make(f"{first.export()}\n".encode(), "root")
     for host in (one, two):
         host.follow()
@@ -263,18 +267,18 @@ def test_a_store_that_is_away_stops_rotations_and_nothing_else(
 
 
 @pytest.mark.parametrize("age_s", [YEAR_S, -YEAR_S], ids=["old", "of a clock that was ahead"])
-def test_a_start_without_the_store_uses_the_copy(  # noqa: PLR0913, PLR0917 -- fixtures
-    hosts: tuple[Host, Host], tmp_path: Path, place: Place, redis_url: str, root: Root, age_s: float
+def test_a_start_without_the_store_uses_the_copy(
+    hosts: tuple[Host, Host], host_of: Callable[[str], Host], place: Place, age_s: float
 ) -> None:
     one, _ = hosts
     stanza, key = sealed_by(one.backend())
     place.is_away = True
     one.asked(age_s)
-    started = Host(one.folder, place, redis_url, root)
+    started = host_of("one")
     started.opener.round()
     assert started.backend().unwrap(stanza, key, AAD) == bytes(16)
 
-    new = Host(tmp_path / "new", place, redis_url, root)
+    new = host_of("new")
     backend = new.backend()
     for call in (backend.current_version, partial(backend.unwrap, stanza, key, AAD)):
         with pytest.raises(BackendUnavailable, match=str(place)):
@@ -413,10 +417,8 @@ def test_a_version_that_is_not_open_here_yet_is_worth_a_retry(hosts: tuple[Host,
     assert theirs.unwrap(stanza, key, AAD) == bytes(16)
 
 
-def test_a_missing_document_names_the_command(
-    tmp_path: Path, place: Place, redis_url: str, root: Root
-) -> None:
-    host = Host(tmp_path / "one", place, redis_url, root)
+def test_a_missing_document_names_the_command(host_of: Callable[[str], Host], place: Place) -> None:
+    host = host_of("one")
     host.follow()
 
     with pytest.raises(ConfigurationError, match=f"kms keygen --sealed-by KEY --for {NAME} -o {place}"):
@@ -432,7 +434,7 @@ def test_a_first_version_is_made_once(hosts: tuple[Host, Host], place: Place) ->
 
 
 def test_key_files_are_adopted_and_the_last_identity_is_in_use(
-    tmp_path: Path, place: Place, redis_url: str, root: Root
+    host_of: Callable[[str], Host], root: Root
 ) -> None:
     made = [x25519.X25519Identity.generate() for _ in range(3)]
     texts = [f"# created: 2026-01-0{n}T00:00:00Z\n{each.export()}\n" for n, each in enumerate(made, start=1)]
@@ -440,7 +442,7 @@ def test_key_files_are_adopted_and_the_last_identity_is_in_use(
         root.seal(NAME, "".join(texts[:2]).encode(), "root"),
         root.seal(NAME, "".join(texts[1:]).encode(), "root"),
     ]
-    host = Host(tmp_path / "one", place, redis_url, root)
+    host = host_of("one")
 
     assert host.source.adopt(files) == 3
     host.follow()

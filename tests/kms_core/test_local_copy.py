@@ -1,8 +1,8 @@
 """The copy of a document on a host: who asks the place, how old it may be, and when it is read again."""
 
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -11,7 +11,7 @@ import pytest
 from kms_core.signed_documents import Anchors, CopyPoll, FilePlace, LocalCopy, SignedDocument
 from kms_protocol.errors import Unavailable
 from support.job_stores import connect
-from support.waiting import until
+from support.waiting import WAIT_S, until
 
 KEY: Final = b"d" * 32
 
@@ -62,10 +62,14 @@ class Host:
 
 @pytest.fixture
 def host(tmp_path: Path, redis_url: str) -> Host:
-    return Host(tmp_path, redis_url)
+    """Its document is [1], and no process has read it."""
+    made = Host(tmp_path, redis_url)
+    made.write(b"[1]")
+    return made
 
 
-def test_nothing_is_known_before_the_first_answer(host: Host) -> None:
+def test_nothing_is_known_before_the_first_answer(tmp_path: Path, redis_url: str) -> None:
+    host = Host(tmp_path, redis_url)
     with pytest.raises(Unavailable, match="not read yet"):
         host.copy.current()
     host.place.is_away = True
@@ -80,7 +84,6 @@ def test_nothing_is_known_before_the_first_answer(host: Host) -> None:
 
 
 def test_processes_of_a_host_ask_once_a_second(host: Host) -> None:
-    host.write(b"[1]")
     processes = [host.process() for _ in range(5)]
     for _ in range(10):
         for process in processes:
@@ -91,7 +94,6 @@ def test_processes_of_a_host_ask_once_a_second(host: Host) -> None:
 
 
 def test_a_change_is_seen_by_all_processes_after_one_asked(host: Host) -> None:
-    host.write(b"[1]")
     other = host.process()
     host.copy.poll()
     assert other.current().body == b"[1]"
@@ -107,7 +109,6 @@ def test_a_change_is_seen_by_all_processes_after_one_asked(host: Host) -> None:
 )
 def test_a_copy_is_used_for_so_long_without_an_answer(host: Host, age_s: float, *, fits: bool) -> None:
     """A clock that was set back makes it too old, not too young."""
-    host.write(b"[1]")
     host.copy.poll()
     host.place.is_away = True
     host.clock.now += age_s
@@ -123,8 +124,6 @@ def test_a_copy_is_used_for_so_long_without_an_answer(host: Host, age_s: float, 
 
 
 def test_an_answer_counts_from_when_it_was_asked_for(host: Host) -> None:
-    host.write(b"[1]")
-
     def slow() -> None:
         host.clock.now += 30
 
@@ -137,13 +136,10 @@ def test_an_answer_counts_from_when_it_was_asked_for(host: Host) -> None:
 
 
 def test_callers_that_wait_share_an_answer_that_was_asked_for_after_they_came(host: Host) -> None:
-    host.write(b"[1]")
     host.place.before = lambda: time.sleep(0.3)
-    threads = [threading.Thread(target=host.copy.reread) for _ in range(10)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(10) as threads:
+        for call in [threads.submit(host.copy.reread) for _ in range(10)]:
+            call.result(WAIT_S)
 
     assert host.place.asked <= 2
     host.write(b"[2]")
@@ -155,27 +151,15 @@ def test_callers_that_wait_share_an_answer_that_was_asked_for_after_they_came(ho
 
 def test_a_failure_is_shared_too(host: Host) -> None:
     """A token that could not be looked for is not unknown."""
-    host.write(b"[1]")
     host.place.is_away = True
     host.place.before = lambda: time.sleep(0.3)
-    failures: list[Exception] = []
+    with ThreadPoolExecutor(5) as threads:
+        calls = [threads.submit(host.copy.reread) for _ in range(5)]
 
-    def ask() -> None:
-        try:
-            host.copy.reread()
-        except Unavailable as exc:
-            failures.append(exc)
-
-    threads = [threading.Thread(target=ask) for _ in range(5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(failures) == 5
+    assert {type(call.exception(WAIT_S)) for call in calls} == {Unavailable}
 
 
 def test_a_damaged_copy_is_replaced(host: Host) -> None:
-    host.write(b"[1]")
     host.copy.poll()
     path = host.folder / "state/tokens.copy"
     for content in (b"", b"junk", path.read_bytes().replace(b"[1]", b"[9]")):
@@ -188,7 +172,6 @@ def test_a_damaged_copy_is_replaced(host: Host) -> None:
 
 
 def test_a_poll_goes_on_while_the_place_is_away(host: Host) -> None:
-    host.write(b"[1]")
     copy = LocalCopy(host.document, host.folder / "state", 60)
     poll = CopyPoll(copy)
     host.place.is_away = True

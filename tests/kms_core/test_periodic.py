@@ -1,4 +1,4 @@
-"""A periodic thread: rounds at intervals, failures that do not end it, one last step, no round in a fork."""
+"""A periodic thread: rounds, failures that do not end it, one last step; waits between retries."""
 
 import threading
 import time
@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import pytest
 from structlog.testing import capture_logs
 
-from kms_core.periodic import PeriodicThread
-
-WAIT_S = 30.0
+from kms_core.periodic import PeriodicThread, jittered_wait_s
+from support.waiting import WAIT_S, until
 
 
 class Counting(PeriodicThread):
@@ -37,10 +36,7 @@ def counting() -> Iterator[Counting]:
 
 
 def until_rounds(thread: Counting, number: int) -> None:
-    end = time.monotonic() + WAIT_S
-    while thread.rounds < number:
-        assert time.monotonic() < end
-        time.sleep(0.001)
+    until(lambda: thread.rounds >= number, f"round {number}", poll_s=0.001)
 
 
 def test_a_failed_round_is_logged_and_not_the_last(counting: Counting) -> None:
@@ -100,3 +96,27 @@ def test_no_round_runs_while_the_fork_lock_is_held() -> None:
     thread.stop(WAIT_S)
 
     assert thread.is_finished
+
+
+# -- waits between retries -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("attempt", "bounds", "whole_s"),
+    [
+        (1, {}, 0.1),
+        (4, {}, 0.8),
+        (3, {"factor": 4.0}, 1.6),
+        (1, {"at_least_s": 0.5}, 0.5),
+        (30, {"at_most_s": 2.0}, 2.0),
+        (10_000, {"at_most_s": 2.0}, 2.0),
+        (1, {"at_least_s": 9.0, "at_most_s": 2.0}, 2.0),
+    ],
+)
+def test_a_wait_is_the_upper_half_of_the_exponential(
+    attempt: int, bounds: dict[str, float], whole_s: float
+) -> None:
+    waits = [jittered_wait_s(0.1, attempt, **bounds) for _ in range(200)]
+
+    assert all(whole_s / 2 <= wait_s <= whole_s * (1 + 1e-9) for wait_s in waits)
+    assert len(set(waits)) > 1

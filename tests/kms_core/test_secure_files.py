@@ -18,28 +18,25 @@ def found(mode: int, owner: int) -> os.stat_result:
 
 
 @pytest.mark.parametrize(
-    ("mode", "owner", "reader"),
-    [(0o600, SERVICE, SERVICE), (0o400, ROOT, SERVICE), (0o440, ROOT, SERVICE), (0o400, ROOT, ROOT)],
-    ids=["own", "root's", "root's, with the group of a Kubernetes Secret or a credential", "root itself"],
-)
-def test_a_file_is_private(mode: int, owner: int, reader: int) -> None:
-    assert not is_open(found(mode, owner), reader)
-
-
-@pytest.mark.parametrize(
-    ("mode", "owner", "reader"),
+    ("mode", "owner", "reader", "others_read"),
     [
-        (0o640, SERVICE, SERVICE),
-        (0o440, STRANGER, SERVICE),
-        (0o440, ROOT, ROOT),
-        (0o460, ROOT, SERVICE),
-        (0o450, ROOT, SERVICE),
-        (0o444, ROOT, SERVICE),
-        (0o604, SERVICE, SERVICE),
+        (0o600, SERVICE, SERVICE, False),
+        (0o400, ROOT, SERVICE, False),
+        (0o440, ROOT, SERVICE, False),  # with the group of a Kubernetes Secret or a credential
+        (0o400, ROOT, ROOT, False),
+        (0o640, SERVICE, SERVICE, True),
+        (0o440, STRANGER, SERVICE, True),
+        (0o440, ROOT, ROOT, True),
+        (0o460, ROOT, SERVICE, True),
+        (0o450, ROOT, SERVICE, True),
+        (0o444, ROOT, SERVICE, True),
+        (0o604, SERVICE, SERVICE, True),
     ],
 )
-def test_a_file_is_open_to_others(mode: int, owner: int, reader: int) -> None:
-    assert is_open(found(mode, owner), reader)
+def test_a_file_is_private_or_open_to_others(
+    mode: int, owner: int, reader: int, *, others_read: bool
+) -> None:
+    assert is_open(found(mode, owner), reader) == others_read
 
 
 # -- writing -------------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
 """Signed documents at each place: changes by several hosts, lost answers, old and forged documents."""
 
 import json
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 import redis
@@ -38,13 +38,6 @@ class Site:
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with server(tmp_path_factory.mktemp("redis") / "own", None, appends=False) as started:
         yield started
-
-
-@pytest.fixture
-def admin(running: Server) -> Any:  # noqa: ANN401 -- of redis-py, whose annotations cover async clients too
-    client = running.admin()
-    client.flushdb()
-    return client
 
 
 LINES: Final[list[S3Connection]] = []
@@ -92,8 +85,8 @@ class Hosts:
 
 
 @pytest.fixture
-def hosts(tmp_path: Path, running: Server, admin: object) -> Hosts:
-    del admin
+def hosts(tmp_path: Path, running: Server) -> Hosts:
+    running.admin().flushdb()
     return Hosts(tmp_path, connect(running.url()))
 
 
@@ -105,6 +98,14 @@ def added(*words: str) -> Callable[[bytes], bytes]:
 def words(version: Version) -> list[str]:
     found: list[str] = json.loads(version.body or b"[]")
     return found
+
+
+@pytest.fixture
+def one(site: Site, hosts: Hosts) -> SignedDocument:
+    """The first host, which has written a."""
+    document = hosts.host("one", site.place())
+    document.write(document.read(), added("a"))
+    return document
 
 
 def test_what_one_host_writes_others_read(site: Site, hosts: Hosts) -> None:
@@ -131,31 +132,23 @@ def test_a_change_of_an_old_version_is_made_again_on_the_newest(site: Site, host
 
 
 def test_of_concurrent_changes_none_is_lost(site: Site, hosts: Hosts) -> None:
-    failures: list[Exception] = []
-
     def work(name: str) -> None:
         document = hosts.host(name, site.place())
-        try:
-            for number in range(5):
-                document.write(document.read(), added(f"{name}-{number}"))
-        except Exception as exc:  # noqa: BLE001 -- of a thread
-            failures.append(exc)
+        for number in range(5):
+            document.write(document.read(), added(f"{name}-{number}"))
 
-    threads = [threading.Thread(target=work, args=(f"h{number}",)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, [f"h{number}" for number in range(4)]))
     final = hosts.host("h0", site.place()).read()
     assert sorted(words(final)) == sorted(f"h{host}-{number}" for host in range(4) for number in range(5))
     assert final.generation == 20
 
 
-def test_a_version_that_was_overtaken_while_it_was_read_is_read_again(site: Site, hosts: Hosts) -> None:
+def test_a_version_that_was_overtaken_while_it_was_read_is_read_again(
+    site: Site, hosts: Hosts, one: SignedDocument
+) -> None:
     """Others write between the answer of the place and that of Redis."""
-    one, two = hosts.host("one", site.place()), hosts.host("two", site.place())
-    one.write(one.read(), added("a"))
+    two = hosts.host("two", site.place())
     read, overtaken = two.place.read, list[Version]()
 
     def slow(unless: str = "") -> tuple[bytes | None, str]:
@@ -168,9 +161,10 @@ def test_a_version_that_was_overtaken_while_it_was_read_is_read_again(site: Site
     assert words(two.read()) == ["a", "b"]
 
 
-def test_an_old_document_that_is_put_back_is_refused_on_every_host(site: Site, hosts: Hosts) -> None:
-    one, two = hosts.host("one", site.place()), hosts.host("two", site.place())
-    one.write(one.read(), added("a"))
+def test_an_old_document_that_is_put_back_is_refused_on_every_host(
+    site: Site, hosts: Hosts, one: SignedDocument
+) -> None:
+    two = hosts.host("two", site.place())
     two.read()
     past = site.get()
     two.write(two.read(), added("b"))
@@ -189,9 +183,7 @@ def test_an_old_document_that_is_put_back_is_refused_on_every_host(site: Site, h
         one.write(one.open(past, "x"), added("c"))
 
 
-def test_a_document_that_is_deleted_is_refused(site: Site, hosts: Hosts) -> None:
-    one = hosts.host("one", site.place())
-    one.write(one.read(), added("a"))
+def test_a_document_that_is_deleted_is_refused(site: Site, hosts: Hosts, one: SignedDocument) -> None:
     site.remove()
 
     with pytest.raises(DocumentOutdated):
@@ -216,11 +208,12 @@ def test_another_document_of_the_same_generation_is_refused(site: Site, hosts: H
         one.read()
 
 
-def test_a_new_host_asks_the_operator_where_redis_knows_nothing(site: Site, hosts: Hosts, admin: Any) -> None:  # noqa: ANN401 -- as above
-    one = hosts.host("one", site.place())
-    one.write(one.read(), added("a"))
+@pytest.mark.usefixtures("one")
+def test_a_new_host_asks_the_operator_where_redis_knows_nothing(
+    site: Site, hosts: Hosts, running: Server
+) -> None:
     assert words(hosts.host("two", site.place()).read()) == ["a"], "Redis vouches for it"
-    admin.flushdb()
+    running.admin().flushdb()
 
     new = hosts.host("three", site.place())
     with pytest.raises(DocumentOutdated, match="kms token adopt"):
@@ -230,9 +223,9 @@ def test_a_new_host_asks_the_operator_where_redis_knows_nothing(site: Site, host
         assert words(hosts.host(name, site.place()).read()) == ["a"]
 
 
-def test_an_old_document_is_adopted_above_all_that_was_seen(site: Site, hosts: Hosts) -> None:
-    one = hosts.host("one", site.place())
-    one.write(one.read(), added("a"))
+def test_an_old_document_is_adopted_above_all_that_was_seen(
+    site: Site, hosts: Hosts, one: SignedDocument
+) -> None:
     past = site.get()
     for _ in range(3):
         one.write(one.read(), added("b"))
@@ -242,20 +235,18 @@ def test_an_old_document_is_adopted_above_all_that_was_seen(site: Site, hosts: H
     assert words(hosts.host("two", site.place()).read()) == words(one.read()) == ["a"]
 
 
+@pytest.mark.usefixtures("one")
 def test_a_host_that_knows_no_generation_waits_for_redis(site: Site, hosts: Hosts) -> None:
-    one = hosts.host("one", site.place())
-    one.write(one.read(), added("a"))
-
     with pytest.raises(Unavailable, match="Redis"):
         hosts.host("new", site.place(), connect(NOWHERE)).read()
     assert words(hosts.host("one", site.place(), connect(NOWHERE)).read()) == ["a"]
 
 
-def test_an_anchor_in_redis_that_others_wrote_counts_as_none(site: Site, hosts: Hosts, admin: Any) -> None:  # noqa: ANN401 -- as above
-    one = hosts.host("one", site.place())
-    one.write(one.read(), added("a"))
+def test_an_anchor_in_redis_that_others_wrote_counts_as_none(
+    site: Site, hosts: Hosts, one: SignedDocument, running: Server
+) -> None:
     for forged in (b"", b"x", b"0" * 64 + b' {"generation":999,"write_id":"x"}'):
-        admin.set("kms:document:tokens", forged)
+        running.admin().set("kms:document:tokens", forged)
         assert words(one.read()) == ["a"]
         assert words(hosts.host(f"new-{len(forged)}", site.place()).read()) == ["a"], (
             "host one raised it again"
@@ -266,10 +257,8 @@ def test_an_anchor_in_redis_that_others_wrote_counts_as_none(site: Site, hosts: 
     "change", [lambda raw: raw.replace(b'"a"', b'"z"'), lambda raw: raw[:-66], lambda _: b"{}"]
 )
 def test_a_document_that_others_changed_is_refused(
-    site: Site, hosts: Hosts, change: Callable[[bytes], bytes]
+    site: Site, one: SignedDocument, change: Callable[[bytes], bytes]
 ) -> None:
-    one = hosts.host("one", site.place())
-    one.write(one.read(), added("a"))
     site.put(change(site.get()))
 
     with pytest.raises(ConfigurationError, match="changed by others"):
