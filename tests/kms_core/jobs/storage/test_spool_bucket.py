@@ -2,20 +2,16 @@
 
 import os
 import threading
-import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta, tzinfo
-from pathlib import Path
 from typing import Self
 
 import pytest
-from pyrage import x25519
 
 from kms_core.age import stream
 from kms_core.backends.age import AgeBackend
-from kms_core.backends.key_files import KeyFiles
 from kms_core.jobs.hosts.install import mismatch
 from kms_core.jobs.hosts.notes import SpoolMarks
 from kms_core.jobs.storage import spool_bucket
@@ -39,14 +35,6 @@ JOB = "11111111-1111-1111-1111-111111111111"
 KEY = f"{PREFIX}{JOB}/upload"
 LABEL = Label("default", JOB, UPLOAD)
 MIB = 1024 * 1024
-
-
-@pytest.fixture
-def key(tmp_path: Path) -> AgeBackend:
-    path = tmp_path / "spool.key"
-    path.write_text(str(x25519.Identity.generate()))
-    path.chmod(0o600)
-    return AgeBackend(KeyFiles(path), native=False)
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +67,11 @@ def spool(store: SpoolBucket, key: AgeBackend) -> Spool:
     return spool
 
 
-def write(spool: Spool, *pieces: bytes) -> Label:
-    with spool.writing(LABEL) as out:
+def write(spool: Spool, *pieces: bytes, at: Label = LABEL) -> Label:
+    with spool.writing(at) as out:
         for piece in pieces:
             out.write(piece)
-    return replace(LABEL, ref=out.ref)
+    return replace(at, ref=out.ref)
 
 
 def read(spool: Spool, at: Label) -> bytes:
@@ -149,65 +137,56 @@ def test_write_whose_answer_is_lost_is_recognised(
     assert (bucket.keys(), bucket.uploads()) == ({KEY}, [])
 
 
-@pytest.mark.parametrize("size", [1000, 20 * MIB], ids=["one-put", "parts"])
-def test_all_answers_lost_leave_nothing_and_the_upload_is_refused(
-    spool: Spool, bucket: TestBucket, way: Way, size: int
-) -> None:
-    gone = {"PutObject", "CompleteMultipartUpload"}
-    way.meddle = lambda seen: 0 if seen.name in gone else None
-
-    with pytest.raises(SpoolUnavailable):
-        write(spool, bytes(size))
-
-    assert (bucket.keys(), bucket.uploads()) == (set(), [])
-
-
+ENDS, PARTS = {"PutObject", "CompleteMultipartUpload"}, {"PutObject", "UploadPart"}
 FAILURES = {
-    "away": (503, SpoolUnavailable, "does not answer"),
-    "full": (507, SpoolFull, "takes no more"),
-    "read-only": (403, SpoolUnavailable, "refuses this (403)"),
-    "elsewhere": (301, SpoolUnavailable, "refuses this (301)"),
+    "no-answer": (0, ENDS, SpoolUnavailable, "does not answer"),
+    "away": (503, PARTS, SpoolUnavailable, "does not answer"),
+    "full": (507, PARTS, SpoolFull, "takes no more"),
+    "read-only": (403, PARTS, SpoolUnavailable, r"refuses this \(403\)"),
+    "elsewhere": (301, PARTS, SpoolUnavailable, r"refuses this \(301\)"),
 }
 
 
 @pytest.mark.parametrize("size", [1000, 20 * MIB], ids=["one-put", "parts"])
-@pytest.mark.parametrize(("status", "error", "text"), FAILURES.values(), ids=FAILURES)
-def test_bucket_that_takes_nothing_is_a_coded_error(  # noqa: PLR0913, PLR0917 -- a table
-    spool: Spool,
-    bucket: TestBucket,
-    way: Way,
-    size: int,
-    status: int,
-    error: type[SpoolUnavailable | SpoolFull],
-    text: str,
+@pytest.mark.parametrize("failure", FAILURES)
+def test_bucket_that_takes_nothing_is_a_coded_error(
+    spool: Spool, bucket: TestBucket, way: Way, size: int, failure: str
 ) -> None:
-    writes = {"PutObject", "UploadPart"}
-    way.meddle = lambda seen: status if seen.name in writes else None
+    status, names, error, text = FAILURES[failure]
+    way.meddle = lambda seen: status if seen.name in names else None
 
-    with pytest.raises(error, match=".*" + text.replace("(", r"\(").replace(")", r"\)")):
+    with pytest.raises(error, match=text):
         write(spool, bytes(size))
     way.meddle = lambda _: None
 
     assert (bucket.keys(), bucket.uploads()) == (set(), [])
 
 
-def test_bucket_that_is_away_fails_calls_at_once_and_comes_back(spool: Spool, way: Way) -> None:
+@pytest.fixture
+def written_before(spool: Spool, way: Way) -> Label:
+    """A blob of a bucket that is away since it was written: the first call had no answer."""
     written = write(spool, b"x")
     way.meddle = lambda _: 503
     with pytest.raises(SpoolUnavailable):
         read(spool, written)
+    return written
+
+
+def test_bucket_that_is_away_fails_calls_at_once_and_comes_back(
+    spool: Spool, way: Way, written_before: Label
+) -> None:
     assert spool.use().is_away
     asked = of_job(way)
 
     with pytest.raises(SpoolUnavailable):
-        read(spool, written)
+        read(spool, written_before)
     with pytest.raises(SpoolUnavailable), spool.writing(Label("default", JOB, "head", "1")):
         pytest.fail("nothing may be read of it")
     assert of_job(way) == asked
     way.meddle = lambda _: None
     until(lambda: not spool.use().is_away, "the bucket is back")
 
-    assert read(spool, written) == b"x"
+    assert read(spool, written_before) == b"x"
 
 
 def of_job(way: Way) -> list[str]:
@@ -215,11 +194,10 @@ def of_job(way: Way) -> list[str]:
     return [seen.name for seen in way.seen if JOB in seen.path]
 
 
-def test_no_call_waits_for_the_one_that_asks_whether_the_bucket_is_back(spool: Spool, way: Way) -> None:
-    written, is_back = write(spool, b"x"), threading.Event()
-    way.meddle = lambda _: 503
-    with pytest.raises(SpoolUnavailable):
-        read(spool, written)
+def test_no_call_waits_for_the_one_that_asks_whether_the_bucket_is_back(
+    spool: Spool, way: Way, written_before: Label
+) -> None:
+    is_back = threading.Event()
     del way.seen[:]
 
     def silent(_: Seen) -> None:
@@ -228,24 +206,20 @@ def test_no_call_waits_for_the_one_that_asks_whether_the_bucket_is_back(spool: S
     way.meddle = silent
     until(lambda: way.seen, "it is asked")
     with pytest.raises(SpoolUnavailable):
-        read(spool, written)
+        read(spool, written_before)
     assert of_job(way) == []
     is_back.set()
     until(lambda: not spool.use().is_away, "the bucket is back")
 
-    assert read(spool, written) == b"x"
 
-
-def test_process_that_was_forked_while_the_bucket_was_away_asks_by_itself(spool: Spool, way: Way) -> None:
-    written = write(spool, b"x")
-    way.meddle = lambda _: 503
-    with pytest.raises(SpoolUnavailable):
-        read(spool, written)
+def test_process_that_was_forked_while_the_bucket_was_away_asks_by_itself(
+    spool: Spool, way: Way, written_before: Label
+) -> None:
     way.meddle = lambda _: None
     pid = os.fork()
     if not pid:
         try:
-            os._exit(7 if read(spool, written) == b"x" else 1)
+            os._exit(7 if read(spool, written_before) == b"x" else 1)
         finally:
             os._exit(1)
 
@@ -392,32 +366,23 @@ def test_store_that_ignores_conditions_keeps_what_each_attempt_wrote(
 
     way.meddle = ignore
     labels = [Label("default", JOB, "result", attempt) for attempt in ("1", "2")]
-    written = [replace(label, ref=_result(spool, label)) for label in labels]
+    written = [write(spool, label.name.encode(), at=label) for label in labels]
 
     assert [read(spool, label) for label in written] == [b"result.1", b"result.2"]
     assert bucket.keys() == {f"{PREFIX}{JOB}/result.1", f"{PREFIX}{JOB}/result.2"}
 
 
-def _result(spool: Spool, label: Label) -> bytes:
-    with spool.writing(label) as out:
-        out.write(label.name.encode())
-    return out.ref
-
-
-@pytest.mark.parametrize("kept", ["versioning", "object lock"])
-def test_bucket_that_keeps_what_is_deleted_works(server: ObjectStore, key: AgeBackend, kept: str) -> None:
+def test_bucket_that_keeps_what_is_deleted_works(server: ObjectStore, key: AgeBackend) -> None:
     """Blobs are written, read, replaced and deleted; older versions stay and are not counted."""
     bucket = TestBucket(server, f"kept-{uuid.uuid4()}")
-    server.admin.create_bucket(Bucket=bucket.name, ObjectLockEnabledForBucket=kept == "object lock")
-    server.admin.put_bucket_versioning(Bucket=bucket.name, VersioningConfiguration={"Status": "Enabled"})
-    if kept == "object lock":
-        server.admin.put_object_lock_configuration(
-            Bucket=bucket.name,
-            ObjectLockConfiguration={
-                "ObjectLockEnabled": "Enabled",
-                "Rule": {"DefaultRetention": {"Mode": "COMPLIANCE", "Days": 1}},
-            },
-        )
+    server.admin.create_bucket(Bucket=bucket.name, ObjectLockEnabledForBucket=True)  # and so versioning
+    server.admin.put_object_lock_configuration(
+        Bucket=bucket.name,
+        ObjectLockConfiguration={
+            "ObjectLockEnabled": "Enabled",
+            "Rule": {"DefaultRetention": {"Mode": "COMPLIANCE", "Days": 1}},
+        },
+    )
     store = blob_stores.spool_bucket(bucket)
     spool = Spool(store, key, 1024 * MIB)
 
@@ -539,12 +504,9 @@ def test_parts_grow_so_that_ten_thousand_suffice(monkeypatch: pytest.MonkeyPatch
     store.bucket.line.close()
 
 
-def test_unreachable_store_is_told_in_time(bucket: TestBucket) -> None:
+def test_unreachable_store_is_told_as_such(bucket: TestBucket) -> None:
     store = blob_stores.spool_bucket(bucket, f"http://127.0.0.1:{free_port()}")
-    begun = time.monotonic()
 
     with pytest.raises(SpoolUnavailable, match="does not answer"):
         store.names(JOB)
-
-    assert time.monotonic() - begun < 5
     blob_stores.close(store)
