@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import httpx2 as httpx
 import pytest
@@ -55,6 +55,12 @@ class Install:
             run_job(part_id(job_id, number), self.core.worker_context, "w")
         return self.core.worker_context.store.part(job_id).job
 
+    def check_refused(self, job_id: str) -> None:
+        """Run a job: it is refused, and so is its result."""
+        ended = self.run(job_id)
+        assert (ended.state, ended.error) == REFUSED
+        check_problem(self.download(job_id), 410, "record_refused")
+
     def download(self, job_id: str, **headers: str) -> httpx.Response:
         return self.service.get(f"/jobs/{job_id}/result", headers=headers)
 
@@ -72,46 +78,35 @@ def install(
 # -- jobs ----------------------------------------------------------------------------------------------
 
 
-def _upload(install: Install, who: Principal, kind: wire.JobKind, body: bytes) -> str:
-    return uploaded(install.core, SubmissionOptions(who, kind, Context.parse(CONTEXT)), body)
+KINDS: Final = ("encrypt", "decrypt", "rewrap", "items", "parts")
+LINES: Final = {"items": 2, "parts": 501}
 
 
-def encrypt(install: Install, who: Principal, document: bytes) -> str:
-    return _upload(install, who, "encrypt", document)
-
-
-def decrypt(install: Install, who: Principal, document: bytes) -> str:
-    return _upload(install, who, "decrypt", sealed(install, who, document))
-
-
-def rewrap(install: Install, who: Principal, document: bytes) -> str:
-    return _upload(install, who, "rewrap", sealed(install, who, document))
-
-
-def items(install: Install, who: Principal, document: bytes) -> str:
-    return _items(install, who, document, 2)
-
-
-def split_items(install: Install, who: Principal, document: bytes) -> str:
-    return _items(install, who, document, 501)
-
-
-def _items(install: Install, who: Principal, document: bytes, count: int) -> str:
-    lines = [wire.JobItem(ciphertext=sealed(install, who, document))] * count
-    return install.core.submitter.items(
-        SubmissionOptions(who, "decrypt", Context.parse(CONTEXT)), lines
-    ).job_id
+def options(who: Principal, kind: str) -> SubmissionOptions:
+    return SubmissionOptions(who, cast("wire.JobKind", kind), Context.parse(CONTEXT))
 
 
 def sealed(install: Install, who: Principal, document: bytes) -> bytes:
     return install.core.kms.encrypt(who, document, Context.parse(CONTEXT)).ciphertext
 
 
-Make = Callable[[Install, Principal, bytes], str]
-KINDS: Final[list[Make]] = [encrypt, decrypt, rewrap, items, split_items]
+def job(install: Install, kind: str, document: bytes = b"mine", who: Principal = MINE) -> str:
+    """The id of a job over an upload, or over so many lines that decrypts a document."""
+    body = document if kind == "encrypt" else sealed(install, who, document)
+    if kind not in LINES:
+        return uploaded(install.core, options(who, kind), body)
+    lines = [wire.JobItem(ciphertext=body)] * LINES[kind]
+    return install.core.submitter.items(options(who, "decrypt"), lines).job_id
 
 
-def tree(install: Install, who: Principal, document: bytes) -> str:
+def done(install: Install, kind: str, document: bytes = b"mine", who: Principal = MINE) -> str:
+    """The id of a job that has succeeded."""
+    job_id = job(install, kind, document, who)
+    assert install.run(job_id).state == "succeeded"
+    return job_id
+
+
+def tree(install: Install, document: bytes) -> str:
     """A job over the files of a folder of its own; its result tells of them by name."""
     root = install.service.files / uuid.uuid4().hex
     for number in range(2):
@@ -119,9 +114,7 @@ def tree(install: Install, who: Principal, document: bytes) -> str:
         (root / f"in/{document.decode()}-{number}").write_bytes(document)
     (root / "out").mkdir()
     asked = Reference(f"file://{root}/in/*", f"file://{root}/out/", overwrite=False)
-    return install.core.submitter.files(
-        SubmissionOptions(who, "encrypt", Context.parse(CONTEXT)), asked
-    ).job_id
+    return install.core.submitter.files(options(MINE, "encrypt"), asked).job_id
 
 
 # -- what is exchanged ---------------------------------------------------------------------------------
@@ -133,33 +126,24 @@ def blob(folder: Path, role: str) -> Path:
     return found
 
 
-def _whole(mine: Path, theirs: Path) -> None:
-    _copy(mine, theirs, ("",))
-
-
-def _inputs(mine: Path, theirs: Path) -> None:
-    _copy(mine, theirs, ("upload", "items"))
-
-
-def _heads(mine: Path, theirs: Path) -> None:
-    _copy(mine, theirs, ("head", "result", "files"))
-
-
-def _copy(mine: Path, theirs: Path, roles: tuple[str, ...]) -> None:
+def _copy(theirs: Path, mine: Path, roles: tuple[str, ...] = ("",)) -> None:
+    """Copy the files of some roles, or all, in place of those of the same role."""
     for path in theirs.iterdir():
         if path.name.startswith(roles):
             role = path.name.partition(".")[0]
             shutil.copyfile(path, next(mine.glob(f"{role}.*"), mine / path.name))
 
 
-Exchange = Callable[[Path, Path], None]
+RESULTS: Final = ("head", "result", "files")
+EXCHANGES: Final = {"folders": ("",), "inputs": ("upload", "items"), "results": RESULTS}
+Damage = Callable[[Path], None]
 
 
 @pytest.mark.parametrize("who", [MINE, THEIRS], ids=["same-tenant", "other-tenant"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_inputs_of_another_job_are_refused(install: Install, kind: Make, who: Principal) -> None:
-    job_id, other = kind(install, MINE, b"mine"), kind(install, who, b"other")
-    _whole(install.folder(job_id), install.folder(other))
+def test_inputs_of_another_job_are_refused(install: Install, kind: str, who: Principal) -> None:
+    job_id, other = job(install, kind), job(install, kind, b"other", who)
+    _copy(install.folder(other), install.folder(job_id))
 
     ended = install.run(job_id)
 
@@ -174,38 +158,36 @@ def test_inputs_of_another_job_are_refused(install: Install, kind: Make, who: Pr
 
 
 @pytest.mark.parametrize("who", [MINE, THEIRS], ids=["same-tenant", "other-tenant"])
-@pytest.mark.parametrize("exchange", [_whole, _inputs, _heads], ids=["folders", "inputs", "results"])
+@pytest.mark.parametrize("exchanged", EXCHANGES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_results_of_another_job_are_refused(
-    install: Install, kind: Make, exchange: Exchange, who: Principal
+    install: Install, kind: str, exchanged: str, who: Principal
 ) -> None:
-    job_id, other = kind(install, MINE, b"mine"), kind(install, who, b"other")
-    assert {install.run(one).state for one in (job_id, other)} == {"succeeded"}
-    exchange(install.folder(job_id), install.folder(other))
+    job_id, other = done(install, kind), done(install, kind, b"other", who)
+    _copy(install.folder(other), install.folder(job_id), EXCHANGES[exchanged])
 
     answer = install.download(job_id)
 
-    if exchange is _inputs and kind in {items, split_items}:  # which have no inputs by then
+    if exchanged == "inputs" and kind in LINES:  # which have no inputs by then
         assert {json.loads(line)["plaintext"] for line in answer.text.splitlines()} == {b64(b"mine")}
     else:
         check_problem(answer, 410, "record_refused")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_result_of_a_job_that_is_told_as_failed_is_not_handed_out(install: Install, kind: Make) -> None:
+def test_result_of_a_job_that_is_told_as_failed_is_not_handed_out(install: Install, kind: str) -> None:
     """Without its signed end nothing says what was written."""
-    job_id = kind(install, MINE, b"mine")
-    assert install.run(job_id).state == "succeeded"
+    job_id = done(install, kind)
     forge(install.core.worker_context.store, job_id, state="failed", error="decrypt_failed")
 
     check_problem(install.download(job_id), 410, "result_expired")
 
 
 def test_listing_of_another_job_is_refused(install: Install) -> None:
-    job_id, other = tree(install, MINE, b"mine"), tree(install, MINE, b"other")
+    job_id, other = tree(install, b"mine"), tree(install, b"other")
     for one in (job_id, other):
         run_job(one, install.core.worker_context, "w")  # lists and cuts
-    _heads(install.folder(job_id), install.folder(other))
+    _copy(install.folder(other), install.folder(job_id), RESULTS)
 
     ended = install.run(job_id)
 
@@ -214,17 +196,8 @@ def test_listing_of_another_job_is_refused(install: Install) -> None:
     assert install.run(other).state == "succeeded"
 
 
-def test_result_lines_of_another_tree_are_refused(install: Install) -> None:
-    job_id, other = tree(install, MINE, b"mine"), tree(install, MINE, b"other")
-    assert {install.run(one).state for one in (job_id, other)} == {"succeeded"}
-    shutil.copyfile(blob(install.folder(other), "result0"), blob(install.folder(job_id), "result0"))
-
-    check_problem(install.download(job_id), 410, "record_refused")
-
-
 def test_results_of_parts_are_not_exchanged(install: Install) -> None:
-    job_id = split_items(install, MINE, b"mine")
-    assert install.run(job_id).state == "succeeded"
+    job_id = done(install, "parts")
     first, second = (blob(install.folder(job_id), f"result{number}") for number in range(2))
     first.rename(first.with_suffix(".kept"))
     second.rename(first)
@@ -234,7 +207,7 @@ def test_results_of_parts_are_not_exchanged(install: Install) -> None:
 
 
 def test_head_of_an_earlier_attempt_is_refused(install: Install) -> None:
-    job_id = encrypt(install, MINE, b"mine")
+    job_id = job(install, "encrypt")
     dying = stumbling(install.core, "finish", after=False)
     with pytest.raises(Killed):
         run_job(job_id, dying, "w1")
@@ -267,18 +240,18 @@ def test_an_earlier_life_of_a_job_id_is_refused(install: Install, tmp_path: Path
     live(b"mine")
     if run_first:
         assert install.run(job_id).state == "succeeded"
-    _whole(install.folder(job_id), tmp_path / "kept")
+    _copy(tmp_path / "kept", install.folder(job_id))
 
-    if not run_first:
-        ended = install.run(job_id)
-        assert (ended.state, ended.error) == REFUSED
-    check_problem(install.download(job_id), 410, "record_refused")
+    if run_first:
+        check_problem(install.download(job_id), 410, "record_refused")
+    else:
+        install.check_refused(job_id)
 
 
 # -- what is damaged -----------------------------------------------------------------------------------
 
 
-def _flip(at: int) -> Callable[[Path], None]:
+def _flip(at: int) -> Damage:
     def change(path: Path) -> None:
         data = bytearray(path.read_bytes())
         data[at] ^= 1
@@ -287,81 +260,37 @@ def _flip(at: int) -> Callable[[Path], None]:
     return change
 
 
-def _cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
-
-
-def _extend(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b"x")
-
-
-def _empty(path: Path) -> None:
-    os.truncate(path, 0)
-
-
 def _link(path: Path) -> None:
     kept = path.with_name("kept")
     path.rename(kept)
     path.symlink_to(kept)
 
 
-def _pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
+damages = pytest.mark.parametrize("damage", [_flip(30), _flip(-1), _link], ids=["head", "MAC", "link"])
+"""Samples: test_spool_contract.py and test_spool_folder.py have all."""
 
 
-def _directory(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def _linked_folder(path: Path) -> None:
-    kept = path.parent.with_name(f"kept-{path.parent.name}")
-    path.parent.rename(kept)
-    path.parent.symlink_to(kept)
-
-
-DAMAGES: Final[dict[str, Callable[[Path], None]]] = {
-    "version line": _flip(0),
-    "stanza": _flip(30),
-    "payload": _flip(-30),
-    "MAC": _flip(-1),
-    "cut": _cut,
-    "extended": _extend,
-    "empty": _empty,
-    "symbolic link": _link,
-    "pipe": _pipe,
-    "directory": _directory,
-    "linked folder": _linked_folder,
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-@pytest.mark.parametrize("kind", [encrypt, decrypt, items])
-def test_damaged_input_is_refused(install: Install, kind: Make, damage: Callable[[Path], None]) -> None:
-    job_id = kind(install, MINE, b"mine")
+@damages
+@pytest.mark.parametrize("kind", ["encrypt", "decrypt", "items"])
+def test_damaged_input_is_refused(install: Install, kind: str, damage: Damage) -> None:
+    job_id = job(install, kind)
     damage(next(install.folder(job_id).iterdir()))
 
-    ended = install.run(job_id)
-
-    assert (ended.state, ended.error) == REFUSED
-    check_problem(install.download(job_id), 410, "record_refused")
+    install.check_refused(job_id)
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@damages
 @pytest.mark.parametrize("role", ["upload", "head", "result0"])
-def test_damaged_result_is_refused(install: Install, role: str, damage: Callable[[Path], None]) -> None:
-    job_id = (items if role == "result0" else encrypt)(install, MINE, b"mine")
-    assert install.run(job_id).state == "succeeded"
+def test_damaged_result_is_refused(install: Install, role: str, damage: Damage) -> None:
+    job_id = done(install, "items" if role == "result0" else "encrypt")
     damage(blob(install.folder(job_id), role))
 
     check_problem(install.download(job_id), 410, "record_refused")
 
 
-@pytest.mark.parametrize("kind", [encrypt, decrypt, rewrap])
-def test_damage_in_the_first_slab_is_answered_as_a_problem(install: Install, kind: Make) -> None:
-    job_id = kind(install, MINE, bytes(500_000))
-    assert install.run(job_id).state == "succeeded"
+@pytest.mark.parametrize("kind", ["encrypt", "decrypt", "rewrap"])
+def test_damage_in_the_first_slab_is_answered_as_a_problem(install: Install, kind: str) -> None:
+    job_id = done(install, kind, bytes(500_000))
     _flip(400_000)(install.folder(job_id) / "upload")
 
     check_problem(install.download(job_id), 410, "record_refused")
@@ -371,21 +300,20 @@ def test_upload_changed_while_it_is_read_is_refused(
     install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A decrypt job that has begun: a slab further on is changed."""
-    job_id = decrypt(install, MINE, os.urandom(8 * MIB))
+    job_id = job(install, "decrypt", os.urandom(8 * MIB))
     path = install.folder(job_id) / "upload"
     turns = iter(range(1000))
 
-    def options(lease: Lease) -> ParallelOptions:
+    def damaging(lease: Lease) -> ParallelOptions:
         def check() -> None:
             if next(turns) == 2:
                 _flip(7 * MIB)(path)
 
         return ParallelOptions(threads=1, progress=lease.advance, check=check)
 
-    monkeypatch.setattr(one_file, "options_of", options)
-    ended = install.run(job_id)
+    monkeypatch.setattr(one_file, "options_of", damaging)
+    install.check_refused(job_id)
 
-    assert (ended.state, ended.error) == REFUSED
     assert next(turns) > 2
 
 
@@ -397,24 +325,22 @@ def test_maker_of_a_file_cannot_exchange_it_afterwards(install: Install, *, has_
     context = Context.parse(CONTEXT)
     file_key = sealing.file_key_of(head, key.backend, key.ref("default"), context=context)
     other = stream.seal(stream.payload_key(file_key, head.nonce), b"other")
-    job_id = _upload(install, MINE, "decrypt", ciphertext)
+    job_id = uploaded(install.core, options(MINE, "decrypt"), ciphertext)
     if has_run:
         assert install.run(job_id).state == "succeeded"
     path = install.folder(job_id) / "upload"
     path.write_bytes(ciphertext[: head.payload_offset] + other)
 
-    if not has_run:
-        ended = install.run(job_id)
-        assert (ended.state, ended.error) == REFUSED
-    check_problem(install.download(job_id), 410, "record_refused")
+    if has_run:
+        check_problem(install.download(job_id), 410, "record_refused")
+    else:
+        install.check_refused(job_id)
 
 
 @pytest.mark.parametrize("kind", ["encrypt", "decrypt"])
-def test_damage_far_behind_breaks_the_download_off(install: Install, kind: wire.JobKind) -> None:
+def test_damage_far_behind_breaks_the_download_off(install: Install, kind: str) -> None:
     """What came before it is genuine; who resumes the download is told why it ended."""
-    document = os.urandom(6 * MIB)
-    job_id = {"encrypt": encrypt, "decrypt": decrypt}[kind](install, MINE, document)
-    assert install.run(job_id).state == "succeeded"
+    job_id = done(install, kind, os.urandom(6 * MIB))
     whole = install.download(job_id).content
     path = install.folder(job_id) / "upload"
     with path.open("r+b") as file:
@@ -441,7 +367,7 @@ def _receive(install: Install, job_id: str, received: bytearray) -> None:
 
 
 def test_a_refused_input_is_told_once(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
-    job_id = items(install, MINE, b"mine")
+    job_id = job(install, "items")
     _flip(-1)(install.folder(job_id) / "items")
     before = _counted("items")
     capsys.readouterr()
@@ -451,12 +377,11 @@ def test_a_refused_input_is_told_once(install: Install, capsys: pytest.CaptureFi
     assert capsys.readouterr().out.count("spool.blob_refused") == 1
     assert _counted("items") == before + 1
     assert _audited(install, job_id)["result"] == "record_refused"
-    assert [job.job_id for job in install.core.worker_context.store.dead("default", 100)].count(job_id) == 1
+    assert [one.job_id for one in install.core.worker_context.store.dead("default", 100)].count(job_id) == 1
 
 
 def test_a_refused_result_is_told_once(install: Install) -> None:
-    job_id = encrypt(install, MINE, b"mine")
-    install.run(job_id)
+    job_id = done(install, "encrypt")
     _flip(-1)(blob(install.folder(job_id), "head"))
 
     check_problem(install.download(job_id), 410, "record_refused")
@@ -467,10 +392,10 @@ def test_a_refused_result_is_told_once(install: Install) -> None:
 
 
 def test_a_dead_letter_whose_file_is_put_back_runs(install: Install) -> None:
-    job_id = decrypt(install, MINE, b"mine")
+    job_id = job(install, "decrypt")
     path = install.folder(job_id) / "upload"
     before = path.read_bytes()
-    _cut(path)
+    _flip(-1)(path)
     assert install.run(job_id).error == "record_refused"
 
     path.write_bytes(before)
@@ -487,10 +412,6 @@ def _counted(role: str) -> float:
 
 def _audited(install: Install, job_id: str) -> dict[str, str]:
     """The last audit record of a job."""
-    lines = [
-        line
-        for path in (install.service.state / "audit").glob("*.jsonl")
-        for line in path.read_text().splitlines()
-    ]
-    found = [json.loads(line) for line in lines if job_id in line]
+    text = "".join(path.read_text() for path in (install.service.state / "audit").glob("*.jsonl"))
+    found = [json.loads(line) for line in text.splitlines() if job_id in line]
     return max(found, key=lambda record: record["time"])
