@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 from typing import cast
@@ -21,6 +21,7 @@ from kms_protocol.errors import ConfigurationError, JobsUnavailable, SpoolFull, 
 from support.embedded_valkey import EmbeddedValkey
 
 AWAY = "unix:///nonexistent/valkey.sock"
+JOBS = {"0192f0c1-7a3e-4c55-9d0a-1f2e3d4c5b6a": 1.0}
 
 
 @dataclass
@@ -33,7 +34,6 @@ class Machine:
     ahead_s: float = 0.0
     passed_s: float = 0.0
     key_place: str = ""
-    made: list[Install] = field(default_factory=list)
 
     @property
     def redis(self) -> redis.Redis:
@@ -58,6 +58,11 @@ class Machine:
         found.round()
         return found
 
+    def round_at(self, passed_s: float, install: Install) -> None:
+        """A round of a process of this host, so long after its start."""
+        self.passed_s = passed_s
+        install.round()
+
 
 @pytest.fixture
 def client(redis_url: str) -> redis.Redis:
@@ -80,6 +85,12 @@ def write_id(spool: Path, install_id: bytes) -> None:
     (spool / "hosts/install").write_bytes(install_id)
 
 
+def write_notes(client: redis.Redis, *notes: HostNote) -> None:
+    """The notes of other hosts, written now."""
+    now = {note.id: msgspec.structs.replace(note, seen=time.time()) for note in notes}
+    client.hset("kms:hosts", mapping={each: msgspec.json.encode(note) for each, note in now.items()})
+
+
 def keep_serving(monkeypatch: pytest.MonkeyPatch, *others: Install) -> None:
     """Other hosts go on with their rounds while one waits for them."""
 
@@ -94,16 +105,17 @@ def keep_serving(monkeypatch: pytest.MonkeyPatch, *others: Install) -> None:
 # -- the id ----------------------------------------------------------------------------------------------
 
 
-def test_first_start_makes_one_id_in_both_places(machine: Make, client: redis.Redis, tmp_path: Path) -> None:
-    found = machine("a").started().condition
+@pytest.mark.parametrize("jobs", [{}, JOBS], ids=["empty", "jobs-of-an-earlier-version"])
+def test_first_start_makes_one_id_in_both_places(
+    machine: Make, client: redis.Redis, tmp_path: Path, jobs: dict[str, float]
+) -> None:
+    if jobs:
+        client.zadd("kms:open", jobs)
+    found, mark = machine("a").started().condition, tmp_path / "spool/hosts/install"
     assert len(found.install_id) == 32
-    assert (
-        client.get("kms:install")
-        == found.install_id.encode()
-        == (tmp_path / "spool/hosts/install").read_bytes()
-    )
-    assert (tmp_path / "spool/hosts/install").stat().st_mode & 0o777 == 0o600
-    assert found.degraded == []
+    assert client.get("kms:install") == found.install_id.encode() == mark.read_bytes()
+    assert mark.stat().st_mode & 0o777 == 0o600
+    assert (found.wrong, found.degraded) == ("", [])
 
 
 def test_ids_that_differ_refuse_the_start(machine: Make) -> None:
@@ -141,8 +153,7 @@ def test_two_installs_with_one_spool_are_told_and_delete_nothing(
     first, second = (each.started() for each in hosts)
     for passed_s in (601, 662):
         for host, install in zip(hosts, (first, second), strict=True):
-            host.passed_s = passed_s
-            install.round()
+            host.round_at(passed_s, install)
             assert not install.may_sweep()
     assert first.condition.degraded == second.condition.degraded == ["install"]
     assert (first.condition.strangers, second.condition.strangers) == (("host-b",), ("host-a",))
@@ -150,8 +161,7 @@ def test_two_installs_with_one_spool_are_told_and_delete_nothing(
 
     long_ago = time.time() - 1_900
     os.utime(tmp_path / "spool/hosts/host-b", (long_ago, long_ago))
-    hosts[0].passed_s = 723
-    first.round()
+    hosts[0].round_at(723, first)
     assert first.condition.degraded == []
     assert first.may_sweep()
 
@@ -163,12 +173,10 @@ def test_hosts_of_one_install_are_no_strangers(machine: Make, client: redis.Redi
     machine("ended").started()
     marks = SpoolMarks(SpoolFolder(host.spool, DiskSync(host.spool)))
     marks.create_host("b", "host-b")
-    host.passed_s = 601
-    found.round()
+    host.round_at(601, found)
     assert not found.may_sweep()
-    client.hset("kms:hosts", "b", msgspec.json.encode(HostNote("b", "host-b", time.time())))
-    host.passed_s = 662
-    found.round()
+    write_notes(client, HostNote("b", "host-b", 0))
+    host.round_at(662, found)
     assert found.condition.degraded == []
     assert found.may_sweep()
 
@@ -186,7 +194,7 @@ def test_new_spool_is_refused_while_jobs_need_the_old_one(
     machine: Make, client: redis.Redis, jobs: str
 ) -> None:
     client.set("kms:install", "1" * 32)
-    client.zadd(jobs, {"0192f0c1-7a3e-4c55-9d0a-1f2e3d4c5b6a": 1.0})
+    client.zadd(jobs, JOBS)
     with pytest.raises(
         ConfigurationError, match="install_mismatch: the spool has no install id, and Redis has 1 jobs"
     ):
@@ -227,30 +235,23 @@ def test_require_notices_another_redis_within_seconds(machine: Make, client: red
         found.require()
 
 
-def test_full_disk_does_not_prevent_the_start(machine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise SpoolFull
-
-    monkeypatch.setattr(SpoolFolder, "put", full)
-    found = machine("a").started()
-    assert (found.condition.wrong, found.condition.is_shared) == ("", True)
-
-
+@pytest.mark.parametrize("error", [SpoolFull, SpoolUnavailable])
 def test_spool_that_takes_no_writes_gets_its_id_later_although_jobs_wait(
-    machine: Make, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    machine: Make, client: redis.Redis, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     """Jobs that need no spool are accepted meanwhile; they are no sign of another spool."""
 
     def refused(*_: object, **__: object) -> None:
-        raise SpoolUnavailable
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(SpoolFolder, "put", refused)
         host = machine("a")
         host.started()
-        client.zadd("kms:open", {"0192f0c1-7a3e-4c55-9d0a-1f2e3d4c5b6a": 1.0})
+        client.zadd("kms:open", JOBS)
         found = host.started()
-        assert (found.condition.wrong, client.get("kms:install")) == ("", None)
+        condition = found.condition
+        assert (condition.wrong, condition.is_shared, client.get("kms:install")) == ("", True, None)
 
     found.round()
     assert (found.condition.wrong, len(found.condition.install_id)) == ("", 32)
@@ -267,25 +268,18 @@ def test_hosts_with_one_spool_start(machine: Make) -> None:
         assert len(each.condition.others) == 2
 
 
-def test_host_with_another_spool_refuses_to_start(machine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = machine("a").started()
+@pytest.mark.parametrize("is_copy", [False, True], ids=["another", "copy"])
+def test_host_with_another_spool_refuses_to_start(
+    machine: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, is_copy: bool
+) -> None:
+    """A copy has the id, and the marks of hosts that started before it was made."""
+    first, other = machine("a").started(), machine("b", "other")
+    if is_copy:
+        write_id(other.spool, (tmp_path / "spool/hosts/install").read_bytes())
     keep_serving(monkeypatch, first)
     with pytest.raises(ConfigurationError, match=r"spool_not_shared: .* the one that host host-a uses"):
-        machine("b", "other").started()
-    assert first.condition.degraded == []
-    assert first.condition.others == {}
-
-
-def test_copy_of_the_spool_is_another_spool(
-    machine: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """It has the id, and the marks of hosts that started before it was made."""
-    first = machine("a").started()
-    other = machine("b", "copy")
-    write_id(other.spool, (tmp_path / "spool/hosts/install").read_bytes())
-    keep_serving(monkeypatch, first)
-    with pytest.raises(ConfigurationError, match="spool_not_shared"):
         other.started()
+    assert (first.condition.degraded, first.condition.others) == ([], {})
 
 
 def test_starts_once_the_other_host_is_gone(
@@ -308,31 +302,23 @@ def test_starts_once_the_other_host_is_gone(
 
 
 def test_spools_that_part_while_hosts_run_degrade_both(machine: Make, tmp_path: Path) -> None:
-    hosts = machine("a"), machine("b")
-    first, second = (each.started() for each in hosts)
+    a, b = machine("a"), machine("b")
+    first, second = a.started(), b.started()
     (tmp_path / "spool/hosts/host-b").unlink()
-    for each in hosts:
-        each.passed_s = 61
-    first.round()
+    a.round_at(61, first)
     assert first.condition.degraded == []  # a file system of a network may show it late
-    for each in hosts:
-        each.passed_s = 72
-    first.round()
-    second.round()
-    assert first.condition.degraded == ["spool_not_shared"]
-    assert second.condition.degraded == ["spool_not_shared"]
+    a.round_at(72, first)
+    b.round_at(72, second)
+    assert first.condition.degraded == second.condition.degraded == ["spool_not_shared"]
     (tmp_path / "spool/hosts/host-b").write_text("host-b")
-    for each in hosts:
-        each.passed_s = 83
-    first.round()
-    second.round()
+    a.round_at(83, first)
+    b.round_at(83, second)
     assert first.condition.degraded == second.condition.degraded == []
 
 
 def test_host_is_told_by_others_that_its_spool_is_another(machine: Make, client: redis.Redis) -> None:
     found = machine("a").started()
-    now = time.time()
-    client.hset("kms:hosts", "b", msgspec.json.encode(HostNote("b", "host-b", now, missing=("a",))))
+    write_notes(client, HostNote("b", "host-b", 0, missing=("a",)))
     found.round()
     assert found.condition.degraded == ["spool_not_shared"]
 
@@ -342,40 +328,33 @@ def test_directory_that_is_not_mounted_any_more_is_noticed(machine: Make, tmp_pa
     found = host.started()
     (tmp_path / "spool").rename(tmp_path / "gone")
     (tmp_path / "spool").mkdir()
-    for host.passed_s in (11, 72, 700):
-        found.round()
+    for passed_s in (11, 72, 700):
+        host.round_at(passed_s, found)
         assert found.condition.degraded == ["spool_not_shared"]
     assert list((tmp_path / "spool").iterdir()) == []
 
 
-DEEP = b'{"id":"x","name":"x","seen":1,"more":' + b"[" * 10_000 + b"]" * 10_000 + b"}"
-LONG_NAME = msgspec.json.encode(HostNote("x", "x" * 81, time.time()))
+NESTED = b'{"id":"x","name":"x","seen":1,"more":' + b"[" * 10_000 + b"]" * 10_000 + b"}"
+TEXTS = [b"", b"{}", b"\xff", b'{"id": 1}', b'{"id":"x","name":"x","seen":1e300}', NESTED]
+NOTES = [HostNote("x", "x" * 81, 0), *(HostNote(host_id, "x", 0) for host_id in ("a\0b", "../b", ""))]
 
 
-@pytest.mark.parametrize(
-    "junk", [b"", b"{}", b"\xff", b'{"id": 1}', b'{"id":"x","name":"x","seen":1e300}', DEEP, LONG_NAME]
-)
-def test_junk_in_redis_is_left_out(machine: Make, client: redis.Redis, junk: bytes) -> None:
-    client.hset("kms:hosts", "x", junk)
-    assert machine("a").started().condition.degraded == []
-    assert not client.hexists("kms:hosts", "x")
-
-
-@pytest.mark.parametrize("name", ["a\0b", "../b", ""])
-def test_note_of_a_host_that_can_have_no_mark_is_left_out(
-    machine: Make, client: redis.Redis, name: str
-) -> None:
-    client.hset("kms:hosts", "x", msgspec.json.encode(HostNote(name, "x", time.time())))
-    found = machine("a").started()
-    assert (found.condition.degraded, found.condition.others) == ([], {})
+@pytest.mark.parametrize("junk", [*TEXTS, *NOTES], ids=range(len(TEXTS + NOTES)))
+def test_junk_in_redis_is_left_out(machine: Make, client: redis.Redis, junk: bytes | HostNote) -> None:
+    if isinstance(junk, HostNote):
+        write_notes(client, junk)
+    else:
+        client.hset("kms:hosts", "x", junk)
+    found = machine("a").started().condition
+    assert (found.degraded, found.others) == ([], {})
+    assert set(client.hkeys("kms:hosts")) <= {b"a", b"a starting"}
 
 
 def test_any_number_of_notes_costs_a_round_few_looks(
     machine: Make, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = machine("a").started()
-    notes = [HostNote(f"b{number}", "x", time.time() + 8) for number in range(1000)]
-    client.hset("kms:hosts", mapping={note.id: msgspec.json.encode(note) for note in notes})
+    write_notes(client, *(HostNote(f"b{number}", "x", 0) for number in range(1000)))
     looks: list[str] = []
 
     def look(_: SpoolMarks, host_id: str) -> bool:
@@ -402,62 +381,39 @@ def test_marks_are_read_of_some_unknown_hosts_only(
         return get(self, folder, name, most_bytes)
 
     monkeypatch.setattr(SpoolFolder, "get", read)
-    host.passed_s = 601
-    found.round()
+    host.round_at(601, found)
     assert not found.may_sweep()
     assert 100 <= len(reads) < 110
     reads.clear()
     for number in range(1000):
         (tmp_path / f"spool/hosts/host-x{number}").unlink()
-    host.passed_s = 662
-    found.round()
+    host.round_at(662, found)
     assert found.may_sweep()
     assert reads.count("host-b") == 1  # as a mark that may be missing, not as that of a stranger
 
 
-def test_no_call_waits_for_a_look_at_marks(machine: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others may put any number of marks into the spool, and a bucket takes time for each."""
-    host = machine("a")
-    found = host.started()
-
-    def require() -> None:
-        found.require()
-        required.set()
-
-    required = Event()
-
-    def users(*_: object) -> dict[str, str]:
-        host.passed_s = 700
-        Thread(target=require, daemon=True).start()
-        required.wait(20)
-        return {}
-
-    monkeypatch.setattr(SpoolMarks, "users", users)
-    host.passed_s = 601
-    found.round()
-    assert required.is_set()
-
-
-def test_no_call_waits_for_a_spool_that_does_not_answer(
-    machine: Make, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("look", "passed_s", "later_s"), [("users", 601, 700), ("install_id", 61, 200)])
+def test_no_call_waits_for_a_look_into_the_spool(
+    machine: Make, monkeypatch: pytest.MonkeyPatch, look: str, passed_s: float, later_s: float
 ) -> None:
+    """Others may put any number of marks into it, and a bucket takes time for each, or does not answer."""
     host, required, in_time = machine("a"), Event(), []
     found = host.started()
-    found.is_watched = True
+    found.is_watched = look == "install_id"
+    seen = {"users": {}, "install_id": found.condition.install_id}
 
     def require() -> None:
         found.require()
         required.set()
 
-    def silent(_: SpoolMarks) -> str:
-        host.passed_s = 200  # long after the last comparison
+    def slow(*_: object) -> object:
+        host.passed_s = later_s  # long after the last comparison
         Thread(target=require, daemon=True).start()
         in_time.append(required.wait(20))
-        return found.condition.install_id
+        return seen[look]
 
-    monkeypatch.setattr(SpoolMarks, "install_id", silent)
-    host.passed_s = 61
-    found.round()
+    monkeypatch.setattr(SpoolMarks, look, slow)
+    host.round_at(passed_s, found)
     assert in_time == [True]
 
 
@@ -472,8 +428,8 @@ def test_link_in_the_place_of_a_mark_is_not_followed(machine: Make, tmp_path: Pa
 def test_spool_that_does_not_answer_is_not_taken_for_another(
     machine: Make, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hosts = machine("a"), machine("b")
-    first, second = (each.started() for each in hosts)
+    a, b = machine("a"), machine("b")
+    first, second = a.started(), b.started()
     before = first.condition.install_id
     get = SpoolFolder.get
 
@@ -483,10 +439,8 @@ def test_spool_that_does_not_answer_is_not_taken_for_another(
     monkeypatch.setattr(SpoolFolder, "get", away)
     client.delete("kms:install")
     for passed_s in (61, 72, 83):
-        for each in hosts:
-            each.passed_s = passed_s
-        first.round()
-        second.round()
+        a.round_at(passed_s, first)
+        b.round_at(passed_s, second)
         assert first.condition.degraded == second.condition.degraded == []
     third = machine("c").process()
     third.begin()
@@ -519,9 +473,8 @@ def test_other_hosts_with_files_of_their_own(machine: Make) -> None:
 
 
 def test_any_number_of_other_hosts_is_named_by_a_few(machine: Make, client: redis.Redis) -> None:
-    first, now = machine("a", key_place="one").started(), time.time()
-    notes = [HostNote(f"b{number}", f"b{number}", now, key_places={"orders": "x"}) for number in range(100)]
-    client.hset("kms:hosts", mapping={note.id: msgspec.json.encode(note) for note in notes})
+    first, names = machine("a", key_place="one").started(), [f"b{number}" for number in range(100)]
+    write_notes(client, *(HostNote(name, name, 0, key_places={"orders": "x"}) for name in names))
     assert 1 <= len(first.elsewhere("orders", asks=True)) <= 10
 
 
@@ -545,10 +498,3 @@ def test_host_is_its_machine_its_state_and_its_spool(tmp_path: Path, monkeypatch
     monkeypatch.setattr(notes_module, "_BOOT_ID", tmp_path / "boot")
     (tmp_path / "boot").write_text("another")
     assert Host.here(one, one).id != first.id
-
-
-def test_upgrade_with_open_jobs_makes_an_id(machine: Make, client: redis.Redis) -> None:
-    client.zadd("kms:open", {"0192f0c1-7a3e-4c55-9d0a-1f2e3d4c5b6a": 1.0})
-    found = machine("a").started()
-    assert found.condition.wrong == ""
-    assert client.get("kms:install") == found.condition.install_id.encode()
