@@ -65,7 +65,7 @@ def test_each_failed_attempt_waits_longer_up_to_a_quarter_of_an_hour(
     """Twice as long each time, of which a half is random."""
     end(store)
     outbox, delivery = waiting(store, {"ci": ci})
-    for failed, longest_s in ((0, 1), (3, 8), (15, 900)):
+    for failed, longest_s in ((0, 1), (1, 2), (9, 512), (10, 900), (18, 900)):
         wait_s = outbox.put_off(msgspec.structs.replace(delivery, attempts=failed))
         assert wait_s is not None
         assert longest_s / 2 <= wait_s <= longest_s

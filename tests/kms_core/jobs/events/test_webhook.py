@@ -1,4 +1,4 @@
-"""Webhooks without Redis: settings, addresses, signature, and the request to a real server."""
+"""Webhooks without Redis: sections of settings, addresses, signature, and the request to a real server."""
 
 import hmac
 import ipaddress
@@ -8,15 +8,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kms_core.jobs.events import webhook
-from kms_core.jobs.events.outbox import FIRST_DELAY_S, LONGEST_DELAY_S, delay_s
-from kms_core.jobs.events.webhook import DeliveryOutcome, WebhookRequest, event_body, is_public, post, sign
+from kms_core.jobs.events.webhook import DeliveryOutcome, WebhookEndpoint, WebhookRequest, post, sign
 from kms_core.jobs.model import Job
+from kms_protocol.errors import ConfigurationError
 from support.ports import free_port
 from support.waiting import until
 from support.webhooks import (
@@ -24,6 +25,7 @@ from support.webhooks import (
     SECRET,
     Authority,
     Receiver,
+    changed,
     dripping,
     endpoint,
     load_endpoint,
@@ -55,96 +57,60 @@ def receiver(authority: Authority) -> Iterator[Receiver]:
         yield found
 
 
+@pytest.fixture
+def ci(tmp_path: Path, authority: Authority, receiver: Receiver) -> WebhookEndpoint:
+    return endpoint(tmp_path, receiver.url(), authority)
+
+
 # -- addresses ---------------------------------------------------------------------------------------
 
-OF_HOSTS = [
-    "100.100.100.200",
-    "168.63.129.16",
-    "169.254.0.1",
-    "169.254.169.254",
-    "169.254.170.2",
-    "192.0.0.192",
-    "::ffff:168.63.129.16",
-    "::ffff:169.254.169.254",
-    "fd00:42::42",
-    "fd00:c1::a9fe:a9fe",
-    "fd00:ec2::23",
-    "fd00:ec2::254",
-    "fd20:ce::254",
-    "fe80::1",
-    "fe80::a9fe:a9fe%eth0",
-    "::a9fe:a9fe",
-    "::ffff:0:a9fe:a9fe",
-    "64:ff9b::a9fe:a9fe",
-    "64:ff9b:1::a9fe:a9fe",
-    "2002:a9fe:a9fe::1",
-    "2002:6464:64c8::1",
-]
+OF_HOSTS = {
+    "links": "169.254.0.1 fe80::1 fe80::a9fe:a9fe%eth0",
+    "metadata": "100.100.100.200 169.254.169.254 169.254.170.2 192.0.0.192",
+    "metadata by IPv6": "fd00:42::42 fd00:c1::a9fe:a9fe fd00:ec2::23 fd00:ec2::254 fd20:ce::254",
+    "wire server": "168.63.129.16 ::ffff:168.63.129.16",
+    "mapped": "::ffff:169.254.169.254 ::ffff:0:a9fe:a9fe ::a9fe:a9fe",
+    "translated": "64:ff9b::a9fe:a9fe 64:ff9b:1::a9fe:a9fe 2002:a9fe:a9fe::1 2002:6464:64c8::1",
+}
 """Where clouds and links answer for one machine."""
 
-FORBIDDEN = [
-    *OF_HOSTS,
-    "0.0.0.1",
-    "10.0.0.1",
-    "100.64.0.1",
-    "100.127.255.255",
-    "127.0.0.1",
-    "172.16.0.1",
-    "192.0.0.8",
-    "192.0.2.1",
-    "192.88.99.1",
-    "198.18.0.1",
-    "203.0.113.1",
-    "192.168.1.1",
-    "224.0.0.1",
-    "240.0.0.1",
-    "255.255.255.255",
-    "::",
-    "::1",
-    "::127.0.0.1",
-    "::ffff:127.0.0.1",
-    "::ffff:10.0.0.1",
-    "::ffff:0:7f00:1",
-    "64:ff9b::7f00:1",
-    "64:ff9b::101:101",
-    "100::1",
-    "2001:0:1::1",
-    "2001:20::1",
-    "2002:7f00:1::",
-    "2002:101:101::",
-    "2001:db8::1",
-    "3fff::1",
-    "5f00::1",
-    "fc00::1",
-    "fec0::1",
-    "ff0e::1",
-]
+FORBIDDEN = OF_HOSTS | {
+    "this host": "0.0.0.1 127.0.0.1 :: ::1 ::127.0.0.1 ::ffff:127.0.0.1 ::ffff:0:7f00:1",
+    "private": "10.0.0.1 172.16.0.1 192.168.1.1 ::ffff:10.0.0.1 fc00::1 fec0::1",
+    "shared": "100.64.0.1 100.127.255.255",
+    "reserved": "192.0.0.8 192.88.99.1 198.18.0.1 240.0.0.1 255.255.255.255",
+    "reserved by IPv6": "100::1 2001:0:1::1 2001:20::1 5f00::1",
+    "documentation": "192.0.2.1 203.0.113.1 2001:db8::1 3fff::1",
+    "multicast": "224.0.0.1 ff0e::1",
+    "translators": "64:ff9b::7f00:1 64:ff9b::101:101 2002:7f00:1:: 2002:101:101::",
+}
+PUBLIC = {
+    "IPv4": "1.1.1.1 192.0.1.1 ::ffff:1.1.1.1",
+    "neighbours": "100.63.255.255 100.128.0.1 168.63.129.15 168.63.129.17 169.253.255.255",
+    "IPv6": "2606:4700:4700::1111 2001:4860:4860::8888",
+}
 
 
-@pytest.mark.parametrize("address", FORBIDDEN)
-def test_addresses_off_the_open_internet_are_told(address: str) -> None:
-    assert not is_public(ipaddress.ip_address(address))
+def addresses(text: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    return list(map(ipaddress.ip_address, text.split()))
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
-        *("1.1.1.1", "100.63.255.255", "100.128.0.1", "168.63.129.15", "168.63.129.17", "169.253.255.255"),
-        *("192.0.1.1", "::ffff:1.1.1.1", "2606:4700:4700::1111", "2001:4860:4860::8888"),
-    ],
-)
-def test_public_addresses_are_public(address: str) -> None:
-    assert is_public(ipaddress.ip_address(address))
+@pytest.mark.parametrize("kind", FORBIDDEN)
+def test_addresses_off_the_open_internet_are_told(kind: str) -> None:
+    assert [each for each in addresses(FORBIDDEN[kind]) if webhook.is_public(each)] == []
 
 
-@pytest.mark.parametrize("address", OF_HOSTS)
-def test_metadata_of_a_cloud_is_refused_whatever_is_allowed(tmp_path: Path, address: str) -> None:
+@pytest.mark.parametrize("kind", PUBLIC)
+def test_public_addresses_are_public(kind: str) -> None:
+    assert [each for each in addresses(PUBLIC[kind]) if not webhook.is_public(each)] == []
+
+
+@pytest.mark.parametrize("kind", OF_HOSTS)
+def test_metadata_of_a_cloud_is_refused_whatever_is_allowed(tmp_path: Path, kind: str) -> None:
     found = endpoint(tmp_path, "https://a.example/", None)
+    private = addresses("10.0.0.1 fd00:ec3::254 64:ff9b::10.0.0.1")
 
-    assert not found.allows(ipaddress.ip_address(address))
-    assert found.allows(ipaddress.ip_address("10.0.0.1"))
-    assert found.allows(ipaddress.ip_address("fd00:ec3::254"))
-    assert found.allows(ipaddress.ip_address("64:ff9b::10.0.0.1"))
+    assert [each for each in (*addresses(OF_HOSTS[kind]), *private) if found.allows(each)] == private
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
@@ -180,12 +146,12 @@ def test_what_dev_allows_is_loopback_alone(tmp_path: Path) -> None:
 
 
 def test_the_name_is_looked_up_once_and_kept_for_tls_and_host(
-    tmp_path: Path, authority: Authority, receiver: Receiver
+    ci: WebhookEndpoint, receiver: Receiver
 ) -> None:
     global lookups  # noqa: PLW0603 -- an audit hook cannot be taken out, only silenced
     lookups = []
     sys.addaudithook(note_lookups)
-    outcome = post(endpoint(tmp_path, receiver.url(), authority), MESSAGE)
+    outcome = post(ci, MESSAGE)
     seen, lookups = [host for host in lookups if host == "localhost"], None
 
     assert outcome == DeliveryOutcome("delivered")
@@ -197,8 +163,8 @@ def test_the_name_is_looked_up_once_and_kept_for_tls_and_host(
 # -- the request -------------------------------------------------------------------------------------
 
 
-def test_the_request_is_signed_and_whole(tmp_path: Path, authority: Authority, receiver: Receiver) -> None:
-    assert post(endpoint(tmp_path, receiver.url(), authority), MESSAGE) == DeliveryOutcome("delivered")
+def test_the_request_is_signed_and_whole(ci: WebhookEndpoint, receiver: Receiver) -> None:
+    assert post(ci, MESSAGE) == DeliveryOutcome("delivered")
 
     [request] = receiver.requests
     assert (request.path, request.body) == (PATH, MESSAGE.body)
@@ -215,49 +181,32 @@ def test_the_signature_is_hmac_sha256_over_the_documented_bytes() -> None:
     assert sign(SECRET, 1767225600, MESSAGE) == "v1=" + hmac.new(SECRET, signed, "sha256").hexdigest()
 
 
-def test_a_new_secret_needs_no_restart(tmp_path: Path, authority: Authority, receiver: Receiver) -> None:
-    found = endpoint(tmp_path, receiver.url(), authority)
+def test_a_new_secret_needs_no_restart(ci: WebhookEndpoint, receiver: Receiver) -> None:
     new = b"n" * 32
-    found.section.secret_file.write_bytes(new)
-    post(found, MESSAGE)
+    ci.section.secret_file.write_bytes(new)
+    post(ci, MESSAGE)
 
     headers = receiver.requests[0].headers
     assert headers["X-KMS-Signature"] == sign(new, int(headers["X-KMS-Timestamp"]), MESSAGE)
 
 
-@pytest.mark.parametrize("status", [200, 202, 204, 299])
-def test_2xx_is_delivered(tmp_path: Path, authority: Authority, receiver: Receiver, status: int) -> None:
-    receiver.answers = [status]
-
-    assert post(endpoint(tmp_path, receiver.url(), authority), MESSAGE) == DeliveryOutcome("delivered")
-
-
-@pytest.mark.parametrize("status", [304, 400, 401, 404, 429, 500, 503])
-def test_other_answers_are_failures(
-    tmp_path: Path, authority: Authority, receiver: Receiver, status: int
+@pytest.mark.parametrize(
+    ("result", "statuses"),
+    [
+        ("delivered", [200, 202, 204, 299]),
+        ("failed", [301, 302, 304, 307, 308, 400, 401, 404, 429, 500, 503]),
+        ("gone", [410]),
+    ],
+)
+def test_an_answer_is_judged_by_its_status_and_no_redirect_is_followed(
+    ci: WebhookEndpoint, receiver: Receiver, result: str, statuses: list[int]
 ) -> None:
-    receiver.answers = [status]
+    receiver.answers = [(status, "/elsewhere") for status in statuses]
+    outcomes = [post(ci, MESSAGE) for _ in statuses]
 
-    assert post(endpoint(tmp_path, receiver.url(), authority), MESSAGE) == DeliveryOutcome(
-        "failed", f"http_{status}"
-    )
-
-
-def test_410_means_gone(tmp_path: Path, authority: Authority, receiver: Receiver) -> None:
-    receiver.answers = [410]
-
-    assert post(endpoint(tmp_path, receiver.url(), authority), MESSAGE).result == "gone"
-
-
-@pytest.mark.parametrize("status", [301, 302, 307, 308])
-def test_a_redirect_is_not_followed(
-    tmp_path: Path, authority: Authority, receiver: Receiver, status: int
-) -> None:
-    receiver.answers = [(status, "/elsewhere")]
-    outcome = post(endpoint(tmp_path, receiver.url(), authority), MESSAGE)
-
-    assert outcome == DeliveryOutcome("failed", f"http_{status}")
-    assert [request.path for request in receiver.requests] == [PATH]
+    reasons = ["" if result == "delivered" else f"http_{status}" for status in statuses]
+    assert [(outcome.result, outcome.reason) for outcome in outcomes] == [(result, each) for each in reasons]
+    assert [request.path for request in receiver.requests] == [PATH] * len(statuses)
 
 
 def test_a_certificate_of_another_authority_is_refused(tmp_path: Path, receiver: Receiver) -> None:
@@ -268,32 +217,28 @@ def test_a_certificate_of_another_authority_is_refused(tmp_path: Path, receiver:
     assert receiver.requests == []
 
 
-def test_a_certificate_for_another_name_is_refused(
-    tmp_path: Path, authority: Authority, receiver: Receiver
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("https://127.0.0.1:{port}/", "tls_failed"),
+        ("https://localhost:{free}/", "connect_failed"),
+        ("https://nobody.invalid/", "name_not_found"),
+    ],
+    ids=["certificate of another name", "nobody listens", "unknown name"],
+)
+def test_a_server_that_is_not_reached_is_told_apart(
+    tmp_path: Path, authority: Authority, receiver: Receiver, url: str, reason: str
 ) -> None:
-    found = endpoint(tmp_path, receiver.url("127.0.0.1"), authority)
+    found = endpoint(tmp_path, url.format(port=receiver.port, free=free_port()), authority)
 
-    assert post(found, MESSAGE) == DeliveryOutcome("failed", "tls_failed")
+    assert post(found, MESSAGE) == DeliveryOutcome("failed", reason)
     assert receiver.requests == []
 
 
-def test_nobody_listens(tmp_path: Path, authority: Authority) -> None:
-    found = endpoint(tmp_path, f"https://localhost:{free_port()}/", authority)
+def test_a_secret_that_went_away(ci: WebhookEndpoint) -> None:
+    ci.section.secret_file.unlink()
 
-    assert post(found, MESSAGE) == DeliveryOutcome("failed", "connect_failed")
-
-
-def test_an_unknown_name(tmp_path: Path, authority: Authority) -> None:
-    found = endpoint(tmp_path, "https://nobody.invalid/", authority)
-
-    assert post(found, MESSAGE) == DeliveryOutcome("failed", "name_not_found")
-
-
-def test_a_secret_that_went_away(tmp_path: Path, authority: Authority, receiver: Receiver) -> None:
-    found = endpoint(tmp_path, receiver.url(), authority)
-    found.section.secret_file.unlink()
-
-    assert post(found, MESSAGE) == DeliveryOutcome("failed", "secret_unreadable")
+    assert post(ci, MESSAGE) == DeliveryOutcome("failed", "secret_unreadable")
 
 
 def test_no_time_is_left_to_connect(tmp_path: Path, receiver: Receiver) -> None:
@@ -326,7 +271,7 @@ def test_the_event_is_a_cloud_event_without_anything_secret() -> None:
         error="items_failed",
     )
 
-    assert json.loads(event_body(MESSAGE.delivery_id, job, 1767225600.25)) == {
+    assert json.loads(webhook.event_body(MESSAGE.delivery_id, job, 1767225600.25)) == {
         "specversion": "1.0",
         "id": MESSAGE.delivery_id,
         "type": "kms.job.failed",
@@ -343,14 +288,6 @@ def test_the_event_is_a_cloud_event_without_anything_secret() -> None:
             "progress": {"items": 3, "items_done": 3, "items_failed": 1, "bytes": 0, "bytes_done": 0},
         },
     }
-
-
-@pytest.mark.parametrize(
-    ("attempts", "longest"),
-    [(1, FIRST_DELAY_S), (2, 2.0), (10, 512.0), (11, LONGEST_DELAY_S), (19, LONGEST_DELAY_S)],
-)
-def test_delays_double_up_to_a_quarter_of_an_hour(attempts: int, longest: float) -> None:
-    assert all(longest / 2 <= delay_s(attempts) <= longest for _ in range(50))
 
 
 # -- the receiver of the document --------------------------------------------------------------------
@@ -382,16 +319,102 @@ def documented(tmp_path: Path) -> Iterator[str]:
         process.wait()
 
 
-def test_the_documented_receiver_accepts_what_is_genuine(tmp_path: Path, documented: str) -> None:
+def test_the_documented_receiver_accepts_what_is_genuine_alone(tmp_path: Path, documented: str) -> None:
     message = WebhookRequest(MESSAGE.delivery_id, MESSAGE.job_id, b'{"type": "kms.job.succeeded"}')
+    found = endpoint(tmp_path, documented, None)
 
-    assert post(endpoint(tmp_path, documented, None), message) == DeliveryOutcome("delivered")
+    assert post(found, message) == DeliveryOutcome("delivered")
     until(lambda: "kms.job.succeeded" in (tmp_path / "output").read_text(), "the receiver tells of it")
 
+    (tmp_path / "other").write_bytes(b"x" * 32)
+    other = changed(found, secret_file=tmp_path / "other")
+    assert post(other, message) == DeliveryOutcome("failed", "http_401")
 
-def test_the_documented_receiver_refuses_another_secret(tmp_path: Path, documented: str) -> None:
-    (tmp_path / "other").mkdir()
-    found = endpoint(tmp_path / "other", documented, None)
-    found.section.secret_file.write_bytes(b"x" * 32)
 
-    assert post(found, MESSAGE) == DeliveryOutcome("failed", "http_401")
+# -- sections --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "environment"),
+    [
+        ("ftp://h/", "dev"),
+        ("https://", "dev"),
+        ("hooks.example.com", "dev"),
+        ("https://u:hunter2@h/", "dev"),
+        ("https://h/#hunter2", "dev"),
+        ("https://h:99999/", "dev"),
+        ("https://h:0/", "dev"),
+        ("https://h/a b", "dev"),
+        (f"https://{'a' * 64}.example/", "dev"),
+        ("https://bücher.example/", "dev"),
+        ("http://h.example/", "dev"),
+        ("http://localhost.example/", "dev"),
+        ("http://127.0.0.1/", "prod"),
+        ("http://localhost/", "staging"),
+    ],
+)
+def test_other_urls_than_https_are_refused_and_not_echoed(tmp_path: Path, url: str, environment: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"kms\.jobs\.endpoints\.ci\.url") as caught:
+        load_endpoint(tmp_path, f"url = '{url}'\nsecret_file = '/s'", environment)
+
+    assert "hunter2" not in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:9/", "http://[::1]:9/", "http://localhost/h", "https://h.example/?a=b"]
+)
+def test_https_and_loopback_in_dev_are_fine(tmp_path: Path, url: str) -> None:
+    found = load_endpoint(tmp_path, f"url = '{url}'\nsecret_file = '/s'").kms.jobs.endpoints["ci"]
+
+    assert (found.events, found.allow_private) == (("succeeded", "failed", "cancelled"), False)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("url = 'https://h/'", "secret_file is missing"),
+        ("url = 'https://h/'\nsecret_file = '/s'\nsecret = 'x'", "secret is not a setting"),
+        ("url = 'https://h/'\nsecret_file = '/s'\nevents = ['done']", "expected one of"),
+        ("url = 'https://h/'\nsecret_file = '/s'\ntenants = []", "kms.jobs.endpoints.ci.tenants"),
+        ("url = 'https://h/'\nsecret_file = '/s'\ntenants = ['a b']", "kms.jobs.endpoints.ci.tenants"),
+        ("url = 'https://h/'\nsecret_file = '/s'\n[kms.jobs.endpoints.'a/b']\nurl = 'https://h/'", "name"),
+    ],
+    ids=["no-secret", "unknown", "event", "nobody", "no-tenant", "name"],
+)
+def test_sections_are_read_strictly(tmp_path: Path, body: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        load_endpoint(tmp_path, body)
+
+
+@pytest.mark.parametrize(
+    ("secret", "mode", "environment", "refusal"),
+    [
+        (None, 0o600, "dev", "openssl rand"),
+        (b"short\n", 0o600, "prod", "below 32 bytes"),
+        (SECRET[1:] + b"\n", 0o600, "prod", "below 32 bytes"),
+        (SECRET, 0o640, "prod", "chmod 600"),
+        (SECRET, 0o644, "dev", ""),
+    ],
+    ids=["missing", "short", "31-and-newline", "open", "open-in-dev"],
+)
+def test_a_missing_or_weak_secret_stops_the_start_and_an_open_one_except_in_dev(
+    tmp_path: Path, secret: bytes | None, mode: int, environment: str, refusal: str
+) -> None:
+    path = secret_file(tmp_path, secret or b"", mode)
+    if secret is None:
+        path.unlink()
+    found = load_endpoint(tmp_path, f"url = 'https://h/'\nsecret_file = '{path}'", environment)
+
+    with pytest.raises(ConfigurationError, match=refusal) if refusal else nullcontext():
+        assert webhook.endpoints(found)["ci"].section.secret_file == path
+
+
+@pytest.mark.parametrize("content", [None, "not a certificate"], ids=["absent", "no-pem"])
+def test_a_ca_file_without_certificates_stops_the_start(tmp_path: Path, content: str | None) -> None:
+    ca = tmp_path / "ca.pem"
+    if content:
+        ca.write_text(content)
+    body = f"url = 'https://h/'\nsecret_file = '{secret_file(tmp_path)}'\nca_file = '{ca}'"
+
+    with pytest.raises(ConfigurationError, match="ca_file"):
+        webhook.endpoints(load_endpoint(tmp_path, body))
