@@ -17,19 +17,24 @@ from kms_protocol.errors import DecryptFailed, InvalidRequest, JobCancelled, Spo
 
 KEY = bytes(range(32))
 SIZES = [0, 1, CHUNK, CHUNK + 1, 16 * CHUNK, 16 * CHUNK + 1, 40 * CHUNK - 3]
-OPTIONS = [
-    ParallelOptions(),
-    ParallelOptions(threads=1),
-    ParallelOptions(slab_chunks=1),
-    ParallelOptions(threads=3, slab_chunks=3),
-]
-OPTION_IDS = ["usual", "one-thread", "one-chunk", "odd"]
+OPTIONS = {
+    "usual": ParallelOptions(),
+    "one-thread": ParallelOptions(threads=1),
+    "one-chunk": ParallelOptions(slab_chunks=1),
+    "odd": ParallelOptions(threads=3, slab_chunks=3),
+}
 
 
 @pytest.fixture
-def files() -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as target:
-        yield source, target
+def source() -> Iterator[BinaryIO]:
+    with tempfile.TemporaryFile() as file:
+        yield file
+
+
+@pytest.fixture
+def target() -> Iterator[BinaryIO]:
+    with tempfile.TemporaryFile() as file:
+        yield file
 
 
 def extent_of(file: BinaryIO, data: bytes, offset: int = 0) -> FileRange:
@@ -44,35 +49,24 @@ def content(file: BinaryIO) -> bytes:
     return file.read()
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=OPTION_IDS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("size", SIZES)
-def test_files_hold_what_memory_would(
-    files: tuple[BinaryIO, BinaryIO], size: int, options: ParallelOptions
+def test_files_hold_what_memory_would_and_open_to_what_was_sealed(
+    source: BinaryIO, target: BinaryIO, size: int, options: ParallelOptions
 ) -> None:
-    source, target = files
     plaintext = os.urandom(size)
     seal_file(KEY, extent_of(source, plaintext, 3), FileWriter(target.fileno()), bytes(216), options)
-
     assert content(target) == bytes(216) + stream.seal(KEY, plaintext)
 
-
-@pytest.mark.parametrize("options", OPTIONS, ids=OPTION_IDS)
-@pytest.mark.parametrize("size", SIZES)
-def test_files_open_to_what_was_sealed(
-    files: tuple[BinaryIO, BinaryIO], size: int, options: ParallelOptions
-) -> None:
-    source, target = files
-    plaintext = os.urandom(size)
-    sealed = extent_of(source, stream.seal(KEY, plaintext), 216)
+    sealed = FileRange(target.fileno(), stream.sealed_size(size), 216)
     verify_file(KEY, sealed, options)
-    open_file(KEY, sealed, FileWriter(target.fileno()), options=options)
-
-    assert content(target) == plaintext
+    with tempfile.TemporaryFile() as opened:
+        open_file(KEY, sealed, FileWriter(opened.fileno()), options=options)
+        assert content(opened) == plaintext
 
 
 @pytest.mark.parametrize("chunk", [0, 5, 8])
-def test_a_forged_slab_is_refused_and_never_written(files: tuple[BinaryIO, BinaryIO], chunk: int) -> None:
-    source, target = files
+def test_a_forged_slab_is_refused_and_never_written(source: BinaryIO, target: BinaryIO, chunk: int) -> None:
     sealed = bytearray(stream.seal(KEY, b"s" * (8 * CHUNK + 9)))
     sealed[chunk * SEALED_CHUNK + 2] ^= 1
     extent = extent_of(source, bytes(sealed))
@@ -86,8 +80,7 @@ def test_a_forged_slab_is_refused_and_never_written(files: tuple[BinaryIO, Binar
 
 
 @pytest.mark.parametrize("size", [0, 15, SEALED_CHUNK, SEALED_CHUNK + 16, 3 * SEALED_CHUNK])
-def test_a_cut_file_is_refused(files: tuple[BinaryIO, BinaryIO], size: int) -> None:
-    source, target = files
+def test_a_cut_file_is_refused(source: BinaryIO, target: BinaryIO, size: int) -> None:
     extent = extent_of(source, stream.seal(KEY, bytes(3 * CHUNK + 1))[:size])
 
     with pytest.raises(DecryptFailed):
@@ -96,8 +89,7 @@ def test_a_cut_file_is_refused(files: tuple[BinaryIO, BinaryIO], size: int) -> N
         verify_file(KEY, extent)
 
 
-def test_a_file_that_ends_before_its_extent_is_refused(files: tuple[BinaryIO, BinaryIO]) -> None:
-    source, target = files
+def test_a_file_that_ends_before_its_extent_is_refused(source: BinaryIO, target: BinaryIO) -> None:
     extent = extent_of(source, stream.seal(KEY, bytes(3 * CHUNK)))
     os.ftruncate(source.fileno(), SEALED_CHUNK)
 
@@ -121,9 +113,8 @@ def rewrite(fd: int) -> None:
 @pytest.mark.parametrize("change", [grow, shrink, rewrite])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_source_that_changes_is_refused(
-    files: tuple[BinaryIO, BinaryIO], change: Callable[[int], None], threads: int
+    source: BinaryIO, target: BinaryIO, change: Callable[[int], None], threads: int
 ) -> None:
-    source, target = files
     extent = extent_of(source, bytes(5 * CHUNK))
     waiting = iter([change])
 
@@ -131,20 +122,15 @@ def test_a_source_that_changes_is_refused(
         for act in waiting:
             act(extent.fd)
 
+    options = ParallelOptions(threads, slab_chunks=1, check=once)
     with pytest.raises(InvalidRequest, match="changed while it was read"):
-        seal_file(
-            KEY,
-            extent,
-            FileWriter(target.fileno()),
-            options=ParallelOptions(threads, slab_chunks=1, check=once),
-        )
+        seal_file(KEY, extent, FileWriter(target.fileno()), options=options)
 
 
 @pytest.mark.parametrize("size", [4, 6])
 def test_a_source_of_another_size_is_refused_before_anything_is_written(
-    files: tuple[BinaryIO, BinaryIO], size: int
+    source: BinaryIO, target: BinaryIO, size: int
 ) -> None:
-    source, target = files
     extent_of(source, b"12345")
 
     with pytest.raises(InvalidRequest):
@@ -154,9 +140,8 @@ def test_a_source_of_another_size_is_refused_before_anything_is_written(
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_raised_check_stops_every_thread_and_comes_through(
-    files: tuple[BinaryIO, BinaryIO], threads: int
+    source: BinaryIO, target: BinaryIO, threads: int
 ) -> None:
-    source, target = files
     extent = extent_of(source, bytes(60 * CHUNK))
     calls = []
 
@@ -165,44 +150,29 @@ def test_a_raised_check_stops_every_thread_and_comes_through(
         if len(calls) > 10:
             raise JobCancelled
 
+    options = ParallelOptions(threads, slab_chunks=1, check=cancelled)
     with pytest.raises(JobCancelled):
-        seal_file(
-            KEY,
-            extent,
-            FileWriter(target.fileno()),
-            options=ParallelOptions(threads, slab_chunks=1, check=cancelled),
-        )
+        seal_file(KEY, extent, FileWriter(target.fileno()), options=options)
     assert len(calls) <= 10 + threads
 
 
-def test_progress_adds_up_to_the_plaintext(files: tuple[BinaryIO, BinaryIO]) -> None:
-    source, target = files
+def test_progress_adds_up_to_the_plaintext(source: BinaryIO, target: BinaryIO) -> None:
     done: list[int] = []
+    two, four = (ParallelOptions(slab_chunks=chunks, progress=done.append) for chunks in (2, 4))
     size = 9 * CHUNK + 5
-    seal_file(
-        KEY,
-        extent_of(source, bytes(size)),
-        FileWriter(target.fileno()),
-        options=ParallelOptions(slab_chunks=2, progress=done.append),
-    )
-    verify_file(
-        KEY,
-        FileRange(target.fileno(), stream.sealed_size(size)),
-        ParallelOptions(slab_chunks=4, progress=done.append),
-    )
+    seal_file(KEY, extent_of(source, bytes(size)), FileWriter(target.fileno()), options=two)
+    verify_file(KEY, FileRange(target.fileno(), stream.sealed_size(size)), four)
 
     assert sorted(done) == sorted([2 * CHUNK] * 4 + [CHUNK + 5] + [4 * CHUNK] * 2 + [CHUNK + 5])
 
 
-def test_an_extent_reads_within_itself(files: tuple[BinaryIO, BinaryIO]) -> None:
-    source, _ = files
+def test_an_extent_reads_within_itself(source: BinaryIO) -> None:
     extent_of(source, b"payload and more", 3)
 
     assert FileRange(source.fileno(), 7, 3).read_at(4, 100) == b"oad"
 
 
-def test_no_room_is_told_as_such(files: tuple[BinaryIO, BinaryIO]) -> None:
-    source, _ = files
+def test_no_room_is_told_as_such(source: BinaryIO) -> None:
     extent = extent_of(source, bytes(3 * CHUNK))
 
     with Path("/dev/full").open("r+b", buffering=0) as full, pytest.raises(SpoolFull):

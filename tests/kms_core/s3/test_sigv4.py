@@ -118,42 +118,33 @@ def test_a_secret_that_cannot_be_is_refused_at_start(tmp_path: Path, content: by
         credentials_from_file("AKID", tmp_path / "key", "where", strict=True)
 
 
-def test_the_environment_gives_what_aws_tools_would_use(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    config = tmp_path / "credentials"
-    config.write_text(
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder where AWS tools look for ``credentials`` and ``config``, and nowhere else."""
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    return tmp_path
+
+
+def test_the_environment_gives_what_aws_tools_would_use(environment: Path) -> None:
+    (environment / "credentials").write_text(
         "[default]\naws_access_key_id = AKIDFILE\naws_secret_access_key = s\naws_session_token = t\n"
     )
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(config))
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
 
     assert credentials_from_environment("where")() == Credentials("AKIDFILE", "s", "t")
 
 
-def test_without_credentials_the_store_is_not_available(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
-        monkeypatch.setenv(name, str(tmp_path / "nothing"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ("", "secret_key_file"),
+        ("[default]\nrole_arn = arn:aws:iam::1:role/x\nsource_profile = missing\n", "not available now"),
+    ],
+    ids=["none", "not-now"],
+)
+def test_without_credentials_the_store_is_not_available(environment: Path, config: str, told: str) -> None:
+    (environment / "config").write_text(config)
 
-    with pytest.raises(Unavailable, match="secret_key_file"):
-        credentials_from_environment("where")()
-
-
-def test_credentials_that_cannot_be_had_now_are_not_available(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    config = tmp_path / "config"
-    config.write_text("[default]\nrole_arn = arn:aws:iam::1:role/x\nsource_profile = missing\n")
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "nothing"))
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
-
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match=told):
         credentials_from_environment("where")()
