@@ -51,11 +51,6 @@ def test_base_is_the_longest_directory_without_a_star() -> None:
     assert Tree.parse("*").base == ""
 
 
-def test_no_pattern_takes_long() -> None:
-    assert not Tree.parse(BASE + "/".join(["**"] * 30) + "/z").names("/".join(["a"] * 500))
-    assert not Tree.parse(BASE + "*a" * 100 + "b").names("a" * 255)
-
-
 @given(
     st.lists(
         st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1, max_size=8),

@@ -1,5 +1,6 @@
 """What jobs may name by ``s3://``: how URLs are read, which prefixes count, what settings refuse."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -73,11 +74,8 @@ def test_what_could_be_read_in_two_ways_is_refused(url: str) -> None:
 )
 def test_prefixes_say_what_may_be_read_and_written(url: str, *, read: bool, write: bool) -> None:
     for allowed, ask in ((read, JOBS.reading), (write, JOBS.writing)):
-        if allowed:
+        with nullcontext() if allowed else pytest.raises(PathRefused):
             assert ask(url)[0].name == "b"
-        else:
-            with pytest.raises(PathRefused):
-                ask(url)
 
 
 @pytest.mark.parametrize("url", ["s3://b/", "s3://b/out/", "s3://b/in", "s3://other/in/", "s3://b/in/../x/"])
@@ -139,10 +137,8 @@ def test_an_unsafe_section_stops_the_start(tmp_path: Path, section: str, said: s
 )
 def test_http_is_for_loopback_and_for_dev(tmp_path: Path, environment: str, host: str, *, fine: bool) -> None:
     section = KEY + f'endpoint = "http://{host}:8333"\nallow_http = true\n'
-    if fine:
-        built(tmp_path, section, environment)
-        return
-    with pytest.raises(ConfigurationError, match="http://"):
+
+    with nullcontext() if fine else pytest.raises(ConfigurationError, match="http://"):
         built(tmp_path, section, environment)
 
 
@@ -163,26 +159,18 @@ def test_without_a_key_it_is_that_of_the_environment(tmp_path: Path) -> None:
     assert jobs.reading("s3://bkt/k")[0].line.endpoint.endpoint == "https://s3.us-east-1.amazonaws.com"
 
 
-def test_nothing_is_allowed_unless_it_is_listed(tmp_path: Path) -> None:
-    jobs = built(tmp_path, KEY)
+def test_nothing_is_allowed_unless_it_is_listed_and_an_empty_prefix_is_the_whole_bucket(
+    tmp_path: Path,
+) -> None:
+    nothing, readable = built(tmp_path, KEY), built(tmp_path, KEY + 'read = [""]\n')
 
-    for ask in (jobs.reading, jobs.writing):
+    assert readable.reading("s3://bkt/anything")[1] == "anything"
+    for ask in (nothing.reading, nothing.writing, readable.writing):
         with pytest.raises(PathRefused):
             ask("s3://bkt/k")
-
-
-def test_an_empty_prefix_is_the_whole_bucket(tmp_path: Path) -> None:
-    jobs = built(tmp_path, KEY + 'read = [""]\n')
-
-    assert jobs.reading("s3://bkt/anything")[1] == "anything"
 
 
 @pytest.mark.parametrize("name", ["ab", "a/b", '"a b"', '"..b"', '"abc\\n"', "a" * 64])
 def test_a_name_that_is_none_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigurationError):
         built(tmp_path, KEY + f"[kms.jobs.buckets.{name}]\n")
-
-
-def test_the_secret_lies_under_no_root(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="overlaps"):
-        built(tmp_path, KEY + f'[kms.jobs]\nroots = ["{tmp_path}"]\n')

@@ -28,18 +28,6 @@ from support.file_tree import (
 )
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    directory = tmp_path / "root"
-    directory.mkdir()
-    return directory
-
-
-@pytest.fixture
-def roots(root: Path) -> Roots:
-    return Roots([root])
-
-
 @dataclass(frozen=True)
 class Settled:
     """A temporary file that is ready to be put in place."""
@@ -128,20 +116,15 @@ def test_many_may_finish_at_once(root: Path, roots: Roots, *, overwrite: bool) -
     assert len(names(root)) == 50
 
 
-def test_an_existing_target_is_refused_before_any_work(root: Path, roots: Roots) -> None:
-    url = written(root)
-
-    with pytest.raises(TargetExists):
-        prepared(roots, url)
-
-    assert names(root) == ["plain.txt"]
-
-
-def test_the_source_is_no_target_unless_overwriting_was_asked_for(root: Path, roots: Roots) -> None:
+def test_an_existing_target_is_refused_before_any_work_unless_overwriting_was_asked_for(
+    root: Path, roots: Roots
+) -> None:
+    """The source may be the target."""
     url = written(root)
     with roots.open_source(url) as source:
         with pytest.raises(TargetExists):
             prepared(roots, url)
+        assert names(root) == ["plain.txt"]
         placement = settled(roots, url, overwrite=True)
         source.check_unchanged()
         placement.finish(overwrite=True)
@@ -160,17 +143,6 @@ def test_a_target_that_appears_meanwhile_wins(root: Path, roots: Roots) -> None:
     assert (root / placement.temporary).exists()
 
 
-@pytest.mark.parametrize("make", [a_directory, a_fifo, a_link_to_a_file], ids=["directory", "fifo", "link"])
-def test_only_a_regular_file_is_overwritten(
-    make: Callable[[Path, Path], Path], tmp_path: Path, root: Path, roots: Roots
-) -> None:
-    written(tmp_path, "secret")
-    path = make(root, tmp_path)
-
-    with pytest.raises(PathRefused):
-        prepared(roots, path.as_uri(), overwrite=True)
-
-
 def test_overwriting_one_of_two_links_leaves_the_other(tmp_path: Path, root: Path, roots: Roots) -> None:
     written(tmp_path, "secret", b"other")
     path = a_hard_link(root, tmp_path)
@@ -183,6 +155,9 @@ def test_overwriting_one_of_two_links_leaves_the_other(tmp_path: Path, root: Pat
 @pytest.mark.parametrize(
     "make",
     [
+        a_directory,
+        a_fifo,
+        a_link_to_a_file,
         beneath_a_linked_directory,
         beneath_a_missing_directory,
         beneath_a_file,
@@ -190,17 +165,16 @@ def test_overwriting_one_of_two_links_leaves_the_other(tmp_path: Path, root: Pat
         outside_the_root,
     ],
 )
-def test_a_target_lies_in_a_real_directory_beneath_the_root(
+def test_a_target_is_a_regular_file_in_a_real_directory_beneath_the_root(
     make: Callable[[Path, Path], Path], tmp_path: Path, root: Path, roots: Roots
 ) -> None:
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    path = make(root, outside)
+    written(tmp_path, "outside/secret")
+    path = make(root, tmp_path / "outside")
 
     with pytest.raises(PathRefused):
         prepared(roots, path.as_uri(), overwrite=True)
 
-    assert names(outside) == []
+    assert names(tmp_path / "outside") == ["secret"]
 
 
 @pytest.mark.parametrize("put", [None, b"other!"], ids=["absent", "different"])
