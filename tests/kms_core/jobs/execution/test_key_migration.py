@@ -2,10 +2,11 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pyrage
 import pytest
@@ -17,10 +18,8 @@ from kms_core.jobs.execution import results
 from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.execution.tree import PATIENCE
-from kms_core.jobs.model import Attempt, Checkpoint, Commit, Job, part_id
-from kms_core.jobs.spec import Fields
+from kms_core.jobs.model import Job, part_id
 from kms_core.jobs.storage.locations import JobSource, Locations
-from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
@@ -34,9 +33,9 @@ FILES = ("a", "b/c", "b/d")
 
 
 @pytest.fixture
-def root(core: Core, tmp_path: Path) -> Path:
+def root(core: Core, files: Path) -> Path:
     """Three files on the first version of the key; the key has a newer one by now."""
-    folder = tmp_path / "state" / "files" / "tree"
+    folder = files / "tree"
     for name in FILES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(sealed(core, name.encode()))
@@ -83,12 +82,15 @@ def report(core: Core, job_id: str) -> dict[str, object]:
     return told
 
 
-def outcomes(core: Core, job_id: str, root: Path) -> dict[str, str]:
+def lines(core: Core, job_id: str) -> list[dict[str, Any]]:
     found = results.of(now(core, job_id), core.worker_context.store, core.worker_context.spool)
-    told = [json.loads(line) for line in b"".join(found.slabs(0, found.size)).splitlines()]
+    return [json.loads(line) for line in b"".join(found.slabs(0, found.size)).splitlines()]
+
+
+def outcomes(core: Core, job_id: str, root: Path) -> dict[str, str]:
     return {
         line["source"].removeprefix(f"file://{root}/"): line.get("outcome") or line["error"]["code"]
-        for line in told
+        for line in lines(core, job_id)
     }
 
 
@@ -227,48 +229,29 @@ def test_file_keeps_its_owner_and_mode_in_place(core: Core, root: Path) -> None:
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
 
 
-class Interloper(JobStore):
-    """Somebody else writes to the source once its commit is recorded."""
-
-    path: Path
-    replaced: bool
-
-    def step(self, claim: Attempt, log: Checkpoint, counts: Fields) -> None:
-        super().step(claim, log, counts)
-        if log.pending:
-            self._write()
-
-    def committing(self, claim: Attempt, commit: Commit) -> None:
-        super().committing(claim, commit)
-        self._write()
-
-    def _write(self) -> None:
-        if self.replaced:
-            self.path.write_bytes(b"written meanwhile")
-        else:
-            self.path.unlink()
-
-
 @pytest.mark.parametrize("replaced", [True, False], ids=["changed", "removed"])
 @pytest.mark.parametrize("many", [True, False], ids=["of-many", "one"])
 def test_file_that_somebody_changes_meanwhile_is_theirs(
-    core: Core, root: Path, *, replaced: bool, many: bool
+    core: Core, root: Path, meeting: Callable[..., WorkerContext], *, replaced: bool, many: bool
 ) -> None:
-    found = core.worker_context.store
-    store = Interloper(found.redis, found.record_key, lambda *_: None, found.section)
-    store.path, store.replaced = root / "a", replaced
-    worker_context = WorkerContext(core.kms, store, core.worker_context.spool, core.worker_context.places)
+    def write(step: str) -> None:
+        """Somebody else, once the commit is recorded."""
+        if step == "finish":
+            return
+        if replaced:
+            (root / "a").write_bytes(b"written meanwhile")
+        else:
+            (root / "a").unlink(missing_ok=True)
 
+    source = f"file://{root}/a" + "*" * many
+    body = wire.JobIn(kind="rewrap", source=source, overwrite=True)
+    job_id = core.submitter.submit(SubmissionOptions(WHO, "rewrap", CONTEXT), body).job_id
     if many:
-        job_id = start(core, root, source=f"file://{root}/a*")
-        run_job(part_id(job_id, 0), worker_context, "w")
-        assert outcomes(core, job_id, root) == {"a": "target_exists"}
-    else:
-        body = wire.JobIn(kind="rewrap", source=f"file://{root}/a", overwrite=True)
-        job_id = core.submitter.submit(SubmissionOptions(WHO, "rewrap", CONTEXT), body).job_id
-        run_job(job_id, worker_context, "w")
-        assert now(core, job_id).error == "target_exists"
+        run_job(job_id, core.worker_context, "w")
+    run_job(part_id(job_id, 0) if many else job_id, meeting(core, write, after=True), "w")
 
+    error = outcomes(core, job_id, root)["a"] if many else now(core, job_id).error
+    assert error == "target_exists"
     assert (root / "a").exists() == replaced
     assert not replaced or (root / "a").read_bytes() == b"written meanwhile"
     assert not [path for path in root.iterdir() if path.name.startswith(".")]
@@ -277,38 +260,23 @@ def test_file_that_somebody_changes_meanwhile_is_theirs(
 # -- cancelled -----------------------------------------------------------------------------------------------
 
 
-class KilledAfterOne(JobStore):
-    """The store of a worker that dies once its first file is settled and on record."""
-
-    def step(self, claim: Attempt, log: Checkpoint, counts: Fields) -> None:
-        super().step(claim, log, counts)
-        if log.outcomes:
-            raise Killed
-
-
-def test_cancelled_job_tells_what_it_has_put_in_place(core: Core, root: Path) -> None:
-    job_id = start(core, root)
+def test_cancelled_job_tells_what_it_has_put_in_place(
+    core: Core, root: Path, dying: Callable[..., WorkerContext]
+) -> None:
+    job_id, store = start(core, root), core.worker_context.store
     part = part_id(job_id, 0)
-    context = core.worker_context
-    store = KilledAfterOne(
-        context.store.redis, context.store.record_key, lambda *_: None, context.store.section
-    )
     with pytest.raises(Killed):
-        run_job(part, WorkerContext(core.kms, store, context.spool, context.places), "w")
+        run_job(part, dying(core, 1, after=True), "w")  # once its first file is settled and on record
 
-    context.store.cancel(job_id, TENANT)
+    store.cancel(job_id, TENANT)
     asked = now(core, job_id)
     assert (asked.state, asked.cancel) == ("running", 1), "a worker may be at work"
-    lapse(context.store)
-    run_job(part, context, "w")
+    lapse(store)
+    run_job(part, core.worker_context, "w")
 
-    found = results.of(now(core, job_id), context.store, context.spool)
-    lines = [json.loads(line) for line in b"".join(found.slabs(0, found.size)).splitlines()]
-    assert len(lines) == len(FILES)
-    done = [line for line in lines if "error" not in line]
-    assert len(done) == 1
-    assert {line["error"]["code"] for line in lines if line not in done} == {"cancelled"}
-    assert report(core, job_id)[done[0]["outcome"]] == 1
+    done, *others = lines(core, job_id)
+    assert [line["error"]["code"] for line in others] == ["cancelled"] * (len(FILES) - 1)
+    assert report(core, job_id)[done["outcome"]] == 1
 
 
 # -- what is away --------------------------------------------------------------------------------------------
@@ -328,19 +296,15 @@ class Unreadable(Locations):
 def test_file_that_the_disk_cannot_give_is_given_up_in_the_end_and_holds_up_no_other(
     core: Core, root: Path
 ) -> None:
-    found = core.worker_context.places
-    worker_context = WorkerContext(
-        core.kms,
-        core.worker_context.store,
-        core.worker_context.spool,
-        Unreadable(*(getattr(found, one.name) for one in fields(found))),
-    )
+    found, store = core.worker_context.places, core.worker_context.store
+    places = Unreadable(*(getattr(found, one.name) for one in fields(found)))
+    worker_context = replace(core.worker_context, places=places)
     job_id = start(core, root)
     part = part_id(job_id, 0)
     for _ in range(PATIENCE):
         run_job(part, worker_context, "w")
-        assert core.worker_context.store.part(part).job.state == "queued"
-        forge(core.worker_context.store, part, not_before="0")
+        assert store.part(part).job.state == "queued"
+        forge(store, part, not_before="0")
 
     run_job(part, worker_context, "w")
 

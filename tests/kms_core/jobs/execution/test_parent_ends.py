@@ -3,7 +3,9 @@
 import json
 import threading
 import time
-from pathlib import Path
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import cast
 
 import msgspec
@@ -28,7 +30,6 @@ WHO = Principal("local")
 CONTEXT = Context.parse("env=test")
 REFUSED = ("failed", "record_refused")
 ITEMS = 1_001  # three parts
-FORGED = {"state": "succeeded", "error": "", "items_failed": "0"}
 
 
 def submit(core: Core, bad: frozenset[int] = frozenset()) -> list[str]:
@@ -57,10 +58,15 @@ def told(core: Core, job_id: str) -> tuple[str, str]:
 
 
 def events(core: Core) -> list[str]:
-    stream = cast(
-        "list[tuple[bytes, dict[bytes, bytes]]]", core.worker_context.store.redis.xrange("kms:events")
-    )
-    return [fields[b"type"].decode() for _, fields in stream]
+    stream = core.worker_context.store.redis.xrange("kms:events")
+    told = cast("list[tuple[bytes, dict[bytes, bytes]]]", stream)
+    return [fields[b"type"].decode() for _, fields in told]
+
+
+def skip(core: Core, job_id: str, part: str, **fields: bytes) -> None:
+    """Make a part that nobody ran look as if it had ended."""
+    forge(core.worker_context.store, part, state="succeeded", error="", items_failed="0", **fields)
+    core.worker_context.store.redis.hincrby(f"kms:job:{job_id}", "parts_left", -1)
 
 
 @pytest.fixture
@@ -71,7 +77,13 @@ def unended(core: Core, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         patched.setattr(runner, "end_parent", lambda job, _: job)
         run(core, *parts)
     assert (now(core, job_id).state, now(core, job_id).parts_left) == ("running", 0)
+    assert now(core, job_id).parts_ended
+    assert "kms.job.succeeded" not in events(core)
     return [job_id, *parts]
+
+
+def result(core: Core, job_id: str) -> results.Result:
+    return results.of(now(core, job_id), core.worker_context.store, core.worker_context.spool)
 
 
 # -- together ------------------------------------------------------------------------------------------
@@ -79,6 +91,8 @@ def unended(core: Core, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("bad", [frozenset[int](), frozenset({700, 3})], ids=["good", "bad"])
 def test_end_of_the_whole_is_signed_with_the_sums_of_its_parts(core: Core, bad: frozenset[int]) -> None:
+    counter = metrics.JOBS.labels("encrypt", "failed" if bad else "succeeded")
+    before = counter._value.get()  # noqa: SLF001 -- as its own tests do
     job_id, *parts = submit(core, bad)
     run(core, *parts)
     job = now(core, job_id)
@@ -88,21 +102,7 @@ def test_end_of_the_whole_is_signed_with_the_sums_of_its_parts(core: Core, bad: 
     assert job.end
     assert (job.end.parts, len(job.end.result_digest)) == (3, 32)
     assert job.bytes_done == sum(core.worker_context.store.part(part).job.bytes for part in parts)
-
-
-def test_end_of_the_whole_is_counted(core: Core) -> None:
-    before = metrics.JOBS.labels("encrypt", "succeeded")._value.get()  # noqa: SLF001 -- as its own tests do
-    _, *parts = submit(core)
-    run(core, *parts)
-
-    assert metrics.JOBS.labels("encrypt", "succeeded")._value.get() == before + 1  # noqa: SLF001 -- as above
-
-
-def test_whole_has_not_ended_before_a_worker_has_ended_it(core: Core, unended: list[str]) -> None:
-    job_id, *_ = unended
-
-    assert "kms.job.succeeded" not in events(core)
-    assert now(core, job_id).parts_ended
+    assert counter._value.get() == before + 1  # noqa: SLF001 -- as above
 
 
 # -- workers that die, and that overlap -----------------------------------------------------------------
@@ -124,16 +124,13 @@ def test_reaper_sends_for_another_worker(core: Core, unended: list[str]) -> None
     assert now(core, job_id).end
 
 
-def test_message_that_comes_early_ends_the_whole_too(core: Core, unended: list[str]) -> None:
+@pytest.mark.parametrize("expires_in_s", [60, -1])
+def test_message_that_comes_early_ends_the_whole_too(
+    core: Core, unended: list[str], expires_in_s: float
+) -> None:
+    """Also after its expiry: its work was done in time, and no attempt begins."""
+    forge(core.worker_context.store, unended[0], expires_at=str(time.time() + expires_in_s))
     run(core, unended[0], unended[0])
-
-    assert told(core, unended[0]) == ("succeeded", "")
-
-
-def test_whole_is_ended_after_its_expiry_too(core: Core, unended: list[str]) -> None:
-    """Its work was done in time; no attempt begins."""
-    forge(core.worker_context.store, unended[0], expires_at=str(time.time() - 1), lease_until="0")
-    run(core, unended[0])
 
     assert told(core, unended[0]) == ("succeeded", "")
 
@@ -157,14 +154,9 @@ def test_two_workers_that_end_the_last_parts_come_to_one_end(core: Core) -> None
     seen: list[str] = []
     found = core.worker_context.store
     store = Meeting(found.redis, found.record_key, lambda *_: None, found.section)
-    worker_context = type(core.worker_context)(
-        core.kms, store, core.worker_context.spool, core.worker_context.places
-    )
-    threads = [threading.Thread(target=run_job, args=(part, worker_context, f"w{part}/1")) for part in last]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    worker_context = replace(core.worker_context, store=store)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda part: run_job(part, worker_context, f"w{part}/1"), last))
 
     assert seen == [job_id, job_id]
     assert told(core, job_id) == ("succeeded", "")
@@ -189,67 +181,53 @@ def test_cancelled_in_between_it_ends_as_cancelled(core: Core, unended: list[str
 # -- what others write -------------------------------------------------------------------------------
 
 
-def test_part_that_nobody_ran_makes_the_whole_refused(core: Core) -> None:
-    job_id, skipped, *others = submit(core)
+@pytest.mark.parametrize("taken", [(), ("end",), ("end", "sealed")], ids=str)
+def test_part_that_nobody_ran_makes_the_whole_refused(core: Core, taken: tuple[str, ...]) -> None:
+    """Also with the end of another part."""
+    job_id, skipped, other, last = submit(core)
     store = core.worker_context.store
-    forge(store, skipped, **FORGED)
-    store.redis.hincrby(f"kms:job:{job_id}", "parts_left", -1)
-    run(core, *others)
+    run(core, other)
+    skip(core, job_id, skipped, **{name: record(store, other)[name.encode()] for name in taken})
+    run(core, last)
 
     assert told(core, job_id) == REFUSED
     assert [job.job_id for job in store.dead(TENANT, 10)] == [job_id]
 
 
-@pytest.mark.parametrize("taken", [("end",), ("end", "sealed")], ids=str)
-def test_end_of_another_part_does_not_prove_one(core: Core, taken: tuple[str, ...]) -> None:
-    job_id, skipped, other, last = submit(core)
-    store = core.worker_context.store
-    run(core, other)
-    stolen = {name: record(store, other)[name.encode()] for name in taken}
-    forge(store, skipped, **FORGED, **stolen)
-    store.redis.hincrby(f"kms:job:{job_id}", "parts_left", -1)
-    run(core, last)
-
-    assert told(core, job_id) == REFUSED
-
-
 @pytest.mark.parametrize(
     "forged",
-    [
-        {"parts_left": "0"},
-        {"parts": "2", "parts_left": "0"},
-        {"parts": "2", "parts_left": "0", "split": ""},
-        {"parts_left": "0", "split": "other"},
-    ],
+    [{}, {"parts": "2"}, {"parts": "2", "split": ""}, {"split": "another job's"}],
     ids=str,
 )
-def test_part_cannot_be_left_out(core: Core, forged: dict[str, str]) -> None:
+def test_part_cannot_be_left_out(core: Core, forged: dict[str, str | bytes]) -> None:
     job_id, first, second, _ = submit(core)
     run(core, first, second)
     store = core.worker_context.store
-    other, *_ = submit(core)
-    if forged.get("split") == "other":
-        forge(store, job_id, parts_left="0", split=record(store, other)[b"split"])
-    else:
-        forge(store, job_id, **forged)
+    if forged.get("split") == "another job's":
+        forged = {"split": record(store, submit(core)[0])[b"split"]}
+    forge(store, job_id, parts_left="0", **forged)
     run(core, job_id)
 
     assert told(core, job_id) == REFUSED
 
 
-@pytest.mark.parametrize("field", ["sealed", "end"])
-def test_changed_record_of_a_part_makes_the_whole_refused(core: Core, unended: list[str], field: str) -> None:
-    forge(core.worker_context.store, unended[2], **{field: b"junk"})
+@pytest.mark.parametrize("forged", [{"sealed": b"junk"}, {"end": b"junk"}, {}], ids=str)
+def test_changed_record_of_a_part_makes_the_whole_refused(
+    core: Core, unended: list[str], forged: dict[str, bytes]
+) -> None:
+    """Or a missing one."""
+    change(core, unended[2], forged)
     run(core, unended[0])
 
     assert told(core, unended[0]) == REFUSED
 
 
-def test_part_that_is_not_there_makes_the_whole_refused(core: Core, unended: list[str]) -> None:
-    core.worker_context.store.redis.delete(f"kms:job:{unended[2]}")
-    run(core, unended[0])
-
-    assert told(core, unended[0]) == REFUSED
+def change(core: Core, job_id: str, forged: Mapping[str, str | bytes]) -> None:
+    """Write these fields into a record, or delete it where there are none."""
+    if forged:
+        forge(core.worker_context.store, job_id, **forged)
+    else:
+        core.worker_context.store.redis.delete(f"kms:job:{job_id}")
 
 
 def test_plain_counts_of_parts_are_not_believed(core: Core, unended: list[str]) -> None:
@@ -272,54 +250,52 @@ def test_end_of_the_whole_is_refused_once_it_was_changed(core: Core, field: str)
     assert told(core, job_id) == (REFUSED if field == "end" else ("succeeded", ""))
 
 
+def given_up(core: Core, part: str) -> None:
+    """Have the part used up its attempts."""
+    forge(core.worker_context.store, part, attempt=str(core.worker_context.store.rules.attempts))
+
+
 @pytest.mark.parametrize(
-    "forged",
-    [{"state": "failed", "error": "denied"}, {"end": b"junk"}, {"sealed": b"junk"}, {"state": "junk"}, {}],
+    ("is_given_up", "forged"),
+    [
+        (False, {"state": "failed", "error": "denied"}),
+        (False, {"state": "junk"}),
+        (False, {"end": b"junk"}),
+        (False, {"sealed": b"junk"}),
+        (False, {}),
+        (True, {"sealed": b"junk"}),
+        (True, {}),
+    ],
     ids=str,
 )
-def test_result_is_refused_once_a_part_was_changed(core: Core, forged: dict[str, str | bytes]) -> None:
+def test_result_is_refused_once_a_part_was_changed(
+    core: Core, forged: dict[str, str | bytes], *, is_given_up: bool
+) -> None:
     """Or is missing."""
-    job_id, *parts = submit(core)
-    run(core, *parts)
-    assert results.of(now(core, job_id), core.worker_context.store, core.worker_context.spool).size
-    if forged:
-        forge(core.worker_context.store, parts[1], **forged)
-    else:
-        core.worker_context.store.redis.delete(f"kms:job:{parts[1]}")
+    job_id, first, *others = submit(core)
+    if is_given_up:
+        given_up(core, first)
+    run(core, first, *others)
+    assert result(core, job_id).size
+    change(core, first, forged)
 
     with pytest.raises(RecordRefused):
-        results.of(now(core, job_id), core.worker_context.store, core.worker_context.spool)
+        result(core, job_id)
 
 
 def test_given_up_part_has_a_line_for_each_item_that_it_was_cut_with(core: Core) -> None:
     """Its plain count is not signed: a large one would cost as much memory when the result is read."""
-    job_id, given_up, *parts = submit(core)
-    store = core.worker_context.store
-    forge(store, given_up, attempt=str(store.rules.attempts))
-    run(core, given_up, *parts)
+    job_id, first, *others = submit(core)
+    given_up(core, first)
+    run(core, first, *others)
     assert told(core, job_id) == ("failed", "items_failed")
-    before = results.of(now(core, job_id), store, core.worker_context.spool).size
-    forge(store, given_up, items=str(10**6))
+    before = result(core, job_id).size
+    forge(core.worker_context.store, first, items=str(10**6))
 
-    result = results.of(now(core, job_id), store, core.worker_context.spool)
-    assert result.size == before
-    lines = b"".join(map(bytes, result.slabs(0, result.size))).splitlines()
+    found = result(core, job_id)
+    assert found.size == before
+    lines = b"".join(map(bytes, found.slabs(0, found.size))).splitlines()
     assert [json.loads(line)["index"] for line in lines] == list(range(ITEMS))
-
-
-@pytest.mark.parametrize("gone", [False, True])
-def test_given_up_part_whose_record_was_changed_makes_the_result_refused(core: Core, *, gone: bool) -> None:
-    job_id, given_up, *parts = submit(core)
-    store = core.worker_context.store
-    forge(store, given_up, attempt=str(store.rules.attempts))
-    run(core, given_up, *parts)
-    if gone:
-        store.redis.delete(f"kms:job:{given_up}")
-    else:
-        forge(store, given_up, sealed=b"junk")
-
-    with pytest.raises(RecordRefused):
-        results.of(now(core, job_id), store, core.worker_context.spool)
 
 
 def test_refused_whole_is_cut_anew_by_a_retry(core: Core, unended: list[str]) -> None:
@@ -354,28 +330,3 @@ def test_part_of_an_earlier_life_does_not_count(core: Core) -> None:
 
     assert store.part(skipped).job.state == "succeeded"
     assert told(core, job_id) == REFUSED
-
-
-# -- jobs over many files ------------------------------------------------------------------------------
-
-
-def test_log_of_an_earlier_life_settles_no_file(core: Core, tmp_path: Path) -> None:
-    """Or files that were never written would count as done."""
-    root = tmp_path / "state" / "files"
-    (root / "in").mkdir()
-    (root / "in" / "a").write_bytes(b"a")
-    body = wire.JobIn(kind="encrypt", source=f"file://{root}/in/*", target=f"file://{root}/out/")
-    job_id = core.submitter.submit(SubmissionOptions(WHO, "encrypt", CONTEXT), body).job_id
-    part, store = part_id(job_id, 0), core.worker_context.store
-    run(core, job_id, part)
-    accepted, log = store.accepted(job_id), record(store, part)[b"log"]
-    for name in (job_id, part):
-        store.redis.delete(f"kms:job:{name}")
-    (root / "out" / "a.age").unlink()
-    store.submit(accepted)
-    run(core, job_id)
-    forge(store, part, log=log)
-    run(core, part)
-
-    assert store.part(part).job.error == "record_refused"
-    assert told(core, job_id) == ("failed", "items_failed")

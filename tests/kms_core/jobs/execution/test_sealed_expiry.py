@@ -1,10 +1,11 @@
 """Workers go by the sealed expiry and their own clock: an old job that is put back changes no file."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
@@ -13,32 +14,24 @@ from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.model import Attempt, Checkpoint, Commit, Job, part_id
-from kms_core.jobs.spec import ClocksApart, Fields, spec_digest
+from kms_core.jobs.model import Attempt, Job, part_id
+from kms_core.jobs.spec import ClocksApart
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from support.failing_store import Killed, interrupted, stumbling
-from support.job_stores import COMMIT, TENANT, forge, record, spool_folder
-from support.service import Service, core_of
-from support.waiting import until
+from support.job_stores import COMMIT, TENANT, forge, record
 
 WHO = Principal("local")
 CONTEXT = Context.parse("env=test")
 NEWER = b"written later, by somebody else"
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """The root of file jobs of ``core``."""
-    return tmp_path / "state" / "files"
-
-
-def overwrite(core: Core, root: Path) -> str:
-    (root / "in").write_bytes(b"salary")
-    (root / "out").write_bytes(b"before")
-    source, target = (root / "in").as_uri(), (root / "out").as_uri()
+def overwrite(core: Core, files: Path) -> str:
+    (files / "in").write_bytes(b"salary")
+    (files / "out").write_bytes(b"before")
+    source, target = (files / "in").as_uri(), (files / "out").as_uri()
     return core.submitter.files(
         SubmissionOptions(WHO, "encrypt", CONTEXT), Reference(source, target, overwrite=True)
     ).job_id
@@ -65,291 +58,208 @@ def put_back(core: Core, job_id: str, dump: dict[bytes, bytes]) -> None:
 
 
 @contextmanager
-def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> Iterator[None]:
-    """So many seconds later, for this machine and as Redis is asked for the time."""
+def ahead(seconds: float = 2 * 86_400) -> Iterator[pytest.MonkeyPatch]:
+    """This machine's clock is so many seconds ahead of Redis's."""
     clock = time.time
-    with monkeypatch.context() as patched:
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr(time, "time", lambda: clock() + seconds)
-        patched.setattr(JobStore, "now", lambda _: clock() + seconds)
+        yield patched
+
+
+@contextmanager
+def later(seconds: float = 2 * 86_400) -> Iterator[None]:
+    """So many seconds later, for this machine and as Redis is asked for the time."""
+    with ahead(seconds) as patched:
+        patched.setattr(JobStore, "now", lambda _: time.time())
         yield
 
 
-@pytest.fixture
-def ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This machine's clock, two days ahead of Redis's."""
-    clock = time.time
-    with monkeypatch.context() as patched:
-        patched.setattr(time, "time", lambda: clock() + 2 * 86_400)
-        yield
+def ended(core: Core, job_id: str) -> tuple[str, str]:
+    """The state of a job, and why it failed."""
+    found = record(core.worker_context.store, job_id)
+    return found[b"state"].decode(), found[b"error"].decode()
 
 
-@pytest.mark.usefixtures("ahead")
-def test_worker_whose_clock_is_ahead_leaves_a_job_to_others(core: Core, root: Path) -> None:
-    """A wrong clock must not lose what was accepted."""
-    job_id = overwrite(core, root)
-    run_job(job_id, core.worker_context, "w/1")
-
-    waiting = now(core, job_id)
-    assert (waiting.state, waiting.attempt, (root / "out").read_bytes()) == ("queued", 0, b"before")
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
-def test_clock_that_goes_ahead_while_a_job_runs_puts_nothing_in_place(
-    core: Core, root: Path, request: pytest.FixtureRequest
-) -> None:
-    job_id = overwrite(core, root)
+def test_clock_that_goes_ahead_while_a_job_runs_puts_nothing_in_place(core: Core, files: Path) -> None:
+    job_id = overwrite(core, files)
     claim = core.worker_context.store.claim(job_id, "w/1")
     assert claim
-    request.getfixturevalue("ahead")
 
-    with pytest.raises(ClocksApart):
+    with ahead(), pytest.raises(ClocksApart):
         core.worker_context.store.committing(claim, COMMIT)
     assert record(core.worker_context.store, job_id)[b"state"] == b"running"
 
 
-@pytest.mark.parametrize(("past_s", "end"), [(50, "succeeded"), (70, "failed")])
-def test_worker_has_the_last_word_on_expiry(core: Core, root: Path, past_s: float, end: str) -> None:
-    """With a minute's leeway, since clocks differ."""
-    job_id = overwrite(core, root)
-    age(core, job_id, past_s)
-    run_job(job_id, core.worker_context, "w/1")
-
-    found = record(core.worker_context.store, job_id)
-    assert (found[b"state"], found[b"error"]) == (end.encode(), b"" if end == "succeeded" else b"expired")
-    assert ((root / "out").read_bytes() == b"before") is (end == "failed")
-
-
-def test_items_of_an_expired_job_are_not_worked_through(core: Core) -> None:
-    items = [wire.JobItem(plaintext=b"x")]
-    job_id = core.submitter.items(SubmissionOptions(WHO, "encrypt", CONTEXT), items).job_id
-    age(core, job_id, 70)
-    run_job(job_id, core.worker_context, "w/1")
-
-    assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "expired")
-    assert not list((spool_folder(core) / job_id).glob("result*"))
-
-
-def test_overwrite_job_that_is_put_back_does_not_overwrite_again(
-    core: Core, root: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("past_s", "end"), [(50, ("succeeded", "")), (70, ("failed", "expired"))])
+def test_worker_has_the_last_word_on_expiry(
+    core: Core, files: Path, past_s: float, end: tuple[str, str]
 ) -> None:
-    job_id = overwrite(core, root)
-    dump = record(core.worker_context.store, job_id)
-    run_job(job_id, core.worker_context, "w/1")
-    assert now(core, job_id).state == "succeeded"
-    (root / "out").write_bytes(NEWER)
-    put_back(core, job_id, dump)
-    with later(monkeypatch, 2 * 86_400):
+    """With a minute's leeway, since clocks differ."""
+    over_a_file = overwrite(core, files)
+    items = [wire.JobItem(plaintext=b"x")]
+    over_items = core.submitter.items(SubmissionOptions(WHO, "encrypt", CONTEXT), items).job_id
+    for job_id in (over_a_file, over_items):
+        age(core, job_id, past_s)
         run_job(job_id, core.worker_context, "w/1")
 
-        assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "expired")
-    assert (root / "out").read_bytes() == NEWER
+        assert ended(core, job_id) == end
+    assert ((files / "out").read_bytes() == b"before") is (end[0] == "failed")
+    blobs = cast("list[bytes]", core.worker_context.store.redis.hkeys(f"kms:blobs:{over_items}"))
+    assert any(name.startswith(b"result") for name in blobs) is (end[0] == "succeeded")
 
 
-def test_commit_that_is_put_back_does_not_overwrite_again(
-    core: Core, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job_id = overwrite(core, root)
-    with pytest.raises(Killed):
-        run_job(job_id, stumbling(core, "committing", after=True), "w/1")
-    dump = record(core.worker_context.store, job_id)
-    forge(core.worker_context.store, job_id, lease_until="0")
-    run_job(job_id, core.worker_context, "w/2")
-    assert now(core, job_id).state == "succeeded"
-    (root / "out").unlink()
-    (root / "out").write_bytes(NEWER)
-    put_back(core, job_id, dump)
-    with later(monkeypatch, 2 * 86_400):
-        run_job(job_id, core.worker_context, "w/3")
-
-        assert now(core, job_id).state == "failed"
-    assert (root / "out").read_bytes() == NEWER
-
-
-def begun(core: Core, root: Path, step: str = "committing", *, after: bool = True) -> str:
+def begun(core: Core, files: Path, step: str = "committing", *, after: bool = True) -> str:
     """An overwrite whose worker died around its commit."""
-    job_id = overwrite(core, root)
+    job_id = overwrite(core, files)
     with pytest.raises(Killed):
         run_job(job_id, stumbling(core, step, after=after), "w/1")
     return job_id
 
 
+@pytest.mark.parametrize("is_commit", [False, True], ids=["job", "commit"])
+def test_overwrite_job_that_is_put_back_does_not_overwrite_again(
+    core: Core, files: Path, *, is_commit: bool
+) -> None:
+    job_id = begun(core, files) if is_commit else overwrite(core, files)
+    dump = record(core.worker_context.store, job_id)
+    forge(core.worker_context.store, job_id, lease_until="0")
+    run_job(job_id, core.worker_context, "w/2")
+    assert now(core, job_id).state == "succeeded"
+    (files / "out").unlink()
+    (files / "out").write_bytes(NEWER)
+    put_back(core, job_id, dump)
+    with later():
+        run_job(job_id, core.worker_context, "w/3")
+
+    assert ended(core, job_id) == ("failed", "expired")
+    assert (files / "out").read_bytes() == NEWER
+
+
 def test_commit_that_is_put_back_with_its_temporary_file_puts_nothing_in_place(
-    core: Core, root: Path, monkeypatch: pytest.MonkeyPatch
+    core: Core, files: Path
 ) -> None:
-    job_id = begun(core, root)
-    (root / "out").write_bytes(NEWER)
+    job_id = begun(core, files)
+    (files / "out").write_bytes(NEWER)
     put_back(core, job_id, record(core.worker_context.store, job_id))
-    with later(monkeypatch, 2 * 86_400):
+    with later():
         run_job(job_id, core.worker_context, "w/2")
 
-        assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "expired")
-    assert (root / "out").read_bytes() == NEWER
-    assert sorted(path.name for path in root.iterdir()) == ["in", "out"]
+    assert ended(core, job_id) == ("failed", "expired")
+    assert (files / "out").read_bytes() == NEWER
+    assert names(files) == ["in", "out"]
 
 
-def test_file_that_was_put_in_place_in_time_is_recognised_after_the_expiry(
-    core: Core, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_that_was_put_in_place_in_time_is_recognised_after_the_expiry(core: Core, files: Path) -> None:
     """Its worker died between the rename and the end."""
-    job_id = begun(core, root, "finish", after=False)
-    placed = (root / "out").stat().st_ino
+    job_id = begun(core, files, "finish", after=False)
+    placed = (files / "out").stat().st_ino
     forge(core.worker_context.store, job_id, lease_until="0")
-    with later(monkeypatch, core.worker_context.store.accepted(job_id).run_by - time.time() + 70):
+    with later(core.worker_context.store.accepted(job_id).run_by - time.time() + 70):
         run_job(job_id, core.worker_context, "w/2")
 
-        assert (now(core, job_id).state, now(core, job_id).error) == ("succeeded", "")
-    assert (root / "out").stat().st_ino == placed
-    assert sorted(path.name for path in root.iterdir()) == ["in", "out"]
+    assert ended(core, job_id) == ("succeeded", "")
+    assert (files / "out").stat().st_ino == placed
+    assert names(files) == ["in", "out"]
 
 
-def test_worker_whose_clock_is_ahead_leaves_a_commit_to_others(
-    core: Core, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job_id, clock = begun(core, root), time.time
+def test_worker_whose_clock_is_ahead_leaves_a_commit_to_others(core: Core, files: Path) -> None:
+    """A wrong clock must not lose what was accepted."""
+    job_id = begun(core, files)
     forge(core.worker_context.store, job_id, lease_until="0")
-    with monkeypatch.context() as patched:
-        patched.setattr(time, "time", lambda: clock() + 2 * 86_400)
+    with ahead():
         run_job(job_id, core.worker_context, "w/2")
 
     found = record(core.worker_context.store, job_id)
     assert (found[b"state"], found[b"attempt"]) == (b"committing", b"1")
-    assert (root / "out").read_bytes() == b"before"
+    assert (files / "out").read_bytes() == b"before"
     forge(core.worker_context.store, job_id, lease_until="0")
     run_job(job_id, core.worker_context, "w/3")
     assert now(core, job_id).state == "succeeded"
 
 
-def test_real_worker_puts_no_file_of_an_expired_commit_in_place(tmp_path: Path, redis_url: str) -> None:
-    with Service(tmp_path, redis=redis_url) as service:
-        core = core_of(service)
-        job_id = begun(core, service.files)
-        store, commit = core.worker_context.store, record(core.worker_context.store, job_id)[b"commit"]
-        spec = spec_digest(record(store, job_id)[b"sealed"])
-        opened = store.record_key.verified(Commit, job_id, commit, spec)
-        age(core, job_id, 70)
-        spec = spec_digest(record(store, job_id)[b"sealed"])
-        forge(store, job_id, commit=store.record_key.sign(job_id, opened, spec), lease_until="0")
-        (service.files / "out").write_bytes(NEWER)
-        store.redis.zadd("kms:leased", {job_id: 0})
-        service.start("worker")
-        until(lambda: now(core, job_id).ended, "the job has ended")
-
-        assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "expired")
-        assert (service.files / "out").read_bytes() == NEWER
-        assert sorted(path.name for path in service.files.iterdir()) == ["in", "out"]
-
-
-def test_commit_of_an_earlier_life_of_the_id_is_refused(core: Core, root: Path) -> None:
+def test_commit_of_an_earlier_life_of_the_id_is_refused(core: Core, files: Path) -> None:
     """Or a job whose work was never done would end as succeeded, by what stands at its target already."""
-    job_id = overwrite(core, root)
-    store, accepted = core.worker_context.store, core.worker_context.store.accepted(job_id)
-    with pytest.raises(Killed):
-        run_job(job_id, stumbling(core, "finish", after=False), "w/1")
-    commit = record(store, job_id)[b"commit"]
+    job_id = begun(core, files, "finish", after=False)
+    store = core.worker_context.store
+    accepted, commit = store.accepted(job_id), record(store, job_id)[b"commit"]
     store.redis.delete(f"kms:job:{job_id}")
     store.submit(accepted)
     forge(store, job_id, state="committing", commit=commit, fence="1", attempt="1")
     run_job(job_id, core.worker_context, "w/2")
 
-    assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "record_refused")
+    assert ended(core, job_id) == ("failed", "record_refused")
 
 
-def test_job_that_expires_while_it_runs_changes_nothing(
-    core: Core, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job_id = overwrite(core, root)
+def test_job_that_expires_while_it_runs_changes_nothing(core: Core, files: Path) -> None:
+    job_id = overwrite(core, files)
     with ExitStack() as stack:
+        passing = interrupted(core, "committing", lambda: stack.enter_context(later()), after=False)
+        run_job(job_id, passing, "w/1")
 
-        def pass_by() -> None:
-            stack.enter_context(later(monkeypatch, 2 * 86_400))
-
-        run_job(job_id, interrupted(core, "committing", pass_by, after=False), "w/1")
-
-    assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "expired")
-    assert (root / "out").read_bytes() == b"before"
-    assert sorted(path.name for path in root.iterdir()) == ["in", "out"]
+    assert ended(core, job_id) == ("failed", "expired")
+    assert (files / "out").read_bytes() == b"before"
+    assert names(files) == ["in", "out"]
 
 
 # -- jobs over many files ------------------------------------------------------------------------------
 
 
-def many(core: Core, root: Path) -> str:
-    (root / "in").mkdir()
+@pytest.fixture
+def part(core: Core, files: Path) -> str:
+    """The part of a job that seals two files of ``in`` into ``out``."""
+    (files / "in").mkdir()
     for name in ("a", "b"):
-        (root / "in" / name).write_bytes(name.encode())
-    body = wire.JobIn(kind="encrypt", source=f"file://{root}/in/*", target=f"file://{root}/out/")
+        (files / "in" / name).write_bytes(name.encode())
+    body = wire.JobIn(kind="encrypt", source=f"file://{files}/in/*", target=f"file://{files}/out/")
     job_id = core.submitter.submit(SubmissionOptions(WHO, "encrypt", CONTEXT), body).job_id
     run_job(job_id, core.worker_context, "w/1")
-    return job_id
+    return part_id(job_id, 0)
 
 
-def test_part_that_has_expired_writes_no_file(
-    core: Core, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    part = part_id(many(core, root), 0)
-    with later(monkeypatch, 2 * 86_400):
+def test_part_that_has_expired_writes_no_file(core: Core, files: Path, part: str) -> None:
+    with later():
         run_job(part, core.worker_context, "w/1")
 
-    assert core.worker_context.store.part(part).job.error == "expired"
-    assert not (root / "out").exists()
+    assert ended(core, part) == ("failed", "expired")
+    assert not (files / "out").exists()
+
+
+class Aging(JobStore):
+    """A store at which time passes once a part is claimed."""
+
+    passing: ExitStack
+
+    def claim(self, job_id: str, worker: str) -> Attempt | None:
+        claim = super().claim(job_id, worker)
+        self.passing.enter_context(later())
+        return claim
 
 
 def test_commit_of_a_part_that_expires_before_it_is_finished_puts_nothing_in_place(
-    core: Core, root: Path, monkeypatch: pytest.MonkeyPatch
+    core: Core, files: Path, part: str, dying: Callable[..., WorkerContext]
 ) -> None:
-    part, found, stack = part_id(many(core, root), 0), core.worker_context.store, ExitStack()
-
-    class Dying(JobStore):
-        """Its worker dies once the commit of the first file is noted."""
-
-        def step(self, claim: Attempt, log: Checkpoint, counts: Fields) -> None:
-            super().step(claim, log, counts)
-            raise Killed
-
-    class Aging(JobStore):
-        """Time passes once the part is claimed."""
-
-        def claim(self, job_id: str, worker: str) -> Attempt | None:
-            claim = super().claim(job_id, worker)
-            stack.enter_context(later(monkeypatch, 2 * 86_400))
-            return claim
-
-    dying, aging = (
-        replace(
-            core.worker_context, store=made(found.redis, found.record_key, lambda *_: None, found.section)
-        )
-        for made in (Dying, Aging)
-    )
+    found = core.worker_context.store
     with pytest.raises(Killed):
-        run_job(part, dying, "w/1")
-    assert [path.suffix for path in (root / "out").iterdir()] == [".tmp"]
+        run_job(part, dying(core, 0, after=True), "w/1")  # once the commit of the first file is noted
+    assert [path.suffix for path in (files / "out").iterdir()] == [".tmp"]
     forge(found, part, lease_until="0")
-    with stack:
-        run_job(part, aging, "w/2")
+    aging = Aging(found.redis, found.record_key, lambda *_: None, found.section)
+    with ExitStack() as aging.passing:
+        run_job(part, replace(core.worker_context, store=aging), "w/2")
 
-    assert found.part(part).job.error == "expired"
-    assert not list((root / "out").iterdir())
+    assert ended(core, part) == ("failed", "expired")
+    assert names(files / "out") == []
 
 
 def test_part_that_expires_while_it_runs_writes_no_further_file(
-    core: Core, root: Path, monkeypatch: pytest.MonkeyPatch
+    core: Core, files: Path, part: str, meeting: Callable[..., WorkerContext]
 ) -> None:
-    stack = ExitStack()
+    with ExitStack() as stack:  # time passes once the commit of the first file is noted
+        run_job(part, meeting(core, lambda _: stack.enter_context(later()), after=True), "w/1")
 
-    class Aging(JobStore):
-        """Time passes once the commit of the first file is noted."""
-
-        def step(self, claim: Attempt, log: Checkpoint, counts: Fields) -> None:
-            super().step(claim, log, counts)
-            stack.enter_context(later(monkeypatch, 2 * 86_400))
-
-    job_id, found = many(core, root), core.worker_context.store
-    store = Aging(found.redis, found.record_key, lambda *_: None, found.section)
-    with stack:
-        run_job(
-            part_id(job_id, 0),
-            WorkerContext(core.kms, store, core.worker_context.spool, core.worker_context.places),
-            "w/1",
-        )
-
-    assert core.worker_context.store.part(part_id(job_id, 0)).job.error == "expired"
-    assert [path.name for path in (root / "out").iterdir()] == ["a.age"]
+    assert ended(core, part) == ("failed", "expired")
+    assert names(files / "out") == ["a.age"]

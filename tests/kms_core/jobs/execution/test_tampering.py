@@ -1,7 +1,9 @@
 """Who has Redis can lose, delay or replay work, and cannot change whose it is or what it does."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from typing import Final
 
 import msgspec
 import pytest
@@ -28,18 +30,12 @@ from support.job_stores import (
     forge,
     record,
     spool_folder,
-    store_of,
 )
 
 
 @pytest.fixture
 def store(core: Core) -> JobStore:
-    return store_of(core, LONG)
-
-
-@pytest.fixture
-def brief(core: Core) -> JobStore:
-    return store_of(core, LONG)
+    return core.worker_context.store
 
 
 def bulk(core: Core, context: str) -> str:
@@ -52,41 +48,37 @@ def ended(store: JobStore, job_id: str) -> tuple[str, str, int]:
     return found.state, found.error, found.attempt
 
 
-def test_sealed_part_of_another_job_is_refused(core: Core) -> None:
-    first, second = bulk(core, "a=1"), bulk(core, "a=2")
-    forge(core.worker_context.store, second, sealed=record(core.worker_context.store, first)[b"sealed"])
-
-    with pytest.raises(UnknownJob):
-        run_job(second, core.worker_context, "w")
-    with pytest.raises(UnknownJob):
-        core.worker_context.store.accepted(second)
-    assert ended(core.worker_context.store, second) == ("failed", "record_refused", 1)
-    assert not list(spool_folder(core).glob(f"{second}/result*"))
+SEALED: Final[dict[str, Callable[[JobStore, str, str], bytes]]] = {
+    "another job's": lambda store, _, other: record(store, other)[b"sealed"],
+    "another install's": lambda store, job_id, _: RecordKey((b"k" * 32,)).seal(store.accepted(job_id)),
+    "empty": lambda *_: b"",
+    "version only": lambda *_: b"\x01",
+    "junk": lambda *_: b"junk" * 30,
+}
 
 
-@pytest.mark.parametrize("damage", [b"", b"\x01", b"junk" * 30], ids=["empty", "version-only", "junk"])
-def test_sealed_part_that_is_no_record_is_refused(core: Core, damage: bytes) -> None:
-    job_id = bulk(core, "a=1")
-    forge(core.worker_context.store, job_id, sealed=damage)
-
-    with pytest.raises(UnknownJob):
-        run_job(job_id, core.worker_context, "w")
-    assert ended(core.worker_context.store, job_id) == ("failed", "record_refused", 1)
-
-
-def test_record_without_a_sealed_part_ends_at_once(core: Core) -> None:
-    job_id = bulk(core, "a=1")
-    core.worker_context.store.redis.hdel(f"kms:job:{job_id}", "sealed")
+@pytest.mark.parametrize("sealed", [*SEALED, "missing"])
+def test_record_whose_sealed_part_is_not_its_own_is_refused(core: Core, store: JobStore, sealed: str) -> None:
+    job_id, other = bulk(core, "a=1"), bulk(core, "a=2")
+    if sealed == "missing":
+        store.redis.hdel(f"kms:job:{job_id}", "sealed")
+    else:
+        forge(store, job_id, sealed=SEALED[sealed](store, job_id, other))
 
     with pytest.raises(UnknownJob):
         run_job(job_id, core.worker_context, "w")
-    assert ended(core.worker_context.store, job_id) == ("failed", "record_refused", 1)
+    with pytest.raises(UnknownJob):
+        store.accepted(job_id)
+    assert ended(store, job_id) == ("failed", "record_refused", 1)
+    assert not list(spool_folder(core).glob(f"{job_id}/result*"))
 
 
 @pytest.mark.parametrize("field", ["created_at", "expires_at", "tenant", "kind", "queue", "priority"])
 @pytest.mark.parametrize("junk", [None, "junk", b"\xff"], ids=["missing", "text", "no-text"])
-def test_record_with_junk_in_it_ends(core: Core, field: str, junk: str | bytes | None) -> None:
-    store, job_id = core.worker_context.store, bulk(core, "a=1")
+def test_record_with_junk_in_it_ends(
+    core: Core, store: JobStore, field: str, junk: str | bytes | None
+) -> None:
+    job_id = bulk(core, "a=1")
     if junk is None:
         store.redis.hdel(f"kms:job:{job_id}", field)
     else:
@@ -99,8 +91,8 @@ def test_record_with_junk_in_it_ends(core: Core, field: str, junk: str | bytes |
     assert store.redis.zscore("kms:open", job_id) is None
 
 
-def test_job_whose_record_was_refused_is_a_dead_letter(core: Core) -> None:
-    store, job_id = core.worker_context.store, bulk(core, "a=1")
+def test_job_whose_record_was_refused_is_a_dead_letter(core: Core, store: JobStore) -> None:
+    job_id = bulk(core, "a=1")
     sealed = record(store, job_id)[b"sealed"]
     forge(store, job_id, sealed=b"junk")
     with pytest.raises(UnknownJob):
@@ -114,25 +106,17 @@ def test_job_whose_record_was_refused_is_a_dead_letter(core: Core) -> None:
     assert store.get(job_id, TENANT).state == "succeeded"
 
 
-def test_job_of_another_tenant_is_not_retried(core: Core) -> None:
-    """It would be sealed anew with a later expiry, and run as its submitter."""
-    store, job_id = core.worker_context.store, bulk(core, "a=1")
-    sealed = record(store, job_id)[b"sealed"]
+def test_job_is_retried_by_its_owner_whatever_its_plain_tenant_is(core: Core, store: JobStore) -> None:
+    """By another it would be sealed anew with a later expiry, and run as its submitter."""
+    job_id = bulk(core, "a=1")
     forge(store, job_id, tenant="mallory", state="failed", error="attempts_exhausted")
+    before = record(store, job_id)
 
     with pytest.raises(UnknownJob):
         store.retry(job_id, "mallory")
-    assert record(store, job_id)[b"sealed"] == sealed
-    assert record(store, job_id)[b"state"] == b"failed"
-
-
-def test_sealed_part_of_another_install_is_refused(core: Core, store: JobStore) -> None:
-    job = accepted()
-    store.submit(job)
-    forge(store, job.job_id, sealed=RecordKey((b"k" * 32,)).seal(job))
-
-    with pytest.raises(UnknownJob):
-        run_job(job.job_id, core.worker_context, "w")
+    assert record(store, job_id) == before
+    assert store.retry(job_id, TENANT).state == "queued"
+    assert record(store, job_id)[b"tenant"] == TENANT.encode()
 
 
 @pytest.mark.parametrize(
@@ -147,46 +131,36 @@ def test_sealed_part_of_another_install_is_refused(core: Core, store: JobStore) 
     ],
     ids=str,
 )
-def test_plain_fields_do_not_say_what_to_do(core: Core, fields: dict[str, str]) -> None:
+def test_plain_fields_do_not_say_what_to_do(core: Core, store: JobStore, fields: dict[str, str]) -> None:
     job_id = bulk(core, "a=1")
-    forge(core.worker_context.store, job_id, **fields)
+    forge(store, job_id, **fields)
 
     with suppress(UnknownJob):  # looking at the job afterwards may fail, for a forged tenant
         run_job(job_id, core.worker_context, "w")
 
-    forge(core.worker_context.store, job_id, tenant=TENANT)
-    assert core.worker_context.store.get(job_id, TENANT).state == "succeeded"
-    assert core.worker_context.store.accepted(job_id).context == (("a", "1"),)
+    forge(store, job_id, tenant=TENANT)
+    assert store.get(job_id, TENANT).state == "succeeded"
+    assert store.accepted(job_id).context == (("a", "1"),)
 
 
-@pytest.mark.parametrize(
-    "commit",
-    [b"", msgspec.json.encode(COMMIT), bytes(32) + msgspec.json.encode(COMMIT)],
-    ids=["none", "plain", "zeros"],
-)
-def test_commit_that_was_not_written_here_is_refused(brief: JobStore, commit: bytes) -> None:
-    claim = claimed(brief)
-    forge(brief, claim.accepted.job_id, state="committing", commit=commit, lease_until="0")
+@pytest.mark.parametrize("commit", ["none", "plain", "zeros", "another job's"])
+def test_commit_that_was_not_written_for_this_job_is_refused(store: JobStore, commit: str) -> None:
+    claim, other = claimed(store), claimed(store)
+    job_id, plain = claim.accepted.job_id, msgspec.json.encode(COMMIT)
+    store.committing(other, COMMIT)
+    stolen = record(store, other.accepted.job_id)[b"commit"]
+    forged = {"plain": plain, "zeros": bytes(32) + plain, "another job's": stolen}.get(commit, b"")
+    forge(store, job_id, state="committing", commit=forged, lease_until="0")
 
-    again = brief.claim(claim.accepted.job_id, "w2")
+    again = store.claim(job_id, "w2")
 
-    if commit:
+    if forged:
         assert again is None
-        assert ended(brief, claim.accepted.job_id) == ("failed", "record_refused", 1)
+        assert ended(store, job_id) == ("failed", "record_refused", 1)
+        assert job_id not in store.due()
     else:
         assert again
         assert again.commit is None
-
-
-def test_commit_of_another_job_is_refused(brief: JobStore) -> None:
-    first, second = claimed(brief), claimed(brief)
-    brief.committing(first, COMMIT)
-    stolen = record(brief, first.accepted.job_id)[b"commit"]
-    forge(brief, second.accepted.job_id, state="committing", commit=stolen, lease_until="0")
-
-    assert brief.claim(second.accepted.job_id, "w2") is None
-    assert ended(brief, second.accepted.job_id) == ("failed", "record_refused", 1)
-    assert second.accepted.job_id not in brief.due()
 
 
 @pytest.mark.parametrize("names", [("state",), ("tenant", "sealed")], ids="-".join)
@@ -222,22 +196,15 @@ def test_job_is_seen_and_cancelled_by_the_tenant_of_its_sealed_record(store: Job
         assert store.cancel(job.job_id, TENANT).state == "cancelled"
 
 
-def test_result_of_a_record_that_was_exchanged_since_it_was_looked_at_is_refused(core: Core) -> None:
-    store = core.worker_context.store
+def test_result_of_a_record_that_was_exchanged_since_it_was_looked_at_is_refused(
+    core: Core, store: JobStore
+) -> None:
     job_id = bulk(core, "a=1")
     run_job(job_id, core.worker_context, "w")
     seen = msgspec.structs.replace(store.get(job_id, TENANT), tenant="other")
 
     with pytest.raises(UnknownJob):
         results.of(seen, store, core.worker_context.spool)
-
-
-def test_job_whose_plain_tenant_was_changed_is_retried_by_its_owner(store: JobStore) -> None:
-    job = store.submit(accepted())
-    forge(store, job.job_id, tenant="mallory", state="failed", error="attempts_exhausted")
-
-    assert store.retry(job.job_id, TENANT).state == "queued"
-    assert record(store, job.job_id)[b"tenant"] == TENANT.encode()
 
 
 @pytest.mark.parametrize("is_ended", [False, True])
@@ -267,10 +234,8 @@ def test_record_that_is_not_ours_is_shown_to_its_plain_tenant(store: JobStore) -
         store.get(job.job_id, "theirs")
 
 
-def test_redis_that_is_away_is_told_as_such(core: Core) -> None:
-    away = JobStore(
-        connect("unix:///nonexistent.sock"), core.worker_context.store.record_key, lambda *_: None, LONG
-    )
+def test_redis_that_is_away_is_told_as_such(store: JobStore) -> None:
+    away = JobStore(connect("unix:///nonexistent.sock"), store.record_key, lambda *_: None, LONG)
 
     for call in (away.ping, away.workers, away.due, partial(survey_queues, away), away.expired):
         with pytest.raises(JobsUnavailable):

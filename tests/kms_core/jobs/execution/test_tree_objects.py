@@ -1,6 +1,7 @@
 """Jobs over many objects: the same patterns and protocol, over a bucket that is listed instead of walked."""
 
 import json
+from collections.abc import Callable
 from typing import Final
 
 import pytest
@@ -8,13 +9,12 @@ import pytest
 from kms_core.jobs.execution import results
 from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.model import Attempt, Checkpoint, part_id
-from kms_core.jobs.spec import Fields
-from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.model import part_id
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.errors import PathRefused
-from support.job_stores import LONG, lapse, store_of
+from support.failing_store import Killed
+from support.job_stores import lapse
 from support.object_jobs import CONTEXT, WHO, Bench
 
 PLAIN: Final = {"a.csv": b"1", "b/c d.csv": b"22", "b/ü%?*.csv": b"", "b/x.txt": b"no"}
@@ -89,52 +89,24 @@ def test_campaign_replaces_objects_and_leaves_the_newest(bench: Bench) -> None:
     assert bench.by_age(bench.bucket.get("out/b/c.age")) == b"x"
 
 
-class Killed(BaseException):
-    """As near to SIGKILL as an exception comes."""
-
-
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("at", range(4))
-def test_part_over_objects_of_a_killed_worker_is_finished(bench: Bench, at: int, *, after: bool) -> None:
-    names = ("a", "b", "c")
-    for name in names:
-        bench.bucket.put(f"in/{name}", name.encode())
+def test_part_over_objects_of_a_killed_worker_is_finished(
+    bench: Bench, dying: Callable[..., WorkerContext], at: int, *, after: bool
+) -> None:
+    plain = {name: name.encode() for name in ("a", "b", "c")}
+    for name, data in plain.items():
+        bench.bucket.put(f"in/{name}", data)
     job_id = submit(bench, "encrypt", bench.bucket.url("in/*"), bench.bucket.url("out/"))
+    run_job(job_id, bench.core.worker_context, "w")
 
-    class Stumbling(JobStore):
-        steps = 0
-
-        def step(self, claim: Attempt, log: Checkpoint, counts: Fields) -> None:
-            turn, self.steps = self.steps, self.steps + 1
-            if turn == at and not after:
-                raise Killed
-            super().step(claim, log, counts)
-            if turn == at:
-                raise Killed
-
-    core = bench.core
-    run_job(job_id, core.worker_context, "w")
-    found = core.worker_context.store
-    stumbling = Stumbling(found.redis, found.record_key, lambda *_: None, LONG)
     with pytest.raises(Killed):
-        run_job(
-            part_id(job_id, 0),
-            WorkerContext(core.kms, stumbling, core.worker_context.spool, core.worker_context.places),
-            "w1",
-        )
-    lapse(found)
-    run_job(
-        part_id(job_id, 0),
-        WorkerContext(
-            core.kms, store_of(core, LONG, []), core.worker_context.spool, core.worker_context.places
-        ),
-        "w2",
-    )
+        run_job(part_id(job_id, 0), dying(bench.core, at, after=after), "w1")
+    lapse(bench.core.worker_context.store)
+    run_job(part_id(job_id, 0), bench.core.worker_context, "w2")
 
     assert (bench.now(job_id).state, bench.now(job_id).items_failed) == ("succeeded", 0)
-    assert {name: bench.by_age(bench.bucket.get(f"out/{name}.age")) for name in names} == {
-        name: name.encode() for name in names
-    }
+    assert {name: bench.by_age(bench.bucket.get(f"out/{name}.age")) for name in plain} == plain
     assert bench.bucket.uploads() == []
 
 
