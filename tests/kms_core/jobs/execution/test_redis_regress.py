@@ -5,14 +5,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs.events.outbox import Outbox
-from kms_core.jobs.events.webhook import WebhookEndpoint
 from kms_core.jobs.execution import results
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Job, LeaseLost, part_id
@@ -20,7 +18,6 @@ from kms_core.jobs.recovery.reaper import Reaper
 from kms_core.jobs.storage.blob_store import ATTRIBUTE
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
-from kms_core.settings.model import EndpointSection
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import Forbidden
@@ -29,14 +26,11 @@ from support.embedded_valkey import unrestricted
 from support.failing_store import interrupted
 from support.job_stores import (
     COMMIT,
-    LONG,
     TENANT,
     accepted,
     claimed,
     connect,
     forge,
-    spool_folder,
-    store_of,
     uploaded,
     with_jobs,
 )
@@ -63,13 +57,14 @@ def redis_url(server: str) -> str:
 
 @pytest.fixture
 def store(core: Core) -> JobStore:
-    return store_of(core, LONG, [])
+    return core.worker_context.store
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> Path:
-    """The root of file jobs of ``core``."""
-    return tmp_path / "state" / "files"
+def files(files: Path) -> Path:
+    """The root of file jobs of ``core``, with one file."""
+    (files / "in").write_bytes(DATA)
+    return files
 
 
 def snapshot(core: Core) -> Snapshot:
@@ -84,6 +79,15 @@ def run(core: Core, job_id: str) -> Job:
 def file_job(core: Core, kind: JobKind, source: Path, target: Path, *, overwrite: bool = False) -> str:
     terms = SubmissionOptions(WHO, kind, CONTEXT, new_context=NEW if kind == "reseal" else None)
     return core.submitter.files(terms, Reference(source.as_uri(), target.as_uri(), overwrite)).job_id
+
+
+def regressed(core: Core, files: Path) -> tuple[str, Snapshot]:
+    """A job that seals ``in`` into ``out``, of whose end Redis knows nothing any more; Redis as it is now."""
+    job_id = file_job(core, "encrypt", files / "in", files / "out")
+    before = snapshot(core)
+    assert run(core, job_id).state == "succeeded"
+    before.restore()
+    return job_id, before
 
 
 def identity(path: Path) -> tuple[int, int]:
@@ -108,17 +112,8 @@ def test_two_attempts_of_the_same_number_are_not_confused(core: Core, store: Job
 
     assert (first.attempt, first.fence) == (second.attempt, second.fence)
     assert first.attempt_id != second.attempt_id
-    powerless: list[Callable[[], None]] = [
-        lambda: store.renew(first, {"bytes_done": 99}),
-        lambda: store.committing(first, COMMIT),
-        lambda: store.withdraw(first),
-        lambda: store.split(first, []),
-        lambda: store.defer(first, 1, counts=True),
-        lambda: store.finish(first, "succeeded"),
-    ]
-    for effect in powerless:
-        with pytest.raises(LeaseLost):
-            effect()
+    with pytest.raises(LeaseLost):
+        store.finish(first, "succeeded")
     store.finish(second, "succeeded")
     assert store.get(job_id, TENANT).state == "succeeded"
 
@@ -147,7 +142,6 @@ def test_commit_that_is_taken_back_leaves_a_running_job(store: JobStore) -> None
 @pytest.mark.parametrize("overwrite", [False, True], ids=["create", "overwrite"])
 def test_zombie_of_a_lost_time_puts_nothing_in_place(core: Core, files: Path, *, overwrite: bool) -> None:
     """It has recorded its commit in a Redis that is no more, and is about to rename."""
-    (files / "in").write_bytes(DATA)
     job_id = file_job(core, "encrypt", files / "in", files / "out", overwrite=overwrite)
     before, placed = snapshot(core), []
 
@@ -165,7 +159,6 @@ def test_zombie_of_a_lost_time_puts_nothing_in_place(core: Core, files: Path, *,
 
 
 def test_attempt_whose_result_a_zombie_has_swept_does_it_again(core: Core, files: Path) -> None:
-    (files / "in").write_bytes(DATA)
     job_id = file_job(core, "encrypt", files / "in", files / "out")
 
     def sweep() -> None:
@@ -182,7 +175,6 @@ def test_attempt_whose_result_a_zombie_has_swept_does_it_again(core: Core, files
 
 def test_temporary_files_of_all_attempts_but_its_own_are_removed(core: Core, files: Path) -> None:
     """Those of other jobs stay, and so does what only looks like one."""
-    (files / "in").write_bytes(DATA)
     job_id = file_job(core, "encrypt", files / "in", files / "out")
     left = [f".kms-{job_id}-{attempt}.tmp" for attempt in ("1", "a" * 26, "b" * 26)]
     others = [f".kms-{'0' * 8}{job_id[8:]}-1.tmp", f".kms-{job_id}.tmp", f"{job_id}-1.tmp"]
@@ -194,34 +186,6 @@ def test_temporary_files_of_all_attempts_but_its_own_are_removed(core: Core, fil
 
 
 # -- ends --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("how", ["create", "overwrite", "in place"])
-@pytest.mark.parametrize("lost", ["nothing", "source"])
-def test_file_that_is_in_place_is_recognised_and_stays(core: Core, files: Path, how: str, lost: str) -> None:
-    (files / "in").write_bytes(DATA)
-    source, target, kind = files / "in", files / "out", "encrypt"
-    if how == "overwrite":
-        target.write_bytes(b"old")
-    if how == "in place":
-        run(core, file_job(core, "encrypt", source, target))
-        source, kind = target, "reseal"
-    job_id = file_job(core, kind, source, target, overwrite=how != "create")  # type: ignore[arg-type]  # a kind
-    before = snapshot(core)
-    assert run(core, job_id).state == "succeeded"
-    placed = identity(target)
-    before.restore()
-    if lost == "source" and how != "in place":
-        source.unlink()  # by a client that was told that the job has succeeded
-
-    job = run(core, job_id)
-
-    assert (job.state, job.error) == ("succeeded", "")
-    assert job.end
-    assert job.end.target
-    assert (job.end.target.inode, job.end.target.mtime_ns) == placed == identity(target)
-    assert opened(core, target, NEW if how == "in place" else CONTEXT) == DATA
-    assert not list(files.glob(".kms-*"))
 
 
 class Denied:
@@ -238,24 +202,42 @@ class Denied:
         return False
 
 
-def test_end_without_its_record_is_recognised_where_the_permission_has_gone(core: Core, files: Path) -> None:
-    (files / "in").write_bytes(DATA)
-    job_id = file_job(core, "encrypt", files / "in", files / "out")
+@pytest.mark.parametrize("how", ["create", "overwrite", "in place"])
+@pytest.mark.parametrize("lost", ["nothing", "source", "permission"])
+def test_file_that_is_in_place_is_recognised_and_stays(core: Core, files: Path, how: str, lost: str) -> None:
+    source, target, kind = files / "in", files / "out", "encrypt"
+    if how == "overwrite":
+        target.write_bytes(b"old")
+    if how == "in place":
+        run(core, file_job(core, "encrypt", source, target))
+        source, kind = target, "reseal"
+    job_id = file_job(core, kind, source, target, overwrite=how != "create")  # type: ignore[arg-type]  # a kind
     before = snapshot(core)
     assert run(core, job_id).state == "succeeded"
+    placed = identity(target)
     before.restore()
-    core.kms.policy = Denied()
+    with pytest.MonkeyPatch.context() as patched:
+        if lost == "permission":
+            patched.setattr(core.kms, "policy", Denied())
+        elif lost == "source" and how != "in place":
+            source.unlink()  # by a client that was told that the job has succeeded
+        job = run(core, job_id)
 
-    assert run(core, job_id).state == "succeeded"
+    assert (job.state, job.error) == ("succeeded", "")
+    assert job.end
+    assert job.end.target
+    assert (job.end.target.inode, job.end.target.mtime_ns) == placed == identity(target)
+    assert opened(core, target, NEW if how == "in place" else CONTEXT) == DATA
+    assert not list(files.glob(".kms-*"))
 
 
 @pytest.mark.parametrize("how", ["create", "overwrite", "in place"])
 def test_files_of_a_job_over_many_are_recognised(core: Core, files: Path, how: str) -> None:
     """The job is split again, into parts that are sealed anew; a file has come before all others."""
-    (files / "in").mkdir()
+    (files / "many").mkdir()
     for name in ("b", "c"):
-        (files / "in" / name).write_bytes(DATA + name.encode())
-    source, target, kind = (files / "in").as_uri() + "/*", (files / "out").as_uri() + "/", "encrypt"
+        (files / "many" / name).write_bytes(DATA + name.encode())
+    source, target, kind = (files / "many").as_uri() + "/*", (files / "out").as_uri() + "/", "encrypt"
     if how == "in place":
         run_many(core, many(core, "encrypt", source, target))
         source, target, kind = f"{target}*", f"{target}*", "reseal"
@@ -265,7 +247,7 @@ def test_files_of_a_job_over_many_are_recognised(core: Core, files: Path, how: s
     placed = {path.name: identity(path) for path in (files / "out").iterdir()}
     before.restore()
     if how != "in place":
-        (files / "in" / "a").write_bytes(DATA)
+        (files / "many" / "a").write_bytes(DATA)
 
     job = run_many(core, job_id)
 
@@ -283,17 +265,6 @@ def run_many(core: Core, job_id: str) -> Job:
     run(core, job_id)
     run_job(part_id(job_id, 0), core.worker_context, "w/1")
     return core.worker_context.store.get(job_id, TENANT)
-
-
-def test_two_sources_of_one_target_are_not_taken_for_each_other(core: Core, files: Path) -> None:
-    (files / "in").mkdir()
-    for name in ("x", "x.age"):
-        (files / "in" / name).write_bytes(core.kms.encrypt(WHO, DATA, CONTEXT).ciphertext)
-
-    source, target = (files / "in").as_uri() + "/*", (files / "out").as_uri() + "/"
-    job = run_many(core, many(core, "decrypt", source, target))
-
-    assert (job.state, job.items_done, job.items_failed) == ("failed", 2, 1)
 
 
 def forged_copy(path: Path, other: Path) -> None:
@@ -329,11 +300,7 @@ def marked_for_another(path: Path, other: Path) -> None:
 def test_other_file_of_that_name_is_not_recognised(
     core: Core, files: Path, tmp_path: Path, change: Callable[[Path, Path], None]
 ) -> None:
-    (files / "in").write_bytes(DATA)
-    job_id = file_job(core, "encrypt", files / "in", files / "out")
-    before = snapshot(core)
-    assert run(core, job_id).state == "succeeded"
-    before.restore()
+    job_id, _ = regressed(core, files)
     change(files / "out", tmp_path / "other")
     found = identity(files / "out")
 
@@ -344,7 +311,6 @@ def test_other_file_of_that_name_is_not_recognised(
 
 
 def test_result_of_another_job_is_not_recognised(core: Core, files: Path) -> None:
-    (files / "in").write_bytes(DATA)
     assert run(core, file_job(core, "encrypt", files / "in", files / "out")).state == "succeeded"
 
     job = run(core, file_job(core, "encrypt", files / "in", files / "out"))
@@ -359,33 +325,15 @@ def test_note_takes_the_place_of_a_mark_where_there_are_no_attributes(
         raise OSError(errno.ENOTSUP, "as on vfat")
 
     monkeypatch.setattr(os, "setxattr", setxattr)
-    (files / "in").write_bytes(DATA)
-    job_id = file_job(core, "encrypt", files / "in", files / "out")
-    before = snapshot(core)
-    assert run(core, job_id).state == "succeeded"
+    job_id, before = regressed(core, files)
     placed = identity(files / "out")
     assert os.listxattr(files / "out") == []
-    before.restore()
 
     assert run(core, job_id).state == "succeeded"
     assert identity(files / "out") == placed
     before.restore()
     touched(files / "out", files)
     assert run(core, job_id).error == "target_exists"
-
-
-def test_end_is_told_once_however_often_the_job_ends(core: Core, store: JobStore) -> None:
-    section = EndpointSection(url="http://127.0.0.1:9/", secret_file=Path("/nonexistent"))
-    claim = claimed(store, callback="ci")
-    before, ids = snapshot(core), []
-    for _ in range(2):
-        before.restore()
-        store.finish(claim, "failed", "decrypt_failed")
-        outbox = Outbox(store, {"ci": WebhookEndpoint(section)})
-        ids.append([one.delivery_id for one in outbox.due("ci", 10)])
-
-    assert ids[0] == ids[1]
-    assert len(ids[0]) == 1
 
 
 def test_ends_of_two_generations_have_different_ids(store: JobStore) -> None:
@@ -420,15 +368,6 @@ def result(core: Core, job_id: str) -> bytes:
     return b"".join(bytes(piece) for piece in found.slabs(0, found.size))
 
 
-def roles(core: Core, job_id: str) -> set[str]:
-    """What rests of a job, in the spool or in Redis."""
-    folder = spool_folder(core) / job_id
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    small = cast("list[bytes]", core.worker_context.store.redis.hkeys(f"kms:blobs:{job_id}"))
-    names |= {raw.decode() for raw in small}
-    return {name.partition(".")[0] for name in names}
-
-
 def reap(core: Core, grace_s: float) -> None:
     found = core.worker_context.store
     store = JobStore(found.redis, found.record_key, lambda _: None, with_jobs(input_grace_s=grace_s))
@@ -448,7 +387,7 @@ def test_job_over_the_spool_ends_well_again(core: Core, make: Callable[[Core], s
     assert len(result(core, job_id)) == len(first)
     reap(core, 0)
     assert len(result(core, job_id)) == len(first)
-    assert "items" not in roles(core, job_id)
+    assert not core.worker_context.store.redis.hexists(f"kms:blobs:{job_id}", "items")
 
 
 def test_end_that_was_told_before_is_still_whole_after_a_run_of_a_lost_time(core: Core) -> None:
@@ -478,46 +417,3 @@ def test_run_that_fails_deletes_no_result(core: Core) -> None:
     ended.restore()
 
     assert result(core, job_id) == first
-
-
-@pytest.mark.parametrize(
-    ("make", "kept"),
-    [
-        (bulk, {"result0"}),
-        (lambda core: upload(core, "encrypt", DATA), {"upload", "head"}),
-        (lambda core: upload(core, "decrypt", b"age-encryption.org/v1\nno file of age"), set()),
-    ],
-    ids=["items", "upload", "failed upload"],
-)
-def test_inputs_outlive_the_end_by_the_grace(core: Core, make: Callable[[Core], str], kept: set[str]) -> None:
-    job_id = make(core)
-    (given,) = roles(core, job_id)
-    assert run(core, job_id).ended
-
-    reap(core, 60)
-    assert given in roles(core, job_id)
-    assert core.worker_context.store.redis.zscore("kms:inputs", job_id)
-
-    reap(core, 0)
-    assert roles(core, job_id) == kept
-    assert not core.worker_context.store.redis.exists("kms:inputs")
-
-
-@pytest.mark.parametrize("code", ["attempts_exhausted", "record_refused"])
-def test_input_of_a_dead_job_stays_for_its_retry(core: Core, code: str) -> None:
-    job_id = bulk(core)
-    claim = core.worker_context.store.claim(job_id, "w/1")
-    assert claim
-    core.worker_context.store.finish(claim, "failed", code)
-
-    reap(core, 0)
-
-    assert roles(core, job_id) == {"items"}
-
-
-def test_cancelled_job_keeps_nothing(core: Core) -> None:
-    job_id = bulk(core)
-    core.worker_context.store.cancel(job_id, TENANT)
-    run_job(job_id, core.worker_context, "w/1")
-
-    assert roles(core, job_id) == set()

@@ -19,8 +19,8 @@ from kms_core.jobs.submission import submitter
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
-from kms_protocol.errors import JobNotDead, RecordRefused, ResultExpired, ResultReleased
-from support.job_stores import TENANT, lapse, spool_folder, store_of, uploaded, with_jobs
+from kms_protocol.errors import RecordRefused, ResultExpired, ResultReleased
+from support.job_stores import TENANT, spool_folder, uploaded, with_jobs
 from support.service import CANARY, Service, core_of, unb64
 
 OPTIONS: Final = SubmissionOptions(Principal("local"), "encrypt", Context())
@@ -63,6 +63,11 @@ def on_disk(core: Core, job_id: str) -> set[str]:
     return {path.name.partition(".")[0] for path in folder.iterdir()} if folder.exists() else set()
 
 
+def roles(core: Core, job_id: str) -> set[str]:
+    """What rests of a job, in Redis or on the disk."""
+    return {*small(core, job_id), *on_disk(core, job_id)}
+
+
 def reap(core: Core, grace_s: float) -> None:
     found = core.worker_context.store
     store = JobStore(found.redis, found.record_key, lambda _: None, with_jobs(input_grace_s=grace_s))
@@ -84,54 +89,36 @@ def test_small_input_comes_with_the_claim(core: Core, submit: Callable[[Core, by
 # -- where blobs rest -----------------------------------------------------------------------------------
 
 
-def test_small_job_needs_no_file(core: Core) -> None:
-    job_id = bulk(core, b"one", b"two")
+@pytest.mark.parametrize(
+    ("texts", "settings", "in_redis", "files"),
+    [
+        ([b"one", b"two"], "", {"items", "result0"}, set()),
+        ([bytes(LIMIT)], "", set(), {"items", "result0"}),
+        ([b"x"] * 60, "", {"items"}, {"result0"}),  # an age file of a few bytes has some hundred
+        ([b"x"], NONE, set(), {"items", "result0"}),
+    ],
+    ids=["small", "large", "small with a large result", "none may be in Redis"],
+)
+def test_small_blobs_need_no_file(  # noqa: PLR0913 -- two fixtures more
+    tmp_path: Path, redis_url: str, *, texts: list[bytes], settings: str, in_redis: set[str], files: set[str]
+) -> None:
+    core = core_of(Service(tmp_path, settings, redis_url))
+    job_id = bulk(core, *texts)
 
-    assert small(core, job_id).keys() == {"items"}
     assert done(core, job_id).state == "succeeded"
-    assert small(core, job_id).keys() == {"items", "result0"}
-    assert not on_disk(core, job_id)
+    assert (set(small(core, job_id)), on_disk(core, job_id)) == (in_redis, files)
     sealed = [unb64(json.loads(line)["ciphertext"]) for line in result(core, job_id).splitlines()]
-    opened = [core.kms.decrypt(OPTIONS.who, each, Context()).plaintext for each in sealed]
-    assert opened == [b"one", b"two"]
+    assert [core.kms.decrypt(OPTIONS.who, each, Context()).plaintext for each in sealed] == texts
 
 
-def test_small_upload_needs_no_file(core: Core) -> None:
-    job_id = upload(core, b"x" * 1000)
-
-    assert done(core, job_id).state == "succeeded"
-    assert small(core, job_id).keys() == {"upload", "head"}
-    assert not on_disk(core, job_id)
-    assert core.kms.decrypt(OPTIONS.who, result(core, job_id), Context()).plaintext == b"x" * 1000
-
-
-def test_large_blobs_are_files(core: Core) -> None:
-    job_id = bulk(core, bytes(LIMIT))
-
-    assert on_disk(core, job_id) == {"items"}
-    assert done(core, job_id).state == "succeeded"
-    assert on_disk(core, job_id) == {"items", "result0"}
-    assert not small(core, job_id)
-    assert result(core, job_id)
-
-
-def test_result_may_be_large_where_its_input_is_small(core: Core) -> None:
-    """An age file of a few bytes has some hundred."""
-    job_id = bulk(core, *[b"x"] * 60)
-
-    assert small(core, job_id).keys() == {"items"}
-    assert done(core, job_id).state == "succeeded"
-    assert on_disk(core, job_id) == {"result0"}
-    assert len(result(core, job_id).splitlines()) == 60
-
-
-@pytest.mark.parametrize("size", [15_000, 15_900, 16_400, 100_000])
+@pytest.mark.parametrize("size", [1_000, 15_000, 15_900, 16_400, 100_000])
 def test_both_parts_of_a_result_rest_together(core: Core, size: int) -> None:
     job_id = upload(core, bytes(size))
 
     assert done(core, job_id).state == "succeeded"
     places = [set(small(core, job_id)), on_disk(core, job_id)]
     assert sorted(places, key=len) == [set(), {"upload", "head"}]
+    assert size > 1_000 or not on_disk(core, job_id)
     assert core.kms.decrypt(OPTIONS.who, result(core, job_id), Context()).plaintext == bytes(size)
 
 
@@ -148,15 +135,6 @@ def test_blobs_go_to_the_disk_while_redis_has_little_room(core: Core) -> None:
         assert "result0" in on_disk(core, job_id)
         assert result(core, job_id)
     assert not small(core, later)
-
-
-def test_none_is_in_redis_if_none_may_be(tmp_path: Path, redis_url: str) -> None:
-    core = core_of(Service(tmp_path / "none", NONE, redis_url))
-    job_id = bulk(core, b"x")
-
-    assert done(core, job_id).state == "succeeded"
-    assert on_disk(core, job_id) == {"items", "result0"}
-    assert not small(core, job_id)
 
 
 def test_a_process_that_keeps_none_there_reads_those_of_others(
@@ -195,10 +173,11 @@ def test_input_of_another_job_is_refused(core: Core) -> None:
     assert (job.state, job.error) == ("failed", "record_refused")
 
 
-@pytest.mark.parametrize("damage", ["changed", "shorter", "longer", "gone"])
+@pytest.mark.parametrize("damage", ["changed", "shorter", "longer", "another job's", "gone"])
 def test_damaged_result_is_refused(core: Core, damage: str) -> None:
-    job_id = bulk(core, b"x")
+    job_id, other = bulk(core, b"x"), bulk(core, b"y")
     done(core, job_id)
+    done(core, other)
     redis = core.worker_context.store.redis
     (name,) = [raw for raw in cast("list[bytes]", redis.hkeys(f"kms:blobs:{job_id}")) if b"result" in raw]
     data = small(core, job_id)["result0"]
@@ -206,7 +185,7 @@ def test_damaged_result_is_refused(core: Core, damage: str) -> None:
         "changed": data[:-1] + bytes([data[-1] ^ 1]),
         "shorter": data[:-1],
         "longer": data + b"\0",
-        "gone": b"",
+        "another job's": small(core, other)["result0"],
     }
     if damage == "gone":
         redis.hdel(f"kms:blobs:{job_id}", name)
@@ -217,32 +196,31 @@ def test_damaged_result_is_refused(core: Core, damage: str) -> None:
         result(core, job_id)
 
 
-def test_an_earlier_result_of_the_same_job_is_refused(core: Core) -> None:
-    """Of another attempt, under the name of the one that ended the job."""
-    job_id, redis = bulk(core, b"x"), core.worker_context.store.redis
-    other = bulk(core, b"y")
-    done(core, job_id)
-    done(core, other)
-    (name,) = [raw for raw in cast("list[bytes]", redis.hkeys(f"kms:blobs:{job_id}")) if b"result" in raw]
-    redis.hset(f"kms:blobs:{job_id}", name, small(core, other)["result0"])
-
-    with pytest.raises(RecordRefused):
-        result(core, job_id)
-
-
 # -- when they go ---------------------------------------------------------------------------------------
 
 
-def test_input_goes_after_the_grace_and_the_result_stays(core: Core) -> None:
-    job_id = bulk(core, b"x")
-    done(core, job_id)
+@pytest.mark.parametrize(
+    ("kind", "data", "kept"),
+    [
+        ("items", b"x", {"result0"}),
+        ("encrypt", bytes(300_000), {"upload", "head"}),
+        ("decrypt", b"age-encryption.org/v1\nno file of age", set()),
+    ],
+    ids=["items", "upload", "failed upload"],
+)
+def test_inputs_outlive_the_end_by_the_grace(core: Core, kind: str, data: bytes, kept: set[str]) -> None:
+    options = replace(OPTIONS, kind=kind)  # type: ignore[arg-type]  # or none
+    job_id = bulk(core, data) if kind == "items" else uploaded(core, options, data)
+    (given,) = roles(core, job_id)
+    assert done(core, job_id).ended
 
     reap(core, 60)
-    assert small(core, job_id).keys() == {"items", "result0"}
-    reap(core, 0)
+    assert given in roles(core, job_id)
+    assert core.worker_context.store.redis.zscore("kms:inputs", job_id)
 
-    assert small(core, job_id).keys() == {"result0"}
-    assert result(core, job_id)
+    reap(core, 0)
+    assert roles(core, job_id) == kept
+    assert not core.worker_context.store.redis.exists("kms:inputs")
 
 
 def test_released_result_is_gone(core: Core) -> None:
@@ -258,10 +236,9 @@ def test_released_result_is_gone(core: Core) -> None:
 def test_cancelled_job_leaves_nothing(core: Core) -> None:
     job_id = bulk(core, b"x")
     core.worker_context.store.cancel(job_id, TENANT)
-    reap(core, 0)
-    core.worker_context.spool.delete(job_id)
+    run_job(job_id, core.worker_context, "w/1")
 
-    assert not small(core, job_id)
+    assert not roles(core, job_id)
 
 
 def test_blobs_leave_with_the_record(core: Core) -> None:
@@ -284,19 +261,18 @@ def test_nothing_rests_of_a_job_that_was_not_accepted(core: Core, monkeypatch: p
     assert small(core, first)
 
 
-def test_dead_job_is_retried_with_its_input(core: Core) -> None:
-    job_id = bulk(core, b"x")
-    store = store_of(core, with_jobs(attempts=1), [])
-    assert store.claim(job_id, "w/1")
-    lapse(store)
-    store.reap_all([job_id])
-    assert store.claim(job_id, "w/1") is None
-    assert store.get(job_id, TENANT).error == "attempts_exhausted"
+@pytest.mark.parametrize("code", ["attempts_exhausted", "record_refused"])
+def test_dead_job_is_retried_with_its_input(core: Core, code: str) -> None:
+    job_id, store = bulk(core, b"x"), core.worker_context.store
+    claim = store.claim(job_id, "w/1")
+    assert claim
+    store.finish(claim, "failed", code)
     reap(core, 0)
+    assert roles(core, job_id) == {"items"}
+    assert [job.job_id for job in store.dead(TENANT, 10)] == [job_id]
 
     store.retry(job_id, TENANT)
 
-    assert core.worker_context.store.redis.ttl(f"kms:blobs:{job_id}") == -1
+    assert store.redis.ttl(f"kms:blobs:{job_id}") == -1
     assert done(core, job_id).state == "succeeded"
-    with pytest.raises(JobNotDead):
-        store.retry(job_id, TENANT)
+    assert store.dead(TENANT, 10) == []
