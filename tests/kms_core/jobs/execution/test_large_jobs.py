@@ -4,9 +4,8 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
-import httpx2 as httpx
 import msgspec
 import pytest
 
@@ -17,22 +16,19 @@ from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Attempt, part_id
 from kms_core.jobs.spec import FILES, QUEUES
 from kms_core.jobs.storage import locations
-from kms_core.jobs.storage.local import Roots
 from kms_core.jobs.storage.locations import check_holes
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import SpoolFull, TooLarge
-from kms_protocol.wire import ENDED, PRIORITIES
+from kms_protocol.wire import PRIORITIES
 from support.credentials import REQUIRED, Guarded
-from support.job_stores import COMMIT, accepted, store_of, with_jobs
+from support.job_stores import COMMIT, accepted, forge, lapse, store_of, with_jobs
 from support.object_jobs import Bench
-from support.service import check_problem, core_of
-from support.waiting import until
+from support.service import Service, core_of
 
 MIB: Final = 1024 * 1024
 GIB: Final = 1024 * MIB
-ONE: Final[dict[str, object]] = {"kind": "encrypt", "items": [{"plaintext": ""}]}
 SMALL: Final = 10
 LARGE: Final = 1_000
 WHO: Final = Principal("local")
@@ -49,77 +45,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def filing(install: Guarded, tenant: str = "default") -> dict[str, str]:
-    """The header of a token that may do everything with the files of the install."""
-    here = f"{install.files.as_uri()}/"
-    return install.token(f"jobs:read,jobs:write,encrypt read={here} write={here}", tenant=tenant)
-
-
-def call(install: Guarded, who: dict[str, str], job: dict[str, object]) -> httpx.Response:
-    return install.post("/jobs", job, headers=who)
-
-
-def submitted(install: Guarded, who: dict[str, str], job: dict[str, object]) -> str:
-    answer = call(install, who, job)
-    assert answer.status_code == 202, answer.text
-    return str(answer.json()["job_id"])
-
-
-def state(install: Guarded, who: dict[str, str], job_id: str) -> str:
-    return str(install.get(f"/jobs/{job_id}", headers=who).json()["state"])
-
-
-def encrypting(source: Path) -> dict[str, object]:
-    return {"kind": "encrypt", "source": source.as_uri(), "target": f"{source.as_uri()}.age"}
-
-
-def told(install: Guarded) -> list[tuple[str, str]]:
-    """Every transition of every job, in order: its state and the job's id."""
-    stream = core_of(install).worker_context.store.redis.xrange("kms:events")
-    events = cast("list[tuple[bytes, dict[bytes, bytes]]]", stream)
-    return [
-        (fields[b"type"].decode().removeprefix("kms.job."), fields[b"subject"].decode())
-        for _, fields in events
-    ]
-
-
-# -- a share for others, with real processes ----------------------------------------------------------------
-
-
-def test_jobs_of_another_tenant_end_while_large_files_run(tmp_path: Path) -> None:
-    with Guarded(tmp_path, f"{REQUIRED}[kms.jobs]\nconcurrency = 2\n") as install:
-        install.start()
-        bulk, other = filing(install, "bulk"), filing(install, "other")
-        files = [sparse(install.files / name, GIB) for name in ("a", "b")]
-
-        large = [submitted(install, bulk, encrypting(file)) for file in files]
-        until(lambda: any(state(install, bulk, job) == "running" for job in large), "a large job runs")
-        small = [submitted(install, other, ONE) for _ in range(5)]
-        until(lambda: all(state(install, bulk, job) in ENDED for job in large), "the large jobs end")
-        until(lambda: all(state(install, other, job) in ENDED for job in small), "the small jobs end")
-
-        events = told(install)
-        first_large_end = min(events.index(("succeeded", job)) for job in large)
-        assert max(events.index(("succeeded", job)) for job in small) < first_large_end
-        order = [word for word, job in events if job in large and word in {"running", "succeeded"}]
-        assert order == ["running", "succeeded", "running", "succeeded"]  # either may be the first
-        assert {Path(f"{file}.age").stat().st_size > GIB for file in files} == {True}
-
-
-def test_one_tenant_alone_has_all_processes(tmp_path: Path) -> None:
-    with Guarded(tmp_path, f"{REQUIRED}[kms.jobs]\nconcurrency = 2\n") as install:
-        install.start()
-        only = filing(install)
-        files = [sparse(install.files / name, GIB) for name in ("a", "b")]
-
-        large = [submitted(install, only, encrypting(file)) for file in files]
-        until(lambda: all(state(install, only, job) in ENDED for job in large), "the large jobs end")
-
-        order = [word for word, job in told(install) if job in large and word in {"running", "succeeded"}]
-        assert order == ["running", "running", "succeeded", "succeeded"]
-
-
-# -- a share for others, claim by claim ---------------------------------------------------------------------
+# -- a share for others -------------------------------------------------------------------------------------
 
 
 def sharing(core: Core, *, several: bool = True, **changes: object) -> JobStore:
@@ -137,6 +63,13 @@ def store(core: Core) -> JobStore:
 def made(store: JobStore, size_bytes: int = LARGE, tenant: str = "a", **more: object) -> str:
     fields = {"source": "file:///in", "target": "file:///out", **more}
     return store.submit(accepted(tenant=tenant, size_bytes=size_bytes, **fields)).job_id
+
+
+def chosen(store: JobStore, worker: str = "w/2") -> str | None:
+    """The job that a process is given; None if none is ready."""
+    found = store.next(worker, FILES, QUEUES, woken=False)
+    assert not isinstance(found, str)
+    return found.accepted.job_id if found else None
 
 
 def is_ready(store: JobStore, job_id: str) -> bool:
@@ -163,47 +96,24 @@ def test_large_job_waits_while_another_holds_what_large_ones_may(store: JobStore
     assert held(store, second, "w/2").attempt == 1
 
 
-@pytest.mark.parametrize("end", ["finish", "defer", "reap"])
-def test_process_of_a_large_job_is_free_when_its_lease_ends(core: Core, end: str) -> None:
-    store = sharing(core)
-    first, second = made(store), made(store)
+@pytest.mark.parametrize("end", ["finish", "defer", "reap", "run out"])
+@pytest.mark.parametrize("size", [LARGE, SMALL], ids=["of large jobs", "of a tenant"])
+def test_share_of_a_job_is_free_when_its_lease_ends(core: Core, size: int, end: str) -> None:
+    store = sharing(core, tenant_leases=1 if size == SMALL else 1_000)
+    first, second = made(store, size), made(store, size)
     claim = held(store, first)
+    assert store.claim(second, "w/2") is None
     if end == "finish":
         store.finish(claim, "failed", "path_refused")
     elif end == "defer":
         store.defer(claim, 600, counts=False)
-    else:
-        core.worker_context.store.redis.hset(f"kms:job:{first}", "lease_until", "0")
+    elif end == "reap":
+        forge(store, first, lease_until="0")
         assert store.reap_all([first]) == ["requeued"]
+    else:  # its worker was killed
+        lapse(store)
 
     assert store.claim(second, "w/2")
-
-
-def test_large_lease_of_a_killed_worker_counts_no_longer_than_it_lasts(core: Core) -> None:
-    store = sharing(core, lease_s=0.2)
-    first, second = made(store), made(store)
-    held(store, first)
-    time.sleep(0.3)
-
-    assert store.claim(second, "w/2")
-
-
-def test_renewed_large_lease_counts_on(core: Core) -> None:
-    store = sharing(core, lease_s=2)
-    first, second = made(store), made(store)
-    claim = held(store, first)
-    for _ in range(3):
-        time.sleep(1)
-        store.renew(claim, {})
-
-    assert store.claim(second, "w/2") is None
-
-
-def test_another_worker_has_processes_of_its_own(store: JobStore) -> None:
-    first, second = made(store), made(store)
-    held(store, first, "w:1/1")
-
-    assert store.claim(second, "w:2/1")
 
 
 def test_one_tenant_alone_and_processes_that_are_not_reserved(core: Core) -> None:
@@ -218,23 +128,22 @@ def test_tenants_take_turns_with_large_jobs(store: JobStore) -> None:
     of_a = [made(store) for _ in range(4)]
     claim = held(store, of_a[0])
     of_b = made(store, tenant="b")
-    assert store.next("w/2", FILES, QUEUES, woken=False) is None
+    assert chosen(store) is None
     time.sleep(0.1)  # the lease that tenant a pays for
     store.finish(claim, "succeeded")
 
-    following = store.next("w/2", FILES, QUEUES, woken=False)
-    assert isinstance(following, Attempt)
-    assert following.accepted.job_id == of_b
+    assert chosen(store) == of_b
 
 
 def test_large_jobs_that_wait_delay_no_small_one(store: JobStore) -> None:
-    first, *_ = [made(store) for _ in range(50)]
-    held(store, first)
+    """Also of the same tenant. The bound is for each worker."""
+    first, *large = [made(store) for _ in range(50)]
+    assert chosen(store, "w/1") == first
+    assert chosen(store) is None
     small = made(store, SMALL)
 
-    following = store.next("w/2", FILES, QUEUES, woken=False)
-    assert isinstance(following, Attempt)
-    assert following.accepted.job_id == small
+    assert chosen(store) == small
+    assert chosen(store, "other/1") == large[0]
 
 
 @pytest.mark.parametrize(
@@ -276,12 +185,11 @@ def test_large_parts_wait_and_small_ones_do_not(store: JobStore) -> None:
     assert [bool(store.claim(part.job_id, "w/1")) for part in parts] == [True, False, True]
 
 
-def test_large_job_that_dies_again_and_again_is_no_exception(core: Core) -> None:
-    short, store = sharing(core, lease_s=0.2), sharing(core)
+def test_large_job_that_dies_again_and_again_is_no_exception(store: JobStore) -> None:
     first, second = made(store), made(store)
-    assert short.claim(first, "w/1")
-    time.sleep(0.3)  # its worker died
-    assert short.reap_all([first]) == ["requeued"]
+    held(store, first)
+    lapse(store)  # its worker died
+    assert store.reap_all([first]) == ["requeued"]
     held(store, second, "w/2")
 
     assert store.claim(first, "w/1") is None
@@ -291,24 +199,21 @@ def test_large_job_that_dies_again_and_again_is_no_exception(core: Core) -> None
 
 
 @pytest.mark.parametrize(
-    ("settings", "processes"), [("concurrency = 1", 1), ("concurrency = 4", 3), ("reserved_processes = 9", 1)]
+    ("settings", "processes"),
+    [
+        ("concurrency = 1", 1),
+        ("concurrency = 4", 3),
+        ("reserved_processes = 9", 1),
+        ("reserved_processes = 0", 0),  # nothing is reserved
+    ],
 )
 def test_large_jobs_always_have_one_process(
     tmp_path: Path, redis_url: str, settings: str, processes: int
 ) -> None:
-    install = Guarded(tmp_path, f"{REQUIRED}[kms.jobs]\n{settings}\n", redis_url)
-    install.make("*", tenant="a")
-    install.make("*", tenant="b")
+    several = "[kms.tenants.a]\n[kms.tenants.b]\n"
+    install = Guarded(tmp_path, f"{REQUIRED}[kms.jobs]\n{settings}\n{several}", redis_url)
 
     assert core_of(install).worker_context.store.large_leases() == processes
-
-
-def test_nothing_is_reserved_where_the_settings_say_so(tmp_path: Path, redis_url: str) -> None:
-    none = "[kms.jobs]\nreserved_processes = 0\n[kms.tenants.a]\n[kms.tenants.b]\n"
-
-    store = core_of(Guarded(tmp_path, f"{REQUIRED}{none}", redis_url)).worker_context.store
-
-    assert store.large_leases() == 0
 
 
 def test_commit_is_finished_whatever_the_size_of_its_source(store: JobStore) -> None:
@@ -319,34 +224,12 @@ def test_commit_is_finished_whatever_the_size_of_its_source(store: JobStore) -> 
         Lease(store, claim).admit(LARGE)
 
 
-# -- leases of a tenant, large or not -----------------------------------------------------------------------
-
-
-def test_leases_of_a_dead_worker_do_not_count_for_a_tenant(core: Core) -> None:
-    store = store_of(core, with_jobs(lease_s=0.2, tenant_leases=1), [])
-    first, second = made(store, SMALL), made(store, SMALL)
-    held(store, first)
-    assert store.claim(second, "w/2") is None
-    time.sleep(0.3)
-
-    assert store.claim(second, "w/2")
-
-
-def test_deferred_job_has_no_lease(core: Core) -> None:
-    store = sharing(core, tenant_leases=1)
-    first, second = made(store, SMALL), made(store, SMALL)
-    store.defer(held(store, first), 600, counts=False)
-
-    assert store.claim(second, "w/2")
-
-
 # -- sources that grow ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> Path:
-    """The root of file jobs of ``core``."""
-    return tmp_path / "state" / "files"
+def sharing_core(core: Core) -> Core:
+    return replace(core, worker_context=replace(core.worker_context, store=sharing(core)))
 
 
 def submit(core: Core, source: Path) -> str:
@@ -361,20 +244,19 @@ def now(core: Core, job_id: str) -> tuple[str, str]:
     return job.state, job.error
 
 
-def test_file_that_has_grown_large_is_claimed_again_as_a_large_job(core: Core, files: Path) -> None:
-    core = replace(core, worker_context=replace(core.worker_context, store=sharing(core)))
+def test_file_that_has_grown_large_is_claimed_again_as_a_large_job(sharing_core: Core, files: Path) -> None:
+    core, store = sharing_core, sharing_core.worker_context.store
     (files / "in").write_bytes(bytes(SMALL))
     job_id = submit(core, files / "in")
     (files / "in").write_bytes(bytes(LARGE))
-    other = made(core.worker_context.store)
-    claim = held(core.worker_context.store, other)
+    claim = held(store, made(store))
 
     run_job(job_id, core.worker_context, "w/2")
     assert names(files) == ["in"]
-    assert core.worker_context.store.get(job_id, WHO.tenant).attempt == 0
-    assert core.worker_context.store.claim(job_id, "w/2") is None
-    core.worker_context.store.finish(claim, "succeeded")
-    assert is_ready(core.worker_context.store, job_id)
+    assert store.get(job_id, WHO.tenant).attempt == 0
+    assert store.claim(job_id, "w/2") is None
+    store.finish(claim, "succeeded")
+    assert is_ready(store, job_id)
     run_job(job_id, core.worker_context, "w/2")
 
     assert now(core, job_id) == ("succeeded", "")
@@ -386,30 +268,31 @@ def test_job_that_turned_out_large_waits_among_large_ones(store: JobStore) -> No
 
     store.defer(grown, 0, counts=False, away=False, work_bytes=LARGE)
 
-    assert store.next("w/2", FILES, QUEUES, woken=False) is None
+    assert chosen(store) is None
 
 
-def test_files_of_a_part_that_have_grown_make_it_large(core: Core, files: Path) -> None:
-    core = replace(core, worker_context=replace(core.worker_context, store=sharing(core)))
-    (files / "in").mkdir()
-    for number in range(4):
-        (files / "in" / str(number)).write_bytes(b"x")
-    (files / "out").mkdir()
+def test_files_of_a_part_that_have_grown_make_it_large(sharing_core: Core, files: Path) -> None:
+    core, store = sharing_core, sharing_core.worker_context.store
+    sources = [files / "in" / str(number) for number in range(4)]
+    for folder in ("in", "out"):
+        (files / folder).mkdir()
+    for source in sources:
+        source.write_bytes(b"x")
     tree = Reference(f"{(files / 'in').as_uri()}/*", f"{(files / 'out').as_uri()}/")
     whole = core.submitter.files(SubmissionOptions(WHO, "encrypt", Context.parse("a=1")), tree).job_id
     run_job(whole, core.worker_context, "w/1")
-    for number in range(4):
-        (files / "in" / str(number)).write_bytes(bytes(LARGE // 2 - 1))
+    for source in sources:
+        source.write_bytes(bytes(LARGE // 2 - 1))
 
     run_job(part_id(whole, 0), core.worker_context, "w/1")
 
-    part = core.worker_context.store.part(part_id(whole, 0)).job
+    part = store.part(part_id(whole, 0)).job
     assert (part.state, names(files / "out")) == ("queued", ["0.age", "1.age"])
-    assert is_ready(core.worker_context.store, part.job_id)
-    claim = held(core.worker_context.store, made(core.worker_context.store))
-    assert core.worker_context.store.claim(part.job_id, "w/2") is None
-    core.worker_context.store.finish(claim, "succeeded")
-    assert is_ready(core.worker_context.store, part.job_id)
+    assert is_ready(store, part.job_id)
+    claim = held(store, made(store))
+    assert store.claim(part.job_id, "w/2") is None
+    store.finish(claim, "succeeded")
+    assert is_ready(store, part.job_id)
     run_job(part.job_id, core.worker_context, "w/2")
     assert now(core, whole) == ("succeeded", "")
 
@@ -428,21 +311,20 @@ def test_file_that_grows_above_the_bound_after_it_was_accepted(core: Core, files
 # -- how large a source may be -------------------------------------------------------------------------------
 
 
-def test_source_above_the_bounds_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    limits = f"[kms.jobs]\nsource_max_bytes = {6 * GIB}\n"
-    with Guarded(tmp_path, f"{REQUIRED}{limits}") as install:
-        install.start("api")
-        who = filing(install)
-        sparse(install.files / "large", 6 * GIB + 1)
-        sparse(install.files / "sparse", 5 * GIB)
-        (install.files / "fits").write_bytes(os.urandom(10_000_000))
+def test_source_above_the_bounds_is_refused_before_anything_is_written(
+    tmp_path: Path, redis_url: str
+) -> None:
+    install = Service(tmp_path, f"[kms.jobs]\nsource_max_bytes = {6 * GIB}\n", redis_url)
+    core, files = core_of(install), install.files
+    sparse(files / "large", 6 * GIB + 1)
+    sparse(files / "sparse", 5 * GIB)
+    (files / "fits").write_bytes(os.urandom(10_000_000))
 
-        for name, text in (("large", b"source_max_bytes"), ("sparse", b"cp --sparse=never")):
-            answer = call(install, who, encrypting(install.files / name))
-            check_problem(answer, 413, "too_large")
-            assert text in answer.content
-        assert call(install, who, encrypting(install.files / "fits")).status_code == 202
-        assert names(install.files) == ["fits", "large", "sparse"]
+    for name, text in (("large", "source_max_bytes"), ("sparse", "cp --sparse=never")):
+        with pytest.raises(TooLarge, match=text):
+            submit(core, files / name)
+    submit(core, files / "fits")
+    assert names(files) == ["fits", "large", "sparse"]
 
 
 def test_object_above_the_bound_is_refused(bench: Bench) -> None:
@@ -480,44 +362,20 @@ def test_target_without_room_is_refused_when_the_job_is_accepted_and_when_it_run
     assert b'"operation":"encrypt"' not in audit  # no key was used for it
 
 
-@pytest.mark.parametrize("kind", ["data", "hole at the end", "hole at the start", "holes"])
-def test_holes_are_what_the_disk_does_not_hold(tmp_path: Path, kind: str) -> None:
-    path, fd_size = tmp_path / "file", 4 * MIB
-    with path.open("wb") as file:
-        if kind == "data":
-            file.write(os.urandom(fd_size))
-        elif kind == "hole at the end":
+@pytest.mark.parametrize(
+    ("data_at", "holes"),
+    [((0, 1, 2, 3), 0), ((0,), 3), ((3,), 3), ((1, 3), 2)],
+    ids=["data", "hole at the end", "hole at the start", "holes"],
+)
+def test_holes_are_what_the_disk_does_not_hold(tmp_path: Path, data_at: tuple[int, ...], holes: int) -> None:
+    """Numbers are MiB of a file of four."""
+    path = sparse(tmp_path / "file", 4 * MIB)
+    with path.open("r+b") as file:
+        for at in data_at:
+            file.seek(at * MIB)
             file.write(os.urandom(MIB))
-            file.truncate(fd_size)
-        elif kind == "hole at the start":
-            file.seek(3 * MIB)
-            file.write(os.urandom(MIB))
-        else:
-            for at in (1, 3):
-                file.seek(at * MIB)
-                file.write(os.urandom(MIB))
-    expected = {"hole at the end": 3, "hole at the start": 3, "holes": 2}.get(kind, 0) * MIB
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        check_holes(fd, expected)
-        if expected:
+        file.flush()
+        check_holes(file.fileno(), holes * MIB)
+        if holes:
             with pytest.raises(TooLarge):
-                check_holes(fd, expected - 1)
-    finally:
-        os.close(fd)
-
-
-def test_target_without_room_is_refused_before_the_work(tmp_path: Path) -> None:
-    files = tmp_path / "root"
-    files.mkdir()
-    free = os.statvfs(files)
-    size = free.f_bavail * free.f_frsize + 64 * GIB
-    roots = Roots([files])
-    target = (files / "out").as_uri()
-
-    with pytest.raises(SpoolFull):
-        roots.check_room(target, size)
-    with pytest.raises(SpoolFull), roots.prepare(target, "job-1", overwrite=False, room_bytes=size):
-        pass
-    assert names(files) == []
-    roots.check_room(target, MIB)
+                check_holes(file.fileno(), holes * MIB - 1)

@@ -7,10 +7,10 @@ import pytest
 
 from kms_core.container import Core
 from kms_core.jobs.model import Attempt, LeaseLost
-from kms_core.jobs.spec import BULK, QUEUES, JobSpec
+from kms_core.jobs.spec import BULK, FILES, QUEUES, JobSpec
 from kms_core.jobs.store import activity
 from kms_core.jobs.store.store import JobStore
-from support.job_stores import COMMIT, LONG, TENANT, accepted, depths, lapse, store_of, with_jobs
+from support.job_stores import COMMIT, TENANT, accepted, depths, lapse, store_of, with_jobs
 from support.waiting import until
 
 NAS: Final = "root:/srv/nas"
@@ -23,19 +23,31 @@ def submit(store: JobStore, resources: Sequence[str], **changes: object) -> str:
     return store.submit(found, resources=resources).job_id
 
 
-def attempt(store: JobStore, worker: str = "w/1") -> Attempt | None:
-    found = store.next(worker, BULK, QUEUES, woken=False)
+def next_of(store: JobStore, worker: str = "w/1", queue: str = BULK) -> Attempt | None:
+    found = store.next(worker, queue, QUEUES, woken=False)
     assert not isinstance(found, str)
     return found
 
 
+def attempt(store: JobStore, worker: str = "w/1", queue: str = BULK) -> Attempt:
+    found = next_of(store, worker, queue)
+    assert found
+    return found
+
+
 def taken(store: JobStore, worker: str = "w/1") -> str | None:
-    found = attempt(store, worker)
+    found = next_of(store, worker)
     return found.accepted.job_id if found else None
 
 
-def test_a_full_resource_blocks_nothing_behind_it(core: Core) -> None:
-    store = store_of(core, with_jobs(resource_leases={NAS: 1}))
+@pytest.fixture
+def one_at_a_time(core: Core) -> JobStore:
+    """A store that gives out one job of the root at a time."""
+    return store_of(core, with_jobs(resource_leases={NAS: 1}))
+
+
+def test_a_full_resource_blocks_nothing_behind_it(one_at_a_time: JobStore) -> None:
+    store = one_at_a_time
     nas = [submit(store, [NAS]) for _ in range(3)]
     others = [submit(store, [DISK]), submit(store, []), submit(store, [NAS], tenant="other")]
 
@@ -43,15 +55,17 @@ def test_a_full_resource_blocks_nothing_behind_it(core: Core) -> None:
 
 
 def test_a_renewed_lease_counts_on_wherever_it_counts(core: Core) -> None:
-    store = store_of(core, with_jobs(resource_leases={NAS: 1}))
+    store = store_of(core, with_jobs(resource_leases={NAS: 1}), several=True)
+    store.large_job_bytes = 1_000
     store.stuck("w", 0, -1, [NAS])  # what was left alone until now: one attempt is made
-    job_id = submit(store, [NAS])
+    job_id = submit(store, [NAS], size_bytes=1_000)
     held = store.next("w/1", BULK, QUEUES, woken=True)
     assert isinstance(held, Attempt)
     marks = {
         f"kms:running:{TENANT}": job_id,
         f"kms:used:{NAS}": job_id,
         "kms:probes:w": NAS,
+        "kms:large:w": job_id,
         f"kms:draining:{BULK}": "w/1",
         "kms:leased": job_id,
     }
@@ -65,29 +79,20 @@ def test_a_renewed_lease_counts_on_wherever_it_counts(core: Core) -> None:
     assert late == []
 
 
-def test_it_is_chosen_again_when_a_lease_ends(core: Core) -> None:
-    store = store_of(core, with_jobs(resource_leases={NAS: 1}))
+@pytest.mark.parametrize("end", ["finish", "kill"])
+def test_it_is_chosen_again_when_a_lease_ends(one_at_a_time: JobStore, end: str) -> None:
+    store = one_at_a_time
     first, second = (submit(store, [NAS], tenant=tenant) for tenant in ("a", "b"))
     held = attempt(store)
-    assert held
     assert taken(store) is None
 
-    store.finish(held, "succeeded")
-
-    assert {held.accepted.job_id, taken(store)} == {first, second}
-
-
-def test_a_killed_worker_does_not_hold_it_for_ever(core: Core) -> None:
-    store = store_of(core, with_jobs(resource_leases={NAS: 1}))
-    for _ in range(2):
-        submit(store, [NAS])
-    attempt(store)
-    assert taken(store) is None
-
-    lapse(store)
-    store.reap_all(store.due())
-
-    assert taken(store)
+    if end == "finish":
+        store.finish(held, "succeeded")
+        assert {held.accepted.job_id, taken(store)} == {first, second}
+    else:
+        lapse(store)
+        store.reap_all(store.due())
+        assert taken(store) in {first, second}
 
 
 def test_a_job_holds_each_resource_that_it_uses(core: Core) -> None:
@@ -118,10 +123,10 @@ def test_what_waits_for_a_bound_wakes_nobody(core: Core) -> None:
     assert woken == [BULK]
 
 
-def test_parts_use_what_their_job_uses(core: Core) -> None:
-    store = store_of(core, with_jobs(resource_leases={NAS: 1}))
+def test_parts_use_what_their_job_uses(one_at_a_time: JobStore) -> None:
+    store = one_at_a_time
     submit(store, [NAS], source="file:///srv/nas/*", items=0)
-    whole = attempt_of_files(store)
+    whole = attempt(store, queue=FILES)
     parts = [
         accepted(parent=whole.accepted.job_id, source="file:///srv/nas/*", part=number, items=1)
         for number in range(2)
@@ -129,27 +134,20 @@ def test_parts_use_what_their_job_uses(core: Core) -> None:
 
     store.split(whole, parts)
 
-    assert attempt_of_files(store).accepted.parent == whole.accepted.job_id
-    assert store.next("w/1", "kms.files", QUEUES, woken=False) is None
-
-
-def attempt_of_files(store: JobStore) -> Attempt:
-    found = store.next("w/1", "kms.files", QUEUES, woken=False)
-    assert isinstance(found, Attempt)
-    return found
+    assert attempt(store, queue=FILES).accepted.parent == whole.accepted.job_id
+    assert next_of(store, queue=FILES) is None
 
 
 @pytest.mark.parametrize("junk", ["", "x", "root:/srv/nas kms.bulk", "\x00 : "])
-def test_junk_in_a_record_names_no_resource(core: Core, junk: str) -> None:
-    store = store_of(core, with_jobs(resource_leases={NAS: 1}))
+def test_junk_in_a_record_names_no_resource(one_at_a_time: JobStore, junk: str) -> None:
+    store = one_at_a_time
     job_id = submit(store, [NAS])
     store.redis.hset(f"kms:job:{job_id}", "resources", junk)
     store.redis.sadd(f"kms:blocked:{NAS}", "junk", "a b", f"kms.bulk {TENANT} small")
     store.reap_all([job_id])
 
     for _ in range(3):
-        found = attempt(store)
-        if found:
+        if found := next_of(store):
             store.finish(found, "succeeded")
     assert store.get(job_id, TENANT).state == "succeeded"
 
@@ -159,13 +157,13 @@ def test_junk_in_a_record_names_no_resource(core: Core, junk: str) -> None:
 
 @pytest.fixture
 def store(core: Core) -> JobStore:
+    """A store that leaves what stalled alone for half a second."""
     return store_of(core, with_jobs(stall_s=0.5))
 
 
 def test_a_stalled_attempt_loses_its_lease_and_its_root(store: JobStore) -> None:
     first, second, other = submit(store, [NAS]), submit(store, [NAS]), submit(store, [DISK])
     held = attempt(store)
-    assert held
 
     assert store.stalled(held) == [NAS]
 
@@ -180,14 +178,11 @@ def test_a_stalled_attempt_loses_its_lease_and_its_root(store: JobStore) -> None
 def test_after_a_while_one_attempt_is_made(store: JobStore) -> None:
     for _ in range(4):
         submit(store, [NAS])
-    held = attempt(store)
-    assert held
-    store.stalled(held)
-
+    store.stalled(attempt(store))
     found: list[Attempt] = []
 
     def tries() -> bool:
-        again = attempt(store)
+        again = next_of(store)
         found.extend([again] if again else [])
         return bool(again)
 
@@ -204,7 +199,6 @@ def test_another_attempt_follows_one_that_failed_in_time(store: JobStore) -> Non
     for _ in range(2):
         submit(store, [NAS])
     held = attempt(store)
-    assert held
     assert taken(store) is None
 
     store.finish(held, "failed", "path_refused")
@@ -213,13 +207,18 @@ def test_another_attempt_follows_one_that_failed_in_time(store: JobStore) -> Non
 
 
 def test_what_a_process_hangs_on_is_left_alone(store: JobStore) -> None:
+    """Until its worker has left."""
     submit(store, [NAS])
+    store.worker_seen("w", 1, QUEUES)
 
     store.stuck("w", 1, 60, [NAS, BUCKET])
 
     assert taken(store) is None
     assert activity.survey_queues(store).stuck == 1
     store.stuck("w", 0, 60, [])
+    assert activity.survey_queues(store).stuck == 0
+    store.stuck("w", 2, 60, [])
+    store.worker_left("w")
     assert activity.survey_queues(store).stuck == 0
 
 
@@ -233,7 +232,6 @@ def test_a_short_time_does_not_shorten_a_long_one(store: JobStore) -> None:
 def test_a_stalled_attempt_of_a_job_that_is_to_be_cancelled_ends_it(store: JobStore) -> None:
     job_id = submit(store, [NAS])
     held = attempt(store)
-    assert held
     store.cancel(job_id, TENANT)
 
     store.stalled(held)
@@ -246,24 +244,13 @@ def test_what_is_to_be_tidied_there_is_left_to_another_worker(store: JobStore) -
     store.redis.zadd("kms:chores", {job_id: 1})
     store.stuck("w", 1, 60, [NAS])
 
-    assert attempt(store) is None
+    assert next_of(store) is None
     assert store.next("another/1", BULK, QUEUES, woken=False) == job_id
-
-
-def test_a_worker_that_left_has_no_stuck_process(core: Core) -> None:
-    store = store_of(core, LONG)
-    store.worker_seen("w", 1, QUEUES)
-    store.stuck("w", 2, 60, [])
-
-    store.worker_left("w")
-
-    assert activity.survey_queues(store).stuck == 0
 
 
 def test_a_commit_that_hangs_is_finished_by_another_worker(store: JobStore) -> None:
     job_id = submit(store, [NAS])
     held = attempt(store)
-    assert held
     store.committing(held, COMMIT)
 
     store.stalled(held)
@@ -271,6 +258,4 @@ def test_a_commit_that_hangs_is_finished_by_another_worker(store: JobStore) -> N
     assert store.get(job_id, TENANT).state == "committing"
     newest = cast("list[tuple[bytes, dict[bytes, bytes]]]", store.redis.xrevrange("kms:events", count=1))
     assert newest[0][1][b"type"] == b"kms.job.committing", "it is not queued again"
-    again = attempt(store, "another/1")
-    assert again
-    assert again.commit == COMMIT
+    assert attempt(store, "another/1").commit == COMMIT
