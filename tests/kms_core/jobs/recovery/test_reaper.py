@@ -2,7 +2,6 @@
 
 import os
 import time
-from pathlib import Path
 from typing import Final
 
 import pytest
@@ -15,7 +14,17 @@ from kms_core.jobs.storage.spool import Label
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import new_id
 from kms_protocol.errors import JobsUnavailable, WrongInstall
-from support.job_stores import LONG, TENANT, accepted, claimed, lapse, state, store_of, with_jobs
+from support.job_stores import (
+    LONG,
+    TENANT,
+    accepted,
+    claimed,
+    lapse,
+    spool_folder,
+    state,
+    store_of,
+    with_jobs,
+)
 from support.waiting import until
 
 
@@ -24,76 +33,72 @@ def store(core: Core) -> JobStore:
     return store_of(core, LONG)
 
 
-@pytest.fixture
-def brief(core: Core) -> JobStore:
-    return store_of(core, LONG)
-
-
 def reaper_of(core: Core, store: JobStore) -> Reaper:
     return Reaper(store, core.worker_context.spool, "r1")
 
 
-def test_reaper_requeues_what_a_dead_worker_held(core: Core, brief: JobStore) -> None:
-    claim = claimed(brief)
-    lapse(brief)
-
-    reaper_of(core, brief).reap()
-
-    assert state(brief, claim) == "queued"
-    with pytest.raises(LeaseLost):
-        brief.finish(claim, "succeeded")
-
-
-def test_reaper_leaves_live_leases_alone(core: Core, store: JobStore) -> None:
+def test_reaper_requeues_what_a_dead_worker_held_and_leaves_live_leases_alone(
+    core: Core, store: JobStore
+) -> None:
     claim = claimed(store)
-
     reaper_of(core, store).reap()
-
     assert state(store, claim) == "running"
 
+    lapse(store)
+    reaper_of(core, store).reap()
 
-def test_reaper_deletes_expired_results_and_orphans(core: Core, store: JobStore) -> None:
+    assert state(store, claim) == "queued"
+    with pytest.raises(LeaseLost):
+        store.finish(claim, "succeeded")
+
+
+def spooled(core: Core, job_id: str, age_s: float = 0) -> None:
+    """Put a blob of this job into the spool, which changed so long ago."""
+    with core.worker_context.spool.writing(Label(TENANT, job_id, "head", "1")) as out:
+        out.write(b"x")
+    past = time.time() - age_s
+    os.utime(spool_folder(core) / job_id, (past, past))
+
+
+def in_spool(core: Core) -> list[str]:
+    """The jobs of which something rests in the spool."""
+    return list(core.worker_context.spool.folders(older_than_s=-10))
+
+
+def test_reaper_deletes_expired_results(core: Core, store: JobStore) -> None:
     claim = claimed(store, expires_at=time.time() + 1)
     store.finish(claim, "succeeded")
-    with core.worker_context.spool.writing(Label(TENANT, claim.accepted.job_id, "head", "1")) as out:
-        out.write(b"x")
+    spooled(core, claim.accepted.job_id)
     until(store.expired, "the result has expired")
 
     reaper_of(core, store).reap()
 
     assert store.get(claim.accepted.job_id, TENANT).purged == 1
-    assert list(core.worker_context.spool.folders(older_than_s=-10)) == []
+    assert store.expired() == in_spool(core) == []
 
 
 def test_redis_that_is_new_makes_no_orphans(core: Core, store: JobStore) -> None:
     orphan, spool = new_id(), core.worker_context.spool
-    with spool.writing(Label(TENANT, orphan, "upload")) as out:
-        out.write(b"x", more=False)
-    folder = core.worker_context.spool.store.path / orphan  # type: ignore[attr-defined]  # a directory
-    os.utime(folder, (0, 0))
+    spooled(core, orphan, 1e9)
 
     Reaper(store, spool, "r1", may_sweep=lambda: False).reap()
-    assert folder.exists()
+    assert in_spool(core) == [orphan]
     Reaper(store, spool, "r2").reap()
-    assert not folder.exists()
+    assert in_spool(core) == []
 
 
 @pytest.mark.parametrize(("age_s", "kept"), [(0, True), (3500, True), (3700, False)])
 def test_uploads_are_orphans_when_nothing_changed_them_for_an_hour(
-    core: Core, store: JobStore, tmp_path: Path, age_s: float, *, kept: bool
+    core: Core, store: JobStore, age_s: float, *, kept: bool
 ) -> None:
     """An upload has no record before it has arrived: what is young may be one under way."""
     orphan, known = new_id(), store.submit(accepted()).job_id
     for job_id in (orphan, known):
-        with core.worker_context.spool.writing(Label(TENANT, job_id, "head", "1")) as out:
-            out.write(b"x")
-        past = time.time() - age_s
-        os.utime(tmp_path / "state/spool" / job_id, (past, past))
+        spooled(core, job_id, age_s)
 
     reaper_of(core, store).reap()
 
-    assert (orphan in core.worker_context.spool.folders(older_than_s=-10)) is kept
-    assert known in core.worker_context.spool.folders(older_than_s=-10)
+    assert set(in_spool(core)) == ({orphan, known} if kept else {known})
 
 
 LISTS: Final = ("tenant:default", "state:default:failed", "dead", "dead:default")
@@ -105,17 +110,20 @@ def lists_with(store: JobStore, job_id: str) -> list[str]:
     return [name for name in names if store.redis.zscore(f"kms:{name}", job_id) is not None]
 
 
-def dead(store: JobStore) -> str:
+def dead(store: JobStore, *, is_forgotten: bool = False) -> str:
+    """A dead letter with a label; its record may be gone, and is due to leave the lists."""
     claim = claimed(store, labels={"run": "7"})
+    job_id = claim.accepted.job_id
     store.finish(claim, "failed", "attempts_exhausted")
-    return claim.accepted.job_id
+    if is_forgotten:
+        assert len(lists_with(store, job_id)) == 5
+        store.redis.delete(f"kms:job:{job_id}")
+        store.redis.zadd("kms:records", {job_id: 1})
+    return job_id
 
 
 def test_the_ids_of_expired_records_leave_all_lists(core: Core, store: JobStore) -> None:
-    gone, kept = dead(store), dead(store)
-    assert len(lists_with(store, gone)) == 5
-    store.redis.delete(f"kms:job:{gone}")
-    store.redis.zadd("kms:records", {gone: 1})
+    gone, kept = dead(store, is_forgotten=True), dead(store)
 
     reaper_of(core, store).reap()
 
@@ -126,9 +134,7 @@ def test_the_ids_of_expired_records_leave_all_lists(core: Core, store: JobStore)
 
 
 def test_a_tenant_without_records_is_forgotten(core: Core, store: JobStore) -> None:
-    gone = dead(store)
-    store.redis.delete(f"kms:job:{gone}")
-    store.redis.zadd("kms:records", {gone: 1})
+    dead(store, is_forgotten=True)
 
     reaper_of(core, store).reap()
 
@@ -188,10 +194,13 @@ def expiring(core: Core, store: JobStore) -> str:
     claim = claimed(store)
     job_id = claim.accepted.job_id
     store.finish(claim, "failed", "nothing")
-    with core.worker_context.spool.writing(Label(TENANT, job_id, "head", "1")) as out:
-        out.write(b"x")
+    spooled(core, job_id)
     store.redis.zadd("kms:ended", {job_id: 3})
     return job_id
+
+
+def failing() -> list[str]:
+    raise JobsUnavailable
 
 
 def test_what_is_no_job_among_the_ended_keeps_no_result(core: Core, store: JobStore) -> None:
@@ -201,24 +210,17 @@ def test_what_is_no_job_among_the_ended_keeps_no_result(core: Core, store: JobSt
     reaper_of(core, store).reap()
 
     assert store.get(good, TENANT).purged == 1
-    assert list(core.worker_context.spool.folders(older_than_s=-10)) == []
+    assert in_spool(core) == []
     assert store.redis.zcard("kms:ended") == 0
 
 
 def test_a_step_that_fails_keeps_the_reaper_from_no_other(
-    core: Core, store: JobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    core: Core, store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, orphan = expiring(core, store), new_id()
-
-    def fails() -> list[str]:
-        raise JobsUnavailable
-
+    spooled(core, orphan, 1e9)
     for read in ("due", "for_newer_workers"):
-        monkeypatch.setattr(store, read, fails)
-    with core.worker_context.spool.writing(Label(TENANT, orphan, "head", "1")) as out:
-        out.write(b"x")
-    folder = tmp_path / "state/spool" / orphan
-    os.utime(folder, (0, 0))
+        monkeypatch.setattr(store, read, failing)
 
     with capture_logs() as logs:
         reaper = reaper_of(core, store)
@@ -226,7 +228,7 @@ def test_a_step_that_fails_keeps_the_reaper_from_no_other(
             reaper.reap()
 
     assert store.get(good, TENANT).purged == 1
-    assert not folder.exists()
+    assert in_spool(core) == []
     failed = [line["step"] for line in logs if line["event"] == "caretaker.step_failed"]
     assert sorted(failed) == ["take_up_due", "tell_of_newer"], "each is told once"
 
@@ -234,14 +236,11 @@ def test_a_step_that_fails_keeps_the_reaper_from_no_other(
 def test_a_step_that_fails_again_after_a_good_round_is_told_again(
     core: Core, store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails() -> list[str]:
-        raise JobsUnavailable
-
     reaper = reaper_of(core, store)
     with capture_logs() as logs:
         for _ in range(2):
             with monkeypatch.context() as patched:
-                patched.setattr(store, "due", fails)
+                patched.setattr(store, "due", failing)
                 reaper.reap()
             reaper.reap()
 

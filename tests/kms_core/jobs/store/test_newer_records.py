@@ -13,14 +13,9 @@ from kms_core.jobs.spec import QUEUES, RecordTooNew
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import UnknownJob
 from support.golden import reference
-from support.job_stores import LONG, TENANT, accepted, forge, record, store_of
+from support.job_stores import TENANT, accepted, forge, record
 
 NEEDS = "later-feature"
-
-
-@pytest.fixture
-def store(core: Core) -> JobStore:
-    return store_of(core, LONG)
 
 
 def resealed(store: JobStore, job_id: str, *, version: int = 1, **changes: Any) -> bytes:  # noqa: ANN401 -- any
@@ -29,6 +24,15 @@ def resealed(store: JobStore, job_id: str, *, version: int = 1, **changes: Any) 
     secret = store.record_key._secrets[-1]  # noqa: SLF001 -- the test stands in for a later version
     sealed = reference.sealed_record(secret, job_id, bytes(32), msgspec.msgpack.encode(fields))
     return bytes([version]) + sealed[1:]
+
+
+def needy(store: JobStore) -> str:
+    """A job that waits for a later feature, of which only the plain fields tell."""
+    job_id = store.submit(accepted()).job_id
+    store.redis.hset(f"kms:job:{job_id}", "needs", NEEDS)
+    assert taken(store) is None
+    assert store.redis.zscore("kms:newer", job_id)
+    return job_id
 
 
 def replaced(store: JobStore, *, plain: str = "", **changes: Any) -> str:  # noqa: ANN401 -- any
@@ -52,15 +56,21 @@ LATER: Final[dict[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("later", LATER)
-def test_a_job_that_is_too_new_waits_without_an_attempt(core: Core, store: JobStore, later: str) -> None:
+@pytest.mark.parametrize("is_named", [False, True], ids=["next", "named by a message"])
+def test_a_job_that_is_too_new_waits_without_an_attempt(
+    core: Core, store: JobStore, later: str, *, is_named: bool
+) -> None:
     job_id = replaced(store, **LATER[later])
     good = store.submit(accepted()).job_id
+    if is_named:
+        with pytest.raises(UnknownJob):
+            run_job(job_id, core.worker_context, "w/1")
 
     found = {str(getattr(taken(store), "accepted", None)) for _ in range(3)}
 
     assert any(good in each for each in found)  # what is behind it is not held up
     job = record(store, job_id)
-    assert (job[b"state"], job.get(b"attempt", b"0")) == (b"queued", b"0")
+    assert (job[b"state"], job.get(b"attempt", b"0"), job.get(b"error", b"")) == (b"queued", b"0", b"")
     assert job[b"waits_for"]
     assert store.redis.zscore("kms:newer", job_id)
     assert store.reap_all([job_id]) == ["newer"]
@@ -68,23 +78,11 @@ def test_a_job_that_is_too_new_waits_without_an_attempt(core: Core, store: JobSt
     assert taken(store) is None
 
 
-@pytest.mark.parametrize("later", LATER)
-def test_named_by_a_message_it_waits_too(core: Core, store: JobStore, later: str) -> None:
-    job_id = replaced(store, **LATER[later])
-
-    with pytest.raises(UnknownJob):
-        run_job(job_id, core.worker_context, "w/1")
-
-    job = record(store, job_id)
-    assert (job[b"state"], job.get(b"attempt", b"0"), job.get(b"error", b"")) == (b"queued", b"0", b"")
-
-
 def test_a_worker_that_knows_the_feature_takes_it(store: JobStore) -> None:
-    """The later version, played by the record of this one."""
-    job_id = store.submit(accepted()).job_id
-    store.redis.hset(f"kms:job:{job_id}", "needs", NEEDS)
-    assert taken(store) is None
-    assert store.redis.zscore("kms:newer", job_id)
+    """The later version, played by the record of this one. An earlier one may be the first that counts."""
+    store.worker_seen("later", 1, QUEUES)
+    store.worker_seen("earlier", 1, QUEUES)
+    job_id = needy(store)
 
     store.redis.hdel(f"kms:job:{job_id}", "needs")
     store.worker_seen("later", 1, QUEUES)
@@ -97,26 +95,10 @@ def test_a_worker_that_knows_the_feature_takes_it(store: JobStore) -> None:
     assert not store.redis.exists("kms:newer")
 
 
-def test_a_worker_looks_also_while_an_earlier_one_counts(store: JobStore) -> None:
-    """The same worker may always be the first of those that count."""
-    store.worker_seen("later", 1, QUEUES)
-    store.worker_seen("earlier", 1, QUEUES)
-    job_id = store.submit(accepted()).job_id
-    store.redis.hset(f"kms:job:{job_id}", "needs", NEEDS)
-    assert taken(store) is None
-
-    store.redis.hdel(f"kms:job:{job_id}", "needs")
-    store.worker_seen("later", 1, QUEUES)
-
-    assert job_id in store.due()
-
-
 def test_a_worker_looks_at_few_jobs_at_a_time_and_in_the_end_at_all(store: JobStore) -> None:
     """Each look is a script that holds up Redis. Two workers take turns, and only one of them can."""
     new = [f"new-{number}" for number in range(180)]
-    job_id = store.submit(accepted()).job_id
-    store.redis.hset(f"kms:job:{job_id}", "needs", NEEDS)
-    assert taken(store) is None
+    job_id = needy(store)
     fields: dict[Any, Any] = store.redis.hgetall(f"kms:job:{job_id}")
     for name in new:
         store.redis.hset(f"kms:job:{name}", mapping=fields)

@@ -1,7 +1,6 @@
 """Priority: what is taken first, where each job waits, and that no job is forgotten behind others."""
 
 from pathlib import Path
-from typing import cast
 
 import pytest
 
@@ -16,38 +15,10 @@ from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.wire import PRIORITIES, JobItem
-from support.job_stores import LONG, TENANT, accepted, depths, forge, store_of
+from support.job_stores import TENANT, accepted, depths, forge
 from support.service import Service, check_problem, core_of
 
 ONE = {"kind": "encrypt", "items": [{"plaintext": ""}]}
-
-
-@pytest.fixture
-def store(core: Core) -> JobStore:
-    return store_of(core, LONG)
-
-
-def started(service: Service) -> list[str]:
-    """Jobs in the order in which a worker began them."""
-    stream = core_of(service).worker_context.store.redis.xrange("kms:events")
-    told = cast("list[tuple[bytes, dict[bytes, bytes]]]", stream)
-    return [fields[b"subject"].decode() for _, fields in told if fields[b"type"] == b"kms.job.running"]
-
-
-def test_high_job_behind_200_low_ones_is_begun_before_them(tmp_path: Path) -> None:
-    with Service(tmp_path, "[kms.jobs]\nconcurrency = 2\n") as service:
-        service.start("api")
-        low = [service.submit(ONE | {"priority": "low"}) for _ in range(200)]
-        normal = [service.submit(ONE) for _ in range(5)]
-        high = service.submit(ONE | {"priority": "high"})
-        service.start("worker")
-        for job_id in (*low, *normal, high):
-            service.wait(job_id, "succeeded")
-
-        order = started(service)
-        assert order.index(high) < 2  # two processes begin at once
-        assert max(order.index(job_id) for job_id in normal) < 8
-        assert len(order) == 206
 
 
 def test_depth_counts_every_priority(idle: Service) -> None:
@@ -77,14 +48,6 @@ def test_streamed_job_has_its_priority_in_a_header(idle: Service, path: str) -> 
     check_problem(
         idle.post(path, content=body, headers=headers | {"X-KMS-Priority": "9"}), 422, "invalid_request"
     )
-
-
-def test_priority_tells_requests_apart(idle: Service) -> None:
-    key = {"Idempotency-Key": "priority"}
-    first = idle.post("/jobs", ONE, headers=key).json()["job_id"]
-
-    assert idle.post("/jobs", ONE | {"priority": "normal"}, headers=key).json()["job_id"] == first
-    check_problem(idle.post("/jobs", ONE | {"priority": "low"}, headers=key), 409, "idempotency_conflict")
 
 
 def test_parts_inherit_the_priority_and_so_does_a_retry(core: Core, store: JobStore) -> None:

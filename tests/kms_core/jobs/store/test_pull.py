@@ -11,13 +11,10 @@ import pytest
 from kms_core.container import Core
 from kms_core.jobs.model import Attempt
 from kms_core.jobs.recovery.reaper import Heartbeat, Reaper
-from kms_core.jobs.spec import BULK, FILES, QUEUES, JobSpec
+from kms_core.jobs.spec import BULK, FILES, QUEUES
 from kms_core.jobs.store import activity, redis_keys
-from kms_core.jobs.store.redis_keys import SCRIPTS
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.submitter import new_id
 from kms_protocol.errors import JobsUnavailable
-from kms_protocol.wire import Priority
 from support.job_stores import (
     COMMIT,
     LONG,
@@ -43,8 +40,10 @@ def store(core: Core, woken: list[str]) -> JobStore:
     return store_of(core, LONG, woken)
 
 
-def job(**changes: object) -> JobSpec:
-    return accepted(items=1, source="items", **changes)
+def submit(store: JobStore, count: int = 1, **changes: object) -> list[str]:
+    """The ids of so many jobs of the queue BULK."""
+    made = [accepted(**{"items": 1, "source": "items"} | changes) for _ in range(count)]
+    return [store.submit(each).job_id for each in made]
 
 
 def taken(store: JobStore, worker: str = "w/1", queue: str = BULK, *, woken: bool = False) -> str | None:
@@ -54,40 +53,41 @@ def taken(store: JobStore, worker: str = "w/1", queue: str = BULK, *, woken: boo
     return found.accepted.tenant if found else None
 
 
-def attempt(store: JobStore, worker: str = "w/1") -> Attempt:
-    found = store.next(worker, BULK, QUEUES, woken=False)
+def attempt(store: JobStore, worker: str = "w/1", queue: str = BULK) -> Attempt:
+    found = store.next(worker, queue, QUEUES, woken=False)
     assert isinstance(found, Attempt)
+    return found
+
+
+def active_at(store: JobStore, tenant: str = TENANT) -> float:
+    """The virtual time of a tenant whose jobs wait: seconds of leases and claims that were charged."""
+    found = store.redis.zscore(f"kms:active:{BULK}", tenant)
+    assert found is not None
     return found
 
 
 # -- fairness --------------------------------------------------------------------------------------------
 
 
-def test_a_small_tenant_does_not_wait_for_a_large_one(store: JobStore) -> None:
-    for _ in range(50):
-        store.submit(job(tenant="large"))
-    store.submit(job(tenant="small"))
+@pytest.mark.parametrize(
+    ("jobs", "turns"),
+    [
+        ({"large": 50, "small": 1}, {"large": 1, "small": 1}),
+        ({"a": 6, "b": 6, "c": 6}, {"a": 3, "b": 3, "c": 3}),
+    ],
+    ids=["large and small", "alike"],
+)
+def test_tenants_take_turns(store: JobStore, jobs: dict[str, int], turns: dict[str, int]) -> None:
+    for tenant, count in jobs.items():
+        submit(store, count, tenant=tenant)
 
-    first = [taken(store) for _ in range(2)]
-
-    assert "small" in first
-
-
-def test_tenants_take_turns(store: JobStore) -> None:
-    for tenant in ("a", "b", "c"):
-        for _ in range(6):
-            store.submit(job(tenant=tenant))
-
-    turns = [taken(store) for _ in range(9)]
-
-    assert Counter(turns) == {"a": 3, "b": 3, "c": 3}
+    assert Counter(taken(store) for _ in range(sum(turns.values()))) == turns
 
 
 def test_lease_time_is_charged(store: JobStore) -> None:
     """A tenant whose jobs take long has fewer of them started."""
     for tenant in ("long", "short"):
-        for _ in range(10):
-            store.submit(job(tenant=tenant))
+        submit(store, 10, tenant=tenant)
     turns = []
     for _ in range(8):
         found = attempt(store)
@@ -99,46 +99,34 @@ def test_lease_time_is_charged(store: JobStore) -> None:
     assert Counter(turns)["short"] >= 6
 
 
-def test_lease_time_is_charged_while_a_job_runs(store: JobStore) -> None:
-    for _ in range(2):
-        store.submit(job())
+@pytest.mark.parametrize(("ran_s", "charged_s"), [(100, 100), (86_400, 3_600)])
+def test_lease_time_is_charged_while_a_job_runs(store: JobStore, ran_s: float, charged_s: float) -> None:
+    """No clock makes a tenant pay for more than an hour at once."""
+    submit(store, 2)
     found = attempt(store)
-    time.sleep(0.2)
+    forge(store, found.accepted.job_id, paid_until=str(store.now() - ran_s))
 
     store.renew(found, {})
 
-    assert (store.redis.zscore(f"kms:active:{BULK}", TENANT) or 0) > 0.15
-
-
-def test_no_clock_makes_a_tenant_pay_for_more_than_an_hour_at_once(store: JobStore) -> None:
-    for _ in range(2):
-        store.submit(job())
-    found = attempt(store)
-    forge(store, found.accepted.job_id, paid_until=str(store.now() - 86_400))
-
-    store.renew(found, {})
-
-    assert (store.redis.zscore(f"kms:active:{BULK}", TENANT) or 0) == pytest.approx(3600, abs=10)
+    assert active_at(store) == pytest.approx(charged_s, abs=10)
 
 
 def test_lease_time_costs_nothing_while_no_job_waits(store: JobStore) -> None:
     """A tenant that used idle processes does not wait behind one that comes later."""
-    store.submit(job(tenant="first"))
+    submit(store, tenant="first")
     found = attempt(store)
     forge(store, found.accepted.job_id, paid_until=str(store.now() - 1000))
     store.renew(found, {})
 
     for tenant in ("first", "later"):
-        store.submit(job(tenant=tenant))
-
-    assert {store.redis.zscore(f"kms:active:{BULK}", tenant) for tenant in ("first", "later")} == {0}
+        submit(store, tenant=tenant)
+        assert active_at(store, tenant) == 0
 
 
 def test_tenants_whose_time_is_made_up_for_are_not_kept(store: JobStore) -> None:
-    for _ in range(40):
-        store.submit(job(tenant="busy"))
+    submit(store, 40, tenant="busy")
     for number in range(20):
-        store.submit(job(tenant=f"once-{number}"))
+        submit(store, tenant=f"once-{number}")
         taken(store)
     while taken(store):
         pass
@@ -147,219 +135,157 @@ def test_tenants_whose_time_is_made_up_for_are_not_kept(store: JobStore) -> None
 
 
 def test_a_tenant_that_was_idle_saves_no_time_up(store: JobStore) -> None:
-    store.submit(job(tenant="idle"))
+    submit(store, tenant="idle")
     store.finish(attempt(store), "succeeded")
-    for _ in range(20):
-        store.submit(job(tenant="busy"))
+    submit(store, 20, tenant="busy")
     for _ in range(10):
         store.finish(attempt(store), "succeeded")
-    for _ in range(20):
-        store.submit(job(tenant="idle"))
+    submit(store, 20, tenant="idle")
 
-    turns = [taken(store) for _ in range(8)]
-
-    assert Counter(turns) == {"busy": 4, "idle": 4}
+    assert Counter(taken(store) for _ in range(8)) == {"busy": 4, "idle": 4}
 
 
 def test_a_tenant_that_was_idle_begins_where_the_last_choice_was(store: JobStore) -> None:
     """Of five jobs, each claim costs 10 ms while others wait."""
-    for _ in range(5):
-        store.submit(job(tenant="busy"))
+    submit(store, 5, tenant="busy")
     for _ in range(5):
         attempt(store)
 
-    store.submit(job(tenant="idle"))
+    submit(store, tenant="idle")
 
-    assert store.redis.zscore(f"kms:active:{BULK}", "idle") == pytest.approx(0.04)
+    assert active_at(store, "idle") == pytest.approx(0.04)
 
 
 def test_a_tenant_begins_where_the_least_active_one_is(store: JobStore) -> None:
-    store.submit(job(tenant="busy"))
+    submit(store, tenant="busy")
     store.redis.zadd(f"kms:active:{BULK}", {"busy": 500})
 
-    store.submit(job(tenant="new"))
+    submit(store, tenant="new")
 
-    assert store.redis.zscore(f"kms:active:{BULK}", "new") == 500
+    assert active_at(store, "new") == 500
 
 
 def test_a_tenant_that_submits_one_job_at_a_time_pays_for_each(store: JobStore) -> None:
     """Or it would be chosen before one whose jobs wait, again and again."""
-    for _ in range(10):
-        store.submit(job(tenant="many"))
+    submit(store, 10, tenant="many")
     turns = []
     for _ in range(12):
         if not store.redis.exists(f"kms:sizes:{BULK}:always-one"):
-            store.submit(job(tenant="always-one"))
+            submit(store, tenant="always-one")
         turns.append(taken(store))
 
     assert Counter(turns) == {"always-one": 6, "many": 6}
 
 
-def test_a_capped_tenant_blocks_no_other_and_comes_back(core: Core) -> None:
-    store = store_of(core, with_jobs(tenant_leases=1))
-    for _ in range(3):
-        store.submit(job(tenant="capped"))
-    store.submit(job(tenant="other"))
-
-    found = attempt(store)
-    held = found if found.accepted.tenant == "capped" else attempt(store)
-
-    assert {taken(store), taken(store), taken(store)} <= {"other", None}
-    store.finish(held, "succeeded")
-    assert taken(store) == "capped"
+@pytest.fixture
+def capped(core: Core, woken: list[str]) -> JobStore:
+    """A store that gives out one job of a tenant at a time."""
+    return store_of(core, with_jobs(tenant_leases=1), woken)
 
 
-def test_a_capped_tenant_comes_back_when_its_lease_runs_out(core: Core) -> None:
-    store = store_of(core, with_jobs(tenant_leases=1))
-    for _ in range(2):
-        store.submit(job())
-    attempt(store)
-    assert taken(store) is None
-    lapse(store)
+def test_a_capped_tenant_blocks_no_other_and_comes_back(capped: JobStore) -> None:
+    submit(capped, 3, tenant="capped")
+    submit(capped, tenant="other")
 
-    assert store.reap_all(store.due()) == ["requeued"]
+    found = attempt(capped)
+    held = found if found.accepted.tenant == "capped" else attempt(capped)
 
-    assert taken(store) == TENANT
+    assert {taken(capped), taken(capped), taken(capped)} <= {"other", None}
+    capped.finish(held, "succeeded")
+    assert taken(capped) == "capped"
 
 
-def test_a_commit_of_a_dead_worker_holds_up_no_other_queue_of_its_tenant(core: Core) -> None:
-    store = store_of(core, with_jobs(tenant_leases=1))
-    store.submit(job())
-    other = store.submit(accepted())
-    store.committing(attempt(store), COMMIT)
-    assert store.next("w/1", FILES, (FILES,), woken=False) is None
-    lapse(store)
+def test_a_capped_tenant_comes_back_when_its_lease_runs_out(capped: JobStore) -> None:
+    submit(capped, 2)
+    attempt(capped)
+    assert taken(capped) is None
+    lapse(capped)
 
-    assert store.reap_all(store.due()) == ["committing"]
+    assert capped.reap_all(capped.due()) == ["requeued"]
 
-    found = store.next("w/1", FILES, (FILES,), woken=False)
+    assert taken(capped) == TENANT
+
+
+def test_a_commit_of_a_dead_worker_holds_up_no_other_queue_of_its_tenant(capped: JobStore) -> None:
+    submit(capped)
+    other = capped.submit(accepted())
+    capped.committing(attempt(capped), COMMIT)
+    assert taken(capped, queue=FILES) is None
+    lapse(capped)
+
+    assert capped.reap_all(capped.due()) == ["committing"]
+
+    found = capped.next("w/1", FILES, (FILES,), woken=False)
     assert isinstance(found, Attempt)
     assert found.accepted.job_id == other.job_id
-
-
-def test_large_jobs_leave_processes_to_others(core: Core) -> None:
-    store = store_of(core, LONG, several=True)
-    store.large_job_bytes = 1000
-    for _ in range(2):
-        store.submit(job(tenant="large", size_bytes=1000))
-    assert taken(store, "w/1") == "large"
-
-    assert taken(store, "w/2") is None
-    store.submit(job(tenant="small", size_bytes=10))
-    assert taken(store, "w/2") == "small"
-    assert taken(store, "other/1") == "large", "the bound is for each worker"
-
-
-def test_a_small_job_passes_a_large_one_of_its_tenant(core: Core) -> None:
-    store = store_of(core, LONG, several=True)
-    store.large_job_bytes = 1000
-    for size in (1000, 1000, 10):
-        store.submit(job(size_bytes=size))
-    attempt(store, "w/1")
-
-    assert attempt(store, "w/2").accepted.size_bytes == 10
 
 
 # -- priority --------------------------------------------------------------------------------------------
 
 
-def test_priority_goes_before_age(store: JobStore) -> None:
-    for priority in ("low", "normal", "high"):
-        store.submit(job(priority=priority))
+@pytest.mark.parametrize(
+    ("waited_s", "order"),
+    [
+        ({"low": 0, "normal": 0, "high": 0}, ["high", "normal", "low"]),
+        ({"normal": 500, "high": 0}, ["high", "normal"]),
+        ({"normal": 700, "high": 0}, ["normal", "high"]),
+    ],
+    ids=str,
+)
+def test_priority_goes_before_age_until_a_job_has_waited_for_long(
+    store: JobStore, waited_s: dict[str, float], order: list[str]
+) -> None:
+    for priority, seconds in waited_s.items():
+        submit(store, priority=priority, created_at=time.time() - seconds)
 
-    order = [attempt(store).accepted.priority for _ in range(3)]
-
-    assert order == ["high", "normal", "low"]
-
-
-@pytest.mark.parametrize(("waited_s", "first"), [(500, "high"), (700, "normal")], ids=str)
-def test_waiting_raises_priority(store: JobStore, waited_s: float, first: Priority) -> None:
-    store.submit(job(priority="normal", created_at=time.time() - waited_s))
-    store.submit(job(priority="high"))
-
-    assert attempt(store).accepted.priority == first
+    assert [attempt(store).accepted.priority for _ in order] == order
 
 
 def test_jobs_of_the_queue_that_has_work_come_first(store: JobStore) -> None:
+    """Then those of others that the worker serves, and no more."""
     store.submit(accepted(source="upload"))
-    store.submit(job())
+    submit(store, 2)
 
-    found = store.next("w/1", FILES, QUEUES, woken=False)
-    assert isinstance(found, Attempt)
-    assert found.accepted.queue == FILES
-    assert taken(store, queue=FILES) == TENANT, "then those of others that the worker serves"
-    assert taken(store, queue=FILES) is None
-
-
-def test_a_worker_takes_no_job_of_a_queue_that_it_does_not_serve(store: JobStore) -> None:
-    store.submit(job())
-
+    assert attempt(store, queue=FILES).accepted.queue == FILES
     assert store.next("w/1", FILES, (FILES,), woken=False) is None
+    assert attempt(store, queue=FILES).accepted.queue == BULK
+    assert attempt(store).accepted.queue == BULK
+    assert taken(store) is None
 
 
 # -- what waits and what is due --------------------------------------------------------------------------
 
 
-def test_a_deferred_job_is_ready_when_its_time_has_come(store: JobStore) -> None:
-    store.submit(job())
-    store.defer(attempt(store), 0.3, counts=False)
-    assert taken(store) is None
-    assert sum(depths(store).values()) == 0
-
-    until(store.due, "the delay is over")
-    assert store.reap_all(store.due()) == ["due"]
-
-    assert taken(store) == TENANT
-
-
-def test_a_ready_job_that_is_not_due_yet_waits_for_its_time(store: JobStore) -> None:
-    """The clock of Redis went back since it was made ready."""
-    found = store.submit(job())
-    forge(store, found.job_id, not_before=str(time.time() + 0.3))
+@pytest.mark.parametrize("why", ["it was deferred", "the clock of Redis went back"])
+def test_a_job_is_ready_when_its_time_has_come(store: JobStore, why: str) -> None:
+    (job_id,) = submit(store)
+    if why == "it was deferred":
+        store.defer(attempt(store), 0.3, counts=False)
+        assert sum(depths(store).values()) == 0
+    else:
+        forge(store, job_id, not_before=str(time.time() + 0.3))
     assert taken(store) is None
 
     until(store.due, "its time has come")
     assert store.reap_all(store.due()) == ["due"]
+
     assert taken(store) == TENANT
 
 
-def test_a_job_whose_lease_ran_out_is_ready_again(core: Core) -> None:
-    store = store_of(core, LONG)
+def test_a_job_whose_lease_ran_out_is_ready_again_and_the_reaper_looks_at_no_other(store: JobStore) -> None:
     claim = claimed(store, items=1, source="items")
+    submit(store, 1000)
     lapse(store)
 
+    assert store.due() == [claim.accepted.job_id]
     assert store.reap_all(store.due()) == ["requeued"]
-
     again = attempt(store)
     assert (again.accepted.job_id, again.fence) == (claim.accepted.job_id, claim.fence + 1)
 
 
-def test_recovery_looks_at_no_job_that_waits(core: Core) -> None:
-    """A thousand queued jobs are none of the reaper's: it looks at the one whose lease ran out."""
-    store = store_of(core, LONG)
-    claim = claimed(store, items=1, source="items")
-    for _ in range(1000):
-        store.submit(job())
-    lapse(store)
-
-    assert store.due() == [claim.accepted.job_id]
-
-
-def test_a_queued_job_that_expires_is_ended_without_a_worker(store: JobStore) -> None:
-    found = store.submit(job(expires_at=time.time() + 0.3))
-    until(store.due, "it has expired")
-
-    assert store.reap_all(store.due()) == ["expired"]
-
-    ended = store.get(found.job_id, TENANT)
-    assert (ended.state, ended.error, ended.fence) == ("failed", "expired", 1)
-    assert store.next("w/1", BULK, QUEUES, woken=False) == found.job_id, "a worker tidies"
-    assert taken(store) is None
-
-
 def test_depth_and_age_are_of_ready_jobs(store: JobStore) -> None:
     for priority in ("low", "low", "high"):
-        store.submit(job(priority=priority))
+        submit(store, priority=priority)
     attempt(store)
 
     assert depths(store)[BULK, "low"] == 2
@@ -371,10 +297,9 @@ def test_depth_and_age_are_of_ready_jobs(store: JobStore) -> None:
 
 
 def test_a_list_by_state_finds_an_old_job_behind_many(store: JobStore) -> None:
-    old = store.submit(job())
+    (old,) = submit(store)
     store.finish(attempt(store), "failed", "nothing")
-    for _ in range(300):
-        store.submit(job())
+    submit(store, 300)
     asked = Counter[str]()
     send = store.redis.execute_command
 
@@ -385,7 +310,7 @@ def test_a_list_by_state_finds_an_old_job_behind_many(store: JobStore) -> None:
     store.redis.execute_command = counting  # type: ignore[method-assign]  # counts what is asked
     found, following = store.page(TENANT, state="failed", limit=50, before=None)
 
-    assert ([each.job_id for each in found], following) == ([old.job_id], None)
+    assert ([each.job_id for each in found], following) == ([old], None)
     assert asked["commands"] < 5
 
 
@@ -395,7 +320,7 @@ def test_a_worker_that_asks_for_jobs_or_renews_is_not_idle(store: JobStore) -> N
     assert taken(store) is None
     assert store.idle_s("w") < 60
 
-    store.submit(job())
+    submit(store)
     claim = attempt(store)
     store.redis.delete("kms:busy:w")
     store.renew(claim, {})
@@ -408,32 +333,28 @@ def test_a_worker_that_asks_for_jobs_or_renews_is_not_idle(store: JobStore) -> N
 def test_no_more_wake_ups_than_idle_processes(store: JobStore, woken: list[str]) -> None:
     store.worker_seen("w", 2, QUEUES)
 
-    for _ in range(10):
-        store.submit(job())
+    submit(store, 10)
 
     assert woken == [BULK, BULK]
 
 
-def test_no_wake_up_where_no_worker_lives(store: JobStore, woken: list[str]) -> None:
-    store.submit(job())
+def test_a_worker_is_woken_while_it_lives_and_for_the_queues_that_it_serves(
+    store: JobStore, woken: list[str]
+) -> None:
+    submit(store)
     assert woken == []
 
     store.worker_seen("w", 1, (FILES,))
     store.wake()
     assert woken == []
 
-    store.worker_seen("w", 1, QUEUES)
+    store.worker_seen("w", 5, QUEUES)
     store.wake()
     assert woken == [BULK]
 
-
-def test_a_worker_that_left_is_sent_no_wake_up(store: JobStore, woken: list[str]) -> None:
-    store.worker_seen("w", 2, QUEUES)
     store.worker_left("w")
-
-    store.submit(job())
-
-    assert woken == []
+    submit(store)
+    assert woken == [BULK]
     assert store.workers() == 0
 
 
@@ -441,14 +362,13 @@ def test_a_worker_that_died_is_sent_no_wake_up_and_takes_none_from_others(
     store: JobStore, woken: list[str]
 ) -> None:
     store.worker_seen("dead", 2, QUEUES)
-    store.submit(job())
+    submit(store)
     taken(store, "dead/1", woken=True)
     store.redis.zadd("kms:workers", {"dead": store.now() - 6, "long ago": store.now() - 60})
     woken.clear()
 
     store.worker_seen("w", 1, QUEUES)
-    for _ in range(3):
-        store.submit(job())
+    submit(store, 3)
 
     assert woken == [BULK]
     assert store.redis.zrange("kms:workers", 0, -1) == [b"dead", b"w"]
@@ -457,15 +377,15 @@ def test_a_worker_that_died_is_sent_no_wake_up_and_takes_none_from_others(
 
 def test_a_busy_process_is_sent_no_wake_up(store: JobStore, woken: list[str]) -> None:
     store.worker_seen("w", 1, QUEUES)
-    store.submit(job())
+    submit(store)
     taken(store, woken=True)
 
-    store.submit(job())
+    submit(store)
     assert woken == [BULK]
 
     taken(store)
     assert taken(store) is None  # it is idle again
-    store.submit(job())
+    submit(store)
     assert woken == [BULK, BULK]
 
 
@@ -473,11 +393,11 @@ def test_the_note_that_a_process_takes_jobs_lasts_as_long_as_its_lease(
     store: JobStore, woken: list[str]
 ) -> None:
     store.worker_seen("w", 1, QUEUES)
-    store.submit(job())
+    submit(store)
     taken(store, woken=True)
     assert store.redis.zadd(f"kms:draining:{BULK}", {"w/1": store.now() - 1}, ch=True) == 1
 
-    store.submit(job())
+    submit(store)
 
     assert woken == [BULK, BULK]
 
@@ -486,8 +406,7 @@ def test_a_worker_is_woken_from_when_it_takes_messages(store: JobStore, woken: l
     heartbeat = Heartbeat(store, "w")
     heartbeat.start()
     try:
-        for _ in range(3):
-            store.submit(job())
+        submit(store, 3)
         assert store.workers() == 1
         assert woken == []
 
@@ -505,59 +424,41 @@ def test_a_worker_is_woken_for_the_queues_that_its_settings_name(core: Core, wok
 
     store.submit(accepted())
     assert woken == []
-    store.submit(job())
+    submit(store)
     assert woken == [BULK]
 
 
-def test_no_wake_up_for_jobs_of_a_tenant_at_its_cap(core: Core, woken: list[str]) -> None:
-    store = store_of(core, with_jobs(tenant_leases=1), woken)
-    for _ in range(3):
-        store.submit(job())
-    running = attempt(store)
-    assert taken(store) is None
+def test_no_wake_up_for_jobs_of_a_tenant_at_its_cap(capped: JobStore, woken: list[str]) -> None:
+    submit(capped, 3)
+    running = attempt(capped)
+    assert taken(capped) is None
 
-    store.worker_seen("w", 1, QUEUES)
-    store.wake()
+    capped.worker_seen("w", 1, QUEUES)
+    capped.wake()
     assert woken == []
-    assert not store.has_ready(*QUEUES)  # or a watchdog would end the worker, which takes nothing
+    assert not capped.has_ready(*QUEUES)  # or a watchdog would end the worker, which takes nothing
 
-    store.finish(running, "failed", "expired")
-    assert store.has_ready(BULK)
-    assert not store.has_ready(FILES)
-    store.wake()
+    capped.finish(running, "failed", "expired")
+    assert capped.has_ready(BULK)
+    assert not capped.has_ready(FILES)
+    capped.wake()
     assert woken == [BULK]
 
 
-def test_a_worker_that_serves_other_queues_is_counted_at_once(store: JobStore, woken: list[str]) -> None:
-    store.worker_seen("w", 1, (FILES,))
-    store.worker_seen("w", 1, QUEUES)
-
-    store.submit(job())
-
-    assert woken == [BULK]
-
-
-def test_a_count_of_processes_that_others_wrote_is_taken_again(store: JobStore, woken: list[str]) -> None:
-    store.worker_seen("w", 1, QUEUES)
-    store.redis.set("kms:capacity:kms.bulk", 0)  # without an expiry
-    store.worker_seen("w", 1, QUEUES)
-
-    store.submit(job())
-
-    assert woken == [BULK]
-
-
-@pytest.mark.parametrize("how", ["forgotten", "silent"])
+@pytest.mark.parametrize("how", ["forgotten", "silent", "miscounted"])
 def test_a_worker_that_is_back_is_counted_at_once(store: JobStore, woken: list[str], how: str) -> None:
+    """And where others wrote the count of processes."""
     store.worker_seen("w", 1, QUEUES)
+    store.redis.delete("kms:capacity:kms.bulk")  # as after ten seconds
     if how == "forgotten":  # as after a fail-over
         store.redis.delete("kms:workers", "kms:slots")
-    else:
+    elif how == "silent":
         store.redis.zadd("kms:workers", {"w": time.time() - 11})
-    store.redis.delete("kms:capacity:kms.bulk")  # as after ten seconds
-    store.worker_seen("w", 1, QUEUES, counts=False)
+    else:
+        store.redis.set("kms:capacity:kms.bulk", 0)  # without an expiry
+    store.worker_seen("w", 1, QUEUES, counts=how == "miscounted")
 
-    store.submit(job())
+    submit(store)
 
     assert woken == [BULK]
 
@@ -570,8 +471,7 @@ def test_processes_of_a_killed_worker_are_counted_no_more(store: JobStore, woken
     for _ in range(3):
         heartbeat.round()
 
-    for _ in range(5):
-        store.submit(job())
+    submit(store, 5)
 
     assert woken == [BULK] * store.rules.concurrency
     assert store.workers() == 1
@@ -579,7 +479,7 @@ def test_processes_of_a_killed_worker_are_counted_no_more(store: JobStore, woken
 
 def test_a_lost_wake_up_is_sent_again(core: Core, store: JobStore, woken: list[str]) -> None:
     store.worker_seen("w", 1, QUEUES)
-    waiting = store.submit(job()).job_id
+    (waiting,) = submit(store)
     reaper = Reaper(store, core.worker_context.spool, "r")
     reaper.reap()
     assert woken == [BULK], "it may still come"
@@ -614,8 +514,7 @@ def test_a_worker_is_woken_to_end_a_job_whose_parts_have_ended(
 
 def test_a_process_that_stops_hands_on(store: JobStore, woken: list[str]) -> None:
     store.worker_seen("w", 1, QUEUES)
-    for _ in range(2):
-        store.submit(job())
+    submit(store, 2)
     taken(store, woken=True)
 
     store.drained("w/1", BULK, QUEUES)
@@ -631,8 +530,7 @@ def test_where_the_broker_is_the_same_redis_the_script_pushes(core: Core) -> Non
     store = JobStore(found.redis, found.record_key, None, LONG)
     store.worker_seen("w", 1, QUEUES)
 
-    for _ in range(3):
-        store.submit(job())
+    submit(store, 3)
 
     pushed = store.redis.lrange("kms:kms.bulk", 0, -1)
     assert pushed == [redis_keys.encode_message(BULK)]
@@ -647,7 +545,7 @@ def test_a_failed_wake_up_loses_no_job(core: Core) -> None:
     store = JobStore(found.redis, found.record_key, broken, LONG)
     store.worker_seen("w", 1, QUEUES)
 
-    assert store.submit(job()).state == "queued"
+    submit(store)
     assert taken(store) == TENANT
 
 
@@ -656,23 +554,16 @@ def test_a_failed_wake_up_loses_no_job(core: Core) -> None:
 
 @pytest.mark.parametrize("junk", ["no record", "a string", "ended", "another queue"])
 def test_junk_among_ready_jobs_is_passed_over(store: JobStore, junk: str) -> None:
-    good, wrong = store.submit(job(created_at=time.time() + 5)).job_id, new_id()
-    if junk == "a string":
-        store.redis.set(f"kms:job:{wrong}", "x")
-    elif junk == "ended":
-        wrong = store.submit(job()).job_id
+    (good,), (wrong,) = submit(store, created_at=time.time() + 5), submit(store)
+    if junk == "ended":
         forge(store, wrong, state="succeeded")
     elif junk == "another queue":
-        wrong = store.submit(job()).job_id
         forge(store, wrong, queue="kms.files", tenant="theirs", state="failed")
+    else:
+        store.redis.delete(f"kms:job:{wrong}")
+    if junk == "a string":
+        store.redis.set(f"kms:job:{wrong}", "x")
     store.redis.zadd(f"kms:ready:kms.bulk:{TENANT}:small", {wrong: 1})
 
     assert attempt(store).accepted.job_id == good
     assert taken(store) is None
-
-
-def test_each_script_tells_its_cost() -> None:
-    assert len(SCRIPTS) > 15
-    for text in SCRIPTS.values():
-        assert text.startswith("#!lua")
-        assert "O(" in text

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from datetime import UTC, datetime
-from itertools import pairwise
 from typing import cast
 
 import msgspec
@@ -15,7 +14,7 @@ from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution.lease import Lease
 from kms_core.jobs.model import Attempt, Checkpoint, Job, LeaseLost, RecordKey, part_id
-from kms_core.jobs.spec import BULK, FILES, MAINTENANCE, Work
+from kms_core.jobs.spec import JobSpec, Work
 from kms_core.jobs.store import reader
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import Deadlines, SubmissionOptions, new_id
@@ -50,14 +49,24 @@ from support.waiting import until
 
 
 @pytest.fixture
-def store(core: Core) -> JobStore:
-    return store_of(core, LONG)
-
-
-@pytest.fixture
 def beating(core: Core) -> JobStore:
     """A store whose leases are renewed six times a second."""
     return store_of(core, with_jobs(lease_s=0.5))
+
+
+def again(store: JobStore, claim: Attempt, worker: str = "w2") -> Attempt:
+    """The next attempt at a job."""
+    found = store.claim(claim.accepted.job_id, worker)
+    assert found
+    return found
+
+
+def next_of(store: JobStore, claim: Attempt) -> Attempt | None:
+    """The next attempt at any job of the queue."""
+    queue = claim.accepted.queue
+    found = store.next("w2", queue, (queue,), woken=False)
+    assert not isinstance(found, str)
+    return found
 
 
 def unheard(core: Core) -> JobStore:
@@ -89,13 +98,16 @@ def test_nothing_of_the_request_can_be_read_in_redis(store: JobStore) -> None:
 
 
 def test_one_idempotency_key_is_one_job(store: JobStore) -> None:
+    """Also once it has ended."""
     first = store.submit(accepted(digest=b"same"), idempotency="scope key")
-    again = store.submit(accepted(digest=b"same"), idempotency="scope key")
+    same = store.submit(accepted(digest=b"same"), idempotency="scope key")
     other = store.submit(accepted(digest=b"same"), idempotency="scope other")
 
-    assert again.job_id == first.job_id != other.job_id
+    assert same.job_id == first.job_id != other.job_id
     with pytest.raises(IdempotencyConflict):
         store.submit(accepted(digest=b"other"), idempotency="scope key")
+    store.cancel(first.job_id, TENANT)
+    assert store.submit(accepted(digest=b"same"), idempotency="scope key").state == "cancelled"
 
 
 @pytest.mark.parametrize("other", ["digest", "tenant", "key", "no key", "expired", "forged", "none"])
@@ -156,21 +168,13 @@ def test_so_many_jobs_may_be_open_and_no_more(core: Core) -> None:
     store.submit(accepted())
 
 
-def test_idempotency_outlasts_the_end_of_the_job(store: JobStore) -> None:
-    job = store.submit(accepted(digest=b"same"), idempotency="scope key")
-    claim = store.claim(job.job_id, "w1")
-    assert claim
-    store.finish(claim, "succeeded")
-
-    assert store.submit(accepted(digest=b"same"), idempotency="scope key").state == "succeeded"
-
-
 @pytest.mark.parametrize(
     "change",
     [
         {"kind": "decrypt"},
         {"context": Context.parse("a=2")},
         {"key_id": "other"},
+        {"priority": "low"},
         {"new_context": Context.parse("b=1")},
         {"new_context": Context()},
         {"deadlines": Deadlines(ttl_s=60)},
@@ -217,19 +221,33 @@ def test_callers_have_idempotency_keys_of_their_own(
 def test_routes_have_idempotency_keys_of_their_own() -> None:
     for name in ("ada", "ada jobs"):
         terms = terms_of(name, "key")
-        assert len({terms.idempotency_scope(route) for route in ("jobs", "files/encrypt")}) == 2
+        assert terms.idempotency_scope("jobs") != terms.idempotency_scope("files/encrypt")
 
 
 def test_job_of_another_tenant_is_unknown(store: JobStore) -> None:
     job = store.submit(accepted(tenant="theirs"))
 
-    for look in (store.get, store.cancel):
+    for act in (store.get, store.cancel, store.retry):
         with pytest.raises(UnknownJob):
-            look(job.job_id, TENANT)
-    with pytest.raises(UnknownJob):
-        store.retry(job.job_id, TENANT)
+            act(job.job_id, TENANT)
     assert store.page(TENANT, state=None, limit=10, before=None) == ([], None)
     assert store.get(job.job_id, "theirs").state == "queued"
+
+
+@pytest.mark.parametrize("tenant", [TENANT, "theirs"])
+def test_a_record_is_not_written_over(store: JobStore, tenant: str) -> None:
+    """Redis is asked in the same step in which it would write."""
+    before = accepted()
+    store.submit(before)
+    other = msgspec.structs.replace(before, tenant=tenant, principal="eve", kind="decrypt")
+
+    if tenant == TENANT:
+        assert store.submit(other).kind == "encrypt"
+    else:
+        with pytest.raises(UnknownJob):
+            store.submit(other)
+    assert store.accepted(before.job_id) == before
+    assert store.redis.zcard("kms:open") == 1
 
 
 class Late(JobStore):
@@ -249,18 +267,28 @@ def test_job_that_changes_hands_after_the_look_stays_as_it_is(store: JobStore, e
         forge(store, job.job_id, state="failed", error=error)
     late = copy(store)
     late.__class__ = Late
-    acts: list[Callable[[], Job]] = [
-        lambda: late.cancel(job.job_id, TENANT),
-        lambda: late.retry(job.job_id, TENANT),
-    ]
     mine = record(store, job.job_id)
-    for act in acts:
+    for act in (late.cancel, late.retry):
         forge(store, job.job_id, tenant=TENANT, sealed=mine[b"sealed"])
         with pytest.raises(UnknownJob):
-            act()
+            act(job.job_id, TENANT)
         after = record(store, job.job_id)
         assert after == mine | {name: after[name] for name in (b"tenant", b"sealed")}
         assert after[b"tenant"] == b"theirs"
+
+
+def pages(
+    store: JobStore, limit: int, between: Callable[[list[str]], object] = len, kind: str | None = None
+) -> list[str]:
+    """The ids of the jobs of all pages; ``between`` is given those so far after each page but the last."""
+    seen: list[str] = []
+    cursor: str | None = None
+    while True:
+        jobs, cursor = store.page(TENANT, state=None, limit=limit, before=cursor, kind=kind)
+        seen += [job.job_id for job in jobs]
+        if cursor is None:
+            return seen
+        between(seen)
 
 
 def test_pages_are_newest_first_and_complete(store: JobStore) -> None:
@@ -269,38 +297,24 @@ def test_pages_are_newest_first_and_complete(store: JobStore) -> None:
     for job_id in ids[::5]:
         store.cancel(job_id, TENANT)
 
-    seen: list[str] = []
-    cursor: str | None = None
-    while True:
-        jobs, cursor = store.page(TENANT, state=None, limit=7, before=cursor)
-        seen += [job.job_id for job in jobs]
-        if cursor is None:
-            break
     cancelled, _ = store.page(TENANT, state="cancelled", limit=100, before=None)
 
-    assert seen == ids[::-1]
+    assert pages(store, 7) == ids[::-1]
     assert [job.job_id for job in cancelled] == ids[::5][::-1]
-    assert {name: count for name, count in store.states(TENANT).items() if count} == {
-        "queued": 20,
-        "cancelled": 5,
-    }
+    counts = {name: count for name, count in store.states(TENANT).items() if count}
+    assert counts == {"queued": 20, "cancelled": 5}
 
 
 def test_pages_stay_complete_when_records_expire_and_others_come_in_between(store: JobStore) -> None:
     now = time.time()
     ids = [store.submit(accepted(created_at=now + number)).job_id for number in range(12)]
     same = [store.submit(accepted(created_at=now - 1)).job_id for _ in range(5)]
-    seen: list[str] = []
-    cursor: str | None = None
-    for round_ in range(20):
-        jobs, cursor = store.page(TENANT, state=None, limit=3, before=cursor)
-        seen += [job.job_id for job in jobs]
-        if cursor is None:
-            break
-        store.redis.delete(f"kms:job:{seen[-1]}")  # expired
-        store.submit(accepted(created_at=now + 100 + round_))
 
-    assert seen == ids[::-1] + sorted(same, reverse=True)
+    def change(seen: list[str]) -> None:
+        store.redis.delete(f"kms:job:{seen[-1]}")  # expired
+        store.submit(accepted(created_at=now + 100 + len(seen)))
+
+    assert pages(store, 3, change) == ids[::-1] + sorted(same, reverse=True)
 
 
 def test_pages_by_kind_are_complete_and_each_looks_at_a_bounded_number_of_jobs(
@@ -313,11 +327,9 @@ def test_pages_by_kind_are_complete_and_each_looks_at_a_bounded_number_of_jobs(
     assert [each.job_id for each in found] == [ids[-1], ids[0]]
     monkeypatch.setattr(reader, "MOST_SEEN", 10)
 
-    found, following = store.page(TENANT, state=None, limit=5, before=None, kind="decrypt")
+    found, _ = store.page(TENANT, state=None, limit=5, before=None, kind="decrypt")
     assert [each.job_id for each in found] == [ids[-1]]
-    while following:
-        found, following = store.page(TENANT, state=None, limit=5, before=following, kind="decrypt")
-    assert [each.job_id for each in found] == [ids[0]]
+    assert pages(store, 5, kind="decrypt") == [ids[-1], ids[0]]
 
 
 @pytest.mark.parametrize("cursor", ["3", "1-", "-1", "x", "1764010.5-", "nan-" + "0" * 36, "1-" + "G" * 36])
@@ -329,31 +341,26 @@ def test_cursor_that_no_page_gave_is_refused(store: JobStore, cursor: str) -> No
 # -- leases ----------------------------------------------------------------------------------------------
 
 
-def test_a_worker_takes_jobs_of_the_queues_that_it_serves_only(store: JobStore) -> None:
-    job = store.submit(accepted())
-
-    assert job.queue == FILES
-    assert store.next("w/1", BULK, (BULK, MAINTENANCE), woken=False) is None
-    assert store.next("w/1", FILES, (FILES,), woken=False)
-
-
 def test_leased_job_is_nobody_else_s(store: JobStore) -> None:
+    """Also if its lease has run out and nobody took it."""
     claim = claimed(store)
 
     assert store.claim(claim.accepted.job_id, "w2") is None
+    lapse(store)
     store.renew(claim, {"bytes_done": 7})
     assert store.get(claim.accepted.job_id, TENANT).bytes_done == 7
+    assert store.claim(claim.accepted.job_id, "w2") is None
 
 
 def test_lapsed_lease_is_taken_over_and_the_old_fence_is_powerless(store: JobStore) -> None:
     old = claimed(store)
     store.renew(old, {"bytes_done": 7, "items_done": 2, "items_failed": 1})
     lapse(store)
-    new = store.claim(old.accepted.job_id, "w2")
-    assert new
+    new = again(store, old)
     powerless: list[Callable[[], None]] = [
         lambda: store.renew(old, {"bytes_done": 99}),
         lambda: store.committing(old, COMMIT),
+        lambda: store.withdraw(old),
         lambda: store.finish(old, "succeeded"),
         lambda: store.defer(old, 1, counts=True),
         lambda: store.split(old, []),
@@ -370,15 +377,6 @@ def test_lapsed_lease_is_taken_over_and_the_old_fence_is_powerless(store: JobSto
     assert state(store, new) == "succeeded"
 
 
-def test_lapsed_lease_that_nobody_took_is_still_held(store: JobStore) -> None:
-    claim = claimed(store)
-    lapse(store)
-
-    store.renew(claim, {})
-
-    assert store.claim(claim.accepted.job_id, "w2") is None
-
-
 def test_heartbeat_keeps_a_lease(beating: JobStore) -> None:
     claim = claimed(beating)
 
@@ -392,31 +390,23 @@ def test_heartbeat_keeps_a_lease(beating: JobStore) -> None:
             lease.check()
 
 
-def test_heartbeat_notices_that_the_job_was_taken(beating: JobStore, store: JobStore) -> None:
+@pytest.mark.parametrize("error", [LeaseLost, JobCancelled])
+def test_heartbeat_notices_that_the_job_was_taken_or_cancelled(
+    beating: JobStore, error: type[Exception]
+) -> None:
     claim = claimed(beating)
-    forge(beating, claim.accepted.job_id, lease_until="0")
-    assert store.claim(claim.accepted.job_id, "w2")
+    if error is LeaseLost:
+        forge(beating, claim.accepted.job_id, attempt_id="another")
+    else:
+        beating.cancel(claim.accepted.job_id, TENANT)
 
-    with Lease(beating, claim) as lease, pytest.raises(LeaseLost):
-        until(lease.check, "the loss is noticed")
-
-
-def test_heartbeat_notices_cancellation(store: JobStore) -> None:
-    claim = claimed(store)
-    store.cancel(claim.accepted.job_id, TENANT)
-
-    with Lease(store, claim) as lease, pytest.raises(JobCancelled):
-        until(lease.check, "the cancellation is noticed")
+    with Lease(beating, claim) as lease, pytest.raises(error):
+        until(lease.check, "it is noticed")
 
 
-def test_worker_without_redis_stops_when_its_lease_is_over(core: Core, store: JobStore) -> None:
-    claim = claimed(store)
-    away = JobStore(
-        connect("unix:///nonexistent.sock"),
-        core.worker_context.store.record_key,
-        lambda *_: None,
-        with_jobs(lease_s=0.5),
-    )
+def test_worker_without_redis_stops_when_its_lease_is_over(store: JobStore) -> None:
+    claim, gone = claimed(store), connect("unix:///nonexistent.sock")
+    away = JobStore(gone, store.record_key, lambda *_: None, with_jobs(lease_s=0.5))
 
     with Lease(away, claim) as lease, pytest.raises(LeaseLost):
         until(lease.check, "the lease is over")
@@ -440,31 +430,30 @@ def test_job_ends_once(store: JobStore) -> None:
 
 
 def test_attempts_are_counted_and_end(store: JobStore) -> None:
-    job_id = claimed(store).accepted.job_id
-    fences = [1]
+    claim = claimed(store)
+    fences = [claim.fence]
     for _ in range(LONG.jobs.attempts - 1):
         lapse(store)
-        claim = store.claim(job_id, "w")
-        assert claim
-        fences.append(claim.fence)
+        fences.append(again(store, claim).fence)
     lapse(store)
 
-    assert store.claim(job_id, "w") is None
-    found = store.get(job_id, TENANT)
+    assert store.claim(claim.accepted.job_id, "w") is None
+    found = store.get(claim.accepted.job_id, TENANT)
     assert (found.state, found.error, found.attempt) == ("failed", "attempts_exhausted", LONG.jobs.attempts)
-    assert all(later > earlier for earlier, later in pairwise([*fences, found.fence]))
+    assert [*fences, found.fence] == [1, 2, 3, 4]
 
 
 def test_deferral_costs_time_and_no_attempt(store: JobStore) -> None:
+    """Unless it counts."""
     claim = claimed(store)
     job_id = claim.accepted.job_id
-    for number in range(10):
-        store.defer(claim, 0.01, counts=False)
-        time.sleep(0.02)
-        again = store.claim(job_id, "w")
-        assert again
-        assert (again.attempt, again.deferrals) == (1, number + 1)
-        claim = again
+    for number in range(3):
+        store.defer(claim, 0, counts=False)
+        claim = again(store, claim)
+        assert (claim.attempt, claim.deferrals) == (1, number + 1)
+    store.defer(claim, 0, counts=True)
+    claim = again(store, claim)
+    assert claim.attempt == 2
 
     store.defer(claim, 600, counts=False)
     assert store.claim(job_id, "w") is None
@@ -477,18 +466,12 @@ def test_deferral_costs_time_and_no_attempt(store: JobStore) -> None:
 def test_each_return_to_the_queue_is_told_with_its_reason(store: JobStore) -> None:
     claim = claimed(store)
     job_id = claim.accepted.job_id
-
-    def again() -> Attempt:
-        found = store.claim(job_id, "w")
-        assert found
-        return found
-
     store.defer(claim, 0, counts=False)
-    again()
+    again(store, claim)
     lapse(store)
     store.reap_all([job_id])
-    store.stalled(again())
-    store.finish(again(), "failed", "attempts_exhausted")
+    store.stalled(again(store, claim))
+    store.finish(again(store, claim), "failed", "attempts_exhausted")
     store.retry(job_id, TENANT)
 
     stream = cast("list[tuple[bytes, dict[bytes, bytes]]]", store.redis.xrange("kms:events"))
@@ -507,29 +490,15 @@ def test_each_return_to_the_queue_is_told_with_its_reason(store: JobStore) -> No
     ]
 
 
-def test_deferral_may_count(store: JobStore) -> None:
-    claim = claimed(store)
-
-    store.defer(claim, 0, counts=True)
-
-    again = store.claim(claim.accepted.job_id, "w")
-    assert again
-    assert again.attempt == 2
-
-
-def test_expired_job_is_not_begun(store: JobStore) -> None:
-    job = store.submit(accepted(expires_at=time.time() - 1))
-
-    assert store.claim(job.job_id, "w") is None
-    assert store.redis.hget(f"kms:job:{job.job_id}", "error") in {b"expired", None}
+def parts_of(claim: Attempt, count: int) -> list[JobSpec]:
+    whole = claim.accepted.job_id
+    made = [part_id(whole, number) for number in range(count)]
+    return [msgspec.structs.replace(claim.accepted, job_id=part, parent=whole) for part in made]
 
 
 def test_job_that_is_split_twice_is_split_once(store: JobStore) -> None:
     claim = claimed(store, source="items", items=2)
-    parts = [
-        msgspec.structs.replace(claim.accepted, job_id=part_id(claim.accepted.job_id, number), parent="x")
-        for number in (0, 1)
-    ]
+    parts = parts_of(claim, 2)
     store.split(claim, parts)
     held = store.claim(parts[0].job_id, "w")
     assert held
@@ -542,34 +511,21 @@ def test_job_that_is_split_twice_is_split_once(store: JobStore) -> None:
 
 def test_job_that_is_to_be_cancelled_is_not_split(store: JobStore) -> None:
     claim = claimed(store, source="items", items=1)
-    job_id = claim.accepted.job_id
-    store.cancel(job_id, TENANT)
+    store.cancel(claim.accepted.job_id, TENANT)
 
     with pytest.raises(JobCancelled):
-        store.split(claim, [msgspec.structs.replace(claim.accepted, job_id=part_id(job_id, 0), parent="x")])
-    assert store.get(job_id, TENANT).parts == 0
+        store.split(claim, parts_of(claim, 1))
+    assert store.get(claim.accepted.job_id, TENANT).parts == 0
 
 
 def test_renewal_that_comes_late_does_not_put_a_lease_on_a_job_in_parts(store: JobStore) -> None:
     claim = claimed(store, source="items", items=1)
-    part = msgspec.structs.replace(claim.accepted, job_id=part_id(claim.accepted.job_id, 0), parent="x")
-    store.split(claim, [part])
+    store.split(claim, parts_of(claim, 1))
     before = record(store, claim.accepted.job_id)
 
     store.renew(claim, {"items_done": 7})
 
     assert record(store, claim.accepted.job_id) == before
-
-
-def test_expired_result_is_listed_for_deletion_and_noted(store: JobStore) -> None:
-    claim = claimed(store, expires_at=time.time() + 1)
-    store.finish(claim, "succeeded")
-    until(lambda: store.expired() == [claim.accepted.job_id], "the result has expired")
-
-    store.purged(claim.accepted.job_id)
-
-    assert store.expired() == []
-    assert store.get(claim.accepted.job_id, TENANT).purged == 1
 
 
 # -- cancelling -------------------------------------------------------------------------------------------
@@ -583,7 +539,8 @@ def test_queued_job_is_cancelled_at_once(store: JobStore) -> None:
     assert store.cancel(job.job_id, TENANT).state == "cancelled"
 
 
-def test_running_job_is_asked_to_stop(store: JobStore) -> None:
+@pytest.mark.parametrize("is_dead", [False, True], ids=["worker lives", "worker is dead"])
+def test_running_job_is_asked_to_stop(store: JobStore, *, is_dead: bool) -> None:
     claim = claimed(store)
 
     assert store.cancel(claim.accepted.job_id, TENANT).state == "running"
@@ -591,16 +548,11 @@ def test_running_job_is_asked_to_stop(store: JobStore) -> None:
         store.renew(claim, {})
     with pytest.raises(JobCancelled):
         store.committing(claim, COMMIT)
-    store.finish(claim, "cancelled", "cancelled")
-    assert state(store, claim) == "cancelled"
-
-
-def test_cancelled_job_whose_worker_died_is_not_begun_again(store: JobStore) -> None:
-    claim = claimed(store)
-    store.cancel(claim.accepted.job_id, TENANT)
-    lapse(store)
-
-    assert store.claim(claim.accepted.job_id, "w2") is None
+    if is_dead:
+        lapse(store)
+        assert store.claim(claim.accepted.job_id, "w2") is None
+    else:
+        store.finish(claim, "cancelled", "cancelled")
     assert state(store, claim) == "cancelled"
 
 
@@ -655,37 +607,26 @@ def test_commit_is_handed_to_whoever_comes_next(store: JobStore) -> None:
     for number in range(2, 2 + 2 * LONG.jobs.attempts):  # a commit has no limit of attempts
         lapse(store)
         assert store.reap_all([claim.accepted.job_id]) == ["committing"]
-        again = store.claim(claim.accepted.job_id, "w")
-        assert again
-        assert (again.commit, again.attempt, again.fence) == (COMMIT, 1, number)
+        found = again(store, claim)
+        assert (found.commit, found.attempt, found.fence) == (COMMIT, 1, number)
 
 
-def test_commit_of_an_attempt_that_is_handed_back_is_for_any_worker_at_once(store: JobStore) -> None:
-    """A worker that stops between recording its commit and putting the target in place."""
+@pytest.mark.parametrize("delay_s", [0, 0.3], ids=["at once", "once replicas may have it"])
+def test_commit_of_an_attempt_that_is_handed_back_is_for_any_worker(store: JobStore, delay_s: float) -> None:
+    """Of a worker that stops between recording its commit and putting the target in place."""
     claim = claimed(store)
     store.committing(claim, COMMIT)
 
-    store.defer(claim, 0, counts=False, away=False)
+    store.defer(claim, delay_s, counts=False, away=bool(delay_s))
     with pytest.raises(LeaseLost):
         store.renew(claim, {})  # of a thread that has not heard
-    again = store.next("w2", claim.accepted.queue, (claim.accepted.queue,), woken=False)
+    if delay_s:
+        assert next_of(store, claim) is None
+        until(lambda: store.reap_all([claim.accepted.job_id]) == ["committing"], "its time has come")
+    found = next_of(store, claim)
 
-    assert isinstance(again, Attempt)
-    assert (again.commit, again.attempt) == (COMMIT, 1)
-
-
-def test_commit_that_replicas_may_not_have_waits_for_them(store: JobStore) -> None:
-    claim = claimed(store)
-    job_id = claim.accepted.job_id
-    store.committing(claim, COMMIT)
-
-    store.defer(claim, 0.3, counts=False)
-    assert store.next("w2", claim.accepted.queue, (claim.accepted.queue,), woken=False) is None
-    until(lambda: store.reap_all([job_id]) == ["committing"], "its time has come")
-    again = store.next("w2", claim.accepted.queue, (claim.accepted.queue,), woken=False)
-
-    assert isinstance(again, Attempt)
-    assert (again.commit, again.deferrals) == (COMMIT, 1)
+    assert found
+    assert (found.commit, found.attempt, found.deferrals) == (COMMIT, 1, int(delay_s > 0))
 
 
 def test_a_job_that_is_retried_counts_and_expires_as_a_new_one(store: JobStore) -> None:
@@ -702,9 +643,8 @@ def test_a_job_that_is_retried_counts_and_expires_as_a_new_one(store: JobStore) 
     assert record(store, job_id).keys().isdisjoint({b"started_at", b"ended_at", b"purged"})
 
 
-def test_a_dead_job_whose_result_was_released_is_not_retried(core: Core) -> None:
+def test_a_dead_job_whose_result_was_released_is_not_retried(store: JobStore) -> None:
     """Its input may be gone."""
-    store = store_of(core, LONG)
     claim = claimed(store)
     job_id = claim.accepted.job_id
     store.finish(claim, "failed", "attempts_exhausted")

@@ -1,4 +1,4 @@
-"""A record that cannot be read is an error of its own job: others are taken, listed and recovered."""
+"""A record that cannot be read or is gone is an error of its own job: others are taken, listed, recovered."""
 
 from typing import Final
 
@@ -28,8 +28,7 @@ def taken(store: JobStore) -> list[str]:
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_jobs_behind_it_are_taken_and_listed(core: Core, field: str) -> None:
-    store = store_of(core, LONG, [])
+def test_jobs_behind_it_are_taken_and_listed(store: JobStore, field: str) -> None:
     for value in JUNK:
         bad, good = store.submit(accepted()).job_id, store.submit(accepted()).job_id
         forge(store, bad, **{field: value})
@@ -40,8 +39,7 @@ def test_jobs_behind_it_are_taken_and_listed(core: Core, field: str) -> None:
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_the_reaper_takes_up_the_others(core: Core, field: str) -> None:
-    store = store_of(core, LONG, [])
+def test_the_reaper_takes_up_the_others(core: Core, store: JobStore, field: str) -> None:
     jobs = [store.submit(accepted()).job_id for _ in range(len(JUNK) + 1)]
     assert sorted(taken(store)) == sorted(jobs)
     lapse(store)
@@ -54,26 +52,15 @@ def test_the_reaper_takes_up_the_others(core: Core, field: str) -> None:
     assert store.get(good, TENANT).state == "queued"
 
 
-def test_a_key_of_another_type_is_no_job(core: Core) -> None:
-    store = store_of(core, LONG, [])
-    good, bad = store.submit(accepted()).job_id, store.submit(accepted()).job_id
-    store.redis.delete(f"kms:job:{bad}")
-    store.redis.set(f"kms:job:{bad}", "no record")
-
-    assert taken(store) == [good]
-
-
 @pytest.mark.parametrize("key", ["tally", "stuck"])
-def test_a_count_that_is_no_number_is_refused(core: Core, key: str) -> None:
-    store = store_of(core, LONG, [])
+def test_a_count_that_is_no_number_is_refused(store: JobStore, key: str) -> None:
     store.redis.hset(f"kms:{key}", "operations encrypt ok", "many")
 
     with pytest.raises(RecordRefused):
         activity.shared_usage(store.redis) if key == "tally" else activity.survey_queues(store)
 
 
-def test_a_field_of_another_form_is_no_job(core: Core) -> None:
-    store = store_of(core, LONG, [])
+def test_a_field_of_another_form_is_no_job(store: JobStore) -> None:
     bad = store.submit(accepted()).job_id
     forge(store, bad, attempt="many")
 
@@ -84,7 +71,44 @@ def test_a_field_of_another_form_is_no_job(core: Core) -> None:
 @pytest.mark.parametrize(
     "refusal", ["MISCONF Redis is configured to save RDB snapshots on @user_script:1", "BUSY Redis is busy"]
 )
-def test_a_redis_that_refuses_is_no_unreadable_record(core: Core, refusal: str) -> None:
-    store = store_of(core, LONG, [])
+def test_a_redis_that_refuses_is_no_unreadable_record(store: JobStore, refusal: str) -> None:
     with pytest.raises(redis.ResponseError):
         store._reaped("id", redis.ResponseError(refusal))  # noqa: SLF001
+
+
+# -- entries of lists whose records are gone -------------------------------------------------------------
+
+
+def entries(store: JobStore, key: str, end: float, *names: str) -> None:
+    store.redis.zadd(f"kms:{key}", dict.fromkeys(names, end))
+
+
+@pytest.mark.parametrize("tenant", [TENANT, "nobody"])
+def test_jobs_behind_one_that_does_not_exist_are_taken(store: JobStore, tenant: str) -> None:
+    for queue in QUEUES:
+        store.redis.sadd(f"kms:sizes:{queue}:{tenant}", "small root:data")
+        entries(store, f"ready:{queue}:{tenant}:small root:data", 1.0, "junk")
+        entries(store, f"active:{queue}", -1.0, tenant)
+    good = store.submit(accepted()).job_id
+
+    assert taken(store) == [good]
+
+
+def test_jobs_that_do_not_exist_want_no_hand(store: JobStore) -> None:
+    entries(store, "chores", 1.0, *(f"junk{number}" for number in range(100)))
+    store.submit(accepted())
+
+    assert isinstance(store.next("w1/1", "kms.bulk", QUEUES, woken=False), Attempt)
+
+
+def test_a_tenant_without_jobs_is_taken_out_of_the_choice(core: Core) -> None:
+    """Or the watchdog of each idle worker would take it for one that hears nothing."""
+    woken: list[str] = []
+    store = store_of(core, LONG, woken)
+    store.worker_seen("w1", 1, QUEUES)
+    entries(store, "active:kms.bulk", 1.0, "nobody")
+
+    Reaper(store, core.worker_context.spool, "me").reap()
+    assert woken == ["kms.bulk"]
+    assert taken(store) == []
+    assert not store.has_ready(*QUEUES)

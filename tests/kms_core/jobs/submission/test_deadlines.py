@@ -48,17 +48,13 @@ def fields(start_by: float, run_by: float, keep_for_s: float) -> dict[str, float
         (Deadlines(run_by=at(2 * DAY)), fields(DAY, 2 * DAY, KEEP_S)),
         (Deadlines(start_by=at(10), run_by=at(20), keep_for_s=60), fields(10, 20, 60)),
         (Deadlines(keep_for_s=60), fields(DAY, DAY, 60)),
+        # the term of old clients is all three
+        (Deadlines(ttl_s=60), {"start_by": NOW + 60, "run_by": NOW + 60, "expires_at": NOW + 60}),
     ],
     ids=str,
 )
 def test_what_is_not_asked_for_has_a_default(asked: Deadlines, found: dict[str, float]) -> None:
     assert asked.fields(NOW, KEEP_S) == found
-
-
-def test_the_term_of_old_clients_is_all_three() -> None:
-    found = Deadlines(ttl_s=60).fields(NOW, KEEP_S)
-
-    assert found == {"start_by": NOW + 60, "run_by": NOW + 60, "expires_at": NOW + 60}
 
 
 @pytest.mark.parametrize(
@@ -118,18 +114,34 @@ def ended(store: JobStore, job_id: str) -> tuple[str, str]:
     return found.state, found.error
 
 
-def test_a_job_that_does_not_start_in_time_fails_without_a_worker(store: JobStore) -> None:
-    job_id = job(store, start_by=0.3)
+@pytest.mark.parametrize(
+    ("times", "is_given_back", "code"),
+    [
+        ({"start_by": 0.3}, False, "not_started"),
+        ({"start_by": 0.3, "run_by": 0.3}, False, "expired"),
+        ({"run_by": 0.6}, True, "expired"),
+    ],
+    ids=["not started", "expired", "given back for long"],
+)
+def test_a_job_whose_time_is_over_ends_without_a_worker(
+    store: JobStore, times: dict[str, float], code: str, *, is_given_back: bool
+) -> None:
+    """A worker tidies."""
+    job_id = job(store, **times)
+    if is_given_back:
+        store.defer(attempt(store), 600, counts=False)
 
-    until(store.due, "its time to start is over")
-
+    until(store.due, "its time is over")
     assert store.reap_all(store.due()) == ["expired"]
-    assert ended(store, job_id) == ("failed", "not_started")
+
+    assert ended(store, job_id) == ("failed", code)
+    assert store.get(job_id, TENANT).fence == 1 + is_given_back
+    assert store.next("w/1", BULK, QUEUES, woken=False) == job_id
+    assert store.next("w/1", BULK, QUEUES, woken=False) is None
 
 
-def test_a_worker_does_not_start_it_late(store: JobStore) -> None:
-    job_id = job(store, start_by=0.2)
-    time.sleep(0.3)
+def test_a_worker_starts_no_job_late(store: JobStore) -> None:
+    job_id = job(store, start_by=-1)
 
     assert store.next("w/1", BULK, QUEUES, woken=False) == job_id
     assert ended(store, job_id) == ("failed", "not_started")
@@ -182,16 +194,6 @@ def test_a_commit_that_was_recorded_in_time_is_finished_under_a_whole_lease(stor
     assert float(record(store, job_id)[b"lease_until"]) == pytest.approx(time.time() + 600, abs=60)
 
 
-def test_a_job_that_was_given_back_for_long_ends_with_its_time(store: JobStore) -> None:
-    job_id = job(store, run_by=1)
-    store.defer(attempt(store), 600, counts=False)
-
-    until(store.due, "its time is over")
-
-    assert store.reap_all(store.due()) == ["expired"]
-    assert ended(store, job_id) == ("failed", "expired")
-
-
 def test_a_part_that_no_worker_takes_ends_with_its_time(store: JobStore) -> None:
     whole = job(store, run_by=1)
     claim = attempt(store)
@@ -202,13 +204,6 @@ def test_a_part_that_no_worker_takes_ends_with_its_time(store: JobStore) -> None
 
     assert store.reap_all([part.job_id]) == ["expired"]
     assert store.part(part.job_id).job.error == "expired"
-
-
-def test_nothing_is_put_in_place_late() -> None:
-    spec = accepted(run_by=time.time() - 61, start_by=time.time() - 61)
-
-    with pytest.raises(JobExpired):
-        spec.check_expiry(time.time)
 
 
 # -- afterwards ------------------------------------------------------------------------------------------
@@ -273,10 +268,8 @@ def test_a_worker_whose_clock_is_a_day_behind_puts_nothing_in_place_late(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job(store, run_by=0.3)
-    claim = attempt(store)
-    part_id = job(store, run_by=0.3)
-    part = attempt(store)
-    assert part.accepted.job_id == part_id
+    job(store, run_by=0.3)
+    claim, part = attempt(store), attempt(store)
     monkeypatch.setattr(time, "time", lambda real=time.time: real() - 86_400)
     time.sleep(0.4)
 
