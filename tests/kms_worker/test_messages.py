@@ -52,26 +52,14 @@ def test_headers_that_are_no_table_are_refused() -> None:
 
 def test_what_celery_sends_is_a_message_without_its_options() -> None:
     """Celery's own packing of a message."""
-    app = Celery(set_as_current=False)
-    sent = app.amqp.as_task_v2(
-        "id-1", "kms.run", (), {}, eta=None, expires=60, retries=3, time_limit=1, chain=[{"task": "x"}]
-    )
-    body = json.dumps(sent.body).encode()
-    found = read_message(FILES, sent.headers, JSON, body, redelivered=False)
+    app, more = Celery(set_as_current=False), {"time_limit": 1, "chain": [{"task": "x"}]}
+    sent = app.amqp.as_task_v2("id-1", "kms.run", (), {}, eta=None, expires=60, retries=3, **more)
+    found = read_message(FILES, sent.headers, JSON, json.dumps(sent.body).encode(), redelivered=False)
 
-    assert json.loads(found.body()) == [
-        [],
-        {},
-        {"callbacks": None, "errbacks": None, "chain": None, "chord": None},
-    ]
-    assert found.headers() == {
-        "lang": "py",
-        "task": "kms.run",
-        "id": "id-1",
-        "resends": 0,
-        "argsrepr": "-",
-        "kwargsrepr": "-",
-    }
+    links = dict.fromkeys(("callbacks", "errbacks", "chain", "chord"))
+    assert json.loads(found.body()) == [[], {}, links]
+    names = {"lang": "py", "task": "kms.run", "id": "id-1"}
+    assert found.headers() == names | {"resends": 0, "argsrepr": "-", "kwargsrepr": "-"}
 
 
 def test_wake_up_that_names_a_job_is_refused() -> None:
@@ -90,11 +78,11 @@ def test_message_of_the_service_itself_is_one() -> None:
 
 
 def test_task_of_another_queue_is_refused() -> None:
-    for queue in ("kms.bulk", "kms.files", "kms.maintenance", "celery", "other"):
+    keys = malformed_messages.Poison(b"[[],{},null]", malformed_messages.headers("kms.keys"))
+    others = ("kms.bulk", "kms.files", "kms.maintenance", "celery", "other")
+    for queue, made in (*((queue, submission()) for queue in others), ("kms.submit", keys)):
         with pytest.raises(Malformed, match="unknown_task"):
-            read(queue, submission())
-    with pytest.raises(Malformed, match="unknown_task"):
-        read("kms.submit", malformed_messages.Poison(b"[[],{},null]", malformed_messages.headers("kms.keys")))
+            read(queue, made)
 
 
 LINK: Final = {
@@ -118,23 +106,19 @@ BAD_LINKS: Final = {
 
 
 def test_links_of_the_contract_are_sent_without_their_options() -> None:
-    more = LINK | {
-        "options": {"queue": "workflow", "eta": "2999-01-01", "link": [LINK], "serializer": "pickle"}
-    }
-    found = read("kms.submit", submission({"callbacks": [more], "errbacks": [LINK], "chain": [LINK]}))
+    """And few of them."""
+    options = {"queue": "workflow", "eta": "2999-01-01", "link": [LINK], "serializer": "pickle"}
+    links = {"callbacks": [LINK | {"options": options}] * 100, "errbacks": [LINK], "chain": [LINK]}
+    found = read("kms.submit", submission(links))
 
     clean = LINK | {"subtask_type": None, "immutable": False}
-    assert (found.callbacks, found.errbacks) == ([clean], [clean])
+    assert (found.callbacks, found.errbacks) == ([clean] * 8, [clean])
     assert json.loads(found.body())[2]["chain"] is None
 
 
 @pytest.mark.parametrize("name", BAD_LINKS)
 def test_other_links_are_left_out(name: str) -> None:
     assert read("kms.submit", submission({"callbacks": [BAD_LINKS[name]]})).callbacks == []
-
-
-def test_links_are_few() -> None:
-    assert len(read("kms.submit", submission({"callbacks": [LINK] * 100})).callbacks) == 8
 
 
 @pytest.mark.parametrize(
@@ -193,68 +177,52 @@ def line(redis_url: str) -> redis.Redis:
     return redis.Redis.from_url(redis_url)
 
 
+Received = Callable[..., Any]  # kombu ships no types
+
+
 @pytest.fixture
-def acknowledging() -> Iterator[None]:
-    """Channels of kombu as a worker has them, for one test."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kombu.transport.redis.Channel.QoS", AcknowledgingQoS)
-        yield
+def received(broker_url: str, line: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[Received]:
+    """``received(queue, no_ack=True)``: a wake-up that a worker's consumer got and has not acknowledged."""
+    monkeypatch.setattr("kombu.transport.redis.Channel.QoS", AcknowledgingQoS)
+    with connect(broker_url, transport_options=OPTIONS) as connection:
 
+        def receive(queue: str, *, no_ack: bool) -> Any:  # noqa: ANN401 -- as above
+            line.lpush(f"kms:{queue}", redis_keys.encode_message(queue))
+            found: list[Any] = []
+            declared = Queue(queue, Exchange(queue), queue)  # type: ignore[no-untyped-call]  # as above
+            options = {"no_ack": no_ack, "on_message": found.append, "accept": ["json"]}
+            connection.Consumer(queues=[declared], channel=connection.channel(), **options).consume()
+            until(lambda: connection.drain_events(timeout=5) or found, "a message")
+            return found[0]
 
-def received(connection: Any, queue: str, *, no_ack: bool) -> Any:  # noqa: ANN401 -- kombu ships no types
-    """A message that a consumer got and has not acknowledged."""
-    found: list[Any] = []
-    channel = connection.channel()
-    consumer = connection.Consumer(
-        queues=[broker_queue(queue)], channel=channel, no_ack=no_ack, on_message=found.append, accept=["json"]
-    )
-    consumer.consume()
-    until(lambda: connection.drain_events(timeout=5) or found, "a message")
-    return found[0]
-
-
-def broker_queue(name: str) -> Queue:
-    return Queue(name, Exchange(name), name)  # type: ignore[no-untyped-call]  # as above
+        yield receive
 
 
 @pytest.mark.parametrize("settle", ["ack_log_error", "reject_log_error"])
 def test_message_of_a_connection_that_was_lost_is_given_out_again(
-    acknowledging: None, line: redis.Redis, broker_url: str, settle: str
+    received: Received, line: redis.Redis, settle: str
 ) -> None:
     """As of a task that ends when Redis has been away: kombu's AttributeError would end the worker."""
-    del acknowledging
-    line.lpush("kms:kms.maintenance", redis_keys.encode_message(MAINTENANCE))
-    with connect(broker_url, transport_options=OPTIONS) as connection:
-        message = received(connection, MAINTENANCE, no_ack=False)
-        was, message.channel.connection = message.channel.connection, None  # as kombu leaves a lost one
-        getattr(message, settle)(logging.getLogger(), ())
-        message.channel.connection = was
+    message = received(MAINTENANCE, no_ack=False)
+    was, message.channel.connection = message.channel.connection, None  # as kombu leaves a lost one
+    getattr(message, settle)(logging.getLogger(), ())
+    message.channel.connection = was
 
-        assert line.hlen("kms:unacked") == 1
+    assert line.hlen("kms:unacked") == 1
 
 
-def test_message_is_settled_once_it_is_acknowledged(
-    acknowledging: None, line: redis.Redis, broker_url: str
-) -> None:
-    del acknowledging
-    line.lpush("kms:kms.maintenance", redis_keys.encode_message(MAINTENANCE))
-    with connect(broker_url, transport_options=OPTIONS) as connection:
-        received(connection, MAINTENANCE, no_ack=False).ack()
+def test_message_is_settled_once_it_is_acknowledged(received: Received, line: redis.Redis) -> None:
+    received(MAINTENANCE, no_ack=False).ack()
 
-        assert line.hlen("kms:unacked") == line.zcard("kms:unacked_index") == 0
+    assert line.hlen("kms:unacked") == line.zcard("kms:unacked_index") == 0
 
 
-def test_wake_up_costs_nothing_to_acknowledge(
-    acknowledging: None, line: redis.Redis, broker_url: str
-) -> None:
-    del acknowledging
-    line.lpush("kms:kms.bulk", redis_keys.encode_message(BULK))
-    with connect(broker_url, transport_options=OPTIONS) as connection:
-        message = received(connection, BULK, no_ack=True)
-        before = line.info("commandstats").get("cmdstat_hdel", {}).get("calls", 0)
-        message.ack()
+def test_wake_up_costs_nothing_to_acknowledge(received: Received, line: redis.Redis) -> None:
+    message = received(BULK, no_ack=True)
+    before = line.info("commandstats").get("cmdstat_hdel", {}).get("calls", 0)
+    message.ack()
 
-        assert line.info("commandstats").get("cmdstat_hdel", {}).get("calls", 0) == before
+    assert line.info("commandstats").get("cmdstat_hdel", {}).get("calls", 0) == before
 
 
 # -- what is said ------------------------------------------------------------------------------
