@@ -21,7 +21,7 @@ PLANTED: Final = """
 import time
 MOST_BYTES = 64
 WORDS = (b"magic",)
-held = [b"." * (600 << 20)]  # most of the limit before the clock of an input runs: a busy machine gives memory slowly
+held = [b"." * (600 << 20)]  # before the clock of an input runs: a busy machine gives memory slowly
 
 def seeds():
     return [b"nothing"]

@@ -253,12 +253,14 @@ def test_upload_that_another_aborts_is_done_again(watched: Bench, way: Way, requ
     bucket = watched.bucket
     source, target = _sealed(watched), bucket.url("out/x")
     job_id = watched.submit("rewrap", source, target)
-    admin, aborted = bucket.store.admin, []
+    admin = bucket.store.admin
+    aborted: list[str] = []
 
     def abort(seen: Seen) -> None:
         if seen.name == request_ and not aborted:
-            (upload,) = aborted[:] = admin.list_multipart_uploads(Bucket=bucket.name)["Uploads"]
+            (upload,) = admin.list_multipart_uploads(Bucket=bucket.name)["Uploads"]
             admin.abort_multipart_upload(Bucket=bucket.name, Key=upload["Key"], UploadId=upload["UploadId"])
+            aborted.append(upload["UploadId"])
 
     way.meddle = abort
     job = watched.run(job_id)
