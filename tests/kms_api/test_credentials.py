@@ -2,11 +2,9 @@
 
 import time
 from base64 import b64decode
-from collections.abc import Iterator
 from typing import Final
 
 import pytest
-from anyio.from_thread import start_blocking_portal
 
 from kms_core.auth.policy import Grant, Principal
 from kms_core.container import Core
@@ -14,22 +12,9 @@ from kms_protocol.errors import Forbidden
 from support.authorization.application import Application, Caller
 from support.authorization.permissions import OPERATIONS
 from support.credentials import bearer
-from support.embedded_valkey import EmbeddedValkey
 from support.service import b64, core_of
 
 DAY_S: Final = 24 * 3600.0
-
-
-@pytest.fixture(scope="module")
-def application(
-    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
-) -> Iterator[Application]:
-    """An application that authenticates its callers."""
-    with start_blocking_portal("asyncio", {"use_uvloop": True}) as portal:
-        url = valkey.files.url_of(next(database_numbers))
-        made = Application(tmp_path_factory.mktemp("credentials"), portal, url)
-        yield made
-        made.close()
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,6 @@ pytestmark = pytest.mark.anyio
 ONE = Stanza(("X25519", "a"), bytes(32))
 
 
-@pytest.fixture(params=["asyncio"])
-def anyio_backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.mark.parametrize(
     ("data", "apart"),
     [

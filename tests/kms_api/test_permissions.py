@@ -5,12 +5,11 @@ The tables in the code are compared with the page only for what they name, never
 
 import html
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Final, Literal
 
 import httpx2 as httpx
 import pytest
-from anyio.from_thread import start_blocking_portal
 
 from kms_api import app
 from kms_protocol.wire import PREFIX
@@ -18,7 +17,6 @@ from support.authorization.application import Application, Caller
 from support.authorization.permissions import OPERATIONS, PAGE, Row, Term, not_in_star, rows
 from support.authorization.requests import CALLS, Ask
 from support.credentials import Issuer, bearer
-from support.embedded_valkey import EmbeddedValkey
 
 Outcome = Literal["passes", "unauthenticated", "forbidden", "unknown_key", "absent", "sealed"]
 TEXT: Final = PAGE.read_text("utf-8")
@@ -37,18 +35,6 @@ _OF_SCOPES: Final = (
     "permission denied: This token lacks",
     "permission denied: This token allows",
 )
-
-
-@pytest.fixture(scope="module")
-def application(
-    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
-) -> Iterator[Application]:
-    """An application that authenticates its callers; no worker runs, so that jobs wait."""
-    with start_blocking_portal("asyncio", {"use_uvloop": True}) as portal:
-        url = valkey.files.url_of(next(database_numbers))
-        made = Application(tmp_path_factory.mktemp("permissions"), portal, url)
-        yield made
-        made.close()
 
 
 # -- what an answer says -------------------------------------------------------------------------------

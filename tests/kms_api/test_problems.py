@@ -66,11 +66,6 @@ async def failing(error: Exception) -> httpx.Response:
         return await client.get("/")
 
 
-@pytest.fixture(params=["asyncio"])
-def anyio_backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 def test_a_denial_that_cannot_be_recorded_is_not_answered_as_one() -> None:
     def denied(code: str) -> None:
         raise errors.AuditUnavailable(code)

@@ -20,11 +20,6 @@ BOB: Final = ("blue", "token:bob")
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(params=["asyncio"])
-def anyio_backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 def budget(total: int, tenant: int, credential: int) -> Budget:
     return Budget("uploads", total, tenant, credential)
 

@@ -16,11 +16,6 @@ ADA: Final = Principal("ada", "acme", "token:1")
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(params=["asyncio"])
-def anyio_backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 def known_after(look_up: Callable[[], object], source: object) -> Callable[[], Principal]:
     """A credential that is known once it was looked up at a source."""
     known = threading.Event()

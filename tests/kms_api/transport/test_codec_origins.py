@@ -21,11 +21,6 @@ ASKS = [("Access-Control-Request-Method", "POST")]
 CORS = "access-control-allow-"
 
 
-@pytest.fixture(params=["asyncio"])
-def anyio_backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 async def called(scope: Scope, receive: Receive, send: Send) -> None:
     """The application, which no preflight reaches."""
     await Response(status_code=418)(scope, receive, send)

@@ -33,11 +33,6 @@ ADA: Final = Principal("ada", "acme", "token:1")
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(params=["asyncio"])
-def anyio_backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.mark.parametrize("is_worth", [True, False])
 async def test_a_session_is_worth_what_its_credential_is(redis_url: str, *, is_worth: bool) -> None:
     sessions = Sessions(connect(redis_url), RecordKey((bytes(32),)))
@@ -124,3 +119,12 @@ async def test_a_scheme_that_only_begins_like_bearer_is_none(scheme: bytes) -> N
 
     with pytest.raises(Unauthenticated):
         token_of([(b"authorization", scheme + b" tok")])
+
+
+async def test_several_credentials_are_none_and_one_that_is_shown_twice_is_one() -> None:
+    shown = (b"authorization", b"Bearer tok")
+
+    assert token_of([shown, (b"x-api-key", b"tok")]) == "tok"
+    for other in ((b"x-api-key", b"other"), (b"authorization", b"Bearer other")):
+        with pytest.raises(Unauthenticated, match="Several"):
+            token_of([shown, other])

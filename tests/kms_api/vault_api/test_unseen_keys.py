@@ -113,17 +113,6 @@ def test_the_backend_of_an_unseen_key_is_not_asked(
     CALLS[name](kms, "default")
 
 
-def test_a_ciphertext_opens_as_little_with_an_unseen_key_as_with_an_absent_one(tmp_path: Path) -> None:
-    kms = kms_over(memory_backend()[0], {UNSEEN: local(tmp_path)[0]}, policy=ByScopes(Stands().scopes_of, {}))
-    told = []
-    for key in (UNSEEN, ABSENT):
-        with pytest.raises(KmsError) as caught:
-            CALLS["decrypt"](kms, key)
-        told.append((type(caught.value), caught.value.detail))
-
-    assert told[0] == told[1]
-
-
 def test_a_key_that_is_rotated_meanwhile_seals_under_the_number_of_its_version(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
