@@ -130,7 +130,7 @@ def test_keys_are_found_by_the_issuers_name_and_roll_over_without_a_restart(
         assert provider.asked[2:] == [WELL_KNOWN, "/moved"]
 
 
-def test_a_provider_that_is_away_is_told_as_such_and_tokens_are_let_in(
+def test_a_provider_that_is_away_is_told_as_such_tokens_are_let_in_and_it_is_asked_again(
     tmp_path: Path, provider: Provider
 ) -> None:
     provider.answers[WELL_KNOWN] = Answer(503)
@@ -140,6 +140,11 @@ def test_a_provider_that_is_away_is_told_as_such_and_tokens_are_let_in(
         check_problem(service.get("/status", headers=bearer(provider.token())), 503, "unavailable")
         assert service.get("/status", headers=service.token("status")).status_code == 200
         assert "answers 503" in service.output("api")
+        provider.answers.clear()
+        until(
+            lambda: service.get("/status", headers=bearer(provider.token())).status_code == 200,
+            "the provider is asked again",
+        )
 
 
 def elsewhere(provider: Provider) -> None:

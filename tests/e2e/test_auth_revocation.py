@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Final
 
 import httpx2 as httpx
 import pytest
@@ -24,83 +25,49 @@ from support.revocation import EXPIRED, NAME, Revoking
 from support.service import check_problem, core_of
 from support.waiting import until
 
+STATUS: Final = f"{PREFIX}/status"
+
 
 def test_a_revoked_certificate_ends_its_connection_and_gets_no_other(tmp_path: Path) -> None:
-    with Revoking(tmp_path).start("api") as own:
+    with Revoking(tmp_path, more="[kms.facade]\nenabled = true\n").start("api") as own:
         revoked, other = own.builder(), own.builder("other")
-        with own.client(revoked) as http, own.client(other) as beside:
-            assert http.get(f"{PREFIX}/status").status_code == 200
-            assert beside.get(f"{PREFIX}/status").status_code == 200
+        vault = f"https://localhost:{own.port}/v1/auth/token/lookup-self"
+        with own.client(revoked) as http, own.client(revoked) as of_vault, own.client(other) as beside:
+            for client, url in ((http, STATUS), (of_vault, vault), (beside, STATUS)):
+                assert client.get(url).status_code == 200
             own.put(own.clients.crl(revoked.cert))
-            answer = http.get(f"{PREFIX}/status")
+            answer, of_vault_too = http.get(STATUS), of_vault.get(vault)
 
             check_problem(answer, 401, "unauthenticated")
             assert "revoked" in answer.json()["detail"]
-            assert answer.headers["connection"] == "close"
-            with pytest.raises(httpx.TransportError):  # the client connects again and is not let in
-                http.get(f"{PREFIX}/status")
-            assert beside.get(f"{PREFIX}/status").status_code == 200
+            assert of_vault_too.status_code == 403
+            for client, refusal in ((http, answer), (of_vault, of_vault_too)):
+                assert refusal.headers["connection"] == "close"
+                with pytest.raises(httpx.TransportError):  # the client connects again and is not let in
+                    client.get(STATUS)
+            assert beside.get(STATUS).status_code == 200
         assert own.status(other).status_code == 200
-        with pytest.raises(httpx.TransportError):
-            own.status(revoked)
         own.put(own.clients.crl())  # a list that revokes it no more: it was on hold
         assert own.status(revoked).status_code == 200
 
 
-def test_the_vault_api_ends_the_connection_of_a_revoked_certificate(tmp_path: Path) -> None:
-    with Revoking(tmp_path, more="[kms.facade]\nenabled = true\n").start("api") as own:
-        builder = own.builder()
-        url = f"https://localhost:{own.port}/v1/auth/token/lookup-self"
-        with own.client(builder) as http:
-            assert http.get(url).status_code == 200
-            own.put(own.clients.crl(builder.cert))
-            answer = http.get(url)
-
-            assert answer.status_code == 403
-            assert answer.headers["connection"] == "close"
-            with pytest.raises(httpx.TransportError):
-                http.get(url)
-
-
-def test_an_expired_certificate_ends_its_connection(tmp_path: Path) -> None:
-    """Asked all the time, since uvicorn closes a connection that is silent for five seconds."""
-    with (
-        Revoking(tmp_path).start("api") as own,
-        own.client(own.builder(lasts=timedelta(seconds=6))) as http,
-    ):
-        answers = [http.get(f"{PREFIX}/status")]
-        assert answers[0].status_code == 200
-
-        def is_refused() -> bool:
-            answers.append(http.get(f"{PREFIX}/status"))
-            return answers[-1].is_error
-
-        until(is_refused, "the refusal")
-
-        check_problem(answers[-1], 401, "unauthenticated")
-        assert "expired" in answers[-1].json()["detail"]
-        assert answers[-1].headers["connection"] == "close"
-        with pytest.raises(httpx.TransportError):
-            http.get(f"{PREFIX}/status")
-
-
 def test_a_bad_token_does_not_end_the_connection_of_a_good_certificate(tmp_path: Path) -> None:
     with Revoking(tmp_path).start("api") as own, own.client(own.builder()) as http:
-        answer = http.get(f"{PREFIX}/status", headers=bearer("kms_bad"))
+        answer = http.get(STATUS, headers=bearer("kms_bad"))
 
         check_problem(answer, 401, "unauthenticated")
         assert "connection" not in answer.headers
-        assert http.get(f"{PREFIX}/status").status_code == 200
+        assert http.get(STATUS).status_code == 200
 
 
 def test_an_expired_list_lets_no_certificate_in_and_tokens_work(tmp_path: Path) -> None:
     with Revoking(tmp_path).start("api") as own:
         builder, token = own.builder(), own.token("status", "metrics")
         with own.client(builder) as http:
-            assert http.get(f"{PREFIX}/status").status_code == 200
+            assert http.get(STATUS).status_code == 200
             own.put(own.clients.crl(lasts=EXPIRED))
 
-            check_problem(http.get(f"{PREFIX}/status"), 503, "unavailable")
+            check_problem(http.get(STATUS), 503, "unavailable")
             with pytest.raises(httpx.TransportError):
                 own.status(builder)
             assert "client_crl" in own.status(headers=token).json()["degraded"]
@@ -112,7 +79,7 @@ def test_an_expired_list_lets_no_certificate_in_and_tokens_work(tmp_path: Path) 
             assert "tls.client_crl_expired" in own.output("api")
             own.put(own.clients.crl())
 
-            assert http.get(f"{PREFIX}/status").status_code == 200
+            assert http.get(STATUS).status_code == 200
         assert own.status(builder).status_code == 200
         assert "client_crl" not in own.status(headers=token).json()["degraded"]
 
@@ -123,13 +90,13 @@ def test_a_new_list_that_cannot_be_used_leaves_the_old_one_in_use(tmp_path: Path
         revoked, good = own.builder(), own.builder("good")
         own.put(own.clients.crl(revoked.cert))
         with own.client(good) as http:
-            assert http.get(f"{PREFIX}/status").status_code == 200
+            assert http.get(STATUS).status_code == 200
             if kind == "gone":
                 own.crl.unlink()
             else:
                 own.put(unusable(own, tmp_path)[kind])
 
-            assert http.get(f"{PREFIX}/status").status_code == 200
+            assert http.get(STATUS).status_code == 200
         assert own.status(good).status_code == 200
         with pytest.raises(httpx.TransportError):
             own.status(revoked)
@@ -174,13 +141,13 @@ def test_every_certificate_of_the_chain_is_checked(tmp_path: Path, revoked: str)
         own.start("api")
         pair = middle.issue("leaf", NAME)
         with own.client(pair) as http:
-            assert http.get(f"{PREFIX}/status").status_code == 200
+            assert http.get(STATUS).status_code == 200
             if revoked == "leaf":
                 own.put(own.clients.crl() + middle.crl(pair.cert))
             else:
                 own.put(own.clients.crl(middle.ca_file) + middle.crl())
 
-            check_problem(http.get(f"{PREFIX}/status"), 401, "unauthenticated")
+            check_problem(http.get(STATUS), 401, "unauthenticated")
             with pytest.raises(httpx.TransportError):
                 own.status(pair)
 
@@ -197,25 +164,16 @@ def test_an_authority_removed_from_client_ca_takes_its_connections_with_it(
         own.put(own.clients.crl() + other.crl())
         own.start("api")
         with own.client(own.builder()) as http, own.client(other.issue("good", NAME)) as beside:
-            assert http.get(f"{PREFIX}/status").status_code == 200
-            assert beside.get(f"{PREFIX}/status").status_code == 200
+            assert http.get(STATUS).status_code == 200
+            assert beside.get(STATUS).status_code == 200
             own.trust(second)
             own.put(other.crl())
-            answer = http.get(f"{PREFIX}/status")
+            answer = http.get(STATUS)
 
             check_problem(answer, 401, "unauthenticated")
             assert "no longer in client_ca" in answer.json()["detail"]
             assert answer.headers["connection"] == "close"
-            assert beside.get(f"{PREFIX}/status").status_code == 200
-
-
-def test_without_lists_a_client_may_send_the_intermediate_of_its_certificate(tmp_path: Path) -> None:
-    with Revoking(tmp_path, has_lists=False).start("api") as own:
-        middle = Authority(tmp_path / "middle", "an intermediate CA", own.clients)
-        pair = middle.issue("leaf", NAME)
-        pair.cert.write_bytes(pair.cert.read_bytes() + middle.ca_file.read_bytes())
-
-        assert own.status(pair).status_code == 200
+            assert beside.get(STATUS).status_code == 200
 
 
 def test_of_several_lists_of_an_authority_the_newest_counts(tmp_path: Path) -> None:
@@ -279,36 +237,31 @@ def submit(core: Core, who: Principal) -> Callable[[], tuple[str, str]]:
     return end
 
 
-def test_a_job_of_a_good_certificate_runs(install: Revoking, core: Core) -> None:
-    who, _ = holder(install, core)
-
-    assert who.credential.startswith("cert:builder:")
-    assert submit(core, who)() == ("succeeded", "")
-
-
-def test_a_queued_job_of_a_revoked_certificate_ends_as_forbidden(install: Revoking, core: Core) -> None:
-    who, pair = holder(install, core)
-    end = submit(core, who)
+def revoke(install: Revoking, pair: Pair) -> None:
     install.put(install.clients.crl(pair.cert))
 
-    assert end() == ("failed", "forbidden")
 
-
-def test_a_queued_job_of_an_authority_removed_from_client_ca_ends_as_forbidden(
-    install: Revoking, core: Core
-) -> None:
-    end = submit(core, holder(install, core)[0])
+def remove_the_authority(install: Revoking, pair: Pair) -> None:
+    del pair
     other = Authority(install.crl.parent / "other")
     install.trust(other.ca_file.read_bytes())
     install.put(other.crl())
 
-    assert end() == ("failed", "forbidden")
+
+def wait_for_its_end(install: Revoking, pair: Pair) -> None:
+    ends = shown(pair, install.clients).until
+    until(lambda: time.time() > ends, "the end of the certificate")
 
 
-def test_a_queued_job_of_an_expired_certificate_ends_as_forbidden(install: Revoking, core: Core) -> None:
-    who, _ = holder(install, core, timedelta(seconds=3))
+@pytest.mark.parametrize("change", [revoke, remove_the_authority, wait_for_its_end])
+def test_a_queued_job_ends_as_forbidden_once_its_certificate_is_worth_nothing(
+    install: Revoking, core: Core, change: Callable[[Revoking, Pair], None]
+) -> None:
+    assert submit(core, holder(install, core)[0])() == ("succeeded", "")
+    who, pair = holder(install, core, timedelta(seconds=3 if change is wait_for_its_end else 3600))
+    assert who.credential.startswith("cert:builder:")
     end = submit(core, who)
-    time.sleep(3.5)
+    change(install, pair)
 
     assert end() == ("failed", "forbidden")
 

@@ -1,13 +1,11 @@
 """A page of another site that calls the codec server of a running service, whose errors it can read."""
 
-from collections.abc import Iterator
 from urllib.parse import urlencode
 
 import httpx2 as httpx
 import pytest
 
-from support.credentials import REQUIRED, Guarded
-from support.embedded_valkey import EmbeddedValkey
+from support.credentials import Guarded
 from support.service import b64, check_problem
 
 PAGE = "https://temporal.example.com"
@@ -15,16 +13,6 @@ FROM_PAGE = {"Origin": PAGE, "Sec-Fetch-Site": "cross-site", "X-Namespace": "pay
 BODY = {"payloads": [{"metadata": {"encoding": b64(b"json/plain")}, "data": b64(b'"x"')}]}
 FORGED = {"payloads": [{"metadata": {"encoding": b64(b"binary/encrypted")}, "data": b64(b"x")}]}
 ALLOW = "access-control-allow-origin"
-
-
-@pytest.fixture(scope="module")
-def guarded(
-    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
-) -> Iterator[Guarded]:
-    settings = f'{REQUIRED}[kms.server]\ncodec_origins = ["{PAGE}"]\n'
-    url = valkey.files.url_of(next(database_numbers))
-    with Guarded(tmp_path_factory.mktemp("codec-origins"), settings, url) as running:
-        yield running.start("api")
 
 
 def test_preflight_needs_no_credential_and_the_call_does(guarded: Guarded) -> None:
@@ -57,21 +45,6 @@ def test_errors_can_be_read_by_the_page(
 
     check_problem(answer, *told)
     assert (answer.headers[ALLOW], answer.headers["vary"]) == (PAGE, "Origin")
-
-
-def test_other_methods_are_refused_as_before(guarded: Guarded) -> None:
-    answer = guarded.get("/codec/encode", headers=FROM_PAGE | guarded.token("encrypt"))
-
-    check_problem(answer, 405, "method_not_allowed")
-    assert answer.headers["allow"] == "POST"
-
-
-@pytest.mark.parametrize("path", ["/encrypt", "/decrypt", "/batch", "/jobs"])
-def test_the_page_reaches_no_other_route_even_with_a_token(guarded: Guarded, path: str) -> None:
-    answer = guarded.post(path, {}, headers=FROM_PAGE | guarded.token("*"))
-
-    check_problem(answer, 403, "forbidden")
-    assert ALLOW not in answer.headers
 
 
 def test_a_session_of_the_pages_opens_no_codec(guarded: Guarded) -> None:

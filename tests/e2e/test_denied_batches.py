@@ -1,20 +1,16 @@
 """Batches of callers that may do nothing of the kind: refused as a whole, as a single call, on one record."""
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 import httpx2 as httpx
 import pytest
 
-from support.credentials import REQUIRED, Guarded
-from support.embedded_valkey import EmbeddedValkey
+from support.audit_logs import Line, Place
+from support.credentials import Guarded
 from support.service import CONTEXT, b64, check_problem
 
 ITEMS: Final = 1000
 BOUND: Final = 10
-FACADE: Final = "[kms.facade]\nenabled = true\n"
 PLAIN: Final = {"plaintext": b64(b"a")}
 ANY: Final = {"ciphertext": b64(b"a")}
 LACKING: Final = {
@@ -33,25 +29,10 @@ ENOUGH: Final = {
 """Scopes that allow some, so that items are asked for one by one."""
 
 
-@pytest.fixture(scope="module")
-def guarded(
-    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
-) -> Iterator[Guarded]:
-    """One API process; no worker runs."""
-    redis = valkey.files.url_of(next(database_numbers))
-    with Guarded(tmp_path_factory.mktemp("denied"), f"{REQUIRED}{FACADE}", redis) as running:
-        yield running.start("api")
-
-
-def lines_of(guarded: Guarded, answer: httpx.Response) -> list[dict[str, object]]:
-    """The records of a request, in the order of the trail."""
+def lines_of(guarded: Guarded, answer: httpx.Response) -> list[Line]:
+    """The records of a request, in the order of the log."""
     name = answer.headers["x-request-id"]
-    found: list[dict[str, object]] = []
-    for path in sorted((guarded.state / "audit").glob("*.jsonl")):
-        found += [
-            line for line in map(json.loads, Path(path).read_bytes().splitlines()) if "operation" in line
-        ]
-    return [line for line in found if line.get("request_id") == name]
+    return [line for line in Place(guarded.state).operations() if line.get("request_id") == name]
 
 
 def batch(guarded: Guarded, operation: str, headers: dict[str, str]) -> httpx.Response:
@@ -124,11 +105,3 @@ def test_items_of_vault_with_such_a_key_are_counted(guarded: Guarded) -> None:
     lines = lines_of(guarded, answer)
     assert [line.get("count") for line in lines] == [None] * BOUND + [ITEMS - BOUND]
     assert {line["result"] for line in lines} == {"unknown_key"}
-
-
-def test_the_audit_log_tells_the_count(guarded: Guarded) -> None:
-    answer = batch(guarded, "encrypt", guarded.token("encrypt key=else"))
-    wanted = {"request_id": answer.headers["x-request-id"], "limit": "500"}
-    found = guarded.get("/audit", params=wanted, headers=guarded.token("audit:read")).json()["events"]
-
-    assert [event.get("count") for event in found] == [None] * BOUND + [ITEMS - BOUND]

@@ -4,14 +4,14 @@ Buckets fill by one in 100 seconds here, so what is left can be counted; every t
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final
 
 import httpx2 as httpx
 import pytest
 
 from support.credentials import REQUIRED, Guarded
-from support.embedded_valkey import EmbeddedValkey
 from support.service import CONTEXT, b64, check_problem
 
 BURST: Final = 10
@@ -19,37 +19,57 @@ PER_S: Final = 0.01
 DEBT_S: Final = 60
 RETRY_S: Final = DEBT_S + 1 / PER_S
 """Until one request is left to a tenant that owes as much as it can."""
-TENANTS: Final = (
-    "batch",
-    "large",
-    "moved",
-    "vault",
-    "json",
-    "stream",
-    "long",
-    "cut",
-    "login",
-    "boundary",
-    "debt",
-    "refused",
-    "denied",
-)
 ITEM: Final = {"plaintext": b64(b"x"), "context": CONTEXT}
+LINE: Final = b'{"plaintext":"eA=="}\n'
+Headers = dict[str, str]
+Call = Callable[[Guarded, Headers], httpx.Response]
+
+
+def batch(guarded: Guarded, headers: Headers, count: int, operation: str = "encrypt") -> httpx.Response:
+    return guarded.post("/batch", {"operation": operation, "items": [ITEM] * count}, headers=headers)
+
+
+def of_vault(guarded: Guarded, headers: Headers, count: int) -> httpx.Response:
+    body = {"batch_input": [{"plaintext": b64(b"x")}] * count}
+    return httpx.put(f"{guarded.url}/v1/transit/encrypt/default", json=body, headers=headers, trust_env=False)
+
+
+def job(guarded: Guarded, headers: Headers, count: int) -> httpx.Response:
+    return guarded.post("/jobs", {"kind": "encrypt", "items": [ITEM] * count}, headers=headers)
+
+
+def stream(guarded: Guarded, headers: Headers, lines: bytes) -> httpx.Response:
+    more = {"Content-Type": "application/x-ndjson"}
+    return guarded.post("/jobs?kind=encrypt", content=lines, headers=headers | more)
+
+
+SPENT: Final[dict[str, tuple[Call, int, int]]] = {
+    "batch": (partial(batch, count=7), 200, 7),
+    "batch-that-fails": (partial(batch, count=8, operation="decrypt"), 200, 8),
+    "job": (partial(job, count=6), 202, 6),
+    "stream": (partial(stream, lines=LINE * 7), 202, 7),
+    "broken-stream": (partial(stream, lines=LINE * 5 + b"{no\n"), 422, 5),
+}
+"""Calls by the tenant that makes them, with their status and what they cost."""
+DENIED: Final[dict[str, tuple[Call, str]]] = {
+    "denied-batch": (partial(batch, count=1000), "metrics"),
+    "denied-vault": (partial(of_vault, count=1000), "metrics"),
+    "denied-job": (partial(job, count=100), "jobs:write"),
+    "denied-key": (partial(job, count=100), "jobs:write,encrypt key=else"),
+}
+"""Calls by the tenant that makes them, with a scope that does not allow them."""
+TENANTS: Final = (*SPENT, *DENIED, "boundary", "large", "vault", "long", "login")
 
 
 @pytest.fixture(scope="module")
-def guarded(
-    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
-) -> Iterator[Guarded]:
+def guarded(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterator[Guarded]:
     """One API process; no worker runs."""
     quotas = "".join(f"[kms.tenants.{name}]\nrequests_per_s = {PER_S}\nburst = {BURST}\n" for name in TENANTS)
-    settings = f"{REQUIRED}[kms.facade]\nenabled = true\n{quotas}"
-    redis = valkey.files.url_of(next(database_numbers))
-    with Guarded(tmp_path_factory.mktemp("quotas"), settings, redis) as running:
+    with Guarded(tmp_path_factory.mktemp("quotas"), REQUIRED + quotas, module_redis) as running:
         yield running.start("api")
 
 
-def left(guarded: Guarded, headers: dict[str, str]) -> int:
+def left(guarded: Guarded, headers: Headers) -> int:
     """How many requests are left to a tenant, found by spending them."""
     for spent in range(BURST + 1):
         answer = guarded.get("/keys", headers=headers)
@@ -64,17 +84,6 @@ def wait_s(answer: httpx.Response) -> int:
     return int(answer.headers["retry-after"])
 
 
-def batch(
-    guarded: Guarded, headers: dict[str, str], count: int, operation: str = "encrypt"
-) -> httpx.Response:
-    return guarded.post("/batch", {"operation": operation, "items": [ITEM] * count}, headers=headers)
-
-
-def of_vault(guarded: Guarded, headers: dict[str, str], count: int) -> httpx.Response:
-    body = {"batch_input": [{"plaintext": b64(b"x")}] * count}
-    return httpx.put(f"{guarded.url}/v1/transit/encrypt/default", json=body, headers=headers, trust_env=False)
-
-
 def test_a_request_is_let_in_while_one_is_left(guarded: Guarded) -> None:
     acme = guarded.token("*", tenant="boundary")
 
@@ -82,12 +91,22 @@ def test_a_request_is_let_in_while_one_is_left(guarded: Guarded) -> None:
     assert 90 <= wait_s(guarded.get("/keys", headers=acme)) <= 100
 
 
-def test_a_batch_costs_its_items(guarded: Guarded) -> None:
-    acme = guarded.token("*", tenant="batch")
+@pytest.mark.parametrize("tenant", SPENT)
+def test_a_call_costs_its_items(guarded: Guarded, tenant: str) -> None:
+    """They are counted as they come, whatever becomes of them, and also those before one that is none."""
+    (call, status, spent), who = SPENT[tenant], guarded.token("*", tenant=tenant)
 
-    answer = batch(guarded, acme, 7).json()
-    assert (answer["failed"], "retry_after_s" in answer) == (0, False)
-    assert left(guarded, acme) == BURST - 7
+    assert call(guarded, who).status_code == status
+    assert left(guarded, who) == BURST - spent
+
+
+@pytest.mark.parametrize("tenant", DENIED)
+def test_a_call_that_no_scope_allows_costs_one_request(guarded: Guarded, tenant: str) -> None:
+    """Or a credential that may do nothing could put its tenant into debt."""
+    call, scope = DENIED[tenant]
+
+    assert call(guarded, guarded.token(scope, tenant=tenant)).status_code in {403, 404}
+    assert left(guarded, guarded.token("*", tenant=tenant)) == BURST - 1
 
 
 def test_a_batch_larger_than_the_burst_passes_and_those_after_it_wait(guarded: Guarded) -> None:
@@ -105,15 +124,6 @@ def test_a_batch_larger_than_the_burst_passes_and_those_after_it_wait(guarded: G
         assert RETRY_S - 10 <= wait <= RETRY_S
 
 
-def test_items_that_fail_cost_as_much(guarded: Guarded) -> None:
-    """They are counted when they are known, whatever becomes of them."""
-    acme = guarded.token("*", tenant="moved")
-    for operation, count in (("rewrap", 3), ("reseal", 3), ("decrypt", 2)):
-        assert batch(guarded, acme, count, operation).json()["failed"] == count
-
-    assert left(guarded, acme) == BURST - 8
-
-
 def test_items_of_vaults_batches_are_counted_as_well(guarded: Guarded) -> None:
     acme = guarded.token("*", tenant="vault")
     answer, refused = of_vault(guarded, acme, 30), of_vault(guarded, acme, 30)
@@ -123,53 +133,6 @@ def test_items_of_vaults_batches_are_counted_as_well(guarded: Guarded) -> None:
     assert RETRY_S - 10 <= int(refused.headers["retry-after"]) <= RETRY_S
 
 
-def test_a_batch_that_no_scope_allows_costs_one_request(guarded: Guarded) -> None:
-    """Or a credential that may do nothing could put its tenant into debt."""
-    nothing = guarded.token("metrics", tenant="refused")
-    check_problem(batch(guarded, nothing, 1000), 403, "forbidden")
-    assert of_vault(guarded, nothing, 1000).status_code == 403
-
-    assert left(guarded, guarded.token("*", tenant="refused")) == BURST - 2
-
-
-def test_items_of_a_job_are_counted_when_they_come(guarded: Guarded) -> None:
-    acme = guarded.token("*", tenant="json")
-    answer = guarded.post("/jobs", {"kind": "encrypt", "items": [ITEM] * 6}, headers=acme)
-
-    assert answer.status_code == 202
-    assert left(guarded, acme) == BURST - 6
-
-
-def test_items_of_a_job_that_is_denied_are_not_counted(guarded: Guarded) -> None:
-    for scopes in (("jobs:write",), ("jobs:write", "encrypt key=else")):
-        body = {"kind": "encrypt", "items": [ITEM] * 100}
-        answer = guarded.post("/jobs", body, headers=guarded.token(*scopes, tenant="denied"))
-        assert answer.json()["code"] in {"forbidden", "unknown_key"}
-
-    assert left(guarded, guarded.token("*", tenant="denied")) == BURST - 2
-
-
-def stream(guarded: Guarded, headers: dict[str, str], lines: bytes) -> httpx.Response:
-    return guarded.post(
-        "/jobs?kind=encrypt", content=lines, headers={**headers, "Content-Type": "application/x-ndjson"}
-    )
-
-
-LINE: Final = b'{"plaintext":"eA=="}\n'
-
-
-@pytest.mark.parametrize(("tenant", "good", "status"), [("stream", 7, 202), ("cut", 5, 422)])
-def test_items_of_a_stream_are_counted_as_they_come(
-    guarded: Guarded, tenant: str, good: int, status: int
-) -> None:
-    """Also those before one that cannot be read."""
-    acme = guarded.token("*", tenant=tenant)
-    lines = LINE * good + (b"" if status == 202 else b"{no\n")
-
-    assert stream(guarded, acme, lines).status_code == status
-    assert left(guarded, acme) == BURST - good
-
-
 def test_a_stream_of_any_length_passes_and_puts_its_tenant_into_debt(guarded: Guarded) -> None:
     acme = guarded.token("*", tenant="long")
 
@@ -177,16 +140,11 @@ def test_a_stream_of_any_length_passes_and_puts_its_tenant_into_debt(guarded: Gu
     assert RETRY_S - 10 <= wait_s(guarded.get("/keys", headers=acme)) <= RETRY_S
 
 
-def sent(browser: httpx.Client, path: str, **fields: str) -> httpx.Response:
-    """A form, with the stamp of its page."""
-    found = re.search(r'name="stamp" value="(\w+)"', browser.get(path).text)
-    assert found
-    return browser.post(path, data={"stamp": found[1], **fields})
-
-
 def log_in(guarded: Guarded, token: str) -> httpx.Response:
     with httpx.Client(base_url=guarded.url, trust_env=False) as browser:
-        return sent(browser, "/ui/login", token=token)
+        stamp = re.search(r'name="stamp" value="(\w+)"', browser.get("/ui/login").text)
+        assert stamp
+        return browser.post("/ui/login", data={"stamp": stamp[1], "token": token})
 
 
 def test_a_login_counts_against_the_tenant_of_its_credential(guarded: Guarded) -> None:

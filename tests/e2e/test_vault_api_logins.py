@@ -2,8 +2,6 @@
 
 import base64
 import hashlib
-import hmac
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,11 +13,11 @@ from typing import Any, Final
 import httpx2 as httpx
 import jwt
 import pytest
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from kms_core.auth import tokens
 from kms_protocol.errors import Unauthenticated
+from support.audit_logs import Place
 from support.credentials import ISSUER, Issuer, bearer, claims, serving
 from support.openbao import ROOT_TOKEN, bao
 from support.service import core_of
@@ -140,23 +138,15 @@ def test_a_login_is_recorded_by_what_was_brought(world: World) -> None:
     digest = hashlib.sha256(str(body["jwt"]).encode()).hexdigest()[:16]
     seen = [
         {name: record[name] for name in ("principal", "tenant", "credential", "result")}
-        for path in world.service.settings.kms.audit.path.glob("*.jsonl")
-        for line in path.read_text().splitlines()
-        if (record := json.loads(line)).get("operation") == "login"
+        for record in Place(world.service.state).operations()
+        if record["operation"] == "login"
     ]
 
-    assert {
-        "principal": "corp:recorded",
-        "tenant": "acme",
-        "credential": f"jwt:corp:{digest}:deploy",
-        "result": "ok",
-    } in seen
-    assert {
-        "principal": token.name,
-        "tenant": "acme",
-        "credential": f"token:{token.id}",
-        "result": "ok",
-    } in seen
+    for who, credential in (
+        ("corp:recorded", f"jwt:corp:{digest}:deploy"),
+        (token.name, f"token:{token.id}"),
+    ):
+        assert {"principal": who, "tenant": "acme", "credential": credential, "result": "ok"} in seen
 
 
 def test_the_walk_of_a_cluster_operator(world: World) -> None:
@@ -177,43 +167,14 @@ def test_the_walk_of_a_cluster_operator(world: World) -> None:
 
 
 # -- confusions ----------------------------------------------------------------------------------------
+# What a JWT may have wrong whoever is shown it: tests/kms_core/auth/test_jwt_verifier.py.
 
 Attempt = tuple[str, object] | tuple[str, object, dict[str, str]]
 Make = Callable[[World], Attempt]
 
 
-def resigned(
-    issuer: Issuer, header: dict[str, object], payload: bytes | None = None, kid: str = "corp-1"
-) -> str:
-    """A token with another header or a payload as it stands, signed by the issuer's own key."""
-    key, _ = issuer.keys[kid]
-    assert isinstance(key, RSAPrivateKey)
-    body = json.dumps(claims(**DEPLOY)).encode() if payload is None else payload
-    parts = [b64url(json.dumps({"alg": "RS256", "kid": kid, "typ": "JWT", **header}).encode()), b64url(body)]
-    signing = ".".join(parts)
-    signature = jwt.algorithms.RSAAlgorithm(jwt.algorithms.RSAAlgorithm.SHA256).sign(signing.encode(), key)
-    return f"{signing}.{b64url(signature)}"
-
-
-def public_pem(issuer: Issuer) -> bytes:
-    return issuer.keys["corp-1"][0].public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-
-
 def b64url(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
-
-
-def unsigned(world: World) -> Attempt:
-    del world
-    parts = [b64url(b'{"alg":"none","kid":"corp-1"}'), b64url(json.dumps(claims(**DEPLOY)).encode())]
-    return "jwt", {"role": "deploy", "jwt": f"{'.'.join(parts)}."}
-
-
-def by_the_public_key(world: World) -> Attempt:
-    """HS256 with the text of the public key as the secret."""
-    parts = [b64url(b'{"alg":"HS256","kid":"corp-1"}'), b64url(json.dumps(claims(**DEPLOY)).encode())]
-    tag = hmac.digest(public_pem(world.corp), ".".join(parts).encode(), "sha256")
-    return "jwt", {"role": "deploy", "jwt": ".".join([*parts, b64url(tag)])}
 
 
 def of(**changes: object) -> Make:
@@ -221,22 +182,8 @@ def of(**changes: object) -> Make:
     return lambda world: ("jwt", deploy(world.corp, **changes))
 
 
-def headed(**header: object) -> Make:
-    return lambda world: ("jwt", {"role": "deploy", "jwt": resigned(world.corp, header)})
-
-
-def paid(text: str) -> Make:
-    """A payload as it stands; ``…`` is the rest of a good one."""
-
-    def make(world: World) -> Attempt:
-        rest = json.dumps(claims(**DEPLOY))[1:-1]
-        return "jwt", {"role": "deploy", "jwt": resigned(world.corp, {}, text.replace("…", rest).encode())}
-
-    return make
-
-
-def role(name: object, mount: str = "jwt") -> Make:
-    return lambda world: (mount, {**deploy(world.corp), "role": name})
+def role(name: object) -> Make:
+    return lambda world: ("jwt", {**deploy(world.corp), "role": name})
 
 
 def in_path(mount: str) -> Make:
@@ -270,13 +217,6 @@ def secret_of_another_tenant(world: World) -> Attempt:
     return "approle", {"role_id": f"acme/{token.name}", "secret_id": secret}
 
 
-def secret_used_up(world: World) -> Attempt:
-    """The text of a secret before it was replaced."""
-    token, secret = world.secret()
-    tokens.rotate(world.service.token_file, token.id, timedelta(0), None)
-    return "approle", {"role_id": token.name, "secret_id": secret}
-
-
 def secret_expired(world: World) -> Attempt:
     token, secret = world.secret(ttl=timedelta(seconds=-1))
     return "approle", {"role_id": token.name, "secret_id": secret}
@@ -298,64 +238,25 @@ def by_a_stranger(world: World) -> Attempt:
     return "jwt", deploy(world.elsewhere)
 
 
-def key_of_the_other_issuer(world: World) -> Attempt:
-    """Right in all but its key, which is the other issuer's, by its own name."""
-    text = resigned(world.cluster, {}, json.dumps(claims(**DEPLOY)).encode(), "cluster-1")
-    return "jwt", {"role": "deploy", "jwt": text}
-
-
 def own_keys(name: str) -> Make:
-    """The header names the stranger's keys: an address must not be fetched, and a key not be used."""
+    """The header names the stranger's keys, which must not be fetched."""
 
     def make(world: World) -> Attempt:
-        value = {"jku": world.url, "x5u": world.url, "jwk": json.loads(world.elsewhere.jwks)["keys"][0]}[name]
-        return "jwt", {"role": "deploy", "jwt": resigned(world.elsewhere, {name: value})}
+        key, _ = world.elsewhere.keys["corp-1"]
+        header = {"kid": "corp-1", name: world.url}
+        return "jwt", {"role": "deploy", "jwt": jwt.encode(claims(**DEPLOY), key, "RS256", header)}
 
     return make
 
 
-LATER: Final = 4_000_000_000
 CONFUSIONS: Final[dict[str, tuple[int, Make]]] = {
-    "algorithm none": (403, unsigned),
-    "HS256 by the public key": (403, by_the_public_key),
-    "algorithm in other case": (403, headed(alg="rs256")),
-    "an algorithm that is not configured": (403, headed(alg="RS512")),
-    "another issuer's key by its id": (403, key_of_the_other_issuer),
     "a stranger's key by the issuer's id": (403, by_a_stranger),
-    "a critical header": (403, headed(crit=["exp"], exp=LATER)),
-    "an unencoded payload": (403, headed(crit=["b64"], b64=False)),
-    "a type of another kind": (403, headed(typ="logout+jwt")),
     "an address of keys": (403, own_keys("jku")),
     "an address of certificates": (403, own_keys("x5u")),
-    "a key in the header": (403, own_keys("jwk")),
-    "issuer with more behind it": (403, of(iss=f"{ISSUER}.evil.example.com")),
-    "issuer with a slash": (403, of(iss=f"{ISSUER}/")),
-    "issuer as a list": (403, of(iss=[ISSUER])),
-    "no issuer": (403, of(iss=None)),
     "another audience": (403, of(aud="vault")),
-    "audiences without ours": (403, of(aud=["vault", "kms-service-2"])),
-    "no audience": (403, of(aud=None)),
-    "audience as an object": (403, of(aud={"kms-service": True})),
-    "expired": (403, of(exp=int(time.time()) - 3600)),
-    "no expiry": (403, of(exp=None)),
-    "expiry as text": (403, of(exp="never")),
-    "expiry without end": (403, paid('{…, "exp": 1e999}')),
-    "not before the future": (403, of(nbf=LATER)),
-    "issued far ahead": (403, of(iat=LATER)),
-    "no subject": (403, of(sub=None)),
     "a bound claim is missing": (403, of(ref=None)),
     "a bound claim of another value": (403, of(repository="evil/acme/infra")),
-    "a bound claim in other case": (403, of(repository="ACME/infra")),
-    "a bound claim that looks alike": (403, of(repository="аcme/infra")),  # noqa: RUF001 -- a Cyrillic letter
-    "a bound claim as a list of others": (403, of(ref=["refs/heads/dev", "main"])),
-    "a bound claim as an object": (403, of(ref={"refs/heads/main": "refs/heads/main"})),
-    "a bound claim nested": (403, of(repository=None, claims={"repository": "acme/infra"})),
-    "a bound claim twice, the last one wrong": (403, paid('{…, "ref": "refs/heads/dev"}')),
     "another tenant": (403, of(org="evil")),
-    "a tenant in other case": (403, of(org="Acme")),
-    "an element of a list as tenant": (403, of(org=["acme"])),
-    "a huge token": (403, of(pad="x" * 9000)),
-    "a payload that is no object": (403, paid("[…]")),
     "role of another mount": (403, role("flux")),
     "role unknown": (403, role("nope")),
     "role in other case": (403, role("Deploy")),
@@ -377,11 +278,6 @@ CONFUSIONS: Final[dict[str, tuple[int, Make]]] = {
     "a namespace of another tenant": (403, with_header("X-Vault-Namespace", "web")),
     "a wrapped answer": (400, with_header("X-Vault-Wrap-TTL", "60")),
     "a service account of another namespace": (403, account(sub="system:serviceaccount:flux-system2:a")),
-    "a service account whose name has ours": (
-        403,
-        account(sub="system:serviceaccount:x:system:serviceaccount:flux-system:a"),
-    ),
-    "a user of the cluster": (403, account(sub="system:admin")),
     "a service account for the API server": (403, account(aud=CLUSTER)),
     "a token of this service as a JWT": (403, kms_token),
     "a JWT as a secret id": (403, jwt_as_secret),
@@ -389,7 +285,6 @@ CONFUSIONS: Final[dict[str, tuple[int, Make]]] = {
     "a token of a login as a secret id": (403, secret_again),
     "a secret id of another role": (403, secret_of_another),
     "a secret id of another tenant": (403, secret_of_another_tenant),
-    "a secret id that was replaced": (403, secret_used_up),
     "a secret id that expired": (403, secret_expired),
     "no secret id": (400, lambda _: ("approle", {"role_id": "ci"})),
 }
@@ -410,8 +305,7 @@ def test_a_confusion_hands_out_nothing(world: World, status: int, make: Make) ->
 
 def test_the_table_would_see_a_login(world: World) -> None:
     """The makers of the table give good attempts where nothing is changed."""
-    rest = [of(), headed(), paid("{…}"), role("deploy"), account(), with_header("X-Vault-Namespace", "acme")]
-    rest += [of(aud=["x", "kms-service"]), of(ref=["x", "refs/heads/main"]), of(repository="acme/")]
+    rest = [of(), role("deploy"), account(), with_header("X-Vault-Namespace", "acme")]
 
     assert [world.service.log_in(*make(world)).status_code for make in rest] == [200] * len(rest)
 
@@ -460,7 +354,8 @@ def test_failed_logins_are_limited_as_other_attempts_and_good_ones_pass(tmp_path
 def test_answers_have_the_shape_of_the_real_one(world: World) -> None:
     """For a role with tokens of the type ``batch``; what is refused is refused there, too."""
     server = bao()
-    pem = public_pem(world.corp)
+    public = world.corp.keys["corp-1"][0].public_key()
+    pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     server.admin("POST", "sys/auth/jwt", {"type": "jwt"})
     server.admin(
         "POST", "auth/jwt/config", {"jwt_validation_pubkeys": [pem.decode()], "bound_issuer": ISSUER}
@@ -491,11 +386,7 @@ def test_answers_have_the_shape_of_the_real_one(world: World) -> None:
             assert (one.status_code, other.status_code) == (200, 200), other.text
             assert kinds(one.json()) == kinds(other.json())
             tokens_ = [answer.json()["auth"]["client_token"] for answer in (one, other)]
-            for method, path in (
-                ("GET", "lookup-self"),
-                ("POST", "renew-self"),
-                ("POST", "revoke-self"),
-            ):
+            for method, path in (("GET", "lookup-self"), ("POST", "renew-self"), ("POST", "revoke-self")):
                 mine = world.service.call(tokens_[0], f"auth/token/{path}", method=method)
                 seen = theirs.request(method, f"auth/token/{path}", headers={"X-Vault-Token": tokens_[1]})
                 assert mine.status_code == seen.status_code, (path, seen.text)

@@ -8,38 +8,15 @@ import time
 from pathlib import Path
 from typing import Final
 
-import httpx2 as httpx
 import pytest
-from cryptography import x509
 
-from kms_cli.local import up
 from kms_core.settings.load import load
-from support.credentials import Authority, Guarded
+from support.revocation import Revoking
 from support.service import Service, b64
 from support.vault_api import NO_REDIS
 from support.waiting import until
 
 BODY: Final = b'{"plaintext": "aGVsbG8="}'
-
-
-class Secured(Guarded):
-    """An install that serves HTTPS, and knows a client by its certificate."""
-
-    def __init__(self, folder: Path) -> None:
-        self.clients = Authority(folder / "clients")
-        self.servers = Authority(folder / "servers", "a CA of servers")
-        pair = self.servers.issue("server", x509.DNSName("localhost"), server=True)
-        settings = (
-            f'[kms.auth]\nmode = "required"\n[kms.auth.certificates.builder]\n'
-            f'subject = "DNS:builder.example.com"\nscopes = ["encrypt key=default"]\n'
-            f'[kms.server]\ntls_cert = "{pair.cert}"\ntls_key = "{pair.key}"\n'
-            f'client_ca = "{self.clients.ca_file}"\n'
-        )
-        super().__init__(folder, settings, NO_REDIS)
-
-    def _answers(self, name: str, port: int) -> bool:
-        assert self._processes[name].poll() is None, f"{name} ended:\n{self.output(name)}"
-        return up.is_alive("127.0.0.1", port, tls=True)
 
 
 def listens(port: int) -> bool:
@@ -48,19 +25,6 @@ def listens(port: int) -> bool:
     except ConnectionRefusedError:
         return False
     return True
-
-
-def test_certificates_are_known_over_tls(tmp_path: Path) -> None:
-    with Secured(tmp_path).start("api") as service:
-        builder = service.clients.issue("builder", x509.DNSName("builder.example.com"))
-        answers = []
-        for pair in (builder, None):
-            with httpx.Client(verify=service.servers.context(pair), trust_env=False) as client:
-                url = f"https://localhost:{service.port}/v1/transit/encrypt/default"
-                answers.append(client.put(url, content=BODY))
-
-    assert [answer.status_code for answer in answers] == [200, 403]
-    assert answers[1].json()["errors"][0].startswith("permission denied")
 
 
 def test_a_signal_ends_the_port_and_what_had_begun_is_finished(tmp_path: Path) -> None:
@@ -127,7 +91,7 @@ def test_the_facade_is_there_by_default_in_dev_alone(tmp_path: Path, environment
 
 def test_a_connection_without_a_handshake_ends(tmp_path: Path) -> None:
     """uvloop would hold it for a minute, and no bound of the port counts it."""
-    with Secured(tmp_path).start("api") as service:
+    with Revoking(tmp_path, has_lists=False).start("api") as service:
         begun = time.monotonic()
         with socket.create_connection(("127.0.0.1", service.port), 50) as silent:
             said = silent.recv(1)
