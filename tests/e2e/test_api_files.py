@@ -3,13 +3,11 @@
 import os
 import socket
 import subprocess
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
-import pyrage
 import pytest
 
 from kms_protocol.wire import PREFIX
@@ -39,10 +37,6 @@ def opened(service: Service, data: bytes, context: str = "") -> str:
     return job_id
 
 
-def identity(service: Service) -> str:
-    return (service.state / "age/private_key.txt").read_text().splitlines()[-1]
-
-
 # -- there and back ------------------------------------------------------------------------------------
 
 
@@ -53,29 +47,13 @@ def test_upload_of_any_size_comes_back(service: Service, size: int, *, chunked: 
 
     job_id = service.upload("encrypt", pieces(data) if chunked else data, "env=prod")
     job = service.wait(job_id, "succeeded")
-    ciphertext = service.result(job_id)
-    back = opened(service, ciphertext, "env=prod")
+    answer = service.get(f"/jobs/{job_id}/result")
+    back = opened(service, answer.content, "env=prod")
 
     assert job["progress"]["bytes"] == job["progress"]["bytes_done"] == size
+    assert job["file_id"] == answer.headers["x-kms-file-id"] == service.job(back)["file_id"]
     assert service.result(back) == data
-    assert service.job(back)["progress"]["bytes"] == len(ciphertext)
-
-
-def test_job_names_the_file_as_its_result_does(service: Service) -> None:
-    made = service.upload("encrypt", b"x")
-    job = service.wait(made, "succeeded")
-    answer = service.get(f"/jobs/{made}/result")
-    back = service.wait(opened(service, answer.content))
-
-    assert len(job["file_id"]) == 32
-    assert job["file_id"] == answer.headers["x-kms-file-id"] == back["file_id"]
-
-
-def test_download_opens_with_pyrage(service: Service) -> None:
-    data = os.urandom(200_000)
-    ciphertext = sealed(service, data, "env=prod")
-
-    assert pyrage.decrypt(ciphertext, [pyrage.x25519.Identity.from_str(identity(service))]) == data
+    assert service.job(back)["progress"]["bytes"] == len(answer.content)
 
 
 def test_download_opens_with_stock_age(service: Service, tmp_path: Path) -> None:
@@ -89,10 +67,8 @@ def test_download_opens_with_stock_age(service: Service, tmp_path: Path) -> None
 
 def test_upload_made_by_stock_age_is_opened(service: Service) -> None:
     data = os.urandom(200_000)
-    recipient = pyrage.x25519.Identity.from_str(identity(service)).to_public()
-    made = subprocess.run(
-        [program("age"), "-r", str(recipient)], input=data, capture_output=True, check=True
-    ).stdout
+    argv = [program("age"), "-R", str(service.state / "age/public_key.txt")]
+    made = subprocess.run(argv, input=data, capture_output=True, check=True).stdout
 
     assert service.result(opened(service, made)) == data
 
@@ -133,37 +109,23 @@ def test_upload_of_a_plaintext_to_decrypt_is_refused_at_once(tmp_path: Path, red
         assert alone.spooled() == []
 
 
-@pytest.mark.parametrize("at", [-1, -100_000, 3000], ids=["tag", "first-chunk", "header"])
-def test_damaged_upload_ends_as_failed_and_has_no_result(service: Service, at: int) -> None:
-    damaged = bytearray(sealed(service, bytes(150_000)))
-    damaged[min(at, 300)] ^= 1
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda whole: whole[:-65_552],
+        lambda whole: whole + b"x",
+        lambda whole: whole[:-1] + bytes([whole[-1] ^ 1]),
+    ],
+    ids=["cut", "longer", "tag"],
+)
+def test_upload_that_does_not_open_ends_as_failed_and_has_no_result(
+    service: Service, change: Callable[[bytes], bytes]
+) -> None:
+    job_id = service.upload("decrypt", change(sealed(service, bytes(2 * 65_536))))
 
-    job_id = service.upload("decrypt", bytes(damaged))
-    job = service.wait(job_id, "failed")
-
-    assert job["error"]["code"] == "decrypt_failed"
+    assert service.wait(job_id, "failed")["error"]["code"] == "decrypt_failed"
     check_problem(service.get(f"/jobs/{job_id}/result"), 410, "result_expired")
     assert not [name for name in service.spooled() if name.startswith(f"{job_id}/result")]
-
-
-@pytest.mark.parametrize(
-    "cut",
-    [lambda whole: whole[:-1], lambda whole: whole[:-65_552], lambda whole: whole + b"x"],
-    ids=["byte", "chunk", "longer"],
-)
-def test_upload_cut_or_stretched_ends_as_failed(service: Service, cut: object) -> None:
-    assert callable(cut)
-    whole = sealed(service, bytes(2 * 65_536))
-
-    job_id = service.upload("decrypt", cut(whole))
-
-    assert service.wait(job_id, "failed")["error"]["code"] == "decrypt_failed"
-
-
-def test_wrong_context_ends_as_failed(service: Service) -> None:
-    job_id = service.upload("decrypt", sealed(service, b"x", "a=1"), "a=2")
-
-    assert service.wait(job_id, "failed")["error"]["code"] == "decrypt_failed"
 
 
 def test_context_is_required_before_a_byte_is_taken(service: Service, strict: Service) -> None:
@@ -191,36 +153,6 @@ def test_upload_that_breaks_off_leaves_nothing(service: Service, kind: str, *, d
     after = service.get("/jobs?limit=1").json()
     assert [job["job_id"] for job in after["jobs"]] == [job["job_id"] for job in newest["jobs"]]
     assert "crashed" not in service.output("api").removeprefix(told)
-
-
-def test_full_spool_refuses_and_keeps_nothing(idle: Service) -> None:
-    before = idle.spooled()
-
-    for body in (bytes(2 * MIB), pieces(bytes(2 * MIB))):
-        check_problem(idle.post("/files/encrypt", content=body), 507, "spool_full")
-
-    assert idle.spooled() == before
-
-
-def test_many_slow_uploads_hold_up_nobody_else(idle: Service) -> None:
-    head = (
-        f"POST {PREFIX}/files/encrypt HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nslow".encode()
-    )
-    before = set(idle.spooled())
-    peers = [socket.create_connection(("127.0.0.1", idle.port)) for _ in range(60)]
-    try:
-        for peer in peers:
-            peer.sendall(head)
-        time.sleep(0.5)
-
-        assert len(list(Path(f"/proc/{idle.pid('api')}/task").iterdir())) < len(peers)
-        assert idle.http.get(f"{PREFIX}/status", timeout=20).status_code == 200
-        assert idle.http.get("/metrics", timeout=20).status_code == 200
-        assert idle.http.get(f"{PREFIX}/jobs", timeout=20).status_code == 200
-    finally:
-        for peer in peers:
-            peer.close()
-    until(lambda: not set(idle.spooled()) - before, "what broke off is cleared up")
 
 
 # -- downloads -------------------------------------------------------------------------------------------
@@ -346,21 +278,6 @@ def test_download_that_breaks_off_is_forgotten(service: Service) -> None:
     assert service.result(job_id) == data
 
 
-def test_result_before_the_end_is_a_conflict(idle: Service) -> None:
-    check_problem(idle.get(f"/jobs/{idle.upload('encrypt', b'x')}/result"), 409, "job_not_finished")
-
-
-def test_result_of_a_cancelled_upload_is_gone(idle: Service) -> None:
-    job_id = idle.upload("encrypt", b"x")
-    cancelled = idle.post(f"/jobs/{job_id}/cancel").json()
-
-    assert (cancelled["state"], cancelled["error"]["code"]) == ("cancelled", "cancelled")
-    gone = idle.get(f"/jobs/{job_id}/result")
-    check_problem(gone, 410, "result_expired")
-    assert gone.json()["detail"] == "This job was cancelled; it has no result"
-    assert not (idle.spool / job_id).exists()
-
-
 def test_result_is_gone_at_its_expiry(tmp_path: Path) -> None:
     with Service(tmp_path, "[kms.jobs]\nresult_ttl_s = 2\n") as service:
         service.start()
@@ -373,15 +290,8 @@ def test_result_is_gone_at_its_expiry(tmp_path: Path) -> None:
 
 def test_same_upload_with_one_key_is_one_job(service: Service) -> None:
     first = service.upload("encrypt", b"once", "a=1", Idempotency_Key="upload-1")
-    before = service.spooled()
 
     assert service.upload("encrypt", pieces(b"once", 1), "a=1", Idempotency_Key="upload-1") == first
-    for body, context in ((b"other", "a=1"), (b"once", "a=2"), (b"once", "")):
-        headers = {"Idempotency-Key": "upload-1", "X-KMS-Context": context}
-        check_problem(
-            service.post("/files/encrypt", content=body, headers=headers), 409, "idempotency_conflict"
-        )
-    service.wait(first, "succeeded")
-    assert {path.partition("/")[0] for path in service.spooled()} <= {
-        path.partition("/")[0] for path in before
-    }
+    headers = {"Idempotency-Key": "upload-1", "X-KMS-Context": "a=1"}
+    answer = service.post("/files/encrypt", content=b"other", headers=headers)
+    check_problem(answer, 409, "idempotency_conflict")

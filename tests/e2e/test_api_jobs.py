@@ -1,19 +1,14 @@
 """Jobs over HTTP: bulk items and file references, what is listed and told, cancellation, retries."""
 
 import json
-import os
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
 
 import pytest
 
-from kms_client import Client
-from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.model import Attempt, part_id
-from kms_core.jobs.spec import BULK
-from kms_protocol.wire import ENDED, PREFIX, JobOut
+from kms_core.jobs.model import part_id
+from kms_protocol.wire import PREFIX
 from support.service import CANARY, Json, Service, b64, check_problem, core_of, unb64
 from support.waiting import until
 
@@ -85,38 +80,23 @@ def test_refused_items_fail_the_job_and_leave_the_others_readable(service: Servi
     job_id = service.submit({"kind": "decrypt", "items": items})
     job = service.wait(job_id, "failed")
 
-    assert job["error"] == {
-        "code": "items_failed",
-        "detail": "3 of 5 items failed, the first at index 1: decryption failed: wrong key, wrong context, "
-        "or a damaged ciphertext",
-        "hint": "give the context it was encrypted with; `kms inspect FILE` shows the key it names; "
-        "`kms job result` shows which and why",
-        "items": [
-            {"index": 1, "code": "decrypt_failed"},
-            {"index": 2, "code": "not_a_ciphertext"},
-            {"index": 3, "code": "invalid_context"},
-        ],
-    }
+    codes = {1: "decrypt_failed", 2: "not_a_ciphertext", 3: "invalid_context"}
+    assert job["error"]["code"] == "items_failed"
+    assert {item["index"]: item["code"] for item in job["error"]["items"]} == codes
     assert (job["progress"]["items_done"], job["progress"]["items_failed"]) == (5, 3)
     file_id = service.post("/decrypt", {"ciphertext": good, "context": "row=1"}).json()["file_id"]
+    readable = {"plaintext": b64(b"good"), "file_id": file_id}
     assert lines(service, job_id) == [
-        {"index": 0, "plaintext": b64(b"good"), "file_id": file_id},
-        {"index": 1, "error": {"code": "decrypt_failed"}},
-        {"index": 2, "error": {"code": "not_a_ciphertext"}},
-        {"index": 3, "error": {"code": "invalid_context"}},
-        {"index": 4, "plaintext": b64(b"good"), "file_id": file_id},
+        {"index": number, **({"error": {"code": codes[number]}} if number in codes else readable)}
+        for number in range(5)
     ]
 
 
 def test_stream_of_many_items_is_one_job(service: Service) -> None:
     count = 20_000
 
-    job_id = stream(
-        service,
-        "encrypt",
-        ({"plaintext": b64(b"%d" % number)} for number in range(count)),
-        X_KMS_Context="a=1",
-    )
+    items = ({"plaintext": b64(b"%d" % number)} for number in range(count))
+    job_id = stream(service, "encrypt", items, X_KMS_Context="a=1")
     job = service.wait(job_id, "succeeded")
     found = lines(service, job_id)
 
@@ -162,103 +142,60 @@ def test_stream_that_is_not_understood_leaves_nothing(
     assert service.spooled() == before
 
 
-def test_more_items_than_json_takes_are_pointed_to_the_stream(service: Service) -> None:
-    answer = service.post("/jobs", {"kind": "encrypt", "items": [{"plaintext": ""}] * 10_001})
+def test_json_takes_ten_thousand_items_and_points_to_the_stream_for_more(service: Service) -> None:
+    job = {"kind": "encrypt", "items": [{"plaintext": ""}] * 10_000}
+    more = service.post("/jobs", {"kind": "encrypt", "items": [{"plaintext": ""}] * 10_001})
 
-    check_problem(answer, 413, "too_large")
-    assert "ndjson" in answer.json()["detail"]
-
-
-def test_most_items_that_json_takes(service: Service) -> None:
-    job_id = service.submit({"kind": "encrypt", "items": [{"plaintext": ""}] * 10_000})
-
-    assert service.wait(job_id, "succeeded")["progress"]["items_done"] == 10_000
+    assert service.wait(service.submit(job), "succeeded")["progress"]["items_done"] == 10_000
+    check_problem(more, 413, "too_large")
+    assert "ndjson" in more.json()["detail"]
 
 
 @pytest.mark.parametrize(
-    "change", [{"kind": "decrypt"}, {"context": "a=2"}, {"key_id": "default"}, {"ttl_s": 60}], ids=str
+    "change",
+    [{"context": "a=2"}, {"labels": {"a": "b"}}, {"metadata": {"a": "b"}}, {"release": "after_fetch"}],
+    ids=str,
 )
 def test_idempotency_key_stands_for_one_request(idle: Service, change: Json) -> None:
     key = {"Idempotency-Key": f"jobs-{change}"}
     body = {"kind": "encrypt", "items": [{"plaintext": ""}], "context": "a=1"}
-    if change == {"kind": "decrypt"}:
-        change = {"kind": "decrypt", "items": [{"ciphertext": ""}]}
+    first, again = (idle.post("/jobs", body, headers=key) for _ in range(2))
 
-    first = idle.post("/jobs", body, headers=key).json()["job_id"]
-
-    assert idle.post("/jobs", body, headers=key).json()["job_id"] == first
-    assert idle.post("/jobs", body).json()["job_id"] != first
+    assert first.json()["job_id"] == again.json()["job_id"] != idle.post("/jobs", body).json()["job_id"]
+    assert "idempotency-replayed" not in first.headers
+    assert again.headers["idempotency-replayed"] == "true"
     check_problem(idle.post("/jobs", body | change, headers=key), 409, "idempotency_conflict")
 
 
-# -- files
+# -- many files
 
 
-def test_file_jobs_work_under_the_root(service: Service) -> None:
-    data = os.urandom(3_000_000)
-    folder = service.files / "a folder"
-    folder.mkdir(exist_ok=True)
-    (folder / "ü.bin").write_bytes(data)
-    here = f"file://{service.files}/a%20folder"
+def test_tree_goes_there_and_back_on_several_workers(service: Service) -> None:
+    folder, here = service.files / "many", f"file://{service.files}/many"
+    paths = [f"{number % 7}/{number}.txt" for number in range(1200)]
+    for number, path in enumerate(paths):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(b"%d" % number)
 
-    sealed = service.submit(
-        {"kind": "encrypt", "source": f"{here}/%C3%BC.bin", "target": f"{here}/x.age", "context": "a=1"}
-    )
-    job = service.wait(sealed, "succeeded")
-    moved = service.submit(
-        {
-            "kind": "rewrap",
-            "source": f"{here}/x.age",
-            "target": f"{here}/y.age",
-            "context": "a=1",
-            "new_context": "b=2",
-        }
-    )
-    service.wait(moved, "succeeded")
-    back = service.submit(
-        {"kind": "decrypt", "source": f"{here}/y.age", "target": f"{here}/back", "context": "b=2"}
-    )
-    service.wait(back, "succeeded")
+    def done(kind: str, source: str, **more: object) -> Json:
+        job = {"kind": kind, "source": source, "context": "env=prod", **more}
+        return service.wait(service.submit(job), "succeeded")
 
-    assert (folder / "back").read_bytes() == data
-    assert job["progress"]["bytes_done"] == len(data)
-    check_problem(service.get(f"/jobs/{sealed}/result"), 410, "result_expired")
-    again = service.submit(
-        {"kind": "decrypt", "source": f"{here}/y.age", "target": f"{here}/back", "context": "b=2"}
-    )
-    assert service.wait(again, "failed")["error"]["code"] == "target_exists"
+    there = done("encrypt", f"{here}/**/*.txt", target=f"{here}-sealed/", priority="low")
+    dry = done("rewrap", f"{here}-sealed/**", dry_run=True)
+    done("decrypt", f"{here}-sealed/**/*.age", target=f"{here}-back/")
 
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "file:///etc/passwd",
-        "file://{root}/../spool.key",
-        "file://{root}/%2e%2e/spool.key",
-        "file://{root}%2f..%2fspool.key",
-        "file://{root}/",
-        "file://{root}",
-        "file://elsewhere{root}/x",
-        "{root}/x",
-        "s3://bucket/key",
-        "http://127.0.0.1/x",
-        "file://{root}/x?y",
-        "file://{root}/a%00b",
-        "file://{root}/.kms-1-1.tmp",
-        "",
-    ],
-)
-def test_reference_outside_the_roots_is_refused(service: Service, url: str) -> None:
-    named = url.format(root=service.files)
-    (service.files / "in").write_bytes(b"x")
-    inside = f"file://{service.files}/in"
-
-    for source, target in ((named, f"file://{service.files}/new"), (inside, named)):
-        check_problem(
-            service.post("/jobs", {"kind": "encrypt", "source": source, "target": target}),
-            403,
-            "path_refused",
-        )
+    told = lines(service, there["job_id"])
+    assert there["progress"] == there["progress"] | {"items": 1200, "items_done": 1200, "items_failed": 0}
+    assert there["priority"] == "low"
+    assert "report" not in there
+    assert [line["index"] for line in told] == list(range(1200))
+    assert told[0] == {"index": 0, "source": f"{here}/0/0.txt", "target": f"{here}-sealed/0/0.txt.age"}
+    report = {"dry_run": True, "changed": 0, "newest": 1200, "foreign": 0, "failed": 0, "older": []}
+    assert dry["report"] == report
+    assert {"index": 5, "outcome": "newest"}.items() <= lines(service, dry["job_id"])[5].items()
+    back = service.files / "many-back"
+    assert [(back / path).read_bytes() for path in paths] == [b"%d" % number for number in range(1200)]
 
 
 # -- looking
@@ -298,76 +235,7 @@ def test_deadlines_are_told(idle: Service, way: str) -> None:
         assert abs(at - soon - timedelta(hours=hours)) < timedelta(seconds=1)
 
 
-@pytest.mark.parametrize(
-    ("headers", "code"),
-    [
-        ({"X-KMS-Run-By": "tomorrow"}, "invalid_request"),
-        ({"X-KMS-Run-By": "2999-01-01T00:00:00"}, "invalid_request"),
-        ({"X-KMS-Keep-For": "59"}, "invalid_request"),
-        ({"X-KMS-Start-By": "2020-01-01T00:00:00Z"}, "invalid_deadline"),
-        ({"X-KMS-Start-By": "2999-01-01T00:00:00Z"}, "invalid_deadline"),
-        ({"X-KMS-Keep-For": "40000000"}, "invalid_deadline"),
-    ],
-    ids=str,
-)
-def test_wrong_deadlines_of_an_upload_leave_nothing(
-    idle: Service, headers: dict[str, str], code: str
-) -> None:
-    before = idle.spooled()
-
-    check_problem(idle.post("/files/encrypt", content=b"x", headers=headers), 422, code)
-
-    assert idle.spooled() == before
-
-
-def test_pages_hold_every_job_once_newest_first(idle: Service) -> None:
-    made = [idle.submit({"kind": "encrypt", "items": [{"plaintext": ""}]}) for _ in range(12)]
-    seen: list[Json] = []
-    cursor: str | None = ""
-    while cursor is not None:
-        answer = idle.get("/jobs", params={"limit": "5"} | ({"cursor": cursor} if cursor else {})).json()
-        seen += answer["jobs"]
-        cursor = answer["next"]
-
-    ids = [job["job_id"] for job in seen]
-    assert len(set(ids)) == len(ids)
-    assert ids[:12] == made[::-1]
-    assert all(earlier["created_at"] >= later["created_at"] for earlier, later in pairwise(seen))
-
-
-def test_listing_by_state(idle: Service) -> None:
-    job_id = idle.submit({"kind": "encrypt", "items": [{"plaintext": ""}]})
-    idle.http.delete(f"{PREFIX}/jobs/{job_id}")
-
-    cancelled = idle.get("/jobs?state=cancelled&limit=1000").json()["jobs"]
-
-    assert job_id in {job["job_id"] for job in cancelled}
-    assert {job["state"] for job in cancelled} == {"cancelled"}
-    assert job_id not in {job["job_id"] for job in idle.get("/jobs?state=queued&limit=1000").json()["jobs"]}
-
-
-def test_client_that_waits_sees_each_change_and_the_end(service: Service) -> None:
-    job_id = service.submit({"kind": "encrypt", "items": [{"plaintext": b64(bytes(1000))}] * 3000})
-    told: list[JobOut] = []
-    with Client(service.url) as kms:
-        assert kms.wait(job_id, progress=told.append) == told[-1]
-
-    assert told[-1].state == "succeeded"
-    assert all(job.state not in ENDED for job in told[:-1])
-    assert all(a.progress.items_done <= b.progress.items_done for a, b in pairwise(told))
-
-
 # -- cancelling and retrying
-
-
-def test_queued_job_is_cancelled_at_once(idle: Service) -> None:
-    job_id = idle.submit({"kind": "encrypt", "items": [{"plaintext": ""}]})
-
-    answer = idle.http.delete(f"{PREFIX}/jobs/{job_id}")
-
-    assert (answer.status_code, answer.json()["state"]) == (200, "cancelled")
-    assert not (idle.spool / job_id).exists()
-    assert idle.http.delete(f"{PREFIX}/jobs/{job_id}").json()["state"] == "cancelled"
 
 
 def test_running_job_stops_and_leaves_nothing(service: Service) -> None:
@@ -384,21 +252,15 @@ def test_running_job_stops_and_leaves_nothing(service: Service) -> None:
     until(lambda: not any(name.startswith(job_id) for name in service.spooled()), "the spool is clean")
 
 
-@pytest.fixture
-def dead_letter(idle: Service) -> tuple[Core, str]:
+def test_dead_letter_is_listed_and_can_be_retried(idle: Service) -> None:
     """A job that used up its attempts: five workers took it and died."""
     core = core_of(idle)
+    store = core.worker_context.store
     job_id = idle.submit({"kind": "encrypt", "items": [{"plaintext": b64(b"revived")}]})
     for _ in range(5):
-        claim: Attempt | None = core.worker_context.store.claim(job_id, "w")
-        assert claim
-        core.worker_context.store.redis.hset(f"kms:job:{job_id}", "lease_until", 0)
+        assert store.claim(job_id, "w")
+        store.redis.hset(f"kms:job:{job_id}", "lease_until", 0)
     run_job(job_id, core.worker_context, "w")
-    return core, job_id
-
-
-def test_dead_letter_is_listed_and_can_be_retried(idle: Service, dead_letter: tuple[Core, str]) -> None:
-    core, job_id = dead_letter
 
     job = idle.job(job_id)
     dead = idle.get("/jobs/dead").json()["jobs"]
@@ -432,21 +294,3 @@ def test_parts_of_a_job_are_nobody_s_to_touch(service: Service) -> None:
     ):
         check_problem(answer, 404, "unknown_job")
     assert part not in {job["job_id"] for job in service.get("/jobs?limit=1000").json()["jobs"]}
-
-
-def test_message_to_the_worker_says_nothing_of_the_job(idle: Service) -> None:
-    store = core_of(idle).worker_context.store
-    store.worker_seen("w", 1, [BULK])  # a process that would take it
-    store.redis.delete("kms:kms.bulk", "kms:wakes:kms.bulk", "kms:draining:kms.bulk")
-    job_id = idle.submit(
-        {"kind": "encrypt", "items": [{"plaintext": b64(CANARY.encode())}], "context": f"a={CANARY}"}
-    )
-
-    waiting: list[bytes] = store.redis.lrange("kms:kms.bulk", 0, -1)  # type: ignore[assignment]  # sync
-    (message,) = waiting
-    found = json.loads(message)
-
-    assert json.loads(found["body"]) == [[], {}, None]
-    assert found["headers"] == {"task": "kms.run", "id": "wake-up"}
-    assert job_id.encode() not in message
-    assert CANARY.encode() not in message

@@ -1,7 +1,5 @@
 """Every error code of docs/contract.md that can be met today, brought about once over HTTP."""
 
-import socket
-import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -147,17 +145,3 @@ def test_unhealthy_backend_is_told_by_status_alone(tmp_path: Path) -> None:
         assert service.http.get("/livez").status_code == 200
         assert "backend" in service.get("/status").json()["degraded"]
         assert service.decrypt(service.encrypt(b"the old keys still work")) == b"the old keys still work"
-
-
-def test_service_survives_broken_connections(service: Service) -> None:
-    for sent in (
-        b"",
-        b"GET",
-        b"\x16\x03\x01\x00\x00",
-        b"POST /api/v1/kms/encrypt HTTP/1.1\r\nContent-Length: 5\r\n\r\n1",
-    ):
-        with socket.create_connection(("127.0.0.1", service.port)) as peer:
-            peer.sendall(sent)
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-    assert service.http.get("/livez").status_code == 200

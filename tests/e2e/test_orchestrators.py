@@ -1,15 +1,26 @@
-"""The API for programs that run many jobs: labels, metadata, waits, many states in one call, replays."""
+"""The API for programs that run many jobs: labels, metadata, waits, states, groups, events."""
 
 import json
 import time
 import uuid
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
+import httpx2 as httpx
 import pytest
 
+from kms_core.container import Core
+from kms_core.jobs.events import transitions
+from kms_core.jobs.events.outbox import Outbox
+from kms_core.jobs.events.webhook import WebhookEndpoint
+from kms_core.jobs.store.store import JobStore
+from kms_core.settings.model import EndpointSection
+from kms_protocol.errors import GroupComplete, UnknownJob
 from kms_protocol.wire import PREFIX
 from support.embedded_valkey import EmbeddedValkey
+from support.job_stores import LONG, TENANT, accepted, store_of
 from support.service import Json, Service, b64, check_problem
 from support.waiting import until
 
@@ -23,6 +34,10 @@ def unique() -> str:
 
 def job_of(**more: object) -> Json:
     return {"kind": "encrypt", "items": [ITEM], **more}
+
+
+def grouped(name: str, jobs: int = 2) -> Json:
+    return job_of(group={"name": name, "jobs": jobs})
 
 
 def listed(service: Service, *labels: str, **more: str) -> list[str]:
@@ -74,14 +89,11 @@ def test_list_by_label_goes_on_at_its_cursor(service: Service) -> None:
     run = unique()
     made = [service.submit(job_of(labels={"run": run, "all": "yes"})) for _ in range(5)]
     seen: list[str] = []
-    cursor = None
-    while True:
-        params = {"label": f"run={run}", "limit": "2"} | ({"cursor": cursor} if cursor else {})
+    params: dict[str, str] = {"label": f"run={run}", "limit": "2"}
+    while params.get("cursor", "first"):
         page = service.get("/jobs", params=params).json()
         seen += [job["job_id"] for job in page["jobs"]]
-        cursor = page["next"]
-        if cursor is None:
-            break
+        params["cursor"] = page["next"] or ""
 
     assert seen == made[::-1]
 
@@ -98,62 +110,18 @@ def test_redis_holds_neither_labels_nor_metadata_in_the_clear(
     assert WORD.encode() not in written
 
 
-@pytest.mark.parametrize(
-    "labels",
-    [
-        {"": "x"},
-        {"-a": "x"},
-        {"a": "with space"},
-        {"a": "x" * 129},
-        {"a" * 64: "x"},
-        {"a\n": "x"},
-        {"a": "x\n"},
-        {f"a{number}": "x" for number in range(17)},
-        {"a": 1},
-        ["a=b"],
-    ],
-)
-def test_bad_labels_are_refused(service: Service, labels: object) -> None:
-    check_problem(service.post("/jobs", job_of(labels=labels)), 422, "invalid_request")
-
-
-@pytest.mark.parametrize("text", ["nothing", "=x", "a=b,a=c", "a=%20", "%ff"])
-def test_bad_labels_in_headers_and_lists_are_refused(service: Service, text: str) -> None:
-    answer = service.post("/files/encrypt", content=b"x", headers={"X-KMS-Labels": text})
-    check_problem(answer, 422, "invalid_request")
-
-
-@pytest.mark.parametrize("text", ["[]", "{", '{"a":1}', "%ff", f'{{"a":"{"x" * 513}"}}'])
-def test_bad_metadata_in_headers_is_refused(service: Service, text: str) -> None:
-    answer = service.post("/files/encrypt", content=b"x", headers={"X-KMS-Metadata": text})
-    check_problem(answer, 422, "invalid_request")
-
-
-def test_bad_label_of_a_list_is_refused(service: Service) -> None:
-    check_problem(service.get("/jobs", params={"label": "nothing"}), 422, "invalid_request")
-
-
 # -- waits
 
 
-def test_submission_that_waits_answers_with_the_end(service: Service) -> None:
-    answer = service.post("/jobs?wait=30", job_of())
+def test_calls_that_wait_answer_with_the_end(service: Service) -> None:
+    bulk = service.post("/jobs?wait=30", job_of())
+    upload = service.post("/files/encrypt?wait=30", content=b"x")
+    later = service.get(f"/jobs/{service.submit(job_of())}?wait=30")
 
-    assert answer.status_code == 200
-    assert (answer.json()["state"], answer.json()["progress"]["items_done"]) == ("succeeded", 1)
-    assert answer.headers["location"] == answer.json()["links"]["self"]
-
-
-def test_upload_that_waits_answers_with_the_end(service: Service) -> None:
-    answer = service.post("/files/encrypt?wait=30", content=b"x")
-
-    assert (answer.status_code, answer.json()["state"]) == (200, "succeeded")
-
-
-def test_wait_for_a_job_ends_with_it(service: Service) -> None:
-    job_id = service.submit(job_of())
-
-    assert service.get(f"/jobs/{job_id}?wait=30").json()["state"] == "succeeded"
+    for answer in (bulk, upload, later):
+        assert (answer.status_code, answer.json()["state"]) == (200, "succeeded")
+    assert bulk.json()["progress"]["items_done"] == 1
+    assert bulk.headers["location"] == bulk.json()["links"]["self"]
 
 
 def test_wait_is_over_in_time(idle: Service) -> None:
@@ -192,31 +160,6 @@ def test_states_of_many_jobs_in_one_call(service: Service) -> None:
     assert [job["job_id"] for job in found["jobs"]] == [made[2], made[0]]
     assert found["jobs"][0] == service.job(made[2])
     assert found["unknown"] == [unknown, "no id"]
-
-
-@pytest.mark.parametrize("ids", [[], ["x"] * 1001, "x", [1]])
-def test_bad_lists_of_ids_are_refused(service: Service, ids: object) -> None:
-    check_problem(service.post("/jobs/status", {"job_ids": ids}), 422, "invalid_request")
-
-
-def test_replayed_submission_says_so(service: Service) -> None:
-    key = unique()
-    first, again = (service.post("/jobs", job_of(), headers={"Idempotency-Key": key}) for _ in range(2))
-
-    assert first.json()["job_id"] == again.json()["job_id"]
-    assert "idempotency-replayed" not in first.headers
-    assert again.headers["idempotency-replayed"] == "true"
-
-
-@pytest.mark.parametrize(
-    "change", [{"labels": {"a": "b"}}, {"metadata": {"a": "b"}}, {"release": "after_fetch"}]
-)
-def test_same_key_with_another_option_is_a_conflict(service: Service, change: Json) -> None:
-    key = unique()
-    service.post("/jobs", job_of(), headers={"Idempotency-Key": key})
-
-    answer = service.post("/jobs", job_of(**change), headers={"Idempotency-Key": key})
-    check_problem(answer, 409, "idempotency_conflict")
 
 
 def test_job_tells_who_submitted_it_with_which_key_and_when_it_ran(service: Service) -> None:
@@ -277,11 +220,259 @@ def test_waits_and_event_streams_end_when_the_api_stops(tmp_path: Path, redis_ur
         assert stream.result().text.startswith(": connected")
 
 
-def test_wait_does_not_outlive_its_caller(idle: Service) -> None:
-    """A caller that goes away gives its slot back."""
-    job_id = idle.submit(job_of())
-    for _ in range(3):
-        with pytest.raises(Exception, match="timed out"):
-            idle.http.get(f"{PREFIX}/jobs/{job_id}?wait=60", timeout=0.3)
+# -- groups
 
-    until(lambda: idle.held("streams") == 0, "the slots to be given back")
+
+def test_group_ends_with_its_last_job(service: Service) -> None:
+    name = unique()
+    first = service.submit(grouped(name))
+    service.wait(first, "succeeded")
+    before = service.get(f"/job-groups/{name}").json()
+    bad = {"kind": "decrypt", "items": [{"ciphertext": b64(b"none")}], "group": {"name": name, "jobs": 2}}
+    second = service.submit(bad)
+
+    after = service.get(f"/job-groups/{name}?wait=30").json()
+    assert before == {
+        "name": name,
+        "jobs": 2,
+        "submitted": 1,
+        "states": {"succeeded": 1},
+        "ended": False,
+        "failed": [],
+    }
+    assert after == before | {
+        "submitted": 2,
+        "states": {"succeeded": 1, "failed": 1},
+        "ended": True,
+        "failed": [second],
+    }
+    assert service.job(first)["group"] == name
+
+
+def test_group_that_has_all_its_jobs_takes_no_more(service: Service) -> None:
+    name = unique()
+    service.submit(grouped(name, 1))
+    answer = service.post("/jobs", grouped(name, 1))
+
+    check_problem(answer, 409, "group_complete")
+    assert service.get(f"/job-groups/{name}").json()["submitted"] == 1
+
+
+def test_upload_is_in_a_group_by_its_header(service: Service) -> None:
+    name = unique()
+    group = f'{{"name":"{name}","jobs":1}}'.replace('"', "%22")
+    job_id = service.upload("encrypt", b"x", X_KMS_Group=group)
+    service.wait(job_id, "succeeded")
+
+    assert service.get(f"/job-groups/{name}").json()["ended"] is True
+
+
+def test_unknown_group(service: Service) -> None:
+    check_problem(service.get(f"/job-groups/{unique()}"), 404, "unknown_job")
+
+
+# -- groups in the store, and their event
+
+
+def member(name: str, jobs: int, **more: object) -> dict[str, object]:
+    return {"group": name, "group_jobs": jobs, "group_callback": "orchestrator", **more}
+
+
+def end(store: JobStore, job_id: str) -> None:
+    claim = store.claim(job_id, "w1")
+    assert claim
+    store.finish(claim, "failed", "decrypt_failed")
+
+
+def group_events(store: JobStore) -> list[Json]:
+    told = [
+        json.loads(body)
+        for _, body in transitions.read_feed(store, TENANT, transitions.FEED_START, {}).events
+    ]
+    return [event for event in told if event["type"] == transitions.GROUP_ENDED]
+
+
+def test_one_event_says_that_all_have_ended(core: Core) -> None:
+    store = store_of(core, LONG)
+    jobs = [store.submit(accepted(**member("g", 3))).job_id for _ in range(3)]
+    store.submit(accepted(**member("other", 1)))
+    store.submit(accepted(tenant="web", **member("g", 3)))
+    end(store, jobs[0])
+    store.cancel(jobs[1], TENANT)
+    assert group_events(store) == []
+    end(store, jobs[2])
+
+    (event,) = group_events(store)
+    assert event["subject"] == "g"
+    assert event["data"]["states"] == {"failed": 2, "cancelled": 1}
+    assert event["data"]["failed"] == jobs
+
+
+def test_group_whose_jobs_others_hide_is_not_told_as_ended(core: Core) -> None:
+    """The number of jobs is sealed in each record, so a group cannot be made smaller in Redis."""
+    store = store_of(core, LONG)
+    jobs = [store.submit(accepted(**member("g", 2))).job_id for _ in range(2)]
+    digest = store.group_digest(TENANT, "g")
+    store.redis.zrem(f"kms:group:{digest}", jobs[0])
+    store.redis.srem(f"kms:group-open:{digest}", jobs[0])
+    store.redis.hset(f"kms:job:{jobs[1]}", "group", f"{digest} 1")
+    end(store, jobs[1])
+
+    last = cast("list[tuple[bytes, dict[bytes, bytes]]]", store.redis.xrevrange("kms:events", count=1))
+    assert last[0][1][b"type"] == b"kms.group.ended"
+    assert group_events(store) == []
+
+
+def test_job_that_others_put_into_a_group_is_none_of_it(core: Core) -> None:
+    store = store_of(core, LONG)
+    stranger = store.submit(accepted()).job_id
+    store.redis.zadd(f"kms:group:{store.group_digest(TENANT, 'g')}", {stranger: 1.0})
+
+    with pytest.raises(UnknownJob):
+        store.group(TENANT, "g")
+
+
+def test_full_group_refuses_and_keeps_nothing(core: Core) -> None:
+    store = store_of(core, LONG)
+    store.submit(accepted(**member("g", 1)))
+    before = store.redis.zcard("kms:open")
+
+    with pytest.raises(GroupComplete):
+        store.submit(accepted(**member("g", 1)))
+    assert store.redis.zcard("kms:open") == before
+
+
+def test_end_is_delivered_to_the_endpoint_of_the_group(core: Core) -> None:
+    store = store_of(core, LONG)
+    section = EndpointSection(url="https://hooks.test/", secret_file=Path("/nonexistent"), events=())
+    outbox = Outbox(store, {"orchestrator": WebhookEndpoint(section)})
+    jobs = [store.submit(accepted(**member("g", 2))).job_id for _ in range(2)]
+    for job_id in jobs:
+        end(store, job_id)
+
+    (delivery,) = outbox.due("orchestrator", 10)
+    body = json.loads(delivery.body)
+    assert (body["type"], body["subject"], body["id"]) == ("kms.group.ended", "g", delivery.delivery_id)
+    assert body["data"]["ended"] is True
+    assert delivery.state == "failed"
+
+
+def test_names_of_groups_are_not_in_redis(core: Core) -> None:
+    store = store_of(core, LONG)
+    job = store.submit(accepted(**member("name-that-redis-must-not-see", 1)))
+
+    raw = cast("dict[bytes, bytes]", store.redis.hgetall(f"kms:job:{job.job_id}"))
+    assert b"name-that" not in b"".join(raw.values())
+
+
+# -- events of a tenant
+
+
+class Reader:
+    """A stream of events that is read until enough have come."""
+
+    def __init__(self, answer: httpx.Response) -> None:
+        self._lines = answer.iter_lines()
+
+    def next(self) -> dict[str, str]:
+        """The next event, with its fields."""
+        found: dict[str, str] = {}
+        for line in self._lines:
+            if not line and found:
+                return found
+            if line and not line.startswith(":"):
+                name, _, value = line.partition(": ")
+                found[name] = value
+        raise AssertionError("the stream ended")
+
+    def until_end(self, *job_ids: str) -> list[dict[str, str]]:
+        """Events up to the end of the last of these jobs, whichever it is."""
+        found, left = [], set(job_ids)
+        while left:
+            found.append(self.next())
+            data = json.loads(found[-1]["data"])
+            if data["data"]["state"] in {"succeeded", "failed", "cancelled"}:
+                left.discard(data["subject"])
+        return found
+
+
+def reading(service: Service, query: str = "", **headers: str) -> Generator[Reader]:
+    with service.http.stream("GET", f"{PREFIX}/jobs/events{query}", headers=headers) as answer:
+        assert answer.status_code == 200, answer.read()
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        yield Reader(answer)
+
+
+def test_each_transition_of_each_job_is_told_once(service: Service) -> None:
+    run = unique()
+    stream = reading(service, f"?label=run={run}")
+    reader = next(stream)
+    labels = {"labels": {"run": run}, "metadata": {"dag": "x"}}
+    jobs = [service.submit(job_of(**labels)) for _ in range(2)]
+    service.submit(job_of())
+    told = [json.loads(event["data"]) for event in reader.until_end(*jobs)]
+    stream.close()
+
+    for job_id in jobs:
+        states = [event["data"]["state"] for event in told if event["subject"] == job_id]
+        assert states == ["queued", "running", "succeeded"]
+    assert {event["subject"] for event in told} == set(jobs)
+    assert all(event["data"]["labels"] == {"run": run} for event in told)
+    assert all(event["data"]["metadata"] == {"dag": "x"} for event in told)
+    assert {event["type"] for event in told} == {
+        "kms.job.queued",
+        "kms.job.running",
+        "kms.job.succeeded",
+    }
+    assert len({event["id"] for event in told}) == len(told)
+
+
+def test_reader_goes_on_behind_its_last_event(service: Service) -> None:
+    run = unique()
+    stream = reading(service, f"?label=run={run}")
+    reader = next(stream)
+    first = service.submit(job_of(labels={"run": run}))
+    events = reader.until_end(first)
+    stream.close()
+    second = service.submit(job_of(labels={"run": run}))
+    service.wait(second)
+
+    again = reading(service, f"?label=run={run}", **{"Last-Event-ID": events[0]["id"]})
+    told = next(again).until_end(second)
+    again.close()
+    assert told[: len(events) - 1] == events[1:]
+
+
+@pytest.mark.parametrize("text", ["x", "1", "-1-1", "1-", f"{10**21}-0"])
+def test_bad_ids_are_refused(service: Service, text: str) -> None:
+    answer = service.http.get(f"{PREFIX}/jobs/events", headers={"Last-Event-ID": text})
+    check_problem(answer, 422, "invalid_request")
+
+
+# -- the feed of events in the store
+
+
+def read(store: JobStore, after: str = transitions.FEED_START, tenant: str = TENANT) -> transitions.FeedBatch:
+    return transitions.read_feed(store, tenant, after, {})
+
+
+def test_events_of_other_tenants_are_not_told(core: Core) -> None:
+    store = store_of(core, LONG)
+    store.submit(accepted(tenant="other"))
+    own = store.submit(accepted())
+
+    found = read(store)
+    assert [json.loads(body)["subject"] for _, body in found.events] == [own.job_id]
+    assert read(store, found.cursor).events == []
+
+
+def test_lost_events_are_told(core: Core) -> None:
+    store = store_of(core, LONG)
+    store.submit(accepted())
+    first = read(store)
+    store.submit(accepted())
+    store.submit(accepted())
+    assert not read(store, first.cursor).is_gapped
+    store.redis.xtrim("kms:events", maxlen=1, approximate=False)
+
+    assert read(store, first.cursor).is_gapped

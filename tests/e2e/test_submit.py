@@ -7,9 +7,9 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import pytest
 import redis
@@ -19,7 +19,6 @@ from kombu.connection import Connection
 from kms_core.jobs.submission import celery_intake
 from kms_core.settings.redis_urls import for_celery
 from support.celery_messages import JOB, OPTIONS, PLAIN, body, broker_of, decrypted, results, seal, send, whom
-from support.embedded_valkey import EmbeddedValkey
 from support.programs import program
 from support.service import B64_CANARY, CANARY, Service, b64, core_of
 from support.waiting import until
@@ -37,16 +36,21 @@ def received(service: Service, queue: str) -> list[Any]:
         return args
 
 
+def ended(service: Service, asked: Mapping[str, object]) -> str:
+    """The id of the job of a message, once a worker has taken it and it has succeeded."""
+    job_id = str(asked["job_id"])
+    until(lambda: service.get(f"/jobs/{job_id}").status_code == 200, "a worker has taken the message")
+    service.wait(job_id, "succeeded")
+    return job_id
+
+
 def test_bulk_items_make_the_round_trip(service: Service) -> None:
     asked = body(JOB | {"items": [{"plaintext": b64(text.encode())} for text in PLAIN]})
     message = seal(whom(service), asked)
     for _ in range(3):
         send(service, message)
-    job_id = str(asked["job_id"])
-    until(lambda: service.get(f"/jobs/{job_id}").status_code == 200, "a worker has taken the message")
-    service.wait(job_id, "succeeded")
 
-    ciphertexts = [line["ciphertext"] for line in results(service, job_id)]
+    ciphertexts = [line["ciphertext"] for line in results(service, ended(service, asked))]
     assert decrypted(service, ciphertexts, "env=prod") == PLAIN
 
 
@@ -56,10 +60,7 @@ def test_stock_age_makes_a_message(service: Service) -> None:
     sealed = subprocess.run(command, input=json.dumps(asked).encode(), capture_output=True, check=True)
     send(service, base64.b64encode(sealed.stdout).decode())
 
-    until(
-        lambda: service.get(f"/jobs/{asked['job_id']}").status_code == 200, "a worker has taken the message"
-    )
-    service.wait(str(asked["job_id"]), "succeeded")
+    assert ended(service, asked)
 
 
 def test_link_fires_with_the_job_id_when_the_message_is_taken(service: Service) -> None:
@@ -124,8 +125,7 @@ def told_to_redis(service: Service) -> bytes:
 def test_redis_and_logs_see_no_plaintext(own: Service) -> None:
     asked = body()
     send(own, seal(whom(own), asked))
-    until(lambda: own.get(f"/jobs/{asked['job_id']}").status_code == 200, "a worker has taken the message")
-    own.wait(str(asked["job_id"]), "succeeded")
+    ended(own, asked)
 
     told, logged = told_to_redis(own), own.output()
     assert b"kms.submit" in told
@@ -152,10 +152,8 @@ def test_the_argument_is_not_logged_whatever_it_is(own: Service) -> None:
 # -- when something is away --------------------------------------------------------------------------------
 
 
-def test_a_message_waits_for_the_store_and_is_taken_once(
-    tmp_path: Path, valkey: EmbeddedValkey, database_numbers: Iterator[int]
-) -> None:
-    broker = for_celery(valkey.files.url_of(next(database_numbers)))
+def test_a_message_waits_for_the_store_and_is_taken_once(tmp_path: Path, redis_url: str) -> None:
+    broker = for_celery(redis_url)
     with Service(tmp_path, f'[kms.redis]\nbroker_url = "{broker}"\n') as service:
         service.start()
         asked = body()
@@ -164,9 +162,7 @@ def test_a_message_waits_for_the_store_and_is_taken_once(
         send(service, message)
         until(lambda: service.output("worker").count("submit.postponed") >= 2, "the message has come back")
         service.valkey.start()
-        job_id = str(asked["job_id"])
-        until(lambda: service.get(f"/jobs/{job_id}").status_code == 200, "a worker has taken the message")
-        service.wait(job_id, "succeeded")
+        ended(service, asked)
 
         assert service.output("worker").count("submit.accepted") == 1
         assert "Traceback" not in service.output("worker")
@@ -184,3 +180,20 @@ def test_a_worker_without_a_key_leaves_the_messages_and_says_so_once(tmp_path: P
 
         assert redis.Redis.from_url(redis_url).llen("kms:kms.submit") == 1
         assert service.output("worker").count("submit.off") == 1
+
+
+def test_message_that_a_killed_worker_had_in_hand_is_taken_within_the_hour(tmp_path: Path) -> None:
+    with Service(tmp_path) as service:
+        service.start("api")
+        asked = body()
+        send(service, seal(whom(service), asked))
+        store = core_of(service).worker_context.store
+        message = json.loads(cast("bytes", store.redis.rpop("kms:kms.submit")))
+        properties = message["properties"]
+        where = properties["delivery_info"]
+        held = [message, where["exchange"], where["routing_key"]]  # as kombu notes what a worker has taken
+        store.redis.hset("kms:unacked", properties["delivery_tag"], json.dumps(held))
+        store.redis.zadd("kms:unacked_index", {properties["delivery_tag"]: time.time() - 3600})
+        service.start("worker")
+
+        ended(service, asked)

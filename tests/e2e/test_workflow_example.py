@@ -10,7 +10,6 @@ from typing import Final
 import pytest
 
 from kms_core.jobs.submission import celery_intake
-from kms_protocol.wire import PREFIX
 from support.celery_messages import JOB, broker_of, decrypted
 from support.service import CANARY, Service, b64
 
@@ -68,10 +67,3 @@ def test_the_example_tells_a_failure(service: Service) -> None:
     assert ran.returncode == 1
     assert "failed items_failed" in ran.stderr
     assert json.loads(ran.stdout)["error"]["code"] == "not_a_ciphertext"
-
-
-def test_the_documents_say_what_there_is(service: Service) -> None:
-    text = (ROOT / "docs/celery.md").read_text()
-
-    assert f"GET {PREFIX}/intake" in text
-    assert service.get("/intake").status_code == 200
