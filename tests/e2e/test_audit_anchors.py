@@ -13,10 +13,8 @@ from typing import Any, Final
 import pytest
 
 from support.audit_logs import Place
-from support.redis_servers import PASSWORD, sentinel, server
 from support.service import Service
 from support.waiting import until
-from support.webhooks import make_authority
 
 NO_REDIS: Final = "unix:///nonexistent.sock"
 EAGER: Final = "[kms.audit]\ncheckpoint_s = 1\n"
@@ -238,26 +236,3 @@ def test_the_embedded_server_of_kms_up_is_asked_where_settings_name_none(tmp_pat
         away = subprocess.run(argv, env=unnamed, capture_output=True, text=True, check=False)
         assert away.returncode == 0
         assert "kms up does not run on this machine" in away.stderr
-
-
-def test_redis_by_sentinel_over_tls_with_a_password_file(tmp_path: Path) -> None:
-    authority = make_authority(tmp_path)
-    (tmp_path / "password").write_text(PASSWORD)
-    with (
-        server(tmp_path / "redis", authority) as master,
-        sentinel(tmp_path / "sentinel", authority, master.port) as watcher,
-    ):
-        section = f'[kms.redis]\nca_file = "{authority.ca_file}"\npassword_file = "{tmp_path}/password"\n'
-        url = f"sentinels://kms@localhost:{watcher.port}/0?master=mymaster&sentinel_password=sentinel"
-        with Service(tmp_path / "kms", section + EAGER, url) as own:
-            run_once(own, b"old")
-            older = Copy(own)
-            run_once(own, b"new")
-            assert verified(own)[1]["verdict"] == "intact"
-            older.put_back()
-
-            assert verified(own)[0] == 65
-            (tmp_path / "password").write_text("guessed")
-            code, report = verified(own)
-            assert (code, list(report["not_compared"])) == (69, ["Redis"])
-            assert doctor(own)[0] == "warn"
