@@ -21,7 +21,6 @@ import pytest
 
 from kms_protocol.wire import PREFIX
 from support.credentials import REQUIRED, Guarded
-from support.embedded_valkey import EmbeddedValkey
 from support.service import b64, check_problem
 from support.waiting import WAIT_S, until
 
@@ -40,11 +39,8 @@ CONSTANTS: Final = {
 
 
 @pytest.fixture(scope="module")
-def crowded(
-    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
-) -> Iterator[Guarded]:
-    url = valkey.files.url_of(next(database_numbers))
-    with Guarded(tmp_path_factory.mktemp("crowded"), REQUIRED, url) as running:
+def crowded(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterator[Guarded]:
+    with Guarded(tmp_path_factory.mktemp("crowded"), REQUIRED, module_redis) as running:
         running.constants, running.is_open_inside = CONSTANTS, True
         yield running.start()
 
@@ -178,33 +174,6 @@ def test_idle_uploads_of_one_token(
     until(lambda: crowded.held("uploads") == 0, "nothing is held")
 
 
-@pytest.mark.parametrize("how", UPLOADS)
-@pytest.mark.parametrize("framing", ["Content-Length: 100000", "Transfer-Encoding: chunked"])
-def test_a_dripping_upload_is_given_up_and_a_slow_one_is_taken(
-    crowded: Guarded, good: dict[str, str], how: str, framing: str
-) -> None:
-    """A byte every half second never stalls; 20 kB a second is slow and enough."""
-    path, headers = UPLOADS[how]
-    name, value = framing.split(": ")
-    is_chunked = value == "chunked"
-    began = time.monotonic()
-    with peers(crowded, 2, path, good | headers | {name: value}) as drips:
-        while any(peer.is_open for peer in drips) and time.monotonic() - began < GRACE_S + 1.5:
-            for peer in drips:
-                peer.send(b"1\r\n\n\r\n" if is_chunked else b"\n")
-            time.sleep(0.5)
-        assert {peer.status() for peer in drips} == {408}
-
-    def slowly() -> Iterator[bytes]:
-        for _ in range(50):
-            yield b'{"plaintext":""}' + b" " * 1983 + b"\n"
-            time.sleep(0.1)
-
-    length = {} if is_chunked else {"Content-Length": "100000"}
-    answer = crowded.http.post(path, content=slowly(), headers=good | headers | length)
-    assert answer.status_code == 202, answer.text
-
-
 # -- JSON ------------------------------------------------------------------------------------------------
 
 SIZE: Final = 31 * MIB
@@ -239,26 +208,6 @@ def test_a_json_body_has_its_time_however_it_comes(
     until(lambda: crowded.held("json") == 0, "nothing is held")
 
 
-def test_the_vault_api_gives_a_body_its_time(crowded: Guarded, good: dict[str, str]) -> None:
-    with peers(crowded, 3, "/v1/transit/encrypt/default", good | {"Content-Length": "1000"}, b"{") as senders:
-        assert [peer.status() for peer in senders] == [408] * 3
-    assert crowded.held("json") == 0
-
-
-def test_chunked_bodies_count_as_they_grow(crowded: Guarded, bad: dict[str, str]) -> None:
-    piece = b"%x\r\n%s\r\n" % (MIB, b" " * MIB)
-    with peers(crowded, 5, f"{PREFIX}/jobs", bad | {"Transfer-Encoding": "chunked"}) as senders:
-        for peer in senders:
-            for _ in range(20):
-                peer.send(piece)
-        until(lambda: crowded.held("json") <= BOUNDS["json"], "the bound holds")
-        statuses = Counter(peer.status() for peer in senders)
-
-    assert statuses[429] >= 2, statuses
-    assert statuses[408] + statuses[429] == 5, statuses
-    until(lambda: crowded.held("json") == 0, "nothing is held")
-
-
 def test_a_refusal_is_read_by_a_sender_that_reads_only_at_the_end(
     crowded: Guarded, bad: dict[str, str]
 ) -> None:
@@ -275,18 +224,6 @@ def test_a_refusal_is_read_by_a_sender_that_reads_only_at_the_end(
         check_problem(answer, 429, "rate_limited")
         assert answer.headers["connection"] == "close"
         assert int(answer.headers["retry-after"]) > 0
-
-
-def test_an_unread_body_ends_its_connection(crowded: Guarded) -> None:
-    """Without a credential, which is refused before any of the body is read."""
-    began = time.monotonic()
-    with peers(crowded, 3, f"{PREFIX}/encrypt", {"Content-Length": "100000"}, b"{") as senders:
-        while time.monotonic() - began < 4:
-            for peer in senders:
-                peer.send(b" ")
-            time.sleep(0.3)
-        assert not all(peer.is_open for peer in senders)
-        assert [peer.status() for peer in senders] == [401] * 3 or not any(peer.is_open for peer in senders)
 
 
 # -- logins ------------------------------------------------------------------------------------------------

@@ -10,8 +10,6 @@ from typing import Final
 
 import pytest
 
-from kms_core.envelope import binding
-from support.age_kms import head_of
 from support.aws_servers import ACCESS_KEY, SECRET_KEY
 from support.aws_servers import moto as aws
 from support.contract.rig_cosmian import cosmian, new_key, server_url
@@ -158,42 +156,3 @@ def test_rotation_and_rewrap_are_the_same_everywhere(install: tuple[Install, Pla
     assert made["key_version"] == second["key_version"] != first["key_version"]
     for answer in (first, second):
         assert service.decrypt(unb64(answer["ciphertext"])) == b"salary"
-
-
-def test_a_file_moves_from_age_to_every_backend_and_back_with_its_payload_untouched(
-    tmp_path: Path, redis_url: str
-) -> None:
-    """Each step wraps the same file key anew, and the bytes of the payload stay where they are."""
-    places = {name: make(tmp_path) for name, make in PLACES.items()}
-    sections = "".join(place.section.partition("\n")[2] for place in places.values())
-    keys = "".join(f'{name} = "{place.uri}"\n' for name, place in places.items())
-    with Install(tmp_path, f"{sections}[kms.keys]\n{keys}", redis_url) as service:
-        service.start()
-        folder = service.files
-        (folder / "0").write_bytes(DATA)
-        job = {"kind": "encrypt", "key_id": "age", "context": CONTEXT}
-        job |= {"source": f"file://{folder}/0", "target": f"file://{folder}/at-age"}
-        service.wait(service.submit(job), "succeeded")
-        steps = ["at-age"]
-        for name in (*list(places)[1:], "age"):
-            job = {"kind": "rewrap", "key_id": name, "context": CONTEXT}
-            job |= {
-                "source": f"file://{folder}/{steps[-1]}",
-                "target": f"file://{folder}/{len(steps)}-{name}",
-            }
-            service.wait(service.submit(job), "succeeded")
-            steps.append(f"{len(steps)}-{name}")
-        files = [(folder / step).read_bytes() for step in steps]
-        for step in steps:
-            job = {"kind": "decrypt", "context": CONTEXT, "source": f"file://{folder}/{step}"}
-            service.wait(service.submit({**job, "target": f"file://{folder}/{step}.out"}), "succeeded")
-            assert (folder / f"{step}.out").read_bytes() == DATA, step
-
-    payloads = {file[head_of(file).size :] for file in files}
-    assert len(payloads) == 1
-    wraps = [binding.read(head_of(file)) for file in files]
-    assert [[wrap.backend for wrap in bound.wraps] for bound in wraps if bound] == [
-        [],
-        *([name] for name in list(places)[1:]),
-        [],
-    ]

@@ -15,7 +15,6 @@ import pytest
 
 from kms_core.age.mlkem768x25519 import parse_recipient, version_of
 from support import object_stores
-from support.embedded_valkey import EmbeddedValkey
 from support.object_stores import Seen, TestBucket, Way
 from support.openbao import Bao
 from support.sealed_keys import kms, ok, root_settings
@@ -85,11 +84,6 @@ class Host(Service):
 
 
 @pytest.fixture(scope="module")
-def redis_of_all(valkey: EmbeddedValkey, database_numbers: Iterator[int]) -> str:
-    return valkey.files.url_of(next(database_numbers))
-
-
-@pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bao]:
     running = Bao(tmp_path_factory.mktemp("bao"))
     yield running
@@ -108,11 +102,11 @@ def store(tmp_path_factory: pytest.TempPathFactory, server: Bao) -> Iterator[Sto
 
 @pytest.fixture(scope="module")
 def hosts(
-    tmp_path_factory: pytest.TempPathFactory, store: Store, redis_of_all: str
+    tmp_path_factory: pytest.TempPathFactory, store: Store, module_redis: str
 ) -> Iterator[tuple[Host, Host]]:
     folder = tmp_path_factory.mktemp("hosts")
-    one = Host(folder / "one", store, redis_of_all)
-    two = Host(folder / "two", store, redis_of_all, one)
+    one = Host(folder / "one", store, module_redis)
+    two = Host(folder / "two", store, module_redis, one)
     with one, two:
         ok(one, "keygen", "--sealed-by", "root", "-o", store.url)
         one.start("api")
@@ -154,46 +148,8 @@ def test_a_rotation_on_one_host_fails_no_call_on_any(hosts: tuple[Host, Host]) -
     assert one.decrypt(one.result(job)) == b"by the worker"
 
 
-def test_two_hosts_that_rotate_at_once_lose_no_version(hosts: tuple[Host, Host]) -> None:
-    one, two = hosts
-    before = one.encrypt(b"before")
-    made = dict[str, str]()
-    threads = [
-        threading.Thread(target=lambda host=host: made.setdefault(str(host.port), rotated(host)))
-        for host in hosts
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-    def versions(host: Host) -> set[str]:
-        return {each["version"] for each in host.get("/keys/default").json()["versions"]}
-
-    assert len(made) == 2
-    until(lambda: versions(one) == versions(two) >= set(made.values()), "both hosts have all versions")
-    until(lambda: one.version() == two.version(), "and seal with the same")
-    assert two.decrypt(before) == one.decrypt(before) == b"before"
-
-
-def test_a_root_that_is_away_at_a_rotation_changes_nothing(
-    hosts: tuple[Host, Host], store: Store, server: Bao
-) -> None:
-    one, two = hosts
-    before, version = store.bucket.get(KEY), one.version()
-    server.admin("PUT", "sys/seal")
-    try:
-        check_problem(one.post("/keys/default/rotate"), 503, "backend_unavailable")
-        assert store.bucket.get(KEY) == before
-        assert one.version() == version
-        assert two.decrypt(one.encrypt(b"still")) == b"still"
-        assert two.http.get("/readyz").status_code == 200
-    finally:
-        server.unseal()
-
-
 def test_while_the_store_is_away_keys_go_on_and_hosts_start(
-    hosts: tuple[Host, Host], store: Store, redis_of_all: str, tmp_path: Path
+    hosts: tuple[Host, Host], store: Store, module_redis: str, tmp_path: Path
 ) -> None:
     one, two = hosts
     with store.away():
@@ -207,7 +163,7 @@ def test_while_the_store_is_away_keys_go_on_and_hosts_start(
         two.kill("api")
         two.start("api")  # from the copy of this host
         assert two.decrypt(file) == b"local"
-        with Host(tmp_path / "new", store, redis_of_all, one) as new:
+        with Host(tmp_path / "new", store, module_redis, one) as new:
             new.start("api")
             encrypt = {"plaintext": b64(b"x"), "context": CONTEXT}
             check_problem(new.post("/encrypt", encrypt), 503, "backend_unavailable")

@@ -1,4 +1,4 @@
-"""What protects the memory of a service at work: each of its processes, and what it says of that."""
+"""The memory of a service at work: what protects it, and how much of it files take."""
 
 import os
 import re
@@ -7,25 +7,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import httpx2 as httpx
 import pytest
 
 from support import without_mlock
-from support.embedded_valkey import EmbeddedValkey
 from support.service import Service
 from support.waiting import until
 
 
 @pytest.fixture(scope="module")
-def install(
-    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
-) -> Iterator[Service]:
+def install(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterator[Service]:
     """Two API processes and a worker of two."""
-    redis = valkey.files.url_of(next(database_numbers))
     folder = tmp_path_factory.mktemp("memory")
     settings = "jobs.concurrency = 2\nserver.processes = 2\n[kms.log]\nlevel = 'info'\nformat = 'json'\n"
-    with Service(folder, settings, redis) as made:
+    with Service(folder, settings, module_redis) as made:
         yield made.start()
 
 
@@ -61,14 +58,11 @@ def test_every_process_of_a_server_locks_its_memory(install: Service) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes capabilities away")
-def test_a_server_that_may_not_lock_says_so_and_works(
-    tmp_path: Path, valkey: EmbeddedValkey, database_numbers: Iterator[int]
-) -> None:
-    redis = valkey.files.url_of(next(database_numbers))
+def test_a_server_that_may_not_lock_says_so_and_works(tmp_path: Path, redis_url: str) -> None:
     settings = "[kms.log]\nlevel = 'info'\nformat = 'json'\n"
-    with Service(tmp_path, settings, redis) as service, (tmp_path / "log").open("wb") as log:
+    with Service(tmp_path, settings, redis_url) as service, (tmp_path / "log").open("wb") as log:
         argv = without_mlock.words(sys.executable, "-P", "-m", "kms_api.main")
-        with subprocess.Popen(argv, env=service.environ | {"KMS_REDIS_URL": redis}, stderr=log) as api:
+        with subprocess.Popen(argv, env=service.environ | {"KMS_REDIS_URL": redis_url}, stderr=log) as api:
             try:
                 until(lambda: _answers(service.port), "it answers")
                 service.encrypt(b"x" * 10_000)
@@ -86,3 +80,50 @@ def _answers(port: int) -> bool:
         return httpx.get(f"http://127.0.0.1:{port}/livez", trust_env=False).is_success
     except httpx.TransportError:
         return False
+
+
+# -- as much for a large file as for one an eighth its size ------------------------------------------------
+
+MIB: Final = 1024 * 1024
+SMALL: Final = 64 * MIB
+LARGE: Final = 512 * MIB
+BOUND_BYTES: Final = 48 * MIB
+"""A tenth of what the larger file has more: garbage collectors and thread pools are never quite alike."""
+
+
+def pieces(size: int) -> Iterator[bytes]:
+    yield from (bytes(MIB) for _ in range(size // MIB))
+
+
+def peak_bytes(*pids: int) -> int:
+    """The most memory that one of these processes had resident so far (proc(5), VmHWM)."""
+    texts = (Path(f"/proc/{pid}/status").read_text() for pid in pids)
+    lines = (line for text in texts for line in text.splitlines() if line.startswith("VmHWM:"))
+    return max(int(line.split()[1]) * 1024 for line in lines)
+
+
+def peaks(folder: Path, size: int) -> dict[str, int]:
+    """Of API and worker after an upload, its result, and a job from file to file, of so many bytes."""
+    folder.mkdir()
+    with Service(folder) as service:
+        service.start()
+        upload = service.upload("encrypt", pieces(size))
+        service.wait(upload, "succeeded")
+        with service.http.stream("GET", f"/api/v1/kms/jobs/{upload}/result") as answer:
+            assert sum(map(len, answer.iter_raw())) > size
+        source, target = service.files / "in", service.files / "out"
+        with source.open("wb") as file:
+            file.truncate(size)
+        job = {"kind": "encrypt", "source": source.as_uri(), "target": target.as_uri()}
+        service.wait(service.submit(job), "succeeded")
+        assert target.stat().st_size > size
+        return {"api": peak_bytes(service.pid("api")), "worker": peak_bytes(*service.pool_pids())}
+
+
+@pytest.mark.timeout(600)
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    small, large = peaks(tmp_path / "small", SMALL), peaks(tmp_path / "large", LARGE)
+
+    assert {
+        name: large[name] - small[name] for name in small if large[name] - small[name] > BOUND_BYTES
+    } == {}

@@ -1,6 +1,5 @@
 """Jobs on objects by a real worker: killed in the middle, and what the disks hold meanwhile."""
 
-import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,30 +84,3 @@ def test_worker_killed_in_the_middle_of_an_upload(
 
 def _job(kind: str, source: str, target: str) -> dict[str, object]:
     return {"kind": kind, "source": source, "target": target, "context": CONTEXT}
-
-
-def test_a_job_names_its_objects_over_http_and_is_refused_there(running: Service, bucket: TestBucket) -> None:
-    outside = running.post("/jobs", _job("encrypt", bucket.put("in", b"x"), bucket.url("elsewhere")))
-    missing = running.post("/jobs", _job("encrypt", bucket.url("missing"), bucket.url("out/x")))
-
-    assert (outside.status_code, outside.json()["code"]) == (403, "path_refused")
-    assert (missing.status_code, missing.json()["code"]) == (403, "path_refused")
-    assert bucket.name not in outside.text
-
-
-def test_resealing_gives_a_file_key_that_the_old_one_does_not_open(
-    running: Service, bucket: TestBucket
-) -> None:
-    data = os.urandom(3 * MiB)
-    sealed, moved = bucket.url("out/sealed"), bucket.url("out/moved")
-    running.wait(running.submit(_job("encrypt", bucket.put("in", data), sealed)), "succeeded")
-    running.wait(running.submit(_job("reseal", sealed, moved)), "succeeded")
-    old, new = bucket.get("out/sealed"), bucket.get("out/moved")
-
-    assert len(old) == len(new)
-    assert old[4096:] != new[4096:]
-    assert old[4096:4112] != new[4096:4112]  # the payload nonce
-    answer = running.post("/jobs", _job("decrypt", moved, bucket.url("out/back")))
-    running.wait(answer.json()["job_id"], "succeeded")
-    assert bucket.get("out/back") == data
-    assert '"reseal"' in "".join(path.read_text() for path in (running.state / "audit").glob("*.jsonl"))

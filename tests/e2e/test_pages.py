@@ -13,7 +13,6 @@ from typing import Final
 import pytest
 
 from support import pages
-from support.embedded_valkey import EmbeddedValkey
 from support.pages import BLOCK, ROOT, blocks
 from support.service import Service
 
@@ -48,11 +47,8 @@ HERE: Final = [page for page in PAGES if page not in RUN_BY and blocks(page, "sh
 
 
 @pytest.fixture(scope="module")
-def workspace(
-    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
-) -> Iterator[Service]:
-    url = valkey.files.url_of(next(database_numbers))
-    with pages.workspace(tmp_path_factory.mktemp("workspace"), url) as service:
+def workspace(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterator[Service]:
+    with pages.workspace(tmp_path_factory.mktemp("workspace"), module_redis) as service:
         yield service
 
 

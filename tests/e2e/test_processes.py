@@ -12,8 +12,6 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
-from support.credentials import REQUIRED, Guarded
-from support.embedded_valkey import EmbeddedValkey
 from support.service import CONTEXT, Service, b64
 from support.waiting import until
 
@@ -21,13 +19,11 @@ SEALING = {"plaintext": b64(b"x"), "context": CONTEXT}
 
 
 @pytest.fixture(scope="module")
-def pair(
-    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
-) -> Iterator[Service]:
+def pair(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterator[Service]:
     with Service(
         tmp_path_factory.mktemp("pair"),
         "server.processes = 2\n",
-        valkey.files.url_of(next(database_numbers)),
+        module_redis,
     ) as service:
         yield service.start("api")
 
@@ -82,11 +78,9 @@ def test_counts_are_of_all_processes_and_only_grow_also_when_one_is_killed(pair:
     assert files == ["counter_api-1.db", "counter_api-2.db"]
 
 
-def test_programs_note_which_settings_they_read(
-    tmp_path: Path, valkey: EmbeddedValkey, database_numbers: Iterator[int]
-) -> None:
+def test_programs_note_which_settings_they_read(tmp_path: Path, redis_url: str) -> None:
     """For the commands of this machine."""
-    with Service(tmp_path, "server.processes = 2\n", valkey.files.url_of(next(database_numbers))) as service:
+    with Service(tmp_path, "server.processes = 2\n", redis_url) as service:
         note = service.state / "run/config"
         for name in ("api", "worker"):
             service.start(name)
@@ -94,29 +88,8 @@ def test_programs_note_which_settings_they_read(
             note.unlink()
 
 
-def test_a_login_holds_whichever_process_answers(
-    tmp_path: Path, valkey: EmbeddedValkey, database_numbers: Iterator[int]
-) -> None:
-    redis = valkey.files.url_of(next(database_numbers))
-    with Guarded(tmp_path, f"server.processes = 2\n{REQUIRED}", redis=redis) as service:
-        service.start("api")
-        with httpx.Client(base_url=service.url, trust_env=False, timeout=60) as browser:
-            page = browser.get("/ui/login").text
-            stamp = page.partition('name="stamp" value="')[2].partition('"')[0]
-            form = {"stamp": stamp, "token": service.make("*")[1]}
-            assert browser.post("/ui/login", data=form).headers["location"] == "/ui"
-            cookies = dict(browser.cookies)
-        answers = []
-        for _ in range(20):
-            with httpx.Client(base_url=service.url, trust_env=False, timeout=60, cookies=cookies) as fresh:
-                answers.append(fresh.get("/ui").status_code)
-        assert answers == [200] * 20
-
-
-def test_a_stop_ends_all_and_a_killed_leader_leaves_nobody(
-    tmp_path: Path, valkey: EmbeddedValkey, database_numbers: Iterator[int]
-) -> None:
-    with Service(tmp_path, "server.processes = 2\n", valkey.files.url_of(next(database_numbers))) as service:
+def test_a_stop_ends_all_and_a_killed_leader_leaves_nobody(tmp_path: Path, redis_url: str) -> None:
+    with Service(tmp_path, "server.processes = 2\n", redis_url) as service:
         service.start("api")
         until(lambda: len(serving(service)) == 2, "two processes")
         pids = serving(service)
@@ -144,11 +117,10 @@ def test_a_wrong_configuration_ends_the_leader_too(tmp_path: Path) -> None:
 
 
 def test_processes_end_with_a_worker_that_is_killed_while_it_starts_them(
-    tmp_path: Path, valkey: EmbeddedValkey, database_numbers: Iterator[int]
+    tmp_path: Path, redis_url: str
 ) -> None:
     """Each holds the pipes of the others open, so none would read the end of its own."""
-    url = valkey.files.url_of(next(database_numbers))
-    with Service(tmp_path, "[kms.jobs]\nconcurrency = 2\n", url) as service:
+    with Service(tmp_path, "[kms.jobs]\nconcurrency = 2\n", redis_url) as service:
         service.spawn("worker")
         until(lambda: len(service.pool_pids()) == 2, "they are there", poll_s=0.001)
         pids = service.pool_pids()

@@ -13,7 +13,6 @@ import pytest
 
 from support import nushell, pages
 from support.credentials import Guarded
-from support.embedded_valkey import EmbeddedValkey
 from support.nushell import Nu
 from support.pages import ROOT, blocks
 from support.postgresql import postgresql
@@ -48,11 +47,8 @@ pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
-def workspace(
-    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
-) -> Iterator[Service]:
-    url = valkey.files.url_of(next(database_numbers))
-    with pages.workspace(tmp_path_factory.mktemp("workspace"), url) as service:
+def workspace(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterator[Service]:
+    with pages.workspace(tmp_path_factory.mktemp("workspace"), module_redis) as service:
         yield service
 
 

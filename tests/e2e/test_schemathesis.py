@@ -15,7 +15,6 @@ from typing import Final
 import pytest
 
 from support.credentials import REQUIRED, Guarded
-from support.embedded_valkey import EmbeddedValkey
 from support.service import Service
 
 TESTS: Final = Path(__file__).parent.parent
@@ -26,20 +25,14 @@ TRIES: Final = "failures_per_minute = 100_000\n"  # it tries wrong credentials
 
 
 @pytest.fixture(scope="module")
-def open_to_all(
-    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
-) -> Iterator[Service]:
-    url = valkey.files.url_of(next(database_numbers))
-    with Service(tmp_path_factory.mktemp("open"), DATA_KEYS, url) as running:
+def open_to_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with Service(tmp_path_factory.mktemp("open"), DATA_KEYS) as running:
         yield running.start()
 
 
 @pytest.fixture(scope="module")
-def guarded(
-    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
-) -> Iterator[Guarded]:
-    url = valkey.files.url_of(next(database_numbers))
-    with Guarded(tmp_path_factory.mktemp("guarded"), DATA_KEYS + REQUIRED + TRIES, url) as running:
+def guarded(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterator[Guarded]:
+    with Guarded(tmp_path_factory.mktemp("guarded"), DATA_KEYS + REQUIRED + TRIES, module_redis) as running:
         yield running.start()
 
 

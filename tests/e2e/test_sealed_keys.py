@@ -4,14 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from kms_core import key_opening
 from kms_core.age.mlkem768x25519 import parse_recipient, version_of
 from kms_protocol.errors import EXIT_CONFIGURATION
 from support import programs
-from support.age_kms import write_identities
 from support.openbao import Bao, bao
 from support.ports import free_port
 from support.sealed_keys import age_file, kms, ok, root_settings, seal
@@ -33,10 +34,12 @@ def decryptions(trail: Path) -> int:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Bao:
+def server(tmp_path: Path) -> Iterator[Bao]:
     """One whose audit log is counted."""
     (tmp_path / "bao").mkdir()
-    return Bao(tmp_path / "bao", audit=tmp_path / "bao" / "trail")
+    made = Bao(tmp_path / "bao", audit=tmp_path / "bao" / "trail")
+    yield made
+    made.close()
 
 
 def test_a_sealed_key_is_opened_once_and_then_used_without_calls(
@@ -44,35 +47,33 @@ def test_a_sealed_key_is_opened_once_and_then_used_without_calls(
 ) -> None:
     trail = tmp_path / "bao" / "trail"
     settings = root_settings(server) + "[kms.server]\nprocesses = 2\n"
-    try:
-        with Service(tmp_path, settings, redis_url) as service:
-            jobs = service.settings.kms.jobs
-            seal(service, "default", age_file(service))
-            seal(service, "kms:spool", jobs.spool_identity_path)
-            before = decryptions(trail)
-            service.start()
+    with Service(tmp_path, settings, redis_url) as service:
+        jobs = service.settings.kms.jobs
+        seal(service, "default", age_file(service))
+        seal(service, "kms:spool", jobs.spool_identity_path)
+        before = decryptions(trail)
+        service.start()
 
-            assert b"AGE-SECRET-KEY" not in age_file(service).read_bytes()
-            opened = decryptions(trail) - before
-            for _ in range(50):
-                assert service.decrypt(service.encrypt(b"local")) == b"local"
-            job_id = service.upload("encrypt", b"by a job", "env=prod,service=api")
-            service.wait(job_id, "succeeded")
-            assert service.decrypt(service.result(job_id)) == b"by a job"
-            os.kill(service.pool_pids()[0], signal.SIGKILL)  # another is forked, and inherits
-            job_id = service.upload("encrypt", b"again", "env=prod,service=api")
-            service.wait(job_id, "succeeded")
+        assert b"AGE-SECRET-KEY" not in age_file(service).read_bytes()
+        opened = decryptions(trail) - before
+        for _ in range(50):
+            assert service.decrypt(service.encrypt(b"local")) == b"local"
+        job_id = service.upload("encrypt", b"by a job", "env=prod,service=api")
+        service.wait(job_id, "succeeded")
+        assert service.decrypt(service.result(job_id)) == b"by a job"
+        os.kill(service.pool_pids()[0], signal.SIGKILL)  # another is forked, and inherits
+        job_id = service.upload("encrypt", b"again", "env=prod,service=api")
+        service.wait(job_id, "succeeded")
 
-            assert opened == 4, "two files, by the leader of the API and by the worker"
-            assert decryptions(trail) - before == opened
-    finally:
-        server.close()
+        assert opened == 4, "two files, by the leader of the API and by the worker"
+        assert decryptions(trail) - before == opened
 
 
 def test_rotation_seals_first_and_every_process_follows(tmp_path: Path, redis_url: str) -> None:
     settings = root_settings() + "[kms.server]\nprocesses = 2\n"
     with Service(tmp_path, settings, redis_url) as service:
         seal(service, "default", age_file(service))
+        assert "sealed by root" in kms(service, "doctor").stdout.decode()
         service.start()
         old = service.encrypt(b"old")
         answer = service.post("/keys/default/rotate")
@@ -111,28 +112,28 @@ def test_a_rotation_without_its_root_changes_nothing(tmp_path: Path, redis_url: 
         assert age_file(service).read_bytes() == before
         assert (service.state / "age" / "public_key.txt").read_bytes() == public
         assert service.decrypt(service.encrypt(b"still")) == b"still"
+        told = kms(service, "doctor").stdout.decode()
+        assert "default (age, sealed by root) does not wrap and unwrap" in told
+        assert str(server.port) in told
 
 
 def test_a_root_that_is_away_degrades_and_comes_back(tmp_path: Path, redis_url: str, server: Bao) -> None:
-    try:
-        with Service(tmp_path, root_settings(server, timeout_s=1.0), redis_url) as service:
-            seal(service, "default", age_file(service))
-            server.admin("PUT", "sys/seal")
-            service.start("api")
+    with Service(tmp_path, root_settings(server, timeout_s=1.0), redis_url) as service:
+        seal(service, "default", age_file(service))
+        server.admin("PUT", "sys/seal")
+        service.start("api")
 
-            encrypt = {"plaintext": b64(b"x"), "context": "a=b"}
-            check_problem(service.post("/encrypt", encrypt), 503, "backend_unavailable")
-            ready = service.http.get("/readyz")
-            assert (ready.status_code, ready.json()["keys"]) == (503, "unavailable")
-            assert "keys" in service.get("/status").json()["degraded"]
-            assert "a sealed key file is not open" in service.http.get("/ui").text
+        encrypt = {"plaintext": b64(b"x"), "context": "a=b"}
+        check_problem(service.post("/encrypt", encrypt), 503, "backend_unavailable")
+        ready = service.http.get("/readyz")
+        assert (ready.status_code, ready.json()["keys"]) == (503, "unavailable")
+        assert "keys" in service.get("/status").json()["degraded"]
+        assert "a sealed key file is not open" in service.http.get("/ui").text
 
-            server.unseal()
-            until(lambda: service.http.get("/readyz").status_code == 200, "the key is open")
-            assert service.http.get("/readyz").json()["keys"] == "available"
-            assert service.decrypt(service.encrypt(b"open")) == b"open"
-    finally:
-        server.close()
+        server.unseal()
+        until(lambda: service.http.get("/readyz").status_code == 200, "the key is open")
+        assert service.http.get("/readyz").json()["keys"] == "available"
+        assert service.decrypt(service.encrypt(b"open")) == b"open"
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -248,23 +249,6 @@ def test_audit_and_intake_keys_may_be_sealed(tmp_path: Path, redis_url: str) -> 
         assert shown.count("encrypt") == 2
 
 
-def test_doctor_names_what_seals_a_key(tmp_path: Path, redis_url: str) -> None:
-    with Service(tmp_path, root_settings(), redis_url) as service:
-        seal(service, "default", age_file(service))
-
-        assert "sealed by root" in kms(service, "doctor").stdout.decode()
-
-
-def test_doctor_names_a_root_that_is_away(tmp_path: Path, redis_url: str, server: Bao) -> None:
-    with Service(tmp_path, root_settings(server, timeout_s=1.0), redis_url) as service:
-        seal(service, "default", age_file(service))
-        server.close()
-
-        told = kms(service, "doctor").stdout.decode()
-        assert "default (age, sealed by root) does not wrap and unwrap" in told
-        assert str(server.port) in told
-
-
 def test_identities_of_a_credential_open_it(tmp_path: Path, redis_url: str) -> None:
     """As ``LoadCredentialEncrypted=`` of systemd hands it: a file with an age identity."""
     credential = tmp_path / "credential"
@@ -279,8 +263,7 @@ def test_identities_of_a_credential_open_it(tmp_path: Path, redis_url: str) -> N
         assert unb64(b64(service.decrypt(service.encrypt(b"x")))) == b"x"
 
 
-def test_a_free_port_is_no_root(tmp_path: Path, redis_url: str) -> None:
-    """A root that never answered: the command says so and writes nothing."""
+def test_a_root_that_never_answered_seals_nothing(tmp_path: Path, redis_url: str) -> None:
     settings = root_settings(address=f"http://127.0.0.1:{free_port()}", key="k", timeout_s=1.0)
     with Service(tmp_path, settings, redis_url) as service:
         made = tmp_path / "made"
@@ -289,5 +272,27 @@ def test_a_free_port_is_no_root(tmp_path: Path, redis_url: str) -> None:
         assert done.returncode == 69
         assert not made.exists()
         assert b"Public key" not in done.stderr
-        write_identities(made)
-        assert bao().url not in done.stderr.decode()
+
+
+# -- keys that a backend does not have -------------------------------------------------------------------
+
+
+def with_remote(folder: Path, key: str, address: str) -> Service:
+    """An install whose second key is in OpenBao."""
+    settings = (
+        f'[kms.transit]\naddress = "{address}"\ntoken = "{bao().token()}"\n'
+        f'[kms.keys]\nremote = "transit:{key}"\n'
+    )
+    return Service(folder, settings, "unix:///nonexistent/valkey.sock")
+
+
+def test_keys_that_are_there_pass_and_so_does_a_backend_that_is_away(tmp_path: Path) -> None:
+    key, nobody = bao().new_key(), f"http://127.0.0.1:{free_port()}"
+
+    key_opening.check(with_remote(tmp_path / "there", key, bao().url).settings)
+    key_opening.check(with_remote(tmp_path / "away", key, nobody).settings)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_no_program_starts_with_a_missing_key(tmp_path: Path, program: str) -> None:
+    assert "no-such-key" in ended(with_remote(tmp_path, "no-such-key", bao().url), program)
