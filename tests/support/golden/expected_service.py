@@ -27,5 +27,4 @@ TOKENS: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
 """Name: tenant, scopes, term. ``rotated`` has a second text, ``rotated-new``."""
 PAYLOAD: Final = {"metadata": {"encoding": "anNvbi9wbGFpbg=="}, "data": "IkhlbGxvIg=="}
 NAMESPACE: Final = {"X-Namespace": "payroll"}
-MOVED: Final = ("invoice-7", None)
 MOVED_TO: Final = {"key_id": "payroll", "key_version": "0a1b2c3d"}

@@ -1,23 +1,16 @@
-"""Makes the next golden set: ``PYTHONPATH=src:tests .venv/bin/python -m support.golden.make``, from the top.
+"""The makers of golden files are in the history of this folder: a set is made once, and never again.
 
-Writes ``tests/golden/v1`` and refuses where that exists: a set is made once, by the code whose formats it
-holds, and never again. A later format has a set of its own (README.md).
+``v1/`` was made by commit 610fe5f's code. A later format gets a set of its own, made by the commit that
+changes the format (tests/golden/README.md).
 """
 
 import sys
 
-from support.golden import make_ciphertexts, make_keys, make_service
-from support.golden.manifest import V1
-
 
 def main() -> int:
-    if V1.exists():
-        print(f"{V1} exists, and a golden set is never made again: see its README.md", file=sys.stderr)  # noqa: T201 -- a program
-        return 1
-    make_keys.make(V1 / "keys")
-    make_ciphertexts.make(V1 / "ciphertexts")
-    make_service.make(V1)
-    return 0
+    """Refuse."""
+    print("A golden set is never made again: see tests/golden/README.md", file=sys.stderr)  # noqa: T201 -- a program
+    return 1
 
 
 if __name__ == "__main__":

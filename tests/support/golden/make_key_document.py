@@ -1,17 +1,9 @@
-"""Makes ``v2/key-document.json``: ``PYTHONPATH=src:tests python -m support.golden.make_key_document``.
+"""``v2/key-document.json``: a signed document with a sealed Age key, opened with the keys of the set."""
 
-A signed document with the sealed identities of an Age key, and these in clear. Refuses where the file
-exists: it is made once, by the code whose formats it holds, and never again.
-"""
-
-import json
 import math
-import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Final
 
-from kms_core.age.x25519 import X25519Identity
 from kms_core.envelope.sealed_files import FileSealer
 from kms_core.jobs.model import RecordKey
 from kms_core.key_documents import INFO, KeyDocument
@@ -32,30 +24,3 @@ def document_at(path: Path) -> KeyDocument:
     )
     sealer = FileSealer(lambda: {"root": Key("root", backends.age("age-x25519"))}, list)
     return KeyDocument(NAME, document, LocalCopy(document, path.parent, math.inf), sealer)
-
-
-def _block() -> bytes:
-    """The lines of a new identity."""
-    made = X25519Identity.generate()
-    lines = f"# created: 2026-11-27T00:00:00Z\n# public key: {made.recipient}\n{made.export()}\n"
-    return lines.encode()
-
-
-def main() -> int:
-    if PATH.exists():
-        print(f"{PATH} exists, and a golden set is never made again: see README.md", file=sys.stderr)  # noqa: T201 -- a program
-        return 1
-    with TemporaryDirectory(prefix="kms-golden-") as scratch:
-        path = Path(scratch) / "document"
-        (path.parent / f"key-{NAME}.anchor").write_text(json.dumps({"generation": 0, "write_id": ""}))
-        key = document_at(path)
-        first, second = _block(), _block()
-        key.make(first, "root")
-        key.add(second)
-        made = {"stored": path.read_text(), "first": first.decode(), "second": second.decode()}
-    PATH.write_text(json.dumps(made, indent=1) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

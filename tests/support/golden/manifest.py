@@ -5,7 +5,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -15,8 +15,6 @@ from support.golden.reference import Names
 
 V1: Final = Path(__file__).parents[2] / "golden/v1"
 SMALL: Final = "Grüße aus dem Archiv, 42\n".encode()
-WHOLE_BYTES: Final = 1024
-"""Payloads up to this size are kept as they are; of larger ones the digest of the whole file."""
 Json = dict[str, Any]
 
 
@@ -73,16 +71,7 @@ class Entry:
     @property
     def scheme(self) -> str:
         """The backend's name as it stands in stanzas."""
-        return scheme_of(self.backend)
-
-    def stored(self) -> Json:
-        """For JSON."""
-        fields = asdict(self)
-        return {name: b64(value) if isinstance(value, bytes) else value for name, value in fields.items()}
-
-
-def scheme_of(backend: str) -> str:
-    return "vault-kv" if backend == "vault-kv" else backend.partition("-")[0]
+        return "vault-kv" if self.backend == "vault-kv" else self.backend.partition("-")[0]
 
 
 def entry_of(stored: Mapping[str, Any]) -> Entry:

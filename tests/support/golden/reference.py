@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -99,11 +98,6 @@ def parsed(file: bytes, file_key: bytes) -> list[Stanza]:
     return list(stanzas_of(signed[len(VERSION_LINE) :]))
 
 
-def header_of(stanzas: list[Stanza], file_key: bytes) -> bytes:
-    signed = VERSION_LINE + b"".join(map(rendered, stanzas)) + b"---"
-    return signed + b" " + unpadded(_mac(file_key, signed)).encode() + b"\n"
-
-
 def _mac(file_key: bytes, signed: bytes) -> bytes:
     return hmac_sha256(derived(file_key, b"header"), signed)
 
@@ -159,15 +153,6 @@ def _opened(aead: ChaCha20Poly1305 | AESGCM, nonce: bytes, sealed: bytes, aad: b
         return aead.decrypt(nonce, sealed, aad)
     except InvalidTag:
         raise Broken from None
-
-
-def x25519_file_key(identity_secret: bytes, stanza: Stanza) -> bytes:
-    """The file key of an ``X25519`` stanza (C2SP age.md, "The X25519 recipient type")."""
-    share, key = decoded(stanza.args[1]), X25519PrivateKey.from_private_bytes(identity_secret)
-    shared = key.exchange(X25519PublicKey.from_public_bytes(share))
-    salt = share + key.public_key().public_bytes_raw()
-    aead = ChaCha20Poly1305(derived(shared, b"age-encryption.org/v1/X25519", salt))
-    return _opened(aead, bytes(12), stanza.body, None)
 
 
 def unverified_stanzas(file: bytes) -> list[Stanza]:
