@@ -72,7 +72,7 @@ def network(count: int, lines: Sequence[str]) -> Iterator[Sequence[Host]]:
     """So many hosts with such lines each to this thread, which is a host of its own for so long.
 
     Threads and programs that it starts are on that host too, and none of it outlives them. Skips where there
-    are no namespaces, and fails in CI.
+    are no namespaces.
     """
     require()
     libc = ctypes.CDLL(None, use_errno=True)
@@ -92,9 +92,9 @@ def network(count: int, lines: Sequence[str]) -> Iterator[Sequence[Host]]:
 
 
 def require() -> None:
-    """Skip a test that needs namespaces where there are none; in CI it fails."""
+    """Skip a test that needs namespaces where there are none."""
     if not _is_allowed():
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(NO_NAMESPACES)
+        pytest.skip(NO_NAMESPACES)
 
 
 def _is_allowed() -> bool:

@@ -1,4 +1,4 @@
-"""What others made and tests compare with: a missing program skips at home and fails in CI."""
+"""What others made and tests compare with: a missing program skips, which fails in CI (``ci_skips``)."""
 
 import fcntl
 import os
@@ -39,8 +39,6 @@ def program(name: str) -> str:
     found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
     if found:
         return found
-    if os.environ.get("CI"):
-        pytest.fail(f"{name} is not on the PATH, and CI must not skip what compares with it")
     pytest.skip(f"{name} is not on the PATH{install(name)}")
 
 
@@ -68,9 +66,7 @@ def built_with_go(name: str) -> str:
                 check=False,
             )
             if done.returncode:
-                (pytest.fail if os.environ.get("CI") else pytest.skip)(
-                    f"{name} cannot be built: {done.stderr}"
-                )
+                pytest.skip(f"{name} cannot be built: {done.stderr}")
     return str(home / name)
 
 
