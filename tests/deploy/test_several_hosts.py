@@ -17,7 +17,6 @@ import httpx2 as httpx
 import pytest
 import yaml
 
-from kms_cli.local import up
 from kms_core.settings import lint
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import Settings
@@ -35,7 +34,6 @@ from support.artefacts import (
 from support.credentials import bearer
 from support.object_stores import ACCESS_KEY, SECRET
 from support.openbao import bao
-from support.ports import is_of
 from support.programs import BUILD_LIMIT_S
 from support.service import CONTEXT, Service
 from support.waiting import WAIT_S, until
@@ -212,11 +210,6 @@ class Host(Service):
         """Cosmian has no server here, so what would use it uses Age keys, as in dev."""
         environ = super().environ | {"CREDENTIALS_DIRECTORY": str(self.secrets), "PROVISIONING_ENV": "dev"}
         return {name: value for name, value in environ.items() if name != "KMS_REDIS_URL"}
-
-    def _answers(self, name: str, port: int) -> bool:
-        tls = name == "api" and self.url.startswith("https:")
-        assert self._processes[name].poll() is None, f"{name} ended:\n{self.output(name)}"
-        return up.is_alive("127.0.0.1", port, tls=tls) and is_of(port, self._processes[name].pid)
 
     def kms(self, *words: str, **environ: str) -> str:
         argv = [sys.executable, "-P", "-m", "kms_cli.main", *words]

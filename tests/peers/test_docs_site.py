@@ -5,16 +5,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from html.parser import HTMLParser
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Final, Literal
 
 import pytest
 
 from support.chromium import Chromium, chromium
+from support.http_servers import served_files
 from support.waiting import until
 
 Scheme = Literal["dark", "light"]
@@ -38,10 +36,6 @@ SEARCHED: Final = """
 Array.from(document.querySelectorAll("*")).map((place) => place.shadowRoot?.textContent ?? "").join("")
 """
 pytestmark = pytest.mark.timeout(600)
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: object) -> None: ...  # noqa: A002 -- the base's
 
 
 class Addresses(HTMLParser):
@@ -72,10 +66,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(site: Path) -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site))) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with served_files(site) as found:
+        yield found
 
 
 def picture(browser: Chromium, name: str) -> None:

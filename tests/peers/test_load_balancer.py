@@ -20,7 +20,7 @@ import pytest
 from kms_cli.local import up
 from kms_core.programs import tether
 from kms_protocol.wire import PREFIX
-from support.ports import free_port, is_of
+from support.ports import free_port
 from support.programs import program
 from support.service import CONTEXT, Service, b64
 from support.waiting import WAIT_S, until
@@ -37,10 +37,6 @@ class Host(Service):
     def __init__(self, folder: Path, settings: str, redis: str) -> None:
         super().__init__(folder, settings, redis)
         self.url = self.url.replace("http:", "https:")
-
-    def _answers(self, name: str, port: int) -> bool:
-        assert self._processes[name].poll() is None, f"{name} ended:\n{self.output(name)}"
-        return up.is_alive("127.0.0.1", port, tls=True) and is_of(port, self._processes[name].pid)
 
 
 @dataclass

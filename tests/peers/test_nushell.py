@@ -5,19 +5,17 @@ import os
 import re
 import stat
 import subprocess
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 from cryptography import x509
 
-from kms_cli.local import up
 from support.cli.fixtures import BIN
 from support.credentials import REQUIRED, Authority, Guarded
 from support.embedded_valkey import EmbeddedValkey
+from support.http_servers import QuietHandler, served
 from support.job_stores import forge
 from support.nushell import MODULE, ROOT, TIMEOUT_S, Nu, fetched, unframed
 from support.ports import free_port
@@ -412,7 +410,7 @@ def test_the_result_of_a_file_job_is_bytes_or_a_file(nu: Nu) -> None:
     assert mode(nu.folder / "again") == 0o600
 
 
-class Breaking(BaseHTTPRequestHandler):
+class Breaking(QuietHandler):
     """A service whose line breaks in the middle of a result of 100 bytes."""
 
     def do_GET(self) -> None:
@@ -424,18 +422,11 @@ class Breaking(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b"x" if is_probe else b"x" * 50)
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- the base class names it so
-        del format, args
-
 
 def test_a_download_that_breaks_off_leaves_nothing(bare: Nu) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Breaking) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    with served(Breaking) as port:
+        url = f"http://127.0.0.1:{port}"
         said = bare.fails("kms job result some --output out", KMS_SERVICE_URL=url)
-        server.shutdown()
-        thread.join()
 
     assert "(service_unreachable)" in said
     assert [path.name for path in bare.folder.iterdir()] == ["script.nu"]
@@ -644,25 +635,18 @@ def test_no_proxy_sees_a_secret_for_this_machine(nu: Nu) -> None:
 # -- TLS ---------------------------------------------------------------------------------------------
 
 
-class Secured(Service):
-    """An API that serves HTTPS."""
-
-    def _answers(self, name: str, port: int) -> bool:
-        assert self._processes[name].poll() is None, f"{name} ended:\n{self.output(name)}"
-        return up.is_alive("127.0.0.1", port, tls=True)
-
-
 @pytest.fixture(scope="module")
-def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Secured, Authority]]:
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Authority]]:
+    """An API that serves HTTPS, and the authority of its certificate."""
     folder = tmp_path_factory.mktemp("secured")
     authority = Authority(folder / "servers")
     pair = authority.issue("server", x509.DNSName("localhost"), server=True)
     settings = f'[kms.server]\ntls_cert = "{pair.cert}"\ntls_key = "{pair.key}"\n'
-    with Secured(folder, settings, "unix:///nonexistent/valkey.sock") as running:
+    with Service(folder, settings, "unix:///nonexistent/valkey.sock") as running:
         yield running.start("api"), authority
 
 
-def test_the_certificate_of_the_service_is_checked(bare: Nu, secured: tuple[Secured, Authority]) -> None:
+def test_the_certificate_of_the_service_is_checked(bare: Nu, secured: tuple[Service, Authority]) -> None:
     service, authority = secured
     url = f"https://localhost:{service.port}"
 

@@ -4,9 +4,7 @@ Also by a page of another site in Chromium, which sends what Temporal's page doe
 """
 
 import json
-import threading
 from collections.abc import Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from kms_protocol.wire import PREFIX
 from support.chromium import Chromium, chromium
 from support.credentials import REQUIRED, Guarded
 from support.embedded_valkey import EmbeddedValkey
+from support.http_servers import QuietHandler, served
 from support.service import Service, b64, check_problem, unb64
 from support.waiting import until
 
@@ -147,26 +146,12 @@ def test_no_payloads_are_answered_with_none(service: Service, body: object) -> N
 def site() -> Iterator[int]:
     """The port of a site with an empty page; it has two origins, localhost and 127.0.0.1."""
 
-    class Page(BaseHTTPRequestHandler):
+    class Page(QuietHandler):
         def do_GET(self) -> None:
-            body = b"<!doctype html><title>Temporal</title>"
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            self.reply(200, b"<!doctype html><title>Temporal</title>", "text/html")
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- the base class names it so
-            del format, args
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server.server_port
-        finally:
-            server.shutdown()
-            thread.join()
+    with served(Page) as port:
+        yield port
 
 
 @pytest.fixture(scope="module")

@@ -4,17 +4,16 @@ import base64
 import hashlib
 import hmac
 import re
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import cast
 
 import msgspec
 
 from kms_core.backends.aws.backend import AwsCipher
 from support.aws_servers import ACCESS_KEY, REGION, SECRET_KEY, calls_to
+from support.http_servers import QuietHandler, served
 
 KEY = "1234abcd-12ab-34cd-56ef-1234567890ab"
 HOME = f"arn:aws:kms:{REGION}:111122223333:"
@@ -40,11 +39,11 @@ def scripted(answer: Callable[[str, Mapping[str, object]], Reply]) -> Iterator[t
     """The stand-in's URL, and its script."""
     script = Script(answer)
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         protocol_version = "HTTP/1.1"
         wbufsize = 65536  # head and body in one segment
 
-        def do_POST(self) -> None:
+        def do_POST(self) -> None:  # noqa: N802 -- the library's name
             body = self.rfile.read(int(self.headers["Content-Length"]))
             script.raw.append(bytes(self.headers) + body)
             script.bad_signatures += not signed(dict(self.headers.items()), body)
@@ -53,24 +52,10 @@ def scripted(answer: Callable[[str, Mapping[str, object]], Reply]) -> Iterator[t
             script.asked.append((operation, asked))
             status, reply = script.answer(operation, asked)
             out = reply if isinstance(reply, bytes) else msgspec.json.encode(reply)
-            self.send_response(status)
-            self.send_header("Content-Type", "application/x-amz-json-1.1")
-            self.send_header("Content-Length", str(len(out)))
-            self.end_headers()
-            self.wfile.write(out)
+            self.reply(status, out, "application/x-amz-json-1.1")
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", script
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with served(Handler) as port:
+        yield f"http://127.0.0.1:{port}", script
 
 
 def signed(headers: Mapping[str, str], body: bytes) -> bool:

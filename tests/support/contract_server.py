@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from threading import Thread
 from typing import Final
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -26,6 +26,7 @@ from kms_protocol import errors
 from kms_protocol.context import Context
 from kms_protocol.errors import KmsError
 from kms_protocol.wire import ENDED, PREFIX, ContextIn
+from support.http_servers import QuietHandler
 
 KEY: Final = {"key_id": "default", "key_version": "0a1b2c3d", "backend": "age"}
 SYNC_LIMIT_BYTES: Final = 1024 * 1024
@@ -158,23 +159,11 @@ def links(job_id: str) -> dict[str, str]:
     return {"self": path, "result": f"{path}/result"}
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(QuietHandler):
     """Routes one request to a method named for its path."""
 
     protocol_version = "HTTP/1.1"
     service: ContractServer
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the name is http.server's
-        del format, args
-
-    def do_GET(self) -> None:
-        self.serve()
-
-    def do_POST(self) -> None:
-        self.serve()
-
-    def do_DELETE(self) -> None:
-        self.serve()
 
     def serve(self) -> None:
         body = self.read_body()
@@ -191,6 +180,8 @@ class Handler(BaseHTTPRequestHandler):
             self.route(path, seen)
         except KmsError as exc:
             self.problem(exc)
+
+    do_GET = do_POST = do_DELETE = serve  # noqa: N815 -- the library's names
 
     def refuse(self) -> None:
         faults = self.service.faults

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +29,7 @@ from kms_core.auth.policy import Principal
 from kms_core.auth.tokens import Token, TokenFile, TokenRequest
 from kms_core.container import token_source
 from kms_core.settings.model import Settings
+from support.http_servers import QuietHandler, served
 from support.service import Service
 
 REQUIRED: Final = '[kms.auth]\nmode = "required"\n'
@@ -153,27 +153,17 @@ def public_jwk(key: PrivateKey, kid: str) -> dict[str, Any]:
 def serving(issuer: Issuer) -> Iterator[str]:
     """Its JWKS over HTTP on loopback; the URL."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
+    class Handler(QuietHandler):
+        def do_GET(self) -> None:  # noqa: N802 -- the library's name
             issuer.asked += 1
             issuer.answering.wait(60)
-            body = b"not today" if issuer.broken else issuer.jwks
-            self.send_response(503 if issuer.broken else 200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            if issuer.broken:
+                self.reply(503, b"not today")
+            else:
+                self.reply(200, issuer.jwks)
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- the base class names it so
-            del format, args
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/jwks"
-        finally:
-            server.shutdown()
-            thread.join()
+    with served(Handler) as port:
+        yield f"http://127.0.0.1:{port}/jwks"
 
 
 def issuer_settings(keys: str, more: str = "") -> str:
@@ -238,13 +228,14 @@ class Authority:
         file: str,
         *names: x509.GeneralName,
         subject: str = "someone",
-        server: bool = False,
+        server: bool | None = False,
         lasts: timedelta = DAY,
     ) -> Pair:
-        """A certificate for these names, for clients, or for a server."""
+        """A certificate for these names: for clients, for a server, or (``None``) for both."""
         key = ec.generate_private_key(ec.SECP256R1())
-        purpose = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
-        extensions: list[x509.ExtensionType] = [_usage("digital_signature"), x509.ExtendedKeyUsage([purpose])]
+        purposes = [] if server else [ExtendedKeyUsageOID.CLIENT_AUTH]
+        purposes += [] if server is False else [ExtendedKeyUsageOID.SERVER_AUTH]
+        extensions: list[x509.ExtensionType] = [_usage("digital_signature"), x509.ExtendedKeyUsage(purposes)]
         if names:
             extensions.append(x509.SubjectAlternativeName(names))
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)])

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from types import TracebackType
@@ -30,6 +30,7 @@ from botocore.exceptions import ClientError
 
 from kms_core.programs.tether import spawn
 from support import aws_servers
+from support.http_servers import QuietHandler
 from support.ports import free_port
 from support.programs import program
 from support.waiting import until_up
@@ -327,13 +328,10 @@ class _Server(ThreadingHTTPServer):
         """A client that was killed is no news."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     protocol_version = "HTTP/1.1"
     way: Way
     host: str
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- its name in the library
-        """Nothing."""
 
     def handle_one(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
@@ -342,9 +340,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.way.seen.append(seen)
         verdict = self.way.meddle(seen)
         if verdict and verdict > 0:
-            self.send_response(verdict)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.reply(verdict)
             return
         with closing(http.client.HTTPConnection(self.host, timeout=60)) as upstream:
             upstream.request(self.command, self.path, body, headers)

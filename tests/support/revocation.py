@@ -7,7 +7,6 @@ from typing import Final
 import httpx2 as httpx
 from cryptography import x509
 
-from kms_cli.local import up
 from kms_protocol.wire import PREFIX
 from support.credentials import Authority, Guarded, Pair
 
@@ -36,10 +35,6 @@ class Revoking(Guarded):
             redis,
         )
         self.url = f"https://localhost:{self.port}"
-
-    def _answers(self, name: str, port: int) -> bool:
-        assert self._processes[name].poll() is None, f"{name} ended:\n{self.output(name)}"
-        return up.is_alive("127.0.0.1", port, tls=True)
 
     def client(self, pair: Pair | None = None) -> httpx.Client:
         return httpx.Client(base_url=self.url, verify=self.servers.context(pair), trust_env=False)

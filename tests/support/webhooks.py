@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Final, cast
@@ -27,6 +27,7 @@ from kms_core.jobs.store.store import JobStore
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import EndpointSection, Settings
 from kms_protocol.wire import JobState
+from support.http_servers import QuietHandler, served
 from support.job_stores import TENANT, claimed
 
 SECRET: Final = b"0123456789abcdef0123456789abcdef"
@@ -117,7 +118,7 @@ def receiving(authority: Authority | None, port: int = 0) -> Iterator[Receiver]:
     found = Receiver(port)
     context = _server_context(authority, found) if authority else None
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             found.requests.append(Request(self.path, dict(self.headers.items()), body))
@@ -130,9 +131,6 @@ def receiving(authority: Authority | None, port: int = 0) -> Iterator[Receiver]:
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- the base class names it so
-            del format, args
-
     class Server(ThreadingHTTPServer):
         def get_request(self) -> tuple[socket.socket, object]:
             plain, address = super().get_request()
@@ -143,16 +141,8 @@ def receiving(authority: Authority | None, port: int = 0) -> Iterator[Receiver]:
         def handle_error(self, request: object, client_address: object) -> None:
             """A client that does not trust us hangs up: no words on that."""
 
-    server = Server(("127.0.0.1", port), Handler)
-    found.port = server.server_address[1]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with served(Handler, port, Server) as found.port:
         yield found
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def _server_context(authority: Authority, found: Receiver) -> ssl.SSLContext:

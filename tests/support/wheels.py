@@ -12,11 +12,10 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Final
+
+from support.http_servers import served_files
 
 ROOT: Final = Path(__file__).parents[2]
 SOURCES: Final = ("pyproject.toml", "README.md", "NOTICE", "client", "src")
@@ -52,23 +51,13 @@ def lock(path: Path, *wheels: Path) -> Path:
     return path
 
 
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- the name in http.server
-        """Log nothing."""
-
-
 @contextmanager
 def index(folder: Path) -> Iterator[dict[str, str]]:
     """Serve ``folder``/<project>/<wheels> by PEP 503; the environment in which pip uses this index only."""
-    handler = partial(_Quiet, directory=str(folder))  # its listing of a folder is a page of links
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
+    with served_files(folder) as url:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "KMS_"))}
         own = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1", "no_proxy": "127.0.0.1"}
-        yield kept | own | {"PIP_INDEX_URL": f"http://127.0.0.1:{server.server_port}/"}
-        server.shutdown()
-        thread.join()
+        yield kept | own | {"PIP_INDEX_URL": f"{url}/"}
 
 
 # -- the distributions of this project --------------------------------------------------------------------

@@ -2,11 +2,9 @@
 
 import json
 import os
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -16,6 +14,7 @@ import httpx2 as httpx
 from kms_core.scopes import OPERATIONS
 from support.canary.secrets import Search
 from support.credentials import Guarded, bearer
+from support.http_servers import QuietHandler, served
 from support.service import Json, b64, unb64
 from support.waiting import until
 
@@ -89,34 +88,20 @@ class Peer:
     def serving(self) -> Iterator["Peer"]:
         peer = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(QuietHandler):
             def _answer(self) -> None:
                 size = int(self.headers.get("Content-Length") or 0)
                 told = {"path": self.path, "headers": dict(self.headers), "body": b64(self.rfile.read(size))}
                 text = json.dumps(told)
                 peer.heard.append(text)
                 body = json.dumps({"errors": [text], "error": text, "message": text}).encode()
-                self.send_response(500, "Kanarienvogel")
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(body)
+                self.reply(500, body, "application/json")
 
             do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = _answer  # noqa: N815 -- the base class's names
 
-            def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- the base class names it so
-                del format, args
-
-        with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-            self.url = f"http://127.0.0.1:{server.server_port}"
-            thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-            thread.start()
-            try:
-                yield self
-            finally:
-                server.shutdown()
-                thread.join()
+        with served(Handler) as port:
+            self.url = f"http://127.0.0.1:{port}"
+            yield self
 
     def was_told(self, text: str) -> bool:
         return any(text in heard for heard in self.heard)
