@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
 from http.server import ThreadingHTTPServer
 from itertools import chain, repeat
 from pathlib import Path
@@ -15,10 +14,6 @@ from typing import Final, cast
 
 import msgspec
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 
 from kms_core.jobs.events.outbox import Delivery, Outbox
 from kms_core.jobs.events.webhook import WebhookEndpoint
@@ -27,6 +22,7 @@ from kms_core.jobs.store.store import JobStore
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import EndpointSection, Settings
 from kms_protocol.wire import JobState
+from support import credentials
 from support.http_servers import QuietHandler, served
 from support.job_stores import TENANT, claimed
 
@@ -45,49 +41,10 @@ class Authority:
 
 
 def make_authority(folder: Path) -> Authority:
-    ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a CA for tests")])
-    now = datetime.now(UTC)
-
-    def builder(name: x509.Name, public: ec.EllipticCurvePublicKey, *, ca: bool) -> x509.CertificateBuilder:
-        return (
-            x509.CertificateBuilder(issuer, name, public, x509.random_serial_number())
-            .not_valid_before(now - timedelta(hours=1))
-            .not_valid_after(now + timedelta(days=1))
-            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
-            .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False
-            )
-        )
-
-    may = dict.fromkeys(
-        (
-            "digital_signature",
-            "content_commitment",
-            "key_encipherment",
-            "data_encipherment",
-            "key_agreement",
-            "crl_sign",
-            "encipher_only",
-            "decipher_only",
-        ),
-        False,
-    )
-    root = (
-        builder(issuer, ca_key.public_key(), ca=True)
-        .add_extension(x509.KeyUsage(key_cert_sign=True, **may), critical=True)  # strict readers want it
-        .sign(ca_key, hashes.SHA256())
-    )
-    leaf = (
-        builder(x509.Name([]), key.public_key(), ca=False)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=True)
-        .sign(ca_key, hashes.SHA256())
-    )
-    made = Authority(folder / "ca.pem", folder / "chain.pem")
-    made.ca_file.write_bytes(root.public_bytes(Encoding.PEM))
-    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    made.chain.write_bytes(private + leaf.public_bytes(Encoding.PEM))
+    authority = credentials.Authority(folder)
+    pair = authority.issue("localhost", x509.DNSName("localhost"), server=None)
+    made = Authority(authority.ca_file, folder / "chain.pem")
+    made.chain.write_bytes(pair.key.read_bytes() + pair.cert.read_bytes())
     return made
 
 
@@ -119,7 +76,7 @@ def receiving(authority: Authority | None, port: int = 0) -> Iterator[Receiver]:
     context = _server_context(authority, found) if authority else None
 
     class Handler(QuietHandler):
-        def do_POST(self) -> None:
+        def do_POST(self) -> None:  # noqa: N802 -- the library's name
             body = self.rfile.read(int(self.headers["Content-Length"]))
             found.requests.append(Request(self.path, dict(self.headers.items()), body))
             found.slowly()
