@@ -1,6 +1,5 @@
 """docker-compose.yml: read by Compose itself, hardened, and its secrets are made by deploy/make-secrets."""
 
-import json
 import re
 import subprocess
 from contextlib import suppress
@@ -16,7 +15,8 @@ from kms_core.settings.load import load as load_settings
 from kms_core.settings.validation import check_exposure
 from kms_protocol.errors import ConfigurationError
 from kms_worker.app import CONFIGURATION
-from support.artefacts import DEPLOY, ROOT, make_secrets, passes, tool
+from support import artefacts
+from support.artefacts import DEPLOY, ROOT, make_secrets, seconds
 from support.ports import free_port
 from support.programs import program
 from support.waiting import until
@@ -27,11 +27,8 @@ SERVICES: Final = ("api", "worker", "valkey", "prometheus", "alertmanager", "gra
 
 @pytest.fixture(scope="module")
 def composed() -> dict[str, Any]:
-    """The file as Compose reads it, with every profile; it refuses unknown keys and broken references."""
-    profiles = [word for name in PROFILES for word in ("--profile", name)]
-    argv = (tool("docker-compose"), "--project-directory", ROOT, "-f", ROOT / "docker-compose.yml", *profiles)
-    found: dict[str, Any] = json.loads(passes(*argv, "config", "--format", "json"))
-    return found
+    """The file with every profile."""
+    return artefacts.composed(*PROFILES)
 
 
 def test_there_are_these_services_and_the_key_servers_only_when_asked_for(composed: dict[str, Any]) -> None:
@@ -143,11 +140,6 @@ def pings(client: redis.Redis) -> bool:
     with suppress(redis.RedisError):
         return bool(client.ping())
     return False
-
-
-def seconds(text: str) -> float:
-    minutes, number = re.fullmatch(r"(?:(\d+)m)?(?:(\d+)s)?", text).groups(default="0")  # type: ignore[union-attr]  # it fits
-    return 60 * int(minutes) + int(number)
 
 
 def test_a_service_is_given_the_time_that_it_takes_to_stop(composed: dict[str, Any]) -> None:

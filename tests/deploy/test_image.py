@@ -14,8 +14,9 @@ import pytest
 from cryptography import x509
 
 from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_UNAVAILABLE
-from support.artefacts import DEPLOY, ROOT, as_root, passes, tool
+from support.artefacts import DEPLOY, ROOT, as_root, passes
 from support.credentials import Authority
+from support.programs import tool
 from support.service import Service
 from support.waiting import until
 

@@ -16,7 +16,8 @@ from typing import Any, Final
 import pytest
 
 from kms_protocol.errors import EXIT_UNAVAILABLE
-from support.artefacts import ROOT, as_root, make_secrets, passes, rendered, run, tool
+from support import artefacts
+from support.artefacts import ROOT, as_root, make_secrets, passes, rendered, run, seconds
 from support.containers import Container, Image, Pod, pod
 from support.programs import BUILD_LIMIT_S, program, store_of_images, tied
 
@@ -181,17 +182,9 @@ def test_the_chart_runs_programs_of_the_image_as_its_user(image: Image, example:
 # -- what runs -------------------------------------------------------------------------------------------
 
 
-def seconds(text: str) -> int:
-    """Of Compose's ``1m0s``."""
-    minutes, _, rest = text.rpartition("m")
-    return 60 * int(minutes or 0) + int(rest.removesuffix("s"))
-
-
 @pytest.fixture(scope="module")
 def composed() -> dict[str, Any]:
-    argv = (tool("docker-compose"), "--project-directory", ROOT, "-f", ROOT / "docker-compose.yml")
-    found: dict[str, Any] = json.loads(passes(*argv, "config", "--format", "json"))
-    return found
+    return artefacts.composed()
 
 
 @contextmanager

@@ -33,9 +33,8 @@ from support.artefacts import (
     passes,
     rendered,
     run,
-    tool,
 )
-from support.programs import BUILD_LIMIT_S, built_with_go
+from support.programs import BUILD_LIMIT_S, built_with_go, tool
 
 pytestmark = pytest.mark.timeout(BUILD_LIMIT_S)  # the first run builds Helm
 

@@ -1,6 +1,5 @@
 """Compose, Kubernetes and the units for hosts that share no volume: the files, and two hosts of each."""
 
-import json
 import os
 import re
 import shutil
@@ -21,16 +20,8 @@ from kms_core.settings import lint
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import Settings
 from kms_core.settings.validation import check_exposure
-from support import object_stores, redis_servers
-from support.artefacts import (
-    DEPLOY,
-    ROOT,
-    SYSTEMD,
-    make_secrets,
-    passes,
-    rendered,
-    tool,
-)
+from support import artefacts, object_stores, redis_servers
+from support.artefacts import DEPLOY, ROOT, SYSTEMD, make_secrets, rendered
 from support.credentials import bearer
 from support.object_stores import ACCESS_KEY, SECRET
 from support.openbao import bao
@@ -98,16 +89,8 @@ def test_its_settings_share_no_directory(variant: str) -> None:
 @pytest.fixture(scope="module")
 def composed() -> dict[str, Any]:
     """Both files as Compose reads them."""
-    files = [
-        word
-        for name in ("docker-compose.yml", "deploy/compose/several-hosts.yml")
-        for word in ("-f", ROOT / name)
-    ]
-    argv = (tool("docker-compose"), "--project-directory", ROOT, *files, "config", "--format", "json")
-    found: dict[str, Any] = json.loads(
-        passes(*argv, env={"PATH": os.environ["PATH"], "KMS_ADDRESS": "192.0.2.11"})
-    )
-    return found
+    files = ("docker-compose.yml", "deploy/compose/several-hosts.yml")
+    return artefacts.composed(files=files, env={"PATH": os.environ["PATH"], "KMS_ADDRESS": "192.0.2.11"})
 
 
 def test_compose_runs_api_and_worker_and_no_server_of_its_own(composed: dict[str, Any]) -> None:

@@ -9,10 +9,8 @@ from typing import Final
 
 import pytest
 
-from support import network_hosts, programs
+from support import network_hosts, pages, programs
 
-PAGE: Final = (Path(__file__).parents[2] / "docs/hosts.md").read_text()
-RUN: Final = re.compile(r"<!-- run -->\n```sh\n(.*?)```", re.DOTALL)
 ALONE: Final = ("--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 
 
@@ -25,7 +23,7 @@ def test_the_page_works_as_written(tmp_path: Path) -> None:
     network_hosts.require()
     for name in ("redis-server", "curl"):
         programs.program(name)
-    script = "\n".join(["mkdir -p /run/netns; mount -t tmpfs tmpfs /run/netns", *RUN.findall(PAGE)])
+    script = "\n".join(["mkdir -p /run/netns; mount -t tmpfs tmpfs /run/netns", *pages.blocks("docs/hosts.md", "sh")])
     here = tmp_path / "here"
     here.mkdir()
     done = subprocess.run(

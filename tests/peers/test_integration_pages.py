@@ -13,6 +13,7 @@ from typing import Final
 
 import pytest
 
+from support import pages
 from support.credentials import Guarded
 from support.openbao import binary
 from support.ports import free_port
@@ -20,7 +21,6 @@ from support.programs import kept, program
 from support.vault_api import NO_REDIS
 
 PAGES: Final = Path(__file__).parents[2] / "docs/integrations"
-RUN: Final = re.compile(r"<!-- run -->\n```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LIMIT_S: Final = 300
 SETTINGS: Final = """
 [kms.auth]
@@ -54,23 +54,12 @@ def environ(guarded: Guarded, tmp_path: Path) -> dict[str, str]:
 
 
 def blocks(page: str) -> list[str]:
-    return RUN.findall((PAGES / page).read_text("utf-8"))
+    return pages.blocks(f"docs/integrations/{page}", "sh")
 
 
 def bash(script: str, folder: Path, environ: Mapping[str, str]) -> str:
-    """What a script prints; fails with all that it said if it fails."""
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=folder,
-        env=dict(environ),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout[-5000:]}\n{done.stderr[-5000:]}"
-    return done.stdout
+    """What a script prints."""
+    return pages.said(script, folder, environ, LIMIT_S)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any, Final
 import pytest
 from cryptography import x509
 
+from support import pages
 from support.cli.fixtures import BIN
 from support.credentials import REQUIRED, Authority, Guarded
 from support.embedded_valkey import EmbeddedValkey
@@ -21,8 +22,7 @@ from support.nushell import MODULE, ROOT, TIMEOUT_S, Nu, fetched, unframed
 from support.ports import free_port
 from support.service import CANARY, Service, b64, core_of, unb64
 
-DOCUMENT: Final = ROOT / "docs" / "nushell.md"
-EXAMPLES: Final = re.findall(r"<!-- run -->\n```nu\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+EXAMPLES: Final = pages.blocks("docs/nushell.md", "nu")
 VERSIONS: Final = ["0.108.0", "0.115.1"]
 MIB: Final = 1024 * 1024
 

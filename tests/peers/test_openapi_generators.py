@@ -5,13 +5,13 @@ Each walk fetches its generator, has it read the document of a service, and runs
 
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import pytest
 
+from support import pages
 from support.credentials import REQUIRED, Guarded
 from support.embedded_valkey import EmbeddedValkey
 from support.openapi_check import FILE
@@ -39,19 +39,8 @@ def guarded(
 
 
 def run(script: str, folder: Path, **environ: str) -> str:
-    """What a script prints; fails with all that it said if it fails."""
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=folder,
-        env=os.environ | {"GOWORK": "off", "NO_PROXY": "127.0.0.1"} | environ,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout[-5000:]}\n{done.stderr[-5000:]}"
-    return done.stdout
+    """What a script prints."""
+    return pages.said(script, folder, os.environ | {"GOWORK": "off", "NO_PROXY": "127.0.0.1"} | environ, LIMIT_S)
 
 
 @pytest.mark.timeout(LIMIT_S + 60)

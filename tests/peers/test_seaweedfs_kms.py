@@ -3,7 +3,6 @@
 import os
 import re
 import secrets
-import subprocess
 import sys
 from base64 import b64encode
 from collections.abc import Iterator
@@ -16,11 +15,12 @@ import pytest
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
 
+from support import pages
 from support.credentials import Guarded
 from support.object_stores import ACCESS_KEY, SECRET, ObjectStore, TestBucket, start_weed
 from support.vault_api import NO_REDIS
 
-PAGE: Final = (Path(__file__).parents[2] / "docs/integrations/seaweedfs.md").read_text("utf-8")
+PAGE: Final = "docs/integrations/seaweedfs.md"
 SETTINGS: Final = """
 [kms.auth]
 mode = "required"
@@ -47,18 +47,10 @@ class Setup:
         return any(text in path.read_bytes() for path in self.data.rglob("*") if path.is_file())
 
 
-def run(argv: list[str], folder: Path, environ: dict[str, str]) -> str:
-    done = subprocess.run(
-        argv, cwd=folder, env=environ, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     folder = tmp_path_factory.mktemp("seaweedfs")
-    (script,) = re.findall(r"<!-- run -->\n```sh\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    (script,) = pages.blocks(PAGE, "sh")
     data = folder / "data"
     data.mkdir()
     with Guarded(folder / "install", SETTINGS, NO_REDIS) as service:
@@ -68,11 +60,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
             "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_DEFAULT_REGION": "us-east-1",
         }
-        run(
-            ["bash", "-euo", "pipefail", "-c", script.replace("http://localhost:8082", service.url)],
-            folder,
-            environ,
-        )
+        pages.said(script.replace("http://localhost:8082", service.url), folder, environ)
         server, store = start_weed(data, config=folder / "s3.json")  # it starts without the service
         try:
             yield Setup(service.start("api"), store, folder, data, environ)
@@ -94,11 +82,11 @@ def put(bucket: TestBucket, key: str, data: bytes, key_id: str = "default") -> N
 
 def test_the_program_of_the_page_reads_what_it_wrote(setup: Setup) -> None:
     assert (setup.folder / "s3.json").stat().st_mode & 0o077 == 0
-    (source,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (source,) = re.findall(r"```python\n(.*?)```", (pages.ROOT / PAGE).read_text("utf-8"), re.DOTALL)
     (setup.folder / "objects.py").write_text(source)
 
     environ = setup.environ | {"AWS_ENDPOINT_URL_S3": setup.store.url, "HOME": str(setup.folder)}
-    said = run([sys.executable, "objects.py"], setup.folder, environ)
+    said = pages.said(f"{sys.executable} objects.py", setup.folder, environ)
 
     assert said == "ada,4711\nbob,4712\n"
     for key in ("june.csv", "july.csv"):

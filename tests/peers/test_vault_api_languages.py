@@ -17,6 +17,7 @@ from typing import Final
 import pytest
 
 from kms_core.age import x25519
+from support import pages
 from support.credentials import Guarded
 from support.programs import kept, program
 from support.service import CANARY
@@ -101,16 +102,7 @@ def require(file: str) -> None:
 
 
 def bash(script: str, folder: Path, environ: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=folder,
-        env={**os.environ, **ENVIRON, **environ},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
+    return pages.bash(script, folder, {**os.environ, **ENVIRON, **environ}, LIMIT_S)
 
 
 def built(walk: Walk) -> tuple[Path, list[str]]:
@@ -133,8 +125,7 @@ def built(walk: Walk) -> tuple[Path, list[str]]:
                     (place / "pom.xml").write_text(block)
                 elif language != "sh":
                     (place / walk.file).write_text(block)
-            made = bash("\n".join(builds), place, {})
-            assert made.returncode == 0, f"{made.stdout[-5000:]}\n{made.stderr[-5000:]}"
+            pages.said("\n".join(builds), place, os.environ | ENVIRON, LIMIT_S)
             done.write_text(digest)
     return place, runs.splitlines()
 

@@ -15,7 +15,7 @@ from kms_cli.plugin.names import PluginTarget
 from kms_protocol.context import Context
 from support.credentials import REQUIRED, Guarded, bearer
 from support.openbao import bao
-from support.programs import program
+from support.programs import tool
 from support.service import b64, unb64
 from support.waiting import WAIT_S
 
@@ -23,9 +23,7 @@ ENV: Final = "env=prod,service=api"
 
 
 def sops() -> str:
-    """The program of the package that the development group names, or on the PATH."""
-    packaged = Path(sys.executable).parent / "sops"
-    return str(packaged) if packaged.is_file() else program("sops")
+    return tool("sops")
 
 
 def plugin_dir(folder: Path) -> Path:

@@ -1,8 +1,9 @@
 """Where the artefacts of deployment are, and the programs of this environment that judge them."""
 
+import json
 import os
 import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from kms_core.age import x25519
-from support.programs import built_with_go, program
+from support.programs import built_with_go, tool
 
 ROOT: Final = Path(__file__).parents[2]
 DEPLOY: Final = ROOT / "deploy"
@@ -28,12 +29,6 @@ OLDEST: Final = "1.30"
 Document = dict[str, Any]
 
 
-def tool(name: str) -> str:
-    """The path of a program that a package of ours carries, else of one on the PATH."""
-    beside = Path(sys.executable).with_name(name)
-    return str(beside) if beside.exists() else program(name)
-
-
 def run(*argv: object, **more: Any) -> subprocess.CompletedProcess[str]:  # noqa: ANN401 -- subprocess's own keywords
     return subprocess.run([str(word) for word in argv], capture_output=True, text=True, check=False, **more)
 
@@ -49,6 +44,23 @@ def as_root() -> None:
     """Skip without root."""
     if os.geteuid() != 0:
         pytest.skip("this needs root")
+
+
+def composed(
+    *profiles: str, files: Sequence[str] = ("docker-compose.yml",), env: dict[str, str] | None = None
+) -> Document:
+    """Compose files as Compose reads them, which refuses unknown keys and broken references."""
+    words = [word for name in files for word in ("-f", ROOT / name)]
+    words += [word for name in profiles for word in ("--profile", name)]
+    argv = (tool("docker-compose"), "--project-directory", ROOT, *words, "config", "--format", "json")
+    found: Document = json.loads(passes(*argv, env=env))
+    return found
+
+
+def seconds(text: str) -> int:
+    """Of Compose's ``1m0s``."""
+    minutes, _, rest = text.rpartition("m")
+    return 60 * int(minutes or 0) + int(rest.removesuffix("s"))
 
 
 def make_secrets(folder: Path) -> Path:

@@ -10,7 +10,6 @@ import http.client
 import json
 import socket
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from kms_core.programs.tether import spawn
 from support import aws_servers
 from support.http_servers import QuietHandler
 from support.ports import free_port
-from support.programs import program
+from support.programs import program, tool
 from support.waiting import until_up
 
 if TYPE_CHECKING:
@@ -193,7 +192,7 @@ def start_weed(
     (folder / ".seaweedfs").mkdir()  # every bucket grows volumes of its own, seven at a time unless told so
     (folder / ".seaweedfs" / "master.toml").write_text("[master.volume_growth]\ncopy_1 = 1\n")
     ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
-    argv = [_weed_program(), "-logtostderr=true", "server", f"-dir={folder}", "-ip=127.0.0.1"]
+    argv = [tool("weed"), "-logtostderr=true", "server", f"-dir={folder}", "-ip=127.0.0.1"]
     argv += [f"-ip.bind={bind}", "-filer", "-s3", f"-s3.config={config}", "-master.telemetry=false"]
     argv += ["-volume.max=0", "-master.volumeSizeLimitMB=128", "-s3.port.iceberg=0", "-s3.port.lance=0"]
     argv += [f"-filer.localSocket={folder}/filer.sock"]  # else by port in /tmp, which other networks have too
@@ -220,11 +219,6 @@ def minio() -> ObjectStore:
     store = ObjectStore(f"http://127.0.0.1:{port}")
     until_up(server, lambda: _takes_objects(store), (folder / "minio.log").read_text)
     return store
-
-
-def _weed_program() -> str:
-    beside = Path(sys.executable).with_name("weed")
-    return str(beside) if beside.exists() else program("weed")
 
 
 def _takes_objects(store: ObjectStore) -> bool:

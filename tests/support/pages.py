@@ -69,12 +69,27 @@ def run(
         "KMS_BROKER_URL": service.settings.kms.redis.broker_url,
         "TMPDIR": str(folder / "temporary"),
     }
+    return bash(localized(script, service), folder / "here", environ | dict(more or {}))
+
+
+def bash(
+    script: str, folder: Path, environ: Mapping[str, str], limit_s: float = TIMEOUT_S
+) -> subprocess.CompletedProcess[str]:
+    """Run a script that ends with its first command that fails, without stdin."""
     return subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", localized(script, service)],
-        cwd=folder / "here",
-        env={**environ, **(more or {})},
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        env=dict(environ),
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=limit_s,
         check=False,
     )
+
+
+def said(script: str, folder: Path, environ: Mapping[str, str], limit_s: float = TIMEOUT_S) -> str:
+    """What a script prints; fails with all that it said if it fails."""
+    done = bash(script, folder, environ, limit_s)
+    assert done.returncode == 0, f"{done.stdout[-5000:]}\n{done.stderr[-5000:]}"
+    return done.stdout

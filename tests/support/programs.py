@@ -42,6 +42,12 @@ def program(name: str) -> str:
     pytest.skip(f"{name} is not on the PATH{install(name)}")
 
 
+def tool(name: str) -> str:
+    """The path of a program that a package of the development group carries, else of one on the PATH."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else program(name)
+
+
 def install(name: str) -> str:
     """How to install a program, as the end of a sentence: what ``.ci/all`` says of it, or nothing."""
     lines = (_CACHE.parent / ".ci/all").read_text("utf-8").splitlines()
