@@ -2,13 +2,10 @@
 
 import json
 import os
-import re
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,11 +15,12 @@ import pytest
 from hvac.exceptions import Forbidden, InvalidPath, InvalidRequest
 
 from kms_core.programs.tether import spawn
+from support import pages
 from support.openbao import binary
 from support.ports import free_port
 from support.service import b64
-from support.vault_api import KEYS, Facade, run
-from support.waiting import WAIT_S, until_up
+from support.vault_api import KEYS, Facade
+from support.waiting import WAIT_S, until
 
 HELLO: Final = b64(b"hello")
 Json = dict[str, Any]
@@ -50,16 +48,6 @@ def test_the_bao_command_encrypts_decrypts_and_rewraps(facade: Facade, key: str)
     assert opened["data"] == {"plaintext": HELLO}
 
 
-def test_the_bao_command_makes_data_keys(facade: Facade) -> None:
-    made = bao(facade, "write", "-force", "transit/datakey/plaintext/default", "bits=512")["data"]
-    sealed = bao(facade, "write", "-force", "transit/datakey/wrapped/default")["data"]
-    opened = bao(facade, "write", "transit/decrypt/default", f"ciphertext={made['ciphertext']}")["data"]
-
-    assert opened["plaintext"] == made["plaintext"]
-    assert len(made["plaintext"]) == len(b64(bytes(64)))
-    assert sealed.keys() == {"ciphertext", "key_version"}
-
-
 def test_the_bao_command_reads_lists_and_looks_around(facade: Facade) -> None:
     record = bao(facade, "read", "transit/keys/remote")["data"]
     listed: Any = bao(facade, "list", "transit/keys")
@@ -79,22 +67,6 @@ def test_the_bao_command_reads_lists_and_looks_around(facade: Facade) -> None:
     assert may == "update"
 
 
-def test_the_bao_command_says_what_is_wrong(facade: Facade) -> None:
-    for words, said in (
-        (("read", "transit/keys/nope"), "No value found"),
-        (("write", "transit/encrypt/nope", f"plaintext={HELLO}"), "encryption key not found"),
-        (("write", "transit/encrypt/default", "plaintext=hello!"), "base64"),
-        (("write", "-wrap-ttl=1m", "-force", "transit/datakey/plaintext/default"), "not wrapped"),
-        (("delete", "transit/keys/default"), "deletion is not allowed"),
-        (("write", "transit/keys/default", "derived=true"), "none is derived"),
-        (("token", "renew"), "not renewable"),
-    ):
-        failed = facade.cli(*words, check=False)
-        assert failed.returncode == 2
-        assert said in failed.stderr
-    assert "permission denied" in facade.cli("read", "transit/keys/default", token="x", check=False).stderr
-
-
 def test_the_bao_command_logs_in_with_a_token_that_later_calls_use(facade: Facade, tmp_path: Path) -> None:
     environ: dict[str, Any] = {"HOME": str(tmp_path), "BAO_TOKEN": ""}
 
@@ -102,77 +74,6 @@ def test_the_bao_command_logs_in_with_a_token_that_later_calls_use(facade: Facad
 
     made = bao(facade, "write", "transit/encrypt/default", f"plaintext={HELLO}", **environ)["data"]
     assert facade.data("PUT", "transit/decrypt/default", {"ciphertext": made["ciphertext"]})
-
-
-AUTO_AUTH: Final = """
-vault {{ address = "{address}" }}
-auto_auth {{
-  method "token_file" {{ config = {{ token_file_path = "{folder}/token" }} }}
-  sink "file" {{ config = {{ path = "{folder}/sink" }} }}
-}}
-"""
-TEMPLATE: Final = """
-exit_after_auth = true
-template {{
-  source = "{folder}/template"
-  destination = "{folder}/rendered"
-}}
-"""
-LISTENER: Final = """
-api_proxy {{ use_auto_auth_token = true }}
-listener "tcp" {{
-  address = "127.0.0.1:{port}"
-  tls_disable = true
-}}
-"""
-
-
-def test_the_agent_logs_in_and_renders_a_template(facade: Facade, tmp_path: Path) -> None:
-    ciphertext = facade.data("PUT", "transit/encrypt/default", {"plaintext": HELLO})["ciphertext"]
-    token = facade.make("decrypt key=default")[1]
-    (tmp_path / "token").write_text(token)
-    secret = f'with secret "transit/decrypt/default" "ciphertext={ciphertext}"'
-    (tmp_path / "template").write_text(f"{{{{ {secret} }}}}{{{{ .Data.plaintext }}}}{{{{ end }}}}")
-    settings = (AUTO_AUTH + TEMPLATE).format(address=facade.url, folder=tmp_path)
-    (tmp_path / "agent.hcl").write_text(settings)
-
-    facade.cli("agent", f"-config={tmp_path}/agent.hcl")
-
-    assert (tmp_path / "sink").read_text() == token
-    assert (tmp_path / "rendered").read_text() == HELLO
-
-
-def test_the_proxy_adds_its_token_to_calls_of_others(facade: Facade, tmp_path: Path) -> None:
-    (tmp_path / "token").write_text(facade.make("encrypt key=default")[1])
-    port = free_port()
-    settings = (AUTO_AUTH + LISTENER).format(address=facade.url, folder=tmp_path, port=port)
-    (tmp_path / "proxy.hcl").write_text(settings)
-    log = tmp_path / "proxy.log"
-    with log.open("wb") as output:
-        argv = [binary(), "proxy", f"-config={tmp_path}/proxy.hcl"]
-        process = spawn(argv, env={"HOME": str(tmp_path)}, output=output)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}/v1/", timeout=WAIT_S, trust_env=False) as client:
-            body = {"plaintext": HELLO}
-            call = partial(client.put, "transit/encrypt/default", json=body)
-            until_up(process, lambda: is_success(call), log.read_text)
-            ciphertext = call().json()["data"]["ciphertext"]
-            listed = client.request("LIST", "transit/keys").json()["data"]["keys"]
-            refused = client.put("transit/decrypt/default", json={"ciphertext": ciphertext})
-    finally:
-        process.kill()
-        process.wait()
-
-    assert facade.data("PUT", "transit/decrypt/default", {"ciphertext": ciphertext}) == {"plaintext": HELLO}
-    assert listed == ["default"]
-    assert (refused.status_code, "permission denied" in refused.text) == (403, True)
-
-
-def is_success(call: Callable[[], httpx.Response]) -> bool:
-    try:
-        return call().is_success
-    except httpx.HTTPError:
-        return False
 
 
 # -- hvac ----------------------------------------------------------------------------------------------
@@ -267,16 +168,15 @@ def unsealing(folder: Path, port: int) -> Iterator[httpx.Client]:
 
 
 def awaited(client: httpx.Client, folder: Path, *, sealed: bool) -> Json:
-    deadline = time.monotonic() + WAIT_S
-    while time.monotonic() < deadline:
-        try:
-            found: Json = client.get("/seal-status").json()
-        except httpx.HTTPError:
-            found = {}
-        if found.get("sealed") is sealed:
-            return found
-        time.sleep(0.02)
-    raise TimeoutError((folder / "server.log").read_text()[-2000:])
+    found: Json = {}
+
+    def is_so() -> bool:
+        with suppress(httpx.HTTPError):
+            found.update(client.get("/seal-status").json())
+        return found.get("sealed") is sealed
+
+    until(is_so, lambda: (folder / "server.log").read_text()[-2000:])
+    return found
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -302,25 +202,16 @@ def test_a_server_is_unsealed_by_the_facade_after_each_start(
 
 # -- the document ----------------------------------------------------------------------------------------
 
-DOCUMENT: Final = (Path(__file__).parents[2] / "docs/vault-api.md").read_text("utf-8")
-EXAMPLES: Final = re.findall(r"<!-- run -->\n```sh\n(.*?)```", DOCUMENT, re.DOTALL)
-
 
 def test_the_examples_of_the_document_work_as_written(facade: Facade, tmp_path: Path) -> None:
-    environ = facade.environ | {
-        "HOME": str(tmp_path),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environ = facade.environ | {"HOME": str(tmp_path), "PATH": path}
     said = [
-        run(
-            ["bash", "-euo", "pipefail", "-c", text.replace("http://localhost:8082", facade.url)],
-            environ,
-            tmp_path,
-        )
-        for text in EXAMPLES
+        pages.said(text.replace("http://localhost:8082", facade.url), tmp_path, environ)
+        for text in pages.blocks("docs/vault-api.md", "sh")
     ]
 
     assert len(said) == 4
-    assert "vault:v" in said[1].stdout
-    assert "password: hunter2" in said[2].stdout
-    assert "SGVsbG8=" in said[3].stdout
+    assert "vault:v" in said[1]
+    assert "password: hunter2" in said[2]
+    assert "SGVsbG8=" in said[3]

@@ -1,6 +1,5 @@
-"""The ``bao`` command, its agent and hvac log in, and call with what they got."""
+"""hvac and the agent of ``bao`` log in, and call with what they got."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -13,7 +12,6 @@ from kms_core.programs.tether import spawn
 from support.credentials import Issuer, serving
 from support.openbao import binary
 from support.service import b64
-from support.vault_api import run
 from support.vault_logins import Logins, deploy, flux
 from support.waiting import until
 
@@ -41,19 +39,6 @@ def service(tmp_path_factory: pytest.TempPathFactory, corp: Issuer) -> Iterator[
     """Both issuers have the same keys."""
     with serving(corp) as url, Logins(tmp_path_factory.mktemp("logins"), url, url) as running:
         yield running.start("api")
-
-
-def test_the_bao_command_logs_in_and_encrypts(service: Logins, corp: Issuer, tmp_path: Path) -> None:
-    environ = {"BAO_ADDR": service.url, "HOME": str(tmp_path)}
-    said = [f"{name}={value}" for name, value in deploy(corp).items()]
-    token = run([binary(), "write", "-field=token", "auth/jwt/login", *said], environ, tmp_path).stdout
-    call = [binary(), "write", "-format=json", "transit/encrypt/default", f"plaintext={b64(b'hello')}"]
-    sealed = json.loads(run(call, {**environ, "BAO_TOKEN": token}, tmp_path).stdout)["data"]["ciphertext"]
-    call = [binary(), "write", "-field=plaintext", "transit/decrypt/default", f"ciphertext={sealed}"]
-    refused = run([binary(), "write", "auth/jwt/login", said[1], "role=ops"], environ, tmp_path, check=False)
-
-    assert run(call, {**environ, "BAO_TOKEN": token}, tmp_path).stdout == b64(b"hello")
-    assert (refused.returncode, "permission denied" in refused.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("method", ["approle", "jwt", "kubernetes"])
