@@ -2,14 +2,12 @@
 
 import re
 import subprocess
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import redis
 
-from kms_core.programs import tether
 from kms_core.settings import lint
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.validation import check_exposure
@@ -17,9 +15,8 @@ from kms_protocol.errors import ConfigurationError
 from kms_worker.app import CONFIGURATION
 from support import artefacts
 from support.artefacts import DEPLOY, ROOT, make_secrets, seconds
-from support.ports import free_port
-from support.programs import program
-from support.waiting import until
+from support.ports import free_port, listens
+from support.programs import program, running
 
 PROFILES: Final = ("openbao", "cosmian")
 SERVICES: Final = ("api", "worker", "valkey", "prometheus", "alertmanager", "grafana", *PROFILES)
@@ -122,24 +119,12 @@ def test_the_redis_of_the_distribution_takes_the_list_as_the_page_says(tmp_path:
     subprocess.run(["sh", "-c", command[1]], cwd=secrets, check=True)
     words = ["--bind", "127.0.0.1", "--port", str(port), "--dir", str(tmp_path), "--save", ""]
     argv = [program("redis-server"), *words, "--aclfile", str(secrets / "users.acl")]
-    with (tmp_path / "log").open("wb") as log:
-        process = tether.spawn(argv, env={}, output=log)
-    try:
-        with redis.Redis(port=port) as anyone:
-            until(lambda: pings(anyone) or process.poll() is not None, "it is up")
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        password = (secrets / "redis_password").read_text()
-        with redis.Redis(port=port, username="kms", password=password) as kms:
-            assert kms.set("kms:a", "1")
-    finally:
-        process.kill()
-        process.wait()
-
-
-def pings(client: redis.Redis) -> bool:
-    with suppress(redis.RedisError):
-        return bool(client.ping())
-    return False
+    password = (secrets / "redis_password").read_text()
+    with (
+        running(argv, tmp_path / "log", lambda: listens(port)),
+        redis.Redis(port=port, username="kms", password=password) as kms,
+    ):
+        assert kms.set("kms:a", "1")
 
 
 def test_a_service_is_given_the_time_that_it_takes_to_stop(composed: dict[str, Any]) -> None:

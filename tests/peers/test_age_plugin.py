@@ -114,12 +114,6 @@ def test_the_context_is_bound(toolbench: Bench, age: str, key_id: str, context: 
     assert b"no identity matched" in done.stderr
 
 
-def test_of_several_identities_the_one_of_the_context_opens(toolbench: Bench, age: str) -> None:
-    mine = toolbench.identity(target(None, OTHER), target("vault"), target())
-
-    assert toolbench.ok(age, "-d", "-i", mine, stdin=as_by_age(toolbench, "default")) == SECRET
-
-
 def test_an_identity_encrypts_too(toolbench: Bench, age: str) -> None:
     mine = toolbench.identity(target("vault"))
     sealed = toolbench.ok(age, "-e", "-i", mine, stdin=SECRET)
@@ -137,14 +131,6 @@ def test_an_ordinary_recipient_beside_it_opens_without_the_service(toolbench: Be
         toolbench.ok(age, "-d", "-i", str(own), stdin=sealed, PATH="/usr/bin:/bin:/usr/local/bin") == SECRET
     )
     assert b64decode(decrypted(toolbench, sealed)["plaintext"]) == SECRET
-
-
-def test_a_file_for_two_keys_of_the_service_opens_by_either(toolbench: Bench, age: str) -> None:
-    to = [word for key in ("vault", "default") for word in ("-r", target(key).recipient())]
-    sealed = toolbench.ok(age, *to, stdin=SECRET)
-
-    for key in ("vault", "default"):
-        assert toolbench.ok(age, "-d", "-i", toolbench.identity(target(key)), stdin=sealed) == SECRET
 
 
 def test_a_rewrap_turns_it_into_an_ordinary_file_of_the_key(toolbench: Bench, age: str) -> None:
@@ -238,13 +224,6 @@ def test_the_tool_says_what_the_service_refused(toolbench: Bench, age: str) -> N
 
     assert (done.returncode, done.stdout) == (1, b"")
     assert b"this token lacks `unwrap`" in done.stderr
-
-
-def test_without_a_service_the_tool_says_so(toolbench: Bench, age: str) -> None:
-    done = toolbench.run(age, "-r", target().recipient(), stdin=SECRET, KMS_SERVICE_URL="http://127.0.0.1:1")
-
-    assert done.returncode == 1
-    assert b"nothing answers at http://127.0.0.1:1" in done.stderr
 
 
 def test_a_recipient_cannot_send_the_token_elsewhere(toolbench: Bench, age: str) -> None:

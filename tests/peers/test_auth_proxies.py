@@ -2,21 +2,20 @@
 
 import json
 import re
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import httpx2 as httpx
 import pytest
 
-from kms_core.programs import tether
 from kms_protocol.wire import PREFIX
 from support.credentials import Guarded, bearer
 from support.ports import free_port
-from support.programs import program
-from support.waiting import until
+from support.programs import program, running
+from support.waiting import answers
 
 DOCS: Final = (Path(__file__).parents[2] / "docs/auth.md").read_text()
 CLIENT: Final = "127.0.0.5"
@@ -42,7 +41,7 @@ def nginx(folder: Path, port: int, upstream: int, *, more: str = "$remote_addr")
         f"pid {folder}/nginx.pid;\nerror_log stderr;\nevents {{}}\nhttp {{\naccess_log off;\n{temporary}"
         f"server {{\nlisten 127.0.0.1:{port};\n{location}}}\n}}\n"
     )
-    return [program("nginx"), "-c", str(config), "-p", str(folder), "-g", "daemon off;"]
+    return [program("nginx"), "-c", str(config), "-p", str(folder), "-g", "daemon off; master_process off;"]
 
 
 def haproxy(folder: Path, port: int, upstream: int) -> list[str]:
@@ -55,53 +54,24 @@ def haproxy(folder: Path, port: int, upstream: int) -> list[str]:
 
 
 @contextmanager
-def running(argv: list[str], folder: Path, port: int) -> Iterator[str]:
-    """A proxy until the end of the block; its URL."""
-    log = folder / "proxy.log"
-    with log.open("wb") as output:
-        process = tether.spawn(argv, env={"PATH": "/usr/bin:/bin"}, output=output)
-    url = f"http://127.0.0.1:{port}"
-
-    def answers() -> bool:
-        assert process.poll() is None, log.read_text()
-        try:
-            return httpx.get(f"{url}/livez", trust_env=False).status_code == 200
-        except httpx.TransportError:
-            return False
-
-    try:
-        until(answers, "the proxy answers")
-        yield url
-    finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-@contextmanager
 def proxied(folder: Path, service: Guarded, kind: str) -> Iterator[str]:
     """The service behind one proxy, or behind HAProxy and then nginx."""
+    to = service.port
     with ExitStack() as proxies:
-        made = {name: folder / name for name in ("nginx", "haproxy")}
-        for path in made.values():
-            path.mkdir()
-        port = free_port()
-        if kind == "haproxy":
-            yield proxies.enter_context(
-                running(haproxy(made["haproxy"], port, service.port), made["haproxy"], port)
-            )
-            return
-        more = "$proxy_add_x_forwarded_for" if kind == "both" else "$remote_addr"
-        argv = nginx(made["nginx"], port, service.port, more=more)
-        url = proxies.enter_context(running(argv, made["nginx"], port))
-        if kind == "both":
-            first = free_port()
-            argv = haproxy(made["haproxy"], first, port)
-            url = proxies.enter_context(running(argv, made["haproxy"], first))
-        yield url
+        for name in ("nginx", "haproxy"):
+            if kind not in {name, "both"}:
+                continue
+            (own := folder / name).mkdir()
+            port = free_port()
+            if name == "haproxy":
+                argv = haproxy(own, port, to)
+            else:
+                more = "$proxy_add_x_forwarded_for" if kind == "both" else "$remote_addr"
+                argv = nginx(own, port, to, more=more)
+            is_up = partial(answers, f"http://127.0.0.1:{port}/livez")
+            proxies.enter_context(running(argv, own / "proxy.log", is_up))
+            to = port
+        yield f"http://127.0.0.1:{to}"
 
 
 def sources(service: Guarded) -> set[str]:

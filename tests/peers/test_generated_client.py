@@ -10,8 +10,6 @@ from typing import Any, Final
 
 import pytest
 
-from support.credentials import Guarded
-from support.embedded_valkey import EmbeddedValkey
 from support.openapi_check import FILE
 from support.service import Service, b64, unb64
 from support.waiting import until
@@ -106,20 +104,3 @@ def test_job_of_items_runs(package: Package, client: Any) -> None:  # noqa: ANN4
     ended = finished(package, client, job.job_id)
 
     assert (ended.state, ended.progress.items_done) == ("succeeded", 2)
-
-
-def test_token_is_sent(
-    package: Package,
-    tmp_path_factory: pytest.TempPathFactory,
-    valkey: EmbeddedValkey,
-    database_numbers: Iterator[int],
-) -> None:
-    url = valkey.files.url_of(next(database_numbers))
-    with Guarded(tmp_path_factory.mktemp("guarded"), redis=url) as guarded:
-        guarded.start("api")
-        token = guarded.token("status")["Authorization"].removeprefix("Bearer ")
-        status, client = package("api.operations.status"), package("client").AuthenticatedClient
-        with client(guarded.url, token, httpx_args={"trust_env": False}) as known:
-            assert status.sync(client=known).backend == "age"
-        with client(guarded.url, f"{token}x", httpx_args={"trust_env": False}) as unknown:
-            assert status.sync(client=unknown).code == "unauthenticated"

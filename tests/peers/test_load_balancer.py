@@ -5,7 +5,6 @@ import re
 import shutil
 import socket
 import ssl
-import subprocess
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -18,10 +17,9 @@ import httpx2 as httpx
 import pytest
 
 from kms_cli.local import up
-from kms_core.programs import tether
 from kms_protocol.wire import PREFIX
 from support.ports import free_port
-from support.programs import program
+from support.programs import program, running
 from support.service import CONTEXT, Service, b64
 from support.waiting import WAIT_S, until
 from support.webhooks import Authority, make_authority
@@ -171,25 +169,10 @@ def haproxy(folder: Path, authority: Authority, one: Host, two: Host) -> Iterato
     }.items():
         assert old in text
         text = text.replace(old, new)
-    config, log = folder / "haproxy.cfg", folder / "haproxy.log"
-    config.write_text(text)
-    with log.open("wb") as output:
-        process = tether.spawn([program("haproxy"), "-f", str(config), "-db"], env={}, output=output)
-
-    def answers() -> bool:
-        assert process.poll() is None, log.read_text()
-        return up.is_alive("localhost", port, tls=True)
-
-    try:
-        until(answers, "HAProxy answers")
+    (folder / "haproxy.cfg").write_text(text)
+    argv = [program("haproxy"), "-f", folder / "haproxy.cfg", "-db"]
+    with running(argv, folder / "haproxy.log", lambda: up.is_alive("localhost", port, tls=True)):
         yield f"https://localhost:{port}"
-    finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def test_no_call_is_lost_by_a_killed_host_but_those_in_hand(balanced: Balanced) -> None:

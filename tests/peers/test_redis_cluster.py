@@ -11,9 +11,9 @@ import redis
 
 from kms_core.jobs.store.redis_keys import SCRIPTS
 from kms_protocol.errors import EXIT_CONFIGURATION
-from kms_protocol.wire import ENDED
 from support.embedded_valkey import EmbeddedValkey
 from support.redis_clusters import Cluster, Node, cluster, standalone
+from support.redis_servers import all_ended
 from support.service import CONTEXT, PROGRAMS, Service, b64
 from support.waiting import until
 
@@ -103,12 +103,12 @@ def test_jobs_go_on_after_fail_overs_of_the_node_that_holds_the_keys(tmp_path: P
         replica.ask("CLUSTER FAILOVER")
         until(lambda: _is_master(replica), "the replica has taken over")
         until(lambda: service.post("/jobs", JOB).status_code == 202, "a job is accepted by the new one")
-        until(lambda: _all_ended(service), "it has ended")
+        until(lambda: all_ended(service), "it has ended")
         until(lambda: found.holder.client.info("replication")["role"] == "slave", "the old node follows")
 
         found.replica.process.kill()
         until(lambda: service.post("/jobs", JOB).status_code == 202, "a job is accepted")
-        until(lambda: _all_ended(service), "what was accepted ends")
+        until(lambda: all_ended(service), "what was accepted ends")
 
         assert _is_master(found.holder)
         assert [service.job(job_id)["state"] for job_id in before] == ["succeeded"] * len(before)
@@ -116,11 +116,6 @@ def test_jobs_go_on_after_fail_overs_of_the_node_that_holds_the_keys(tmp_path: P
 
 def _is_master(node: Node) -> bool:
     return bool(node.client.info("replication")["role"] == "master")
-
-
-def _all_ended(service: Service) -> bool:
-    answer = service.get("/jobs")
-    return answer.status_code == 200 and all(job["state"] in ENDED for job in answer.json()["jobs"])
 
 
 def refusal(folder: Path, name: str, url: str, broker_url: str) -> str:

@@ -7,9 +7,8 @@ import pytest
 
 from kms_core.jobs.spec import QUEUES
 from kms_protocol.errors import JobsUnavailable
-from kms_protocol.wire import ENDED
 from support.job_stores import LONG, TENANT, accepted, claimed, store_of
-from support.redis_servers import Server, sentinel, server
+from support.redis_servers import Server, all_ended, sentinel, server
 from support.service import Service, b64, check_problem, core_of
 from support.waiting import until
 from support.webhooks import Authority, make_authority
@@ -104,12 +103,7 @@ def test_jobs_go_on_after_sentinel_has_changed_the_master(
             tls.process.kill()
             until(lambda: replica.admin().info("replication")["role"] == "master", "another master")
             until(lambda: service.post("/jobs", JOB).status_code == 202, "a job is accepted")
-            until(lambda: _all_ended(service), "what was accepted ends")
+            until(lambda: all_ended(service), "what was accepted ends")
 
             assert service.job(before)["state"] == "succeeded"
             assert replica.admin().exists(f"kms:job:{before}")
-
-
-def _all_ended(service: Service) -> bool:
-    answer = service.get("/jobs")
-    return answer.status_code == 200 and all(job["state"] in ENDED for job in answer.json()["jobs"])

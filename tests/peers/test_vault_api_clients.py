@@ -14,10 +14,10 @@ import hvac
 import pytest
 from hvac.exceptions import Forbidden, InvalidPath, InvalidRequest
 
-from kms_core.programs.tether import spawn
 from support import pages
 from support.openbao import binary
 from support.ports import free_port
+from support.programs import running
 from support.service import b64
 from support.vault_api import KEYS, Facade
 from support.waiting import WAIT_S, until
@@ -155,16 +155,14 @@ seal "transit" {{
 @contextmanager
 def unsealing(folder: Path, port: int) -> Iterator[httpx.Client]:
     """A server of its own, that asks the façade to open its seal."""
-    with (folder / "server.log").open("ab") as log:
-        argv = [binary(), "server", f"-config={folder}/server.hcl"]
-        process = spawn(argv, env={"HOME": str(folder), "VAULT_MAX_RETRIES": "0"}, output=log)
-    client = httpx.Client(base_url=f"http://127.0.0.1:{port}/v1/sys", timeout=WAIT_S, trust_env=False)
-    try:
+    argv = [binary(), "server", f"-config={folder}/server.hcl"]
+    environ = {"HOME": str(folder), "VAULT_MAX_RETRIES": "0"}
+    url = f"http://127.0.0.1:{port}/v1/sys"
+    with (
+        running(argv, folder / "server.log", env=environ),
+        httpx.Client(base_url=url, timeout=WAIT_S, trust_env=False) as client,
+    ):
         yield client
-    finally:
-        client.close()
-        process.kill()
-        process.wait()
 
 
 def awaited(client: httpx.Client, folder: Path, *, sealed: bool) -> Json:

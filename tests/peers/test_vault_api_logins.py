@@ -8,12 +8,11 @@ import hvac
 import pytest
 
 from kms_core.auth import tokens
-from kms_core.programs.tether import spawn
 from support.credentials import Issuer, serving
 from support.openbao import binary
+from support.programs import running
 from support.service import b64
 from support.vault_logins import Logins, deploy, flux
-from support.waiting import until
 
 AGENT: Final = """
 vault {{ address = "{url}" }}
@@ -80,16 +79,9 @@ def test_an_agent_logs_in(service: Logins, corp: Issuer, tmp_path: Path, method:
     (tmp_path / "agent.hcl").write_text(
         AGENT.format(url=service.url, method=method, config=config, sink=files["sink"])
     )
-    log = tmp_path / "log"
-    with log.open("wb") as output:
-        argv = [binary(), "agent", f"-config={tmp_path / 'agent.hcl'}"]
-        agent = spawn(argv, env={"HOME": str(tmp_path)}, output=output)
-    try:
-        until(files["sink"].exists, "the agent has a token")
+    argv = [binary(), "agent", f"-config={tmp_path / 'agent.hcl'}"]
+    with running(argv, tmp_path / "log", files["sink"].exists, {"HOME": str(tmp_path)}):
         short = files["sink"].read_text()
-    finally:
-        agent.kill()
-        agent.wait()
 
     assert tokens.PREFIX not in short
-    assert service.encrypts(short) == 200, log.read_text()
+    assert service.encrypts(short) == 200, (tmp_path / "log").read_text()

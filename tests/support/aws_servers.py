@@ -7,7 +7,6 @@ and authenticates nothing but the context. Neither checks signatures: ``Script``
 import atexit
 import functools
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from botocore.session import Session
 
 from kms_core.backends.aws.backend import AwsCipher, AwsEndpoint, AwsKmsClient
 from kms_core.programs.tether import spawn
-from support.ports import free_port
+from support.ports import free_port, listens
 from support.waiting import until_up
 
 if TYPE_CHECKING:
@@ -95,13 +94,8 @@ def started(argv: list[str], port: int) -> AwsServer:
     """A server of this command, once its port answers; it ends with the session."""
     server = spawn(argv, env=dict(os.environ), output=subprocess.DEVNULL)
     atexit.register(_stop, server)
-    until_up(server, lambda: _listens(port))
+    until_up(server, lambda: listens(port))
     return AwsServer(port)
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as line:
-        return line.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:

@@ -13,7 +13,7 @@ from kms_core.programs import tether
 from kms_core.programs.supervisor import append_only
 from kms_core.settings.redis_urls import for_celery
 from kms_protocol.errors import Conflict, Unavailable
-from support.waiting import until
+from support.programs import running
 
 ACCESS_LIST: Final = Path(__file__).parents[2] / "deploy" / "valkey" / "users.acl"
 RIGHTS: Final = ACCESS_LIST.read_text().partition("user kms on #PASSWORD_SHA256 ")[2].strip()
@@ -136,10 +136,5 @@ def unrestricted(folder: Path) -> Iterator[str]:
     """The URL of a server whose user may list and dump keys, which that of the embedded one may not."""
     socket = folder / "valkey.sock"
     argv = [str(find_binary(os.environ)), "--port", "0", "--unixsocket", str(socket), "--dir", str(folder)]
-    process = tether.spawn([*argv, "--save", ""], env={}, output=subprocess.DEVNULL)
-    try:
-        until(socket.exists, "a Valkey server")
+    with running([*argv, "--save", ""], folder / "log", socket.exists):
         yield f"unix://{socket}?db=0"
-    finally:
-        process.kill()
-        process.wait()

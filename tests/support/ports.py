@@ -30,6 +30,12 @@ def free_port() -> int:
     raise AssertionError("no port of this test process is free")
 
 
+def listens(port: int) -> bool:
+    """Whether connections to the port are taken."""
+    with socket.socket() as line:
+        return line.connect_ex(("127.0.0.1", port)) == 0
+
+
 def is_of(port: int, session: int) -> bool:
     """Whether a process of this session listens at the port; one that hides its files may be the one."""
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -13,6 +13,7 @@ from typing import Final
 import pytest
 
 from kms_core.programs import tether
+from support.waiting import until_up
 
 _CACHE: Final = Path(__file__).parents[2] / ".cache"
 _GO: Final = {  # module, version, folder of the command. All of them build with Go 1.24, as Debian 13 has it
@@ -79,6 +80,24 @@ def built_with_go(name: str) -> str:
 def tied(*argv: object) -> list[str]:
     """The command of a program that dies with this process, even where that is killed (``tether``)."""
     return [sys.executable, "-I", "-S", tether.__file__, str(os.getpid()), *map(str, argv)]
+
+
+@contextmanager
+def running(
+    argv: Sequence[object],
+    log: Path,
+    is_up: Callable[[], object] = lambda: True,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A server until the end of the block, from the time when it is up; ``log`` has what it says."""
+    with log.open("wb") as output:
+        process = tether.spawn([str(word) for word in argv], env=env or {}, output=output)
+    try:
+        until_up(process, is_up, log.read_text)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """A real Prometheus over the rules of this repository, and a real Alertmanager with its configuration."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,17 +11,32 @@ from kms_core.programs import tether
 from support.ports import free_port
 from support.programs import built_with_go, program
 from support.service import Service
-from support.waiting import until
+from support.waiting import answers, until, until_up
 
 MONITORING: Final = Path(__file__).parents[2] / "monitoring"
 
 
-class Prometheus:
+class _Server:
+    """A program that serves HTTP at ``address`` until ``stop``."""
+
+    def __init__(self, folder: Path, argv: Sequence[str], address: str, base: str) -> None:
+        with (folder / "log").open("wb") as log:
+            self._process = tether.spawn(argv, env={"HOME": str(folder)}, output=log)
+        self._http = httpx.Client(base_url=f"http://{address}{base}", trust_env=False)
+        until_up(self._process, lambda: answers(f"http://{address}/-/ready"), (folder / "log").read_text)
+
+    def stop(self) -> None:
+        self._http.close()
+        self._process.kill()
+        self._process.wait()
+
+
+class Prometheus(_Server):
     """The real server, over the repository's own rules, with scrapes a second apart."""
 
     def __init__(self, folder: Path, service: Service, alertmanager: str = "") -> None:
         """``alertmanager``: host and port of one that is told of alerts."""
-        self._port = free_port()
+        address = f"127.0.0.1:{free_port()}"
         self.alerts_at_work: set[str] = set()
         config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
         config["global"] |= {"scrape_interval": "1s", "evaluation_interval": "1s"}
@@ -36,18 +52,9 @@ class Prometheus:
             program("prometheus"),
             f"--config.file={folder}/prometheus.yml",
             f"--storage.tsdb.path={folder}/data",
-            f"--web.listen-address=127.0.0.1:{self._port}",
+            f"--web.listen-address={address}",
         ]
-        with (folder / "prometheus.log").open("wb") as log:
-            self._process = tether.spawn(argv, env={"HOME": str(folder)}, output=log)
-        self._http = httpx.Client(base_url=f"http://127.0.0.1:{self._port}/api/v1", trust_env=False)
-        until(self._is_ready, "Prometheus is ready")
-
-    def _is_ready(self) -> bool:
-        try:
-            return self._http.get(f"http://127.0.0.1:{self._port}/-/ready").is_success
-        except httpx.TransportError:
-            return False
+        super().__init__(folder, argv, address, "/api/v1")
 
     def ask(self, expr: str) -> list[dict[str, Any]]:
         answer = self._http.get("/query", params={"query": expr})
@@ -68,20 +75,14 @@ class Prometheus:
         found = self._http.get("/alerts").json()["data"]["alerts"]
         return {alert["labels"]["alertname"] for alert in found if alert["state"] == "firing"}
 
-    def stop(self) -> None:
-        self._http.close()
-        self._process.kill()
-        self._process.wait()
 
-
-class Alertmanager:
+class Alertmanager(_Server):
     """The real server with the configuration of this repository, but for its waits and addresses."""
 
     def __init__(self, folder: Path, url: str) -> None:
         """``url``: critical alerts go to ``/critical`` below it, warnings to ``/warning``."""
         folder.mkdir()
-        port = free_port()
-        self.address = f"127.0.0.1:{port}"
+        self.address = f"127.0.0.1:{free_port()}"
         text = (MONITORING / "alertmanager.yml").read_text().replace("/run/secrets/", f"{folder}/")
         config = yaml.safe_load(text)
         for route in (config["route"], *config["route"]["routes"]):
@@ -96,22 +97,8 @@ class Alertmanager:
             f"--web.listen-address={self.address}",
             "--cluster.listen-address=",
         ]
-        with (folder / "alertmanager.log").open("wb") as log:
-            self._process = tether.spawn(argv, env={"HOME": str(folder)}, output=log)
-        self._http = httpx.Client(base_url=f"http://{self.address}", trust_env=False)
-        until(self._is_ready, "Alertmanager is ready")
-
-    def _is_ready(self) -> bool:
-        try:
-            return self._http.get("/-/ready").is_success
-        except httpx.TransportError:
-            return False
+        super().__init__(folder, argv, self.address, "")
 
     def tell(self, *alerts: dict[str, Any]) -> None:
         """As Prometheus does."""
         assert self._http.post("/api/v2/alerts", json=alerts).is_success
-
-    def stop(self) -> None:
-        self._http.close()
-        self._process.kill()
-        self._process.wait()

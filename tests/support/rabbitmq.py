@@ -1,7 +1,6 @@
 """A RabbitMQ server of the tests' own, by the PATH: on 127.0.0.1, with its own name, ports and folder."""
 
 import os
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,7 +12,7 @@ from kombu.connection import Connection
 
 from kms_core.jobs.spec import QUEUES
 from kms_core.programs import tether
-from support.ports import free_port
+from support.ports import free_port, listens
 from support.programs import program
 from support.service import Service
 from support.waiting import until, until_up
@@ -50,16 +49,11 @@ def server(folder: Path) -> Iterator[str]:
         output = stack.enter_context((folder / "output").open("wb"))
         mapper = [program("epmd"), "-port", str(names), "-address", "127.0.0.1"]
         stack.callback(_end, tether.spawn(mapper, env=environ, output=output))
-        until(lambda: _listens(names), "epmd listens")  # else the server starts one that stays
+        until(lambda: listens(names), "epmd listens")  # else the server starts one that stays
         process = tether.spawn([_path()], env=environ, output=output)
         stack.callback(_end, process)
         until_up(process, lambda: _answers(url), (folder / "output").read_text)
         yield url
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as line:
-        return line.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _path() -> str:

@@ -10,10 +10,9 @@ from typing import Any, Final
 import redis
 from redis.crc import key_slot
 
-from kms_core.programs import tether
-from support.ports import free_port
-from support.programs import program
-from support.waiting import until, until_up
+from support.ports import free_port, listens
+from support.programs import program, running
+from support.waiting import until
 
 SLOTS: Final = 16384
 SLOT: Final = key_slot(b"{kms}")
@@ -106,18 +105,5 @@ def _node(folder: Path, enabled: str = "yes") -> Iterator[Node]:
     options |= {"cluster-enabled": enabled, "cluster-port": bus, "cluster-node-timeout": _NODE_TIMEOUT_MS}
     options |= {"appendonly": "yes", "appendfsync": "always"}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    with ExitStack() as stack:
-        output = stack.enter_context((folder / "log").open("wb"))
-        process = tether.spawn([program("redis-server"), *words], env={}, output=output)
-        stack.callback(process.wait)
-        stack.callback(process.kill)
-        node = Node(port, bus, process)
-        until_up(process, lambda: _answers(node), (folder / "log").read_text)
-        yield node
-
-
-def _answers(node: Node) -> bool:
-    try:
-        return bool(node.client.ping())
-    except redis.RedisError:
-        return False
+    with running([program("redis-server"), *words], folder / "log", lambda: listens(port)) as process:
+        yield Node(port, bus, process)

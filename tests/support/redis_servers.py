@@ -8,7 +8,7 @@ import hashlib
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,10 +17,11 @@ from urllib.parse import quote
 import redis
 
 from kms_cli.local.installation import find_binary
-from kms_core.programs import tether
+from kms_protocol.wire import ENDED
 from support.embedded_valkey import RIGHTS
 from support.ports import free_port
-from support.programs import program
+from support.programs import program, running
+from support.service import Service
 from support.waiting import until_up
 from support.webhooks import Authority
 
@@ -114,11 +115,7 @@ def _running(
     first = [str(folder / "sentinel.conf")] if sentinel else []
     binary = program("redis-server") if authority else str(find_binary(os.environ))
     argv = [binary, *first, *(["--sentinel"] if sentinel else []), *words]
-    with ExitStack() as stack:
-        output = stack.enter_context((folder / "log").open("wb"))
-        process = tether.spawn(argv, env={}, output=output)
-        stack.callback(process.wait)
-        stack.callback(process.kill)
+    with running(argv, folder / "log") as process:
         found = Server(port, process, authority)
         password = "sentinel" if sentinel else _ADMIN
         until_up(process, lambda: _answers(found, password), (folder / "log").read_text)
@@ -134,3 +131,9 @@ def _answers(found: Server, password: str) -> bool:
         return bool(found.admin(password).ping())
     except redis.RedisError:
         return False
+
+
+def all_ended(service: Service) -> bool:
+    """Whether a service answers that all its jobs have ended."""
+    answer = service.get("/jobs")
+    return answer.status_code == 200 and all(job["state"] in ENDED for job in answer.json()["jobs"])

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+import httpx2 as httpx
+
 WAIT_S: Final = 90.0  # below half of the timeout of a test, so that two waits can say what they waited for
 POLL_S: Final = 0.05
 _TAIL: Final = 3000  # characters of a log
@@ -29,3 +31,11 @@ def until_up(
         return is_up()
 
     until(fact, lambda: f"the start of {process.args!r}\n{log()[-_TAIL:]}")
+
+
+def answers(url: str) -> bool:
+    """Whether a server of this machine answers GET of this URL well."""
+    try:
+        return httpx.get(url, trust_env=False).is_success
+    except httpx.TransportError:
+        return False
