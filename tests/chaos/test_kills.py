@@ -11,7 +11,7 @@ from typing import cast
 
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.wire import ENDED, PREFIX
-from support.service import Json, Service, Supervised, b64, core_of, unb64
+from support.service import Service, Supervised, b64, core_of
 from support.waiting import until
 
 SETTINGS = "[kms.jobs]\nlease_s = 2\n"
@@ -144,49 +144,6 @@ def test_tree_outlives_many_kills_and_each_file_is_done_once(tmp_path: Path) -> 
         assert successes(store_of(service))[job_id] == 1
         for name in names[::90]:
             assert service.decrypt((out / f"{name}.age").read_bytes(), None) == name.encode()
-
-
-def mixed_jobs(service: Service, number: int) -> list[str]:
-    """An upload, a bulk job and a file job."""
-    (service.files / f"in{number}").write_bytes(b"%d" % number * 200_000)
-    items = [{"plaintext": b64(b"%d/%d" % (number, index))} for index in range(600)]
-    job = {"kind": "encrypt", "source": url(service, f"in{number}"), "target": url(service, f"out{number}")}
-    return [
-        service.upload("encrypt", b"%d" % number * 100_000, f"n={number}"),
-        service.submit({"kind": "encrypt", "items": items, "context": f"n={number}"}),
-        service.submit(job | {"context": f"n={number}"}),
-    ]
-
-
-def check_results(service: Service, jobs: list[list[str]]) -> None:
-    for number, (upload, bulk, _file) in enumerate(jobs):
-        back = service.upload("decrypt", service.result(upload), f"n={number}")
-        lines: list[Json] = [json.loads(line) for line in service.result(bulk).splitlines()]
-        service.wait(back, "succeeded")
-        out = (service.files / f"out{number}").read_bytes()
-        assert service.result(back) == b"%d" % number * 100_000
-        assert [line["index"] for line in lines] == list(range(600))
-        assert service.decrypt(unb64(lines[599]["ciphertext"]), f"n={number}") == b"%d/599" % number
-        assert service.decrypt(out, f"n={number}") == b"%d" % number * 200_000
-
-
-def test_many_jobs_outlive_many_kills_and_each_ends_once(tmp_path: Path) -> None:
-    with Supervised(tmp_path, SETTINGS) as service:
-        jobs: list[list[str]] = []
-        for number in range(12):
-            jobs.append(mixed_jobs(service, number))
-            if number % 3 == 1:
-                service.kill("worker")
-            if number % 3 == 2:
-                kill_the_pool(service)
-
-        ids = [job_id for group in jobs for job_id in group]
-        for job_id in ids:
-            service.wait(job_id, "succeeded")
-        told = successes(store_of(service))
-        assert {job_id: told[job_id] for job_id in ids} == dict.fromkeys(ids, 1)
-        assert temporary(service) == []
-        check_results(service, jobs)
 
 
 def test_worker_that_is_asked_to_stop_hands_over(tmp_path: Path) -> None:
