@@ -1,9 +1,10 @@
 """What each route is asked for with, full of secrets: a good body for each, by the route."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
+from kms_api.app import RULES, UI_RULES, VAULT_ROUTES
 from support.canary.service import CanaryService
 from support.service import b64
 
@@ -46,6 +47,12 @@ def of_vault(install: CanaryService) -> dict[str, object]:
     return {**for_vault(install), "ciphertext": made["ciphertext"]} | {"plaintext": None}
 
 
+def without_body(routes: Iterable[Route]) -> dict[Route, Body]:
+    """Of these routes all to which nothing is sent, those that change nothing first."""
+    found = [route for route in routes if route[0] not in {"POST", "PUT"}]
+    return dict.fromkeys(sorted(found, key=lambda route: route[0] == "DELETE"), nothing)
+
+
 CALLS: Final[dict[Route, Body]] = {
     ("POST", "/encrypt"): items,
     ("POST", "/decrypt"): sealed,
@@ -67,31 +74,14 @@ CALLS: Final[dict[Route, Body]] = {
         [
             ("POST", "/files/encrypt"),
             ("POST", "/files/decrypt"),
-            ("GET", "/keys"),
-            ("GET", "/keys/{key_id}"),
             ("POST", "/keys/{key_id}/rotate"),
-            ("GET", "/jobs"),
-            ("GET", "/jobs/dead"),
-            ("GET", "/jobs/{job_id}"),
-            ("GET", "/jobs/{job_id}/result"),
-            ("DELETE", "/jobs/{job_id}/result"),
-            ("GET", "/job-groups/{name}"),
-            ("GET", "/jobs/events"),
-            ("DELETE", "/jobs/{job_id}"),
             ("POST", "/jobs/{job_id}/cancel"),
             ("POST", "/jobs/{job_id}/retry"),
-            ("GET", "/webhooks/dead"),
             ("POST", "/webhooks/dead/{delivery_id}/resend"),
-            ("GET", "/intake"),
-            ("GET", "/audit"),
-            ("GET", "/status"),
-            ("GET", "/health"),
-            ("GET", "/livez"),
-            ("GET", "/readyz"),
-            ("GET", "/metrics"),
         ],
         nothing,
     ),
+    **without_body(RULES),
 }
 _VAULT_BODIES: Final[dict[str, Body]] = {
     "encrypt": for_vault,
@@ -117,42 +107,8 @@ VAULT_CALLS: Final[dict[Route, Body]] = {
         "auth/{mount}/login",
         "sys/capabilities-self",
     )
-} | dict.fromkeys(
-    [
-        ("GET", "/v1/{mount}/keys"),
-        ("LIST", "/v1/{mount}/keys"),
-        ("GET", "/v1/{mount}/keys/{name}"),
-        ("DELETE", "/v1/{mount}/keys/{name}"),
-        ("GET", "/v1/auth/token/lookup-self"),
-        ("GET", "/v1/sys/mounts"),
-        ("GET", "/v1/sys/internal/ui/mounts"),
-        ("GET", "/v1/sys/internal/ui/mounts/{mount}"),
-        ("GET", "/v1/sys/health"),
-        ("HEAD", "/v1/sys/health"),
-        ("GET", "/v1/sys/init"),
-        ("GET", "/v1/sys/seal-status"),
-        ("GET", "/v1/sys/leader"),
-    ],
-    nothing,
-)
-UI_CALLS: Final[tuple[Route, ...]] = (
-    ("GET", "/ui/login"),
-    ("POST", "/ui/login"),
-    ("GET", "/ui"),
-    ("GET", "/ui/jobs"),
-    ("GET", "/ui/jobs/{job_id}"),
-    ("GET", "/ui/jobs/{job_id}/state"),
-    ("POST", "/ui/jobs/{job_id}/cancel"),
-    ("POST", "/ui/jobs/{job_id}/retry"),
-    ("GET", "/ui/audit"),
-    ("GET", "/ui/audit/{audit_id}/receipt"),
-    ("GET", "/ui/workers"),
-    ("GET", "/ui/keys"),
-    ("GET", "/ui/keys/{key_id}/rotate"),
-    ("POST", "/ui/keys/{key_id}/rotate"),
-    ("GET", "/ui/runbooks"),
-    ("GET", "/docs"),
-    ("GET", "/ui/static/{name}"),
-    ("POST", "/ui/logout"),
-)
+} | without_body(VAULT_ROUTES.declared)
+_LOGIN: Final = (("GET", "/ui/login"), ("POST", "/ui/login"))
+_LOGOUT: Final = ("POST", "/ui/logout")
+UI_CALLS: Final[tuple[Route, ...]] = (*_LOGIN, *sorted(UI_RULES.keys() - {*_LOGIN, _LOGOUT}), _LOGOUT)
 PARAMETER: Final = re.compile(r"\{(\w+)\}")
