@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from support.contract.cosmian_jose_double import Jose, jose
-from support.contract.cosmian_kmip_double import Kmip, Node, OldKmip, find, node, read_in_order, text
+from support.contract.cosmian_kmip_double import Kmip, Node, OldKmip, find, node, text
 from support.contract.cosmian_store import Refused, Store
 
 ADMIN: Final = "admin"
@@ -188,7 +188,6 @@ def access(store: Store, path: str, document: Json, user: str) -> Json:
 
 def kmip(operations: Kmip, document: Node, user: str) -> Node:
     """One operation, or a message of several."""
-    read_in_order(document)
     name, fields = document["tag"], document["value"]
     if name != "RequestMessage" or isinstance(operations, OldKmip):
         return operations.structure(f"{name}Response", *operations.run(name, fields, user))

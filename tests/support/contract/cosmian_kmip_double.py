@@ -3,21 +3,13 @@
 import json
 import os
 import uuid
-from datetime import UTC, datetime
 from typing import Any, Final
 
-from support.contract.cosmian_store import (
-    MANY_USES,
-    Key,
-    Refused,
-    Store,
-    bulk_of,
-    items_of_bulk,
-    plain,
-    seal_cbc,
-)
+from support.contract.cosmian_store import Key, Refused, Store, bulk_of, items_of_bulk, plain
 
 Node = dict[str, Any]
+MANY_USES: Final = 2108
+"""Encrypt, decrypt, wrap, unwrap and agree on keys: what 4.x says of a key, whatever was asked for."""
 OPERATIONS: Final = frozenset(
     {"Create", "Locate", "GetAttributes", "Encrypt", "Decrypt", "Activate", "Revoke", "Destroy"}
 )
@@ -40,29 +32,17 @@ def octets(tag: str, value: bytes) -> Node:
     return node(tag, "ByteString", value.hex().upper())
 
 
-def read_in_order(found: Node) -> None:
-    """Refuse a value that comes before its type: a reader of streams takes it for a structure."""
-    value, names = found.get("value"), list(found)
-    if isinstance(value, list):
-        for each in value:
-            read_in_order(each)
-    elif "type" in names[names.index("value") :]:
-        words = f'invalid type: string "{value}", expected a sequence at line 1 column 1'
-        raise plain(f"Invalid Request: {words}")
-
-
 class Kmip:
     """As 5.13 and later do it."""
 
     nonce = "IVCounterNonce"
-    unknown = "Route not supported"
 
     def __init__(self, store: Store) -> None:
         self.store = store
 
     def run(self, operation: str, fields: list[Node], user: str) -> list[Node]:
         if operation not in OPERATIONS:
-            raise plain(f"{self.unknown}: Operation: {operation}", 404)
+            raise plain(f"Not Supported route: Operation: {operation}", 404)
         answer: list[Node] = getattr(self, operation.lower())(fields, user)
         return answer
 
@@ -73,7 +53,7 @@ class Kmip:
         asked = find(fields, "Attributes")
         uid = find(asked, "UniqueIdentifier") or str(uuid.uuid4())
         key = Key(os.urandom(find(asked, "CryptographicLength") // 8), user, self.tags(asked))
-        key.state, key.keyset, key.usage = self.first_state(asked), keyset_of(asked), self.usage(asked)
+        key.state, key.keyset = self.first_state(asked), find(asked, "RotateName") or ""
         self.store.add(uid, key)
         return [node("ObjectType", "Enumeration", "SymmetricKey"), text("UniqueIdentifier", uid)]
 
@@ -89,12 +69,10 @@ class Kmip:
         return [text("UniqueIdentifier", uid), self.structure("Attributes", *self.told(key))]
 
     def encrypt(self, fields: list[Node], user: str) -> list[Node]:
-        uid, plaintext = self.uid_and_data(fields, "Encrypt", "encrypt")
+        uid = find(fields, "UniqueIdentifier")
         key = self.store.encrypting(uid, user)
-        aad = read(fields, "AuthenticatedEncryptionAdditionalData")
-        given = read(fields, self.nonce)
-        if self.mode(fields) == "CBC":  # whatever the AAD
-            return self.sealed(uid, *seal_cbc(key, plaintext, given), b"", given)
+        tags = ("Data", "AuthenticatedEncryptionAdditionalData", self.nonce)
+        plaintext, aad, given = (read(fields, tag) for tag in tags)
         items = items_of_bulk(plaintext)
         if items is not None:
             many = bulk_of([b"".join(self.store.seal(key, item, aad, given)) for item in items])
@@ -102,7 +80,7 @@ class Kmip:
         return self.sealed(uid, *self.store.seal(key, plaintext, aad, given), given)
 
     def decrypt(self, fields: list[Node], user: str) -> list[Node]:
-        uid, ciphertext = self.uid_and_data(fields, "Decrypt", "decrypt")
+        uid, ciphertext = find(fields, "UniqueIdentifier"), read(fields, "Data")
         key = self.store.decrypting(uid, user)
         items = items_of_bulk(ciphertext)
         if items is not None:  # without any AAD
@@ -110,12 +88,8 @@ class Kmip:
             return [text("UniqueIdentifier", uid), octets("Data", bulk_of(opened))]
         if find(fields, self.nonce) is None:
             raise Refused("Invalid_Message", "missing-iv")
-        if self.mode(fields) == "CBC":
-            plaintext = self.store.open_cbc(key, read(fields, self.nonce), ciphertext)
-            return [text("UniqueIdentifier", uid), octets("Data", plaintext)]
-        nonce = read(fields, self.nonce) or bytes(12)
         aad, tag = (read(fields, f"AuthenticatedEncryption{each}") for each in ("AdditionalData", "Tag"))
-        plaintext = self.store.open(key, nonce, ciphertext + tag, aad)
+        plaintext = self.store.open(key, read(fields, self.nonce), ciphertext + tag, aad)
         return [text("UniqueIdentifier", uid), octets("Data", plaintext)]
 
     def activate(self, fields: list[Node], user: str) -> list[Node]:
@@ -144,14 +118,8 @@ class Kmip:
         return frozenset(json.loads(find(find(attributes, "Attribute") or [], "AttributeValue") or "[]"))
 
     def first_state(self, attributes: list[Node]) -> str:
-        since = find(attributes, "ActivationDate")
-        active = since is not None and datetime.fromisoformat(since) <= datetime.now(UTC)
-        return "Active" if active else "PreActive"
-
-    def usage(self, attributes: list[Node]) -> int:
-        """What the key may be used for; for much, where nobody said."""
-        asked = find(attributes, "CryptographicUsageMask")
-        return MANY_USES if asked is None else asked
+        """Keys rest without a date of activation; ours is long past."""
+        return "Active" if find(attributes, "ActivationDate") else "PreActive"
 
     def repeated(self, tag: str, found: list[Node]) -> list[Node]:
         del tag
@@ -168,37 +136,16 @@ class Kmip:
         return [node("InitialDate", "DateTime", key.made), *(rotation if key.keyset else ()), state]
 
     def sealed(self, uid: str, nonce: bytes, ciphertext: bytes, tag: bytes, given: bytes) -> list[Node]:
-        """The nonce, unless the request gave it, and a tag, where the mode has one."""
-        answer = [text("UniqueIdentifier", uid), octets("Data", ciphertext)]
-        parts = {self.nonce: b"" if given else nonce, "AuthenticatedEncryptionTag": tag}
-        return answer + [octets(name, part) for name, part in parts.items() if part]
-
-    def unsupported(self, mode: str) -> Refused:
-        return Refused("Operation_Not_Supported", f"AES is not supported with mode: {mode}")
-
-    # -- inside --------------------------------------------------------------------------------------
-
-    def uid_and_data(self, fields: list[Node], name: str, verb: str) -> tuple[str, bytes]:
-        uid, data = find(fields, "UniqueIdentifier"), find(fields, "Data")
-        if uid is None:
-            raise plain("This KMIP server does not yet support place holder id")
-        if data is None:
-            raise plain(f"Invalid Request: {name}: data to {verb} must be provided")
-        return uid, read(fields, "Data")
-
-    def mode(self, fields: list[Node]) -> str:
-        """``GCM``, also where the request names none, or ``CBC``."""
-        mode: str = find(find(fields, "CryptographicParameters") or [], "BlockCipherMode") or "GCM"
-        if mode not in {"GCM", "AEAD", "CBC"}:
-            raise self.unsupported(mode)
-        return mode
+        """The nonce is told unless the request gave it."""
+        parts = {"Data": ciphertext, self.nonce: b"" if given else nonce, "AuthenticatedEncryptionTag": tag}
+        found = [octets(name, part) for name, part in parts.items() if part or name == "Data"]
+        return [text("UniqueIdentifier", uid), *found]
 
 
 class OldKmip(Kmip):
     """As 4.24 does it: structures have a type, what repeats is nested, keys are in use at once."""
 
     nonce = "IvCounterNonce"
-    unknown = "Not Supported route"
 
     def structure(self, tag: str, *fields: Node) -> Node:
         return node(tag, "Structure", list(fields))
@@ -211,19 +158,11 @@ class OldKmip(Kmip):
         del attributes
         return "Active"
 
-    def usage(self, attributes: list[Node]) -> int:
-        """Whatever was asked for."""
-        del attributes
-        return MANY_USES
-
     def sealed(self, uid: str, nonce: bytes, ciphertext: bytes, tag: bytes, given: bytes) -> list[Node]:
-        """All parts, even those that the request gave or the mode lacks."""
+        """All parts, even those that the request gave."""
         del given
         parts = {"Data": ciphertext, self.nonce: nonce, "AuthenticatedEncryptionTag": tag}
         return [text("UniqueIdentifier", uid), *(octets(name, part) for name, part in parts.items())]
-
-    def unsupported(self, mode: str) -> Refused:
-        return plain(f"Cryptographic error: Not Supported: AES is not supported with mode: {mode}", 500)
 
     def repeated(self, tag: str, found: list[Node]) -> list[Node]:
         return [self.structure(tag, *found)] if found else []
@@ -239,7 +178,7 @@ class OldKmip(Kmip):
         return [
             node("CryptographicAlgorithm", "Enumeration", "AES"),
             node("CryptographicLength", "Integer", len(key.octets) * 8),
-            node("CryptographicUsageMask", "Integer", key.usage),
+            node("CryptographicUsageMask", "Integer", MANY_USES),
             node("KeyFormatType", "Enumeration", "TransparentSymmetricKey"),
             node("ObjectType", "Enumeration", "SymmetricKey"),
             node("Sensitive", "Boolean", False),  # noqa: FBT003 -- whatever was asked for
@@ -248,13 +187,4 @@ class OldKmip(Kmip):
 
 
 def read(fields: list[Node], tag: str) -> bytes:
-    value = find(fields, tag) or ""
-    try:
-        return bytes.fromhex(value)
-    except ValueError:
-        words = f"Invalid value for a ByteString: {value} at line 1 column 1"
-        raise plain(f"Invalid Request: {words}") from None
-
-
-def keyset_of(attributes: list[Node]) -> str:
-    return find(attributes, "RotateName") or ""
+    return bytes.fromhex(find(fields, tag) or "")

@@ -11,21 +11,11 @@ from datetime import UTC, datetime
 from typing import Final
 
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.ciphers.algorithms import AES
-from cryptography.hazmat.primitives.ciphers.modes import CBC
-from cryptography.hazmat.primitives.padding import PKCS7
 
 LIVING: Final = frozenset({"PreActive", "Active", "Deactivated", "Compromised"})
 ACTIVE: Final = frozenset({"Active"})
 DECRYPTING: Final = frozenset({"Active", "Deactivated", "Compromised"})
-ENCRYPT: Final = 4
-DECRYPT: Final = 8
-MANY_USES: Final = 2108
-"""Encrypt, decrypt, wrap, unwrap and agree on keys: what keys may do where nobody said."""
-
-_BLOCK: Final = 16
 _DETAILS: Final = "Error: OpenSSL error. Details: ErrorStack([])"
 
 
@@ -52,7 +42,6 @@ class Key:
     keyset: str = ""
     made: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
     lent: dict[str, set[str]] = field(default_factory=dict)
-    usage: int = ENCRYPT + DECRYPT
 
     def may(self, user: str, operation: str) -> bool:
         return user == self.owner or bool(self.lent.get(user, set()) & {operation, "get"})
@@ -110,7 +99,7 @@ class Store:
         key = self.keys.get(uid)
         if self.old and key is None:
             raise plain(f"Invalid Request: Encrypt: failed to retrieve key: {uid}")
-        if key is None or key.state not in LIVING or not key.usage & ENCRYPT:
+        if key is None or key.state not in LIVING:
             raise self._not_found(f"Encrypt: key id: {uid}, not found", "Encrypt", uid)
         words = f"Encrypt: the user {user} does not have permission to encrypt using the key: {uid}"
         return self._usable(uid, key, user, "Encrypt", words)
@@ -119,7 +108,7 @@ class Store:
         key = self.keys.get(uid)
         if self.old and key is None:
             raise Refused("Item_Not_Found", f"Decrypt: failed to retrieve the key: {uid}")
-        if key is None or key.state not in LIVING or not key.usage & DECRYPT:
+        if key is None or key.state not in LIVING:
             raise self._not_found(f"Decrypt: failed to retrieve the key: {uid}", "Decrypt", uid)
         words = f"Decrypt: the user {user} does not have the permission to decrypt using the key: {uid}"
         return self._usable(uid, key, user, "Decrypt", words)
@@ -153,28 +142,10 @@ class Store:
         except (InvalidTag, ValueError):
             raise self._damaged() from None
 
-    def open_cbc(self, key: Key, nonce: bytes, ciphertext: bytes) -> bytes:
-        if len(nonce) != _BLOCK:
-            raise Refused("Invalid_Message", f"invalid-iv-length: expected {_BLOCK} got {len(nonce)}")
-        cipher, padding = Cipher(AES(key.octets), CBC(nonce)).decryptor(), PKCS7(8 * _BLOCK).unpadder()
-        try:
-            padded = cipher.update(ciphertext) + cipher.finalize()
-            return padding.update(padded) + padding.finalize()
-        except ValueError:
-            raise self._damaged() from None
-
     def _damaged(self) -> Refused:
         if self.old:
             return plain(f"Cryptographic error: OpenSSL Error: {_DETAILS}", 500)
         return Refused("Cryptographic_Failure", f"CRYPTO: error: {_DETAILS}")
-
-
-def seal_cbc(key: Key, plaintext: bytes, nonce: bytes = b"") -> tuple[bytes, bytes]:
-    """Nonce and ciphertext: CBC authenticates nothing."""
-    nonce = nonce or os.urandom(_BLOCK)
-    cipher, padding = Cipher(AES(key.octets), CBC(nonce)).encryptor(), PKCS7(8 * _BLOCK).padder()
-    padded = padding.update(plaintext) + padding.finalize()
-    return nonce, cipher.update(padded) + cipher.finalize()
 
 
 def items_of_bulk(data: bytes) -> list[bytes] | None:

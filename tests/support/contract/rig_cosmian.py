@@ -6,7 +6,6 @@ Each rig speaks one dialect, and has a double in its place where that server spe
 import atexit
 import functools
 import os
-from pathlib import Path
 from typing import Final, Literal
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -88,18 +87,3 @@ class CosmianRig:
 
     def mend(self) -> None:
         self._relay.mend()
-
-
-def make_cosmian(directory: Path) -> CosmianRig:
-    del directory
-    return CosmianRig(NEW, "kmip")
-
-
-def make_cosmian_jose(directory: Path) -> CosmianRig:
-    del directory
-    return CosmianRig(NEW, "jose")
-
-
-def make_cosmian_4(directory: Path) -> CosmianRig:
-    del directory
-    return CosmianRig(OLD, "kmip")

@@ -1,6 +1,5 @@
 """Transit and KV of a real OpenBao server for the contract."""
 
-from pathlib import Path
 from uuid import uuid4
 
 from kms_core.backends import Backend
@@ -45,13 +44,3 @@ class KvRig:
 
     def mend(self) -> None:
         bao().admin("POST", f"secret/undelete/{self._path}", {"versions": [1]})
-
-
-def make_transit(directory: Path) -> TransitRig:
-    del directory
-    return TransitRig()
-
-
-def make_vault_kv(directory: Path) -> KvRig:
-    del directory
-    return KvRig()

@@ -10,9 +10,10 @@ from typing import Final, Protocol
 from kms_core.age import mlkem768x25519, x25519
 from kms_core.backends import Backend
 from support.age_kms import age_backend, write_identities, write_recipient
-from support.contract.rig_aws import make_aws
-from support.contract.rig_cosmian import make_cosmian, make_cosmian_4, make_cosmian_jose
-from support.contract.rig_vault import make_transit, make_vault_kv
+from support.contract.cosmian_double import NEW, OLD
+from support.contract.rig_aws import AwsRig
+from support.contract.rig_cosmian import CosmianRig
+from support.contract.rig_vault import KvRig, TransitRig
 
 
 class Rig(Protocol):
@@ -61,21 +62,13 @@ class AgeRig:
         write_identities(self._private, *self._identities)
 
 
-def make_age(directory: Path) -> Rig:
-    return AgeRig(directory, x25519.X25519Identity)
-
-
-def make_age_hybrid(directory: Path) -> Rig:
-    return AgeRig(directory, mlkem768x25519.HybridIdentity)
-
-
 MAKERS: Final[dict[str, Callable[[Path], Rig]]] = {
-    "age": make_age,
-    "age-hybrid": make_age_hybrid,
-    "awskms": make_aws,
-    "cosmian": make_cosmian,
-    "cosmian-jose": make_cosmian_jose,
-    "cosmian-4": make_cosmian_4,
-    "transit": make_transit,
-    "vault-kv": make_vault_kv,
+    "age": lambda directory: AgeRig(directory, x25519.X25519Identity),
+    "age-hybrid": lambda directory: AgeRig(directory, mlkem768x25519.HybridIdentity),
+    "awskms": lambda _: AwsRig(),
+    "cosmian": lambda _: CosmianRig(NEW, "kmip"),
+    "cosmian-jose": lambda _: CosmianRig(NEW, "jose"),
+    "cosmian-4": lambda _: CosmianRig(OLD, "kmip"),
+    "transit": lambda _: TransitRig(),
+    "vault-kv": lambda _: KvRig(),
 }
