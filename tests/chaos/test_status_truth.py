@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
@@ -39,29 +38,21 @@ class Pair(Service):
     def running(self) -> set[str]:
         return set(self._processes)
 
-    def pool_of(self, name: str) -> list[int]:
-        children = Path(f"/proc/{self.pid(name)}/task/{self.pid(name)}/children")
-        return [int(pid) for pid in children.read_text().split()]
-
     def signal_pool(self, name: str, number: signal.Signals) -> None:
-        for pid in self.pool_of(name):
+        for pid in self.pool_pids(name):
             os.kill(pid, number)
 
     def holder(self) -> str:
         """The worker one of whose processes writes a target."""
         for name in WORKERS:
-            for pid in self.pool_of(name):
+            for pid in self.pool_pids(name):
                 if any(".kms-" in str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()):
                     return name
         raise AssertionError("no worker writes a target")
 
-    def kms(self, *words: str) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, "-P", "-m", "kms_cli.main", "--url", self.url, *words]
-        return subprocess.run(argv, env=self.environ, capture_output=True, text=True, check=False)
-
     def told(self) -> Json:
         """What of ``kms status`` is about jobs and workers."""
-        done = self.kms("status", "--json")
+        done = self.run_kms("--url", self.url, "status", "--json")
         assert done.returncode == 0, done.stderr
         told = json.loads(done.stdout)
         return {name: told[name] for name in ("workers", "degraded", "jobs", "queue_depth")}
@@ -154,9 +145,9 @@ def test_without_redis_status_says_so_and_without_the_service_the_exit_code_does
         nothing = {"workers": None, "jobs": None, "queue_depth": None}
         assert service.told() == {**nothing, "degraded": ["redis"]}
 
-        shown = service.kms("status")
+        shown = service.run_kms("--url", service.url, "status")
         assert shown.returncode == 0
         assert "jobs         unavailable" in shown.stdout
         assert "degraded     redis" in shown.stdout
         service.kill("api")
-        assert service.kms("status").returncode == 69
+        assert service.run_kms("--url", service.url, "status").returncode == 69

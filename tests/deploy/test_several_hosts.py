@@ -4,8 +4,6 @@ import os
 import re
 import shutil
 import ssl
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -194,10 +192,9 @@ class Host(Service):
         environ = super().environ | {"CREDENTIALS_DIRECTORY": str(self.secrets), "PROVISIONING_ENV": "dev"}
         return {name: value for name, value in environ.items() if name != "KMS_REDIS_URL"}
 
-    def kms(self, *words: str, **environ: str) -> str:
-        argv = [sys.executable, "-P", "-m", "kms_cli.main", *words]
-        environ = self.environ | environ
-        done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=False, timeout=60)
+    def said(self, *words: str, **environ: str) -> str:
+        """What a ``kms`` command that succeeds prints."""
+        done = self.run_kms(*words, **environ)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -247,7 +244,7 @@ def hosts(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hosts]:
                 shutil.copytree(made[0].state / "age", made[1].state / "age", dirs_exist_ok=True)
         if variant == "kubernetes":
             bao().admin("POST", "transit/keys/kms-root")
-            made[0].kms(*first_key(state.name), KMS_STATE_DIR=str(tmp_path / "job"))
+            made[0].said(*first_key(state.name), KMS_STATE_DIR=str(tmp_path / "job"))
         for host in made:
             host.start()
         yield Hosts(made[0], made[1], spool, state)
@@ -255,7 +252,7 @@ def hosts(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hosts]:
 
 def test_a_job_of_one_host_is_fetched_from_the_other(hosts: Hosts) -> None:
     """With a token that one made; the spool is the bucket, and nothing rests in either state directory."""
-    token = re.search(r"kms_\S+", hosts.one.kms("token", "create", "--name", "me", "--scope", "*"))
+    token = re.search(r"kms_\S+", hosts.one.said("token", "create", "--name", "me", "--scope", "*"))
     assert token
     for host in (hosts.one, hosts.two):
         host.http.headers.update(bearer(token[0]))

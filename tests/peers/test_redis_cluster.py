@@ -76,14 +76,7 @@ def test_one_node_runs_every_kind_of_job(tmp_path: Path, broker: str) -> None:
         assert set(ids) <= set(listed)
         assert (status["degraded"], status["queue_depth"]) == ([], 0)
         check_keys(found)
-        told = subprocess.run(
-            [sys.executable, "-m", "kms_cli.main", "doctor"],
-            env=service.environ | {"KMS_SERVICE_URL": service.url},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        told = service.run_kms("doctor", KMS_SERVICE_URL=service.url)
         assert "one node holds all keys of jobs: give it a replica" in told.stdout, told
 
 

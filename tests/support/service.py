@@ -154,9 +154,9 @@ class Service:
     def pid(self, name: str) -> int:
         return self._processes[name].pid
 
-    def pool_pids(self) -> list[int]:
-        """The worker's pool processes."""
-        children = Path(f"/proc/{self.pid('worker')}/task/{self.pid('worker')}/children")
+    def pool_pids(self, name: str = "worker") -> list[int]:
+        """The pool processes of a worker."""
+        children = Path(f"/proc/{self.pid(name)}/task/{self.pid(name)}/children")
         return [int(pid) for pid in children.read_text().split()]
 
     def kill(self, name: str) -> None:
@@ -177,6 +177,12 @@ class Service:
         return "".join(
             path.read_text() for name in names or PROGRAMS if (path := self.logs / f"{name}.log").exists()
         )
+
+    def run_kms(self, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        """Run the ``kms`` command beside the service."""
+        argv = [sys.executable, "-P", "-m", "kms_cli.main", *words]
+        environ = self.environ | environ
+        return subprocess.run(argv, env=environ, capture_output=True, text=True, check=False, timeout=120)
 
     # -- calls -------------------------------------------------------------------------------------
 

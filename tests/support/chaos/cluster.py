@@ -166,8 +166,7 @@ class Cluster(Tended):
     def pool_of(self, name: str) -> list[int]:
         """The pool processes of a worker; none while it starts or has died."""
         with suppress(FileNotFoundError, ProcessLookupError):
-            children = Path(f"/proc/{self.pid(name)}/task/{self.pid(name)}/children")
-            return [int(pid) for pid in children.read_text().split()]
+            return self.pool_pids(name)
         return []
 
     def hit(self, pid: int, number: signal.Signals = signal.SIGKILL) -> None:
