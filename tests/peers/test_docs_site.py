@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 import pytest
 
-from support.chromium import Chromium, chromium
+from support.chromium import Chromium
 from support.http_servers import served_files
 from support.waiting import until
 
@@ -75,12 +75,6 @@ def picture(browser: Chromium, name: str) -> None:
     if folder := os.environ.get("KMS_TEST_PICTURES"):
         Path(folder).mkdir(parents=True, exist_ok=True)
         browser.picture(Path(folder, f"{name}.png"))
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Chromium]:
-    with chromium(tmp_path) as started:
-        yield started
 
 
 def test_every_document_is_a_page_in_the_navigation(site: Path) -> None:

@@ -15,7 +15,6 @@ from cryptography import x509
 from support import pages
 from support.cli.fixtures import BIN
 from support.credentials import REQUIRED, Authority, Guarded
-from support.embedded_valkey import EmbeddedValkey
 from support.http_servers import QuietHandler, served
 from support.job_stores import forge
 from support.nushell import MODULE, ROOT, TIMEOUT_S, Nu, fetched, unframed
@@ -33,12 +32,9 @@ def program(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="module")
-def guarded(
-    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
-) -> Iterator[Guarded]:
-    url = valkey.files.url_of(next(database_numbers))
+def guarded(tmp_path_factory: pytest.TempPathFactory, redis_of_file: str) -> Iterator[Guarded]:
     settings = f"[kms.age]\ndata_keys = true\n{REQUIRED}"
-    with Guarded(tmp_path_factory.mktemp("guarded"), settings, url) as running:
+    with Guarded(tmp_path_factory.mktemp("guarded"), settings, redis_of_file) as running:
         yield running.start()
 
 
@@ -413,7 +409,7 @@ def test_the_result_of_a_file_job_is_bytes_or_a_file(nu: Nu) -> None:
 class Breaking(QuietHandler):
     """A service whose line breaks in the middle of a result of 100 bytes."""
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802 -- the library's name
         is_probe = "range" in self.headers
         self.send_response(206 if is_probe else 200)
         self.send_header("Content-Range", "bytes 0-0/100")
@@ -552,29 +548,19 @@ REFUSED: Final = [  # a script, the code of its error, what it points at, and a 
 ]
 
 
-@pytest.fixture(scope="module")
-def refusals(
-    program: Path, guarded: Guarded, token_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> list[str]:
-    """How each of them ends; nu is started once for all."""
-    environ = {"KMS_SERVICE_URL": guarded.url, "KMS_TOKEN_FILE": str(token_file)}
-    nu = Nu(program, tmp_path_factory.mktemp("refusals"), environ)
+def test_an_error_names_its_cause_and_what_to_do(nu: Nu) -> None:
+    """Nu is started once for all."""
     nu.file("in.bin", b"\xfe\xff" * 10)
     each = "\n".join(
         f"(try {{ {script}; 'it works' }} catch {{|error| $error.rendered }})" for script, *_ in REFUSED
     )
-    return [unframed(text) for text in nu.gives(f"let said = [\n{each}\n]\n$said")]
+    ends = map(unframed, nu.gives(f"let said = [\n{each}\n]\n$said"))
 
-
-@pytest.mark.parametrize("number", range(len(REFUSED)), ids=[script for script, *_ in REFUSED])
-def test_an_error_names_its_cause_and_what_to_do(refusals: list[str], number: int) -> None:
-    _, code, label, hint = REFUSED[number]
-    said = refusals[number]
-
-    assert f"({code})" in said
-    assert (f"-- {label}" if label else "") in said
-    assert hint in said
-    assert "/nu/kms/" not in said  # no line of the module's own source
+    for said, (script, code, label, hint) in zip(ends, REFUSED, strict=True):
+        assert f"({code})" in said, script
+        assert (f"-- {label}" if label else "") in said, script
+        assert hint in said, script
+        assert "/nu/kms/" not in said, script  # no line of the module's own source
 
 
 def test_a_problem_of_the_service_has_its_request_id(nu: Nu, guarded: Guarded) -> None:

@@ -13,7 +13,6 @@ import pytest
 
 from support import pages
 from support.credentials import REQUIRED, Guarded
-from support.embedded_valkey import EmbeddedValkey
 from support.openapi_check import FILE
 from support.programs import kept, program
 
@@ -28,11 +27,8 @@ WALKS: Final = {
 
 
 @pytest.fixture(scope="module")
-def guarded(
-    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
-) -> Iterator[Guarded]:
-    url = valkey.files.url_of(next(database_numbers))
-    with Guarded(tmp_path_factory.mktemp("guarded"), REQUIRED, url) as running:
+def guarded(tmp_path_factory: pytest.TempPathFactory, redis_of_file: str) -> Iterator[Guarded]:
+    with Guarded(tmp_path_factory.mktemp("guarded"), REQUIRED, redis_of_file) as running:
         running.start()
         running.http.headers.update(running.token("*"))
         yield running

@@ -5,7 +5,6 @@ Also by a page of another site in Chromium, which sends what Temporal's page doe
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +14,11 @@ from temporalio.api.common.v1 import Payload, Payloads
 from temporalio.converter import DataConverter, PayloadCodec
 
 from kms_protocol.wire import PREFIX
-from support.chromium import Chromium, chromium
+from support.chromium import Chromium
 from support.credentials import REQUIRED, Guarded
-from support.embedded_valkey import EmbeddedValkey
 from support.http_servers import QuietHandler, served
 from support.service import Service, b64, check_problem, unb64
+from support.vault_api import NO_REDIS
 from support.waiting import until
 
 NAMESPACE = {"X-Namespace": "payroll"}
@@ -101,11 +100,8 @@ def test_key_is_named_in_the_payload(service: Service) -> None:
 
 
 @pytest.fixture(scope="module")
-def guarded(
-    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
-) -> Iterator[Guarded]:
-    url = valkey.files.url_of(next(database_numbers))
-    with Guarded(tmp_path_factory.mktemp("guarded"), redis=url) as running:
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    with Guarded(tmp_path_factory.mktemp("guarded"), redis=NO_REDIS) as running:
         yield running.start("api")
 
 
@@ -147,7 +143,7 @@ def site() -> Iterator[int]:
     """The port of a site with an empty page; it has two origins, localhost and 127.0.0.1."""
 
     class Page(QuietHandler):
-        def do_GET(self) -> None:
+        def do_GET(self) -> None:  # noqa: N802 -- the library's name
             self.reply(200, b"<!doctype html><title>Temporal</title>", "text/html")
 
     with served(Page) as port:
@@ -155,23 +151,11 @@ def site() -> Iterator[int]:
 
 
 @pytest.fixture(scope="module")
-def shared(
-    site: int,
-    tmp_path_factory: pytest.TempPathFactory,
-    valkey: EmbeddedValkey,
-    database_numbers: Iterator[int],
-) -> Iterator[Guarded]:
+def shared(site: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     """An API whose codec server the page at localhost may call."""
     settings = f'{REQUIRED}[kms.server]\ncodec_origins = ["http://localhost:{site}"]\n'
-    url = valkey.files.url_of(next(database_numbers))
-    with Guarded(tmp_path_factory.mktemp("shared"), settings, url) as running:
+    with Guarded(tmp_path_factory.mktemp("shared"), settings, NO_REDIS) as running:
         yield running.start("api")
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Chromium]:
-    with chromium(tmp_path) as started:
-        yield started
 
 
 def fetched(browser: Chromium, url: str, body: object, headers: dict[str, str], **options: str) -> Any:  # noqa: ANN401 -- JSON

@@ -1,9 +1,7 @@
 """The page for operators in a real browser: its policy holds, its script runs, its colours can be read."""
 
 import os
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Literal
 
@@ -13,9 +11,8 @@ from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import new_attempt_id
 from kms_core.jobs.recovery.reaper import Heartbeat
 from kms_protocol.wire import PREFIX
-from support.chromium import Chromium, chromium
+from support.chromium import Chromium
 from support.credentials import Guarded
-from support.embedded_valkey import EmbeddedValkey
 from support.service import CONTEXT, Service, b64, core_of
 from support.waiting import until
 
@@ -69,19 +66,16 @@ HIDDEN: Final = "document.documentElement.scrollWidth - document.documentElement
 
 
 @pytest.fixture(scope="module")
-def guarded(
-    tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
-) -> Iterator[Guarded]:
+def guarded(tmp_path_factory: pytest.TempPathFactory, redis_of_file: str) -> Iterator[Guarded]:
     """An API that asks everybody; no worker runs, so that jobs stay queued."""
-    folder = tmp_path_factory.mktemp("ui-browser")
-    with Guarded(folder, redis=valkey.files.url_of(next(database_numbers))) as running:
+    with Guarded(tmp_path_factory.mktemp("ui-browser"), redis=redis_of_file) as running:
         yield running.start("api")
 
 
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Chromium]:
-    with chromium(tmp_path) as started:
-        yield started
+def log_in(browser: Chromium, url: str, token: str) -> None:
+    browser.open(f"{url}/ui/login")
+    browser.evaluate(f"document.getElementById('token').value = {token!r}")
+    browser.submit("form.login")
 
 
 def pictures(tmp_path: Path) -> Path:
@@ -199,56 +193,20 @@ def test_progress_and_the_end_of_a_job_appear_without_loading_the_page_again(
     assert browser.complaints == []
 
 
-@contextmanager
-def paused(pids: Sequence[int]) -> Iterator[None]:
-    """Processes that do nothing until the block ends."""
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
-
-
-def test_progress_of_many_large_jobs_arrives_while_others_call(
-    service: Service, browser: Chromium, tmp_path: Path
-) -> None:
-    items = [{"plaintext": b64(b"x" * 2_000), "context": CONTEXT}] * 2_000
-    states = "Array.from(document.querySelectorAll('[data-poll] .state'), (place) => place.textContent)"
-    with paused(service.pool_pids()):  # the jobs would have ended before a busy machine shows the page
-        ids = [service.submit({"kind": "encrypt", "items": items}) for _ in range(6)]
-        browser.open(f"{service.url}/ui/jobs")
-        browser.evaluate("window.loaded = 'once'")
-        assert len(browser.evaluate(states)) >= len(ids)
-
-    seen(browser, pictures(tmp_path), "jobs-under-load")
-    until(lambda: service.encrypt(b"x") and set(browser.evaluate(states)) == {"succeeded"}, "they all end")
-    assert browser.evaluate("window.loaded") == "once"
-    assert browser.complaints == []
-    assert all(service.job(job_id)["progress"]["items_done"] == 2_000 for job_id in ids)
-
-
 def test_the_end_of_a_job_is_told_aloud_and_the_keyboard_reaches_the_button_in_sight(
     guarded: Guarded, browser: Chromium
 ) -> None:
     token = guarded.make("*,rotate")[1]
     job = {"kind": "encrypt", "items": ITEMS}
     job_id = guarded.post("/jobs", job, headers=guarded.token("*")).json()["job_id"]
-    browser.open(f"{guarded.url}/ui/login")
-    browser.evaluate(f"document.getElementById('token').value = {token!r}")
-    browser.submit("form.login")
+    log_in(browser, guarded.url, token)
     browser.open(f"{guarded.url}/ui/jobs")
 
     guarded.post(f"/jobs/{job_id}/cancel", headers=guarded.token("*"))
     heard = "document.getElementById('news').textContent"
     until(lambda: browser.evaluate(heard).startswith(f"Job {job_id}: cancelled"), "it is told aloud")
     browser.open(f"{guarded.url}/ui/keys/default/rotate")
-    for _ in range(30):
-        browser.call("Input.dispatchKeyEvent", type="keyDown", key="Tab", code="Tab", windowsVirtualKeyCode=9)
-        browser.call("Input.dispatchKeyEvent", type="keyUp", key="Tab", code="Tab", windowsVirtualKeyCode=9)
-        if browser.evaluate("document.activeElement.textContent.trim()") == "Rotate default":
-            break
+    reach(browser, "Rotate default")
     assert browser.evaluate("document.activeElement.tagName") == "BUTTON"
     assert browser.evaluate("getComputedStyle(document.activeElement).outlineWidth") == "3px"
 
@@ -335,10 +293,8 @@ def test_keyboard_leads_through_the_charts_to_workers_and_keys(
     token, host = busy
     browser.resize(width, 900)
     browser.appear(scheme)
-    browser.open(f"{guarded.url}/ui/login")
-    browser.evaluate(f"document.getElementById('token').value = {token!r}")
     lose_a_worker(guarded)
-    browser.submit("form.login")
+    log_in(browser, guarded.url, token)
     assert "Worker host-2:bb ended without a word" in browser.evaluate(TEXT)
 
     follow(browser, "hour", "/ui?period=1h")
@@ -373,9 +329,7 @@ def test_folded_failures_are_opened_searched_and_charted(
     for ago_s, succeeded, failed in ((60, 5, 1), (1, 25, 3)):
         at = f"{(store.now() - ago_s) * 1000:.0f}-0"
         store.redis.xadd("kms:operations", {"succeeded": succeeded, "failed": failed}, id=at)
-    browser.open(f"{guarded.url}/ui/login")
-    browser.evaluate(f"document.getElementById('token').value = {token!r}")
-    browser.submit("form.login")
+    log_in(browser, guarded.url, token)
     assert "jobs failed in the last hour" in browser.evaluate(TEXT)
     drawn = browser.evaluate(f"Array.from({bars}, (each) => each.classList[0])")
     assert set(drawn) == {"failed", "succeeded"}
