@@ -36,7 +36,8 @@ def guarded(tmp_path_factory: pytest.TempPathFactory, redis_of_file: str) -> Ite
 
 def run(script: str, folder: Path, **environ: str) -> str:
     """What a script prints."""
-    return pages.said(script, folder, os.environ | {"GOWORK": "off", "NO_PROXY": "127.0.0.1"} | environ, LIMIT_S)
+    environ = os.environ | {"GOWORK": "off", "NO_PROXY": "127.0.0.1"} | environ
+    return pages.said(script, folder, environ, LIMIT_S)
 
 
 @pytest.mark.timeout(LIMIT_S + 60)

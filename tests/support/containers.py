@@ -72,9 +72,8 @@ class Container:
     def run(self, *words: str, **more: Any) -> subprocess.CompletedProcess[bytes]:  # noqa: ANN401 -- subprocess's own keywords
         """Run a command in it, as ``docker exec`` does."""
         with tempfile.NamedTemporaryFile("w", dir=self.bundle, suffix=".json") as file:
-            json.dump(
-                self.specification["process"] | {"args": words}, file
-            )  # the same user, and no more rights
+            # the same user, and no more rights
+            json.dump(self.specification["process"] | {"args": words}, file)
             file.flush()
             argv = [*self.crun, "exec", "--process", file.name, self.name]
             return subprocess.run(argv, capture_output=True, check=False, timeout=120, **more)

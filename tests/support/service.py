@@ -147,8 +147,9 @@ class Service:
     def _answers(self, name: str, port: int) -> bool:
         assert self._processes[name].poll() is None, f"{name} ended:\n{self.output(name)}"
         is_worker = name == "worker"
-        path, tls = self.worker_probe if is_worker else "/livez", self.settings.kms.server.tls_cert is not None
-        is_alive = up.is_alive("127.0.0.1", port, tls=tls and not is_worker, path=path)
+        path = self.worker_probe if is_worker else "/livez"
+        tls = not is_worker and self.settings.kms.server.tls_cert is not None
+        is_alive = up.is_alive("127.0.0.1", port, tls=tls, path=path)
         return is_alive and is_of(port, self._processes[name].pid)
 
     def pid(self, name: str) -> int:

@@ -35,17 +35,8 @@ def test_allowed():
 def test_a_skip_is_a_failure_in_ci(tmp_path: Path, ci: str, counts: str) -> None:
     (tmp_path / "test_it.py").write_text(PROGRAM.format(allowed=ALLOWED[0]))
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    argv = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "support.ci_skips",
-        "-p",
-        "no:cacheprovider",
-        str(tmp_path),
-    ]
+    argv = [sys.executable, "-m", "pytest", "-q", "-p", "support.ci_skips"]
+    argv += ["-p", "no:cacheprovider", str(tmp_path)]
     env = os.environ | {"CI": ci, "PYTHONPATH": str(TESTS), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
 

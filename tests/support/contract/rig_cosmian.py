@@ -18,7 +18,7 @@ from kms_core.backends.cosmian.backend import CosmianCipher, CosmianKey
 from kms_core.backends.cosmian.server import CosmianServer
 from kms_core.backends.remote import FileToken, RemoteBackend
 from kms_core.http_client import PeerServer
-from support.contract.cosmian_double import NEW, OLD, CosmianDouble
+from support.contract.cosmian_double import NEW, CosmianDouble
 from support.tcp_proxy import TcpProxy
 
 Protocol = Literal["auto", "kmip", "jose"]
