@@ -25,6 +25,7 @@ pytest_plugins = [
     "support.age_plugin",
     "support.rabbitmq",
     "support.cli.fixtures",
+    "support.first_tier",
 ]
 
 

@@ -2,12 +2,12 @@
 
 import fcntl
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import which
 from typing import Final
 
 import pytest
@@ -37,7 +37,7 @@ BUILD_LIMIT_S: Final = 1200
 
 def program(name: str) -> str:
     """The path of a program on the PATH, or of a server where Debian puts those."""
-    found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
+    found = which(name, path=f"{os.environ['PATH']}:/usr/sbin")
     if found:
         return found
     pytest.skip(f"{name} is not on the PATH{install(name)}")

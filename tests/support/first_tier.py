@@ -1,0 +1,51 @@
+"""Holds tests of the first tier to what a new machine can run in seconds: a pytest plugin.
+
+While the body of such a test runs, this process connects to nothing but loopback and Unix sockets, asks for
+no program that the lock files do not bring, and stops no process of an install. Fixtures may.
+"""
+
+import ipaddress
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any, Final, NoReturn
+
+import pytest
+
+from support import programs
+from support.service import Service, Supervised
+from support.tiers import is_second
+
+_HELD: Final = "a test of the first tier {}: see tests/support/README.md"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    if is_second(item.nodeid):
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "which", lambda name, **_: _refuse(f"needs the program {name}"))
+        for place, name in ((Service, "stop"), (Supervised, "kill")):
+            patch.setattr(place, name, lambda *_: _refuse("ends a process of an install"))
+        for name in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, name, _on_loopback(getattr(socket.socket, name)))
+        return (yield)
+
+
+def _refuse(what: str) -> NoReturn:
+    pytest.fail(_HELD.format(what))
+
+
+def _on_loopback(connect: Callable[..., Any]) -> Callable[..., Any]:
+    def connect_to(line: socket.socket, address: Any) -> Any:  # noqa: ANN401 -- as in the standard library
+        if line.family in {socket.AF_INET, socket.AF_INET6} and not _is_loopback(address[0]):
+            _refuse(f"connects to {address[0]}")
+        return connect(line, address)
+
+    return connect_to
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return host in {"localhost", ""}
