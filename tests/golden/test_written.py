@@ -6,7 +6,6 @@ The other tests read what is stored. A label or a version that only the writing 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Final
 
 import msgspec
@@ -28,15 +27,7 @@ from kms_core.jobs.storage.spool_folder import DiskSync, SpoolFolder
 from kms_core.jobs.store import redis_keys
 from kms_core.s3 import bucket
 from kms_protocol.context import Context
-from support.golden import (
-    make,
-    make_backup,
-    make_document,
-    make_key_document,
-    make_wraps,
-    manifest,
-    reference,
-)
+from support.golden import manifest, reference
 from support.golden.jobs import SECRET as SPOOL_SECRET
 from support.golden.manifest import SMALL
 from support.golden.reference import Names, Stanza
@@ -279,11 +270,3 @@ def test_reference_reads_the_golden_set() -> None:
     assert reference.opened_file(entry.file, entry.file_key) == SMALL
     with pytest.raises(reference.Broken):
         reference.opened_file(entry.file, bytes(16))
-
-
-@pytest.mark.parametrize(
-    "maker", [make, make_backup, make_document, make_key_document, make_wraps], ids=lambda each: each.__name__
-)
-def test_a_set_is_never_made_again(maker: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert maker.main() == 1
-    assert "never made again" in capsys.readouterr().err

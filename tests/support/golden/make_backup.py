@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Final
 
-from support.golden import install, make, manifest
+from support.golden import install, manifest
 
-main: Final = make.main  # the backup, too, is made once
 PATH: Final = manifest.V1.parent / "v2/backup.age"
 IDENTITIES: Final = manifest.V1 / "keys/age-x25519.txt"
 SETTINGS: Final = b'[kms]\nenvironment = "dev"\n'

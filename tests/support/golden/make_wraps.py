@@ -4,9 +4,8 @@ from typing import Final, cast
 
 from kms_core.backends.age import AgeBackend
 from kms_core.backends.remote import RemoteBackend, SharingBackend, WrapKeys
-from support.golden import backends, make, manifest
+from support.golden import backends, manifest
 
-main: Final = make.main  # these files, too, are made once
 PATH: Final = manifest.V1.parent / "v2/age-wraps.json"
 SHARED: Final = manifest.V1.parent / "v2/shared.json"
 
