@@ -14,7 +14,7 @@ import structlog
 from kms_core.settings.redis_urls import for_celery
 from support.embedded_valkey import EmbeddedValkey
 
-# plugins: tests/support/README.md says what each is for
+# plugins: tests/README.md says what each is for
 pytest_plugins = [
     "support.tiers",
     "support.ci_skips",

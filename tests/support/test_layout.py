@@ -1,5 +1,6 @@
 """The layout of the tests: helpers are in this package, unit tests lie where their module lies."""
 
+import ast
 from pathlib import Path
 from typing import Final
 
@@ -8,7 +9,7 @@ import pytest
 TESTS: Final = Path(__file__).parents[1]
 SUPPORT: Final = TESTS / "support"
 SOURCE: Final = TESTS.parent / "src"
-INDEX: Final = (SUPPORT / "README.md").read_text("utf-8")
+INDEX: Final = (TESTS / "README.md").read_text("utf-8")
 MODULES: Final = sorted(TESTS.rglob("*.py"))
 PACKAGES: Final = sorted(path.name for path in SOURCE.iterdir() if path.is_dir())
 
@@ -22,6 +23,25 @@ def test_no_helper_is_outside_the_package() -> None:
     outside = [path for path in MODULES if not path.is_relative_to(SUPPORT) and not is_test(path)]
 
     assert [str(path.relative_to(TESTS)) for path in outside] == []
+
+
+def imports(path: Path) -> set[str]:
+    """The names of modules that a file imports, with dots."""
+    nodes = list(ast.walk(ast.parse(path.read_bytes())))
+    plain = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+    return plain | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+def test_no_file_imports_a_test_of_another_folder() -> None:
+    folders = {path.name for path in TESTS.iterdir()} - {"support", *PACKAGES}
+    wrong = [
+        f"{path.relative_to(TESTS)}: {name}"
+        for path in MODULES
+        for name in imports(path)
+        if name.partition(".")[0] in folders - {path.parent.name} or ".test_" in f".{name}"
+    ]
+
+    assert wrong == []
 
 
 @pytest.mark.parametrize("package", PACKAGES)
