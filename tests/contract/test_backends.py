@@ -1,7 +1,6 @@
 """The laws that every backend keeps, whatever holds its keys. A new law goes here first."""
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
@@ -18,6 +17,7 @@ from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed
 from support.age_kms import NO_CONTEXT, ROW, head_of, resigned
 from support.contract.rigs import Rig
+from support.waiting import until
 
 CHUNK: Final = 64 * 1024
 FILE_KEY: Final = bytes(range(FILE_KEY_BYTES))
@@ -36,14 +36,6 @@ def seal(backend: Backend, plaintext: bytes, context: Context = ROW, key: KeyRef
 def unseal(backend: Backend, file: bytes, context: Context = ROW, key: KeyRef | None = None) -> bytes:
     head = head_of(file)
     return sealing.open_(file, head, sealing.file_key_of(head, backend, key or ref(backend), context=context))
-
-
-def soon(holds: Callable[[], bool]) -> bool:
-    """Whether it comes to hold: backends over a network share a health check for a moment."""
-    deadline = time.monotonic() + 10
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return holds()
 
 
 # -- round trips -------------------------------------------------------------------------------------
@@ -284,4 +276,4 @@ def test_a_mended_backend_is_healthy_again(rig: Rig) -> None:
     assert not rig.backend.health_check().healthy
     rig.mend()
 
-    assert soon(lambda: rig.backend.health_check().healthy)
+    until(lambda: rig.backend.health_check().healthy, "the health check, which calls share for a moment")

@@ -5,7 +5,6 @@ import io
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from kms_client import Client, ServiceUnreachable
 from kms_protocol import errors
 from support.contract_server import ContractServer
 from support.credentials import Authority
+from support.waiting import RealTime
 
 Connect = Callable[..., Client]
 MIB = 1024 * 1024
@@ -168,7 +168,7 @@ def test_silence_is_told(connect: Connect, begun: bytes) -> None:
 def test_an_answer_that_may_take_long_is_waited_for(connect: Connect) -> None:
     def serve(connection: socket.socket) -> None:
         head_of(connection)
-        time.sleep(0.6)
+        RealTime.sleep(0.6)
         connection.sendall(answer(TOO_LARGE, 413))
 
     with scripted(serve) as service, pytest.raises(errors.TooLarge):

@@ -1,6 +1,5 @@
 """The process that opens sealed key files: when it asks a root, and what the other processes see."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -56,13 +55,13 @@ def clock() -> Clock:
 
 
 def opener(
-    folder: Path, sealer: FileSealer, *names: str, clock: Callable[[], float] = time.monotonic
+    folder: Path, sealer: FileSealer, *names: str, **clock: Callable[[], float]
 ) -> tuple[KeyOpener, SharedSecrets]:
     memory = SharedSecrets.create()
     paths = {name: folder / name for name in names}
     for name, path in paths.items():
         path.write_bytes(sealer.seal(name, CONTENT + name.encode(), "root"))
-    return KeyOpener(paths, sealer, memory, look_s=0.01, clock=clock), memory
+    return KeyOpener(paths, sealer, memory, look_s=0.01, **clock), memory
 
 
 def reader(memory: SharedSecrets, sealer: FileSealer) -> key_opening.InheritedFiles:

@@ -1,7 +1,6 @@
 """A periodic thread: rounds, failures that do not end it, one last step; waits between retries."""
 
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -85,12 +84,21 @@ def test_a_thread_that_is_woken_does_not_wait_for_its_interval() -> None:
 
 
 def test_no_round_runs_while_the_fork_lock_is_held() -> None:
-    lock = threading.Lock()
+    lock, asked = threading.Lock(), threading.Event()
+
+    class ForkLock:
+        def __enter__(self) -> None:
+            asked.set()
+            lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            lock.release()
+
     thread = Counting()
-    thread.fork_lock = lock
+    thread.fork_lock = ForkLock()
     with lock:
         thread.start()
-        time.sleep(0.05)
+        assert asked.wait(WAIT_S)
         assert thread.rounds == 0
     until_rounds(thread, 1)
     thread.stop(WAIT_S)

@@ -4,7 +4,6 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from kms_core.jobs.submission import celery_intake
 from kms_core.settings.load import load
 from kms_protocol import small_files
 from kms_protocol.errors import KmsError
+from support.waiting import RealTime
 
 MIB = 1024 * 1024
 THREE_GIB = 3 * 1024 * MIB
@@ -64,12 +64,12 @@ READS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
 def test_a_huge_file_is_refused_at_once(read: Callable[[Path], object], huge: Path) -> None:
-    began = time.process_time()
+    began = RealTime.processor_s()
 
     with pytest.raises((KmsError, OSError)):
         read(huge)
 
-    assert time.process_time() - began < 1
+    assert RealTime.processor_s() - began < 1
 
 
 def test_huge_settings_take_no_memory(huge: Path) -> None:

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, Final
@@ -191,12 +190,13 @@ def test_a_process_that_was_killed_takes_no_jobs_any_more(core: Core) -> None:
 
 @pytest.mark.parametrize(("told_s_ago", "status"), [(11.0, os.EX_OK), (5.0, GOES_ON)])
 def test_a_worker_that_stops_leaves_what_hangs(
-    store: JobStore, hanging: Hanging, told_s_ago: float, status: int
+    store: JobStore, hanging: Hanging, monkeypatch: pytest.MonkeyPatch, told_s_ago: float, status: int
 ) -> None:
     """Ten seconds after attempts were handed back: its pool would wait for the process."""
     held, shared = hanging.start(), Attendance()
     hang(shared, held)
-    shared.stops_at.set(time.monotonic() - told_s_ago)
+    monkeypatch.setattr("time.monotonic", lambda: told_s_ago)
+    shared.stops_at.set(0.0)
     store.redis.connection_pool.disconnect()
     pid = os.fork()
     if pid == 0:

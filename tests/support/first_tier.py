@@ -1,7 +1,8 @@
 """Holds tests of the first tier to what a new machine can run in seconds: a pytest plugin.
 
 While the body of such a test runs, this process connects to nothing but loopback and Unix sockets, asks for
-no program that the lock files do not bring, and stops no process of an install. Fixtures may.
+no program that the lock files do not bring, stops no process of an install, and neither sleeps nor measures
+seconds: `tests/ruff.toml` bans the functions of ``time``. Fixtures may.
 """
 
 import ipaddress
@@ -14,8 +15,9 @@ import pytest
 from support import programs
 from support.service import Service, Supervised
 from support.tiers import is_second
+from support.waiting import RealTime
 
-_HELD: Final = "a test of the first tier {}: see tests/support/README.md"
+_HELD: Final = "a test of the first tier {}: see tests/README.md"
 
 
 @pytest.hookimpl(wrapper=True)
@@ -26,6 +28,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         patch.setattr(programs, "which", lambda name, **_: _refuse(f"needs the program {name}"))
         for place, name in ((Service, "stop"), (Supervised, "kill")):
             patch.setattr(place, name, lambda *_: _refuse("ends a process of an install"))
+        for name in ("sleep", "now_s", "processor_s"):
+            patch.setattr(RealTime, name, lambda *_: _refuse("goes by seconds"))
         for name in ("connect", "connect_ex"):
             patch.setattr(socket.socket, name, _on_loopback(getattr(socket.socket, name)))
         return (yield)

@@ -6,6 +6,7 @@ import pytest
 
 from support.programs import program
 from support.service import Service
+from support.waiting import RealTime
 
 
 @pytest.mark.parametrize("name", ["connect", "connect_ex"])
@@ -22,6 +23,12 @@ def test_loopback_is_open() -> None:
 def test_no_program_is_asked_for() -> None:
     with pytest.raises(pytest.fail.Exception, match="needs the program age"):
         program("age")
+
+
+@pytest.mark.parametrize("name", ["sleep", "now_s", "processor_s"])
+def test_no_seconds_are_waited_for_or_measured(name: str) -> None:
+    with pytest.raises(pytest.fail.Exception, match="goes by seconds"):
+        getattr(RealTime, name)(*[0.0] * (name == "sleep"))
 
 
 def test_no_process_of_an_install_is_stopped() -> None:

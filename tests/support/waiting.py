@@ -2,10 +2,12 @@
 
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import httpx2 as httpx
+import pytest
 
 WAIT_S: Final = 90.0  # below half of the timeout of a test, so that two waits can say what they waited for
 POLL_S: Final = 0.05
@@ -31,6 +33,33 @@ def until_up(
         return is_up()
 
     until(fact, lambda: f"the start of {process.args!r}\n{log()[-_TAIL:]}")
+
+
+class RealTime:
+    """Time that passes, for laws about seconds. ``first_tier.py`` refuses it to tests of the first tier."""
+
+    @staticmethod
+    def sleep(seconds: float) -> None:
+        time.sleep(seconds)
+
+    @staticmethod
+    def now_s() -> float:
+        """Return the seconds of the monotonic clock."""
+        return time.monotonic()
+
+    @staticmethod
+    def processor_s() -> float:
+        """Return the seconds of processor time that this process has taken."""
+        return time.process_time()
+
+
+@contextmanager
+def monotonic_ahead(seconds: float) -> Iterator[None]:
+    """The monotonic clock of this process is ahead by so many seconds."""
+    genuine = time.monotonic
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: genuine() + seconds)
+        yield
 
 
 def answers(url: str) -> bool:

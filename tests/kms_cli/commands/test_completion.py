@@ -5,7 +5,6 @@ import re
 import select
 import socket
 import subprocess
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,9 +84,8 @@ class Terminal:
 
     def until(self, text: str) -> None:
         """Read on until it shows a text, and to no further than that."""
-        end = time.monotonic() + WAIT_S
         while text not in self._shown:
-            readable, _, _ = select.select([self.fd], [], [], max(0.0, end - time.monotonic()))
+            readable, _, _ = select.select([self.fd], [], [], WAIT_S)
             assert readable, f"{text!r} is not in {self._shown!r}"
             self._shown += os.read(self.fd, 65536).decode(errors="replace")
         self._shown = self._shown.partition(text)[2]
@@ -120,7 +118,9 @@ def answered(env: dict[str, str], *words: str) -> tuple[str, str]:
     """What the script of bash is answered for the last of the words."""
     asked = {"COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
     asked["_KMS_COMPLETE"] = "bash_complete"
-    done = subprocess.run([KMS], env={**env, **asked}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [KMS], env={**env, **asked}, capture_output=True, text=True, check=False, timeout=WAIT_S
+    )
     return done.stdout, done.stderr
 
 
@@ -158,10 +158,7 @@ def test_completion_is_silent_on_errors(
 def test_a_service_that_never_answers_is_waited_for_briefly(env: dict[str, str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         env["KMS_SERVICE_URL"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        began = time.monotonic()
         assert answered(env, "kms", "encrypt", "--key-id", "''") == ("\n", "")
-
-    assert time.monotonic() - began < WAIT_S
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from kms_cli.main import run
 from support.audit_logs import Place
 from support.ports import free_port
 from support.programs import tied
-from support.waiting import WAIT_S, until
+from support.waiting import WAIT_S, RealTime, until
 
 STAND_INS = Path(__file__).parents[2] / "support/up_children.py"
 
@@ -230,7 +229,7 @@ def test_second_ctrl_c_kills(start: Start) -> None:
 
     service.ctrl_c()
     until(lambda: service.notes("worker", "SIGTERM"), "the worker was asked")
-    time.sleep(0.4)
+    RealTime.sleep(0.4)
     service.ctrl_c()
     status = service.process.wait(WAIT_S)
 

@@ -3,7 +3,6 @@ import io
 import json
 import logging
 import re
-import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Literal
@@ -20,6 +19,7 @@ from kms_core import audit
 from kms_core.observability import logs
 from kms_core.settings.model import LogSection
 from kms_protocol.errors import ConfigurationError
+from support.waiting import RealTime
 
 IDENTITY = "AGE-SECRET-KEY-1" + "Q" * 58
 HUNTER = "hunter2"
@@ -278,8 +278,8 @@ def test_no_text_takes_long_to_be_scrubbed(piece: str) -> None:
     seconds: list[float] = []
     for size in (1_000, 10_000, 100_000):
         text = "://" + piece * (size // len(piece))
-        begun = time.process_time()
+        begun = RealTime.processor_s()
         for _ in range(3):
             logs.scrub(text)
-        seconds.append(time.process_time() - begun)
+        seconds.append(RealTime.processor_s() - begun)
         assert seconds[-1] <= max(seconds[0], 1e-3) * size / 1_000 * 3, seconds

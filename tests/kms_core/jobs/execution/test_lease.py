@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from typing import Final
 
@@ -15,7 +14,7 @@ from kms_core.jobs.execution.lease import Chore, HandedBack, Lease, Renewed
 from kms_core.jobs.model import LeaseLost
 from kms_core.jobs.store.store import JobStore
 from support.job_stores import COMMIT, TENANT, claimed, store_of, with_jobs
-from support.waiting import until
+from support.waiting import RealTime, until
 
 BRISK: Final = with_jobs(lease_s=0.6, stall_s=0.8)
 
@@ -56,7 +55,7 @@ def test_an_attempt_that_advances_keeps_its_lease(store: JobStore, moves: Callab
     claim = claimed(store)
     with Lease(store, claim) as lease:
         for _ in range(10):
-            time.sleep(0.2)
+            RealTime.sleep(0.2)
             moves(lease)
 
     store.finish(claim, "succeeded")
@@ -77,7 +76,7 @@ def test_its_process_ends_and_its_parent_is_told(store: JobStore, shared: Attend
     def hang() -> None:
         store.redis.connection_pool.disconnect()
         with Lease(store, claim):
-            time.sleep(60)
+            RealTime.sleep(60)
 
     assert os.WTERMSIG(in_child(hang)) == signal.SIGKILL
     told: list[Stall] = list(shared.stalls())
@@ -109,7 +108,7 @@ def test_a_renewal_that_fails_stops_no_other() -> None:
 def test_a_chore_that_hangs_ends_its_process(store: JobStore, shared: Attendance) -> None:
     def hang() -> None:
         with Chore(store, "some job"):
-            time.sleep(60)
+            RealTime.sleep(60)
 
     assert os.WTERMSIG(in_child(hang)) == signal.SIGKILL
     assert [stall.job_id for stall in shared.stalls()] == ["some job"]
@@ -118,7 +117,7 @@ def test_a_chore_that_hangs_ends_its_process(store: JobStore, shared: Attendance
 def test_a_worker_that_stops_tells_its_attempts(core: Core, shared: Attendance) -> None:
     store = store_of(core, with_jobs(lease_s=0.6))
     with Lease(store, claimed(store)) as lease:
-        time.sleep(1)
+        RealTime.sleep(1)
         lease.check()
         shared.stops_at.note()
         assert attendance.is_stopping()
@@ -140,7 +139,7 @@ def test_an_attempt_that_does_not_hear_it_is_handed_back(
         store.redis.connection_pool.disconnect()
         shared.stops_at.note()
         with Lease(store, claim):
-            time.sleep(60)
+            RealTime.sleep(60)
 
     assert os.WTERMSIG(in_child(hang)) == signal.SIGKILL
     found = store.get(claim.accepted.job_id, TENANT)

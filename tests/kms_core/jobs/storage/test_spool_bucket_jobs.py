@@ -1,7 +1,6 @@
 """Jobs whose spool is a bucket that fails: each submission is answered by a code, no job is lost."""
 
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from support.embedded_valkey import EmbeddedValkey
 from support.job_stores import TENANT, remove_inputs
 from support.object_stores import Meddle, TestBucket, Way
 from support.service import CONTEXT, Service, b64, check_problem, core_of
-from support.waiting import until
+from support.waiting import RealTime, until
 
 MIB = 1024 * 1024
 ITEM = {"kind": "encrypt", "items": [{"plaintext": b64(b"x" * 1000)}], "context": CONTEXT}
@@ -206,7 +205,7 @@ def test_orphans_are_swept_and_objects_of_jobs_stay(
     job_id, _ = submitted(install)
     install.bucket.put(ORPHAN, b"left by a kill")
     install.bucket.put("elsewhere/99999999-9999-4999-9999-999999999999/upload", b"not ours")
-    time.sleep(2.1)
+    RealTime.sleep(2.1)
     context = install.core.worker_context
 
     Reaper(context.store, context.spool, "r").reap()

@@ -1,7 +1,6 @@
 """The spool, wherever it rests: sealed, bound to its job, bounded, and clean after every failure."""
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -22,6 +21,7 @@ from kms_core.payload.files import RangeSource
 from kms_protocol.errors import RecordRefused, ResultExpired, SpoolFull
 from support import blob_stores
 from support.blob_stores import Place
+from support.waiting import RealTime
 
 JOB = "11111111-1111-1111-1111-111111111111"
 OTHER = "22222222-2222-2222-2222-222222222222"
@@ -257,7 +257,7 @@ def test_what_an_attempt_that_died_left_is_written_over(spool: Spool, place: Pla
     write(spool, label(role="result", attempt="1"))
     place.change(f"{JOB}/result.1", place.files()[f"{JOB}/result.1"][:300])
     if place.store.is_remote:
-        time.sleep(3.5)  # what is as old as the write could be another process's
+        RealTime.sleep(3.5)  # what is as old as the write could be another process's
 
     written = write(spool, label(role="result", attempt="1"), b"whole")
 
@@ -328,7 +328,7 @@ def test_use_is_counted(key: AgeBackend, place: Place) -> None:
 
 def test_old_jobs_are_candidates_for_the_sweep(spool: Spool) -> None:
     write(spool, label())
-    time.sleep(2.1)
+    RealTime.sleep(2.1)
     write(spool, label(OTHER))
 
     assert list(spool.folders(older_than_s=1)) == [JOB]
@@ -337,7 +337,7 @@ def test_old_jobs_are_candidates_for_the_sweep(spool: Spool) -> None:
 
 def test_old_names_of_a_bucket_can_be_left_out(place: Place) -> None:
     place.store.put("hosts", "old", b"x", durable=True)
-    time.sleep(2.1)
+    RealTime.sleep(2.1)
 
     assert place.store.names("hosts", 1) == (["old"] if isinstance(place.store, SpoolFolder) else [])
     assert place.store.names("hosts", 600) == ["old"]

@@ -18,7 +18,7 @@ from kms_protocol.errors import InvalidDeadline, JobExpired
 from kms_protocol.wire import JobItem
 from support.job_stores import COMMIT, LONG, TENANT, accepted, lapse, record, store_of
 from support.object_jobs import WHO
-from support.waiting import until
+from support.waiting import monotonic_ahead, until
 
 NOW: Final = 1_900_000_000.0
 DAY: Final = 86_400
@@ -109,6 +109,10 @@ def attempt(store: JobStore) -> Attempt:
     return found
 
 
+def over(store: JobStore, time_of_redis: float) -> None:
+    until(lambda: store.ask_clock() > time_of_redis, "a deadline, by the clock of Redis")
+
+
 def ended(store: JobStore, job_id: str) -> tuple[str, str]:
     found = store.get(job_id, TENANT)
     return found.state, found.error
@@ -151,7 +155,7 @@ def test_a_job_that_has_started_may_go_on(store: JobStore) -> None:
     job_id = job(store, start_by=0.3)
     first = attempt(store)
     started_at = store.get(job_id, TENANT).started_at
-    time.sleep(0.4)
+    over(store, store.accepted(job_id).start_by)
     assert store.due() == []
     store.defer(first, 0, counts=False)
 
@@ -184,7 +188,7 @@ def test_a_job_whose_worker_hears_nothing_ends_all_the_same(store: JobStore) -> 
 def test_a_commit_that_was_recorded_in_time_is_finished_under_a_whole_lease(store: JobStore) -> None:
     job_id = job(store, run_by=1)
     store.committing(attempt(store), COMMIT)
-    time.sleep(1.1)
+    over(store, store.accepted(job_id).run_by)
     lapse(store)
 
     again = store.claim(job_id, "w/2")
@@ -268,10 +272,10 @@ def test_a_worker_whose_clock_is_a_day_behind_puts_nothing_in_place_late(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job(store, run_by=0.3)
-    job(store, run_by=0.3)
+    last = job(store, run_by=0.3)
     claim, part = attempt(store), attempt(store)
     monkeypatch.setattr(time, "time", lambda real=time.time: real() - 86_400)
-    time.sleep(0.4)
+    over(store, store.accepted(last).run_by)
 
     with pytest.raises(JobExpired):
         store.committing(claim, COMMIT)
@@ -298,11 +302,11 @@ def test_redis_is_asked_for_its_clock_every_ten_seconds(
 ) -> None:
     store.ask_clock()
     monkeypatch.setattr(store, "ask_clock", lambda: NOW)
-    monkeypatch.setattr(time, "monotonic", lambda real=time.monotonic: real() + 5)
-    assert store.now() != NOW
+    with monotonic_ahead(5):
+        assert store.now() != NOW
 
-    monkeypatch.setattr(time, "monotonic", lambda real=time.monotonic: real() + 5)
-    assert store.now() == NOW
+    with monotonic_ahead(10):
+        assert store.now() == NOW
 
 
 def test_a_submission_goes_by_the_clock_of_redis(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
