@@ -1,6 +1,6 @@
 """What is Cosmian's own: dialects, BulkData, messages of several calls, versions, keys of other users.
 
-What is asked of a server is in ``test_cosmian_requests``.
+What is asked of a server is in ``test_kmip_requests``.
 
 Tests marked ``cosmian`` run against the server at ``COSMIAN_KMS_URL`` where there is one; the others need
 the double: they look at what was sent, or make it misbehave.
