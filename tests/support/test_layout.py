@@ -11,6 +11,11 @@ SUPPORT: Final = TESTS / "support"
 SOURCE: Final = TESTS.parent / "src"
 INDEX: Final = (TESTS / "README.md").read_text("utf-8")
 MODULES: Final = sorted(TESTS.rglob("*.py"))
+LISTED: Final = dict(
+    line.split(maxsplit=1)
+    for line in (TESTS / "modules.txt").read_text("utf-8").splitlines()
+    if not line.startswith("#")
+)
 PACKAGES: Final = sorted(path.name for path in SOURCE.iterdir() if path.is_dir())
 
 
@@ -49,6 +54,20 @@ def test_folders_of_a_package_are_those_of_its_sources(package: str) -> None:
     folders = {path.parent.relative_to(TESTS) for path in (TESTS / package).rglob("test_*.py")}
 
     assert sorted(str(folder) for folder in folders if not (SOURCE / folder).is_dir()) == []
+
+
+def test_each_module_has_a_test_of_its_name_or_is_in_the_list() -> None:
+    modules = [path.relative_to(SOURCE) for path in SOURCE.rglob("*.py") if path.stem != "__init__"]
+    unnamed = [
+        str(path)
+        for path in modules
+        if not (TESTS / path).with_name(f"test_{path.stem}.py").is_file()
+        and not list((TESTS / path.parent).glob(f"test_{path.stem}_*.py"))
+    ]
+    named = [name for names in LISTED.values() for name in names.split()]
+
+    assert list(LISTED) == sorted(unnamed)
+    assert [name for name in named if not (TESTS.parent / name).is_file()] == []
 
 
 def test_each_helper_is_in_the_index() -> None:
