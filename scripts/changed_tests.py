@@ -1,7 +1,7 @@
 """Prints the tests of what changed since a commit (HEAD), one path a line; of the last commit if nothing did.
 
-A module is tested by the files of its folder in ``tests`` that carry its name or that of the folder, or
-import it; a test by itself.
+A module is tested by the files of its folder in ``tests`` that carry its name or import it, and by those that
+``tests/modules.txt`` names for it; by all of its folder if the first tier has none of these; a test by itself.
 Other files are judged by ``tests/repository``. ``scripts/test --changed`` runs what this prints.
 """
 
@@ -15,6 +15,7 @@ from typing import Final
 ROOT: Final = Path(__file__).parents[1]
 TESTS: Final = Path("tests")
 REPOSITORY: Final = TESTS / "repository"
+LISTED: Final = TESTS / "modules.txt"
 
 
 def changed(since: str) -> list[Path]:
@@ -38,16 +39,27 @@ def _of_module(module: Path) -> Iterator[Path]:
     folder = TESTS / module.parent
     while not (ROOT / folder).is_dir():
         folder = folder.parent
-    files = sorted((ROOT / folder).glob("test_*.py"))
+    files = sorted(each.relative_to(ROOT) for each in (ROOT / folder).glob("test_*.py"))
     imports = _imports(module.with_suffix(""))
     own = [
         each
         for each in files
-        if _is_named(each, module.stem)
-        or _is_named(each, module.parent.name)
-        or imports.search(each.read_text("utf-8"))
+        if _is_named(each, module.stem) or imports.search((ROOT / each).read_text("utf-8"))
     ]
-    yield from (each.relative_to(ROOT) for each in own or files)
+    listed = _listed(module)
+    yield from [*listed, *own] if own or not all(map(_is_second, listed)) else [*listed, *files]
+
+
+def _listed(module: Path) -> list[Path]:
+    """The tests of a module without a test file of its name."""
+    lines = (ROOT / LISTED).read_text("utf-8").splitlines()
+    return [Path(name) for line in lines if line.startswith(f"{module} ") for name in line.split()[1:]]
+
+
+def _is_second(test: Path) -> bool:
+    """Whether a file is of the second tier, which ``scripts/test --changed`` does not run."""
+    is_named = str(test) in (ROOT / TESTS / "second_tier.txt").read_text("utf-8").splitlines()
+    return is_named or test.parts[1] in {"chaos", "deploy", "e2e", "monitoring", "peers"}
 
 
 def _importing(helper: Path) -> Iterator[Path]:

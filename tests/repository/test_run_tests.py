@@ -6,6 +6,8 @@
 import json
 import re
 import runpy
+import subprocess
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +116,17 @@ def test_a_run_that_hangs_ends_and_says_where(
     assert "test_it.py::test_hangs" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(("folder", "code"), [("e2e", 0), ("kms_core", 1)])
+@pytest.mark.usefixtures("runner")
+def test_files_of_the_second_tier_alone_leave_the_first_green(tmp_path: Path, folder: str, code: int) -> None:
+    file = tmp_path / f"tests/{folder}/test_it.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(textwrap.dedent(ALWAYS))
+
+    done = subprocess.run([sys.executable, "-m", "pytest", "--tier=1", str(file)], cwd=tmp_path, check=False)
+    assert done.returncode == code
+
+
 def test_the_list_of_the_second_tier_names_tests() -> None:
     for each in tiers.listed():
         path, _, name = each.partition("::")
@@ -147,6 +160,8 @@ MODULES: Final = sorted(path.relative_to(ROOT) for path in (ROOT / "src").rglob(
         ("src/kms_core/age/header.py", "tests/kms_core/age/test_header.py"),
         ("src/kms_core/age/__init__.py", "tests/kms_core/age/test_header.py"),
         ("src/kms_core/service.py", "tests/kms_core/test_service_reseal.py"),
+        ("src/kms_core/jobs/store/lua/claim.lua", "tests/kms_core/jobs/store/test_store.py"),
+        ("src/kms_api/routes/keys.py", "tests/kms_api/test_permissions.py"),
         ("tests/kms_core/age/test_header.py", "tests/kms_core/age/test_header.py"),
         ("tests/kms_client/conftest.py", "tests/kms_client"),
         ("tests/support/ports.py", "tests/support/test_ports.py"),
