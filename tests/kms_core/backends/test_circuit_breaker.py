@@ -8,7 +8,6 @@ import pytest
 from kms_core.backends.circuit_breaker import Breaker, RetryingCaller, RetryPolicy
 from kms_core.http_client import Busy, Unreachable
 from kms_protocol.errors import BackendUnavailable, DecryptFailed, KmsError
-from support.waiting import monotonic_ahead
 
 QUICK: Final = RetryPolicy(first_wait_s=0.0, failures=3, open_s=10.0, longest_open_s=15.0)
 
@@ -141,14 +140,13 @@ def test_a_call_that_is_broken_off_while_it_probes_does_not_close_the_peer_for_e
     def broken_off() -> str:
         raise KeyboardInterrupt
 
-    guard = RetryingCaller("peer", RetryPolicy(attempts=1, failures=1, open_s=0.001, longest_open_s=0.001))
+    guard = RetryingCaller("peer", RetryPolicy(attempts=1, failures=1, open_s=1e-6, longest_open_s=1e-6))
     with pytest.raises(Unreachable):
         guard.once("wrap", Peer(Unreachable("gone")))
-    with monotonic_ahead(1):
-        with pytest.raises(KeyboardInterrupt):
-            guard.once("wrap", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        guard.once("wrap", broken_off)
 
-        assert guard.once("wrap", Peer()) == "ok"
+    assert guard.once("wrap", Peer()) == "ok"
 
 
 # -- calls that went in one request ------------------------------------------------------------------
