@@ -17,6 +17,7 @@ from kms_core.settings.load import load
 from kms_core.settings.model import Settings
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, KmsError, UnknownKey
 from support.age_kms import age_backend, write_identities
+from support.clock import Clock
 
 CONTENT: Final = b"AGE-SECRET-KEY-1TEST\n"
 
@@ -36,23 +37,9 @@ class Counted(FileSealer):
         return super().open(name, sealed)
 
 
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def sealer(tmp_path: Path) -> Counted:
     return Counted(Key("root", age_backend(tmp_path / "root", x25519.X25519Identity.generate())))
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 def opener(

@@ -10,6 +10,7 @@ import pytest
 
 from kms_core.signed_documents import Anchors, CopyPoll, FilePlace, LocalCopy, SignedDocument
 from kms_protocol.errors import Unavailable
+from support.clock import Clock
 from support.job_stores import connect
 from support.waiting import WAIT_S, until
 
@@ -33,19 +34,11 @@ class Place(FilePlace):
         return super().read(unless)
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = time.time()
-
-    def __call__(self) -> float:
-        return self.now
-
-
 class Host:
     """A host with a document and its copy, as one of its processes sees it."""
 
     def __init__(self, folder: Path, redis_url: str) -> None:
-        self.folder, self.clock = folder, Clock()
+        self.folder, self.clock = folder, Clock(time.time())
         self.place = Place(folder / "shared")
         self.document = SignedDocument(
             "tokens", self.place, KEY, Anchors("tokens", folder / "state", connect(redis_url), KEY)

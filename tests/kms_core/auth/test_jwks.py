@@ -19,18 +19,11 @@ from kms_core.auth.jwt_verifier import (
 )
 from kms_core.settings.model import IssuerSection as Section
 from kms_protocol.errors import Unauthenticated, Unavailable
+from support.clock import Clock
 from support.credentials import AUDIENCE, ISSUER, Issuer, claims, counted_signatures, verified
 from support.waiting import until
 
 OTHER = "https://other.example.com"
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Endpoint:

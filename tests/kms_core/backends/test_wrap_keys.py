@@ -25,6 +25,7 @@ from kms_core.http_client import Unreachable
 from kms_protocol.context import Context
 from kms_protocol.errors import BackendUnavailable, DecryptFailed, Forbidden
 from support.age_kms import ADA, ROW, Kept, head_of, kms_over
+from support.clock import Clock
 from support.memory_kms import NO_RETRIES, MemoryCipher
 from support.waiting import WAIT_S
 
@@ -32,15 +33,6 @@ KEY: Final = KeyRef("acme", "payroll", "1", "memory")
 AAD: Final = b"names and context"
 FILE_KEY: Final = bytes(range(16))
 SHARE_S: Final = 300.0
-
-
-class Clock:
-    """Seconds that pass when told to."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Shared:

@@ -25,6 +25,7 @@ from support.aws_scripted import (
     working,
 )
 from support.aws_servers import calls_to
+from support.clock import Clock
 from support.waiting import WAIT_S
 
 THREADS: Final = 8
@@ -37,15 +38,15 @@ def earlier(home: str) -> dict[str, object]:
 
 
 @contextmanager
-def timed(replies: Mapping[str, Reply]) -> Iterator[tuple[AwsCipher, Script, list[float]]]:
+def timed(replies: Mapping[str, Reply]) -> Iterator[tuple[AwsCipher, Script, Clock]]:
     """A cipher whose peer answers so, and its clock."""
-    now = [0.0]
+    clock = Clock()
 
     def answer(operation: str, asked: Mapping[str, object]) -> Reply:
         return replies.get(operation) or working(operation, asked)
 
     with scripted(answer) as (url, script):
-        yield AwsCipher(calls_to(url), "alias/payroll", clock=lambda: now[0]), script, now
+        yield AwsCipher(calls_to(url), "alias/payroll", clock=clock), script, clock
 
 
 def paged(operation: str, asked: Mapping[str, object]) -> Reply:
@@ -107,10 +108,10 @@ def test_a_known_key_asks_aws_for_nothing_but_its_work() -> None:
 def test_a_known_key_is_used_while_the_list_cannot_be_had(failure: str) -> None:
     """After a minute AWS is asked for it again. Of a key that is not on the last one nobody can tell."""
     replies: dict[str, Reply] = {}
-    with timed(replies) as (cipher, script, now):
+    with timed(replies) as (cipher, script, clock):
         assert cipher.decrypt(SECRET[::-1], KEY, AAD) == SECRET
         replies["ListAliases"] = refused(failure) if "Exception" in failure else refused(failure, status=502)
-        now[0] = 61.0
+        clock.now += 61.0
         assert cipher.decrypt(SECRET[::-1], KEY, AAD) == SECRET
         assert cipher.decrypt(SECRET[::-1], KEY, AAD) == SECRET
         with pytest.raises((Busy, Unreachable)):
@@ -144,10 +145,10 @@ def test_those_who_ask_about_an_unknown_key_at_once_share_an_answer() -> None:
 
 def test_a_key_that_left_the_history_is_let_go_within_a_minute() -> None:
     replies: dict[str, Reply] = {"ListAliases": (200, {"Aliases": [earlier(HOME)]})}
-    with timed(replies) as (cipher, _, now):
+    with timed(replies) as (cipher, _, clock):
         assert cipher.decrypt(SECRET[::-1], "earlier", AAD) == SECRET
         replies.clear()
-        now[0] = 61.0
+        clock.now += 61.0
         with pytest.raises(DecryptFailed):
             cipher.decrypt(SECRET[::-1], "earlier", AAD)
 

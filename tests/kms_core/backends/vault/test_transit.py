@@ -21,6 +21,7 @@ from kms_core.settings.load import load
 from kms_protocol.errors import BackendUnavailable, DecryptFailed
 from support import openbao
 from support.age_kms import ROW, head_of
+from support.clock import Clock
 from support.contract.faults import Fault, Faulty, answer, faulty, hangs_up
 from support.openbao import Bao, BaoRefused, transit
 
@@ -274,13 +275,6 @@ def test_a_namespace_is_entered(server: Bao) -> None:
 
 
 # -- the token -----------------------------------------------------------------------------------------
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def timed(server: Bao | Faulty, key: str, token: FileToken, clock: Clock) -> TransitCipher:
