@@ -1,5 +1,5 @@
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -10,12 +10,12 @@ from kms_core.backends.age_settings import AgeSection
 from kms_core.backends.cosmian.settings import CosmianSection
 from kms_core.sections import Section
 from kms_core.settings.load import VARIABLES, load
-from kms_core.settings.model import KmsSection, Settings
+from kms_core.settings.model import KmsSection
 from kms_core.settings.toml_reader import REMOVED
 from kms_protocol import wire
 from kms_protocol.errors import ConfigurationError
+from support.settings_files import HOME, read, refusal
 
-HOME = {"HOME": "/home/ada"}
 EXAMPLE = Path(__file__).parents[3] / "docs/kms.example.toml"
 SEED = """
 [kms]
@@ -38,24 +38,6 @@ COSMIAN = HOME | {
     "COSMIAN_KMS_URL": "https://kms.test",
     "COSMIAN_API_KEY": "hunter2",
 }
-
-
-@pytest.fixture(autouse=True)
-def empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "cwd").mkdir()
-    monkeypatch.chdir(tmp_path / "cwd")
-
-
-def read(tmp_path: Path, text: str, environ: Mapping[str, str] = HOME, **overrides: object) -> Settings:
-    file = tmp_path / "kms.toml"
-    file.write_text(text)
-    return load(file, environ, overrides=overrides)
-
-
-def refusal(tmp_path: Path, text: str, environ: Mapping[str, str] = HOME, **overrides: object) -> str:
-    with pytest.raises(ConfigurationError) as caught:
-        read(tmp_path, text, environ, **overrides)
-    return caught.value.detail
 
 
 # -- defaults ----------------------------------------------------------------------------------------
@@ -163,7 +145,8 @@ def test_tilde_without_home_is_refused() -> None:
 # -- search and precedence ---------------------------------------------------------------------------
 
 
-def test_only_a_named_file_is_read(tmp_path: Path) -> None:
+def test_only_a_named_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     here, file = Path("provisioning/config/kms.toml"), tmp_path / "named.toml"
     here.parent.mkdir(parents=True)
     here.write_text("[kms]\nport = 9001")
