@@ -11,12 +11,13 @@ from typing import Final
 
 import msgspec
 
+from kms_core import scopes
 from kms_core.age import header, mlkem768x25519, x25519
 from kms_core.age.armor import ArmorWriter
 from kms_core.age.header import FILE_LIMITS, VERSION_LINE, Header, Stanza
 from kms_core.age.mlkem768x25519 import Identity
 from kms_core.audit import AuditRecord, AuditWriter
-from kms_core.auth.policy import AllowAll, Policy, Principal
+from kms_core.auth.policy import AllowAll, ByScopes, Policy, Principal
 from kms_core.backends import Backend
 from kms_core.backends.age import AgeBackend
 from kms_core.backends.key_files import KeyFiles
@@ -113,6 +114,12 @@ def kms_over(  # noqa: PLR0913 -- what settings would say
     return Kms(
         Keyring(keys, keys["default"]), policy or AllowAll(), trail or Kept(), rules or SelectionRules()
     )
+
+
+def allowing(*lines: str) -> ByScopes:
+    """A policy by which every caller has these scopes."""
+    granted = [scopes.parse(line) for line in lines]
+    return ByScopes(lambda _: granted, {})
 
 
 # -- files taken apart -------------------------------------------------------------------------------

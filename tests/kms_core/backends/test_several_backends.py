@@ -8,7 +8,7 @@ import pytest
 
 from kms_core.age import x25519
 from kms_core.age.header import Stanza
-from kms_core.auth.policy import AllowAll, Principal
+from kms_core.auth.policy import AllowAll
 from kms_core.backends import Backend
 from kms_core.envelope import binding
 from kms_core.http_client import Unreachable
@@ -17,7 +17,7 @@ from kms_core.keyring import Key, Keyring
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed, ForeignRefused, KmsError, UnknownKey
-from support.age_kms import ADA, ROW, Kept, age_backend, head_of, resigned, types_of
+from support.age_kms import ADA, ROW, Kept, age_backend, allowing, head_of, resigned, types_of
 from support.memory_kms import memory_backend
 from support.programs import program
 
@@ -253,17 +253,9 @@ def test_version_that_the_backend_does_not_know_is_not_named(age: Backend, tmp_p
     assert (found.key_version, found.newest) == ("", False)
 
 
-class Blind(AllowAll):
-    """A policy that shows no key."""
-
-    def sees(self, who: Principal, key_id: str) -> bool:
-        del who, key_id
-        return False
-
-
 def test_a_header_says_nothing_of_a_key_that_the_caller_may_not_see(age: Backend) -> None:
     kms = service(age)
-    blind = Kms(kms.keyring, Blind(), Kept(), SelectionRules())
+    blind = Kms(kms.keyring, allowing(), Kept(), SelectionRules())
 
     with pytest.raises(UnknownKey):
         blind.key_version_status(ADA, head_of(sealed_by(kms)), None)
