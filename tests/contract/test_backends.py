@@ -147,11 +147,11 @@ def test_the_aad_is_authenticated_or_origin_is_proven(backend: Backend) -> None:
     key = ref(backend)
     stanza = backend.wrap(FILE_KEY, key, AAD)
 
-    if backend.origin_key(key) is None:
+    if stanza.type == binding.WRAP:
         with pytest.raises(DecryptFailed):
             backend.unwrap(stanza, key, AAD + b"!")
     else:
-        assert backend.unwrap(stanza, key, AAD + b"!") == FILE_KEY
+        assert backend.origin_key(key) is not None
 
 
 # -- stanzas of others, and damaged ones -------------------------------------------------------------

@@ -92,9 +92,9 @@ def write_recipient(path: Path, identity: Identity) -> None:
     path.write_text(f"{identity.recipient}\n")
 
 
-def age_backend(directory: Path, *identities: NativeIdentity) -> AgeBackend:
+def age_backend(directory: Path, *identities: NativeIdentity, native: bool = True) -> AgeBackend:
     """A backend that looks at its files on every call."""
-    return AgeBackend(write_pair(directory, *identities), data_keys=True, recheck_s=0)
+    return AgeBackend(write_pair(directory, *identities), data_keys=True, native=native, recheck_s=0)
 
 
 def kms_over(  # noqa: PLR0913 -- what settings would say
@@ -167,6 +167,13 @@ def with_stanzas(file: bytes, stanzas: Iterable[Stanza]) -> bytes:
 def resigned(file: bytes, stanzas: Iterable[Stanza], file_key: bytes) -> bytes:
     """Other stanzas under a new MAC: what everybody with the file key can do."""
     return header.render(stanzas, file_key) + file[head_of(file).size :]
+
+
+def is_newest(kms: Kms, file: bytes) -> bool:
+    """Whether a file of the caller is as a new one of its key would be."""
+    found = kms.key_version_status(ADA, head_of(file), None)
+    assert found is not None
+    return found.newest
 
 
 def operation_counts() -> dict[tuple[str, str], int]:

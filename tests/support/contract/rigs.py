@@ -41,14 +41,18 @@ class AgeRig:
     """Key files in a directory of their own."""
 
     def __init__(
-        self, directory: Path, kind: type[x25519.X25519Identity | mlkem768x25519.HybridIdentity]
+        self,
+        directory: Path,
+        kind: type[x25519.X25519Identity | mlkem768x25519.HybridIdentity],
+        *,
+        native: bool = True,
     ) -> None:
         self._kind = kind
         self._private = directory / "private_key.txt"
         self._public = directory / "public_key.txt"
         self._identities = [kind.generate()]
-        self.backend: Backend = age_backend(directory, *self._identities)
-        self.other: Backend = age_backend(directory / "other", kind.generate())
+        self.backend: Backend = age_backend(directory, *self._identities, native=native)
+        self.other: Backend = age_backend(directory / "other", kind.generate(), native=native)
 
     def rotate(self) -> None:
         self._identities.append(self._kind.generate())
@@ -65,6 +69,7 @@ class AgeRig:
 MAKERS: Final[dict[str, Callable[[Path], Rig]]] = {
     "age": lambda directory: AgeRig(directory, x25519.X25519Identity),
     "age-hybrid": lambda directory: AgeRig(directory, mlkem768x25519.HybridIdentity),
+    "age-wraps": lambda directory: AgeRig(directory, x25519.X25519Identity, native=False),
     "awskms": lambda _: AwsRig(),
     "cosmian": lambda _: CosmianRig(NEW, "kmip"),
     "cosmian-jose": lambda _: CosmianRig(NEW, "jose"),
