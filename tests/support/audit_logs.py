@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from prometheus_client import REGISTRY
 
 from kms_core.audit import AuditLog, AuditRecord
 from kms_core.audit.keys import Concealer, PublicKeys, Signer, public_path
+from kms_core.audit.maintenance import FolderSink, RedisSink
 from kms_core.audit.segments import HostLog
 from kms_core.audit.verification.scan import VerificationReport
-from kms_core.audit.verification.verify import verify
+from kms_core.audit.verification.verify import AuditMonitor, verify
 from kms_core.settings.model import AuditSection
 
 Line = dict[str, Any]
@@ -106,6 +108,16 @@ class Place:
 
     def verified(self, *anchors: bytes) -> VerificationReport:
         return verify(self.folder, self.keys(), {"here": anchors} if anchors else {})
+
+    def monitor(self, *anchors: RedisSink | FolderSink) -> AuditMonitor:
+        return AuditMonitor(self.folder, self.signing_key, anchors)
+
+
+def audit_ok(what: str) -> float:
+    """What the metric tells of the chain, or of a place of anchors."""
+    value = REGISTRY.get_sample_value("kms_audit_ok", {"what": what})
+    assert value is not None
+    return value
 
 
 def chain_name(trail: AuditLog) -> str:
