@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from prometheus_client import REGISTRY
@@ -21,6 +21,14 @@ from kms_core.audit.verification.verify import AuditMonitor, verify
 from kms_core.settings.model import AuditSection
 
 Line = dict[str, Any]
+PROGRAM: Final = f"""
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from support.audit_logs import Place, record
+place = Place(Path(sys.argv[1]))
+"""
+"""How a program begins that writes to a place, its first argument."""
 
 
 def record(number: int = 0, **fields: Any) -> AuditRecord:  # noqa: ANN401 -- the fields of a record
