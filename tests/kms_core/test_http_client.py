@@ -33,12 +33,10 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return make_authority(tmp_path_factory.mktemp("authority"))
 
 
-def serving(authority: Authority, *, wants_client: bool = False) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(authority.chain)
-    if wants_client:
-        context.load_verify_locations(authority.ca_file)
-        context.verify_mode = ssl.CERT_REQUIRED
+def wanting_a_client(authority: Authority) -> ssl.SSLContext:
+    context = authority.serving()
+    context.load_verify_locations(authority.ca_file)
+    context.verify_mode = ssl.CERT_REQUIRED
     return context
 
 
@@ -50,14 +48,14 @@ def peer(url: str, tls: Tls | None = None) -> Peer:
 
 
 def test_a_server_of_the_named_authority_is_trusted(authority: Authority) -> None:
-    with faulty(JSON, serving(authority)) as server:
+    with faulty(JSON, authority.serving()) as server:
         found = peer(server.url, Tls(ca_file=authority.ca_file)).call("GET", "/")
 
         assert found.ok
 
 
 def test_a_server_of_an_unknown_authority_is_not_asked(authority: Authority) -> None:
-    with faulty(JSON, serving(authority)) as server:
+    with faulty(JSON, authority.serving()) as server:
         with pytest.raises(BackendUnavailable, match=r"not trusted: .* in kms\.something\.ca_file") as caught:
             peer(server.url).call("GET", "/")
 
@@ -66,7 +64,7 @@ def test_a_server_of_an_unknown_authority_is_not_asked(authority: Authority) -> 
 
 
 def test_a_certificate_for_another_name_is_not_trusted(authority: Authority) -> None:
-    with faulty(JSON, serving(authority)) as server:
+    with faulty(JSON, authority.serving()) as server:
         url = server.url.replace("localhost", "127.0.0.1")
         with pytest.raises(BackendUnavailable, match="is for another name or not trusted"):
             peer(url, Tls(ca_file=authority.ca_file)).call("GET", "/")
@@ -75,18 +73,18 @@ def test_a_certificate_for_another_name_is_not_trusted(authority: Authority) -> 
 
 
 def test_without_verification_any_certificate_does(authority: Authority) -> None:
-    with faulty(JSON, serving(authority)) as server:
+    with faulty(JSON, authority.serving()) as server:
         assert peer(server.url, Tls(verify=False)).call("GET", "/").ok
 
 
 def test_a_client_certificate_is_shown(authority: Authority) -> None:
     own = Tls(ca_file=authority.ca_file, client_cert=authority.chain, client_key=authority.chain)
-    with faulty(JSON, serving(authority, wants_client=True)) as server:
+    with faulty(JSON, wanting_a_client(authority)) as server:
         assert peer(server.url, own).call("GET", "/").ok
 
 
 def test_a_server_that_wants_a_client_certificate_refuses_us_without(authority: Authority) -> None:
-    with faulty(JSON, serving(authority, wants_client=True)) as server:
+    with faulty(JSON, wanting_a_client(authority)) as server:
         with pytest.raises(Unreachable):
             peer(server.url, Tls(ca_file=authority.ca_file)).call("GET", "/")
 
@@ -94,7 +92,7 @@ def test_a_server_that_wants_a_client_certificate_refuses_us_without(authority: 
 
 
 def test_plain_http_to_a_tls_port_is_unreachable(authority: Authority) -> None:
-    with faulty(JSON, serving(authority)) as server, pytest.raises(Unreachable):
+    with faulty(JSON, authority.serving()) as server, pytest.raises(Unreachable):
         peer(server.url.replace("https", "http")).call("GET", "/")
 
 
