@@ -179,13 +179,6 @@ def test_a_stanza_of_another_key_does_not_open(rig: Rig) -> None:
         rig.backend.unwrap(stanza, ref(rig.backend), AAD)
 
 
-def test_a_file_of_another_key_does_not_open(rig: Rig) -> None:
-    sealed = seal(rig.other, b"salary")
-
-    with pytest.raises(DecryptFailed):
-        unseal(rig.backend, sealed, key=ref(rig.other))
-
-
 def test_every_byte_of_a_wrap_matters(backend: Backend) -> None:
     key = ref(backend)
     stanza = backend.wrap(FILE_KEY, key, AAD)

@@ -148,12 +148,6 @@ def test_a_missing_pair_of_the_active_backend_is_refused(tmp_path: Path) -> None
     assert "kms keygen -o" in refusal(tmp_path, "")
 
 
-def test_a_key_id_with_a_line_break_is_refused(tmp_path: Path) -> None:
-    text = '[kms.keys]\n"pay\\n" = "age://{tmp}/payroll/private_key.txt"'
-
-    assert "kms.keys: the name of an entry: expected str matching" in refusal(tmp_path, text)
-
-
 def test_every_backend_that_settings_may_name_is_there() -> None:
     for section in SCHEMES.values():
         assert callable(importlib.import_module(section.MODULE).open_key)

@@ -236,16 +236,6 @@ def test_a_private_file_open_to_others_is_a_warning_in_dev(tmp_path: Path) -> No
     ]
 
 
-@pytest.mark.parametrize("mode", [0o600, 0o400, 0o700], ids=oct)
-def test_a_private_file_is_fine(tmp_path: Path, mode: int) -> None:
-    files = write_pair(tmp_path, FIRST)
-    files.private.chmod(mode)
-    with capture_logs() as logs:
-        AgeBackend(replace(files, strict=True))
-
-    assert logs == []
-
-
 def test_the_public_file_may_be_open(tmp_path: Path) -> None:
     files = write_pair(tmp_path, FIRST)
     (tmp_path / "public_key.txt").chmod(0o666)

@@ -296,6 +296,7 @@ def test_a_variable_of_an_idle_backend_may_be_unset(tmp_path: Path) -> None:
         ("[kms.environments.prod]\nbackend = 'age'", "kms.environments.prod: set kms.prod_backend instead"),
         ("[kms]\nenvironment = 'pord'", "kms.environment: expected one of dev, prod; did you mean"),
         ("[kms.keys]\n'a b' = 'age:x'", "kms.keys: the name of an entry: expected str matching"),
+        ('[kms.keys]\n"pay\\n" = "age:x"', "kms.keys: the name of an entry: expected str matching"),
         ("[kms.keys]\na = 7", "kms.keys.a: expected"),
         ("[kms.jobs]\nroots = 'secret'", "kms.jobs.roots: expected array, got str"),
         ("[kms.jobs]\nroots = [7]", "kms.jobs.roots[0]: expected a path"),
