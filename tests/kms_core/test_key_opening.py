@@ -11,34 +11,19 @@ from kms_core import key_opening, keyring
 from kms_core.age import x25519
 from kms_core.envelope.sealed_files import FileSealer, NotOpenedYet
 from kms_core.key_opening import KeyOpener
-from kms_core.keyring import Key
 from kms_core.secure_memory import SharedSecrets
-from kms_protocol.errors import BackendUnavailable, ConfigurationError, KmsError, UnknownKey
+from kms_protocol.errors import BackendUnavailable, ConfigurationError, UnknownKey
 from support.age_kms import age_backend, write_identities
 from support.clock import Clock
 from support.settings_files import read, refusal
+from support.signed_documents import RootSealer
 
 CONTENT: Final = b"AGE-SECRET-KEY-1TEST\n"
 
 
-class Counted(FileSealer):
-    """A sealer that counts its openings and fails while there is ``trouble``."""
-
-    def __init__(self, root: Key) -> None:
-        super().__init__(lambda: {"root": root}, list)
-        self.calls: list[str] = []
-        self.trouble: KmsError | None = None
-
-    def open(self, name: str, sealed: bytes) -> bytes:
-        self.calls.append(name)
-        if self.trouble:
-            raise self.trouble
-        return super().open(name, sealed)
-
-
 @pytest.fixture
-def sealer(tmp_path: Path) -> Counted:
-    return Counted(Key("root", age_backend(tmp_path / "root", x25519.X25519Identity.generate())))
+def sealer(tmp_path: Path) -> RootSealer:
+    return RootSealer(tmp_path / "root")
 
 
 def opener(
@@ -55,7 +40,7 @@ def reader(memory: SharedSecrets, sealer: FileSealer) -> key_opening.InheritedFi
     return key_opening.InheritedFiles(memory, sealer)
 
 
-def test_a_file_is_opened_once_until_it_changes(tmp_path: Path, sealer: Counted) -> None:
+def test_a_file_is_opened_once_until_it_changes(tmp_path: Path, sealer: RootSealer) -> None:
     thread, memory = opener(tmp_path, sealer, "a", "b")
     for _ in range(5):
         thread.round()
@@ -75,7 +60,7 @@ def test_a_file_is_opened_once_until_it_changes(tmp_path: Path, sealer: Counted)
     assert memory.generation() == 2, "nothing is written without a change"
 
 
-def test_failures_are_retried_ever_more_rarely(tmp_path: Path, sealer: Counted, clock: Clock) -> None:
+def test_failures_are_retried_ever_more_rarely(tmp_path: Path, sealer: RootSealer, clock: Clock) -> None:
     thread, memory = opener(tmp_path, sealer, "a", clock=clock)
     sealer.trouble = BackendUnavailable("the root is away")
     for _ in range(600):  # five minutes
@@ -93,7 +78,7 @@ def test_failures_are_retried_ever_more_rarely(tmp_path: Path, sealer: Counted, 
     assert reader(memory, sealer).open("a", sealed) == CONTENT + b"a"
 
 
-def test_a_new_file_is_not_kept_waiting(tmp_path: Path, sealer: Counted, clock: Clock) -> None:
+def test_a_new_file_is_not_kept_waiting(tmp_path: Path, sealer: RootSealer, clock: Clock) -> None:
     thread, memory = opener(tmp_path, sealer, "a", clock=clock)
     sealer.trouble = BackendUnavailable("away")
     for _ in range(8):
@@ -107,7 +92,7 @@ def test_a_new_file_is_not_kept_waiting(tmp_path: Path, sealer: Counted, clock: 
     assert reader(memory, sealer).open("a", (tmp_path / "a").read_bytes()) == b"mended"
 
 
-def test_a_refusal_stops_the_start_and_names_the_file(tmp_path: Path, sealer: Counted) -> None:
+def test_a_refusal_stops_the_start_and_names_the_file(tmp_path: Path, sealer: RootSealer) -> None:
     thread, _ = opener(tmp_path, sealer, "a", "b")
     (tmp_path / "a").write_bytes((tmp_path / "b").read_bytes())
 
@@ -117,7 +102,7 @@ def test_a_refusal_stops_the_start_and_names_the_file(tmp_path: Path, sealer: Co
     assert "was not sealed as a" in raised.value.detail
 
 
-def test_an_exchanged_file_is_refused_while_running(tmp_path: Path, sealer: Counted) -> None:
+def test_an_exchanged_file_is_refused_while_running(tmp_path: Path, sealer: RootSealer) -> None:
     thread, memory = opener(tmp_path, sealer, "a", "b")
     thread.round()
     (tmp_path / "a").write_bytes((tmp_path / "b").read_bytes())
@@ -128,7 +113,9 @@ def test_an_exchanged_file_is_refused_while_running(tmp_path: Path, sealer: Coun
     assert reader(memory, sealer).open("b", (tmp_path / "b").read_bytes()) == CONTENT + b"b"
 
 
-def test_the_start_waits_for_keys_of_the_service_only(tmp_path: Path, sealer: Counted, clock: Clock) -> None:
+def test_the_start_waits_for_keys_of_the_service_only(
+    tmp_path: Path, sealer: RootSealer, clock: Clock
+) -> None:
     sealed = sealer.seal("kms:spool", CONTENT, "root")
     sealer.trouble = BackendUnavailable("away")
 
@@ -146,7 +133,7 @@ def test_the_start_waits_for_keys_of_the_service_only(tmp_path: Path, sealer: Co
     assert reader(memory, sealer).open("kms:spool", sealed) == CONTENT
 
 
-def test_the_start_does_not_wait_for_other_keys(tmp_path: Path, sealer: Counted) -> None:
+def test_the_start_does_not_wait_for_other_keys(tmp_path: Path, sealer: RootSealer) -> None:
     thread, memory = opener(tmp_path, sealer, "a")
     sealer.trouble = BackendUnavailable("away")
     thread.open_all()
@@ -155,7 +142,7 @@ def test_the_start_does_not_wait_for_other_keys(tmp_path: Path, sealer: Counted)
         reader(memory, sealer).open("a", (tmp_path / "a").read_bytes())
 
 
-def test_no_repr_shows_content(tmp_path: Path, sealer: Counted) -> None:
+def test_no_repr_shows_content(tmp_path: Path, sealer: RootSealer) -> None:
     thread, _ = opener(tmp_path, sealer, "a")
     thread.round()
 

@@ -11,10 +11,10 @@ import pytest
 import redis
 
 from kms_core.s3.bucket import Bucket
-from kms_core.s3.connection import Credentials, S3Connection, S3Endpoint
+from kms_core.s3.connection import S3Connection
 from kms_core.signed_documents import Anchors, FilePlace, ObjectPlace, Place, SignedDocument, Version
 from kms_protocol.errors import ConfigurationError, DocumentOutdated, InvalidRequest, Unavailable
-from support import object_stores
+from support import blob_stores, object_stores
 from support.job_stores import connect
 from support.object_stores import Meddle, ObjectStore, Seen, Way
 from support.redis_servers import Server, server
@@ -52,9 +52,7 @@ def _closed() -> Iterator[None]:
 
 
 def object_place(store: ObjectStore, bucket: str, url: str = "") -> ObjectPlace:
-    known = Credentials(object_stores.ACCESS_KEY, object_stores.SECRET)
-    endpoint = S3Endpoint(url or store.url, "us-east-1", lambda: known, None, 20.0)
-    LINES.append(S3Connection(endpoint, first_wait_s=0.01))
+    LINES.append(blob_stores.connection(url or store.url))
     return ObjectPlace(Bucket(bucket, LINES[-1], path_style=True), "state/tokens")
 
 
