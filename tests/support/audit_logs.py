@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from kms_core.audit.verification.verify import AuditMonitor, verify
 from kms_core.settings.model import AuditSection
 
 Line = dict[str, Any]
+DAY_NS: Final = 24 * 3600 * 1_000_000_000
 PROGRAM: Final = f"""
 import os, signal, sys
 from pathlib import Path
@@ -97,6 +99,15 @@ class Place:
         if close:
             trail.close()
         return self.files()[-1]
+
+    def aged(self, *days: int) -> AuditLog:
+        """A closed chain of so many days ago each; the last one."""
+        trails: list[AuditLog] = []
+        for ago in days:
+            trails.append(self.trail(clock=partial(int, time.time_ns() - ago * DAY_NS)))
+            trails[-1].append(record(ago))
+            trails[-1].close()
+        return trails[-1]
 
     def files(self) -> list[Path]:
         return sorted(self.folder.iterdir())

@@ -3,7 +3,6 @@
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,6 @@ from kms_core.settings.model import AuditSection
 from support.audit_logs import Place, audit_ok, audit_section, chain_name, codes, notes, record, rewrite
 
 EAGER: Final = audit_section(checkpoint_s=0)
-DAY_NS: Final = 24 * 3600 * 1_000_000_000
 AnchorPlace = RedisSink | FolderSink
 
 
@@ -241,11 +239,7 @@ def test_a_line_in_place_of_a_chain_is_found_by_a_chain_that_saw_its_end(
 
 def retired(place: Place, kept: AnchorPlace) -> Writer:
     """An old chain that retention has removed, whose anchors stay; the process that did it still writes."""
-    at = time.time_ns() - 30 * DAY_NS
-    old = place.trail(clock=lambda: at)
-    old.append(record(1))
-    old.close()
-    AuditMaintenance(old, [kept]).round()
+    AuditMaintenance(place.aged(30), [kept]).round()
     writer = Writer(place, kept)
     writer.write()
     AuditMaintenance(writer.trail, keep_days=20).round()
@@ -487,10 +481,7 @@ def test_without_anchors_only_a_young_log_counts_as_compared(
     place.written(3)
     watch = place.monitor(kept)
     assert (found(watch), watch.condition.not_compared, audit_ok(kept.name)) == ([], {}, 1)
-    at = time.time_ns() - DAY_NS
-    log = place.trail(clock=lambda: at)
-    log.append(record(1))
-    log.close()
+    place.aged(1)
 
     assert (found(watch), list(watch.condition.not_compared)) == ([], [kept.name])
     report = verified(place, kept)

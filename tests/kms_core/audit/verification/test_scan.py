@@ -1,7 +1,6 @@
 """Lines without a signature have no witness, excuse nothing, and behind a closed end they are damage."""
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -20,7 +19,6 @@ SMALL: Final = audit_section(checkpoint_lines=5)
 TIME: Final = "2026-01-01T00:00:00.000000Z"
 LATER: Final = "2999-01-01T00:00:00.000000Z"
 FORGED: Final = "worker-29990101T000000.000000Z-1"
-DAY_NS: Final = 24 * 3600 * 1_000_000_000
 OPENING: Final = '"kind":"open","version":1,"segment":1,"reason":"started"'
 ORDINARY: Final = '"operation":"decrypt","principal":"eve","tenant":"acme","result":"ok"'
 
@@ -451,10 +449,7 @@ def test_an_unsigned_head_replaces_no_signed_one(place: Place) -> None:
 
 def test_an_unsigned_head_excuses_no_missing_chain(place: Place) -> None:
     """The signed head is younger than the removal on record; the forged one claims to be older."""
-    at = time.time_ns() - 30 * DAY_NS
-    old = place.trail(clock=lambda: at)
-    old.append(record(1))
-    old.close()
+    place.aged(30)
     lost = place.written(3)
     name = last_of(lost).chain
     log = place.trail(role="worker")
