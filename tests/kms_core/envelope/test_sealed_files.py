@@ -51,13 +51,17 @@ def stock_age(content: bytes, *words: str) -> bytes:
     return subprocess.run(argv, input=content, capture_output=True, check=True, timeout=60).stdout
 
 
-def test_a_root_opens_what_it_sealed(root: AgeBackend) -> None:
+def test_a_root_opens_what_it_sealed_also_after_its_rotation(root: AgeBackend) -> None:
     sealed = sealer(root).seal("payroll", CONTENT, "root")
 
     assert sealer(root).open("payroll", sealed) == CONTENT
     assert sealer(root).open("payroll", armored(sealed)) == CONTENT
     assert (is_age_file(sealed), root_of(sealed), root_of(armored(sealed))) == (True, "root", "root")
     assert CONTENT not in sealed
+    root.rotate()
+    again = sealer(root).seal_again("payroll", CONTENT + b"more\n", sealed)
+    assert sealer(root).open("payroll", sealed) == CONTENT
+    assert sealer(root).open("payroll", again) == CONTENT + b"more\n"
 
 
 def test_a_root_of_two_backends_opens_it_while_one_is_away(root: AgeBackend) -> None:
@@ -69,6 +73,8 @@ def test_a_root_of_two_backends_opens_it_while_one_is_away(root: AgeBackend) -> 
     assert both.open("a", sealed) == CONTENT
     with pytest.raises(BackendUnavailable, match="cut off"):
         sealer(remote).open("a", sealed)
+    peer.trouble = None
+    assert sealer(remote).open("a", sealed) == CONTENT
 
 
 def test_a_file_for_another_key_is_refused(root: AgeBackend) -> None:
@@ -99,9 +105,11 @@ def test_no_caller_gives_that_context_or_tenant() -> None:
     assert ":" in TENANT  # KeyId, the type of tenants in settings and tokens, has none
 
 
-def test_a_key_that_does_not_seal_is_no_root(root: AgeBackend) -> None:
+def test_no_other_key_is_its_root(root: AgeBackend, tmp_path: Path) -> None:
     sealed = sealer(root).seal("payroll", CONTENT, "root")
+    other = age_backend(tmp_path / "other", x25519.X25519Identity.generate())
 
+    assert "by another root" in refusal(sealer(other), "payroll", sealed)
     assert '[kms.keys.root] with its uri and use = "seal"' in refusal(
         sealer(root, key_id="other"), "payroll", sealed
     )
