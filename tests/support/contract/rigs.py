@@ -9,7 +9,7 @@ from typing import Final, Protocol
 
 from kms_core.age import mlkem768x25519, x25519
 from kms_core.backends import Backend
-from support.age_kms import age_backend, write_identities, write_recipient
+from support.age_kms import age_backend
 from support.contract.cosmian_double import NEW, OLD
 from support.contract.rig_aws import AwsRig
 from support.contract.rig_cosmian import CosmianRig
@@ -47,23 +47,18 @@ class AgeRig:
         *,
         native: bool = True,
     ) -> None:
-        self._kind = kind
         self._private = directory / "private_key.txt"
-        self._public = directory / "public_key.txt"
-        self._identities = [kind.generate()]
-        self.backend: Backend = age_backend(directory, *self._identities, native=native)
+        self.backend: Backend = age_backend(directory, kind.generate(), native=native)
         self.other: Backend = age_backend(directory / "other", kind.generate(), native=native)
 
     def rotate(self) -> None:
-        self._identities.append(self._kind.generate())
-        write_identities(self._private, *self._identities)
-        write_recipient(self._public, self._identities[-1])
+        self.backend.rotate()
 
     def break_it(self) -> None:
-        self._private.unlink()
+        self._private.rename(self._private.with_suffix(".away"))
 
     def mend(self) -> None:
-        write_identities(self._private, *self._identities)
+        self._private.with_suffix(".away").rename(self._private)
 
 
 MAKERS: Final[dict[str, Callable[[Path], Rig]]] = {
