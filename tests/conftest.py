@@ -12,6 +12,7 @@ import pytest
 import structlog
 
 from kms_core.settings.redis_urls import for_celery
+from support.clock import Clock
 from support.embedded_valkey import EmbeddedValkey
 
 # plugins: tests/README.md says what each is for
@@ -74,6 +75,11 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]
 @pytest.fixture(scope="session")
 def database_numbers() -> Iterator[int]:
     return count(1)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
 
 
 @pytest.fixture

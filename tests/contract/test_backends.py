@@ -75,20 +75,17 @@ def test_names_of_a_backend_fit_a_stanza(backend: Backend) -> None:
 # -- what is bound -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", [{}, {"row": "8"}, {"row": "7", "x": ""}], ids=["none", "other", "extra"])
-def test_context_is_bound(backend: Backend, wrong: dict[str, str]) -> None:
-    sealed = seal(backend, b"salary")
+@pytest.mark.parametrize(
+    ("context", "wrong"),
+    [(ROW, {}), (ROW, {"row": "8"}), (ROW, {"row": "7", "x": ""}), (NO_CONTEXT, {"row": "7"})],
+    ids=["none", "other", "extra", "instead of none"],
+)
+def test_context_is_bound(backend: Backend, context: Context, wrong: dict[str, str]) -> None:
+    sealed = seal(backend, b"salary", context)
 
+    assert unseal(backend, sealed, context) == b"salary"
     with pytest.raises(DecryptFailed):
         unseal(backend, sealed, Context.parse(wrong))
-
-
-def test_the_absence_of_a_context_is_bound(backend: Backend) -> None:
-    sealed = seal(backend, b"salary", NO_CONTEXT)
-
-    assert unseal(backend, sealed, NO_CONTEXT) == b"salary"
-    with pytest.raises(DecryptFailed):
-        unseal(backend, sealed, ROW)
 
 
 @pytest.mark.parametrize("wrong", [{"tenant": "evil"}, {"key_id": "other"}, {"version": "0"}], ids=str)
@@ -139,11 +136,11 @@ def test_the_aad_is_authenticated_or_origin_is_proven(backend: Backend) -> None:
     key = ref(backend)
     stanza = backend.wrap(FILE_KEY, key, AAD)
 
-    if backend.origin_key(key) is None:
+    if stanza.type == binding.WRAP:
         with pytest.raises(DecryptFailed):
             backend.unwrap(stanza, key, AAD + b"!")
     else:
-        assert backend.unwrap(stanza, key, AAD + b"!") == FILE_KEY
+        assert backend.origin_key(key) is not None
 
 
 # -- stanzas of others, and damaged ones -------------------------------------------------------------
@@ -169,13 +166,6 @@ def test_a_stanza_of_another_key_does_not_open(rig: Rig) -> None:
 
     with pytest.raises(DecryptFailed):
         rig.backend.unwrap(stanza, ref(rig.backend), AAD)
-
-
-def test_a_file_of_another_key_does_not_open(rig: Rig) -> None:
-    sealed = seal(rig.other, b"salary")
-
-    with pytest.raises(DecryptFailed):
-        unseal(rig.backend, sealed, key=ref(rig.other))
 
 
 def test_every_byte_of_a_wrap_matters(backend: Backend) -> None:

@@ -8,7 +8,6 @@ import tarfile
 from pathlib import Path
 from typing import Any, Final
 
-import pyrage
 import pytest
 
 from support.cli.offline import Workspace, workspace
@@ -26,10 +25,8 @@ FIELDS: Final = {"version", "service", "made_at", "host", "install_id", "state_d
 
 def members(backup: bytes) -> dict[str, bytes]:
     """The members of a backup in their order, by other programs' code."""
-    lines = make_backup.IDENTITIES.read_text().splitlines()
-    known = [pyrage.x25519.Identity.from_str(line) for line in lines if line.startswith("AGE-SECRET-KEY-")]
     found = {}
-    with tarfile.open(fileobj=io.BytesIO(pyrage.decrypt(backup, known))) as opened:
+    with tarfile.open(fileobj=io.BytesIO(manifest.opened_by_pyrage(backup))) as opened:
         for member in opened:
             content = opened.extractfile(member)
             assert content
@@ -85,7 +82,7 @@ def test_backup_is_restored(place: Workspace) -> None:
 
 def test_new_backup_is_of_this_format(place: Workspace) -> None:
     make_backup.put_install(place.folder / "state")
-    words = ("backup", "-r", make_backup.recipient(), "-o", "new.age")
+    words = ("backup", "-r", manifest.recipients("age-x25519")[0], "-o", "new.age")
     place.made(*words, KMS_STATE_DIR=place.path("state"))
     found = members(place.read("new.age"))
     said = manifest_of(found)

@@ -33,15 +33,6 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     return make_authority(tmp_path_factory.mktemp("authority"))
 
 
-def serving(authority: Authority, *, wants_client: bool = False) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(authority.chain)
-    if wants_client:
-        context.load_verify_locations(authority.ca_file)
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context
-
-
 def peer(url: str, tls: Tls | None = None) -> Peer:
     return Peer(PeerServer(url, "Something", "kms.something.address", TIMEOUT_S, tls or Tls()))
 
@@ -49,53 +40,42 @@ def peer(url: str, tls: Tls | None = None) -> Peer:
 # -- TLS -----------------------------------------------------------------------------------------------
 
 
-def test_a_server_of_the_named_authority_is_trusted(authority: Authority) -> None:
-    with faulty(JSON, serving(authority)) as server:
-        found = peer(server.url, Tls(ca_file=authority.ca_file)).call("GET", "/")
+def test_a_server_of_the_named_authority_is_trusted_and_any_without_verification(
+    authority: Authority,
+) -> None:
+    with faulty(JSON, authority.serving()) as server:
+        for tls in (Tls(ca_file=authority.ca_file), Tls(verify=False)):
+            assert peer(server.url, tls).call("GET", "/").ok
 
-        assert found.ok
 
-
-def test_a_server_of_an_unknown_authority_is_not_asked(authority: Authority) -> None:
-    with faulty(JSON, serving(authority)) as server:
+def test_a_server_that_is_not_trusted_is_not_asked(authority: Authority) -> None:
+    """That of an unknown authority, that of another name, and one that is addressed without TLS."""
+    named = Tls(ca_file=authority.ca_file)
+    with faulty(JSON, authority.serving()) as server:
         with pytest.raises(BackendUnavailable, match=r"not trusted: .* in kms\.something\.ca_file") as caught:
             peer(server.url).call("GET", "/")
-
         assert not isinstance(caught.value, Unreachable | Busy)
-        assert not server.requests
-
-
-def test_a_certificate_for_another_name_is_not_trusted(authority: Authority) -> None:
-    with faulty(JSON, serving(authority)) as server:
-        url = server.url.replace("localhost", "127.0.0.1")
         with pytest.raises(BackendUnavailable, match="is for another name or not trusted"):
-            peer(url, Tls(ca_file=authority.ca_file)).call("GET", "/")
+            peer(server.url.replace("localhost", "127.0.0.1"), named).call("GET", "/")
+        with pytest.raises(Unreachable):
+            peer(server.url.replace("https", "http")).call("GET", "/")
 
         assert not server.requests
 
 
-def test_without_verification_any_certificate_does(authority: Authority) -> None:
-    with faulty(JSON, serving(authority)) as server:
-        assert peer(server.url, Tls(verify=False)).call("GET", "/").ok
-
-
-def test_a_client_certificate_is_shown(authority: Authority) -> None:
-    own = Tls(ca_file=authority.ca_file, client_cert=authority.chain, client_key=authority.chain)
-    with faulty(JSON, serving(authority, wants_client=True)) as server:
-        assert peer(server.url, own).call("GET", "/").ok
-
-
-def test_a_server_that_wants_a_client_certificate_refuses_us_without(authority: Authority) -> None:
-    with faulty(JSON, serving(authority, wants_client=True)) as server:
+def test_a_server_that_wants_a_client_certificate_is_shown_ours_and_refuses_us_without(
+    authority: Authority,
+) -> None:
+    context = authority.serving()
+    context.load_verify_locations(authority.ca_file)
+    context.verify_mode = ssl.CERT_REQUIRED
+    with faulty(JSON, context) as server:
         with pytest.raises(Unreachable):
             peer(server.url, Tls(ca_file=authority.ca_file)).call("GET", "/")
-
         assert not server.requests
 
-
-def test_plain_http_to_a_tls_port_is_unreachable(authority: Authority) -> None:
-    with faulty(JSON, serving(authority)) as server, pytest.raises(Unreachable):
-        peer(server.url.replace("https", "http")).call("GET", "/")
+        own = Tls(ca_file=authority.ca_file, client_cert=authority.chain, client_key=authority.chain)
+        assert peer(server.url, own).call("GET", "/").ok
 
 
 # -- the environment, connections, forks ---------------------------------------------------------------

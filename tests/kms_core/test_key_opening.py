@@ -10,48 +10,19 @@ from kms_core import key_opening, keyring
 from kms_core.age import x25519
 from kms_core.envelope.sealed_files import FileSealer, NotOpenedYet
 from kms_core.key_opening import KeyOpener
-from kms_core.keyring import Key
 from kms_core.secure_memory import SharedSecrets
-from kms_core.settings.load import load
-from kms_core.settings.model import Settings
-from kms_protocol.errors import BackendUnavailable, ConfigurationError, KmsError, UnknownKey
+from kms_protocol.errors import BackendUnavailable, ConfigurationError, UnknownKey
 from support.age_kms import age_backend, write_identities
+from support.clock import Clock
+from support.settings_files import read, refusal
+from support.signed_documents import RootSealer
 
 CONTENT: Final = b"AGE-SECRET-KEY-1TEST\n"
 
 
-class Counted(FileSealer):
-    """A sealer that counts its openings and fails while there is ``trouble``."""
-
-    def __init__(self, root: Key) -> None:
-        super().__init__(lambda: {"root": root}, list)
-        self.calls: list[str] = []
-        self.trouble: KmsError | None = None
-
-    def open(self, name: str, sealed: bytes) -> bytes:
-        self.calls.append(name)
-        if self.trouble:
-            raise self.trouble
-        return super().open(name, sealed)
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def sealer(tmp_path: Path) -> Counted:
-    return Counted(Key("root", age_backend(tmp_path / "root", x25519.X25519Identity.generate())))
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def sealer(tmp_path: Path) -> RootSealer:
+    return RootSealer(tmp_path / "root")
 
 
 def opener(
@@ -68,7 +39,7 @@ def reader(memory: SharedSecrets, sealer: FileSealer) -> key_opening.InheritedFi
     return key_opening.InheritedFiles(memory, sealer)
 
 
-def test_a_file_is_opened_once_until_it_changes(tmp_path: Path, sealer: Counted) -> None:
+def test_a_file_is_opened_once_until_it_changes(tmp_path: Path, sealer: RootSealer) -> None:
     thread, memory = opener(tmp_path, sealer, "a", "b")
     for _ in range(5):
         thread.round()
@@ -88,7 +59,7 @@ def test_a_file_is_opened_once_until_it_changes(tmp_path: Path, sealer: Counted)
     assert memory.generation() == 2, "nothing is written without a change"
 
 
-def test_failures_are_retried_ever_more_rarely(tmp_path: Path, sealer: Counted, clock: Clock) -> None:
+def test_failures_are_retried_ever_more_rarely(tmp_path: Path, sealer: RootSealer, clock: Clock) -> None:
     thread, memory = opener(tmp_path, sealer, "a", clock=clock)
     sealer.trouble = BackendUnavailable("the root is away")
     for _ in range(600):  # five minutes
@@ -106,7 +77,7 @@ def test_failures_are_retried_ever_more_rarely(tmp_path: Path, sealer: Counted, 
     assert reader(memory, sealer).open("a", sealed) == CONTENT + b"a"
 
 
-def test_a_new_file_is_not_kept_waiting(tmp_path: Path, sealer: Counted, clock: Clock) -> None:
+def test_a_new_file_is_not_kept_waiting(tmp_path: Path, sealer: RootSealer, clock: Clock) -> None:
     thread, memory = opener(tmp_path, sealer, "a", clock=clock)
     sealer.trouble = BackendUnavailable("away")
     for _ in range(8):
@@ -120,7 +91,7 @@ def test_a_new_file_is_not_kept_waiting(tmp_path: Path, sealer: Counted, clock: 
     assert reader(memory, sealer).open("a", (tmp_path / "a").read_bytes()) == b"mended"
 
 
-def test_a_refusal_stops_the_start_and_names_the_file(tmp_path: Path, sealer: Counted) -> None:
+def test_a_refusal_stops_the_start_and_names_the_file(tmp_path: Path, sealer: RootSealer) -> None:
     thread, _ = opener(tmp_path, sealer, "a", "b")
     (tmp_path / "a").write_bytes((tmp_path / "b").read_bytes())
 
@@ -130,7 +101,7 @@ def test_a_refusal_stops_the_start_and_names_the_file(tmp_path: Path, sealer: Co
     assert "was not sealed as a" in raised.value.detail
 
 
-def test_an_exchanged_file_is_refused_while_running(tmp_path: Path, sealer: Counted) -> None:
+def test_an_exchanged_file_is_refused_while_running(tmp_path: Path, sealer: RootSealer) -> None:
     thread, memory = opener(tmp_path, sealer, "a", "b")
     thread.round()
     (tmp_path / "a").write_bytes((tmp_path / "b").read_bytes())
@@ -141,7 +112,9 @@ def test_an_exchanged_file_is_refused_while_running(tmp_path: Path, sealer: Coun
     assert reader(memory, sealer).open("b", (tmp_path / "b").read_bytes()) == CONTENT + b"b"
 
 
-def test_the_start_waits_for_keys_of_the_service_only(tmp_path: Path, sealer: Counted, clock: Clock) -> None:
+def test_the_start_waits_for_keys_of_the_service_only(
+    tmp_path: Path, sealer: RootSealer, clock: Clock
+) -> None:
     sealed = sealer.seal("kms:spool", CONTENT, "root")
     sealer.trouble = BackendUnavailable("away")
 
@@ -159,7 +132,7 @@ def test_the_start_waits_for_keys_of_the_service_only(tmp_path: Path, sealer: Co
     assert reader(memory, sealer).open("kms:spool", sealed) == CONTENT
 
 
-def test_the_start_does_not_wait_for_other_keys(tmp_path: Path, sealer: Counted) -> None:
+def test_the_start_does_not_wait_for_other_keys(tmp_path: Path, sealer: RootSealer) -> None:
     thread, memory = opener(tmp_path, sealer, "a")
     sealer.trouble = BackendUnavailable("away")
     thread.open_all()
@@ -168,7 +141,7 @@ def test_the_start_does_not_wait_for_other_keys(tmp_path: Path, sealer: Counted)
         reader(memory, sealer).open("a", (tmp_path / "a").read_bytes())
 
 
-def test_no_repr_shows_content(tmp_path: Path, sealer: Counted) -> None:
+def test_no_repr_shows_content(tmp_path: Path, sealer: RootSealer) -> None:
     thread, _ = opener(tmp_path, sealer, "a")
     thread.round()
 
@@ -179,18 +152,13 @@ def test_no_repr_shows_content(tmp_path: Path, sealer: Counted) -> None:
 # -- settings ----------------------------------------------------------------------------------------
 
 
-def settings_of(folder: Path, text: str) -> Settings:
-    (folder / "kms.toml").write_text(text)
-    return load(folder / "kms.toml", {"HOME": str(folder), "KMS_STATE_DIR": str(folder / "state")})
-
-
 def test_the_files_that_may_be_sealed_have_names(tmp_path: Path) -> None:
     text = (
         '[kms.keys]\npayroll = ["age:///p?public=/q&seal=false", "transit:p"]\n'
         'root = { uri = "age:///r", use = "seal" }\nhr = { uri = "age:///h" }\n'
         '[kms.transit]\naddress = "http://localhost"\ntoken = "${T:-x}"\n'
     )
-    found = settings_of(tmp_path, text)
+    found = read(tmp_path, text, state_dir=tmp_path / "state")
 
     assert {str(path) for path in key_opening.places(found).values()} == {
         "/p",
@@ -202,32 +170,31 @@ def test_the_files_that_may_be_sealed_have_names(tmp_path: Path) -> None:
 
 
 def test_a_root_is_no_default_key(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"kms\.default_key_id"):
-        settings_of(tmp_path, '[kms]\ndefault_key_id = "r"\nkeys.r = { uri = "age:///r", use = "seal" }\n')
+    text = '[kms]\ndefault_key_id = "r"\nkeys.r = { uri = "age:///r", use = "seal" }\n'
+
+    assert "kms.default_key_id" in refusal(tmp_path, text)
 
 
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ('{ uri = "age:///r", use = "other" }', r"kms\.keys\.r\.use: expected one of data, seal"),
-        ('{ uri = "age:///r", usage = "seal" }', r"kms\.keys\.r\.usage is not a setting"),
-        ('{ use = "seal" }', r"kms\.keys\.r\.uri is missing"),
-        ("7", r"kms\.keys\.r: expected"),
-        ('{ uri = "seal" }', r"kms\.keys\.r: expected a URI"),
+        ('{ uri = "age:///r", use = "other" }', "kms.keys.r.use: expected one of data, seal"),
+        ('{ uri = "age:///r", usage = "seal" }', "kms.keys.r.usage is not a setting"),
+        ('{ use = "seal" }', "kms.keys.r.uri is missing"),
+        ("7", "kms.keys.r: expected"),
+        ('{ uri = "seal" }', "kms.keys.r: expected a URI"),
     ],
 )
 def test_other_tables_of_keys_are_refused(tmp_path: Path, value: str, said: str) -> None:
-    with pytest.raises(ConfigurationError, match=said):
-        settings_of(tmp_path, f"[kms.keys]\nr = {value}\n")
+    assert said in refusal(tmp_path, f"[kms.keys]\nr = {value}\n")
 
 
 def test_roots_are_not_among_the_keys(tmp_path: Path) -> None:
     folder = tmp_path / "state" / "age"
     age_backend(folder, x25519.X25519Identity.generate())
     write_identities(tmp_path / "r", x25519.X25519Identity.generate())
-    ring = keyring.build(
-        settings_of(tmp_path, f'[kms.keys]\nr = {{ uri = "age://{tmp_path}/r", use = "seal" }}\n')
-    )
+    text = f'[kms.keys]\nr = {{ uri = "age://{tmp_path}/r", use = "seal" }}\n'
+    ring = keyring.build(read(tmp_path, text, state_dir=tmp_path / "state"))
 
     assert (set(ring.keys), set(ring.roots)) == ({"default"}, {"r"})
     assert ring.for_job().roots == {"r"}

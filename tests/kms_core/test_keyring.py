@@ -15,12 +15,12 @@ from kms_core.backends.remote import RemoteBackend, SharingBackend, WrapKeys
 from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef
 from kms_core.keyring import Keyring
-from kms_core.settings.load import load
 from kms_core.settings.model import Settings
 from kms_protocol.context import Context
 from kms_protocol.errors import ConfigurationError, UnknownKey
 from support.age_kms import ADA, ROW, age_backend, kms_over, write_pair
 from support.memory_kms import NO_RETRIES, MemoryCipher, memory_backend
+from support.settings_files import read
 
 OWN: Final = x25519.X25519Identity.generate()
 PAYROLL: Final = x25519.X25519Identity.generate()
@@ -28,9 +28,7 @@ NEXT: Final = x25519.X25519Identity.generate()
 
 
 def settings_of(tmp_path: Path, text: str = "") -> Settings:
-    file = tmp_path / "kms.toml"
-    file.write_text(text.format(tmp=tmp_path))
-    return load(file, {"HOME": str(tmp_path), "KMS_STATE_DIR": str(tmp_path / "state")})
+    return read(tmp_path, text.format(tmp=tmp_path), state_dir=tmp_path / "state")
 
 
 def built(tmp_path: Path, text: str = "") -> Keyring:
@@ -148,12 +146,6 @@ def test_a_missing_pair_of_the_active_backend_is_refused(tmp_path: Path) -> None
     (tmp_path / "state/age/private_key.txt").unlink()
 
     assert "kms keygen -o" in refusal(tmp_path, "")
-
-
-def test_a_key_id_with_a_line_break_is_refused(tmp_path: Path) -> None:
-    text = '[kms.keys]\n"pay\\n" = "age://{tmp}/payroll/private_key.txt"'
-
-    assert "kms.keys: the name of an entry: expected str matching" in refusal(tmp_path, text)
 
 
 def test_every_backend_that_settings_may_name_is_there() -> None:

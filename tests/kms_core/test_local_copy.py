@@ -1,52 +1,28 @@
 """The copy of a document on a host: who asks the place, how old it may be, and when it is read again."""
 
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from kms_core.signed_documents import Anchors, CopyPoll, FilePlace, LocalCopy, SignedDocument
+from kms_core.signed_documents import Anchors, CopyPoll, LocalCopy, SignedDocument
 from kms_protocol.errors import Unavailable
+from support.clock import Clock
 from support.job_stores import connect
+from support.signed_documents import SharedPlace
 from support.waiting import WAIT_S, RealTime, until
 
 KEY: Final = b"d" * 32
-
-
-class Place(FilePlace):
-    """A file that counts what it is asked, and may be away."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.asked = 0
-        self.is_away = False
-        self.before: Callable[[], object] = lambda: None
-
-    def read(self, unless: str = "") -> tuple[bytes | None, str]:
-        self.asked += 1
-        self.before()
-        if self.is_away:
-            raise Unavailable("away")
-        return super().read(unless)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = time.time()
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Host:
     """A host with a document and its copy, as one of its processes sees it."""
 
     def __init__(self, folder: Path, redis_url: str) -> None:
-        self.folder, self.clock = folder, Clock()
-        self.place = Place(folder / "shared")
+        self.folder, self.clock = folder, Clock(time.time())
+        self.place = SharedPlace(folder / "shared")
         self.document = SignedDocument(
             "tokens", self.place, KEY, Anchors("tokens", folder / "state", connect(redis_url), KEY)
         )
@@ -127,16 +103,16 @@ def test_an_answer_counts_from_when_it_was_asked_for(host: Host) -> None:
     def slow() -> None:
         host.clock.now += 30
 
-    host.place.before = slow
+    host.place.before_read = slow
     host.copy.poll()
-    host.place.before = lambda: None
+    host.place.before_read = lambda: None
     host.clock.now += 31
     with pytest.raises(Unavailable):
         host.copy.current()
 
 
 def test_callers_that_wait_share_an_answer_that_was_asked_for_after_they_came(host: Host) -> None:
-    host.place.before = lambda: RealTime.sleep(0.3)
+    host.place.before_read = lambda: RealTime.sleep(0.3)
     with ThreadPoolExecutor(10) as threads:
         for call in [threads.submit(host.copy.reread) for _ in range(10)]:
             call.result(WAIT_S)
@@ -152,7 +128,7 @@ def test_callers_that_wait_share_an_answer_that_was_asked_for_after_they_came(ho
 def test_a_failure_is_shared_too(host: Host) -> None:
     """A token that could not be looked for is not unknown."""
     host.place.is_away = True
-    host.place.before = lambda: RealTime.sleep(0.3)
+    host.place.before_read = lambda: RealTime.sleep(0.3)
     with ThreadPoolExecutor(5) as threads:
         calls = [threads.submit(host.copy.reread) for _ in range(5)]
 

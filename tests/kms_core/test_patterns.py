@@ -8,12 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kms_core import scopes
-from kms_core.auth.policy import ByScopes, Principal, allows
+from kms_core.auth.policy import Principal, allows
 from kms_core.jobs.file_patterns import Tree
 from kms_core.patterns import Pattern
-from kms_core.scopes import Scope
 from kms_protocol.context import Context
+from support.age_kms import allowing
 from support.waiting import RealTime
 
 SIZES: Final = (80, 800, 8_000)
@@ -85,19 +84,8 @@ def test_edges(pattern: str, value: str, *, matches: bool) -> None:
 WHO: Final = Principal("ada", "acme", "token:x")
 
 
-class Holds:
-    """One scope that stands."""
-
-    def __init__(self, line: str) -> None:
-        self.scope = scopes.parse(line)
-
-    def scopes_of(self, who: Principal) -> list[Scope]:
-        del who
-        return [self.scope]
-
-
 def _scope(pattern: str, value: str) -> Callable[[], bool]:
-    policy = ByScopes(Holds(f"encrypt context=path={pattern}").scopes_of, {})
+    policy = allowing(f"encrypt context=path={pattern}")
     context = Context.parse({"path": value})
     return lambda: allows(policy, WHO, "encrypt", "k", context)
 

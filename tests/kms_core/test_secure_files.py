@@ -21,6 +21,7 @@ def found(mode: int, owner: int) -> os.stat_result:
     ("mode", "owner", "reader", "others_read"),
     [
         (0o600, SERVICE, SERVICE, False),
+        (0o700, SERVICE, SERVICE, False),
         (0o400, ROOT, SERVICE, False),
         (0o440, ROOT, SERVICE, False),  # with the group of a Kubernetes Secret or a credential
         (0o400, ROOT, ROOT, False),

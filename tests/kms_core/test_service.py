@@ -25,7 +25,6 @@ from kms_protocol.errors import (
     DecryptFailed,
     InvalidContext,
     InvalidRequest,
-    NotACiphertext,
     TooLarge,
     UnknownKey,
 )
@@ -102,13 +101,6 @@ def test_the_tenant_of_the_sealing_is_bound(kms: Kms) -> None:
 
     with pytest.raises(DecryptFailed):
         kms.decrypt(BOB, sealed.ciphertext, ROW)
-
-
-@pytest.mark.parametrize("text", [b"", b"salary", b"-----BEGIN AGE ENCRYPTED FILE-----\n"], ids=ascii)
-def test_what_is_no_age_file_is_named_so(kms: Kms, text: bytes) -> None:
-    for call in (kms.decrypt, kms.rewrap):
-        with pytest.raises(NotACiphertext):
-            call(ADA, text, ROW)
 
 
 def test_headers_above_the_limits_of_a_call_are_too_large(kms: Kms, backend: AgeBackend) -> None:

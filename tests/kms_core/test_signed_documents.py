@@ -11,13 +11,12 @@ import pytest
 import redis
 
 from kms_core.s3.bucket import Bucket
-from kms_core.s3.connection import Credentials, S3Connection, S3Endpoint
+from kms_core.s3.connection import S3Connection
 from kms_core.signed_documents import Anchors, FilePlace, ObjectPlace, Place, SignedDocument, Version
 from kms_protocol.errors import ConfigurationError, DocumentOutdated, InvalidRequest, Unavailable
-from support import object_stores
+from support import blob_stores, object_stores
 from support.job_stores import connect
 from support.object_stores import Meddle, ObjectStore, Seen, Way
-from support.redis_servers import Server, server
 
 KEY: Final = b"d" * 32
 NOWHERE: Final = "unix:///nonexistent/valkey.sock"
@@ -34,12 +33,6 @@ class Site:
     remove: Callable[[], object]
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with server(tmp_path_factory.mktemp("redis") / "own", None, appends=False) as started:
-        yield started
-
-
 LINES: Final[list[S3Connection]] = []
 
 
@@ -52,9 +45,7 @@ def _closed() -> Iterator[None]:
 
 
 def object_place(store: ObjectStore, bucket: str, url: str = "") -> ObjectPlace:
-    known = Credentials(object_stores.ACCESS_KEY, object_stores.SECRET)
-    endpoint = S3Endpoint(url or store.url, "us-east-1", lambda: known, None, 20.0)
-    LINES.append(S3Connection(endpoint, first_wait_s=0.01))
+    LINES.append(blob_stores.connection(url or store.url))
     return ObjectPlace(Bucket(bucket, LINES[-1], path_style=True), "state/tokens")
 
 
@@ -85,9 +76,8 @@ class Hosts:
 
 
 @pytest.fixture
-def hosts(tmp_path: Path, running: Server) -> Hosts:
-    running.admin().flushdb()
-    return Hosts(tmp_path, connect(running.url()))
+def hosts(tmp_path: Path, redis_url: str) -> Hosts:
+    return Hosts(tmp_path, connect(redis_url))
 
 
 def added(*words: str) -> Callable[[bytes], bytes]:
@@ -209,11 +199,9 @@ def test_another_document_of_the_same_generation_is_refused(site: Site, hosts: H
 
 
 @pytest.mark.usefixtures("one")
-def test_a_new_host_asks_the_operator_where_redis_knows_nothing(
-    site: Site, hosts: Hosts, running: Server
-) -> None:
+def test_a_new_host_asks_the_operator_where_redis_knows_nothing(site: Site, hosts: Hosts) -> None:
     assert words(hosts.host("two", site.place()).read()) == ["a"], "Redis vouches for it"
-    running.admin().flushdb()
+    hosts.client.delete("kms:document:tokens")
 
     new = hosts.host("three", site.place())
     with pytest.raises(DocumentOutdated, match="kms token adopt"):
@@ -243,10 +231,10 @@ def test_a_host_that_knows_no_generation_waits_for_redis(site: Site, hosts: Host
 
 
 def test_an_anchor_in_redis_that_others_wrote_counts_as_none(
-    site: Site, hosts: Hosts, one: SignedDocument, running: Server
+    site: Site, hosts: Hosts, one: SignedDocument
 ) -> None:
     for forged in (b"", b"x", b"0" * 64 + b' {"generation":999,"write_id":"x"}'):
-        running.admin().set("kms:document:tokens", forged)
+        hosts.client.set("kms:document:tokens", forged)
         assert words(one.read()) == ["a"]
         assert words(hosts.host(f"new-{len(forged)}", site.place()).read()) == ["a"], (
             "host one raised it again"

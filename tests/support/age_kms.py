@@ -11,12 +11,13 @@ from typing import Final
 
 import msgspec
 
+from kms_core import scopes
 from kms_core.age import header, mlkem768x25519, x25519
 from kms_core.age.armor import ArmorWriter
 from kms_core.age.header import FILE_LIMITS, VERSION_LINE, Header, Stanza
 from kms_core.age.mlkem768x25519 import Identity
 from kms_core.audit import AuditRecord, AuditWriter
-from kms_core.auth.policy import AllowAll, Policy, Principal
+from kms_core.auth.policy import AllowAll, ByScopes, Policy, Principal
 from kms_core.backends import Backend
 from kms_core.backends.age import AgeBackend
 from kms_core.backends.key_files import KeyFiles
@@ -91,9 +92,9 @@ def write_recipient(path: Path, identity: Identity) -> None:
     path.write_text(f"{identity.recipient}\n")
 
 
-def age_backend(directory: Path, *identities: NativeIdentity) -> AgeBackend:
+def age_backend(directory: Path, *identities: NativeIdentity, native: bool = True) -> AgeBackend:
     """A backend that looks at its files on every call."""
-    return AgeBackend(write_pair(directory, *identities), data_keys=True, recheck_s=0)
+    return AgeBackend(write_pair(directory, *identities), data_keys=True, native=native, recheck_s=0)
 
 
 def kms_over(  # noqa: PLR0913 -- what settings would say
@@ -113,6 +114,12 @@ def kms_over(  # noqa: PLR0913 -- what settings would say
     return Kms(
         Keyring(keys, keys["default"]), policy or AllowAll(), trail or Kept(), rules or SelectionRules()
     )
+
+
+def allowing(*lines: str) -> ByScopes:
+    """A policy by which every caller has these scopes."""
+    granted = [scopes.parse(line) for line in lines]
+    return ByScopes(lambda _: granted, {})
 
 
 # -- files taken apart -------------------------------------------------------------------------------
@@ -160,6 +167,13 @@ def with_stanzas(file: bytes, stanzas: Iterable[Stanza]) -> bytes:
 def resigned(file: bytes, stanzas: Iterable[Stanza], file_key: bytes) -> bytes:
     """Other stanzas under a new MAC: what everybody with the file key can do."""
     return header.render(stanzas, file_key) + file[head_of(file).size :]
+
+
+def is_newest(kms: Kms, file: bytes) -> bool:
+    """Whether a file of the caller is as a new one of its key would be."""
+    found = kms.key_version_status(ADA, head_of(file), None)
+    assert found is not None
+    return found.newest
 
 
 def operation_counts() -> dict[tuple[str, str], int]:

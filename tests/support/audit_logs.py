@@ -6,19 +6,31 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
+from prometheus_client import REGISTRY
 
 from kms_core.audit import AuditLog, AuditRecord
 from kms_core.audit.keys import Concealer, PublicKeys, Signer, public_path
+from kms_core.audit.maintenance import FolderSink, RedisSink
 from kms_core.audit.segments import HostLog
 from kms_core.audit.verification.scan import VerificationReport
-from kms_core.audit.verification.verify import verify
+from kms_core.audit.verification.verify import AuditMonitor, verify
 from kms_core.settings.model import AuditSection
 
 Line = dict[str, Any]
+DAY_NS: Final = 24 * 3600 * 1_000_000_000
+PROGRAM: Final = f"""
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from support.audit_logs import Place, record
+place = Place(Path(sys.argv[1]))
+"""
+"""How a program begins that writes to a place, its first argument."""
 
 
 def record(number: int = 0, **fields: Any) -> AuditRecord:  # noqa: ANN401 -- the fields of a record
@@ -88,6 +100,15 @@ class Place:
             trail.close()
         return self.files()[-1]
 
+    def aged(self, *days: int) -> AuditLog:
+        """A closed chain of so many days ago each; the last one."""
+        trails: list[AuditLog] = []
+        for ago in days:
+            trails.append(self.trail(clock=partial(int, time.time_ns() - ago * DAY_NS)))
+            trails[-1].append(record(ago))
+            trails[-1].close()
+        return trails[-1]
+
     def files(self) -> list[Path]:
         return sorted(self.folder.iterdir())
 
@@ -106,6 +127,16 @@ class Place:
 
     def verified(self, *anchors: bytes) -> VerificationReport:
         return verify(self.folder, self.keys(), {"here": anchors} if anchors else {})
+
+    def monitor(self, *anchors: RedisSink | FolderSink) -> AuditMonitor:
+        return AuditMonitor(self.folder, self.signing_key, anchors)
+
+
+def audit_ok(what: str) -> float:
+    """What the metric tells of the chain, or of a place of anchors."""
+    value = REGISTRY.get_sample_value("kms_audit_ok", {"what": what})
+    assert value is not None
+    return value
 
 
 def chain_name(trail: AuditLog) -> str:

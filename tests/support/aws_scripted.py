@@ -4,6 +4,7 @@ import base64
 import hashlib
 import hmac
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -103,14 +104,16 @@ def working(operation: str, asked: Mapping[str, object]) -> Reply:
 
 
 @contextmanager
-def cipher_with(replies: Mapping[str, Reply], key: str = KEY) -> Iterator[tuple[AwsCipher, Script]]:
+def cipher_with(
+    replies: Mapping[str, Reply], key: str = KEY, clock: Callable[[], float] = time.monotonic
+) -> Iterator[tuple[AwsCipher, Script]]:
     """A cipher whose peer answers so to these operations, and works otherwise."""
 
     def answer(operation: str, asked: Mapping[str, object]) -> Reply:
         return replies.get(operation) or working(operation, asked)
 
     with scripted(answer) as (url, script):
-        yield AwsCipher(calls_to(url, timeout_s=5.0), key), script
+        yield AwsCipher(calls_to(url, timeout_s=5.0), key, clock=clock), script
 
 
 def refused(code: str, message: str = "", status: int = 400) -> Reply:

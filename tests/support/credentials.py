@@ -33,7 +33,6 @@ from support.http_servers import QuietHandler, served
 from support.service import Service
 
 REQUIRED: Final = '[kms.auth]\nmode = "required"\n'
-EVERYTHING: Final = "*"
 DAY: Final = timedelta(days=1)
 HOUR: Final = timedelta(hours=1)
 AUDIENCE: Final = "kms-service"
@@ -84,6 +83,14 @@ class Issuer:
 
     def resume(self) -> None:
         self.answering.set()
+
+    def fetched(self) -> bytes:
+        """Its JWKS as a fetch gets it. Raises OSError while it is broken."""
+        self.asked += 1
+        self.answering.wait(60)
+        if self.broken:
+            raise OSError("not today")
+        return self.jwks
 
     def rollover(self, kid: str, algorithm: str = "ES256", *, keep: bool = True) -> None:
         """A new key signs from now on."""
@@ -155,12 +162,10 @@ def serving(issuer: Issuer) -> Iterator[str]:
 
     class Handler(QuietHandler):
         def do_GET(self) -> None:  # noqa: N802 -- the library's name
-            issuer.asked += 1
-            issuer.answering.wait(60)
-            if issuer.broken:
+            try:
+                self.reply(200, issuer.fetched())
+            except OSError:
                 self.reply(503, b"not today")
-            else:
-                self.reply(200, issuer.jwks)
 
     with served(Handler) as port:
         yield f"http://127.0.0.1:{port}/jwks"

@@ -29,23 +29,28 @@ class DiskSteps:
 def recorded(monkeypatch: pytest.MonkeyPatch) -> DiskSteps:
     """Note the steps of this process from now on; each is done as well."""
     disk = DiskSteps()
-    sync, mkdir = os.fsync, os.mkdir
-
-    def note_sync(fd: int) -> None:
-        sync(fd)
-        path, found = Path(f"/proc/self/fd/{fd}").readlink(), os.fstat(fd)
-        disk.steps.append(("sync", path))
-        disk.synced_bytes[found.st_ino] = found.st_size
+    mkdir = os.mkdir
 
     def note_mkdir(path: str | Path, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
         mkdir(path, mode, dir_fd=dir_fd)
         disk.steps.append(("mkdir", _absolute(path, dir_fd)))
 
-    monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(os, "mkdir", note_mkdir)
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, _noting_sync(disk, getattr(os, name)))
     for name in ("rename", "replace", "link"):
         monkeypatch.setattr(os, name, _noting(disk, getattr(os, name)))
     return disk
+
+
+def _noting_sync(disk: DiskSteps, real: Callable[[int], None]) -> Callable[[int], None]:
+    def note(fd: int) -> None:
+        real(fd)
+        path, found = Path(f"/proc/self/fd/{fd}").readlink(), os.fstat(fd)
+        disk.steps.append(("sync", path))
+        disk.synced_bytes[found.st_ino] = found.st_size
+
+    return note
 
 
 def _noting(disk: DiskSteps, real: Callable[..., None]) -> Callable[..., None]:

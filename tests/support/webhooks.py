@@ -39,6 +39,12 @@ class Authority:
     ca_file: Path
     chain: Path
 
+    def serving(self) -> ssl.SSLContext:
+        """What a server with this certificate wraps its connections with."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.chain)
+        return context
+
 
 def make_authority(folder: Path) -> Authority:
     authority = credentials.Authority(folder)
@@ -103,8 +109,7 @@ def receiving(authority: Authority | None, port: int = 0) -> Iterator[Receiver]:
 
 
 def _server_context(authority: Authority, found: Receiver) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(authority.chain)
+    context = authority.serving()
 
     def note(_connection: object, name: str | None, _context: object) -> None:
         found.names.append(name)

@@ -18,6 +18,7 @@ from kms_api.transport.authentication import (
 from kms_core.auth.policy import Grant, Principal
 from kms_core.jobs.model import RecordKey
 from kms_protocol.errors import Unavailable
+from support.clock import Clock
 from support.job_stores import connect
 from support.redis_servers import Server, server
 from support.waiting import RealTime
@@ -28,21 +29,6 @@ KEY: Final = RecordKey((b"k" * 32,))
 ADA: Final = Principal("ada.lovelace", "acme", "token:ada")
 EVE: Final = Principal("eve", "acme", "token:eve")
 OTHER: Final = Principal("ada.lovelace", "beta", "token:other")
-
-
-class Clock:
-    """Seconds since the epoch, as a host has them."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture(scope="module")

@@ -17,22 +17,16 @@ from kms_core.audit.keys import Concealer, PublicKeys, Signer, public_path
 from kms_core.auth.policy import Principal
 from kms_protocol.context import Context
 from kms_protocol.errors import ConfigurationError
-from support.audit_logs import Place, audit_section, chain_name, notes, record
+from support.audit_logs import PROGRAM, Place, audit_section, chain_name, notes, record
 
-APPEND_MANY = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[3])
-from support.audit_logs import Place, record
-
-trail = Place(Path(sys.argv[1])).trail(role=sys.argv[2])
+APPEND_MANY = f"""{PROGRAM}
+trail = place.trail(role=sys.argv[2])
 trail.append(record(0))
 sys.stdin.read()  # both begin at once
 for number in range(1, 300):
     trail.append(record(number))
 trail.close()
 """
-TESTS = str(Path(__file__).parents[2])
 
 
 # -- lines -------------------------------------------------------------------------------------------
@@ -177,7 +171,7 @@ def test_two_processes_have_a_chain_each(place: Place) -> None:
     place.trail()  # makes the keys
     start, gun = os.pipe()
     writers = [
-        subprocess.Popen([sys.executable, "-c", APPEND_MANY, str(place.at), role, TESTS], stdin=start)
+        subprocess.Popen([sys.executable, "-c", APPEND_MANY, str(place.at), role], stdin=start)
         for role in ("api", "worker")
     ]
     os.close(start)

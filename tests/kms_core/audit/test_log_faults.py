@@ -20,21 +20,15 @@ import pytest
 from kms_core.audit.segments import SegmentFile
 from kms_core.settings.model import AuditSection
 from kms_protocol.errors import AuditUnavailable
-from support.audit_logs import Place, audit_section, codes, notes, record, room_for
+from support.audit_logs import PROGRAM, Place, audit_section, codes, notes, record, room_for
 from support.small_disk import small_disk
 
-APPEND_AND_DIE = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from support.audit_logs import Place, record
-
-trail = Place(Path(sys.argv[1])).trail()
+APPEND_AND_DIE = f"""{PROGRAM}
+trail = place.trail()
 for number in range(1, 4):
     trail.append(record(number))
 os.kill(os.getpid(), signal.SIGKILL)
 """
-TESTS = str(Path(__file__).parents[2])
 
 
 # -- disks that are full -----------------------------------------------------------------------------
@@ -199,7 +193,7 @@ def open_files(folder: Path) -> int:
 
 def test_a_killed_process_has_lost_no_line(place: Place) -> None:
     place.trail()  # makes the keys
-    died = subprocess.run([sys.executable, "-c", APPEND_AND_DIE, str(place.at), TESTS], check=False)
+    died = subprocess.run([sys.executable, "-c", APPEND_AND_DIE, str(place.at)], check=False)
 
     assert died.returncode == -signal.SIGKILL
     assert place.principals() == ["ada-1", "ada-2", "ada-3"]

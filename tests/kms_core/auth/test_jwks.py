@@ -19,54 +19,30 @@ from kms_core.auth.jwt_verifier import (
 )
 from kms_core.settings.model import IssuerSection as Section
 from kms_protocol.errors import Unauthenticated, Unavailable
+from support.clock import Clock
 from support.credentials import AUDIENCE, ISSUER, Issuer, claims, counted_signatures, verified
 from support.waiting import until
 
 OTHER = "https://other.example.com"
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Endpoint:
-    """A key endpoint that can hang (``open`` is cleared) or be away."""
-
-    def __init__(self, issuer: Issuer) -> None:
-        self.issuer, self.count, self.away = issuer, 0, False
-        self.open = threading.Event()
-        self.open.set()
-
-    def __call__(self) -> bytes:
-        self.count += 1
-        assert self.open.wait(60)
-        if self.away:
-            raise OSError("away")
-        return self.issuer.jwks
-
-
 class World:
-    """An issuer and its key endpoint, another issuer, and the verifier that trusts both."""
+    """An issuer, another issuer, and the verifier that trusts both."""
 
     def __init__(self) -> None:
         self.clock = Clock()
         self.corp, self.other = Issuer(), Issuer()
         self.corp.rollover("one")
         self.other.rollover("one")
-        self.endpoint = Endpoint(self.corp)
-        trusted = (("corp", ISSUER, self.endpoint), ("other", OTHER, Endpoint(self.other)))
+        trusted = (("corp", ISSUER, self.corp), ("other", OTHER, self.other))
         self.jwts = Jwts(
             [
                 Trusted(
                     name,
                     Section(issuer=url, audience=AUDIENCE, jwks_url="-"),
-                    RemoteKeys(endpoint, clock=self.clock),
+                    RemoteKeys(issuer.fetched, clock=self.clock),
                 )
-                for name, url, endpoint in trusted
+                for name, url, issuer in trusted
             ]
         )
 
@@ -88,7 +64,7 @@ class World:
 def world() -> Iterator[World]:
     made = World()
     yield made
-    made.endpoint.open.set()
+    made.corp.resume()
 
 
 @pytest.fixture
@@ -104,13 +80,13 @@ def known(world: World) -> World:
 def test_keys_are_fetched_once_and_again_for_a_key_that_is_new(world: World) -> None:
     for number in range(5):
         world.name(world.corp.token(sub=f"ada{number}"))
-    assert world.endpoint.count == 1
+    assert world.corp.asked == 1
     world.corp.rollover("two")
     world.clock.now += AGAIN_S
 
     assert world.name(world.corp.token()) == "corp:ada"
     assert world.name(world.corp.token("one", sub="eve")) == "corp:eve"
-    assert world.endpoint.count == 2
+    assert world.corp.asked == 2
 
 
 def test_a_key_that_the_issuer_took_away_signs_no_more(known: World) -> None:
@@ -124,7 +100,7 @@ def test_a_key_that_the_issuer_took_away_signs_no_more(known: World) -> None:
 
 
 def test_while_the_issuer_is_away_its_keys_are_used_for_a_day(known: World) -> None:
-    known.endpoint.away = True
+    known.corp.broken = True
     known.clock.now += STALE_S - 1
     assert known.name(known.corp.token(sub="eve")) == "corp:eve"
     known.clock.now += 10
@@ -134,11 +110,11 @@ def test_while_the_issuer_is_away_its_keys_are_used_for_a_day(known: World) -> N
 
 
 def test_an_issuer_that_was_never_reached_is_no_refusal(world: World) -> None:
-    world.endpoint.away = True
+    world.corp.broken = True
     token = world.corp.token()
     with pytest.raises(Unavailable):
         world.name(token)
-    world.endpoint.away = False
+    world.corp.broken = False
     world.clock.now += AGAIN_S
 
     assert world.name(token) == "corp:ada"
@@ -146,13 +122,13 @@ def test_an_issuer_that_was_never_reached_is_no_refusal(world: World) -> None:
 
 def test_an_unknown_key_id_is_no_refusal_while_the_issuer_is_away(known: World) -> None:
     known.corp.rollover("two")
-    known.endpoint.away = True
+    known.corp.broken = True
     known.clock.now += AGAIN_S
     for _ in range(3):  # the first one waits for the fetch that fails
         with pytest.raises(Unavailable):
             known.name(known.corp.token())
-    assert known.endpoint.count == 2
-    known.endpoint.away = False
+    assert known.corp.asked == 2
+    known.corp.broken = False
     known.clock.now += AGAIN_S
 
     assert known.name(known.corp.token()) == "corp:ada"
@@ -162,7 +138,7 @@ def test_an_unknown_key_id_is_no_refusal_while_the_issuer_is_away(known: World) 
 
 
 def test_a_hanging_endpoint_delays_only_tokens_that_need_it(known: World) -> None:
-    known.endpoint.open.clear()
+    known.corp.hang()
     known.clock.now += AGAIN_S
     with pytest.raises(KeysPending):
         known.jwts.verify(known.junk("x"))
@@ -174,7 +150,7 @@ def test_a_hanging_endpoint_delays_only_tokens_that_need_it(known: World) -> Non
 
 
 def test_one_fetch_serves_all_who_wait(world: World) -> None:
-    world.endpoint.open.clear()
+    world.corp.hang()
     found: list[str] = []
 
     def call(number: int) -> None:
@@ -183,19 +159,19 @@ def test_one_fetch_serves_all_who_wait(world: World) -> None:
     threads = [threading.Thread(target=call, args=(number,)) for number in range(20)]
     for thread in threads:
         thread.start()
-    until(lambda: world.endpoint.count, "the fetch has begun")
-    world.endpoint.open.set()
+    until(lambda: world.corp.asked, "the fetch has begun")
+    world.corp.resume()
     for thread in threads:
         thread.join()
 
     assert sorted(found) == sorted(f"corp:ada{number}" for number in range(20))
-    assert world.endpoint.count == 1
+    assert world.corp.asked == 1
 
 
 def test_a_fetch_that_does_not_end_is_the_only_one_and_no_caller_waits_longer_than_five_seconds(
     world: World,
 ) -> None:
-    world.endpoint.open.clear()
+    world.corp.hang()
     with pytest.raises(KeysPending) as pending:
         world.jwts.verify(world.corp.token())
     world.clock.now += WAIT_S  # while it waited for a thread
@@ -205,15 +181,15 @@ def test_a_fetch_that_does_not_end_is_the_only_one_and_no_caller_waits_longer_th
             world.jwts.verify(world.corp.token())
         assert not isinstance(late.value, KeysPending)
         world.clock.now += 60
-    assert world.endpoint.count == 1
-    world.endpoint.open.set()
+    assert world.corp.asked == 1
+    world.corp.resume()
     until(lambda: not any(thread.name == "jwks" for thread in threading.enumerate()), "the end of the fetch")
 
     assert world.name(world.corp.token()) == "corp:ada"
 
 
 def test_a_set_that_was_not_used_for_long_is_fetched_before_it_is_believed(known: World) -> None:
-    known.endpoint.open.clear()
+    known.corp.hang()
     known.clock.now += KEEP_S + 1
 
     with pytest.raises(KeysPending):
@@ -221,23 +197,23 @@ def test_a_set_that_was_not_used_for_long_is_fetched_before_it_is_believed(known
 
 
 def test_a_set_is_fetched_before_it_is_old_and_no_caller_waits(known: World) -> None:
-    known.endpoint.open.clear()
+    known.corp.hang()
     known.clock.now += KEEP_S / 2 + 1
 
     for name in ("eve", "bob"):
         assert known.name_at_once(known.corp.token(sub=name)) == f"corp:{name}"
-    until(lambda: known.endpoint.count == 2, "the fetch in the background")
+    until(lambda: known.corp.asked == 2, "the fetch in the background")
 
 
 def test_no_caller_with_a_known_key_waits_for_an_issuer_that_is_away(known: World) -> None:
-    known.endpoint.away = True
+    known.corp.broken = True
     known.clock.now += KEEP_S + 1
     assert known.name(known.corp.token(sub="eve")) == "corp:eve"  # waits for the fetch that fails
-    known.endpoint.open.clear()
+    known.corp.hang()
     known.clock.now += AGAIN_S
 
     assert known.name_at_once(known.corp.token(sub="bob")) == "corp:bob"
-    until(lambda: known.endpoint.count == 3, "another fetch in the background")
+    until(lambda: known.corp.asked == 3, "another fetch in the background")
 
 
 # -- junk ------------------------------------------------------------------------------------------------
@@ -252,7 +228,7 @@ def test_an_error_that_is_not_foreseen_begins_no_flood_of_fetches(
         with pytest.raises(Unavailable):
             world.name(world.junk(f"kid{number}"))
 
-    assert world.endpoint.count == 1
+    assert world.corp.asked == 1
 
 
 @pytest.mark.parametrize("after_s", [0, AGAIN_S])
@@ -260,13 +236,13 @@ def test_junk_with_any_key_id_costs_one_fetch_at_most_and_no_signature_check(
     known: World, after_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known.clock.now += after_s
-    signatures, before = counted_signatures(monkeypatch), known.endpoint.count
+    signatures, before = counted_signatures(monkeypatch), known.corp.asked
     for number in range(200):
         with pytest.raises(Unauthenticated) as caught:
             known.name(known.junk(f"kid{number}"))
         assert caught.value.reason == "signature"
 
-    assert (known.endpoint.count - before, signatures.call_count) == (1 if after_s else 0, 0)
+    assert (known.corp.asked - before, signatures.call_count) == (1 if after_s else 0, 0)
 
 
 def test_a_token_without_a_key_id_is_tried_with_eight_keys(

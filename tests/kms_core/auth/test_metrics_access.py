@@ -8,18 +8,17 @@ from kms_core.auth.authenticator import MetricsAccess
 from kms_core.auth.policy import ByScopes
 from kms_core.observability import metrics
 from kms_core.proxies import Proxies
-from kms_core.settings.load import load
 from support.credentials import Issuer, authenticator_of, claims, issuer_settings
+from support.settings_files import read
 
 
 def test_good_tokens_read_the_metrics_beside_a_hundred_times_as_many_bad_ones(tmp_path: Path) -> None:
     issuer, thief = Issuer(), Issuer()
     for each in (issuer, thief):
         each.rollover("one")
-    keys, config = tmp_path / "jwks.json", tmp_path / "kms.toml"
+    keys = tmp_path / "jwks.json"
     keys.write_bytes(issuer.jwks)
-    config.write_text(issuer_settings(f'jwks_file = "{keys}"'))
-    settings = load(config, {"HOME": str(tmp_path)})
+    settings = read(tmp_path, issuer_settings(f'jwks_file = "{keys}"'))
     doors = authenticator_of(settings)
     assert doors
     scraping = MetricsAccess(

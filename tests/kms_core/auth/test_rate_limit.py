@@ -5,21 +5,7 @@ import pytest
 from kms_core.auth import rate_limit
 from kms_core.auth.rate_limit import Failures, Rate, Requests, source_of
 from kms_protocol.errors import RateLimited
-
-
-class Clock:
-    """A time that moves when told to."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
+from support.clock import Clock
 
 
 def refused_s(requests: Requests, items: int = 0) -> float:

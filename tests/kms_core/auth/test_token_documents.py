@@ -12,7 +12,7 @@ import pytest
 from kms_core.auth import tokens
 from kms_core.auth.tokens import DocumentTokens, TokenRequest, UnknownToken
 from kms_core.signed_documents import Anchors, FilePlace, LocalCopy, SignedDocument
-from kms_protocol.errors import Conflict, Missing, Unauthenticated, Unavailable
+from kms_protocol.errors import Unauthenticated, Unavailable
 from support.job_stores import connect
 
 HOUR: Final = timedelta(hours=1)
@@ -101,19 +101,6 @@ def test_a_tombstone_outweighs_a_token(
     with pytest.raises(Unauthenticated):
         known.authenticate(text)
     assert known.by_id(token.id) is None
-
-
-def test_changes_of_a_document_obey_the_rules_of_a_file(document: SignedDocument) -> None:
-    token, text = tokens.create(document, wish())
-    with pytest.raises(Conflict):
-        tokens.create(document, wish())
-    with pytest.raises(Missing):
-        tokens.revoke(document, "nobody")
-    rotated, new = tokens.rotate(document, "ci", HOUR, 3 * HOUR)
-    assert (rotated.id, len(rotated.digests), new == text) == (token.id, 2, False)
-    assert [one.id for one in tokens.listed(document)] == [token.id]
-    assert tokens.revoke(document, "acme/ci").id == token.id
-    assert tokens.listed(document) == []
 
 
 def test_a_change_that_others_overtook_gives_the_text_that_is_valid(

@@ -134,19 +134,13 @@ def test_a_missing_file_is_named_with_the_way_to_make_it(tmp_path: Path, name: s
     )
 
 
-def test_a_missing_file_without_a_public_one_is_named_too(tmp_path: Path) -> None:
-    assert "kms keygen -y" in refusal(KeyFiles(tmp_path / "gone"))
-
-
-def test_a_directory_is_no_key_file(tmp_path: Path) -> None:
-    assert "(Is a directory)" in refusal(KeyFiles(tmp_path))
-
-
-def test_a_binary_file_is_no_key_file(tmp_path: Path) -> None:
+def test_neither_a_directory_nor_a_binary_file_is_a_key_file(tmp_path: Path) -> None:
     files = write_pair(tmp_path, FIRST)
     files.private.write_bytes(b"\xff\xfe" + os.urandom(40))
 
     assert refusal(files).endswith("are not text")
+    assert "(Is a directory)" in refusal(KeyFiles(tmp_path))
+    assert "kms keygen -y" in refusal(KeyFiles(tmp_path / "gone")), "without a public file, too"
 
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "\n\n"], ids=["empty", "comment", "blank"])
@@ -234,16 +228,6 @@ def test_a_private_file_open_to_others_is_a_warning_in_dev(tmp_path: Path) -> No
     assert [(line["event"], line["log_level"], line["mode"]) for line in logs] == [
         ("key.file_open_to_others", "warning", "0644")
     ]
-
-
-@pytest.mark.parametrize("mode", [0o600, 0o400, 0o700], ids=oct)
-def test_a_private_file_is_fine(tmp_path: Path, mode: int) -> None:
-    files = write_pair(tmp_path, FIRST)
-    files.private.chmod(mode)
-    with capture_logs() as logs:
-        AgeBackend(replace(files, strict=True))
-
-    assert logs == []
 
 
 def test_the_public_file_may_be_open(tmp_path: Path) -> None:

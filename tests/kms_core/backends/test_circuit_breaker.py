@@ -8,17 +8,9 @@ import pytest
 from kms_core.backends.circuit_breaker import Breaker, RetryingCaller, RetryPolicy
 from kms_core.http_client import Busy, Unreachable
 from kms_protocol.errors import BackendUnavailable, DecryptFailed, KmsError
+from support.clock import Clock
 
 QUICK: Final = RetryPolicy(first_wait_s=0.0, failures=3, open_s=10.0, longest_open_s=15.0)
-
-
-class Clock:
-    """Time that passes when told."""
-
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Peer:

@@ -8,7 +8,7 @@ import pytest
 
 from kms_core.age import x25519
 from kms_core.age.header import Stanza
-from kms_core.auth.policy import AllowAll, Principal
+from kms_core.auth.policy import AllowAll
 from kms_core.backends import Backend
 from kms_core.envelope import binding
 from kms_core.http_client import Unreachable
@@ -17,7 +17,7 @@ from kms_core.keyring import Key, Keyring
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed, ForeignRefused, KmsError, UnknownKey
-from support.age_kms import ADA, ROW, Kept, age_backend, head_of, resigned, types_of
+from support.age_kms import ADA, ROW, Kept, age_backend, allowing, head_of, is_newest, resigned, types_of
 from support.memory_kms import memory_backend
 from support.programs import program
 
@@ -204,29 +204,23 @@ def test_a_job_key_is_not_a_file_key() -> None:
 # -- what a header says of its key, and whether a rewrap would say the same, without opening anything ----
 
 
-def newest(kms: Kms, file: bytes) -> bool:
-    found = kms.key_version_status(ADA, head_of(file), None)
-    assert found
-    return found.newest
-
-
 def test_own_file_is_on_the_newest_version_until_the_key_is_rotated() -> None:
     kms = service(memory_backend()[0])
     file = sealed_by(kms)
-    before = newest(kms, file)
+    before = is_newest(kms, file)
     kms.rotate(ADA, "payroll")
     moved = kms.rewrap(ADA, file, ROW).ciphertext
 
-    assert (before, newest(kms, file), newest(kms, moved)) == (True, False, True)
+    assert (before, is_newest(kms, file), is_newest(kms, moved)) == (True, False, True)
 
 
 def test_file_that_lacks_a_wrap_or_has_one_too_many_is_not_as_a_new_one(age: Backend) -> None:
     remote = memory_backend()[0]
     alone, both, native = service(remote), service(remote, age), service(age)
 
-    assert [newest(alone, sealed_by(kms)) for kms in (alone, both)] == [True, False]
-    assert [newest(both, sealed_by(kms)) for kms in (alone, both)] == [False, True]
-    assert [newest(native, sealed_by(kms)) for kms in (native, both)] == [True, False]
+    assert [is_newest(alone, sealed_by(kms)) for kms in (alone, both)] == [True, False]
+    assert [is_newest(both, sealed_by(kms)) for kms in (alone, both)] == [False, True]
+    assert [is_newest(native, sealed_by(kms)) for kms in (native, both)] == [True, False]
 
 
 def test_other_key_is_not_the_newest_of_this_one(age: Backend) -> None:
@@ -253,17 +247,9 @@ def test_version_that_the_backend_does_not_know_is_not_named(age: Backend, tmp_p
     assert (found.key_version, found.newest) == ("", False)
 
 
-class Blind(AllowAll):
-    """A policy that shows no key."""
-
-    def sees(self, who: Principal, key_id: str) -> bool:
-        del who, key_id
-        return False
-
-
 def test_a_header_says_nothing_of_a_key_that_the_caller_may_not_see(age: Backend) -> None:
     kms = service(age)
-    blind = Kms(kms.keyring, Blind(), Kept(), SelectionRules())
+    blind = Kms(kms.keyring, allowing(), Kept(), SelectionRules())
 
     with pytest.raises(UnknownKey):
         blind.key_version_status(ADA, head_of(sealed_by(kms)), None)

@@ -9,7 +9,6 @@ from typing import Final
 import pytest
 
 from kms_core.age.header import Stanza
-from kms_core.auth.policy import AllowAll, Principal
 from kms_core.backends.remote import (
     MOST_FILES,
     MOST_OPENED,
@@ -22,9 +21,9 @@ from kms_core.backends.remote import (
 from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef, Wrap
 from kms_core.http_client import Unreachable
-from kms_protocol.context import Context
 from kms_protocol.errors import BackendUnavailable, DecryptFailed, Forbidden
-from support.age_kms import ADA, ROW, Kept, head_of, kms_over
+from support.age_kms import ADA, ROW, Kept, allowing, head_of, kms_over
+from support.clock import Clock
 from support.memory_kms import NO_RETRIES, MemoryCipher
 from support.waiting import WAIT_S
 
@@ -32,15 +31,6 @@ KEY: Final = KeyRef("acme", "payroll", "1", "memory")
 AAD: Final = b"names and context"
 FILE_KEY: Final = bytes(range(16))
 SHARE_S: Final = 300.0
-
-
-class Clock:
-    """Seconds that pass when told to."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Shared:
@@ -364,20 +354,10 @@ def test_a_key_that_shares_nothing_is_never_ready(shared: Shared) -> None:
     assert not shared.remote.is_ready("acme", "payroll", binding.read_wrap(stanza))
 
 
-class Nobody(AllowAll):
-    """A policy that has withdrawn everything."""
-
-    def require(
-        self, who: Principal, operation: str, key_id: str | None = None, context: Context | None = None
-    ) -> None:
-        del who, operation, key_id, context
-        raise Forbidden
-
-
 def test_policy_comes_before_a_wrap_key(shared: Shared) -> None:
     sealed = kms_over(shared.backend).encrypt(ADA, b"salary", ROW).ciphertext
     kms_over(shared.backend).decrypt(ADA, sealed, ROW)
-    strict = kms_over(shared.backend, policy=Nobody())
+    strict = kms_over(shared.backend, policy=allowing())
     shared.remote.versions()
     before = shared.calls
 

@@ -138,10 +138,12 @@ def test_an_origin_or_pad_stanza_of_another_shape_is_refused(stanza: Stanza) -> 
 # -- tags --------------------------------------------------------------------------------------------
 
 
-def test_the_context_of_the_sealing_fits() -> None:
+def test_the_context_of_the_sealing_fits_the_file_key_of_it_alone() -> None:
     bound = bound_by(binding.context_stanza(FILE_KEY, KEY, ROW))
 
     binding.check_context(bound, FILE_KEY, KEY.tenant, ROW)
+    with pytest.raises(DecryptFailed):
+        binding.check_context(bound, bytes(16), KEY.tenant, ROW)
 
 
 @pytest.mark.parametrize(
@@ -164,13 +166,6 @@ def test_no_other_context_or_name_fits(names: dict[str, str], context: Context) 
 
     with pytest.raises(DecryptFailed):
         binding.check_context(bound, FILE_KEY, key.tenant, context)
-
-
-def test_no_other_file_key_fits() -> None:
-    bound = bound_by(binding.context_stanza(FILE_KEY, KEY, ROW))
-
-    with pytest.raises(DecryptFailed):
-        binding.check_context(bound, bytes(16), KEY.tenant, ROW)
 
 
 def test_one_context_looks_different_in_every_file() -> None:

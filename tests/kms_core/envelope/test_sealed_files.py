@@ -9,6 +9,7 @@ import pytest
 
 from kms_core.age import x25519
 from kms_core.age.header import Stanza, is_age_file
+from kms_core.backends import Backend
 from kms_core.backends.age import AgeBackend
 from kms_core.envelope import sealing
 from kms_core.envelope.binding import KeyRef
@@ -30,23 +31,12 @@ from support.memory_kms import memory_backend
 CONTENT: Final = b"AGE-SECRET-KEY-1TEST\n"
 
 
-class Away(AgeBackend):
-    """A root that does not answer."""
-
-    def __init__(self, backend: AgeBackend) -> None:
-        self.__dict__.update(backend.__dict__)
-
-    def unwrap(self, stanza: Stanza, key: KeyRef, aad: bytes) -> bytes:
-        del stanza, key, aad
-        raise BackendUnavailable("the root is away")
-
-
 @pytest.fixture
 def root(tmp_path: Path) -> AgeBackend:
     return age_backend(tmp_path / "root", x25519.X25519Identity.generate())
 
 
-def sealer(root: AgeBackend, *identities: SealingIdentity, key_id: str = "root") -> FileSealer:
+def sealer(root: Backend, *identities: SealingIdentity, key_id: str = "root") -> FileSealer:
     return FileSealer(lambda: {key_id: Key(key_id, root)}, lambda: identities)
 
 
@@ -61,23 +51,30 @@ def stock_age(content: bytes, *words: str) -> bytes:
     return subprocess.run(argv, input=content, capture_output=True, check=True, timeout=60).stdout
 
 
-def test_a_root_opens_what_it_sealed(root: AgeBackend) -> None:
+def test_a_root_opens_what_it_sealed_also_after_its_rotation(root: AgeBackend) -> None:
     sealed = sealer(root).seal("payroll", CONTENT, "root")
 
     assert sealer(root).open("payroll", sealed) == CONTENT
     assert sealer(root).open("payroll", armored(sealed)) == CONTENT
     assert (is_age_file(sealed), root_of(sealed), root_of(armored(sealed))) == (True, "root", "root")
     assert CONTENT not in sealed
+    root.rotate()
+    again = sealer(root).seal_again("payroll", CONTENT + b"more\n", sealed)
+    assert sealer(root).open("payroll", sealed) == CONTENT
+    assert sealer(root).open("payroll", again) == CONTENT + b"more\n"
 
 
 def test_a_root_of_two_backends_opens_it_while_one_is_away(root: AgeBackend) -> None:
-    other, _ = memory_backend()
-    sealed = FileSealer(lambda: {"root": Key("root", root, others=(other,))}, list).seal("a", CONTENT, "root")
-    opener = FileSealer(lambda: {"root": Key("root", Away(root), others=(other,))}, list)
+    remote, peer = memory_backend()
+    both = FileSealer(lambda: {"root": Key("root", remote, others=(root,))}, list)
+    sealed = both.seal("a", CONTENT, "root")
+    peer.cut()
 
-    assert opener.open("a", sealed) == CONTENT
-    with pytest.raises(BackendUnavailable, match="the root is away"):
-        sealer(Away(root)).open("a", sealed)
+    assert both.open("a", sealed) == CONTENT
+    with pytest.raises(BackendUnavailable, match="cut off"):
+        sealer(remote).open("a", sealed)
+    peer.trouble = None
+    assert sealer(remote).open("a", sealed) == CONTENT
 
 
 def test_a_file_for_another_key_is_refused(root: AgeBackend) -> None:
@@ -108,9 +105,11 @@ def test_no_caller_gives_that_context_or_tenant() -> None:
     assert ":" in TENANT  # KeyId, the type of tenants in settings and tokens, has none
 
 
-def test_a_key_that_does_not_seal_is_no_root(root: AgeBackend) -> None:
+def test_no_other_key_is_its_root(root: AgeBackend, tmp_path: Path) -> None:
     sealed = sealer(root).seal("payroll", CONTENT, "root")
+    other = age_backend(tmp_path / "other", x25519.X25519Identity.generate())
 
+    assert "by another root" in refusal(sealer(other), "payroll", sealed)
     assert '[kms.keys.root] with its uri and use = "seal"' in refusal(
         sealer(root, key_id="other"), "payroll", sealed
     )

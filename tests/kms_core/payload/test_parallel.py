@@ -12,10 +12,18 @@ import pytest
 from kms_core.age import stream
 from kms_core.age.stream import CHUNK, SEALED_CHUNK
 from kms_core.payload.files import FileRange, FileWriter
-from kms_core.payload.parallel import ParallelOptions, open_file, seal_file, verify_file
+from kms_core.payload.parallel import (
+    ParallelOptions,
+    copy_run,
+    open_file,
+    reseal_file,
+    seal_file,
+    verify_file,
+)
 from kms_protocol.errors import DecryptFailed, InvalidRequest, JobCancelled, SpoolFull
 
 KEY = bytes(range(32))
+OTHER = bytes(range(32, 64))
 SIZES = [0, 1, CHUNK, CHUNK + 1, 16 * CHUNK, 16 * CHUNK + 1, 40 * CHUNK - 3]
 OPTIONS = {
     "usual": ParallelOptions(),
@@ -51,7 +59,7 @@ def content(file: BinaryIO) -> bytes:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("size", SIZES)
-def test_files_hold_what_memory_would_and_open_to_what_was_sealed(
+def test_files_are_sealed_opened_and_resealed_as_in_memory(
     source: BinaryIO, target: BinaryIO, size: int, options: ParallelOptions
 ) -> None:
     plaintext = os.urandom(size)
@@ -63,20 +71,34 @@ def test_files_hold_what_memory_would_and_open_to_what_was_sealed(
     with tempfile.TemporaryFile() as opened:
         open_file(KEY, sealed, FileWriter(opened.fileno()), options=options)
         assert content(opened) == plaintext
+    with tempfile.TemporaryFile() as resealed:
+        reseal_file((KEY, OTHER), sealed, FileWriter(resealed.fileno()), bytes(100), options)
+        assert content(resealed) == bytes(100) + stream.seal(OTHER, plaintext)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_run_is_copied_as_it_is(source: BinaryIO, target: BinaryIO, size: int) -> None:
+    data = os.urandom(size)
+    copy_run(extent_of(source, data, 3), FileWriter(target.fileno()), 7, ParallelOptions(slab_chunks=2))
+
+    assert content(target) == (bytes(7) + data if size else b"")
 
 
 @pytest.mark.parametrize("chunk", [0, 5, 8])
 def test_a_forged_slab_is_refused_and_never_written(source: BinaryIO, target: BinaryIO, chunk: int) -> None:
     sealed = bytearray(stream.seal(KEY, b"s" * (8 * CHUNK + 9)))
     sealed[chunk * SEALED_CHUNK + 2] ^= 1
-    extent = extent_of(source, bytes(sealed))
-    start = chunk * CHUNK
+    extent, options = extent_of(source, bytes(sealed)), ParallelOptions(slab_chunks=1)
 
     with pytest.raises(DecryptFailed):
-        verify_file(KEY, extent, ParallelOptions(slab_chunks=1))
+        verify_file(KEY, extent, options)
     with pytest.raises(DecryptFailed):
-        open_file(KEY, extent, FileWriter(target.fileno()), options=ParallelOptions(slab_chunks=1))
-    assert not any(content(target)[start : start + CHUNK])
+        open_file(KEY, extent, FileWriter(target.fileno()), options=options)
+    assert not any(content(target)[chunk * CHUNK : (chunk + 1) * CHUNK])
+    with tempfile.TemporaryFile() as resealed:
+        with pytest.raises(DecryptFailed):
+            reseal_file((KEY, OTHER), extent, FileWriter(resealed.fileno()), options=options)
+        assert not any(content(resealed)[chunk * SEALED_CHUNK : (chunk + 1) * SEALED_CHUNK])
 
 
 @pytest.mark.parametrize("size", [0, 15, SEALED_CHUNK, SEALED_CHUNK + 16, 3 * SEALED_CHUNK])
@@ -95,6 +117,8 @@ def test_a_file_that_ends_before_its_extent_is_refused(source: BinaryIO, target:
 
     with pytest.raises(DecryptFailed):
         open_file(KEY, extent, FileWriter(target.fileno()))
+    with pytest.raises(InvalidRequest):
+        copy_run(extent, FileWriter(target.fileno()))
 
 
 def grow(fd: int) -> None:

@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from kms_core.age import stream
 from kms_core.age.stream import CHUNK, SEALED_CHUNK
+from kms_core.payload.files import FileRange, MemoryRange
 from kms_core.payload.parallel import ParallelOptions
 from kms_core.payload.streaming import RangeReader, SlabSealer, open_pipe, seal_pipe
 from kms_protocol.errors import DecryptFailed, JobCancelled
@@ -176,43 +178,15 @@ def test_a_stream_without_data_yet_does_not_pass_for_an_ended_one() -> None:
 # -- parts -----------------------------------------------------------------------------------------------
 
 
-class Store:
-    """Sealed bytes that remember what was asked of them."""
-
-    def __init__(self, sealed: bytes) -> None:
-        self.sealed = sealed
-        self.asked: list[tuple[int, int]] = []
-
-    @property
-    def size(self) -> int:
-        return len(self.sealed)
-
-    def read_at(self, position: int, length: int) -> bytes:
-        return self.sealed[position : position + length]
-
-    def read_into(self, views: Sequence[memoryview], position: int) -> bool:
-        self.asked.append((position, sum(map(len, views))))
-        for view in views:
-            data = self.read_at(position, len(view))
-            view[: len(data)] = data
-            position += len(view)
-        return position <= self.size
-
-    def stamp(self) -> None:
-        """Nothing: it does not change."""
-
-    def tail(self, position: int) -> "Store":
-        return Store(self.sealed[position:])
-
-    def reader(self) -> RangeReader:
-        return RangeReader(KEY, self)
+def reader_of(sealed: bytes) -> RangeReader:
+    return RangeReader(KEY, MemoryRange(memoryview(sealed)))
 
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK, CHUNK + 1, 40 * CHUNK + 17])
 def test_any_range_is_that_of_the_plaintext(size: int) -> None:
     plaintext = os.urandom(size)
     sealed = stream.seal(KEY, plaintext)
-    reader = Store(sealed).reader()
+    reader = reader_of(sealed)
     chance = random.Random(size)  # noqa: S311 -- a repeatable choice of ranges
 
     assert reader.size == size
@@ -230,34 +204,41 @@ def test_any_range_is_that_of_the_plaintext(size: int) -> None:
 def test_slabs_come_in_order_and_small() -> None:
     plaintext = os.urandom(40 * CHUNK + 17)
     sealed = stream.seal(KEY, plaintext)
-    whole = list(Store(sealed).reader().slabs())
-    part = list(Store(sealed).reader().slabs(100, 39 * CHUNK))
+    whole = list(reader_of(sealed).slabs())
+    part = list(reader_of(sealed).slabs(100, 39 * CHUNK))
 
     assert b"".join(whole) == plaintext
     assert b"".join(part) == plaintext[100 : 39 * CHUNK]
     assert max(map(len, whole + part)) <= 16 * CHUNK
 
 
-def test_only_the_chunks_touched_are_read() -> None:
-    store = Store(stream.seal(KEY, bytes(40 * CHUNK)))
-    reader = store.reader()
+def test_only_the_chunks_touched_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    read_into = MemoryRange.read_into
+
+    def noted(source: MemoryRange, views: Sequence[memoryview], position: int) -> bool:
+        asked.append((position, sum(map(len, views))))
+        return read_into(source, views, position)
+
+    monkeypatch.setattr(MemoryRange, "read_into", noted)
+    reader = reader_of(stream.seal(KEY, bytes(40 * CHUNK)))
     reader.read_at(5 * CHUNK - 10, 20)
     reader.read_at(7, 0)
     reader.read_at(40 * CHUNK, 10)
 
-    assert store.asked == [(at * SEALED_CHUNK, SEALED_CHUNK) for at in (39, 4, 5)]
+    assert asked == [(at * SEALED_CHUNK, SEALED_CHUNK) for at in (39, 4, 5)]
 
 
 @pytest.mark.parametrize("size", [0, 10, SEALED_CHUNK, 2 * SEALED_CHUNK, 2 * SEALED_CHUNK + 50])
 def test_cut_payload_is_refused_before_any_read(size: int) -> None:
     with pytest.raises(DecryptFailed):
-        Store(stream.seal(KEY, bytes(3 * CHUNK))[:size]).reader()
+        reader_of(stream.seal(KEY, bytes(3 * CHUNK))[:size])
 
 
 def test_a_forged_chunk_spoils_the_ranges_that_touch_it() -> None:
     sealed = bytearray(stream.seal(KEY, bytes(5 * CHUNK)))
     sealed[2 * SEALED_CHUNK] ^= 1
-    reader = Store(bytes(sealed)).reader()
+    reader = reader_of(bytes(sealed))
 
     assert reader.read_at(0, 2 * CHUNK) == bytes(2 * CHUNK)
     assert len(b"".join(reader.sealed_slabs(0, 2 * SEALED_CHUNK))) == 2 * SEALED_CHUNK
@@ -268,14 +249,16 @@ def test_a_forged_chunk_spoils_the_ranges_that_touch_it() -> None:
 
 @pytest.mark.parametrize("kept", [SEALED_CHUNK + 5, 2 * SEALED_CHUNK], ids=["a part", "whole chunks"])
 def test_a_source_that_gives_less_is_refused(kept: int) -> None:
-    store = Store(stream.seal(KEY, bytes(5 * CHUNK)))
-    reader = store.reader()
-    store.sealed = store.sealed[:kept]
+    sealed = stream.seal(KEY, bytes(5 * CHUNK))
+    with tempfile.TemporaryFile(buffering=0) as file:
+        file.write(sealed)
+        reader = RangeReader(KEY, FileRange(file.fileno(), len(sealed)))
+        file.truncate(kept)
 
-    with pytest.raises(DecryptFailed):
-        reader.read_at(0, 3 * CHUNK)
+        with pytest.raises(DecryptFailed):
+            reader.read_at(0, 3 * CHUNK)
 
 
 def test_no_range_starts_before_the_file() -> None:
     with pytest.raises(ValueError, match="starts at 0"):
-        Store(stream.seal(KEY, b"abc")).reader().read_at(-1, 2)
+        reader_of(stream.seal(KEY, b"abc")).read_at(-1, 2)

@@ -4,10 +4,8 @@ import http.client
 import os
 import socket
 import ssl
-import threading
 from collections.abc import Iterator
-from contextlib import closing, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,8 @@ from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, UploadedPart
 from kms_core.s3.connection import TRIES, Ask, Credentials, S3Connection, S3Endpoint
 from kms_core.s3.multipart import ObjectReader
 from kms_protocol.errors import PathRefused, Unavailable
-from support.webhooks import Authority, make_authority
+from support.http_servers import QuietHandler, served
+from support.webhooks import make_authority
 
 Reply = tuple[int, dict[str, str], bytes] | None
 ERROR = b'<?xml version="1.0"?>\n<Error><Code>%s</Code><Message>about secret-key</Message></Error>'
@@ -25,54 +24,41 @@ ERROR = b'<?xml version="1.0"?>\n<Error><Code>%s</Code><Message>about secret-key
 class Script:
     """A server that gives these replies, the last of them for ever; None hangs up instead."""
 
-    def __init__(self, replies: list[Reply], authority: Authority | None = None) -> None:
-        self.replies = replies
+    def __init__(self, port: int, *replies: Reply) -> None:
+        self.port, self.replies = port, list(replies)
         self.asked: list[tuple[str, str, dict[str, str], bytes]] = []
         self.connections: set[int] = set()
-        script = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: object) -> None:
-                """Nothing."""
-
-            def answer(self) -> None:
-                body = self.rfile.read(int(self.headers.get("content-length") or 0))
-                headers = {name.lower(): value for name, value in self.headers.items()}
-                script.asked.append((self.command, self.path, headers, body))
-                script.connections.add(self.client_address[1])
-                reply = script.replies.pop(0) if len(script.replies) > 1 else script.replies[0]
-                if reply is None:
-                    self.close_connection = True
-                    return
-                status, more, content = reply
-                self.send_response_only(status)
-                for name, value in ({"Content-Length": str(len(content))} | more).items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content if self.command != "HEAD" else b"")
-
-            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer  # noqa: N815 -- the library's names
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        if authority:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(authority.chain)
-            self.server.socket = context.wrap_socket(
-                self.server.socket, server_side=True, do_handshake_on_connect=False
-            )
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
-        self.thread.start()
-        self.line = _line(f"http://127.0.0.1:{self.server.server_address[1]}")
+        self.line = _line(f"http://127.0.0.1:{port}")
         self.bucket = Bucket("b", self.line, path_style=True)
 
-    def close(self) -> None:
-        self.line.close()
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
+
+@contextmanager
+def scripted(*replies: Reply, tls: ssl.SSLContext | None = None) -> Iterator[Script]:
+    class Handler(QuietHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("content-length") or 0))
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            made.asked.append((self.command, self.path, headers, body))
+            made.connections.add(self.client_address[1])
+            reply = made.replies.pop(0) if len(made.replies) > 1 else made.replies[0]
+            if reply is None:
+                self.close_connection = True
+                return
+            status, more, content = reply
+            self.send_response_only(status)
+            for name, value in ({"Content-Length": str(len(content))} | more).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content if self.command != "HEAD" else b"")
+
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer  # noqa: N815 -- the library's names
+
+    with served(Handler, tls=tls) as port:
+        made = Script(port, *replies)
+        with closing(made.line):
+            yield made
 
 
 def _line(url: str, trust: ssl.SSLContext | None = None, timeout_s: float = 5.0) -> S3Connection:
@@ -82,7 +68,7 @@ def _line(url: str, trust: ssl.SSLContext | None = None, timeout_s: float = 5.0)
 
 @pytest.fixture
 def script() -> Iterator[Script]:
-    with closing(Script([(200, {}, b"")])) as made:
+    with scripted((200, {}, b"")) as made:
         yield made
 
 
@@ -141,8 +127,8 @@ def test_a_body_of_another_size_is_no_answer(script: Script, answer: Reply) -> N
 
 
 def test_a_body_that_is_cut_is_asked_for_again(script: Script) -> None:
-    script.replies = [(206, {"Content-Length": "10"}, b"12345"), (206, {}, b"abcdefghij")]
-    script.server.RequestHandlerClass.timeout = 1  # type: ignore[attr-defined]  # hangs up on who waits
+    cut = {"Content-Length": "10", "Connection": "close"}
+    script.replies = [(206, cut, b"12345"), (206, {}, b"abcdefghij")]
     view = memoryview(bytearray(10))
     script.line.fetch(Ask("GET", "/b/k"), [view])
 
@@ -178,12 +164,11 @@ def test_a_child_makes_connections_of_its_own(script: Script) -> None:
 
 
 def test_a_virtual_host_is_named_and_signed(script: Script) -> None:
-    port = script.server.server_address[1]
-    with closing(_line(f"http://1:{port}")) as line:
+    with closing(_line(f"http://1:{script.port}")) as line:
         Bucket("127.0.0", line, path_style=False).put("a b", b"", ALWAYS, "job")  # a name that needs no DNS
 
     ((_, path, headers, _),) = script.asked
-    assert (path, headers["host"]) == ("/a%20b", f"127.0.0.1:{port}")
+    assert (path, headers["host"]) == ("/a%20b", f"127.0.0.1:{script.port}")
 
 
 def test_a_bucket_elsewhere_is_told_with_its_setting(script: Script) -> None:
@@ -273,9 +258,9 @@ def test_a_connection_that_ended_while_it_was_kept_is_not_used(script: Script) -
 def test_tls_is_for_a_name_under_an_authority_that_is_trusted(tmp_path: Path, *, trusted: bool) -> None:
     authority = make_authority(tmp_path)
     trust = ssl.create_default_context(cafile=authority.ca_file if trusted else None)
-    with closing(Script([(200, {}, b"fine")], authority)) as script:
+    with scripted((200, {}, b"fine"), tls=authority.serving()) as script:
         for host, known in (("localhost", trusted), ("127.0.0.1", False)):
-            with closing(_line(f"https://{host}:{script.server.server_address[1]}", trust)) as line:
+            with closing(_line(f"https://{host}:{script.port}", trust)) as line:
                 if known:
                     assert line.ask(Ask("GET", "/b/k")).body == b"fine"
                 else:

@@ -6,19 +6,16 @@ from pathlib import Path
 import pytest
 
 from kms_core import redis_client
-from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import RedisSection
 from kms_core.settings.redis_urls import ClusterNodes, Sentinels, cluster_nodes, sentinels
 from kms_protocol.errors import ConfigurationError
+from support.settings_files import read, refusal
 
-HOME = {"HOME": "/home/ada"}
 SECRET = "hunter2"
 
 
-def load(body: str, folder: Path) -> RedisSection:
-    path = folder / "kms.toml"
-    path.write_text(f"[kms.redis]\n{body}")
-    return load_settings(path, HOME).kms.redis
+def section_of(folder: Path, body: str) -> RedisSection:
+    return read(folder, f"[kms.redis]\n{body}").kms.redis
 
 
 @pytest.mark.parametrize(
@@ -53,11 +50,10 @@ def load(body: str, folder: Path) -> RedisSection:
     ],
 )
 def test_address_that_cannot_be_meant_is_refused(tmp_path: Path, body: str, said: str) -> None:
-    with pytest.raises(ConfigurationError) as refused:
-        load(body, tmp_path)
+    refused = refusal(tmp_path, f"[kms.redis]\n{body}")
 
-    assert said in refused.value.detail
-    assert SECRET not in refused.value.detail
+    assert said in refused
+    assert SECRET not in refused
 
 
 def test_sentinel_url_says_who_knows_the_master() -> None:
@@ -109,10 +105,10 @@ def test_tls_is_always_checked(scheme: str) -> None:
 
 def test_a_password_in_a_file_is_that_of_both_urls(tmp_path: Path) -> None:
     (tmp_path / "password").write_text("p@ss/word\n")
-    section = load(
+    section = section_of(
+        tmp_path,
         f'url = "redis://kms@h:6379/0"\nbroker_url = "sentinel://kms@a,b:2?master=m"\n'
         f'password_file = "{tmp_path}/password"\n',
-        tmp_path,
     )
 
     found = redis_client.connect(section).connection_pool.connection_kwargs
@@ -137,7 +133,7 @@ def test_a_password_that_cannot_be_used_is_refused(
         (tmp_path / "password").write_text(content)
 
     with pytest.raises(ConfigurationError) as refused:
-        redis_client.connect(load(f'url = "{url}"\npassword_file = "{tmp_path}/password"\n', tmp_path))
+        redis_client.connect(section_of(tmp_path, f'url = "{url}"\npassword_file = "{tmp_path}/password"\n'))
 
     assert said in refused.value.detail
     assert SECRET not in refused.value.detail

@@ -1,34 +1,14 @@
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from kms_core.settings.load import load
-from kms_core.settings.model import Settings
 from kms_core.settings.validation import check_exposure
 from kms_protocol.errors import ConfigurationError
 from support.credentials import authenticator_of
+from support.settings_files import HOME, read, refusal
 
-HOME = {"HOME": "/home/ada"}
 COSMIAN = HOME | {"PROVISIONING_ENV": "prod", "COSMIAN_KMS_URL": "https://kms.test"}
-
-
-@pytest.fixture(autouse=True)
-def empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "cwd").mkdir()
-    monkeypatch.chdir(tmp_path / "cwd")
-
-
-def read(tmp_path: Path, text: str, environ: Mapping[str, str] = HOME, **overrides: object) -> Settings:
-    file = tmp_path / "kms.toml"
-    file.write_text(text)
-    return load(file, environ, overrides=overrides)
-
-
-def refusal(tmp_path: Path, text: str, environ: Mapping[str, str] = HOME, **overrides: object) -> str:
-    with pytest.raises(ConfigurationError) as caught:
-        read(tmp_path, text, environ, **overrides)
-    return caught.value.detail
 
 
 # -- backends and environments -----------------------------------------------------------------------

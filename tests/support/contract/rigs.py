@@ -9,7 +9,7 @@ from typing import Final, Protocol
 
 from kms_core.age import mlkem768x25519, x25519
 from kms_core.backends import Backend
-from support.age_kms import age_backend, write_identities, write_recipient
+from support.age_kms import age_backend
 from support.contract.cosmian_double import NEW, OLD
 from support.contract.rig_aws import AwsRig
 from support.contract.rig_cosmian import CosmianRig
@@ -41,30 +41,30 @@ class AgeRig:
     """Key files in a directory of their own."""
 
     def __init__(
-        self, directory: Path, kind: type[x25519.X25519Identity | mlkem768x25519.HybridIdentity]
+        self,
+        directory: Path,
+        kind: type[x25519.X25519Identity | mlkem768x25519.HybridIdentity],
+        *,
+        native: bool = True,
     ) -> None:
-        self._kind = kind
         self._private = directory / "private_key.txt"
-        self._public = directory / "public_key.txt"
-        self._identities = [kind.generate()]
-        self.backend: Backend = age_backend(directory, *self._identities)
-        self.other: Backend = age_backend(directory / "other", kind.generate())
+        self.backend: Backend = age_backend(directory, kind.generate(), native=native)
+        self.other: Backend = age_backend(directory / "other", kind.generate(), native=native)
 
     def rotate(self) -> None:
-        self._identities.append(self._kind.generate())
-        write_identities(self._private, *self._identities)
-        write_recipient(self._public, self._identities[-1])
+        self.backend.rotate()
 
     def break_it(self) -> None:
-        self._private.unlink()
+        self._private.rename(self._private.with_suffix(".away"))
 
     def mend(self) -> None:
-        write_identities(self._private, *self._identities)
+        self._private.with_suffix(".away").rename(self._private)
 
 
 MAKERS: Final[dict[str, Callable[[Path], Rig]]] = {
     "age": lambda directory: AgeRig(directory, x25519.X25519Identity),
     "age-hybrid": lambda directory: AgeRig(directory, mlkem768x25519.HybridIdentity),
+    "age-wraps": lambda directory: AgeRig(directory, x25519.X25519Identity, native=False),
     "awskms": lambda _: AwsRig(),
     "cosmian": lambda _: CosmianRig(NEW, "kmip"),
     "cosmian-jose": lambda _: CosmianRig(NEW, "jose"),

@@ -25,9 +25,7 @@ def put_keys(state: Path) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.touch(mode=0o600)
         path.write_bytes((manifest.V1 / name).read_bytes())
-    lines = (manifest.V1 / "keys/age-x25519.txt").read_text().splitlines()
-    recipient = [line for line in lines if line.startswith("# public key: ")][-1]
-    (state / "age/public_key.txt").write_text(recipient.removeprefix("# public key: ") + "\n")
+    (state / "age/public_key.txt").write_text(manifest.recipients("age-x25519")[-1] + "\n")
 
 
 def service(folder: Path, redis_url: str, more: str = "") -> Service:

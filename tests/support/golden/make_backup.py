@@ -13,12 +13,6 @@ JOB: Final = "spool/0adf3e46-f198-4650-bc9a-6fdf38249781"
 INPUT: Final = bytes(range(256)) * 400  # two chunks of an age payload
 
 
-def recipient() -> str:
-    """The first recipient of the Age key of the golden set."""
-    lines = IDENTITIES.read_text().splitlines()
-    return next(line for line in lines if line.startswith("# public key: ")).removeprefix("# public key: ")
-
-
 def put_install(state: Path) -> None:
     """Lay out an install with one upload, in a state directory."""
     install.put_keys(state)

@@ -3,12 +3,15 @@
 import base64
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
+
+import pyrage
 
 from support.golden import reference
 from support.golden.reference import Names
@@ -107,6 +110,18 @@ def identity_secret(name: str, number: int = -1) -> bytes:
     """The secret of an identity of an identity file: the last one, or another by its place."""
     lines = (V1 / f"keys/{name}.txt").read_text().splitlines()
     return reference.bech32_data([line for line in lines if line.startswith("AGE-SECRET-KEY-")][number])
+
+
+def recipients(name: str) -> list[str]:
+    """The recipients of an identity file, which stand in comments."""
+    return re.findall(r"^# public key: (.*)$", (V1 / f"keys/{name}.txt").read_text(), re.MULTILINE)
+
+
+def opened_by_pyrage(file: bytes) -> bytes:
+    """What another implementation of age makes of a file for the X25519 key of the set."""
+    lines = (V1 / "keys/age-x25519.txt").read_text().splitlines()
+    known = [pyrage.x25519.Identity.from_str(line) for line in lines if line.startswith("AGE-SECRET-KEY-")]
+    return bytes(pyrage.decrypt(file, known))
 
 
 def copied(name: str, folder: Path) -> Path:

@@ -3,7 +3,6 @@
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Final, cast
 
 import pytest
 import redis
-from prometheus_client import REGISTRY
 
 from kms_core import audit
 from kms_core.audit import AuditLog, chain, maintenance, segments
@@ -22,10 +20,9 @@ from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import AuditMonitor, verify
 from kms_core.auth.policy import Principal
 from kms_core.settings.model import AuditSection
-from support.audit_logs import Place, audit_section, chain_name, codes, notes, record, rewrite
+from support.audit_logs import Place, audit_ok, audit_section, chain_name, codes, notes, record, rewrite
 
 EAGER: Final = audit_section(checkpoint_s=0)
-DAY_NS: Final = 24 * 3600 * 1_000_000_000
 AnchorPlace = RedisSink | FolderSink
 
 
@@ -64,10 +61,6 @@ def writer(place: Place, kept: AnchorPlace) -> Writer:
     return made
 
 
-def watching(place: Place, *kept: AnchorPlace) -> AuditMonitor:
-    return AuditMonitor(place.folder, place.signing_key, kept)
-
-
 def found(watch: AuditMonitor) -> list[str]:
     watch.round()
     return [problem.code for problem in watch.condition.anchors]
@@ -80,12 +73,6 @@ def verified(place: Place, kept: AnchorPlace) -> VerificationReport:
 def by_anchors(place: Place, kept: AnchorPlace) -> list[str]:
     """What verification finds by anchors; a later chain saw the ends of earlier ones, too."""
     return [problem.code for problem in verified(place, kept).problems if problem.anchor]
-
-
-def ok(kept: AnchorPlace) -> float:
-    value = REGISTRY.get_sample_value("kms_audit_ok", {"what": kept.name})
-    assert value is not None
-    return value
 
 
 class Copy:
@@ -114,7 +101,7 @@ def older_put_back(place: Place, writer: Writer) -> None:
 def test_a_log_that_goes_on_through_many_files_agrees_with_its_anchors(
     place: Place, kept: AnchorPlace
 ) -> None:
-    writer, watch = Writer(place, kept, audit_section(checkpoint_lines=4)), watching(place, kept)
+    writer, watch = Writer(place, kept, audit_section(checkpoint_lines=4)), place.monitor(kept)
     writer.trail.rotate_bytes = 4096
     for _ in range(20):
         writer.write(5)
@@ -125,7 +112,7 @@ def test_a_log_that_goes_on_through_many_files_agrees_with_its_anchors(
     writer.close()
 
     assert len(place.files()) > 4
-    assert (found(watch), watch.condition.not_compared, ok(kept)) == ([], {}, 1)
+    assert (found(watch), watch.condition.not_compared, audit_ok(kept.name)) == ([], {}, 1)
     assert verified(place, kept).verdict == "intact"
 
 
@@ -205,26 +192,26 @@ def test_what_is_not_the_anchored_log_is_found(
     hand, code, others = HANDS[name]
     writer.close()
     (file,) = place.files()
-    genuine, watch = Copy(place), watching(place, kept)
+    genuine, watch = Copy(place), place.monitor(kept)
     assert found(watch) == []
     hand(file)
 
-    assert found(watch) == found(watching(place, kept)) == by_anchors(place, kept) == [code]
+    assert found(watch) == found(place.monitor(kept)) == by_anchors(place, kept) == [code]
     assert {*codes(place.verified())} == others
-    assert ok(kept) == 0
+    assert audit_ok(kept.name) == 0
     genuine.put_back()
-    assert (found(watch), ok(kept)) == ([], 1)
+    assert (found(watch), audit_ok(kept.name)) == ([], 1)
     hand(file)
     later = Writer(place, kept, role="worker")
     later.write()
     later.close()
-    assert found(watching(place, kept)) == by_anchors(place, kept) == [code]
+    assert found(place.monitor(kept)) == by_anchors(place, kept) == [code]
 
 
 def test_an_older_copy_is_told_with_the_lines_that_it_lacks(
     place: Place, kept: AnchorPlace, writer: Writer
 ) -> None:
-    watch = watching(place, kept)
+    watch = place.monitor(kept)
     older_put_back(place, writer)
 
     assert found(watch) == ["cut"]
@@ -252,11 +239,7 @@ def test_a_line_in_place_of_a_chain_is_found_by_a_chain_that_saw_its_end(
 
 def retired(place: Place, kept: AnchorPlace) -> Writer:
     """An old chain that retention has removed, whose anchors stay; the process that did it still writes."""
-    at = time.time_ns() - 30 * DAY_NS
-    old = place.trail(clock=lambda: at)
-    old.append(record(1))
-    old.close()
-    AuditMaintenance(old, [kept]).round()
+    AuditMaintenance(place.aged(30), [kept]).round()
     writer = Writer(place, kept)
     writer.write()
     AuditMaintenance(writer.trail, keep_days=20).round()
@@ -267,10 +250,10 @@ def retired(place: Place, kept: AnchorPlace) -> Writer:
 def test_chains_that_retention_removed_are_not_missed(place: Place, kept: AnchorPlace) -> None:
     """The first look reads a MiB of each file; a removal far above its end is known, too."""
     writer = retired(place, kept)
-    assert found(watching(place, kept)) == []
+    assert found(place.monitor(kept)) == []
     assert verified(place, kept).verdict == "intact"
     writer.write(5_000)
-    watch = watching(place, kept)
+    watch = place.monitor(kept)
 
     assert found(watch) == []
     assert watch.condition.lines < 5_000
@@ -292,7 +275,7 @@ def test_a_removal_that_nobody_signed_excuses_nothing(place: Place, kept: Anchor
     line, _ = chain.seal(head, begin + b'"kind":"retired","before":"2999-01-01T00:00:00.000000Z","files":1')
     file.write_bytes(file.read_bytes() + line)
 
-    assert found(watching(place, kept)) == ["missing_chain"]
+    assert found(place.monitor(kept)) == ["missing_chain"]
     assert "missing_chain" in codes(verified(place, kept))
 
 
@@ -318,7 +301,7 @@ def test_anchors_of_another_install_are_not_held_against_this_log(place: Place, 
     Writer(Place(place.at / "other"), kept).write()
     Writer(place, kept).write()
 
-    assert found(watching(place, kept)) == []
+    assert found(place.monitor(kept)) == []
     assert verified(place, kept).verdict == "intact"
 
 
@@ -337,7 +320,7 @@ def test_forged_anchors_count_for_nothing_and_hide_none(
     genuine = writer.trail.last_signed
     forged = forge(genuine)
     assert (forged != genuine, forged.startswith(b'{"seq":4'), forged[-3:]) == (True, True, b'"}\n')
-    watch = watching(place, kept)
+    watch = place.monitor(kept)
     kept.put(forged)
     assert found(watch) == codes(verified(place, kept)) == []
     older_put_back(place, writer)
@@ -366,13 +349,13 @@ def acknowledge(place: Place, writer: Writer, first: int, last: int) -> None:
 
 def test_a_loss_on_record_is_a_note(place: Place, kept: AnchorPlace, writer: Writer) -> None:
     older_put_back(place, writer)
-    watch = watching(place, kept)
+    watch = place.monitor(kept)
     acknowledge(place, writer, 0, 8)
     assert found(watch) == ["cut"], "line 9 is not among those"
     with acknowledging(place, writer, 0, 9):
         assert found(watch) == codes(verified(place, kept)) == ["cut"], "nobody has signed the record"
 
-    assert found(watch) == found(watching(place, kept)) == []
+    assert found(watch) == found(place.monitor(kept)) == []
     report = verified(place, kept)
     assert (report.verdict, codes(report)) == ("intact", [])
     assert "acknowledged" in notes(report)
@@ -384,15 +367,15 @@ def test_a_larger_loss_than_the_one_on_record_is_told_again(
     """The record names lines 5 to 9; then line 3 and 4 are lost as well."""
     older_put_back(place, writer)
     acknowledge(place, writer, 5, 9)
-    watch = watching(place, kept)
+    watch = place.monitor(kept)
     assert found(watch) == []
     assert verified(place, kept).verdict == "intact"
     file = next(file for file in place.files() if file.name.startswith("api-"))
     rewrite(file, lambda lines: lines[:3])
 
-    assert found(watch) == found(watching(place, kept)) == by_anchors(place, kept) == ["cut"]
+    assert found(watch) == found(place.monitor(kept)) == by_anchors(place, kept) == ["cut"]
     acknowledge(place, writer, 3, 9)
-    assert found(watch) == found(watching(place, kept)) == by_anchors(place, kept) == []
+    assert found(watch) == found(place.monitor(kept)) == by_anchors(place, kept) == []
     file.unlink()
     assert found(watch) == by_anchors(place, kept) == ["missing_chain"]
 
@@ -420,7 +403,7 @@ def test_lines_written_anew_are_no_loss_that_can_be_acknowledged(
     written_anew(place.files()[0], place.signing_key)
     acknowledge(place, writer, 0, 100)
 
-    assert found(watching(place, kept)) == codes(verified(place, kept)) == ["rewritten"]
+    assert found(place.monitor(kept)) == codes(verified(place, kept)) == ["rewritten"]
 
 
 # -- anchors that are away, or older ------------------------------------------------------------------
@@ -432,25 +415,25 @@ def test_a_place_that_cannot_be_read_is_said_and_compared_when_it_is_back(place:
     writer.write()
     older_put_back(place, writer)
     (place.at / "anchors").rename(place.at / "elsewhere")
-    watch = watching(place, kept)
+    watch = place.monitor(kept)
 
     assert found(watch) == []
     assert "mount or create it" in watch.condition.not_compared["directory"]
-    assert math.isnan(ok(kept))
+    assert math.isnan(audit_ok(kept.name))
     (place.at / "elsewhere").rename(place.at / "anchors")
     assert found(watch) == ["cut"]
     assert watch.condition.not_compared == {}
-    assert ok(kept) == 0
+    assert audit_ok(kept.name) == 0
 
 
 def test_redis_that_does_not_answer_is_said(place: Place) -> None:
     kept = RedisSink(redis.Redis.from_url("unix:///nonexistent/valkey.sock"))
     place.written(3)
-    watch = watching(place, kept)
+    watch = place.monitor(kept)
 
     assert found(watch) == []
     assert watch.condition.not_compared == {"redis": "Redis does not answer"}
-    assert math.isnan(ok(kept))
+    assert math.isnan(audit_ok(kept.name))
 
 
 def emptied(place: Place, url: str) -> None:
@@ -462,7 +445,7 @@ def emptied(place: Place, url: str) -> None:
 def test_anchors_that_were_removed_while_the_service_runs_are_missed(
     place: Place, kept: AnchorPlace, writer: Writer, redis_url: str
 ) -> None:
-    watch = watching(place, kept)
+    watch = place.monitor(kept)
     assert found(watch) == []
     emptied(place, redis_url)
     assert found(watch) == ["anchors_lost"]
@@ -476,7 +459,7 @@ def test_the_last_seconds_that_a_failover_loses_are_no_alarm_and_more_is(
 ) -> None:
     client = redis.Redis.from_url(redis_url)
     kept = RedisSink(client)
-    writer, watch = Writer(place, kept), watching(place, kept)
+    writer, watch = Writer(place, kept), place.monitor(kept)
     for _ in range(3):
         writer.write()
         assert found(watch) == []
@@ -496,12 +479,9 @@ def test_without_anchors_only_a_young_log_counts_as_compared(
     """The first anchor follows the first checkpoint."""
     emptied(place, redis_url)
     place.written(3)
-    watch = watching(place, kept)
-    assert (found(watch), watch.condition.not_compared, ok(kept)) == ([], {}, 1)
-    at = time.time_ns() - DAY_NS
-    log = place.trail(clock=lambda: at)
-    log.append(record(1))
-    log.close()
+    watch = place.monitor(kept)
+    assert (found(watch), watch.condition.not_compared, audit_ok(kept.name)) == ([], {}, 1)
+    place.aged(1)
 
     assert (found(watch), list(watch.condition.not_compared)) == ([], [kept.name])
     report = verified(place, kept)
@@ -525,7 +505,7 @@ def test_an_anchor_is_compared_with_its_line_once(
     monkeypatch.setattr(segments, "line_of", counted)
     writer.trail.append(record(4))
     writer.trail.checkpoint_if_due()  # not anchored yet
-    watch = watching(place, kept)
+    watch = place.monitor(kept)
     for _ in range(5):
         assert found(watch) == []
     writer.write()
@@ -542,7 +522,7 @@ def test_a_line_that_only_looks_like_that_of_an_anchor_is_none(
     writer.trail.close()
     written_anew(place.files()[0], place.signing_key)
 
-    assert found(watching(place, kept)) == ["rewritten"]
+    assert found(place.monitor(kept)) == ["rewritten"]
 
 
 def test_only_the_newest_anchors_of_a_stream_are_read_at_first(
@@ -555,4 +535,4 @@ def test_only_the_newest_anchors_of_a_stream_are_read_at_first(
         writer.write()
     older_put_back(place, writer)
 
-    assert found(watching(place, kept)) == ["cut"]
+    assert found(place.monitor(kept)) == ["cut"]

@@ -14,7 +14,7 @@ from kms_core.audit.segments import Segment
 from kms_core.audit.verification import verify
 from kms_core.audit.verification.scan import ScannedSpan, scan
 from kms_core.audit.verification.verify import AuditMonitor
-from support.audit_logs import Place, audit_section, record, rewrite
+from support.audit_logs import Place, audit_ok, audit_section, record, rewrite
 from support.waiting import until
 
 MANY: Final = 5_000
@@ -35,16 +35,10 @@ def trail(place: Place) -> Iterator[AuditLog]:
 def watch(place: Place, trail: AuditLog) -> AuditMonitor:
     """One that has looked once."""
     del trail
-    made = AuditMonitor(place.folder, place.signing_key)
+    made = place.monitor()
     made.round()
     assert made.condition.problems == ()
     return made
-
-
-def chain_ok() -> float:
-    value = REGISTRY.get_sample_value("kms_audit_ok", {"what": "chain"})
-    assert value is not None
-    return value
 
 
 def codes(watch: AuditMonitor) -> set[str]:
@@ -66,21 +60,21 @@ def test_a_trail_that_grows_and_rotates_holds(place: Place, trail: AuditLog, wat
     assert watch.condition.lines == len(place.lines())
     assert watch.condition.newest == max(str(line["time"]) for line in place.lines())
     assert watch.condition.read_at > 0
-    assert chain_ok() == 1
+    assert audit_ok("chain") == 1
     assert REGISTRY.get_sample_value("kms_audit_read_timestamp_seconds") == watch.condition.read_at
 
 
 def test_of_many_new_lines_the_last_are_read_and_the_old_ones_must_still_be_there(place: Place) -> None:
     busy = place.trail(role="busy")
     busy.append(record(1))
-    watch = AuditMonitor(place.folder, place.signing_key)
+    watch = place.monitor()
     assert codes(watch) == set()
     for number in range(MANY):
         busy.append(record(number))
 
     assert codes(watch) == set()
     assert watch.condition.lines < MANY
-    first = AuditMonitor(place.folder, place.signing_key)
+    first = place.monitor()
     assert (codes(first), 0 < first.condition.lines < MANY) == (set(), True)
     for number in range(MANY):
         busy.append(record(number))
@@ -157,12 +151,12 @@ HANDS: Final[dict[str, tuple[Callable[[Path], object], str]]] = {
 def test_a_hand_that_changes_the_trail_is_noticed(place: Place, name: str) -> None:
     hand, code = HANDS[name]
     file = place.written(10, close=False)
-    watch = AuditMonitor(place.folder, place.signing_key)
+    watch = place.monitor()
     assert codes(watch) == set()
     hand(file)
 
     assert codes(watch) == {code}
-    assert chain_ok() == 0
+    assert audit_ok("chain") == 0
     assert codes(watch) == {code}, "it stays, and is not told again"
     assert len(watch.condition.problems) == 1
 
@@ -189,7 +183,7 @@ def test_an_error_that_no_code_expects_is_reported_and_the_next_round_is_as_ever
         raise ZeroDivisionError
 
     path = place.written(3)
-    watch = AuditMonitor(place.folder, place.signing_key)
+    watch = place.monitor()
     monkeypatch.setattr(verify, "scan", broken)
     watch.start()
     try:

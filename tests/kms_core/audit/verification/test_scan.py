@@ -1,7 +1,6 @@
 """Lines without a signature have no witness, excuse nothing, and behind a closed end they are damage."""
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -20,7 +19,6 @@ SMALL: Final = audit_section(checkpoint_lines=5)
 TIME: Final = "2026-01-01T00:00:00.000000Z"
 LATER: Final = "2999-01-01T00:00:00.000000Z"
 FORGED: Final = "worker-29990101T000000.000000Z-1"
-DAY_NS: Final = 24 * 3600 * 1_000_000_000
 OPENING: Final = '"kind":"open","version":1,"segment":1,"reason":"started"'
 ORDINARY: Final = '"operation":"decrypt","principal":"eve","tenant":"acme","result":"ok"'
 
@@ -83,10 +81,6 @@ def said(report: VerificationReport, code: str) -> str:
     return text
 
 
-def watching(place: Place, *anchors: FolderSink) -> AuditMonitor:
-    return AuditMonitor(place.folder, place.signing_key, anchors)
-
-
 def watched(watch: AuditMonitor) -> list[tuple[str, int]]:
     watch.round()
     return [(problem.code, problem.seq) for problem in watch.condition.problems]
@@ -105,7 +99,7 @@ def test_lines_behind_a_closed_end_are_damage(place: Place, rest: str, *, is_kno
     """They count by their position, no other chain names them, and without them the log is intact again."""
     path = place.written(3)
     whole = path.read_bytes()
-    watch = watching(place)
+    watch = place.monitor()
     if is_known:
         assert watched(watch) == []
     append_forged(path, 2, rest)
@@ -122,7 +116,7 @@ def test_lines_behind_a_closed_end_are_damage(place: Place, rest: str, *, is_kno
 
 def test_lines_behind_an_end_far_above_the_last_mib_are_found(place: Place) -> None:
     """Only the end that was known before tells that its process wrote no more."""
-    path, watch = place.written(3), watching(place)
+    path, watch = place.written(3), place.monitor()
     assert watched(watch) == []
     append_forged(path, 8_000)
 
@@ -391,7 +385,7 @@ def lost(place: Place) -> tuple[str, Path]:
 def check_missed(place: Place, damage: str) -> None:
     """That chain is missed by verify, which finds other damage too, and by a monitor that starts now."""
     anchors = FolderSink(place.at / "anchors")
-    watch = watching(place, anchors)
+    watch = place.monitor(anchors)
     watch.round()
 
     assert {"missing_chain", damage} <= {*codes(place.verified(*anchors.lines()))}
@@ -455,10 +449,7 @@ def test_an_unsigned_head_replaces_no_signed_one(place: Place) -> None:
 
 def test_an_unsigned_head_excuses_no_missing_chain(place: Place) -> None:
     """The signed head is younger than the removal on record; the forged one claims to be older."""
-    at = time.time_ns() - 30 * DAY_NS
-    old = place.trail(clock=lambda: at)
-    old.append(record(1))
-    old.close()
+    place.aged(30)
     lost = place.written(3)
     name = last_of(lost).chain
     log = place.trail(role="worker")
@@ -485,7 +476,7 @@ def test_a_forged_end_in_another_form_of_json_is_damage(place: Place) -> None:
     append(path, body(end.chain, end.seq + 1, '"kind":"closed"').replace(b"{", b"{ ", 1))
 
     assert codes(place.verified()) == ["edited"]
-    assert [code for code, _ in watched(watching(place))] == ["edited"]
+    assert [code for code, _ in watched(place.monitor())] == ["edited"]
 
 
 @pytest.mark.parametrize("digits", [19, 4_300, 5_000])

@@ -18,7 +18,7 @@ from kms_core.audit.maintenance import AuditMaintenance, FolderSink
 from kms_core.audit.verification.crosscheck import Removals
 from kms_core.audit.verification.verify import AuditMonitor
 from kms_core.settings.model import Settings
-from support.audit_logs import Place, audit_section, codes, notes, record, rewrite
+from support.audit_logs import Place, audit_ok, audit_section, codes, notes, record, rewrite
 
 NOBODY: Final = 65534
 MARK: Final = b'"kind":"retired"'
@@ -68,7 +68,7 @@ def chain_of(place: Place, role: str, count: int = 3) -> Path:
 
 
 def watching(place: Place) -> AuditMonitor:
-    return AuditMonitor(place.folder, place.signing_key, [kept(place)])
+    return place.monitor(kept(place))
 
 
 def found(watch: AuditMonitor) -> list[str]:
@@ -76,14 +76,8 @@ def found(watch: AuditMonitor) -> list[str]:
     return [problem.code for problem in watch.condition.anchors]
 
 
-def metric(name: str, **labels: str) -> float:
-    value = REGISTRY.get_sample_value(name, labels)
-    assert value is not None
-    return value
-
-
 def compared() -> float:
-    return metric("kms_audit_ok", what="directory")
+    return audit_ok("directory")
 
 
 def cut(file: Path) -> None:
@@ -172,14 +166,15 @@ def test_a_look_that_fails_is_not_called_compared(place: Place, what: str) -> No
     with unprivileged(place):
         assert found(watch) == []
         assert math.isnan(compared())
-        assert math.isnan(metric("kms_audit_ok", what="chain"))
+        assert math.isnan(audit_ok("chain"))
         assert "Permission denied" in watch.condition.unread
         assert watch.condition.not_compared == {"directory": watch.condition.unread}
-        assert watch.condition.read_at == metric("kms_audit_read_timestamp_seconds") == read_at
+        assert REGISTRY.get_sample_value("kms_audit_read_timestamp_seconds") == read_at
+        assert watch.condition.read_at == read_at
         taken.chmod(0o700)
 
         assert found(watch) == []
-    assert (compared(), metric("kms_audit_ok", what="chain")) == (1, 1)
+    assert (compared(), audit_ok("chain")) == (1, 1)
     assert (watch.condition.unread, watch.condition.not_compared) == ("", {})
     assert watch.condition.read_at > read_at
 

@@ -16,18 +16,12 @@ from kms_core.audit import chain
 from kms_core.audit.keys import PublicKeys, Signer
 from kms_core.audit.verification import scan
 from kms_core.audit.verification.verify import verify
-from support.audit_logs import Place, audit_section, chain_name, codes, notes, record, rewrite
+from support.audit_logs import PROGRAM, Place, audit_section, chain_name, codes, notes, record, rewrite
 
 Change = Callable[[list[bytes]], list[bytes]]
 SMALL: Final = audit_section(checkpoint_lines=5)
-TESTS: Final = str(Path(__file__).parents[3])
-HOLD: Final = """
-import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from support.audit_logs import Place, record
-
-Place(Path(sys.argv[1])).trail(role="worker").append(record(9))
+HOLD: Final = f"""{PROGRAM}
+place.trail(role="worker").append(record(9))
 print(flush=True)
 sys.stdin.read()
 """
@@ -186,7 +180,7 @@ def test_words_of_a_caller_are_never_taken_for_a_checkpoint(place: Place) -> Non
 def test_a_live_process_is_seen_from_another_one(place: Place) -> None:
     here = place.trail()
     here.append(record(1))
-    argv = [sys.executable, "-c", HOLD, str(place.at), TESTS]
+    argv = [sys.executable, "-c", HOLD, str(place.at)]
     holder = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert holder.stdout

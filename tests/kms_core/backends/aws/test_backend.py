@@ -1,9 +1,8 @@
 """Which keys an AWS KMS alias stands for, with scripted answers: history, refreshing, rotation that fails."""
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Final
 
 import pytest
@@ -11,20 +10,9 @@ import pytest
 from kms_core.backends.aws.backend import AwsCipher
 from kms_core.http_client import Busy, Unreachable
 from kms_protocol.errors import BackendUnavailable, DecryptFailed, KmsError
-from support.aws_scripted import (
-    AAD,
-    ARN,
-    HOME,
-    KEY,
-    SECRET,
-    Reply,
-    Script,
-    cipher_with,
-    refused,
-    scripted,
-    working,
-)
+from support.aws_scripted import AAD, ARN, HOME, KEY, SECRET, Reply, cipher_with, refused, scripted, working
 from support.aws_servers import calls_to
+from support.clock import Clock
 from support.waiting import WAIT_S
 
 THREADS: Final = 8
@@ -34,18 +22,6 @@ def earlier(home: str) -> dict[str, object]:
     """The alias of one more key."""
     name = "alias/payroll/earlier"
     return {"AliasName": name, "AliasArn": home + name, "TargetKeyId": "earlier"}
-
-
-@contextmanager
-def timed(replies: Mapping[str, Reply]) -> Iterator[tuple[AwsCipher, Script, list[float]]]:
-    """A cipher whose peer answers so, and its clock."""
-    now = [0.0]
-
-    def answer(operation: str, asked: Mapping[str, object]) -> Reply:
-        return replies.get(operation) or working(operation, asked)
-
-    with scripted(answer) as (url, script):
-        yield AwsCipher(calls_to(url), "alias/payroll", clock=lambda: now[0]), script, now
 
 
 def paged(operation: str, asked: Mapping[str, object]) -> Reply:
@@ -104,13 +80,13 @@ def test_a_known_key_asks_aws_for_nothing_but_its_work() -> None:
 
 
 @pytest.mark.parametrize("failure", ["ThrottlingException", "no connection"])
-def test_a_known_key_is_used_while_the_list_cannot_be_had(failure: str) -> None:
+def test_a_known_key_is_used_while_the_list_cannot_be_had(clock: Clock, failure: str) -> None:
     """After a minute AWS is asked for it again. Of a key that is not on the last one nobody can tell."""
     replies: dict[str, Reply] = {}
-    with timed(replies) as (cipher, script, now):
+    with cipher_with(replies, "alias/payroll", clock) as (cipher, script):
         assert cipher.decrypt(SECRET[::-1], KEY, AAD) == SECRET
         replies["ListAliases"] = refused(failure) if "Exception" in failure else refused(failure, status=502)
-        now[0] = 61.0
+        clock.now += 61.0
         assert cipher.decrypt(SECRET[::-1], KEY, AAD) == SECRET
         assert cipher.decrypt(SECRET[::-1], KEY, AAD) == SECRET
         with pytest.raises((Busy, Unreachable)):
@@ -142,12 +118,12 @@ def test_those_who_ask_about_an_unknown_key_at_once_share_an_answer() -> None:
     assert [operation for operation, _ in script.asked] == ["DescribeKey", "ListAliases"]
 
 
-def test_a_key_that_left_the_history_is_let_go_within_a_minute() -> None:
+def test_a_key_that_left_the_history_is_let_go_within_a_minute(clock: Clock) -> None:
     replies: dict[str, Reply] = {"ListAliases": (200, {"Aliases": [earlier(HOME)]})}
-    with timed(replies) as (cipher, _, now):
+    with cipher_with(replies, "alias/payroll", clock) as (cipher, _):
         assert cipher.decrypt(SECRET[::-1], "earlier", AAD) == SECRET
         replies.clear()
-        now[0] = 61.0
+        clock.now += 61.0
         with pytest.raises(DecryptFailed):
             cipher.decrypt(SECRET[::-1], "earlier", AAD)
 

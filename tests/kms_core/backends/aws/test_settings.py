@@ -12,12 +12,11 @@ from kms_core.backends.aws.backend import AwsCipher, AwsEndpoint, AwsKmsClient, 
 from kms_core.backends.aws.settings import AwsKmsSection
 from kms_core.http_client import Unreachable
 from kms_core.keyring import build
-from kms_core.settings.load import load as load_settings
-from kms_core.settings.model import Settings
 from kms_protocol.errors import BackendUnavailable, ConfigurationError
 from support.aws_scripted import ARN, KEY, scripted, working
 from support.aws_servers import REGION
 from support.ports import free_port
+from support.settings_files import read
 
 # -- credentials -------------------------------------------------------------------------------------
 
@@ -77,12 +76,6 @@ def test_a_source_of_credentials_that_does_not_answer_is_unreachable(
 # -- opening -----------------------------------------------------------------------------------------
 
 
-def settings_of(tmp_path: Path, text: str) -> Settings:
-    path = tmp_path / "kms.toml"
-    path.write_text(text)
-    return load_settings(path, {"HOME": str(tmp_path)})
-
-
 def toml(uri: str) -> str:
     return f'[kms]\ndefault_key_id = "k"\n[kms.awskms]\nregion = "eu-central-1"\n[kms.keys]\nk = "{uri}"\n'
 
@@ -105,7 +98,7 @@ def toml(uri: str) -> str:
 )
 def test_a_uri_that_names_no_key_is_refused_at_start(tmp_path: Path, uri: str) -> None:
     with pytest.raises(ConfigurationError, match="awskms:alias/name"):
-        build(settings_of(tmp_path, toml(uri)))
+        build(read(tmp_path, toml(uri)))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +116,7 @@ def test_the_region_decides_the_host(
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://elsewhere.example.invalid")  # chooses no host here
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # so that nobody is asked
-    backend = build(settings_of(tmp_path, toml(uri))).named("k").backend
+    backend = build(read(tmp_path, toml(uri))).named("k").backend
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "y")
 
@@ -147,7 +140,7 @@ def test_the_region_decides_the_host(
 @pytest.mark.usefixtures("no_credentials")
 def test_settings_that_cannot_work_are_refused_at_start(tmp_path: Path, text: str, reason: str) -> None:
     with pytest.raises(ConfigurationError, match=reason):
-        build(settings_of(tmp_path, text))
+        build(read(tmp_path, text))
 
 
 @pytest.mark.parametrize(
@@ -170,15 +163,15 @@ def test_an_endpoint_needs_tls_except_on_this_machine(
         f'[kms.awskms]\nkey_id = "alias/a"\nendpoint_url = "{endpoint}"\n'
     )
     if fits:
-        assert settings_of(tmp_path, text).backend(AwsKmsSection).endpoint_url == endpoint
+        assert read(tmp_path, text).backend(AwsKmsSection).endpoint_url == endpoint
         return
     with pytest.raises(ConfigurationError, match=r"kms\.awskms\.endpoint_url"):
-        settings_of(tmp_path, text)
+        read(tmp_path, text)
 
 
 def test_the_section_alone_opens_the_active_backend(tmp_path: Path) -> None:
     text = '[kms]\ndev_backend = "awskms"\n[kms.awskms]\nkey_id = "alias/a"\nregion = "eu-west-1"\n'
-    backend = open_key(None, settings_of(tmp_path, text).backend(AwsKmsSection), strict=False)
+    backend = open_key(None, read(tmp_path, text).backend(AwsKmsSection), strict=False)
 
     assert (backend.name, backend.blocks, backend.data_keys) == ("awskms", True, True)
 

@@ -5,17 +5,11 @@ import ssl
 from base64 import urlsafe_b64encode
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase, digits
 from typing import Final
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 
 from kms_core.backends import KeyMissing
 from kms_core.backends.batching import BATCHES
@@ -38,6 +32,7 @@ from support.contract.cosmian_ciphers import (
     versions,
 )
 from support.contract.cosmian_double import OLD, CosmianDouble, Fault, Handler, Json
+from support.credentials import Authority
 from support.waiting import WAIT_S
 from support.webhooks import make_authority
 
@@ -279,32 +274,16 @@ def test_an_api_key_is_read_again_when_its_file_changes(shared: CosmianDouble, t
 
 
 def test_a_client_certificate_says_who_we_are(double: CosmianDouble, tmp_path: Path) -> None:
-    authority, alice = make_authority(tmp_path), self_signed(tmp_path, "alice")
-    double.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(alice))
+    authority, clients = make_authority(tmp_path / "servers"), Authority(tmp_path / "clients")
+    alice = clients.issue("alice", subject="alice")
+    double.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=clients.ca_file)
     double.tls.load_cert_chain(authority.chain)
     double.tls.verify_mode = ssl.CERT_OPTIONAL
-    ca: dict[str, object] = {"ca_file": authority.ca_file}
-    named = settings_of(double, {}, **ca, client_cert_file=alice, client_key_file=alice)
+    unnamed = settings_of(double, {}, ca_file=authority.ca_file)
+    files = {"client_cert_file": alice.cert, "client_key_file": alice.key}
+    named = settings_of(double, {}, ca_file=authority.ca_file, **files)
     made(CosmianCipher(configured_key("payroll", named)))
 
     assert {key.owner for key in double.store.keys.values()} == {"alice"}
     with pytest.raises(BackendUnavailable, match="does not accept our credentials"):
-        CosmianCipher(configured_key("payroll", settings_of(double, {}, **ca))).versions()
-
-
-def self_signed(folder: Path, name: str) -> Path:
-    """A certificate and its key in one file."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    file = folder / f"{name}.pem"
-    file.write_bytes(private + certificate.public_bytes(Encoding.PEM))
-    return file
+        CosmianCipher(configured_key("payroll", unnamed)).versions()

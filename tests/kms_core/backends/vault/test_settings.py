@@ -1,6 +1,5 @@
 """Refused values of [kms.transit] and [kms.vault_kv], which are checked only while they are in use."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -8,27 +7,13 @@ import pytest
 
 from kms_core import keyring
 from kms_core.backends.vault.settings import TransitSection
-from kms_core.settings.load import load
-from kms_core.settings.model import Settings
 from kms_protocol.errors import ConfigurationError
+from support.settings_files import HOME, read, refusal
 
-HOME: Final = {"HOME": "/home/ada"}
 DEV: Final = "[kms]\ndev_backend = 'transit'\n[kms.transit]\n"
 DEV_KV: Final = "[kms]\ndev_backend = 'vault-kv'\n[kms.vault_kv]\n"
 PROD: Final = "[kms]\nenvironment = 'prod'\nprod_backend = 'transit'\n[kms.transit]\ntoken_file = '/t'\n"
 PLACE: Final = "address = 'https://vault.test:8200'\n"
-
-
-def read(tmp_path: Path, text: str, environ: Mapping[str, str] = HOME) -> Settings:
-    file = tmp_path / "kms.toml"
-    file.write_text(text)
-    return load(file, environ)
-
-
-def refusal(tmp_path: Path, text: str, environ: Mapping[str, str] = HOME) -> str:
-    with pytest.raises(ConfigurationError) as caught:
-        read(tmp_path, text, environ)
-    return caught.value.detail
 
 
 @pytest.mark.parametrize(

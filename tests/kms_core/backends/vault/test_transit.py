@@ -17,12 +17,13 @@ from kms_core.backends.vault.client import VaultClient
 from kms_core.backends.vault.transit import TransitCipher
 from kms_core.envelope import sealing
 from kms_core.http_client import Busy, PeerServer, Unreachable
-from kms_core.settings.load import load
 from kms_protocol.errors import BackendUnavailable, DecryptFailed
 from support import openbao
 from support.age_kms import ROW, head_of
+from support.clock import Clock
 from support.contract.faults import Fault, Faulty, answer, faulty, hangs_up
 from support.openbao import Bao, BaoRefused, transit
+from support.settings_files import read
 
 SECRET: Final = bytes(range(16))
 AAD: Final = b"names and a context"
@@ -276,13 +277,6 @@ def test_a_namespace_is_entered(server: Bao) -> None:
 # -- the token -----------------------------------------------------------------------------------------
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def timed(server: Bao | Faulty, key: str, token: FileToken, clock: Clock) -> TransitCipher:
     place = PeerServer(server.url, "OpenBao or Vault", "kms.transit.address", 10.0)
     return TransitCipher(VaultClient(place, token, None, clock), "transit", key)
@@ -427,14 +421,14 @@ def write(file: Path, token: str) -> None:
 
 def test_a_key_of_the_settings_seals_and_opens(server: Bao, tmp_path: Path) -> None:
     write(tmp_path / "token", server.token())
-    (tmp_path / "kms.toml").write_text(f"""
+    text = f"""
 [kms.keys]
 default = "transit:{server.new_key()}"
 [kms.transit]
 address = "{server.url}"
 token_file = "{tmp_path / "token"}"
-""")
-    key = keyring.build(load(tmp_path / "kms.toml", {"HOME": str(tmp_path)})).default
+"""
+    key = keyring.build(read(tmp_path, text)).default
     ref = key.ref("acme")
     file = sealing.seal(b"salary", [(key.backend, ref)], ROW)
     head = head_of(file)
