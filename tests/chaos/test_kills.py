@@ -7,10 +7,10 @@ import socket
 import time
 from collections import Counter
 from pathlib import Path
-from typing import cast
 
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.wire import ENDED, PREFIX
+from support.job_stores import events
 from support.service import Service, Supervised, b64, core_of
 from support.waiting import until
 
@@ -42,10 +42,7 @@ def until_writing(service: Service) -> None:
 
 def successes(store: JobStore) -> Counter[str]:
     """How often each job was told to have succeeded."""
-    stream = cast("list[tuple[bytes, dict[bytes, bytes]]]", store.redis.xrange("kms:events"))
-    return Counter(
-        fields[b"subject"].decode() for _, fields in stream if fields[b"type"] == b"kms.job.succeeded"
-    )
+    return Counter(event["subject"] for event in events(store) if event["type"] == "kms.job.succeeded")
 
 
 def large_ciphertext(service: Service) -> None:

@@ -15,7 +15,6 @@ from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import new_id
 from kms_protocol.errors import JobsUnavailable, WrongInstall
 from support.job_stores import (
-    LONG,
     TENANT,
     accepted,
     claimed,
@@ -26,11 +25,6 @@ from support.job_stores import (
     with_jobs,
 )
 from support.waiting import until
-
-
-@pytest.fixture
-def store(core: Core) -> JobStore:
-    return store_of(core, LONG)
 
 
 def reaper_of(core: Core, store: JobStore) -> Reaper:

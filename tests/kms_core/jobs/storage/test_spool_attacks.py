@@ -27,9 +27,10 @@ from kms_core.payload.parallel import ParallelOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.wire import PREFIX
+from support.core_jobs import taken_up
 from support.embedded_valkey import EmbeddedValkey
-from support.failing_store import Killed, stumbling
-from support.job_stores import forge, lapse, uploaded
+from support.failing_store import killed
+from support.job_stores import forge, uploaded
 from support.service import Service, b64, check_problem, core_of
 
 MIB: Final = 1024 * 1024
@@ -208,11 +209,8 @@ def test_results_of_parts_are_not_exchanged(install: Install) -> None:
 
 def test_head_of_an_earlier_attempt_is_refused(install: Install) -> None:
     job_id = job(install, "encrypt")
-    dying = stumbling(install.core, "finish", after=False)
-    with pytest.raises(Killed):
-        run_job(job_id, dying, "w1")
-    lapse(install.core.worker_context.store)
-    run_job(job_id, install.core.worker_context, "w2")
+    killed(install.core, job_id, "finish", after=False)
+    taken_up(install.core, job_id)
     folder = install.folder(job_id)
 
     assert install.download(job_id).status_code == 200
