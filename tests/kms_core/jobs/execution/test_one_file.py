@@ -88,16 +88,6 @@ def test_job_names_the_file_that_it_made_or_opened(core: Core, files: Path, kind
     assert (job.end.file_id == file_id(files / "sealed")) is (kind in {"decrypt", "rewrap"})
 
 
-def test_target_that_exists_is_left_alone(core: Core, files: Path) -> None:
-    (files / "out").write_bytes(b"precious")
-
-    job = done(core, "encrypt", files / "in", files / "out")
-
-    assert (job.state, job.error) == ("failed", "target_exists")
-    assert (files / "out").read_bytes() == b"precious"
-    assert names(files) == ["in", "out"]
-
-
 def test_overwriting_replaces_and_may_replace_the_source(core: Core, files: Path) -> None:
     (files / "out").write_bytes(b"old")
 
@@ -191,18 +181,6 @@ def test_job_of_a_killed_worker_is_finished_once(
         assert (files / "out").stat().st_ino == placed.st_ino
     assert job.end
     assert job.end.file_id == file_id(files / ("out" if kind == "encrypt" else "sealed"))
-
-
-def test_finishing_twice_changes_nothing(core: Core, files: Path) -> None:
-    job_id = submit(core, "encrypt", files / "in", files / "out")
-    run_job(job_id, core.worker_context, "w1")
-    first = (files / "out").stat()
-    (files / "in").write_bytes(b"other")
-
-    run_job(job_id, core.worker_context, "w2")
-
-    assert (files / "out").stat() == first
-    assert names(files) == ["in", "out"]
 
 
 def test_target_taken_before_the_finish_is_left_alone(core: Core, files: Path) -> None:

@@ -104,19 +104,6 @@ def test_worker_that_was_overtaken_has_no_effect(
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_running_a_finished_job_again_changes_nothing(bench: Bench, size: int) -> None:
-    bucket = bench.bucket
-    job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
-    bench.run(job_id)
-    first = bucket.etag("out/x")
-    bucket.put("in", b"other")
-
-    bench.run(job_id)
-
-    assert bucket.etag("out/x") == first
-
-
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 def test_target_taken_before_the_finish_is_left_alone(bench: Bench, size: int) -> None:
     bucket = bench.bucket
     job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))

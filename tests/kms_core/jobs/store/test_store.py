@@ -50,12 +50,6 @@ from support.service import CANARY
 from support.waiting import until
 
 
-@pytest.fixture
-def beating(core: Core) -> JobStore:
-    """A store whose leases are renewed six times a second."""
-    return store_of(core, with_jobs(lease_s=0.5))
-
-
 def again(store: JobStore, claim: Attempt) -> Attempt:
     """The next attempt at a job."""
     return take(store, claim.accepted.job_id, "w2")
@@ -369,30 +363,17 @@ def test_lapsed_lease_is_taken_over_and_the_old_fence_is_powerless(store: JobSto
     assert state(store, new) == "succeeded"
 
 
-def test_heartbeat_keeps_a_lease(beating: JobStore) -> None:
-    claim = claimed(beating)
-
-    def lease_until() -> bytes:
-        return record(beating, claim.accepted.job_id)[b"lease_until"]
-
-    with Lease(beating, claim) as lease:
-        for _ in range(3):
-            before = lease_until()
-            until(lambda before=before: lease_until() != before, "it is renewed")  # type: ignore[misc]
-            lease.check()
-
-
 @pytest.mark.parametrize("error", [LeaseLost, JobCancelled])
 def test_heartbeat_notices_that_the_job_was_taken_or_cancelled(
-    beating: JobStore, error: type[Exception]
+    store: JobStore, error: type[Exception]
 ) -> None:
-    claim = claimed(beating)
+    claim = claimed(store)
     if error is LeaseLost:
-        forge(beating, claim.accepted.job_id, attempt_id="another")
+        forge(store, claim.accepted.job_id, attempt_id="another")
     else:
-        beating.cancel(claim.accepted.job_id, TENANT)
+        store.cancel(claim.accepted.job_id, TENANT)
 
-    with Lease(beating, claim) as lease, pytest.raises(error):
+    with Lease(store, claim) as lease, pytest.raises(error):
         until(lease.check, "it is noticed")
 
 
