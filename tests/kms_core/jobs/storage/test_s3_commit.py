@@ -104,37 +104,18 @@ def test_worker_that_was_overtaken_has_no_effect(
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_target_taken_before_the_finish_is_left_alone(bench: Bench, size: int) -> None:
+@pytest.mark.parametrize("in_place", [False, True], ids=["create", "in place"])
+def test_target_that_others_write_before_the_finish_is_left_alone(
+    bench: Bench, size: int, *, in_place: bool
+) -> None:
+    """Also where it is the source, which the result would replace."""
     bucket = bench.bucket
-    job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
-    taken = interrupted(bench.core, "committing", lambda: bucket.put("out/x", b"somebody else's"), after=True)
-
-    run_job(job_id, taken, "w1")
-
-    assert end_of(bench.core, job_id) == ("failed", "target_exists")
-    assert bucket.get("out/x") == b"somebody else's"
-    assert bench.nothing_left()
-
-
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_target_taken_while_its_worker_was_dead_is_left_alone(bench: Bench, size: int) -> None:
-    bucket = bench.bucket
-    job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
-    bench.killed(job_id, "committing", after=True)
-    bucket.put("out/x", b"somebody else's")
-
-    job = bench.taken_up(job_id)
-
-    assert (job.state, job.error) == ("failed", "target_exists")
-    assert bucket.get("out/x") == b"somebody else's"
-    assert bench.nothing_left()
-
-
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_source_that_was_written_to_is_not_replaced_by_its_result(bench: Bench, size: int) -> None:
-    bucket = bench.bucket
-    bench.ok("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
-    job_id = bench.submit("reseal", bucket.url("out/x"), bucket.url("out/x"), overwrite=True)
+    source, target = bucket.put("in", bytes(size)), bucket.url("out/x")
+    if in_place:
+        bench.ok("encrypt", source, target)
+        job_id = bench.submit("reseal", target, target, overwrite=True)
+    else:
+        job_id = bench.submit("encrypt", source, target)
     written = interrupted(
         bench.core, "committing", lambda: bucket.put("out/x", b"somebody else's"), after=True
     )
@@ -146,29 +127,37 @@ def test_source_that_was_written_to_is_not_replaced_by_its_result(bench: Bench, 
     assert bench.nothing_left()
 
 
-def test_upload_that_was_aborted_before_the_finish_is_told(bench: Bench) -> None:
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("mark", ["no mark", "id of the job", "another attempt's"])
+def test_target_taken_while_its_worker_was_dead_is_left_alone(bench: Bench, size: int, mark: str) -> None:
+    """And not taken for the result: a writer to the bucket can read the marks of objects that are there."""
     bucket = bench.bucket
-    job_id = bench.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"))
+    job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
     bench.killed(job_id, "committing", after=True)
-    admin = bucket.store.admin
-    for upload in admin.list_multipart_uploads(Bucket=bucket.name)["Uploads"]:
-        admin.abort_multipart_upload(Bucket=bucket.name, Key=upload["Key"], UploadId=upload["UploadId"])
+    marks = {"id of the job": job_id, "another attempt's": f"{job_id}/{bytes(16).hex()}"}
+    metadata = {"kms-job": marks[mark]} if mark in marks else {}
+    theirs = b"somebody else's"
+    bucket.store.admin.put_object(Bucket=bucket.name, Key="out/x", Body=theirs, Metadata=metadata)
 
     job = bench.taken_up(job_id)
 
-    assert (job.state, job.error) == ("failed", "path_refused")
-    assert bucket.keys() == {"in"}
+    assert (job.state, job.error) == ("failed", "target_exists")
+    assert bucket.get("out/x") == theirs
+    assert bench.nothing_left()
 
 
-def test_parts_that_were_exchanged_before_the_finish_are_not_put_in_place(bench: Bench) -> None:
+@pytest.mark.parametrize("change", ["aborted", "a part exchanged"])
+def test_upload_that_was_changed_before_the_finish_is_not_put_in_place(bench: Bench, change: str) -> None:
     bucket = bench.bucket
     job_id = bench.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"))
     bench.killed(job_id, "committing", after=True)
     admin = bucket.store.admin
     (upload,) = admin.list_multipart_uploads(Bucket=bucket.name)["Uploads"]
-    admin.upload_part(
-        Bucket=bucket.name, Key=upload["Key"], UploadId=upload["UploadId"], PartNumber=1, Body=bytes(8 * MiB)
-    )
+    name, upload_id = bucket.name, upload["UploadId"]
+    if change == "aborted":
+        admin.abort_multipart_upload(Bucket=name, Key="out/x", UploadId=upload_id)
+    else:
+        admin.upload_part(Bucket=name, Key="out/x", UploadId=upload_id, PartNumber=1, Body=bytes(8 * MiB))
 
     job = bench.taken_up(job_id)
 
@@ -247,26 +236,15 @@ def test_upload_that_another_aborts_is_done_again(watched: Bench, way: Way, requ
     assert watched.nothing_left()
 
 
-def test_store_that_is_away_at_the_commit_holds_it_up_and_no_more(watched: Bench, way: Way) -> None:
-    data, bucket = os.urandom(LARGE), watched.bucket
-    job_id = watched.submit("encrypt", bucket.put("in", data), bucket.url("out/x"))
-    way.meddle = lambda seen: 503 if seen.name == "CompleteMultipartUpload" else None
-    assert watched.run(job_id).state == "committing"
-    way.meddle = lambda _: None
-
-    job = watched.taken_up(job_id)
-
-    assert job.state == "succeeded"
-    assert watched.by_age(bucket.get("out/x")) == data
-    assert watched.nothing_left()
-
-
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_another_write_under_way_holds_the_commit_up_and_no_more(watched: Bench, way: Way, size: int) -> None:
-    """S3 answers 409 then, and nothing may be there in the end."""
+@pytest.mark.parametrize("answer", [503, 409], ids=["store away", "another write under way"])
+def test_store_that_does_not_take_the_commit_holds_it_up_and_no_more(
+    watched: Bench, way: Way, size: int, answer: int
+) -> None:
+    """S3 answers 409 to a write that meets another, and nothing may be there in the end."""
     data, bucket = os.urandom(size), watched.bucket
     job_id = watched.submit("encrypt", bucket.put("in", data), bucket.url("out/x"))
-    way.meddle = lambda seen: 409 if "if-none-match" in seen.headers else None
+    way.meddle = lambda seen: answer if "if-none-match" in seen.headers else None
     assert watched.run(job_id).state == "committing"
     way.meddle = lambda _: None
 
@@ -408,28 +386,6 @@ def test_object_that_was_put_in_place_in_time_is_recognised_after_the_expiry(ben
 
 
 # -- whose object it is --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("own", [False, True], ids=["id of the job", "another attempt's"])
-def test_object_that_others_marked_is_not_taken_for_the_result(bench: Bench, size: int, *, own: bool) -> None:
-    """A writer to the bucket can read the marks of objects that are there."""
-    bucket = bench.bucket
-    job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
-    bench.killed(job_id, "committing", after=True)
-    marked(bench, f"{job_id}/{bytes(16).hex()}" if own else job_id)
-
-    job = bench.taken_up(job_id)
-
-    assert (job.state, job.error) == ("failed", "target_exists")
-    assert bucket.get("out/x") == b"by somebody else"
-    assert bench.nothing_left()
-
-
-def marked(bench: Bench, mark: str) -> None:
-    """An object of somebody else with this mark at the target."""
-    name, body = bench.bucket.name, b"by somebody else"
-    bench.bucket.store.admin.put_object(Bucket=name, Key="out/x", Body=body, Metadata={"kms-job": mark})
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
