@@ -265,6 +265,12 @@ def test_a_job_is_ready_when_its_time_has_come(store: JobStore, why: str) -> Non
     assert taken(store) == TENANT
 
 
+def test_jobs_are_due_by_the_clock_of_redis_alone(store: JobStore) -> None:
+    submit(store, created_at=store.now() + 24 * 3600)
+
+    assert attempt(store).attempt == 1
+
+
 def test_a_job_whose_lease_ran_out_is_ready_again_and_the_reaper_looks_at_no_other(store: JobStore) -> None:
     claim = claimed(store, items=1, source="items")
     submit(store, 1000)
