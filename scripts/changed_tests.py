@@ -1,7 +1,7 @@
 """Prints the tests of what changed since a commit (HEAD), one path a line; of the last commit if nothing did.
 
 A module is tested by the files of its folder in ``tests`` that carry its name or import it, and by those that
-``tests/modules.txt`` names for it; by all of its folder if none of these is of the first tier; a test by itself.
+``tests/modules.txt`` names for it; by its folder if none of these is of the first tier; a test by itself.
 Other files are judged by ``tests/repository``. ``scripts/test --changed`` runs what this prints.
 """
 

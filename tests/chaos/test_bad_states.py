@@ -9,13 +9,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 import pytest
 
-from kms_core.container import Core
 from support.chaos.cluster import Clock
-from support.golden import reference
-from support.job_stores import forge
+from support.job_stores import forge, record, resealed
 from support.ports import free_port
 from support.redis_servers import Server, server
 from support.service import Json, Service, b64, check_problem, core_of
@@ -147,15 +144,6 @@ def test_a_worker_whose_clock_is_behind_starts_nothing_late(shifted: Shifted) ->
 # -- a job of a later version ------------------------------------------------------------------------------
 
 
-def as_later(core: Core, job_id: str, version: int, **changes: Any) -> None:  # noqa: ANN401 -- any field
-    """Replace the record of a job by what a later version would have written."""
-    store = core.worker_context.store
-    fields = msgspec.to_builtins(store.accepted(job_id), builtin_types=(bytes,)) | changes
-    secret = store.record_key._secrets[-1]  # noqa: SLF001 -- the test stands in for a later version
-    sealed = reference.sealed_record(secret, job_id, bytes(32), msgspec.msgpack.encode(fields))
-    forge(store, job_id, sealed=bytes([version]) + sealed[1:])
-
-
 @pytest.mark.parametrize(
     ("version", "changes", "feature"),
     [(2, {}, "record-2"), (1, {"needs": ["later-feature"]}, "later-feature")],
@@ -167,10 +155,9 @@ def test_a_job_of_a_later_version_waits_in_the_open(
     with Service(tmp_path, SETTINGS) as service:
         service.start("api")
         later, good = service.submit(JOB), service.submit(JOB)
-        core = core_of(service)
-        store = core.worker_context.store
-        written = store.redis.hget(f"kms:job:{later}", "sealed") or b""
-        as_later(core, later, version, **changes)
+        store = core_of(service).worker_context.store
+        written = record(store, later)[b"sealed"]
+        forge(store, later, sealed=resealed(store, later, version=version, **changes))
         service.start("worker")
 
         service.wait(good, "succeeded")
@@ -182,6 +169,6 @@ def test_a_job_of_a_later_version_waits_in_the_open(
         check_problem(refused, 404, "unknown_job")
         assert f"`{feature}`): ask that version" in refused.json()["detail"]
 
-        forge(store, later, sealed=written if isinstance(written, bytes) else b"")
+        forge(store, later, sealed=written)
         store.redis.hdel(f"kms:job:{later}", "needs")
         assert service.wait(later, "succeeded")["attempt"] == 1

@@ -64,12 +64,8 @@ def publish(service: Service, queue: str, messages: list[Poison]) -> None:
     with line(service) as connection:
         producer = connection.Producer()
         for made in messages:
-            producer.publish(made.body, exchange="", routing_key=queue, **_named(made))
-
-
-def _named(made: Poison) -> dict[str, Any]:
-    kinds = {"content_type": made.content_type, "content_encoding": made.content_encoding}
-    return {"headers": made.headers, **kinds}
+            kinds = {"content_type": made.content_type, "content_encoding": made.content_encoding}
+            producer.publish(made.body, exchange="", routing_key=queue, headers=made.headers, **kinds)
 
 
 def refused(service: Service, reason: str = "") -> float:
@@ -210,16 +206,13 @@ def test_refused_submission_leaves_nothing_but_its_task_id(poisoned: Service) ->
 def test_what_cannot_be_sealed_needs_no_pool_process(poisoned: Service) -> None:
     """It is refused while all of them stand still."""
     work(poisoned)
-    children = poisoned.pool_pids()
-    for pid in children:
-        os.kill(pid, signal.SIGSTOP)
+    poisoned.signal_pool(signal.SIGSTOP)
     texts = [json.dumps([[argument], {}, None]).encode() for argument in ("%", b64(b"no age file")) * 50]
     publish(
         poisoned, "kms.submit", [Poison(text, malformed_messages.headers("kms.submit")) for text in texts]
     )
     until(lambda: refused(poisoned) == len(texts), "all are refused")
-    for pid in children:
-        os.kill(pid, signal.SIGCONT)
+    poisoned.signal_pool(signal.SIGCONT)
 
     assert refused(poisoned, "invalid_request") == refused(poisoned, "not_a_ciphertext") == 50
     assert work(poisoned) < 10
@@ -305,12 +298,6 @@ def start_through_fifo(service: Service) -> None:
 # -- many messages on Redis -----------------------------------------------------------
 
 
-@pytest.fixture
-def on_redis(tmp_path: Path) -> Iterator[Service]:
-    with Service(tmp_path, "[kms.jobs]\nconcurrency = 1\n") as service:
-        yield service.start()
-
-
 def element(queue: str, task: str, **info: object) -> bytes:
     """A message as kombu puts it into a list of Redis."""
     envelope = {
@@ -344,10 +331,11 @@ def test_flood_of_refused_messages_is_work_for_the_watchdog(tmp_path: Path) -> N
         assert refused(service) > 500
 
 
-def test_messages_that_come_back_are_logged_within_a_bound(on_redis: Service) -> None:
-    redis = core_of(on_redis).worker_context.store.redis
-    for _ in range(20):
-        redis.lpush("kms:kms.submit", element("kms.submit", "kms.submit", redelivered=True))
-    until(lambda: refused(on_redis) == 20, "all are refused by the pool")
+def test_messages_that_come_back_are_logged_within_a_bound(tmp_path: Path) -> None:
+    with Service(tmp_path, "[kms.jobs]\nconcurrency = 1\n") as service:
+        redis = core_of(service.start()).worker_context.store.redis
+        for _ in range(20):
+            redis.lpush("kms:kms.submit", element("kms.submit", "kms.submit", redelivered=True))
+        until(lambda: refused(service) == 20, "all are refused by the pool")
 
-    assert on_redis.output("worker").count("message.came_back") == 3
+        assert service.output("worker").count("message.came_back") == 3

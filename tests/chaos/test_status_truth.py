@@ -17,7 +17,7 @@ from support.ports import free_port
 from support.service import CONTEXT, PROGRAMS, Json, Service, b64
 from support.waiting import until
 
-LARGE_MIB: Final = 96
+LARGE: Final = 96 * 1024 * 1024
 ITEMS: Final = {"kind": "encrypt", "items": [{"plaintext": b64(b"x"), "context": CONTEXT}]}
 NONE: Final = {"queued": 0, "running": 0, "committing": 0}
 WORKERS: Final = ("worker", "worker2")
@@ -38,10 +38,6 @@ class Pair(Service):
     def running(self) -> set[str]:
         return set(self._processes)
 
-    def signal_pool(self, name: str, number: signal.Signals) -> None:
-        for pid in self.pool_pids(name):
-            os.kill(pid, number)
-
     def holder(self) -> str:
         """The worker one of whose processes writes a target."""
         for name in WORKERS:
@@ -58,13 +54,6 @@ class Pair(Service):
         return {name: told[name] for name in ("workers", "degraded", "jobs", "queue_depth")}
 
 
-def write_large(service: Service) -> None:
-    block = os.urandom(1024 * 1024)
-    with (service.files / "large").open("wb") as file:
-        for _ in range(LARGE_MIB):
-            file.write(block)
-
-
 def hold_in_the_middle(service: Pair) -> tuple[str, str]:
     """A job that runs and gets no further; its id, and the worker that has it."""
     here = f"file://{service.files}/large"
@@ -73,7 +62,7 @@ def hold_in_the_middle(service: Pair) -> tuple[str, str]:
     output = partial(service.output, "worker", "worker2")
     until(lambda: list(service.files.glob(".kms-*")), output, poll_s=0.001)  # quickly, or it would be done
     for name in WORKERS:
-        service.signal_pool(name, signal.SIGSTOP)
+        service.signal_pool(signal.SIGSTOP, name)
     return job_id, service.holder()
 
 
@@ -85,7 +74,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """One install for the acts of this module, each of which leaves one idle worker."""
     with Pair(tmp_path_factory.mktemp("pair"), "[kms.jobs]\nlease_s = 60\nconcurrency = 1\n") as service:
         service.start("api")
-        write_large(service)
+        (service.files / "large").write_bytes(os.urandom(LARGE))
         yield service
 
 
@@ -129,7 +118,7 @@ def test_status_is_true_while_a_worker_is_killed_and_the_other_is_stopped(pair: 
     queued = {**stopping, "jobs": {**NONE, "running": 1, "queued": 3}, "queue_depth": 3}
     assert service.told() == queued
 
-    service.signal_pool(holder, signal.SIGCONT)
+    service.signal_pool(signal.SIGCONT, holder)
     service.wait(held, "succeeded")
     assert service.stop(holder) == 0
     assert service.told() == {**queued, "jobs": {**NONE, "queued": 3}}

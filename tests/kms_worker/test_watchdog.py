@@ -1,6 +1,5 @@
 """The watchdog of a worker: a worker that lives and takes nothing leaves with 70, and no other does."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -64,8 +63,7 @@ def test_a_worker_whose_processes_stand_still_leaves(tmp_path: Path, redis_url: 
     with Service(tmp_path, "[kms.jobs]\nconcurrency = 1\n", redis_url) as service:
         service.constants = {"kms_core.jobs.execution.attendance.PATIENCE_S": 1}
         service.start()
-        for pid in service.pool_pids():
-            os.kill(pid, signal.SIGSTOP)
+        service.signal_pool(signal.SIGSTOP)
         service.submit({"kind": "encrypt", "items": [{"plaintext": ""}]})
 
         until(lambda: "worker.deaf" in service.output("worker"), "it leaves")

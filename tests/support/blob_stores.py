@@ -4,11 +4,12 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from kms_core.jobs.storage.blob_store import BlobStore
+from kms_core.jobs.storage.spool import NO_ATTEMPT, UPLOAD, Label, Spool
 from kms_core.jobs.storage.spool_bucket import SpoolBucket
 from kms_core.jobs.storage.spool_folder import DiskSync, SpoolFolder
 from kms_core.s3.bucket import Bucket
@@ -19,7 +20,27 @@ from support.object_stores import ACCESS_KEY, SECRET, TestBucket
 from support.waiting import until
 
 PREFIX: Final = "the/spool/"
+JOB: Final = "11111111-1111-1111-1111-111111111111"
+OTHER: Final = "22222222-2222-2222-2222-222222222222"
+SECRET_TEXT: Final = b"Kanarienvogel-4711 " * 1000
 MIB: Final = 1024 * 1024
+
+
+def label(job_id: str = JOB, role: str = UPLOAD, tenant: str = "default", attempt: str = NO_ATTEMPT) -> Label:
+    return Label(tenant, job_id, role, attempt)
+
+
+def write(spool: Spool, at: Label, *pieces: bytes) -> Label:
+    """Write a blob; the label that reads it."""
+    with spool.writing(at) as out:
+        for piece in pieces or (SECRET_TEXT,):
+            out.write(piece)
+    return replace(at, ref=out.ref)
+
+
+def read(spool: Spool, at: Label) -> bytes:
+    with spool.opened(at) as reader:
+        return b"".join(reader.slabs())
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,16 @@
-"""Workers that die, or meet something else, at one of the two last steps of a job."""
+"""Workers that die, or meet something else, at one of the last steps of a job or of a part."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
+
+import pytest
 
 from kms_core.container import Core
 from kms_core.jobs.execution.lease import WorkerContext
-from kms_core.jobs.model import Attempt, Commit
-from kms_core.jobs.spec import Work
+from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.model import Attempt, Checkpoint, Commit
+from kms_core.jobs.spec import Fields, JobSpec, Work
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.wire import JobState
 from support.job_stores import LONG
@@ -19,7 +23,7 @@ class Killed(BaseException):
 
 
 class StumblingStore(JobStore):
-    """A store at which something happens before or after one of the two last steps of a job."""
+    """A store at which something happens before or after a step: of a job, of a part, or a split."""
 
     before: Callable[[str], None] = staticmethod(lambda _step: None)
     after: Callable[[str], None] = staticmethod(lambda _step: None)
@@ -34,14 +38,29 @@ class StumblingStore(JobStore):
         super().finish(claim, state, code, work)
         self.after("finish")
 
+    def step(self, claim: Attempt, log: Checkpoint, counts: Fields) -> None:
+        self.before("step")
+        super().step(claim, log, counts)
+        self.after("step")
 
-def stumbling(core: Core, step: str, *, after: bool, error: BaseException | None = None) -> WorkerContext:
-    """A worker that is killed, or meets the error, once it has come to this step."""
+    def split(self, claim: Attempt, parts: list[JobSpec]) -> None:  # type: ignore[override]  # as it is called
+        self.before("split")
+        super().split(claim, parts)
+        self.after("split")
 
-    def meet() -> None:
-        raise error or Killed
 
-    return interrupted(core, step, meet, after=after)
+def killed(
+    core: Core, job_id: str, step: str | int, *, after: bool, error: type[BaseException] = Killed
+) -> None:
+    """Have a worker run the job and be killed, or meet the error, at a step: its name, or number from 0."""
+    numbers = count()
+
+    def meet(met: str) -> None:
+        if step in {met, next(numbers)}:
+            raise error
+
+    with pytest.raises(error):
+        run_job(job_id, meeting(core, meet, after=after), "w/1")
 
 
 def interrupted(core: Core, step: str, what: Callable[[], object], *, after: bool) -> WorkerContext:
@@ -51,7 +70,12 @@ def interrupted(core: Core, step: str, what: Callable[[], object], *, after: boo
         if met == step:
             what()
 
+    return meeting(core, meet, after=after)
+
+
+def meeting(core: Core, what: Callable[[str], None], *, after: bool) -> WorkerContext:
+    """A worker that calls ``what`` with the name of each step, before or after it."""
     found = core.worker_context.store
     store = StumblingStore(found.redis, found.record_key, lambda *_: None, LONG)
-    setattr(store, "after" if after else "before", meet)
+    setattr(store, "after" if after else "before", what)
     return replace(core.worker_context, store=store)

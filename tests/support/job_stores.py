@@ -1,11 +1,13 @@
 """Job stores and jobs for tests: leases that run out, and what an intruder in Redis can do."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import msgspec
+import pytest
 import redis
 
 from kms_core import redis_client
@@ -13,13 +15,14 @@ from kms_core.container import Core
 from kms_core.jobs.file_patterns import is_tree
 from kms_core.jobs.model import Attempt, Commit, Job, QueuePriority
 from kms_core.jobs.recovery.reaper import Reaper
-from kms_core.jobs.spec import AnyJob
+from kms_core.jobs.spec import BULK, QUEUES, AnyJob
 from kms_core.jobs.storage.spool_folder import SpoolFolder
 from kms_core.jobs.store import activity
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import SubmissionOptions, new_id
 from kms_core.settings.load import load
 from kms_core.settings.model import KmsSection, RedisSection
+from support.golden import reference
 from support.service import CANARY
 
 TENANT = "default"
@@ -100,10 +103,30 @@ def _of(fields: Mapping[str, object]) -> AnyJob:
 
 
 def claimed(store: JobStore, worker: str = "w1", **changes: object) -> Attempt:
-    job = store.submit(accepted(**changes))
-    claim = store.claim(job.job_id, worker)
+    return take(store, store.submit(accepted(**changes)).job_id, worker)
+
+
+def take(store: JobStore, job_id: str, worker: str = "w/1") -> Attempt:
+    """The attempt of a worker that takes this job."""
+    claim = store.claim(job_id, worker)
     assert claim
     return claim
+
+
+def next_attempt(
+    store: JobStore, worker: str = "w/1", queue: str = BULK, *, woken: bool = False
+) -> Attempt | None:
+    """An attempt at the job that a process is given; None if none is ready."""
+    found = store.next(worker, queue, QUEUES, woken=woken)
+    assert not isinstance(found, str)
+    return found
+
+
+def attempt(store: JobStore, worker: str = "w/1", queue: str = BULK) -> Attempt:
+    """An attempt at the job that a process is given."""
+    found = next_attempt(store, worker, queue)
+    assert found
+    return found
 
 
 def state(store: JobStore, claim: Attempt) -> str:
@@ -115,9 +138,23 @@ def record(store: JobStore, job_id: str) -> dict[bytes, bytes]:
     return found
 
 
+def events(store: JobStore) -> list[dict[str, str]]:
+    """What was told of all jobs, the newest last."""
+    found = cast("list[tuple[bytes, dict[bytes, bytes]]]", store.redis.xrange("kms:events"))
+    return [{name.decode(): value.decode() for name, value in fields.items()} for _, fields in found]
+
+
 def forge(store: JobStore, job_id: str, **fields: str | bytes) -> None:
     """What somebody with access to Redis can do."""
     store.redis.hset(f"kms:job:{job_id}", mapping=fields)  # type: ignore[arg-type]  # its stubs want str keys in Any
+
+
+def resealed(store: JobStore, job_id: str, *, version: int = 1, **changes: Any) -> bytes:  # noqa: ANN401 -- any
+    """The record with other fields, as a later version would seal it."""
+    fields = msgspec.to_builtins(store.accepted(job_id), builtin_types=(bytes,)) | changes
+    secret = store.record_key._secrets[-1]  # noqa: SLF001 -- the test stands in for a later version
+    sealed = reference.sealed_record(secret, job_id, bytes(32), msgspec.msgpack.encode(fields))
+    return bytes([version]) + sealed[1:]
 
 
 def lapse(store: JobStore) -> None:
@@ -137,8 +174,32 @@ def lapse(store: JobStore) -> None:
             store.redis.zadd(b"kms:probes:" + worker, {each: past}, xx=True)
 
 
-def remove_inputs(core: Core) -> None:
-    """Have the reaper remove the inputs of all jobs that have ended, as after their grace."""
-    store = core.worker_context.store
-    store.rules = msgspec.structs.replace(store.rules, input_grace_s=-60)  # its clock may lag that of Redis
+def put_back(store: JobStore, job_id: str, dump: dict[bytes, bytes]) -> None:
+    """What was taken down of a record earlier, as if it were due."""
+    far = str(time.time() + 10 * 86_400)
+    store.redis.delete(f"kms:job:{job_id}")
+    forge(store, job_id, **{name.decode(): value for name, value in dump.items()})
+    forge(store, job_id, expires_at=far, start_by=far, run_by=far, lease_until="0", not_before="0")
+
+
+@contextmanager
+def ahead(seconds: float = 2 * 86_400) -> Iterator[pytest.MonkeyPatch]:
+    """This machine's clock is so many seconds ahead of Redis's."""
+    clock = time.time
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(time, "time", lambda: clock() + seconds)
+        yield patched
+
+
+@contextmanager
+def later(seconds: float = 2 * 86_400) -> Iterator[None]:
+    """So many seconds later, for this machine and as Redis is asked for the time."""
+    with ahead(seconds) as patched:
+        patched.setattr(JobStore, "now", lambda _: time.time())
+        yield
+
+
+def remove_inputs(core: Core, grace_s: float = -60) -> None:
+    """Have the reaper remove the inputs of jobs that ended so long ago. Its clock may lag that of Redis."""
+    store = store_of(core, with_jobs(input_grace_s=grace_s))
     Reaper(store, core.worker_context.spool, "r").reap()

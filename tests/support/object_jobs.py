@@ -2,28 +2,22 @@
 
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs.execution.lease import WorkerContext
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Job
-from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.wire import JobKind
-from support import object_stores
-from support.job_stores import LONG, TENANT, lapse, store_of
+from support import core_jobs, failing_store, object_stores
+from support.core_jobs import CONTEXT, NEW
+from support.failing_store import Killed
+from support.job_stores import LONG
 from support.object_stores import ObjectStore, TestBucket, Way
 from support.programs import program
 from support.service import Service, core_of
-
-WHO = Principal("local")
-CONTEXT = Context.parse("env=test")
-NEW = Context.parse("env=new")
 
 
 @dataclass(frozen=True)
@@ -39,12 +33,12 @@ class Bench:
         self, kind: JobKind, source: str, target: str, *, overwrite: bool = False, context: Context = CONTEXT
     ) -> str:
         new = NEW if kind in {"rewrap", "reseal"} else None
-        terms = SubmissionOptions(WHO, kind, context, new_context=new)
-        return self.core.submitter.files(terms, Reference(source, target, overwrite=overwrite)).job_id
+        return core_jobs.submit(
+            self.core, kind, source, target, context=context, new=new, overwrite=overwrite
+        )
 
     def run(self, job_id: str) -> Job:
-        run_job(job_id, self.core.worker_context, "w/1")
-        return self.now(job_id)
+        return core_jobs.run(self.core, job_id)
 
     def done(
         self, kind: JobKind, source: str, target: str, *, overwrite: bool = False, context: Context = CONTEXT
@@ -56,16 +50,14 @@ class Bench:
         assert (job.state, job.error) == ("succeeded", ""), (kind, source, target)
 
     def now(self, job_id: str) -> Job:
-        return self.core.worker_context.store.get(job_id, TENANT)
+        return core_jobs.now(self.core, job_id)
 
-    def taken_up(self, job_id: str, worker_context: WorkerContext | None = None) -> Job:
+    def killed(self, job_id: str, step: str, *, after: bool, error: type[BaseException] = Killed) -> None:
+        failing_store.killed(self.core, job_id, step, after=after, error=error)
+
+    def taken_up(self, job_id: str) -> Job:
         """The job after its worker died, or deferred it, and another has had its turn."""
-        worker_context = worker_context or replace(
-            self.core.worker_context, store=store_of(self.core, LONG, [])
-        )
-        lapse(worker_context.store)
-        worker_context.store.reap_all([job_id])
-        run_job(job_id, worker_context, "w2")
+        core_jobs.taken_up(self.core, job_id)
         return self.now(job_id)
 
     def file(self, name: str, data: bytes | None = None) -> str:
@@ -96,9 +88,11 @@ def make(tmp_path: Path, redis_url: str) -> Iterator[Make]:
     made: list[Bench] = []
 
     def one(bucket: TestBucket, endpoint: str = "", access_key: str = object_stores.ACCESS_KEY) -> Bench:
-        settings = "[kms.jobs]\nlease_s = 2\n" + bucket.settings(tmp_path / "secret", endpoint, access_key)
+        settings = bucket.settings(tmp_path / "secret", endpoint, access_key)
         service = Service(tmp_path, settings, redis_url)
-        made.append(Bench(core_of(service), bucket, service.files, service.state))
+        core = core_of(service)
+        core.worker_context.store.rules = LONG.jobs
+        made.append(Bench(core, bucket, service.files, service.state))
         return made[-1]
 
     yield one

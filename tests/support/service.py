@@ -160,6 +160,11 @@ class Service:
         children = Path(f"/proc/{self.pid(name)}/task/{self.pid(name)}/children")
         return [int(pid) for pid in children.read_text().split()]
 
+    def signal_pool(self, number: signal.Signals, name: str = "worker") -> None:
+        """Signal the pool processes of a worker."""
+        for pid in self.pool_pids(name):
+            os.kill(pid, number)
+
     def kill(self, name: str) -> None:
         """End a process and all that it started, at once, as the supervisor would find it."""
         process = self._processes.pop(name)

@@ -6,29 +6,19 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.events.outbox import Outbox
 from kms_core.jobs.events.webhook import WebhookEndpoint
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.spec import Work
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
-from kms_protocol.context import Context
 from kms_protocol.errors import JobNotDead
 from kms_protocol.wire import JobState
-from support.job_stores import LONG, TENANT, accepted, claimed, forge, record, store_of
-from support.webhooks import DUE, end, endpoint, event_entry
+from support.core_jobs import done
+from support.job_stores import TENANT, accepted, claimed, forge, record, take
+from support.webhooks import DUE, end, event_entry
 
-WHO = Principal("local")
-CONTEXT = Context.parse("env=test")
 REFUSED = ("failed", "record_refused")
 CLAIMS = [("succeeded", ""), ("failed", "items_failed")]
-
-
-@pytest.fixture
-def store(core: Core) -> JobStore:
-    return store_of(core, LONG, [])
 
 
 def ended(store: JobStore, state: JobState = "succeeded", code: str = "", **changes: object) -> str:
@@ -66,19 +56,14 @@ def test_end_of_a_worker_is_proven(store: JobStore, state: JobState, code: str) 
     assert job.end.result_digest == b"d" * 32
 
 
-def test_file_job_signs_what_it_wrote(core: Core, tmp_path: Path) -> None:
-    root = tmp_path / "state" / "files"
-    (root / "in").write_bytes(b"salary")
-    source, target = (root / "in").as_uri(), (root / "out").as_uri()
-    job_id = core.submitter.files(
-        SubmissionOptions(WHO, "encrypt", CONTEXT), Reference(source, target, overwrite=False)
-    ).job_id
-    run_job(job_id, core.worker_context, "w/1")
-    found, job = (root / "out").stat(), core.worker_context.store.get(job_id, TENANT)
+def test_file_job_signs_what_it_wrote(core: Core, files: Path) -> None:
+    (files / "in").write_bytes(b"salary")
+    job = done(core, "encrypt", files / "in", files / "out")
+    found = (files / "out").stat()
 
     assert job.end
     assert job.end.target
-    assert target.encode() not in record(core.worker_context.store, job_id)[b"end"]
+    assert (files / "out").as_uri().encode() not in record(core.worker_context.store, job.job_id)[b"end"]
     assert (job.end.target.inode, job.end.target.size_bytes) == (found.st_ino, found.st_size)
     assert job.end.target.mtime_ns == found.st_mtime_ns
 
@@ -209,9 +194,7 @@ def test_job_with_an_unproven_end_can_be_retried(store: JobStore) -> None:
     job_id = store.submit(accepted()).job_id
     forge(store, job_id, state="succeeded")
     store.retry(job_id, TENANT)
-    claim = store.claim(job_id, "w1")
-    assert claim
-    store.finish(claim, "succeeded")
+    store.finish(take(store, job_id), "succeeded")
 
     assert told(store, job_id) == ("succeeded", "")
     with pytest.raises(JobNotDead):
@@ -231,12 +214,6 @@ def test_record_that_must_not_run_again_is_not_retried(store: JobStore, why: str
 
 
 # -- events and webhooks -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def ci(tmp_path: Path) -> WebhookEndpoint:
-    """Nothing is sent here."""
-    return endpoint(tmp_path, "https://hooks.invalid/", None)
 
 
 def deliveries(store: JobStore, ci: WebhookEndpoint) -> list[tuple[str, str, str | None]]:

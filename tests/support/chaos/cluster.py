@@ -7,7 +7,6 @@ ends (``kms_core.programs.tether``).
 import mmap
 import os
 import random
-import shutil
 import signal
 import struct
 import subprocess
@@ -29,7 +28,6 @@ from support.service import PROGRAMS, STOP_S, Service
 from support.tcp_proxy import TcpProxy
 from support.waiting import until
 
-SPOOL_MIB: Final = 512
 _SHIM: Final = '''\
 """A clock that a test moves: ``time.time`` alone, for Debian's faketime would move the monotonic one too."""
 import mmap, os, struct, time
@@ -185,24 +183,6 @@ class Cluster(Tended):
             self._processes[name].wait(STOP_S)
         except subprocess.TimeoutExpired:
             self.ends[f"{name.rstrip('0123456789')} deaf to SIGTERM"] += 1
-
-
-@contextmanager
-def small_disk(folder: Path) -> Iterator[Path | None]:
-    """A file system of its own for the spool, which can be filled; None where nothing can be mounted."""
-    folder.mkdir(parents=True)
-    options = f"size={SPOOL_MIB}m,mode=700"
-    argv = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    mounted = (
-        os.geteuid() == 0
-        and shutil.which("mount") is not None
-        and subprocess.run(argv, check=False, capture_output=True).returncode == 0
-    )
-    try:
-        yield folder if mounted else None
-    finally:
-        if mounted:
-            subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def pause(rng: random.Random, longest_s: float) -> None:

@@ -12,7 +12,6 @@ from typing import Final, Self
 
 _CREATED: Final = 0x100  # IN_CREATE: a link, or a new file
 _MOVED_TO: Final = 0x80  # IN_MOVED_TO: a rename
-_OVERFLOWED: Final = 0x4000  # IN_Q_OVERFLOW
 _HEAD: Final = struct.Struct("iIII")
 _READ_BYTES: Final = 1 << 20
 
@@ -22,7 +21,6 @@ class Births:
 
     def __init__(self, directory: Path) -> None:
         self.count: Counter[str] = Counter()
-        self.missed = False
         libc = ctypes.CDLL(None, use_errno=True)
         self._fd = libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
         if self._fd < 0 or libc.inotify_add_watch(self._fd, os.fsencode(directory), _CREATED | _MOVED_TO) < 0:
@@ -53,7 +51,6 @@ class Births:
     def _take(self, events: bytes) -> None:
         at = 0
         while at < len(events):
-            _, mask, _, size = _HEAD.unpack_from(events, at)
+            *_, size = _HEAD.unpack_from(events, at)
             at += _HEAD.size + size
-            self.missed |= bool(mask & _OVERFLOWED)
             self.count[events[at - size : at].rstrip(b"\0").decode()] += 1

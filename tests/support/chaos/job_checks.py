@@ -17,6 +17,7 @@ from support.canary.secrets import forms
 from support.chaos.cluster import Tended
 from support.chaos.job_mix import NO_ROOM
 from support.chaos.load import Load, Ticket
+from support.job_stores import events
 from support.service import CANARY, core_of
 from support.waiting import until
 
@@ -108,10 +109,9 @@ class JobChecks:
         )
 
     def _events(self) -> Iterator[str]:
-        stream = cast("list[tuple[bytes, dict[bytes, bytes]]]", self._store.redis.xrange("kms:events"))
         seen: defaultdict[str, list[str]] = defaultdict(list)
-        for _, fields in stream:
-            seen[fields[b"subject"].decode()].append(fields[b"type"].decode().removeprefix("kms.job."))
+        for event in events(self._store):
+            seen[event["subject"]].append(event["type"].removeprefix("kms.job."))
         for job_id, states in seen.items():
             steps = zip(["", *states], states, strict=False)
             if any(after not in NEXT[before] for before, after in steps):

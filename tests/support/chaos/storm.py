@@ -1,8 +1,8 @@
 """A storm over a whole install: mixed jobs, while everything that can die does, at random points of a seed.
 
 Real processes, a real Valkey (AOF ``always``) on a unix socket, nothing but 127.0.0.1, and bounded: as many
-orders and blows as the plan says, each wait with its end. ``chaos.orders`` says what is asked for,
-``chaos.weather`` what goes wrong, ``chaos.judge`` what must hold afterwards.
+orders and blows as the plan says, each wait with its end. ``job_mix`` says what is asked for,
+``fault_injection`` what goes wrong, ``job_checks`` what must hold afterwards.
 """
 
 import os
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from support.chaos.cluster import Cluster, Peer, small_disk
+from support.chaos.cluster import Cluster, Peer
 from support.chaos.fault_injection import FaultInjection
 from support.chaos.inotify_counter import Births
 from support.chaos.job_checks import JobChecks
@@ -23,7 +23,9 @@ from support.chaos.job_mix import Book
 from support.chaos.load import Load
 from support.frozen_disk import MIB, disk_or_none
 from support.service import core_of
+from support.small_disk import small_disk_or_none
 
+SPOOL_BYTES: Final = 512 * MIB
 SETTINGS: Final = """
 [kms.jobs]
 lease_s = 2
@@ -140,7 +142,7 @@ class Verdict:
 def run(folder: Path, plan: Plan, seed: int) -> Verdict:
     """One storm, from the first process to the last search. Call it from the main thread."""
     begun = time.monotonic()
-    with small_disk(folder / "disk") as disk, closing(Peer(folder / "peer")) as peer:
+    with small_disk_or_none(folder / "disk", SPOOL_BYTES) as disk, closing(Peer(folder / "peer")) as peer:
         (state := folder / "state").mkdir(mode=0o700)
         spool = disk or state / "spool"
         with (

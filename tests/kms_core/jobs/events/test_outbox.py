@@ -7,27 +7,15 @@ from typing import cast
 import msgspec
 import pytest
 
-from kms_core.container import Core
 from kms_core.jobs.events.outbox import GIVE_UP_S, MOST_ATTEMPTS, Outbox, WebhookDispatcher
 from kms_core.jobs.events.webhook import WebhookEndpoint
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import DurabilityUnconfirmed
-from support.job_stores import LONG, accepted, claimed, forge, store_of
+from support.job_stores import LONG, accepted, claimed, forge
 from support.waiting import until
 from support.webhooks import DUE, end, endpoint, event_entry, every, hasten, receiving, waiting
 
 GIVEN_UP = "kms:webhooks:given_up"
-
-
-@pytest.fixture
-def store(core: Core) -> JobStore:
-    return store_of(core, LONG, [])
-
-
-@pytest.fixture
-def ci(tmp_path: Path) -> WebhookEndpoint:
-    """Nothing is sent here."""
-    return endpoint(tmp_path, "https://hooks.invalid/", None)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,23 +12,18 @@ import pyrage
 import pytest
 
 from kms_api.routes.job_answers import shape
-from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs.execution import results
-from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.execution.tree import PATIENCE
-from kms_core.jobs.model import Job, part_id
+from kms_core.jobs.model import part_id
 from kms_core.jobs.storage.locations import JobSource, Locations
-from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import Unavailable
-from support.failing_store import Killed
-from support.job_stores import TENANT, forge, lapse
+from support.core_jobs import CONTEXT, WHO, cut, done, end_of, lines, now, submit, taken_up
+from support.failing_store import killed, meeting
+from support.job_stores import TENANT, forge
 
-WHO = Principal("local")
-CONTEXT = Context.parse("env=test")
 FILES = ("a", "b/c", "b/d")
 
 
@@ -55,36 +50,20 @@ def newest(core: Core) -> str:
     return core.kms.keyring.default.ref(TENANT).version
 
 
-def start(
-    core: Core, root: Path, kind: wire.JobKind = "rewrap", new: str | None = None, **more: object
+def campaign(
+    core: Core,
+    root: Path,
+    kind: wire.JobKind = "rewrap",
+    target: str | None = None,
+    **more: Any,  # noqa: ANN401 -- of ``submit``
 ) -> str:
-    fields: dict[str, object] = {"source": f"file://{root}/**", "overwrite": True} | more
-    body = wire.JobIn(kind=kind, **fields)  # type: ignore[arg-type]  # fields by name
-    terms = SubmissionOptions(WHO, kind, CONTEXT, new_context=None if new is None else Context.parse(new))
-    job_id = core.submitter.submit(terms, body).job_id
-    run_job(job_id, core.worker_context, "w")
-    return job_id
-
-
-def run(core: Core, root: Path, kind: wire.JobKind = "rewrap", **more: object) -> str:
-    job_id = start(core, root, kind, **more)  # type: ignore[arg-type]  # a new context is text
-    for number in range(now(core, job_id).parts):
-        run_job(part_id(job_id, number), core.worker_context, "w")
-    return job_id
-
-
-def now(core: Core, job_id: str) -> Job:
-    return core.worker_context.store.get(job_id, TENANT)
+    """The id of a job over the tree that was run."""
+    return done(core, kind, f"file://{root}/**", target, **{"overwrite": True} | more).job_id
 
 
 def report(core: Core, job_id: str) -> dict[str, object]:
     told: dict[str, object] = json.loads(wire.encode(shape(now(core, job_id))))["report"]
     return told
-
-
-def lines(core: Core, job_id: str) -> list[dict[str, Any]]:
-    found = results.of(now(core, job_id), core.worker_context.store, core.worker_context.spool)
-    return [json.loads(line) for line in b"".join(found.slabs(0, found.size)).splitlines()]
 
 
 def outcomes(core: Core, job_id: str, root: Path) -> dict[str, str]:
@@ -113,9 +92,9 @@ def payload(data: bytes) -> bytes:
 def test_tree_is_moved_in_place_and_again_is_left_alone(core: Core, root: Path, kind: wire.JobKind) -> None:
     first, before = version(core, root / "a"), tree(root)
 
-    job_id = run(core, root, kind)
+    job_id = campaign(core, root, kind)
     moved = tree(root)
-    again = run(core, root, kind)
+    again = campaign(core, root, kind)
 
     assert outcomes(core, job_id, root) == dict.fromkeys(FILES, "changed")
     assert report(core, job_id) == {
@@ -149,7 +128,7 @@ def test_dry_run_counts_by_version_and_touches_nothing(core: Core, root: Path) -
     (root / "text").write_bytes(b"no age file")
     before = states(root)
 
-    job_id = run(core, root, dry_run=True, overwrite=None)
+    job_id = campaign(core, root, dry_run=True, overwrite=None)
 
     assert report(core, job_id) == {
         "dry_run": True, "changed": 3, "newest": 1, "foreign": 0, "failed": 1,
@@ -180,7 +159,7 @@ def test_what_fails_and_what_is_foreign_is_told_and_left(core: Core, root: Path,
     (root / "a").write_bytes(damaged)
     (root / "junk").write_bytes(b"age-encryption.org/v1\njunk")
 
-    job_id = run(core, root)
+    job_id = campaign(core, root)
 
     assert outcomes(core, job_id, root) == {
         "a": "decrypt_failed", "b/c": "newest", "b/d": "changed",
@@ -190,15 +169,15 @@ def test_what_fails_and_what_is_foreign_is_told_and_left(core: Core, root: Path,
         "dry_run": False, "changed": 1, "newest": 1, "foreign": 1, "failed": 2,
         "older": [{"key_id": "default", "key_version": first, "found": 2, "left": 1}],
     }  # fmt: skip
-    assert (now(core, job_id).state, now(core, job_id).error) == ("failed", "items_failed")
+    assert end_of(core, job_id) == ("failed", "items_failed")
     assert (root / "foreign").read_bytes() == foreign
     assert (root / "a").read_bytes() == damaged
 
 
 def test_new_context_moves_every_file(core: Core, root: Path) -> None:
-    run(core, root)
+    campaign(core, root)
 
-    job_id = run(core, root, new="env=prod")
+    job_id = campaign(core, root, new=Context.parse("env=prod"))
 
     assert outcomes(core, job_id, root) == dict.fromkeys(FILES, "changed")
     assert report(core, job_id)["older"] == []
@@ -209,7 +188,7 @@ def test_campaign_may_leave_its_source_and_write_elsewhere(core: Core, root: Pat
     before = tree(root)
     out = root.parent / "out"
 
-    job_id = run(core, root, target=f"file://{out}/", overwrite=None)
+    job_id = campaign(core, root, target=f"file://{out}/", overwrite=None)
 
     assert now(core, job_id).state == "succeeded"
     assert tree(root) == before
@@ -222,7 +201,7 @@ def test_file_keeps_its_owner_and_mode_in_place(core: Core, root: Path) -> None:
         os.chown(root / "a", 12345, 54321)
     before = (root / "a").stat()
 
-    run(core, root)
+    campaign(core, root)
 
     after = (root / "a").stat()
     assert after.st_ino != before.st_ino
@@ -232,7 +211,7 @@ def test_file_keeps_its_owner_and_mode_in_place(core: Core, root: Path) -> None:
 @pytest.mark.parametrize("replaced", [True, False], ids=["changed", "removed"])
 @pytest.mark.parametrize("many", [True, False], ids=["of-many", "one"])
 def test_file_that_somebody_changes_meanwhile_is_theirs(
-    core: Core, root: Path, meeting: Callable[..., WorkerContext], *, replaced: bool, many: bool
+    core: Core, root: Path, *, replaced: bool, many: bool
 ) -> None:
     def write(step: str) -> None:
         """Somebody else, once the commit is recorded."""
@@ -243,9 +222,7 @@ def test_file_that_somebody_changes_meanwhile_is_theirs(
         else:
             (root / "a").unlink(missing_ok=True)
 
-    source = f"file://{root}/a" + "*" * many
-    body = wire.JobIn(kind="rewrap", source=source, overwrite=True)
-    job_id = core.submitter.submit(SubmissionOptions(WHO, "rewrap", CONTEXT), body).job_id
+    job_id = submit(core, "rewrap", f"file://{root}/a" + "*" * many, None, overwrite=True)
     if many:
         run_job(job_id, core.worker_context, "w")
     run_job(part_id(job_id, 0) if many else job_id, meeting(core, write, after=True), "w")
@@ -260,23 +237,19 @@ def test_file_that_somebody_changes_meanwhile_is_theirs(
 # -- cancelled -----------------------------------------------------------------------------------------------
 
 
-def test_cancelled_job_tells_what_it_has_put_in_place(
-    core: Core, root: Path, dying: Callable[..., WorkerContext]
-) -> None:
-    job_id, store = start(core, root), core.worker_context.store
-    part = part_id(job_id, 0)
-    with pytest.raises(Killed):
-        run_job(part, dying(core, 1, after=True), "w")  # once its first file is settled and on record
+def test_cancelled_job_tells_what_it_has_put_in_place(core: Core, root: Path) -> None:
+    job_id = submit(core, "rewrap", f"file://{root}/**", None, overwrite=True)
+    (part,) = cut(core, job_id)
+    killed(core, part, 1, after=True)  # once its first file is settled and on record
 
-    store.cancel(job_id, TENANT)
+    core.worker_context.store.cancel(job_id, TENANT)
     asked = now(core, job_id)
     assert (asked.state, asked.cancel) == ("running", 1), "a worker may be at work"
-    lapse(store)
-    run_job(part, core.worker_context, "w")
+    taken_up(core, part)
 
-    done, *others = lines(core, job_id)
+    first, *others = lines(core, job_id)
     assert [line["error"]["code"] for line in others] == ["cancelled"] * (len(FILES) - 1)
-    assert report(core, job_id)[done["outcome"]] == 1
+    assert report(core, job_id)[first["outcome"]] == 1
 
 
 # -- what is away --------------------------------------------------------------------------------------------
@@ -299,8 +272,8 @@ def test_file_that_the_disk_cannot_give_is_given_up_in_the_end_and_holds_up_no_o
     found, store = core.worker_context.places, core.worker_context.store
     places = Unreadable(*(getattr(found, one.name) for one in fields(found)))
     worker_context = replace(core.worker_context, places=places)
-    job_id = start(core, root)
-    part = part_id(job_id, 0)
+    job_id = submit(core, "rewrap", f"file://{root}/**", None, overwrite=True)
+    (part,) = cut(core, job_id)
     for _ in range(PATIENCE):
         run_job(part, worker_context, "w")
         assert store.part(part).job.state == "queued"

@@ -8,21 +8,30 @@ from typing import Final
 import msgspec
 import pytest
 
-from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution.lease import FoundLarge, Lease
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.model import Attempt, part_id
-from kms_core.jobs.spec import FILES, QUEUES
+from kms_core.jobs.model import part_id
+from kms_core.jobs.spec import FILES
 from kms_core.jobs.storage import locations
 from kms_core.jobs.storage.locations import check_holes
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
-from kms_protocol.context import Context
 from kms_protocol.errors import SpoolFull, TooLarge
 from kms_protocol.wire import PRIORITIES
+from support.core_jobs import cut, end_of, submit
 from support.credentials import REQUIRED, Guarded
-from support.job_stores import COMMIT, accepted, forge, lapse, store_of, with_jobs
+from support.file_tree import names
+from support.job_stores import (
+    COMMIT,
+    TENANT,
+    accepted,
+    forge,
+    lapse,
+    next_attempt,
+    store_of,
+    take,
+    with_jobs,
+)
 from support.object_jobs import Bench
 from support.service import Service, core_of
 
@@ -30,7 +39,6 @@ MIB: Final = 1024 * 1024
 GIB: Final = 1024 * MIB
 SMALL: Final = 10
 LARGE: Final = 1_000
-WHO: Final = Principal("local")
 
 
 def sparse(path: Path, size_bytes: int) -> Path:
@@ -38,10 +46,6 @@ def sparse(path: Path, size_bytes: int) -> Path:
     with path.open("ab") as file:
         file.truncate(size_bytes)
     return path
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 # -- a share for others -------------------------------------------------------------------------------------
@@ -66,8 +70,7 @@ def made(store: JobStore, size_bytes: int = LARGE, tenant: str = "a", **more: ob
 
 def chosen(store: JobStore, worker: str = "w/2") -> str | None:
     """The job that a process is given; None if none is ready."""
-    found = store.next(worker, FILES, QUEUES, woken=False)
-    assert not isinstance(found, str)
+    found = next_attempt(store, worker, FILES)
     return found.accepted.job_id if found else None
 
 
@@ -75,15 +78,9 @@ def is_ready(store: JobStore, job_id: str) -> bool:
     return any(store.redis.zscore(f"kms:waiting:kms.files:{one}", job_id) for one in PRIORITIES)
 
 
-def held(store: JobStore, job_id: str, worker: str = "w/1") -> Attempt:
-    claim = store.claim(job_id, worker)
-    assert claim
-    return claim
-
-
 def test_large_job_waits_while_another_holds_what_large_ones_may(store: JobStore) -> None:
     first, second, small = made(store), made(store, tenant="b"), made(store, SMALL)
-    claim = held(store, first)
+    claim = take(store, first)
 
     assert store.claim(second, "w/2") is None
     waiting = store.get(second, "b")
@@ -92,7 +89,7 @@ def test_large_job_waits_while_another_holds_what_large_ones_may(store: JobStore
     assert store.claim(small, "w/2")
 
     store.finish(claim, "succeeded")
-    assert held(store, second, "w/2").attempt == 1
+    assert take(store, second, "w/2").attempt == 1
 
 
 @pytest.mark.parametrize("end", ["finish", "defer", "reap", "run out"])
@@ -100,7 +97,7 @@ def test_large_job_waits_while_another_holds_what_large_ones_may(store: JobStore
 def test_share_of_a_job_is_free_when_its_lease_ends(core: Core, size: int, end: str) -> None:
     store = sharing(core, tenant_leases=1 if size == SMALL else 1_000)
     first, second = made(store, size), made(store, size)
-    claim = held(store, first)
+    claim = take(store, first)
     assert store.claim(second, "w/2") is None
     if end == "finish":
         store.finish(claim, "failed", "path_refused")
@@ -125,7 +122,7 @@ def test_one_tenant_alone_and_processes_that_are_not_reserved(core: Core) -> Non
 
 def test_tenants_take_turns_with_large_jobs(store: JobStore) -> None:
     of_a = [made(store) for _ in range(4)]
-    claim = held(store, of_a[0])
+    claim = take(store, of_a[0])
     of_b = made(store, tenant="b")
     assert chosen(store) is None
     forge(store, of_a[0], paid_until=str(store.now() - 0.1))  # the lease that tenant a pays for
@@ -167,7 +164,7 @@ def test_job_is_as_large_as_what_it_reads(changes: dict[str, object], *, large: 
 
 def test_large_parts_wait_and_small_ones_do_not(store: JobStore) -> None:
     whole = made(store, 0, source="file:///in/**", target="file:///out/")
-    claim = held(store, whole)
+    claim = take(store, whole)
     parts = [
         accepted(
             job_id=part_id(whole, number),
@@ -186,10 +183,10 @@ def test_large_parts_wait_and_small_ones_do_not(store: JobStore) -> None:
 
 def test_large_job_that_dies_again_and_again_is_no_exception(store: JobStore) -> None:
     first, second = made(store), made(store)
-    held(store, first)
+    take(store, first)
     lapse(store)  # its worker died
     assert store.reap_all([first]) == ["requeued"]
-    held(store, second, "w/2")
+    take(store, second, "w/2")
 
     assert store.claim(first, "w/1") is None
 
@@ -216,7 +213,7 @@ def test_large_jobs_always_have_one_process(
 
 
 def test_commit_is_finished_whatever_the_size_of_its_source(store: JobStore) -> None:
-    claim = held(store, made(store, SMALL))
+    claim = take(store, made(store, SMALL))
 
     Lease(store, replace(claim, commit=COMMIT)).admit(LARGE)
     with pytest.raises(FoundLarge):
@@ -231,39 +228,32 @@ def sharing_core(core: Core) -> Core:
     return replace(core, worker_context=replace(core.worker_context, store=sharing(core)))
 
 
-def submit(core: Core, source: Path) -> str:
-    terms = SubmissionOptions(WHO, "encrypt", Context.parse("a=1"))
-    return core.submitter.files(
-        terms, Reference(source.as_uri(), f"{source.as_uri()}.age", overwrite=False)
-    ).job_id
-
-
-def now(core: Core, job_id: str) -> tuple[str, str]:
-    job = core.worker_context.store.get(job_id, WHO.tenant)
-    return job.state, job.error
+def sealing(core: Core, source: Path) -> str:
+    """The id of a job that seals a file."""
+    return submit(core, "encrypt", source, f"{source.as_uri()}.age")
 
 
 def test_file_that_has_grown_large_is_claimed_again_as_a_large_job(sharing_core: Core, files: Path) -> None:
     core, store = sharing_core, sharing_core.worker_context.store
     (files / "in").write_bytes(bytes(SMALL))
-    job_id = submit(core, files / "in")
+    job_id = sealing(core, files / "in")
     (files / "in").write_bytes(bytes(LARGE))
-    claim = held(store, made(store))
+    claim = take(store, made(store))
 
     run_job(job_id, core.worker_context, "w/2")
     assert names(files) == ["in"]
-    assert store.get(job_id, WHO.tenant).attempt == 0
+    assert store.get(job_id, TENANT).attempt == 0
     assert store.claim(job_id, "w/2") is None
     store.finish(claim, "succeeded")
     assert is_ready(store, job_id)
     run_job(job_id, core.worker_context, "w/2")
 
-    assert now(core, job_id) == ("succeeded", "")
+    assert end_of(core, job_id) == ("succeeded", "")
 
 
 def test_job_that_turned_out_large_waits_among_large_ones(store: JobStore) -> None:
-    held(store, made(store))
-    grown = held(store, made(store, SMALL), "w/2")
+    take(store, made(store))
+    grown = take(store, made(store, SMALL), "w/2")
 
     store.defer(grown, 0, counts=False, away=False, work_bytes=LARGE)
 
@@ -277,33 +267,31 @@ def test_files_of_a_part_that_have_grown_make_it_large(sharing_core: Core, files
         (files / folder).mkdir()
     for source in sources:
         source.write_bytes(b"x")
-    tree = Reference(f"{(files / 'in').as_uri()}/*", f"{(files / 'out').as_uri()}/")
-    whole = core.submitter.files(SubmissionOptions(WHO, "encrypt", Context.parse("a=1")), tree).job_id
-    run_job(whole, core.worker_context, "w/1")
+    whole = submit(core, "encrypt", f"file://{files}/in/*", f"file://{files}/out/")
+    (part,) = cut(core, whole)
     for source in sources:
         source.write_bytes(bytes(LARGE // 2 - 1))
 
-    run_job(part_id(whole, 0), core.worker_context, "w/1")
+    run_job(part, core.worker_context, "w/1")
 
-    part = store.part(part_id(whole, 0)).job
-    assert (part.state, names(files / "out")) == ("queued", ["0.age", "1.age"])
-    assert is_ready(store, part.job_id)
-    claim = held(store, made(store))
-    assert store.claim(part.job_id, "w/2") is None
+    assert (store.part(part).job.state, names(files / "out")) == ("queued", ["0.age", "1.age"])
+    assert is_ready(store, part)
+    claim = take(store, made(store))
+    assert store.claim(part, "w/2") is None
     store.finish(claim, "succeeded")
-    assert is_ready(store, part.job_id)
-    run_job(part.job_id, core.worker_context, "w/2")
-    assert now(core, whole) == ("succeeded", "")
+    assert is_ready(store, part)
+    run_job(part, core.worker_context, "w/2")
+    assert end_of(core, whole) == ("succeeded", "")
 
 
 def test_file_that_grows_above_the_bound_after_it_was_accepted(core: Core, files: Path) -> None:
     (files / "in").write_bytes(b"x")
-    job_id = submit(core, files / "in")
+    job_id = sealing(core, files / "in")
     sparse(files / "in", 1025 * GIB)
 
     run_job(job_id, core.worker_context, "w/1")
 
-    assert now(core, job_id) == ("failed", "too_large")
+    assert end_of(core, job_id) == ("failed", "too_large")
     assert names(files) == ["in"]
 
 
@@ -321,8 +309,8 @@ def test_source_above_the_bounds_is_refused_before_anything_is_written(
 
     for name, text in (("large", "source_max_bytes"), ("sparse", "cp --sparse=never")):
         with pytest.raises(TooLarge, match=text):
-            submit(core, files / name)
-    submit(core, files / "fits")
+            sealing(core, files / name)
+    sealing(core, files / "fits")
     assert names(files) == ["fits", "large", "sparse"]
 
 
@@ -345,16 +333,16 @@ def test_target_without_room_is_refused_when_the_job_is_accepted_and_when_it_run
     core, files = core_of(install), install.files
     free = os.statvfs(files)
     (files / "in").write_bytes(b"x")
-    job_id = submit(core, files / "in")
+    job_id = sealing(core, files / "in")
     sparse(files / "in", free.f_bavail * free.f_frsize + 64 * GIB)
 
     with pytest.raises(SpoolFull):
-        submit(core, files / "in")
+        sealing(core, files / "in")
     run_job(job_id, core.worker_context, "w/1")
     assert is_ready(core.worker_context.store, job_id)
     run_job(job_id, core.worker_context, "w/1")
 
-    assert now(core, job_id) == ("failed", "spool_full")
+    assert end_of(core, job_id) == ("failed", "spool_full")
     assert names(files) == ["in"]
     audit = b"".join(path.read_bytes() for path in (install.state / "audit").iterdir())
     assert b'"operation":"job.submit"' in audit

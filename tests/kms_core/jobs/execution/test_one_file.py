@@ -4,27 +4,23 @@ import contextvars
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kms_core import audit
-from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.model import Job
 from kms_core.jobs.storage.local import OpenSource, Roots
-from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
-from kms_protocol.context import Context
 from kms_protocol.errors import JobsUnavailable, PathRefused
-from kms_protocol.wire import JobItem, JobKind
-from support.failing_store import MOMENTS, Killed, interrupted, stumbling
-from support.job_stores import TENANT, forge, lapse
+from kms_protocol.wire import JobKind
+from support.core_jobs import NEW, done, end_of, now, opened, submit, submit_items, taken_up
+from support.failing_store import MOMENTS, Killed, interrupted, killed
+from support.file_tree import names
+from support.job_stores import forge
 
-WHO = Principal("local")
-CONTEXT = Context.parse("env=test")
 DATA = bytes(range(256)) * 10_000  # 2.5 MB: three slabs
 
 
@@ -33,45 +29,6 @@ def files(files: Path) -> Path:
     """The root of file jobs of ``core``, with one file."""
     (files / "in").write_bytes(DATA)
     return files
-
-
-def submit(core: Core, kind: JobKind, source: Path, target: Path, *, overwrite: bool = False) -> str:
-    new = Context.parse("env=new") if kind == "rewrap" else None
-    terms = SubmissionOptions(WHO, kind, CONTEXT, new_context=new)
-    return core.submitter.files(
-        terms, Reference(f"file://{source}", f"file://{target}", overwrite=overwrite)
-    ).job_id
-
-
-def now(core: Core, job_id: str) -> Job:
-    return core.worker_context.store.get(job_id, TENANT)
-
-
-def done(core: Core, kind: JobKind, source: Path, target: Path, *, overwrite: bool = False) -> Job:
-    job_id = submit(core, kind, source, target, overwrite=overwrite)
-    run_job(job_id, core.worker_context, "w")
-    return now(core, job_id)
-
-
-def taken_up(core: Core, job_id: str) -> Job:
-    """The job after its worker died and another has had its turn."""
-    lapse(core.worker_context.store)
-    core.worker_context.store.reap_all([job_id])
-    run_job(job_id, core.worker_context, "w2")
-    return now(core, job_id)
-
-
-def told(core: Core, job_id: str) -> tuple[str, str]:
-    job = now(core, job_id)
-    return job.state, job.error
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-def opened(core: Core, path: Path, context: Context = CONTEXT) -> bytes:
-    return core.kms.decrypt(WHO, path.read_bytes(), context).plaintext
 
 
 # -- what is logged ----------------------------------------------------------------------------------------
@@ -85,9 +42,10 @@ def test_lines_after_a_job_do_not_carry_its_ids(core: Core, files: Path, end: st
         job_id = submit(core, "encrypt", files / "in", files / "out")
         if end == "failed":
             (files / "in").unlink()
-        context = stumbling(core, "finish", after=False) if end == "committing" else core.worker_context
-        with suppress(Killed):
-            run_job(job_id, context, "w")
+        if end == "committing":
+            killed(core, job_id, "finish", after=False)
+        else:
+            run_job(job_id, core.worker_context, "w")
         return now(core, job_id).state, audit.request_id.get(), audit.job_id.get()
 
     assert contextvars.Context().run(run) == (end, "", "")
@@ -106,7 +64,7 @@ def test_file_goes_there_and_back(core: Core, files: Path, size: int) -> None:
 
     assert (sealed.state, sealed.bytes_done, back.state) == ("succeeded", size, "succeeded")
     assert (files / "back").read_bytes() == data
-    assert names(files) == {"in", "sealed", "back"}
+    assert names(files) == ["back", "in", "sealed"]
     assert {path.stat().st_mode & 0o777 for path in (files / "sealed", files / "back")} == {0o600}
 
 
@@ -122,21 +80,12 @@ def file_id(path: Path) -> str:
 @pytest.mark.parametrize("kind", ["encrypt", "decrypt", "rewrap", "reseal"])
 def test_job_names_the_file_that_it_made_or_opened(core: Core, files: Path, kind: JobKind) -> None:
     done(core, "encrypt", files / "in", files / "sealed")
-    job = done(core, kind, files / ("in" if kind == "encrypt" else "sealed"), files / "out")
+    new = NEW if kind == "rewrap" else None
+    job = done(core, kind, files / ("in" if kind == "encrypt" else "sealed"), files / "out", new=new)
 
     assert job.end
     assert job.end.file_id == file_id(files / ("sealed" if kind == "decrypt" else "out"))
     assert (job.end.file_id == file_id(files / "sealed")) is (kind in {"decrypt", "rewrap"})
-
-
-def test_target_that_exists_is_left_alone(core: Core, files: Path) -> None:
-    (files / "out").write_bytes(b"precious")
-
-    job = done(core, "encrypt", files / "in", files / "out")
-
-    assert (job.state, job.error) == ("failed", "target_exists")
-    assert (files / "out").read_bytes() == b"precious"
-    assert names(files) == {"in", "out"}
 
 
 def test_overwriting_replaces_and_may_replace_the_source(core: Core, files: Path) -> None:
@@ -146,7 +95,7 @@ def test_overwriting_replaces_and_may_replace_the_source(core: Core, files: Path
     assert done(core, "encrypt", files / "in", files / "in", overwrite=True).state == "succeeded"
 
     assert opened(core, files / "out") == opened(core, files / "in") == DATA
-    assert names(files) == {"in", "out"}
+    assert names(files) == ["in", "out"]
 
 
 def test_source_that_becomes_a_link_after_submission_is_refused(core: Core, files: Path) -> None:
@@ -156,8 +105,8 @@ def test_source_that_becomes_a_link_after_submission_is_refused(core: Core, file
 
     run_job(job_id, core.worker_context, "w")
 
-    assert told(core, job_id) == ("failed", "path_refused")
-    assert names(files) == {"in"}
+    assert end_of(core, job_id) == ("failed", "path_refused")
+    assert names(files) == ["in"]
 
 
 @pytest.mark.parametrize(
@@ -186,8 +135,8 @@ def test_source_that_changes_meanwhile_fails_the_job(core: Core, files: Path) ->
     places = replace(core.worker_context.places, roots=Meddling([files]))
     run_job(job_id, replace(core.worker_context, places=places), "w")
 
-    assert told(core, job_id) == ("failed", "invalid_request")
-    assert names(files) == {"in"}
+    assert end_of(core, job_id) == ("failed", "invalid_request")
+    assert names(files) == ["in"]
 
 
 @pytest.mark.parametrize("at", [-1, 1_500_000, 100], ids=["last", "middle", "header"])
@@ -200,7 +149,7 @@ def test_damaged_file_leaves_no_target(core: Core, files: Path, at: int) -> None
     job = done(core, "decrypt", files / "sealed", files / "out")
 
     assert (job.state, job.error) == ("failed", "decrypt_failed")
-    assert names(files) == {"in", "sealed"}
+    assert names(files) == ["in", "sealed"]
 
 
 # -- killed in the middle ----------------------------------------------------------------------------------
@@ -219,44 +168,31 @@ def test_job_of_a_killed_worker_is_finished_once(
         (files / "out").write_bytes(b"old")
     job_id = submit(core, kind, source, files / "out", overwrite=overwrite)
 
-    error = JobsUnavailable() if how == "Redis is lost" else Killed()
-    with pytest.raises(type(error)):
-        run_job(job_id, stumbling(core, step, after=moment == "after", error=error), "w1")
+    error = JobsUnavailable if how == "Redis is lost" else Killed
+    killed(core, job_id, step, after=moment == "after", error=error)
     placed = (files / "out").stat() if step == "finish" else None
-    job = taken_up(core, job_id)
+    taken_up(core, job_id)
+    job = now(core, job_id)
 
     assert (job.state, job.error) == ("succeeded", "")
     assert (opened(core, files / "out") if kind == "encrypt" else (files / "out").read_bytes()) == DATA
-    assert names(files) == {"in", "sealed", "out"}
+    assert names(files) == ["in", "out", "sealed"]
     if placed:
         assert (files / "out").stat().st_ino == placed.st_ino
     assert job.end
     assert job.end.file_id == file_id(files / ("out" if kind == "encrypt" else "sealed"))
 
 
-def test_finishing_twice_changes_nothing(core: Core, files: Path) -> None:
-    job_id = submit(core, "encrypt", files / "in", files / "out")
-    run_job(job_id, core.worker_context, "w1")
-    first = (files / "out").stat()
-    (files / "in").write_bytes(b"other")
-
-    run_job(job_id, core.worker_context, "w2")
-
-    assert (files / "out").stat() == first
-    assert names(files) == {"in", "out"}
-
-
 def test_target_taken_before_the_finish_is_left_alone(core: Core, files: Path) -> None:
     job_id = submit(core, "encrypt", files / "in", files / "out")
-    with pytest.raises(Killed):
-        run_job(job_id, stumbling(core, "committing", after=True), "w1")
+    killed(core, job_id, "committing", after=True)
     (files / "out").write_bytes(b"somebody else's")
 
     taken_up(core, job_id)
 
-    assert told(core, job_id) == ("failed", "target_exists")
+    assert end_of(core, job_id) == ("failed", "target_exists")
     assert (files / "out").read_bytes() == b"somebody else's"
-    assert names(files) == {"in", "out"}
+    assert names(files) == ["in", "out"]
 
 
 def test_worker_that_was_overtaken_has_no_effect(core: Core, files: Path) -> None:
@@ -270,7 +206,7 @@ def test_worker_that_was_overtaken_has_no_effect(core: Core, files: Path) -> Non
 
     assert (now(core, job_id).state, now(core, job_id).fence) == ("succeeded", 2)
     assert opened(core, files / "out") == DATA
-    assert names(files) == {"in", "out"}
+    assert names(files) == ["in", "out"]
 
 
 # -- other kinds ---------------------------------------------------------------------------------------------
@@ -278,12 +214,11 @@ def test_worker_that_was_overtaken_has_no_effect(core: Core, files: Path) -> Non
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_bulk_job_of_a_killed_worker_has_one_result(core: Core, *, after: bool) -> None:
-    items = [JobItem(plaintext=b"%d" % number) for number in range(20)]
-    job_id = core.submitter.items(SubmissionOptions(WHO, "encrypt", CONTEXT), items).job_id
+    job_id = submit_items(core, 20)
 
-    with pytest.raises(Killed):
-        run_job(job_id, stumbling(core, "finish", after=after), "w1")
-    job = taken_up(core, job_id)
+    killed(core, job_id, "finish", after=after)
+    taken_up(core, job_id)
+    job = now(core, job_id)
 
     assert (job.state, job.items_done, job.items_failed) == ("succeeded", 20, 0)
 
@@ -300,7 +235,7 @@ def test_outage_costs_time_and_no_attempt(core: Core, files: Path) -> None:
         assert (now(core, job_id).state, now(core, job_id).attempt) == ("queued", 0)
         longest = min(60, 5 * 2**number)
         assert longest / 2 - 2 < now(core, job_id).not_before - store.now() <= longest + 0.5
-        assert names(files) == {"in"}
+        assert names(files) == ["in"]
         forge(store, job_id, not_before="0")
     audit.unlink()
     run_job(job_id, core.worker_context, "w")

@@ -7,17 +7,14 @@ from typing import Any
 
 import pytest
 
-from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.model import part_id
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import NotACiphertext
-from support.job_stores import TENANT, uploaded
+from support.core_jobs import WHO, done, run
+from support.job_stores import uploaded
 
-WHO = Principal("local")
 JUNK = {"not_a_ciphertext": b"no age file", "decrypt_failed": b"age-encryption.org/v1\njunk"}
 
 
@@ -38,16 +35,13 @@ def test_file_whose_header_cannot_be_read(
     root = tmp_path / "state" / "files"
     (root / "in").write_bytes(JUNK[code])
     target = f"file://{root}/out" + ("/" if "*" in pattern else "")
-    body = wire.JobIn(kind=kind, source=f"file://{root}/{pattern}", target=target)
-    job_id = core.submitter.submit(SubmissionOptions(WHO, kind, Context()), body).job_id
 
-    for name in (job_id, part_id(job_id, 0)) if "*" in pattern else (job_id,):
-        run_job(name, core.worker_context, "w")
+    job = done(core, kind, f"file://{root}/{pattern}", target)
 
-    assert core.worker_context.store.get(job_id, TENANT).state == "failed"
+    assert job.state == "failed"
     found = [line for line in recorded(tmp_path) if line.get("operation") == kind]
     assert [(line["result"], line["job_id"], line["principal"]) for line in found] == [
-        (code, job_id, "local")
+        (code, job.job_id, "local")
     ]
 
 
@@ -55,9 +49,7 @@ def test_file_whose_header_cannot_be_read(
 def test_upload_whose_header_cannot_be_read(core: Core, tmp_path: Path, kind: wire.JobKind) -> None:
     job_id = uploaded(core, SubmissionOptions(WHO, kind, Context()), JUNK["decrypt_failed"])
 
-    run_job(job_id, core.worker_context, "w")
-
-    assert core.worker_context.store.get(job_id, TENANT).error == "decrypt_failed"
+    assert run(core, job_id).error == "decrypt_failed"
     found = [line for line in recorded(tmp_path) if line.get("operation") == kind]
     assert [(line["result"], line["job_id"]) for line in found] == [("decrypt_failed", job_id)]
 

@@ -5,40 +5,36 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs.execution import results
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.model import Job, LeaseLost, part_id
-from kms_core.jobs.recovery.reaper import Reaper
+from kms_core.jobs.model import LeaseLost
 from kms_core.jobs.storage.blob_store import ATTRIBUTE
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
-from kms_protocol import wire
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import Forbidden
-from kms_protocol.wire import JobKind
+from support.core_jobs import CONTEXT, NEW, WHO, done, opened, result, run, submit, submit_items
 from support.embedded_valkey import unrestricted
 from support.failing_store import interrupted
+from support.file_tree import names
 from support.job_stores import (
     COMMIT,
     TENANT,
     accepted,
     claimed,
     connect,
+    events,
     forge,
+    remove_inputs,
+    take,
     uploaded,
-    with_jobs,
 )
 from support.redis_regress import Snapshot
 
-WHO = Principal("local")
-CONTEXT = Context.parse("env=test")
-NEW = Context.parse("env=new")
 DATA = os.urandom(300_000)
 
 
@@ -56,11 +52,6 @@ def redis_url(server: str) -> str:
 
 
 @pytest.fixture
-def store(core: Core) -> JobStore:
-    return core.worker_context.store
-
-
-@pytest.fixture
 def files(files: Path) -> Path:
     """The root of file jobs of ``core``, with one file."""
     (files / "in").write_bytes(DATA)
@@ -71,19 +62,9 @@ def snapshot(core: Core) -> Snapshot:
     return Snapshot.of(core.worker_context.store.redis)
 
 
-def run(core: Core, job_id: str) -> Job:
-    run_job(job_id, core.worker_context, "w/1")
-    return core.worker_context.store.get(job_id, TENANT)
-
-
-def file_job(core: Core, kind: JobKind, source: Path, target: Path, *, overwrite: bool = False) -> str:
-    terms = SubmissionOptions(WHO, kind, CONTEXT, new_context=NEW if kind == "reseal" else None)
-    return core.submitter.files(terms, Reference(source.as_uri(), target.as_uri(), overwrite)).job_id
-
-
 def regressed(core: Core, files: Path) -> tuple[str, Snapshot]:
     """A job that seals ``in`` into ``out``, of whose end Redis knows nothing any more; Redis as it is now."""
-    job_id = file_job(core, "encrypt", files / "in", files / "out")
+    job_id = submit(core, "encrypt", files / "in", files / "out")
     before = snapshot(core)
     assert run(core, job_id).state == "succeeded"
     before.restore()
@@ -94,21 +75,15 @@ def identity(path: Path) -> tuple[int, int]:
     return path.stat().st_ino, path.stat().st_mtime_ns
 
 
-def opened(core: Core, path: Path, context: Context = CONTEXT) -> bytes:
-    return core.kms.decrypt(WHO, path.read_bytes(), context).plaintext
-
-
 # -- attempts ----------------------------------------------------------------------------------------------
 
 
 def test_two_attempts_of_the_same_number_are_not_confused(core: Core, store: JobStore) -> None:
     job_id = store.submit(accepted()).job_id
     before = snapshot(core)
-    first = store.claim(job_id, "w/1")
+    first = take(store, job_id)
     before.restore()
-    second = store.claim(job_id, "w/2")
-    assert first
-    assert second
+    second = take(store, job_id, "w/2")
 
     assert (first.attempt, first.fence) == (second.attempt, second.fence)
     assert first.attempt_id != second.attempt_id
@@ -134,15 +109,13 @@ def test_commit_that_is_taken_back_leaves_a_running_job(store: JobStore) -> None
 
     assert store.get(claim.accepted.job_id, TENANT).state == "running"
     store.defer(claim, 0, counts=False)
-    again = store.claim(claim.accepted.job_id, "w/2")
-    assert again
-    assert again.commit is None
+    assert take(store, claim.accepted.job_id).commit is None
 
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["create", "overwrite"])
 def test_zombie_of_a_lost_time_puts_nothing_in_place(core: Core, files: Path, *, overwrite: bool) -> None:
     """It has recorded its commit in a Redis that is no more, and is about to rename."""
-    job_id = file_job(core, "encrypt", files / "in", files / "out", overwrite=overwrite)
+    job_id = submit(core, "encrypt", files / "in", files / "out", overwrite=overwrite)
     before, placed = snapshot(core), []
 
     def regress() -> None:
@@ -155,11 +128,11 @@ def test_zombie_of_a_lost_time_puts_nothing_in_place(core: Core, files: Path, *,
     assert core.worker_context.store.get(job_id, TENANT).state == "succeeded"
     assert [identity(files / "out")] == placed
     assert opened(core, files / "out") == DATA
-    assert {path.name for path in files.iterdir()} == {"in", "out"}
+    assert names(files) == ["in", "out"]
 
 
 def test_attempt_whose_result_a_zombie_has_swept_does_it_again(core: Core, files: Path) -> None:
-    job_id = file_job(core, "encrypt", files / "in", files / "out")
+    job_id = submit(core, "encrypt", files / "in", files / "out")
 
     def sweep() -> None:
         core.worker_context.places.sweep({job_id: (files / "out").as_uri()}, {"z" * 26})
@@ -175,7 +148,7 @@ def test_attempt_whose_result_a_zombie_has_swept_does_it_again(core: Core, files
 
 def test_temporary_files_of_all_attempts_but_its_own_are_removed(core: Core, files: Path) -> None:
     """Those of other jobs stay, and so does what only looks like one."""
-    job_id = file_job(core, "encrypt", files / "in", files / "out")
+    job_id = submit(core, "encrypt", files / "in", files / "out")
     left = [f".kms-{job_id}-{attempt}.tmp" for attempt in ("1", "a" * 26, "b" * 26)]
     others = [f".kms-{'0' * 8}{job_id[8:]}-1.tmp", f".kms-{job_id}.tmp", f"{job_id}-1.tmp"]
     for name in left + others:
@@ -205,13 +178,13 @@ class Denied:
 @pytest.mark.parametrize("how", ["create", "overwrite", "in place"])
 @pytest.mark.parametrize("lost", ["nothing", "source", "permission"])
 def test_file_that_is_in_place_is_recognised_and_stays(core: Core, files: Path, how: str, lost: str) -> None:
-    source, target, kind = files / "in", files / "out", "encrypt"
+    source, target, kind, new = files / "in", files / "out", "encrypt", None
     if how == "overwrite":
         target.write_bytes(b"old")
     if how == "in place":
-        run(core, file_job(core, "encrypt", source, target))
-        source, kind = target, "reseal"
-    job_id = file_job(core, kind, source, target, overwrite=how != "create")  # type: ignore[arg-type]  # a kind
+        done(core, "encrypt", source, target)
+        source, kind, new = target, "reseal", NEW
+    job_id = submit(core, kind, source, target, overwrite=how != "create", new=new)  # type: ignore[arg-type]  # a kind
     before = snapshot(core)
     assert run(core, job_id).state == "succeeded"
     placed = identity(target)
@@ -237,34 +210,22 @@ def test_files_of_a_job_over_many_are_recognised(core: Core, files: Path, how: s
     (files / "many").mkdir()
     for name in ("b", "c"):
         (files / "many" / name).write_bytes(DATA + name.encode())
-    source, target, kind = (files / "many").as_uri() + "/*", (files / "out").as_uri() + "/", "encrypt"
+    source, target, kind, new = f"file://{files}/many/*", f"file://{files}/out/", "encrypt", None
     if how == "in place":
-        run_many(core, many(core, "encrypt", source, target))
-        source, target, kind = f"{target}*", f"{target}*", "reseal"
-    job_id = many(core, kind, source, target, overwrite=how != "create")  # type: ignore[arg-type]  # a kind
+        done(core, "encrypt", source, target)
+        source, target, kind, new = f"{target}*", f"{target}*", "reseal", NEW
+    job_id = submit(core, kind, source, target, overwrite=how != "create", new=new)  # type: ignore[arg-type]  # a kind
     before = snapshot(core)
-    assert run_many(core, job_id).state == "succeeded"
+    assert run(core, job_id).state == "succeeded"
     placed = {path.name: identity(path) for path in (files / "out").iterdir()}
     before.restore()
     if how != "in place":
         (files / "many" / "a").write_bytes(DATA)
 
-    job = run_many(core, job_id)
+    job = run(core, job_id)
 
     assert (job.state, job.items_failed) == ("succeeded", 0)
     assert {name: identity(files / "out" / name) for name in placed} == placed
-
-
-def many(core: Core, kind: JobKind, source: str, target: str, *, overwrite: bool = False) -> str:
-    terms = SubmissionOptions(WHO, kind, CONTEXT, new_context=NEW if kind == "reseal" else None)
-    body = wire.JobIn(kind=kind, source=source, target=target, overwrite=overwrite)
-    return core.submitter.submit(terms, body).job_id
-
-
-def run_many(core: Core, job_id: str) -> Job:
-    run(core, job_id)
-    run_job(part_id(job_id, 0), core.worker_context, "w/1")
-    return core.worker_context.store.get(job_id, TENANT)
 
 
 def forged_copy(path: Path, other: Path) -> None:
@@ -311,9 +272,9 @@ def test_other_file_of_that_name_is_not_recognised(
 
 
 def test_result_of_another_job_is_not_recognised(core: Core, files: Path) -> None:
-    assert run(core, file_job(core, "encrypt", files / "in", files / "out")).state == "succeeded"
+    assert done(core, "encrypt", files / "in", files / "out").state == "succeeded"
 
-    job = run(core, file_job(core, "encrypt", files / "in", files / "out"))
+    job = done(core, "encrypt", files / "in", files / "out")
 
     assert (job.state, job.error) == ("failed", "target_exists")
 
@@ -341,58 +302,39 @@ def test_ends_of_two_generations_have_different_ids(store: JobStore) -> None:
     job_id, ids = claim.accepted.job_id, set()
     for generation in (0, 1, 2):
         store.finish(claim, "failed", "attempts_exhausted")
-        found: Any = store.redis.xrevrange("kms:events", count=1)
-        ids.add(found[0][1][b"id"])
+        ids.add(events(store)[-1]["id"])
         assert store.get(job_id, TENANT).generation == generation
         store.retry(job_id, TENANT)
-        claim = store.claim(job_id, "w/1")  # type: ignore[assignment]  # it is queued
-    assert ids == {f"{job_id}.{generation}.failed".encode() for generation in (0, 1, 2)}
+        claim = take(store, job_id)
+    assert ids == {f"{job_id}.{generation}.failed" for generation in (0, 1, 2)}
 
 
 # -- the spool ---------------------------------------------------------------------------------------------
 
 
-def bulk(core: Core, kind: JobKind = "encrypt") -> str:
-    terms = SubmissionOptions(WHO, kind, CONTEXT)
-    items = [wire.JobItem(plaintext=b"one"), wire.JobItem(plaintext=b"two")]
-    return core.submitter.items(terms, items).job_id
+def upload(core: Core) -> str:
+    return uploaded(core, SubmissionOptions(WHO, "encrypt", CONTEXT), DATA)
 
 
-def upload(core: Core, kind: JobKind, data: bytes) -> str:
-    return uploaded(core, SubmissionOptions(WHO, kind, CONTEXT), data)
-
-
-def result(core: Core, job_id: str) -> bytes:
-    context = core.worker_context
-    found = results.of(context.store.get(job_id, TENANT), context.store, context.spool)
-    return b"".join(bytes(piece) for piece in found.slabs(0, found.size))
-
-
-def reap(core: Core, grace_s: float) -> None:
-    found = core.worker_context.store
-    store = JobStore(found.redis, found.record_key, lambda _: None, with_jobs(input_grace_s=grace_s))
-    Reaper(store, core.worker_context.spool, "w").reap()
-
-
-@pytest.mark.parametrize("make", [bulk, lambda core: upload(core, "encrypt", DATA)], ids=["items", "upload"])
+@pytest.mark.parametrize("make", [submit_items, upload], ids=["items", "upload"])
 def test_job_over_the_spool_ends_well_again(core: Core, make: Callable[[Core], str]) -> None:
     job_id = make(core)
     before = snapshot(core)
     assert run(core, job_id).state == "succeeded"
     first = result(core, job_id)
-    reap(core, 60)
+    remove_inputs(core, 60)
     before.restore()
 
     assert run(core, job_id).state == "succeeded"
     assert len(result(core, job_id)) == len(first)
-    reap(core, 0)
+    remove_inputs(core)
     assert len(result(core, job_id)) == len(first)
     assert not core.worker_context.store.redis.hexists(f"kms:blobs:{job_id}", "items")
 
 
 def test_end_that_was_told_before_is_still_whole_after_a_run_of_a_lost_time(core: Core) -> None:
     """The end that Redis comes back to names the blob of its own attempt, which no other has written to."""
-    job_id = bulk(core)
+    job_id = submit_items(core)
     before = snapshot(core)
     run(core, job_id)
     first, ended = result(core, job_id), snapshot(core)
@@ -406,14 +348,14 @@ def test_end_that_was_told_before_is_still_whole_after_a_run_of_a_lost_time(core
 
 
 def test_run_that_fails_deletes_no_result(core: Core) -> None:
-    job_id = upload(core, "encrypt", DATA)
+    job_id = upload(core)
     before = snapshot(core)
     run(core, job_id)
     first, ended = result(core, job_id), snapshot(core)
     before.restore()
     core.kms.policy = Denied()
     assert run(core, job_id).error == "forbidden"
-    reap(core, 0)
+    remove_inputs(core)
     ended.restore()
 
     assert result(core, job_id) == first

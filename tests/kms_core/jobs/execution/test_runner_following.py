@@ -5,27 +5,18 @@ from typing import Any, cast
 
 import pytest
 
-from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_next
 from kms_core.jobs.model import Attempt, Following
 from kms_core.jobs.spec import BULK, QUEUES
 from kms_core.jobs.store.maintenance import ReplicaWait
-from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_core.settings.model import RedisSection
-from kms_protocol import wire
-from kms_protocol.context import Context
-from support.job_stores import TENANT, forge
-
-OPTIONS = SubmissionOptions(Principal("local"), "encrypt", Context())
+from support.core_jobs import now, submit_items
+from support.job_stores import forge
 
 
-def submit(core: Core) -> str:
-    return core.submitter.items(OPTIONS, [wire.JobItem(plaintext=b"x")]).job_id
-
-
-def state(core: Core, job_id: str) -> str:
-    return core.worker_context.store.get(job_id, TENANT).state
+def states(core: Core, *job_ids: str) -> list[str]:
+    return [now(core, job_id).state for job_id in job_ids]
 
 
 def following(is_wanted: Callable[[], bool] = lambda: True) -> Following:
@@ -44,26 +35,26 @@ class Counted:
 
 
 def test_next_job_is_claimed_with_the_end_of_the_one_before(core: Core) -> None:
-    jobs = [submit(core) for _ in range(3)]
+    jobs = [submit_items(core) for _ in range(3)]
     after = following()
 
     assert run_next(core.worker_context, after, woken=False)
-    assert [state(core, job_id) for job_id in jobs] == ["succeeded", "running", "queued"]
+    assert states(core, *jobs) == ["succeeded", "running", "queued"]
     (claimed,) = after.claimed
     assert isinstance(claimed, Attempt)
     assert claimed.accepted.job_id == jobs[1]
 
     while run_next(core.worker_context, after, woken=False):
         pass
-    assert [state(core, job_id) for job_id in jobs] == ["succeeded"] * 3
-    assert [core.worker_context.store.get(job_id, TENANT).attempt for job_id in jobs] == [1, 1, 1]
+    assert states(core, *jobs) == ["succeeded"] * 3
+    assert [now(core, job_id).attempt for job_id in jobs] == [1, 1, 1]
 
 
 def test_only_the_first_claim_is_a_request_of_its_own(core: Core) -> None:
-    submit(core)
+    submit_items(core)
     while run_next(core.worker_context, following(), woken=False):
         pass  # Redis knows the scripts from now on
-    jobs = [submit(core) for _ in range(4)]
+    jobs = [submit_items(core) for _ in range(4)]
     after = following()
     scripts = core.worker_context.store._run  # noqa: SLF001 -- to see what is sent by itself
     claims, ends = Counted(scripts["claim"]), Counted(scripts["finish"])
@@ -72,22 +63,22 @@ def test_only_the_first_claim_is_a_request_of_its_own(core: Core) -> None:
     while run_next(core.worker_context, after, woken=False):
         pass
 
-    assert [state(core, job_id) for job_id in jobs] == ["succeeded"] * 4
+    assert states(core, *jobs) == ["succeeded"] * 4
     assert (claims.calls, ends.calls) == (1, 0)
 
 
 def test_nothing_is_claimed_for_a_process_that_is_to_stop(core: Core) -> None:
-    first, second = submit(core), submit(core)
+    first, second = submit_items(core), submit_items(core)
     after = following(lambda: False)
 
     assert run_next(core.worker_context, after, woken=False)
 
-    assert (state(core, first), state(core, second)) == ("succeeded", "queued")
+    assert states(core, first, second) == ["succeeded", "queued"]
     assert not after.claimed
 
 
 def test_a_job_that_others_took_costs_the_next_one_nothing(core: Core) -> None:
-    taken, second = submit(core), submit(core)
+    taken, second = submit_items(core), submit_items(core)
     store, after = core.worker_context.store, following()
 
     def others_take_it() -> bool:
@@ -96,16 +87,16 @@ def test_a_job_that_others_took_costs_the_next_one_nothing(core: Core) -> None:
 
     after.is_wanted = others_take_it
     assert run_next(core.worker_context, after, woken=False)
-    assert state(core, taken) == "running"
+    assert now(core, taken).state == "running"
     after.is_wanted = lambda: False
     assert run_next(core.worker_context, after, woken=False)
 
-    assert state(core, second) == "succeeded"
+    assert now(core, second).state == "succeeded"
 
 
 def test_scripts_that_redis_has_forgotten_are_sent_again(core: Core) -> None:
     """As after a restart of Redis, or a fail-over. A hash that it does not know stands for that."""
-    jobs = [submit(core) for _ in range(4)]
+    jobs = [submit_items(core) for _ in range(4)]
     store, after = core.worker_context.store, following()
     scripts: list[Any] = [store.script("finish"), store.script("claim")]
 
@@ -121,14 +112,14 @@ def test_scripts_that_redis_has_forgotten_are_sent_again(core: Core) -> None:
     while run_next(core.worker_context, after, woken=False):
         pass
 
-    assert [state(core, job_id) for job_id in jobs] == ["succeeded"] * 4
+    assert states(core, *jobs) == ["succeeded"] * 4
 
 
 def test_end_of_a_job_waits_for_replicas_with_a_claim_behind_it(
     core: Core, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """There is no replica here, so the end is not acknowledged: it stands, and that is told."""
-    jobs = [submit(core) for _ in range(2)]
+    jobs = [submit_items(core) for _ in range(2)]
     store = core.worker_context.store
     waiting = RedisSection(url="", broker_url="", wait_replicas=1, wait_ms=50)
     store._waits = ReplicaWait(store.redis, waiting)  # noqa: SLF001 -- as settings would have it
@@ -138,4 +129,4 @@ def test_end_of_a_job_waits_for_replicas_with_a_claim_behind_it(
     assert run_next(core.worker_context, after, woken=False)
 
     assert "redis.unconfirmed" in capsys.readouterr().out
-    assert [state(core, job_id) for job_id in jobs] == ["succeeded", "running"]
+    assert states(core, *jobs) == ["succeeded", "running"]

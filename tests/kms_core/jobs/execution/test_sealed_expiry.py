@@ -1,8 +1,7 @@
 """Workers go by the sealed expiry and their own clock: an old job that is put back changes no file."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -10,35 +9,23 @@ from typing import cast
 import msgspec
 import pytest
 
-from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.model import Attempt, Job, part_id
+from kms_core.jobs.model import Attempt
 from kms_core.jobs.spec import ClocksApart
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
-from kms_protocol import wire
-from kms_protocol.context import Context
-from support.failing_store import Killed, interrupted, stumbling
-from support.job_stores import COMMIT, TENANT, forge, record
+from support.core_jobs import cut, now, submit, submit_items
+from support.failing_store import interrupted, killed, meeting
+from support.file_tree import names
+from support.job_stores import COMMIT, ahead, forge, later, put_back, record, take
 
-WHO = Principal("local")
-CONTEXT = Context.parse("env=test")
 NEWER = b"written later, by somebody else"
 
 
 def overwrite(core: Core, files: Path) -> str:
     (files / "in").write_bytes(b"salary")
     (files / "out").write_bytes(b"before")
-    source, target = (files / "in").as_uri(), (files / "out").as_uri()
-    return core.submitter.files(
-        SubmissionOptions(WHO, "encrypt", CONTEXT), Reference(source, target, overwrite=True)
-    ).job_id
-
-
-def now(core: Core, job_id: str) -> Job:
-    return core.worker_context.store.get(job_id, TENANT)
+    return submit(core, "encrypt", files / "in", files / "out", overwrite=True)
 
 
 def age(core: Core, job_id: str, seconds: float) -> None:
@@ -49,45 +36,15 @@ def age(core: Core, job_id: str, seconds: float) -> None:
     forge(store, job_id, sealed=store.record_key.seal(old), expires_at=far, start_by=far, run_by=far)
 
 
-def put_back(core: Core, job_id: str, dump: dict[bytes, bytes]) -> None:
-    """What was taken down of a record earlier, as if it were due."""
-    store, far = core.worker_context.store, str(time.time() + 10 * 86_400)
-    store.redis.delete(f"kms:job:{job_id}")
-    forge(store, job_id, **{name.decode(): value for name, value in dump.items()})
-    forge(store, job_id, expires_at=far, start_by=far, run_by=far, lease_until="0", not_before="0")
-
-
-@contextmanager
-def ahead(seconds: float = 2 * 86_400) -> Iterator[pytest.MonkeyPatch]:
-    """This machine's clock is so many seconds ahead of Redis's."""
-    clock = time.time
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(time, "time", lambda: clock() + seconds)
-        yield patched
-
-
-@contextmanager
-def later(seconds: float = 2 * 86_400) -> Iterator[None]:
-    """So many seconds later, for this machine and as Redis is asked for the time."""
-    with ahead(seconds) as patched:
-        patched.setattr(JobStore, "now", lambda _: time.time())
-        yield
-
-
 def ended(core: Core, job_id: str) -> tuple[str, str]:
     """The state of a job, and why it failed."""
     found = record(core.worker_context.store, job_id)
     return found[b"state"].decode(), found[b"error"].decode()
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
 def test_clock_that_goes_ahead_while_a_job_runs_puts_nothing_in_place(core: Core, files: Path) -> None:
     job_id = overwrite(core, files)
-    claim = core.worker_context.store.claim(job_id, "w/1")
-    assert claim
+    claim = take(core.worker_context.store, job_id)
 
     with ahead(), pytest.raises(ClocksApart):
         core.worker_context.store.committing(claim, COMMIT)
@@ -100,8 +57,7 @@ def test_worker_has_the_last_word_on_expiry(
 ) -> None:
     """With a minute's leeway, since clocks differ."""
     over_a_file = overwrite(core, files)
-    items = [wire.JobItem(plaintext=b"x")]
-    over_items = core.submitter.items(SubmissionOptions(WHO, "encrypt", CONTEXT), items).job_id
+    over_items = submit_items(core)
     for job_id in (over_a_file, over_items):
         age(core, job_id, past_s)
         run_job(job_id, core.worker_context, "w/1")
@@ -115,8 +71,7 @@ def test_worker_has_the_last_word_on_expiry(
 def begun(core: Core, files: Path, step: str = "committing", *, after: bool = True) -> str:
     """An overwrite whose worker died around its commit."""
     job_id = overwrite(core, files)
-    with pytest.raises(Killed):
-        run_job(job_id, stumbling(core, step, after=after), "w/1")
+    killed(core, job_id, step, after=after)
     return job_id
 
 
@@ -131,7 +86,7 @@ def test_overwrite_job_that_is_put_back_does_not_overwrite_again(
     assert now(core, job_id).state == "succeeded"
     (files / "out").unlink()
     (files / "out").write_bytes(NEWER)
-    put_back(core, job_id, dump)
+    put_back(core.worker_context.store, job_id, dump)
     with later():
         run_job(job_id, core.worker_context, "w/3")
 
@@ -144,7 +99,7 @@ def test_commit_that_is_put_back_with_its_temporary_file_puts_nothing_in_place(
 ) -> None:
     job_id = begun(core, files)
     (files / "out").write_bytes(NEWER)
-    put_back(core, job_id, record(core.worker_context.store, job_id))
+    put_back(core.worker_context.store, job_id, record(core.worker_context.store, job_id))
     with later():
         run_job(job_id, core.worker_context, "w/2")
 
@@ -214,10 +169,9 @@ def part(core: Core, files: Path) -> str:
     (files / "in").mkdir()
     for name in ("a", "b"):
         (files / "in" / name).write_bytes(name.encode())
-    body = wire.JobIn(kind="encrypt", source=f"file://{files}/in/*", target=f"file://{files}/out/")
-    job_id = core.submitter.submit(SubmissionOptions(WHO, "encrypt", CONTEXT), body).job_id
-    run_job(job_id, core.worker_context, "w/1")
-    return part_id(job_id, 0)
+    job_id = submit(core, "encrypt", f"file://{files}/in/*", f"file://{files}/out/")
+    (part,) = cut(core, job_id)
+    return part
 
 
 def test_part_that_has_expired_writes_no_file(core: Core, files: Path, part: str) -> None:
@@ -240,11 +194,10 @@ class Aging(JobStore):
 
 
 def test_commit_of_a_part_that_expires_before_it_is_finished_puts_nothing_in_place(
-    core: Core, files: Path, part: str, dying: Callable[..., WorkerContext]
+    core: Core, files: Path, part: str
 ) -> None:
     found = core.worker_context.store
-    with pytest.raises(Killed):
-        run_job(part, dying(core, 0, after=True), "w/1")  # once the commit of the first file is noted
+    killed(core, part, 0, after=True)  # once the commit of the first file is noted
     assert [path.suffix for path in (files / "out").iterdir()] == [".tmp"]
     forge(found, part, lease_until="0")
     aging = Aging(found.redis, found.record_key, lambda *_: None, found.section)
@@ -255,9 +208,7 @@ def test_commit_of_a_part_that_expires_before_it_is_finished_puts_nothing_in_pla
     assert names(files / "out") == []
 
 
-def test_part_that_expires_while_it_runs_writes_no_further_file(
-    core: Core, files: Path, part: str, meeting: Callable[..., WorkerContext]
-) -> None:
+def test_part_that_expires_while_it_runs_writes_no_further_file(core: Core, files: Path, part: str) -> None:
     with ExitStack() as stack:  # time passes once the commit of the first file is noted
         run_job(part, meeting(core, lambda _: stack.enter_context(later()), after=True), "w/1")
 

@@ -9,17 +9,14 @@ import msgspec
 import pytest
 import redis
 
-from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution import results
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import RecordKey
 from kms_core.jobs.store.activity import survey_queues
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.submitter import SubmissionOptions
-from kms_protocol.context import Context
 from kms_protocol.errors import JobsUnavailable, UnknownJob
-from kms_protocol.wire import JobItem
+from support.core_jobs import submit_items
 from support.job_stores import (
     COMMIT,
     LONG,
@@ -31,16 +28,6 @@ from support.job_stores import (
     record,
     spool_folder,
 )
-
-
-@pytest.fixture
-def store(core: Core) -> JobStore:
-    return core.worker_context.store
-
-
-def bulk(core: Core, context: str) -> str:
-    terms = SubmissionOptions(Principal("local"), "encrypt", Context.parse(context))
-    return core.submitter.items(terms, [JobItem(plaintext=b"x")]).job_id
 
 
 def ended(store: JobStore, job_id: str) -> tuple[str, str, int]:
@@ -59,7 +46,7 @@ SEALED: Final[dict[str, Callable[[JobStore, str, str], bytes]]] = {
 
 @pytest.mark.parametrize("sealed", [*SEALED, "missing"])
 def test_record_whose_sealed_part_is_not_its_own_is_refused(core: Core, store: JobStore, sealed: str) -> None:
-    job_id, other = bulk(core, "a=1"), bulk(core, "a=2")
+    job_id, other = submit_items(core), submit_items(core)
     if sealed == "missing":
         store.redis.hdel(f"kms:job:{job_id}", "sealed")
     else:
@@ -78,7 +65,7 @@ def test_record_whose_sealed_part_is_not_its_own_is_refused(core: Core, store: J
 def test_record_with_junk_in_it_ends(
     core: Core, store: JobStore, field: str, junk: str | bytes | None
 ) -> None:
-    job_id = bulk(core, "a=1")
+    job_id = submit_items(core)
     if junk is None:
         store.redis.hdel(f"kms:job:{job_id}", field)
     else:
@@ -92,7 +79,7 @@ def test_record_with_junk_in_it_ends(
 
 
 def test_job_whose_record_was_refused_is_a_dead_letter(core: Core, store: JobStore) -> None:
-    job_id = bulk(core, "a=1")
+    job_id = submit_items(core)
     sealed = record(store, job_id)[b"sealed"]
     forge(store, job_id, sealed=b"junk")
     with pytest.raises(UnknownJob):
@@ -108,7 +95,7 @@ def test_job_whose_record_was_refused_is_a_dead_letter(core: Core, store: JobSto
 
 def test_job_is_retried_by_its_owner_whatever_its_plain_tenant_is(core: Core, store: JobStore) -> None:
     """By another it would be sealed anew with a later expiry, and run as its submitter."""
-    job_id = bulk(core, "a=1")
+    job_id = submit_items(core)
     forge(store, job_id, tenant="mallory", state="failed", error="attempts_exhausted")
     before = record(store, job_id)
 
@@ -132,7 +119,7 @@ def test_job_is_retried_by_its_owner_whatever_its_plain_tenant_is(core: Core, st
     ids=str,
 )
 def test_plain_fields_do_not_say_what_to_do(core: Core, store: JobStore, fields: dict[str, str]) -> None:
-    job_id = bulk(core, "a=1")
+    job_id = submit_items(core)
     forge(store, job_id, **fields)
 
     with suppress(UnknownJob):  # looking at the job afterwards may fail, for a forged tenant
@@ -140,7 +127,7 @@ def test_plain_fields_do_not_say_what_to_do(core: Core, store: JobStore, fields:
 
     forge(store, job_id, tenant=TENANT)
     assert store.get(job_id, TENANT).state == "succeeded"
-    assert store.accepted(job_id).context == (("a", "1"),)
+    assert store.accepted(job_id).context == (("env", "test"),)
 
 
 @pytest.mark.parametrize("commit", ["none", "plain", "zeros", "another job's"])
@@ -199,7 +186,7 @@ def test_job_is_seen_and_cancelled_by_the_tenant_of_its_sealed_record(store: Job
 def test_result_of_a_record_that_was_exchanged_since_it_was_looked_at_is_refused(
     core: Core, store: JobStore
 ) -> None:
-    job_id = bulk(core, "a=1")
+    job_id = submit_items(core)
     run_job(job_id, core.worker_context, "w")
     seen = msgspec.structs.replace(store.get(job_id, TENANT), tenant="other")
 

@@ -1,25 +1,21 @@
 """Jobs over many files: what is named, where it goes, what sinks no other, and each way to die in between."""
 
-import json
 import os
-from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
 import pytest
 
-from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs.execution import results
-from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.execution.tree import PART_BYTES, PART_FILES
-from kms_core.jobs.model import Job, part_id
-from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
+from kms_core.jobs.model import part_id
+from kms_core.jobs.submission.submitter import Reference
 from kms_protocol import wire
-from kms_protocol.context import Context
 from kms_protocol.errors import InvalidRequest, JobsUnavailable, PathRefused
-from support.failing_store import Killed
+from support.core_jobs import WHO, done, lines, now, opened, run, submit, taken_up
+from support.failing_store import Killed, killed, meeting
+from support.file_tree import names
 from support.job_stores import (
     LONG,
     TENANT,
@@ -32,10 +28,6 @@ from support.job_stores import (
     with_jobs,
 )
 
-Worker = Callable[..., WorkerContext]
-WHO = Principal("local")
-CONTEXT = Context.parse("env=test")
-
 
 def fill(folder: Path, **named: bytes) -> None:
     for name, data in named.items():
@@ -44,30 +36,8 @@ def fill(folder: Path, **named: bytes) -> None:
         path.write_bytes(data)
 
 
-def submit(core: Core, kind: wire.JobKind, source: str, target: str | None, **more: object) -> str:
-    body = wire.JobIn(kind=kind, source=source, target=target, **more)  # type: ignore[arg-type]  # fields by name
-    return core.submitter.submit(SubmissionOptions(WHO, kind, CONTEXT), body).job_id
-
-
 def url(path: Path, pattern: str = "") -> str:
     return f"file://{path}/{pattern}"
-
-
-def now(core: Core, job_id: str) -> Job:
-    return core.worker_context.store.get(job_id, TENANT)
-
-
-def work(core: Core, job_id: str) -> None:
-    """Run the whole, then its parts."""
-    run_job(job_id, core.worker_context, "w/1")
-    for number in range(now(core, job_id).parts):
-        run_job(part_id(job_id, number), core.worker_context, "w/1")
-
-
-def done(core: Core, kind: wire.JobKind, source: str, target: str | None, **more: object) -> str:
-    job_id = submit(core, kind, source, target, **more)
-    work(core, job_id)
-    return job_id
 
 
 def cut(core: Core, files: Path, **named: bytes) -> tuple[str, str]:
@@ -78,29 +48,15 @@ def cut(core: Core, files: Path, **named: bytes) -> tuple[str, str]:
     return job_id, part_id(job_id, 0)
 
 
-def taken_up(core: Core, part: str) -> None:
-    """Another worker has its turn with a part whose worker died."""
-    lapse(core.worker_context.store)
-    core.worker_context.store.reap_all([part])
-    run_job(part, core.worker_context, "w2")
-
-
 def ended(core: Core, job_id: str) -> tuple[str, str, int, int]:
     job = now(core, job_id)
     return job.state, job.error, job.items_done, job.items_failed
 
 
-def lines(core: Core, job_id: str) -> list[dict[str, object]]:
-    found = results.of(now(core, job_id), core.worker_context.store, core.worker_context.spool)
-    whole = b"".join(found.slabs(0, found.size))
-    assert len(whole) == found.size
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def refused(core: Core, job_id: str) -> dict[str, object]:
+def refused(core: Core, job_id: str) -> dict[str, str]:
     """Name of the source and code of each line that has one."""
     told = [line for line in lines(core, job_id) if "error" in line]
-    return {str(line["source"]).rpartition("/")[2]: line["error"]["code"] for line in told}  # type: ignore[index]  # an object
+    return {line["source"].rpartition("/")[2]: line["error"]["code"] for line in told}
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -109,10 +65,6 @@ def tree(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-
-
-def opened(core: Core, path: Path, context: Context = CONTEXT) -> bytes:
-    return core.kms.decrypt(WHO, path.read_bytes(), context).plaintext
 
 
 # -- there and back ----------------------------------------------------------------------------------------
@@ -127,16 +79,16 @@ def test_tree_goes_there_and_back(core: Core, files: Path) -> None:
 
     assert set(tree(files / "sealed")) == {f"{name}.age" for name in plain}
     assert tree(files / "out" / "deep") == plain
-    job = now(core, there)
-    assert (job.state, job.items, job.items_done, job.items_failed) == ("succeeded", 4, 4, 0)
-    assert (job.bytes, job.bytes_done) == (70_003, 70_003)
-    assert now(core, back).state == "succeeded"
-    assert lines(core, there)[0] == {
+    assert (there.state, there.items, there.items_done, there.items_failed) == ("succeeded", 4, 4, 0)
+    assert (there.bytes, there.bytes_done) == (70_003, 70_003)
+    assert back.state == "succeeded"
+    told = lines(core, there.job_id)
+    assert told[0] == {
         "index": 0,
         "source": url(files / "in", "a.csv"),
         "target": url(files / "sealed", "a.csv.age"),
     }
-    assert [line["index"] for line in lines(core, there)] == [0, 1, 2, 3]
+    assert [line["index"] for line in told] == [0, 1, 2, 3]
     assert {path.stat().st_mode & 0o777 for path in (files / "sealed").rglob("*.age")} == {0o600}
     assert {path.stat().st_mode & 0o777 for path in (files / "out").rglob("*") if path.is_dir()} == {0o700}
 
@@ -169,7 +121,7 @@ def test_nothing_that_is_no_plain_file_beneath_the_root_is_touched(
     os.mkfifo(inside / "fifo")
     (inside / ".kms-1-1.tmp").write_bytes(b"half")
 
-    job_id = done(core, "encrypt", url(inside, "**"), url(files / "out"))
+    job_id = done(core, "encrypt", url(inside, "**"), url(files / "out")).job_id
 
     assert set(tree(files / "out")) == {"good.age"}
     assert refused(core, job_id) == {"hard": "path_refused"}
@@ -182,7 +134,7 @@ def test_refused_file_sinks_no_other(core: Core, files: Path) -> None:
     fill(files / "out", c=b"precious")
     (files / "sealed" / os.fsdecode(b"caf\xe9")).write_bytes(b"x")
 
-    job_id = done(core, "decrypt", url(files / "sealed", "**"), url(files / "out"))
+    job_id = done(core, "decrypt", url(files / "sealed", "**"), url(files / "out")).job_id
 
     assert tree(files / "out") == {"a": b"1", "c": b"precious"}
     assert ended(core, job_id) == ("failed", "items_failed", 5, 4)
@@ -197,10 +149,10 @@ def test_refused_file_sinks_no_other(core: Core, files: Path) -> None:
 def test_nothing_named_is_nothing_done(core: Core, files: Path) -> None:
     (files / "in").mkdir()
 
-    job_id = done(core, "encrypt", url(files / "in", "**"), url(files / "out"))
+    job = done(core, "encrypt", url(files / "in", "**"), url(files / "out"))
 
-    assert (now(core, job_id).state, now(core, job_id).items) == ("succeeded", 0)
-    assert lines(core, job_id) == []
+    assert (job.state, job.items) == ("succeeded", 0)
+    assert lines(core, job.job_id) == []
 
 
 def test_more_files_than_allowed_are_refused_and_none_is_touched(core: Core, files: Path) -> None:
@@ -237,7 +189,7 @@ def test_two_files_that_would_be_one_are_one_and_a_refusal(core: Core, files: Pa
     done(core, "encrypt", url(files / "in", "*"), url(files / "sealed"))
     (files / "sealed" / "a").write_bytes((files / "sealed" / "a.age").read_bytes())
 
-    job_id = done(core, "decrypt", url(files / "sealed", "*"), url(files / "out"))
+    job_id = done(core, "decrypt", url(files / "sealed", "*"), url(files / "out")).job_id
 
     assert tree(files / "out") == {"a": b"1"}
     assert refused(core, job_id) == {"a.age": "target_exists"}
@@ -249,12 +201,12 @@ def test_two_files_that_would_be_one_are_one_and_a_refusal(core: Core, files: Pa
 def test_many_files_are_few_parts(core: Core, files: Path) -> None:
     fill(files / "in", **{f"f{number:04}": b"x" for number in range(PART_FILES + 1)})
 
-    job_id = done(core, "encrypt", url(files / "in", "*"), url(files / "out"))
+    job_id = done(core, "encrypt", url(files / "in", "*"), url(files / "out")).job_id
 
     job = now(core, job_id)
     assert (job.state, job.parts, job.items_done) == ("succeeded", 2, PART_FILES + 1)
     assert [line["index"] for line in lines(core, job_id)] == list(range(PART_FILES + 1))
-    assert len(list((files / "out").iterdir())) == PART_FILES + 1
+    assert len(names(files / "out")) == PART_FILES + 1
 
 
 def test_large_files_are_parts_of_their_own(core: Core, files: Path) -> None:
@@ -272,18 +224,17 @@ def test_large_files_are_parts_of_their_own(core: Core, files: Path) -> None:
 
 
 def test_listing_that_was_cut_off_is_made_anew_and_what_comes_later_is_not_in_it(
-    core: Core, files: Path, dying: Worker
+    core: Core, files: Path
 ) -> None:
     fill(files / "in", a=b"1")
     job_id = submit(core, "encrypt", url(files / "in", "*"), url(files / "out"))
-    with pytest.raises(Killed):
-        run_job(job_id, dying(core, 0, after=False), "w1")  # before it was split
+    killed(core, job_id, "split", after=False)
     fill(files / "in", b=b"2")
     taken_up(core, job_id)
     fill(files / "in", c=b"3")
     for _ in range(2):
         taken_up(core, job_id)
-        work(core, job_id)
+        run(core, job_id)
 
     assert set(tree(files / "out")) == {"a.age", "b.age"}
     assert ended(core, job_id) == ("succeeded", "", 2, 0)
@@ -297,8 +248,8 @@ STEPS = 5  # of a part of three files: one for each commit, one for the last, an
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("at", range(STEPS))
 @pytest.mark.parametrize("how", ["create", "overwrite", "reseal in place", "Redis is lost"])
-def test_part_of_a_killed_worker_is_finished_and_each_file_is_done_once(  # noqa: PLR0913 -- a fixture more
-    core: Core, files: Path, dying: Worker, how: str, at: int, *, after: bool
+def test_part_of_a_killed_worker_is_finished_and_each_file_is_done_once(
+    core: Core, files: Path, how: str, at: int, *, after: bool
 ) -> None:
     plain = {"a": b"1", "b": b"22", "c": b"333"}
     fill(files / "in", **plain)
@@ -314,9 +265,7 @@ def test_part_of_a_killed_worker_is_finished_and_each_file_is_done_once(  # noqa
     run_job(job_id, core.worker_context, "w")
     part = part_id(job_id, 0)
 
-    error = JobsUnavailable() if how == "Redis is lost" else Killed()
-    with pytest.raises(type(error)):
-        run_job(part, dying(core, at, after=after, error=error), "w1")
+    killed(core, part, at, after=after, error=JobsUnavailable if how == "Redis is lost" else Killed)
     before = {path.name: path.stat().st_ino for path in (files / "out").glob("*.age")}
     settled = len(core.worker_context.store.part(part).log.outcomes)
     taken_up(core, part)
@@ -324,15 +273,13 @@ def test_part_of_a_killed_worker_is_finished_and_each_file_is_done_once(  # noqa
     assert ended(core, job_id) == ("succeeded", "", 3, 0)
     assert now(core, job_id).bytes_done == now(core, job_id).bytes
     assert refused(core, job_id) == {}
-    assert {path.name for path in (files / "out").iterdir()} == {f"{name}.age" for name in plain}
+    assert names(files / "out") == [f"{name}.age" for name in sorted(plain)]
     assert {name: opened(core, files / "out" / f"{name}.age") for name in plain} == plain
     for name in sorted(plain)[:settled]:  # what was done before is left as it is
         assert (files / "out" / f"{name}.age").stat().st_ino == before[f"{name}.age"]
 
 
-def test_worker_that_was_overtaken_in_the_middle_has_no_effect(
-    core: Core, files: Path, meeting: Worker
-) -> None:
+def test_worker_that_was_overtaken_in_the_middle_has_no_effect(core: Core, files: Path) -> None:
     job_id, part = cut(core, files, a=b"1", b=b"2")
     turns = count()
 
@@ -344,36 +291,32 @@ def test_worker_that_was_overtaken_in_the_middle_has_no_effect(
     run_job(part, meeting(core, overtake, after=False), "w1")
 
     assert now(core, job_id).state == "succeeded"
-    assert {path.name for path in (files / "out").iterdir()} == {"a.age", "b.age"}
+    assert names(files / "out") == ["a.age", "b.age"]
     assert opened(core, files / "out" / "b.age") == b"2"
 
 
-def test_part_that_comes_further_each_time_is_no_dead_letter(core: Core, files: Path, dying: Worker) -> None:
-    names = [f"f{number}" for number in range(LONG.jobs.attempts + 3)]
-    job_id, part = cut(core, files, **dict.fromkeys(names, b"x"))
-    for _ in names:
-        with pytest.raises(Killed):
-            run_job(part, dying(core, 1, after=False), "w1")
+def test_part_that_comes_further_each_time_is_no_dead_letter(core: Core, files: Path) -> None:
+    sources = [f"f{number}" for number in range(LONG.jobs.attempts + 3)]
+    job_id, part = cut(core, files, **dict.fromkeys(sources, b"x"))
+    for _ in sources:
+        killed(core, part, 1, after=False)
         lapse(core.worker_context.store)
     taken_up(core, part)
 
-    assert ended(core, job_id) == ("succeeded", "", len(names), 0)
-    assert set(tree(files / "out")) == {f"{name}.age" for name in names}
+    assert ended(core, job_id) == ("succeeded", "", len(sources), 0)
+    assert set(tree(files / "out")) == {f"{name}.age" for name in sources}
 
 
-def test_part_that_kills_every_worker_ends_and_tells_what_was_done(
-    core: Core, files: Path, dying: Worker
-) -> None:
+def test_part_that_kills_every_worker_ends_and_tells_what_was_done(core: Core, files: Path) -> None:
     job_id, part = cut(core, files, a=b"1", b=b"2", c=b"3")
     for at in (2, 1, *[0] * (LONG.jobs.attempts - 1)):  # at c, at c once b is in place, at c
-        with pytest.raises(Killed):
-            run_job(part, dying(core, at, after=False), "w1")
+        killed(core, part, at, after=False)
         lapse(core.worker_context.store)
     taken_up(core, part)
 
     assert ended(core, job_id) == ("failed", "items_failed", 3, 1)
     assert refused(core, job_id) == {"c": "attempts_exhausted"}
-    assert {path.name for path in (files / "out").iterdir()} == {"a.age", "b.age"}
+    assert names(files / "out") == ["a.age", "b.age"]
 
 
 @pytest.mark.parametrize("whose", ["nobody's", "another part's", "an earlier life's"])
@@ -383,7 +326,7 @@ def test_log_that_is_not_of_this_part_ends_it_at_once(core: Core, files: Path, w
     store, log = core.worker_context.store, bytes(32) + b"\x80"
     if whose == "another part's":
         other = done(core, "encrypt", url(files / "in", "*"), url(files / "other"))
-        log = record(store, part_id(other, 0))[b"log"]
+        log = record(store, part_id(other.job_id, 0))[b"log"]
     elif whose == "an earlier life's":
         run_job(part, core.worker_context, "w")
         spec, log = store.accepted(job_id), record(store, part)[b"log"]
@@ -402,18 +345,15 @@ def test_log_that_is_not_of_this_part_ends_it_at_once(core: Core, files: Path, w
 # -- cancelled, expired --------------------------------------------------------------------------------------
 
 
-def test_cancelled_job_keeps_what_was_done_and_leaves_nothing_else(
-    core: Core, files: Path, dying: Worker
-) -> None:
+def test_cancelled_job_keeps_what_was_done_and_leaves_nothing_else(core: Core, files: Path) -> None:
     job_id, part = cut(core, files, a=b"1", b=b"2", c=b"3")
-    with pytest.raises(Killed):
-        run_job(part, dying(core, 1, after=True), "w1")
+    killed(core, part, 1, after=True)
 
     core.worker_context.store.cancel(job_id, TENANT)
     taken_up(core, part)
 
     assert now(core, job_id).state == "cancelled"
-    assert {path.name for path in (files / "out").iterdir()} == {"a.age"}
+    assert names(files / "out") == ["a.age"]
     told = [line.get("error") for line in lines(core, job_id)]
     assert told == [None, {"code": "cancelled"}, {"code": "cancelled"}]
     remove_inputs(core)

@@ -10,12 +10,12 @@ from structlog.testing import capture_logs
 from kms_core.container import Core
 from kms_core.jobs.model import LeaseLost
 from kms_core.jobs.recovery.reaper import Reaper
+from kms_core.jobs.spec import FILES, QUEUES
 from kms_core.jobs.storage.spool import Label
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import new_id
 from kms_protocol.errors import JobsUnavailable, WrongInstall
 from support.job_stores import (
-    LONG,
     TENANT,
     accepted,
     claimed,
@@ -23,14 +23,10 @@ from support.job_stores import (
     spool_folder,
     state,
     store_of,
+    take,
     with_jobs,
 )
 from support.waiting import until
-
-
-@pytest.fixture
-def store(core: Core) -> JobStore:
-    return store_of(core, LONG)
 
 
 def reaper_of(core: Core, store: JobStore) -> Reaper:
@@ -50,6 +46,37 @@ def test_reaper_requeues_what_a_dead_worker_held_and_leaves_live_leases_alone(
     assert state(store, claim) == "queued"
     with pytest.raises(LeaseLost):
         store.finish(claim, "succeeded")
+
+
+def test_job_that_ends_while_the_reaper_looks_at_it_stays_ended(store: JobStore) -> None:
+    claim = claimed(store)
+    job_id = claim.accepted.job_id
+
+    store.finish(claim, "succeeded")  # after it was seen as due
+
+    assert store.reap_all([job_id]) == ["succeeded"]
+    assert store.redis.zscore("kms:open", job_id) is None
+
+
+def test_cancelled_job_that_had_an_attempt_is_tidied_by_a_worker(store: JobStore) -> None:
+    job_id = claimed(store).accepted.job_id
+    lapse(store)
+    store.reap_all([job_id])
+
+    store.cancel(job_id, TENANT)
+
+    assert store.next("w/1", FILES, QUEUES, woken=False) == job_id
+
+
+def test_expired_job_that_had_attempts_is_tidied_by_a_worker(store: JobStore) -> None:
+    once, twice = (claimed(store).accepted.job_id for _ in range(2))
+    lapse(store)
+    store.finish(take(store, twice), "succeeded")
+
+    store.purged(once)
+    store.purged(twice)
+
+    assert store.redis.zrange("kms:chores", 0, -1) == [twice.encode()]
 
 
 def spooled(core: Core, job_id: str, age_s: float = 0) -> None:

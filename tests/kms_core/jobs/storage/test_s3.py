@@ -7,8 +7,9 @@ import pytest
 from kms_protocol.errors import PathRefused, Unavailable
 from kms_protocol.wire import JobKind
 from support import object_stores
+from support.core_jobs import NEW
 from support.job_stores import forge
-from support.object_jobs import NEW, Bench, Make
+from support.object_jobs import Bench, Make
 from support.object_stores import ObjectStore, Seen, Way
 
 KiB, MiB = 1024, 1024 * 1024

@@ -4,20 +4,19 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
 from typing import TypeVar
 
 import pytest
 
-from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.spec import FileJob
 from kms_core.jobs.storage.locations import JobTarget, PendingTarget
 from kms_core.s3.bucket import Bucket
 from kms_protocol.errors import JobsUnavailable, PathRefused, TargetExists
 from kms_protocol.wire import JobKind
-from support.failing_store import MOMENTS, Killed, interrupted, stumbling
-from support.job_stores import LONG, TENANT, accepted, forge, lapse, record, store_of
+from support.core_jobs import end_of
+from support.failing_store import MOMENTS, interrupted
+from support.job_stores import TENANT, accepted, forge, lapse, later, put_back, record
 from support.object_jobs import Bench
 from support.object_stores import Seen, Way
 from support.waiting import until
@@ -50,8 +49,7 @@ def test_job_of_a_killed_worker_is_finished_once(
     job_id = bench.submit(kind, source, target, overwrite=bool(rest))
     moment, step = death
 
-    with pytest.raises(Killed):
-        run_job(job_id, stumbling(bench.core, step, after=moment == "after"), "w1")
+    bench.killed(job_id, step, after=moment == "after")
     placed = bucket.etag(key) if step == "finish" else None
     job = bench.taken_up(job_id)
 
@@ -67,8 +65,7 @@ def test_redis_lost_at_the_commit_costs_nothing(bench: Bench, size: int, *, afte
     data, bucket = os.urandom(size), bench.bucket
     job_id = bench.submit("encrypt", bucket.put("in", data), bucket.url("out/x"))
 
-    with pytest.raises(JobsUnavailable):
-        run_job(job_id, stumbling(bench.core, "committing", after=after, error=JobsUnavailable()), "w1")
+    bench.killed(job_id, "committing", after=after, error=JobsUnavailable)
     job = bench.taken_up(job_id)
 
     assert job.state == "succeeded"
@@ -107,98 +104,66 @@ def test_worker_that_was_overtaken_has_no_effect(
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_running_a_finished_job_again_changes_nothing(bench: Bench, size: int) -> None:
+@pytest.mark.parametrize("in_place", [False, True], ids=["create", "in place"])
+def test_target_that_others_write_before_the_finish_is_left_alone(
+    bench: Bench, size: int, *, in_place: bool
+) -> None:
+    """Also where it is the source, which the result would replace."""
     bucket = bench.bucket
-    job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
-    bench.run(job_id)
-    first = bucket.etag("out/x")
-    bucket.put("in", b"other")
-
-    bench.run(job_id)
-
-    assert bucket.etag("out/x") == first
-
-
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_target_taken_before_the_finish_is_left_alone(bench: Bench, size: int) -> None:
-    bucket = bench.bucket
-    job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
-    taken = interrupted(bench.core, "committing", lambda: bucket.put("out/x", b"somebody else's"), after=True)
-
-    run_job(job_id, taken, "w1")
-
-    assert (bench.now(job_id).state, bench.now(job_id).error) == ("failed", "target_exists")
-    assert bucket.get("out/x") == b"somebody else's"
-    assert bench.nothing_left()
-
-
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_target_taken_while_its_worker_was_dead_is_left_alone(bench: Bench, size: int) -> None:
-    bucket = bench.bucket
-    job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
-    with pytest.raises(Killed):
-        run_job(job_id, stumbling(bench.core, "committing", after=True), "w1")
-    bucket.put("out/x", b"somebody else's")
-
-    job = bench.taken_up(job_id)
-
-    assert (job.state, job.error) == ("failed", "target_exists")
-    assert bucket.get("out/x") == b"somebody else's"
-    assert bench.nothing_left()
-
-
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_source_that_was_written_to_is_not_replaced_by_its_result(bench: Bench, size: int) -> None:
-    bucket = bench.bucket
-    bench.ok("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
-    job_id = bench.submit("reseal", bucket.url("out/x"), bucket.url("out/x"), overwrite=True)
+    source, target = bucket.put("in", bytes(size)), bucket.url("out/x")
+    if in_place:
+        bench.ok("encrypt", source, target)
+        job_id = bench.submit("reseal", target, target, overwrite=True)
+    else:
+        job_id = bench.submit("encrypt", source, target)
     written = interrupted(
         bench.core, "committing", lambda: bucket.put("out/x", b"somebody else's"), after=True
     )
 
     run_job(job_id, written, "w1")
 
-    assert (bench.now(job_id).state, bench.now(job_id).error) == ("failed", "target_exists")
+    assert end_of(bench.core, job_id) == ("failed", "target_exists")
     assert bucket.get("out/x") == b"somebody else's"
     assert bench.nothing_left()
 
 
-def test_upload_that_was_aborted_before_the_finish_is_told(bench: Bench) -> None:
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("mark", ["no mark", "id of the job", "another attempt's"])
+def test_target_taken_while_its_worker_was_dead_is_left_alone(bench: Bench, size: int, mark: str) -> None:
+    """And not taken for the result: a writer to the bucket can read the marks of objects that are there."""
     bucket = bench.bucket
-    job_id = bench.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"))
-    with pytest.raises(Killed):
-        run_job(job_id, stumbling(bench.core, "committing", after=True), "w1")
-    admin = bucket.store.admin
-    for upload in admin.list_multipart_uploads(Bucket=bucket.name)["Uploads"]:
-        admin.abort_multipart_upload(Bucket=bucket.name, Key=upload["Key"], UploadId=upload["UploadId"])
+    job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
+    bench.killed(job_id, "committing", after=True)
+    marks = {"id of the job": job_id, "another attempt's": f"{job_id}/{bytes(16).hex()}"}
+    metadata = {"kms-job": marks[mark]} if mark in marks else {}
+    theirs = b"somebody else's"
+    bucket.store.admin.put_object(Bucket=bucket.name, Key="out/x", Body=theirs, Metadata=metadata)
 
     job = bench.taken_up(job_id)
 
-    assert (job.state, job.error) == ("failed", "path_refused")
-    assert bucket.keys() == {"in"}
+    assert (job.state, job.error) == ("failed", "target_exists")
+    assert bucket.get("out/x") == theirs
+    assert bench.nothing_left()
 
 
-def test_parts_that_were_exchanged_before_the_finish_are_not_put_in_place(bench: Bench) -> None:
+@pytest.mark.parametrize("change", ["aborted", "a part exchanged"])
+def test_upload_that_was_changed_before_the_finish_is_not_put_in_place(bench: Bench, change: str) -> None:
     bucket = bench.bucket
     job_id = bench.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"))
-    with pytest.raises(Killed):
-        run_job(job_id, stumbling(bench.core, "committing", after=True), "w1")
+    bench.killed(job_id, "committing", after=True)
     admin = bucket.store.admin
     (upload,) = admin.list_multipart_uploads(Bucket=bucket.name)["Uploads"]
-    admin.upload_part(
-        Bucket=bucket.name, Key=upload["Key"], UploadId=upload["UploadId"], PartNumber=1, Body=bytes(8 * MiB)
-    )
+    name, upload_id = bucket.name, upload["UploadId"]
+    if change == "aborted":
+        admin.abort_multipart_upload(Bucket=name, Key="out/x", UploadId=upload_id)
+    else:
+        admin.upload_part(Bucket=name, Key="out/x", UploadId=upload_id, PartNumber=1, Body=bytes(8 * MiB))
 
     job = bench.taken_up(job_id)
 
     assert (job.state, job.error) == ("failed", "path_refused")
     assert bucket.keys() == {"in"}
     assert bench.nothing_left()
-
-
-def impatient(bench: Bench) -> WorkerContext:
-    """A worker with short leases."""
-    return replace(bench.core.worker_context, store=store_of(bench.core, LONG, []))
 
 
 def cancelled(bench: Bench, job_id: str) -> None:
@@ -217,8 +182,7 @@ def test_upload_of_a_killed_attempt_is_aborted_however_the_job_ends(
 ) -> None:
     bucket = bench.bucket
     job_id = bench.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"))
-    with pytest.raises(Killed):
-        run_job(job_id, stumbling(bench.core, "committing", after=False), "w1")
+    bench.killed(job_id, "committing", after=False)
     assert bucket.uploads() == ["out/x"]
     lapse(bench.core.worker_context.store)
     end(bench, job_id)
@@ -272,29 +236,16 @@ def test_upload_that_another_aborts_is_done_again(watched: Bench, way: Way, requ
     assert watched.nothing_left()
 
 
-def test_store_that_is_away_at_the_commit_holds_it_up_and_no_more(watched: Bench, way: Way) -> None:
-    data, bucket = os.urandom(LARGE), watched.bucket
-    job_id = watched.submit("encrypt", bucket.put("in", data), bucket.url("out/x"))
-    way.meddle = lambda seen: 503 if seen.name == "CompleteMultipartUpload" else None
-    run_job(job_id, impatient(watched), "w1")
-    assert watched.now(job_id).state == "committing"
-    way.meddle = lambda _: None
-
-    job = watched.taken_up(job_id)
-
-    assert job.state == "succeeded"
-    assert watched.by_age(bucket.get("out/x")) == data
-    assert watched.nothing_left()
-
-
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_another_write_under_way_holds_the_commit_up_and_no_more(watched: Bench, way: Way, size: int) -> None:
-    """S3 answers 409 then, and nothing may be there in the end."""
+@pytest.mark.parametrize("answer", [503, 409], ids=["store away", "another write under way"])
+def test_store_that_does_not_take_the_commit_holds_it_up_and_no_more(
+    watched: Bench, way: Way, size: int, answer: int
+) -> None:
+    """S3 answers 409 to a write that meets another, and nothing may be there in the end."""
     data, bucket = os.urandom(size), watched.bucket
     job_id = watched.submit("encrypt", bucket.put("in", data), bucket.url("out/x"))
-    way.meddle = lambda seen: 409 if "if-none-match" in seen.headers else None
-    run_job(job_id, impatient(watched), "w1")
-    assert watched.now(job_id).state == "committing"
+    way.meddle = lambda seen: answer if "if-none-match" in seen.headers else None
+    assert watched.run(job_id).state == "committing"
     way.meddle = lambda _: None
 
     job = watched.taken_up(job_id)
@@ -388,60 +339,45 @@ def test_an_upload_is_completed_once_and_a_late_completion_replaces_nothing(
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_commit_that_is_put_back_after_its_expiry_writes_no_object(
-    bench: Bench, size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commit_that_is_put_back_after_its_expiry_writes_no_object(bench: Bench, size: int) -> None:
     """A small object would be made anew, since its bytes died with their worker."""
-    bucket, store, clock = bench.bucket, bench.core.worker_context.store, time.time
+    bucket, store = bench.bucket, bench.core.worker_context.store
     job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
-    with pytest.raises(Killed):
-        run_job(job_id, stumbling(bench.core, "committing", after=True), "w1")
+    bench.killed(job_id, "committing", after=True)
     dump = record(store, job_id)
     assert bench.taken_up(job_id).state == "succeeded"
     bucket.store.admin.delete_object(Bucket=bucket.name, Key="out/x")
-    store.redis.delete(f"kms:job:{job_id}")
-    forge(store, job_id, **{name.decode(): value for name, value in dump.items()})
-    forge(store, job_id, lease_until="0", expires_at=str(clock() + 10 * 86_400))
-    with monkeypatch.context() as patched:
-        patched.setattr(time, "time", lambda: clock() + 2 * 86_400)
-        patched.setattr(store, "now", lambda: clock() + 2 * 86_400)
+    put_back(store, job_id, dump)
+    with later():
         run_job(job_id, bench.core.worker_context, "w3")
 
     assert store.get(job_id, TENANT).state == "failed"
     assert bucket.keys() == {"in"}
 
 
-def test_upload_of_an_expired_commit_is_not_completed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    bucket, store, clock = bench.bucket, bench.core.worker_context.store, time.time
+def test_upload_of_an_expired_commit_is_not_completed(bench: Bench) -> None:
+    bucket, store = bench.bucket, bench.core.worker_context.store
     job_id = bench.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"), overwrite=True)
-    with pytest.raises(Killed):
-        run_job(job_id, stumbling(bench.core, "committing", after=True), "w1")
+    bench.killed(job_id, "committing", after=True)
     bucket.put("out/x", b"written later, by somebody else")
-    forge(store, job_id, lease_until="0", expires_at=str(clock() + 10 * 86_400))
-    with monkeypatch.context() as patched:
-        patched.setattr(time, "time", lambda: clock() + 2 * 86_400)
-        patched.setattr(store, "now", lambda: clock() + 2 * 86_400)
+    put_back(store, job_id, record(store, job_id))
+    with later():
         run_job(job_id, bench.core.worker_context, "w2")
 
-    assert (bench.now(job_id).state, bench.now(job_id).error) == ("failed", "expired")
+    assert end_of(bench.core, job_id) == ("failed", "expired")
     assert bucket.get("out/x") == b"written later, by somebody else"
     assert bench.nothing_left()
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_object_that_was_put_in_place_in_time_is_recognised_after_the_expiry(
-    bench: Bench, size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_object_that_was_put_in_place_in_time_is_recognised_after_the_expiry(bench: Bench, size: int) -> None:
     """Its worker died between the last request and the end."""
-    bucket, store, clock = bench.bucket, bench.core.worker_context.store, time.time
+    bucket, store = bench.bucket, bench.core.worker_context.store
     job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
-    with pytest.raises(Killed):
-        run_job(job_id, stumbling(bench.core, "finish", after=False), "w1")
-    placed, ahead_s = bucket.etag("out/x"), store.accepted(job_id).expires_at - clock() + 70
+    bench.killed(job_id, "finish", after=False)
+    placed = bucket.etag("out/x")
     forge(store, job_id, lease_until="0")
-    with monkeypatch.context() as patched:
-        patched.setattr(time, "time", lambda: clock() + ahead_s)
-        patched.setattr(store, "now", lambda: clock() + ahead_s)
+    with later(store.accepted(job_id).expires_at - time.time() + 70):
         run_job(job_id, bench.core.worker_context, "w2")
 
     assert bench.now(job_id).state == "succeeded"
@@ -450,29 +386,6 @@ def test_object_that_was_put_in_place_in_time_is_recognised_after_the_expiry(
 
 
 # -- whose object it is --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("own", [False, True], ids=["id of the job", "another attempt's"])
-def test_object_that_others_marked_is_not_taken_for_the_result(bench: Bench, size: int, *, own: bool) -> None:
-    """A writer to the bucket can read the marks of objects that are there."""
-    bucket = bench.bucket
-    job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
-    with pytest.raises(Killed):
-        run_job(job_id, stumbling(bench.core, "committing", after=True), "w1")
-    marked(bench, f"{job_id}/{bytes(16).hex()}" if own else job_id)
-
-    job = bench.taken_up(job_id)
-
-    assert (job.state, job.error) == ("failed", "target_exists")
-    assert bucket.get("out/x") == b"by somebody else"
-    assert bench.nothing_left()
-
-
-def marked(bench: Bench, mark: str) -> None:
-    """An object of somebody else with this mark at the target."""
-    name, body = bench.bucket.name, b"by somebody else"
-    bench.bucket.store.admin.put_object(Bucket=name, Key="out/x", Body=body, Metadata={"kms-job": mark})
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)

@@ -15,7 +15,7 @@ from kms_core.backends.age import AgeBackend
 from kms_core.jobs.hosts.install import mismatch
 from kms_core.jobs.hosts.notes import SpoolMarks
 from kms_core.jobs.storage import spool_bucket
-from kms_core.jobs.storage.spool import UPLOAD, Label, Spool
+from kms_core.jobs.storage.spool import Label, Spool
 from kms_core.jobs.storage.spool_bucket import SpoolBucket
 from kms_core.payload import parallel
 from kms_core.payload.parallel import ParallelOptions
@@ -26,15 +26,12 @@ from kms_core.s3.multipart import PART_BYTES
 from kms_core.s3.streams import BufferPool
 from kms_protocol.errors import ResultExpired, SpoolFull, SpoolUnavailable
 from support import blob_stores, object_stores
-from support.blob_stores import PREFIX
+from support.blob_stores import JOB, MIB, PREFIX, label, read, write
 from support.object_stores import ObjectStore, Seen, TestBucket, Way
 from support.ports import free_port
 from support.waiting import until
 
-JOB = "11111111-1111-1111-1111-111111111111"
 KEY = f"{PREFIX}{JOB}/upload"
-LABEL = Label("default", JOB, UPLOAD)
-MIB = 1024 * 1024
 
 
 @pytest.fixture(scope="module")
@@ -67,25 +64,13 @@ def spool(store: SpoolBucket, key: AgeBackend) -> Spool:
     return spool
 
 
-def write(spool: Spool, *pieces: bytes, at: Label = LABEL) -> Label:
-    with spool.writing(at) as out:
-        for piece in pieces:
-            out.write(piece)
-    return replace(at, ref=out.ref)
-
-
-def read(spool: Spool, at: Label) -> bytes:
-    with spool.opened(at) as reader:
-        return b"".join(reader.slabs())
-
-
 def test_small_blob_is_one_put_and_read_by_two_requests(spool: Spool, way: Way) -> None:
     spool.use()
-    write(spool, b"the first counts what is there")
+    write(spool, label(), b"the first counts what is there")
     spool.delete(JOB)
     del way.seen[:]
 
-    written = write(spool, bytes(100_000))
+    written = write(spool, label(), bytes(100_000))
     assert way.names == ["PutObject"]
     assert way.seen[0].headers["if-none-match"] == "*"
     del way.seen[:]
@@ -97,7 +82,7 @@ def test_small_blob_is_one_put_and_read_by_two_requests(spool: Spool, way: Way) 
 
 def test_large_blob_takes_few_requests(spool: Spool, way: Way) -> None:
     data = os.urandom(64 * MIB)
-    written = write(spool, *(data[at : at + MIB] for at in range(0, len(data), MIB)))
+    written = write(spool, label(), *(data[at : at + MIB] for at in range(0, len(data), MIB)))
     assert way.names.count("UploadPart") == 9
     del way.seen[:]
 
@@ -108,7 +93,7 @@ def test_large_blob_takes_few_requests(spool: Spool, way: Way) -> None:
 def test_large_ciphertext_is_verified_by_few_requests(spool: Spool, way: Way) -> None:
     """By threads, whose slabs end between the chunks of the blob."""
     key = os.urandom(32)
-    written = write(spool, bytes(300), stream.seal(key, bytes(64 * MIB)))
+    written = write(spool, label(), bytes(300), stream.seal(key, bytes(64 * MIB)))
     del way.seen[:]
 
     with spool.opened(written) as content:
@@ -131,7 +116,7 @@ def test_write_whose_answer_is_lost_is_recognised(
 
     way.meddle = lose_once
     data = os.urandom(size)
-    written = write(spool, data)
+    written = write(spool, label(), data)
 
     assert read(spool, written) == data
     assert (bucket.keys(), bucket.uploads()) == ({KEY}, [])
@@ -156,7 +141,7 @@ def test_bucket_that_takes_nothing_is_a_coded_error(
     way.meddle = lambda seen: status if seen.name in names else None
 
     with pytest.raises(error, match=text):
-        write(spool, bytes(size))
+        write(spool, label(), bytes(size))
     way.meddle = lambda _: None
 
     assert (bucket.keys(), bucket.uploads()) == (set(), [])
@@ -165,7 +150,7 @@ def test_bucket_that_takes_nothing_is_a_coded_error(
 @pytest.fixture
 def written_before(spool: Spool, way: Way) -> Label:
     """A blob of a bucket that is away since it was written: the first call had no answer."""
-    written = write(spool, b"x")
+    written = write(spool, label(), b"x")
     way.meddle = lambda _: 503
     with pytest.raises(SpoolUnavailable):
         read(spool, written)
@@ -180,7 +165,7 @@ def test_bucket_that_is_away_fails_calls_at_once_and_comes_back(
 
     with pytest.raises(SpoolUnavailable):
         read(spool, written_before)
-    with pytest.raises(SpoolUnavailable), spool.writing(Label("default", JOB, "head", "1")):
+    with pytest.raises(SpoolUnavailable), spool.writing(label(role="head", attempt="1")):
         pytest.fail("nothing may be read of it")
     assert of_job(way) == asked
     way.meddle = lambda _: None
@@ -229,12 +214,12 @@ def test_process_that_was_forked_while_the_bucket_was_away_asks_by_itself(
 def test_refusal_is_told_until_something_is_written(spool: Spool, way: Way) -> None:
     way.meddle = lambda seen: 403 if seen.method == "PUT" else None
     with pytest.raises(SpoolUnavailable):
-        write(spool, b"x")
+        write(spool, label(), b"x")
     assert spool.use().is_away
     assert not spool.store.is_away
     way.meddle = lambda _: None
 
-    assert read(spool, write(spool, b"x")) == b"x"
+    assert read(spool, write(spool, label(), b"x")) == b"x"
     assert not spool.use().is_away
 
 
@@ -263,7 +248,7 @@ def test_small_blob_needs_no_bucket(store: SpoolBucket, key: AgeBackend, way: Wa
     way.meddle = lambda _: 503
     spool = Spool(store, key, MIB, Small())
 
-    with spool.writing(LABEL, may_be_small=True) as out:
+    with spool.writing(label(), may_be_small=True) as out:
         out.write(b"x")
 
     assert out.small is not None
@@ -277,14 +262,14 @@ def test_blob_that_outgrows_redis_is_bounded_by_what_is_there(
     bucket.put(f"{PREFIX}{JOB}/other", bytes(90_000))
     spool = Spool(store, key, 100_000, Small())
 
-    with pytest.raises(SpoolFull), spool.writing(LABEL, may_be_small=True) as out:
+    with pytest.raises(SpoolFull), spool.writing(label(), may_be_small=True) as out:
         out.write(bytes(size))
 
     assert bucket.keys() == {f"{PREFIX}{JOB}/other"}
 
 
 def test_deleting_while_the_bucket_is_away_says_so(spool: Spool, bucket: TestBucket, way: Way) -> None:
-    write(spool, b"x")
+    write(spool, label(), b"x")
     way.meddle = lambda _: 503
 
     assert not spool.delete(JOB)
@@ -295,7 +280,7 @@ def test_deleting_while_the_bucket_is_away_says_so(spool: Spool, bucket: TestBuc
 
 def test_bucket_that_is_not_asked_is_away_although_a_write_goes_on(spool: Spool, way: Way) -> None:
     """The reaper waits for a bucket that is away; what it took for a refusal would stay for days."""
-    with spool.writing(Label("default", JOB, "head", "1")) as out:
+    with spool.writing(label(role="head", attempt="1")) as out:
         out.write(b"x")
         way.meddle = lambda _: 503
         assert not spool.delete(JOB)
@@ -308,13 +293,13 @@ def test_bucket_that_is_not_asked_is_away_although_a_write_goes_on(spool: Spool,
 def test_missing_bucket_is_no_expired_result(spool: Spool, server: ObjectStore, store: SpoolBucket) -> None:
     """HEAD tells neither a missing bucket from a missing object; a job must not end for the first."""
     with pytest.raises(ResultExpired):
-        read(spool, LABEL)
+        read(spool, label())
     with pytest.raises(ResultExpired):
         store.get("hosts", "install", 100)
     server.admin.delete_bucket(Bucket=store.bucket.name)
 
     with pytest.raises(SpoolUnavailable):
-        read(spool, LABEL)
+        read(spool, label())
     with pytest.raises(SpoolUnavailable):
         store.get("hosts", "install", 100)
 
@@ -345,7 +330,7 @@ def test_request_that_the_store_does_not_allow_is_a_refusal(
     with pytest.raises(SpoolUnavailable, match=r"refuses this \(403 .*the clock"):
         store.put(JOB, "note", b"x", durable=True)
     with pytest.raises(SpoolUnavailable, match=r"refuses this \(403 "):
-        write(Spool(store, key, MIB), b"x")
+        write(Spool(store, key, MIB), label(), b"x")
 
     assert store.is_refused
     assert bucket.keys() == set()
@@ -355,7 +340,7 @@ def test_request_that_the_store_does_not_allow_is_a_refusal(
 def test_store_without_conditions_is_written_without(spool: Spool, way: Way) -> None:
     way.meddle = lambda seen: 501 if "if-none-match" in seen.headers else None
 
-    assert read(spool, write(spool, b"x")) == b"x"
+    assert read(spool, write(spool, label(), b"x")) == b"x"
 
 
 def test_store_that_ignores_conditions_keeps_what_each_attempt_wrote(
@@ -365,10 +350,10 @@ def test_store_that_ignores_conditions_keeps_what_each_attempt_wrote(
         seen.headers.pop("if-none-match", None)
 
     way.meddle = ignore
-    labels = [Label("default", JOB, "result", attempt) for attempt in ("1", "2")]
-    written = [write(spool, label.name.encode(), at=label) for label in labels]
+    labels = [label(role="result", attempt=attempt) for attempt in ("1", "2")]
+    written = [write(spool, each, each.name.encode()) for each in labels]
 
-    assert [read(spool, label) for label in written] == [b"result.1", b"result.2"]
+    assert [read(spool, each) for each in written] == [b"result.1", b"result.2"]
     assert bucket.keys() == {f"{PREFIX}{JOB}/result.1", f"{PREFIX}{JOB}/result.2"}
 
 
@@ -387,12 +372,12 @@ def test_bucket_that_keeps_what_is_deleted_works(server: ObjectStore, key: AgeBa
     spool = Spool(store, key, 1024 * MIB)
 
     for data in (b"x", os.urandom(20 * MIB)):
-        written = write(spool, data)
+        written = write(spool, label(), data)
         assert read(spool, written) == data
         assert spool.delete(JOB)
         with pytest.raises(ResultExpired):
             read(spool, written)
-    assert read(spool, write(spool, b"again")) == b"again"
+    assert read(spool, write(spool, label(), b"again")) == b"again"
 
     assert store.used_bytes() < MIB
     assert len(server.admin.list_object_versions(Bucket=bucket.name)["Versions"]) == 3
@@ -414,9 +399,9 @@ def test_two_writers_of_one_name_have_one_winner(spool: Spool, bucket: TestBucke
     seconds: list[Label] = []
 
     def overtaken() -> None:
-        with spool.writing(LABEL) as first:
+        with spool.writing(label()) as first:
             first.write(b"first")
-            seconds.append(write(spool, b"second"))
+            seconds.append(write(spool, label(), b"second"))
 
     with pytest.raises(SpoolUnavailable, match="Another process"):
         overtaken()
@@ -447,7 +432,7 @@ def test_parts_of_a_writer_that_was_killed_are_swept_after_a_day(monkeypatch: py
 def test_uploads_share_the_buffers_that_the_settings_name(key: AgeBackend, bucket: TestBucket) -> None:
     store = blob_stores.spool_bucket(bucket, buffer_bytes=16 * MIB)
     spool = Spool(store, key, 1024 * MIB)
-    labels = [Label("default", JOB, "result", str(number)) for number in range(3)]
+    labels = [label(role="result", attempt=str(number)) for number in range(3)]
     with spool.writing(labels[0]) as first, spool.writing(labels[1]) as second:
         first.write(bytes(200_000))
         second.write(bytes(200_000))

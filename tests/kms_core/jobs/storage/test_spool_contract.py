@@ -20,14 +20,10 @@ from kms_core.jobs.storage.spool_folder import SpoolFolder
 from kms_core.payload.files import RangeSource
 from kms_protocol.errors import RecordRefused, ResultExpired, SpoolFull
 from support import blob_stores
-from support.blob_stores import Place
+from support.blob_stores import JOB, MIB, OTHER, SECRET_TEXT, Place, label, read, write
 from support.waiting import RealTime
 
-JOB = "11111111-1111-1111-1111-111111111111"
-OTHER = "22222222-2222-2222-2222-222222222222"
 UPLOADED = f"{JOB}/upload"
-SECRET = b"Kanarienvogel-4711 " * 1000
-MIB = 1024 * 1024
 DOCUMENT = b"".join(number.to_bytes(4, "big") for number in range(70_000))
 """280,000 bytes: four chunks and a part of one."""
 SIZES = [0, 1, 65_535, 65_536, 65_537, MIB, 3 * MIB + 1, 8 * MIB - 5000, 8 * MIB, 8 * MIB + 1, 21 * MIB]
@@ -51,28 +47,11 @@ def made(place: Place, key: AgeBackend, max_bytes: int = 64 * MIB) -> Spool:
     return Spool(place.store, key, max_bytes)
 
 
-def label(job_id: str = JOB, role: str = UPLOAD, tenant: str = "default", attempt: str = NO_ATTEMPT) -> Label:
-    return Label(tenant, job_id, role, attempt)
-
-
-def write(spool: Spool, at: Label, *pieces: bytes) -> Label:
-    """Write a blob; the label that reads it."""
-    with spool.writing(at) as out:
-        for piece in pieces or (SECRET,):
-            out.write(piece)
-    return replace(at, ref=out.ref)
-
-
 def break_off(spool: Spool, at: Label, pieces: int = 1) -> None:
     with spool.writing(at) as out:
         for _ in range(pieces):
             out.write(os.urandom(MIB))
         raise ConnectionError
-
-
-def read(spool: Spool, at: Label) -> bytes:
-    with spool.opened(at) as reader:
-        return b"".join(reader.slabs())
 
 
 def parts(data: bytes) -> tuple[bytes, list[bytes]]:
@@ -135,7 +114,7 @@ def test_what_is_written_in_pieces_is_read_whole(spool: Spool, place: Place, siz
 def test_nothing_of_the_plaintext_rests(spool: Spool, place: Place) -> None:
     write(spool, label())
 
-    assert SECRET[:19] not in place.files()[UPLOADED]
+    assert SECRET_TEXT[:19] not in place.files()[UPLOADED]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +170,7 @@ def test_blob_of_another_spool_key_is_refused(spool: Spool, place: Place, tmp_pa
 def test_file_for_the_recipient_of_the_spool_is_no_blob(spool: Spool, place: Place, tmp_path: Path) -> None:
     written = write(spool, label())
     recipient = x25519.Identity.from_str((tmp_path / "spool.key").read_text()).to_public()
-    place.change(UPLOADED, pyrage.encrypt(SECRET, [recipient]))
+    place.change(UPLOADED, pyrage.encrypt(SECRET_TEXT, [recipient]))
 
     with pytest.raises(RecordRefused):
         read(spool, written)
@@ -232,7 +211,7 @@ def test_key_that_was_rotated_still_opens(
     rotated = made(place, AgeBackend(KeyFiles(tmp_path / "spool.key"), native=False))
     after = write(rotated, label(OTHER))
 
-    assert read(rotated, before) == read(rotated, after) == SECRET
+    assert read(rotated, before) == read(rotated, after) == SECRET_TEXT
     assert AgeBackend(KeyFiles(tmp_path / "spool.key")).current_version() != old
 
 
@@ -326,8 +305,10 @@ def test_use_is_counted(key: AgeBackend, place: Place) -> None:
     assert spool.use().used_bytes == sum(map(len, place.files().values()))
 
 
-def test_old_jobs_are_candidates_for_the_sweep(spool: Spool) -> None:
+def test_old_jobs_are_candidates_for_the_sweep(spool: Spool, place: Place) -> None:
+    """Folders of other names are not."""
     write(spool, label())
+    place.change("lost+found/x", b"x")
     RealTime.sleep(2.1)
     write(spool, label(OTHER))
 

@@ -5,28 +5,23 @@ import os
 import shutil
 import stat
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kms_core.backends.age import AgeBackend
 from kms_core.jobs.storage.s3 import MultipartJournal
-from kms_core.jobs.storage.spool import NO_ATTEMPT, UPLOAD, Label, Spool
+from kms_core.jobs.storage.spool import UPLOAD, Spool
 from kms_core.jobs.storage.spool_folder import DiskSync, GroupSync, SpoolFolder
 from kms_core.secure_files import make_folders
 from kms_protocol.errors import RecordRefused, ResultExpired, SpoolFull, SpoolUnavailable
+from support.blob_stores import JOB, MIB, OTHER, SECRET_TEXT, label, read, write
 from support.small_disk import small_disk
 from support.synced_disk import SyncedDisk, install
 from support.waiting import until
 
-JOB = "11111111-1111-1111-1111-111111111111"
-OTHER = "22222222-2222-2222-2222-222222222222"
-SECRET = b"Kanarienvogel-4711 " * 1000
-MIB = 1024 * 1024
 URL = "s3://bucket/key"
 
 
@@ -56,22 +51,6 @@ def noted(notes: MultipartJournal) -> list[str]:
 
 def made(folder: Path, key: AgeBackend, *, enabled: bool = True) -> Spool:
     return Spool(SpoolFolder(folder, DiskSync(folder, enabled=enabled)), key, 64 * MIB)
-
-
-def label(job_id: str = JOB, role: str = UPLOAD, attempt: str = NO_ATTEMPT) -> Label:
-    return Label("default", job_id, role, attempt)
-
-
-def write(spool: Spool, at: Label, data: bytes = SECRET) -> Label:
-    """Write a blob; the label that reads it."""
-    with spool.writing(at) as out:
-        out.write(data)
-    return replace(at, ref=out.ref)
-
-
-def read(spool: Spool, at: Label) -> bytes:
-    with spool.opened(at) as reader:
-        return b"".join(reader.slabs())
 
 
 def content(folder: Path) -> list[str]:
@@ -199,7 +178,7 @@ def test_hard_link_to_another_blob_is_refused(spool: Spool, folder: Path) -> Non
 
     with pytest.raises(RecordRefused):
         read(spool, written)
-    assert read(spool, other) == SECRET
+    assert read(spool, other) == SECRET_TEXT
 
 
 @in_its_place
@@ -224,17 +203,6 @@ def test_no_note_is_written_through_a_link(notes: MultipartJournal, folder: Path
 
     assert (tmp_path / "kept").read_bytes() == b"mine"
     assert noted(notes) == ["upload-2"]
-
-
-def test_old_folders_are_candidates_for_the_sweep(spool: Spool, folder: Path) -> None:
-    write(spool, label())
-    write(spool, label(OTHER))
-    (folder / "lost+found").mkdir()
-    past = time.time() - 100
-    for path in (folder / JOB, folder / "lost+found"):
-        os.utime(path, (past, past))
-
-    assert list(spool.folders(older_than_s=50)) == [JOB]
 
 
 def test_a_folder_that_cannot_be_entered_or_deleted_stops_nothing(
@@ -282,7 +250,7 @@ def test_blob_that_is_only_written_does_not_survive(disk: SyncedDisk, folder: Pa
     """Shows that the test above can fail."""
     spool = made(folder, key, enabled=False)
     upload = write(spool, label())
-    assert read(spool, upload) == SECRET
+    assert read(spool, upload) == SECRET_TEXT
 
     disk.cut(folder)
 

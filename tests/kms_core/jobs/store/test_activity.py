@@ -12,7 +12,7 @@ from kms_core.jobs.store.activity import QueueActivity, WorkerActivity
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import RecordRefused
 from kms_protocol.wire import JobState
-from support.job_stores import TENANT, accepted, claimed, forge
+from support.job_stores import TENANT, accepted, claimed, forge, take
 
 HOUR_S = 3600
 
@@ -108,9 +108,7 @@ def submitted(store: JobStore, hours_ago: float, **changes: object) -> str:
 
 
 def ended(store: JobStore, job_id: str, state: JobState = "succeeded", code: str = "") -> None:
-    claim = store.claim(job_id, "w")
-    assert claim
-    store.finish(claim, state, code)
+    store.finish(take(store, job_id), state, code)
 
 
 def test_job_counts_in_the_interval_of_its_submission_and_by_its_state(store: JobStore) -> None:

@@ -3,7 +3,6 @@
 import math
 from typing import Any, Final
 
-import msgspec
 import pytest
 
 from kms_core.container import Core
@@ -12,18 +11,9 @@ from kms_core.jobs.recovery.reaper import Reaper
 from kms_core.jobs.spec import QUEUES, RecordTooNew
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import UnknownJob
-from support.golden import reference
-from support.job_stores import TENANT, accepted, forge, record
+from support.job_stores import TENANT, accepted, forge, record, resealed
 
 NEEDS = "later-feature"
-
-
-def resealed(store: JobStore, job_id: str, *, version: int = 1, **changes: Any) -> bytes:  # noqa: ANN401 -- any
-    """The record with other fields, as a later version would seal it."""
-    fields = msgspec.to_builtins(store.accepted(job_id), builtin_types=(bytes,)) | changes
-    secret = store.record_key._secrets[-1]  # noqa: SLF001 -- the test stands in for a later version
-    sealed = reference.sealed_record(secret, job_id, bytes(32), msgspec.msgpack.encode(fields))
-    return bytes([version]) + sealed[1:]
 
 
 def needy(store: JobStore) -> str:

@@ -8,14 +8,13 @@ from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.bulk_lines import RUN_ITEMS
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.model import Attempt
-from kms_core.jobs.spec import BULK, FILES, QUEUES
+from kms_core.jobs.spec import BULK, FILES
 from kms_core.jobs.store import redis_keys
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.wire import PRIORITIES, JobItem
-from support.job_stores import TENANT, accepted, depths, forge
+from support.job_stores import TENANT, accepted, attempt, depths, forge
 from support.service import Service, check_problem, core_of
 
 ONE = {"kind": "encrypt", "items": [{"plaintext": ""}]}
@@ -69,9 +68,7 @@ def test_forged_priority_and_queue_of_a_queued_job_change_nothing(store: JobStor
     forge(store, job.job_id, priority="highest", queue="celery")
 
     assert depths(store)[BULK, "high"] == 1
-    claim = store.next("w/1", BULK, QUEUES, woken=False)
-    assert isinstance(claim, Attempt)
-    assert claim.accepted.priority == "high"
+    assert attempt(store).accepted.priority == "high"
 
 
 def test_a_worker_takes_jobs_of_the_queues_that_settings_name(tmp_path: Path, redis_url: str) -> None:

@@ -9,7 +9,6 @@ from typing import cast
 import pytest
 
 from kms_core.container import Core
-from kms_core.jobs.model import Attempt
 from kms_core.jobs.recovery.reaper import Heartbeat, Reaper
 from kms_core.jobs.spec import BULK, FILES, QUEUES
 from kms_core.jobs.store import activity, redis_keys
@@ -20,11 +19,14 @@ from support.job_stores import (
     LONG,
     TENANT,
     accepted,
+    attempt,
     claimed,
     depths,
     forge,
     lapse,
+    next_attempt,
     store_of,
+    take,
     with_jobs,
 )
 from support.waiting import until
@@ -48,15 +50,8 @@ def submit(store: JobStore, count: int = 1, **changes: object) -> list[str]:
 
 def taken(store: JobStore, worker: str = "w/1", queue: str = BULK, *, woken: bool = False) -> str | None:
     """The tenant of the job that a process is given; None if none is ready."""
-    found = store.next(worker, queue, QUEUES, woken=woken)
-    assert not isinstance(found, str)
+    found = next_attempt(store, worker, queue, woken=woken)
     return found.accepted.tenant if found else None
-
-
-def attempt(store: JobStore, worker: str = "w/1", queue: str = BULK) -> Attempt:
-    found = store.next(worker, queue, QUEUES, woken=False)
-    assert isinstance(found, Attempt)
-    return found
 
 
 def active_at(store: JobStore, tenant: str = TENANT) -> float:
@@ -215,9 +210,7 @@ def test_a_commit_of_a_dead_worker_holds_up_no_other_queue_of_its_tenant(capped:
 
     assert capped.reap_all(capped.due()) == ["committing"]
 
-    found = capped.next("w/1", FILES, (FILES,), woken=False)
-    assert isinstance(found, Attempt)
-    assert found.accepted.job_id == other.job_id
+    assert attempt(capped, queue=FILES).accepted.job_id == other.job_id
 
 
 # -- priority --------------------------------------------------------------------------------------------
@@ -270,6 +263,12 @@ def test_a_job_is_ready_when_its_time_has_come(store: JobStore, why: str) -> Non
     assert store.reap_all(store.due()) == ["due"]
 
     assert taken(store) == TENANT
+
+
+def test_jobs_are_due_by_the_clock_of_redis_alone(store: JobStore) -> None:
+    submit(store, created_at=store.now() + 24 * 3600)
+
+    assert attempt(store).attempt == 1
 
 
 def test_a_job_whose_lease_ran_out_is_ready_again_and_the_reaper_looks_at_no_other(store: JobStore) -> None:
@@ -500,9 +499,7 @@ def test_a_worker_is_woken_to_end_a_job_whose_parts_have_ended(
     whole = claimed(store, items=1, source="items")
     part = accepted(items=1, source="items", parent=whole.accepted.job_id)
     store.split(whole, [part])
-    last = store.claim(part.job_id, "w1")
-    assert last
-    store.finish(last, "succeeded")
+    store.finish(take(store, part.job_id), "succeeded")
     lapse(store)
     store.worker_seen("w", 1, QUEUES)
 

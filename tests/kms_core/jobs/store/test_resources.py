@@ -1,7 +1,7 @@
 """Bounds of roots, buckets and backends, and roots that a worker leaves alone; over a real Valkey."""
 
 from collections.abc import Sequence
-from typing import Final, cast
+from typing import Final
 
 import pytest
 
@@ -10,7 +10,18 @@ from kms_core.jobs.model import Attempt, LeaseLost
 from kms_core.jobs.spec import BULK, FILES, QUEUES, JobSpec
 from kms_core.jobs.store import activity
 from kms_core.jobs.store.store import JobStore
-from support.job_stores import COMMIT, TENANT, accepted, depths, lapse, store_of, with_jobs
+from support.job_stores import (
+    COMMIT,
+    TENANT,
+    accepted,
+    attempt,
+    depths,
+    events,
+    lapse,
+    next_attempt,
+    store_of,
+    with_jobs,
+)
 from support.waiting import until
 
 NAS: Final = "root:/srv/nas"
@@ -23,20 +34,8 @@ def submit(store: JobStore, resources: Sequence[str], **changes: object) -> str:
     return store.submit(found, resources=resources).job_id
 
 
-def next_of(store: JobStore, worker: str = "w/1", queue: str = BULK) -> Attempt | None:
-    found = store.next(worker, queue, QUEUES, woken=False)
-    assert not isinstance(found, str)
-    return found
-
-
-def attempt(store: JobStore, worker: str = "w/1", queue: str = BULK) -> Attempt:
-    found = next_of(store, worker, queue)
-    assert found
-    return found
-
-
 def taken(store: JobStore, worker: str = "w/1") -> str | None:
-    found = next_of(store, worker)
+    found = next_attempt(store, worker)
     return found.accepted.job_id if found else None
 
 
@@ -135,7 +134,7 @@ def test_parts_use_what_their_job_uses(one_at_a_time: JobStore) -> None:
     store.split(whole, parts)
 
     assert attempt(store, queue=FILES).accepted.parent == whole.accepted.job_id
-    assert next_of(store, queue=FILES) is None
+    assert next_attempt(store, queue=FILES) is None
 
 
 @pytest.mark.parametrize("junk", ["", "x", "root:/srv/nas kms.bulk", "\x00 : "])
@@ -147,7 +146,7 @@ def test_junk_in_a_record_names_no_resource(one_at_a_time: JobStore, junk: str) 
     store.reap_all([job_id])
 
     for _ in range(3):
-        if found := next_of(store):
+        if found := next_attempt(store):
             store.finish(found, "succeeded")
     assert store.get(job_id, TENANT).state == "succeeded"
 
@@ -182,7 +181,7 @@ def test_after_a_while_one_attempt_is_made(store: JobStore) -> None:
     found: list[Attempt] = []
 
     def tries() -> bool:
-        again = next_of(store)
+        again = next_attempt(store)
         found.extend([again] if again else [])
         return bool(again)
 
@@ -244,7 +243,7 @@ def test_what_is_to_be_tidied_there_is_left_to_another_worker(store: JobStore) -
     store.redis.zadd("kms:chores", {job_id: 1})
     store.stuck("w", 1, 60, [NAS])
 
-    assert next_of(store) is None
+    assert next_attempt(store) is None
     assert store.next("another/1", BULK, QUEUES, woken=False) == job_id
 
 
@@ -256,6 +255,5 @@ def test_a_commit_that_hangs_is_finished_by_another_worker(store: JobStore) -> N
     store.stalled(held)
 
     assert store.get(job_id, TENANT).state == "committing"
-    newest = cast("list[tuple[bytes, dict[bytes, bytes]]]", store.redis.xrevrange("kms:events", count=1))
-    assert newest[0][1][b"type"] == b"kms.job.committing", "it is not queued again"
+    assert events(store)[-1]["type"] == "kms.job.committing", "it is not queued again"
     assert attempt(store, "another/1").commit == COMMIT

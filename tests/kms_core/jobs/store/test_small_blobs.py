@@ -1,6 +1,5 @@
 """Small inputs and results in Redis: no file of the spool, the same bindings, gone with their job."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,29 +7,21 @@ from typing import Final, cast
 
 import pytest
 
-from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution import results
 from kms_core.jobs.execution.runner import run_claimed, run_job
-from kms_core.jobs.model import Job
-from kms_core.jobs.recovery.reaper import Reaper
-from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission import submitter
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import RecordRefused, ResultExpired, ResultReleased
-from support.job_stores import TENANT, spool_folder, uploaded, with_jobs
+from support.core_jobs import WHO, end_of, lines, result, run
+from support.job_stores import TENANT, remove_inputs, spool_folder, take, uploaded
 from support.service import CANARY, Service, core_of, unb64
 
-OPTIONS: Final = SubmissionOptions(Principal("local"), "encrypt", Context())
+OPTIONS: Final = SubmissionOptions(WHO, "encrypt", Context())
 LIMIT: Final = 16 * 1024
 NONE: Final = "[kms.jobs]\ninline_bytes = 0\n"
-
-
-@pytest.fixture
-def core(tmp_path: Path, redis_url: str) -> Core:
-    return core_of(Service(tmp_path, "", redis_url))
 
 
 def bulk(core: Core, *texts: bytes, options: SubmissionOptions = OPTIONS) -> str:
@@ -39,17 +30,6 @@ def bulk(core: Core, *texts: bytes, options: SubmissionOptions = OPTIONS) -> str
 
 def upload(core: Core, data: bytes) -> str:
     return uploaded(core, OPTIONS, data)
-
-
-def done(core: Core, job_id: str) -> Job:
-    run_job(job_id, core.worker_context, "w/1")
-    return core.worker_context.store.get(job_id, TENANT)
-
-
-def result(core: Core, job_id: str) -> bytes:
-    context = core.worker_context
-    found = results.of(context.store.get(job_id, TENANT), context.store, context.spool)
-    return b"".join(bytes(piece) for piece in found.slabs(0, found.size))
 
 
 def small(core: Core, job_id: str) -> dict[str, bytes]:
@@ -68,18 +48,11 @@ def roles(core: Core, job_id: str) -> set[str]:
     return {*small(core, job_id), *on_disk(core, job_id)}
 
 
-def reap(core: Core, grace_s: float) -> None:
-    found = core.worker_context.store
-    store = JobStore(found.redis, found.record_key, lambda _: None, with_jobs(input_grace_s=grace_s))
-    Reaper(store, core.worker_context.spool, "w").reap()
-
-
 @pytest.mark.parametrize("submit", [bulk, upload], ids=["items", "upload"])
 def test_small_input_comes_with_the_claim(core: Core, submit: Callable[[Core, bytes], str]) -> None:
     context = core.worker_context
     job_id = submit(core, CANARY.encode())
-    claim = context.store.claim(job_id, "w/1")
-    assert claim
+    claim = take(context.store, job_id)
     context.store.redis.delete(f"kms:blobs:{job_id}")
     run_claimed(claim, context)
 
@@ -105,21 +78,21 @@ def test_small_blobs_need_no_file(  # noqa: PLR0913 -- two fixtures more
     core = core_of(Service(tmp_path, settings, redis_url))
     job_id = bulk(core, *texts)
 
-    assert done(core, job_id).state == "succeeded"
+    assert run(core, job_id).state == "succeeded"
     assert (set(small(core, job_id)), on_disk(core, job_id)) == (in_redis, files)
-    sealed = [unb64(json.loads(line)["ciphertext"]) for line in result(core, job_id).splitlines()]
-    assert [core.kms.decrypt(OPTIONS.who, each, Context()).plaintext for each in sealed] == texts
+    sealed = [unb64(line["ciphertext"]) for line in lines(core, job_id)]
+    assert [core.kms.decrypt(WHO, each, Context()).plaintext for each in sealed] == texts
 
 
 @pytest.mark.parametrize("size", [1_000, 15_000, 15_900, 16_400, 100_000])
 def test_both_parts_of_a_result_rest_together(core: Core, size: int) -> None:
     job_id = upload(core, bytes(size))
 
-    assert done(core, job_id).state == "succeeded"
+    assert run(core, job_id).state == "succeeded"
     places = [set(small(core, job_id)), on_disk(core, job_id)]
     assert sorted(places, key=len) == [set(), {"upload", "head"}]
     assert size > 1_000 or not on_disk(core, job_id)
-    assert core.kms.decrypt(OPTIONS.who, result(core, job_id), Context()).plaintext == bytes(size)
+    assert core.kms.decrypt(WHO, result(core, job_id), Context()).plaintext == bytes(size)
 
 
 def test_blobs_go_to_the_disk_while_redis_has_little_room(core: Core) -> None:
@@ -131,7 +104,7 @@ def test_blobs_go_to_the_disk_while_redis_has_little_room(core: Core) -> None:
 
     assert on_disk(core, later) == {"items"}
     for job_id in (before, later):
-        assert done(core, job_id).state == "succeeded"
+        assert run(core, job_id).state == "succeeded"
         assert "result0" in on_disk(core, job_id)
         assert result(core, job_id)
     assert not small(core, later)
@@ -143,9 +116,9 @@ def test_a_process_that_keeps_none_there_reads_those_of_others(
     """Hosts may differ in ``inline_bytes``, and it may be set back to 0 while jobs wait."""
     other = core_of(Service(tmp_path, NONE, redis_url))
     waiting, ended = bulk(core, b"one"), bulk(core, b"two")
-    done(core, ended)
+    run(core, ended)
 
-    assert done(other, waiting).state == "succeeded"
+    assert run(other, waiting).state == "succeeded"
     assert on_disk(other, waiting) == {"result0"}
     assert small(other, waiting).keys() == {"items"}
     assert result(core, waiting)
@@ -156,7 +129,7 @@ def test_a_process_that_keeps_none_there_reads_those_of_others(
 
 def test_nothing_of_the_plaintext_rests_in_redis(core: Core) -> None:
     job_id = bulk(core, CANARY.encode())
-    done(core, job_id)
+    run(core, job_id)
 
     assert not any(CANARY.encode() in data for data in small(core, job_id).values())
 
@@ -168,16 +141,16 @@ def test_input_of_another_job_is_refused(core: Core) -> None:
     mine, other = bulk(core, b"mine"), bulk(core, b"other")
     core.worker_context.store.redis.hset(f"kms:blobs:{mine}", "items", small(core, other)["items"])
 
-    job = done(core, mine)
+    run(core, mine)
 
-    assert (job.state, job.error) == ("failed", "record_refused")
+    assert end_of(core, mine) == ("failed", "record_refused")
 
 
 @pytest.mark.parametrize("damage", ["changed", "shorter", "longer", "another job's", "gone"])
 def test_damaged_result_is_refused(core: Core, damage: str) -> None:
     job_id, other = bulk(core, b"x"), bulk(core, b"y")
-    done(core, job_id)
-    done(core, other)
+    run(core, job_id)
+    run(core, other)
     redis = core.worker_context.store.redis
     (name,) = [raw for raw in cast("list[bytes]", redis.hkeys(f"kms:blobs:{job_id}")) if b"result" in raw]
     data = small(core, job_id)["result0"]
@@ -212,13 +185,13 @@ def test_inputs_outlive_the_end_by_the_grace(core: Core, kind: str, data: bytes,
     options = replace(OPTIONS, kind=kind)  # type: ignore[arg-type]  # or none
     job_id = bulk(core, data) if kind == "items" else uploaded(core, options, data)
     (given,) = roles(core, job_id)
-    assert done(core, job_id).ended
+    assert run(core, job_id).ended
 
-    reap(core, 60)
+    remove_inputs(core, 60)
     assert given in roles(core, job_id)
     assert core.worker_context.store.redis.zscore("kms:inputs", job_id)
 
-    reap(core, 0)
+    remove_inputs(core)
     assert roles(core, job_id) == kept
     assert not core.worker_context.store.redis.exists("kms:inputs")
 
@@ -226,7 +199,7 @@ def test_inputs_outlive_the_end_by_the_grace(core: Core, kind: str, data: bytes,
 def test_released_result_is_gone(core: Core) -> None:
     job_id = bulk(core, b"x")
     context = core.worker_context
-    results.release(done(core, job_id), context.store, context.spool)
+    results.release(run(core, job_id), context.store, context.spool)
 
     assert not small(core, job_id)
     with pytest.raises(ResultReleased):
@@ -244,7 +217,7 @@ def test_cancelled_job_leaves_nothing(core: Core) -> None:
 def test_blobs_leave_with_the_record(core: Core) -> None:
     job_id, redis = bulk(core, b"x"), core.worker_context.store.redis
     assert redis.ttl(f"kms:blobs:{job_id}") == -1
-    done(core, job_id)
+    run(core, job_id)
 
     left = [redis.pttl(f"kms:{what}:{job_id}") for what in ("job", "blobs")]
     assert left[0] > 0
@@ -264,15 +237,13 @@ def test_nothing_rests_of_a_job_that_was_not_accepted(core: Core, monkeypatch: p
 @pytest.mark.parametrize("code", ["attempts_exhausted", "record_refused"])
 def test_dead_job_is_retried_with_its_input(core: Core, code: str) -> None:
     job_id, store = bulk(core, b"x"), core.worker_context.store
-    claim = store.claim(job_id, "w/1")
-    assert claim
-    store.finish(claim, "failed", code)
-    reap(core, 0)
+    store.finish(take(store, job_id), "failed", code)
+    remove_inputs(core)
     assert roles(core, job_id) == {"items"}
     assert [job.job_id for job in store.dead(TENANT, 10)] == [job_id]
 
     store.retry(job_id, TENANT)
 
     assert store.redis.ttl(f"kms:blobs:{job_id}") == -1
-    assert done(core, job_id).state == "succeeded"
+    assert run(core, job_id).state == "succeeded"
     assert store.dead(TENANT, 10) == []

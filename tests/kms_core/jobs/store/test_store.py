@@ -5,7 +5,6 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import cast
 
 import msgspec
 import pytest
@@ -37,36 +36,23 @@ from support.job_stores import (
     accepted,
     claimed,
     connect,
+    events,
     forge,
     lapse,
+    next_attempt,
     record,
     state,
     store_of,
+    take,
     with_jobs,
 )
 from support.service import CANARY
 from support.waiting import until
 
 
-@pytest.fixture
-def beating(core: Core) -> JobStore:
-    """A store whose leases are renewed six times a second."""
-    return store_of(core, with_jobs(lease_s=0.5))
-
-
-def again(store: JobStore, claim: Attempt, worker: str = "w2") -> Attempt:
+def again(store: JobStore, claim: Attempt) -> Attempt:
     """The next attempt at a job."""
-    found = store.claim(claim.accepted.job_id, worker)
-    assert found
-    return found
-
-
-def next_of(store: JobStore, claim: Attempt) -> Attempt | None:
-    """The next attempt at any job of the queue."""
-    queue = claim.accepted.queue
-    found = store.next("w2", queue, (queue,), woken=False)
-    assert not isinstance(found, str)
-    return found
+    return take(store, claim.accepted.job_id, "w2")
 
 
 def unheard(core: Core) -> JobStore:
@@ -377,30 +363,17 @@ def test_lapsed_lease_is_taken_over_and_the_old_fence_is_powerless(store: JobSto
     assert state(store, new) == "succeeded"
 
 
-def test_heartbeat_keeps_a_lease(beating: JobStore) -> None:
-    claim = claimed(beating)
-
-    def lease_until() -> bytes:
-        return record(beating, claim.accepted.job_id)[b"lease_until"]
-
-    with Lease(beating, claim) as lease:
-        for _ in range(3):
-            before = lease_until()
-            until(lambda before=before: lease_until() != before, "it is renewed")  # type: ignore[misc]
-            lease.check()
-
-
 @pytest.mark.parametrize("error", [LeaseLost, JobCancelled])
 def test_heartbeat_notices_that_the_job_was_taken_or_cancelled(
-    beating: JobStore, error: type[Exception]
+    store: JobStore, error: type[Exception]
 ) -> None:
-    claim = claimed(beating)
+    claim = claimed(store)
     if error is LeaseLost:
-        forge(beating, claim.accepted.job_id, attempt_id="another")
+        forge(store, claim.accepted.job_id, attempt_id="another")
     else:
-        beating.cancel(claim.accepted.job_id, TENANT)
+        store.cancel(claim.accepted.job_id, TENANT)
 
-    with Lease(beating, claim) as lease, pytest.raises(error):
+    with Lease(store, claim) as lease, pytest.raises(error):
         until(lease.check, "it is noticed")
 
 
@@ -474,9 +447,7 @@ def test_each_return_to_the_queue_is_told_with_its_reason(store: JobStore) -> No
     store.finish(again(store, claim), "failed", "attempts_exhausted")
     store.retry(job_id, TENANT)
 
-    stream = cast("list[tuple[bytes, dict[bytes, bytes]]]", store.redis.xrange("kms:events"))
-    told = [(fields[b"type"].decode().rpartition(".")[2], fields[b"code"].decode()) for _, fields in stream]
-    assert told == [
+    assert [(event["type"].removeprefix("kms.job."), event["code"]) for event in events(store)] == [
         ("queued", ""),
         ("running", ""),
         ("queued", "deferred"),
@@ -500,8 +471,7 @@ def test_job_that_is_split_twice_is_split_once(store: JobStore) -> None:
     claim = claimed(store, source="items", items=2)
     parts = parts_of(claim, 2)
     store.split(claim, parts)
-    held = store.claim(parts[0].job_id, "w")
-    assert held
+    held = take(store, parts[0].job_id)
 
     store.split(claim, parts)  # the answer to the first was lost, and the client asked again
 
@@ -621,9 +591,9 @@ def test_commit_of_an_attempt_that_is_handed_back_is_for_any_worker(store: JobSt
     with pytest.raises(LeaseLost):
         store.renew(claim, {})  # of a thread that has not heard
     if delay_s:
-        assert next_of(store, claim) is None
+        assert next_attempt(store, "w2", claim.accepted.queue) is None
         until(lambda: store.reap_all([claim.accepted.job_id]) == ["committing"], "its time has come")
-    found = next_of(store, claim)
+    found = next_attempt(store, "w2", claim.accepted.queue)
 
     assert found
     assert (found.commit, found.attempt, found.deferrals) == (COMMIT, 1, int(delay_s > 0))

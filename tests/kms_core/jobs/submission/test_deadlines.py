@@ -9,15 +9,15 @@ import pytest
 
 from kms_core.container import Core
 from kms_core.jobs.execution.lease import Lease
-from kms_core.jobs.model import Attempt, Checkpoint, Job, LeaseLost, part_id
+from kms_core.jobs.model import Checkpoint, Job, LeaseLost, part_id
 from kms_core.jobs.spec import BULK, QUEUES
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import Deadlines, SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import InvalidDeadline, JobExpired
 from kms_protocol.wire import JobItem
-from support.job_stores import COMMIT, LONG, TENANT, accepted, lapse, record, store_of
-from support.object_jobs import WHO
+from support.core_jobs import WHO
+from support.job_stores import COMMIT, LONG, TENANT, accepted, attempt, lapse, record
 from support.waiting import monotonic_ahead, until
 
 NOW: Final = 1_900_000_000.0
@@ -85,11 +85,6 @@ def test_wrong_deadlines_are_refused_and_nothing_is_stored(core: Core, asked: De
 # -- while a job waits and runs --------------------------------------------------------------------------
 
 
-@pytest.fixture
-def store(core: Core) -> JobStore:
-    return store_of(core, LONG)
-
-
 def submitted(core: Core, asked: Deadlines) -> Job:
     terms = SubmissionOptions(WHO, "encrypt", Context.parse("a=1"), deadlines=asked)
     return core.submitter.items(terms, [JobItem(plaintext=b"x")])
@@ -101,12 +96,6 @@ def job(store: JobStore, **times: float) -> str:
     terms |= {name: now + value if name.endswith("_by") else value for name, value in times.items()}
     found = accepted(items=1, source="items", expires_at=terms["run_by"] + terms["keep_for_s"], **terms)
     return store.submit(found).job_id
-
-
-def attempt(store: JobStore) -> Attempt:
-    found = store.next("w/1", BULK, QUEUES, woken=False)
-    assert isinstance(found, Attempt)
-    return found
 
 
 def over(store: JobStore, time_of_redis: float) -> None:
