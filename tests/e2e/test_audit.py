@@ -47,11 +47,6 @@ def own(tmp_path: Path, redis_url: str) -> Iterator[Service]:
         yield running
 
 
-def kms(service: Service, *args: str) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-P", "-m", "kms_cli.main", *args]
-    return subprocess.run(argv, env=service.environ, capture_output=True, text=True, check=False, timeout=60)
-
-
 def verified(service: Service) -> dict[str, Any]:
     """As ``kms audit verify --json`` says it, which takes a second more."""
     report = verify(service.state / "audit", PublicKeys.read(service.state / "audit-signing.pub"))
@@ -347,18 +342,18 @@ def test_the_command_verifies_shows_and_proves(own: Service) -> None:
     own.stop("api")
     name = answer.headers["x-kms-audit-id"]
 
-    whole = kms(own, "audit", "verify")
-    shown = kms(own, "audit", "tail", "--context", "row=7")
-    proof = kms(own, "audit", "receipt", name)
+    whole = own.run_kms("audit", "verify")
+    shown = own.run_kms("audit", "tail", "--context", "row=7")
+    proof = own.run_kms("audit", "receipt", name)
     (own.state / "receipt.json").write_text(proof.stdout)
-    checked = kms(own, "audit", "check-receipt", str(own.state / "receipt.json"))
+    checked = own.run_kms("audit", "check-receipt", str(own.state / "receipt.json"))
     assert (whole.returncode, whole.stdout.splitlines()[-1].partition(":")[0]) == (0, "intact")
     assert [line.rpartition("  ")[2] for line in shown.stdout.splitlines()] == [name]
     assert checked.returncode == 0
     assert json.loads(checked.stdout)["request_id"] == answer.headers["x-request-id"]
 
     (own.state / "receipt.json").write_text(proof.stdout.replace("encrypt", "decrypt"))
-    forged = kms(own, "audit", "check-receipt", str(own.state / "receipt.json"))
+    forged = own.run_kms("audit", "check-receipt", str(own.state / "receipt.json"))
     assert forged.returncode == 65
 
 
@@ -366,13 +361,13 @@ def test_another_machine_verifies_with_the_public_key_alone(own: Service, tmp_pa
     own.start("api")
     own.encrypt(b"x")
     own.stop("api")
-    key = kms(own, "audit", "key")
+    key = own.run_kms("audit", "key")
     shutil.copytree(own.state / "audit", tmp_path / "copy")
     (tmp_path / "key.pem").write_text(key.stdout)
     shutil.rmtree(own.state)
     arguments = ("audit", "verify", str(tmp_path / "copy"), "--public-key", str(tmp_path / "key.pem"))
 
-    assert kms(own, *arguments).returncode == 0
+    assert own.run_kms(*arguments).returncode == 0
     assert key.stdout.startswith("-----BEGIN PUBLIC KEY-----")
 
 
@@ -447,13 +442,13 @@ def test_the_command_records_what_it_shows(tmp_path: Path) -> None:
         own.start("api")
         name = own.post("/encrypt", {"plaintext": ""}).headers["x-kms-audit-id"]
         own.stop("api")
-        shown = kms(own, "audit", "tail", "--operation", "encrypt")
-        proof = kms(own, "audit", "receipt", name)
+        shown = own.run_kms("audit", "tail", "--operation", "encrypt")
+        proof = own.run_kms("audit", "receipt", name)
         user = pwd.getpwuid(os.getuid()).pw_name
 
         assert (shown.returncode, proof.returncode) == (0, 0)
         assert reads(own) == [(user, "operation=encrypt", 1), (user, f"receipt={name}", 1)]
         shutil.copytree(own.state / "audit", tmp_path / "copy")
-        assert kms(own, "audit", "tail", str(tmp_path / "copy")).returncode == 0
-        assert kms(own, "audit", "verify", "--no-anchors").returncode == 0
+        assert own.run_kms("audit", "tail", str(tmp_path / "copy")).returncode == 0
+        assert own.run_kms("audit", "verify", "--no-anchors").returncode == 0
         assert len(reads(own)) == 2, "a copy has no log to write to, and verify shows no record"

@@ -4,8 +4,6 @@ import json
 import os
 import pwd
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -20,21 +18,14 @@ NO_REDIS: Final = "unix:///nonexistent.sock"
 EAGER: Final = "[kms.audit]\ncheckpoint_s = 1\n"
 
 
-def kms(service: Service, *args: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-P", "-m", "kms_cli.main", *args]
-    return subprocess.run(
-        argv, env=service.environ | environ, capture_output=True, text=True, check=False, timeout=60
-    )
-
-
 def verified(service: Service, *args: str) -> tuple[int, dict[str, Any]]:
-    done = kms(service, "audit", "verify", "--json", *args)
+    done = service.run_kms("audit", "verify", "--json", *args)
     return done.returncode, json.loads(done.stdout)
 
 
 def doctor(service: Service) -> tuple[str, str]:
     """Level and text of what the doctor says of the log."""
-    lines = [json.loads(line) for line in kms(service, "doctor", "--json").stdout.splitlines()]
+    lines = [json.loads(line) for line in service.run_kms("doctor", "--json").stdout.splitlines()]
     (found,) = [line for line in lines if line["subject"] == "audit log"]
     return found["level"], found["text"]
 
@@ -82,7 +73,7 @@ def test_a_log_put_back_while_nothing_runs_is_found_by_all(own: Service) -> None
     code, report = verified(own)
     assert (code, report["verdict"]) == (65, "damaged")
     assert [problem["code"] for problem in report["problems"]] == ["missing_chain"]
-    assert "kms audit acknowledge-loss" in kms(own, "audit", "verify").stderr
+    assert "kms audit acknowledge-loss" in own.run_kms("audit", "verify").stderr
     level, text = doctor(own)
     assert (level, "missing_chain" in text) == ("FAIL", True)
     assert verified(own, "--no-anchors")[0] == 0, "without anchors nothing tells"
@@ -141,14 +132,14 @@ def test_a_loss_is_acknowledged_on_record(own: Service) -> None:
     older = Copy(own)
     run_once(own, b"new")
     older.put_back()
-    shown = kms(own, "audit", "acknowledge-loss")
+    shown = own.run_kms("audit", "acknowledge-loss")
     assert (shown.returncode, "is missing" in shown.stdout) == (1, True)
     lost = shown.stdout.partition(":")[0]
-    assert kms(own, "audit", "acknowledge-loss", "worker-x").returncode == 65
+    assert own.run_kms("audit", "acknowledge-loss", "worker-x").returncode == 65
     own.start("api")
     until(lambda: "audit_anchors" in degraded(own), "the service says so")
 
-    done = kms(own, "audit", "acknowledge-loss", "--all")
+    done = own.run_kms("audit", "acknowledge-loss", "--all")
     assert (done.returncode, lost in done.stdout) == (0, True), done.stderr
     until(lambda: "audit_anchors" not in degraded(own), "the loss is known")
     code, report = verified(own)
@@ -158,7 +149,7 @@ def test_a_loss_is_acknowledged_on_record(own: Service) -> None:
     assert [line["stage"] for line in lines] == ["intent", "outcome"]
     assert {line["principal"] for line in lines} == {pwd.getpwuid(os.getuid()).pw_name}
     assert {line["effect"].partition(":")[0] for line in lines} == {lost}
-    again = kms(own, "audit", "acknowledge-loss", "--all")
+    again = own.run_kms("audit", "acknowledge-loss", "--all")
     assert (again.returncode, "every line" in again.stderr) == (0, True)
 
 
@@ -176,7 +167,7 @@ def test_of_two_places_the_later_anchor_says_what_is_lost(tmp_path: Path, redis_
         file.write_bytes(b"".join(lines[:1]))
         older.put_back()
 
-        assert kms(own, "audit", "acknowledge-loss", "--all").returncode == 0
+        assert own.run_kms("audit", "acknowledge-loss", "--all").returncode == 0
         assert verified(own)[1]["verdict"] == "intact"
         (line,) = [each for each in Place(own.state).operations() if each.get("stage") == "intent"]
         last = json.loads(lines[-1])
@@ -191,10 +182,10 @@ def test_anchors_that_cannot_be_read_are_no_intact_log(tmp_path: Path) -> None:
         code, report = verified(own)
         assert (code, report["verdict"], report["problems"]) == (69, "not compared", [])
         assert report["not_compared"] == {"Redis": "Redis does not answer"}
-        assert "not compared with the anchors in Redis" in kms(own, "audit", "verify").stdout
+        assert "not compared with the anchors in Redis" in own.run_kms("audit", "verify").stdout
         assert verified(own, "--no-anchors")[0] == 0
         assert doctor(own)[0] == "warn"
-        refused = kms(own, "audit", "acknowledge-loss", "--all")
+        refused = own.run_kms("audit", "acknowledge-loss", "--all")
         assert (refused.returncode, "loss is unknown" in refused.stderr) == (69, True)
 
         own.start("api")
@@ -227,12 +218,10 @@ def test_the_embedded_server_of_kms_up_is_asked_where_settings_name_none(tmp_pat
         older = Copy(own)
         run_once(own, b"new")
         older.put_back()
-        unnamed = {name: text for name, text in own.environ.items() if name != "KMS_REDIS_URL"}
-        argv = [sys.executable, "-P", "-m", "kms_cli.main", "audit", "verify"]
-        found = subprocess.run(argv, env=unnamed, capture_output=True, text=True, check=False)
+        found = own.run_kms("audit", "verify", KMS_REDIS_URL="")
         assert (found.returncode, "missing_chain" in found.stdout) == (65, True), found.stdout
 
         own.valkey.stop()
-        away = subprocess.run(argv, env=unnamed, capture_output=True, text=True, check=False)
+        away = own.run_kms("audit", "verify", KMS_REDIS_URL="")
         assert away.returncode == 0
         assert "kms up does not run on this machine" in away.stderr

@@ -5,7 +5,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -55,10 +54,7 @@ class Hosts:
         self.copy()
 
     def kms(self, *args: str) -> tuple[int, list[Line]]:
-        argv = [sys.executable, "-P", "-m", "kms_cli.main", "audit", *args, "--json"]
-        done = subprocess.run(
-            argv, env=self.first.environ, capture_output=True, text=True, check=False, timeout=60
-        )
+        done = self.first.run_kms("audit", *args, "--json")
         assert done.returncode in {0, 1, 65, 69}, done.stderr
         return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
 

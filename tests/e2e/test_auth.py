@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Final
 
@@ -42,13 +41,6 @@ def test_a_path_that_is_no_route_tells_nothing_to_strangers(guarded: Guarded) ->
 # -- tokens --------------------------------------------------------------------------------------------
 
 
-def kms(service: Guarded, *args: str) -> str:
-    """The command, as an operator runs it beside the service."""
-    argv = [sys.executable, "-P", "-m", "kms_cli.main", "token", *args]
-    done = subprocess.run(argv, env=service.environ, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
 def curl(service: Service, path: str, *args: str) -> tuple[int, dict[str, object]]:
     argv = ["curl", "-s", "-w", "\n%{http_code}", *args, f"{service.url}{PREFIX}{path}"]
     body, _, status = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.rpartition("\n")
@@ -60,12 +52,13 @@ def curl(service: Service, path: str, *args: str) -> tuple[int, dict[str, object
 )
 def test_a_token_by_hand(guarded: Guarded, header: str, tmp_path: Path) -> None:
     name = tmp_path.name.replace("_", "-")[-60:]
-    text = kms(guarded, "create", "--name", name, "--scope", "encrypt context=env=*")
+    made = guarded.run_kms("token", "create", "--name", name, "--scope", "encrypt context=env=*")
+    text = made.stdout.strip()
     body = ["-d", '{"plaintext": "aGk=", "context": "env=prod"}', "-H", header.format(text)]
 
     status, answer = curl(guarded, "/encrypt", *body)
     assert (status, answer["key_id"]) == (200, "default")
-    kms(guarded, "revoke", name)
+    guarded.run_kms("token", "revoke", name)
     status, answer = curl(guarded, "/encrypt", *body)
     assert (status, answer["code"]) == (401, "unauthenticated")
 
@@ -105,12 +98,11 @@ def test_what_a_refusal_says_helps_and_betrays_nothing(guarded: Guarded) -> None
 
 def command(service: Guarded, token: str | None, folder: Path) -> tuple[int, str, str]:
     """``kms encrypt`` with this token in ``KMS_TOKEN_FILE``."""
-    env = {"PATH": service.environ["PATH"], "HOME": "/nonexistent", "KMS_SERVICE_URL": service.url}
+    environ = {"KMS_SERVICE_URL": service.url}
     if token is not None:
         (folder / "token").write_text(f"{token}\n")
-        env["KMS_TOKEN_FILE"] = str(folder / "token")
-    argv = [sys.executable, "-P", "-m", "kms_cli.main", "encrypt", "--context", "env=test"]
-    done = subprocess.run(argv, env=env, input="secret", capture_output=True, text=True, check=False)
+        environ["KMS_TOKEN_FILE"] = str(folder / "token")
+    done = service.run_kms("encrypt", "--context", "env=test", given="secret", **environ)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -1,8 +1,6 @@
 """The same calls, commands and jobs on every backend, by settings alone; a file that moves between them."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,19 +104,6 @@ def install(
         yield running.start(), place
 
 
-def kms(service: Service, *words: str, given: bytes = b"") -> bytes:
-    """The command, as a user of this service runs it."""
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "kms_cli.main", *words],
-        env=service.environ | {"KMS_SERVICE_URL": service.url},
-        input=given,
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout
-
-
 def test_calls_commands_and_jobs_are_the_same_everywhere(install: tuple[Install, Place]) -> None:
     service, place = install
     first = service.post("/encrypt", {"plaintext": b64(b"salary"), "context": CONTEXT}).json()
@@ -128,8 +113,10 @@ def test_calls_commands_and_jobs_are_the_same_everywhere(install: tuple[Install,
     refused = service.post("/decrypt", {"ciphertext": b64(ciphertext), "context": OTHER})
     assert refused.json()["code"] == "decrypt_failed"
 
-    text = kms(service, "encrypt", "--context", OTHER, given=b"by command")
-    assert kms(service, "decrypt", "--context", OTHER, given=text) == b"by command"
+    words, url = ("--context", OTHER), service.url
+    sealed = service.run_kms("encrypt", *words, given="by command", KMS_SERVICE_URL=url)
+    opened = service.run_kms("decrypt", *words, given=sealed.stdout, KMS_SERVICE_URL=url)
+    assert opened.stdout == "by command", f"{sealed.stderr}\n{opened.stderr}"
 
     (service.files / "plain").write_bytes(DATA)
     reference = {"source": f"file://{service.files}/plain", "target": f"file://{service.files}/sealed"}
@@ -140,11 +127,11 @@ def test_calls_commands_and_jobs_are_the_same_everywhere(install: tuple[Install,
 
     items = [{"plaintext": b64(b"%d" % n), "context": f"row={n}"} for n in range(ITEMS)]
     done = service.wait(service.submit({"kind": "encrypt", "items": items}), "succeeded")
-    sealed = [json.loads(line) for line in service.result(done["job_id"]).splitlines()]
-    again = [{"ciphertext": row["ciphertext"], "context": f"row={row['index']}"} for row in sealed]
+    rows = [json.loads(line) for line in service.result(done["job_id"]).splitlines()]
+    again = [{"ciphertext": row["ciphertext"], "context": f"row={row['index']}"} for row in rows]
     done = service.wait(service.submit({"kind": "decrypt", "items": again}), "succeeded")
-    opened = [json.loads(line) for line in service.result(done["job_id"]).splitlines()]
-    assert [unb64(row["plaintext"]) for row in opened] == [b"%d" % n for n in range(ITEMS)]
+    rows = [json.loads(line) for line in service.result(done["job_id"]).splitlines()]
+    assert [unb64(row["plaintext"]) for row in rows] == [b"%d" % n for n in range(ITEMS)]
 
 
 def test_rotation_and_rewrap_are_the_same_everywhere(install: tuple[Install, Place]) -> None:

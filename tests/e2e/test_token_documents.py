@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -83,10 +81,6 @@ class Host(Guarded):
 
     def status_of(self, text: str) -> int:
         return self.post("/encrypt", SECRET, headers=bearer(text)).status_code
-
-    def kms(self, *words: str) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, "-P", "-m", "kms_cli.main", *words]
-        return subprocess.run(argv, env=self.environ, capture_output=True, text=True, check=False, timeout=60)
 
 
 @pytest.fixture(autouse=True)
@@ -227,7 +221,7 @@ def test_an_old_document_that_is_put_back_revives_no_token(
         assert {one.status_of(text), two.status_of(text)} <= {401, 503}
         assert two.status_of(kept) == 200, "the copy is newer"
         until(lambda: "was seen before" in two.output("api"), "it is said")
-        done = one.kms("token", "list")
+        done = one.run_kms("token", "list")
         assert done.returncode == 69, done.stderr
         assert "kms token adopt" in done.stderr
         with Host(tmp_path / "three", store, module_redis, one) as three:
@@ -242,17 +236,17 @@ def test_an_old_document_that_is_put_back_revives_no_token(
 def test_the_command_works_on_the_document(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     one, two = hosts
     file = tmp_path / "token"
-    made = one.kms("token", "create", "--name", "by-command", "--scope", "*", "-o", str(file))
+    made = one.run_kms("token", "create", "--name", "by-command", "--scope", "*", "-o", str(file))
     assert made.returncode == 0, made.stderr
     assert two.status_of(file.read_text().strip()) == 200
-    listed = two.kms("--json", "token", "list")
+    listed = two.run_kms("--json", "token", "list")
     assert "by-command" in {json.loads(line)["name"] for line in listed.stdout.splitlines()}, listed
-    assert two.kms("token", "revoke", "by-command").returncode == 0
+    assert two.run_kms("token", "revoke", "by-command").returncode == 0
     until(lambda: one.status_of(file.read_text().strip()) == 401, "it is revoked")
 
     path = tmp_path / "tokens.json"
     _, text = tokens.create(path, TokenRequest("of-a-file", "default", ("*",), DAY))
-    adopted = one.kms("token", "adopt", "--yes", "--file", str(path))
+    adopted = one.run_kms("token", "adopt", "--yes", "--file", str(path))
     assert adopted.returncode == 0, adopted.stderr
     assert two.status_of(text) == 200
 

@@ -1,7 +1,5 @@
-"""Installs whose key files are sealed by a key of OpenBao, and the ``kms`` command beside them."""
+"""Installs whose key files are sealed by a key of OpenBao."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Final
 
@@ -19,28 +17,22 @@ root = {{ uri = "transit:{key}", use = "seal" }}
 
 
 def root_settings(
-    server: Bao | None = None, key: str = "", *, address: str = "", token: str = "", timeout_s: float = 5.0
+    server: Bao | None = None, key: str = "", *, address: str = "", timeout_s: float = 5.0
 ) -> str:
     """Settings below ``[kms]`` with the key ``root``, which seals; ``[kms.keys]`` is the last table."""
     server = server or bao()
     return ROOT.format(
         address=address or server.url,
-        token=token or server.token(),
+        token=server.token(),
         key=key or server.new_key(),
         timeout_s=timeout_s,
     )
 
 
-def kms(service: Service, *words: str) -> subprocess.CompletedProcess[bytes]:
-    """Run the ``kms`` command with the settings of an install."""
-    argv = [sys.executable, "-P", "-m", "kms_cli.main", *words]
-    return subprocess.run(argv, env=service.environ, capture_output=True, check=False, timeout=120)
-
-
-def ok(service: Service, *words: str) -> bytes:
+def ok(service: Service, *words: str) -> str:
     """The output of a ``kms`` command that succeeds."""
-    done = kms(service, *words)
-    assert done.returncode == 0, done.stderr.decode()
+    done = service.run_kms(*words)
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 

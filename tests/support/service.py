@@ -29,6 +29,7 @@ from kms_core.programs import tether
 from kms_core.redis_client import connect
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import Settings
+from kms_protocol.errors import EXIT_CONFIGURATION
 from kms_protocol.wire import ENDED, PREFIX
 from support import openapi_check
 from support.embedded_valkey import EmbeddedValkey
@@ -179,11 +180,20 @@ class Service:
             path.read_text() for name in names or PROGRAMS if (path := self.logs / f"{name}.log").exists()
         )
 
-    def run_kms(self, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
-        """Run the ``kms`` command beside the service."""
+    def run_kms(self, *words: str, given: str = "", **environ: str) -> subprocess.CompletedProcess[str]:
+        """Run the ``kms`` command beside the service; ``given`` is its input."""
         argv = [sys.executable, "-P", "-m", "kms_cli.main", *words]
         environ = self.environ | environ
-        return subprocess.run(argv, env=environ, capture_output=True, text=True, check=False, timeout=120)
+        return subprocess.run(
+            argv, env=environ, input=given, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    def refusal(self, name: str) -> str:
+        """What ``api`` or ``worker`` says, which refuses to start with this configuration."""
+        argv = [sys.executable, "-P", "-m", PROGRAMS[name]]
+        done = subprocess.run(argv, env=self.environ, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == EXIT_CONFIGURATION, done.stderr
+        return done.stderr
 
     # -- calls -------------------------------------------------------------------------------------
 
