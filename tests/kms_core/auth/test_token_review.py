@@ -1,10 +1,8 @@
 """Logins of service accounts by TokenReview, against a server that answers as Kubernetes documents."""
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +10,7 @@ import httpx2 as httpx
 import pytest
 
 from support.credentials import AUDIENCE, Issuer, bearer, serving
+from support.http_servers import QuietHandler, served
 from support.ports import free_port
 from support.vault_logins import CLUSTER, FLUX, Logins, flux
 
@@ -57,31 +56,18 @@ class ApiServer:
 
 @contextmanager
 def reviewing(server: ApiServer) -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
+    class Handler(QuietHandler):
+        def do_POST(self) -> None:  # noqa: N802 -- the library's name
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             server.asked.append(body)
             code, data = 201, json.dumps(server.answer(body)).encode()
             if self.headers["Authorization"] != f"Bearer {REVIEWER}" or self.path != PATH:
                 code, data = 401, b'{"kind":"Status","apiVersion":"v1","status":"Failure","code":401}'
             code, data = server.instead or (code, data)
-            self.send_response(code)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+            self.reply(code, data, "application/json")
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- the base class names it so
-            del format, args
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
-        thread = threading.Thread(target=listener.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.server_port}"
-        finally:
-            listener.shutdown()
-            thread.join()
+    with served(Handler) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 class Cluster:
