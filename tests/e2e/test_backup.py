@@ -47,10 +47,6 @@ class Drill:
         self.jobs: dict[str, str] = {}
         self.uploads: list[str] = []
 
-    def result(self, job_id: str) -> bytes:
-        self.new.wait(job_id, "succeeded")
-        return self.new.result(job_id)
-
 
 def bulk(service: Guarded, text: str) -> str:
     items = [{"plaintext": b64(f"{text}-{number}".encode())} for number in range(ITEMS)]
@@ -113,7 +109,8 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
 def test_jobs_that_had_ended_and_those_that_waited_have_their_results(drill: Drill) -> None:
     assert len(drill.jobs) > 6
     for job_id, text in drill.jobs.items():
-        rows = [json.loads(line) for line in drill.result(job_id).splitlines()]
+        drill.new.wait(job_id, "succeeded")
+        rows = drill.new.lines(job_id)
         opened = [drill.new.decrypt(unb64(row["ciphertext"])).decode() for row in rows]
         assert opened == [f"{text}-{number}" for number in range(ITEMS)]
 
@@ -122,7 +119,8 @@ def test_uploads_are_read_and_encrypted(drill: Drill, tmp_path: Path) -> None:
     words = ("-i", str(drill.new.state / "age/private_key.txt"), "--context", CONTEXT)
     for number, job_id in enumerate(drill.uploads):
         sealed, opened = tmp_path / f"{number}.age", tmp_path / str(number)
-        sealed.write_bytes(drill.result(job_id))
+        drill.new.wait(job_id, "succeeded")
+        sealed.write_bytes(drill.new.result(job_id))
         told(drill.new, "open", *words, "-o", str(opened), str(sealed))
         assert opened.read_bytes() == LARGE
 

@@ -195,7 +195,7 @@ def test_failed_files_are_named_by_their_line_of_the_result(service: Service) ->
     job_id = service.submit(job)
 
     error = service.wait(job_id, "failed")["error"]
-    lines = [json.loads(line) for line in service.result(job_id).splitlines()]
+    lines = service.lines(job_id)
 
     assert error["items"] == [{"index": 1, "code": "target_exists"}]
     assert lines[1]["source"].endswith("/b")

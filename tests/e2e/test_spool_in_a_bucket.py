@@ -1,6 +1,5 @@
 """Two API processes and two workers with state of their own: one Redis, one bucket, no shared path."""
 
-import json
 import os
 import shutil
 import threading
@@ -69,7 +68,8 @@ def hosts(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterat
 
 
 def lines(hosts: Hosts, job_id: str) -> list[Json]:
-    return [json.loads(line) for line in done(hosts, job_id).splitlines()]
+    hosts.back.wait(job_id, "succeeded")
+    return hosts.back.lines(job_id)
 
 
 def done(hosts: Hosts, job_id: str) -> bytes:

@@ -18,7 +18,7 @@ from kombu.connection import Connection
 
 from kms_core.jobs.submission import celery_intake
 from kms_core.settings.redis_urls import for_celery
-from support.celery_messages import JOB, OPTIONS, PLAIN, body, broker_of, decrypted, results, seal, send, whom
+from support.celery_messages import JOB, OPTIONS, PLAIN, body, broker_of, decrypted, seal, send, whom
 from support.programs import program
 from support.service import B64_CANARY, CANARY, Service, b64, core_of
 from support.waiting import until
@@ -50,7 +50,7 @@ def test_bulk_items_make_the_round_trip(service: Service) -> None:
     for _ in range(3):
         send(service, message)
 
-    ciphertexts = [line["ciphertext"] for line in results(service, ended(service, asked))]
+    ciphertexts = [line["ciphertext"] for line in service.lines(ended(service, asked))]
     assert decrypted(service, ciphertexts, "env=prod") == PLAIN
 
 

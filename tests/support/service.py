@@ -5,6 +5,7 @@ or wants other settings, makes its own ``Service``. ``core_of`` is the same core
 that stand in the middle of a job.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -253,6 +254,10 @@ class Service:
         answer = self.get(f"/jobs/{job_id}/result")
         assert answer.status_code == 200, answer.text
         return answer.content
+
+    def lines(self, job_id: str) -> list[Json]:
+        """The lines of the result of a job over items or many files."""
+        return [json.loads(line) for line in self.result(job_id).splitlines()]
 
     def audited(self, **filters: str) -> list[Json]:
         """All audited operations: a page reads a bounded part of the log, and may be empty before its end."""
