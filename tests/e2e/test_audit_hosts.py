@@ -35,9 +35,7 @@ class Hosts:
         for name, program in (("kms-2", "api"), ("kms-3", "worker")):
             settings = f'[kms.jobs]\nspool_dir = "{self.first.spool}"\n[kms.audit]\ncheckpoint_s = 1\n'
             other = stack.enter_context(Service(folder / name, settings, url))
-            shutil.copytree(self.first.state / "age", other.state / "age", dirs_exist_ok=True)
-            for key in ("spool.key", "intake.key"):
-                shutil.copy2(self.first.state / key, other.state / key)
+            other.take_keys(self.first)
             self.others[name] = other.start(program)
 
     def copy(self) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -52,9 +51,7 @@ def host(folder: Path, url: str, of: Host | None = None, *, shared: bool = True)
     settings = f'[kms.jobs]\nspool_dir = "{of.spool}"\n' if of and shared else ""
     made = Host(folder, settings, url)
     if of:
-        shutil.copytree(of.state / "age", made.state / "age", dirs_exist_ok=True)
-        for name in ("spool.key", "intake.key"):
-            shutil.copy2(of.state / name, made.state / name)
+        made.take_keys(of)
         made.spool = of.spool if shared else made.spool
     return made
 

@@ -1,7 +1,6 @@
 """A sealed Age key of two hosts in a bucket, under a key of OpenBao: rotated on one, used on both."""
 
 import re
-import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,13 +61,13 @@ class Store:
 
 
 class Host(Service):
-    """A host with a state directory of its own, and the spool key of all."""
+    """A host with a state directory of its own."""
 
     def __init__(self, folder: Path, store: Store, redis: str, like: "Host | None" = None) -> None:
         folder.mkdir()
         super().__init__(folder, store.settings(folder), redis)
         if like:
-            shutil.copy(like.state / "spool.key", self.state / "spool.key")
+            self.take_keys(like)
 
     def version(self) -> str:
         answer = self.post("/encrypt", {"plaintext": b64(b"x"), "context": CONTEXT})

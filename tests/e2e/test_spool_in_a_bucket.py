@@ -1,7 +1,6 @@
 """Two API processes and two workers with state of their own: one Redis, one bucket, no shared path."""
 
 import os
-import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -60,9 +59,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterat
             )
             service = stack.enter_context(Service(folder, settings, module_redis))
             if made:
-                shutil.copytree(made[0].state / "age", service.state / "age", dirs_exist_ok=True)
-                for key in ("spool.key", "intake.key"):
-                    shutil.copy2(made[0].state / key, service.state / key)
+                service.take_keys(made[0])
             made.append(service.start("worker" if name.startswith("worker") else "api"))
         yield Hosts(made[0], made[1], (made[2], made[3]), bucket, way)
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -66,8 +65,7 @@ class Host(Guarded):
         folder.mkdir()
         super().__init__(folder, store.settings(folder), redis)
         if like:
-            shutil.copy(like.state / "spool.key", self.state / "spool.key")
-            shutil.copytree(like.state / "age", self.state / "age", dirs_exist_ok=True)
+            self.take_keys(like)
 
     @cached_property
     def document(self) -> SignedDocument:

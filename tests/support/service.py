@@ -7,6 +7,7 @@ that stand in the middle of a job.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,6 +115,12 @@ class Service:
     @property
     def settings(self) -> Settings:
         return load_settings(None, self.environ)
+
+    def take_keys(self, other: "Service") -> None:
+        """Copy the keys of another host of one install."""
+        shutil.copytree(other.state / "age", self.state / "age", dirs_exist_ok=True)
+        for name in ("spool.key", "intake.key"):
+            shutil.copy2(other.state / name, self.state / name)
 
     # -- processes ---------------------------------------------------------------------------------
 

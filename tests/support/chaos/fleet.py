@@ -5,7 +5,6 @@ to it: for its clients, to Redis, and to the buckets.
 """
 
 import random
-import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -102,9 +101,7 @@ class Machine(Service):
 
     def __init__(self, folder: Path, host: Host, settings: str, redis: str, like: Service) -> None:
         super().__init__(folder, settings, redis)
-        shutil.copytree(like.state / "age", self.state / "age", dirs_exist_ok=True)
-        for name in ("spool.key", "intake.key"):
-            shutil.copy2(like.state / name, self.state / name)
+        self.take_keys(like)
         self.host, self.name, self.program = host, folder.name, folder.name.rstrip("0123456789")
         self.port = 8082  # each host has ports of its own
         self.address = host.lines[CLIENTS].address
