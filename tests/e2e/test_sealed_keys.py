@@ -13,7 +13,7 @@ from kms_core.age.mlkem768x25519 import parse_recipient, version_of
 from support import programs
 from support.openbao import Bao, bao
 from support.ports import free_port
-from support.sealed_keys import age_file, ok, root_settings, seal
+from support.sealed_keys import age_file, ok, root_settings, seal, version
 from support.service import PROGRAMS, Service, b64, check_problem, unb64
 from support.waiting import until
 
@@ -68,25 +68,20 @@ def test_rotation_seals_first_and_every_process_follows(tmp_path: Path, redis_ur
         old = service.encrypt(b"old")
         answer = service.post("/keys/default/rotate")
         assert answer.status_code == 200, answer.text
-        version = answer.json()["key_version"]
+        rotated = answer.json()["key_version"]
         public = (service.state / "age" / "public_key.txt").read_text().strip()
 
-        assert version_of(parse_recipient(public)) == version
+        assert version_of(parse_recipient(public)) == rotated
         assert b"AGE-SECRET-KEY" not in age_file(service).read_bytes()
         sealed = b""
         for _ in range(40):  # of both processes, at once
             sealed = service.encrypt(b"new")
             assert service.decrypt(sealed) == b"new"
             assert service.decrypt(old) == b"old"
-        until(lambda: _version(service) == version, "the new version seals in both processes")
+        until(lambda: version(service) == rotated, "the new version seals in both processes")
         service.kill("api")
         service.start("api")  # what is on the disk opens again
         assert service.decrypt(sealed) == b"new"
-
-
-def _version(service: Service) -> str:
-    answer = service.post("/encrypt", {"plaintext": b64(b"x"), "context": "a=b"})
-    return str(answer.json()["key_version"])
 
 
 def test_a_rotation_without_its_root_changes_nothing(tmp_path: Path, redis_url: str, server: Bao) -> None:

@@ -17,6 +17,7 @@ from support.service import CANARY, CONTEXT, Json, Service, b64, unb64
 from support.waiting import until
 
 MIB = 1024 * 1024
+RIGHTS = 'read = ["in/", "out/"]\nwrite = ["out/"]\n'
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterat
             settings = (
                 "[kms.jobs]\nresult_ttl_s = 3600\ninput_grace_s = 1\nconcurrency = 1\nlease_s = 2\n"
                 + spool_settings(bucket, folder / "spool-secret")
-                + bucket.settings(folder / "secret", way.url).replace('read = [""]', 'read = ["in/", "out/"]')
+                + bucket.settings(folder / "secret", way.url, rights=RIGHTS)
             )
             service = stack.enter_context(Service(folder, settings, module_redis))
             if made:

@@ -41,15 +41,10 @@ class Store:
     gets: list[float] = field(default_factory=list)
 
     def settings(self, folder: Path) -> str:
-        secret = folder / "secret"
-        secret.write_text(object_stores.SECRET)
-        secret.chmod(0o600)
         return (
             f'[kms.jobs]\nspool_dir = "{self.spool}"\n'
-            f'[kms.auth]\nmode = "required"\ntokens = "s3://{self.bucket.name}/{KEY}"\n'
-            f"max_stale_s = {STALE_S}\n"
-            f'[kms.jobs.buckets.{self.bucket.name}]\nendpoint = "{self.way.url}"\nallow_http = true\n'
-            f'access_key_id = "{object_stores.ACCESS_KEY}"\nsecret_key_file = "{secret}"\n'
+            f'[kms.auth]\nmode = "required"\ntokens = "{self.bucket.url(KEY)}"\nmax_stale_s = {STALE_S}\n'
+            + self.bucket.settings(folder / "secret", self.way.url, rights="")
         )
 
     def meddle(self, seen: Seen) -> int | None:

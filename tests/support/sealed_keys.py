@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Final
 
 from support.openbao import Bao, bao
-from support.service import Service
+from support.service import CONTEXT, Service, b64
 
 ROOT: Final = """
 [kms.transit]
@@ -41,6 +41,13 @@ def seal(service: Service, name: str, path: Path, *more: str, root: str = "root"
     made = path.with_name(f"{path.name}.sealed")
     ok(service, "keygen", "--sealed-by", root, "--for", name, "--from", str(path), "-o", str(made), *more)
     made.replace(path)
+
+
+def version(service: Service) -> str:
+    """The version of the default key that seals now."""
+    answer = service.post("/encrypt", {"plaintext": b64(b"x"), "context": CONTEXT})
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["key_version"])
 
 
 def age_file(service: Service) -> Path:
