@@ -171,7 +171,7 @@ def test_readiness_is_red_while_records_cannot_be_written_and_comes_back(own: Se
 
     check_problem(own.post("/encrypt", {"plaintext": ""}), 503, "audit_unavailable")
     red = own.http.get("/readyz")
-    degraded = own.get("/status").json()["degraded"]
+    degraded = own.degraded
     folder.unlink()
     moved.rename(folder)
     green = own.http.get("/readyz")

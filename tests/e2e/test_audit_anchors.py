@@ -30,11 +30,6 @@ def doctor(service: Service) -> tuple[str, str]:
     return found["level"], found["text"]
 
 
-def degraded(service: Service) -> list[str]:
-    found: list[str] = service.get("/status").json()["degraded"]
-    return found
-
-
 def run_once(service: Service, plaintext: bytes) -> None:
     """A process that records an operation and closes its chain."""
     service.start("api")
@@ -79,7 +74,7 @@ def test_a_log_put_back_while_nothing_runs_is_found_by_all(own: Service) -> None
     assert verified(own, "--no-anchors")[0] == 0, "without anchors nothing tells"
 
     own.start("api")
-    until(lambda: "audit_anchors" in degraded(own), "the service says so")
+    until(lambda: "audit_anchors" in own.degraded, "the service says so")
     assert anchors_lack_lines(own, own.port)
     assert "audit.anchor_ahead" in own.output("api")
     assert "KmsAuditOlderThanAnchors" in own.http.get("/ui").text
@@ -104,10 +99,10 @@ def test_a_log_put_back_while_the_service_runs_is_found(own: Service) -> None:
     run_once(own, b"new")
     own.start("api")
     own.encrypt(b"more")
-    assert "audit_anchors" not in degraded(own)
+    assert "audit_anchors" not in own.degraded
     older.put_back()
 
-    until(lambda: "audit_anchors" in degraded(own), "the service says so")
+    until(lambda: "audit_anchors" in own.degraded, "the service says so")
 
 
 def test_a_worker_tells_too(own: Service) -> None:
@@ -137,11 +132,11 @@ def test_a_loss_is_acknowledged_on_record(own: Service) -> None:
     lost = shown.stdout.partition(":")[0]
     assert own.run_kms("audit", "acknowledge-loss", "worker-x").returncode == 65
     own.start("api")
-    until(lambda: "audit_anchors" in degraded(own), "the service says so")
+    until(lambda: "audit_anchors" in own.degraded, "the service says so")
 
     done = own.run_kms("audit", "acknowledge-loss", "--all")
     assert (done.returncode, lost in done.stdout) == (0, True), done.stderr
-    until(lambda: "audit_anchors" not in degraded(own), "the loss is known")
+    until(lambda: "audit_anchors" not in own.degraded, "the loss is known")
     code, report = verified(own)
     assert (code, report["verdict"]) == (0, "intact")
     assert "acknowledged" in [note["code"] for note in report["notes"]]
@@ -189,7 +184,7 @@ def test_anchors_that_cannot_be_read_are_no_intact_log(tmp_path: Path) -> None:
         assert (refused.returncode, "loss is unknown" in refused.stderr) == (69, True)
 
         own.start("api")
-        until(lambda: "audit_anchors_away" in degraded(own), "the service says so")
+        until(lambda: "audit_anchors_away" in own.degraded, "the service says so")
         assert 'kms_audit_ok{what="redis"} NaN' in own.http.get("/metrics").text
         assert "audit.anchors_away" in own.output("api")
 
@@ -204,12 +199,12 @@ def test_a_service_that_starts_without_its_anchors_compares_them_later(tmp_path:
         (tmp_path / "second").rename(tmp_path / "unmounted")
         (tmp_path / "second").touch()
         own.start("api")
-        until(lambda: "audit_anchors_away" in degraded(own), "it says that nothing is compared")
+        until(lambda: "audit_anchors_away" in own.degraded, "it says that nothing is compared")
         (tmp_path / "second").unlink()
         (tmp_path / "unmounted").rename(tmp_path / "second")
 
-        until(lambda: "audit_anchors" in degraded(own), "it compares")
-        assert "audit_anchors_away" not in degraded(own)
+        until(lambda: "audit_anchors" in own.degraded, "it compares")
+        assert "audit_anchors_away" not in own.degraded
 
 
 def test_the_embedded_server_of_kms_up_is_asked_where_settings_name_none(tmp_path: Path) -> None:

@@ -41,10 +41,6 @@ class Host(Service):
         lines = [json.loads(line) for line in ran.stdout.splitlines()]
         return {(line["subject"], line["level"]): f"{line['text']}: {line['next']}" for line in lines}
 
-    @property
-    def degraded(self) -> list[str]:
-        return list(self.get("/status").json()["degraded"])
-
 
 def host(folder: Path, url: str, of: Host | None = None, *, shared: bool = True) -> Host:
     """A host with copies of the keys of another one, and with its spool if ``shared``."""

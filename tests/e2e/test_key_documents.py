@@ -63,9 +63,6 @@ class Host(Service):
         if like:
             self.take_keys(like)
 
-    def degraded(self) -> list[str]:
-        return list(self.get("/status").json()["degraded"])
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bao]:
@@ -137,7 +134,7 @@ def test_while_the_store_is_away_keys_go_on_and_hosts_start(
 ) -> None:
     one, two = hosts
     with store.away():
-        until(lambda: "key_documents" in two.degraded(), "it is said")
+        until(lambda: "key_documents" in two.degraded, "it is said")
         assert age_s(two) >= 5
         assert two.http.get("/readyz").status_code == 200
         file = one.encrypt(b"local")
@@ -156,7 +153,7 @@ def test_while_the_store_is_away_keys_go_on_and_hosts_start(
             store.is_away = False
             until(lambda: new.http.get("/readyz").status_code == 200, "the key is read")
             assert new.decrypt(file) == b"local"
-    until(lambda: "key_documents" not in two.degraded(), "it is read again")
+    until(lambda: "key_documents" not in two.degraded, "it is read again")
 
 
 def age_s(host: Host) -> float:
@@ -173,7 +170,7 @@ def test_an_old_document_that_is_put_back_loses_no_version(hosts: tuple[Host, Ho
     store.bucket.put(KEY, past)
 
     until(lambda: "was seen before" in two.output("api"), "it is said")
-    until(lambda: "key_documents" in two.degraded(), "the status says it too")
+    until(lambda: "key_documents" in two.degraded, "the status says it too")
     assert one.decrypt(file) == b"of the newest version"
     assert version(two) == new
     check_problem(two.post("/keys/default/rotate"), 503, "backend_unavailable")
@@ -181,7 +178,7 @@ def test_an_old_document_that_is_put_back_loses_no_version(hosts: tuple[Host, Ho
     assert "a document with keys is not read, or is older than before" in told
 
     ok(one, "keys", "adopt", "default", "--yes")
-    until(lambda: "key_documents" not in two.degraded(), "it is read again")
+    until(lambda: "key_documents" not in two.degraded, "it is read again")
     assert two.decrypt(file) == b"of the newest version"
     assert version(two) == version(one) == new
 

@@ -26,13 +26,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterato
         yield service.start("api")
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def serving(service: Service) -> list[int]:
     """The processes that answer by now, not the leader."""
-    return [pid for pid in children(service.pid("api")) if "kms_api.main" in command(pid)]
+    return [pid for pid in service.pool_pids("api") if "kms_api.main" in command(pid)]
 
 
 def command(pid: int) -> str:

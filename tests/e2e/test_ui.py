@@ -196,7 +196,7 @@ def test_changed_audit_log_is_reported_on_pages_in_status_and_in_metrics(
         (file,) = (service.state / "audit").glob("*.jsonl")
         file.write_bytes(file.read_bytes().replace(b'"encrypt"', b'"decrypt"', 1))
 
-        until(lambda: "audit_chain" in service.get("/status").json()["degraded"], "it is noticed")
+        until(lambda: "audit_chain" in service.degraded, "it is noticed")
         page = service.http.get("/ui/audit")
         assert "Broken: records of the audit log were changed" in words(page)
         assert "a line was changed after it was written" in words(page)

@@ -165,7 +165,7 @@ class Service:
         return self._processes[name].pid
 
     def pool_pids(self, name: str = "worker") -> list[int]:
-        """The pool processes of a worker."""
+        """The processes that a worker, or another program, has started."""
         children = Path(f"/proc/{self.pid(name)}/task/{self.pid(name)}/children")
         return [int(pid) for pid in children.read_text().split()]
 
@@ -222,6 +222,12 @@ class Service:
         if body is not None:
             more["json"] = body
         return self.http.post(f"{PREFIX}{path}", **more)
+
+    @property
+    def degraded(self) -> list[str]:
+        """What the status says that does not work."""
+        found: list[str] = self.get("/status").json()["degraded"]
+        return found
 
     def encrypt(self, plaintext: bytes, context: object = CONTEXT) -> bytes:
         answer = self.post("/encrypt", {"plaintext": b64(plaintext), "context": context})

@@ -256,7 +256,7 @@ class Fleet(Tended):
         return self.admin.hget(f"kms:job:{job_id}", "state") not in {b"queued", b"running", b"committing"}
 
     @property
-    def degraded(self) -> dict[str, object]:
+    def troubles(self) -> dict[str, object]:
         """What each API says of itself."""
         found: dict[str, object] = {}
         for name in APIS:
@@ -270,7 +270,7 @@ class Fleet(Tended):
 
     def settle(self) -> None:
         """Wait until all APIs say that all is well."""
-        until(lambda: not any(self.degraded.values()), lambda: f"all is well: {self.degraded}", poll_s=0.3)
+        until(lambda: not any(self.troubles.values()), lambda: f"all is well: {self.troubles}", poll_s=0.3)
 
     def search(self) -> list[str]:
         """Secrets where none may be: Redis' files, the buckets of spool and tokens, state, logs."""
