@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import pytest
 
 from kms_client import Client
-from kms_core.audit import AuditRecord, AuditWriter
 from kms_core.audit.keys import PublicKeys
 from kms_core.audit.verification.verify import verify
 from kms_core.auth.policy import Principal
@@ -27,7 +26,7 @@ from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import AuditUnavailable, KmsError
 from kms_protocol.wire import JobItem
-from support.audit_logs import Place, record
+from support.audit_logs import Meddled, Place, fail, record, unresolved
 from support.credentials import REQUIRED, Guarded, bearer
 from support.failing_store import Killed
 from support.job_stores import forge
@@ -221,18 +220,6 @@ def test_a_clean_stop_closes_the_chains_of_all_processes(own: Service) -> None:
 # -- effects -----------------------------------------------------------------------------------------
 
 
-class Meddled:
-    """A log before whose records something happens."""
-
-    def __init__(self, trail: AuditWriter, before: Callable[[AuditRecord], None]) -> None:
-        self._trail, self._before = trail, before
-        self.conceal, self.together, self.check = trail.conceal, trail.together, trail.check
-
-    def append(self, record: AuditRecord) -> str:
-        self._before(record)
-        return self._trail.append(record)
-
-
 @dataclass
 class FileJob:
     """A job from file to file, in an install without processes."""
@@ -247,13 +234,9 @@ class FileJob:
 
     def run(self, stage: str = "", happens: Callable[[], object] = lambda: None) -> str:
         """An attempt, in which something happens before the record of a stage; the code of its end."""
-
-        def before(record: AuditRecord) -> None:
-            if stage and record.stage == stage:
-                happens()
-
         core = core_of(self.service)
-        core.kms.audit_log = Meddled(core.kms.audit_log, before)
+        if stage:
+            core.kms.audit_log = Meddled(core.kms.audit_log, stage, happens)
         with contextlib.suppress(KmsError):
             run_job(self.job_id, core.worker_context, "w")
         return self.core.worker_context.store.get(self.job_id, "default").error
@@ -265,9 +248,6 @@ class FileJob:
         """The stages of effects, with their results."""
         lines = sorted(Place(self.service.state).operations(), key=lambda line: str(line["time"]))
         return [(line["stage"], line.get("result", "")) for line in lines if "stage" in line]
-
-    def unresolved(self) -> list[str]:
-        return [note["text"] for note in verified(self.service)["notes"] if note["code"] == "no_outcome"]
 
 
 @pytest.fixture
@@ -281,20 +261,16 @@ def job(tmp_path: Path, redis_url: str) -> FileJob:
     return made
 
 
-def fail(error: BaseException) -> NoReturn:
-    raise error
-
-
 def test_an_effect_without_outcome_is_resolved_by_the_next_attempt(job: FileJob) -> None:
     with pytest.raises(Killed):
         job.run("outcome", lambda: fail(Killed()))
     assert job.target.exists()
-    (found,) = job.unresolved()
+    (found,) = unresolved(job.service.state)
     assert found.startswith(f"commit {job.job_id}-")
 
     job.lapse()
     assert job.run() == ""
-    assert job.unresolved() == []
+    assert unresolved(job.service.state) == []
     assert job.recorded() == [("intent", ""), ("intent", ""), ("outcome", "ok")]
 
 

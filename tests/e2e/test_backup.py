@@ -12,6 +12,7 @@ from typing import Final
 import pytest
 
 from kms_core.age import x25519
+from support.audit_logs import Place
 from support.cli.offline import write_key
 from support.credentials import REQUIRED, Guarded, bearer
 from support.service import CONTEXT, b64, unb64
@@ -139,7 +140,8 @@ def test_the_audit_log_is_whole_and_has_the_backup(drill: Drill) -> None:
     done = drill.new.run_kms("audit", "verify", "--json", KMS_REDIS_URL="")
     report = json.loads(done.stdout)
     assert report["verdict"] in {"intact", "open end"}, report
-    (created,) = (line for line in lines_of(drill.new, "backup.create") if line["stage"] == "intent")
+    lines = [line for line in Place(drill.new.state).operations() if line["operation"] == "backup.create"]
+    (created,) = (line for line in lines if line["stage"] == "intent")
     assert created["effect"].startswith(str(drill.archive))
 
 
@@ -150,9 +152,3 @@ def test_nothing_secret_is_printed_and_the_file_is_private(drill: Drill) -> None
     assert "Tokens that were revoked since are valid again" in drill.said
     for secret in (drill.kept[1], drill.revoked[1], "AGE-SECRET-KEY"):
         assert secret not in drill.said
-
-
-def lines_of(service: Guarded, operation: str) -> list[dict[str, str]]:
-    texts = [path.read_text() for path in (service.state / "audit").glob("*.jsonl")]
-    found = [json.loads(line) for text in texts for line in text.splitlines()]
-    return [line for line in found if line.get("operation") == operation]
