@@ -139,11 +139,6 @@ def now(expr: str) -> str:
     return re.sub(r"\$(backend|kind|install|instance)", ".*", expr.replace("$__rate_interval", "1m"))
 
 
-def without_threshold(expr: str) -> str:
-    """The left side of an alert's comparison: what is watched, whatever it is now."""
-    return re.sub(r"\s*(?:==|>|<)\s*[\d.*\s]+(?=\)|$|\n|\s+and\b)", "", now(expr))
-
-
 @pytest.mark.parametrize(("panel", "expr"), PANELS, ids=[panel for panel, _ in PANELS])
 def test_a_panel_shows_something(prometheus: Prometheus, panel: str, expr: str) -> None:
     assert prometheus.ask(now(expr)), f"{panel}: {now(expr)}"

@@ -160,11 +160,9 @@ def dripping() -> Iterator[int]:
 # -- jobs that tell of their end -----------------------------------------------------------------------
 
 
-def end(
-    store: JobStore, state: JobState = "succeeded", code: str = "", callback: str = "ci", tenant: str = TENANT
-) -> str:
+def end(store: JobStore, state: JobState = "succeeded", code: str = "", callback: str = "ci") -> str:
     """A job that has run to its end; its id."""
-    claim = claimed(store, callback=callback, tenant=tenant)
+    claim = claimed(store, callback=callback)
     store.finish(claim, state, code, Work(bytes_done=5))
     return claim.accepted.job_id
 

@@ -115,11 +115,11 @@ def _plain(path: str, *passes: str, **more: object) -> Make:
     return lambda _: Ask(path, passes=frozenset(passes), **more)  # type: ignore[arg-type]  # as ``Ask`` has them
 
 
-def _job(path: str, *, dead: bool = False, over: bool = False, form: bool = False) -> Make:
-    """A call on a job that is queued, or that has ended in one of these ways."""
+def _job(path: str, *, dead: bool = False, form: bool = False) -> Make:
+    """A call on a job that is queued, or dead."""
 
     def make(application: Application) -> Ask:
-        job_id = application.job(dead=dead, over=over)
+        job_id = application.job(dead=dead)
         return Ask(path.replace("{job_id}", job_id), form={} if form else None)
 
     return make
