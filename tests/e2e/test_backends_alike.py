@@ -40,29 +40,19 @@ def cosmian_place(folder: Path) -> Place:
 
 
 def transit(folder: Path) -> Place:
+    del folder
     server = bao()
-    token = folder / "transit-token"
     key = server.new_key()
-    section = (
-        f'dev_backend = "transit"\n[kms.transit]\naddress = "{server.url}"\ntoken_file = "{token}"\n'
-        f'key_name = "{key}"\n'
-    )
-    token.touch(mode=0o600)
-    token.write_text(server.token())
+    section = f'dev_backend = "transit"\n{server.settings()}key_name = "{key}"\n'
     return Place(section, f"transit:{key}", "transit")
 
 
 def vault_kv(folder: Path) -> Place:
+    del folder
     server = bao()
-    token = folder / "kv-token"
-    token.touch(mode=0o600)
-    token.write_text(server.token())
     path = f"kms/{server.new_key()}"
     kv(server, path).rotate()  # makes the first version
-    section = (
-        f'dev_backend = "vault-kv"\n[kms.vault_kv]\naddress = "{server.url}"\ntoken_file = "{token}"\n'
-        f'path = "{path}"\n'
-    )
+    section = f'dev_backend = "vault-kv"\n{server.settings("vault_kv")}path = "{path}"\n'
     return Place(section, f"vault-kv:{path}", "vault-kv")
 
 

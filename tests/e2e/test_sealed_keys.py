@@ -264,10 +264,7 @@ def test_a_root_that_never_answered_seals_nothing(tmp_path: Path, redis_url: str
 
 def with_remote(folder: Path, key: str, address: str) -> Service:
     """An install whose second key is in OpenBao."""
-    settings = (
-        f'[kms.transit]\naddress = "{address}"\ntoken = "{bao().token()}"\n'
-        f'[kms.keys]\nremote = "transit:{key}"\n'
-    )
+    settings = f'{bao().settings(url=address)}[kms.keys]\nremote = "transit:{key}"\n'
     return Service(folder, settings, "unix:///nonexistent/valkey.sock")
 
 

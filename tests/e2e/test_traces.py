@@ -87,16 +87,13 @@ def traced(
     collector: Collector, tmp_path_factory: pytest.TempPathFactory, valkey: object
 ) -> Iterator[Traced]:
     del valkey
-    folder, server = tmp_path_factory.mktemp("traced"), bao()
-    token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(server.token())
+    server = bao()
     settings = (
         f'[kms.traces]\nenabled = true\nendpoint = "{collector.url}"\n'
         f'[kms.keys]\npayroll = "transit:{server.new_key()}"\n'
-        f'[kms.transit]\naddress = "{server.url}"\ntoken_file = "{token}"\n'
+        f"{server.settings()}"
     )
-    with Traced(folder, settings) as service:
+    with Traced(tmp_path_factory.mktemp("traced"), settings) as service:
         yield service.start()
 
 

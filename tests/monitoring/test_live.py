@@ -95,10 +95,8 @@ def grow_old(service: Service) -> None:
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """Prometheus after a time of work, some of it with trouble."""
     folder = tmp_path_factory.mktemp("monitored")
-    server, token = bao(), folder / "token"
+    server = bao()
     relay = TcpProxy(server.port)
-    token.touch(mode=0o600)
-    token.write_text(server.token())
     authority = make_authority(folder)
     secret = folder / "s3-secret"
     secret.touch(mode=0o600)
@@ -111,7 +109,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
             f'endpoint = "http://127.0.0.1:1"\nallow_http = true\naccess_key_id = "x"\n'
             f'secret_key_file = "{secret}"\n'
             f'[kms.keys]\npayroll = "transit:{server.new_key()}"\n'
-            f'[kms.transit]\naddress = "{relay.url}"\ntoken_file = "{token}"\n'
+            f"{server.settings(url=relay.url)}"
         ) + toml("ci", receiver, authority, secret_file(folder), "allow_private = true\n")
         with Service(folder, settings) as service:
             grow_old(service)

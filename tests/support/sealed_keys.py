@@ -7,9 +7,7 @@ from support.openbao import Bao, bao
 from support.service import CONTEXT, Service, b64
 
 ROOT: Final = """
-[kms.transit]
-address = "{address}"
-token = "{token}"
+{transit}
 timeout_s = {timeout_s}
 [kms.keys]
 root = {{ uri = "transit:{key}", use = "seal" }}
@@ -21,12 +19,8 @@ def root_settings(
 ) -> str:
     """Settings below ``[kms]`` with the key ``root``, which seals; ``[kms.keys]`` is the last table."""
     server = server or bao()
-    return ROOT.format(
-        address=address or server.url,
-        token=server.token(),
-        key=key or server.new_key(),
-        timeout_s=timeout_s,
-    )
+    transit = server.settings(url=address).rstrip()
+    return ROOT.format(transit=transit, key=key or server.new_key(), timeout_s=timeout_s)
 
 
 def ok(service: Service, *words: str) -> str:
