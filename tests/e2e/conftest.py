@@ -10,7 +10,6 @@ from support.embedded_valkey import EmbeddedValkey
 
 SETTINGS: Final = (
     f"{REQUIRED}failures_per_minute = 1000\n[kms.age]\ndata_keys = true\n"
-    '[kms.server]\ncodec_origins = ["https://temporal.example.com"]\n'
     "[kms.tenants.acme]\nkeys = ['default', 'pay-*']\n"
     '[kms.keys]\npay-1 = "age://{keys}/private_key.txt?public={keys}/public_key.txt"\n'
 )
