@@ -7,9 +7,6 @@ from typing import Final
 
 import pytest
 
-from kms_api import app
-from kms_api.routes.operations import probes
-from kms_api.routing import ScopedRoute
 from kms_core.jobs.execution.runner import run_job
 from kms_core.scopes import OPERATIONS
 from kms_protocol.wire import PREFIX
@@ -20,16 +17,7 @@ from support.waiting import until
 ALL: Final = ",".join(operation for operation in OPERATIONS if operation not in {"metrics", "unwrap"})
 
 
-# -- routes that there are -------------------------------------------------------------------------------
 # Which call needs which permission: tests/kms_api/test_permissions.py.
-
-
-def test_every_route_states_its_scope() -> None:
-    routes = [route for part in (*app.ROUTERS, probes) for route in part.routes]
-    scoped = {(route.method, route.path) for route in routes if isinstance(route, ScopedRoute)}
-
-    assert all(isinstance(route, ScopedRoute) for route in routes)
-    assert scoped == app.RULES.keys()
 
 
 def test_a_path_that_is_no_route_tells_nothing_to_strangers(guarded: Guarded) -> None:

@@ -18,8 +18,6 @@ import pytest
 from pyrage import x25519
 
 from kms_api import app
-from kms_api.app import UI_RULES
-from kms_api.routing import ScopedRoute
 from kms_api.transport.authentication import LASTS_S
 from kms_api.ui.render import STATIC_FILES
 from kms_core.auth import tokens
@@ -128,15 +126,6 @@ def submitted(guarded: Guarded, tenant: str = "default", **options: Json) -> str
 
 
 # -- every page ------------------------------------------------------------------------------------------
-
-
-def test_every_route_of_the_page_stands_in_its_table_and_none_on_the_openapi_page(service: Service) -> None:
-    routes = [route for router in (*app.UI, *app.REFERENCE) for route in router.routes]
-    served = {(route.method, route.path) for route in routes if isinstance(route, ScopedRoute)}
-
-    assert served == UI_RULES.keys()
-    assert all(isinstance(route, ScopedRoute) for route in routes)
-    assert "/ui" not in service.http.get("/openapi.json").text
 
 
 @pytest.mark.parametrize("path", [*PAGES, "/docs", *FILES])
