@@ -180,6 +180,10 @@ def test_so_many_jobs_may_be_open_and_no_more(core: Core) -> None:
         {"deadlines": Deadlines(ttl_s=60)},
         {"deadlines": Deadlines(keep_for_s=60)},
         {"deadlines": Deadlines(run_by=datetime(2999, 1, 1, tzinfo=UTC))},
+        {"callback": "ci"},
+        {"labels": {"a": "b"}},
+        {"metadata": {"a": "b"}},
+        {"release": "after_fetch"},
     ],
     ids="-".join,
 )
