@@ -209,14 +209,6 @@ def test_a_job_of_a_jwt_runs_with_the_scopes_of_its_acceptance(trusting: Guarded
     assert end(core, job_id) == ("succeeded", "")
 
 
-def test_scopes_in_a_record_rest_sealed(trusting: Guarded) -> None:
-    core = core_of(trusting)
-    job_id = bulk(core, granted("jobs:write", f"encrypt key=default context=row={CANARY}", "encrypt"))
-
-    rests = cast("dict[bytes, bytes]", core.worker_context.store.redis.hgetall(f"kms:job:{job_id}"))
-    assert CANARY.encode() not in b"".join(rests.values())
-
-
 # -- files: read and write apart ----------------------------------------------------------------------------
 
 
