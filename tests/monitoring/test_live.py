@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
 import dashboards
@@ -14,19 +13,13 @@ from kms_core.backends.age_settings import AgeSection
 from kms_core.jobs.execution.runner import run_job
 from kms_core.observability import metrics
 from support.openbao import bao
-from support.prometheus import Prometheus
+from support.prometheus import Prometheus, rules
 from support.service import CONTEXT, Service, b64, core_of
 from support.tcp_proxy import TcpProxy
 from support.waiting import until
 from support.webhooks import Receiver, make_authority, receiving, secret_file, toml
 
-MONITORING: Final = Path(__file__).parents[2] / "monitoring"
-RULES: Final = [
-    rule
-    for name in ("slo.yml", "alerts.yml")
-    for group in yaml.safe_load((MONITORING / "rules" / name).read_text())["groups"]
-    for rule in group["rules"]
-]
+RULES: Final = [*rules("slo.yml"), *rules("alerts.yml")]
 PANELS: Final = [
     (f"{board.uid}: {panel.title}", dashboards.chosen(expr))
     for board in dashboards.BOARDS
