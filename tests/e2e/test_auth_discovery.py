@@ -70,7 +70,6 @@ def provider(tmp_path: Path) -> Iterator[Provider]:
     authority = Authority(tmp_path / "ca")
     pair = authority.issue("id", x509.IPAddress(ipaddress.ip_address("127.0.0.1")), server=True)
     made = Provider("", authority.ca_file)
-    made.keys.rollover("first")
 
     class Handler(QuietHandler):
         def do_GET(self) -> None:  # noqa: N802 -- the library's name
@@ -207,7 +206,6 @@ def test_a_provider_of_an_authority_that_is_not_trusted_lets_nobody_in(
 def test_keys_of_one_issuer_are_no_keys_of_another_that_says_so(tmp_path: Path, provider: Provider) -> None:
     """A token that names an issuer of the settings is believed by that one's keys alone."""
     thief = Issuer()
-    thief.rollover("first")
     made = door(tmp_path, provider)
 
     assert made.principal(provider.token()).name == "corp:ada"

@@ -195,9 +195,7 @@ def granted(*scopes: str) -> Principal:
 @pytest.fixture
 def trusting(tmp_path: Path, redis_url: str) -> Guarded:
     """An install that trusts an issuer ``corp``."""
-    issuer = Issuer()
-    issuer.rollover("one")
-    (tmp_path / "jwks.json").write_bytes(issuer.jwks)
+    (tmp_path / "jwks.json").write_bytes(Issuer().jwks)
     return Guarded(tmp_path, issuer_settings(f'jwks_file = "{tmp_path}/jwks.json"'), redis_url)
 
 

@@ -734,7 +734,6 @@ def test_a_session_ends_with_its_token(guarded: Guarded) -> None:
 def test_a_session_of_a_jwt_ends_with_it_and_its_jobs_go_on(tmp_path: Path, redis_url: str) -> None:
     """``job_grace_s`` is for jobs alone."""
     issuer = Issuer()
-    issuer.rollover("only")
     (tmp_path / "jwks.json").write_bytes(issuer.jwks)
     keys = f'jwks_file = "{tmp_path / "jwks.json"}"'
     with Guarded(tmp_path, issuer_settings(keys, "job_grace_s = 3_600"), redis_url) as service:

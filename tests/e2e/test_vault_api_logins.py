@@ -40,10 +40,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    corp, cluster, elsewhere = Issuer(), Issuer(), Issuer()
-    corp.rollover("corp-1", "RS256")
-    cluster.rollover("cluster-1", "RS256")
-    elsewhere.rollover("corp-1", "RS256")
+    corp, cluster, elsewhere = (Issuer(kid, "RS256") for kid in ("corp-1", "cluster-1", "corp-1"))
     with ExitStack() as held:
         urls = [held.enter_context(serving(issuer)) for issuer in (corp, cluster, elsewhere)]
         service = held.enter_context(Logins(tmp_path_factory.mktemp("logins"), urls[0], urls[1]))
@@ -319,8 +316,6 @@ def test_an_edited_token_is_refused(world: World) -> None:
 
 def test_failed_logins_are_limited_as_other_attempts_and_good_ones_pass(tmp_path: Path) -> None:
     issuer, thief = Issuer(), Issuer()
-    for each in (issuer, thief):
-        each.rollover("corp-1", "RS256")
     with serving(issuer) as url, Logins(tmp_path, url, url, failures=1) as service:
         service.start("api")
         failed = [service.log_in("jwt", deploy(thief)) for _ in range(3)]

@@ -124,7 +124,6 @@ def compare(application: Application, row: Row, callers: Mapping[str, tuple[Call
 def without_a_credential(application: Application) -> dict[str, Caller]:
     """Callers who prove nothing, each in another way."""
     stranger = Issuer()
-    stranger.rollover("first")
     everything = application.master
     return {
         "nothing": Caller(),

@@ -55,8 +55,6 @@ class World:
     def __init__(self) -> None:
         self.clock = Clock()
         self.corp, self.other = Issuer(), Issuer()
-        self.corp.rollover("one")
-        self.other.rollover("one")
         self.endpoint = Endpoint(self.corp)
         trusted = (("corp", ISSUER, self.endpoint), ("other", OTHER, Endpoint(self.other)))
         self.jwts = Jwts(

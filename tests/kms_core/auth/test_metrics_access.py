@@ -14,8 +14,6 @@ from support.credentials import Issuer, authenticator_of, claims, issuer_setting
 
 def test_good_tokens_read_the_metrics_beside_a_hundred_times_as_many_bad_ones(tmp_path: Path) -> None:
     issuer, thief = Issuer(), Issuer()
-    for each in (issuer, thief):
-        each.rollover("one")
     keys, config = tmp_path / "jwks.json", tmp_path / "kms.toml"
     keys.write_bytes(issuer.jwks)
     config.write_text(issuer_settings(f'jwks_file = "{keys}"'))

@@ -104,7 +104,6 @@ class Application:
 
     def __init__(self, folder: Path, portal: BlockingPortal, redis: str) -> None:
         self.issuer = Issuer()
-        self.issuer.rollover("first")
         self.files = folder / "state/files"
         self.files_rules = f"read=file://{self.files}/ write=file://{self.files}/"
         self.install = self._installed(folder, redis)
