@@ -15,7 +15,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any, Final, Self, cast
 
 import httpx2 as httpx
@@ -129,9 +129,7 @@ class Service:
             self._redis = self.valkey.start().url
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.http.close()
         for name in list(self._processes):  # a warm shutdown takes seconds, and is a test of its own
             self.kill(name)
@@ -319,9 +317,7 @@ class Supervised(Service):
         self._redis = f"unix://{runtime_dir(self.state, self.environ)}/valkey.sock?db=0"
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.http.close()
         self._up.terminate()
         try:
