@@ -47,6 +47,14 @@ class Copy:
         shutil.copytree(self._at, self._folder)
 
 
+def older_copy(service: Service) -> Copy:
+    """A copy of a log that has gone on since."""
+    run_once(service, b"old")
+    made = Copy(service)
+    run_once(service, b"new")
+    return made
+
+
 @pytest.fixture(params=["redis", "directory"])
 def own(request: pytest.FixtureRequest, tmp_path: Path, redis_url: str) -> Iterator[Service]:
     """A service with anchors in one place, whose log may be hurt."""
@@ -58,9 +66,7 @@ def own(request: pytest.FixtureRequest, tmp_path: Path, redis_url: str) -> Itera
 
 
 def test_a_log_put_back_while_nothing_runs_is_found_by_all(own: Service) -> None:
-    run_once(own, b"old")
-    older = Copy(own)
-    run_once(own, b"new")
+    older = older_copy(own)
     assert verified(own)[1]["verdict"] == "intact"
     assert doctor(own)[0] == "ok"
     older.put_back()
@@ -94,9 +100,7 @@ def test_a_log_that_is_too_young_to_be_compared_is_not_called_compared(
 
 
 def test_a_log_put_back_while_the_service_runs_is_found(own: Service) -> None:
-    run_once(own, b"old")
-    older = Copy(own)
-    run_once(own, b"new")
+    older = older_copy(own)
     own.start("api")
     own.encrypt(b"more")
     assert "audit_anchors" not in own.degraded
@@ -106,10 +110,7 @@ def test_a_log_put_back_while_the_service_runs_is_found(own: Service) -> None:
 
 
 def test_a_worker_tells_too(own: Service) -> None:
-    run_once(own, b"old")
-    older = Copy(own)
-    run_once(own, b"new")
-    older.put_back()
+    older_copy(own).put_back()
     own.start("worker")
 
     until(lambda: anchors_lack_lines(own, own.port + 1), "it says so")
@@ -123,10 +124,7 @@ def anchors_lack_lines(own: Service, port: int) -> bool:
 
 
 def test_a_loss_is_acknowledged_on_record(own: Service) -> None:
-    run_once(own, b"old")
-    older = Copy(own)
-    run_once(own, b"new")
-    older.put_back()
+    older_copy(own).put_back()
     shown = own.run_kms("audit", "acknowledge-loss")
     assert (shown.returncode, "is missing" in shown.stdout) == (1, True)
     lost = shown.stdout.partition(":")[0]
@@ -192,10 +190,7 @@ def test_anchors_that_cannot_be_read_are_no_intact_log(tmp_path: Path) -> None:
 def test_a_service_that_starts_without_its_anchors_compares_them_later(tmp_path: Path) -> None:
     text = f'{EAGER}anchor_redis = false\nanchor_dir = "{tmp_path}/second"\n'
     with Service(tmp_path, text, redis=NO_REDIS) as own:
-        run_once(own, b"old")
-        older = Copy(own)
-        run_once(own, b"new")
-        older.put_back()
+        older_copy(own).put_back()
         (tmp_path / "second").rename(tmp_path / "unmounted")
         (tmp_path / "second").touch()
         own.start("api")
@@ -209,10 +204,7 @@ def test_a_service_that_starts_without_its_anchors_compares_them_later(tmp_path:
 
 def test_the_embedded_server_of_kms_up_is_asked_where_settings_name_none(tmp_path: Path) -> None:
     with Service(tmp_path, EAGER) as own:
-        run_once(own, b"old")
-        older = Copy(own)
-        run_once(own, b"new")
-        older.put_back()
+        older_copy(own).put_back()
         found = own.run_kms("audit", "verify", KMS_REDIS_URL="")
         assert (found.returncode, "missing_chain" in found.stdout) == (65, True), found.stdout
 
