@@ -84,7 +84,7 @@ def test_no_good_credential_is_refused_for_anothers_bad_ones(world: World) -> No
             answers.append(
                 http.post(f"{service.url}/ui/login", data=login(http, service, world.good())).status_code
             )
-    signatures = service.inside("test_jwt_signatures_total", headers=bearer(world.good()))
+    signatures = service.metric("test_jwt_signatures_total", headers=bearer(world.good()))
 
     assert refused == {401, 403, 429}  # 403 is what Vault's clients expect
     assert answers == [200, 200, 200, 200, 303] * ROUNDS

@@ -205,10 +205,10 @@ class Service:
 
     def held(self, budget: str) -> float:
         """What requests hold of a budget of the API, which ``is_open_inside``."""
-        return self.inside(f'test_budget_held{{budget="{budget}"}}')
+        return self.metric(f'test_budget_held{{budget="{budget}"}}')
 
-    def inside(self, series: str, **more: Any) -> float:  # noqa: ANN401 -- httpx's own keywords
-        """The value of a metric of ``support.inside``."""
+    def metric(self, series: str, **more: Any) -> float:  # noqa: ANN401 -- httpx's own keywords
+        """The value of a metric of the API."""
         text = self.http.get("/metrics", **more).text
         (line,) = (line for line in text.splitlines() if line.startswith(f"{series} "))
         return float(line.split()[-1])
