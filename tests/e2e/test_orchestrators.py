@@ -3,8 +3,9 @@
 import json
 import time
 import uuid
-from collections.abc import Generator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -374,7 +375,8 @@ class Reader:
         return found
 
 
-def reading(service: Service, query: str = "", **headers: str) -> Generator[Reader]:
+@contextmanager
+def reading(service: Service, query: str = "", **headers: str) -> Iterator[Reader]:
     with service.http.stream("GET", f"{PREFIX}/jobs/events{query}", headers=headers) as answer:
         assert answer.status_code == 200, answer.read()
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -383,13 +385,11 @@ def reading(service: Service, query: str = "", **headers: str) -> Generator[Read
 
 def test_each_transition_of_each_job_is_told_once(service: Service) -> None:
     run = unique()
-    stream = reading(service, f"?label=run={run}")
-    reader = next(stream)
     labels = {"labels": {"run": run}, "metadata": {"dag": "x"}}
-    jobs = [service.submit(job_of(**labels)) for _ in range(2)]
-    service.submit(job_of())
-    told = [json.loads(event["data"]) for event in reader.until_end(*jobs)]
-    stream.close()
+    with reading(service, f"?label=run={run}") as reader:
+        jobs = [service.submit(job_of(**labels)) for _ in range(2)]
+        service.submit(job_of())
+        told = [json.loads(event["data"]) for event in reader.until_end(*jobs)]
 
     for job_id in jobs:
         states = [event["data"]["state"] for event in told if event["subject"] == job_id]
@@ -407,17 +407,13 @@ def test_each_transition_of_each_job_is_told_once(service: Service) -> None:
 
 def test_reader_goes_on_behind_its_last_event(service: Service) -> None:
     run = unique()
-    stream = reading(service, f"?label=run={run}")
-    reader = next(stream)
-    first = service.submit(job_of(labels={"run": run}))
-    events = reader.until_end(first)
-    stream.close()
+    with reading(service, f"?label=run={run}") as reader:
+        events = reader.until_end(service.submit(job_of(labels={"run": run})))
     second = service.submit(job_of(labels={"run": run}))
     service.wait(second)
 
-    again = reading(service, f"?label=run={run}", **{"Last-Event-ID": events[0]["id"]})
-    told = next(again).until_end(second)
-    again.close()
+    with reading(service, f"?label=run={run}", **{"Last-Event-ID": events[0]["id"]}) as reader:
+        told = reader.until_end(second)
     assert told[: len(events) - 1] == events[1:]
 
 
