@@ -5,12 +5,13 @@ from typing import Final
 
 import pytest
 
+from support import pages
 from support.credentials import REQUIRED, Guarded
 from support.embedded_valkey import EmbeddedValkey
+from support.service import Service
 
 SETTINGS: Final = (
     f"{REQUIRED}failures_per_minute = 1000\n[kms.age]\ndata_keys = true\n"
-    '[kms.server]\ncodec_origins = ["https://temporal.example.com"]\n'
     "[kms.tenants.acme]\nkeys = ['default', 'pay-*']\n"
     '[kms.keys]\npay-1 = "age://{keys}/private_key.txt?public={keys}/public_key.txt"\n'
 )
@@ -20,6 +21,13 @@ SETTINGS: Final = (
 def module_redis(valkey: EmbeddedValkey, database_numbers: Iterator[int]) -> str:
     """As ``redis_url``, for the installs of one file."""
     return valkey.files.url_of(next(database_numbers))
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterator[Service]:
+    """A service for the blocks of pages."""
+    with pages.workspace(tmp_path_factory.mktemp("workspace"), module_redis) as service:
+        yield service
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import os
 import socket
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +10,6 @@ from urllib.parse import quote
 import pytest
 
 from kms_protocol.wire import PREFIX
-from support.programs import program
 from support.service import CANARY, Service, check_problem
 from support.waiting import until
 
@@ -54,23 +52,6 @@ def test_upload_of_any_size_comes_back(service: Service, size: int, *, chunked: 
     assert job["file_id"] == answer.headers["x-kms-file-id"] == service.job(back)["file_id"]
     assert service.result(back) == data
     assert service.job(back)["progress"]["bytes"] == len(answer.content)
-
-
-def test_download_opens_with_stock_age(service: Service, tmp_path: Path) -> None:
-    data = os.urandom(200_000)
-    path = tmp_path / "download.age"
-    path.write_bytes(sealed(service, data, "env=prod"))
-    argv = [program("age"), "-d", "-i", str(service.state / "age/private_key.txt"), str(path)]
-
-    assert subprocess.run(argv, capture_output=True, check=True).stdout == data
-
-
-def test_upload_made_by_stock_age_is_opened(service: Service) -> None:
-    data = os.urandom(200_000)
-    argv = [program("age"), "-R", str(service.state / "age/public_key.txt")]
-    made = subprocess.run(argv, input=data, capture_output=True, check=True).stdout
-
-    assert service.result(opened(service, made)) == data
 
 
 def test_single_call_opens_what_a_job_sealed_and_the_reverse(service: Service) -> None:
@@ -276,16 +257,6 @@ def test_download_that_breaks_off_is_forgotten(service: Service) -> None:
 
     until(lambda: open_blobs(service) == [], "no file stays open")
     assert service.result(job_id) == data
-
-
-def test_result_is_gone_at_its_expiry(tmp_path: Path) -> None:
-    with Service(tmp_path, "[kms.jobs]\nresult_ttl_s = 2\n") as service:
-        service.start()
-        job_id = service.upload("encrypt", b"x")
-        service.wait(job_id, "succeeded")
-
-        until(lambda: service.get(f"/jobs/{job_id}/result").status_code == 410, "it has expired")
-        check_problem(service.get(f"/jobs/{job_id}/result"), 410, "result_expired")
 
 
 def test_same_upload_with_one_key_is_one_job(service: Service) -> None:

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import pytest
 
 from kms_client import Client
-from kms_core.audit import AuditRecord, AuditWriter
 from kms_core.audit.keys import PublicKeys
 from kms_core.audit.verification.verify import verify
 from kms_core.auth.policy import Principal
@@ -27,7 +26,7 @@ from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import AuditUnavailable, KmsError
 from kms_protocol.wire import JobItem
-from support.audit_logs import Place, record
+from support.audit_logs import Meddled, Place, fail, record, unresolved
 from support.credentials import REQUIRED, Guarded, bearer
 from support.failing_store import Killed
 from support.job_stores import forge
@@ -45,11 +44,6 @@ def own(tmp_path: Path, redis_url: str) -> Iterator[Service]:
     """A service whose trail may be hurt."""
     with Service(tmp_path, redis=redis_url) as running:
         yield running
-
-
-def kms(service: Service, *args: str) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-P", "-m", "kms_cli.main", *args]
-    return subprocess.run(argv, env=service.environ, capture_output=True, text=True, check=False, timeout=60)
 
 
 def verified(service: Service) -> dict[str, Any]:
@@ -176,7 +170,7 @@ def test_readiness_is_red_while_records_cannot_be_written_and_comes_back(own: Se
 
     check_problem(own.post("/encrypt", {"plaintext": ""}), 503, "audit_unavailable")
     red = own.http.get("/readyz")
-    degraded = own.get("/status").json()["degraded"]
+    degraded = own.degraded
     folder.unlink()
     moved.rename(folder)
     green = own.http.get("/readyz")
@@ -226,18 +220,6 @@ def test_a_clean_stop_closes_the_chains_of_all_processes(own: Service) -> None:
 # -- effects -----------------------------------------------------------------------------------------
 
 
-class Meddled:
-    """A log before whose records something happens."""
-
-    def __init__(self, trail: AuditWriter, before: Callable[[AuditRecord], None]) -> None:
-        self._trail, self._before = trail, before
-        self.conceal, self.together, self.check = trail.conceal, trail.together, trail.check
-
-    def append(self, record: AuditRecord) -> str:
-        self._before(record)
-        return self._trail.append(record)
-
-
 @dataclass
 class FileJob:
     """A job from file to file, in an install without processes."""
@@ -252,13 +234,9 @@ class FileJob:
 
     def run(self, stage: str = "", happens: Callable[[], object] = lambda: None) -> str:
         """An attempt, in which something happens before the record of a stage; the code of its end."""
-
-        def before(record: AuditRecord) -> None:
-            if stage and record.stage == stage:
-                happens()
-
         core = core_of(self.service)
-        core.kms.audit_log = Meddled(core.kms.audit_log, before)
+        if stage:
+            core.kms.audit_log = Meddled(core.kms.audit_log, stage, happens)
         with contextlib.suppress(KmsError):
             run_job(self.job_id, core.worker_context, "w")
         return self.core.worker_context.store.get(self.job_id, "default").error
@@ -270,9 +248,6 @@ class FileJob:
         """The stages of effects, with their results."""
         lines = sorted(Place(self.service.state).operations(), key=lambda line: str(line["time"]))
         return [(line["stage"], line.get("result", "")) for line in lines if "stage" in line]
-
-    def unresolved(self) -> list[str]:
-        return [note["text"] for note in verified(self.service)["notes"] if note["code"] == "no_outcome"]
 
 
 @pytest.fixture
@@ -286,20 +261,16 @@ def job(tmp_path: Path, redis_url: str) -> FileJob:
     return made
 
 
-def fail(error: BaseException) -> NoReturn:
-    raise error
-
-
 def test_an_effect_without_outcome_is_resolved_by_the_next_attempt(job: FileJob) -> None:
     with pytest.raises(Killed):
         job.run("outcome", lambda: fail(Killed()))
     assert job.target.exists()
-    (found,) = job.unresolved()
+    (found,) = unresolved(job.service.state)
     assert found.startswith(f"commit {job.job_id}-")
 
     job.lapse()
     assert job.run() == ""
-    assert job.unresolved() == []
+    assert unresolved(job.service.state) == []
     assert job.recorded() == [("intent", ""), ("intent", ""), ("outcome", "ok")]
 
 
@@ -347,18 +318,18 @@ def test_the_command_verifies_shows_and_proves(own: Service) -> None:
     own.stop("api")
     name = answer.headers["x-kms-audit-id"]
 
-    whole = kms(own, "audit", "verify")
-    shown = kms(own, "audit", "tail", "--context", "row=7")
-    proof = kms(own, "audit", "receipt", name)
+    whole = own.run_kms("audit", "verify")
+    shown = own.run_kms("audit", "tail", "--context", "row=7")
+    proof = own.run_kms("audit", "receipt", name)
     (own.state / "receipt.json").write_text(proof.stdout)
-    checked = kms(own, "audit", "check-receipt", str(own.state / "receipt.json"))
+    checked = own.run_kms("audit", "check-receipt", str(own.state / "receipt.json"))
     assert (whole.returncode, whole.stdout.splitlines()[-1].partition(":")[0]) == (0, "intact")
     assert [line.rpartition("  ")[2] for line in shown.stdout.splitlines()] == [name]
     assert checked.returncode == 0
     assert json.loads(checked.stdout)["request_id"] == answer.headers["x-request-id"]
 
     (own.state / "receipt.json").write_text(proof.stdout.replace("encrypt", "decrypt"))
-    forged = kms(own, "audit", "check-receipt", str(own.state / "receipt.json"))
+    forged = own.run_kms("audit", "check-receipt", str(own.state / "receipt.json"))
     assert forged.returncode == 65
 
 
@@ -366,13 +337,13 @@ def test_another_machine_verifies_with_the_public_key_alone(own: Service, tmp_pa
     own.start("api")
     own.encrypt(b"x")
     own.stop("api")
-    key = kms(own, "audit", "key")
+    key = own.run_kms("audit", "key")
     shutil.copytree(own.state / "audit", tmp_path / "copy")
     (tmp_path / "key.pem").write_text(key.stdout)
     shutil.rmtree(own.state)
     arguments = ("audit", "verify", str(tmp_path / "copy"), "--public-key", str(tmp_path / "key.pem"))
 
-    assert kms(own, *arguments).returncode == 0
+    assert own.run_kms(*arguments).returncode == 0
     assert key.stdout.startswith("-----BEGIN PUBLIC KEY-----")
 
 
@@ -448,13 +419,13 @@ def test_the_command_records_what_it_shows(tmp_path: Path) -> None:
         own.start("api")
         name = own.post("/encrypt", {"plaintext": ""}).headers["x-kms-audit-id"]
         own.stop("api")
-        shown = kms(own, "audit", "tail", "--operation", "encrypt")
-        proof = kms(own, "audit", "receipt", name)
+        shown = own.run_kms("audit", "tail", "--operation", "encrypt")
+        proof = own.run_kms("audit", "receipt", name)
         user = pwd.getpwuid(os.getuid()).pw_name
 
         assert (shown.returncode, proof.returncode) == (0, 0)
         assert reads(own) == [(user, "operation=encrypt", 1), (user, f"receipt={name}", 1)]
         shutil.copytree(own.state / "audit", tmp_path / "copy")
-        assert kms(own, "audit", "tail", str(tmp_path / "copy")).returncode == 0
-        assert kms(own, "audit", "verify", "--no-anchors").returncode == 0
+        assert own.run_kms("audit", "tail", str(tmp_path / "copy")).returncode == 0
+        assert own.run_kms("audit", "verify", "--no-anchors").returncode == 0
         assert len(reads(own)) == 2, "a copy has no log to write to, and verify shows no record"

@@ -4,8 +4,6 @@ import json
 import os
 import pwd
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -20,28 +18,16 @@ NO_REDIS: Final = "unix:///nonexistent.sock"
 EAGER: Final = "[kms.audit]\ncheckpoint_s = 1\n"
 
 
-def kms(service: Service, *args: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-P", "-m", "kms_cli.main", *args]
-    return subprocess.run(
-        argv, env=service.environ | environ, capture_output=True, text=True, check=False, timeout=60
-    )
-
-
 def verified(service: Service, *args: str) -> tuple[int, dict[str, Any]]:
-    done = kms(service, "audit", "verify", "--json", *args)
+    done = service.run_kms("audit", "verify", "--json", *args)
     return done.returncode, json.loads(done.stdout)
 
 
 def doctor(service: Service) -> tuple[str, str]:
     """Level and text of what the doctor says of the log."""
-    lines = [json.loads(line) for line in kms(service, "doctor", "--json").stdout.splitlines()]
+    lines = [json.loads(line) for line in service.run_kms("doctor", "--json").stdout.splitlines()]
     (found,) = [line for line in lines if line["subject"] == "audit log"]
     return found["level"], found["text"]
-
-
-def degraded(service: Service) -> list[str]:
-    found: list[str] = service.get("/status").json()["degraded"]
-    return found
 
 
 def run_once(service: Service, plaintext: bytes) -> None:
@@ -61,6 +47,14 @@ class Copy:
         shutil.copytree(self._at, self._folder)
 
 
+def older_copy(service: Service) -> Copy:
+    """A copy of a log that has gone on since."""
+    run_once(service, b"old")
+    made = Copy(service)
+    run_once(service, b"new")
+    return made
+
+
 @pytest.fixture(params=["redis", "directory"])
 def own(request: pytest.FixtureRequest, tmp_path: Path, redis_url: str) -> Iterator[Service]:
     """A service with anchors in one place, whose log may be hurt."""
@@ -72,9 +66,7 @@ def own(request: pytest.FixtureRequest, tmp_path: Path, redis_url: str) -> Itera
 
 
 def test_a_log_put_back_while_nothing_runs_is_found_by_all(own: Service) -> None:
-    run_once(own, b"old")
-    older = Copy(own)
-    run_once(own, b"new")
+    older = older_copy(own)
     assert verified(own)[1]["verdict"] == "intact"
     assert doctor(own)[0] == "ok"
     older.put_back()
@@ -82,13 +74,13 @@ def test_a_log_put_back_while_nothing_runs_is_found_by_all(own: Service) -> None
     code, report = verified(own)
     assert (code, report["verdict"]) == (65, "damaged")
     assert [problem["code"] for problem in report["problems"]] == ["missing_chain"]
-    assert "kms audit acknowledge-loss" in kms(own, "audit", "verify").stderr
+    assert "kms audit acknowledge-loss" in own.run_kms("audit", "verify").stderr
     level, text = doctor(own)
     assert (level, "missing_chain" in text) == ("FAIL", True)
     assert verified(own, "--no-anchors")[0] == 0, "without anchors nothing tells"
 
     own.start("api")
-    until(lambda: "audit_anchors" in degraded(own), "the service says so")
+    until(lambda: "audit_anchors" in own.degraded, "the service says so")
     assert anchors_lack_lines(own, own.port)
     assert "audit.anchor_ahead" in own.output("api")
     assert "KmsAuditOlderThanAnchors" in own.http.get("/ui").text
@@ -108,22 +100,17 @@ def test_a_log_that_is_too_young_to_be_compared_is_not_called_compared(
 
 
 def test_a_log_put_back_while_the_service_runs_is_found(own: Service) -> None:
-    run_once(own, b"old")
-    older = Copy(own)
-    run_once(own, b"new")
+    older = older_copy(own)
     own.start("api")
     own.encrypt(b"more")
-    assert "audit_anchors" not in degraded(own)
+    assert "audit_anchors" not in own.degraded
     older.put_back()
 
-    until(lambda: "audit_anchors" in degraded(own), "the service says so")
+    until(lambda: "audit_anchors" in own.degraded, "the service says so")
 
 
 def test_a_worker_tells_too(own: Service) -> None:
-    run_once(own, b"old")
-    older = Copy(own)
-    run_once(own, b"new")
-    older.put_back()
+    older_copy(own).put_back()
     own.start("worker")
 
     until(lambda: anchors_lack_lines(own, own.port + 1), "it says so")
@@ -137,20 +124,17 @@ def anchors_lack_lines(own: Service, port: int) -> bool:
 
 
 def test_a_loss_is_acknowledged_on_record(own: Service) -> None:
-    run_once(own, b"old")
-    older = Copy(own)
-    run_once(own, b"new")
-    older.put_back()
-    shown = kms(own, "audit", "acknowledge-loss")
+    older_copy(own).put_back()
+    shown = own.run_kms("audit", "acknowledge-loss")
     assert (shown.returncode, "is missing" in shown.stdout) == (1, True)
     lost = shown.stdout.partition(":")[0]
-    assert kms(own, "audit", "acknowledge-loss", "worker-x").returncode == 65
+    assert own.run_kms("audit", "acknowledge-loss", "worker-x").returncode == 65
     own.start("api")
-    until(lambda: "audit_anchors" in degraded(own), "the service says so")
+    until(lambda: "audit_anchors" in own.degraded, "the service says so")
 
-    done = kms(own, "audit", "acknowledge-loss", "--all")
+    done = own.run_kms("audit", "acknowledge-loss", "--all")
     assert (done.returncode, lost in done.stdout) == (0, True), done.stderr
-    until(lambda: "audit_anchors" not in degraded(own), "the loss is known")
+    until(lambda: "audit_anchors" not in own.degraded, "the loss is known")
     code, report = verified(own)
     assert (code, report["verdict"]) == (0, "intact")
     assert "acknowledged" in [note["code"] for note in report["notes"]]
@@ -158,7 +142,7 @@ def test_a_loss_is_acknowledged_on_record(own: Service) -> None:
     assert [line["stage"] for line in lines] == ["intent", "outcome"]
     assert {line["principal"] for line in lines} == {pwd.getpwuid(os.getuid()).pw_name}
     assert {line["effect"].partition(":")[0] for line in lines} == {lost}
-    again = kms(own, "audit", "acknowledge-loss", "--all")
+    again = own.run_kms("audit", "acknowledge-loss", "--all")
     assert (again.returncode, "every line" in again.stderr) == (0, True)
 
 
@@ -176,7 +160,7 @@ def test_of_two_places_the_later_anchor_says_what_is_lost(tmp_path: Path, redis_
         file.write_bytes(b"".join(lines[:1]))
         older.put_back()
 
-        assert kms(own, "audit", "acknowledge-loss", "--all").returncode == 0
+        assert own.run_kms("audit", "acknowledge-loss", "--all").returncode == 0
         assert verified(own)[1]["verdict"] == "intact"
         (line,) = [each for each in Place(own.state).operations() if each.get("stage") == "intent"]
         last = json.loads(lines[-1])
@@ -191,14 +175,14 @@ def test_anchors_that_cannot_be_read_are_no_intact_log(tmp_path: Path) -> None:
         code, report = verified(own)
         assert (code, report["verdict"], report["problems"]) == (69, "not compared", [])
         assert report["not_compared"] == {"Redis": "Redis does not answer"}
-        assert "not compared with the anchors in Redis" in kms(own, "audit", "verify").stdout
+        assert "not compared with the anchors in Redis" in own.run_kms("audit", "verify").stdout
         assert verified(own, "--no-anchors")[0] == 0
         assert doctor(own)[0] == "warn"
-        refused = kms(own, "audit", "acknowledge-loss", "--all")
+        refused = own.run_kms("audit", "acknowledge-loss", "--all")
         assert (refused.returncode, "loss is unknown" in refused.stderr) == (69, True)
 
         own.start("api")
-        until(lambda: "audit_anchors_away" in degraded(own), "the service says so")
+        until(lambda: "audit_anchors_away" in own.degraded, "the service says so")
         assert 'kms_audit_ok{what="redis"} NaN' in own.http.get("/metrics").text
         assert "audit.anchors_away" in own.output("api")
 
@@ -206,33 +190,25 @@ def test_anchors_that_cannot_be_read_are_no_intact_log(tmp_path: Path) -> None:
 def test_a_service_that_starts_without_its_anchors_compares_them_later(tmp_path: Path) -> None:
     text = f'{EAGER}anchor_redis = false\nanchor_dir = "{tmp_path}/second"\n'
     with Service(tmp_path, text, redis=NO_REDIS) as own:
-        run_once(own, b"old")
-        older = Copy(own)
-        run_once(own, b"new")
-        older.put_back()
+        older_copy(own).put_back()
         (tmp_path / "second").rename(tmp_path / "unmounted")
         (tmp_path / "second").touch()
         own.start("api")
-        until(lambda: "audit_anchors_away" in degraded(own), "it says that nothing is compared")
+        until(lambda: "audit_anchors_away" in own.degraded, "it says that nothing is compared")
         (tmp_path / "second").unlink()
         (tmp_path / "unmounted").rename(tmp_path / "second")
 
-        until(lambda: "audit_anchors" in degraded(own), "it compares")
-        assert "audit_anchors_away" not in degraded(own)
+        until(lambda: "audit_anchors" in own.degraded, "it compares")
+        assert "audit_anchors_away" not in own.degraded
 
 
 def test_the_embedded_server_of_kms_up_is_asked_where_settings_name_none(tmp_path: Path) -> None:
     with Service(tmp_path, EAGER) as own:
-        run_once(own, b"old")
-        older = Copy(own)
-        run_once(own, b"new")
-        older.put_back()
-        unnamed = {name: text for name, text in own.environ.items() if name != "KMS_REDIS_URL"}
-        argv = [sys.executable, "-P", "-m", "kms_cli.main", "audit", "verify"]
-        found = subprocess.run(argv, env=unnamed, capture_output=True, text=True, check=False)
+        older_copy(own).put_back()
+        found = own.run_kms("audit", "verify", KMS_REDIS_URL="")
         assert (found.returncode, "missing_chain" in found.stdout) == (65, True), found.stdout
 
         own.valkey.stop()
-        away = subprocess.run(argv, env=unnamed, capture_output=True, text=True, check=False)
+        away = own.run_kms("audit", "verify", KMS_REDIS_URL="")
         assert away.returncode == 0
         assert "kms up does not run on this machine" in away.stderr

@@ -5,7 +5,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,9 +35,7 @@ class Hosts:
         for name, program in (("kms-2", "api"), ("kms-3", "worker")):
             settings = f'[kms.jobs]\nspool_dir = "{self.first.spool}"\n[kms.audit]\ncheckpoint_s = 1\n'
             other = stack.enter_context(Service(folder / name, settings, url))
-            shutil.copytree(self.first.state / "age", other.state / "age", dirs_exist_ok=True)
-            for key in ("spool.key", "intake.key"):
-                shutil.copy2(self.first.state / key, other.state / key)
+            other.take_keys(self.first)
             self.others[name] = other.start(program)
 
     def copy(self) -> None:
@@ -55,10 +52,7 @@ class Hosts:
         self.copy()
 
     def kms(self, *args: str) -> tuple[int, list[Line]]:
-        argv = [sys.executable, "-P", "-m", "kms_cli.main", "audit", *args, "--json"]
-        done = subprocess.run(
-            argv, env=self.first.environ, capture_output=True, text=True, check=False, timeout=60
-        )
+        done = self.first.run_kms("audit", *args, "--json")
         assert done.returncode in {0, 1, 65, 69}, done.stderr
         return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -3,17 +3,11 @@
 import json
 import os
 import pwd
-import resource
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from kms_core.audit.keys import PublicKeys
-from kms_core.audit.verification.verify import verify
-from support.audit_logs import Line, Place
+from support.audit_logs import Line, Place, room_for, unresolved
 from support.canary.secrets import forms
 from support.credentials import REQUIRED, Guarded, bearer
 
@@ -26,15 +20,6 @@ def install(tmp_path: Path) -> Guarded:
     return Guarded(tmp_path, REQUIRED, NO_REDIS)
 
 
-def kms(
-    install: Guarded, *args: str, before: Callable[[], None] | None = None
-) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-P", "-m", "kms_cli.main", "token", *args]
-    return subprocess.run(
-        argv, env=install.environ, capture_output=True, text=True, check=False, preexec_fn=before
-    )
-
-
 def tokens(install: Guarded) -> list[Line]:
     found: list[Line] = (
         json.loads(install.token_file.read_bytes())["tokens"] if install.token_file.exists() else []
@@ -42,16 +27,11 @@ def tokens(install: Guarded) -> list[Line]:
     return found
 
 
-def unresolved(install: Guarded) -> list[str]:
-    report = verify(install.state / "audit", PublicKeys.read(install.state / "audit-signing.pub"))
-    assert report.problems == []
-    return [note.text for note in report.notes if note.code == "no_outcome"]
-
-
 def test_each_change_of_a_token_is_on_record_and_no_token_is(install: Guarded) -> None:
-    made = kms(install, "create", "--name", "ci", "--tenant", "acme", "--scope", "audit:read").stdout.strip()
-    renewed = kms(install, "rotate", "ci").stdout.strip()
-    assert kms(install, "revoke", "ci").returncode == 0
+    words = ("create", "--name", "ci", "--tenant", "acme", "--scope", "audit:read")
+    made = install.run_kms("token", *words).stdout.strip()
+    renewed = install.run_kms("token", "rotate", "ci").stdout.strip()
+    assert install.run_kms("token", "revoke", "ci").returncode == 0
     lines = Place(install.state).operations()
 
     assert [(line["operation"], line["stage"]) for line in lines] == [
@@ -68,16 +48,15 @@ def test_each_change_of_a_token_is_on_record_and_no_token_is(install: Guarded) -
     trail = b"".join(path.read_bytes() for path in Place(install.state).files())
     secrets = [text.split("_", 2)[2] for text in (made, renewed)]
     assert not any(form in trail for secret in secrets for form in forms(secret))
-    assert unresolved(install) == []
+    assert unresolved(install.state) == []
 
 
 def test_a_tenant_reads_what_was_done_to_its_tokens_and_to_no_others(install: Guarded) -> None:
     texts = {}
     with install:
         for tenant in ("acme", "web"):
-            texts[tenant] = kms(
-                install, "create", "--name", "eve", "--tenant", tenant, "--scope", "audit:read"
-            )
+            words = ("create", "--name", "eve", "--tenant", tenant, "--scope", "audit:read")
+            texts[tenant] = install.run_kms("token", *words)
         install.start("api")
         answer = install.get("/audit", headers=bearer(texts["web"].stdout.strip())).json()
 
@@ -93,7 +72,7 @@ def test_no_token_is_changed_without_its_intent_on_record(install: Guarded) -> N
     name = tokens(install)[0]["name"]
 
     for change in (["create", "--name", "x", "--scope", "status"], ["rotate", name], ["revoke", name]):
-        done = kms(install, *change)
+        done = install.run_kms("token", *change)
         assert (done.returncode, done.stdout) == (69, "")
         assert "the audit log cannot be written" in done.stderr
     assert install.token_file.read_bytes() == before
@@ -101,20 +80,12 @@ def test_no_token_is_changed_without_its_intent_on_record(install: Guarded) -> N
 
 def test_a_change_whose_outcome_could_not_be_recorded_is_seen(install: Guarded) -> None:
     """The disk is full after the intent: the token was made, nobody is told it, and the trail says so."""
-    room = (ROOM_FOR_AN_INTENT, resource.RLIM_INFINITY)
-    done = kms(
-        install,
-        "create",
-        "--name",
-        "ci",
-        "--scope",
-        "status",
-        before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, room),
-    )
+    with room_for(ROOM_FOR_AN_INTENT):
+        done = install.run_kms("token", "create", "--name", "ci", "--scope", "status")
 
     assert (done.returncode, done.stdout) == (69, "")
     (token,) = tokens(install)
-    (note,) = unresolved(install)
+    (note,) = unresolved(install.state)
     assert note.startswith(f"token.create {token['id']}-")
     assert note.endswith("has no outcome")
 
@@ -123,7 +94,7 @@ def test_the_password_of_redis_may_be_for_the_service_alone(tmp_path: Path) -> N
     """As systemd hands it on; only the anchor is missing then, and the service's chains bear witness."""
     text = f'[kms.redis]\nurl = "redis://kms@127.0.0.1:1/0"\npassword_file = "{tmp_path}/none"\n{REQUIRED}'
     install = Guarded(tmp_path, text)
-    assert kms(install, "create", "--name", "ci", "--scope", "status").returncode == 0
+    assert install.run_kms("token", "create", "--name", "ci", "--scope", "status").returncode == 0
 
     assert [line["stage"] for line in Place(install.state).operations()] == ["intent", "outcome"]
 
@@ -133,6 +104,6 @@ def test_what_root_records_belongs_to_whoever_has_the_trail(install: Guarded) ->
     folder = install.state / "audit"
     folder.mkdir(mode=0o700)
     os.chown(folder, 4711, 4711)
-    assert kms(install, "create", "--name", "ci", "--scope", "status").returncode == 0
+    assert install.run_kms("token", "create", "--name", "ci", "--scope", "status").returncode == 0
 
     assert [path.stat().st_uid for path in folder.iterdir()] == [4711]

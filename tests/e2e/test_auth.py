@@ -2,15 +2,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from kms_api import app
-from kms_api.routes.operations import probes
-from kms_api.routing import ScopedRoute
 from kms_core.jobs.execution.runner import run_job
 from kms_core.scopes import OPERATIONS
 from kms_protocol.wire import PREFIX
@@ -21,16 +17,7 @@ from support.waiting import until
 ALL: Final = ",".join(operation for operation in OPERATIONS if operation not in {"metrics", "unwrap"})
 
 
-# -- routes that there are -------------------------------------------------------------------------------
 # Which call needs which permission: tests/kms_api/test_permissions.py.
-
-
-def test_every_route_states_its_scope() -> None:
-    routes = [route for part in (*app.ROUTERS, probes) for route in part.routes]
-    scoped = {(route.method, route.path) for route in routes if isinstance(route, ScopedRoute)}
-
-    assert all(isinstance(route, ScopedRoute) for route in routes)
-    assert scoped == app.RULES.keys()
 
 
 def test_a_path_that_is_no_route_tells_nothing_to_strangers(guarded: Guarded) -> None:
@@ -40,13 +27,6 @@ def test_a_path_that_is_no_route_tells_nothing_to_strangers(guarded: Guarded) ->
 
 
 # -- tokens --------------------------------------------------------------------------------------------
-
-
-def kms(service: Guarded, *args: str) -> str:
-    """The command, as an operator runs it beside the service."""
-    argv = [sys.executable, "-P", "-m", "kms_cli.main", "token", *args]
-    done = subprocess.run(argv, env=service.environ, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
 
 
 def curl(service: Service, path: str, *args: str) -> tuple[int, dict[str, object]]:
@@ -60,12 +40,13 @@ def curl(service: Service, path: str, *args: str) -> tuple[int, dict[str, object
 )
 def test_a_token_by_hand(guarded: Guarded, header: str, tmp_path: Path) -> None:
     name = tmp_path.name.replace("_", "-")[-60:]
-    text = kms(guarded, "create", "--name", name, "--scope", "encrypt context=env=*")
+    made = guarded.run_kms("token", "create", "--name", name, "--scope", "encrypt context=env=*")
+    text = made.stdout.strip()
     body = ["-d", '{"plaintext": "aGk=", "context": "env=prod"}', "-H", header.format(text)]
 
     status, answer = curl(guarded, "/encrypt", *body)
     assert (status, answer["key_id"]) == (200, "default")
-    kms(guarded, "revoke", name)
+    guarded.run_kms("token", "revoke", name)
     status, answer = curl(guarded, "/encrypt", *body)
     assert (status, answer["code"]) == (401, "unauthenticated")
 
@@ -105,12 +86,11 @@ def test_what_a_refusal_says_helps_and_betrays_nothing(guarded: Guarded) -> None
 
 def command(service: Guarded, token: str | None, folder: Path) -> tuple[int, str, str]:
     """``kms encrypt`` with this token in ``KMS_TOKEN_FILE``."""
-    env = {"PATH": service.environ["PATH"], "HOME": "/nonexistent", "KMS_SERVICE_URL": service.url}
+    environ = {"KMS_SERVICE_URL": service.url}
     if token is not None:
         (folder / "token").write_text(f"{token}\n")
-        env["KMS_TOKEN_FILE"] = str(folder / "token")
-    argv = [sys.executable, "-P", "-m", "kms_cli.main", "encrypt", "--context", "env=test"]
-    done = subprocess.run(argv, env=env, input="secret", capture_output=True, text=True, check=False)
+        environ["KMS_TOKEN_FILE"] = str(folder / "token")
+    done = service.run_kms("encrypt", "--context", "env=test", given="secret", **environ)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -133,12 +113,6 @@ def test_the_command_sends_its_token_and_says_what_to_do_without(guarded: Guarde
 # -- failed attempts -----------------------------------------------------------------------------------
 
 
-def failures(service: Service, reason: str) -> float:
-    wanted = f'kms_auth_failures_total{{reason="{reason}"}} '
-    lines = service.http.get("/metrics").text.splitlines()
-    return sum(float(line.removeprefix(wanted)) for line in lines if line.startswith(wanted))
-
-
 def test_guessing_is_limited_counted_and_keeps_nobody_else_out(tmp_path: Path) -> None:
     settings = f"{REQUIRED}failures_per_minute = 10\n"
     with Guarded(tmp_path, settings, "unix:///nonexistent.sock") as own:
@@ -154,9 +128,8 @@ def test_guessing_is_limited_counted_and_keeps_nobody_else_out(tmp_path: Path) -
         assert own.get("/status", headers=good).status_code == 200
         assert own.get("/status").status_code == 401
         assert own.http.get("/livez").status_code == 200
-        assert failures(own, "unknown") == 30
-        assert failures(own, "limited") == codes.count(429)
-        assert failures(own, "missing") == 1
+        for reason, count in (("unknown", 30), ("limited", codes.count(429)), ("missing", 1)):
+            assert own.metric(f'kms_auth_failures_total{{reason="{reason}"}}') == count
         assert own.output("api").count("auth.refused") == codes.count(401)
 
 
@@ -256,6 +229,3 @@ def test_counts_of_all_tenants_are_for_those_who_read_the_metrics(guarded: Guard
     ]
     assert versions[0] is None
     assert versions[1] is not None
-
-
-# -- nothing of a token stays --------------------------------------------------------------------------

@@ -3,10 +3,8 @@
 import ipaddress
 import json
 import ssl
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +14,7 @@ from cryptography import x509
 from kms_core.auth.authenticator import Authenticator
 from kms_protocol.errors import Unauthenticated, Unavailable
 from support.credentials import AUDIENCE, Authority, Guarded, Issuer, authenticator_of, bearer
+from support.http_servers import QuietHandler, served
 from support.service import check_problem
 from support.waiting import until
 
@@ -71,33 +70,17 @@ def provider(tmp_path: Path) -> Iterator[Provider]:
     authority = Authority(tmp_path / "ca")
     pair = authority.issue("id", x509.IPAddress(ipaddress.ip_address("127.0.0.1")), server=True)
     made = Provider("", authority.ca_file)
-    made.keys.rollover("first")
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
+    class Handler(QuietHandler):
+        def do_GET(self) -> None:  # noqa: N802 -- the library's name
             answer = made.answer(self.path)
-            self.send_response(answer.status)
-            if answer.location:
-                self.send_header("Location", answer.location)
-            self.send_header("Content-Length", str(len(answer.body)))
-            self.end_headers()
-            self.wfile.write(answer.body)
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- the base class names it so
-            del format, args
+            self.reply(answer.status, answer.body, location=answer.location)
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pair.cert, pair.key)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.socket = context.wrap_socket(server.socket, server_side=True)
-        made.origin = f"https://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
-        try:
-            yield made
-        finally:
-            server.shutdown()
-            thread.join()
+    with served(Handler, context) as port:
+        made.origin = f"https://127.0.0.1:{port}"
+        yield made
 
 
 def door(tmp_path: Path, provider: Provider, issuer: str | None = None) -> Authenticator:
@@ -223,7 +206,6 @@ def test_a_provider_of_an_authority_that_is_not_trusted_lets_nobody_in(
 def test_keys_of_one_issuer_are_no_keys_of_another_that_says_so(tmp_path: Path, provider: Provider) -> None:
     """A token that names an issuer of the settings is believed by that one's keys alone."""
     thief = Issuer()
-    thief.rollover("first")
     made = door(tmp_path, provider)
 
     assert made.principal(provider.token()).name == "corp:ada"

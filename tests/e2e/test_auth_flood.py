@@ -25,7 +25,6 @@ class World:
     def __init__(self, folder: Path, url: str, issuer: Issuer, redis_url: str, more: str = "") -> None:
         self.issuer = issuer
         self.thief = Issuer()
-        self.thief.rollover("one")
         text = issuer_settings(f'jwks_url = "{url}"', f"[kms.facade]\nenabled = true\n[kms.server]\n{more}")
         text = text.replace('mode = "required"\n', f'mode = "required"\nfailures_per_minute = {LIMIT}\n')
         self.service = Guarded(folder, text, redis_url)
@@ -50,7 +49,6 @@ class World:
 @pytest.fixture(params=["one address", "one proxy"])
 def world(tmp_path: Path, redis_url: str, request: pytest.FixtureRequest) -> Iterator[World]:
     issuer = Issuer()
-    issuer.rollover("one")
     with serving(issuer) as url:
         made = World(tmp_path, url, issuer, redis_url, PROXY if request.param == "one proxy" else "")
         with made.service as running:
@@ -86,7 +84,7 @@ def test_no_good_credential_is_refused_for_anothers_bad_ones(world: World) -> No
             answers.append(
                 http.post(f"{service.url}/ui/login", data=login(http, service, world.good())).status_code
             )
-    signatures = service.inside("test_jwt_signatures_total", headers=bearer(world.good()))
+    signatures = service.metric("test_jwt_signatures_total", headers=bearer(world.good()))
 
     assert refused == {401, 403, 429}  # 403 is what Vault's clients expect
     assert answers == [200, 200, 200, 200, 303] * ROUNDS
@@ -127,7 +125,6 @@ def test_forwarded_headers_of_a_stranger_change_nothing(tmp_path: Path) -> None:
 def test_good_tokens_pass_while_key_endpoints_hang_and_junk_waits(tmp_path: Path, redis_url: str) -> None:
     """Junk that needs keys waits for them; a JWT whose key is known, and a token, do not."""
     issuer = Issuer()
-    issuer.rollover("one")
     with serving(issuer) as url:
         world = World(tmp_path, url, issuer, redis_url)
         with world.service as own:

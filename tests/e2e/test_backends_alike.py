@@ -1,8 +1,5 @@
 """The same calls, commands and jobs on every backend, by settings alone; a file that moves between them."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,29 +40,19 @@ def cosmian_place(folder: Path) -> Place:
 
 
 def transit(folder: Path) -> Place:
+    del folder
     server = bao()
-    token = folder / "transit-token"
     key = server.new_key()
-    section = (
-        f'dev_backend = "transit"\n[kms.transit]\naddress = "{server.url}"\ntoken_file = "{token}"\n'
-        f'key_name = "{key}"\n'
-    )
-    token.touch(mode=0o600)
-    token.write_text(server.token())
+    section = f'dev_backend = "transit"\n{server.settings()}key_name = "{key}"\n'
     return Place(section, f"transit:{key}", "transit")
 
 
 def vault_kv(folder: Path) -> Place:
+    del folder
     server = bao()
-    token = folder / "kv-token"
-    token.touch(mode=0o600)
-    token.write_text(server.token())
     path = f"kms/{server.new_key()}"
     kv(server, path).rotate()  # makes the first version
-    section = (
-        f'dev_backend = "vault-kv"\n[kms.vault_kv]\naddress = "{server.url}"\ntoken_file = "{token}"\n'
-        f'path = "{path}"\n'
-    )
+    section = f'dev_backend = "vault-kv"\n{server.settings("vault_kv")}path = "{path}"\n'
     return Place(section, f"vault-kv:{path}", "vault-kv")
 
 
@@ -106,19 +93,6 @@ def install(
         yield running.start(), place
 
 
-def kms(service: Service, *words: str, given: bytes = b"") -> bytes:
-    """The command, as a user of this service runs it."""
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "kms_cli.main", *words],
-        env=service.environ | {"KMS_SERVICE_URL": service.url},
-        input=given,
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout
-
-
 def test_calls_commands_and_jobs_are_the_same_everywhere(install: tuple[Install, Place]) -> None:
     service, place = install
     first = service.post("/encrypt", {"plaintext": b64(b"salary"), "context": CONTEXT}).json()
@@ -128,8 +102,10 @@ def test_calls_commands_and_jobs_are_the_same_everywhere(install: tuple[Install,
     refused = service.post("/decrypt", {"ciphertext": b64(ciphertext), "context": OTHER})
     assert refused.json()["code"] == "decrypt_failed"
 
-    text = kms(service, "encrypt", "--context", OTHER, given=b"by command")
-    assert kms(service, "decrypt", "--context", OTHER, given=text) == b"by command"
+    words, url = ("--context", OTHER), service.url
+    sealed = service.run_kms("encrypt", *words, given="by command", KMS_SERVICE_URL=url)
+    opened = service.run_kms("decrypt", *words, given=sealed.stdout, KMS_SERVICE_URL=url)
+    assert opened.stdout == "by command", f"{sealed.stderr}\n{opened.stderr}"
 
     (service.files / "plain").write_bytes(DATA)
     reference = {"source": f"file://{service.files}/plain", "target": f"file://{service.files}/sealed"}
@@ -140,11 +116,11 @@ def test_calls_commands_and_jobs_are_the_same_everywhere(install: tuple[Install,
 
     items = [{"plaintext": b64(b"%d" % n), "context": f"row={n}"} for n in range(ITEMS)]
     done = service.wait(service.submit({"kind": "encrypt", "items": items}), "succeeded")
-    sealed = [json.loads(line) for line in service.result(done["job_id"]).splitlines()]
-    again = [{"ciphertext": row["ciphertext"], "context": f"row={row['index']}"} for row in sealed]
+    rows = service.lines(done["job_id"])
+    again = [{"ciphertext": row["ciphertext"], "context": f"row={row['index']}"} for row in rows]
     done = service.wait(service.submit({"kind": "decrypt", "items": again}), "succeeded")
-    opened = [json.loads(line) for line in service.result(done["job_id"]).splitlines()]
-    assert [unb64(row["plaintext"]) for row in opened] == [b"%d" % n for n in range(ITEMS)]
+    plain = [unb64(row["plaintext"]) for row in service.lines(done["job_id"])]
+    assert plain == [b"%d" % n for n in range(ITEMS)]
 
 
 def test_rotation_and_rewrap_are_the_same_everywhere(install: tuple[Install, Place]) -> None:

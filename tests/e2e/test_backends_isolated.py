@@ -39,20 +39,13 @@ def silent() -> Iterator[tuple[str, list[socket.socket]]]:
         connection.close()
 
 
-def token_file(folder: Path, token: str) -> Path:
-    path = folder / "token"
-    path.touch(mode=0o600)
-    path.write_text(token)
-    return path
-
-
 def test_calls_on_age_are_answered_while_another_backend_hangs(
     tmp_path: Path, redis_url: str, silent: tuple[str, list[socket.socket]]
 ) -> None:
     url, connections = silent
     settings = (
         f'[kms.keys]\npayroll = "transit:payroll"\n[kms.transit]\naddress = "{url}"\ntimeout_s = 120.0\n'
-        f'token_file = "{token_file(tmp_path, "unused")}"\n'
+        'token = "unused"\n'
     )
     with Service(tmp_path, settings, redis_url) as service, ThreadPoolExecutor(CALLS) as pool:
         service.start("api")
@@ -86,10 +79,7 @@ def _give_up_at_the_end(url: str, body: Mapping[str, object]) -> None:
 
 def test_ten_thousand_items_cost_a_peer_some_dozens_of_calls(tmp_path: Path, redis_url: str) -> None:
     server = bao()
-    settings = (
-        f'dev_backend = "transit"\n[kms.transit]\naddress = "{server.url}"\nkey_name = "{server.new_key()}"\n'
-        f'token_file = "{token_file(tmp_path, server.token())}"\n'
-    )
+    settings = f'dev_backend = "transit"\n{server.settings()}key_name = "{server.new_key()}"\n'
     with Service(tmp_path, settings, redis_url) as service:
         service.start()
         items = [{"plaintext": b64(b"%d" % n), "context": f"row={n}"} for n in range(ITEMS)]

@@ -3,8 +3,6 @@
 import json
 import shutil
 import stat
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +12,8 @@ from typing import Final
 import pytest
 
 from kms_core.age import x25519
-from support.cli.offline import Done, write_key
+from support.audit_logs import Place
+from support.cli.offline import write_key
 from support.credentials import REQUIRED, Guarded, bearer
 from support.service import CONTEXT, b64, unb64
 from support.waiting import until
@@ -26,17 +25,11 @@ LARGE: Final = bytes(range(256)) * 20_000
 SETTINGS: Final = f"{REQUIRED}[kms.jobs]\nlease_s = 2\n"
 
 
-def kms(service: Guarded, *words: str, given: bytes = b"") -> Done:
-    """The command on the host of a service, which finds its Valkey by itself."""
-    argv = [sys.executable, "-P", "-m", "kms_cli.main", *words]
-    environ = {name: value for name, value in service.environ.items() if name != "KMS_REDIS_URL"}
-    return subprocess.run(argv, env=environ, input=given, capture_output=True, timeout=120, check=False)
-
-
-def told(done: Done) -> str:
-    text = (done.stdout + done.stderr).decode()
-    assert done.returncode == 0, text
-    return text
+def told(service: Guarded, *words: str) -> str:
+    """All that the command says on the host of a service, whose Valkey it finds by itself."""
+    done = service.run_kms(*words, KMS_REDIS_URL="")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 class Drill:
@@ -49,56 +42,20 @@ class Drill:
         self.old = Guarded(folder / "old", SETTINGS)
         self.kept, self.revoked = self.old.make("*"), self.old.make("*")
         self.new = Guarded(folder / "new", SETTINGS)
+        for install in (self.old, self.new):
+            install.http.headers.update(bearer(self.kept[1]))
         self.ciphertext, self.said = b"", ""
         self.jobs: dict[str, str] = {}
         self.uploads: list[str] = []
 
-    @property
-    def headers(self) -> dict[str, str]:
-        return bearer(self.kept[1])
 
-    def bulk(self, service: Guarded, text: str) -> str:
-        items = [{"plaintext": b64(f"{text}-{number}".encode())} for number in range(ITEMS)]
-        body = {"kind": "encrypt", "context": CONTEXT, "items": items}
-        answer = service.post("/jobs", body, headers=self.headers)
-        assert answer.status_code == 202, answer.text
-        return str(answer.json()["job_id"])
-
-    def upload(self, service: Guarded, data: bytes) -> str:
-        headers = self.headers | {"X-KMS-Context": CONTEXT}
-        answer = service.post("/files/encrypt", content=data, headers=headers)
-        assert answer.status_code == 202, answer.text
-        return str(answer.json()["job_id"])
-
-    def state(self, service: Guarded, job_id: str) -> str:
-        answer = service.get(f"/jobs/{job_id}", headers=self.headers)
-        assert answer.status_code == 200, answer.text
-        return str(answer.json()["state"])
-
-    def decrypted(self, service: Guarded, ciphertext: bytes) -> bytes:
-        body = {"ciphertext": b64(ciphertext), "context": CONTEXT}
-        answer = service.post("/decrypt", body, headers=self.headers)
-        assert answer.status_code == 200, answer.text
-        return unb64(answer.json()["plaintext"])
-
-    def wait(self, service: Guarded, job_id: str) -> None:
-        until(lambda: self.state(service, job_id) not in {"queued", "running", "committing"}, f"job {job_id}")
-        assert self.state(service, job_id) == "succeeded"
-
-    def result(self, service: Guarded, job_id: str) -> bytes:
-        self.wait(service, job_id)
-        answer = service.get(f"/jobs/{job_id}/result", headers=self.headers)
-        assert answer.status_code == 200, answer.text
-        return answer.content
-
-    def check_bulk(self, service: Guarded, job_id: str, text: str) -> None:
-        rows = [json.loads(line) for line in self.result(service, job_id).splitlines()]
-        opened = [self.decrypted(service, unb64(row["ciphertext"])).decode() for row in rows]
-        assert opened == [f"{text}-{number}" for number in range(ITEMS)]
+def bulk(service: Guarded, text: str) -> str:
+    items = [{"plaintext": b64(f"{text}-{number}".encode())} for number in range(ITEMS)]
+    return service.submit({"kind": "encrypt", "context": CONTEXT, "items": items})
 
 
 @contextmanager
-def submitting(drill: Drill, service: Guarded) -> Iterator[dict[str, str]]:
+def submitting(service: Guarded) -> Iterator[dict[str, str]]:
     """Submit jobs all the time; yields those that were acknowledged, with their texts."""
     acknowledged: dict[str, str] = {}
     is_over = threading.Event()
@@ -107,7 +64,7 @@ def submitting(drill: Drill, service: Guarded) -> Iterator[dict[str, str]]:
         for number in range(100_000):
             if is_over.wait(PACE_S):
                 return
-            acknowledged[drill.bulk(service, f"busy-{number}")] = f"busy-{number}"
+            acknowledged[bulk(service, f"busy-{number}")] = f"busy-{number}"
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -126,25 +83,24 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
     done = Drill(folder)
     with done.old as old:
         old.start()
-        told(kms(old, "token", "revoke", done.revoked[0].id))
-        body = {"plaintext": b64(SMALL), "context": CONTEXT}
-        done.ciphertext = unb64(old.post("/encrypt", body, headers=done.headers).json()["ciphertext"])
-        done.jobs = {done.bulk(old, "ended"): "ended"}
-        done.uploads = [done.upload(old, LARGE)]
+        told(old, "token", "revoke", done.revoked[0].id)
+        done.ciphertext = old.encrypt(SMALL)
+        done.jobs = {bulk(old, "ended"): "ended"}
+        done.uploads = [old.upload("encrypt", LARGE, CONTEXT)]
         for job_id in (*done.jobs, *done.uploads):
-            done.wait(old, job_id)
-        with submitting(done, old) as busy:
+            old.wait(job_id, "succeeded")
+        with submitting(old) as busy:
             old.kill("worker")
-            done.jobs[done.bulk(old, "queued")] = "queued"
-            done.uploads.append(done.upload(old, LARGE))
+            done.jobs[bulk(old, "queued")] = "queued"
+            done.uploads.append(old.upload("encrypt", LARGE, CONTEXT))
             done.jobs |= dict(busy)
             recipient = done.identity.recipient.text
-            done.said = told(kms(old, "backup", "-r", recipient, "-o", str(done.archive)))
+            done.said = told(old, "backup", "-r", recipient, "-o", str(done.archive))
     shutil.rmtree(folder / "old")
     words = (str(done.archive), "-i", str(done.key))
-    done.said += told(kms(done.new, "restore", "--check", *words))
+    done.said += told(done.new, "restore", "--check", *words)
     shutil.rmtree(done.new.state)
-    done.said += told(kms(done.new, "restore", *words, "--to", str(done.new.state)))
+    done.said += told(done.new, "restore", *words, "--to", str(done.new.state))
     shutil.copy(done.new.state / "kms.toml", done.new.config)
     with done.new:
         done.new.start()
@@ -154,19 +110,24 @@ def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
 def test_jobs_that_had_ended_and_those_that_waited_have_their_results(drill: Drill) -> None:
     assert len(drill.jobs) > 6
     for job_id, text in drill.jobs.items():
-        drill.check_bulk(drill.new, job_id, text)
+        drill.new.wait(job_id, "succeeded")
+        rows = drill.new.lines(job_id)
+        opened = [drill.new.decrypt(unb64(row["ciphertext"])).decode() for row in rows]
+        assert opened == [f"{text}-{number}" for number in range(ITEMS)]
 
 
-def test_uploads_are_read_and_encrypted(drill: Drill) -> None:
-    key = drill.new.state / "age/private_key.txt"
-    for job_id in drill.uploads:
-        sealed = drill.result(drill.new, job_id)
-        opened = kms(drill.new, "open", "-i", str(key), "--context", CONTEXT, given=sealed)
-        assert opened.stdout == LARGE, opened.stderr
+def test_uploads_are_read_and_encrypted(drill: Drill, tmp_path: Path) -> None:
+    words = ("-i", str(drill.new.state / "age/private_key.txt"), "--context", CONTEXT)
+    for number, job_id in enumerate(drill.uploads):
+        sealed, opened = tmp_path / f"{number}.age", tmp_path / str(number)
+        drill.new.wait(job_id, "succeeded")
+        sealed.write_bytes(drill.new.result(job_id))
+        told(drill.new, "open", *words, "-o", str(opened), str(sealed))
+        assert opened.read_bytes() == LARGE
 
 
 def test_an_old_ciphertext_is_decrypted(drill: Drill) -> None:
-    assert drill.decrypted(drill.new, drill.ciphertext) == SMALL
+    assert drill.new.decrypt(drill.ciphertext) == SMALL
 
 
 def test_a_revoked_token_stays_revoked(drill: Drill) -> None:
@@ -176,9 +137,11 @@ def test_a_revoked_token_stays_revoked(drill: Drill) -> None:
 
 def test_the_audit_log_is_whole_and_has_the_backup(drill: Drill) -> None:
     """Nothing is damaged, or older than its anchors. Chains that were open have no signed end."""
-    report = json.loads(kms(drill.new, "audit", "verify", "--json").stdout)
+    done = drill.new.run_kms("audit", "verify", "--json", KMS_REDIS_URL="")
+    report = json.loads(done.stdout)
     assert report["verdict"] in {"intact", "open end"}, report
-    (created,) = (line for line in lines_of(drill.new, "backup.create") if line["stage"] == "intent")
+    lines = [line for line in Place(drill.new.state).operations() if line["operation"] == "backup.create"]
+    (created,) = (line for line in lines if line["stage"] == "intent")
     assert created["effect"].startswith(str(drill.archive))
 
 
@@ -189,9 +152,3 @@ def test_nothing_secret_is_printed_and_the_file_is_private(drill: Drill) -> None
     assert "Tokens that were revoked since are valid again" in drill.said
     for secret in (drill.kept[1], drill.revoked[1], "AGE-SECRET-KEY"):
         assert secret not in drill.said
-
-
-def lines_of(service: Guarded, operation: str) -> list[dict[str, str]]:
-    texts = [path.read_text() for path in (service.state / "audit").glob("*.jsonl")]
-    found = [json.loads(line) for text in texts for line in text.splitlines()]
-    return [line for line in found if line.get("operation") == operation]

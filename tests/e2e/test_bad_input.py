@@ -42,12 +42,8 @@ BAD_GROUPS: Final[tuple[object, ...]] = (
 BAD_CALLBACKS: Final = ("other", f"http://{CANARY}", "https://evil.example/", "a b", "x" * 81, "")
 BAD_BODIES: Final[list[tuple[str, object]]] = [
     ("/generate-key", {"key_spec": "AES_256", "number_of_bytes": 32}),
-    ("/generate-key", {"number_of_bytes": -1}),
-    ("/generate-key", {"key_spec": CANARY}),
     ("/generate-key", {"without_plaintext": CANARY}),
     ("/batch", {"operation": CANARY, "items": [EMPTY]}),
-    ("/batch", {"operation": "encrypt", "items": [EMPTY] * 1001}),
-    ("/batch", {"operation": "encrypt", "items": [{"plaintext": CANARY}]}),
     ("/batch", {"operation": "encrypt", "items": [{"plaintext": "", "reference": CANARY * 20}]}),
     ("/batch", {"operation": "encrypt", "items": [{"plaintext": "", CANARY: 1}]}),
     ("/jobs", {}),
@@ -60,8 +56,6 @@ BAD_BODIES: Final[list[tuple[str, object]]] = [
     ("/jobs", {"kind": "encrypt", "items": [{"plaintext": "", "ciphertext": ""}]}),
     ("/jobs", {"kind": "encrypt", "items": [{}]}),
     ("/jobs", JOB | {"source": f"file:///{CANARY}"}),
-    ("/jobs", JOB | {"ttl_s": 59}),
-    ("/jobs", JOB | {"ttl_s": 10**9}),
     ("/jobs", JOB | {"priority": CANARY}),
     ("/jobs", JOB | {"queue": CANARY}),
     *(("/jobs", JOB | {"labels": labels}) for labels in BAD_LABELS),

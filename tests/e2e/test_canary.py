@@ -216,7 +216,7 @@ def worker_killed(install: CanaryService) -> None:
     second = install.api("POST", "/jobs", job)["job_id"]
     install.kill("worker")
     install.start("worker")
-    assert [install.ended(job_id)["state"] for job_id in (first, second)] == ["succeeded"] * 2
+    assert [install.wait(job_id)["state"] for job_id in (first, second)] == ["succeeded"] * 2
 
 
 def audit_cannot_be_written(install: CanaryService) -> None:

@@ -94,7 +94,7 @@ def test_jobs_are_refused_by_code_before_it_is_full_those_accepted_run_and_it_re
         until(lambda: service.http.get("/readyz").json()["jobs"] == "full", "readiness to tell")
         assert service.http.get("/readyz").status_code == 200
         assert service.decrypt(service.encrypt(b"single calls work")) == b"single calls work"
-        assert "redis_full" in service.get("/status").json()["degraded"]
+        assert "redis_full" in service.degraded
         assert 'kms_redis_ok{what="writes"} 0.0' in service.http.get("/metrics").text
         service.start("worker")
         for job_id in queued:

@@ -2,9 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +16,6 @@ from kms_core.jobs.spec import BULK
 from kms_core.jobs.store import redis_keys
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
-from kms_protocol.errors import EXIT_CONFIGURATION
 from kms_protocol.wire import JobItem
 from support.age_kms import write_recipient
 from support.chaos.cluster import Clock
@@ -41,15 +37,9 @@ class Host(Service):
 
     def doctor(self, **environ: str) -> dict[tuple[str, str], str]:
         """The last line of ``kms doctor`` for each subject and level."""
-        given = self.environ | {"KMS_SERVICE_URL": self.url} | environ
-        argv = [sys.executable, "-P", "-m", "kms_cli.main", "doctor", "--json"]
-        ran = subprocess.run(argv, env=given, capture_output=True, text=True, check=False, timeout=60)
+        ran = self.run_kms("doctor", "--json", KMS_SERVICE_URL=self.url, **environ)
         lines = [json.loads(line) for line in ran.stdout.splitlines()]
         return {(line["subject"], line["level"]): f"{line['text']}: {line['next']}" for line in lines}
-
-    @property
-    def degraded(self) -> list[str]:
-        return list(self.get("/status").json()["degraded"])
 
 
 def host(folder: Path, url: str, of: Host | None = None, *, shared: bool = True) -> Host:
@@ -57,18 +47,9 @@ def host(folder: Path, url: str, of: Host | None = None, *, shared: bool = True)
     settings = f'[kms.jobs]\nspool_dir = "{of.spool}"\n' if of and shared else ""
     made = Host(folder, settings, url)
     if of:
-        shutil.copytree(of.state / "age", made.state / "age", dirs_exist_ok=True)
-        for name in ("spool.key", "intake.key"):
-            shutil.copy2(of.state / name, made.state / name)
+        made.take_keys(of)
         made.spool = of.spool if shared else made.spool
     return made
-
-
-def refusal(of: Host, program: str) -> str:
-    argv = [sys.executable, "-P", "-m", PROGRAMS[program]]
-    done = subprocess.run(argv, env=of.environ, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == EXIT_CONFIGURATION, done.stderr
-    return done.stderr
 
 
 @pytest.fixture
@@ -121,8 +102,9 @@ def test_host_with_a_spool_of_its_own_does_not_start(tmp_path: Path, redis_url: 
     with host(tmp_path / "1", redis_url) as first:
         first.start("api")
         other = host(tmp_path / "2", redis_url, first, shared=False)
-        assert "spool_not_shared" in refusal(other, program)
-        assert "Mount the same directory" in refusal(other, program)
+        refusal = other.refusal(program)
+        assert "spool_not_shared" in refusal
+        assert "Mount the same directory" in refusal
         assert first.degraded == ["workers"]
 
 
@@ -136,7 +118,7 @@ def test_redis_of_another_install_refuses_jobs_and_nothing_else(pair: tuple[Host
     assert "/ui/runbooks#kmsinstallsplit" in first.http.get("/ui").text
     assert first.decrypt(first.encrypt(b"a call")) == b"a call"
     second.kill("api")
-    assert "install_mismatch" in refusal(second, "api")
+    assert "install_mismatch" in second.refusal("api")
     assert first.doctor()["install", "FAIL"].startswith("install_mismatch")
 
     client.delete("kms:install")  # as the error says, though with processes that run

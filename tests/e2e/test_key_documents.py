@@ -1,8 +1,6 @@
 """A sealed Age key of two hosts in a bucket, under a key of OpenBao: rotated on one, used on both."""
 
 import re
-import shutil
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ from kms_core.age.mlkem768x25519 import parse_recipient, version_of
 from support import object_stores
 from support.object_stores import Seen, TestBucket, Way
 from support.openbao import Bao
-from support.sealed_keys import kms, ok, root_settings
+from support.sealed_keys import ok, root_settings, version
 from support.service import CONTEXT, Service, b64, check_problem
 from support.waiting import until
 
@@ -36,18 +34,12 @@ class Store:
 
     @property
     def url(self) -> str:
-        return f"s3://{self.bucket.name}/{KEY}"
+        return self.bucket.url(KEY)
 
     def settings(self, folder: Path) -> str:
-        secret = folder / "secret"
-        secret.write_text(object_stores.SECRET)
-        secret.chmod(0o600)
-        return (
-            f'[kms.jobs]\nspool_dir = "{self.folder / "spool"}"\n'
-            f'[kms.jobs.buckets.{self.bucket.name}]\nendpoint = "{self.way.url}"\nallow_http = true\n'
-            f'access_key_id = "{object_stores.ACCESS_KEY}"\nsecret_key_file = "{secret}"\n'
-            f'{self.roots}default = "age:{self.url}"\n'
-        )
+        section = self.bucket.settings(folder / "secret", self.way.url, rights="")
+        jobs = f'[kms.jobs]\nspool_dir = "{self.folder / "spool"}"\n'
+        return f'{jobs}{section}{self.roots}default = "age:{self.url}"\n'
 
     def meddle(self, seen: Seen) -> int | None:
         del seen
@@ -63,24 +55,13 @@ class Store:
 
 
 class Host(Service):
-    """A host with a state directory of its own, and the spool key of all."""
+    """A host with a state directory of its own."""
 
     def __init__(self, folder: Path, store: Store, redis: str, like: "Host | None" = None) -> None:
         folder.mkdir()
         super().__init__(folder, store.settings(folder), redis)
         if like:
-            shutil.copy(like.state / "spool.key", self.state / "spool.key")
-
-    def version(self) -> str:
-        answer = self.post("/encrypt", {"plaintext": b64(b"x"), "context": CONTEXT})
-        assert answer.status_code == 200, answer.text
-        return str(answer.json()["key_version"])
-
-    def degraded(self) -> list[str]:
-        return list(self.get("/status").json()["degraded"])
-
-    def kms(self, *words: str) -> subprocess.CompletedProcess[bytes]:
-        return kms(self, *words)
+            self.take_keys(like)
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +115,8 @@ def test_a_rotation_on_one_host_fails_no_call_on_any(hosts: tuple[Host, Host]) -
     thread = threading.Thread(target=work)
     thread.start()
     try:
-        version = rotated(one)
-        until(lambda: two.version() == one.version() == version, "both hosts seal with the new version")
+        new = rotated(one)
+        until(lambda: version(two) == version(one) == new, "both hosts seal with the new version")
     finally:
         ends.set()
         thread.join()
@@ -153,7 +134,7 @@ def test_while_the_store_is_away_keys_go_on_and_hosts_start(
 ) -> None:
     one, two = hosts
     with store.away():
-        until(lambda: "key_documents" in two.degraded(), "it is said")
+        until(lambda: "key_documents" in two.degraded, "it is said")
         assert age_s(two) >= 5
         assert two.http.get("/readyz").status_code == 200
         file = one.encrypt(b"local")
@@ -172,7 +153,7 @@ def test_while_the_store_is_away_keys_go_on_and_hosts_start(
             store.is_away = False
             until(lambda: new.http.get("/readyz").status_code == 200, "the key is read")
             assert new.decrypt(file) == b"local"
-    until(lambda: "key_documents" not in two.degraded(), "it is read again")
+    until(lambda: "key_documents" not in two.degraded, "it is read again")
 
 
 def age_s(host: Host) -> float:
@@ -183,23 +164,23 @@ def age_s(host: Host) -> float:
 def test_an_old_document_that_is_put_back_loses_no_version(hosts: tuple[Host, Host], store: Store) -> None:
     one, two = hosts
     past = store.bucket.get(KEY)
-    version = rotated(one)
-    until(lambda: two.version() == version, "host two has it")
+    new = rotated(one)
+    until(lambda: version(two) == new, "host two has it")
     file = two.encrypt(b"of the newest version")
     store.bucket.put(KEY, past)
 
     until(lambda: "was seen before" in two.output("api"), "it is said")
-    until(lambda: "key_documents" in two.degraded(), "the status says it too")
+    until(lambda: "key_documents" in two.degraded, "the status says it too")
     assert one.decrypt(file) == b"of the newest version"
-    assert two.version() == version
+    assert version(two) == new
     check_problem(two.post("/keys/default/rotate"), 503, "backend_unavailable")
-    told = two.kms("doctor").stdout.decode()
+    told = two.run_kms("doctor").stdout
     assert "a document with keys is not read, or is older than before" in told
 
     ok(one, "keys", "adopt", "default", "--yes")
-    until(lambda: "key_documents" not in two.degraded(), "it is read again")
+    until(lambda: "key_documents" not in two.degraded, "it is read again")
     assert two.decrypt(file) == b"of the newest version"
-    assert two.version() == one.version() == version
+    assert version(two) == version(one) == new
 
 
 def test_commands_make_one_document_and_no_plain_one(
@@ -217,21 +198,21 @@ def test_commands_make_one_document_and_no_plain_one(
         ),
         (("keys", "adopt", "other", "--yes"), "name no document"),
     ):
-        done = one.kms(*words)
+        done = one.run_kms(*words)
         assert done.returncode != 0
-        assert said in done.stderr.decode(), done.stderr
+        assert said in done.stderr, done.stderr
     assert store.bucket.get(KEY) == before
-    assert f"default (age, in {store.url}) wraps and unwraps" in one.kms("doctor").stdout.decode()
+    assert f"default (age, in {store.url}) wraps and unwraps" in one.run_kms("doctor").stdout
 
-    version, file = one.version(), tmp_path / "sealed"
+    in_use, file = version(one), tmp_path / "sealed"
     ok(one, "keygen", "--sealed-by", "root", "-o", str(file))
     ok(one, "keys", "adopt", "default", "--yes", "--from", str(file))
     added = version_of_file(one, file)
     until(lambda: added in one.get("/keys/default").text, "its identity opens files")
-    assert one.version() == version
+    assert version(one) == in_use
 
 
 def version_of_file(host: Host, file: Path) -> str:
     """The version that the identity in a sealed file makes, by another command than the one under test."""
-    shown = ok(host, "keygen", "-y", str(file)).decode().strip()
+    shown = ok(host, "keygen", "-y", str(file)).strip()
     return version_of(parse_recipient(shown))

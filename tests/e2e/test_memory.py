@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-import httpx2 as httpx
 import pytest
 
 from support import without_mlock
 from support.service import Service
-from support.waiting import until
+from support.waiting import answers, until
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +23,6 @@ def install(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iter
     settings = "jobs.concurrency = 2\nserver.processes = 2\n[kms.log]\nlevel = 'info'\nformat = 'json'\n"
     with Service(folder, settings, module_redis) as made:
         yield made.start()
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def locked_kib(pid: int) -> int:
@@ -43,7 +38,7 @@ def test_every_process_of_a_server_locks_its_memory(install: Service) -> None:
     """Locks are not inherited: each of them has to ask, and so does a child that takes the place of one."""
     api, worker = install.pid("api"), install.pid("worker")
     until(lambda: len(install.pool_pids()) == 2, "the pool")
-    everybody = [api, *children(api), worker, *install.pool_pids()]
+    everybody = [api, *install.pool_pids("api"), worker, *install.pool_pids()]
     assert len(everybody) == 6
     for pid in everybody:
         until(lambda pid=pid: locked_kib(pid) > 0, f"{pid} locks")  # type: ignore[misc]  # mypy#12557
@@ -64,7 +59,7 @@ def test_a_server_that_may_not_lock_says_so_and_works(tmp_path: Path, redis_url:
         argv = without_mlock.words(sys.executable, "-P", "-m", "kms_api.main")
         with subprocess.Popen(argv, env=service.environ | {"KMS_REDIS_URL": redis_url}, stderr=log) as api:
             try:
-                until(lambda: _answers(service.port), "it answers")
+                until(lambda: answers(f"{service.url}/livez"), "it answers")
                 service.encrypt(b"x" * 10_000)
                 assert locked_kib(api.pid) == 0
             finally:
@@ -73,13 +68,6 @@ def test_a_server_that_may_not_lock_says_so_and_works(tmp_path: Path, redis_url:
         (line,) = (line for line in said.splitlines() if "memory.protected" in line)
         assert '"limit"' in line
         assert "LimitMEMLOCK=infinity" in line
-
-
-def _answers(port: int) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/livez", trust_env=False).is_success
-    except httpx.TransportError:
-        return False
 
 
 # -- as much for a large file as for one an eighth its size ------------------------------------------------

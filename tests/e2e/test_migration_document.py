@@ -1,7 +1,6 @@
 """The commands of docs/KMS_SIMPLIFICATION.md, as they stand there, one after another in one folder."""
 
 import json
-import re
 import shutil
 import subprocess
 from contextlib import suppress
@@ -16,10 +15,10 @@ from support.aws_servers import ACCESS_KEY, REGION, SECRET_KEY, moto
 from support.cli.fixtures import BIN, Place, environment
 from support.cli.migrate import Workspace, b64
 from support.openbao import ROOT_TOKEN, bao
+from support.pages import blocks, said
 from support.programs import program
 
-DOCUMENT: Final = Path(__file__).parents[2] / "docs/KMS_SIMPLIFICATION.md"
-COMMANDS: Final = re.findall(r"<!-- run -->\n```sh\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+COMMANDS: Final = blocks("docs/KMS_SIMPLIFICATION.md", "sh")
 
 
 @pytest.fixture
@@ -84,16 +83,7 @@ def test_the_commands_of_the_document_work_as_written(workspace: Workspace) -> N
     for command in COMMANDS:
         script = command.replace("https://vault.example.com:8200", bao().url)
         script = script.replace("--region eu-central-1", f"--region {REGION} --endpoint-url {moto().url}")
-        ran = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", script],
-            cwd=workspace.folder,
-            env=environ,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert ran.returncode == 0, command + ran.stderr
+        said(script, workspace.folder, environ)
 
     moved = [workspace.opened(record, "env=prod") for record in workspace.records("moved.ndjson")]
     assert moved == [b"first", b"second"]

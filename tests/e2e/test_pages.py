@@ -6,7 +6,6 @@ A block of commands stands below ``<!-- run -->``, or below ``<!-- not run: why 
 """
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -44,12 +43,6 @@ RUN_BY: Final = {
     "docs/sealed-keys.md": "e2e/test_sealed_keys_page.py",
 }
 HERE: Final = [page for page in PAGES if page not in RUN_BY and blocks(page, "sh")]
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterator[Service]:
-    with pages.workspace(tmp_path_factory.mktemp("workspace"), module_redis) as service:
-        yield service
 
 
 @pytest.mark.parametrize("page", HERE)

@@ -3,8 +3,6 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -28,13 +26,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterato
         yield service.start("api")
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def serving(service: Service) -> list[int]:
     """The processes that answer by now, not the leader."""
-    return [pid for pid in children(service.pid("api")) if "kms_api.main" in command(pid)]
+    return [pid for pid in service.pool_pids("api") if "kms_api.main" in command(pid)]
 
 
 def command(pid: int) -> str:
@@ -105,15 +99,10 @@ def test_a_stop_ends_all_and_a_killed_leader_leaves_nobody(tmp_path: Path, redis
 
 def test_a_wrong_configuration_ends_the_leader_too(tmp_path: Path) -> None:
     service = Service(tmp_path, "server.processes = 2\n", "redis://127.0.0.1:1/0")
-    wrong = {**service.environ, "KMS_STATE_DIR": str(tmp_path / "none")}
-    service.config.write_text(
-        service.config.read_text() + '[kms.age]\nprivate_key_path = "/nonexistent/key"\n'
-    )
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "kms_api.main"], env=wrong, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 78
-    assert "/nonexistent/key" in done.stderr
+    with service.config.open("a") as settings:
+        settings.write('[kms.age]\nprivate_key_path = "/nonexistent/key"\n')
+
+    assert "/nonexistent/key" in service.refusal("api")
 
 
 def test_processes_end_with_a_worker_that_is_killed_while_it_starts_them(

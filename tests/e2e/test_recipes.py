@@ -47,12 +47,6 @@ pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterator[Service]:
-    with pages.workspace(tmp_path_factory.mktemp("workspace"), module_redis) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A server with the database ``app``, and the variables of its clients."""
     with postgresql(tmp_path_factory.mktemp("pg")) as clients:

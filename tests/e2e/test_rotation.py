@@ -14,9 +14,6 @@ import pytest
 
 from kms_core import key_rotation
 from kms_core.age import x25519
-from kms_core.audit import AuditRecord, AuditWriter
-from kms_core.audit.keys import PublicKeys
-from kms_core.audit.verification.verify import verify
 from kms_core.auth.policy import Principal
 from kms_core.backends.age import AgeBackend
 from kms_core.container import Core
@@ -31,7 +28,7 @@ from kms_protocol.errors import AuditUnavailable, BackendUnavailable, JobsUnavai
 from kms_protocol.wire import PREFIX
 from kms_worker.tasks import look_after
 from support.age_kms import NO_CONTEXT, age_backend
-from support.audit_logs import Line, Place
+from support.audit_logs import Line, Meddled, Place, fail, unresolved
 from support.failing_store import Killed
 from support.job_stores import connect
 from support.memory_kms import memory_backend
@@ -169,34 +166,15 @@ def test_every_backend_that_seals_gets_a_version(core: Core, backend: AgeBackend
 # -- on record ---------------------------------------------------------------------------------------
 
 
-class CutTrail:
-    """The trail of a process at whose ``stage`` of an effect something happens instead of a record."""
-
-    def __init__(self, trail: AuditWriter, stage: str, error: BaseException) -> None:
-        self._trail, self._stage, self._error = trail, stage, error
-        self.conceal, self.together, self.check = trail.conceal, trail.together, trail.check
-
-    def append(self, record: AuditRecord) -> str:
-        if record.stage == self._stage:
-            raise self._error
-        return self._trail.append(record)
-
-
 def cut(core: Core, backend: AgeBackend, stage: str, error: BaseException) -> Core:
     """The core with one key, over a trail that is cut at a stage."""
     ring = Keyring({"payroll": (key := Key("payroll", backend))}, key)
-    trail = CutTrail(core.kms.audit_log, stage, error)
+    trail = Meddled(core.kms.audit_log, stage, lambda: fail(error))
     return replace(core, kms=Kms(ring, core.kms.policy, trail, SelectionRules()))
 
 
 def rotations(state: Path) -> list[Line]:
     return [line for line in Place(state).operations() if line["operation"] == "rotate"]
-
-
-def notes(state: Path) -> list[str]:
-    report = verify(state / "audit", PublicKeys.read(state / "audit-signing.pub"))
-    assert report.problems == []
-    return [note.text for note in report.notes if note.code == "no_outcome"]
 
 
 def test_a_rotation_is_on_record_before_and_after_it(core: Core, backend: AgeBackend, tmp_path: Path) -> None:
@@ -213,7 +191,7 @@ def test_a_rotation_is_on_record_before_and_after_it(core: Core, backend: AgeBac
     assert len({line["effect"] for line in lines}) == 2
     assert [line.get("result") for line in lines] == [None, "ok"] * 2
     assert [line["key_version"] for line in lines[1::2]] == made
-    assert notes(tmp_path / "state") == []
+    assert unresolved(tmp_path / "state") == []
 
 
 @pytest.mark.parametrize(
@@ -238,7 +216,7 @@ def test_a_process_that_dies_between_a_rotation_and_its_record_is_seen(
         rotate(dying)
     assert len(backend.versions()) == 2
     (intent,) = rotations(tmp_path / "state")
-    assert notes(tmp_path / "state") == [f"rotate {intent['effect']} has no outcome"]
+    assert unresolved(tmp_path / "state") == [f"rotate {intent['effect']} has no outcome"]
 
 
 def test_no_key_is_rotated_without_its_intent_on_record(
@@ -248,7 +226,7 @@ def test_no_key_is_rotated_without_its_intent_on_record(
         cut(core, backend, "intent", AuditUnavailable()).kms.rotate(WHO, "payroll")
 
     assert len(backend.versions()) == 1
-    assert notes(tmp_path / "state") == []
+    assert unresolved(tmp_path / "state") == []
 
 
 def test_a_refused_rotation_sets_out_for_nothing(core: Core, backend: AgeBackend, tmp_path: Path) -> None:
@@ -261,7 +239,7 @@ def test_a_refused_rotation_sets_out_for_nothing(core: Core, backend: AgeBackend
 
     found = [(line.get("stage"), line.get("result")) for line in rotations(tmp_path / "state")]
     assert found == [(None, "unknown_key"), ("intent", None), ("outcome", "backend_unavailable")]
-    assert notes(tmp_path / "state") == []
+    assert unresolved(tmp_path / "state") == []
 
 
 @contextmanager
@@ -288,7 +266,7 @@ def test_an_api_that_is_killed_while_it_rotates_leaves_its_intent(tmp_path: Path
         answer = service.get("/audit", params={"operation": "rotate"}).json()
 
         assert [event["stage"] for event in answer["events"]] == ["intent"]
-        assert notes(service.state) == [f"rotate {answer['events'][0]['effect']} has no outcome"]
+        assert unresolved(service.state) == [f"rotate {answer['events'][0]['effect']} has no outcome"]
 
 
 # -- counts ------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,21 +10,12 @@ import pytest
 
 from kms_core import key_opening
 from kms_core.age.mlkem768x25519 import parse_recipient, version_of
-from kms_protocol.errors import EXIT_CONFIGURATION
 from support import programs
 from support.openbao import Bao, bao
 from support.ports import free_port
-from support.sealed_keys import age_file, kms, ok, root_settings, seal
+from support.sealed_keys import age_file, ok, root_settings, seal, version
 from support.service import PROGRAMS, Service, b64, check_problem, unb64
 from support.waiting import until
-
-
-def ended(service: Service, program: str) -> str:
-    """The error with which a program refuses to start."""
-    argv = [sys.executable, "-P", "-m", PROGRAMS[program]]
-    done = subprocess.run(argv, env=service.environ, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == EXIT_CONFIGURATION, done.stderr
-    return done.stderr
 
 
 def decryptions(trail: Path) -> int:
@@ -73,30 +63,25 @@ def test_rotation_seals_first_and_every_process_follows(tmp_path: Path, redis_ur
     settings = root_settings() + "[kms.server]\nprocesses = 2\n"
     with Service(tmp_path, settings, redis_url) as service:
         seal(service, "default", age_file(service))
-        assert "sealed by root" in kms(service, "doctor").stdout.decode()
+        assert "sealed by root" in service.run_kms("doctor").stdout
         service.start()
         old = service.encrypt(b"old")
         answer = service.post("/keys/default/rotate")
         assert answer.status_code == 200, answer.text
-        version = answer.json()["key_version"]
+        rotated = answer.json()["key_version"]
         public = (service.state / "age" / "public_key.txt").read_text().strip()
 
-        assert version_of(parse_recipient(public)) == version
+        assert version_of(parse_recipient(public)) == rotated
         assert b"AGE-SECRET-KEY" not in age_file(service).read_bytes()
         sealed = b""
         for _ in range(40):  # of both processes, at once
             sealed = service.encrypt(b"new")
             assert service.decrypt(sealed) == b"new"
             assert service.decrypt(old) == b"old"
-        until(lambda: _version(service) == version, "the new version seals in both processes")
+        until(lambda: version(service) == rotated, "the new version seals in both processes")
         service.kill("api")
         service.start("api")  # what is on the disk opens again
         assert service.decrypt(sealed) == b"new"
-
-
-def _version(service: Service) -> str:
-    answer = service.post("/encrypt", {"plaintext": b64(b"x"), "context": "a=b"})
-    return str(answer.json()["key_version"])
 
 
 def test_a_rotation_without_its_root_changes_nothing(tmp_path: Path, redis_url: str, server: Bao) -> None:
@@ -112,7 +97,7 @@ def test_a_rotation_without_its_root_changes_nothing(tmp_path: Path, redis_url: 
         assert age_file(service).read_bytes() == before
         assert (service.state / "age" / "public_key.txt").read_bytes() == public
         assert service.decrypt(service.encrypt(b"still")) == b"still"
-        told = kms(service, "doctor").stdout.decode()
+        told = service.run_kms("doctor").stdout
         assert "default (age, sealed by root) does not wrap and unwrap" in told
         assert str(server.port) in told
 
@@ -127,7 +112,7 @@ def test_a_root_that_is_away_degrades_and_comes_back(tmp_path: Path, redis_url: 
         check_problem(service.post("/encrypt", encrypt), 503, "backend_unavailable")
         ready = service.http.get("/readyz")
         assert (ready.status_code, ready.json()["keys"]) == (503, "unavailable")
-        assert "keys" in service.get("/status").json()["degraded"]
+        assert "keys" in service.degraded
         assert "a sealed key file is not open" in service.http.get("/ui").text
 
         server.unseal()
@@ -144,18 +129,18 @@ def test_a_file_of_another_key_stops_the_start(tmp_path: Path, program: str) -> 
         seal(service, "default", age_file(service))
         age_file(service).write_bytes(spool.read_bytes())
 
-        assert "was not sealed as default" in ended(service, program)
+        assert "was not sealed as default" in service.refusal(program)
 
 
 def test_an_identity_of_another_recipient_stops_the_start(tmp_path: Path) -> None:
     with Service(tmp_path, root_settings(), "unix:///nonexistent/valkey.sock") as service:
         other = tmp_path / "other.txt"
-        other.write_bytes(ok(service, "keygen"))
+        other.write_text(ok(service, "keygen"))
         other.chmod(0o600)
         seal(service, "default", other)
         other.replace(age_file(service))
 
-        assert "has no identity in" in ended(service, "api")
+        assert "has no identity in" in service.refusal("api")
 
 
 def test_a_key_that_is_sealed_seals_no_other(tmp_path: Path) -> None:
@@ -167,7 +152,7 @@ def test_a_key_that_is_sealed_seals_no_other(tmp_path: Path) -> None:
         seal(service, "kms:spool", spool, root="circle")
         seal(service, "default", age_file(service))
 
-        assert "a key that seals others may not be" in ended(service, "api")
+        assert "a key that seals others may not be" in service.refusal("api")
 
 
 def test_the_root_takes_no_calls(tmp_path: Path, redis_url: str) -> None:
@@ -209,9 +194,9 @@ def test_break_glass_needs_stock_age_only(tmp_path: Path, redis_url: str, server
     age = programs.program("age")
     with Service(tmp_path, root_settings(server), redis_url) as service:
         offline = tmp_path / "offline.txt"
-        offline.write_bytes(ok(service, "keygen"))
+        offline.write_text(ok(service, "keygen"))
         offline.chmod(0o600)
-        recipient = ok(service, "keygen", "-y", str(offline)).decode().strip()
+        recipient = ok(service, "keygen", "-y", str(offline)).strip()
         seal(service, "default", age_file(service), "--recovery", recipient)
         service.start("api")
         service.post("/keys/default/rotate")
@@ -245,7 +230,7 @@ def test_audit_and_intake_keys_may_be_sealed(tmp_path: Path, redis_url: str) -> 
         service.stop("api")
 
         ok(service, "audit", "verify")
-        shown = ok(service, "audit", "tail", "--context", "env=prod").decode()
+        shown = ok(service, "audit", "tail", "--context", "env=prod")
         assert shown.count("encrypt") == 2
 
 
@@ -254,9 +239,9 @@ def test_identities_of_a_credential_open_it(tmp_path: Path, redis_url: str) -> N
     credential = tmp_path / "credential"
     settings = f'[kms.age]\nseal_identity_path = "{credential}"\nsealed_only = true\n'
     with Service(tmp_path, settings, redis_url) as service:
-        credential.write_bytes(ok(service, "keygen"))
+        credential.write_text(ok(service, "keygen"))
         credential.chmod(0o600)
-        assert "is a plain key file" in ended(service, "api")
+        assert "is a plain key file" in service.refusal("api")
         seal(service, "default", age_file(service), root="kms:identity")
         service.start()
         assert service.post("/keys/default/rotate").status_code == 200
@@ -267,11 +252,11 @@ def test_a_root_that_never_answered_seals_nothing(tmp_path: Path, redis_url: str
     settings = root_settings(address=f"http://127.0.0.1:{free_port()}", key="k", timeout_s=1.0)
     with Service(tmp_path, settings, redis_url) as service:
         made = tmp_path / "made"
-        done = kms(service, "keygen", "--sealed-by", "root", "-o", str(made))
+        done = service.run_kms("keygen", "--sealed-by", "root", "-o", str(made))
 
         assert done.returncode == 69
         assert not made.exists()
-        assert b"Public key" not in done.stderr
+        assert "Public key" not in done.stderr
 
 
 # -- keys that a backend does not have -------------------------------------------------------------------
@@ -279,10 +264,7 @@ def test_a_root_that_never_answered_seals_nothing(tmp_path: Path, redis_url: str
 
 def with_remote(folder: Path, key: str, address: str) -> Service:
     """An install whose second key is in OpenBao."""
-    settings = (
-        f'[kms.transit]\naddress = "{address}"\ntoken = "{bao().token()}"\n'
-        f'[kms.keys]\nremote = "transit:{key}"\n'
-    )
+    settings = f'{bao().settings(url=address)}[kms.keys]\nremote = "transit:{key}"\n'
     return Service(folder, settings, "unix:///nonexistent/valkey.sock")
 
 
@@ -295,4 +277,4 @@ def test_keys_that_are_there_pass_and_so_does_a_backend_that_is_away(tmp_path: P
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_no_program_starts_with_a_missing_key(tmp_path: Path, program: str) -> None:
-    assert "no-such-key" in ended(with_remote(tmp_path, "no-such-key", bao().url), program)
+    assert "no-such-key" in with_remote(tmp_path, "no-such-key", bao().url).refusal(program)

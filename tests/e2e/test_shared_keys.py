@@ -36,14 +36,9 @@ def asked(log: Path, key: str) -> tuple[int, int]:
 
 
 def install(folder: Path, server: Bao, key: str, redis_url: str) -> Service:
-    folder.mkdir()
-    token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(server.token())
     settings = (
         f'default_key_id = "payroll"\n[kms.keys]\npayroll = "transit:{key}?share=5m"\n'
-        f'[kms.transit]\naddress = "{server.url}"\ntoken_file = "{token}"\n[kms.facade]\n'
-        f'[kms.jobs]\nspool_dir = "{folder.parent}/spool"\n'
+        f'{server.settings()}[kms.facade]\n[kms.jobs]\nspool_dir = "{folder.parent}/spool"\n'
     )
     return Service(folder, settings, redis_url)
 

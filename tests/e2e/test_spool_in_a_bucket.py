@@ -1,8 +1,6 @@
 """Two API processes and two workers with state of their own: one Redis, one bucket, no shared path."""
 
-import json
 import os
-import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,6 +17,7 @@ from support.service import CANARY, CONTEXT, Json, Service, b64, unb64
 from support.waiting import until
 
 MIB = 1024 * 1024
+RIGHTS = 'read = ["in/", "out/"]\nwrite = ["out/"]\n'
 
 
 @dataclass(frozen=True)
@@ -57,19 +56,18 @@ def hosts(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterat
             settings = (
                 "[kms.jobs]\nresult_ttl_s = 3600\ninput_grace_s = 1\nconcurrency = 1\nlease_s = 2\n"
                 + spool_settings(bucket, folder / "spool-secret")
-                + bucket.settings(folder / "secret", way.url).replace('read = [""]', 'read = ["in/", "out/"]')
+                + bucket.settings(folder / "secret", way.url, rights=RIGHTS)
             )
             service = stack.enter_context(Service(folder, settings, module_redis))
             if made:
-                shutil.copytree(made[0].state / "age", service.state / "age", dirs_exist_ok=True)
-                for key in ("spool.key", "intake.key"):
-                    shutil.copy2(made[0].state / key, service.state / key)
+                service.take_keys(made[0])
             made.append(service.start("worker" if name.startswith("worker") else "api"))
         yield Hosts(made[0], made[1], (made[2], made[3]), bucket, way)
 
 
 def lines(hosts: Hosts, job_id: str) -> list[Json]:
-    return [json.loads(line) for line in done(hosts, job_id).splitlines()]
+    hosts.back.wait(job_id, "succeeded")
+    return hosts.back.lines(job_id)
 
 
 def done(hosts: Hosts, job_id: str) -> bytes:

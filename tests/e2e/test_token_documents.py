@@ -2,9 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -44,15 +41,10 @@ class Store:
     gets: list[float] = field(default_factory=list)
 
     def settings(self, folder: Path) -> str:
-        secret = folder / "secret"
-        secret.write_text(object_stores.SECRET)
-        secret.chmod(0o600)
         return (
             f'[kms.jobs]\nspool_dir = "{self.spool}"\n'
-            f'[kms.auth]\nmode = "required"\ntokens = "s3://{self.bucket.name}/{KEY}"\n'
-            f"max_stale_s = {STALE_S}\n"
-            f'[kms.jobs.buckets.{self.bucket.name}]\nendpoint = "{self.way.url}"\nallow_http = true\n'
-            f'access_key_id = "{object_stores.ACCESS_KEY}"\nsecret_key_file = "{secret}"\n'
+            f'[kms.auth]\nmode = "required"\ntokens = "{self.bucket.url(KEY)}"\nmax_stale_s = {STALE_S}\n'
+            + self.bucket.settings(folder / "secret", self.way.url, rights="")
         )
 
     def meddle(self, seen: Seen) -> int | None:
@@ -68,8 +60,7 @@ class Host(Guarded):
         folder.mkdir()
         super().__init__(folder, store.settings(folder), redis)
         if like:
-            shutil.copy(like.state / "spool.key", self.state / "spool.key")
-            shutil.copytree(like.state / "age", self.state / "age", dirs_exist_ok=True)
+            self.take_keys(like)
 
     @cached_property
     def document(self) -> SignedDocument:
@@ -83,10 +74,6 @@ class Host(Guarded):
 
     def status_of(self, text: str) -> int:
         return self.post("/encrypt", SECRET, headers=bearer(text)).status_code
-
-    def kms(self, *words: str) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, "-P", "-m", "kms_cli.main", *words]
-        return subprocess.run(argv, env=self.environ, capture_output=True, text=True, check=False, timeout=60)
 
 
 @pytest.fixture(autouse=True)
@@ -227,7 +214,7 @@ def test_an_old_document_that_is_put_back_revives_no_token(
         assert {one.status_of(text), two.status_of(text)} <= {401, 503}
         assert two.status_of(kept) == 200, "the copy is newer"
         until(lambda: "was seen before" in two.output("api"), "it is said")
-        done = one.kms("token", "list")
+        done = one.run_kms("token", "list")
         assert done.returncode == 69, done.stderr
         assert "kms token adopt" in done.stderr
         with Host(tmp_path / "three", store, module_redis, one) as three:
@@ -242,17 +229,17 @@ def test_an_old_document_that_is_put_back_revives_no_token(
 def test_the_command_works_on_the_document(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     one, two = hosts
     file = tmp_path / "token"
-    made = one.kms("token", "create", "--name", "by-command", "--scope", "*", "-o", str(file))
+    made = one.run_kms("token", "create", "--name", "by-command", "--scope", "*", "-o", str(file))
     assert made.returncode == 0, made.stderr
     assert two.status_of(file.read_text().strip()) == 200
-    listed = two.kms("--json", "token", "list")
+    listed = two.run_kms("--json", "token", "list")
     assert "by-command" in {json.loads(line)["name"] for line in listed.stdout.splitlines()}, listed
-    assert two.kms("token", "revoke", "by-command").returncode == 0
+    assert two.run_kms("token", "revoke", "by-command").returncode == 0
     until(lambda: one.status_of(file.read_text().strip()) == 401, "it is revoked")
 
     path = tmp_path / "tokens.json"
     _, text = tokens.create(path, TokenRequest("of-a-file", "default", ("*",), DAY))
-    adopted = one.kms("token", "adopt", "--yes", "--file", str(path))
+    adopted = one.run_kms("token", "adopt", "--yes", "--file", str(path))
     assert adopted.returncode == 0, adopted.stderr
     assert two.status_of(text) == 200
 

@@ -3,10 +3,8 @@
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +19,7 @@ from opentelemetry.trace import SpanKind
 from kms_core.http_client import Peer, PeerServer, Tls
 from kms_core.observability import tracing
 from support.contract.faults import answer, faulty
+from support.http_servers import QuietHandler, served
 from support.openbao import bao
 from support.service import B64_CANARY, CANARY, Service, b64
 from support.waiting import until
@@ -64,26 +63,15 @@ class Collector:
 def collector() -> Iterator[Collector]:
     found = Collector()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
+    class Handler(QuietHandler):
+        def do_POST(self) -> None:  # noqa: N802 -- the library's name
             assert self.path == "/v1/traces"
             found.take(self.rfile.read(int(self.headers["Content-Length"])))
             answer = ExportTraceServiceResponse().SerializeToString()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/x-protobuf")
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
+            self.reply(200, answer, "application/x-protobuf")
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- the base class names it so
-            del format, args
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found.port = server.server_address[1]
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield found
-    server.shutdown()
-    server.server_close()
+    with served(Handler) as found.port:
+        yield found
 
 
 class Traced(Service):
@@ -99,16 +87,13 @@ def traced(
     collector: Collector, tmp_path_factory: pytest.TempPathFactory, valkey: object
 ) -> Iterator[Traced]:
     del valkey
-    folder, server = tmp_path_factory.mktemp("traced"), bao()
-    token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(server.token())
+    server = bao()
     settings = (
         f'[kms.traces]\nenabled = true\nendpoint = "{collector.url}"\n'
         f'[kms.keys]\npayroll = "transit:{server.new_key()}"\n'
-        f'[kms.transit]\naddress = "{server.url}"\ntoken_file = "{token}"\n'
+        f"{server.settings()}"
     )
-    with Traced(folder, settings) as service:
+    with Traced(tmp_path_factory.mktemp("traced"), settings) as service:
         yield service.start()
 
 

@@ -390,12 +390,3 @@ def test_what_was_accepted_for_a_tenant_that_may_no_longer_is_not_told(
     with courier(store, {"ci": changed(ci, tenants=(TENANT,))}):
         job_id = end(store)
         until(lambda: subjects(receiver) == [job_id], "a job of the tenant is told")
-
-
-def test_another_callback_is_another_request_to_idempotency(told: tuple[Service, Receiver]) -> None:
-    service, _ = told
-    service.submit(ITEMS | {"callback": "ci"}, Idempotency_Key="webhooks-1")
-
-    check_problem(
-        service.post("/jobs", ITEMS, headers={"Idempotency-Key": "webhooks-1"}), 409, "idempotency_conflict"
-    )

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from support.programs import BUILD_LIMIT_S, built_with_go
-from support.prometheus import MONITORING, Alertmanager, Prometheus
+from support.prometheus import MONITORING, Alertmanager, Prometheus, rules
 from support.service import Service
 from support.waiting import until
 from support.webhooks import Receiver, receiving
@@ -20,11 +20,7 @@ from support.webhooks import Receiver, receiving
 pytestmark = pytest.mark.timeout(BUILD_LIMIT_S)  # the first run builds Alertmanager
 FILE: Final = MONITORING / "alertmanager.yml"
 CONFIG: Final = yaml.safe_load(FILE.read_text())
-ALERTS: Final[dict[str, dict[str, Any]]] = {
-    rule["alert"]: rule
-    for group in yaml.safe_load((MONITORING / "rules/alerts.yml").read_text())["groups"]
-    for rule in group["rules"]
-}
+ALERTS: Final = {rule["alert"]: rule for rule in rules("alerts.yml")}
 
 
 def amtool(*words: object) -> str:

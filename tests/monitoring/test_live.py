@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
 import dashboards
@@ -14,19 +13,13 @@ from kms_core.backends.age_settings import AgeSection
 from kms_core.jobs.execution.runner import run_job
 from kms_core.observability import metrics
 from support.openbao import bao
-from support.prometheus import Prometheus
+from support.prometheus import Prometheus, rules
 from support.service import CONTEXT, Service, b64, core_of
 from support.tcp_proxy import TcpProxy
 from support.waiting import until
 from support.webhooks import Receiver, make_authority, receiving, secret_file, toml
 
-MONITORING: Final = Path(__file__).parents[2] / "monitoring"
-RULES: Final = [
-    rule
-    for name in ("slo.yml", "alerts.yml")
-    for group in yaml.safe_load((MONITORING / "rules" / name).read_text())["groups"]
-    for rule in group["rules"]
-]
+RULES: Final = [*rules("slo.yml"), *rules("alerts.yml")]
 PANELS: Final = [
     (f"{board.uid}: {panel.title}", dashboards.chosen(expr))
     for board in dashboards.BOARDS
@@ -95,10 +88,8 @@ def grow_old(service: Service) -> None:
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """Prometheus after a time of work, some of it with trouble."""
     folder = tmp_path_factory.mktemp("monitored")
-    server, token = bao(), folder / "token"
+    server = bao()
     relay = TcpProxy(server.port)
-    token.touch(mode=0o600)
-    token.write_text(server.token())
     authority = make_authority(folder)
     secret = folder / "s3-secret"
     secret.touch(mode=0o600)
@@ -111,7 +102,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
             f'endpoint = "http://127.0.0.1:1"\nallow_http = true\naccess_key_id = "x"\n'
             f'secret_key_file = "{secret}"\n'
             f'[kms.keys]\npayroll = "transit:{server.new_key()}"\n'
-            f'[kms.transit]\naddress = "{relay.url}"\ntoken_file = "{token}"\n'
+            f"{server.settings(url=relay.url)}"
         ) + toml("ci", receiver, authority, secret_file(folder), "allow_private = true\n")
         with Service(folder, settings) as service:
             grow_old(service)
@@ -137,11 +128,6 @@ def now(expr: str) -> str:
     """The expression without what only time can bring: yesterday, and a choice in a menu."""
     expr = re.sub(r" offset \d+[dh]", "", expr)
     return re.sub(r"\$(backend|kind|install|instance)", ".*", expr.replace("$__rate_interval", "1m"))
-
-
-def without_threshold(expr: str) -> str:
-    """The left side of an alert's comparison: what is watched, whatever it is now."""
-    return re.sub(r"\s*(?:==|>|<)\s*[\d.*\s]+(?=\)|$|\n|\s+and\b)", "", now(expr))
 
 
 @pytest.mark.parametrize(("panel", "expr"), PANELS, ids=[panel for panel, _ in PANELS])

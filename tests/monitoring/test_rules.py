@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -12,14 +11,10 @@ import yaml
 import dashboards
 from kms_api.ui import render
 from support.programs import program
+from support.prometheus import MONITORING, rules
 
-ROOT: Final = Path(__file__).parents[2]
-MONITORING: Final = ROOT / "monitoring"
-ALERTS: Final[list[dict[str, Any]]] = [
-    rule
-    for group in yaml.safe_load((MONITORING / "rules/alerts.yml").read_text())["groups"]
-    for rule in group["rules"]
-]
+ROOT: Final = MONITORING.parent
+ALERTS: Final = rules("alerts.yml")
 SCREEN_UNITS: Final = 24  # of grid height: about what a large screen shows at once
 BOARDS: Final = {board.uid: board for board in dashboards.BOARDS}
 

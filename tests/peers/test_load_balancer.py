@@ -143,9 +143,7 @@ def balanced(tmp_path: Path, redis_url: str) -> Iterator[Balanced]:
         one = stack.enter_context(Host(tmp_path / "one", settings, redis_url))
         shared = f'{settings}[kms.jobs]\nspool_dir = "{one.spool}"\n'
         two = stack.enter_context(Host(tmp_path / "two", shared, redis_url))
-        shutil.copytree(one.state / "age", two.state / "age", dirs_exist_ok=True)
-        for name in ("spool.key", "intake.key"):
-            shutil.copy2(one.state / name, two.state / name)
+        two.take_keys(one)
         for host in (one, two):
             host.start("api")
         url = stack.enter_context(haproxy(tmp_path, authority, one, two))

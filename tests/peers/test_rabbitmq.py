@@ -12,7 +12,7 @@ from celery import Celery
 from kombu.connection import Connection
 
 from kms_core.jobs.spec import QUEUES
-from support.celery_messages import body, results, seal, whom
+from support.celery_messages import body, seal, whom
 from support.rabbitmq import OnRabbit
 from support.service import Json, Service, b64, core_of
 from support.waiting import until
@@ -54,7 +54,7 @@ def test_jobs_outlive_a_killed_worker(tmp_path: Path, rabbit: str, queue_type: s
         until(lambda: ended(service)["succeeded"] == JOBS + 1, "all jobs have ended")
 
         assert ended(service) == {"succeeded": JOBS + 1}
-        assert "ciphertext" in results(service, by_message)[0]
+        assert "ciphertext" in service.lines(by_message)[0]
         until(lambda: service.get("/status").json()["queue_depth"] == 0, "no message is left")
         assert "exception" not in service.output("worker").lower()
     other = None if queue_type == "quorum" else {"x-queue-type": "quorum"}

@@ -28,9 +28,7 @@ auto_auth {{
 
 @pytest.fixture(scope="module")
 def corp() -> Issuer:
-    made = Issuer()
-    made.rollover("corp-1", "RS256")
-    return made
+    return Issuer("corp-1", "RS256")
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,13 @@ from typing import Final
 
 import pytest
 
+from support.pages import blocks
 from support.programs import program
 from support.wheels import build, copy_sources
 
 ROOT: Final = Path(__file__).parents[2]
 PAGE: Final = "docs/releases.md"
+VERIFY, VERIFY_TAG = blocks(PAGE, "sh")
 VERSION: Final = "7.8.0"
 CHECKED: Final = ("pyproject.toml", "CHANGELOG.md", "client", "docs", "release", "scripts")
 SMALL: Final = (*CHECKED, "src/kms_protocol/__init__.py")
@@ -312,18 +314,14 @@ def download(tree: Path, made: Ran, keys: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def blocks() -> list[str]:
-    return re.findall(r"^<!-- run -->\n```sh\n(.*?)^```", (ROOT / PAGE).read_text(), re.MULTILINE | re.DOTALL)
-
-
 def fingerprint(key: Path) -> str:
     return run(program("ssh-keygen"), "-l", "-f", key.with_suffix(".pub")).stdout.split()[1]
 
 
 def verified(folder: Path, key: Path) -> Ran:
     """The commands of docs/releases.md, as a user runs them where the files are, who was told of the key."""
-    words = blocks()[0].replace("SHA256:…", fingerprint(key))
-    assert words != blocks()[0]
+    words = VERIFY.replace("SHA256:…", fingerprint(key))
+    assert words != VERIFY
     return shell(folder, words)
 
 
@@ -489,7 +487,7 @@ def test_a_user_compares_the_key_that_signed(download: Path, keys: Path) -> None
 
 @pytest.mark.parametrize("key", ["", "SHA256:…", "SHA256:"])
 def test_a_user_who_names_no_key_verifies_nothing(download: Path, key: str) -> None:
-    done = shell(download, blocks()[0].replace("SHA256:…", key))
+    done = shell(download, VERIFY.replace("SHA256:…", key))
 
     assert (done.returncode, done.stdout) == (1, "")
 
@@ -597,7 +595,7 @@ def test_a_user_verifies_the_tag_of_a_clone(
     if has_foreign_key:
         with (tagged.parent / "allowed_signers").open("a") as signers_file:
             signers_file.write(SIGNER + (keys / "foreign.pub").read_text())
-    words = blocks()[1].replace("v0.3.0", tag).replace("SHA256:…", fingerprint(keys / "owner"))
+    words = VERIFY_TAG.replace("v0.3.0", tag).replace("SHA256:…", fingerprint(keys / "owner"))
     assert tag in words
 
     done = shell(tagged, words)

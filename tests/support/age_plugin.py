@@ -112,15 +112,12 @@ def keys_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     """One for the session: the default key (age), ``vault`` (transit), ``both`` (these), ``pq``; no jobs."""
     folder = tmp_path_factory.mktemp("plugin")
     server = bao()
-    token = folder / "transit-token"
-    token.touch(mode=0o600)
-    token.write_text(server.token())
     transit = f"transit:{server.new_key()}"
     pq = new_pair(folder / "pq.txt", "--pq")
     also = new_pair(folder / "also.txt")
     settings = (
         f'[kms.keys]\nvault = "{transit}"\nboth = ["{transit}", "{also}"]\npq = "{pq}"\n'
-        f'[kms.transit]\naddress = "{server.url}"\ntoken_file = "{token}"\n{REQUIRED}'
+        f"{server.settings()}{REQUIRED}"
     )
     with Guarded(folder, settings, "unix:///nonexistent/valkey.sock") as running:
         yield running.start("api")

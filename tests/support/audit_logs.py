@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import msgspec
 from prometheus_client import REGISTRY
 
-from kms_core.audit import AuditLog, AuditRecord
+from kms_core.audit import AuditLog, AuditRecord, AuditWriter
 from kms_core.audit.keys import Concealer, PublicKeys, Signer, public_path
 from kms_core.audit.maintenance import FolderSink, RedisSink
 from kms_core.audit.segments import HostLog
@@ -137,6 +137,30 @@ def audit_ok(what: str) -> float:
     value = REGISTRY.get_sample_value("kms_audit_ok", {"what": what})
     assert value is not None
     return value
+
+
+def unresolved(state: Path) -> list[str]:
+    """What the log of an install notes of effects without an outcome. Nothing else is wrong with it."""
+    report = verify(state / "audit", PublicKeys.read(state / "audit-signing.pub"))
+    assert report.problems == []
+    return [note.text for note in report.notes if note.code == "no_outcome"]
+
+
+class Meddled:
+    """A log in which something happens before the record of one stage of an effect."""
+
+    def __init__(self, trail: AuditWriter, stage: str, happens: Callable[[], object]) -> None:
+        self._trail, self._stage, self._happens = trail, stage, happens
+        self.conceal, self.together, self.check = trail.conceal, trail.together, trail.check
+
+    def append(self, record: AuditRecord) -> str:
+        if record.stage == self._stage:
+            self._happens()
+        return self._trail.append(record)
+
+
+def fail(error: BaseException) -> NoReturn:
+    raise error
 
 
 def chain_name(trail: AuditLog) -> str:

@@ -56,12 +56,8 @@ def send(service: Service, message: object, **options: Any) -> str:  # noqa: ANN
         )
 
 
-def results(service: Service, job_id: str) -> list[dict[str, str]]:
-    return [json.loads(line) for line in service.result(job_id).splitlines()]
-
-
 def decrypted(service: Service, ciphertexts: list[str], context: str) -> list[str]:
     items = [{"ciphertext": ciphertext} for ciphertext in ciphertexts]
     job_id = service.submit({"kind": "decrypt", "context": context, "items": items})
     service.wait(job_id, "succeeded")
-    return [unb64(line["plaintext"]).decode() for line in results(service, job_id)]
+    return [unb64(line["plaintext"]).decode() for line in service.lines(job_id)]

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
@@ -67,15 +67,18 @@ PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519Pri
 
 @dataclass
 class Issuer:
-    """A local issuer: its current key, what its JWKS says, and how often that was asked for."""
+    """A local issuer: its keys, of which the last one signs, and how often its JWKS was asked for."""
 
+    kid: InitVar[str] = "one"
+    algorithm: InitVar[str] = "ES256"
     keys: dict[str, tuple[PrivateKey, str]] = field(default_factory=dict)
     asked: int = 0
     broken: bool = False
     answering: threading.Event = field(default_factory=threading.Event)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, kid: str, algorithm: str) -> None:
         self.answering.set()
+        self.rollover(kid, algorithm)
 
     def hang(self) -> None:
         """Take requests for keys, and answer none until ``resume``, for a minute at most."""

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -132,14 +131,20 @@ class TestBucket:
         pages = pager.paginate(Bucket=self.name, Prefix=prefix)
         return Counter(entry["Key"] for page in pages for entry in page.get("Versions", ()))
 
-    def settings(self, secret: Path, endpoint: str = "", access_key: str = ACCESS_KEY) -> str:
-        """A section of ``kms.toml`` for it: everything may be read, and written below ``out/``."""
+    def settings(
+        self,
+        secret: Path,
+        endpoint: str = "",
+        access_key: str = ACCESS_KEY,
+        rights: str = 'read = [""]\nwrite = ["out/"]\n',
+    ) -> str:
+        """A section of ``kms.toml`` for it: jobs read everything, and write below ``out/``."""
         secret.write_text(SECRET)
         secret.chmod(0o600)
         return (
             f'[kms.jobs.buckets.{self.name}]\nendpoint = "{endpoint or self.store.url}"\nallow_http = true\n'
             f'access_key_id = "{access_key}"\nsecret_key_file = "{secret}"\n'
-            'read = [""]\nwrite = ["out/"]\ntimeout_s = 20.0\n'
+            f"{rights}timeout_s = 20.0\n"
         )
 
 
@@ -307,9 +312,7 @@ class Way:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

@@ -100,6 +100,10 @@ class Bao:
         self.admin("POST", f"transit/keys/{name}", more)
         return name
 
+    def settings(self, section: str = "transit", url: str = "") -> str:
+        """The section ``kms.transit`` or ``kms.vault_kv`` for it, or for a relay at another URL."""
+        return f'[kms.{section}]\naddress = "{url or self.url}"\ntoken = "{self.token()}"\n'
+
     def unseal(self) -> None:
         """Open a sealed server again: a dev server prints its key."""
         until(lambda: "Unseal Key: " in self._log.read_text(), "the server has printed its key")

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Final
 
 import httpx2 as httpx
@@ -108,10 +107,8 @@ class OnImage(Service):
     def _unmount(self) -> bool:
         return not subprocess.run(["umount", self._at], capture_output=True, check=False).returncode
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
         subprocess.run(["umount", "-l", self._at], check=True)
 
 

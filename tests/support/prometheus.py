@@ -16,6 +16,12 @@ from support.waiting import answers, until, until_up
 MONITORING: Final = Path(__file__).parents[2] / "monitoring"
 
 
+def rules(name: str) -> list[dict[str, Any]]:
+    """The rules of a file of monitoring/rules."""
+    groups = yaml.safe_load((MONITORING / "rules" / name).read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
 class _Server:
     """A program that serves HTTP at ``address`` until ``stop``."""
 

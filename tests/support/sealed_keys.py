@@ -1,17 +1,13 @@
-"""Installs whose key files are sealed by a key of OpenBao, and the ``kms`` command beside them."""
+"""Installs whose key files are sealed by a key of OpenBao."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Final
 
 from support.openbao import Bao, bao
-from support.service import Service
+from support.service import CONTEXT, Service, b64
 
 ROOT: Final = """
-[kms.transit]
-address = "{address}"
-token = "{token}"
+{transit}
 timeout_s = {timeout_s}
 [kms.keys]
 root = {{ uri = "transit:{key}", use = "seal" }}
@@ -19,28 +15,18 @@ root = {{ uri = "transit:{key}", use = "seal" }}
 
 
 def root_settings(
-    server: Bao | None = None, key: str = "", *, address: str = "", token: str = "", timeout_s: float = 5.0
+    server: Bao | None = None, key: str = "", *, address: str = "", timeout_s: float = 5.0
 ) -> str:
     """Settings below ``[kms]`` with the key ``root``, which seals; ``[kms.keys]`` is the last table."""
     server = server or bao()
-    return ROOT.format(
-        address=address or server.url,
-        token=token or server.token(),
-        key=key or server.new_key(),
-        timeout_s=timeout_s,
-    )
+    transit = server.settings(url=address).rstrip()
+    return ROOT.format(transit=transit, key=key or server.new_key(), timeout_s=timeout_s)
 
 
-def kms(service: Service, *words: str) -> subprocess.CompletedProcess[bytes]:
-    """Run the ``kms`` command with the settings of an install."""
-    argv = [sys.executable, "-P", "-m", "kms_cli.main", *words]
-    return subprocess.run(argv, env=service.environ, capture_output=True, check=False, timeout=120)
-
-
-def ok(service: Service, *words: str) -> bytes:
+def ok(service: Service, *words: str) -> str:
     """The output of a ``kms`` command that succeeds."""
-    done = kms(service, *words)
-    assert done.returncode == 0, done.stderr.decode()
+    done = service.run_kms(*words)
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 
@@ -49,6 +35,13 @@ def seal(service: Service, name: str, path: Path, *more: str, root: str = "root"
     made = path.with_name(f"{path.name}.sealed")
     ok(service, "keygen", "--sealed-by", root, "--for", name, "--from", str(path), "-o", str(made), *more)
     made.replace(path)
+
+
+def version(service: Service) -> str:
+    """The version of the default key that seals now."""
+    answer = service.post("/encrypt", {"plaintext": b64(b"x"), "context": CONTEXT})
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["key_version"])
 
 
 def age_file(service: Service) -> Path:

@@ -5,7 +5,9 @@ or wants other settings, makes its own ``Service``. ``core_of`` is the same core
 that stand in the middle of a job.
 """
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any, Final, Self, cast
 
 import httpx2 as httpx
@@ -29,6 +31,7 @@ from kms_core.programs import tether
 from kms_core.redis_client import connect
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import Settings
+from kms_protocol.errors import EXIT_CONFIGURATION
 from kms_protocol.wire import ENDED, PREFIX
 from support import openapi_check
 from support.embedded_valkey import EmbeddedValkey
@@ -113,6 +116,12 @@ class Service:
     def settings(self) -> Settings:
         return load_settings(None, self.environ)
 
+    def take_keys(self, other: "Service") -> None:
+        """Copy the keys of another host of one install."""
+        shutil.copytree(other.state / "age", self.state / "age", dirs_exist_ok=True)
+        for name in ("spool.key", "intake.key"):
+            shutil.copy2(other.state / name, self.state / name)
+
     # -- processes ---------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
@@ -120,9 +129,7 @@ class Service:
             self._redis = self.valkey.start().url
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.http.close()
         for name in list(self._processes):  # a warm shutdown takes seconds, and is a test of its own
             self.kill(name)
@@ -156,7 +163,7 @@ class Service:
         return self._processes[name].pid
 
     def pool_pids(self, name: str = "worker") -> list[int]:
-        """The pool processes of a worker."""
+        """The processes that a worker, or another program, has started."""
         children = Path(f"/proc/{self.pid(name)}/task/{self.pid(name)}/children")
         return [int(pid) for pid in children.read_text().split()]
 
@@ -184,20 +191,29 @@ class Service:
             path.read_text() for name in names or PROGRAMS if (path := self.logs / f"{name}.log").exists()
         )
 
-    def run_kms(self, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
-        """Run the ``kms`` command beside the service."""
+    def run_kms(self, *words: str, given: str = "", **environ: str) -> subprocess.CompletedProcess[str]:
+        """Run the ``kms`` command beside the service; ``given`` is its input."""
         argv = [sys.executable, "-P", "-m", "kms_cli.main", *words]
         environ = self.environ | environ
-        return subprocess.run(argv, env=environ, capture_output=True, text=True, check=False, timeout=120)
+        return subprocess.run(
+            argv, env=environ, input=given, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    def refusal(self, name: str) -> str:
+        """What ``api`` or ``worker`` says, which refuses to start with this configuration."""
+        argv = [sys.executable, "-P", "-m", PROGRAMS[name]]
+        done = subprocess.run(argv, env=self.environ, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == EXIT_CONFIGURATION, done.stderr
+        return done.stderr
 
     # -- calls -------------------------------------------------------------------------------------
 
     def held(self, budget: str) -> float:
         """What requests hold of a budget of the API, which ``is_open_inside``."""
-        return self.inside(f'test_budget_held{{budget="{budget}"}}')
+        return self.metric(f'test_budget_held{{budget="{budget}"}}')
 
-    def inside(self, series: str, **more: Any) -> float:  # noqa: ANN401 -- httpx's own keywords
-        """The value of a metric of ``support.inside``."""
+    def metric(self, series: str, **more: Any) -> float:  # noqa: ANN401 -- httpx's own keywords
+        """The value of a metric of the API."""
         text = self.http.get("/metrics", **more).text
         (line,) = (line for line in text.splitlines() if line.startswith(f"{series} "))
         return float(line.split()[-1])
@@ -209,6 +225,12 @@ class Service:
         if body is not None:
             more["json"] = body
         return self.http.post(f"{PREFIX}{path}", **more)
+
+    @property
+    def degraded(self) -> list[str]:
+        """What the status says that does not work."""
+        found: list[str] = self.get("/status").json()["degraded"]
+        return found
 
     def encrypt(self, plaintext: bytes, context: object = CONTEXT) -> bytes:
         answer = self.post("/encrypt", {"plaintext": b64(plaintext), "context": context})
@@ -248,6 +270,10 @@ class Service:
         answer = self.get(f"/jobs/{job_id}/result")
         assert answer.status_code == 200, answer.text
         return answer.content
+
+    def lines(self, job_id: str) -> list[Json]:
+        """The lines of the result of a job over items or many files."""
+        return [json.loads(line) for line in self.result(job_id).splitlines()]
 
     def audited(self, **filters: str) -> list[Json]:
         """All audited operations: a page reads a bounded part of the log, and may be empty before its end."""
@@ -296,9 +322,7 @@ class Supervised(Service):
         self._redis = f"unix://{runtime_dir(self.state, self.environ)}/valkey.sock?db=0"
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.http.close()
         self._up.terminate()
         try:

@@ -23,9 +23,7 @@ mode = "required"
 failures_per_minute = 1000
 [kms.age]
 data_keys = true
-[kms.transit]
-address = "{address}"
-token = "{token}"
+{transit}
 [kms.tenants.acme]
 keys = ["default"]
 [kms.keys]
@@ -39,7 +37,7 @@ class Facade(Guarded):
 
     def __init__(self, folder: Path) -> None:
         server = bao()
-        settings = SETTINGS.format(address=server.url, token=server.token(), key=server.new_key())
+        settings = SETTINGS.format(transit=server.settings(), key=server.new_key())
         super().__init__(folder, settings, NO_REDIS)
         self.root = self.make("*,metrics,rotate")[1]
         self.home = folder / "home"

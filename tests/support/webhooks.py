@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from http.server import ThreadingHTTPServer
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Final, cast
@@ -65,7 +64,7 @@ class Request:
 class Receiver:
     """What came, and what to answer: ``answers`` in turn, then 204. ``slowly`` runs before each answer."""
 
-    port: int
+    port: int = 0
     requests: list[Request] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     names: list[str | None] = field(default_factory=list)  # as asked for by SNI
@@ -76,9 +75,9 @@ class Receiver:
 
 
 @contextmanager
-def receiving(authority: Authority | None, port: int = 0) -> Iterator[Receiver]:
+def receiving(authority: Authority | None) -> Iterator[Receiver]:
     """A receiver on 127.0.0.1, over TLS if there is an authority."""
-    found = Receiver(port)
+    found = Receiver()
     context = _server_context(authority, found) if authority else None
 
     class Handler(QuietHandler):
@@ -88,23 +87,9 @@ def receiving(authority: Authority | None, port: int = 0) -> Iterator[Receiver]:
             found.slowly()
             answer = found.answers.pop(0) if found.answers else 204
             status, location = answer if isinstance(answer, tuple) else (answer, "")
-            self.send_response(status)
-            if location:
-                self.send_header("Location", location)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.reply(status, location=location)
 
-    class Server(ThreadingHTTPServer):
-        def get_request(self) -> tuple[socket.socket, object]:
-            plain, address = super().get_request()
-            if context is None:
-                return plain, address
-            return context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False), address
-
-        def handle_error(self, request: object, client_address: object) -> None:
-            """A client that does not trust us hangs up: no words on that."""
-
-    with served(Handler, port, Server) as found.port:
+    with served(Handler, context) as found.port:
         yield found
 
 
@@ -180,11 +165,9 @@ def dripping() -> Iterator[int]:
 # -- jobs that tell of their end -----------------------------------------------------------------------
 
 
-def end(
-    store: JobStore, state: JobState = "succeeded", code: str = "", callback: str = "ci", tenant: str = TENANT
-) -> str:
+def end(store: JobStore, state: JobState = "succeeded", code: str = "", callback: str = "ci") -> str:
     """A job that has run to its end; its id."""
-    claim = claimed(store, callback=callback, tenant=tenant)
+    claim = claimed(store, callback=callback)
     store.finish(claim, state, code, Work(bytes_done=5))
     return claim.accepted.job_id
 

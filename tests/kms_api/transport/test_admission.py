@@ -29,11 +29,11 @@ def is_idle(of: Budget) -> bool:
     return not (of.held or of._amounts)  # noqa: SLF001 -- what is kept
 
 
-def taken(of: Budget, holder: Holder | None, amount: int = 1) -> int:
-    """How often so much could be taken until it was refused."""
+def taken(of: Budget, holder: Holder | None) -> int:
+    """How often one could be taken until it was refused."""
     for count in range(1000):
         try:
-            of.take(holder, amount)
+            of.take(holder)
         except (RateLimited, Unavailable):
             return count
     raise AssertionError("nothing bounds it")

@@ -32,8 +32,6 @@ class World:
     def __init__(self) -> None:
         self.clock = Clock()
         self.corp, self.other = Issuer(), Issuer()
-        self.corp.rollover("one")
-        self.other.rollover("one")
         trusted = (("corp", ISSUER, self.corp), ("other", OTHER, self.other))
         self.jwts = Jwts(
             [

@@ -42,16 +42,12 @@ Change = Callable[[Issuer], str]
 
 @pytest.fixture
 def issuer() -> Issuer:
-    made = Issuer()
-    made.rollover("one")
-    return made
+    return Issuer()
 
 
 def stranger() -> Issuer:
     """One that nobody trusts; its key has the same id."""
-    made = Issuer()
-    made.rollover("one")
-    return made
+    return Issuer()
 
 
 def section(**changes: Any) -> Section:  # noqa: ANN401 -- fields of the section
@@ -91,8 +87,7 @@ def test_a_token_becomes_a_principal(issuer: Issuer) -> None:
 
 @pytest.mark.parametrize("algorithm", ["RS256", "PS384", "ES256", "EdDSA"])
 def test_signatures_by_a_private_key_are_taken(algorithm: str) -> None:
-    issuer = Issuer()
-    issuer.rollover("k", algorithm)
+    issuer = Issuer("k", algorithm)
 
     assert verified(door(issuer, algorithms=(algorithm,)), issuer.token()).name == "corp:ada"
 
@@ -361,8 +356,7 @@ def test_a_token_is_remembered_until_it_expires(issuer: Issuer, monkeypatch: pyt
 
 
 def test_the_oldest_of_too_many_tokens_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    issuer = Issuer()
-    issuer.rollover("fast", "EdDSA")
+    issuer = Issuer("fast", "EdDSA")
     jwts = door(issuer, algorithms=("EdDSA",))
     tokens = [issuer.token(sub=f"ada{number}") for number in range(MOST_REMEMBERED + 2)]
     for token in tokens:

@@ -40,9 +40,7 @@ Entry = Callable[..., Authenticator]
 
 @pytest.fixture(scope="module")
 def issuer() -> Issuer:
-    made = Issuer()
-    made.rollover("one")
-    return made
+    return Issuer()
 
 
 @pytest.fixture

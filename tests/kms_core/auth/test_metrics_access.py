@@ -14,8 +14,6 @@ from support.settings_files import read
 
 def test_good_tokens_read_the_metrics_beside_a_hundred_times_as_many_bad_ones(tmp_path: Path) -> None:
     issuer, thief = Issuer(), Issuer()
-    for each in (issuer, thief):
-        each.rollover("one")
     keys = tmp_path / "jwks.json"
     keys.write_bytes(issuer.jwks)
     settings = read(tmp_path, issuer_settings(f'jwks_file = "{keys}"'))

@@ -75,8 +75,7 @@ class Cluster:
 
     def __init__(self, service: Logins, server: ApiServer, token_file: Path) -> None:
         self.service, self.server, self.token_file = service, server, token_file
-        self.issuer = Issuer()
-        self.issuer.rollover("k", "RS256")
+        self.issuer = Issuer("k", "RS256")
         self._number = 0
 
     def body(self, **changes: object) -> dict[str, object]:
@@ -93,8 +92,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder, server, keys = tmp_path_factory.mktemp("reviewed"), ApiServer(), Issuer()
-    keys.rollover("k", "RS256")
+    folder, server, keys = tmp_path_factory.mktemp("reviewed"), ApiServer(), Issuer("k", "RS256")
     token_file = folder / "reviewer"
     with serving(keys) as url, reviewing(server) as reviews:
         more = SETTINGS.format(audience=AUDIENCE, url=reviews, token_file=token_file)
@@ -219,8 +217,7 @@ def test_another_text_with_the_same_claims_is_another_token(cluster: Cluster) ->
 
 
 def test_an_api_server_that_is_away_lets_nothing_in(tmp_path: Path) -> None:
-    keys = Issuer()
-    keys.rollover("k", "RS256")
+    keys = Issuer("k", "RS256")
     (tmp_path / "reviewer").write_text(REVIEWER)
     url = f"http://127.0.0.1:{free_port()}"
     more = SETTINGS.format(audience=AUDIENCE, url=url, token_file=tmp_path / "reviewer")

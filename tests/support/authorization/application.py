@@ -104,7 +104,6 @@ class Application:
 
     def __init__(self, folder: Path, portal: BlockingPortal, redis: str) -> None:
         self.issuer = Issuer()
-        self.issuer.rollover("first")
         self.files = folder / "state/files"
         self.files_rules = f"read=file://{self.files}/ write=file://{self.files}/"
         self.install = self._installed(folder, redis)
@@ -299,9 +298,8 @@ class Application:
         *,
         owner: Caller | None = None,
         dead: bool = False,
-        over: bool = False,
     ) -> str:
-        """A new job of ``owner``, or of somebody else of the default tenant, that waits or has ended."""
+        """A new job of ``owner``, or of somebody else of the default tenant, that waits or is dead."""
         by = owner or self.master
         desk, store = self._core.submitter, self._core.worker_context.store
         if kind == "encrypt":
@@ -314,8 +312,6 @@ class Application:
         job_id = desk.items(terms, [item]).job_id
         if dead:
             store.redis.hset(job_key(job_id), mapping={"state": "failed", "error": "attempts_exhausted"})
-        if over:
-            store.cancel(job_id, "default")
         return job_id
 
     def given_up(self) -> str:

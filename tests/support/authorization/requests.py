@@ -115,11 +115,11 @@ def _plain(path: str, *passes: str, **more: object) -> Make:
     return lambda _: Ask(path, passes=frozenset(passes), **more)  # type: ignore[arg-type]  # as ``Ask`` has them
 
 
-def _job(path: str, *, dead: bool = False, over: bool = False, form: bool = False) -> Make:
-    """A call on a job that is queued, or that has ended in one of these ways."""
+def _job(path: str, *, dead: bool = False, form: bool = False) -> Make:
+    """A call on a job that is queued, or dead."""
 
     def make(application: Application) -> Ask:
-        job_id = application.job(dead=dead, over=over)
+        job_id = application.job(dead=dead)
         return Ask(path.replace("{job_id}", job_id), form={} if form else None)
 
     return make
@@ -164,7 +164,6 @@ CALLS: Final[dict[tuple[str, str, str], Make]] = {
     ("POST", f"{API}/codec/decode", ""): lambda application: Ask(
         f"{API}/codec/decode", _payload(application.encoded(KEY), b"binary/encrypted")
     ),
-    ("GET", f"{API}/keys", ""): _plain(f"{API}/keys"),
     ("GET", f"{API}/keys/{{key_id}}", ""): _plain(f"{API}/keys/{KEY}"),
     ("POST", f"{API}/keys/{{key_id}}/rotate", ""): _plain(f"{API}/keys/{ROTATED}/rotate", rules=_TURN),
     ("POST", f"{API}/jobs", "items, encrypt"): _items("encrypt"),
@@ -183,8 +182,6 @@ CALLS: Final[dict[tuple[str, str, str], Make]] = {
     ("POST", f"{API}/jobs", "many files, encrypt"): _files("encrypt", "in/*"),
     ("POST", f"{API}/files/encrypt", ""): _upload("encrypt"),
     ("POST", f"{API}/files/decrypt", ""): _upload("decrypt"),
-    ("GET", f"{API}/jobs", ""): _plain(f"{API}/jobs"),
-    ("GET", f"{API}/jobs/dead", ""): _plain(f"{API}/jobs/dead"),
     ("GET", f"{API}/jobs/events", ""): _plain(  # answered at once: the stream has no end
         f"{API}/jobs/events", "invalid_request", headers={"Last-Event-ID": "none"}
     ),
@@ -205,39 +202,33 @@ CALLS: Final[dict[tuple[str, str, str], Make]] = {
     ("DELETE", f"{API}/jobs/{{job_id}}", ""): _job(f"{API}/jobs/{{job_id}}"),
     ("POST", f"{API}/jobs/{{job_id}}/cancel", ""): _job(f"{API}/jobs/{{job_id}}/cancel"),
     ("POST", f"{API}/jobs/{{job_id}}/retry", ""): _job(f"{API}/jobs/{{job_id}}/retry", dead=True),
-    ("GET", f"{API}/webhooks/dead", ""): _plain(f"{API}/webhooks/dead"),
     ("POST", f"{API}/webhooks/dead/{{delivery_id}}/resend", ""): lambda application: Ask(
         f"{API}/webhooks/dead/{application.given_up()}/resend"
     ),
-    ("GET", f"{API}/intake", ""): _plain(f"{API}/intake"),
-    ("GET", f"{API}/audit", ""): _plain(f"{API}/audit"),
-    ("GET", f"{API}/status", ""): _plain(f"{API}/status"),
     ("GET", "/metrics", "from elsewhere"): _plain("/metrics"),
-    ("GET", f"{API}/health", ""): _plain(f"{API}/health"),
-    ("GET", "/livez", ""): _plain("/livez"),
-    ("GET", "/readyz", ""): _plain("/readyz"),
-    ("GET", "/docs", ""): _plain("/docs"),
-    ("GET", "/openapi.json", ""): _plain("/openapi.json"),
-    ("GET", "/ui", ""): _plain("/ui"),
-    ("GET", "/ui/jobs", ""): _plain("/ui/jobs"),
     ("GET", "/ui/jobs/{job_id}", ""): _job("/ui/jobs/{job_id}"),
     ("GET", "/ui/jobs/{job_id}/state", ""): _job("/ui/jobs/{job_id}/state"),
     ("POST", "/ui/jobs/{job_id}/cancel", ""): _job("/ui/jobs/{job_id}/cancel", form=True),
     ("POST", "/ui/jobs/{job_id}/retry", ""): _job("/ui/jobs/{job_id}/retry", dead=True, form=True),
-    ("GET", "/ui/audit", ""): _plain("/ui/audit"),
     ("GET", "/ui/audit/{audit_id}/receipt", ""): lambda application: Ask(
         f"/ui/audit/{application.audit_id()}/receipt"
     ),
-    ("GET", "/ui/workers", ""): _plain("/ui/workers"),
-    ("GET", "/ui/keys", ""): _plain("/ui/keys"),
     ("GET", "/ui/keys/{key_id}/rotate", ""): _plain(f"/ui/keys/{KEY}/rotate"),
     ("POST", "/ui/keys/{key_id}/rotate", ""): _plain(f"/ui/keys/{ROTATED}/rotate", rules=_TURN, form={}),
-    ("GET", "/ui/runbooks", ""): _plain("/ui/runbooks"),
-    ("GET", "/ui/login", ""): _plain("/ui/login"),
     ("POST", "/ui/login", "with a good token"): _login,
     ("POST", "/ui/logout", ""): _plain("/ui/logout", form={}),
     ("GET", "/ui/static/{name}", ""): _plain("/ui/static/page.css"),
 }
+_BARE: Final = (
+    *("/livez", "/readyz", "/docs", "/openapi.json"),
+    *(f"{API}/{path}" for path in ("keys", "jobs", "jobs/dead", "webhooks/dead")),
+    *(f"{API}/{path}" for path in ("intake", "audit", "status", "health")),
+    *(f"/ui{path}" for path in ("", "/jobs", "/audit", "/workers", "/keys", "/runbooks", "/login")),
+    *(f"/v1/sys/{path}" for path in ("mounts", "internal/ui/mounts", "health", "seal-status")),
+    *("/v1/sys/init", "/v1/sys/leader", "/v1/auth/token/lookup-self"),
+)
+"""Paths that are read as they stand in the table."""
+CALLS.update({("GET", path, ""): _plain(path) for path in _BARE})
 
 
 # -- the Vault API -------------------------------------------------------------------------------------
@@ -280,14 +271,7 @@ CALLS.update(
         ("DELETE", f"{_MOUNT}/keys/{{name}}", ""): _plain(
             f"/v1/transit/keys/{KEY}", "deletion is not allowed"
         ),
-        ("GET", "/v1/auth/token/lookup-self", ""): _plain("/v1/auth/token/lookup-self"),
-        ("GET", "/v1/sys/mounts", ""): _plain("/v1/sys/mounts"),
-        ("GET", "/v1/sys/internal/ui/mounts", ""): _plain("/v1/sys/internal/ui/mounts"),
         ("GET", "/v1/sys/internal/ui/mounts/{mount}", ""): _plain("/v1/sys/internal/ui/mounts/transit"),
-        ("GET", "/v1/sys/health", ""): _plain("/v1/sys/health"),
         ("HEAD", "/v1/sys/health", ""): _plain("/v1/sys/health"),
-        ("GET", "/v1/sys/seal-status", ""): _plain("/v1/sys/seal-status"),
-        ("GET", "/v1/sys/init", ""): _plain("/v1/sys/init"),
-        ("GET", "/v1/sys/leader", ""): _plain("/v1/sys/leader"),
     }
 )

@@ -16,7 +16,6 @@ from support.canary.secrets import Search
 from support.credentials import Guarded, bearer
 from support.http_servers import QuietHandler, served
 from support.service import Json, b64, unb64
-from support.waiting import until
 
 SETTINGS: Final = """
 [kms.age]
@@ -125,8 +124,8 @@ class CanaryService(Guarded):
         self.plaintext, self.value, self.unknown = word("plaintext"), word("context"), plain("token")
         everything, files = ",".join(OPERATIONS), f"file://{self.files}/"
         places = f"read={files} read=s3://bucket/ write={files} write=s3://bucket/"
-        token, self.root = self.make(everything, f"{everything} {places}")
-        self.token_id = token.id
+        _, self.root = self.make(everything, f"{everything} {places}")
+        self.http.headers.update(bearer(self.root))
         self.secrets: dict[str, bytes] = {
             "plaintext": self.plaintext.encode(),
             "context": self.value.encode(),
@@ -143,15 +142,14 @@ class CanaryService(Guarded):
 
     @property
     def headers(self) -> dict[str, str]:
-        """As a streamed body brings its context and its token."""
-        return bearer(self.root) | {"X-KMS-Context": quote(json.dumps(self.context))}
+        """As a streamed body brings its context."""
+        return {"X-KMS-Context": quote(json.dumps(self.context))}
 
     def ask(self, method: str, path: str, body: object = None, **more: Any) -> httpx.Response:  # noqa: ANN401 -- httpx's own keywords
-        """As the one who may do everything, unless other ``headers`` are given."""
+        """As the one who may do everything, unless ``headers`` have another token."""
         if body is not None:
             more["json"] = body
-        headers = bearer(self.root) | more.pop("headers", {})
-        with self.http.stream(method, path, headers=headers, **more) as answer:
+        with self.http.stream(method, path, **more) as answer:
             if not (answer.is_success and path.endswith("/jobs/events")):  # of which there is no end
                 answer.read()
         return answer
@@ -169,21 +167,10 @@ class CanaryService(Guarded):
 
     def job_of(self, body: Mapping[str, object]) -> Json:
         """A job, once it has ended."""
-        job_id = self.api("POST", "/jobs", {"context": self.context, **body})["job_id"]
-        return self.ended(str(job_id))
-
-    def ended(self, job_id: str) -> Json:
-        found: Json = {}
-
-        def has_ended() -> bool:
-            found.update(self.api("GET", f"/jobs/{job_id}"))
-            return found["state"] in {"succeeded", "failed", "cancelled"}
-
-        until(has_ended, f"the end of job {job_id}")
-        return found
+        return self.wait(self.submit({"context": self.context, **body}))
 
     def upload_of(self, kind: str, data: bytes) -> Json:
-        return self.ended(self.api("POST", f"/files/{kind}", content=data, headers=self.headers)["job_id"])
+        return self.wait(self.upload(kind, data, quote(json.dumps(self.context))))
 
     def data_key(self) -> bytes:
         return unb64(self.api("POST", "/generate-key", {"context": self.context})["plaintext"])

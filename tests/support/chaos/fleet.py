@@ -5,7 +5,6 @@ to it: for its clients, to Redis, and to the buckets.
 """
 
 import random
-import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -102,9 +101,7 @@ class Machine(Service):
 
     def __init__(self, folder: Path, host: Host, settings: str, redis: str, like: Service) -> None:
         super().__init__(folder, settings, redis)
-        shutil.copytree(like.state / "age", self.state / "age", dirs_exist_ok=True)
-        for name in ("spool.key", "intake.key"):
-            shutil.copy2(like.state / name, self.state / name)
+        self.take_keys(like)
         self.host, self.name, self.program = host, folder.name, folder.name.rstrip("0123456789")
         self.port = 8082  # each host has ports of its own
         self.address = host.lines[CLIENTS].address
@@ -259,7 +256,7 @@ class Fleet(Tended):
         return self.admin.hget(f"kms:job:{job_id}", "state") not in {b"queued", b"running", b"committing"}
 
     @property
-    def degraded(self) -> dict[str, object]:
+    def troubles(self) -> dict[str, object]:
         """What each API says of itself."""
         found: dict[str, object] = {}
         for name in APIS:
@@ -273,7 +270,7 @@ class Fleet(Tended):
 
     def settle(self) -> None:
         """Wait until all APIs say that all is well."""
-        until(lambda: not any(self.degraded.values()), lambda: f"all is well: {self.degraded}", poll_s=0.3)
+        until(lambda: not any(self.troubles.values()), lambda: f"all is well: {self.troubles}", poll_s=0.3)
 
     def search(self) -> list[str]:
         """Secrets where none may be: Redis' files, the buckets of spool and tokens, state, logs."""

@@ -7,7 +7,6 @@ import struct
 import threading
 from collections import Counter
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self
 
 _CREATED: Final = 0x100  # IN_CREATE: a link, or a new file
@@ -32,9 +31,7 @@ class Births:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._stopped)
         self._thread.join()
         for fd in (self._fd, self._stop):

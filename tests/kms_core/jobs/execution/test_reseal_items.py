@@ -1,8 +1,5 @@
 """Items under a new file key: the same plaintext and another payload."""
 
-import json
-from typing import Any
-
 import pytest
 
 from support.service import Service, b64, unb64
@@ -10,10 +7,6 @@ from support.service import Service, b64, unb64
 
 def payload(sealed: bytes) -> bytes:
     return sealed[sealed.index(b"\n--- ") + 49 :]
-
-
-def results(service: Service, job_id: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in service.result(job_id).splitlines()]
 
 
 @pytest.mark.parametrize("path", ["/jobs", "/batch"])
@@ -24,7 +17,7 @@ def test_resealed_items_have_another_payload_and_the_same_plaintext(service: Ser
     if path == "/jobs":
         job_id = service.submit({"kind": "reseal", "items": items})
         service.wait(job_id, "failed")
-        told = results(service, job_id)
+        told = service.lines(job_id)
     else:
         told = service.post(path, {"operation": "reseal", "items": items}).json()["results"]
 
@@ -41,4 +34,4 @@ def test_items_go_to_a_new_context(service: Service) -> None:
     job_id = service.submit({"kind": "reseal", "items": [item], "new_context": "env=test"})
     service.wait(job_id, "succeeded")
 
-    assert service.decrypt(unb64(results(service, job_id)[0]["ciphertext"]), "env=test") == b"x"
+    assert service.decrypt(unb64(service.lines(job_id)[0]["ciphertext"]), "env=test") == b"x"

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from datetime import UTC, datetime
+from uuid import uuid4
 
 import msgspec
 import pytest
@@ -29,6 +30,7 @@ from kms_protocol.errors import (
     RateLimited,
     UnknownJob,
 )
+from support.embedded_valkey import EmbeddedValkey
 from support.job_stores import (
     COMMIT,
     LONG,
@@ -46,7 +48,6 @@ from support.job_stores import (
     take,
     with_jobs,
 )
-from support.service import CANARY
 from support.waiting import until
 
 
@@ -76,11 +77,16 @@ def test_accepted_job_is_what_a_worker_gets(store: JobStore) -> None:
     assert (claim.fence, claim.attempt, claim.commit) == (1, 1, None)
 
 
-def test_nothing_of_the_request_can_be_read_in_redis(store: JobStore) -> None:
-    job = store.submit(accepted(source=f"file:///{CANARY}"), idempotency=f"key {CANARY}")
+def test_nothing_of_the_request_can_be_read_in_redis(store: JobStore, valkey: EmbeddedValkey) -> None:
+    """In no key or value that the server was ever told."""
+    word = uuid4().hex
+    texts = {"labels": {word: word}, "metadata": {word: word}, "group": word, "scopes": (word,)}
+    asked = accepted(source=f"file:///{word}", context=((word, word),), group_jobs=2, **texts)
+    job = store.submit(asked, idempotency=f"key {word}")
 
-    assert CANARY.encode() not in b"".join([*record(store, job.job_id), *record(store, job.job_id).values()])
-    assert not store.redis.exists(f"kms:idem:key {CANARY}")
+    told = b"".join(path.read_bytes() for path in valkey.files.data_dir.rglob("*") if path.is_file())
+    assert job.job_id.encode() in told
+    assert word.encode() not in told
 
 
 def test_one_idempotency_key_is_one_job(store: JobStore) -> None:
@@ -166,6 +172,10 @@ def test_so_many_jobs_may_be_open_and_no_more(core: Core) -> None:
         {"deadlines": Deadlines(ttl_s=60)},
         {"deadlines": Deadlines(keep_for_s=60)},
         {"deadlines": Deadlines(run_by=datetime(2999, 1, 1, tzinfo=UTC))},
+        {"callback": "ci"},
+        {"labels": {"a": "b"}},
+        {"metadata": {"a": "b"}},
+        {"release": "after_fetch"},
     ],
     ids="-".join,
 )
