@@ -1,5 +1,6 @@
 """Small HTTP servers on loopback: a handler that logs nothing, and the block in which it is served."""
 
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,9 +35,12 @@ def served(
     handler: Callable[..., BaseHTTPRequestHandler],
     port: int = 0,
     server: type[ThreadingHTTPServer] = ThreadingHTTPServer,
+    tls: ssl.SSLContext | None = None,
 ) -> Iterator[int]:
-    """The port at which the handler is served until the end of the block."""
+    """The port at which the handler is served until the end of the block, over HTTPS if ``tls`` is given."""
     with server(("127.0.0.1", port), handler) as running:
+        if tls:  # the handshake belongs to the thread of the connection, not to the one that accepts
+            running.socket = tls.wrap_socket(running.socket, server_side=True, do_handshake_on_connect=False)
         thread = threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         try:

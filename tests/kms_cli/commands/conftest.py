@@ -3,14 +3,13 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
 
 from support.cli.offline import Workspace, workspace
+from support.http_servers import QuietHandler, served
 
 Json = dict[str, Any]
 Answers = Callable[[Callable[[str, Json], Json]], str]
@@ -27,26 +26,13 @@ def answers() -> Iterator[Answers]:
     with ExitStack() as stack:
 
         def started(answer: Callable[[str, Json], Json]) -> str:
-            class Handler(BaseHTTPRequestHandler):
+            class Handler(QuietHandler):
                 wbufsize = 65536  # head and body in one segment
 
-                def do_POST(self) -> None:
+                def do_POST(self) -> None:  # noqa: N802 -- the library's name
                     given = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                    body = json.dumps(answer(self.path, given)).encode()
-                    self.send_response(200)
-                    self.send_header("Content-Type", "application/json")
-                    self.send_header("Content-Length", str(len(body)))
-                    self.end_headers()
-                    self.wfile.write(body)
+                    self.reply(200, json.dumps(answer(self.path, given)).encode(), "application/json")
 
-                def log_message(self, *_: object) -> None:
-                    """Say nothing."""
-
-            server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-            thread = Thread(target=server.serve_forever, args=(0.02,))
-            stack.callback(thread.join)
-            stack.callback(server.shutdown)
-            thread.start()
-            return f"http://127.0.0.1:{server.server_port}"
+            return f"http://127.0.0.1:{stack.enter_context(served(Handler))}"
 
         yield started
