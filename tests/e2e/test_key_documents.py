@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from kms_core.age.mlkem768x25519 import parse_recipient, version_of
 from support import object_stores
 from support.object_stores import Seen, TestBucket, Way
 from support.openbao import Bao
-from support.sealed_keys import kms, ok, root_settings
+from support.sealed_keys import ok, root_settings
 from support.service import CONTEXT, Service, b64, check_problem
 from support.waiting import until
 
@@ -78,9 +77,6 @@ class Host(Service):
 
     def degraded(self) -> list[str]:
         return list(self.get("/status").json()["degraded"])
-
-    def kms(self, *words: str) -> subprocess.CompletedProcess[bytes]:
-        return kms(self, *words)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +189,7 @@ def test_an_old_document_that_is_put_back_loses_no_version(hosts: tuple[Host, Ho
     assert one.decrypt(file) == b"of the newest version"
     assert two.version() == version
     check_problem(two.post("/keys/default/rotate"), 503, "backend_unavailable")
-    told = two.kms("doctor").stdout.decode()
+    told = two.run_kms("doctor").stdout
     assert "a document with keys is not read, or is older than before" in told
 
     ok(one, "keys", "adopt", "default", "--yes")
@@ -217,11 +213,11 @@ def test_commands_make_one_document_and_no_plain_one(
         ),
         (("keys", "adopt", "other", "--yes"), "name no document"),
     ):
-        done = one.kms(*words)
+        done = one.run_kms(*words)
         assert done.returncode != 0
-        assert said in done.stderr.decode(), done.stderr
+        assert said in done.stderr, done.stderr
     assert store.bucket.get(KEY) == before
-    assert f"default (age, in {store.url}) wraps and unwraps" in one.kms("doctor").stdout.decode()
+    assert f"default (age, in {store.url}) wraps and unwraps" in one.run_kms("doctor").stdout
 
     version, file = one.version(), tmp_path / "sealed"
     ok(one, "keygen", "--sealed-by", "root", "-o", str(file))
@@ -233,5 +229,5 @@ def test_commands_make_one_document_and_no_plain_one(
 
 def version_of_file(host: Host, file: Path) -> str:
     """The version that the identity in a sealed file makes, by another command than the one under test."""
-    shown = ok(host, "keygen", "-y", str(file)).decode().strip()
+    shown = ok(host, "keygen", "-y", str(file)).strip()
     return version_of(parse_recipient(shown))

@@ -15,7 +15,7 @@ from kms_protocol.errors import EXIT_CONFIGURATION
 from support import programs
 from support.openbao import Bao, bao
 from support.ports import free_port
-from support.sealed_keys import age_file, kms, ok, root_settings, seal
+from support.sealed_keys import age_file, ok, root_settings, seal
 from support.service import PROGRAMS, Service, b64, check_problem, unb64
 from support.waiting import until
 
@@ -73,7 +73,7 @@ def test_rotation_seals_first_and_every_process_follows(tmp_path: Path, redis_ur
     settings = root_settings() + "[kms.server]\nprocesses = 2\n"
     with Service(tmp_path, settings, redis_url) as service:
         seal(service, "default", age_file(service))
-        assert "sealed by root" in kms(service, "doctor").stdout.decode()
+        assert "sealed by root" in service.run_kms("doctor").stdout
         service.start()
         old = service.encrypt(b"old")
         answer = service.post("/keys/default/rotate")
@@ -112,7 +112,7 @@ def test_a_rotation_without_its_root_changes_nothing(tmp_path: Path, redis_url: 
         assert age_file(service).read_bytes() == before
         assert (service.state / "age" / "public_key.txt").read_bytes() == public
         assert service.decrypt(service.encrypt(b"still")) == b"still"
-        told = kms(service, "doctor").stdout.decode()
+        told = service.run_kms("doctor").stdout
         assert "default (age, sealed by root) does not wrap and unwrap" in told
         assert str(server.port) in told
 
@@ -150,7 +150,7 @@ def test_a_file_of_another_key_stops_the_start(tmp_path: Path, program: str) -> 
 def test_an_identity_of_another_recipient_stops_the_start(tmp_path: Path) -> None:
     with Service(tmp_path, root_settings(), "unix:///nonexistent/valkey.sock") as service:
         other = tmp_path / "other.txt"
-        other.write_bytes(ok(service, "keygen"))
+        other.write_text(ok(service, "keygen"))
         other.chmod(0o600)
         seal(service, "default", other)
         other.replace(age_file(service))
@@ -209,9 +209,9 @@ def test_break_glass_needs_stock_age_only(tmp_path: Path, redis_url: str, server
     age = programs.program("age")
     with Service(tmp_path, root_settings(server), redis_url) as service:
         offline = tmp_path / "offline.txt"
-        offline.write_bytes(ok(service, "keygen"))
+        offline.write_text(ok(service, "keygen"))
         offline.chmod(0o600)
-        recipient = ok(service, "keygen", "-y", str(offline)).decode().strip()
+        recipient = ok(service, "keygen", "-y", str(offline)).strip()
         seal(service, "default", age_file(service), "--recovery", recipient)
         service.start("api")
         service.post("/keys/default/rotate")
@@ -245,7 +245,7 @@ def test_audit_and_intake_keys_may_be_sealed(tmp_path: Path, redis_url: str) -> 
         service.stop("api")
 
         ok(service, "audit", "verify")
-        shown = ok(service, "audit", "tail", "--context", "env=prod").decode()
+        shown = ok(service, "audit", "tail", "--context", "env=prod")
         assert shown.count("encrypt") == 2
 
 
@@ -254,7 +254,7 @@ def test_identities_of_a_credential_open_it(tmp_path: Path, redis_url: str) -> N
     credential = tmp_path / "credential"
     settings = f'[kms.age]\nseal_identity_path = "{credential}"\nsealed_only = true\n'
     with Service(tmp_path, settings, redis_url) as service:
-        credential.write_bytes(ok(service, "keygen"))
+        credential.write_text(ok(service, "keygen"))
         credential.chmod(0o600)
         assert "is a plain key file" in ended(service, "api")
         seal(service, "default", age_file(service), root="kms:identity")
@@ -267,11 +267,11 @@ def test_a_root_that_never_answered_seals_nothing(tmp_path: Path, redis_url: str
     settings = root_settings(address=f"http://127.0.0.1:{free_port()}", key="k", timeout_s=1.0)
     with Service(tmp_path, settings, redis_url) as service:
         made = tmp_path / "made"
-        done = kms(service, "keygen", "--sealed-by", "root", "-o", str(made))
+        done = service.run_kms("keygen", "--sealed-by", "root", "-o", str(made))
 
         assert done.returncode == 69
         assert not made.exists()
-        assert b"Public key" not in done.stderr
+        assert "Public key" not in done.stderr
 
 
 # -- keys that a backend does not have -------------------------------------------------------------------

@@ -1,7 +1,5 @@
 """Installs whose key files are sealed by a key of OpenBao, and the ``kms`` command beside them."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Final
 
@@ -31,16 +29,10 @@ def root_settings(
     )
 
 
-def kms(service: Service, *words: str) -> subprocess.CompletedProcess[bytes]:
-    """Run the ``kms`` command with the settings of an install."""
-    argv = [sys.executable, "-P", "-m", "kms_cli.main", *words]
-    return subprocess.run(argv, env=service.environ, capture_output=True, check=False, timeout=120)
-
-
-def ok(service: Service, *words: str) -> bytes:
+def ok(service: Service, *words: str) -> str:
     """The output of a ``kms`` command that succeeds."""
-    done = kms(service, *words)
-    assert done.returncode == 0, done.stderr.decode()
+    done = service.run_kms(*words)
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 
