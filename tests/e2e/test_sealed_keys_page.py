@@ -2,20 +2,18 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Final
 
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import KeySection
-from support import openbao, programs
+from support import openbao, pages, programs
+from support.cli.fixtures import BIN
 from support.openbao import Bao
 from support.ports import free_port
 
-PAGE: Final = (Path(__file__).parents[2] / "docs/sealed-keys.md").read_text()
-RUN: Final = re.compile(r"<!-- run -->\n```sh\n(.*?)```", re.DOTALL)
-SETTINGS: Final = re.compile(r"```toml\n(.*?)```", re.DOTALL)
+PAGE: Final = "docs/sealed-keys.md"
+SETTINGS: Final = re.findall(r"```toml\n(.*?)```", (pages.ROOT / PAGE).read_text(), re.DOTALL)
 
 
 def log(folder: Path) -> str:
@@ -29,7 +27,7 @@ def test_the_page_works_as_written(tmp_path: Path) -> None:
     folder, token, state = tmp_path / "bao", tmp_path / "token", tmp_path / "state"
     folder.mkdir()
     server = Bao(folder, mounts=False)
-    toml, _ = SETTINGS.findall(PAGE)
+    toml, _ = SETTINGS
     for setting, value in {"address": server.url, "token_file": token, "state_dir": state}.items():
         toml, count = re.subn(rf'^{setting} = ".*"', f'{setting} = "{value}"', toml, flags=re.MULTILINE)
         assert count == 1
@@ -44,23 +42,13 @@ def test_the_page_works_as_written(tmp_path: Path) -> None:
         "KMS_STATE_DIR": str(state),
         "KMS_PORT": str(port),
         "KMS_SERVICE_URL": f"http://127.0.0.1:{port}",
-        "PATH": os.pathsep.join(
-            [str(Path(openbao.binary()).parent), str(Path(sys.executable).parent), os.environ["PATH"]]
-        ),
+        "PATH": f"{Path(openbao.binary()).parent}:{BIN}:{os.environ['PATH']}",
     }
-    script = "\n".join(["trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT", *RUN.findall(PAGE)])
+    script = "\n".join(["trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT", *pages.blocks(PAGE, "sh")])
     here = tmp_path / "here"
     here.mkdir()
     try:
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", script],
-            cwd=here,
-            env=environ,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=240,
-        )
+        done = pages.bash(script, here, environ, 240)
     finally:
         server.close()
 
@@ -70,7 +58,7 @@ def test_the_page_works_as_written(tmp_path: Path) -> None:
 
 
 def test_the_settings_of_a_root_in_cosmian_are_accepted(tmp_path: Path) -> None:
-    with_transit, with_cosmian = SETTINGS.findall(PAGE)
+    with_transit, with_cosmian = SETTINGS
     path = tmp_path / "kms.toml"
     path.write_text(with_transit.split("[kms.transit]")[0] + with_cosmian)
 
