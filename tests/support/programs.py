@@ -100,6 +100,18 @@ def running(
         process.wait()
 
 
+def from_npm(name: str, file: str, *packages: str) -> Path:
+    """What packages of npm bring, by its pattern in the folder ``.cache/<name>``. Fetched once."""
+    npm = which("npm")
+    with kept(name) as folder:
+        if npm and not list(folder.glob(file)):
+            words = ("install", "--silent", "--no-audit", "--no-fund", "--prefix", str(folder), *packages)
+            subprocess.run([npm, *words], check=False, capture_output=True, timeout=120)
+        for found in folder.glob(file):
+            return found
+    pytest.skip(f"npm could not fetch {' and '.join(packages)}")
+
+
 @contextmanager
 def kept(name: str) -> Iterator[Path]:
     """The folder ``.cache/<name>``, for one test process at a time: others wait while the first fetches."""
