@@ -1,4 +1,4 @@
-"""``age-plugin-kms`` under the real ``age``, ``rage`` and ``sops``, over a service and without one."""
+"""``age-plugin-kms`` under the real ``age`` and ``rage``, over a service and without one."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ import pytest
 
 from kms_core.age import header, stream
 from kms_core.age.header import FILE_LIMITS
-from support.age_plugin import ENV, Bench, sops, target
+from support.age_plugin import ENV, Bench, target
 from support.programs import program
 from support.service import Json, Service, b64, check_problem
 
@@ -283,23 +283,3 @@ def test_what_was_wrapped_elsewhere_is_not_lifted_out_of_its_context(toolbench: 
 
     assert native.startswith(b"-> X25519 ")
     assert [asked(text, ENV), asked(text, ""), asked(native, ENV), asked(native, "")] == [200, 400, 400, 400]
-
-
-# -- sops ----------------------------------------------------------------------------------------------
-
-
-def test_sops_keeps_a_file_under_a_key_of_the_service(toolbench: Bench) -> None:
-    (toolbench.folder / "secrets.yaml").write_text("db:\n  password: hunter2\n")
-    (toolbench.folder / ".sops.yaml").write_text(f"creation_rules:\n  - age: {target('vault').recipient()}\n")
-    key_file = toolbench.identity(target("vault"))
-
-    toolbench.ok(sops(), "encrypt", "-i", "secrets.yaml", SOPS_AGE_KEY_FILE=key_file)
-    sealed = (toolbench.folder / "secrets.yaml").read_text()
-
-    assert "hunter2" not in sealed
-    assert (
-        toolbench.ok(
-            sops(), "decrypt", "--extract", '["db"]["password"]', "secrets.yaml", SOPS_AGE_KEY_FILE=key_file
-        )
-        == b"hunter2"
-    )
