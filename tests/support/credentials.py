@@ -33,7 +33,6 @@ from support.http_servers import QuietHandler, served
 from support.service import Service
 
 REQUIRED: Final = '[kms.auth]\nmode = "required"\n'
-EVERYTHING: Final = "*"
 DAY: Final = timedelta(days=1)
 HOUR: Final = timedelta(hours=1)
 AUDIENCE: Final = "kms-service"
