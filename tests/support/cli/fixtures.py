@@ -51,12 +51,16 @@ def kms(
 
 @contextmanager
 def running_up(
-    log: Path, env: Mapping[str, str], *words: object, cwd: Path | None = None
+    log: Path,
+    env: Mapping[str, str],
+    *words: object,
+    cwd: Path | None = None,
+    program: Path = BIN / "kms",
 ) -> Iterator[subprocess.Popen[str]]:
     """``kms up`` until the end of the block, from the time when it is ready; ``log`` has what it says."""
     with log.open("wb") as stderr:
         process = subprocess.Popen(
-            tied(BIN / "kms", "up", *words), cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True
+            tied(program, "up", *words), cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True
         )
     try:
         ready = process.stdout.readline() if process.stdout else ""
