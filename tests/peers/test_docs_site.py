@@ -7,15 +7,14 @@ import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import pytest
 
-from support.chromium import Chromium
+from support.chromium import SCHEMES, Chromium
 from support.http_servers import served_files
 from support.waiting import until
 
-Scheme = Literal["dark", "light"]
 ROOT: Final = Path(__file__).parents[2]
 LOADING: Final = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
 ONLY_NAMED: Final = {"canonical", "next", "prev"}  # links of pages to others; browsers load nothing
@@ -120,9 +119,8 @@ def test_a_dead_link_fails_the_build(tmp_path: Path, link: str) -> None:
 
 
 def test_pages_can_be_read_in_a_browser_in_both_colours(url: str, browser: Chromium) -> None:
-    schemes: tuple[Scheme, ...] = ("light", "dark")
     backgrounds = {}
-    for scheme in schemes:
+    for scheme in SCHEMES:
         browser.appear(scheme)
         for name in ("index", "docs/cli", "docs/api", "docs/viewer/index"):
             shown = f"site-{name.replace('/', '-')}-{scheme}"
@@ -155,9 +153,8 @@ def test_the_search_finds_pages_without_another_host(url: str, browser: Chromium
 
 
 def test_the_picture_of_the_architecture_is_drawn_in_both_colours(url: str, browser: Chromium) -> None:
-    schemes: tuple[Scheme, ...] = ("light", "dark")
     colours = set()
-    for scheme in schemes:
+    for scheme in SCHEMES:
         browser.appear(scheme)
         browser.resize(1280, 900)
         browser.open(f"{url}/docs/architecture.svg")
@@ -169,4 +166,4 @@ def test_the_picture_of_the_architecture_is_drawn_in_both_colours(url: str, brow
         browser.open(f"{url}/docs/design.html")
         picture(browser, f"design-{scheme}")
         assert browser.evaluate("document.querySelector('img[src$=\"architecture.svg\"]').naturalWidth") > 0
-    assert len(colours) == len({"page", "text"}) * len(schemes)
+    assert len(colours) == len({"page", "text"}) * len(SCHEMES)

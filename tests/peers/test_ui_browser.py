@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import pytest
 
@@ -11,12 +11,11 @@ from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import new_attempt_id
 from kms_core.jobs.recovery.reaper import Heartbeat
 from kms_protocol.wire import PREFIX
-from support.chromium import Chromium
+from support.chromium import SCHEMES, Chromium, Scheme
 from support.credentials import Guarded
 from support.service import CONTEXT, Service, b64, core_of
 from support.waiting import until
 
-Scheme = Literal["dark", "light"]
 ITEMS: Final = [{"plaintext": b64(b"x"), "context": CONTEXT}] * 40
 CONTRAST: Final = 4.5  # WCAG 2.2, 1.4.3
 # The lowest contrast of any text of the page, and of any bar of a chart, with what is behind it (WCAG 2.2,
@@ -93,8 +92,7 @@ def check_contrast(browser: Chromium, name: str) -> None:
 
 def seen(browser: Chromium, folder: Path, name: str) -> None:
     """Take a picture in each colour, wide and narrow, and check what can be measured of it."""
-    schemes: tuple[Scheme, ...] = ("dark", "light")
-    for scheme in schemes:
+    for scheme in SCHEMES:
         browser.appear(scheme)
         browser.picture(folder / f"{name}-{scheme}.png")
         check_contrast(browser, f"{name} in {scheme}")

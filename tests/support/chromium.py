@@ -31,6 +31,8 @@ FLAGS: Final = (
     "--window-size=1280,900",
 )
 Json = dict[str, Any]
+Scheme = Literal["dark", "light"]
+SCHEMES: Final[tuple[Scheme, ...]] = ("dark", "light")
 
 
 class Chromium:
@@ -87,7 +89,7 @@ class Chromium:
 
     # -- what a person does ------------------------------------------------------------------------------
 
-    def appear(self, scheme: Literal["dark", "light"]) -> None:
+    def appear(self, scheme: Scheme) -> None:
         """The colours that the person prefers."""
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", features=features)
