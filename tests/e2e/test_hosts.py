@@ -19,7 +19,6 @@ from kms_core.jobs.spec import BULK
 from kms_core.jobs.store import redis_keys
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
-from kms_protocol.errors import EXIT_CONFIGURATION
 from kms_protocol.wire import JobItem
 from support.age_kms import write_recipient
 from support.chaos.cluster import Clock
@@ -62,13 +61,6 @@ def host(folder: Path, url: str, of: Host | None = None, *, shared: bool = True)
             shutil.copy2(of.state / name, made.state / name)
         made.spool = of.spool if shared else made.spool
     return made
-
-
-def refusal(of: Host, program: str) -> str:
-    argv = [sys.executable, "-P", "-m", PROGRAMS[program]]
-    done = subprocess.run(argv, env=of.environ, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == EXIT_CONFIGURATION, done.stderr
-    return done.stderr
 
 
 @pytest.fixture
@@ -121,8 +113,8 @@ def test_host_with_a_spool_of_its_own_does_not_start(tmp_path: Path, redis_url: 
     with host(tmp_path / "1", redis_url) as first:
         first.start("api")
         other = host(tmp_path / "2", redis_url, first, shared=False)
-        assert "spool_not_shared" in refusal(other, program)
-        assert "Mount the same directory" in refusal(other, program)
+        assert "spool_not_shared" in other.refusal(program)
+        assert "Mount the same directory" in other.refusal(program)
         assert first.degraded == ["workers"]
 
 
@@ -136,7 +128,7 @@ def test_redis_of_another_install_refuses_jobs_and_nothing_else(pair: tuple[Host
     assert "/ui/runbooks#kmsinstallsplit" in first.http.get("/ui").text
     assert first.decrypt(first.encrypt(b"a call")) == b"a call"
     second.kill("api")
-    assert "install_mismatch" in refusal(second, "api")
+    assert "install_mismatch" in second.refusal("api")
     assert first.doctor()["install", "FAIL"].startswith("install_mismatch")
 
     client.delete("kms:install")  # as the error says, though with processes that run

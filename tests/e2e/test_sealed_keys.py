@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,21 +10,12 @@ import pytest
 
 from kms_core import key_opening
 from kms_core.age.mlkem768x25519 import parse_recipient, version_of
-from kms_protocol.errors import EXIT_CONFIGURATION
 from support import programs
 from support.openbao import Bao, bao
 from support.ports import free_port
 from support.sealed_keys import age_file, ok, root_settings, seal
 from support.service import PROGRAMS, Service, b64, check_problem, unb64
 from support.waiting import until
-
-
-def ended(service: Service, program: str) -> str:
-    """The error with which a program refuses to start."""
-    argv = [sys.executable, "-P", "-m", PROGRAMS[program]]
-    done = subprocess.run(argv, env=service.environ, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == EXIT_CONFIGURATION, done.stderr
-    return done.stderr
 
 
 def decryptions(trail: Path) -> int:
@@ -144,7 +134,7 @@ def test_a_file_of_another_key_stops_the_start(tmp_path: Path, program: str) -> 
         seal(service, "default", age_file(service))
         age_file(service).write_bytes(spool.read_bytes())
 
-        assert "was not sealed as default" in ended(service, program)
+        assert "was not sealed as default" in service.refusal(program)
 
 
 def test_an_identity_of_another_recipient_stops_the_start(tmp_path: Path) -> None:
@@ -155,7 +145,7 @@ def test_an_identity_of_another_recipient_stops_the_start(tmp_path: Path) -> Non
         seal(service, "default", other)
         other.replace(age_file(service))
 
-        assert "has no identity in" in ended(service, "api")
+        assert "has no identity in" in service.refusal("api")
 
 
 def test_a_key_that_is_sealed_seals_no_other(tmp_path: Path) -> None:
@@ -167,7 +157,7 @@ def test_a_key_that_is_sealed_seals_no_other(tmp_path: Path) -> None:
         seal(service, "kms:spool", spool, root="circle")
         seal(service, "default", age_file(service))
 
-        assert "a key that seals others may not be" in ended(service, "api")
+        assert "a key that seals others may not be" in service.refusal("api")
 
 
 def test_the_root_takes_no_calls(tmp_path: Path, redis_url: str) -> None:
@@ -256,7 +246,7 @@ def test_identities_of_a_credential_open_it(tmp_path: Path, redis_url: str) -> N
     with Service(tmp_path, settings, redis_url) as service:
         credential.write_text(ok(service, "keygen"))
         credential.chmod(0o600)
-        assert "is a plain key file" in ended(service, "api")
+        assert "is a plain key file" in service.refusal("api")
         seal(service, "default", age_file(service), root="kms:identity")
         service.start()
         assert service.post("/keys/default/rotate").status_code == 200
@@ -295,4 +285,4 @@ def test_keys_that_are_there_pass_and_so_does_a_backend_that_is_away(tmp_path: P
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_no_program_starts_with_a_missing_key(tmp_path: Path, program: str) -> None:
-    assert "no-such-key" in ended(with_remote(tmp_path, "no-such-key", bao().url), program)
+    assert "no-such-key" in with_remote(tmp_path, "no-such-key", bao().url).refusal(program)

@@ -29,6 +29,7 @@ from kms_core.programs import tether
 from kms_core.redis_client import connect
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import Settings
+from kms_protocol.errors import EXIT_CONFIGURATION
 from kms_protocol.wire import ENDED, PREFIX
 from support import openapi_check
 from support.embedded_valkey import EmbeddedValkey
@@ -184,6 +185,14 @@ class Service:
         argv = [sys.executable, "-P", "-m", "kms_cli.main", *words]
         environ = self.environ | environ
         return subprocess.run(argv, env=environ, capture_output=True, text=True, check=False, timeout=120)
+
+    def refusal(self, name: str, **environ: str) -> str:
+        """What ``api`` or ``worker`` says that does not start, since its configuration is wrong."""
+        argv = [sys.executable, "-P", "-m", PROGRAMS[name]]
+        env = self.environ | environ
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False, timeout=STOP_S)
+        assert done.returncode == EXIT_CONFIGURATION, done.stderr
+        return done.stderr
 
     # -- calls -------------------------------------------------------------------------------------
 
