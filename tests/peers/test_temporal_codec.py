@@ -99,22 +99,6 @@ def test_key_is_named_in_the_payload(service: Service) -> None:
     assert unb64(payload["metadata"]["encryption-key-id"]) == b"default"
 
 
-@pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
-    with Guarded(tmp_path_factory.mktemp("guarded"), redis=NO_REDIS) as running:
-        yield running.start("api")
-
-
-def test_scope_that_only_seals_opens_nothing(guarded: Guarded) -> None:
-    token = guarded.token("encrypt") | NAMESPACE
-    body = {"payloads": [{"data": b64(b"x")}]}
-
-    made = guarded.post("/codec/encode", body, headers=token)
-
-    assert made.status_code == 200
-    check_problem(guarded.post("/codec/decode", made.json(), headers=token), 403, "forbidden")
-
-
 @pytest.mark.parametrize(
     "body", [{"payloads": [{"data": "x"}]}, {"payloads": [{"more": 1}]}, {"payload": []}], ids=repr
 )
