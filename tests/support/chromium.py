@@ -116,12 +116,15 @@ class Chromium:
         assert "exceptionDetails" not in said, said
         return said["result"].get("value")
 
-    def picture(self, file: Path) -> None:
-        """The whole page as PNG."""
+    def picture(self, name: str) -> None:
+        """The whole page as PNG, for a person: in the folder that the environment names, else nowhere."""
+        if not (folder := os.environ.get("KMS_TEST_PICTURES")):
+            return
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
         taken = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
-        file.write_bytes(b64decode(taken["data"]))
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, f"{name}.png").write_bytes(b64decode(taken["data"]))
 
     def resize(self, width: int, height: int) -> None:
         self.call(
