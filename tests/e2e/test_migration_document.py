@@ -14,9 +14,10 @@ from support import pages
 from support.age_plugin import sops
 from support.aws_servers import ACCESS_KEY, REGION, SECRET_KEY, moto
 from support.cli.fixtures import Place, environment
-from support.cli.migrate import Workspace, b64
+from support.cli.migrate import Workspace
 from support.openbao import ROOT_TOKEN, bao
 from support.programs import program
+from support.service import b64
 
 
 @pytest.fixture

@@ -47,7 +47,3 @@ def report(done: Ran) -> dict[str, int]:
     """The counts on stdout."""
     counts: dict[str, int] = json.loads(done.stdout)
     return counts
-
-
-def b64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
