@@ -37,11 +37,10 @@ def as_by_age(toolbench: Bench, key_id: str) -> bytes:
     return header.render(stanza, file_key) + nonce + stream.seal(stream.payload_key(file_key, nonce), SECRET)
 
 
-def encrypted(toolbench: Bench, age: str, key_id: str | None = None, context: str = ENV) -> Path:
+def encrypted(toolbench: Bench, age: str, key_id: str | None = None) -> Path:
     """A file that the stock tool makes for a key of the service."""
     path = toolbench.folder / "sealed.age"
-    recipient = target(key_id, context).recipient()
-    toolbench.ok(age, "-r", recipient, "-o", str(path), stdin=SECRET)
+    toolbench.ok(age, "-r", target(key_id).recipient(), "-o", str(path), stdin=SECRET)
     return path
 
 

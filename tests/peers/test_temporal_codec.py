@@ -27,9 +27,8 @@ NAMESPACE = {"X-Namespace": "payroll"}
 class Remote(PayloadCodec):
     """What Temporal's samples call a remote codec: each list of payloads is one POST of their JSON."""
 
-    def __init__(self, service: Service, namespace: str) -> None:
+    def __init__(self, service: Service) -> None:
         self._service = service
-        self._headers = {"X-Namespace": namespace}
 
     async def encode(self, payloads: Sequence[Payload]) -> list[Payload]:
         return self._post("encode", payloads)
@@ -39,13 +38,13 @@ class Remote(PayloadCodec):
 
     def _post(self, verb: str, payloads: Sequence[Payload]) -> list[Payload]:
         body = json_format.MessageToDict(Payloads(payloads=payloads))
-        answer = self._service.post(f"/codec/{verb}", body, headers=self._headers)
+        answer = self._service.post(f"/codec/{verb}", body, headers=NAMESPACE)
         assert answer.status_code == 200, answer.text
         return list(json_format.ParseDict(answer.json(), Payloads()).payloads)
 
 
-def converter(service: Service, namespace: str = "payroll") -> DataConverter:
-    return DataConverter(payload_codec=Remote(service, namespace))
+def converter(service: Service) -> DataConverter:
+    return DataConverter(payload_codec=Remote(service))
 
 
 @pytest.fixture

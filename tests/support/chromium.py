@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import time
 from base64 import b64decode
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -137,7 +137,7 @@ class Chromium:
 
 
 @contextmanager
-def chromium(folder: Path, environ: Mapping[str, str] | None = None) -> Iterator[Chromium]:
+def chromium(folder: Path) -> Iterator[Chromium]:
     """Start it, with a profile of its own in ``folder``. It reads commands from 3 and writes to 4."""
     program = programs.program("chromium")
     command_out, command_in = os.pipe()
@@ -150,7 +150,7 @@ def chromium(folder: Path, environ: Mapping[str, str] | None = None) -> Iterator
             stdout=log,
             stderr=log,
             pass_fds=(command_out, answer_in),
-            env={"HOME": str(folder), "PATH": os.environ["PATH"], **(environ or {})},
+            env={"HOME": str(folder), "PATH": os.environ["PATH"]},
         )
         os.close(command_out)
         os.close(answer_in)

@@ -17,13 +17,13 @@ root = {{ uri = "transit:{key}", use = "seal" }}
 
 
 def root_settings(
-    server: Bao | None = None, key: str = "", *, address: str = "", token: str = "", timeout_s: float = 5.0
+    server: Bao | None = None, key: str = "", *, address: str = "", timeout_s: float = 5.0
 ) -> str:
     """Settings below ``[kms]`` with the key ``root``, which seals; ``[kms.keys]`` is the last table."""
     server = server or bao()
     return ROOT.format(
         address=address or server.url,
-        token=token or server.token(),
+        token=server.token(),
         key=key or server.new_key(),
         timeout_s=timeout_s,
     )
