@@ -227,18 +227,12 @@ def python(code: str, *words: object, **environ: str) -> subprocess.CompletedPro
     return run(sys.executable, "-I", "-S", "-W", "error", "-c", code, *words, env=environ)
 
 
-def test_the_sync_client_calls_by_the_authorities_of_the_system(
-    sync_only: Path, https: str, authority: Authority
+@pytest.mark.parametrize("client", ["sync_only", "with_async"])
+def test_a_client_calls_by_the_authorities_of_the_system(
+    request: pytest.FixtureRequest, client: str, https: str, authority: Authority
 ) -> None:
-    done = python(SYNC, sync_only, https, SSL_CERT_FILE=str(authority.ca_file))
-
-    assert (done.returncode, done.stdout) == (0, "b'secret-data'\n"), done.stderr
-
-
-def test_the_async_client_calls_by_the_authorities_of_the_system(
-    with_async: Path, https: str, authority: Authority
-) -> None:
-    done = python(ASYNC, with_async, https, SSL_CERT_FILE=str(authority.ca_file))
+    code = SYNC if client == "sync_only" else ASYNC
+    done = python(code, request.getfixturevalue(client), https, SSL_CERT_FILE=str(authority.ca_file))
 
     assert (done.returncode, done.stdout) == (0, "b'secret-data'\n"), done.stderr
 
