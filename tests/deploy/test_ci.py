@@ -4,22 +4,12 @@ import re
 from pathlib import Path
 from typing import Final
 
+from support.programs import TOGETHER
+
 ROOT: Final = Path(__file__).parents[2]
 TESTS: Final = ROOT / "tests"
 ASKED: Final = re.compile(r'\b(?:program|which)\(f?"([a-z-]+)')
 OF_PYTHON: Final = {"bao", "sops", "weed"}  # packages of requirements-dev.lock bring these
-BROUGHT: Final = {  # with a program that .ci/all names
-    "age-keygen": "age",
-    "epmd": "rabbitmq-server",
-    "java": "javac",
-    "mkfs": "mkfs.ext4",
-    "promtool": "prometheus",
-    "psql": "pg_dump",
-    "ssh-agent": "ssh-add",
-    "ssh-keygen": "ssh-add",
-    "systemd-": "systemd-analyze",  # the rest of the name varies
-    "unshare": "nsenter",
-}
 OPTIONAL: Final = {
     "minio",  # built by hand: tests of stores take it along where it is
     "terraform",  # in no package of Debian: its recipe is tested where it is
@@ -32,5 +22,5 @@ def test_ci_installs_what_tests_ask_for() -> None:
     installed = set(re.findall(r"^needs (\S+)", (ROOT / ".ci/all").read_text("utf-8"), re.MULTILINE))
 
     assert len(asked) > 20
-    needed = {BROUGHT.get(name, name) for name in asked - OF_PYTHON - OF_DEBIAN - OPTIONAL}
+    needed = {TOGETHER.get(name, name) for name in asked - OF_PYTHON - OF_DEBIAN - OPTIONAL}
     assert needed <= installed

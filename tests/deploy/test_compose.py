@@ -11,7 +11,6 @@ import redis
 from kms_core.settings import lint
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.validation import check_exposure
-from kms_protocol.errors import ConfigurationError
 from kms_worker.app import CONFIGURATION
 from support import artefacts
 from support.artefacts import DEPLOY, ROOT, make_secrets, seconds
@@ -147,11 +146,3 @@ def test_what_is_weak_is_accepted_and_nothing_else() -> None:
     loaded = load_settings(DEPLOY / "compose/kms.toml", {"KMS_STATE_DIR": "/var/lib/kms-service"})
 
     assert {each.setting for each in lint.weaknesses(loaded)} == set(loaded.kms.accept_weak)
-
-
-def test_without_its_written_word_nobody_would_be_served(tmp_path: Path) -> None:
-    written = (DEPLOY / "compose/kms.toml").read_text()
-    (tmp_path / "kms.toml").write_text(written.replace('mode = "none"', ""))
-
-    with pytest.raises(ConfigurationError):
-        check_exposure(load_settings(tmp_path / "kms.toml", {"HOME": "/"}))

@@ -19,11 +19,11 @@ import pytest
 from cryptography import x509
 
 from support.artefacts import DEPLOY, ROOT, passes, run
+from support.cli.fixtures import running_up
 from support.contract_server import running
 from support.credentials import Authority
 from support.ports import free_port
-from support.programs import kept, tied
-from support.waiting import WAIT_S, until
+from support.programs import kept
 from support.wheels import build, copy_sources
 
 CLIENT: Final[dict[str, Any]] = tomllib.loads((ROOT / "client/pyproject.toml").read_text())["project"]
@@ -227,18 +227,12 @@ def python(code: str, *words: object, **environ: str) -> subprocess.CompletedPro
     return run(sys.executable, "-I", "-S", "-W", "error", "-c", code, *words, env=environ)
 
 
-def test_the_sync_client_calls_by_the_authorities_of_the_system(
-    sync_only: Path, https: str, authority: Authority
+@pytest.mark.parametrize("client", ["sync_only", "with_async"])
+def test_a_client_calls_by_the_authorities_of_the_system(
+    request: pytest.FixtureRequest, client: str, https: str, authority: Authority
 ) -> None:
-    done = python(SYNC, sync_only, https, SSL_CERT_FILE=str(authority.ca_file))
-
-    assert (done.returncode, done.stdout) == (0, "b'secret-data'\n"), done.stderr
-
-
-def test_the_async_client_calls_by_the_authorities_of_the_system(
-    with_async: Path, https: str, authority: Authority
-) -> None:
-    done = python(ASYNC, with_async, https, SSL_CERT_FILE=str(authority.ca_file))
+    code = SYNC if client == "sync_only" else ASYNC
+    done = python(code, request.getfixturevalue(client), https, SSL_CERT_FILE=str(authority.ca_file))
 
     assert (done.returncode, done.stdout) == (0, "b'secret-data'\n"), done.stderr
 
@@ -289,21 +283,11 @@ def test_kms_runs_from_both_wheels(prefix: Path, tmp_path: Path) -> None:
         prefix / "bin/python", "-P", "-c", "import kms_client, kms_cli; print(kms_client, kms_cli)"
     )
     assert where.count(str(prefix)) == 2
-    words = ("up", "--state-dir", tmp_path / "state", "--port", url.rpartition(":")[2])
-    with (tmp_path / "up.log").open("w+") as log:
-        service = subprocess.Popen(tied(prefix / "bin/kms", *words), env=environ, stdout=log, stderr=log)
-        try:
-            until(lambda: "kms: ready" in (tmp_path / "up.log").read_text(), "kms up is ready")
-            called = environ | {"KMS_SERVICE_URL": url}
-            sealed = run(
-                prefix / "bin/kms", "encrypt", "--context", "env=prod", env=called, input="secret-data"
-            )
-            assert sealed.returncode == 0, sealed.stderr
-            opened = run(
-                prefix / "bin/kms", "decrypt", "--context", "env=prod", env=called, input=sealed.stdout
-            )
-        finally:
-            service.terminate()
-            service.wait(WAIT_S)
+    kms, called = prefix / "bin/kms", environ | {"KMS_SERVICE_URL": url}
+    words = ("--state-dir", tmp_path / "state", "--port", url.rpartition(":")[2])
+    with running_up(tmp_path / "up.log", environ, *words, program=kms):
+        sealed = run(kms, "encrypt", "--context", "env=prod", env=called, input="secret-data")
+        assert sealed.returncode == 0, sealed.stderr
+        opened = run(kms, "decrypt", "--context", "env=prod", env=called, input=sealed.stdout)
 
     assert (opened.stdout, opened.returncode) == ("secret-data", 0), opened.stderr

@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 from pathlib import Path
 from typing import Final
 
@@ -10,7 +9,7 @@ import pytest
 
 from kms_core import keyring
 from kms_core.settings.load import load
-from support import openbao
+from support import openbao, pages
 from support.openbao import Bao
 
 PAGE: Final = Path(__file__).parents[2] / "docs/backends.md"
@@ -35,7 +34,7 @@ def test_the_page_sets_a_backend_up(tmp_path: Path, heading: str) -> None:
         "PATH": f"{Path(openbao.binary()).parent}:{os.environ['PATH']}",
     }
     try:
-        subprocess.run(["bash", "-euc", blocks(heading, "sh")], env=environ, check=True, timeout=60)
+        pages.said(blocks(heading, "sh"), tmp_path, environ)
         toml = blocks(heading, "toml").replace("prod_backend", "dev_backend")
         toml = re.sub(r'address = ".*"', f'address = "{server.url}"', toml)
         toml = re.sub(r'token_file = ".*"', f'token_file = "{token}"', toml)

@@ -5,20 +5,19 @@ import shutil
 import subprocess
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
 
 import pytest
 
 from kms_client import Client
 from kms_core.age import x25519
+from support import pages
+from support.age_plugin import sops
 from support.aws_servers import ACCESS_KEY, REGION, SECRET_KEY, moto
-from support.cli.fixtures import BIN, Place, environment
-from support.cli.migrate import Workspace, b64
+from support.cli.fixtures import Place, environment
+from support.cli.migrate import Workspace
 from support.openbao import ROOT_TOKEN, bao
-from support.pages import blocks, said
 from support.programs import program
-
-COMMANDS: Final = blocks("docs/KMS_SIMPLIFICATION.md", "sh")
+from support.service import b64
 
 
 @pytest.fixture
@@ -60,10 +59,9 @@ def in_sops(workspace: Workspace) -> None:
     old = x25519.X25519Identity.generate()
     workspace.write("old.txt", [old.export()])
     workspace.write("old-public-key.txt", [str(old.recipient)])
-    sops = str(BIN / "sops") if (BIN / "sops").is_file() else program("sops")
     for name, text in (("secrets.yaml", "password: hunter2\n"), ("config.json", '{"password": "hunter2"}')):
         (workspace.folder / name).write_text(text)
-        command = [sops, "encrypt", "--in-place", "--age", str(old.recipient), name]
+        command = [sops(), "encrypt", "--in-place", "--age", str(old.recipient), name]
         subprocess.run(command, cwd=workspace.folder, env=environment(workspace.folder), check=True)
 
 
@@ -79,11 +77,12 @@ def test_the_commands_of_the_document_work_as_written(workspace: Workspace) -> N
         AWS_ACCESS_KEY_ID=ACCESS_KEY,
         AWS_SECRET_ACCESS_KEY=SECRET_KEY,
     )
-    assert len(COMMANDS) > 5
-    for command in COMMANDS:
+    commands = pages.blocks("docs/KMS_SIMPLIFICATION.md", "sh")
+    assert len(commands) > 5
+    for command in commands:
         script = command.replace("https://vault.example.com:8200", bao().url)
         script = script.replace("--region eu-central-1", f"--region {REGION} --endpoint-url {moto().url}")
-        said(script, workspace.folder, environ)
+        pages.said(script, workspace.folder, environ)
 
     moved = [workspace.opened(record, "env=prod") for record in workspace.records("moved.ndjson")]
     assert moved == [b"first", b"second"]

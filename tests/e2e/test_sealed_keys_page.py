@@ -2,19 +2,18 @@
 
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Final
 
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import KeySection
-from support import openbao, programs
+from support import openbao, pages, programs
+from support.cli.fixtures import BIN
 from support.openbao import Bao
-from support.pages import ROOT, bash, blocks
 from support.ports import free_port
 
 PAGE: Final = "docs/sealed-keys.md"
-SETTINGS: Final = re.findall(r"```toml\n(.*?)```", (ROOT / PAGE).read_text(), re.DOTALL)
+SETTINGS: Final = re.findall(r"```toml\n(.*?)```", (pages.ROOT / PAGE).read_text(), re.DOTALL)
 
 
 def log(folder: Path) -> str:
@@ -43,15 +42,13 @@ def test_the_page_works_as_written(tmp_path: Path) -> None:
         "KMS_STATE_DIR": str(state),
         "KMS_PORT": str(port),
         "KMS_SERVICE_URL": f"http://127.0.0.1:{port}",
-        "PATH": os.pathsep.join(
-            [str(Path(openbao.binary()).parent), str(Path(sys.executable).parent), os.environ["PATH"]]
-        ),
+        "PATH": f"{Path(openbao.binary()).parent}:{BIN}:{os.environ['PATH']}",
     }
-    script = "\n".join(["trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT", *blocks(PAGE, "sh")])
+    script = "\n".join(["trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT", *pages.blocks(PAGE, "sh")])
     here = tmp_path / "here"
     here.mkdir()
     try:
-        done = bash(script, here, environ, limit_s=240)
+        done = pages.bash(script, here, environ, 240)
     finally:
         server.close()
 

@@ -13,12 +13,7 @@ MOST_BYTES: Final = 2 * 1024
 CANARY: Final = b"cAnArY"
 SHAPES: Final = tuple(
     sorted(
-        {
-            shape
-            for module in (wire, wire)
-            for shape in vars(module).values()
-            if isinstance(shape, type) and issubclass(shape, wire.Body)
-        },
+        {shape for shape in vars(wire).values() if isinstance(shape, type) and issubclass(shape, wire.Body)},
         key=lambda shape: shape.__name__,
     )
 )

@@ -1,4 +1,4 @@
-"""A client of each kind over one stand-in server; each test runs with both."""
+"""A client of each kind over one stand-in server, without a proxy; each test runs with both."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -25,6 +25,13 @@ class OnEventLoop:
             return [item async for item in found] if hasattr(found, "__anext__") else await found
 
         return lambda *args, **named: self._portal.call(lambda: call(*args, **named))
+
+
+@pytest.fixture(autouse=True)
+def _no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
 
 
 @pytest.fixture

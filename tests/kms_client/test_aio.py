@@ -9,10 +9,6 @@ from support.contract_server import ContractServer
 from support.waiting import RealTime
 
 
-def requests(server: ContractServer, path: str, method: str = "POST") -> list[dict[str, str]]:
-    return [dict(seen.headers) for seen in server.seen if path in seen.path and seen.method == method]
-
-
 def bulk_job() -> wire.JobIn:
     return wire.JobIn(kind="encrypt", items=[wire.JobItem(plaintext=b"a"), wire.JobItem(plaintext=b"b")])
 
@@ -22,7 +18,7 @@ def test_submit_repeats_one_idempotency_key(kms: Client, server: ContractServer)
 
     accepted = kms.submit(bulk_job())
 
-    keys = {headers["idempotency-key"] for headers in requests(server, "/jobs")}
+    keys = {headers["idempotency-key"] for headers in server.headers_to("/jobs")}
     assert (len(server.seen), len(keys)) == (2, 1)
     assert uuid.UUID(keys.pop()).version == 4
     assert accepted.links.self_.endswith(accepted.job_id)
@@ -55,7 +51,7 @@ def test_wait_asks_seldom(kms: Client, server: ContractServer, *, is_new: bool, 
 
     kms.wait(kms.submit(bulk_job()).job_id)
 
-    assert len(requests(server, "/jobs/", "GET")) <= most
+    assert len(server.headers_to("/jobs/", "GET")) <= most
 
 
 def test_progress_tells_each_state_once(kms: Client, server: ContractServer) -> None:
@@ -64,7 +60,7 @@ def test_progress_tells_each_state_once(kms: Client, server: ContractServer) -> 
 
     kms.wait(kms.submit(bulk_job()).job_id, progress=lambda job: seen.append(job.state))
 
-    assert len(seen) == len(set(seen)) < len(requests(server, "/jobs/", "GET"))
+    assert len(seen) == len(set(seen)) < len(server.headers_to("/jobs/", "GET"))
 
 
 def test_wait_outlives_a_proxy_that_cuts_waits(

@@ -2,7 +2,6 @@
 
 import contextlib
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +15,10 @@ from kms_cli.plugin.names import PluginTarget
 from kms_client import AsyncClient, Client, UnexpectedAnswer
 from kms_protocol.context import Context
 from kms_protocol.errors import ConfigurationError, KmsError
+from support.scripted_servers import scripted
 
 TOKEN = "canary-77aa"
 FILE_KEY = bytes(range(16))
-PROXIES = ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY")
 OTHER_MACHINES = [
     "http://kms.internal",
     "http://10.0.0.1:8082",
@@ -47,27 +46,12 @@ def hearing(answer: bytes = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r
     """A server that keeps what it hears on each connection, and gives one answer."""
     requests: list[bytes] = []
 
-    def listen() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                with connection:
-                    connection.settimeout(5)
-                    requests.append(connection.recv(65536))
-                    connection.sendall(answer)
+    def serve(connection: socket.socket) -> None:
+        requests.append(connection.recv(65536))
+        connection.sendall(answer)
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=listen, daemon=True)
-        thread.start()
-        yield Heard(f"http://127.0.0.1:{listener.getsockname()[1]}", requests)
-        listener.shutdown(socket.SHUT_RDWR)
-    thread.join(5)
-
-
-@pytest.fixture(autouse=True)
-def _no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in PROXIES:
-        monkeypatch.delenv(name, raising=False)
+    with scripted(serve) as server:
+        yield Heard(server.url, requests)
 
 
 @pytest.fixture

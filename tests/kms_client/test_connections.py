@@ -1,11 +1,10 @@
 """Connections of both clients: which are kept, how they end, and what proxies hear."""
 
-import contextlib
 import io
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,13 @@ from kms_client import Client, ServiceUnreachable
 from kms_protocol import errors
 from support.contract_server import ContractServer
 from support.credentials import Authority
+from support.scripted_servers import scripted
 from support.waiting import RealTime
 
 Connect = Callable[..., Client]
 MIB = 1024 * 1024
 HEALTHY = b'{"status":"healthy","backend":"age","checked_at":"2026-11-24T15:40:00Z"}'
 TOO_LARGE = b'{"type":"urn:x","title":"t","status":413,"detail":"d","code":"too_large","request_id":"r"}'
-VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
 def answer(body: bytes = HEALTHY, status: int = 200, *more: str, length: int | None = None) -> bytes:
@@ -37,38 +36,6 @@ def head_of(connection: socket.socket) -> bytes:
     return head
 
 
-class Scripted:
-    """A server that runs ``serve`` on each connection, one after another, and then closes it."""
-
-    def __init__(self, listener: socket.socket, serve: Callable[[socket.socket], None]) -> None:
-        self._listener, self._serve = listener, serve
-        self.connections = 0
-        self.closed = threading.Semaphore(0)
-        self.address = f"127.0.0.1:{listener.getsockname()[1]}"
-        self.url = f"http://{self.address}"
-
-    def run(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self._listener.accept()
-                self.connections += 1
-                with connection, contextlib.suppress(OSError):
-                    connection.settimeout(10)
-                    self._serve(connection)
-                self.closed.release()
-
-
-@contextlib.contextmanager
-def scripted(serve: Callable[[socket.socket], None]) -> Iterator[Scripted]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        made = Scripted(listener, serve)
-        thread = threading.Thread(target=made.run, daemon=True)
-        thread.start()
-        yield made
-        listener.shutdown(socket.SHUT_RDWR)
-    thread.join(10)
-
-
 def replying(data: bytes, *, waits: bool = False) -> Callable[[socket.socket], None]:
     """Answer one request, and wait until the client closes the connection."""
 
@@ -79,13 +46,6 @@ def replying(data: bytes, *, waits: bool = False) -> Callable[[socket.socket], N
             head_of(connection)
 
     return serve
-
-
-@pytest.fixture(autouse=True)
-def _no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
 
 
 def keeping(connection: socket.socket) -> None:

@@ -15,10 +15,6 @@ from support.contract_server import ContractServer
 MIB = 1024 * 1024
 
 
-def requests(server: ContractServer, path: str, method: str = "POST") -> list[dict[str, str]]:
-    return [dict(seen.headers) for seen in server.seen if path in seen.path and seen.method == method]
-
-
 class Pipe(io.RawIOBase):
     """A source that cannot be rewound."""
 
@@ -57,14 +53,14 @@ def test_file_round_trip_with_progress(kms: Client, server: ContractServer) -> N
 
     assert fetched(kms, again) == plaintext
     assert [at[0] for at in sent] == [MIB, 2 * MIB, len(plaintext)]
-    assert requests(server, "/files/encrypt")[0]["content-length"] == str(len(plaintext))
+    assert server.headers_to("/files/encrypt")[0]["content-length"] == str(len(plaintext))
 
 
 def test_pipe_is_sent_without_a_length(kms: Client, server: ContractServer) -> None:
     source = cast("BinaryIO", io.BufferedReader(Pipe(b"x" * 3 * MIB)))
     job_id = finished(kms, kms.upload_encrypt(source, key_id="default"))
 
-    headers = requests(server, "/files/encrypt")[0]
+    headers = server.headers_to("/files/encrypt")[0]
     assert (headers["transfer-encoding"], headers["x-kms-key-id"]) == ("chunked", "default")
     assert server.open(fetched(kms, job_id), None) == b"x" * 3 * MIB
 
@@ -76,7 +72,7 @@ def test_file_is_sent_again_from_where_it_stood(kms: Client, server: ContractSer
 
     kms.upload_encrypt(source)
 
-    keys = {headers["idempotency-key"] for headers in requests(server, "/files/encrypt")}
+    keys = {headers["idempotency-key"] for headers in server.headers_to("/files/encrypt")}
     assert len(keys) == 1
     assert [len(seen.body) for seen in server.seen] == [MIB, MIB]
 
@@ -125,7 +121,7 @@ def test_cut_download_is_resumed(kms: Client, server: ContractServer) -> None:
 
     assert server.open(fetched(kms, job_id), None) == b"x" * MIB
 
-    asked = requests(server, "/result", "GET")
+    asked = server.headers_to("/result", "GET")
     assert ["range" in headers for headers in asked] == [False, True, True, True]
     assert asked[1]["if-range"].startswith('"')
 
@@ -146,7 +142,7 @@ def test_a_result_that_is_refused_for_now_is_asked_for_again(
 
     data = fetched(kms, job_id) if how == "download" else b"".join(kms.result(job_id))
     assert data == server.jobs[job_id].body
-    assert len(requests(server, "/result", "GET")) == 3
+    assert len(server.headers_to("/result", "GET")) == 3
 
 
 @pytest.mark.parametrize(

@@ -115,10 +115,28 @@ def test_where_foreign_files_are_taken_they_open(tmp_path: Path) -> None:
     head_of(sealed.ciphertext).check_mac(found.file_key)
 
 
+def test_a_native_stanza_alone_is_not_lifted_out_of_its_context(tmp_path: Path) -> None:
+    """It would fit any context, even where foreign files are taken."""
+    kms = kms_over(age_backend(tmp_path, x25519.X25519Identity.generate()))
+    sealed = kms.encrypt(ADA, b"salary", ROW).ciphertext
+    native = header.render_stanza(head_of(sealed).stanzas[0])
+
+    assert native.startswith(b"-> X25519 ")
+    for stanzas, context in ((stanzas_of(sealed), NO_CONTEXT), (native, ROW), (native, NO_CONTEXT)):
+        with pytest.raises(DecryptFailed):
+            kms.unwrap(ADA, stanzas, context)
+
+
 @pytest.mark.parametrize(
     ("stanzas", "error"),
-    [(b"", DecryptFailed), (b"-> X25519 a\n\n", DecryptFailed), (b"-> a\n\n" * 65, TooLarge)],
-    ids=["none", "of others", "too many"],
+    [
+        (b"", DecryptFailed),
+        (b"-> a\n", DecryptFailed),
+        (b"-> X25519 a\n\n", DecryptFailed),
+        (b"-> a\n\n" * 65, TooLarge),
+        (b"-> a " + b"x" * 40_000, TooLarge),
+    ],
+    ids=["none", "no body", "of others", "too many", "too long"],
 )
 def test_what_are_no_stanzas_of_ours_is_refused(kms: Kms, stanzas: bytes, error: type[KmsError]) -> None:
     with pytest.raises(error):
@@ -132,5 +150,6 @@ def test_a_wrap_is_held_to_the_rules_of_encrypt(kms: Kms) -> None:
         strict.wrap(ADA, FILE_KEY, NO_CONTEXT)
     with pytest.raises(UnknownKey):
         kms.wrap(ADA, FILE_KEY, ROW, key_id="missing")
-    with pytest.raises(InvalidRequest):
-        kms.wrap(ADA, FILE_KEY + b"!", ROW)
+    for size in (0, 15, 17, 32):
+        with pytest.raises(InvalidRequest):
+            kms.wrap(ADA, bytes(size), ROW)

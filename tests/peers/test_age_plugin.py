@@ -1,4 +1,4 @@
-"""``age-plugin-kms`` under the real ``age``, ``rage`` and ``sops``, over a service and without one."""
+"""``age-plugin-kms`` under the real ``age`` and ``rage``, over a service and without one."""
 
 import os
 import sys
@@ -7,14 +7,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
-import httpx2 as httpx
 import pytest
 
 from kms_core.age import header, stream
 from kms_core.age.header import FILE_LIMITS
-from support.age_plugin import ENV, Bench, sops, target
+from support.age_plugin import ENV, Bench, target
 from support.programs import program
-from support.service import Json, Service, b64, check_problem
+from support.service import Json, b64
 
 SECRET: Final = b"salary: 4711\n"
 OTHER: Final = "env=dev"
@@ -38,15 +37,10 @@ def as_by_age(toolbench: Bench, key_id: str) -> bytes:
     return header.render(stanza, file_key) + nonce + stream.seal(stream.payload_key(file_key, nonce), SECRET)
 
 
-def stanzas_of(file: bytes) -> bytes:
-    return file[file.index(b"\n") + 1 : file.index(b"\n--- ") + 1]
-
-
-def encrypted(toolbench: Bench, age: str, key_id: str | None = None, context: str = ENV) -> Path:
+def encrypted(toolbench: Bench, age: str, key_id: str | None = None) -> Path:
     """A file that the stock tool makes for a key of the service."""
     path = toolbench.folder / "sealed.age"
-    recipient = target(key_id, context).recipient()
-    toolbench.ok(age, "-r", recipient, "-o", str(path), stdin=SECRET)
+    toolbench.ok(age, "-r", target(key_id).recipient(), "-o", str(path), stdin=SECRET)
     return path
 
 
@@ -195,27 +189,6 @@ def test_a_relative_settings_path_is_refused(toolbench: Bench, age: str) -> None
 # -- who may -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "scope", ["*", "decrypt,encrypt", "unwrap", "wrap key=vault", "wrap context=env=dev"]
-)
-def test_to_wrap_takes_a_scope_that_says_so(toolbench: Bench, scope: str) -> None:
-    toolbench.token(scope)
-
-    answer = toolbench.post("wrap", {"file_key": b64(bytes(16)), "context": ENV})
-
-    assert answer.status_code in {403, 404}
-
-
-@pytest.mark.parametrize("scope", ["*", "wrap,decrypt", "unwrap context=env=dev"])
-def test_to_unwrap_takes_a_scope_that_says_so(toolbench: Bench, scope: str) -> None:
-    made = as_by_age(toolbench, "default")
-    toolbench.token(scope)
-
-    answer = toolbench.post("unwrap", {"stanzas": b64(stanzas_of(made)), "context": ENV})
-
-    assert answer.status_code == 403
-
-
 def test_the_tool_says_what_the_service_refused(toolbench: Bench, age: str) -> None:
     made = as_by_age(toolbench, "default")
     toolbench.token("decrypt")
@@ -233,73 +206,3 @@ def test_a_recipient_cannot_send_the_token_elsewhere(toolbench: Bench, age: str)
 
     assert done.returncode == 1
     assert b"the token in KMS_TOKEN_FILE is for " + toolbench.service.url.encode() in done.stderr
-
-
-# -- the calls behind it -------------------------------------------------------------------------------
-
-
-def test_where_foreign_files_are_refused_origin_has_to_be_proven(strict: Service) -> None:
-    """From stanzas alone it is, of what was handed over; and is not, of what the service made itself."""
-    sealed = strict.encrypt(SECRET)
-    file_key = os.urandom(16)
-    handed = strict.post("/wrap", {"file_key": b64(file_key), "context": ENV}).json()["stanza"]
-
-    def asked(stanzas: str) -> httpx.Response:
-        return strict.post("/unwrap", {"stanzas": stanzas, "context": ENV})
-
-    assert asked(handed).json()["file_key"] == b64(file_key)
-    check_problem(asked(b64(stanzas_of(sealed))), 403, "foreign_refused")
-
-
-@pytest.mark.parametrize("size", [0, 15, 17, 32])
-def test_a_file_key_has_sixteen_bytes(strict: Service, size: int) -> None:
-    check_problem(
-        strict.post("/wrap", {"file_key": b64(bytes(size)), "context": ENV}), 422, "invalid_request"
-    )
-
-
-@pytest.mark.parametrize(
-    ("stanzas", "status"),
-    [
-        (b"", 400),
-        (b"-> a\n", 400),
-        (b"-> a\n\n", 400),
-        (b"-> a\n\n" * 65, 413),
-        (b"-> a " + b"x" * 40_000, 413),
-    ],
-    ids=["none", "no body", "of others", "too many", "too long"],
-)
-def test_stanzas_are_read_as_strictly_as_headers(strict: Service, stanzas: bytes, status: int) -> None:
-    assert strict.post("/unwrap", {"stanzas": b64(stanzas), "context": ENV}).status_code == status
-
-
-def test_what_was_wrapped_elsewhere_is_not_lifted_out_of_its_context(toolbench: Bench) -> None:
-    """Of an age key's file the native stanza alone would be for any context: it is not taken alone."""
-    text = stanzas_of(toolbench.seal(SECRET))
-    native = text[: text.index(b"\n-> ") + 1]
-
-    def asked(stanzas: bytes, context: str) -> int:
-        return toolbench.post("unwrap", {"stanzas": b64(stanzas), "context": context}).status_code
-
-    assert native.startswith(b"-> X25519 ")
-    assert [asked(text, ENV), asked(text, ""), asked(native, ENV), asked(native, "")] == [200, 400, 400, 400]
-
-
-# -- sops ----------------------------------------------------------------------------------------------
-
-
-def test_sops_keeps_a_file_under_a_key_of_the_service(toolbench: Bench) -> None:
-    (toolbench.folder / "secrets.yaml").write_text("db:\n  password: hunter2\n")
-    (toolbench.folder / ".sops.yaml").write_text(f"creation_rules:\n  - age: {target('vault').recipient()}\n")
-    key_file = toolbench.identity(target("vault"))
-
-    toolbench.ok(sops(), "encrypt", "-i", "secrets.yaml", SOPS_AGE_KEY_FILE=key_file)
-    sealed = (toolbench.folder / "secrets.yaml").read_text()
-
-    assert "hunter2" not in sealed
-    assert (
-        toolbench.ok(
-            sops(), "decrypt", "--extract", '["db"]["password"]', "secrets.yaml", SOPS_AGE_KEY_FILE=key_file
-        )
-        == b"hunter2"
-    )

@@ -1,21 +1,19 @@
 """The site of the documents, built strictly and seen in a real browser: whole, readable, of one host."""
 
-import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import pytest
 
-from support.chromium import Chromium
+from support.chromium import SCHEMES, Chromium
 from support.http_servers import served_files
 from support.waiting import until
 
-Scheme = Literal["dark", "light"]
 ROOT: Final = Path(__file__).parents[2]
 LOADING: Final = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
 ONLY_NAMED: Final = {"canonical", "next", "prev"}  # links of pages to others; browsers load nothing
@@ -70,13 +68,6 @@ def url(site: Path) -> Iterator[str]:
         yield found
 
 
-def picture(browser: Chromium, name: str) -> None:
-    """Take a picture for a person, if the environment names a folder: those of long pages take seconds."""
-    if folder := os.environ.get("KMS_TEST_PICTURES"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        browser.picture(Path(folder, f"{name}.png"))
-
-
 def test_every_document_is_a_page_in_the_navigation(site: Path) -> None:
     home = (site / "index.html").read_text("utf-8")
     expected = {path.with_suffix(".html").name for path in ROOT.glob("docs/*.md")}
@@ -120,9 +111,8 @@ def test_a_dead_link_fails_the_build(tmp_path: Path, link: str) -> None:
 
 
 def test_pages_can_be_read_in_a_browser_in_both_colours(url: str, browser: Chromium) -> None:
-    schemes: tuple[Scheme, ...] = ("light", "dark")
     backgrounds = {}
-    for scheme in schemes:
+    for scheme in SCHEMES:
         browser.appear(scheme)
         for name in ("index", "docs/cli", "docs/api", "docs/viewer/index"):
             shown = f"site-{name.replace('/', '-')}-{scheme}"
@@ -130,12 +120,12 @@ def test_pages_can_be_read_in_a_browser_in_both_colours(url: str, browser: Chrom
             browser.resize(1280, 900)
             if "viewer" in name:
                 until(lambda: browser.evaluate("!!document.querySelector('.opblock')"), "the API is shown")
-            picture(browser, shown)
+            browser.picture(shown)
             fetched = browser.evaluate(LOADED)
             assert fetched
             assert [each for each in fetched if not each.startswith(url)] == []
             browser.resize(400, 800)
-            picture(browser, f"{shown}-narrow")
+            browser.picture(f"{shown}-narrow")
             assert browser.evaluate(HIDDEN) <= 0, name
         browser.open(f"{url}/docs/cli.html")
         backgrounds[scheme] = browser.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -155,18 +145,17 @@ def test_the_search_finds_pages_without_another_host(url: str, browser: Chromium
 
 
 def test_the_picture_of_the_architecture_is_drawn_in_both_colours(url: str, browser: Chromium) -> None:
-    schemes: tuple[Scheme, ...] = ("light", "dark")
     colours = set()
-    for scheme in schemes:
+    for scheme in SCHEMES:
         browser.appear(scheme)
         browser.resize(1280, 900)
         browser.open(f"{url}/docs/architecture.svg")
-        picture(browser, f"architecture-{scheme}")
+        browser.picture(f"architecture-{scheme}")
         assert browser.evaluate(CUT) == []
         page = "getComputedStyle(document.querySelector('.page')).fill"
         text = "getComputedStyle(document.querySelector('text')).fill"
         colours |= {browser.evaluate(page), browser.evaluate(text)}
         browser.open(f"{url}/docs/design.html")
-        picture(browser, f"design-{scheme}")
+        browser.picture(f"design-{scheme}")
         assert browser.evaluate("document.querySelector('img[src$=\"architecture.svg\"]').naturalWidth") > 0
-    assert len(colours) == len({"page", "text"}) * len(schemes)
+    assert len(colours) == len({"page", "text"}) * len(SCHEMES)

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from base64 import b64decode
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Final
 import pytest
 
 from support import pages
+from support.cli.fixtures import environment
 from support.credentials import Guarded
 from support.openbao import binary
 from support.ports import free_port
@@ -44,13 +44,7 @@ def environ(guarded: Guarded, tmp_path: Path) -> dict[str, str]:
     token = tmp_path / "token"
     token.touch(0o600)
     token.write_text(guarded.make("encrypt,decrypt")[1])
-    return guarded.environ | {
-        "HOME": str(tmp_path),
-        "LANG": "C.UTF-8",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "KMS_SERVICE_URL": guarded.url,
-        "KMS_TOKEN_FILE": str(token),
-    }
+    return guarded.environ | environment(tmp_path, KMS_SERVICE_URL=guarded.url, KMS_TOKEN_FILE=str(token))
 
 
 def blocks(page: str) -> list[str]:

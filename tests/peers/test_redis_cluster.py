@@ -1,7 +1,5 @@
 """The whole service on a Redis Cluster: all kinds of jobs, a fail-over of the node that holds their keys."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -10,7 +8,6 @@ import pytest
 import redis
 
 from kms_core.jobs.store.redis_keys import SCRIPTS
-from kms_protocol.errors import EXIT_CONFIGURATION
 from support.embedded_valkey import EmbeddedValkey
 from support.redis_clusters import Cluster, Node, cluster, standalone
 from support.redis_servers import all_ended
@@ -114,19 +111,8 @@ def _is_master(node: Node) -> bool:
 def refusal(folder: Path, name: str, url: str, broker_url: str) -> str:
     """What a process says that does not start because of these addresses."""
     service = Service(folder, "", "redis://127.0.0.1:1/0")
-    service.config.write_text(f'[kms.redis]\nbroker_url = "{broker_url}"\n' if broker_url else "")
-    argv = [sys.executable, "-P", "-m", PROGRAMS[name]]
-    ended = subprocess.run(
-        argv,
-        env=service.environ | {"KMS_REDIS_URL": url},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    service.http.close()
-    assert ended.returncode == EXIT_CONFIGURATION, ended.stderr
-    return ended.stderr
+    service.config.write_text(f'[kms.redis]\nbroker_url = "{broker_url}"\n')
+    return service.refusal(name, KMS_REDIS_URL=url)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -136,11 +122,9 @@ def test_start_refuses_a_cluster_in_the_wrong_place(tmp_path: Path, name: str) -
         plain, other = (f"redis://127.0.0.1:{node.port}/0" for node in (found.holder, alone))
         wrong = f"redis+cluster://127.0.0.1:{alone.port}"
 
-        assert no_broker in refusal(tmp_path / "a", name, found.url, "")
-        assert no_broker in refusal(tmp_path / "b", name, found.url, found.url)
-        assert no_broker in refusal(tmp_path / "c", name, found.url, plain)
-        assert "answers: write redis+cluster://" in refusal(tmp_path / "d", name, plain, other)
-        assert "answers: write redis://" in refusal(tmp_path / "e", name, wrong, other)
+        assert no_broker in refusal(tmp_path / "a", name, found.url, plain)
+        assert "answers: write redis+cluster://" in refusal(tmp_path / "b", name, plain, other)
+        assert "answers: write redis://" in refusal(tmp_path / "c", name, wrong, other)
 
 
 def test_scripts_refuse_keys_of_another_slot(tmp_path: Path) -> None:

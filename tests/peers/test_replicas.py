@@ -207,13 +207,7 @@ def names(found: Server) -> set[bytes]:
 
 def refusal(folder: Path, url: str, name: str = "api", more: str = "") -> str:
     """What a program says that does not start."""
-    service = Service(folder / "kms", f"[kms.redis]\nwait_replicas = 1\n{more}", url)
-    service.spawn(name)
-    process = service._processes[name]  # noqa: SLF001 -- it ends by itself
-    until(lambda: process.poll() is not None, lambda: f"{name} refuses to start: {service.output(name)}")
-    assert process.returncode == 78
-    service.http.close()
-    return service.output(name)
+    return Service(folder / "kms", f"[kms.redis]\nwait_replicas = 1\n{more}", url).refusal(name)
 
 
 @pytest.mark.parametrize("name", ["api", "worker"])

@@ -27,9 +27,8 @@ NAMESPACE = {"X-Namespace": "payroll"}
 class Remote(PayloadCodec):
     """What Temporal's samples call a remote codec: each list of payloads is one POST of their JSON."""
 
-    def __init__(self, service: Service, namespace: str) -> None:
+    def __init__(self, service: Service) -> None:
         self._service = service
-        self._headers = {"X-Namespace": namespace}
 
     async def encode(self, payloads: Sequence[Payload]) -> list[Payload]:
         return self._post("encode", payloads)
@@ -39,13 +38,13 @@ class Remote(PayloadCodec):
 
     def _post(self, verb: str, payloads: Sequence[Payload]) -> list[Payload]:
         body = json_format.MessageToDict(Payloads(payloads=payloads))
-        answer = self._service.post(f"/codec/{verb}", body, headers=self._headers)
+        answer = self._service.post(f"/codec/{verb}", body, headers=NAMESPACE)
         assert answer.status_code == 200, answer.text
         return list(json_format.ParseDict(answer.json(), Payloads()).payloads)
 
 
-def converter(service: Service, namespace: str = "payroll") -> DataConverter:
-    return DataConverter(payload_codec=Remote(service, namespace))
+def converter(service: Service) -> DataConverter:
+    return DataConverter(payload_codec=Remote(service))
 
 
 @pytest.fixture
@@ -97,22 +96,6 @@ def test_key_is_named_in_the_payload(service: Service) -> None:
     payload = json.loads(json.dumps(sealed(service)))["payloads"][0]
 
     assert unb64(payload["metadata"]["encryption-key-id"]) == b"default"
-
-
-@pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
-    with Guarded(tmp_path_factory.mktemp("guarded"), redis=NO_REDIS) as running:
-        yield running.start("api")
-
-
-def test_scope_that_only_seals_opens_nothing(guarded: Guarded) -> None:
-    token = guarded.token("encrypt") | NAMESPACE
-    body = {"payloads": [{"data": b64(b"x")}]}
-
-    made = guarded.post("/codec/encode", body, headers=token)
-
-    assert made.status_code == 200
-    check_problem(guarded.post("/codec/decode", made.json(), headers=token), 403, "forbidden")
 
 
 @pytest.mark.parametrize(

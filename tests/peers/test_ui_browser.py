@@ -1,9 +1,7 @@
 """The page for operators in a real browser: its policy holds, its script runs, its colours can be read."""
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import pytest
 
@@ -11,12 +9,11 @@ from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import new_attempt_id
 from kms_core.jobs.recovery.reaper import Heartbeat
 from kms_protocol.wire import PREFIX
-from support.chromium import Chromium
+from support.chromium import SCHEMES, Chromium, Scheme
 from support.credentials import Guarded
 from support.service import CONTEXT, Service, b64, core_of
 from support.waiting import until
 
-Scheme = Literal["dark", "light"]
 ITEMS: Final = [{"plaintext": b64(b"x"), "context": CONTEXT}] * 40
 CONTRAST: Final = 4.5  # WCAG 2.2, 1.4.3
 # The lowest contrast of any text of the page, and of any bar of a chart, with what is behind it (WCAG 2.2,
@@ -78,38 +75,30 @@ def log_in(browser: Chromium, url: str, token: str) -> None:
     browser.submit("form.login")
 
 
-def pictures(tmp_path: Path) -> Path:
-    """Where pictures go: to be looked at, a folder of the environment; else nowhere that stays."""
-    folder = Path(os.environ.get("KMS_TEST_PICTURES", tmp_path / "pictures"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def check_contrast(browser: Chromium, name: str) -> None:
     text, bars = browser.evaluate(LOWEST)
     assert text >= CONTRAST, f"text of {name}"
     assert bars >= GRAPHICS, f"charts of {name}"
 
 
-def seen(browser: Chromium, folder: Path, name: str) -> None:
+def seen(browser: Chromium, name: str) -> None:
     """Take a picture in each colour, wide and narrow, and check what can be measured of it."""
-    schemes: tuple[Scheme, ...] = ("dark", "light")
-    for scheme in schemes:
+    for scheme in SCHEMES:
         browser.appear(scheme)
-        browser.picture(folder / f"{name}-{scheme}.png")
+        browser.picture(f"{name}-{scheme}")
         check_contrast(browser, f"{name} in {scheme}")
     for width in (400, 360):
         browser.resize(width, 740)
-        browser.picture(folder / f"{name}-{width}.png")
+        browser.picture(f"{name}-{width}")
         assert browser.evaluate(HIDDEN) <= 0, f"{name} does not fit a window of {width} pixels"
         assert width < 400 or browser.evaluate(CUT_OFF) == 0, f"columns of {name} are cut off"
     browser.resize(1280, 900)
 
 
 def test_every_page_looks_right_in_dark_and_light_and_keeps_its_policy(
-    guarded: Guarded, browser: Chromium, tmp_path: Path
+    guarded: Guarded, browser: Chromium
 ) -> None:
-    folder, token = pictures(tmp_path), guarded.make("*,metrics,rotate")[1]
+    token = guarded.make("*,metrics,rotate")[1]
     admin = guarded.token("*")
     job = {"kind": "encrypt", "items": ITEMS}
     made = [guarded.post("/jobs", job, headers=admin).json()["job_id"] for _ in range(6)]
@@ -119,7 +108,7 @@ def test_every_page_looks_right_in_dark_and_light_and_keeps_its_policy(
 
     browser.open(f"{guarded.url}/ui")
     assert browser.evaluate("location.pathname") == "/ui/login"
-    seen(browser, folder, "login")
+    seen(browser, "login")
     browser.evaluate(f"document.getElementById('token').value = {token!r}")
     browser.submit("form.login")
     assert browser.evaluate("location.pathname") == "/ui"
@@ -134,7 +123,7 @@ def test_every_page_looks_right_in_dark_and_light_and_keeps_its_policy(
     }
     for path, name in pages.items():
         browser.open(f"{guarded.url}/ui{path}")
-        seen(browser, folder, name)
+        seen(browser, name)
 
     expected = f"{guarded.url}/ui/jobs/none"  # the status of the page that refuses, on purpose
     assert [said for said in browser.complaints if expected not in said] == []
@@ -146,23 +135,20 @@ def test_every_page_looks_right_in_dark_and_light_and_keeps_its_policy(
 
 
 def test_api_viewer_shows_encrypt_and_decrypt_first_and_tries_a_call(
-    idle: Service, browser: Chromium, tmp_path: Path
+    idle: Service, browser: Chromium
 ) -> None:
-    folder, shown = (
-        pictures(tmp_path),
-        "Array.from(document.querySelectorAll('.opblock-summary-path'), (p) => p.dataset.path)",
-    )
+    shown = "Array.from(document.querySelectorAll('.opblock-summary-path'), (p) => p.dataset.path)"
     browser.open(f"{idle.url}/docs")
     until(lambda: browser.evaluate(shown), "the API is shown")
     assert browser.evaluate(shown)[:2] == [f"{PREFIX}/encrypt", f"{PREFIX}/decrypt"]
-    seen(browser, folder, "docs")
+    seen(browser, "docs")
 
     for button in (".opblock-summary-control", ".try-out__btn", ".btn.execute"):
         until(lambda button=button: browser.evaluate(f"!!document.querySelector('{button}')"), button)  # type: ignore[misc]
         browser.evaluate(f"document.querySelector('{button}').click()")
     status = "document.querySelector('.live-responses-table tbody .response-col_status')?.textContent"
     until(lambda: browser.evaluate(status) == "200", "the call is answered")
-    seen(browser, folder, "docs-tried")
+    seen(browser, "docs-tried")
     assert browser.complaints == []
 
 
@@ -318,10 +304,9 @@ def test_keyboard_leads_through_the_charts_to_workers_and_keys(
 
 
 def test_folded_failures_are_opened_searched_and_charted(
-    guarded: Guarded, browser: Chromium, busy: tuple[str, str], tmp_path: Path
+    guarded: Guarded, browser: Chromium, busy: tuple[str, str]
 ) -> None:
     token, _ = busy
-    folder = pictures(tmp_path)
     rows = "Array.from(document.querySelectorAll('.fold tr'), (row) => row.checkVisibility())"
     bars = "document.querySelectorAll('#chart-operations ~ .plot g rect:not(.whole)')"
     kinds = "document.querySelectorAll('tbody tr td:nth-child(2)')"
@@ -333,7 +318,7 @@ def test_folded_failures_are_opened_searched_and_charted(
     assert "jobs failed in the last hour" in browser.evaluate(TEXT)
     drawn = browser.evaluate(f"Array.from({bars}, (each) => each.classList[0])")
     assert set(drawn) == {"failed", "succeeded"}
-    seen(browser, folder, "overview-busy")
+    seen(browser, "overview-busy")
 
     follow(browser, "failed jobs", "/ui/jobs?state=failed")
     assert browser.evaluate(rows) == [True] + [False] * (len(browser.evaluate(rows)) - 1)
@@ -341,7 +326,7 @@ def test_folded_failures_are_opened_searched_and_charted(
     reach(browser, f"{len(browser.evaluate(rows)) - 1} jobs")
     press(browser, "Enter", 13)
     until(lambda: all(browser.evaluate(rows)), "the failures are opened")
-    seen(browser, folder, "jobs-opened")
+    seen(browser, "jobs-opened")
 
     browser.evaluate("document.querySelector('[name=kind]').value = 'encrypt'")
     browser.submit("form.filter")
@@ -349,5 +334,5 @@ def test_folded_failures_are_opened_searched_and_charted(
     assert "No jobs of kind encrypt that are failed." in browser.evaluate(TEXT)
     follow(browser, "all", "/ui/jobs?kind=encrypt")
     assert set(browser.evaluate(f"Array.from({kinds}, (cell) => cell.textContent)")) == {"encrypt"}
-    seen(browser, folder, "jobs-by-kind")
+    seen(browser, "jobs-by-kind")
     assert browser.complaints == []

@@ -1,8 +1,6 @@
 """The ``bao`` command, hvac and a server that is unsealed by the façade: each as it is shipped."""
 
 import json
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -15,6 +13,7 @@ import pytest
 from hvac.exceptions import Forbidden, InvalidPath, InvalidRequest
 
 from support import pages
+from support.cli.fixtures import environment
 from support.openbao import binary
 from support.ports import free_port
 from support.programs import running
@@ -202,8 +201,7 @@ def test_a_server_is_unsealed_by_the_facade_after_each_start(
 
 
 def test_the_examples_of_the_document_work_as_written(facade: Facade, tmp_path: Path) -> None:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environ = facade.environ | {"HOME": str(tmp_path), "PATH": path}
+    environ = facade.environ | environment(tmp_path)
     said = [
         pages.said(text.replace("http://localhost:8082", facade.url), tmp_path, environ)
         for text in pages.blocks("docs/vault-api.md", "sh")

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import time
 from base64 import b64decode
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -31,6 +31,8 @@ FLAGS: Final = (
     "--window-size=1280,900",
 )
 Json = dict[str, Any]
+Scheme = Literal["dark", "light"]
+SCHEMES: Final[tuple[Scheme, ...]] = ("dark", "light")
 
 
 class Chromium:
@@ -87,7 +89,7 @@ class Chromium:
 
     # -- what a person does ------------------------------------------------------------------------------
 
-    def appear(self, scheme: Literal["dark", "light"]) -> None:
+    def appear(self, scheme: Scheme) -> None:
         """The colours that the person prefers."""
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", features=features)
@@ -114,12 +116,15 @@ class Chromium:
         assert "exceptionDetails" not in said, said
         return said["result"].get("value")
 
-    def picture(self, file: Path) -> None:
-        """The whole page as PNG."""
+    def picture(self, name: str) -> None:
+        """The whole page as PNG, for a person: in the folder that the environment names, else nowhere."""
+        if not (folder := os.environ.get("KMS_TEST_PICTURES")):
+            return
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
         taken = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
-        file.write_bytes(b64decode(taken["data"]))
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, f"{name}.png").write_bytes(b64decode(taken["data"]))
 
     def resize(self, width: int, height: int) -> None:
         self.call(
@@ -132,7 +137,7 @@ class Chromium:
 
 
 @contextmanager
-def chromium(folder: Path, environ: Mapping[str, str] | None = None) -> Iterator[Chromium]:
+def chromium(folder: Path) -> Iterator[Chromium]:
     """Start it, with a profile of its own in ``folder``. It reads commands from 3 and writes to 4."""
     program = programs.program("chromium")
     command_out, command_in = os.pipe()
@@ -145,7 +150,7 @@ def chromium(folder: Path, environ: Mapping[str, str] | None = None) -> Iterator
             stdout=log,
             stderr=log,
             pass_fds=(command_out, answer_in),
-            env={"HOME": str(folder), "PATH": os.environ["PATH"], **(environ or {})},
+            env={"HOME": str(folder), "PATH": os.environ["PATH"]},
         )
         os.close(command_out)
         os.close(answer_in)

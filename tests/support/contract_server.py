@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
-from http.server import ThreadingHTTPServer
-from threading import Thread
 from typing import Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -26,7 +24,7 @@ from kms_protocol import errors
 from kms_protocol.context import Context
 from kms_protocol.errors import KmsError
 from kms_protocol.wire import ENDED, PREFIX, ContextIn
-from support.http_servers import QuietHandler
+from support.http_servers import QuietHandler, served
 
 KEY: Final = {"key_id": "default", "key_version": "0a1b2c3d", "backend": "age"}
 SYNC_LIMIT_BYTES: Final = 1024 * 1024
@@ -94,6 +92,10 @@ class ContractServer:
         self.submitted: dict[str, str] = {}
         self.seen: list[Seen] = []
         self.url = ""
+
+    def headers_to(self, path: str, method: str = "POST") -> list[Mapping[str, str]]:
+        """The headers of each request to such a path."""
+        return [seen.headers for seen in self.seen if path in seen.path and seen.method == method]
 
     def seal(self, plaintext: bytes, context: ContextIn) -> bytes:
         bound = Context.parse(context).canonical()
@@ -386,13 +388,6 @@ def running(tls: ssl.SSLContext | None = None) -> Iterator[ContractServer]:
     """The server on a free port of 127.0.0.1, over HTTPS if ``tls`` is given."""
     service = ContractServer()
     handler = type("BoundHandler", (Handler,), {"service": service})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.daemon_threads = True
-        service.url = f"{'https' if tls else 'http'}://127.0.0.1:{server.server_port}"
-        if tls:  # the handshake belongs to the thread of the connection, not to the one that accepts
-            server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
-        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}).start()
-        try:
-            yield service
-        finally:
-            server.shutdown()
+    with served(handler, tls=tls) as port:
+        service.url = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
+        yield service

@@ -3,15 +3,12 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import pytest
-
-from support.programs import kept
+from support.programs import from_npm
 
 ROOT: Final = Path(__file__).parents[2]
 MODULE: Final = ROOT / "nu" / "kms"
@@ -72,12 +69,5 @@ def unframed(text: str) -> str:
 
 def fetched(version: str) -> Path:
     """A nu of this version; fetched once."""
-    pattern, npm = "node_modules/@nushell/*/bin/nu", shutil.which("npm")
-    with kept(f"nushell-{version}") as folder:
-        if npm and not list(folder.glob(pattern)):
-            argv = [npm, "install", "--silent", "--no-audit", "--no-fund"]
-            argv += ["--prefix", str(folder), f"nushell@{version}"]
-            subprocess.run(argv, check=False, capture_output=True, timeout=120)
-        for found in folder.glob(pattern):
-            return found
-    pytest.skip("npm could not fetch nushell")
+    pattern = "node_modules/@nushell/*/bin/nu"
+    return from_npm(f"nushell-{version}", pattern, f"nushell@{version}")

@@ -21,14 +21,17 @@ _GO: Final = {  # module, version, folder of the command. All of them build with
     "alertmanager": ("github.com/prometheus/alertmanager", "v0.28.1", "cmd/alertmanager"),
     "amtool": ("github.com/prometheus/alertmanager", "v0.28.1", "cmd/amtool"),
 }
-_TOGETHER: Final = {  # a program, and the one that .ci/all names for the same package
+TOGETHER: Final = {  # a program, and the one that .ci/all names for the same package
     "age-keygen": "age",
     "epmd": "rabbitmq-server",
     "initdb": "pg_dump",
     "java": "javac",
+    "mkfs": "mkfs.ext4",
     "promtool": "prometheus",
+    "psql": "pg_dump",
     "ssh-agent": "ssh-add",
     "ssh-keygen": "ssh-add",
+    "systemd-": "systemd-analyze",  # the rest of the name varies
     "unshare": "nsenter",
 }
 BUILD_LIMIT_S: Final = 1200
@@ -54,7 +57,7 @@ def install(name: str) -> str:
     lines = (_CACHE.parent / ".ci/all").read_text("utf-8").splitlines()
     asked = (line.partition("#")[0].split() for line in lines if line.startswith("needs "))
     packages = {command: " ".join(names) for _, command, *names in asked}
-    found = packages.get(_TOGETHER.get(name, name))
+    found = packages.get(TOGETHER.get(name, name))
     return f": apt-get install {found}" if found else ""
 
 
@@ -98,6 +101,18 @@ def running(
     finally:
         process.kill()
         process.wait()
+
+
+def from_npm(name: str, file: str, *packages: str) -> Path:
+    """What packages of npm bring, by its pattern in the folder ``.cache/<name>``. Fetched once."""
+    npm = which("npm")
+    with kept(name) as folder:
+        if npm and not list(folder.glob(file)):
+            words = ("install", "--silent", "--no-audit", "--no-fund", "--prefix", str(folder), *packages)
+            subprocess.run([npm, *words], check=False, capture_output=True, timeout=120)
+        for found in folder.glob(file):
+            return found
+    pytest.skip(f"npm could not fetch {' and '.join(packages)}")
 
 
 @contextmanager

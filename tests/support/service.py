@@ -199,10 +199,11 @@ class Service:
             argv, env=environ, input=given, capture_output=True, text=True, timeout=120, check=False
         )
 
-    def refusal(self, name: str) -> str:
-        """What ``api`` or ``worker`` says, which refuses to start with this configuration."""
+    def refusal(self, name: str, **environ: str) -> str:
+        """What ``api`` or ``worker`` says that does not start, since its configuration is wrong."""
         argv = [sys.executable, "-P", "-m", PROGRAMS[name]]
-        done = subprocess.run(argv, env=self.environ, capture_output=True, text=True, timeout=60, check=False)
+        env = self.environ | environ
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False, timeout=120)
         assert done.returncode == EXIT_CONFIGURATION, done.stderr
         return done.stderr
 

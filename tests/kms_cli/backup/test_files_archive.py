@@ -90,10 +90,10 @@ def restore(place: Workspace, capsys: pytest.CaptureFixture[str]) -> Restore:
     return Restore(place, capsys)
 
 
-def check_refused(place: Workspace, done: Done, code: int = 65, text: str = "") -> None:
+def check_refused(place: Workspace, done: Done, text: str = "") -> None:
     """Neither the folder nor anything beside it was left, and the message says why."""
     said = done.stderr.decode()
-    assert done.returncode == code, said
+    assert done.returncode == 65, said
     assert said.startswith("kms: error: ")
     assert "Traceback" not in said
     assert text in said

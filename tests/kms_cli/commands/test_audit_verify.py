@@ -5,26 +5,17 @@ import subprocess
 from pathlib import Path
 
 from support.audit_logs import Place
-from support.cli.fixtures import BIN, environment
+from support.cli import fixtures
 
-TIMEOUT_S = 60
 NOT_READ = 69
 
 
-def verified(home: Path, *folders: Path) -> subprocess.CompletedProcess[str]:
+def verified(home: Path, *folders: Path) -> subprocess.CompletedProcess[bytes]:
     """With settings of a host that reads copies, and has no log yet."""
     (home / "copies").mkdir()
     settings = home / "kms.toml"
     settings.write_text(f'[kms.audit]\npath = "{home / "own"}"\ncopies = "{home / "copies"}"\n')
-    return subprocess.run(
-        [BIN / "kms", "--config", settings, "audit", "verify", *folders],
-        env=environment(home),
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+    return fixtures.kms(home, "--config", str(settings), "audit", "verify", *map(str, folders))
 
 
 def test_of_named_directories_one_without_a_log_is_not_called_intact(tmp_path: Path) -> None:
@@ -33,9 +24,10 @@ def test_of_named_directories_one_without_a_log_is_not_called_intact(tmp_path: P
     there.written(2)
     none.mkdir()
     ran = verified(tmp_path, there.folder, none)
+    told = ran.stdout.decode()
 
-    assert f"none: there is no audit log in {none}\n" in ran.stdout
-    assert ran.stdout.splitlines()[-1] == "not read: 2 hosts"
+    assert f"none: there is no audit log in {none}\n" in told
+    assert told.splitlines()[-1] == "not read: 2 hosts"
     assert ran.returncode == NOT_READ
 
 
@@ -43,5 +35,5 @@ def test_a_host_without_a_log_of_its_own_is_told(tmp_path: Path) -> None:
     """Nothing tells one that is new from one whose log is gone, except anchors."""
     ran = verified(tmp_path)
 
-    assert re.search(rf"note: (\S+: )?there is no audit log in {tmp_path / 'own'} yet\n", ran.stderr)
+    assert re.search(rf"note: (\S+: )?there is no audit log in {tmp_path / 'own'} yet\n", ran.stderr.decode())
     assert ran.returncode == 0

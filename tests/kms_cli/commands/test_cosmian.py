@@ -1,7 +1,6 @@
 """``kms cosmian init-key``, and how API and worker start with keys on a Cosmian KMS server."""
 
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -11,11 +10,9 @@ import pytest
 from kms_core.age.x25519 import X25519Identity
 from support.age_kms import write_identities
 from support.audit_logs import Place
-from support.cli.fixtures import BIN
 from support.contract.cosmian_double import CosmianDouble
 from support.contract.faults import unused_url
 from support.service import Service
-from support.waiting import WAIT_S
 
 SETTINGS: Final = """dev_backend = "cosmian"
 [kms.cosmian]
@@ -38,8 +35,7 @@ def installed(folder: Path, url: str, keys: str = 'payroll = "cosmian:pay"') -> 
 
 def run(install: Service, *words: str) -> tuple[int, str, str]:
     """Exit code, results, words."""
-    argv, env = [str(BIN / words[0]), *words[1:]], install.environ
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False, timeout=WAIT_S)
+    done = install.run_kms(*words)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -48,9 +44,9 @@ def test_keys_are_made_once(double: CosmianDouble, tmp_path: Path) -> None:
     made = f"created master, version 1, on {where}\ncreated pay, version 1, on {where}\n"
     there = f"master exists, version 1, on {where}\npay exists, version 1, on {where}\n"
 
-    assert run(install, "kms", "cosmian", "init-key") == (0, made, "")
-    assert run(install, "kms", "cosmian", "init-key") == (0, there, "")
-    code, said, _ = run(install, "kms", "--json", "cosmian", "init-key")
+    assert run(install, "cosmian", "init-key") == (0, made, "")
+    assert run(install, "cosmian", "init-key") == (0, there, "")
+    code, said, _ = run(install, "--json", "cosmian", "init-key")
     assert (code, json.loads(said.splitlines()[0])) == (0, {"name": "master", "version": "1", "made": False})
     lines = Place(install.state).operations()[-12:]  # after those of the install's own keys
     recorded = [(line["effect"].rpartition("-")[0], line["stage"]) for line in lines]
@@ -62,13 +58,13 @@ def test_a_key_that_only_opens_old_files_is_not_made(double: CosmianDouble, tmp_
     write_identities(tmp_path / "age.txt", X25519Identity.generate())
     keys = f'moved = ["age://{tmp_path}/age.txt", "cosmian:before?seal=false"]'
 
-    code, said, _ = run(installed(tmp_path, double.url, keys), "kms", "cosmian", "init-key")
+    code, said, _ = run(installed(tmp_path, double.url, keys), "cosmian", "init-key")
     assert (code, len(said.splitlines())) == (0, 1)
     assert "master" in said
 
 
 def test_a_server_that_is_not_there_is_told(tmp_path: Path) -> None:
-    code, _, words = run(installed(tmp_path, unused_url()), "kms", "cosmian", "init-key")
+    code, _, words = run(installed(tmp_path, unused_url()), "cosmian", "init-key")
 
     assert code == 69
     assert "no connection to Cosmian KMS" in words
@@ -76,13 +72,12 @@ def test_a_server_that_is_not_there_is_told(tmp_path: Path) -> None:
     assert (intent["operation"], outcome["result"]) == ("key.create", "backend_unavailable")
 
 
-@pytest.mark.parametrize("program", ["kms-service", "kms-worker"])
+@pytest.mark.parametrize(("name", "program"), [("api", "kms-service"), ("worker", "kms-worker")])
 def test_nothing_starts_without_its_key_and_the_error_says_how_to_make_it(
-    double: CosmianDouble, tmp_path: Path, program: str
+    double: CosmianDouble, tmp_path: Path, name: str, program: str
 ) -> None:
-    code, _, words = run(installed(tmp_path, double.url), program)
+    words = installed(tmp_path, double.url).refusal(name)
 
-    assert code == 78
     assert words.splitlines()[-1].startswith(f"{program}: error: The key pay on Cosmian KMS at ")
     assert words.endswith("is not there: make it with `kms cosmian init-key`\n")
 
@@ -91,7 +86,7 @@ def test_a_server_that_is_away_degrades_and_does_not_stop_a_start(
     double: CosmianDouble, tmp_path: Path
 ) -> None:
     with installed(tmp_path, double.url) as service:
-        run(service, "kms", "cosmian", "init-key")
+        run(service, "cosmian", "init-key")
         double.stop()
         health = service.start("api").get("/health")
 

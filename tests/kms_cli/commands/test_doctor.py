@@ -1,17 +1,13 @@
 """What ``kms doctor`` says of an install in which something is really broken, and with which exit code."""
 
 import ast
-import json
 import os
 import re
 import shutil
 import socket
 import subprocess
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Final
@@ -25,12 +21,13 @@ import redis
 from kms_cli.commands import doctor as doctor_command
 from kms_cli.commands.doctor import MAX_VERIFIED_BYTES, Finding
 from kms_cli.local import installation
-from kms_core.programs import tether
 from kms_core.settings.load import load
 from kms_protocol.admin import StatusOut
-from support.cli.fixtures import BIN
+from support.cli.doctor import Told, told_by
 from support.credentials import Authority
-from support.ports import free_port
+from support.ports import free_port, listens
+from support.programs import running
+from support.scripted_servers import scripted
 from support.service import Service
 from support.small_disk import small_disk
 from support.waiting import until
@@ -38,44 +35,15 @@ from support.waiting import until
 NO_REDIS: Final = "unix:///nonexistent/valkey.sock"
 PROD: Final = 'allow_age_in_prod = true\nprod_backend = "age"\n[kms.auth]\nmode = "required"\n'
 ROOT: Final = Path(__file__).parents[3]
-TIMEOUT_S: Final = 60
 NOBODY: Final = 65534
 
 
-@dataclass(frozen=True)
-class Told:
-    """The lines of one run, and its exit code."""
-
-    lines: list[dict[str, str]]
-    exit_code: int
-
-    def at(self, subject: str, level: str) -> str:
-        """Text and next step of the one line about a subject with this level."""
-        (found,) = self.all(subject, level)
-        return found
-
-    def all(self, subject: str, level: str) -> list[str]:
-        """Texts and next steps of all lines about a subject with this level."""
-        found = [line for line in self.lines if (line["subject"], line["level"]) == (subject, level)]
-        return [f"{line['text']}: {line['next']}" for line in found]
-
-    @property
-    def failed(self) -> set[str]:
-        return {line["subject"] for line in self.lines if line["level"] == "FAIL"}
-
-
-def command(install: Service, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    given = install.environ | {"KMS_SERVICE_URL": install.url, **environ}
-    words = [str(BIN / "kms"), *arguments]
-    return subprocess.run(
-        words, env=given, cwd=install.logs, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-    )
+def command(install: Service, *words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return install.run_kms(*words, KMS_SERVICE_URL=install.url, **environ)
 
 
 def doctor(install: Service, **environ: str) -> Told:
-    ran = command(install, "doctor", "--json", **environ)
-    assert not ran.stderr
-    return Told([json.loads(line) for line in ran.stdout.splitlines()], ran.returncode)
+    return told_by(command(install, "doctor", "--json", **environ))
 
 
 def configured(folder: Path, settings: str = "", redis: str = NO_REDIS) -> Service:
@@ -204,7 +172,8 @@ def test_a_token_file_that_is_not_there(install: Service) -> None:
 
 def recorded(install: Service) -> Path:
     """A trail of one file, closed."""
-    assert command(install, "token", "create", "--name", "a", "--scope", "*", "-o", "a.token").returncode == 0
+    create = ("token", "create", "--name", "a", "--scope", "*", "-o", str(install.logs / "a.token"))
+    assert command(install, *create).returncode == 0
     return next((install.state / "audit").glob("*.jsonl"))
 
 
@@ -287,21 +256,11 @@ def test_a_certificate_that_is_none_and_a_key_that_others_read(tmp_path: Path) -
 def weak(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of a server that forgets what it is told, and what it should keep."""
     folder, port = tmp_path_factory.mktemp("weak"), free_port()
-    binary = str(installation.find_binary(os.environ))
+    binary = installation.find_binary(os.environ)
     weak = "--bind 127.0.0.1 --appendonly no --maxmemory 64mb --maxmemory-policy allkeys-lru"
-    command = [binary, "--port", str(port), "--dir", str(folder), "--save", "", *weak.split()]
-    with ExitStack() as stack, (folder / "log").open("wb") as log:
-        process = tether.spawn(command, env={}, output=log)
-        stack.callback(process.wait)
-        stack.callback(process.kill)
-        until(lambda: answers(port), "the server is up")
+    argv = [binary, "--port", port, "--dir", folder, "--save", "", *weak.split()]
+    with running(argv, folder / "log", lambda: listens(port)):
         yield port
-
-
-def answers(port: int) -> bool:
-    with redis.Redis(port=port) as client, suppress(redis.RedisError):
-        return bool(client.ping())
-    return False
 
 
 def test_a_redis_that_forgets(tmp_path: Path, weak: int) -> None:
@@ -336,25 +295,6 @@ def test_a_redis_that_is_a_replica_or_lets_nobody_in(tmp_path: Path, weak: int) 
     assert "hunter2" not in str(told.lines)
 
 
-@contextmanager
-def in_between(serve: Callable[[socket.socket], None]) -> Iterator[str]:
-    """The URL of a server that does this with each connection."""
-
-    def accept() -> None:
-        with suppress(OSError):
-            while True:
-                near, _ = listener.accept()
-                threading.Thread(target=serve_one, args=(near,), daemon=True).start()
-
-    def serve_one(near: socket.socket) -> None:
-        with suppress(OSError), near:
-            serve(near)
-
-    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        threading.Thread(target=accept, daemon=True).start()
-        yield f"redis://127.0.0.1:{listener.getsockname()[1]}/0"
-
-
 def test_a_redis_that_refuses_this_machine_is_not_called_silent(tmp_path: Path) -> None:
     """As one without a password of its default user answers from afar: its protected mode."""
 
@@ -362,8 +302,8 @@ def test_a_redis_that_refuses_this_machine_is_not_called_silent(tmp_path: Path) 
         near.recv(65536)
         near.sendall(b"-DENIED Redis is running in protected mode. In this mode it tells much more.\r\n")
 
-    with in_between(refuse) as url:
-        told = doctor(configured(tmp_path, "", url))
+    with scripted(refuse) as server:
+        told = doctor(configured(tmp_path, "", f"redis://{server.address}/0"))
 
     assert "answers with an error: DENIED Redis is running in protected mode" in told.at("redis", "FAIL")
     assert "protected-mode of the server" in told.at("redis", "FAIL")
@@ -382,8 +322,8 @@ def test_a_clock_that_differs_from_that_of_redis(tmp_path: Path, weak: int) -> N
                 later = re.sub(rb"(?<=^\*2\r\n\$10\r\n)\d+", lambda at: b"%d" % (int(at[0]) + 300), told)
                 near.sendall(later)
 
-    with in_between(hurry) as url:
-        told = doctor(configured(tmp_path, "", url))
+    with scripted(hurry) as server:
+        told = doctor(configured(tmp_path, "", f"redis://{server.address}/0"))
 
     assert re.match(r"the clock of Redis is \d{3} s ahead", told.at("clock", "FAIL"))
 

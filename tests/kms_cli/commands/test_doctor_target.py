@@ -1,45 +1,21 @@
 """Which service ``kms doctor`` checks, and whose settings ``kms config show`` prints: those of what runs."""
 
-import json
-import signal
 import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from support.cli.fixtures import BIN, environment
+from support.cli.doctor import Told, told_by
+from support.cli.fixtures import BIN, TIMEOUT_S, environment, running_up
 from support.ports import free_port
-from support.programs import tied
 from support.service import Service
 from support.waiting import WAIT_S
 
-TIMEOUT_S: Final = 60
 PASSWORD: Final = "hunter2"
-
-
-def kms(
-    *arguments: str, environ: Mapping[str, str], cwd: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    words = [str(BIN / "kms"), *arguments]
-    return subprocess.run(
-        words, env=environ, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-    )
-
-
-@dataclass(frozen=True)
-class Told:
-    """The lines of one run, and its exit code."""
-
-    lines: list[dict[str, str]]
-    exit_code: int
-
-    def of(self, subject: str, level: str) -> list[str]:
-        found = [line for line in self.lines if (line["subject"], line["level"]) == (subject, level)]
-        return [f"{line['text']}: {line['next']}" for line in found]
 
 
 @dataclass(frozen=True)
@@ -51,33 +27,22 @@ class User:
     def environ(self, **more: str) -> dict[str, str]:
         return environment(self.home, XDG_RUNTIME_DIR=str(self.home / "r"), **more)
 
-    @contextmanager
     def up(
         self, state: Path | None, port: int, cwd: Path | None = None, **more: str
-    ) -> Iterator[subprocess.Popen[str]]:
+    ) -> AbstractContextManager[subprocess.Popen[str]]:
         """A real ``kms up`` in another terminal."""
         named = [] if state is None else ["--state-dir", state]
-        command = tied(BIN / "kms", "up", *named, "--port", port)
         log = self.home / f"{port}.log"
-        with log.open("wb") as stderr:
-            process = subprocess.Popen(
-                command, env=self.environ(**more), cwd=cwd, stdout=subprocess.PIPE, stderr=stderr, text=True
-            )
-        try:
-            ready = process.stdout.readline() if process.stdout else ""
-            assert ready.startswith("kms: ready"), log.read_text()
-            yield process
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=WAIT_S)
+        return running_up(log, self.environ(**more), *named, "--port", port, cwd=cwd)
 
     def kms(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-        return kms(*arguments, environ=self.environ(**more), cwd=self.home)
+        words, environ = [str(BIN / "kms"), *arguments], self.environ(**more)
+        return subprocess.run(
+            words, env=environ, cwd=self.home, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
 
     def doctor(self, *arguments: str, **more: str) -> Told:
-        ran = self.kms("doctor", "--json", *arguments, **more)
-        assert not ran.stderr
-        return Told([json.loads(line) for line in ran.stdout.splitlines()], ran.returncode)
+        return told_by(self.kms("doctor", "--json", *arguments, **more))
 
 
 @pytest.fixture
@@ -117,10 +82,10 @@ def test_without_options_it_is_the_kms_up_that_runs(user: User) -> None:
     after, none = user.doctor(), user.kms("config", "show", "redis.url")
 
     assert told.lines[0]["subject"] == "target"
-    assert told.of("target", "ok") == [f"http://127.0.0.1:{port}, state {state}: kms up runs it: "]
+    assert told.all("target", "ok") == [f"http://127.0.0.1:{port}, state {state}: kms up runs it: "]
     assert told.exit_code == 0
-    assert f"http://127.0.0.1:{port} answers" in told.of("service", "ok")[0]
-    assert told.of("redis", "ok")[0].startswith(f"{user.home}/r/kms-")
+    assert f"http://127.0.0.1:{port} answers" in told.all("service", "ok")[0]
+    assert told.all("redis", "ok")[0].startswith(f"{user.home}/r/kms-")
     assert shown.stdout.splitlines()[:3] == [
         "[kms]",
         f"port = {port}  # kms up, which runs",
@@ -128,7 +93,7 @@ def test_without_options_it_is_the_kms_up_that_runs(user: User) -> None:
     ]
     assert url.stdout.startswith(f"unix://{user.home}/r/kms-")
     default = user.home / ".local/state/kms-service"
-    assert after.of("target", "ok") == [f"http://127.0.0.1:8082, state {default}: kms up does not run it: "]
+    assert after.all("target", "ok") == [f"http://127.0.0.1:8082, state {default}: kms up does not run it: "]
     assert none.stdout == "redis://127.0.0.1:6379/0\n"
     assert list((user.home / "r").iterdir()) == []
 
@@ -141,9 +106,10 @@ def test_a_default_state_directory_is_not_taken_for_a_named_one(user: User) -> N
         assert "warning" not in user.kms("token", "list").stderr
 
     assert (
-        f"http://127.0.0.1:{port}, state {user.home}/.local/state/kms-service: " in told.of("target", "ok")[0]
+        f"http://127.0.0.1:{port}, state {user.home}/.local/state/kms-service: "
+        in told.all("target", "ok")[0]
     )
-    assert told.of("self-test", "ok") == ["default (age) wraps and unwraps: "]
+    assert told.all("self-test", "ok") == ["default (age) wraps and unwraps: "]
     assert told.exit_code == 0
 
 
@@ -153,7 +119,7 @@ def test_a_kms_up_that_was_killed_does_not_run(user: User) -> None:
         process.wait(WAIT_S)
 
         assert len(list((user.home / "r").glob("kms-*/up.json"))) == 1
-        assert "kms up does not run it" in user.doctor().of("target", "ok")[0]
+        assert "kms up does not run it" in user.doctor().all("target", "ok")[0]
 
 
 def test_of_two_it_takes_the_newest_and_says_how_to_name_the_other(two: Two) -> None:
@@ -161,9 +127,9 @@ def test_of_two_it_takes_the_newest_and_says_how_to_name_the_other(two: Two) -> 
     told = two.user.doctor()
     shown = two.user.kms("config", "show", "port")
 
-    assert told.of("target", "ok") == [f"http://127.0.0.1:{port}, state {state}: kms up runs it: "]
+    assert told.all("target", "ok") == [f"http://127.0.0.1:{port}, state {state}: kms up runs it: "]
     doubt = f"kms up runs 2 times, this is {state}: for another: --state-dir {other}"
-    assert told.of("target", "warn") == [doubt]
+    assert told.all("target", "warn") == [doubt]
     assert shown.stdout == f"{port}\n"
     assert shown.stderr == f"kms: warning: {doubt}\n"
 
@@ -179,8 +145,8 @@ def test_of_two_a_name_takes_one_without_doubt(two: Two, by: str) -> None:
     told = two.user.doctor(**variables[by])
     shown = two.user.kms("config", "show", "state_dir", **variables[by])
 
-    assert f":{port}, state {state}: kms up runs it" in told.of("target", "ok")[0]
-    assert told.of("target", "warn") == []
+    assert f":{port}, state {state}: kms up runs it" in told.all("target", "ok")[0]
+    assert told.all("target", "warn") == []
     assert told.exit_code == 0
     assert (shown.stdout, shown.stderr) == (f"{state}\n", "")
 
@@ -201,8 +167,8 @@ def test_a_command_about_another_state_than_what_runs_says_so(two: Two, words: t
 def test_a_service_of_another_install_than_the_state_fails(two: Two) -> None:
     told = two.user.doctor("--state-dir", str(two.first[0]), "--url", f"http://127.0.0.1:{two.last[1]}")
 
-    assert "is of another install" in told.of("target", "FAIL")[0]
-    assert "--state-dir" in told.of("target", "FAIL")[0]
+    assert "is of another install" in told.all("target", "FAIL")[0]
+    assert "--state-dir" in told.all("target", "FAIL")[0]
     assert told.exit_code == 78
 
 
@@ -214,11 +180,11 @@ def test_what_only_kms_up_has_in_its_environment_is_named_and_not_shown(user: Us
         same = user.doctor(KMS_REDIS_URL=secret)
         noted = [path.read_text() for path in (user.home / "r").glob("kms-*/*")]
 
-    assert told.of("target", "warn") == [
+    assert told.all("target", "warn") == [
         "kms up runs with KMS_REDIS_URL, this command without: set the same here"
     ]
     assert "KMS_REDIS_URL" in shown.stderr
-    assert same.of("target", "warn") == []
+    assert same.all("target", "warn") == []
     assert len(noted) == 1
     assert PASSWORD not in f"{told.lines}{noted}"
 
@@ -240,8 +206,8 @@ def test_what_kms_up_found_is_read_by_commands_elsewhere(user: User) -> None:
     gone = user.kms(*shown)
 
     assert f"kms: settings: {file}\n" in said
-    assert told.of("settings", "ok") == [f"read from {file}, environment dev: "]
-    assert "kms up runs it" in named.of("target", "ok")[0], "it handed on KMS_CONFIG"
+    assert told.all("settings", "ok") == [f"read from {file}, environment dev: "]
+    assert "kms up runs it" in named.all("target", "ok")[0], "it handed on KMS_CONFIG"
     assert (running.stdout, running.stderr) == ("true\n", "")
     assert (ended.stdout, ended.stderr) == ("true\n", "")
     assert not marker.exists()
@@ -251,7 +217,7 @@ def test_what_kms_up_found_is_read_by_commands_elsewhere(user: User) -> None:
 
 def test_without_kms_up_it_is_the_address_of_the_settings(tmp_path: Path) -> None:
     install = Service(tmp_path, redis="unix:///nonexistent/valkey.sock")
-    first, *_, last = kms("doctor", environ=install.environ).stdout.splitlines()
+    first, *_, last = install.run_kms("doctor").stdout.splitlines()
 
     assert first.startswith(f"ok    target        http://127.0.0.1:{install.port}, state {install.state}: ")
     assert f"nothing answers at http://127.0.0.1:{install.port}" in last

@@ -21,6 +21,7 @@ from kms_core.envelope.sealing import Sealing
 from kms_core.payload.files import FileRange
 from kms_core.payload.parallel import DEFAULTS
 from kms_protocol.errors import InvalidRequest
+from support.cli import fixtures
 from support.cli.at_terminal import at_terminal
 from support.cli.fixtures import BIN, Place, environment
 from support.contract_server import ContractServer
@@ -40,11 +41,8 @@ def env(stand_in: ContractServer, tmp_path: Path) -> dict[str, str]:
     return environment(tmp_path, KMS_SERVICE_URL=stand_in.url)
 
 
-def kms(env: dict[str, str], *words: str, given: bytes = b"", folder: Path | None = None) -> Ran:
-    command = [KMS, *words]
-    return subprocess.run(
-        command, cwd=folder, env=env, input=given, capture_output=True, timeout=WAIT_S, check=False
-    )
+def kms(env: dict[str, str], *words: str, given: bytes = b"") -> Ran:
+    return fixtures.kms(Path(env["HOME"]), *words, given=given, **env)
 
 
 @contextmanager
@@ -120,15 +118,15 @@ def test_a_pipe_is_a_file_of_the_service_and_no_job(
     plaintext, before = BINARY * (size // len(BINARY)), jobs_of(here)
     sealed = kms(here, "encrypt-file", "-", "--context", "env=prod", given=plaintext).stdout
     (tmp_path / "sealed").write_bytes(sealed)
-    opened = kms(here, "decrypt-file", "sealed", "-o", "-", "--context=env=prod", folder=tmp_path)
+    opened = kms(here, "decrypt-file", "sealed", "-o", "-", "--context=env=prod")
 
     assert (opened.returncode, opened.stdout, opened.stderr) == (0, plaintext, b"")
     assert jobs_of(here) == before
-    shown = json.loads(kms(here, "inspect", "--json", "sealed", folder=tmp_path).stdout)
+    shown = json.loads(kms(here, "inspect", "--json", "sealed").stdout)
     padded = ["kms-service/pad"] if size >= MIB else []
     assert shown["stanzas"].split(", ") == ["X25519", "kms-service/context", "kms-service/origin", *padded]
     assert not padded or shown["header_bytes"] % 4096 == 0
-    by_job = kms(here, "decrypt-file", "sealed", "-o", "out", "--context=env=prod", folder=tmp_path)
+    by_job = kms(here, "decrypt-file", "sealed", "-o", "out", "--context=env=prod")
     assert (by_job.returncode, (tmp_path / "out").read_bytes()) == (0, plaintext)
     key = str(real_service.state_dir / "age" / "private_key.txt")
     assert kms(here, "open", "-i", key, "--context=env=prod", given=sealed).stdout == plaintext
@@ -136,7 +134,7 @@ def test_a_pipe_is_a_file_of_the_service_and_no_job(
 
 def test_a_pipe_opens_what_a_job_sealed(here: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(BINARY)
-    kms(here, "encrypt-file", "file", "--context", "env=prod", folder=tmp_path)
+    kms(here, "encrypt-file", "file", "--context", "env=prod")
     sealed = (tmp_path / "file.age").read_bytes()
 
     assert kms(here, "decrypt-file", "-", "--context=env=prod", given=sealed).stdout == BINARY
@@ -151,7 +149,7 @@ def test_a_file_that_is_cut_off_gives_its_whole_chunks_and_an_error(
     """After 4 KiB of header and a nonce a MiB has 15 whole chunks of 64 KiB, each with a tag of 16 bytes."""
     plaintext = BINARY * (2 * MIB // len(BINARY))
     sealed = kms(here, "encrypt-file", "-", given=plaintext).stdout
-    done = kms(here, "decrypt-file", "-", "-o", output, given=sealed[:MIB], folder=tmp_path)
+    done = kms(here, "decrypt-file", "-", "-o", output, given=sealed[:MIB])
 
     assert done.returncode == 65
     assert b"kms: error: the file is damaged: it was truncated or changed" in done.stderr
@@ -280,15 +278,15 @@ def test_a_file_that_cannot_be_written_is_named_and_its_result_kept(
     ]
     assert list(stand_in.jobs) == ["job-1"]
     assert [found.name for found in tmp_path.iterdir()] == ["in"]
-    assert kms(env, "job", "result", "job-1", "-o", "a name", folder=tmp_path).returncode == 0
+    assert kms(env, "job", "result", "job-1", "-o", "a name").returncode == 0
 
 
 def test_a_file_name_cannot_forge_a_message(
     env: dict[str, str], stand_in: ContractServer, tmp_path: Path
 ) -> None:
     (tmp_path / "in\nkms: forged").write_bytes(b"x")
-    done = kms(env, "encrypt-file", "in\nkms: forged", folder=tmp_path)
-    again = kms(env, "encrypt-file", "in\nkms: forged", folder=tmp_path)
+    done = kms(env, "encrypt-file", "in\nkms: forged")
+    again = kms(env, "encrypt-file", "in\nkms: forged")
 
     report = "kms: encrypted in?kms: forged to in?kms: forged.age"
     assert done.stderr.decode().startswith(report)
@@ -301,8 +299,8 @@ def test_decrypt_writes_a_file(
     env: dict[str, str], stand_in: ContractServer, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
     sealed = stand_in.seal(BINARY, None)
-    done = kms(env, "decrypt", "-o", "out", *words, given=sealed, folder=tmp_path)
-    again = kms(env, "decrypt", "-o", "out", *words, given=sealed, folder=tmp_path)
+    done = kms(env, "decrypt", "-o", "out", *words, given=sealed)
+    again = kms(env, "decrypt", "-o", "out", *words, given=sealed)
 
     assert (done.returncode, done.stdout, (tmp_path / "out").read_bytes()) == (0, b"", BINARY)
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o600

@@ -12,9 +12,9 @@ import pytest
 from kms_protocol.wire import PREFIX
 from support.aws_servers import ACCESS_KEY, REGION, SECRET_KEY, AwsServer, moto
 from support.cli.fixtures import Place
-from support.cli.migrate import Json, Ran, Workspace, b64, report
+from support.cli.migrate import Json, Ran, Workspace, report
 from support.openbao import ROOT_TOKEN, Bao, bao
-from support.service import Service
+from support.service import Service, b64
 from support.tcp_proxy import TcpProxy
 
 CONTEXT = "env=prod"

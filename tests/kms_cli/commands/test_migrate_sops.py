@@ -9,10 +9,10 @@ import pytest
 
 from kms_cli.commands.migrate_sops import blocks_of
 from kms_core.age import armor, x25519
-from support.cli.fixtures import BIN, Place, environment
+from support.cli.fixtures import Place, environment
 from support.cli.migrate import Ran, Workspace, report
 from support.openbao import ROOT_TOKEN, bao
-from support.programs import program
+from support.programs import tool
 from support.waiting import RealTime
 
 SECRET: Final = "hunter2"
@@ -35,15 +35,9 @@ def workspace(tmp_path: Path, real_service: Place) -> Workspace:
     return Workspace(tmp_path, real_service)
 
 
-def binary() -> str:
-    """The program of the package that the development group names, or on the PATH."""
-    packaged = BIN / "sops"
-    return str(packaged) if packaged.is_file() else program("sops")
-
-
 def sops(workspace: Workspace, *words: str, **env: str) -> bytes:
     done = subprocess.run(
-        [binary(), *words],
+        [tool("sops"), *words],
         cwd=workspace.folder,
         env=environment(workspace.folder, **env),
         capture_output=True,

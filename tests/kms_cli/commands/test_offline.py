@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from kms_core.age.header import FILE_LIMITS, parse
 from support.cli.fixtures import BIN
 from support.cli.offline import Workspace, write_key
 from support.cli.offline import workspace as make_workspace
-from support.programs import kept, program
+from support.programs import from_npm, program
 
 MIB = 1024 * 1024
 SIZES = [0, 1, 65535, 65536, 65537, MIB - 1, MIB, MIB + 1, 20 * MIB]
@@ -104,17 +103,7 @@ def pq(workspace: Workspace) -> mlkem768x25519.HybridIdentity:
 @pytest.fixture(scope="session")
 def typage() -> Path:
     """The age of the browsers, which knows post-quantum keys; fetched once."""
-    npm = shutil.which("npm")
-    with kept("typage") as folder:
-        library = folder / "node_modules" / "age-encryption"
-        if npm and not library.exists():
-            install = [npm, "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(folder), TYPAGE]
-            subprocess.run(install, check=False, capture_output=True, timeout=120)
-        if library.exists():
-            return folder
-    if os.environ.get("CI"):
-        pytest.fail(f"npm could not fetch {TYPAGE}, and CI must not skip what compares with it")
-    pytest.skip(f"npm could not fetch {TYPAGE}")
+    return from_npm("typage", "node_modules/age-encryption", TYPAGE)
 
 
 def javascript(typage: Path, work: str, key: str, given: bytes) -> bytes:

@@ -110,10 +110,15 @@ def start(tmp_path: Path, port: int) -> Iterator[Start]:
         one.close()
 
 
-def working(start: Start, **faults: str) -> Up:
-    """One that is ready and whose worker is up."""
+def ready(start: Start, **faults: str) -> Up:
     service = start(**faults)
     service.ready_line()
+    return service
+
+
+def working(start: Start, **faults: str) -> Up:
+    """One that is ready and whose worker is up."""
+    service = ready(start, **faults)
     until(lambda: service.notes("worker", "start"), "the worker is up")
     return service
 
@@ -165,8 +170,7 @@ def test_ctrl_c_stops_worker_and_api_together_and_then_valkey(start: Start) -> N
 
 @pytest.mark.parametrize("name", ["api", "worker", "valkey"])
 def test_child_that_dies_is_started_again(start: Start, name: str) -> None:
-    service = start()
-    service.ready_line()
+    service = ready(start)
     first = service.pid(name)
 
     os.kill(first, signal.SIGKILL)
@@ -177,8 +181,7 @@ def test_child_that_dies_is_started_again(start: Start, name: str) -> None:
 
 
 def test_valkey_that_cannot_read_its_data_says_why(start: Start) -> None:
-    service = start()
-    service.ready_line()
+    service = ready(start)
     service.process.send_signal(signal.SIGTERM)
     assert service.process.wait(WAIT_S) == 0
     (data,) = (service.state / "valkey/appendonlydir").glob("*.incr.aof")
@@ -250,8 +253,7 @@ def test_child_that_does_not_stop_is_killed_after_its_grace(start: Start) -> Non
 
 
 def test_children_die_with_the_supervisor_and_the_state_is_free(start: Start) -> None:
-    service = start()
-    service.ready_line()
+    service = ready(start)
     pids = service.pids()
 
     service.process.kill()
@@ -262,8 +264,7 @@ def test_children_die_with_the_supervisor_and_the_state_is_free(start: Start) ->
 
 
 def test_second_up_on_one_state_is_refused(start: Start) -> None:
-    first = start()
-    first.ready_line()
+    first = ready(start)
 
     second = start()
 
@@ -273,8 +274,7 @@ def test_second_up_on_one_state_is_refused(start: Start) -> None:
 
 
 def test_named_redis_is_used_and_none_is_started(start: Start, redis_url: str) -> None:
-    service = start(KMS_REDIS_URL=redis_url)
-    service.ready_line()
+    service = ready(start, KMS_REDIS_URL=redis_url)
     (api,) = service.notes("api", "start")
 
     assert isinstance(api["env"], dict)
@@ -284,13 +284,11 @@ def test_named_redis_is_used_and_none_is_started(start: Start, redis_url: str) -
 
 def test_dev_keys_are_made_once_and_fit(start: Start) -> None:
     """A public key that is missing is written from the private one."""
-    service = start()
-    service.ready_line()
+    service = ready(start)
     service.close()
     private, public = service.state / "age/private_key.txt", service.state / "age/public_key.txt"
     made, recipient = private.read_text(), public.read_text()
-    again = start()
-    again.ready_line()
+    again = ready(start)
     again.close()
     recorded = [(line["operation"], line["stage"]) for line in Place(service.state).operations()]
     assert recorded == [("key.create", "intent"), ("key.create", "outcome")]
@@ -313,17 +311,14 @@ def test_prod_gets_no_keys(start: Start, tmp_path: Path) -> None:
         '[kms.auth]\nmode = "none"\n[kms.cosmian]\nserver_url = "https://127.0.0.1:1"\n'
         'api_key = "${COSMIAN_API_KEY}"\n'
     )
-    service = start(PROVISIONING_ENV="prod", KMS_CONFIG=str(config), COSMIAN_API_KEY="x")
-
-    service.ready_line()
+    service = ready(start, PROVISIONING_ENV="prod", KMS_CONFIG=str(config), COSMIAN_API_KEY="x")
 
     assert not (service.state / "age").exists()
     assert not (service.state / "spool.key").exists()
 
 
 def test_state_is_for_the_user_alone(start: Start) -> None:
-    service = start()
-    service.ready_line()
+    service = ready(start)
 
     made = [service.state, *(path for path in service.state.rglob("*") if not path.is_symlink())]
     assert [path.name for path in made if path.stat().st_mode & 0o077] == ["audit-signing.pub"]

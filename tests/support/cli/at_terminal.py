@@ -8,12 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-def at_terminal(
-    command: str, folder: Path, env: Mapping[str, str], *, columns: int = 80, rows: int = 24
-) -> tuple[int, str]:
+def at_terminal(command: str, folder: Path, env: Mapping[str, str], *, columns: int = 80) -> tuple[int, str]:
     """Return the exit code of a line of bash, and all that its terminal was sent; stdin is empty."""
     ours, theirs = os.openpty()
-    termios.tcsetwinsize(theirs, (rows, columns))
+    termios.tcsetwinsize(theirs, (24, columns))
     with subprocess.Popen(
         ["bash", "-c", command],
         cwd=folder,

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kms_client import Client
-from support.cli.fixtures import BIN, Place, environment
+from support.cli import fixtures
+from support.cli.fixtures import Place
 
 Json = dict[str, Any]
 Ran = subprocess.CompletedProcess[bytes]
@@ -23,16 +24,8 @@ class Workspace:
     place: Place
 
     def kms(self, *words: str, given: bytes = b"", env: Mapping[str, str] | None = None) -> Ran:
-        environ = environment(self.folder, KMS_SERVICE_URL=self.place.url, **(env or {}))
-        return subprocess.run(
-            [str(BIN / "kms"), *words],
-            cwd=self.folder,
-            env=environ,
-            input=given,
-            capture_output=True,
-            check=False,
-            timeout=120,
-        )
+        variables = {"KMS_SERVICE_URL": self.place.url, **(env or {})}
+        return fixtures.kms(self.folder, *words, given=given, **variables)
 
     def write(self, name: str, lines: Iterable[object]) -> str:
         """A file of lines, each bytes, text or JSON."""
@@ -54,7 +47,3 @@ def report(done: Ran) -> dict[str, int]:
     """The counts on stdout."""
     counts: dict[str, int] = json.loads(done.stdout)
     return counts
-
-
-def b64(data: bytes) -> str:
-    return base64.b64encode(data).decode()

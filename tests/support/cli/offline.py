@@ -3,12 +3,10 @@
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from kms_core.age import mlkem768x25519, x25519
-from support.cli.fixtures import BIN, environment
+from support.cli import fixtures
 
-TIMEOUT_S: Final = 120
 Done = subprocess.CompletedProcess[bytes]
 
 
@@ -44,16 +42,7 @@ class Workspace:
         return {entry.name for entry in self.folder.iterdir()}
 
     def kms(self, *args: str, given: bytes = b"", **variables: str) -> Done:
-        """Run ``kms``; its stdin and stdout are pipes."""
-        return subprocess.run(
-            [str(BIN / "kms"), *args],
-            input=given,
-            capture_output=True,
-            cwd=self.folder,
-            env=environment(self.folder, **variables),
-            timeout=TIMEOUT_S,
-            check=False,
-        )
+        return fixtures.kms(self.folder, *args, given=given, **variables)
 
     def made(self, *args: str, given: bytes = b"", **variables: str) -> bytes:
         """What a command that succeeds writes to stdout."""
