@@ -48,6 +48,10 @@ class Host:
     lines: Mapping[str, Line] = field(default_factory=dict)
 
     @property
+    def is_separate(self) -> bool:
+        return bool(self.enter)
+
+    @property
     def us(self) -> str:
         """Our address as seen from it, over its first line."""
         return next((line.us for line in self.lines.values()), "127.0.0.1")
