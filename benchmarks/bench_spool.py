@@ -30,7 +30,7 @@ from benchmarks.report import Scale
 from kms_core.s3.connection import Ask
 from kms_protocol.errors import KmsError
 from kms_protocol.wire import PREFIX, JobItem
-from support.object_stores import ObjectStore, Seen, Way
+from support.object_stores import ObjectStore, S3Proxy, S3Request
 
 _MIB: Final = 1024 * 1024
 _UPLOADS: Final = 16
@@ -83,8 +83,11 @@ def main() -> None:
                 _files(installs, file, options, budget.share()),
                 _small(installs, options, budget.share()),
             ]
-        with Way(ObjectStore(endpoint)) as way, _install(folder, "counted", way.url) as install:
-            parts += [_requests(install, way, file, options), _memory(install, way, Path(memory), options)]
+        with S3Proxy(ObjectStore(endpoint)) as s3_proxy, _install(folder, "counted", s3_proxy.url) as install:
+            parts += [
+                _requests(install, s3_proxy, file, options),
+                _memory(install, s3_proxy, Path(memory), options),
+            ]
     options.write([f"State, spool and the store's volumes in `{given.dir}`.", *parts])
 
 
@@ -188,7 +191,7 @@ def _all_at_once(install: Install, count: int) -> Reading:
 # -- counted -----------------------------------------------------------------------------------------
 
 
-def _requests(install: Install, way: Way, file: Path, options: report.Options) -> str:
+def _requests(install: Install, s3_proxy: S3Proxy, file: Path, options: report.Options) -> str:
     """Of the second small job and the second file, its removal included."""
     ways: dict[str, tuple[str, Callable[[], object]]] = {
         "small job": ("a job of one item", functools.partial(_small_job, install)),
@@ -197,9 +200,9 @@ def _requests(install: Install, way: Way, file: Path, options: report.Options) -
     rows = []
     for kept, (name, work) in ways.items():
         work()
-        del way.seen[:]
+        del s3_proxy.seen[:]
         work()
-        names = Counter(seen.name for seen in list(way.seen) if _JOB_ID.search(seen.path))
+        names = Counter(seen.name for seen in list(s3_proxy.seen) if _JOB_ID.search(seen.path))
         options.note("requests", kept, {"calls": names.total()})
         rows.append([name, str(names.total()), ", ".join(f"{names[each]} {each}" for each in sorted(names))])
     title = "Requests to the store that name the job, from submission until it is removed"
@@ -213,19 +216,19 @@ def _small_job(install: Install) -> None:
     running.ask(f"http://127.0.0.1:{install.port}{PREFIX}/jobs/{job_id}/result")
 
 
-def _memory(install: Install, way: Way, folder: Path, options: report.Options) -> str:
+def _memory(install: Install, s3_proxy: S3Proxy, folder: Path, options: report.Options) -> str:
     """Resident memory of the API process: before, and the most while uploads are under way."""
     file, url = folder / "upload", f"http://127.0.0.1:{install.port}{PREFIX}/files/encrypt"
     file.write_bytes(bytes(options.given.upload_mib * _MIB))
     pid, held, may_go = install.running["api"][0].pid, threading.Event(), threading.Event()
 
-    def withhold(seen: Seen) -> None:
+    def withhold(seen: S3Request) -> None:
         if seen.name == "UploadPart":
             held.set()
             may_go.wait(_UNTIL_HELD_S)
 
     before, sizes = resident_bytes(pid), [0]
-    way.meddle = withhold
+    s3_proxy.intercept = withhold
     with ThreadPoolExecutor(_UPLOADS) as pool:
         sent = [pool.submit(send, url, "POST", file) for _ in range(_UPLOADS)]
         held.wait(_UNTIL_HELD_S)

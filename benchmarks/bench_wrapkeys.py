@@ -36,7 +36,7 @@ from kms_core.service import Kms
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.wire import PREFIX
-from support.age_kms import Unhidden, kms_over, write_pair
+from support.age_kms import BlankingTrail, kms_over, write_pair
 from support.embedded_valkey import EmbeddedValkey
 from support.openbao import Bao, transit
 from support.service import Service, core_of
@@ -242,7 +242,7 @@ def _batches(folder: Path, options: report.Options, share: Callable[[], float]) 
         ]
 
 
-class _NoLog(Unhidden):
+class _NoLog(BlankingTrail):
     """An audit log that keeps nothing."""
 
     def append(self, record: object) -> str:

@@ -23,7 +23,7 @@ from support import redis_servers
 from support.chaos.cut_lines import CutLines
 from support.chaos.fleet import CLIENTS, EVERYWHERE, Fleet, Machine, fleet
 from support.chaos.job_checks import JobChecks
-from support.chaos.job_mix import ObjectBook
+from support.chaos.job_mix import ObjectJobMix
 from support.chaos.load import Load
 from support.long_form import RUNS
 from support.network_hosts import network
@@ -72,30 +72,30 @@ def _run(folder: Path, seed: int) -> Verdict:
     begun = time.monotonic()
     with fleet(folder, seed) as hosts:
         core = core_of(hosts)
-        book = ObjectBook(hosts.launch(), core, seed, scale=SCALE, bucket=hosts.shared.files)
-        crowd = Load(hosts, book, JOBS, SENDERS, seed, most=0, token=hosts.token)
-        cuts = CutLines(hosts, book, crowd, seed)
-        _cut(hosts, crowd, cuts, seed)
-        judge = JobChecks(hosts, crowd, lambda: hosts.shared.files.births("out/"), room_was_short=False)
-        judge.wait(PATIENCE_S)
-        judge.hear()
-        judge.expire()
-        reaper.Reaper(core.worker_context.store, core.worker_context.spool, "judge").reap()
-        judge.spool_is_empty()
+        book = ObjectJobMix(hosts.launch(), core, seed, scale=SCALE, bucket=hosts.shared.files)
+        load = Load(hosts, book, JOBS, SENDERS, seed, most=0, token=hosts.token)
+        cuts = CutLines(hosts, book, load, seed)
+        _cut(hosts, load, cuts, seed)
+        checks = JobChecks(hosts, load, lambda: hosts.shared.files.creations("out/"), room_was_short=False)
+        checks.wait(PATIENCE_S)
+        checks.check_results()
+        checks.expire()
+        reaper.Reaper(core.worker_context.store, core.worker_context.spool, "checks").reap()
+        checks.spool_is_empty()
         facts = {
             "seconds": round(time.monotonic() - begun),
-            "jobs": len(crowd.tickets),
-            "states": dict(judge.states),
-            "claims": Counter(_claims(hosts, ticket.job_id) for ticket in crowd.tickets),
+            "jobs": len(load.tickets),
+            "states": dict(checks.states),
+            "claims": Counter(_claims(hosts, ticket.job_id) for ticket in load.tickets),
             "claims of cut jobs": [_claims(hosts, job_id) for job_id in cuts.cut_jobs],
             "crossed": hosts.spread.crossed,
-            "glimpses": len(crowd.glimpses),
+            "glimpses": len(load.glimpses),
             "revoked_s": [round(each, 1) for each in cuts.revoked_s],
             "took": cuts.took,
         }
         faults = [
             *cuts.faults,
-            *judge.faults,
+            *checks.faults,
             *(f"ended by itself: {end}" for end in hosts.ends),
             *(f"left in Redis: {key!r}" for key in hosts.admin.keys("kms:blobs:*")),
             *(f"no worker was cut from {job_id}" for job_id in cuts.cut_jobs if _claims(hosts, job_id) < 2),
@@ -106,26 +106,26 @@ def _run(folder: Path, seed: int) -> Verdict:
     return Verdict([*faults, *hosts.search()], facts)
 
 
-def _cut(hosts: Fleet, crowd: Load, cuts: CutLines, seed: int) -> None:
+def _cut(hosts: Fleet, load: Load, cuts: CutLines, seed: int) -> None:
     """All faults, in the order of the seed; jobs arrive before, during and after each."""
     rng = random.Random(seed + 1)  # noqa: S311 -- repeatable, no secret
     names = list(cuts.blows)
     rng.shuffle(names)
-    crowd.start()
+    load.start()
     for number, name in enumerate(names, start=1):
         share = JOBS * number // len(names)
-        after = len(crowd.tickets) + rng.randrange(JOBS // len(names) // 2)
-        crowd.most = share
-        while len(crowd.tickets) < after and crowd.busy:
-            hosts.tend()
+        after = len(load.tickets) + rng.randrange(JOBS // len(names) // 2)
+        load.most = share
+        while len(load.tickets) < after and load.busy:
+            hosts.restart_dead()
             time.sleep(0.05)
-        cuts.strike(name)
-        hosts.tend()
-    crowd.most = JOBS
-    while crowd.busy:
-        hosts.tend()
+        cuts.inject(name)
+        hosts.restart_dead()
+    load.most = JOBS
+    while load.busy:
+        hosts.restart_dead()
         time.sleep(0.1)
-    crowd.close()
+    load.close()
 
 
 def _claims(hosts: Fleet, job_id: str) -> int:

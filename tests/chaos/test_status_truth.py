@@ -23,7 +23,7 @@ NONE: Final = {"queued": 0, "running": 0, "committing": 0}
 WORKERS: Final = ("worker", "worker2")
 
 
-class Pair(Service):
+class TwoWorkers(Service):
     """An install of two workers; the second differs in the port of its metrics alone."""
 
     def spawn(self, name: str) -> None:
@@ -54,7 +54,7 @@ class Pair(Service):
         return {name: told[name] for name in ("workers", "degraded", "jobs", "queue_depth")}
 
 
-def hold_in_the_middle(service: Pair) -> tuple[str, str]:
+def hold_in_the_middle(service: TwoWorkers) -> tuple[str, str]:
     """A job that runs and gets no further; its id, and the worker that has it."""
     here = f"file://{service.files}/large"
     job = {"kind": "encrypt", "source": here, "target": f"{here}.{uuid.uuid4()}", "context": CONTEXT}
@@ -70,15 +70,17 @@ WELL: Final = {"workers": 1, "degraded": [], "jobs": NONE, "queue_depth": 0}
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoWorkers]:
     """One install for the acts of this module, each of which leaves one idle worker."""
-    with Pair(tmp_path_factory.mktemp("pair"), "[kms.jobs]\nlease_s = 60\nconcurrency = 1\n") as service:
+    with TwoWorkers(
+        tmp_path_factory.mktemp("pair"), "[kms.jobs]\nlease_s = 60\nconcurrency = 1\n"
+    ) as service:
         service.start("api")
         (service.files / "large").write_bytes(os.urandom(LARGE))
         yield service
 
 
-def alone(service: Pair) -> Pair:
+def alone(service: TwoWorkers) -> TwoWorkers:
     """With one idle worker."""
     if "worker" not in service.running():
         service.spawn("worker")
@@ -86,7 +88,7 @@ def alone(service: Pair) -> Pair:
     return service
 
 
-def test_a_worker_is_announced_before_its_first_job(pair: Pair) -> None:
+def test_a_worker_is_announced_before_its_first_job(pair: TwoWorkers) -> None:
     for name in pair.running() & set(WORKERS):
         pair.kill(name)
     until(lambda: pair.told()["workers"] == 0, "no worker")
@@ -99,7 +101,7 @@ def test_a_worker_is_announced_before_its_first_job(pair: Pair) -> None:
     assert pair.told() == WELL
 
 
-def test_status_is_true_while_a_worker_is_killed_and_the_other_is_stopped(pair: Pair) -> None:
+def test_status_is_true_while_a_worker_is_killed_and_the_other_is_stopped(pair: TwoWorkers) -> None:
     service = alone(pair)
     service.spawn("worker2")
     until(lambda: service.told() == {**WELL, "workers": 2}, "the second worker is seen")
@@ -128,7 +130,7 @@ def test_status_is_true_while_a_worker_is_killed_and_the_other_is_stopped(pair: 
 
 
 def test_without_redis_status_says_so_and_without_the_service_the_exit_code_does(tmp_path: Path) -> None:
-    with Pair(tmp_path) as service:
+    with TwoWorkers(tmp_path) as service:
         service.start("api")
         service.valkey.stop()
         nothing = {"workers": None, "jobs": None, "queue_depth": None}

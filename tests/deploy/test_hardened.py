@@ -197,7 +197,7 @@ print(json.dumps(done))
 """
 
 
-def pried(pid: int) -> dict[str, str]:
+def attack_process(pid: int) -> dict[str, str]:
     """What another process of the service's user can read or steer of a process."""
     argv = [str(PYTHON), "-c", PRYING, str(pid), str(USER)]
     found: dict[str, str] = json.loads(
@@ -211,14 +211,14 @@ def test_another_process_of_the_same_user_reads_no_memory(deployed: Deployed) ->
     pool = Path(f"/proc/{worker}/task/{worker}/children").read_text().split()
 
     for pid in (deployed.processes["kms-service"].pid, worker, *map(int, pool)):
-        assert set(pried(pid).values()) == {"refused"}
+        assert set(attack_process(pid).values()) == {"refused"}
 
 
 def test_a_program_without_protection_can_be_read() -> None:
     as_root()
     with subprocess.Popen(["/bin/sleep", "60"], user=USER, group=USER, extra_groups=[]) as bare:
         until(lambda: Path(f"/proc/{bare.pid}/comm").read_text() == "sleep\n", "it runs")
-        assert set(pried(bare.pid).values()) >= {"done"}
+        assert set(attack_process(bare.pid).values()) >= {"done"}
         bare.kill()
 
 

@@ -6,7 +6,7 @@ from typing import Final
 import pytest
 
 from support import pages
-from support.credentials import REQUIRED, Guarded
+from support.credentials import REQUIRED, SecuredService
 from support.embedded_valkey import EmbeddedValkey
 from support.service import Service
 
@@ -31,15 +31,15 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> It
 
 
 @pytest.fixture(scope="session")
-def guarded(
+def secured(
     tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
-) -> Iterator[Guarded]:
+) -> Iterator[SecuredService]:
     """An API that asks everybody who they are, for the whole session.
 
     No worker runs, so that jobs stay queued. Its second key has the files of the first and another id. A test
     that counts what a tenant has uses a tenant of its own.
     """
-    folder = tmp_path_factory.mktemp("guarded")
+    folder = tmp_path_factory.mktemp("secured")
     settings = SETTINGS.replace("{keys}", str(folder / "state/age"))
-    with Guarded(folder, settings, valkey.files.url_of(next(database_numbers))) as running:
+    with SecuredService(folder, settings, valkey.files.url_of(next(database_numbers))) as running:
         yield running.start("api")

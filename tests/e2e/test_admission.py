@@ -20,7 +20,7 @@ import httpx2 as httpx
 import pytest
 
 from kms_protocol.wire import PREFIX
-from support.credentials import REQUIRED, Guarded
+from support.credentials import REQUIRED, SecuredService
 from support.service import b64, check_problem
 from support.waiting import WAIT_S, until
 
@@ -39,20 +39,20 @@ CONSTANTS: Final = {
 
 
 @pytest.fixture(scope="module")
-def crowded(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterator[Guarded]:
-    with Guarded(tmp_path_factory.mktemp("crowded"), REQUIRED, module_redis) as running:
+def crowded(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterator[SecuredService]:
+    with SecuredService(tmp_path_factory.mktemp("crowded"), REQUIRED, module_redis) as running:
         running.constants, running.is_open_inside = CONSTANTS, True
         yield running.start()
 
 
 @pytest.fixture(scope="module")
-def bad(crowded: Guarded) -> dict[str, str]:
+def bad(crowded: SecuredService) -> dict[str, str]:
     """The credential that misbehaves."""
     return crowded.token("jobs:read,jobs:write,encrypt,decrypt context=only=this", tenant="bad")
 
 
 @pytest.fixture(scope="module")
-def good(crowded: Guarded) -> dict[str, str]:
+def good(crowded: SecuredService) -> dict[str, str]:
     """Another tenant's, whose every call is to be answered."""
     return crowded.token(WRITE, tenant="good")
 
@@ -60,7 +60,9 @@ def good(crowded: Guarded) -> dict[str, str]:
 class Peer:
     """A connection that has sent a head and a part of its body, and may send more."""
 
-    def __init__(self, service: Guarded, path: str, headers: dict[str, str], body: bytes = b"") -> None:
+    def __init__(
+        self, service: SecuredService, path: str, headers: dict[str, str], body: bytes = b""
+    ) -> None:
         self._socket = socket.create_connection(("127.0.0.1", service.port), timeout=WAIT_S)
         self.is_open = True
         self.ask(path, headers, body)
@@ -97,7 +99,7 @@ class Peer:
 
 @contextmanager
 def peers(
-    service: Guarded, count: int, path: str, headers: dict[str, str], body: bytes = b""
+    service: SecuredService, count: int, path: str, headers: dict[str, str], body: bytes = b""
 ) -> Iterator[list[Peer]]:
     with ExitStack() as stack:
         made = []
@@ -107,7 +109,7 @@ def peers(
         yield made
 
 
-def calls_of_the_other(service: Guarded, who: dict[str, str]) -> None:
+def calls_of_the_other(service: SecuredService, who: dict[str, str]) -> None:
     """Single calls, a job and an upload of a well-behaved tenant: each is answered."""
     plaintext = os.urandom(1000)
     for _ in range(20):
@@ -159,7 +161,7 @@ def sending(uploads: Sequence[Peer]) -> Iterator[None]:
 
 @pytest.mark.parametrize("how", UPLOADS)
 def test_idle_uploads_of_one_token(
-    crowded: Guarded, bad: dict[str, str], good: dict[str, str], how: str
+    crowded: SecuredService, bad: dict[str, str], good: dict[str, str], how: str
 ) -> None:
     path, headers = UPLOADS[how]
     head, slots = bad | headers | {"Content-Length": str(8 * MIB)}, BOUNDS["uploads"]
@@ -179,7 +181,9 @@ def test_idle_uploads_of_one_token(
 SIZE: Final = 31 * MIB
 
 
-def test_large_json_bodies_that_drip(crowded: Guarded, bad: dict[str, str], good: dict[str, str]) -> None:
+def test_large_json_bodies_that_drip(
+    crowded: SecuredService, bad: dict[str, str], good: dict[str, str]
+) -> None:
     head = bad | {"Content-Length": str(SIZE)}
     with peers(crowded, 32, f"{PREFIX}/jobs", head, b" " * 60_000) as senders:
         until(lambda: crowded.held("json") == 2 * SIZE, "two bodies have their room")
@@ -194,7 +198,7 @@ def test_large_json_bodies_that_drip(crowded: Guarded, bad: dict[str, str], good
 @pytest.mark.parametrize("path", ["/encrypt", "/batch", "/jobs", "/codec/encode"])
 @pytest.mark.parametrize("framing", ["Content-Length: 70000", "Transfer-Encoding: chunked"])
 def test_a_json_body_has_its_time_however_it_comes(
-    crowded: Guarded, good: dict[str, str], path: str, framing: str
+    crowded: SecuredService, good: dict[str, str], path: str, framing: str
 ) -> None:
     name, value = framing.split(": ")
     part = b"1\r\n \r\n" if value == "chunked" else b" "
@@ -209,7 +213,7 @@ def test_a_json_body_has_its_time_however_it_comes(
 
 
 def test_a_refusal_is_read_by_a_sender_that_reads_only_at_the_end(
-    crowded: Guarded, bad: dict[str, str]
+    crowded: SecuredService, bad: dict[str, str]
 ) -> None:
     head = bad | {"Content-Length": str(SIZE)}
     with peers(crowded, 2, f"{PREFIX}/jobs", head, b" "):
@@ -229,7 +233,9 @@ def test_a_refusal_is_read_by_a_sender_that_reads_only_at_the_end(
 # -- logins ------------------------------------------------------------------------------------------------
 
 
-def test_unfinished_logins_need_no_credential_and_hold_little(crowded: Guarded, good: dict[str, str]) -> None:
+def test_unfinished_logins_need_no_credential_and_hold_little(
+    crowded: SecuredService, good: dict[str, str]
+) -> None:
     form = {"Content-Type": "application/x-www-form-urlencoded", "Content-Length": "1000"}
     with peers(crowded, 100, "/ui/login", form, b"token=") as senders:
         until(lambda: crowded.held("logins") == BOUNDS["logins"], "the slots of one address are taken")
@@ -256,7 +262,9 @@ def test_unfinished_logins_need_no_credential_and_hold_little(crowded: Guarded, 
 # -- event streams -----------------------------------------------------------------------------------------
 
 
-def test_event_streams_of_one_token(crowded: Guarded, bad: dict[str, str], good: dict[str, str]) -> None:
+def test_event_streams_of_one_token(
+    crowded: SecuredService, bad: dict[str, str], good: dict[str, str]
+) -> None:
     path = f"{PREFIX}/jobs/events"
     with peers(crowded, 200, path, bad) as senders:
         statuses = Counter(peer.begun() for peer in senders)
@@ -268,7 +276,7 @@ def test_event_streams_of_one_token(crowded: Guarded, bad: dict[str, str], good:
     until(lambda: crowded.held("streams") == 0, "streams end with their readers")
 
 
-def test_waits_of_one_token(crowded: Guarded, bad: dict[str, str], good: dict[str, str]) -> None:
+def test_waits_of_one_token(crowded: SecuredService, bad: dict[str, str], good: dict[str, str]) -> None:
     """They share the slots of event streams; one without a slot is answered at once."""
 
     def waiting(who: dict[str, str]) -> str:
@@ -295,7 +303,7 @@ def test_waits_of_one_token(crowded: Guarded, bad: dict[str, str], good: dict[st
 # -- answers that are not taken ----------------------------------------------------------------------------
 
 
-def result_of(service: Guarded, who: dict[str, str], data: bytes) -> str:
+def result_of(service: SecuredService, who: dict[str, str], data: bytes) -> str:
     """The path of the result of an upload."""
     answer = service.post("/files/encrypt", content=data, headers=who | CONTEXT)
     assert answer.status_code == 202, answer.text
@@ -304,7 +312,9 @@ def result_of(service: Guarded, who: dict[str, str], data: bytes) -> str:
     return f"{PREFIX}{path}/result"
 
 
-def test_readers_that_take_nothing(crowded: Guarded, bad: dict[str, str], good: dict[str, str]) -> None:
+def test_readers_that_take_nothing(
+    crowded: SecuredService, bad: dict[str, str], good: dict[str, str]
+) -> None:
     data = os.urandom(24 * MIB)
     slow, other = result_of(crowded, bad, data), result_of(crowded, good, data)
     with peers(crowded, 40, slow, bad) as readers:
@@ -316,7 +326,7 @@ def test_readers_that_take_nothing(crowded: Guarded, bad: dict[str, str], good: 
         until(lambda: crowded.held("downloads") == 0, "they are given up")
 
 
-def test_a_slow_reader_that_goes_on_gets_everything(crowded: Guarded, good: dict[str, str]) -> None:
+def test_a_slow_reader_that_goes_on_gets_everything(crowded: SecuredService, good: dict[str, str]) -> None:
     data = os.urandom(8 * MIB)
     path = result_of(crowded, good, data)
 
@@ -331,7 +341,7 @@ def test_a_slow_reader_that_goes_on_gets_everything(crowded: Guarded, good: dict
 
 
 def test_an_answer_at_once_that_nobody_takes_ends_its_connection(
-    crowded: Guarded, good: dict[str, str]
+    crowded: SecuredService, good: dict[str, str]
 ) -> None:
     item = {"plaintext": b64(bytes(2000))}
     body = json.dumps({"operation": "encrypt", "items": [item] * 1000}).encode()
@@ -357,7 +367,7 @@ ABORTED: Final[Sequence[tuple[str, dict[str, str], bytes]]] = (
 
 
 def test_a_thousand_aborted_bodies_leave_nothing(
-    crowded: Guarded, bad: dict[str, str], good: dict[str, str]
+    crowded: SecuredService, bad: dict[str, str], good: dict[str, str]
 ) -> None:
     for number in range(1000):
         path, headers, body = ABORTED[number % len(ABORTED)]

@@ -26,8 +26,8 @@ from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import AuditUnavailable, KmsError
 from kms_protocol.wire import JobItem
-from support.audit_logs import Meddled, Place, fail, record, unresolved
-from support.credentials import REQUIRED, Guarded, bearer
+from support.audit_logs import AuditFolder, InterceptedLog, fail, record, unresolved
+from support.credentials import REQUIRED, SecuredService, bearer
 from support.failing_store import Killed
 from support.job_stores import forge
 from support.programs import tied
@@ -77,7 +77,7 @@ def test_an_answer_carries_the_id_of_its_record(service: Service) -> None:
 def test_a_request_with_a_foreign_host_is_on_record(service: Service) -> None:
     answer = service.get("/health", headers={"Host": "evil.example", "X-Request-Id": "foreign-host"})
     name = answer.headers["x-kms-audit-id"]
-    lines = Place(service.state).operations()
+    lines = AuditFolder(service.state).operations()
     (line,) = [line for line in lines if line.get("request_id") == "foreign-host"]
 
     assert answer.status_code == 403
@@ -139,7 +139,7 @@ def test_pages_go_on_where_the_last_one_ended(service: Service) -> None:
 def test_a_tenant_sees_its_own_records_alone(own: Service) -> None:
     own.start("api")
     own.encrypt(b"ours")
-    other = Place(own.state)
+    other = AuditFolder(own.state)
     trail = other.trail(role="other")
     trail.append(record(1, tenant="another"))
     trail.append(record(2, tenant="default"))
@@ -236,17 +236,17 @@ class FileJob:
         """An attempt, in which something happens before the record of a stage; the code of its end."""
         core = core_of(self.service)
         if stage:
-            core.kms.audit_log = Meddled(core.kms.audit_log, stage, happens)
+            core.kms.audit_log = InterceptedLog(core.kms.audit_log, stage, happens)
         with contextlib.suppress(KmsError):
             run_job(self.job_id, core.worker_context, "w")
         return self.core.worker_context.store.get(self.job_id, "default").error
 
-    def lapse(self) -> None:
+    def expire_leases(self) -> None:
         forge(self.core.worker_context.store, self.job_id, lease_until="0", not_before="0")
 
     def recorded(self) -> list[tuple[str, str]]:
         """The stages of effects, with their results."""
-        lines = sorted(Place(self.service.state).operations(), key=lambda line: str(line["time"]))
+        lines = sorted(AuditFolder(self.service.state).operations(), key=lambda line: str(line["time"]))
         return [(line["stage"], line.get("result", "")) for line in lines if "stage" in line]
 
 
@@ -268,7 +268,7 @@ def test_an_effect_without_outcome_is_resolved_by_the_next_attempt(job: FileJob)
     (found,) = unresolved(job.service.state)
     assert found.startswith(f"commit {job.job_id}-")
 
-    job.lapse()
+    job.expire_leases()
     assert job.run() == ""
     assert unresolved(job.service.state) == []
     assert job.recorded() == [("intent", ""), ("intent", ""), ("outcome", "ok")]
@@ -287,7 +287,7 @@ def test_no_effect_begins_without_its_intent_on_record(job: FileJob) -> None:
     job.run("intent", lambda: fail(AuditUnavailable()))
     assert not job.target.exists()
 
-    job.lapse()
+    job.expire_leases()
     job.run()
     assert job.target.exists()
     assert job.recorded() == [("intent", ""), ("outcome", "ok")]
@@ -371,13 +371,13 @@ def reads(service: Service) -> list[tuple[str, str, int]]:
     """Who read, with which filter, and how many records."""
     return [
         (line["principal"], line.get("filter", ""), line.get("count", 0))
-        for line in Place(service.state).operations()
+        for line in AuditFolder(service.state).operations()
         if line["operation"] == "audit.read"
     ]
 
 
 def test_pages_over_http_leave_one_record_each(tmp_path: Path) -> None:
-    with Guarded(tmp_path, REQUIRED, NO_REDIS) as own:
+    with SecuredService(tmp_path, REQUIRED, NO_REDIS) as own:
         (token, text), _ = own.make("audit:read", "encrypt"), own.start("api")
         own.post("/encrypt", {"plaintext": ""}, headers=bearer(text))
         answer = own.get("/audit", params={"operation": "encrypt", "limit": "1"}, headers=bearer(text))

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import pytest
 
-from support.audit_logs import Place
+from support.audit_logs import AuditFolder
 from support.service import Service
 from support.waiting import until
 
@@ -138,7 +138,9 @@ def test_a_loss_is_acknowledged_on_record(own: Service) -> None:
     code, report = verified(own)
     assert (code, report["verdict"]) == (0, "intact")
     assert "acknowledged" in [note["code"] for note in report["notes"]]
-    lines = [line for line in Place(own.state).operations() if line["operation"] == "audit.acknowledge_loss"]
+    lines = [
+        line for line in AuditFolder(own.state).operations() if line["operation"] == "audit.acknowledge_loss"
+    ]
     assert [line["stage"] for line in lines] == ["intent", "outcome"]
     assert {line["principal"] for line in lines} == {pwd.getpwuid(os.getuid()).pw_name}
     assert {line["effect"].partition(":")[0] for line in lines} == {lost}
@@ -162,7 +164,7 @@ def test_of_two_places_the_later_anchor_says_what_is_lost(tmp_path: Path, redis_
 
         assert own.run_kms("audit", "acknowledge-loss", "--all").returncode == 0
         assert verified(own)[1]["verdict"] == "intact"
-        (line,) = [each for each in Place(own.state).operations() if each.get("stage") == "intent"]
+        (line,) = [each for each in AuditFolder(own.state).operations() if each.get("stage") == "intent"]
         last = json.loads(lines[-1])
         assert str(line["effect"]).startswith(f"{last['chain']}:{last['seq']}-0-")
         assert len(lines) > 1

@@ -10,7 +10,7 @@ import pytest
 from kms_core.jobs.execution.runner import run_job
 from kms_core.scopes import OPERATIONS
 from kms_protocol.wire import PREFIX
-from support.credentials import REQUIRED, Guarded, bearer
+from support.credentials import REQUIRED, SecuredService, bearer
 from support.service import CONTEXT, Service, b64, check_problem, core_of
 from support.waiting import until
 
@@ -20,10 +20,10 @@ ALL: Final = ",".join(operation for operation in OPERATIONS if operation not in 
 # Which call needs which permission: tests/kms_api/test_permissions.py.
 
 
-def test_a_path_that_is_no_route_tells_nothing_to_strangers(guarded: Guarded) -> None:
+def test_a_path_that_is_no_route_tells_nothing_to_strangers(secured: SecuredService) -> None:
     for path in ("/", "/nope", f"{PREFIX}/nope", f"{PREFIX}/encrypt/", f"{PREFIX}//encrypt", "/LIVEZ"):
-        check_problem(guarded.http.get(path), 401, "unauthenticated")
-    assert guarded.http.get("/nope", headers=guarded.token("status")).status_code == 404
+        check_problem(secured.http.get(path), 401, "unauthenticated")
+    assert secured.http.get("/nope", headers=secured.token("status")).status_code == 404
 
 
 # -- tokens --------------------------------------------------------------------------------------------
@@ -38,21 +38,21 @@ def curl(service: Service, path: str, *args: str) -> tuple[int, dict[str, object
 @pytest.mark.parametrize(
     "header", ["Authorization: Bearer {}", "authorization: bearer {}", "X-API-Key: {}", "X-Vault-Token: {}"]
 )
-def test_a_token_by_hand(guarded: Guarded, header: str, tmp_path: Path) -> None:
+def test_a_token_by_hand(secured: SecuredService, header: str, tmp_path: Path) -> None:
     name = tmp_path.name.replace("_", "-")[-60:]
-    made = guarded.run_kms("token", "create", "--name", name, "--scope", "encrypt context=env=*")
+    made = secured.run_kms("token", "create", "--name", name, "--scope", "encrypt context=env=*")
     text = made.stdout.strip()
     body = ["-d", '{"plaintext": "aGk=", "context": "env=prod"}', "-H", header.format(text)]
 
-    status, answer = curl(guarded, "/encrypt", *body)
+    status, answer = curl(secured, "/encrypt", *body)
     assert (status, answer["key_id"]) == (200, "default")
-    guarded.run_kms("token", "revoke", name)
-    status, answer = curl(guarded, "/encrypt", *body)
+    secured.run_kms("token", "revoke", name)
+    status, answer = curl(secured, "/encrypt", *body)
     assert (status, answer["code"]) == (401, "unauthenticated")
 
 
 def test_a_token_file_that_cannot_be_read_is_no_refusal(tmp_path: Path) -> None:
-    with Guarded(tmp_path, redis="unix:///nonexistent.sock") as own:
+    with SecuredService(tmp_path, redis="unix:///nonexistent.sock") as own:
         own.start("api")
         headers = own.token("status")
         good = own.token_file.read_bytes()
@@ -65,13 +65,13 @@ def test_a_token_file_that_cannot_be_read_is_no_refusal(tmp_path: Path) -> None:
         assert own.get("/status", headers=headers).status_code == 200
 
 
-def test_what_a_refusal_says_helps_and_betrays_nothing(guarded: Guarded) -> None:
-    headers = guarded.token("encrypt key=pay-* context=env=prod")
+def test_what_a_refusal_says_helps_and_betrays_nothing(secured: SecuredService) -> None:
+    headers = secured.token("encrypt key=pay-* context=env=prod")
     asked = {"plaintext": "aGk=", "context": CONTEXT}
-    none = guarded.post("/encrypt", asked)
-    key = guarded.post("/encrypt", asked, headers=headers)
-    absent = guarded.post("/encrypt", asked | {"key_id": "no-such-key"}, headers=headers)
-    context = guarded.post("/encrypt", asked | {"key_id": "pay-1", "context": "env=test"}, headers=headers)
+    none = secured.post("/encrypt", asked)
+    key = secured.post("/encrypt", asked, headers=headers)
+    absent = secured.post("/encrypt", asked | {"key_id": "no-such-key"}, headers=headers)
+    context = secured.post("/encrypt", asked | {"key_id": "pay-1", "context": "env=test"}, headers=headers)
 
     check_problem(none, 401, "unauthenticated")
     assert "Authorization: Bearer" in none.json()["detail"]
@@ -81,10 +81,10 @@ def test_what_a_refusal_says_helps_and_betrays_nothing(guarded: Guarded) -> None
     check_problem(context, 403, "forbidden")
     assert "context" in context.json()["detail"]
     assert "prod" not in context.text
-    assert guarded.post("/encrypt", asked | {"key_id": "pay-1"}, headers=headers).status_code == 200
+    assert secured.post("/encrypt", asked | {"key_id": "pay-1"}, headers=headers).status_code == 200
 
 
-def command(service: Guarded, token: str | None, folder: Path) -> tuple[int, str, str]:
+def command(service: SecuredService, token: str | None, folder: Path) -> tuple[int, str, str]:
     """``kms encrypt`` with this token in ``KMS_TOKEN_FILE``."""
     environ = {"KMS_SERVICE_URL": service.url}
     if token is not None:
@@ -94,9 +94,11 @@ def command(service: Guarded, token: str | None, folder: Path) -> tuple[int, str
     return done.returncode, done.stdout, done.stderr
 
 
-def test_the_command_sends_its_token_and_says_what_to_do_without(guarded: Guarded, tmp_path: Path) -> None:
-    good, weak = guarded.make("encrypt")[1], guarded.make("encrypt context=env=prod")[1]
-    code, out, _ = command(guarded, good, tmp_path)
+def test_the_command_sends_its_token_and_says_what_to_do_without(
+    secured: SecuredService, tmp_path: Path
+) -> None:
+    good, weak = secured.make("encrypt")[1], secured.make("encrypt context=env=prod")[1]
+    code, out, _ = command(secured, good, tmp_path)
     assert (code, out[:8]) == (0, "YWdlLWVu")
 
     for token, word in (
@@ -104,7 +106,7 @@ def test_the_command_sends_its_token_and_says_what_to_do_without(guarded: Guarde
         ("stolen", "ask the operator"),
         (weak, "whose scope allows"),
     ):
-        code, out, err = command(guarded, token, tmp_path)
+        code, out, err = command(secured, token, tmp_path)
         assert (code, out) == (77, "")
         assert word in err
         assert token is None or token not in err
@@ -115,7 +117,7 @@ def test_the_command_sends_its_token_and_says_what_to_do_without(guarded: Guarde
 
 def test_guessing_is_limited_counted_and_keeps_nobody_else_out(tmp_path: Path) -> None:
     settings = f"{REQUIRED}failures_per_minute = 10\n"
-    with Guarded(tmp_path, settings, "unix:///nonexistent.sock") as own:
+    with SecuredService(tmp_path, settings, "unix:///nonexistent.sock") as own:
         own.start("api")
         good = own.token("status")
         answers = [own.get("/status", headers=bearer(f"kms_{'a' * 10}_{n:043d}")) for n in range(30)]
@@ -141,7 +143,7 @@ def test_guessing_is_limited_counted_and_keeps_nobody_else_out(tmp_path: Path) -
 )
 def test_metrics_are_for_whom_settings_say(tmp_path: Path, mode: str, here: int, proxied: int) -> None:
     settings = f'{REQUIRED}[kms.server]\nmetrics = "{mode}"\ndocs = false\n'
-    with Guarded(tmp_path, settings) as own:
+    with SecuredService(tmp_path, settings) as own:
         own.start()
         token, other = own.token("metrics"), own.token("status")
         worker = f"http://127.0.0.1:{own.port + 1}/metrics"
@@ -169,32 +171,32 @@ def test_without_authentication_bare_curls_work_and_tokens_are_not_minded(servic
 # -- tenants -------------------------------------------------------------------------------------------
 
 
-def test_two_tenants_see_nothing_of_each_other(guarded: Guarded) -> None:
+def test_two_tenants_see_nothing_of_each_other(secured: SecuredService) -> None:
     """In what lists and counts; of single jobs and records: tests/kms_api/test_permissions.py."""
-    acme, web = (guarded.token(ALL, tenant=tenant) for tenant in ("acme", "web"))
+    acme, web = (secured.token(ALL, tenant=tenant) for tenant in ("acme", "web"))
     body = {"plaintext": b64(b"of acme"), "context": "a=b"}
-    sealed = guarded.post("/encrypt", body, headers=acme).json()["ciphertext"]
+    sealed = secured.post("/encrypt", body, headers=acme).json()["ciphertext"]
     job = {"kind": "encrypt", "items": [{"plaintext": b64(b"of acme")}], "context": "a=b"}
-    job_id = guarded.post("/jobs", job, headers=acme).json()["job_id"]
-    run_job(job_id, core_of(guarded).worker_context, "w")
-    assert guarded.get(f"/jobs/{job_id}", headers=acme).json()["state"] == "succeeded"
+    job_id = secured.post("/jobs", job, headers=acme).json()["job_id"]
+    run_job(job_id, core_of(secured).worker_context, "w")
+    assert secured.get(f"/jobs/{job_id}", headers=acme).json()["state"] == "succeeded"
 
-    stranger = guarded.post("/decrypt", {"ciphertext": sealed, "context": "a=b"}, headers=web)
+    stranger = secured.post("/decrypt", {"ciphertext": sealed, "context": "a=b"}, headers=web)
     check_problem(stranger, 400, "decrypt_failed")
     for path in ("/jobs", "/jobs/dead", "/jobs?state=succeeded"):
-        assert guarded.get(path, headers=web).json()["jobs"] == []
-    assert [found["job_id"] for found in guarded.get("/jobs", headers=acme).json()["jobs"]] == [job_id]
-    assert guarded.get("/webhooks/dead", headers=web).json()["deliveries"] == []
+        assert secured.get(path, headers=web).json()["jobs"] == []
+    assert [found["job_id"] for found in secured.get("/jobs", headers=acme).json()["jobs"]] == [job_id]
+    assert secured.get("/webhooks/dead", headers=web).json()["deliveries"] == []
 
-    until(lambda: "encrypt" in operations(guarded, acme), "the counts of acme")
-    assert operations(guarded, web).get("encrypt") is None
-    assert guarded.get("/status", headers=web).json()["jobs"] == {"queued": 0, "running": 0, "committing": 0}
-    audited = {event["principal"] for event in guarded.get("/audit", headers=web).json()["events"]}
+    until(lambda: "encrypt" in operations(secured, acme), "the counts of acme")
+    assert operations(secured, web).get("encrypt") is None
+    assert secured.get("/status", headers=web).json()["jobs"] == {"queued": 0, "running": 0, "committing": 0}
+    audited = {event["principal"] for event in secured.get("/audit", headers=web).json()["events"]}
     assert audited
     assert not audited & {
-        event["principal"] for event in guarded.get("/audit", headers=acme).json()["events"]
+        event["principal"] for event in secured.get("/audit", headers=acme).json()["events"]
     }
-    keys = {name: keys_of(guarded, headers) for name, headers in (("acme", acme), ("web", web))}
+    keys = {name: keys_of(secured, headers) for name, headers in (("acme", acme), ("web", web))}
     assert keys == {"acme": ["default", "pay-1"], "web": ["default", "pay-1"]}
 
 
@@ -207,24 +209,24 @@ def keys_of(service: Service, headers: dict[str, str]) -> list[str]:
     return [key["id"] for key in service.get("/keys", headers=headers).json()["keys"]]
 
 
-def test_a_caller_sees_the_keys_that_he_may_use(guarded: Guarded) -> None:
-    mine = guarded.token("encrypt key=pay-*")
+def test_a_caller_sees_the_keys_that_he_may_use(secured: SecuredService) -> None:
+    mine = secured.token("encrypt key=pay-*")
 
-    assert keys_of(guarded, mine) == ["pay-1"]
-    assert keys_of(guarded, guarded.token("jobs:read,status")) == []
-    assert guarded.get("/keys/pay-1", headers=mine).status_code == 200
+    assert keys_of(secured, mine) == ["pay-1"]
+    assert keys_of(secured, secured.token("jobs:read,status")) == []
+    assert secured.get("/keys/pay-1", headers=mine).status_code == 200
     for key_id in ("default", "no-such-key"):
-        check_problem(guarded.get(f"/keys/{key_id}", headers=mine), 404, "unknown_key")
+        check_problem(secured.get(f"/keys/{key_id}", headers=mine), 404, "unknown_key")
 
 
-def test_counts_of_all_tenants_are_for_those_who_read_the_metrics(guarded: Guarded) -> None:
-    plain, operator = guarded.token("encrypt,status"), guarded.token("encrypt,status,metrics")
+def test_counts_of_all_tenants_are_for_those_who_read_the_metrics(secured: SecuredService) -> None:
+    plain, operator = secured.token("encrypt,status"), secured.token("encrypt,status,metrics")
     asked = {"plaintext": "aGk=", "context": "a=b"}
-    guarded.post("/encrypt", asked, headers=guarded.token("encrypt", tenant="third"))
+    secured.post("/encrypt", asked, headers=secured.token("encrypt", tenant="third"))
 
-    until(lambda: "encrypt" in operations(guarded, operator), "the counts of all")
+    until(lambda: "encrypt" in operations(secured, operator), "the counts of all")
     versions = [
-        guarded.get("/keys/default", headers=headers).json()["versions"][-1].get("operations")
+        secured.get("/keys/default", headers=headers).json()["versions"][-1].get("operations")
         for headers in (plain, operator)
     ]
     assert versions[0] is None

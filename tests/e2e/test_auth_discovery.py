@@ -13,7 +13,7 @@ from cryptography import x509
 
 from kms_core.auth.authenticator import Authenticator
 from kms_protocol.errors import Unauthenticated, Unavailable
-from support.credentials import AUDIENCE, Authority, Guarded, Issuer, authenticator_of, bearer
+from support.credentials import AUDIENCE, Authority, Issuer, SecuredService, authenticator_of, bearer
 from support.http_servers import QuietHandler, served
 from support.service import check_problem
 from support.waiting import until
@@ -83,9 +83,9 @@ def provider(tmp_path: Path) -> Iterator[Provider]:
         yield made
 
 
-def door(tmp_path: Path, provider: Provider, issuer: str | None = None) -> Authenticator:
+def authenticator_for(tmp_path: Path, provider: Provider, issuer: str | None = None) -> Authenticator:
     """The doors of an install that trusts the provider, in this process."""
-    made = authenticator_of(Guarded(tmp_path / "kms", provider.settings(issuer), NO_REDIS).settings)
+    made = authenticator_of(SecuredService(tmp_path / "kms", provider.settings(issuer), NO_REDIS).settings)
     assert made is not None
     return made
 
@@ -93,7 +93,7 @@ def door(tmp_path: Path, provider: Provider, issuer: str | None = None) -> Authe
 def test_keys_are_found_by_the_issuers_name_and_roll_over_without_a_restart(
     tmp_path: Path, provider: Provider
 ) -> None:
-    with Guarded(tmp_path / "kms", provider.settings(), NO_REDIS) as service:
+    with SecuredService(tmp_path / "kms", provider.settings(), NO_REDIS) as service:
         service.start("api")
         assert provider.asked == []
 
@@ -117,7 +117,7 @@ def test_a_provider_that_is_away_is_told_as_such_tokens_are_let_in_and_it_is_ask
     tmp_path: Path, provider: Provider
 ) -> None:
     provider.answers[WELL_KNOWN] = Answer(503)
-    with Guarded(tmp_path / "kms", provider.settings(), NO_REDIS) as service:
+    with SecuredService(tmp_path / "kms", provider.settings(), NO_REDIS) as service:
         service.start("api")
 
         check_problem(service.get("/status", headers=bearer(provider.token())), 503, "unavailable")
@@ -171,7 +171,7 @@ def test_a_document_that_is_not_as_it_should_be_lets_nobody_in(
     provider.answers[WELL_KNOWN] = Answer(body=WRONG[name](provider))
 
     with pytest.raises(Unavailable):
-        door(tmp_path, provider).principal(provider.token())
+        authenticator_for(tmp_path, provider).principal(provider.token())
     assert provider.asked == [WELL_KNOWN]
 
 
@@ -182,7 +182,7 @@ def test_no_redirect_is_followed_and_no_more_read_than_is_needed(
     make(provider)
 
     with pytest.raises(Unavailable):
-        door(tmp_path, provider).principal(provider.token())
+        authenticator_for(tmp_path, provider).principal(provider.token())
     assert "/other" not in provider.asked
 
 
@@ -190,7 +190,7 @@ def test_a_slash_at_the_end_of_an_issuer_is_not_doubled(tmp_path: Path, provider
     name = f"{provider.issuer}/"
     provider.answers[WELL_KNOWN] = Answer(body=provider.document(issuer=name))
 
-    assert door(tmp_path, provider, name).principal(provider.token(iss=name)).name == "corp:ada"
+    assert authenticator_for(tmp_path, provider, name).principal(provider.token(iss=name)).name == "corp:ada"
 
 
 def test_a_provider_of_an_authority_that_is_not_trusted_lets_nobody_in(
@@ -199,14 +199,14 @@ def test_a_provider_of_an_authority_that_is_not_trusted_lets_nobody_in(
     provider.ca_file = Authority(tmp_path / "other").ca_file
 
     with pytest.raises(Unavailable):
-        door(tmp_path, provider).principal(provider.token())
+        authenticator_for(tmp_path, provider).principal(provider.token())
     assert provider.asked == []
 
 
 def test_keys_of_one_issuer_are_no_keys_of_another_that_says_so(tmp_path: Path, provider: Provider) -> None:
     """A token that names an issuer of the settings is believed by that one's keys alone."""
     thief = Issuer()
-    made = door(tmp_path, provider)
+    made = authenticator_for(tmp_path, provider)
 
     assert made.principal(provider.token()).name == "corp:ada"
     with pytest.raises(Unauthenticated):

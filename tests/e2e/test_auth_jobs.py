@@ -23,7 +23,7 @@ from kms_protocol.context import Context
 from kms_protocol.errors import Forbidden, KmsError, RateLimited, SpoolQuota, Unauthenticated, UnknownKey
 from support.celery_messages import body as submission
 from support.celery_messages import seal
-from support.credentials import REQUIRED, Guarded, Issuer, bearer, issuer_settings
+from support.credentials import REQUIRED, Issuer, SecuredService, bearer, issuer_settings
 from support.job_stores import accepted, remove_inputs
 from support.service import CANARY, b64, check_problem, core_of
 
@@ -31,9 +31,9 @@ ITEMS: Final = [wire.JobItem(plaintext=b"one"), wire.JobItem(plaintext=b"two", c
 
 
 @pytest.fixture
-def install(tmp_path: Path, redis_url: str) -> Guarded:
+def install(tmp_path: Path, redis_url: str) -> SecuredService:
     """An install without processes: a worker is a call."""
-    return Guarded(
+    return SecuredService(
         tmp_path,
         f"{REQUIRED}[kms.tenants.small]\nopen_jobs = 2\n[kms.tenants.narrow]\nspool_bytes = 150\n",
         redis_url,
@@ -41,16 +41,16 @@ def install(tmp_path: Path, redis_url: str) -> Guarded:
 
 
 @pytest.fixture
-def core(install: Guarded) -> Core:
+def core(install: SecuredService) -> Core:
     return core_of(install)
 
 
-def caller(install: Guarded, *scopes: str, tenant: str = "default") -> Principal:
+def caller(install: SecuredService, *scopes: str, tenant: str = "default") -> Principal:
     token, _ = install.make(*scopes, tenant=tenant)
     return Principal(token.name, token.tenant, f"token:{token.id}")
 
 
-def edit(install: Guarded, who: Principal, **changes: object) -> None:
+def edit(install: SecuredService, who: Principal, **changes: object) -> None:
     """What an operator may do to a token; ``scopes``, ``expires_at``."""
 
     def changed(token: Token) -> Token:
@@ -75,24 +75,24 @@ def end(core: Core, job_id: str, tenant: str = "default") -> tuple[str, str]:
 # -- queued jobs -------------------------------------------------------------------------------------------
 
 
-def test_a_job_runs_as_its_submitter(install: Guarded, core: Core) -> None:
+def test_a_job_runs_as_its_submitter(install: SecuredService, core: Core) -> None:
     job_id = bulk(core, caller(install, "jobs:write,encrypt context=row=*"))
 
     assert end(core, job_id) == ("succeeded", "")
 
 
-Change = Callable[[Guarded, Principal], None]
+Change = Callable[[SecuredService, Principal], None]
 
 
 def to(**changes: object) -> Change:
     return lambda install, who: edit(install, who, **changes)
 
 
-def revoke(install: Guarded, who: Principal) -> None:
+def revoke(install: SecuredService, who: Principal) -> None:
     tokens.revoke(install.token_file, who.credential.removeprefix("token:"))
 
 
-WORTH: Final[dict[str, tuple[Change, str]]] = {
+CREDENTIAL_CHANGES: Final[dict[str, tuple[Change, str]]] = {
     "revoked": (revoke, "forbidden"),
     "expired": (to(expires_at=datetime.now(UTC) - timedelta(seconds=1)), "forbidden"),
     "another operation": (to(scopes=["jobs:write"]), "forbidden"),
@@ -102,9 +102,9 @@ WORTH: Final[dict[str, tuple[Change, str]]] = {
 }
 
 
-@pytest.mark.parametrize(("change", "code"), WORTH.values(), ids=WORTH)
+@pytest.mark.parametrize(("change", "code"), CREDENTIAL_CHANGES.values(), ids=CREDENTIAL_CHANGES)
 def test_a_queued_job_is_held_to_what_its_token_is_worth_now(
-    install: Guarded, core: Core, change: Change, code: str
+    install: SecuredService, core: Core, change: Change, code: str
 ) -> None:
     who = caller(install, "jobs:write,encrypt")
     job_id = bulk(core, who)
@@ -115,7 +115,7 @@ def test_a_queued_job_is_held_to_what_its_token_is_worth_now(
     assert not install.spooled()
 
 
-def test_parts_of_a_job_stop_when_its_token_is_revoked(install: Guarded, core: Core) -> None:
+def test_parts_of_a_job_stop_when_its_token_is_revoked(install: SecuredService, core: Core) -> None:
     who = caller(install, "jobs:write,encrypt")
     job_id = bulk(core, who, [wire.JobItem(plaintext=b"x")] * 501)
     run_job(job_id, core.worker_context, "w")  # splits it
@@ -132,7 +132,7 @@ def run_due(core: Core) -> None:
         run_job(job_id.decode(), core.worker_context, "w")
 
 
-def test_a_retried_dead_letter_is_checked_as_any(install: Guarded, core: Core) -> None:
+def test_a_retried_dead_letter_is_checked_as_any(install: SecuredService, core: Core) -> None:
     who = caller(install, "jobs:write,encrypt")
     job_id = bulk(core, who)
     core.worker_context.store.redis.hset(f"kms:job:{job_id}", "attempt", 99)
@@ -145,7 +145,7 @@ def test_a_retried_dead_letter_is_checked_as_any(install: Guarded, core: Core) -
 
 
 def test_a_token_file_that_cannot_be_read_costs_a_job_time_and_nothing_else(
-    install: Guarded, core: Core
+    install: SecuredService, core: Core
 ) -> None:
     job_id = bulk(core, caller(install, "jobs:write,encrypt"))
     good = install.token_file.read_bytes()
@@ -161,8 +161,8 @@ def test_a_token_file_that_cannot_be_read_costs_a_job_time_and_nothing_else(
     assert end(core, job_id) == ("succeeded", "")
 
 
-def test_a_job_of_the_time_before_authentication_is_nobodys(install: Guarded, core: Core) -> None:
-    open_to_all = Guarded(install.state.parent / "open", "", install.environ["KMS_REDIS_URL"])
+def test_a_job_of_the_time_before_authentication_is_nobodys(install: SecuredService, core: Core) -> None:
+    open_to_all = SecuredService(install.state.parent / "open", "", install.environ["KMS_REDIS_URL"])
     settings = (
         f'[kms.jobs]\nspool_identity_path = "{install.state}/spool.key"\nspool_dir = "{install.spool}"\n'
     )
@@ -175,7 +175,7 @@ def test_a_job_of_the_time_before_authentication_is_nobodys(install: Guarded, co
 # -- items -------------------------------------------------------------------------------------------------
 
 
-def test_each_item_is_held_to_its_own_context(install: Guarded, core: Core) -> None:
+def test_each_item_is_held_to_its_own_context(install: SecuredService, core: Core) -> None:
     who = caller(install, "jobs:write,encrypt context=row=1")
     job_id = bulk(core, who)
 
@@ -193,13 +193,13 @@ def granted(*scopes: str) -> Principal:
 
 
 @pytest.fixture
-def trusting(tmp_path: Path, redis_url: str) -> Guarded:
+def trusting(tmp_path: Path, redis_url: str) -> SecuredService:
     """An install that trusts an issuer ``corp``."""
     (tmp_path / "jwks.json").write_bytes(Issuer().jwks)
-    return Guarded(tmp_path, issuer_settings(f'jwks_file = "{tmp_path}/jwks.json"'), redis_url)
+    return SecuredService(tmp_path, issuer_settings(f'jwks_file = "{tmp_path}/jwks.json"'), redis_url)
 
 
-def test_a_job_of_a_jwt_runs_with_the_scopes_of_its_acceptance(trusting: Guarded) -> None:
+def test_a_job_of_a_jwt_runs_with_the_scopes_of_its_acceptance(trusting: SecuredService) -> None:
     core = core_of(trusting)
     job_id = bulk(core, granted("jobs:write", "encrypt"))
     assert core.worker_context.store.accepted(job_id).scopes == ("jobs:write", "encrypt")
@@ -218,7 +218,7 @@ def reference(core: Core, who: Principal, source: Path, target: Path) -> str:
 
 
 @pytest.fixture
-def files(install: Guarded) -> Path:
+def files(install: SecuredService) -> Path:
     for name in ("in", "out", "other"):
         (install.files / name).mkdir()
         (install.files / name / "plain").write_bytes(CANARY.encode())
@@ -237,7 +237,7 @@ def files(install: Guarded) -> Path:
     ids=["no prefix", "other operation", "two scopes", "other key", "other context"],
 )
 def test_one_scope_must_cover_operation_key_context_and_both_files(
-    install: Guarded, core: Core, files: Path, scopes: list[str]
+    install: SecuredService, core: Core, files: Path, scopes: list[str]
 ) -> None:
     who = caller(install, *(line.replace("/{0}", str(files)) for line in scopes))
 
@@ -247,7 +247,9 @@ def test_one_scope_must_cover_operation_key_context_and_both_files(
     assert str(files) not in caught.value.detail
 
 
-def test_files_are_asked_for_again_when_the_job_runs(install: Guarded, core: Core, files: Path) -> None:
+def test_files_are_asked_for_again_when_the_job_runs(
+    install: SecuredService, core: Core, files: Path
+) -> None:
     who = caller(install, f"jobs:write,encrypt read=file://{files}/ write=file://{files}/")
     job_id = reference(core, who, files / "in/plain", files / "out/sealed")
     edit(install, who, scopes=[f"jobs:write,encrypt read=file://{files}/in/ write=file://{files}/in/"])
@@ -257,7 +259,7 @@ def test_files_are_asked_for_again_when_the_job_runs(install: Guarded, core: Cor
 
 
 def test_the_key_of_a_file_must_be_in_the_scope_that_names_the_files(
-    install: Guarded, core: Core, files: Path
+    install: SecuredService, core: Core, files: Path
 ) -> None:
     """What opens a file is known only when it has been opened: then all rules are asked for together."""
     sealed = core.kms.encrypt(caller(install, "encrypt"), b"x", Context.parse("a=b")).ciphertext
@@ -279,24 +281,24 @@ def test_the_key_of_a_file_must_be_in_the_scope_that_names_the_files(
 # -- results -----------------------------------------------------------------------------------------------
 
 
-def test_results_are_for_their_submitter_and_for_who_could_have_made_them(guarded: Guarded) -> None:
+def test_results_are_for_their_submitter_and_for_who_could_have_made_them(secured: SecuredService) -> None:
     asked = {"plaintext": b64(CANARY.encode()), "context": "a=b"}
-    sealed = guarded.post("/encrypt", asked, headers=guarded.token("encrypt")).json()["ciphertext"]
-    mine = guarded.token("jobs:read,jobs:write,decrypt context=a=b")
+    sealed = secured.post("/encrypt", asked, headers=secured.token("encrypt")).json()["ciphertext"]
+    mine = secured.token("jobs:read,jobs:write,decrypt context=a=b")
     job = {"kind": "decrypt", "items": [{"ciphertext": sealed}], "context": "a=b"}
-    job_id = guarded.post("/jobs", job, headers=mine).json()["job_id"]
-    run_job(job_id, core_of(guarded).worker_context, "w")
+    job_id = secured.post("/jobs", job, headers=mine).json()["job_id"]
+    run_job(job_id, core_of(secured).worker_context, "w")
     path = f"/jobs/{job_id}/result"
 
-    assert json.loads(guarded.get(path, headers=mine).content)["plaintext"] == b64(CANARY.encode())
-    assert guarded.get(path, headers=guarded.token("jobs:read,decrypt")).status_code == 200
+    assert json.loads(secured.get(path, headers=mine).content)["plaintext"] == b64(CANARY.encode())
+    assert secured.get(path, headers=secured.token("jobs:read,decrypt")).status_code == 200
     for scopes in (
         "jobs:read",
         "jobs:read,encrypt",
         "jobs:read,decrypt context=a=b",
         "jobs:read,decrypt key=default",
     ):
-        answer = guarded.get(path, headers=guarded.token(scopes))
+        answer = secured.get(path, headers=secured.token(scopes))
         assert answer.status_code in {403, 404}, scopes
         assert CANARY not in answer.text
         assert b64(CANARY.encode()) not in answer.text
@@ -305,7 +307,7 @@ def test_results_are_for_their_submitter_and_for_who_could_have_made_them(guarde
 # -- messages without HTTP ---------------------------------------------------------------------------------
 
 
-def taken(service: Guarded, asked: dict[str, object]) -> str:
+def taken(service: SecuredService, asked: dict[str, object]) -> str:
     """The id of the job of a message, as the intake of a worker takes it."""
     intake = build_intake(service.settings, core_of(service).submitter)
     assert intake
@@ -313,21 +315,21 @@ def taken(service: Guarded, asked: dict[str, object]) -> str:
     return intake.accept(seal(str(recipient), asked), "w")
 
 
-def test_a_message_carries_a_token_and_its_job_is_the_holders(guarded: Guarded) -> None:
-    token, text = guarded.make("jobs:read,jobs:write,encrypt", tenant="sender")
-    job_id = taken(guarded, submission(token=text))
-    run_job(job_id, core_of(guarded).worker_context, "w")
+def test_a_message_carries_a_token_and_its_job_is_the_holders(secured: SecuredService) -> None:
+    token, text = secured.make("jobs:read,jobs:write,encrypt", tenant="sender")
+    job_id = taken(secured, submission(token=text))
+    run_job(job_id, core_of(secured).worker_context, "w")
 
-    assert guarded.get(f"/jobs/{job_id}", headers=bearer(text)).json()["state"] == "succeeded"
-    stranger = guarded.get(f"/jobs/{job_id}", headers=guarded.token("jobs:read"))
+    assert secured.get(f"/jobs/{job_id}", headers=bearer(text)).json()["state"] == "succeeded"
+    stranger = secured.get(f"/jobs/{job_id}", headers=secured.token("jobs:read"))
     check_problem(stranger, 404, "unknown_job")
-    reader = guarded.token("audit:read", tenant="sender")
-    events = guarded.get("/audit", params={"job_id": job_id}, headers=reader).json()["events"]
+    reader = secured.token("audit:read", tenant="sender")
+    events = secured.get("/audit", params={"job_id": job_id}, headers=reader).json()["events"]
     assert {event["principal"] for event in events} == {token.name}
 
 
 @pytest.mark.parametrize("kind", ["null", "empty", "odd", "revoked", "weak"])
-def test_a_message_without_a_good_token_is_refused(install: Guarded, kind: str) -> None:
+def test_a_message_without_a_good_token_is_refused(install: SecuredService, kind: str) -> None:
     _, revoked = install.make("jobs:write,encrypt")
     tokens.revoke(install.token_file, revoked[4:14])
     shown = {"null": None, "empty": "", "odd": "x", "revoked": revoked, "weak": install.make("encrypt")[1]}
@@ -342,7 +344,9 @@ SMALL: Final = [wire.JobItem(plaintext=b"x")]
 THIRTY: Final = [wire.JobItem(plaintext=bytes(30))]
 
 
-def test_a_tenant_has_so_many_open_jobs_and_room_again_when_one_ends(install: Guarded, core: Core) -> None:
+def test_a_tenant_has_so_many_open_jobs_and_room_again_when_one_ends(
+    install: SecuredService, core: Core
+) -> None:
     small, other = caller(install, "*", tenant="small"), caller(install, "*")
     first, _ = (bulk(core, small, SMALL) for _ in range(2))
     with pytest.raises(RateLimited, match="open jobs") as caught:
@@ -355,7 +359,7 @@ def test_a_tenant_has_so_many_open_jobs_and_room_again_when_one_ends(install: Gu
     bulk(core, small, SMALL)
 
 
-def test_a_tenant_has_so_much_of_the_spool_until_results_expire(install: Guarded, core: Core) -> None:
+def test_a_tenant_has_so_much_of_the_spool_until_results_expire(install: SecuredService, core: Core) -> None:
     narrow = caller(install, "*", tenant="narrow")
     job_id = bulk(core, narrow, THIRTY)
     with pytest.raises(SpoolQuota, match="in the spool"):
@@ -369,7 +373,7 @@ def test_a_tenant_has_so_much_of_the_spool_until_results_expire(install: Guarded
     bulk(core, narrow, THIRTY)
 
 
-def test_items_above_the_quota_are_refused_while_they_arrive(install: Guarded, core: Core) -> None:
+def test_items_above_the_quota_are_refused_while_they_arrive(install: SecuredService, core: Core) -> None:
     """Not once they are in the spool: a stream of items has no end that is known beforehand."""
     taken = itertools.count()
     items = (wire.JobItem(plaintext=bytes(30)) for _ in zip(range(1000), taken, strict=False))
@@ -381,7 +385,7 @@ def test_items_above_the_quota_are_refused_while_they_arrive(install: Guarded, c
     assert install.spooled() == []
 
 
-def test_an_upload_above_the_quota_is_refused_while_it_arrives(install: Guarded, core: Core) -> None:
+def test_an_upload_above_the_quota_is_refused_while_it_arrives(install: SecuredService, core: Core) -> None:
     """Or before, if it tells its size."""
     terms = SubmissionOptions(caller(install, "*", tenant="narrow"), "encrypt", Context.parse("row=1"))
     with pytest.raises(SpoolQuota, match="in the spool"):
@@ -395,7 +399,7 @@ def test_an_upload_above_the_quota_is_refused_while_it_arrives(install: Guarded,
     assert install.spooled() == []
 
 
-def test_submissions_at_once_are_counted_one_by_one(install: Guarded, core: Core) -> None:
+def test_submissions_at_once_are_counted_one_by_one(install: SecuredService, core: Core) -> None:
     """What looked at the room before another took it is told so by the store."""
     store = core.worker_context.store
     store.submit(accepted(tenant="narrow", size_bytes=100))
@@ -410,7 +414,7 @@ def test_submissions_at_once_are_counted_one_by_one(install: Guarded, core: Core
     assert install.spooled() == []
 
 
-def test_a_job_that_was_cancelled_or_failed_frees_the_spool(install: Guarded, core: Core) -> None:
+def test_a_job_that_was_cancelled_or_failed_frees_the_spool(install: SecuredService, core: Core) -> None:
     narrow = caller(install, "*", tenant="narrow")
     core.worker_context.store.cancel(bulk(core, narrow, THIRTY), "narrow")
     remove_inputs(core)

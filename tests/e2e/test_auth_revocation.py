@@ -20,7 +20,7 @@ from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import ConfigurationError, Unauthenticated, Unavailable
 from kms_protocol.wire import PREFIX
-from support.credentials import Authority, Pair, authenticator_of, bearer, shown
+from support.credentials import Authority, CertAndKey, authenticator_of, bearer, shown
 from support.revocation import EXPIRED, NAME, Revoking
 from support.service import check_problem, core_of
 from support.waiting import until
@@ -216,7 +216,9 @@ def core(install: Revoking) -> Core:
     return core_of(install)
 
 
-def holder(install: Revoking, core: Core, lasts: timedelta = timedelta(days=1)) -> tuple[Principal, Pair]:
+def holder(
+    install: Revoking, core: Core, lasts: timedelta = timedelta(days=1)
+) -> tuple[Principal, CertAndKey]:
     """The principal of a new certificate, as a request on its connection is."""
     pair = install.builder(lasts=lasts)
     assert core.authenticator
@@ -237,25 +239,25 @@ def submit(core: Core, who: Principal) -> Callable[[], tuple[str, str]]:
     return end
 
 
-def revoke(install: Revoking, pair: Pair) -> None:
+def revoke(install: Revoking, pair: CertAndKey) -> None:
     install.put(install.clients.crl(pair.cert))
 
 
-def remove_the_authority(install: Revoking, pair: Pair) -> None:
+def remove_the_authority(install: Revoking, pair: CertAndKey) -> None:
     del pair
     other = Authority(install.crl.parent / "other")
     install.trust(other.ca_file.read_bytes())
     install.put(other.crl())
 
 
-def wait_for_its_end(install: Revoking, pair: Pair) -> None:
+def wait_for_its_end(install: Revoking, pair: CertAndKey) -> None:
     ends = shown(pair, install.clients).until
     until(lambda: time.time() > ends, "the end of the certificate")
 
 
 @pytest.mark.parametrize("change", [revoke, remove_the_authority, wait_for_its_end])
 def test_a_queued_job_ends_as_forbidden_once_its_certificate_is_worth_nothing(
-    install: Revoking, core: Core, change: Callable[[Revoking, Pair], None]
+    install: Revoking, core: Core, change: Callable[[Revoking, CertAndKey], None]
 ) -> None:
     assert submit(core, holder(install, core)[0])() == ("succeeded", "")
     who, pair = holder(install, core, timedelta(seconds=3 if change is wait_for_its_end else 3600))

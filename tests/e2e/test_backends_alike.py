@@ -19,7 +19,7 @@ OTHER: Final = "env=other"
 
 
 @dataclass(frozen=True)
-class Place:
+class BackendCase:
     """A backend: the settings that choose it, the URI of the same key, its name in stanzas."""
 
     section: str
@@ -27,36 +27,36 @@ class Place:
     name: str
 
 
-def age(folder: Path) -> Place:
-    return Place('dev_backend = "age"\n', f"age://{folder}/state/age/private_key.txt", "age")
+def age(folder: Path) -> BackendCase:
+    return BackendCase('dev_backend = "age"\n', f"age://{folder}/state/age/private_key.txt", "age")
 
 
-def cosmian_place(folder: Path) -> Place:
+def cosmian_place(folder: Path) -> BackendCase:
     del folder
     url = server_url()
     key = new_key(cosmian(url)).name
     section = f'dev_backend = "cosmian"\n[kms.cosmian]\nserver_url = "{url}"\ndefault_key_id = "{key}"\n'
-    return Place(section, f"cosmian:{key}", "cosmian")
+    return BackendCase(section, f"cosmian:{key}", "cosmian")
 
 
-def transit(folder: Path) -> Place:
+def transit(folder: Path) -> BackendCase:
     del folder
     server = bao()
     key = server.new_key()
     section = f'dev_backend = "transit"\n{server.settings()}key_name = "{key}"\n'
-    return Place(section, f"transit:{key}", "transit")
+    return BackendCase(section, f"transit:{key}", "transit")
 
 
-def vault_kv(folder: Path) -> Place:
+def vault_kv(folder: Path) -> BackendCase:
     del folder
     server = bao()
     path = f"kms/{server.new_key()}"
     kv(server, path).rotate()  # makes the first version
     section = f'dev_backend = "vault-kv"\n{server.settings("vault_kv")}path = "{path}"\n'
-    return Place(section, f"vault-kv:{path}", "vault-kv")
+    return BackendCase(section, f"vault-kv:{path}", "vault-kv")
 
 
-def awskms(folder: Path) -> Place:
+def awskms(folder: Path) -> BackendCase:
     del folder
     server = aws()
     alias = server.new_alias()
@@ -64,10 +64,10 @@ def awskms(folder: Path) -> Place:
         f'dev_backend = "awskms"\n[kms.awskms]\nkey_id = "{alias}"\nregion = "us-east-1"\n'
         f'endpoint_url = "{server.url}"\n'
     )
-    return Place(section, f"awskms:{alias}", "awskms")
+    return BackendCase(section, f"awskms:{alias}", "awskms")
 
 
-PLACES: Final[dict[str, Callable[[Path], Place]]] = {
+PLACES: Final[dict[str, Callable[[Path], BackendCase]]] = {
     "age": age,
     "cosmian": cosmian_place,
     "transit": transit,
@@ -87,13 +87,13 @@ class Install(Service):
 @pytest.fixture(params=list(PLACES))
 def install(
     request: pytest.FixtureRequest, tmp_path: Path, redis_url: str
-) -> Iterator[tuple[Install, Place]]:
+) -> Iterator[tuple[Install, BackendCase]]:
     place = PLACES[request.param](tmp_path)
     with Install(tmp_path, place.section, redis_url) as running:
         yield running.start(), place
 
 
-def test_calls_commands_and_jobs_are_the_same_everywhere(install: tuple[Install, Place]) -> None:
+def test_calls_commands_and_jobs_are_the_same_everywhere(install: tuple[Install, BackendCase]) -> None:
     service, place = install
     first = service.post("/encrypt", {"plaintext": b64(b"salary"), "context": CONTEXT}).json()
     ciphertext = unb64(first["ciphertext"])
@@ -123,7 +123,7 @@ def test_calls_commands_and_jobs_are_the_same_everywhere(install: tuple[Install,
     assert plain == [b"%d" % n for n in range(ITEMS)]
 
 
-def test_rotation_and_rewrap_are_the_same_everywhere(install: tuple[Install, Place]) -> None:
+def test_rotation_and_rewrap_are_the_same_everywhere(install: tuple[Install, BackendCase]) -> None:
     service, _ = install
     first = service.post("/encrypt", {"plaintext": b64(b"salary"), "context": CONTEXT}).json()
     made = service.post(f"/keys/{first['key_id']}/rotate").json()

@@ -12,9 +12,9 @@ from typing import Final
 import pytest
 
 from kms_core.age import x25519
-from support.audit_logs import Place
+from support.audit_logs import AuditFolder
 from support.cli.offline import write_key
-from support.credentials import REQUIRED, Guarded, bearer
+from support.credentials import REQUIRED, SecuredService, bearer
 from support.service import CONTEXT, b64, unb64
 from support.waiting import until
 
@@ -25,7 +25,7 @@ LARGE: Final = bytes(range(256)) * 20_000
 SETTINGS: Final = f"{REQUIRED}[kms.jobs]\nlease_s = 2\n"
 
 
-def told(service: Guarded, *words: str) -> str:
+def told(service: SecuredService, *words: str) -> str:
     """All that the command says on the host of a service, whose Valkey it finds by itself."""
     done = service.run_kms(*words, KMS_REDIS_URL="")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -39,9 +39,9 @@ class Drill:
         self.identity = x25519.X25519Identity.generate()
         self.key, self.archive = folder / "recovery.txt", folder / "backup.age"
         write_key(self.key, self.identity)
-        self.old = Guarded(folder / "old", SETTINGS)
+        self.old = SecuredService(folder / "old", SETTINGS)
         self.kept, self.revoked = self.old.make("*"), self.old.make("*")
-        self.new = Guarded(folder / "new", SETTINGS)
+        self.new = SecuredService(folder / "new", SETTINGS)
         for install in (self.old, self.new):
             install.http.headers.update(bearer(self.kept[1]))
         self.ciphertext, self.said = b"", ""
@@ -49,13 +49,13 @@ class Drill:
         self.uploads: list[str] = []
 
 
-def bulk(service: Guarded, text: str) -> str:
+def bulk(service: SecuredService, text: str) -> str:
     items = [{"plaintext": b64(f"{text}-{number}".encode())} for number in range(ITEMS)]
     return service.submit({"kind": "encrypt", "context": CONTEXT, "items": items})
 
 
 @contextmanager
-def submitting(service: Guarded) -> Iterator[dict[str, str]]:
+def submitting(service: SecuredService) -> Iterator[dict[str, str]]:
     """Submit jobs all the time; yields those that were acknowledged, with their texts."""
     acknowledged: dict[str, str] = {}
     is_over = threading.Event()
@@ -140,7 +140,9 @@ def test_the_audit_log_is_whole_and_has_the_backup(drill: Drill) -> None:
     done = drill.new.run_kms("audit", "verify", "--json", KMS_REDIS_URL="")
     report = json.loads(done.stdout)
     assert report["verdict"] in {"intact", "open end"}, report
-    lines = [line for line in Place(drill.new.state).operations() if line["operation"] == "backup.create"]
+    lines = [
+        line for line in AuditFolder(drill.new.state).operations() if line["operation"] == "backup.create"
+    ]
     (created,) = (line for line in lines if line["stage"] == "intent")
     assert created["effect"].startswith(str(drill.archive))
 

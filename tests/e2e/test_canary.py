@@ -23,7 +23,7 @@ from kms_cli.local.up import is_alive
 from kms_cli.main import group
 from kms_core.auth import tokens
 from kms_protocol.wire import PREFIX, JobKind
-from support.canary.commands import Given, Line, leaves, lines
+from support.canary.commands import CommandLine, Given, leaves, lines
 from support.canary.requests import CALLS, PARAMETER, UI_CALLS, VAULT_CALLS, Body, items, nothing, sealed
 from support.canary.secrets import Search, family
 from support.canary.service import REMOTE, CanaryService, Peer
@@ -303,7 +303,7 @@ def use_the_command(install: CanaryService) -> list[str]:
         return [hit for hits in done for hit in hits]
 
 
-def run(install: CanaryService, name: str, line: Line) -> list[str]:
+def run(install: CanaryService, name: str, line: CommandLine) -> list[str]:
     argv = [sys.executable, "-P", "-m", "kms_cli.main", *name.split(), *line[0]]
     environ = {
         **install.environ,

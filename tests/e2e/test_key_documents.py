@@ -13,7 +13,7 @@ import pytest
 
 from kms_core.age.mlkem768x25519 import parse_recipient, version_of
 from support import object_stores
-from support.object_stores import Seen, TestBucket, Way
+from support.object_stores import S3Proxy, S3Request, TestBucket
 from support.openbao import Bao
 from support.sealed_keys import ok, root_settings, version
 from support.service import CONTEXT, Service, b64, check_problem
@@ -27,7 +27,7 @@ class Store:
     """A bucket behind a proxy, which can take it away from all hosts."""
 
     bucket: TestBucket
-    way: Way
+    s3_proxy: S3Proxy
     folder: Path
     roots: str
     is_away: bool = False
@@ -37,11 +37,11 @@ class Store:
         return self.bucket.url(KEY)
 
     def settings(self, folder: Path) -> str:
-        section = self.bucket.settings(folder / "secret", self.way.url, rights="")
+        section = self.bucket.settings(folder / "secret", self.s3_proxy.url, rights="")
         jobs = f'[kms.jobs]\nspool_dir = "{self.folder / "spool"}"\n'
         return f'{jobs}{section}{self.roots}default = "age:{self.url}"\n'
 
-    def meddle(self, seen: Seen) -> int | None:
+    def intercept(self, seen: S3Request) -> int | None:
         del seen
         return 503 if self.is_away else None
 
@@ -74,10 +74,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bao]:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, server: Bao) -> Iterator[Store]:
     weed = object_stores.weed()
-    with Way(weed) as way:
+    with S3Proxy(weed) as s3_proxy:
         roots = root_settings(server, timeout_s=2.0)
-        made = Store(weed.new(), way, tmp_path_factory.mktemp("shared"), roots)
-        way.meddle = made.meddle
+        made = Store(weed.new(), s3_proxy, tmp_path_factory.mktemp("shared"), roots)
+        s3_proxy.intercept = made.intercept
         yield made
 
 

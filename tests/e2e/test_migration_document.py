@@ -13,7 +13,7 @@ from kms_core.age import x25519
 from support import pages
 from support.age_plugin import sops
 from support.aws_servers import ACCESS_KEY, REGION, SECRET_KEY, moto
-from support.cli.fixtures import Place, environment
+from support.cli.fixtures import RunningService, environment
 from support.cli.migrate import Workspace
 from support.openbao import ROOT_TOKEN, bao
 from support.programs import program
@@ -21,7 +21,7 @@ from support.service import b64
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, real_service: Place) -> Workspace:
+def workspace(tmp_path: Path, real_service: RunningService) -> Workspace:
     workspace = Workspace(tmp_path, real_service)
     for name in ("public_key.txt", "private_key.txt"):
         shutil.copy(real_service.state_dir / "age" / name, tmp_path)

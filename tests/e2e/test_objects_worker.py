@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from support.object_stores import ObjectStore, Seen, TestBucket, Way
+from support.object_stores import ObjectStore, S3Proxy, S3Request, TestBucket
 from support.service import CANARY, CONTEXT, Service
 from support.waiting import until
 
@@ -20,8 +20,10 @@ def bucket(weed: ObjectStore) -> TestBucket:
 
 
 @pytest.fixture
-def running(tmp_path: Path, redis_url: str, bucket: TestBucket, way: Way) -> Iterator[Service]:
-    settings = "[kms.jobs]\nlease_s = 2\nconcurrency = 1\n" + bucket.settings(tmp_path / "secret", way.url)
+def running(tmp_path: Path, redis_url: str, bucket: TestBucket, s3_proxy: S3Proxy) -> Iterator[Service]:
+    settings = "[kms.jobs]\nlease_s = 2\nconcurrency = 1\n" + bucket.settings(
+        tmp_path / "secret", s3_proxy.url
+    )
     with Service(tmp_path, settings, redis_url) as service:
         yield service.start()
 
@@ -35,7 +37,7 @@ class Gate:
         self._parts = 0
         self._lock = threading.Lock()
 
-    def __call__(self, seen: Seen) -> None:
+    def __call__(self, seen: S3Request) -> None:
         with self._lock:
             self._parts += seen.name == "UploadPart"
             held = self._parts > 2
@@ -52,20 +54,20 @@ def on_disk(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["encrypt", "decrypt"])
 def test_worker_killed_in_the_middle_of_an_upload(
-    running: Service, bucket: TestBucket, way: Way, tmp_path: Path, kind: str
+    running: Service, bucket: TestBucket, s3_proxy: S3Proxy, tmp_path: Path, kind: str
 ) -> None:
     source = bucket.put("in", DATA)
     if kind == "decrypt":
         running.wait(running.submit(_job("encrypt", source, bucket.url("out/sealed"))), "succeeded")
         source = bucket.url("out/sealed")
-    way.meddle = gate = Gate()
+    s3_proxy.intercept = gate = Gate()
     job_id = running.submit(_job(kind, source, bucket.url("out/target")))
     assert gate.reached.wait(60)
     meanwhile = on_disk(tmp_path)
     assert bucket.etag("out/target") is None
     running.kill("worker")
     gate.open.set()
-    way.meddle = lambda _: None
+    s3_proxy.intercept = lambda _: None
     until(bucket.uploads, "the upload that the killed worker left")
     running.start("worker")
 

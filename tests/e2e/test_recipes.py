@@ -12,7 +12,7 @@ from typing import Final
 import pytest
 
 from support import nushell, pages
-from support.credentials import Guarded
+from support.credentials import SecuredService
 from support.nushell import Nu
 from support.pages import ROOT, blocks
 from support.postgresql import postgresql
@@ -114,13 +114,13 @@ def test_the_token_of_a_ci_job_only_decrypts(tmp_path: Path) -> None:
         if printf x | kms encrypt --context env=ci; then exit 1; fi
         if kms decrypt --context env=prod < prod.enc; then exit 1; fi
     """
-    with Guarded(tmp_path / "guarded", redis=NO_REDIS) as guarded:
-        guarded.start("api")
+    with SecuredService(tmp_path / "secured", redis=NO_REDIS) as secured:
+        secured.start("api")
         own.touch(0o600)
-        own.write_text(guarded.make("encrypt,decrypt")[1])
+        own.write_text(secured.make("encrypt,decrypt")[1])
 
         script = blocks(RECIPES, "sh")[0] + attempts
-        ran = pages.run(script, tmp_path, guarded, {"KMS_TOKEN_FILE": str(own)})
+        ran = pages.run(script, tmp_path, secured, {"KMS_TOKEN_FILE": str(own)})
 
     assert ran.returncode == 0, ran.stderr
     assert ran.stderr.count("ask the operator for a token whose scope allows this operation") == len(

@@ -28,7 +28,7 @@ from kms_protocol.errors import AuditUnavailable, BackendUnavailable, JobsUnavai
 from kms_protocol.wire import PREFIX
 from kms_worker.tasks import look_after
 from support.age_kms import NO_CONTEXT, age_backend
-from support.audit_logs import Line, Meddled, Place, fail, unresolved
+from support.audit_logs import AuditFolder, InterceptedLog, Line, fail, unresolved
 from support.failing_store import Killed
 from support.job_stores import connect
 from support.memory_kms import memory_backend
@@ -169,12 +169,12 @@ def test_every_backend_that_seals_gets_a_version(core: Core, backend: AgeBackend
 def cut(core: Core, backend: AgeBackend, stage: str, error: BaseException) -> Core:
     """The core with one key, over a trail that is cut at a stage."""
     ring = Keyring({"payroll": (key := Key("payroll", backend))}, key)
-    trail = Meddled(core.kms.audit_log, stage, lambda: fail(error))
+    trail = InterceptedLog(core.kms.audit_log, stage, lambda: fail(error))
     return replace(core, kms=Kms(ring, core.kms.policy, trail, SelectionRules()))
 
 
 def rotations(state: Path) -> list[Line]:
-    return [line for line in Place(state).operations() if line["operation"] == "rotate"]
+    return [line for line in AuditFolder(state).operations() if line["operation"] == "rotate"]
 
 
 def test_a_rotation_is_on_record_before_and_after_it(core: Core, backend: AgeBackend, tmp_path: Path) -> None:
@@ -258,7 +258,10 @@ def test_an_api_that_is_killed_while_it_rotates_leaves_its_intent(tmp_path: Path
         service.start("api")
         with held(tmp_path / "state/age"):
             asked = caller.submit(service.http.post, f"{PREFIX}/keys/default/rotate")
-            until(lambda: Place(service.state).folder.exists() and rotations(service.state), "it has set out")
+            until(
+                lambda: AuditFolder(service.state).folder.exists() and rotations(service.state),
+                "it has set out",
+            )
             service.kill("api")
         with suppress(httpx.HTTPError):
             asked.result()

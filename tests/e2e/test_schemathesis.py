@@ -14,7 +14,7 @@ from typing import Final
 
 import pytest
 
-from support.credentials import REQUIRED, Guarded
+from support.credentials import REQUIRED, SecuredService
 from support.service import Service
 
 TESTS: Final = Path(__file__).parent.parent
@@ -31,8 +31,10 @@ def open_to_all(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterator[Guarded]:
-    with Guarded(tmp_path_factory.mktemp("guarded"), DATA_KEYS + REQUIRED + TRIES, module_redis) as running:
+def secured(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterator[SecuredService]:
+    with SecuredService(
+        tmp_path_factory.mktemp("secured"), DATA_KEYS + REQUIRED + TRIES, module_redis
+    ) as running:
         yield running.start()
 
 
@@ -55,10 +57,12 @@ def explored(service: Service, folder: Path, *options: str) -> str:
 
 
 @pytest.mark.timeout(LONGEST_S + 10)
-def test_service_answers_as_documented_to_whoever_has_a_token(guarded: Guarded, tmp_path: Path) -> None:
-    every = guarded.token("*", "wrap,unwrap,rotate")["Authorization"]
+def test_service_answers_as_documented_to_whoever_has_a_token(
+    secured: SecuredService, tmp_path: Path
+) -> None:
+    every = secured.token("*", "wrap,unwrap,rotate")["Authorization"]
 
-    report = explored(guarded, tmp_path, "--header", f"Authorization: {every}")
+    report = explored(secured, tmp_path, "--header", f"Authorization: {every}")
 
     assert "Coverage" in report
     assert "Stateful" in report

@@ -8,14 +8,14 @@ import pytest
 
 from kms_core.auth import tokens
 from kms_core.container import token_source
-from support.credentials import REQUIRED, Guarded, issuer_settings
+from support.credentials import REQUIRED, SecuredService, issuer_settings
 
 TLS = '[kms.server]\ntls_cert = "/nonexistent"\ntls_key = "/nonexistent"\nclient_ca = "/nonexistent"\n'
 CERTIFICATE = '[kms.auth.certificates.{0}]\nsubject = "DNS:{0}"\nscopes = ["*"]\ntenant = "{0}"\n'
 ISSUER = issuer_settings('jwks_file = "/nonexistent"', 'tenant_claim = "t"\ntenants = [{}]')
 
 
-def asks(install: Guarded) -> Callable[[], bool]:
+def asks(install: SecuredService) -> Callable[[], bool]:
     return tokens.several_tenants(install.settings, token_source(install.settings, None))
 
 
@@ -35,11 +35,11 @@ def asks(install: Guarded) -> Callable[[], bool]:
     ],
 )
 def test_tenants_of_the_settings(tmp_path: Path, settings: str, *, several: bool) -> None:
-    assert asks(Guarded(tmp_path, settings))() == several
+    assert asks(SecuredService(tmp_path, settings))() == several
 
 
 def test_tokens_come_and_go(tmp_path: Path) -> None:
-    install = Guarded(tmp_path)
+    install = SecuredService(tmp_path)
     several = asks(install)
 
     install.make("*", tenant="a")
@@ -61,7 +61,7 @@ def _writable_by_others(path: Path) -> None:
 def test_token_file_that_cannot_be_read_counts_as_several(
     tmp_path: Path, spoil: Callable[[Path], None]
 ) -> None:
-    install = Guarded(tmp_path)
+    install = SecuredService(tmp_path)
     several = asks(install)
     install.make("*")
     assert not several()

@@ -12,7 +12,7 @@ import pytest
 from kms_protocol import wire
 from support import object_stores
 from support.blob_stores import PREFIX
-from support.object_stores import Seen, TestBucket, Way
+from support.object_stores import S3Proxy, S3Request, TestBucket
 from support.service import CANARY, CONTEXT, Json, Service, b64, unb64
 from support.waiting import until
 
@@ -28,7 +28,7 @@ class Hosts:
     back: Service
     workers: tuple[Service, Service]
     bucket: TestBucket
-    way: Way
+    s3_proxy: S3Proxy
     """The way of jobs to the bucket; that of the spool is another."""
 
     @property
@@ -50,19 +50,19 @@ def hosts(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterat
     bucket = object_stores.weed().new()
     made: list[Service] = []
     with ExitStack() as stack:
-        way = stack.enter_context(Way(bucket.store))
+        s3_proxy = stack.enter_context(S3Proxy(bucket.store))
         for name in ("front", "back", "worker-1", "worker-2"):
             folder = tmp_path_factory.mktemp(name)
             settings = (
                 "[kms.jobs]\nresult_ttl_s = 3600\ninput_grace_s = 1\nconcurrency = 1\nlease_s = 2\n"
                 + spool_settings(bucket, folder / "spool-secret")
-                + bucket.settings(folder / "secret", way.url, rights=RIGHTS)
+                + bucket.settings(folder / "secret", s3_proxy.url, rights=RIGHTS)
             )
             service = stack.enter_context(Service(folder, settings, module_redis))
             if made:
                 service.take_keys(made[0])
             made.append(service.start("worker" if name.startswith("worker") else "api"))
-        yield Hosts(made[0], made[1], (made[2], made[3]), bucket, way)
+        yield Hosts(made[0], made[1], (made[2], made[3]), bucket, s3_proxy)
 
 
 def lines(hosts: Hosts, job_id: str) -> list[Json]:
@@ -159,9 +159,9 @@ def test_jobs_may_not_name_the_spool(hosts: Hosts) -> None:
 def test_upload_of_a_killed_worker_is_aborted_by_that_of_another_host(hosts: Hosts) -> None:
     """The note of a multipart upload is in the bucket, where any host finds it."""
     data, reached, opened = os.urandom(28 * MIB), threading.Event(), threading.Event()
-    parts: list[Seen] = []
+    parts: list[S3Request] = []
 
-    def gate(seen: Seen) -> None:
+    def gate(seen: S3Request) -> None:
         if seen.name == "UploadPart":
             parts.append(seen)
         if len(parts) > 2 and not opened.is_set():
@@ -170,12 +170,12 @@ def test_upload_of_a_killed_worker_is_aborted_by_that_of_another_host(hosts: Hos
 
     first, second = hosts.workers
     second.kill("worker")
-    hosts.way.meddle = gate
+    hosts.s3_proxy.intercept = gate
     source, target = hosts.bucket.put("in/killed", data), hosts.bucket.url("out/killed")
     job_id = hosts.front.submit({"kind": "encrypt", "source": source, "target": target, "context": CONTEXT})
     assert reached.wait(60)
     first.kill("worker")
-    hosts.way.meddle = lambda _: None
+    hosts.s3_proxy.intercept = lambda _: None
     opened.set()
     until(hosts.bucket.uploads, "the upload that the killed worker left")
     assert [key for key in hosts.blobs if key.startswith(f"{PREFIX}multipart/{job_id}")]

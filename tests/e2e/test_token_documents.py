@@ -19,8 +19,8 @@ from kms_core.auth.tokens import Token, TokenRequest
 from kms_core.s3.connection import S3Connection
 from kms_core.signed_documents import ObjectPlace, SignedDocument
 from support import object_stores
-from support.credentials import DAY, Guarded, bearer
-from support.object_stores import Seen, TestBucket, Way
+from support.credentials import DAY, SecuredService, bearer
+from support.object_stores import S3Proxy, S3Request, TestBucket
 from support.service import CONTEXT, b64
 from support.waiting import until
 
@@ -35,7 +35,7 @@ class Store:
     """A bucket behind a proxy, which can take it away from all hosts or answer nothing."""
 
     bucket: TestBucket
-    way: Way
+    s3_proxy: S3Proxy
     spool: Path
     is_away: bool = False
     gets: list[float] = field(default_factory=list)
@@ -44,16 +44,16 @@ class Store:
         return (
             f'[kms.jobs]\nspool_dir = "{self.spool}"\n'
             f'[kms.auth]\nmode = "required"\ntokens = "{self.bucket.url(KEY)}"\nmax_stale_s = {STALE_S}\n'
-            + self.bucket.settings(folder / "secret", self.way.url, rights="")
+            + self.bucket.settings(folder / "secret", self.s3_proxy.url, rights="")
         )
 
-    def meddle(self, seen: Seen) -> int | None:
+    def intercept(self, seen: S3Request) -> int | None:
         if seen.name == "GetObject":
             self.gets.append(time.monotonic())
         return 503 if self.is_away else None
 
 
-class Host(Guarded):
+class Host(SecuredService):
     """A host with a state directory of its own and the spool key of all."""
 
     def __init__(self, folder: Path, store: Store, redis: str, like: "Host | None" = None) -> None:
@@ -87,9 +87,9 @@ def _closed() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     weed = object_stores.weed()
-    with Way(weed) as way:
-        made = Store(weed.new(), way, tmp_path_factory.mktemp("shared") / "spool")
-        way.meddle = made.meddle
+    with S3Proxy(weed) as s3_proxy:
+        made = Store(weed.new(), s3_proxy, tmp_path_factory.mktemp("shared") / "spool")
+        s3_proxy.intercept = made.intercept
         yield made
 
 

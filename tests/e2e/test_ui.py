@@ -25,7 +25,7 @@ from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.spec import QUEUES
 from kms_protocol import __version__
 from kms_protocol.wire import PREFIX
-from support.credentials import REQUIRED, Guarded, Issuer, bearer, issuer_settings
+from support.credentials import REQUIRED, Issuer, SecuredService, bearer, issuer_settings
 from support.service import CONTEXT, Json, Service, b64, core_of
 from support.waiting import until
 
@@ -111,16 +111,16 @@ def browsers() -> Iterator[None]:
         Browser.opened.pop().close()
 
 
-def browser_of(guarded: Guarded, *scopes: str, tenant: str = "default") -> Browser:
-    made = Browser(guarded)
-    answer = made.log_in(guarded.make(*scopes or ("*",), tenant=tenant)[1])
+def browser_of(secured: SecuredService, *scopes: str, tenant: str = "default") -> Browser:
+    made = Browser(secured)
+    answer = made.log_in(secured.make(*scopes or ("*",), tenant=tenant)[1])
     assert (answer.status_code, answer.headers["location"]) == (303, "/ui"), answer.text
     return made
 
 
-def submitted(guarded: Guarded, tenant: str = "default", **options: Json) -> str:
+def submitted(secured: SecuredService, tenant: str = "default", **options: Json) -> str:
     """A job that waits for ever, and whose tenant is the given one."""
-    answer = guarded.post("/jobs", ITEMS | options, headers=guarded.token("*", tenant=tenant))
+    answer = secured.post("/jobs", ITEMS | options, headers=secured.token("*", tenant=tenant))
     assert answer.status_code == 202, answer.text
     return str(answer.json()["job_id"])
 
@@ -243,9 +243,9 @@ def test_what_cannot_be_shown_is_a_page_that_says_why(service: Service, path: st
     assert answer.headers["cache-control"] == "no-store"
 
 
-def test_the_list_of_jobs_is_paged_and_filtered(guarded: Guarded) -> None:
-    browser = browser_of(guarded, "*", tenant="many")
-    made = [submitted(guarded, "many") for _ in range(51)]
+def test_the_list_of_jobs_is_paged_and_filtered(secured: SecuredService) -> None:
+    browser = browser_of(secured, "*", tenant="many")
+    made = [submitted(secured, "many") for _ in range(51)]
 
     first = browser.get("/ui/jobs?state=queued")
     older = re.search(r'href="([^"]+cursor=[^"]+)"', first.text)
@@ -256,10 +256,10 @@ def test_the_list_of_jobs_is_paged_and_filtered(guarded: Guarded) -> None:
     assert "No jobs that are running" in words(browser.get("/ui/jobs?state=running"))
 
 
-def test_jobs_are_found_by_label_and_by_id(guarded: Guarded) -> None:
-    browser = browser_of(guarded, "*", tenant="sought")
+def test_jobs_are_found_by_label_and_by_id(secured: SecuredService) -> None:
+    browser = browser_of(secured, "*", tenant="sought")
     ours, other = (
-        submitted(guarded, "sought", labels={"team": team, "run": "1"}) for team in ("ops", "billing")
+        submitted(secured, "sought", labels={"team": team, "run": "1"}) for team in ("ops", "billing")
     )
 
     whole = browser.get("/ui/jobs")
@@ -279,10 +279,10 @@ def test_jobs_are_found_by_label_and_by_id(guarded: Guarded) -> None:
     assert "Submitted by" in page
 
 
-def test_jobs_are_found_by_kind(guarded: Guarded) -> None:
-    browser = browser_of(guarded, "*", tenant="kinds")
+def test_jobs_are_found_by_kind(secured: SecuredService) -> None:
+    browser = browser_of(secured, "*", tenant="kinds")
     labels = {"team": "ops"}
-    ours, plain = (submitted(guarded, "kinds", **kind, labels=labels) for kind in (BAD, {}))
+    ours, plain = (submitted(secured, "kinds", **kind, labels=labels) for kind in (BAD, {}))
 
     found = browser.get("/ui/jobs?kind=decrypt&search=team%3Dops")
     assert (ours in found.text, plain in found.text) == (True, False)
@@ -293,13 +293,15 @@ def test_jobs_are_found_by_kind(guarded: Guarded) -> None:
     assert "No jobs of kind rewrap that are queued." in words(empty)
 
 
-def test_equal_failures_are_folded_and_the_overview_says_how_many_failed_and_why(guarded: Guarded) -> None:
-    core, browser = core_of(guarded), browser_of(guarded, "*", tenant="failing")
+def test_equal_failures_are_folded_and_the_overview_says_how_many_failed_and_why(
+    secured: SecuredService,
+) -> None:
+    core, browser = core_of(secured), browser_of(secured, "*", tenant="failing")
     assert "no job failed in the last hour" in words(browser.get("/ui"))
-    made = [submitted(guarded, "failing", **BAD) for _ in range(60)]
+    made = [submitted(secured, "failing", **BAD) for _ in range(60)]
     for job_id in made:
         run_job(job_id, core.worker_context, "w")
-    waiting = submitted(guarded, "failing")
+    waiting = submitted(secured, "failing")
 
     for path in ("/ui/jobs", "/ui/jobs?state=failed"):
         page = browser.get(path)
@@ -314,20 +316,20 @@ def test_equal_failures_are_folded_and_the_overview_says_how_many_failed_and_why
     assert failed in told
     assert "Failed, 1 hour 60" in told
     assert "Nothing:" not in told
-    calm = words(browser_of(guarded, "*", tenant="calm").get("/ui"))
+    calm = words(browser_of(secured, "*", tenant="calm").get("/ui"))
     assert "failed in the last hour, in which" not in calm
 
 
-def test_operations_of_all_tenants_are_charted_for_the_scope_metrics_only(guarded: Guarded) -> None:
-    store = core_of(guarded).worker_context.store
+def test_operations_of_all_tenants_are_charted_for_the_scope_metrics_only(secured: SecuredService) -> None:
+    store = core_of(secured).worker_context.store
     for ago_s, succeeded, failed in ((120, 5, 1), (60, 25, 3)):
         at = f"{(store.now() - ago_s) * 1000:.0f}-0"
         store.redis.xadd("kms:operations", {"succeeded": succeeded, "failed": failed}, id=at)
     summary = "Of the 22 operations in the last 6 hours: 2 failed, 20 succeeded."
 
-    assert summary in words(browser_of(guarded, "status,metrics").get("/ui"))
-    assert summary in words(browser_of(guarded, "*,metrics").get("/ui"))
-    assert "Operations of all tenants" not in words(browser_of(guarded, "*").get("/ui"))
+    assert summary in words(browser_of(secured, "status,metrics").get("/ui"))
+    assert summary in words(browser_of(secured, "*,metrics").get("/ui"))
+    assert "Operations of all tenants" not in words(browser_of(secured, "*").get("/ui"))
     store.redis.delete("kms:operations")
 
 
@@ -351,10 +353,10 @@ def test_a_failed_job_shows_its_cause_and_a_bar_of_what_went_well(service: Servi
     assert bars[f"Progress of job {job_id}"].items() >= {"max": "2", "value": "0"}.items()
 
 
-def test_audit_log_is_filtered_and_each_record_has_a_receipt(guarded: Guarded) -> None:
-    browser = browser_of(guarded, "*", tenant="audited")
-    sealing = guarded.token("encrypt", tenant="audited")
-    answer = guarded.post("/encrypt", {"plaintext": "aGk=", "context": CONTEXT}, headers=sealing)
+def test_audit_log_is_filtered_and_each_record_has_a_receipt(secured: SecuredService) -> None:
+    browser = browser_of(secured, "*", tenant="audited")
+    sealing = secured.token("encrypt", tenant="audited")
+    answer = secured.post("/encrypt", {"plaintext": "aGk=", "context": CONTEXT}, headers=sealing)
     audit_id = answer.headers["x-kms-audit-id"]
     link = f"/ui/audit/{audit_id}/receipt"
 
@@ -366,18 +368,18 @@ def test_audit_log_is_filtered_and_each_record_has_a_receipt(guarded: Guarded) -
     receipt = browser.get(link)
     assert receipt.json()["id"] == audit_id
     assert receipt.headers["content-disposition"].startswith("attachment")
-    assert browser_of(guarded, "*", tenant="another").get(link).status_code == 422
+    assert browser_of(secured, "*", tenant="another").get(link).status_code == 422
 
 
 # -- hostile names -----------------------------------------------------------------------------------------
 
 
-def test_hostile_names_are_shown_as_text(guarded: Guarded) -> None:
+def test_hostile_names_are_shown_as_text(secured: SecuredService) -> None:
     wish = tokens.TokenRequest(HOSTILE, "hostile", ("*",), timedelta(days=1))
-    _, token = tokens.create(guarded.token_file, wish)
+    _, token = tokens.create(secured.token_file, wish)
     body = {"plaintext": "aGk=", "context": {HOSTILE: HOSTILE}}
-    assert guarded.post("/encrypt", body, headers=bearer(token)).status_code == 200
-    browser = Browser(guarded)
+    assert secured.post("/encrypt", body, headers=bearer(token)).status_code == 200
+    browser = Browser(secured)
     browser.log_in(token)
 
     pages = [browser.get(path) for path in PAGES]
@@ -400,10 +402,10 @@ def test_hostile_names_are_shown_as_text(guarded: Guarded) -> None:
 # -- forms --------------------------------------------------------------------------------------------------
 
 
-def test_a_form_without_its_stamp_changes_nothing_and_is_on_record(guarded: Guarded) -> None:
-    job_id = submitted(guarded)
+def test_a_form_without_its_stamp_changes_nothing_and_is_on_record(secured: SecuredService) -> None:
+    job_id = submitted(secured)
     path = f"/ui/jobs/{job_id}/cancel"
-    browser, other = browser_of(guarded), browser_of(guarded)
+    browser, other = browser_of(secured), browser_of(secured)
     other.get("/ui")
 
     for stamp in ("", "0" * 64, "é", other.stamp):
@@ -412,8 +414,8 @@ def test_a_form_without_its_stamp_changes_nothing_and_is_on_record(guarded: Guar
         assert "load the page again" in words(answer)
     assert browser.http.post(path, content=b"\xff").status_code == 422
     assert browser.http.post(path, content=b"stamp=" + b"0" * 20_000).status_code == 413
-    assert guarded.get(f"/jobs/{job_id}", headers=guarded.token("jobs:read")).json()["state"] == "queued"
-    denied = guarded.get("/audit?operation=denied&result=forbidden", headers=guarded.token("audit:read"))
+    assert secured.get(f"/jobs/{job_id}", headers=secured.token("jobs:read")).json()["state"] == "queued"
+    denied = secured.get("/audit?operation=denied&result=forbidden", headers=secured.token("audit:read"))
     assert [event["route"] for event in denied.json()["events"]].count("POST /ui/jobs/{job_id}/cancel") == 4
 
 
@@ -451,12 +453,12 @@ def test_a_dead_letter_is_listed_and_retried(idle: Service) -> None:
     assert job_id not in browser.get("/ui/jobs?state=dead").text
 
 
-def test_a_key_is_rotated_after_it_was_confirmed(guarded: Guarded) -> None:
-    browser = browser_of(guarded, "*,rotate")
-    admin = guarded.token("*")
+def test_a_key_is_rotated_after_it_was_confirmed(secured: SecuredService) -> None:
+    browser = browser_of(secured, "*,rotate")
+    admin = secured.token("*")
 
     def version() -> Json:
-        found: Json = guarded.get("/keys/default", headers=admin).json()
+        found: Json = secured.get("/keys/default", headers=admin).json()
         return found
 
     before = version()["current_version"]
@@ -474,12 +476,12 @@ def test_a_key_is_rotated_after_it_was_confirmed(guarded: Guarded) -> None:
     assert f"{before} decrypts" in page
 
 
-def test_page_reads_the_state_of_a_job_as_the_api_tells_it(guarded: Guarded) -> None:
-    job_id = submitted(guarded)
-    browser = browser_of(guarded)
+def test_page_reads_the_state_of_a_job_as_the_api_tells_it(secured: SecuredService) -> None:
+    job_id = submitted(secured)
+    browser = browser_of(secured)
     browser.get("/ui")
     before = browser.get(f"/ui/jobs/{job_id}/state?wait=1")
-    assert before.json() == guarded.get(f"/jobs/{job_id}", headers=guarded.token("*")).json()
+    assert before.json() == secured.get(f"/jobs/{job_id}", headers=secured.token("*")).json()
     assert (before.json()["state"], before.headers["retry-after"]) == ("queued", "1")
 
     assert browser.send(f"/ui/jobs/{job_id}/cancel").status_code == 303
@@ -494,9 +496,9 @@ def test_page_reads_the_state_of_a_job_as_the_api_tells_it(guarded: Guarded) -> 
 # Which page and form needs which permission: tests/kms_api/test_permissions.py.
 
 
-def test_jobs_of_other_tenants_are_unseen(guarded: Guarded) -> None:
-    job_id = submitted(guarded, "theirs")
-    browser = browser_of(guarded, "*", tenant="ours")
+def test_jobs_of_other_tenants_are_unseen(secured: SecuredService) -> None:
+    job_id = submitted(secured, "theirs")
+    browser = browser_of(secured, "*", tenant="ours")
 
     for path in (*PAGES, "/ui/audit?operation=job.submit"):
         assert job_id not in browser.get(path).text
@@ -504,9 +506,9 @@ def test_jobs_of_other_tenants_are_unseen(guarded: Guarded) -> None:
     assert words(unknown).split("Code")[0] == words(browser.get("/ui/jobs/0")).split("Code")[0]
 
 
-def test_what_the_credential_does_not_allow_is_not_shown(guarded: Guarded) -> None:
-    job_id = submitted(guarded)
-    reader, nobody = browser_of(guarded, "jobs:read"), browser_of(guarded, "encrypt key=other")
+def test_what_the_credential_does_not_allow_is_not_shown(secured: SecuredService) -> None:
+    job_id = submitted(secured)
+    reader, nobody = browser_of(secured, "jobs:read"), browser_of(secured, "encrypt key=other")
 
     assert "Cancel this job" not in words(reader.get(f"/ui/jobs/{job_id}"))
     assert "Newest jobs" in words(reader.get("/ui"))
@@ -514,9 +516,9 @@ def test_what_the_credential_does_not_allow_is_not_shown(guarded: Guarded) -> No
     assert not [word for word in ("Newest jobs", "Status", "Refused or failed") if word in overview]
 
 
-def test_pages_lead_only_to_what_the_credential_may_see(guarded: Guarded) -> None:
+def test_pages_lead_only_to_what_the_credential_may_see(secured: SecuredService) -> None:
     def links(*scopes: str) -> list[str | None]:
-        page = Parsed(browser_of(guarded, *scopes).get("/ui").text)
+        page = Parsed(browser_of(secured, *scopes).get("/ui").text)
         return [each.get("href") for each in page.all("a") if "/ui" in (each.get("href") or "")][:6]
 
     assert links("*,metrics") == ["/ui", "/ui/jobs", "/ui/workers", "/ui/keys", "/ui/audit", "/ui/runbooks"]
@@ -527,11 +529,11 @@ def test_pages_lead_only_to_what_the_credential_may_see(guarded: Guarded) -> Non
 
 
 def test_workers_page_tells_what_each_worker_does_and_counts_jobs_of_other_tenants_only(
-    guarded: Guarded,
+    secured: SecuredService,
 ) -> None:
-    store = core_of(guarded).worker_context.store
-    browser, operator = (browser_of(guarded, scope, tenant="wt-a") for scope in ("*", "*,metrics"))
-    ours, theirs = submitted(guarded, "wt-a"), submitted(guarded, "wt-b")
+    store = core_of(secured).worker_context.store
+    browser, operator = (browser_of(secured, scope, tenant="wt-a") for scope in ("*", "*,metrics"))
+    ours, theirs = submitted(secured, "wt-a"), submitted(secured, "wt-b")
     store.worker_seen("host-7:aa", 4, QUEUES, "9.9.1 1700000000")
     for job_id in (ours, theirs):
         assert store.claim(job_id, "host-7:aa/71")
@@ -571,14 +573,14 @@ def test_it_is_told_that_a_worker_was_killed_and_that_no_worker_takes_the_jobs(t
         assert "which no worker serves" not in words(own.http.get("/ui"))
 
 
-def test_failed_job_counts_in_the_chart_and_the_table_of_its_tenant(guarded: Guarded) -> None:
-    core = core_of(guarded)
-    browser, other = browser_of(guarded, "*", tenant="charted"), browser_of(guarded, "*", tenant="uncharted")
+def test_failed_job_counts_in_the_chart_and_the_table_of_its_tenant(secured: SecuredService) -> None:
+    core = core_of(secured)
+    browser, other = browser_of(secured, "*", tenant="charted"), browser_of(secured, "*", tenant="uncharted")
     assert "No jobs in the last 6 hours." in words(browser.get("/ui"))
     for _ in range(2):
-        run_job(submitted(guarded, "charted", **BAD), core.worker_context, "w")
-    run_job(submitted(guarded, "charted"), core.worker_context, "w")
-    waiting = submitted(guarded, "charted")
+        run_job(submitted(secured, "charted", **BAD), core.worker_context, "w")
+    run_job(submitted(secured, "charted"), core.worker_context, "w")
+    waiting = submitted(secured, "charted")
 
     for period, length in (("1h", "hour"), ("6h", "6 hours"), ("24h", "24 hours")):
         page = browser.get(f"/ui?period={period}")
@@ -635,9 +637,9 @@ def test_spool_is_told_with_its_limit_and_a_warning_when_it_is_nearly_full(
 # -- sessions ----------------------------------------------------------------------------------------------
 
 
-def test_a_login_gives_a_cookie_that_opens_the_page_and_nothing_else(guarded: Guarded) -> None:
-    _, token = guarded.make("*")
-    browser = Browser(guarded)
+def test_a_login_gives_a_cookie_that_opens_the_page_and_nothing_else(secured: SecuredService) -> None:
+    _, token = secured.make("*")
+    browser = Browser(secured)
     assert not browser.is_in()
     assert browser.get("/ui").headers["content-security-policy"] == CSP
 
@@ -651,13 +653,13 @@ def test_a_login_gives_a_cookie_that_opens_the_page_and_nothing_else(guarded: Gu
     assert browser.is_in()
     for headers in ({"Cookie": f"kms_session={session}"}, bearer(session), {"X-API-Key": session}):
         for path in (f"{PREFIX}/jobs", f"{PREFIX}/status", "/metrics", "/uix", "/UI"):
-            answer = guarded.http.get(path, headers={"X-Forwarded-For": "10.0.0.1", **headers})
+            answer = secured.http.get(path, headers={"X-Forwarded-For": "10.0.0.1", **headers})
             assert answer.status_code in {401, 429}, path
 
 
 @pytest.mark.parametrize("wrong", ["", "kms_aaaaaaaaaa_" + "A" * 43, "a.b.c", HOSTILE])
-def test_a_wrong_token_is_refused_and_not_repeated(guarded: Guarded, wrong: str) -> None:
-    answer = (browser := Browser(guarded)).log_in(wrong)
+def test_a_wrong_token_is_refused_and_not_repeated(secured: SecuredService, wrong: str) -> None:
+    answer = (browser := Browser(secured)).log_in(wrong)
 
     assert answer.status_code == 401
     assert not wrong or wrong not in html.unescape(answer.text)
@@ -665,9 +667,9 @@ def test_a_wrong_token_is_refused_and_not_repeated(guarded: Guarded, wrong: str)
     assert not browser.is_in()
 
 
-def test_a_login_that_another_page_forged_is_refused(guarded: Guarded) -> None:
-    _, token = guarded.make("*")
-    victim, attacker = Browser(guarded), Browser(guarded)
+def test_a_login_that_another_page_forged_is_refused(secured: SecuredService) -> None:
+    _, token = secured.make("*")
+    victim, attacker = Browser(secured), Browser(secured)
     attacker.get("/ui/login")
 
     assert victim.send("/ui/login", token=token).status_code == 403
@@ -676,7 +678,7 @@ def test_a_login_that_another_page_forged_is_refused(guarded: Guarded) -> None:
 
 
 def test_too_many_wrong_tokens_from_one_address_are_refused_at_the_page_as_at_the_api(tmp_path: Path) -> None:
-    with Guarded(tmp_path, '[kms.auth]\nmode = "required"\nfailures_per_minute = 3\n') as own:
+    with SecuredService(tmp_path, '[kms.auth]\nmode = "required"\nfailures_per_minute = 3\n') as own:
         own.start("api")
         browser = Browser(own)
         answers = [browser.log_in("kms_aaaaaaaaaa_" + "A" * 43) for _ in range(4)]
@@ -686,47 +688,49 @@ def test_too_many_wrong_tokens_from_one_address_are_refused_at_the_page_as_at_th
         assert int(answers[-1].headers["retry-after"]) >= 1
 
 
-def test_logging_out_ends_the_session_also_for_who_kept_the_cookie(guarded: Guarded) -> None:
-    browser, thief = browser_of(guarded), Browser(guarded)
+def test_logging_out_ends_the_session_also_for_who_kept_the_cookie(secured: SecuredService) -> None:
+    browser, thief = browser_of(secured), Browser(secured)
     thief.http.cookies = httpx.Cookies(browser.http.cookies)
     assert browser.is_in()
     assert thief.is_in()
     assert browser.http.post("/ui/logout").status_code == 403
     assert thief.is_in()
-    ended = ends_of_sessions(guarded)
+    ended = ends_of_sessions(secured)
 
     answer = browser.send("/ui/logout")
     assert (answer.status_code, answer.headers["location"]) == (303, "/ui/login")
     assert not browser.http.cookies.get("kms_session")
     assert not thief.is_in()
-    assert ends_of_sessions(guarded) == ended + 1
+    assert ends_of_sessions(secured) == ended + 1
 
 
-def ends_of_sessions(guarded: Guarded) -> int:
-    events = guarded.get("/audit?limit=1000", headers=guarded.token("audit:read")).json()["events"]
+def ends_of_sessions(secured: SecuredService) -> int:
+    events = secured.get("/audit?limit=1000", headers=secured.token("audit:read")).json()["events"]
     return [event["operation"] for event in events].count("session.end")
 
 
 @pytest.mark.parametrize("tossed", ["", "junk", "A" * 43], ids=["empty", "junk", "shape of an id"])
-def test_a_cookie_that_another_site_set_beside_ours_does_not_log_out(guarded: Guarded, tossed: str) -> None:
+def test_a_cookie_that_another_site_set_beside_ours_does_not_log_out(
+    secured: SecuredService, tossed: str
+) -> None:
     """A sibling subdomain or another port of this machine can set one with a longer path; it comes first."""
-    session = browser_of(guarded).http.cookies["kms_session"]
+    session = browser_of(secured).http.cookies["kms_session"]
     for header in (
         f"kms_session={tossed}; kms_session={session}",
         f"kms_session={session}; kms_session={tossed}",
     ):
-        with httpx.Client(base_url=guarded.url, trust_env=False) as http:
+        with httpx.Client(base_url=secured.url, trust_env=False) as http:
             assert http.get("/ui", headers={"Cookie": header}).status_code == 200
 
 
-def test_a_session_ends_with_its_token(guarded: Guarded) -> None:
-    revoked, expiring = Browser(guarded), Browser(guarded)
-    expiring.log_in(guarded.make("*", ttl=timedelta(seconds=5))[1])
-    token, text = guarded.make("*")
+def test_a_session_ends_with_its_token(secured: SecuredService) -> None:
+    revoked, expiring = Browser(secured), Browser(secured)
+    expiring.log_in(secured.make("*", ttl=timedelta(seconds=5))[1])
+    token, text = secured.make("*")
     revoked.log_in(text)
     assert revoked.is_in()
 
-    tokens.revoke(guarded.token_file, token.id)
+    tokens.revoke(secured.token_file, token.id)
     until(lambda: not revoked.is_in(), "the session of a revoked token ends")
     until(lambda: not expiring.is_in(), "the session of an expired token ends")
 
@@ -736,7 +740,7 @@ def test_a_session_of_a_jwt_ends_with_it_and_its_jobs_go_on(tmp_path: Path, redi
     issuer = Issuer()
     (tmp_path / "jwks.json").write_bytes(issuer.jwks)
     keys = f'jwks_file = "{tmp_path / "jwks.json"}"'
-    with Guarded(tmp_path, issuer_settings(keys, "job_grace_s = 3_600"), redis_url) as service:
+    with SecuredService(tmp_path, issuer_settings(keys, "job_grace_s = 3_600"), redis_url) as service:
         service.start("api")
         token = issuer.token(exp=int(time.time()), kms_scopes=["*"])  # for its leeway of 5 s
         browser = Browser(service)
@@ -750,42 +754,42 @@ def test_a_session_of_a_jwt_ends_with_it_and_its_jobs_go_on(tmp_path: Path, redi
         until(lambda: service.get(f"/jobs/{job_id}", headers=read).json()["state"] == "succeeded", "it runs")
 
 
-def test_a_form_whose_session_ends_while_it_is_sent_leads_to_the_login(guarded: Guarded) -> None:
-    job_id = submitted(guarded)
-    token, text = guarded.make("*")
-    browser = Browser(guarded)
+def test_a_form_whose_session_ends_while_it_is_sent_leads_to_the_login(secured: SecuredService) -> None:
+    job_id = submitted(secured)
+    token, text = secured.make("*")
+    browser = Browser(secured)
     browser.log_in(text)
     browser.get(f"/ui/jobs/{job_id}")
     body = f"stamp={browser.stamp}".encode()
     head = (
-        f"POST /ui/jobs/{job_id}/cancel HTTP/1.1\r\nHost: 127.0.0.1:{guarded.port}\r\n"
+        f"POST /ui/jobs/{job_id}/cancel HTTP/1.1\r\nHost: 127.0.0.1:{secured.port}\r\n"
         f"Cookie: kms_session={browser.http.cookies['kms_session']}\r\nContent-Length: {len(body)}\r\n"
         "Content-Type: application/x-www-form-urlencoded\r\nExpect: 100-continue\r\nConnection: close\r\n\r\n"
     )
 
     with (
-        socket.create_connection(("127.0.0.1", guarded.port), timeout=60) as peer,
+        socket.create_connection(("127.0.0.1", secured.port), timeout=60) as peer,
         peer.makefile("rb") as lines,
     ):
         peer.sendall(head.encode())
         assert lines.readline().startswith(b"HTTP/1.1 100 ")  # the gate has let it in, and the body is read
-        tokens.revoke(guarded.token_file, token.id)
+        tokens.revoke(secured.token_file, token.id)
         until(lambda: not browser.is_in(), "the session of a revoked token ends")
         peer.sendall(body)
         answer = lines.read().decode()
     assert " 303 " in answer
     assert "location: /ui/login" in answer
-    state = guarded.get(f"/jobs/{job_id}", headers=guarded.token("*")).json()["state"]
+    state = secured.get(f"/jobs/{job_id}", headers=secured.token("*")).json()["state"]
     assert state == "queued"
 
 
-def test_a_login_at_one_process_is_used_at_another(guarded: Guarded, tmp_path: Path) -> None:
+def test_a_login_at_one_process_is_used_at_another(secured: SecuredService, tmp_path: Path) -> None:
     """Two API hosts have Redis, the spool and its key in common, and no other files."""
-    browser = browser_of(guarded)
-    shared = f'{REQUIRED}[kms.jobs]\nspool_dir = "{guarded.spool}"\n'
-    elsewhere = Guarded(tmp_path, shared, redis=guarded.settings.kms.redis.url)
+    browser = browser_of(secured)
+    shared = f'{REQUIRED}[kms.jobs]\nspool_dir = "{secured.spool}"\n'
+    elsewhere = SecuredService(tmp_path, shared, redis=secured.settings.kms.redis.url)
     for name in ("spool.key", "tokens.json"):
-        shutil.copy(guarded.state / name, elsewhere.state / name)
+        shutil.copy(secured.state / name, elsewhere.state / name)
     with elsewhere:
         elsewhere.start("api")
         beside = Browser(elsewhere)
@@ -796,11 +800,11 @@ def test_a_login_at_one_process_is_used_at_another(guarded: Guarded, tmp_path: P
         assert beside.send("/ui/logout", stamp=browser.stamp).status_code == 303
         assert not browser.is_in()
     # Its note would refuse a rotation for ten seconds: it has key files of its own.
-    core_of(guarded).worker_context.store.redis.delete("kms:hosts")
+    core_of(secured).worker_context.store.redis.delete("kms:hosts")
 
 
 def test_without_redis_there_is_no_login_and_no_answer_to_a_session(tmp_path: Path) -> None:
-    own = Guarded(tmp_path, redis="unix:///nonexistent/valkey.sock")
+    own = SecuredService(tmp_path, redis="unix:///nonexistent/valkey.sock")
     with own:
         own.start("api")
         browser = Browser(own)
@@ -827,7 +831,7 @@ def test_without_redis_there_is_no_login_and_no_answer_to_a_session(tmp_path: Pa
 def test_the_cookie_never_goes_over_a_connection_in_clear_if_there_was_tls(
     tmp_path: Path, redis_url: str, url: str, headers: dict[str, str], secure: bool
 ) -> None:
-    own = Guarded(tmp_path, redis=redis_url)
+    own = SecuredService(tmp_path, redis=redis_url)
     token = own.make("*")[1]
     transport = httpx.ASGITransport(app.build(own.settings))
 

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from kms_core.auth import tokens
 from kms_protocol.errors import Unauthenticated
-from support.audit_logs import Place
+from support.audit_logs import AuditFolder
 from support.credentials import ISSUER, Issuer, bearer, claims, serving
 from support.openbao import ROOT_TOKEN, bao
 from support.service import core_of
@@ -25,7 +25,7 @@ from support.vault_logins import CLUSTER, DEPLOY, HELLO, TTL_S, Logins, deploy, 
 
 
 @dataclass
-class World:
+class LoginService:
     """The service and its issuers; ``keys_of`` counts requests for keys that tokens name."""
 
     service: Logins
@@ -39,86 +39,94 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def login_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoginService]:
     corp, cluster, elsewhere = (Issuer(kid, "RS256") for kid in ("corp-1", "cluster-1", "corp-1"))
     with ExitStack() as held:
         urls = [held.enter_context(serving(issuer)) for issuer in (corp, cluster, elsewhere)]
         service = held.enter_context(Logins(tmp_path_factory.mktemp("logins"), urls[0], urls[1]))
-        yield World(service.start("api"), corp, cluster, elsewhere, urls[2])
+        yield LoginService(service.start("api"), corp, cluster, elsewhere, urls[2])
 
 
 # -- what is handed out --------------------------------------------------------------------------------
 
 
-def test_a_role_gives_its_scopes_and_no_others(world: World) -> None:
-    body = deploy(world.corp, groups=["ops"], kms_scopes=["*"])
-    auth = world.service.auth("jwt", body)
+def test_a_role_gives_its_scopes_and_no_others(login_service: LoginService) -> None:
+    body = deploy(login_service.corp, groups=["ops"], kms_scopes=["*"])
+    auth = login_service.service.auth("jwt", body)
     token = auth["client_token"]
-    as_ops = world.service.auth("jwt", {**body, "role": "ops"})["client_token"]
+    as_ops = login_service.service.auth("jwt", {**body, "role": "ops"})["client_token"]
 
     assert auth["metadata"] == {"role": "deploy", "tenant": "acme"}
     assert (auth["renewable"], auth["token_type"]) == (False, "batch")
     assert auth["lease_duration"] == TTL_S
-    assert world.service.encrypts(token) == 200
-    assert world.service.encrypts(as_ops) == 403
-    assert world.service.get("/status", headers=bearer(token)).status_code == 403
-    assert world.service.get("/status", headers=bearer(str(body["jwt"]))).status_code == 200
-    assert world.service.get("/audit", headers=bearer(as_ops)).status_code == 200
+    assert login_service.service.encrypts(token) == 200
+    assert login_service.service.encrypts(as_ops) == 403
+    assert login_service.service.get("/status", headers=bearer(token)).status_code == 403
+    assert login_service.service.get("/status", headers=bearer(str(body["jwt"]))).status_code == 200
+    assert login_service.service.get("/audit", headers=bearer(as_ops)).status_code == 200
 
 
-def test_a_token_of_a_login_is_of_the_tenant_that_was_brought(world: World) -> None:
+def test_a_token_of_a_login_is_of_the_tenant_that_was_brought(login_service: LoginService) -> None:
     acme, web = (
-        world.service.auth("jwt", deploy(world.corp, org=org))["client_token"] for org in ("acme", "web")
+        login_service.service.auth("jwt", deploy(login_service.corp, org=org))["client_token"]
+        for org in ("acme", "web")
     )
-    secret = world.secret("web")[1]
-    named = {"role_id": "web/" + tokens.read(world.service.token_file).tokens[-1].name, "secret_id": secret}
-    by_secret = world.service.auth("approle", named)["client_token"]
-    sealed = world.service.call(acme, "transit/encrypt/default", HELLO).json()["data"]["ciphertext"]
+    secret = login_service.secret("web")[1]
+    named = {
+        "role_id": "web/" + tokens.read(login_service.service.token_file).tokens[-1].name,
+        "secret_id": secret,
+    }
+    by_secret = login_service.service.auth("approle", named)["client_token"]
+    sealed = login_service.service.call(acme, "transit/encrypt/default", HELLO).json()["data"]["ciphertext"]
     opened = [
-        world.service.call(token, "transit/decrypt/default", {"ciphertext": sealed}).status_code
+        login_service.service.call(token, "transit/decrypt/default", {"ciphertext": sealed}).status_code
         for token in (acme, web, by_secret)
     ]
 
     assert opened == [200, 400, 400]
 
 
-def test_a_token_lasts_no_longer_than_what_was_brought(world: World) -> None:
+def test_a_token_lasts_no_longer_than_what_was_brought(login_service: LoginService) -> None:
     now = int(time.time())
-    short = world.service.auth("jwt", deploy(world.corp, exp=now + 60))
-    token, secret = world.secret(ttl=timedelta(seconds=90))
-    of_secret = world.service.auth("approle", {"role_id": token.name, "secret_id": secret})
-    looked = world.service.call(short["client_token"], "auth/token/lookup-self", method="GET").json()["data"]
+    short = login_service.service.auth("jwt", deploy(login_service.corp, exp=now + 60))
+    token, secret = login_service.secret(ttl=timedelta(seconds=90))
+    of_secret = login_service.service.auth("approle", {"role_id": token.name, "secret_id": secret})
+    looked = login_service.service.call(short["client_token"], "auth/token/lookup-self", method="GET").json()[
+        "data"
+    ]
 
     assert 0 < short["lease_duration"] <= 60
     assert 0 < of_secret["lease_duration"] <= 90
     assert 0 < looked["ttl"] <= 60
     assert (looked["type"], looked["renewable"]) == ("batch", False)
-    assert world.service.log_in("jwt", deploy(world.corp, exp=now - 2)).status_code == 403  # in the leeway
+    assert (
+        login_service.service.log_in("jwt", deploy(login_service.corp, exp=now - 2)).status_code == 403
+    )  # in the leeway
 
 
-def test_a_token_ends_with_the_secret_that_it_came_from(world: World) -> None:
-    path = world.service.token_file
+def test_a_token_ends_with_the_secret_that_it_came_from(login_service: LoginService) -> None:
+    path = login_service.service.token_file
     for end in (
         lambda name: tokens.revoke(path, name),
         lambda name: tokens.rotate(path, name, timedelta(0), None),
     ):
-        token, secret = world.secret()
+        token, secret = login_service.secret()
         body = {"role_id": token.id, "secret_id": secret}
-        short = world.service.auth("approle", body)["client_token"]
-        assert world.service.encrypts(short) == 200
+        short = login_service.service.auth("approle", body)["client_token"]
+        assert login_service.service.encrypts(short) == 200
         end(token.name)
-        assert world.service.encrypts(short) == 403
-        assert world.service.log_in("approle", body).status_code == 403
+        assert login_service.service.encrypts(short) == 403
+        assert login_service.service.log_in("approle", body).status_code == 403
 
 
-def test_another_process_of_the_install_takes_the_token(world: World, tmp_path: Path) -> None:
-    token, secret = world.secret()
+def test_another_process_of_the_install_takes_the_token(login_service: LoginService, tmp_path: Path) -> None:
+    token, secret = login_service.secret()
     texts = [
-        world.service.auth("jwt", deploy(world.corp))["client_token"],
-        world.service.auth("approle", {"role_id": token.name, "secret_id": secret})["client_token"],
+        login_service.service.auth("jwt", deploy(login_service.corp))["client_token"],
+        login_service.service.auth("approle", {"role_id": token.name, "secret_id": secret})["client_token"],
     ]
-    other = core_of(world.service).authenticator
-    elsewhere = core_of(Logins(tmp_path / "other", world.url, world.url)).authenticator
+    other = core_of(login_service.service).authenticator
+    elsewhere = core_of(Logins(tmp_path / "other", login_service.url, login_service.url)).authenticator
     assert other
     assert elsewhere
     found = [other.authenticate(text) for text in texts]
@@ -129,15 +137,15 @@ def test_another_process_of_the_install_takes_the_token(world: World, tmp_path: 
             elsewhere.authenticate(text)
 
 
-def test_a_login_is_recorded_by_what_was_brought(world: World) -> None:
-    body = deploy(world.corp, sub="recorded")
-    token, secret = world.secret()
-    world.service.auth("jwt", body)
-    world.service.auth("approle", {"role_id": token.name, "secret_id": secret})
+def test_a_login_is_recorded_by_what_was_brought(login_service: LoginService) -> None:
+    body = deploy(login_service.corp, sub="recorded")
+    token, secret = login_service.secret()
+    login_service.service.auth("jwt", body)
+    login_service.service.auth("approle", {"role_id": token.name, "secret_id": secret})
     digest = hashlib.sha256(str(body["jwt"]).encode()).hexdigest()[:16]
     seen = [
         {name: record[name] for name in ("principal", "tenant", "credential", "result")}
-        for record in Place(world.service.state).operations()
+        for record in AuditFolder(login_service.service.state).operations()
         if record["operation"] == "login"
     ]
 
@@ -152,7 +160,7 @@ def test_a_login_is_recorded_by_what_was_brought(world: World) -> None:
 # What a JWT may have wrong whoever is shown it: tests/kms_core/auth/test_jwt_verifier.py.
 
 Attempt = tuple[str, object] | tuple[str, object, dict[str, str]]
-Make = Callable[[World], Attempt]
+Make = Callable[[LoginService], Attempt]
 
 
 def b64url(data: bytes) -> str:
@@ -161,71 +169,74 @@ def b64url(data: bytes) -> str:
 
 def of(**changes: object) -> Make:
     """A good JWT but for these claims, at its mount."""
-    return lambda world: ("jwt", deploy(world.corp, **changes))
+    return lambda login_service: ("jwt", deploy(login_service.corp, **changes))
 
 
 def role(name: object) -> Make:
-    return lambda world: ("jwt", {**deploy(world.corp), "role": name})
+    return lambda login_service: ("jwt", {**deploy(login_service.corp), "role": name})
 
 
 def in_path(mount: str) -> Make:
-    return lambda world: (mount, deploy(world.corp))
+    return lambda login_service: (mount, deploy(login_service.corp))
 
 
 def with_header(name: str, value: str) -> Make:
-    return lambda world: ("jwt", deploy(world.corp), {name: value})
+    return lambda login_service: ("jwt", deploy(login_service.corp), {name: value})
 
 
 def account(**changes: object) -> Make:
-    return lambda world: ("kubernetes", flux(world.cluster, **changes))
+    return lambda login_service: ("kubernetes", flux(login_service.cluster, **changes))
 
 
-def again(world: World) -> Attempt:
-    return "jwt", {"role": "deploy", "jwt": world.service.auth("jwt", deploy(world.corp))["client_token"]}
+def again(login_service: LoginService) -> Attempt:
+    return "jwt", {
+        "role": "deploy",
+        "jwt": login_service.service.auth("jwt", deploy(login_service.corp))["client_token"],
+    }
 
 
-def secret_again(world: World) -> Attempt:
-    token, secret = world.secret()
+def secret_again(login_service: LoginService) -> Attempt:
+    token, secret = login_service.secret()
     body = {"role_id": token.name, "secret_id": secret}
-    return "approle", {**body, "secret_id": world.service.auth("approle", body)["client_token"]}
+    return "approle", {**body, "secret_id": login_service.service.auth("approle", body)["client_token"]}
 
 
-def secret_of_another(world: World) -> Attempt:
-    return "approle", {"role_id": world.secret()[0].name, "secret_id": world.secret()[1]}
+def secret_of_another(login_service: LoginService) -> Attempt:
+    return "approle", {"role_id": login_service.secret()[0].name, "secret_id": login_service.secret()[1]}
 
 
-def secret_of_another_tenant(world: World) -> Attempt:
-    token, secret = world.secret("web")
+def secret_of_another_tenant(login_service: LoginService) -> Attempt:
+    token, secret = login_service.secret("web")
     return "approle", {"role_id": f"acme/{token.name}", "secret_id": secret}
 
 
-def secret_expired(world: World) -> Attempt:
-    token, secret = world.secret(ttl=timedelta(seconds=-1))
+def secret_expired(login_service: LoginService) -> Attempt:
+    token, secret = login_service.secret(ttl=timedelta(seconds=-1))
     return "approle", {"role_id": token.name, "secret_id": secret}
 
 
-def kms_token(world: World) -> Attempt:
-    return "jwt", {"role": "deploy", "jwt": world.secret()[1]}
+def kms_token(login_service: LoginService) -> Attempt:
+    return "jwt", {"role": "deploy", "jwt": login_service.secret()[1]}
 
 
-def jwt_as_secret(world: World) -> Attempt:
-    return "approle", {"role_id": "deploy", "secret_id": deploy(world.corp)["jwt"]}
+def jwt_as_secret(login_service: LoginService) -> Attempt:
+    return "approle", {"role_id": "deploy", "secret_id": deploy(login_service.corp)["jwt"]}
 
 
-def at_the_mount_of_another_issuer(world: World) -> Attempt:
-    return "kubernetes", deploy(world.corp, sub="system:serviceaccount:deploy:a")
+def at_the_mount_of_another_issuer(login_service: LoginService) -> Attempt:
+    return "kubernetes", deploy(login_service.corp, sub="system:serviceaccount:deploy:a")
 
 
-def by_a_stranger(world: World) -> Attempt:
-    return "jwt", deploy(world.elsewhere)
+def by_a_stranger(login_service: LoginService) -> Attempt:
+    return "jwt", deploy(login_service.elsewhere)
 
 
 def own_keys(name: str) -> Make:
     """The header names the stranger's keys, which must not be fetched."""
 
-    def make(world: World) -> Attempt:
-        key, _ = world.elsewhere.keys["corp-1"]
-        header = {"kid": "corp-1", name: world.url}
+    def make(login_service: LoginService) -> Attempt:
+        key, _ = login_service.elsewhere.keys["corp-1"]
+        header = {"kid": "corp-1", name: login_service.url}
         return "jwt", {"role": "deploy", "jwt": jwt.encode(claims(**DEPLOY), key, "RS256", header)}
 
     return make
@@ -248,7 +259,10 @@ CONFUSIONS: Final[dict[str, tuple[int, Make]]] = {
     "no role": (400, role(None)),
     "role as a list": (400, role(["deploy"])),
     "no token": (400, lambda _: ("jwt", {"role": "deploy"})),
-    "unknown fields": (400, lambda world: ("jwt", {**deploy(world.corp), "policies": ["root"]})),
+    "unknown fields": (
+        400,
+        lambda login_service: ("jwt", {**deploy(login_service.corp), "policies": ["root"]}),
+    ),
     "no JSON": (400, lambda _: ("jwt", b"role=deploy")),
     "a body that is a list": (400, lambda _: ("jwt", [])),
     "a mount that is off": (403, in_path("oidc")),
@@ -273,27 +287,29 @@ CONFUSIONS: Final[dict[str, tuple[int, Make]]] = {
 
 
 @pytest.mark.parametrize(("status", "make"), CONFUSIONS.values(), ids=CONFUSIONS)
-def test_a_confusion_hands_out_nothing(world: World, status: int, make: Make) -> None:
-    mount, body, *headers = make(world)
-    asked = world.elsewhere.asked
-    answer = world.service.log_in(mount, body, *headers)
+def test_a_confusion_hands_out_nothing(login_service: LoginService, status: int, make: Make) -> None:
+    mount, body, *headers = make(login_service)
+    asked = login_service.elsewhere.asked
+    answer = login_service.service.log_in(mount, body, *headers)
 
     assert (answer.status_code, list(answer.json())) == (status, ["errors"]), answer.text
-    assert world.elsewhere.asked == asked
+    assert login_service.elsewhere.asked == asked
     if isinstance(body, dict):
         secrets = [text for text in body.values() if isinstance(text, str) and len(text) > 20]
         assert not any(text in answer.text for text in secrets)
 
 
-def test_the_table_would_see_a_login(world: World) -> None:
+def test_the_table_would_see_a_login(login_service: LoginService) -> None:
     """The makers of the table give good attempts where nothing is changed."""
     rest = [of(), role("deploy"), account(), with_header("X-Vault-Namespace", "acme")]
 
-    assert [world.service.log_in(*make(world)).status_code for make in rest] == [200] * len(rest)
+    assert [login_service.service.log_in(*make(login_service)).status_code for make in rest] == [200] * len(
+        rest
+    )
 
 
-def test_an_edited_token_is_refused(world: World) -> None:
-    text = world.service.auth("jwt", deploy(world.corp))["client_token"]
+def test_an_edited_token_is_refused(login_service: LoginService) -> None:
+    text = login_service.service.auth("jwt", deploy(login_service.corp))["client_token"]
     head, _, tag = text.removeprefix("kmsl_").partition(".")
     raw = base64.urlsafe_b64decode(head + "==")
     edits = [
@@ -307,8 +323,8 @@ def test_an_edited_token_is_refused(world: World) -> None:
         text.removeprefix("kmsl_"),
     ]
 
-    assert [world.service.encrypts(each) for each in edits] == [403] * len(edits)
-    assert world.service.encrypts(text) == 200
+    assert [login_service.service.encrypts(each) for each in edits] == [403] * len(edits)
+    assert login_service.service.encrypts(text) == 200
 
 
 # -- limits --------------------------------------------------------------------------------------------
@@ -331,10 +347,10 @@ def test_failed_logins_are_limited_as_other_attempts_and_good_ones_pass(tmp_path
 # -- the real one --------------------------------------------------------------------------------------
 
 
-def test_answers_have_the_shape_of_the_real_one(world: World) -> None:
+def test_answers_have_the_shape_of_the_real_one(login_service: LoginService) -> None:
     """For a role with tokens of the type ``batch``; what is refused is refused there, too."""
     server = bao()
-    public = world.corp.keys["corp-1"][0].public_key()
+    public = login_service.corp.keys["corp-1"][0].public_key()
     pem = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     server.admin("POST", "sys/auth/jwt", {"type": "jwt"})
     server.admin(
@@ -352,9 +368,9 @@ def test_answers_have_the_shape_of_the_real_one(world: World) -> None:
     server.admin("POST", "auth/approle/role/ci", batch)
     role_id = server.admin("GET", "auth/approle/role/ci/role-id")["data"]["role_id"]
     secret_id = server.admin("POST", "auth/approle/role/ci/secret-id", {})["data"]["secret_id"]
-    token, secret = world.secret()
+    token, secret = login_service.secret()
     bodies = {
-        "jwt": (deploy(world.corp), deploy(world.corp)),
+        "jwt": (deploy(login_service.corp), deploy(login_service.corp)),
         "approle": (
             {"role_id": token.name, "secret_id": secret},
             {"role_id": role_id, "secret_id": secret_id},
@@ -362,20 +378,27 @@ def test_answers_have_the_shape_of_the_real_one(world: World) -> None:
     }
     with httpx.Client(base_url=f"{server.url}/v1/", trust_env=False) as theirs:
         for mount, (own, real) in bodies.items():
-            one, other = world.service.log_in(mount, own), theirs.post(f"auth/{mount}/login", json=real)
+            one, other = (
+                login_service.service.log_in(mount, own),
+                theirs.post(f"auth/{mount}/login", json=real),
+            )
             assert (one.status_code, other.status_code) == (200, 200), other.text
             assert kinds(one.json()) == kinds(other.json())
             tokens_ = [answer.json()["auth"]["client_token"] for answer in (one, other)]
             for method, path in (("GET", "lookup-self"), ("POST", "renew-self"), ("POST", "revoke-self")):
-                mine = world.service.call(tokens_[0], f"auth/token/{path}", method=method)
+                mine = login_service.service.call(tokens_[0], f"auth/token/{path}", method=method)
                 seen = theirs.request(method, f"auth/token/{path}", headers={"X-Vault-Token": tokens_[1]})
                 assert mine.status_code == seen.status_code, (path, seen.text)
                 if seen.status_code == 200:
                     assert mine.json()["data"].keys() >= seen.json()["data"].keys() - {"issue_time"}
                     assert mine.json()["data"]["type"] == seen.json()["data"]["type"]
-        for body in (deploy(world.corp, ref="x"), deploy(world.elsewhere), deploy(world.corp, aud="x")):
+        for body in (
+            deploy(login_service.corp, ref="x"),
+            deploy(login_service.elsewhere),
+            deploy(login_service.corp, aud="x"),
+        ):
             assert theirs.post("auth/jwt/login", json=body).status_code >= 400
-            assert world.service.log_in("jwt", body).status_code >= 400
+            assert login_service.service.log_in("jwt", body).status_code >= 400
     server.admin("DELETE", "sys/auth/jwt", token=ROOT_TOKEN)
     server.admin("DELETE", "sys/auth/approle", token=ROOT_TOKEN)
 

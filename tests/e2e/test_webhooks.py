@@ -17,7 +17,7 @@ from kms_core.jobs.events.outbox import Delivery, Outbox, WebhookDispatcher
 from kms_core.jobs.events.webhook import WebhookEndpoint, post
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.wire import JobState
-from support.credentials import REQUIRED, Guarded
+from support.credentials import REQUIRED, SecuredService
 from support.job_stores import LONG, TENANT, claimed, store_of
 from support.service import CANARY, CONTEXT, Service, b64, check_problem, core_of
 from support.waiting import until
@@ -61,7 +61,9 @@ def ci(tmp_path: Path, receiver: Receiver, authority: Authority) -> WebhookEndpo
 
 
 @contextmanager
-def courier(store: JobStore, endpoints: Mapping[str, WebhookEndpoint], name: str = "w1") -> Iterator[None]:
+def running_dispatcher(
+    store: JobStore, endpoints: Mapping[str, WebhookEndpoint], name: str = "w1"
+) -> Iterator[None]:
     running = WebhookDispatcher(Outbox(store, endpoints), endpoints, name)
     running.start()
     try:
@@ -86,7 +88,7 @@ def settled(outbox: Outbox) -> bool:
 
 def deliver(store: JobStore, endpoints: Mapping[str, WebhookEndpoint], name: str = "w1") -> None:
     """Have a worker send until every delivery was answered."""
-    with courier(store, endpoints, name):
+    with running_dispatcher(store, endpoints, name):
         until(lambda: settled(Outbox(store, endpoints)), "the deliveries")
 
 
@@ -100,7 +102,7 @@ def test_each_end_is_told_once(
     store: JobStore, ci: WebhookEndpoint, receiver: Receiver, state: JobState, code: str
 ) -> None:
     job_id = end(store, state, code)
-    with courier(store, {"ci": ci}), courier(store, {"ci": ci}, "w2"):
+    with running_dispatcher(store, {"ci": ci}), running_dispatcher(store, {"ci": ci}, "w2"):
         until(lambda: settled(Outbox(store, {"ci": ci})), "the delivery")
 
     [request] = receiver.requests
@@ -137,7 +139,7 @@ def test_more_events_than_one_batch(store: JobStore, ci: WebhookEndpoint, receiv
     for _ in range(260):
         end(store, callback="")
     job_id = end(store)
-    with courier(store, {"ci": ci}):
+    with running_dispatcher(store, {"ci": ci}):
         until(lambda: receiver.requests, "the delivery")
 
     assert set(subjects(receiver)) == {job_id}
@@ -164,9 +166,9 @@ def test_an_endpoint_that_this_worker_does_not_know_yet_waits(
     store: JobStore, ci: WebhookEndpoint, receiver: Receiver
 ) -> None:
     job_id = end(store)
-    with courier(store, {}):
+    with running_dispatcher(store, {}):
         until(lambda: any(found.attempts for found in every(Outbox(store, {}))), "a failed attempt")
-    with courier(store, {"ci": ci}, "w2"):
+    with running_dispatcher(store, {"ci": ci}, "w2"):
         until(lambda: receiver.requests, "the delivery")
 
     assert subjects(receiver) == [job_id]
@@ -182,7 +184,7 @@ def test_a_slow_receiver_does_not_hold_up_another(
         endpoints = {"ci": ci, "slow": endpoint(tmp_path / "slow", slow.url(), authority)}
         stuck = [end(store, callback="slow") for _ in range(9)]
         job_id = end(store)
-        with courier(store, endpoints):
+        with running_dispatcher(store, endpoints):
             until(lambda: receiver.requests, "the delivery to the quick one")
             assert len(slow.requests) <= 4
             released.set()
@@ -240,7 +242,7 @@ def test_delivery_that_was_given_up_is_sent_again_when_asked_and_once(
     outbox, dead = given_up(store, {"ci": ci})
 
     assert [outbox.resend(dead), outbox.resend(dead)] == [True, False]
-    with courier(store, {"ci": ci}):
+    with running_dispatcher(store, {"ci": ci}):
         until(lambda: settled(outbox), "the delivery")
 
     assert ids(receiver) == [dead.delivery_id]
@@ -356,7 +358,9 @@ def test_an_endpoint_of_one_tenant_is_for_another_as_if_it_were_not_there(
     with receiving(authority) as receiver:
         secret = secret_file(tmp_path)
         sections = (toml(name, receiver, authority, secret, more) for name, more in may.items())
-        with Guarded(tmp_path / "install", REQUIRED + "".join(sections), redis_url).start("api") as service:
+        with SecuredService(tmp_path / "install", REQUIRED + "".join(sections), redis_url).start(
+            "api"
+        ) as service:
             who = {name: service.token("encrypt,jobs:write", tenant=name) for name in ("acme", "web")}
 
             def ask(tenant: str, name: str) -> httpx.Response:
@@ -383,10 +387,10 @@ def test_what_was_accepted_for_a_tenant_that_may_no_longer_is_not_told(
     assert outbox.resend(dead)
     end(store)
     assert len(every(outbox)) == 2
-    with courier(store, {"ci": changed(ci, tenants=("others",))}):
+    with running_dispatcher(store, {"ci": changed(ci, tenants=("others",))}):
         until(lambda: settled(outbox), "nothing is left")
 
     assert receiver.requests == []
-    with courier(store, {"ci": changed(ci, tenants=(TENANT,))}):
+    with running_dispatcher(store, {"ci": changed(ci, tenants=(TENANT,))}):
         job_id = end(store)
         until(lambda: subjects(receiver) == [job_id], "a job of the tenant is told")

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 from typing import Final
 
-from fuzz.fuzz_cosmian_ttlv import STATUSES, UID, Told
+from fuzz.fuzz_cosmian_ttlv import STATUSES, UID, FixedAnswer
 from kms_core.backends.cosmian.kmip import GcmResult, Refusal
 from kms_core.backends.cosmian.server import Jose
 from kms_protocol.errors import BackendUnavailable
@@ -47,7 +47,7 @@ def seeds() -> Iterable[bytes]:
 
 def check(data: bytes) -> None:
     status, body = STATUSES[(data[:1] or b"\x00")[0] % len(STATUSES)], data[1:]
-    jose = Jose(Told(status, body).post)
+    jose = Jose(FixedAnswer(status, body).post)
     try:
         sealed = jose.seal(UID, b"p" * 17, b"aad")
     except (Refusal, BackendUnavailable):

@@ -48,7 +48,7 @@ WORDS: Final = (
 )
 
 
-class Told:
+class FixedAnswer:
     """A connection whose server answers this to everything."""
 
     def __init__(self, status: int, body: bytes) -> None:
@@ -94,7 +94,7 @@ def check(data: bytes) -> None:
     status, body = STATUSES[(data[:1] or b"\x00")[0] % len(STATUSES)], data[1:]
     _node(body)
     _reasons(body)
-    post = Told(status, body).post
+    post = FixedAnswer(status, body).post
     with PEER.one_timeout():
         _each(Kmip(Messages(post, PEER).ask))
         _each(Kmip(partial(ask_alone, post), old=True))

@@ -78,7 +78,7 @@ def _jwts() -> Jwts:
     return Jwts([Trusted("corp", section, _Known(bytes))])
 
 
-def _doors() -> Authenticator:
+def _authenticator() -> Authenticator:
     path = Path(_folder.name, "known.json")
     digest = base64.b64encode(hashlib.sha256(TOKEN.encode()).digest()).decode()
     token = {
@@ -94,7 +94,7 @@ def _doors() -> Authenticator:
     return Authenticator(TokenFile(path), _jwts(), {})
 
 
-_DOORS: Final = _doors()
+_AUTHENTICATOR: Final = _authenticator()
 
 
 def seeds() -> Iterable[bytes]:
@@ -131,7 +131,7 @@ def _request(data: bytes) -> None:
     ]
     try:
         text = token_of((name.lower(), value) for name, value in headers)
-        who = _DOORS.principal(text)
+        who = _AUTHENTICATOR.principal(text)
     except Unauthenticated as exc:
         assert exc.reason in {
             "missing",

@@ -17,7 +17,7 @@ from kms_core.envelope import binding
 from kms_core.operation import Opened
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed, ForeignRefused, KmsError, NotACiphertext, TooLarge, UnknownKey
-from support.age_kms import ADA, Kept, age_backend, kms_over
+from support.age_kms import ADA, MemoryTrail, age_backend, kms_over
 from support.fuzz.harness import CORPUS
 
 MOST_BYTES: Final = 4 * 1024
@@ -33,7 +33,7 @@ _HEADS: Final = tuple(header.parse(file, SYNC_LIMITS) for file in _OURS)
 _FILE_KEYS: Final = tuple(IDENTITY.unwrap(head.stanzas[0]) for head in _HEADS)
 _folder: Final = tempfile.TemporaryDirectory(prefix="kms-fuzz-")
 _KMS: Final = kms_over(
-    age_backend(Path(_folder.name), IDENTITY), accept_foreign=False, trail=(_trail := Kept())
+    age_backend(Path(_folder.name), IDENTITY), accept_foreign=False, trail=(_trail := MemoryTrail())
 )
 _FOREIGN: Final = kms_over(age_backend(Path(_folder.name), IDENTITY), trail=_trail)
 

@@ -32,7 +32,7 @@ def seeds() -> Iterable[bytes]:
     yield b"\x00" + whole
     for size in range(1, len(SIZES) + 1):
         yield bytes([size])
-        for hand in range(len(HANDS)):
+        for hand in range(len(TAMPERINGS)):
             yield bytes([size, hand, 0, 0, 1])
             yield bytes([size, hand, 0, 255, 255, hand, 1, 0, 16])
 
@@ -44,7 +44,7 @@ def check(data: bytes) -> None:
     plaintext = _plaintext(SIZES[data[0] % len(SIZES)])
     sealed = _sealed(len(plaintext))
     for at in range(1, min(len(data) - _STEP + 1, 1 + 4 * _STEP), _STEP):
-        hand = HANDS[data[at] % len(HANDS)]
+        hand = TAMPERINGS[data[at] % len(TAMPERINGS)]
         sealed = hand(sealed, int.from_bytes(data[at + 1 : at + _STEP], "big"))
     _judge(sealed, plaintext)
 
@@ -153,7 +153,7 @@ def _reopen(sealed: bytes, at: int) -> bytes:
     return sealed + ChaCha20Poly1305(KEY).encrypt(stream.nonce(1 + at % 4, last=True), b"", None)
 
 
-HANDS: Final[tuple[Callable[[bytes, int], bytes], ...]] = (
+TAMPERINGS: Final[tuple[Callable[[bytes, int], bytes], ...]] = (
     _cut,
     _cut_chunks,
     _stretch,

@@ -17,15 +17,15 @@ from kms_core.auth.jwt_verifier import discover
 from kms_core.settings.load import load as load_settings
 from kms_protocol import admin, wire
 from kms_protocol.errors import ConfigurationError
-from support.audit_logs import Place, codes, rewrite
+from support.audit_logs import AuditFolder, codes, rewrite
 
 pytestmark = pytest.mark.usefixtures("uncollected")
 NESTED: Final = b'{"unknown":' + b"[" * 5000
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path)
+def audit_folder(tmp_path: Path) -> AuditFolder:
+    return AuditFolder(tmp_path)
 
 
 def on_line(number: int, change: Callable[[bytes], bytes]) -> Callable[[list[bytes]], list[bytes]]:
@@ -36,12 +36,14 @@ def on_line(number: int, change: Callable[[bytes], bytes]) -> Callable[[list[byt
 
 
 @pytest.mark.parametrize("line", [0, 2, 4], ids=["first", "middle", "last"])
-def test_a_line_that_is_nested_without_end_is_unreadable_and_passed_over(place: Place, line: int) -> None:
-    path = place.written(3)
+def test_a_line_that_is_nested_without_end_is_unreadable_and_passed_over(
+    audit_folder: AuditFolder, line: int
+) -> None:
+    path = audit_folder.written(3)
     rewrite(path, on_line(line, lambda _: NESTED + b"\n"))
 
-    assert "unreadable" in codes(place.verified())
-    assert len(query.newest(place.logs, query.EventFilter(), 10)) == (2 if line == 2 else 3)
+    assert "unreadable" in codes(audit_folder.verified())
+    assert len(query.newest(audit_folder.logs, query.EventFilter(), 10)) == (2 if line == 2 else 3)
 
 
 @pytest.mark.parametrize(
@@ -54,29 +56,29 @@ def test_a_line_that_is_nested_without_end_is_unreadable_and_passed_over(place: 
     ids=["longer key", "key", "previous"],
 )
 def test_an_opening_line_without_hex_digits_is_an_edit(
-    place: Place, change: Callable[[bytes], bytes]
+    audit_folder: AuditFolder, change: Callable[[bytes], bytes]
 ) -> None:
-    path = place.written(3)
+    path = audit_folder.written(3)
     rewrite(path, on_line(0, change))
 
-    assert "edited" in codes(place.verified())
+    assert "edited" in codes(audit_folder.verified())
 
 
 @pytest.mark.parametrize("line", [0, 2, 4], ids=["first", "middle", "last"])
-def test_the_head_of_a_line_in_capitals_is_found(place: Place, line: int) -> None:
-    path = place.written(3)
+def test_the_head_of_a_line_in_capitals_is_found(audit_folder: AuditFolder, line: int) -> None:
+    path = audit_folder.written(3)
     rewrite(path, on_line(line, lambda text: text[:-67] + text[-67:-3].upper() + text[-3:]))
 
-    assert codes(place.verified()) == ["unreadable"]
+    assert codes(audit_folder.verified()) == ["unreadable"]
 
 
-def test_a_line_that_is_no_text_has_no_receipt(place: Place) -> None:
-    path = place.written(3)
+def test_a_line_that_is_no_text_has_no_receipt(audit_folder: AuditFolder) -> None:
+    path = audit_folder.written(3)
     rewrite(path, on_line(2, lambda line: line.replace(b'"credential":"test"', b'"credential":"t\xeest"')))
     chain = json.loads(path.read_bytes().splitlines()[0])["chain"]
 
     with pytest.raises(UnknownRecord):
-        receipt.make(place.folder, f"{chain}:2")
+        receipt.make(audit_folder.folder, f"{chain}:2")
 
 
 # -- files and answers of others ---------------------------------------------------------------------

@@ -39,7 +39,7 @@ JOB_ID: Final = "00000000-0000-4000-8000-0000000000ff"
 
 
 @dataclass
-class Seen:
+class RecordingPeer:
     """A peer that hands back what it was asked to wrap, and keeps the AAD."""
 
     name: str = "seen"
@@ -62,8 +62,8 @@ class Seen:
 
 
 @pytest.fixture
-def peer() -> Seen:
-    return Seen()
+def peer() -> RecordingPeer:
+    return RecordingPeer()
 
 
 def ref() -> KeyRef:
@@ -82,7 +82,7 @@ def context_body(stanza: Stanza, file_key: bytes, key: Names) -> bytes:
     return stanza.body
 
 
-def test_new_remote_wrap(peer: Seen) -> None:
+def test_new_remote_wrap(peer: RecordingPeer) -> None:
     file = sealing.seal(SMALL, [(RemoteBackend(peer), ref())], Context.parse(BOUND))
     ((file_key, version, aad),) = peer.asked
     wrap, context = opened(file, file_key)
@@ -91,7 +91,7 @@ def test_new_remote_wrap(peer: Seen) -> None:
     assert (version, aad) == ("v-7", reference.wrap_aad(KEY, context_body(context, file_key, KEY)))
 
 
-def test_new_wrap_of_a_bulk_job(peer: Seen) -> None:
+def test_new_wrap_of_a_bulk_job(peer: RecordingPeer) -> None:
     file = sealing.seal(SMALL, [(RemoteBackend(peer).for_job(), ref())], Context.parse(BOUND))
     ((job_key, _, aad),) = peer.asked
     wrap, context = reference.unverified_stanzas(file)
@@ -119,7 +119,7 @@ def test_new_origin_with_and_without_nonce(identity: X25519Identity) -> None:
         assert (stanza.args, stanza.body) == (("kms-service/origin", version), tag)
 
 
-def test_new_bundle(peer: Seen) -> None:
+def test_new_bundle(peer: RecordingPeer) -> None:
     made = sealing.wrap_for_plugin(bytes(16), [(RemoteBackend(peer), ref())], Context.parse(BOUND))
 
     assert made.args == ("kms-service/bundle", "1")
@@ -127,7 +127,7 @@ def test_new_bundle(peer: Seen) -> None:
     assert inner == ["kms-service/wrap", "kms-service/context"]
 
 
-def test_new_pad(peer: Seen) -> None:
+def test_new_pad(peer: RecordingPeer) -> None:
     made = sealing.begin([(RemoteBackend(peer), ref())], Context.parse(BOUND), padded=True)
     pad = reference.parsed(made.head, peer.asked[0][0])[-1]
 

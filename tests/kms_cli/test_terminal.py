@@ -21,7 +21,7 @@ from kms_core.age.x25519 import X25519Identity
 from kms_core.audit.query import RecordedOperation
 from kms_core.audit.verification.scan import ChainProblem, Note, VerificationReport
 from kms_protocol.wire import JobOut
-from support.audit_logs import Place
+from support.audit_logs import AuditFolder
 from support.cli.at_terminal import at_terminal
 from support.cli.fixtures import environment
 from support.contract_server import ContractServer
@@ -202,7 +202,7 @@ def test_a_migration_shows_lines_in_turn_with_its_messages(
 
 @pytest.mark.parametrize("columns", [10, 40])
 def test_a_verification_shows_bytes_in_the_width_there_is(tmp_path: Path, columns: int) -> None:
-    place = Place(tmp_path)
+    place = AuditFolder(tmp_path)
     place.written(50)
     words = f"kms audit verify --no-anchors {place.folder} > report"
     code, shown = at_terminal(words, tmp_path, environment(tmp_path), columns=columns)

@@ -15,7 +15,7 @@ from typing import Final
 
 import pytest
 
-from support.cli.fixtures import Place, environment
+from support.cli.fixtures import RunningService, environment
 from support.contract_server import ContractServer
 
 HERE: Final = Path(__file__).parent
@@ -69,7 +69,7 @@ def test_transcript(path: Path, service: str, tmp_path: Path, request: pytest.Fi
         stand_in = request.getfixturevalue("stand_in")
         env = {"KMS_SERVICE_URL": stand_in.url}
     elif service == "real":
-        real: Place = request.getfixturevalue("real_service")
+        real: RunningService = request.getfixturevalue("real_service")
         env = {"KMS_SERVICE_URL": real.url, "KMS_STATE_DIR": str(real.state_dir)}
 
     for step in steps(path):

@@ -36,13 +36,15 @@ HERE = [f"http://{host}:1" for host in ("localhost", "LOCALHOST", "127.0.0.1", "
 Make = Callable[..., Client | AsyncClient]
 
 
-class Heard(NamedTuple):
+class RecordedRequests(NamedTuple):
     url: str
     requests: list[bytes]
 
 
 @contextlib.contextmanager
-def hearing(answer: bytes = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n") -> Iterator[Heard]:
+def recording_server(
+    answer: bytes = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n",
+) -> Iterator[RecordedRequests]:
     """A server that keeps what it hears on each connection, and gives one answer."""
     requests: list[bytes] = []
 
@@ -51,7 +53,7 @@ def hearing(answer: bytes = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r
         connection.sendall(answer)
 
     with scripted(serve) as server:
-        yield Heard(server.url, requests)
+        yield RecordedRequests(server.url, requests)
 
 
 @pytest.fixture
@@ -98,7 +100,7 @@ def test_a_token_is_allowed_here_and_by_tls(kind: Make, url: str) -> None:
 
 @both
 def test_no_proxy_hears_a_token_for_this_machine(kind: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    with hearing() as proxy, hearing() as service:
+    with recording_server() as proxy, recording_server() as service:
         for name in ("http_proxy", "all_proxy"):
             monkeypatch.setenv(name, proxy.url)
         for host in ("127.0.0.1", "127.0.0.9", "localhost"):
@@ -111,7 +113,7 @@ def test_no_proxy_hears_a_token_for_this_machine(kind: Make, monkeypatch: pytest
 
 @both
 def test_a_proxy_hears_it_only_when_its_user_says_so(kind: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    with hearing() as proxy:
+    with recording_server() as proxy:
         monkeypatch.setenv("http_proxy", proxy.url)
         with pytest.raises(ConfigurationError):
             ask(kind, "http://kms.invalid", token=TOKEN)
@@ -125,10 +127,10 @@ def test_a_proxy_hears_it_only_when_its_user_says_so(kind: Make, monkeypatch: py
 @both
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_no_redirect_is_followed(kind: Make, status: int) -> None:
-    with hearing() as other:
+    with recording_server() as other:
         head = [f"HTTP/1.1 {status} x", f"Location: {other.url}/", "Content-Length: 0", "Connection: close"]
         moved = "\r\n".join([*head, "", ""]).encode()
-        with hearing(moved) as service, pytest.raises(UnexpectedAnswer):
+        with recording_server(moved) as service, pytest.raises(UnexpectedAnswer):
             ask(kind, service.url, token=TOKEN)
 
     assert other.requests == []
@@ -153,7 +155,7 @@ SENDS_A_SECRET: dict[str, Callable[[str, Path], object]] = {
 def test_no_byte_leaves_without_a_token_either(
     send: Callable[[str, Path], object], token_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with hearing() as proxy:
+    with recording_server() as proxy:
         monkeypatch.setenv("http_proxy", proxy.url)
         with contextlib.suppress(ConfigurationError):  # as the client refuses; commands end with 78
             assert send("http://kms.invalid", token_file) == 78

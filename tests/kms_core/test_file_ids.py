@@ -11,7 +11,7 @@ from kms_core.backends.age import AgeBackend
 from kms_core.envelope import binding
 from kms_core.service import Kms
 from kms_protocol.errors import DecryptFailed
-from support.age_kms import ADA, NO_CONTEXT, ROW, Kept, age_backend, head_of, kms_over
+from support.age_kms import ADA, NO_CONTEXT, ROW, MemoryTrail, age_backend, head_of, kms_over
 
 
 def expected(file: bytes) -> str:
@@ -22,8 +22,8 @@ def expected(file: bytes) -> str:
 
 
 @pytest.fixture
-def trail() -> Kept:
-    return Kept()
+def trail() -> MemoryTrail:
+    return MemoryTrail()
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def backend(tmp_path: Path) -> AgeBackend:
 
 
 @pytest.fixture
-def kms(backend: AgeBackend, trail: Kept) -> Kms:
+def kms(backend: AgeBackend, trail: MemoryTrail) -> Kms:
     return kms_over(backend, trail=trail)
 
 
@@ -40,7 +40,7 @@ def test_it_is_derived_from_the_nonce() -> None:
     assert binding.file_id(bytes(range(16))) == "517a430cf59d409fd281417f343a2c1d"  # of sha256sum
 
 
-def test_each_operation_tells_and_records_it(kms: Kms, trail: Kept, tmp_path: Path) -> None:
+def test_each_operation_tells_and_records_it(kms: Kms, trail: MemoryTrail, tmp_path: Path) -> None:
     sealed = kms.encrypt(ADA, b"x", ROW)
     opened = kms.decrypt(ADA, sealed.ciphertext, ROW)
     moved = kms.rewrap(ADA, sealed.ciphertext, ROW, new_context=NO_CONTEXT)
@@ -54,7 +54,7 @@ def test_each_operation_tells_and_records_it(kms: Kms, trail: Kept, tmp_path: Pa
     assert inspect(tmp_path / "file")["file_id"] == file_id
 
 
-def test_a_reseal_records_both(kms: Kms, trail: Kept) -> None:
+def test_a_reseal_records_both(kms: Kms, trail: MemoryTrail) -> None:
     sealed = kms.encrypt(ADA, b"x", ROW)
     again = kms.reseal(ADA, sealed.ciphertext, ROW)
 
@@ -63,7 +63,7 @@ def test_a_reseal_records_both(kms: Kms, trail: Kept) -> None:
     assert again.file_id == expected(again.ciphertext) != sealed.file_id
 
 
-def test_a_refused_file_is_named(kms: Kms, trail: Kept) -> None:
+def test_a_refused_file_is_named(kms: Kms, trail: MemoryTrail) -> None:
     sealed = kms.encrypt(ADA, b"x", ROW)
     for act in (kms.decrypt, kms.rewrap, kms.reseal):
         with pytest.raises(DecryptFailed):
@@ -73,7 +73,7 @@ def test_a_refused_file_is_named(kms: Kms, trail: Kept) -> None:
     assert {line["result"] for line in trail.lines[1:]} == {"decrypt_failed"}
 
 
-def test_stanzas_without_a_file_have_a_digest(kms: Kms, trail: Kept) -> None:
+def test_stanzas_without_a_file_have_a_digest(kms: Kms, trail: MemoryTrail) -> None:
     wrapped = kms.wrap(ADA, bytes(16), ROW)
     kms.unwrap(ADA, wrapped.stanza, ROW)
     kms.wrap(ADA, bytes(16), ROW)

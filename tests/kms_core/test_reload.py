@@ -12,7 +12,7 @@ from support.waiting import until
 LARGE = b"x" * 300_000
 
 
-class Site:
+class ReloadedFile:
     """A value that is the length of a file, and what was told of it."""
 
     def __init__(self, file: Path) -> None:
@@ -47,59 +47,62 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return Site(tmp_path / "file")
+def reloaded(tmp_path: Path) -> ReloadedFile:
+    return ReloadedFile(tmp_path / "file")
 
 
-def test_a_small_file_is_read_at_once_and_only_when_it_has_changed(site: Site) -> None:
-    assert [site.value.current() for _ in range(3)] == [2, 2, 2]
-    site.put(b"123")
+def test_a_small_file_is_read_at_once_and_only_when_it_has_changed(reloaded: ReloadedFile) -> None:
+    assert [reloaded.value.current() for _ in range(3)] == [2, 2, 2]
+    reloaded.put(b"123")
 
-    assert [site.value.current() for _ in range(3)] == [3, 3, 3]
-    assert (site.reads, site.done) == (2, [3])
-
-
-def test_while_a_large_file_is_read_callers_get_the_old_value(site: Site) -> None:
-    site.put(LARGE)
-    site.may_read.clear()
-    assert [site.value.current() for _ in range(3)] == [2, 2, 2]
-    assert site.failed == [], "a caller waited for it"
-    until(lambda: site.reads == 2, "the reading")
-    site.value.current()
-    assert site.reads == 2  # one reader at a time
-    site.may_read.set()
-
-    until(lambda: site.value.current() == len(LARGE), "the new value")
-    assert site.done == [len(LARGE)]
+    assert [reloaded.value.current() for _ in range(3)] == [3, 3, 3]
+    assert (reloaded.reads, reloaded.done) == (2, [3])
 
 
-def test_a_file_that_changes_while_it_is_read_is_read_again(site: Site) -> None:
-    site.put(LARGE)
-    site.may_read.clear()
-    site.value.current()
-    site.put(b"1234")
-    site.may_read.set()
+def test_while_a_large_file_is_read_callers_get_the_old_value(reloaded: ReloadedFile) -> None:
+    reloaded.put(LARGE)
+    reloaded.may_read.clear()
+    assert [reloaded.value.current() for _ in range(3)] == [2, 2, 2]
+    assert reloaded.failed == [], "a caller waited for it"
+    until(lambda: reloaded.reads == 2, "the reading")
+    reloaded.value.current()
+    assert reloaded.reads == 2  # one reader at a time
+    reloaded.may_read.set()
 
-    until(lambda: site.value.current() == 4, "the newest value")
+    until(lambda: reloaded.value.current() == len(LARGE), "the new value")
+    assert reloaded.done == [len(LARGE)]
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again(reloaded: ReloadedFile) -> None:
+    reloaded.put(LARGE)
+    reloaded.may_read.clear()
+    reloaded.value.current()
+    reloaded.put(b"1234")
+    reloaded.may_read.set()
+
+    until(lambda: reloaded.value.current() == 4, "the newest value")
 
 
 @pytest.mark.parametrize(("spoil", "error"), [("bad", "ValueError"), ("gone", "FileNotFoundError")])
 def test_a_file_that_cannot_be_used_is_told_once_a_minute_and_leaves_the_value(
-    site: Site, spoil: str, error: str
+    reloaded: ReloadedFile, spoil: str, error: str
 ) -> None:
-    changes: dict[str, Callable[[], None]] = {"bad": lambda: site.put(b"bad"), "gone": site.file.unlink}
+    changes: dict[str, Callable[[], None]] = {
+        "bad": lambda: reloaded.put(b"bad"),
+        "gone": reloaded.file.unlink,
+    }
     changes[spoil]()
-    assert [site.value.current() for _ in range(3)] == [2, 2, 2]
-    assert site.failed == [error]
-    site.now += AGAIN_S - 1
-    site.value.current()
-    assert site.failed == [error]
-    site.now += 1
-    assert [site.value.current() for _ in range(3)] == [2, 2, 2]
-    assert site.failed == [error, error]
-    site.put(b"12345")
+    assert [reloaded.value.current() for _ in range(3)] == [2, 2, 2]
+    assert reloaded.failed == [error]
+    reloaded.now += AGAIN_S - 1
+    reloaded.value.current()
+    assert reloaded.failed == [error]
+    reloaded.now += 1
+    assert [reloaded.value.current() for _ in range(3)] == [2, 2, 2]
+    assert reloaded.failed == [error, error]
+    reloaded.put(b"12345")
 
-    assert site.value.current() == 5
-    site.now += AGAIN_S
-    assert site.value.current() == 5
-    assert site.done == [5]
+    assert reloaded.value.current() == 5
+    reloaded.now += AGAIN_S
+    assert reloaded.value.current() == 5
+    assert reloaded.done == [5]

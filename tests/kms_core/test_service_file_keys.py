@@ -21,7 +21,7 @@ from kms_protocol.errors import (
     TooLarge,
     UnknownKey,
 )
-from support.age_kms import ADA, NO_CONTEXT, ROW, Kept, age_backend, head_of, kms_over
+from support.age_kms import ADA, NO_CONTEXT, ROW, MemoryTrail, age_backend, head_of, kms_over
 
 FILE_KEY: Final = bytes(range(16))
 IDENTITIES: Final = {name: x25519.X25519Identity.generate() for name in ("default", "payroll")}
@@ -29,12 +29,12 @@ BOB: Final = Principal("bob", "other", "test")
 
 
 @pytest.fixture
-def trail() -> Kept:
-    return Kept()
+def trail() -> MemoryTrail:
+    return MemoryTrail()
 
 
 @pytest.fixture
-def kms(tmp_path: Path, trail: Kept) -> Kms:
+def kms(tmp_path: Path, trail: MemoryTrail) -> Kms:
     mine, payroll = (age_backend(tmp_path / name, IDENTITIES[name]) for name in IDENTITIES)
     return kms_over(mine, {"payroll": payroll}, trail=trail, accept_foreign=False)
 
@@ -43,7 +43,7 @@ def stanzas_of(file: bytes) -> bytes:
     return b"".join(map(header.render_stanza, head_of(file).stanzas))
 
 
-def test_a_tool_that_wraps_by_the_service_makes_a_file_of_the_service(kms: Kms, trail: Kept) -> None:
+def test_a_tool_that_wraps_by_the_service_makes_a_file_of_the_service(kms: Kms, trail: MemoryTrail) -> None:
     nonce = os.urandom(16)
     made = kms.wrap(ADA, FILE_KEY, ROW, key_id="payroll")
     stanza = header.parse_stanzas(made.stanza, FILE_LIMITS)
@@ -81,7 +81,7 @@ def test_a_wrap_ends_with_its_time(kms: Kms) -> None:
         kms.unwrap(ADA, kms.wrap(ADA, FILE_KEY, over).stanza, over)
 
 
-def test_stanzas_of_a_file_that_the_service_made_prove_no_origin(kms: Kms, trail: Kept) -> None:
+def test_stanzas_of_a_file_that_the_service_made_prove_no_origin(kms: Kms, trail: MemoryTrail) -> None:
     sealed = kms.encrypt(ADA, b"salary", ROW)
 
     with pytest.raises(ForeignRefused):
@@ -90,7 +90,9 @@ def test_stanzas_of_a_file_that_the_service_made_prove_no_origin(kms: Kms, trail
     assert trail.lines[-1]["origin"] == "foreign"
 
 
-def test_the_payload_nonce_proves_the_origin_of_a_file_that_the_service_made(kms: Kms, trail: Kept) -> None:
+def test_the_payload_nonce_proves_the_origin_of_a_file_that_the_service_made(
+    kms: Kms, trail: MemoryTrail
+) -> None:
     sealed = kms.encrypt(ADA, b"salary", ROW)
     head, stanzas = head_of(sealed.ciphertext), stanzas_of(sealed.ciphertext)
 

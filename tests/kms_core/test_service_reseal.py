@@ -16,7 +16,17 @@ from kms_core.payload.streaming import FileToFile
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed, Forbidden, ForeignRefused, KmsError
-from support.age_kms import ADA, NO_CONTEXT, ROW, Kept, age_backend, allowing, file_key_of, head_of, kms_over
+from support.age_kms import (
+    ADA,
+    NO_CONTEXT,
+    ROW,
+    MemoryTrail,
+    age_backend,
+    allowing,
+    file_key_of,
+    head_of,
+    kms_over,
+)
 
 MiB: Final = 1024 * 1024
 IDENTITY: Final = x25519.X25519Identity.generate()
@@ -25,12 +35,12 @@ OTHER: Final = Context.parse("row=8")
 
 
 @pytest.fixture
-def trail() -> Kept:
-    return Kept()
+def trail() -> MemoryTrail:
+    return MemoryTrail()
 
 
 @pytest.fixture
-def kms(tmp_path: Path, trail: Kept) -> Kms:
+def kms(tmp_path: Path, trail: MemoryTrail) -> Kms:
     payroll = age_backend(tmp_path / "payroll", PAYROLL)
     return kms_over(age_backend(tmp_path / "default", IDENTITY), {"payroll": payroll}, trail=trail)
 
@@ -67,7 +77,7 @@ def test_it_may_go_to_another_key_and_context(kms: Kms) -> None:
         kms.decrypt(ADA, moved, ROW)
 
 
-def test_one_record_names_the_operation_and_where_it_went(kms: Kms, trail: Kept) -> None:
+def test_one_record_names_the_operation_and_where_it_went(kms: Kms, trail: MemoryTrail) -> None:
     sealed = kms.encrypt(ADA, bytes(100), ROW).ciphertext
     moved = resealed(kms, sealed, key_id="payroll")
 
@@ -77,7 +87,7 @@ def test_one_record_names_the_operation_and_where_it_went(kms: Kms, trail: Kept)
 
 
 @pytest.mark.parametrize("at", [0, 40, -1], ids=["first line", "header", "payload"])
-def test_a_damaged_file_is_refused_and_recorded(kms: Kms, trail: Kept, at: int) -> None:
+def test_a_damaged_file_is_refused_and_recorded(kms: Kms, trail: MemoryTrail, at: int) -> None:
     sealed = bytearray(kms.encrypt(ADA, b"salary", ROW).ciphertext)
     sealed[at] ^= 1
 

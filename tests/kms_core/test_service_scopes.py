@@ -15,14 +15,14 @@ from kms_core.scopes import Scope
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed, Forbidden, KmsError, Unavailable, UnknownKey
-from support.age_kms import NO_CONTEXT, ROW, Kept, age_backend, kms_over
+from support.age_kms import NO_CONTEXT, ROW, MemoryTrail, age_backend, kms_over
 
 WHO: Final = Principal("ada", "acme", "token:x")
 ROOT: Final = Principal("root", "acme", "token:root")
 OTHER: Final = Context.parse("row=8")
 
 
-class Stands:
+class FixedScopes:
     """What credentials are worth, by name; one that is not here is worth nothing."""
 
     def __init__(self, *lines: str) -> None:
@@ -44,11 +44,11 @@ def backends(tmp_path: Path) -> dict[str, AgeBackend]:
 
 
 def kms(
-    backends: dict[str, AgeBackend], *lines: str, trail: Kept | None = None, tenant_keys: str = ""
+    backends: dict[str, AgeBackend], *lines: str, trail: MemoryTrail | None = None, tenant_keys: str = ""
 ) -> Kms:
     others = {name: backend for name, backend in backends.items() if name != "default"}
     tenants = {"acme": [Pattern.parse(tenant_keys)]} if tenant_keys else {}
-    policy = ByScopes(Stands(*lines).scopes_of, tenants)
+    policy = ByScopes(FixedScopes(*lines).scopes_of, tenants)
     return kms_over(backends["default"], others, policy=policy, trail=trail)
 
 
@@ -212,7 +212,7 @@ def test_a_credential_that_is_worth_nothing_allows_nothing(
 
 
 def test_what_cannot_be_told_now_is_no_refusal(backends: dict[str, AgeBackend]) -> None:
-    stands = Stands("*")
+    stands = FixedScopes("*")
     stands.away = True
     service = kms_over(backends["default"], policy=ByScopes(stands.scopes_of, {}))
 
@@ -222,7 +222,7 @@ def test_what_cannot_be_told_now_is_no_refusal(backends: dict[str, AgeBackend]) 
 
 
 def test_refusals_are_recorded_with_the_key_and_without_values(backends: dict[str, AgeBackend]) -> None:
-    trail = Kept()
+    trail = MemoryTrail()
     service = kms(backends, "encrypt key=pay-1 context=row=8", trail=trail)
     for key_id in ("pay-1", "pay-2", "no-such-key"):
         with pytest.raises((Forbidden, UnknownKey)):

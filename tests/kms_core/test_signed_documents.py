@@ -16,7 +16,7 @@ from kms_core.signed_documents import Anchors, FilePlace, ObjectPlace, Place, Si
 from kms_protocol.errors import ConfigurationError, DocumentOutdated, InvalidRequest, Unavailable
 from support import blob_stores, object_stores
 from support.job_stores import connect
-from support.object_stores import Meddle, ObjectStore, Seen, Way
+from support.object_stores import Intercept, ObjectStore, S3Proxy, S3Request
 
 KEY: Final = b"d" * 32
 NOWHERE: Final = "unix:///nonexistent/valkey.sock"
@@ -24,7 +24,7 @@ STORES: Final = {"weed": object_stores.weed, "moto": object_stores.moto}
 
 
 @dataclass
-class Site:
+class SharedDocument:
     """A place that hosts share, and a way to put other bytes there."""
 
     place: Callable[[], Place]
@@ -50,13 +50,13 @@ def object_place(store: ObjectStore, bucket: str, url: str = "") -> ObjectPlace:
 
 
 @pytest.fixture(params=["file", *STORES])
-def site(request: pytest.FixtureRequest, tmp_path: Path) -> Site:
+def shared(request: pytest.FixtureRequest, tmp_path: Path) -> SharedDocument:
     if request.param == "file":
         path = tmp_path / "shared/document"
-        return Site(lambda: FilePlace(path), path.read_bytes, path.write_bytes, path.unlink)
+        return SharedDocument(lambda: FilePlace(path), path.read_bytes, path.write_bytes, path.unlink)
     store = STORES[request.param]()
     bucket = store.new()
-    return Site(
+    return SharedDocument(
         lambda: object_place(store, bucket.name),
         lambda: bucket.get("state/tokens"),
         lambda data: bucket.put("state/tokens", data),
@@ -91,15 +91,15 @@ def words(version: Version) -> list[str]:
 
 
 @pytest.fixture
-def one(site: Site, hosts: Hosts) -> SignedDocument:
+def one(shared: SharedDocument, hosts: Hosts) -> SignedDocument:
     """The first host, which has written a."""
-    document = hosts.host("one", site.place())
+    document = hosts.host("one", shared.place())
     document.write(document.read(), added("a"))
     return document
 
 
-def test_what_one_host_writes_others_read(site: Site, hosts: Hosts) -> None:
-    one, two = hosts.host("one", site.place()), hosts.host("two", site.place())
+def test_what_one_host_writes_others_read(shared: SharedDocument, hosts: Hosts) -> None:
+    one, two = hosts.host("one", shared.place()), hosts.host("two", shared.place())
     empty = one.read()
     assert (empty.generation, words(empty)) == (0, [])
 
@@ -113,32 +113,32 @@ def test_what_one_host_writes_others_read(site: Site, hosts: Hosts) -> None:
     assert second.earlier == (first.write_id,)
 
 
-def test_a_change_of_an_old_version_is_made_again_on_the_newest(site: Site, hosts: Hosts) -> None:
-    one, two = hosts.host("one", site.place()), hosts.host("two", site.place())
+def test_a_change_of_an_old_version_is_made_again_on_the_newest(shared: SharedDocument, hosts: Hosts) -> None:
+    one, two = hosts.host("one", shared.place()), hosts.host("two", shared.place())
     old = one.read()
     two.write(two.read(), added("two"))
 
     assert words(one.write(old, added("one"))) == ["two", "one"]
 
 
-def test_of_concurrent_changes_none_is_lost(site: Site, hosts: Hosts) -> None:
+def test_of_concurrent_changes_none_is_lost(shared: SharedDocument, hosts: Hosts) -> None:
     def work(name: str) -> None:
-        document = hosts.host(name, site.place())
+        document = hosts.host(name, shared.place())
         for number in range(5):
             document.write(document.read(), added(f"{name}-{number}"))
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(work, [f"h{number}" for number in range(4)]))
-    final = hosts.host("h0", site.place()).read()
+    final = hosts.host("h0", shared.place()).read()
     assert sorted(words(final)) == sorted(f"h{host}-{number}" for host in range(4) for number in range(5))
     assert final.generation == 20
 
 
 def test_a_version_that_was_overtaken_while_it_was_read_is_read_again(
-    site: Site, hosts: Hosts, one: SignedDocument
+    shared: SharedDocument, hosts: Hosts, one: SignedDocument
 ) -> None:
     """Others write between the answer of the place and that of Redis."""
-    two = hosts.host("two", site.place())
+    two = hosts.host("two", shared.place())
     read, overtaken = two.place.read, list[Version]()
 
     def slow(unless: str = "") -> tuple[bytes | None, str]:
@@ -152,20 +152,20 @@ def test_a_version_that_was_overtaken_while_it_was_read_is_read_again(
 
 
 def test_an_old_document_that_is_put_back_is_refused_on_every_host(
-    site: Site, hosts: Hosts, one: SignedDocument
+    shared: SharedDocument, hosts: Hosts, one: SignedDocument
 ) -> None:
-    two = hosts.host("two", site.place())
+    two = hosts.host("two", shared.place())
     two.read()
-    past = site.get()
+    past = shared.get()
     two.write(two.read(), added("b"))
     one.read()
-    site.put(past)
+    shared.put(past)
 
     for document in (
         one,
         two,
-        hosts.host("new", site.place()),
-        hosts.host("one", site.place(), connect(NOWHERE)),
+        hosts.host("new", shared.place()),
+        hosts.host("one", shared.place(), connect(NOWHERE)),
     ):
         with pytest.raises(DocumentOutdated, match=r"generation 1,.*generation 2,.*kms token adopt"):
             document.read()
@@ -173,24 +173,26 @@ def test_an_old_document_that_is_put_back_is_refused_on_every_host(
         one.write(one.open(past, "x"), added("c"))
 
 
-def test_a_document_that_is_deleted_is_refused(site: Site, hosts: Hosts, one: SignedDocument) -> None:
-    site.remove()
+def test_a_document_that_is_deleted_is_refused(
+    shared: SharedDocument, hosts: Hosts, one: SignedDocument
+) -> None:
+    shared.remove()
 
     with pytest.raises(DocumentOutdated):
         one.read()
     with pytest.raises(DocumentOutdated):
-        hosts.host("new", site.place()).read()
+        hosts.host("new", shared.place()).read()
 
 
-def test_another_document_of_the_same_generation_is_refused(site: Site, hosts: Hosts) -> None:
+def test_another_document_of_the_same_generation_is_refused(shared: SharedDocument, hosts: Hosts) -> None:
     """Two histories, as after a restore: neither is the newest."""
-    one = hosts.host("one", site.place())
+    one = hosts.host("one", shared.place())
     first = one.write(one.read(), added("a"))
-    past = site.get()
+    past = shared.get()
     one.write(first, added("b"))
-    site.put(past)
+    shared.put(past)
     hosts.client.delete("kms:document:tokens")
-    elsewhere = hosts.host("two", site.place())
+    elsewhere = hosts.host("two", shared.place())
     elsewhere.adopt(added())
     assert elsewhere.read().generation == 2
 
@@ -199,44 +201,44 @@ def test_another_document_of_the_same_generation_is_refused(site: Site, hosts: H
 
 
 @pytest.mark.usefixtures("one")
-def test_a_new_host_asks_the_operator_where_redis_knows_nothing(site: Site, hosts: Hosts) -> None:
-    assert words(hosts.host("two", site.place()).read()) == ["a"], "Redis vouches for it"
+def test_a_new_host_asks_the_operator_where_redis_knows_nothing(shared: SharedDocument, hosts: Hosts) -> None:
+    assert words(hosts.host("two", shared.place()).read()) == ["a"], "Redis vouches for it"
     hosts.client.delete("kms:document:tokens")
 
-    new = hosts.host("three", site.place())
+    new = hosts.host("three", shared.place())
     with pytest.raises(DocumentOutdated, match="kms token adopt"):
         new.read()
     assert new.adopt(added()).generation == 2
     for name in ("one", "two", "three", "four"):
-        assert words(hosts.host(name, site.place()).read()) == ["a"]
+        assert words(hosts.host(name, shared.place()).read()) == ["a"]
 
 
 def test_an_old_document_is_adopted_above_all_that_was_seen(
-    site: Site, hosts: Hosts, one: SignedDocument
+    shared: SharedDocument, hosts: Hosts, one: SignedDocument
 ) -> None:
-    past = site.get()
+    past = shared.get()
     for _ in range(3):
         one.write(one.read(), added("b"))
-    site.put(past)
+    shared.put(past)
 
     assert one.adopt(added()).generation == 5
-    assert words(hosts.host("two", site.place()).read()) == words(one.read()) == ["a"]
+    assert words(hosts.host("two", shared.place()).read()) == words(one.read()) == ["a"]
 
 
 @pytest.mark.usefixtures("one")
-def test_a_host_that_knows_no_generation_waits_for_redis(site: Site, hosts: Hosts) -> None:
+def test_a_host_that_knows_no_generation_waits_for_redis(shared: SharedDocument, hosts: Hosts) -> None:
     with pytest.raises(Unavailable, match="Redis"):
-        hosts.host("new", site.place(), connect(NOWHERE)).read()
-    assert words(hosts.host("one", site.place(), connect(NOWHERE)).read()) == ["a"]
+        hosts.host("new", shared.place(), connect(NOWHERE)).read()
+    assert words(hosts.host("one", shared.place(), connect(NOWHERE)).read()) == ["a"]
 
 
 def test_an_anchor_in_redis_that_others_wrote_counts_as_none(
-    site: Site, hosts: Hosts, one: SignedDocument
+    shared: SharedDocument, hosts: Hosts, one: SignedDocument
 ) -> None:
     for forged in (b"", b"x", b"0" * 64 + b' {"generation":999,"write_id":"x"}'):
         hosts.client.set("kms:document:tokens", forged)
         assert words(one.read()) == ["a"]
-        assert words(hosts.host(f"new-{len(forged)}", site.place()).read()) == ["a"], (
+        assert words(hosts.host(f"new-{len(forged)}", shared.place()).read()) == ["a"], (
             "host one raised it again"
         )
 
@@ -245,9 +247,9 @@ def test_an_anchor_in_redis_that_others_wrote_counts_as_none(
     "change", [lambda raw: raw.replace(b'"a"', b'"z"'), lambda raw: raw[:-66], lambda _: b"{}"]
 )
 def test_a_document_that_others_changed_is_refused(
-    site: Site, one: SignedDocument, change: Callable[[bytes], bytes]
+    shared: SharedDocument, one: SignedDocument, change: Callable[[bytes], bytes]
 ) -> None:
-    site.put(change(site.get()))
+    shared.put(change(shared.get()))
 
     with pytest.raises(ConfigurationError, match="changed by others"):
         one.read()
@@ -283,16 +285,16 @@ def store(request: pytest.FixtureRequest) -> ObjectStore:
 def test_a_lost_answer_is_settled_by_the_write_id(store: ObjectStore, hosts: Hosts, lost: int) -> None:
     """Each request is tried four times; the second finds what the first has written."""
     bucket = store.new()
-    puts: list[Seen] = []
+    puts: list[S3Request] = []
 
-    def meddle(seen: Seen) -> int | None:
+    def intercept(seen: S3Request) -> int | None:
         if seen.name != "PutObject" or seen.path.endswith(".probe"):
             return None
         puts.append(seen)
         return 0 if len(puts) <= lost else None
 
-    with Way(store, meddle) as way:
-        one = hosts.host("one", object_place(store, bucket.name, way.url))
+    with S3Proxy(store, intercept) as s3_proxy:
+        one = hosts.host("one", object_place(store, bucket.name, s3_proxy.url))
         made = one.write(one.read(), added("a"))
         assert (made.generation, words(made)) == (1, ["a"])
         puts.clear()
@@ -312,30 +314,30 @@ def test_a_large_object_in_place_of_the_probe_stops_no_change(store: ObjectStore
 
 def test_a_store_that_is_away_changes_nothing(store: ObjectStore, hosts: Hosts) -> None:
     bucket = store.new()
-    with Way(store, lambda seen: 503 if seen.name == "PutObject" else None) as way:
-        one = hosts.host("one", object_place(store, bucket.name, way.url))
+    with S3Proxy(store, lambda seen: 503 if seen.name == "PutObject" else None) as s3_proxy:
+        one = hosts.host("one", object_place(store, bucket.name, s3_proxy.url))
         with pytest.raises(Unavailable):
             one.write(one.read(), added("a"))
     assert bucket.keys() == set()
 
 
-def stripped(*names: str) -> Meddle:
+def stripped(*names: str) -> Intercept:
     """A store that does not know these headers."""
 
-    def meddle(seen: Seen) -> int | None:
+    def intercept(seen: S3Request) -> int | None:
         for name in names if seen.method == "PUT" else ():
             seen.headers.pop(name, None)
         return None
 
-    return meddle
+    return intercept
 
 
 @pytest.mark.parametrize("header", ["if-match", "if-none-match"])
 def test_a_bucket_that_ignores_conditions_is_refused(hosts: Hosts, header: str) -> None:
     store = object_stores.moto()  # which checks no signature
     bucket = store.new()
-    with Way(store, stripped(header)) as way:
-        one = hosts.host("one", object_place(store, bucket.name, way.url))
+    with S3Proxy(store, stripped(header)) as s3_proxy:
+        one = hosts.host("one", object_place(store, bucket.name, s3_proxy.url))
         with pytest.raises(ConfigurationError, match=f"(?i)ignores {header} on writes"):
             one.place.check()
         with pytest.raises(ConfigurationError, match=r"docs/hosts\.md"):
@@ -345,9 +347,9 @@ def test_a_bucket_that_ignores_conditions_is_refused(hosts: Hosts, header: str) 
 
 def test_a_bucket_that_holds_conditions_is_probed_once_for_a_process(store: ObjectStore) -> None:
     bucket = store.new()
-    with Way(store) as way:
-        place = object_place(store, bucket.name, way.url)
+    with S3Proxy(store) as s3_proxy:
+        place = object_place(store, bucket.name, s3_proxy.url)
         place.check()
-        before = len(way.seen)
+        before = len(s3_proxy.seen)
         place.check()
-        assert len(way.seen) == before > 0
+        assert len(s3_proxy.seen) == before > 0

@@ -11,12 +11,12 @@ from cryptography import x509
 from kms_client.settings import ClientSettings
 from kms_protocol.errors import ConfigurationError
 from kms_protocol.tls_client import client_context
-from support.credentials import Authority, Pair
+from support.credentials import Authority, CertAndKey
 
 LOCALHOST = x509.DNSName("localhost")
 
 
-def shake(client: ssl.SSLContext, shown: Pair, name: str = "localhost") -> None:
+def shake(client: ssl.SSLContext, shown: CertAndKey, name: str = "localhost") -> None:
     """Does a handshake in memory. Raises SSLCertVerificationError if the client refuses the certificate."""
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(shown.cert, shown.key)

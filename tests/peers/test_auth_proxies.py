@@ -12,7 +12,7 @@ import httpx2 as httpx
 import pytest
 
 from kms_protocol.wire import PREFIX
-from support.credentials import Guarded, bearer
+from support.credentials import SecuredService, bearer
 from support.ports import free_port
 from support.programs import program, running
 from support.waiting import answers
@@ -54,7 +54,7 @@ def haproxy(folder: Path, port: int, upstream: int) -> list[str]:
 
 
 @contextmanager
-def proxied(folder: Path, service: Guarded, kind: str) -> Iterator[str]:
+def proxied(folder: Path, service: SecuredService, kind: str) -> Iterator[str]:
     """The service behind one proxy, or behind HAProxy and then nginx."""
     to = service.port
     with ExitStack() as proxies:
@@ -74,7 +74,7 @@ def proxied(folder: Path, service: Guarded, kind: str) -> Iterator[str]:
         yield f"http://127.0.0.1:{to}"
 
 
-def sources(service: Guarded) -> set[str]:
+def sources(service: SecuredService) -> set[str]:
     """The source addresses in the audit log."""
     lines = [
         json.loads(line)
@@ -90,7 +90,7 @@ def test_a_client_cannot_choose_its_address_behind_a_proxy(tmp_path: Path, kind:
         '[kms.auth]\nmode = "required"\nfailures_per_minute = 3\n'
         '[kms.server]\ntrusted_proxies = ["127.0.0.1/32"]\n'
     )
-    with Guarded(tmp_path / "install", settings, "unix:///nonexistent.sock") as own:
+    with SecuredService(tmp_path / "install", settings, "unix:///nonexistent.sock") as own:
         own.start("api")
         with proxied(tmp_path, own, kind) as url:
             codes = {address: failing(url, address, own.token("status")) for address in (CLIENT, OTHER)}
@@ -119,7 +119,7 @@ def failing(url: str, address: str, good: dict[str, str]) -> list[int]:
 @pytest.mark.parametrize("kind", ["nginx", "haproxy", "both"])
 def test_an_upload_goes_through_a_proxy(tmp_path: Path, kind: str) -> None:
     data = bytes(5_000_000)
-    with Guarded(tmp_path / "install") as own:
+    with SecuredService(tmp_path / "install") as own:
         own.start("api")
         with proxied(tmp_path, own, kind) as url:
             made = httpx.post(

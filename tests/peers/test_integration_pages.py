@@ -14,7 +14,7 @@ import pytest
 
 from support import pages
 from support.cli.fixtures import environment
-from support.credentials import Guarded
+from support.credentials import SecuredService
 from support.openbao import binary
 from support.ports import free_port
 from support.programs import kept, program
@@ -33,18 +33,18 @@ enabled = true
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
-    with Guarded(tmp_path_factory.mktemp("pages"), SETTINGS, NO_REDIS) as running:
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredService]:
+    with SecuredService(tmp_path_factory.mktemp("pages"), SETTINGS, NO_REDIS) as running:
         yield running.start("api")
 
 
 @pytest.fixture
-def environ(guarded: Guarded, tmp_path: Path) -> dict[str, str]:
+def environ(secured: SecuredService, tmp_path: Path) -> dict[str, str]:
     """What a user has: the service's address, a token, and the programs of this tree on the PATH."""
     token = tmp_path / "token"
     token.touch(0o600)
-    token.write_text(guarded.make("encrypt,decrypt")[1])
-    return guarded.environ | environment(tmp_path, KMS_SERVICE_URL=guarded.url, KMS_TOKEN_FILE=str(token))
+    token.write_text(secured.make("encrypt,decrypt")[1])
+    return secured.environ | environment(tmp_path, KMS_SERVICE_URL=secured.url, KMS_TOKEN_FILE=str(token))
 
 
 def blocks(page: str) -> list[str]:
@@ -64,13 +64,13 @@ def here(tmp_path: Path) -> Path:
 
 
 def test_an_agent_and_a_proxy_of_openbao_decrypt(
-    guarded: Guarded, environ: dict[str, str], here: Path
+    secured: SecuredService, environ: dict[str, str], here: Path
 ) -> None:
     program("curl")
     (here.parent / "bin").mkdir()
     (here.parent / "bin/bao").symlink_to(binary())
     path = f"{here.parent / 'bin'}{os.pathsep}{environ['PATH']}"
-    script = "\n".join(blocks("bao.md")).replace("http://localhost:8082", guarded.url)
+    script = "\n".join(blocks("bao.md")).replace("http://localhost:8082", secured.url)
 
     bash(script.replace("127.0.0.1:8200", f"127.0.0.1:{free_port()}"), here, environ | {"PATH": path})
 
@@ -79,7 +79,7 @@ def test_an_agent_and_a_proxy_of_openbao_decrypt(
 
 
 @pytest.mark.timeout(LIMIT_S + 60)
-def test_consul_template_decrypts(guarded: Guarded, environ: dict[str, str], here: Path) -> None:
+def test_consul_template_decrypts(secured: SecuredService, environ: dict[str, str], here: Path) -> None:
     program("go")
     program("curl")
     install, render = blocks("consul-template.md")
@@ -88,7 +88,7 @@ def test_consul_template_decrypts(guarded: Guarded, environ: dict[str, str], her
         if not fetched.exists() or fetched.read_text() != install:
             bash(install, folder, os.environ | {"PATH": environ["PATH"], "GOWORK": "off"})
             fetched.write_text(install)
-    render = render.replace("http://localhost:8082", guarded.url)
+    render = render.replace("http://localhost:8082", secured.url)
     environ = environ | {"PATH": f"{folder}{os.pathsep}{environ['PATH']}"}
 
     bash(render, here, environ)
@@ -97,7 +97,7 @@ def test_consul_template_decrypts(guarded: Guarded, environ: dict[str, str], her
     assert (here / "app.env").stat().st_mode & 0o777 == 0o600
     (here / "app.env").unlink()
     (here / "password.transit").write_text("vault:v1:bm8gZmlsZQ==")
-    login = {"VAULT_ADDR": guarded.url, "VAULT_TOKEN": (here / "templates.token").read_text().strip()}
+    login = {"VAULT_ADDR": secured.url, "VAULT_TOKEN": (here / "templates.token").read_text().strip()}
     with pytest.raises(AssertionError, match="Code: 400"):
         bash("consul-template -config=templates.hcl -once -vault-retry=false", here, environ | login)
     assert not (here / "app.env").exists()
@@ -115,7 +115,7 @@ def test_restic_takes_its_password_from_kms_run(environ: dict[str, str], here: P
 
 @pytest.mark.timeout(LIMIT_S + 60)
 def test_pyarrow_has_the_keys_of_a_parquet_file_wrapped(
-    guarded: Guarded, environ: dict[str, str], here: Path
+    secured: SecuredService, environ: dict[str, str], here: Path
 ) -> None:
     fetch, run = blocks("parquet.md")
     with kept("pyarrow") as folder:
@@ -139,9 +139,9 @@ def test_pyarrow_has_the_keys_of_a_parquet_file_wrapped(
         'URL"])', 'URL"], key_access_token=os.environ["TOKEN"])'
     )
     (here / "people.py").write_text(other)
-    assert bash(run, here, environ | {"TOKEN": guarded.make("encrypt,decrypt")[1]}) == said
+    assert bash(run, here, environ | {"TOKEN": secured.make("encrypt,decrypt")[1]}) == said
     wrapped = {json.loads(f'"{text.decode()}"') for text in re.findall(rb'"wrappedKEK":"([^"]+)"', file)}
-    identity = str(guarded.state / "age/private_key.txt")
+    identity = str(secured.state / "age/private_key.txt")
     for text in wrapped:
         opened = subprocess.run(
             [program("age"), "-d", "-i", identity], input=b64decode(text), capture_output=True, check=True

@@ -14,7 +14,7 @@ from cryptography import x509
 
 from support import pages
 from support.cli.fixtures import BIN
-from support.credentials import REQUIRED, Authority, Guarded
+from support.credentials import REQUIRED, Authority, SecuredService
 from support.http_servers import QuietHandler, served
 from support.job_stores import forge
 from support.nushell import MODULE, ROOT, TIMEOUT_S, Nu, fetched, unframed
@@ -32,16 +32,16 @@ def program(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory, redis_of_file: str) -> Iterator[Guarded]:
+def secured(tmp_path_factory: pytest.TempPathFactory, redis_of_file: str) -> Iterator[SecuredService]:
     settings = f"[kms.age]\ndata_keys = true\n{REQUIRED}"
-    with Guarded(tmp_path_factory.mktemp("guarded"), settings, redis_of_file) as running:
+    with SecuredService(tmp_path_factory.mktemp("secured"), settings, redis_of_file) as running:
         yield running.start()
 
 
 @pytest.fixture(scope="module")
-def token_file(guarded: Guarded, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def token_file(secured: SecuredService, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("token") / "token"
-    path.write_text(guarded.make("*")[1] + "\n")
+    path.write_text(secured.make("*")[1] + "\n")
     return path
 
 
@@ -52,8 +52,8 @@ def bare(program: Path, tmp_path: Path) -> Nu:
 
 
 @pytest.fixture
-def nu(program: Path, guarded: Guarded, token_file: Path, tmp_path: Path) -> Nu:
-    return Nu(program, tmp_path, {"KMS_SERVICE_URL": guarded.url, "KMS_TOKEN_FILE": str(token_file)})
+def nu(program: Path, secured: SecuredService, token_file: Path, tmp_path: Path) -> Nu:
+    return Nu(program, tmp_path, {"KMS_SERVICE_URL": secured.url, "KMS_TOKEN_FILE": str(token_file)})
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ kms encrypt-file temp_key --context "infra=prod,purpose=deployment"
 """
 
 
-def test_the_commands_of_the_first_document_run_as_they_are(nu: Nu, guarded: Guarded) -> None:
+def test_the_commands_of_the_first_document_run_as_they_are(nu: Nu, secured: SecuredService) -> None:
     library = nu.folder / "provisioning" / "core" / "nulib"
     library.mkdir(parents=True)
     (library / "kms").symlink_to(MODULE)
@@ -138,14 +138,14 @@ def test_the_commands_of_the_first_document_run_as_they_are(nu: Nu, guarded: Gua
         nu.file(name, name)
 
     script = SEED.replace("config.yaml.enc", "config.yaml.age")  # the suffix is that of age now
-    ran = nu.run(script, KMS_SERVICE_URL="http://127.0.0.1:1", ADDRESS=guarded.url)
+    ran = nu.run(script, KMS_SERVICE_URL="http://127.0.0.1:1", ADDRESS=secured.url)
 
     assert ran.returncode == 0, ran.stderr
     assert (nu.folder / "config.yaml").read_text() == "config.yaml"
     assert (nu.folder / "secrets.json").read_text() == "secrets.json"
     sealed = (nu.folder / "temp_key.age").read_bytes()
     body = {"ciphertext": b64(sealed), "context": "purpose=deployment,infra=prod"}
-    answer = guarded.post("/decrypt", body, headers=guarded.token("*"))
+    answer = secured.post("/decrypt", body, headers=secured.token("*"))
     assert answer.json()["plaintext"] == b64(b"temp_key")
 
 
@@ -379,16 +379,16 @@ def test_a_refused_item_fails_the_job_and_is_named(nu: Nu) -> None:
     assert nu.gives(waited) == ["decrypt_failed"]
 
 
-def test_a_job_over_files_of_the_service(nu: Nu, guarded: Guarded) -> None:
-    (guarded.files / "in %1.txt").write_text("there")
-    scope = f"jobs:read,jobs:write,encrypt read=file://{guarded.files}/ write=file://{guarded.files}/"
-    token_file = nu.file("files.token", guarded.make(scope)[1])
+def test_a_job_over_files_of_the_service(nu: Nu, secured: SecuredService) -> None:
+    (secured.files / "in %1.txt").write_text("there")
+    scope = f"jobs:read,jobs:write,encrypt read=file://{secured.files}/ write=file://{secured.files}/"
+    token_file = nu.file("files.token", secured.make(scope)[1])
     script = (
-        f"kms job submit encrypt '{guarded.files}/in %1.txt' '{guarded.files}/out.enc' --overwrite --wait"
+        f"kms job submit encrypt '{secured.files}/in %1.txt' '{secured.files}/out.enc' --overwrite --wait"
     )
 
     assert nu.gives(f"{script} | get state", KMS_TOKEN_FILE=str(token_file)) == "succeeded"
-    assert (guarded.files / "out.enc").read_bytes().startswith(b"age-encryption.org/v1")
+    assert (secured.files / "out.enc").read_bytes().startswith(b"age-encryption.org/v1")
 
 
 def test_the_result_of_a_file_job_is_bytes_or_a_file(nu: Nu) -> None:
@@ -563,12 +563,12 @@ def test_an_error_names_its_cause_and_what_to_do(nu: Nu) -> None:
         assert "/nu/kms/" not in said, script  # no line of the module's own source
 
 
-def test_a_problem_of_the_service_has_its_request_id(nu: Nu, guarded: Guarded) -> None:
+def test_a_problem_of_the_service_has_its_request_id(nu: Nu, secured: SecuredService) -> None:
     said = nu.fails("'x' | kms encrypt --context {a: 1} | kms decrypt")
 
     found = re.search(r"request id ([0-9a-f]{32})", said)
     assert found
-    trail = "".join(path.read_text() for path in guarded.state.rglob("*.jsonl"))
+    trail = "".join(path.read_text() for path in secured.state.rglob("*.jsonl"))
     assert f'"request_id":"{found[1]}"' in trail.replace(": ", ":")
 
 
@@ -582,8 +582,8 @@ def test_a_wrong_token_is_refused_everywhere(nu: Nu) -> None:
     assert [path.name for path in nu.folder.glob("*.enc*")] == []
 
 
-def test_variables_of_the_session_are_used(nu: Nu, token_file: Path, guarded: Guarded) -> None:
-    session = f"$env.KMS_TOKEN_FILE = '{token_file}'\n$env.KMS_SERVICE_URL = '{guarded.url}'\n"
+def test_variables_of_the_session_are_used(nu: Nu, token_file: Path, secured: SecuredService) -> None:
+    session = f"$env.KMS_TOKEN_FILE = '{token_file}'\n$env.KMS_SERVICE_URL = '{secured.url}'\n"
 
     assert Nu(nu.program, nu.folder, {}).gives(session + "kms status | get backend") == "age"
 
@@ -622,7 +622,7 @@ def test_no_proxy_sees_a_secret_for_this_machine(nu: Nu) -> None:
 
 
 @pytest.fixture(scope="module")
-def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Authority]]:
+def https_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Authority]]:
     """An API that serves HTTPS, and the authority of its certificate."""
     folder = tmp_path_factory.mktemp("secured")
     authority = Authority(folder / "servers")
@@ -632,8 +632,10 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service,
         yield running.start("api"), authority
 
 
-def test_the_certificate_of_the_service_is_checked(bare: Nu, secured: tuple[Service, Authority]) -> None:
-    service, authority = secured
+def test_the_certificate_of_the_service_is_checked(
+    bare: Nu, https_service: tuple[Service, Authority]
+) -> None:
+    service, authority = https_service
     url = f"https://localhost:{service.port}"
 
     assert (

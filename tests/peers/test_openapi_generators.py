@@ -12,14 +12,14 @@ from typing import Final
 import pytest
 
 from support import pages
-from support.credentials import REQUIRED, Guarded
+from support.credentials import REQUIRED, SecuredService
 from support.openapi_check import FILE
 from support.programs import kept, program
 
 PAGE: Final = (Path(__file__).parents[2] / "docs/integrations/generated-clients.md").read_text("utf-8")
 LIMIT_S: Final = 900
 UPLOAD: Final = bytes(range(256)) * 4096
-WALKS: Final = {
+GENERATORS: Final = {
     "Go": ("main.go", ("go", "curl")),
     "Java": ("Main.java", ("java", "mvn")),
     "TypeScript": ("main.ts", ("node", "npm", "curl")),
@@ -27,8 +27,8 @@ WALKS: Final = {
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory, redis_of_file: str) -> Iterator[Guarded]:
-    with Guarded(tmp_path_factory.mktemp("guarded"), REQUIRED, redis_of_file) as running:
+def secured(tmp_path_factory: pytest.TempPathFactory, redis_of_file: str) -> Iterator[SecuredService]:
+    with SecuredService(tmp_path_factory.mktemp("secured"), REQUIRED, redis_of_file) as running:
         running.start()
         running.http.headers.update(running.token("*"))
         yield running
@@ -41,24 +41,26 @@ def run(script: str, folder: Path, **environ: str) -> str:
 
 
 @pytest.mark.timeout(LIMIT_S + 60)
-@pytest.mark.parametrize("language", WALKS)
-def test_a_generated_client_does_what_the_page_says(guarded: Guarded, language: str, tmp_path: Path) -> None:
-    file, programs = WALKS[language]
+@pytest.mark.parametrize("language", GENERATORS)
+def test_a_generated_client_does_what_the_page_says(
+    secured: SecuredService, language: str, tmp_path: Path
+) -> None:
+    file, programs = GENERATORS[language]
     for name in programs:
         program(name)
     section = PAGE.partition(f"\n## {language}\n")[2].partition("\n## ")[0]
-    section = section.replace("http://localhost:8082", guarded.url)
+    section = section.replace("http://localhost:8082", secured.url)
     (source,) = re.findall(r"```(?:go|java|ts)\n(.*?)```", section, re.DOTALL)
     (tmp_path / file).write_text(source)
     (tmp_path / "backup.tar").write_bytes(UPLOAD)
-    token = guarded.http.headers["Authorization"].removeprefix("Bearer ")
+    token = secured.http.headers["Authorization"].removeprefix("Bearer ")
 
     said = run("\n".join(re.findall(r"```sh\n(.*?)```", section, re.DOTALL)), tmp_path, KMS_TOKEN=token)
 
     assert said.rstrip().endswith("secret-data")
-    job_id = guarded.upload("decrypt", (tmp_path / "backup.tar.age").read_bytes(), "env=prod")
-    guarded.wait(job_id, "succeeded")
-    assert guarded.result(job_id) == UPLOAD
+    job_id = secured.upload("decrypt", (tmp_path / "backup.tar.age").read_bytes(), "env=prod")
+    secured.wait(job_id, "succeeded")
+    assert secured.result(job_id) == UPLOAD
 
 
 @pytest.mark.timeout(LIMIT_S + 60)

@@ -33,7 +33,7 @@ FAILING_OVER = 4_000 if IS_LONG else 200
 
 
 @dataclass
-class Pair:
+class ReplicatedRedis:
     """A master, and a replica that is as far behind as the relay holds it."""
 
     master: Server
@@ -49,7 +49,7 @@ class Pair:
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[Pair]:
+def pair(tmp_path: Path) -> Iterator[ReplicatedRedis]:
     with ExitStack() as stack:
         master = stack.enter_context(server(tmp_path / "master", None))
         relay = LaggingProxy(master.port, 0.0)
@@ -57,14 +57,14 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
         replica = stack.enter_context(server(tmp_path / "replica", None, master=relay.port))
         until(lambda: master.admin().info("replication")["connected_slaves"] == 1, "the replica follows")
         until(lambda: master.admin().wait(1, 500) == 1, "the replica has all")
-        yield Pair(master, replica, relay)
+        yield ReplicatedRedis(master, replica, relay)
 
 
-def a_service(folder: Path, pair: Pair, wait_ms: int = 300, more: str = "") -> Service:
+def a_service(folder: Path, pair: ReplicatedRedis, wait_ms: int = 300, more: str = "") -> Service:
     return Service(folder / "kms", WAITING.format(wait_ms) + more, pair.master.url())
 
 
-def test_jobs_run_where_a_replica_follows(tmp_path: Path, pair: Pair) -> None:
+def test_jobs_run_where_a_replica_follows(tmp_path: Path, pair: ReplicatedRedis) -> None:
     with a_service(tmp_path, pair, 3000) as service:
         service.start()
         job_id = service.submit(JOB)
@@ -74,7 +74,7 @@ def test_jobs_run_where_a_replica_follows(tmp_path: Path, pair: Pair) -> None:
         assert "redis.unconfirmed" not in service.output()
 
 
-def test_job_that_no_replica_has_is_taken_back(tmp_path: Path, pair: Pair) -> None:
+def test_job_that_no_replica_has_is_taken_back(tmp_path: Path, pair: ReplicatedRedis) -> None:
     with a_service(tmp_path, pair) as service:
         service.start("api")
         before = names(pair.master)
@@ -106,7 +106,7 @@ def submitted(service: Service, key: dict[str, str]) -> str:
     return str(answer.json()["job_id"])
 
 
-def test_job_that_has_begun_is_found_by_its_key(tmp_path: Path, pair: Pair) -> None:
+def test_job_that_has_begun_is_found_by_its_key(tmp_path: Path, pair: ReplicatedRedis) -> None:
     with a_service(tmp_path, pair, 1500) as service:
         service.start()
         service.wait(service.submit(JOB), "succeeded")
@@ -125,7 +125,9 @@ def test_job_that_has_begun_is_found_by_its_key(tmp_path: Path, pair: Pair) -> N
         assert len(service.result(begun).splitlines()) == 3
 
 
-def test_upload_that_no_replica_has_leaves_its_input_for_a_while(tmp_path: Path, pair: Pair) -> None:
+def test_upload_that_no_replica_has_leaves_its_input_for_a_while(
+    tmp_path: Path, pair: ReplicatedRedis
+) -> None:
     """After a fail-over to a replica that has the record after all, the job can run."""
     with a_service(tmp_path, pair) as service:
         service.start("api")
@@ -138,7 +140,9 @@ def test_upload_that_no_replica_has_leaves_its_input_for_a_while(tmp_path: Path,
 
 
 @pytest.mark.parametrize("source", ["one", "*"])
-def test_commit_that_no_replica_has_puts_nothing_in_place(tmp_path: Path, pair: Pair, source: str) -> None:
+def test_commit_that_no_replica_has_puts_nothing_in_place(
+    tmp_path: Path, pair: ReplicatedRedis, source: str
+) -> None:
     with a_service(tmp_path, pair) as service:
         (service.files / "in").mkdir()
         (service.files / "in" / "one").write_bytes(b"secret")
@@ -162,7 +166,7 @@ def test_commit_that_no_replica_has_puts_nothing_in_place(tmp_path: Path, pair: 
         assert [path.name for path in target.parent.iterdir()] == [target.name]
 
 
-def test_end_that_no_replica_has_stands_and_its_event_waits(tmp_path: Path, pair: Pair) -> None:
+def test_end_that_no_replica_has_stands_and_its_event_waits(tmp_path: Path, pair: ReplicatedRedis) -> None:
     authority = make_authority(tmp_path)
     (tmp_path / "hook").write_bytes(SECRET)
     (tmp_path / "hook").chmod(0o600)
@@ -186,7 +190,7 @@ def test_end_that_no_replica_has_stands_and_its_event_waits(tmp_path: Path, pair
             until(lambda: len(receiver.requests) == 1, "the event is sent")
 
 
-def test_cancel_is_repeated_until_a_replica_has_it(tmp_path: Path, pair: Pair) -> None:
+def test_cancel_is_repeated_until_a_replica_has_it(tmp_path: Path, pair: ReplicatedRedis) -> None:
     with a_service(tmp_path, pair) as service:
         service.start("api")
         job_id = service.submit(JOB)

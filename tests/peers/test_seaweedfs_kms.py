@@ -16,7 +16,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
 
 from support import pages
-from support.credentials import Guarded
+from support.credentials import SecuredService
 from support.object_stores import ACCESS_KEY, SECRET, ObjectStore, TestBucket, start_weed
 from support.vault_api import NO_REDIS
 
@@ -36,7 +36,7 @@ PART: Final = 5 << 20  # the least that S3 allows but for the last
 class Setup:
     """A service, a store that has its keys encrypted there, and the folder of the page's commands."""
 
-    service: Guarded
+    service: SecuredService
     store: ObjectStore
     folder: Path
     data: Path
@@ -53,7 +53,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     (script,) = pages.blocks(PAGE, "sh")
     data = folder / "data"
     data.mkdir()
-    with Guarded(folder / "install", SETTINGS, NO_REDIS) as service:
+    with SecuredService(folder / "install", SETTINGS, NO_REDIS) as service:
         environ = service.environ | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,

@@ -15,7 +15,7 @@ from temporalio.converter import DataConverter, PayloadCodec
 
 from kms_protocol.wire import PREFIX
 from support.chromium import Chromium
-from support.credentials import REQUIRED, Guarded
+from support.credentials import REQUIRED, SecuredService
 from support.http_servers import QuietHandler, served
 from support.service import Service, b64, check_problem, unb64
 from support.vault_api import NO_REDIS
@@ -134,10 +134,10 @@ def site() -> Iterator[int]:
 
 
 @pytest.fixture(scope="module")
-def shared(site: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+def shared(site: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredService]:
     """An API whose codec server the page at localhost may call."""
     settings = f'{REQUIRED}[kms.server]\ncodec_origins = ["http://localhost:{site}"]\n'
-    with Guarded(tmp_path_factory.mktemp("shared"), settings, NO_REDIS) as running:
+    with SecuredService(tmp_path_factory.mktemp("shared"), settings, NO_REDIS) as running:
         yield running.start("api")
 
 
@@ -153,13 +153,13 @@ def fetched(browser: Chromium, url: str, body: object, headers: dict[str, str], 
     return browser.evaluate("window.said")
 
 
-def of_the_page(shared: Guarded, *scopes: str) -> dict[str, str]:
+def of_the_page(shared: SecuredService, *scopes: str) -> dict[str, str]:
     """The headers of Temporal's page that passes the user's tokens on: temporalio/ui, data-encoder.ts."""
     more = {"Content-Type": "application/json", "Authorization-Extras": "an.id.token"}
     return NAMESPACE | more | shared.token(*scopes)
 
 
-def test_page_of_another_site_seals_and_opens(shared: Guarded, site: int, browser: Chromium) -> None:
+def test_page_of_another_site_seals_and_opens(shared: SecuredService, site: int, browser: Chromium) -> None:
     payload = {"metadata": {"encoding": b64(b"json/plain")}, "data": b64(b'"salary"')}
     headers = of_the_page(shared, "encrypt,decrypt")
     codec = f"{shared.url}{PREFIX}/codec"
@@ -178,7 +178,9 @@ def test_page_of_another_site_seals_and_opens(shared: Guarded, site: int, browse
     assert (status, problem["code"]) == (401, "unauthenticated")
 
 
-def test_page_of_another_site_reaches_nothing_else(shared: Guarded, site: int, browser: Chromium) -> None:
+def test_page_of_another_site_reaches_nothing_else(
+    shared: SecuredService, site: int, browser: Chromium
+) -> None:
     headers, payloads = of_the_page(shared, "*"), {"payloads": [{"data": b64(b"x")}]}
     codec = f"{shared.url}{PREFIX}/codec/encode"
     browser.open(f"http://localhost:{site}/")

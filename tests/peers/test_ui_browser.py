@@ -10,7 +10,7 @@ from kms_core.jobs.model import new_attempt_id
 from kms_core.jobs.recovery.reaper import Heartbeat
 from kms_protocol.wire import PREFIX
 from support.chromium import SCHEMES, Chromium, Scheme
-from support.credentials import Guarded
+from support.credentials import SecuredService
 from support.service import CONTEXT, Service, b64, core_of
 from support.waiting import until
 
@@ -63,9 +63,9 @@ HIDDEN: Final = "document.documentElement.scrollWidth - document.documentElement
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory, redis_of_file: str) -> Iterator[Guarded]:
+def secured(tmp_path_factory: pytest.TempPathFactory, redis_of_file: str) -> Iterator[SecuredService]:
     """An API that asks everybody; no worker runs, so that jobs stay queued."""
-    with Guarded(tmp_path_factory.mktemp("ui-browser"), redis=redis_of_file) as running:
+    with SecuredService(tmp_path_factory.mktemp("ui-browser"), redis=redis_of_file) as running:
         yield running.start("api")
 
 
@@ -96,17 +96,17 @@ def seen(browser: Chromium, name: str) -> None:
 
 
 def test_every_page_looks_right_in_dark_and_light_and_keeps_its_policy(
-    guarded: Guarded, browser: Chromium
+    secured: SecuredService, browser: Chromium
 ) -> None:
-    token = guarded.make("*,metrics,rotate")[1]
-    admin = guarded.token("*")
+    token = secured.make("*,metrics,rotate")[1]
+    admin = secured.token("*")
     job = {"kind": "encrypt", "items": ITEMS}
-    made = [guarded.post("/jobs", job, headers=admin).json()["job_id"] for _ in range(6)]
-    guarded.post(f"/jobs/{made[0]}/cancel", headers=admin)
-    guarded.post("/decrypt", {"ciphertext": b64(b"no age file")}, headers=admin)
-    guarded.post("/encrypt", {"plaintext": "aGk=", "context": "<b>=1"}, headers=admin)
+    made = [secured.post("/jobs", job, headers=admin).json()["job_id"] for _ in range(6)]
+    secured.post(f"/jobs/{made[0]}/cancel", headers=admin)
+    secured.post("/decrypt", {"ciphertext": b64(b"no age file")}, headers=admin)
+    secured.post("/encrypt", {"plaintext": "aGk=", "context": "<b>=1"}, headers=admin)
 
-    browser.open(f"{guarded.url}/ui")
+    browser.open(f"{secured.url}/ui")
     assert browser.evaluate("location.pathname") == "/ui/login"
     seen(browser, "login")
     browser.evaluate(f"document.getElementById('token').value = {token!r}")
@@ -122,10 +122,10 @@ def test_every_page_looks_right_in_dark_and_light_and_keeps_its_policy(
         "/runbooks": "runbooks",
     }
     for path, name in pages.items():
-        browser.open(f"{guarded.url}/ui{path}")
+        browser.open(f"{secured.url}/ui{path}")
         seen(browser, name)
 
-    expected = f"{guarded.url}/ui/jobs/none"  # the status of the page that refuses, on purpose
+    expected = f"{secured.url}/ui/jobs/none"  # the status of the page that refuses, on purpose
     assert [said for said in browser.complaints if expected not in said] == []
     browser.evaluate("document.body.setAttribute('style', 'color: red')")
     browser.evaluate(
@@ -180,18 +180,18 @@ def test_progress_and_the_end_of_a_job_appear_without_loading_the_page_again(
 
 
 def test_the_end_of_a_job_is_told_aloud_and_the_keyboard_reaches_the_button_in_sight(
-    guarded: Guarded, browser: Chromium
+    secured: SecuredService, browser: Chromium
 ) -> None:
-    token = guarded.make("*,rotate")[1]
+    token = secured.make("*,rotate")[1]
     job = {"kind": "encrypt", "items": ITEMS}
-    job_id = guarded.post("/jobs", job, headers=guarded.token("*")).json()["job_id"]
-    log_in(browser, guarded.url, token)
-    browser.open(f"{guarded.url}/ui/jobs")
+    job_id = secured.post("/jobs", job, headers=secured.token("*")).json()["job_id"]
+    log_in(browser, secured.url, token)
+    browser.open(f"{secured.url}/ui/jobs")
 
-    guarded.post(f"/jobs/{job_id}/cancel", headers=guarded.token("*"))
+    secured.post(f"/jobs/{job_id}/cancel", headers=secured.token("*"))
     heard = "document.getElementById('news').textContent"
     until(lambda: browser.evaluate(heard).startswith(f"Job {job_id}: cancelled"), "it is told aloud")
-    browser.open(f"{guarded.url}/ui/keys/default/rotate")
+    browser.open(f"{secured.url}/ui/keys/default/rotate")
     reach(browser, "Rotate default")
     assert browser.evaluate("document.activeElement.tagName") == "BUTTON"
     assert browser.evaluate("getComputedStyle(document.activeElement).outlineWidth") == "3px"
@@ -204,35 +204,35 @@ TEXT: Final = "document.querySelector('main').textContent.replace(/\\s+/g, ' ')"
 
 
 @pytest.fixture
-def busy(guarded: Guarded) -> Iterator[tuple[str, str]]:
+def busy(secured: SecuredService) -> Iterator[tuple[str, str]]:
     """The token of a tenant with jobs of each state, 25 of them equal failures, and the host of a worker.
 
     The worker runs one of them.
     """
-    core, admin = core_of(guarded), guarded.token("*", tenant="busy")
+    core, admin = core_of(secured), secured.token("*", tenant="busy")
     store, job = core.worker_context.store, {"kind": "encrypt", "items": ITEMS}
 
     def submitted(body: object) -> str:
-        return str(guarded.post("/jobs", body, headers=admin).json()["job_id"])
+        return str(secured.post("/jobs", body, headers=admin).json()["job_id"])
 
     bad = {"kind": "decrypt", "items": [{"ciphertext": b64(b"no age file")}]}
     for body in (*[bad] * 25, job, job):
         run_job(submitted(body), core.worker_context, "w")
-    guarded.post(f"/jobs/{submitted(job)}/cancel", headers=admin)
+    secured.post(f"/jobs/{submitted(job)}/cancel", headers=admin)
     host = f"host-{new_attempt_id()[:8]}"  # the jobs of the test before have their leases still
     heartbeat = Heartbeat(store, f"{host}:aa")
     heartbeat.start()
     heartbeat.serve()
     assert store.claim(submitted(job), f"{host}:aa/7")
     submitted(job)
-    yield guarded.make("*,metrics,rotate", tenant="busy")[1], host
+    yield secured.make("*,metrics,rotate", tenant="busy")[1], host
     heartbeat.stop()
     heartbeat.join()
 
 
-def lose_a_worker(guarded: Guarded) -> None:
+def lose_a_worker(secured: SecuredService) -> None:
     """A worker that Redis heard of for the last time ten seconds ago."""
-    store = core_of(guarded).worker_context.store
+    store = core_of(secured).worker_context.store
     store.redis.zadd("kms:workers", {"host-2:bb": store.now() - 10})
 
 
@@ -274,13 +274,13 @@ def follow(browser: Chromium, label: str, expected: str) -> None:
     ("width", "scheme"), [(1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")]
 )
 def test_keyboard_leads_through_the_charts_to_workers_and_keys(
-    guarded: Guarded, browser: Chromium, busy: tuple[str, str], width: int, scheme: Scheme
+    secured: SecuredService, browser: Chromium, busy: tuple[str, str], width: int, scheme: Scheme
 ) -> None:
     token, host = busy
     browser.resize(width, 900)
     browser.appear(scheme)
-    lose_a_worker(guarded)
-    log_in(browser, guarded.url, token)
+    lose_a_worker(secured)
+    log_in(browser, secured.url, token)
     assert "Worker host-2:bb ended without a word" in browser.evaluate(TEXT)
 
     follow(browser, "hour", "/ui?period=1h")
@@ -295,7 +295,7 @@ def test_keyboard_leads_through_the_charts_to_workers_and_keys(
     until(lambda: browser.evaluate(f"{table}.open"), "the table opens")
     check_contrast(browser, "the table of a chart")
 
-    lose_a_worker(guarded)
+    lose_a_worker(secured)
     follow(browser, "Workers", "/ui/workers")
     assert f"{host} aa working 1 of 2 slots in use" in browser.evaluate(TEXT)
     assert "host-2 bb not seen" in browser.evaluate(TEXT)
@@ -304,17 +304,17 @@ def test_keyboard_leads_through_the_charts_to_workers_and_keys(
 
 
 def test_folded_failures_are_opened_searched_and_charted(
-    guarded: Guarded, browser: Chromium, busy: tuple[str, str]
+    secured: SecuredService, browser: Chromium, busy: tuple[str, str]
 ) -> None:
     token, _ = busy
     rows = "Array.from(document.querySelectorAll('.fold tr'), (row) => row.checkVisibility())"
     bars = "document.querySelectorAll('#chart-operations ~ .plot g rect:not(.whole)')"
     kinds = "document.querySelectorAll('tbody tr td:nth-child(2)')"
-    store = core_of(guarded).worker_context.store
+    store = core_of(secured).worker_context.store
     for ago_s, succeeded, failed in ((60, 5, 1), (1, 25, 3)):
         at = f"{(store.now() - ago_s) * 1000:.0f}-0"
         store.redis.xadd("kms:operations", {"succeeded": succeeded, "failed": failed}, id=at)
-    log_in(browser, guarded.url, token)
+    log_in(browser, secured.url, token)
     assert "jobs failed in the last hour" in browser.evaluate(TEXT)
     drawn = browser.evaluate(f"Array.from({bars}, (each) => each.classList[0])")
     assert set(drawn) == {"failed", "succeeded"}

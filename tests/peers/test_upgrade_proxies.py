@@ -85,7 +85,7 @@ def proxy(name: str, folder: Path, to: int) -> Iterator[int]:
 
 
 @dataclass
-class Seen:
+class CallerResults:
     """What callers and attacker were answered. Safe for threads: each adds to lists of its own."""
 
     right: int = 0
@@ -97,7 +97,7 @@ class Caller(threading.Thread):
 
     def __init__(self, number: int, port: int) -> None:
         super().__init__(name=f"caller-{number}")
-        self.seen = Seen()
+        self.seen = CallerResults()
         self._port = port
         self._connection = HTTPConnection("127.0.0.1", port, timeout=LIMIT_S)
 
@@ -151,7 +151,7 @@ class Attacker(threading.Thread):
 
     def __init__(self, port: int) -> None:
         super().__init__(name="attacker")
-        self.seen = Seen()
+        self.seen = CallerResults()
         self.uploads: dict[str, int] = {}
         """Sizes in bytes of what was accepted, by job id."""
         self._port = port
@@ -201,7 +201,7 @@ def attacked(tmp_path: Path) -> Iterator[Service]:
         yield service.start("api")
 
 
-def meet(port: int, attacker: Attacker) -> Seen:
+def meet(port: int, attacker: Attacker) -> CallerResults:
     """What honest callers saw beside an attacker."""
     callers = [Caller(number, port) for number in range(CALLERS)]
     for thread in (*callers, attacker):
@@ -209,7 +209,7 @@ def meet(port: int, attacker: Attacker) -> Seen:
     for thread in (*callers, attacker):
         thread.join()
     wrong = [text for caller in callers for text in caller.seen.wrong]
-    return Seen(sum(caller.seen.right for caller in callers), wrong)
+    return CallerResults(sum(caller.seen.right for caller in callers), wrong)
 
 
 @pytest.mark.parametrize("name", ["nginx", "haproxy"])

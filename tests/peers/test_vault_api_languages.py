@@ -18,7 +18,7 @@ import pytest
 
 from kms_core.age import x25519
 from support import pages
-from support.credentials import Guarded
+from support.credentials import SecuredService
 from support.programs import kept, program
 from support.service import CANARY
 from support.vault_api import NO_REDIS
@@ -53,7 +53,7 @@ UNKNOWN: Final = "Unknown"  # the only code that Go CDK's driver has
 
 
 @dataclass(frozen=True, slots=True)
-class Walk:
+class PageSection:
     """A section of a page. ``refused`` is what the library says of a ciphertext that a key does not open."""
 
     page: str
@@ -64,25 +64,25 @@ class Walk:
     opened: str = PLAINTEXT
 
 
-SPRING: Final = Walk("rust-node-java.md", "Java: Spring Vault", "Main.java", "Status 400 ")
-WALKS: Final = [
-    Walk("go.md", "vault/api and openbao/api", "main.go", "400 ["),
-    Walk("go.md", "Go CDK", "main.go", UNKNOWN, moves=False),
-    Walk("go.md", "Tink", "main.go", "Code: 400", moves=False),
-    Walk("rust-node-java.md", "Rust", "main.rs", '400 ["', opened="c2VjcmV0LWRhdGE="),
-    Walk("rust-node-java.md", "Node.js", "main.mjs", "400 "),
+SPRING: Final = PageSection("rust-node-java.md", "Java: Spring Vault", "Main.java", "Status 400 ")
+PAGE_SECTIONS: Final = [
+    PageSection("go.md", "vault/api and openbao/api", "main.go", "400 ["),
+    PageSection("go.md", "Go CDK", "main.go", UNKNOWN, moves=False),
+    PageSection("go.md", "Tink", "main.go", "Code: 400", moves=False),
+    PageSection("rust-node-java.md", "Rust", "main.rs", '400 ["', opened="c2VjcmV0LWRhdGE="),
+    PageSection("rust-node-java.md", "Node.js", "main.mjs", "400 "),
     SPRING,
-    Walk("rust-node-java.md", "Java: vault-java-driver", "Main.java", '400 {"errors":["'),
+    PageSection("rust-node-java.md", "Java: vault-java-driver", "Main.java", '400 {"errors":["'),
 ]
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredService]:
     folder = tmp_path_factory.mktemp("languages")
     other = folder / "other.txt"
     other.touch(0o600)
     other.write_text(x25519.X25519Identity.generate().export() + "\n")
-    with Guarded(folder / "install", SETTINGS.format(other=other), NO_REDIS) as running:
+    with SecuredService(folder / "install", SETTINGS.format(other=other), NO_REDIS) as running:
         yield running.start("api")
 
 
@@ -105,7 +105,7 @@ def bash(script: str, folder: Path, environ: Mapping[str, str]) -> subprocess.Co
     return pages.bash(script, folder, {**os.environ, **ENVIRON, **environ}, LIMIT_S)
 
 
-def built(walk: Walk) -> tuple[Path, list[str]]:
+def built(walk: PageSection) -> tuple[Path, list[str]]:
     """The folder of a section's program, and the commands of its last block, which run it."""
     require(walk.file)
     text = (PAGES / walk.page).read_text("utf-8").partition(f"\n## {walk.section}\n")[2].partition("\n## ")[0]
@@ -130,7 +130,7 @@ def built(walk: Walk) -> tuple[Path, list[str]]:
     return place, runs.splitlines()
 
 
-def credentials(service: Guarded) -> dict[str, str]:
+def credentials(service: SecuredService) -> dict[str, str]:
     token, text = service.make(SCOPE)
     return {
         "VAULT_ADDR": service.url,
@@ -140,23 +140,23 @@ def credentials(service: Guarded) -> dict[str, str]:
     }
 
 
-def opened_by_age(service: Guarded, file: bytes) -> str:
+def opened_by_age(service: SecuredService, file: bytes) -> str:
     argv = [program("age"), "-d", "-i", str(service.state / "age/private_key.txt")]
     return subprocess.run(argv, input=file, capture_output=True, check=True).stdout.decode()
 
 
 @pytest.mark.timeout(LIMIT_S + 60)
-@pytest.mark.parametrize("walk", WALKS, ids=lambda walk: walk.section)
-def test_a_program_of_the_page_does_what_its_library_can(guarded: Guarded, walk: Walk) -> None:
+@pytest.mark.parametrize("walk", PAGE_SECTIONS, ids=lambda walk: walk.section)
+def test_a_program_of_the_page_does_what_its_library_can(secured: SecuredService, walk: PageSection) -> None:
     folder, commands = built(walk)
 
     for command in commands:
-        ran = bash(command, folder, credentials(guarded))
+        ran = bash(command, folder, credentials(secured))
 
         assert ran.returncode == 0, ran.stderr
         lines = ran.stdout.splitlines()
         sealed = CIPHERTEXT.findall(ran.stdout)
-        assert {opened_by_age(guarded, b64decode(file)) for _, file in sealed} == {PLAINTEXT}
+        assert {opened_by_age(secured, b64decode(file)) for _, file in sealed} == {PLAINTEXT}
         assert lines[-1] == walk.opened
         assert walk.refused in ran.stdout.partition("refused: ")[2]
         if walk.moves:
@@ -167,10 +167,10 @@ def test_a_program_of_the_page_does_what_its_library_can(guarded: Guarded, walk:
 
 
 @pytest.mark.timeout(LIMIT_S + 60)
-@pytest.mark.parametrize("walk", WALKS, ids=lambda walk: walk.section)
-def test_a_program_says_that_its_credential_is_refused(guarded: Guarded, walk: Walk) -> None:
+@pytest.mark.parametrize("walk", PAGE_SECTIONS, ids=lambda walk: walk.section)
+def test_a_program_says_that_its_credential_is_refused(secured: SecuredService, walk: PageSection) -> None:
     folder, commands = built(walk)
-    wrong = credentials(guarded) | dict.fromkeys(("VAULT_SECRET_ID", "VAULT_TOKEN"), f"kms_{CANARY}")
+    wrong = credentials(secured) | dict.fromkeys(("VAULT_SECRET_ID", "VAULT_TOKEN"), f"kms_{CANARY}")
 
     for command in commands:
         ran = bash(command, folder, wrong)
@@ -183,13 +183,15 @@ def test_a_program_says_that_its_credential_is_refused(guarded: Guarded, walk: W
 
 
 @pytest.mark.timeout(LIMIT_S + 60)
-def test_the_sessions_of_the_page_outlive_their_tokens_in_spring(guarded: Guarded, tmp_path: Path) -> None:
+def test_the_sessions_of_the_page_outlive_their_tokens_in_spring(
+    secured: SecuredService, tmp_path: Path
+) -> None:
     folder, _ = built(SPRING)
     source = Path(__file__).parent / "spring/SessionCalls.java"
     classes = (program("javac"), "-cp", f"{folder}/lib/*", "-d", str(tmp_path))
     subprocess.run([*classes, folder / "Main.java", source], check=True, capture_output=True, timeout=LIMIT_S)
 
-    ran = bash(f"java -cp '{tmp_path}:{folder}/lib/*' SessionCalls brief", tmp_path, credentials(guarded))
+    ran = bash(f"java -cp '{tmp_path}:{folder}/lib/*' SessionCalls brief", tmp_path, credentials(secured))
 
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip() == "3"

@@ -35,7 +35,7 @@ _NO_KEYS: Final[Mapping[str, Backend]] = MappingProxyType({})
 NativeIdentity = x25519.X25519Identity | mlkem768x25519.HybridIdentity
 
 
-class Unhidden:
+class BlankingTrail:
     """What trails for tests share: context values are only blanked."""
 
     def conceal(self, tenant: str, context: Context) -> dict[str, str]:
@@ -50,7 +50,7 @@ class Unhidden:
 
 
 @dataclass
-class Kept(Unhidden):
+class MemoryTrail(BlankingTrail):
     """An audit trail in memory: each record as the line that a file would hold."""
 
     lines: list[dict[str, object]] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Kept(Unhidden):
         return [(line["operation"], line["result"]) for line in self.lines]
 
 
-class FullDisk(Unhidden):
+class FailingTrail(BlankingTrail):
     """An audit trail that takes nothing."""
 
     def append(self, record: AuditRecord) -> str:
@@ -112,7 +112,10 @@ def kms_over(  # noqa: PLR0913 -- what settings would say
         for key_id, backend in ({"default": default} | dict(others)).items()
     }
     return Kms(
-        Keyring(keys, keys["default"]), policy or AllowAll(), trail or Kept(), rules or SelectionRules()
+        Keyring(keys, keys["default"]),
+        policy or AllowAll(),
+        trail or MemoryTrail(),
+        rules or SelectionRules(),
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from kms_cli.plugin.names import PluginTarget
 from kms_protocol.context import Context
-from support.credentials import REQUIRED, Guarded, bearer
+from support.credentials import REQUIRED, SecuredService, bearer
 from support.openbao import bao
 from support.programs import tool
 from support.service import b64, unb64
@@ -36,11 +36,11 @@ def plugin_dir(folder: Path) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
+class AgeTools:
     """A place to run age tools in."""
 
     folder: Path
-    service: Guarded
+    service: SecuredService
     environ: dict[str, str]
 
     def run(self, *argv: str, stdin: bytes = b"", **env: str) -> subprocess.CompletedProcess[bytes]:
@@ -64,7 +64,7 @@ class Bench:
     def kms(self, *words: str, stdin: bytes = b"", **env: str) -> bytes:
         return self.ok(sys.executable, "-P", "-m", "kms_cli.main", *words, stdin=stdin, **env)
 
-    def within(self, **env: str) -> "Bench":
+    def within(self, **env: str) -> "AgeTools":
         """The same place with more in its environment."""
         return replace(self, environ=self.environ | env)
 
@@ -108,7 +108,7 @@ def new_pair(kms: Path, *more: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def keys_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+def keys_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredService]:
     """One for the session: the default key (age), ``vault`` (transit), ``both`` (these), ``pq``; no jobs."""
     folder = tmp_path_factory.mktemp("plugin")
     server = bao()
@@ -119,14 +119,14 @@ def keys_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
         f'[kms.keys]\nvault = "{transit}"\nboth = ["{transit}", "{also}"]\npq = "{pq}"\n'
         f"{server.settings()}{REQUIRED}"
     )
-    with Guarded(folder, settings, "unix:///nonexistent/valkey.sock") as running:
+    with SecuredService(folder, settings, "unix:///nonexistent/valkey.sock") as running:
         yield running.start("api")
 
 
 @pytest.fixture
-def toolbench(tmp_path: Path, keys_service: Guarded) -> Bench:
+def age_tools(tmp_path: Path, keys_service: SecuredService) -> AgeTools:
     """With a token that may do everything that tools need."""
-    made = Bench(
+    made = AgeTools(
         tmp_path,
         keys_service,
         {

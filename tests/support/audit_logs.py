@@ -27,8 +27,8 @@ PROGRAM: Final = f"""
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from support.audit_logs import Place, record
-place = Place(Path(sys.argv[1]))
+from support.audit_logs import AuditFolder, record
+place = AuditFolder(Path(sys.argv[1]))
 """
 """How a program begins that writes to a place, its first argument."""
 
@@ -53,7 +53,7 @@ def audit_section(path: Path = Path(), **values: Any) -> AuditSection:  # noqa: 
 
 
 @dataclass(frozen=True)
-class Place:
+class AuditFolder:
     """A folder for a trail, and keys beside it."""
 
     at: Path
@@ -146,7 +146,7 @@ def unresolved(state: Path) -> list[str]:
     return [note.text for note in report.notes if note.code == "no_outcome"]
 
 
-class Meddled:
+class InterceptedLog:
     """A log in which something happens before the record of one stage of an effect."""
 
     def __init__(self, trail: AuditWriter, stage: str, happens: Callable[[], object]) -> None:

@@ -44,7 +44,7 @@ def read(spool: Spool, at: Label) -> bytes:
 
 
 @dataclass(frozen=True)
-class Place:
+class BlobStoreCase:
     """A store of blobs, and the ways of others to it."""
 
     store: BlobStore
@@ -57,7 +57,7 @@ class Place:
     close: Callable[[], object] = lambda: None
 
 
-def of_folder(path: Path) -> Place:
+def of_folder(path: Path) -> BlobStoreCase:
     store = SpoolFolder(path, DiskSync(path))
 
     def files() -> dict[str, bytes]:
@@ -68,7 +68,7 @@ def of_folder(path: Path) -> Place:
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_bytes(data)
 
-    return Place(store, files, change, list)
+    return BlobStoreCase(store, files, change, list)
 
 
 def connection(url: str, access_key: str = ACCESS_KEY, timeout_s: float = 20.0) -> S3Connection:
@@ -92,7 +92,7 @@ def close(store: SpoolBucket) -> None:
     store.bucket.line.close()
 
 
-def of_bucket(bucket: TestBucket) -> Place:
+def of_bucket(bucket: TestBucket) -> BlobStoreCase:
     def files() -> dict[str, bytes]:
         return {key.removeprefix(PREFIX): bucket.get(key) for key in bucket.keys()}  # noqa: SIM118 -- no dict
 
@@ -100,10 +100,10 @@ def of_bucket(bucket: TestBucket) -> Place:
         bucket.put(PREFIX + name, data)
 
     store = spool_bucket(bucket)
-    return Place(store, files, change, bucket.uploads, store.bucket.line.close)
+    return BlobStoreCase(store, files, change, bucket.uploads, store.bucket.line.close)
 
 
-def make(kind: str, folder: Path) -> Place:
+def make(kind: str, folder: Path) -> BlobStoreCase:
     """A new place of a kind: ``folder``, ``moto``, ``weed`` or ``minio``."""
     if kind == "folder":
         path = folder / f"spool-{uuid.uuid4()}"

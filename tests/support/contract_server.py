@@ -75,7 +75,7 @@ class Job:
 
 
 @dataclass
-class Seen:
+class RecordedRequest:
     method: str
     path: str
     headers: Mapping[str, str]
@@ -90,7 +90,7 @@ class ContractServer:
         self.faults = Faults()
         self.jobs: dict[str, Job] = {}
         self.submitted: dict[str, str] = {}
-        self.seen: list[Seen] = []
+        self.seen: list[RecordedRequest] = []
         self.url = ""
 
     def headers_to(self, path: str, method: str = "POST") -> list[Mapping[str, str]]:
@@ -170,7 +170,7 @@ class Handler(QuietHandler):
     def serve(self) -> None:
         body = self.read_body()
         path = urlsplit(self.path).path.removeprefix(PREFIX)
-        seen = Seen(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, body)
+        seen = RecordedRequest(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, body)
         self.service.seen.append(seen)
         faults = self.service.faults
         if faults.dropped:
@@ -193,7 +193,7 @@ class Handler(QuietHandler):
             faults.busy -= 1
             raise errors.JobsUnavailable
 
-    def route(self, path: str, seen: Seen) -> None:
+    def route(self, path: str, seen: RecordedRequest) -> None:
         if self.service.faults.foreign_answer:
             self.answer(200, b"<html>welcome to nginx</html>", {"Content-Type": "text/html"})
             return
@@ -210,7 +210,7 @@ class Handler(QuietHandler):
 
     # -- single calls --------------------------------------------------------------------------------
 
-    def post_encrypt(self, seen: Seen) -> None:
+    def post_encrypt(self, seen: RecordedRequest) -> None:
         given = json.loads(seen.body)
         plaintext = b64decode(given["plaintext"])
         if len(plaintext) > SYNC_LIMIT_BYTES:
@@ -219,23 +219,23 @@ class Handler(QuietHandler):
             raise errors.UnknownKey
         self.json({"ciphertext": text(self.service.seal(plaintext, given.get("context"))), **KEY})
 
-    def post_decrypt(self, seen: Seen) -> None:
+    def post_decrypt(self, seen: RecordedRequest) -> None:
         given = json.loads(seen.body)
         plaintext = self.service.open(b64decode(given["ciphertext"]), given.get("context"))
         self.json({"plaintext": text(plaintext), "origin": "service", **KEY})
 
-    def post_wrap(self, seen: Seen) -> None:
+    def post_wrap(self, seen: RecordedRequest) -> None:
         raise errors.Forbidden(f"This token lacks `{seen.path.rpartition('/')[2]}`")
 
     post_unwrap = post_wrap
 
-    def post_rewrap(self, seen: Seen) -> None:
+    def post_rewrap(self, seen: RecordedRequest) -> None:
         given = json.loads(seen.body)
         plaintext = self.service.open(b64decode(given["ciphertext"]), given.get("context"))
         context = given.get("context") if given.get("new_context") is None else given["new_context"]
         self.json({"ciphertext": text(self.service.seal(plaintext, context)), **KEY})
 
-    def post_generate_key(self, seen: Seen) -> None:
+    def post_generate_key(self, seen: RecordedRequest) -> None:
         if not self.service.faults.data_keys:
             raise errors.DataKeysUnsupported
         given = json.loads(seen.body)
@@ -244,7 +244,7 @@ class Handler(QuietHandler):
         sealed = text(self.service.seal(key, given.get("context")))
         self.json({**plain, "ciphertext": sealed, "key_spec": given["key_spec"], **KEY})
 
-    def post_batch(self, seen: Seen) -> None:
+    def post_batch(self, seen: RecordedRequest) -> None:
         results: list[Json] = []
         for index, item in enumerate(json.loads(seen.body)["items"]):
             try:
@@ -254,19 +254,19 @@ class Handler(QuietHandler):
                 results.append({"index": index, "error": {"code": exc.code}})
         self.json({"results": results, "failed": sum("error" in result for result in results)})
 
-    def get_health(self, seen: Seen) -> None:
+    def get_health(self, seen: RecordedRequest) -> None:
         del seen
         status, code = ("unhealthy", 503) if self.service.faults.unhealthy else ("healthy", 200)
         self.json({"status": status, "backend": "age", "checked_at": "2026-11-24T15:40:00Z"}, code)
 
-    def get_status(self, seen: Seen) -> None:
+    def get_status(self, seen: RecordedRequest) -> None:
         del seen
         operations = {"total": 3, "by": {"encrypt": {"ok": 2, "failed": 1}}}
         where = {"backend": "age", "environment": "dev", "version": "0.1.0", "uptime_s": 61.5}
         jobs = {"jobs": {"queued": 0, "succeeded": 2}, "queue_depth": 0, "workers": 1, "degraded": []}
         self.json({**where, "operations": operations, **jobs})
 
-    def get_keys(self, seen: Seen) -> None:
+    def get_keys(self, seen: RecordedRequest) -> None:
         del seen
         version = {"version": "0a1b2c3d", "created_at": "2026-11-24T15:40:00Z", "operations": 3, "bytes": 42}
         key = {"id": "default", "backend": "age", "current_version": "0a1b2c3d", "versions": [version]}
@@ -274,7 +274,7 @@ class Handler(QuietHandler):
 
     # -- jobs ----------------------------------------------------------------------------------------
 
-    def post_jobs(self, seen: Seen) -> None:
+    def post_jobs(self, seen: RecordedRequest) -> None:
         given = json.loads(seen.body)
         lines = []
         for index, item in enumerate(given["items"]):
@@ -282,7 +282,7 @@ class Handler(QuietHandler):
             lines.append(json.dumps({"index": index, "ciphertext": text(sealed)}))
         self.accepted(Job(given["kind"], "".join(f"{line}\n" for line in lines).encode()))
 
-    def get_jobs(self, seen: Seen) -> None:
+    def get_jobs(self, seen: RecordedRequest) -> None:
         asked = parse_qs(urlsplit(seen.path).query)
         shown = [self.service.shown(job_id) for job_id in self.service.jobs]
         wanted = [job for job in shown if job["state"] in asked.get("state", [job["state"]])]

@@ -13,7 +13,7 @@ from kms_core.jobs.model import Job, part_id
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
-from support.job_stores import TENANT, lapse
+from support.job_stores import TENANT, expire_leases
 
 WHO = Principal("local")
 CONTEXT = Context.parse("env=test")
@@ -86,7 +86,7 @@ def done(
 def taken_up(core: Core, job_id: str) -> None:
     """Another worker has its turn with a job, or a part, whose worker died."""
     store = core.worker_context.store
-    lapse(store)
+    expire_leases(store)
     store.reap_all([job_id])
     run_job(job_id, core.worker_context, "w/2")
 

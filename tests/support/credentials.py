@@ -44,7 +44,7 @@ def bearer(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
 
-class Guarded(Service):
+class SecuredService(Service):
     """An install where callers are asked; ``settings`` as for ``Service``, besides ``[kms.auth] mode``."""
 
     def __init__(self, folder: Path, settings: str = REQUIRED, redis: str | None = None) -> None:
@@ -192,7 +192,7 @@ _USAGES: Final = (
 
 
 @dataclass(frozen=True)
-class Pair:
+class CertAndKey:
     """A certificate and its key, as PEM files."""
 
     cert: Path
@@ -203,7 +203,7 @@ def der_of(path: Path) -> bytes:
     return x509.load_pem_x509_certificate(path.read_bytes()).public_bytes(Encoding.DER)
 
 
-def shown(pair: Pair, *authorities: "Authority") -> PresentedCertificate:
+def shown(pair: CertAndKey, *authorities: "Authority") -> PresentedCertificate:
     """A client certificate as TLS gives it to a connection; ``authorities`` from its own to the root."""
     return client_certificates.read(der_of(pair.cert), [der_of(one.ca_file) for one in authorities])
 
@@ -238,7 +238,7 @@ class Authority:
         subject: str = "someone",
         server: bool | None = False,
         lasts: timedelta = DAY,
-    ) -> Pair:
+    ) -> CertAndKey:
         """A certificate for these names: for clients, for a server, or (``None``) for both."""
         key = ec.generate_private_key(ec.SECP256R1())
         purposes = [] if server else [ExtendedKeyUsageOID.CLIENT_AUTH]
@@ -247,7 +247,7 @@ class Authority:
         if names:
             extensions.append(x509.SubjectAlternativeName(names))
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)])
-        pair = Pair(self._folder / f"{file}.crt", self._folder / f"{file}.key")
+        pair = CertAndKey(self._folder / f"{file}.crt", self._folder / f"{file}.key")
         pair.key.touch(0o600)
         pair.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         pair.cert.write_bytes(self._signed(name, key, extensions, lasts).public_bytes(Encoding.PEM))
@@ -270,7 +270,7 @@ class Authority:
             made = made.add_extension(x509.DeltaCRLIndicator(1), critical=True)
         return made.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
-    def context(self, client: Pair | None = None) -> ssl.SSLContext:
+    def context(self, client: CertAndKey | None = None) -> ssl.SSLContext:
         """What a client of a server of this CA connects with: as strict as Python 3.13, on any."""
         made = ssl.create_default_context(cafile=self.ca_file)
         made.verify_flags |= ssl.VERIFY_X509_STRICT

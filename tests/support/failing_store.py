@@ -15,14 +15,14 @@ from kms_core.jobs.store.store import JobStore
 from kms_protocol.wire import JobState
 from support.job_stores import LONG
 
-MOMENTS = [(moment, step) for step in ("committing", "finish") for moment in ("before", "after")]
+CRASH_POINTS = [(moment, step) for step in ("committing", "finish") for moment in ("before", "after")]
 
 
 class Killed(BaseException):
     """As near to SIGKILL as an exception comes: nothing of ours handles it."""
 
 
-class StumblingStore(JobStore):
+class HookedStore(JobStore):
     """A store at which something happens before or after a step: of a job, of a part, or a split."""
 
     before: Callable[[str], None] = staticmethod(lambda _step: None)
@@ -60,22 +60,22 @@ def killed(
             raise error
 
     with pytest.raises(error):
-        run_job(job_id, meeting(core, meet, after=after), "w/1")
+        run_job(job_id, worker_with_hook(core, meet, after=after), "w/1")
 
 
-def interrupted(core: Core, step: str, what: Callable[[], object], *, after: bool) -> WorkerContext:
+def worker_calling_at(core: Core, step: str, what: Callable[[], object], *, after: bool) -> WorkerContext:
     """A worker before or after whose step something happens."""
 
     def meet(met: str) -> None:
         if met == step:
             what()
 
-    return meeting(core, meet, after=after)
+    return worker_with_hook(core, meet, after=after)
 
 
-def meeting(core: Core, what: Callable[[str], None], *, after: bool) -> WorkerContext:
+def worker_with_hook(core: Core, what: Callable[[str], None], *, after: bool) -> WorkerContext:
     """A worker that calls ``what`` with the name of each step, before or after it."""
     found = core.worker_context.store
-    store = StumblingStore(found.redis, found.record_key, lambda *_: None, LONG)
+    store = HookedStore(found.redis, found.record_key, lambda *_: None, LONG)
     setattr(store, "after" if after else "before", what)
     return replace(core.worker_context, store=store)

@@ -157,7 +157,7 @@ def resealed(store: JobStore, job_id: str, *, version: int = 1, **changes: Any) 
     return bytes([version]) + sealed[1:]
 
 
-def lapse(store: JobStore) -> None:
+def expire_leases(store: JobStore) -> None:
     """Let every lease in the store's database have run out, as after the death of its worker."""
     past = time.time() - 1
     held: list[bytes] = store.redis.zrange("kms:leased", 0, -1)  # type: ignore[assignment]  # sync client

@@ -25,7 +25,7 @@ NO_NAMESPACES: Final = "no network namespaces can be made here: they need root, 
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class NetworkLink:
     """A line between a host and us: our device, our address as seen from the host, and the host's own."""
 
     device: str
@@ -45,7 +45,7 @@ class Host:
     """``enter`` is the command that runs another one on this host."""
 
     enter: Sequence[str]
-    lines: Mapping[str, Line] = field(default_factory=dict)
+    lines: Mapping[str, NetworkLink] = field(default_factory=dict)
 
     @property
     def is_separate(self) -> bool:
@@ -124,8 +124,8 @@ def _host(stack: ExitStack, number: int, lines: Sequence[str]) -> Host:
     return Host(enter, dict(zip(lines, made, strict=True)))
 
 
-def _line(pid: int, enter: Sequence[str], name: str, net: str) -> Line:
-    line = Line(f"{name}-{pid}", f"{net}.1", f"{net}.2")
+def _line(pid: int, enter: Sequence[str], name: str, net: str) -> NetworkLink:
+    line = NetworkLink(f"{name}-{pid}", f"{net}.1", f"{net}.2")
     _ip("link", "add", line.device, "type", "veth", "peer", "name", name, "netns", str(pid))
     _ip("address", "add", f"{line.us}/24", "dev", line.device)
     line.mend()

@@ -1,4 +1,7 @@
-"""A core and a bucket, for tests of jobs with objects: fixtures ``bench``, ``watched`` and ``either``."""
+"""A core and a bucket for tests of jobs with objects.
+
+Fixtures: ``object_jobs``; ``proxied_object_jobs``, by way of ``s3_proxy``; ``object_jobs_of_each_store``.
+"""
 
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,13 +18,13 @@ from support import core_jobs, failing_store, object_stores
 from support.core_jobs import CONTEXT, NEW
 from support.failing_store import Killed
 from support.job_stores import LONG
-from support.object_stores import ObjectStore, TestBucket, Way
+from support.object_stores import ObjectStore, S3Proxy, TestBucket
 from support.programs import program
 from support.service import Service, core_of
 
 
 @dataclass(frozen=True)
-class Bench:
+class ObjectJobs:
     """A core, a bucket that it may use, and the folder that ``file://`` names."""
 
     core: Core
@@ -79,25 +82,25 @@ class Bench:
         ).stdout
 
 
-Make = Callable[..., Bench]
+Make = Callable[..., ObjectJobs]
 
 
 @pytest.fixture
 def make(tmp_path: Path, redis_url: str) -> Iterator[Make]:
-    """``make(bucket, endpoint, access_key)``: a bench over this bucket."""
-    made: list[Bench] = []
+    """``make(bucket, endpoint, access_key)``: jobs over this bucket."""
+    made: list[ObjectJobs] = []
 
-    def one(bucket: TestBucket, endpoint: str = "", access_key: str = object_stores.ACCESS_KEY) -> Bench:
+    def one(bucket: TestBucket, endpoint: str = "", access_key: str = object_stores.ACCESS_KEY) -> ObjectJobs:
         settings = bucket.settings(tmp_path / "secret", endpoint, access_key)
         service = Service(tmp_path, settings, redis_url)
         core = core_of(service)
         core.worker_context.store.rules = LONG.jobs
-        made.append(Bench(core, bucket, service.files, service.state))
+        made.append(ObjectJobs(core, bucket, service.files, service.state))
         return made[-1]
 
     yield one
-    for bench in made:
-        bucket, _ = bench.core.worker_context.places.buckets.writing(bench.bucket.url("out/x"))
+    for object_jobs in made:
+        bucket, _ = object_jobs.core.worker_context.places.buckets.writing(object_jobs.bucket.url("out/x"))
         bucket.line.close()
 
 
@@ -107,26 +110,26 @@ def weed() -> ObjectStore:
 
 
 @pytest.fixture
-def bench(make: Make, weed: ObjectStore) -> Bench:
+def object_jobs(make: Make, weed: ObjectStore) -> ObjectJobs:
     return make(weed.new())
 
 
 @pytest.fixture
-def way(weed: ObjectStore) -> Iterator[Way]:
-    with Way(weed) as way:
-        yield way
+def s3_proxy(weed: ObjectStore) -> Iterator[S3Proxy]:
+    with S3Proxy(weed) as s3_proxy:
+        yield s3_proxy
 
 
 @pytest.fixture
-def watched(make: Make, weed: ObjectStore, way: Way) -> Bench:
-    """A bench whose requests pass by ``way``; whether the store honours conditions is known."""
-    made = make(weed.new(), way.url)
+def proxied_object_jobs(make: Make, weed: ObjectStore, s3_proxy: S3Proxy) -> ObjectJobs:
+    """Jobs whose requests pass by ``s3_proxy``; whether the store honours conditions is known."""
+    made = make(weed.new(), s3_proxy.url)
     made.core.worker_context.places.buckets.require_conditions(made.bucket.url("out/x"))
-    way.seen.clear()
+    s3_proxy.seen.clear()
     return made
 
 
 @pytest.fixture(params=["weed", "moto"])
-def either(request: pytest.FixtureRequest, make: Make) -> Bench:
+def object_jobs_of_each_store(request: pytest.FixtureRequest, make: Make) -> ObjectJobs:
     store = object_stores.weed() if request.param == "weed" else object_stores.moto()
     return make(store.new())

@@ -1,6 +1,6 @@
 """Object stores: SeaweedFS and MinIO check signatures, moto knows the semantics of AWS; one of each a run.
 
-``Way`` stands between a core and a store, and breaks what it is told to.
+``S3Proxy`` stands between a core and a store, and breaks what it is told to.
 """
 
 import atexit
@@ -125,7 +125,7 @@ class TestBucket:
         found = self.store.admin.list_multipart_uploads(Bucket=self.name)
         return [entry["Key"] for entry in found.get("Uploads", ())]
 
-    def births(self, prefix: str) -> Counter[str]:
+    def creations(self, prefix: str) -> Counter[str]:
         """How often each name below a prefix was put in place; the bucket has versioning."""
         pager = self.store.admin.get_paginator("list_object_versions")
         pages = pager.paginate(Bucket=self.name, Prefix=prefix)
@@ -255,11 +255,11 @@ def remove_dead_sockets() -> None:
                 path.unlink()
 
 
-# -- a way to a store that breaks ----------------------------------------------------------------------------
+# -- a proxy before a store, which breaks requests --------------------------------------------------
 
 
 @dataclass
-class Seen:
+class S3Request:
     """One request."""
 
     method: str
@@ -283,20 +283,20 @@ class Seen:
         return {"GET": "GetObject", "HEAD": "HeadObject", "PUT": "PutObject"}.get(self.method, self.method)
 
 
-Meddle = Callable[[Seen], int | None]
+Intercept = Callable[[S3Request], int | None]
 """What becomes of a request: None passes it on, a status answers it.
 
 0 passes it on and loses the answer; below 0 so many bytes of the answer's body arrive before it breaks off.
 """
 
 
-class Way:
+class S3Proxy:
     """An HTTP proxy on loopback; ``seen`` are the requests that came, in order."""
 
-    def __init__(self, store: ObjectStore, meddle: Meddle = lambda _: None) -> None:
-        self.seen: list[Seen] = []
-        self.meddle = meddle
-        handler = type("Handler", (_Handler,), {"way": self, "host": urlsplit(store.url).netloc})
+    def __init__(self, store: ObjectStore, intercept: Intercept = lambda _: None) -> None:
+        self.seen: list[S3Request] = []
+        self.intercept = intercept
+        handler = type("Handler", (_Handler,), {"s3_proxy": self, "host": urlsplit(store.url).netloc})
         self._server = _Server(("127.0.0.1", 0), handler)
         self._thread = Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
 
@@ -327,15 +327,15 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(QuietHandler):
     protocol_version = "HTTP/1.1"
-    way: Way
+    s3_proxy: S3Proxy
     host: str
 
     def handle_one(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         headers = {name.lower(): value for name, value in self.headers.items()}
-        seen = Seen(self.command, self.path, headers, len(body))
-        self.way.seen.append(seen)
-        verdict = self.way.meddle(seen)
+        seen = S3Request(self.command, self.path, headers, len(body))
+        self.s3_proxy.seen.append(seen)
+        verdict = self.s3_proxy.intercept(seen)
         if verdict and verdict > 0:
             self.reply(verdict)
             return

@@ -8,13 +8,13 @@ import httpx2 as httpx
 from cryptography import x509
 
 from kms_protocol.wire import PREFIX
-from support.credentials import Authority, Guarded, Pair
+from support.credentials import Authority, CertAndKey, SecuredService
 
 NAME: Final = x509.DNSName("builder.example.com")
 EXPIRED: Final = timedelta(minutes=-5)
 
 
-class Revoking(Guarded):
+class Revoking(SecuredService):
     """An install that serves HTTPS and reads a revocation list of its clients' authorities."""
 
     def __init__(
@@ -36,10 +36,10 @@ class Revoking(Guarded):
         )
         self.url = f"https://localhost:{self.port}"
 
-    def client(self, pair: Pair | None = None) -> httpx.Client:
+    def client(self, pair: CertAndKey | None = None) -> httpx.Client:
         return httpx.Client(base_url=self.url, verify=self.servers.context(pair), trust_env=False)
 
-    def status(self, pair: Pair | None = None, headers: dict[str, str] | None = None) -> httpx.Response:
+    def status(self, pair: CertAndKey | None = None, headers: dict[str, str] | None = None) -> httpx.Response:
         with self.client(pair) as http:
             return http.get(f"{PREFIX}/status", headers=headers)
 
@@ -55,5 +55,5 @@ class Revoking(Guarded):
         made.write_bytes(b"".join(authorities))
         made.replace(self.clients.ca_file)
 
-    def builder(self, file: str = "builder", lasts: timedelta = timedelta(days=1)) -> Pair:
+    def builder(self, file: str = "builder", lasts: timedelta = timedelta(days=1)) -> CertAndKey:
         return self.clients.issue(file, NAME, lasts=lasts)

@@ -11,7 +11,7 @@ from typing import Any, Final
 import httpx2 as httpx
 import pytest
 
-from support.credentials import Guarded
+from support.credentials import SecuredService
 from support.openbao import bao, binary
 
 NO_REDIS: Final = "unix:///nonexistent/valkey.sock"
@@ -32,7 +32,7 @@ remote = "transit:{key}"
 Json = dict[str, Any]
 
 
-class Facade(Guarded):
+class Facade(SecuredService):
     """An API with keys on this host and in a server."""
 
     def __init__(self, folder: Path) -> None:

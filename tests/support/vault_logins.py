@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import httpx2 as httpx
 
-from support.credentials import AUDIENCE, ISSUER, Guarded, Issuer
+from support.credentials import AUDIENCE, ISSUER, Issuer, SecuredService
 from support.vault_api import NO_REDIS
 
 CLUSTER: Final = "https://kubernetes.default.svc.cluster.local"
@@ -61,7 +61,7 @@ DEPLOY: Final[Mapping[str, object]] = {
 }
 
 
-class Logins(Guarded):
+class Logins(SecuredService):
     """``corp`` and ``cluster`` are the URLs of the issuers' key sets; ``more`` are further settings."""
 
     def __init__(

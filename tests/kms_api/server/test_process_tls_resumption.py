@@ -13,17 +13,17 @@ from cryptography import x509
 
 from kms_api.server import process
 from kms_core.settings.model import ServerSection
-from support.credentials import Authority, Pair
+from support.credentials import Authority, CertAndKey
 
 VERSIONS: Final = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
 
 
-class Site:
+class TlsPair:
     """A server's TLS, and a client with a certificate."""
 
     def __init__(self, folder: Path, *, with_clients: bool) -> None:
         servers, clients = Authority(folder / "servers"), Authority(folder / "clients")
-        pair: Pair = servers.issue("server", x509.DNSName("localhost"), server=True)
+        pair: CertAndKey = servers.issue("server", x509.DNSName("localhost"), server=True)
         server = ServerSection(tls_cert=pair.cert, tls_key=pair.key, docs=False)
         if with_clients:
             server = msgspec.structs.replace(server, client_ca=clients.ca_file)
@@ -52,30 +52,30 @@ class Site:
 
 
 def test_a_connection_with_a_certificate_is_not_resumed(tmp_path: Path) -> None:
-    site = Site(tmp_path, with_clients=True)
-    with site.connect(ssl.TLSVersion.TLSv1_3) as first:
+    tls_pair = TlsPair(tmp_path, with_clients=True)
+    with tls_pair.connect(ssl.TLSVersion.TLSv1_3) as first:
         session = first.session
 
     assert session is None or not session.has_ticket
-    with site.connect(ssl.TLSVersion.TLSv1_3, session) as second:
+    with tls_pair.connect(ssl.TLSVersion.TLSv1_3, session) as second:
         assert not second.session_reused
 
 
 def test_tls_12_whose_session_ids_resume_is_refused_where_certificates_are_read(tmp_path: Path) -> None:
-    site = Site(tmp_path, with_clients=True)
+    tls_pair = TlsPair(tmp_path, with_clients=True)
 
     with pytest.raises(ssl.SSLError, match="PROTOCOL_VERSION"):
-        site.connect(ssl.TLSVersion.TLSv1_2)
+        tls_pair.connect(ssl.TLSVersion.TLSv1_2)
 
 
 @pytest.mark.parametrize("version", VERSIONS, ids=lambda version: version.name)
 def test_without_client_certificates_sessions_resume(tmp_path: Path, version: ssl.TLSVersion) -> None:
     """What the test above looks for can be seen."""
-    site = Site(tmp_path, with_clients=False)
-    with site.connect(version) as first:
+    tls_pair = TlsPair(tmp_path, with_clients=False)
+    with tls_pair.connect(version) as first:
         session = first.session
     assert session
     assert session.has_ticket
 
-    with site.connect(version, session) as second:
+    with tls_pair.connect(version, session) as second:
         assert second.session_reused

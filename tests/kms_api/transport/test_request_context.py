@@ -15,7 +15,7 @@ from kms_core import audit
 from kms_core.auth.policy import Principal
 from kms_core.http_protocol import by_name
 from kms_protocol.errors import Forbidden, Unauthenticated, UnknownJob
-from support.age_kms import Kept
+from support.age_kms import MemoryTrail
 
 CANARY = "kanarienvogel"
 pytestmark = pytest.mark.anyio
@@ -228,7 +228,7 @@ async def refusing(scope: Scope, receive: Receive, send: Send) -> None:
     await problems.answer(error)(scope, receive, send)
 
 
-async def denied(trail: Kept, requests: int, **headers: str) -> int:
+async def denied(trail: MemoryTrail, requests: int, **headers: str) -> int:
     """How many records so many refusals leave."""
     before = len(trail.lines)
     edge = RequestContext(refusing, [], trail)
@@ -241,8 +241,8 @@ async def denied(trail: Kept, requests: int, **headers: str) -> int:
 async def test_anonymous_denials_are_recorded_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.monotonic", lambda: 59.9)
 
-    assert await denied(Kept(), 2 * A_MINUTE + 1) == A_MINUTE
+    assert await denied(MemoryTrail(), 2 * A_MINUTE + 1) == A_MINUTE
 
 
 async def test_denials_of_known_callers_are_all_recorded() -> None:
-    assert await denied(Kept(), 2 * A_MINUTE + 1, **{"x-name": "ada"}) == 2 * A_MINUTE + 1
+    assert await denied(MemoryTrail(), 2 * A_MINUTE + 1, **{"x-name": "ada"}) == 2 * A_MINUTE + 1

@@ -27,7 +27,7 @@ UNSEEN: Final = "unseen"
 ABSENT: Final = "absent"
 
 
-class Stands:
+class FixedScopes:
     """A credential for everything with other keys."""
 
     def scopes_of(self, who: Principal) -> Iterable[Scope]:
@@ -35,11 +35,11 @@ class Stands:
         return [scopes.parse("* key=default")]
 
 
-class Asked(ByScopes):
+class RecordingPolicy(ByScopes):
     """The policy of the service, which keeps what it is asked."""
 
     def __init__(self) -> None:
-        super().__init__(Stands().scopes_of, {})
+        super().__init__(FixedScopes().scopes_of, {})
         self.questions: list[tuple[str, str | None]] = []
 
     def require(
@@ -99,7 +99,7 @@ def test_the_backend_of_an_unseen_key_is_not_asked(
 ) -> None:
     """The answer is the one for a key that does not exist, and takes no longer."""
     own, (unseen, calls) = memory_backend(), make(tmp_path)
-    kms = kms_over(own[0], {UNSEEN: unseen}, policy=ByScopes(Stands().scopes_of, {}))
+    kms = kms_over(own[0], {UNSEEN: unseen}, policy=ByScopes(FixedScopes().scopes_of, {}))
     calls.clear()
     told: list[str] = []
     for key in (UNSEEN, ABSENT):
@@ -136,7 +136,7 @@ def test_a_key_that_is_rotated_meanwhile_seals_under_the_number_of_its_version(
 
 @pytest.mark.parametrize("name", CALLS)
 def test_policy_is_asked_the_same_of_an_unseen_key_and_an_absent_one(tmp_path: Path, name: str) -> None:
-    policy = Asked()
+    policy = RecordingPolicy()
     kms = kms_over(memory_backend()[0], {UNSEEN: local(tmp_path)[0]}, policy=policy)
     asked = []
     for key in (UNSEEN, ABSENT):

@@ -4,7 +4,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from support.audit_logs import Place
+from support.audit_logs import AuditFolder
 from support.cli import fixtures
 
 NOT_READ = 69
@@ -19,7 +19,7 @@ def verified(home: Path, *folders: Path) -> subprocess.CompletedProcess[bytes]:
 
 
 def test_of_named_directories_one_without_a_log_is_not_called_intact(tmp_path: Path) -> None:
-    there, none = Place(tmp_path / "there"), tmp_path / "none"
+    there, none = AuditFolder(tmp_path / "there"), tmp_path / "none"
     there.at.mkdir()
     there.written(2)
     none.mkdir()

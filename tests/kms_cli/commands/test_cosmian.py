@@ -9,7 +9,7 @@ import pytest
 
 from kms_core.age.x25519 import X25519Identity
 from support.age_kms import write_identities
-from support.audit_logs import Place
+from support.audit_logs import AuditFolder
 from support.contract.cosmian_double import CosmianDouble
 from support.contract.faults import unused_url
 from support.service import Service
@@ -48,7 +48,7 @@ def test_keys_are_made_once(double: CosmianDouble, tmp_path: Path) -> None:
     assert run(install, "cosmian", "init-key") == (0, there, "")
     code, said, _ = run(install, "--json", "cosmian", "init-key")
     assert (code, json.loads(said.splitlines()[0])) == (0, {"name": "master", "version": "1", "made": False})
-    lines = Place(install.state).operations()[-12:]  # after those of the install's own keys
+    lines = AuditFolder(install.state).operations()[-12:]  # after those of the install's own keys
     recorded = [(line["effect"].rpartition("-")[0], line["stage"]) for line in lines]
     each = [(name, stage) for name in ("master", "pay") for stage in ("intent", "outcome")]
     assert sorted(recorded) == sorted(each * 3)
@@ -68,7 +68,7 @@ def test_a_server_that_is_not_there_is_told(tmp_path: Path) -> None:
 
     assert code == 69
     assert "no connection to Cosmian KMS" in words
-    *_, intent, outcome = Place(tmp_path / "state").operations()
+    *_, intent, outcome = AuditFolder(tmp_path / "state").operations()
     assert (intent["operation"], outcome["result"]) == ("key.create", "backend_unavailable")
 
 

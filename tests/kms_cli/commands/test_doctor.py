@@ -23,7 +23,7 @@ from kms_cli.commands.doctor import MAX_VERIFIED_BYTES, Finding
 from kms_cli.local import installation
 from kms_core.settings.load import load
 from kms_protocol.admin import StatusOut
-from support.cli.doctor import Told, told_by
+from support.cli.doctor import DoctorReport, told_by
 from support.credentials import Authority
 from support.ports import free_port, listens
 from support.programs import running
@@ -42,7 +42,7 @@ def command(install: Service, *words: str, **environ: str) -> subprocess.Complet
     return install.run_kms(*words, KMS_SERVICE_URL=install.url, **environ)
 
 
-def doctor(install: Service, **environ: str) -> Told:
+def doctor(install: Service, **environ: str) -> DoctorReport:
     return told_by(command(install, "doctor", "--json", **environ))
 
 

@@ -17,7 +17,7 @@ from kms_core.settings.model import Settings
 from kms_protocol.errors import EXIT_UNAVAILABLE
 from support import object_stores
 from support.blob_stores import PREFIX
-from support.object_stores import ObjectStore, Seen, TestBucket, Way
+from support.object_stores import ObjectStore, S3Proxy, S3Request, TestBucket
 
 NO_MARKS = SimpleNamespace(install_id=lambda: None)
 RULE = {
@@ -35,9 +35,9 @@ def server() -> ObjectStore:
 
 
 @pytest.fixture
-def way(server: ObjectStore) -> Iterator[Way]:
-    with Way(server) as way:
-        yield way
+def s3_proxy(server: ObjectStore) -> Iterator[S3Proxy]:
+    with S3Proxy(server) as s3_proxy:
+        yield s3_proxy
 
 
 @pytest.fixture
@@ -61,52 +61,52 @@ def told(settings: Settings) -> list[Finding]:
         return [each for each in findings(settings) if each.subject == "spool bucket"]
 
 
-def told_of(folder: Path, bucket: TestBucket, way: Way) -> list[Finding]:
-    return told(settings(folder, bucket, way.url))
+def told_of(folder: Path, bucket: TestBucket, s3_proxy: S3Proxy) -> list[Finding]:
+    return told(settings(folder, bucket, s3_proxy.url))
 
 
-def test_a_bucket_that_works_and_has_a_rule(tmp_path: Path, bucket: TestBucket, way: Way) -> None:
+def test_a_bucket_that_works_and_has_a_rule(tmp_path: Path, bucket: TestBucket, s3_proxy: S3Proxy) -> None:
     bucket.store.admin.put_bucket_lifecycle_configuration(
         Bucket=bucket.name,
         LifecycleConfiguration={"Rules": [RULE]},  # type: ignore[list-item]  # a dict of this shape
     )
-    (only,) = told_of(tmp_path, bucket, way)
+    (only,) = told_of(tmp_path, bucket, s3_proxy)
 
     assert (only.level, only.subject) == ("ok", "spool bucket")
     assert "can be written, read and listed" in only.text
     assert bucket.keys() == set()
 
 
-def test_a_bucket_without_a_rule_for_uploads(tmp_path: Path, bucket: TestBucket, way: Way) -> None:
-    ok, warned = told_of(tmp_path, bucket, way)
+def test_a_bucket_without_a_rule_for_uploads(tmp_path: Path, bucket: TestBucket, s3_proxy: S3Proxy) -> None:
+    ok, warned = told_of(tmp_path, bucket, s3_proxy)
 
     assert (ok.level, warned.level) == ("ok", "warn")
     assert "AbortIncompleteMultipartUpload" in warned.next
 
 
-def test_versioning_and_object_lock_are_told(tmp_path: Path, server: ObjectStore, way: Way) -> None:
+def test_versioning_and_object_lock_are_told(tmp_path: Path, server: ObjectStore, s3_proxy: S3Proxy) -> None:
     bucket = TestBucket(server, "kept-for-long")
     server.admin.create_bucket(Bucket=bucket.name, ObjectLockEnabledForBucket=True)
-    texts = [each.text for each in told_of(tmp_path, bucket, way) if each.level == "warn"]
+    texts = [each.text for each in told_of(tmp_path, bucket, s3_proxy) if each.level == "warn"]
 
     assert any(text.startswith("versioning is on") for text in texts)
     assert any(text.startswith("object lock is on") for text in texts)
 
 
-def ignoring(seen: Seen) -> None:
+def ignoring(seen: S3Request) -> None:
     seen.headers.pop("if-none-match", None)
 
 
-def not_knowing(seen: Seen) -> int | None:
+def not_knowing(seen: S3Request) -> int | None:
     return 501 if "if-none-match" in seen.headers else None
 
 
-@pytest.mark.parametrize("meddle", [ignoring, not_knowing])
+@pytest.mark.parametrize("intercept", [ignoring, not_knowing])
 def test_a_store_without_conditions_is_told(
-    tmp_path: Path, bucket: TestBucket, way: Way, meddle: Callable[[Seen], int | None]
+    tmp_path: Path, bucket: TestBucket, s3_proxy: S3Proxy, intercept: Callable[[S3Request], int | None]
 ) -> None:
-    way.meddle = meddle
-    found = told_of(tmp_path, bucket, way)
+    s3_proxy.intercept = intercept
+    found = told_of(tmp_path, bucket, s3_proxy)
 
     assert (found[0].level, "ignores If-None-Match" in found[0].text) == ("warn", True)
     assert bucket.keys() == set()
@@ -114,17 +114,17 @@ def test_a_store_without_conditions_is_told(
 
 @pytest.mark.parametrize("status", [403, 503, 507])
 def test_a_bucket_that_cannot_be_written_fails(
-    tmp_path: Path, bucket: TestBucket, way: Way, status: int
+    tmp_path: Path, bucket: TestBucket, s3_proxy: S3Proxy, status: int
 ) -> None:
-    way.meddle = lambda seen: status if seen.method == "PUT" else None
-    (only,) = told_of(tmp_path, bucket, way)
+    s3_proxy.intercept = lambda seen: status if seen.method == "PUT" else None
+    (only,) = told_of(tmp_path, bucket, s3_proxy)
 
     assert (only.level, only.subject) == ("FAIL", "spool bucket")
     assert exit_code([only]) == EXIT_UNAVAILABLE
 
 
-def test_a_bucket_that_is_not_there_fails(tmp_path: Path, server: ObjectStore, way: Way) -> None:
-    (only,) = told_of(tmp_path, TestBucket(server, "not-there"), way)
+def test_a_bucket_that_is_not_there_fails(tmp_path: Path, server: ObjectStore, s3_proxy: S3Proxy) -> None:
+    (only,) = told_of(tmp_path, TestBucket(server, "not-there"), s3_proxy)
 
     assert only.level == "FAIL"
     assert "404" in only.text
@@ -146,7 +146,7 @@ def test_hosts_are_not_said_to_share_a_spool_that_cannot_be_read(
 
 
 def test_a_store_without_an_answer_is_not_waited_for_as_long_as_by_a_service(
-    tmp_path: Path, bucket: TestBucket, way: Way, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, bucket: TestBucket, s3_proxy: S3Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Settings] = []
 
@@ -157,7 +157,7 @@ def test_a_store_without_an_answer_is_not_waited_for_as_long_as_by_a_service(
 
         return note
 
-    settings(tmp_path, bucket, way.url)
+    settings(tmp_path, bucket, s3_proxy.url)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("KMS_CONFIG", str(tmp_path / "kms.toml"))
     monkeypatch.setattr(doctor, "findings", noting([]))

@@ -9,7 +9,7 @@ from typing import Final
 
 import pytest
 
-from support.cli.doctor import Told, told_by
+from support.cli.doctor import DoctorReport, told_by
 from support.cli.fixtures import BIN, TIMEOUT_S, environment, running_up
 from support.ports import free_port
 from support.service import Service
@@ -41,7 +41,7 @@ class User:
             words, env=environ, cwd=self.home, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
         )
 
-    def doctor(self, *arguments: str, **more: str) -> Told:
+    def doctor(self, *arguments: str, **more: str) -> DoctorReport:
         return told_by(self.kms("doctor", "--json", *arguments, **more))
 
 
@@ -56,7 +56,7 @@ def user_at(home: Path) -> User:
 
 
 @dataclass(frozen=True)
-class Two:
+class TwoServices:
     """Two ``kms up`` of one user; ``last`` was started after ``first``."""
 
     user: User
@@ -65,9 +65,9 @@ class Two:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
+def two_services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoServices]:
     home = tmp_path_factory.mktemp("two")
-    given = Two(user_at(home), (home / "first", free_port()), (home / "last", free_port()))
+    given = TwoServices(user_at(home), (home / "first", free_port()), (home / "last", free_port()))
     with ExitStack() as stack:
         stack.enter_context(given.user.up(*given.first))
         stack.enter_context(given.user.up(*given.last))
@@ -122,10 +122,10 @@ def test_a_kms_up_that_was_killed_does_not_run(user: User) -> None:
         assert "kms up does not run it" in user.doctor().all("target", "ok")[0]
 
 
-def test_of_two_it_takes_the_newest_and_says_how_to_name_the_other(two: Two) -> None:
-    (other, _), (state, port) = two.first, two.last
-    told = two.user.doctor()
-    shown = two.user.kms("config", "show", "port")
+def test_of_two_it_takes_the_newest_and_says_how_to_name_the_other(two_services: TwoServices) -> None:
+    (other, _), (state, port) = two_services.first, two_services.last
+    told = two_services.user.doctor()
+    shown = two_services.user.kms("config", "show", "port")
 
     assert told.all("target", "ok") == [f"http://127.0.0.1:{port}, state {state}: kms up runs it: "]
     doubt = f"kms up runs 2 times, this is {state}: for another: --state-dir {other}"
@@ -135,15 +135,15 @@ def test_of_two_it_takes_the_newest_and_says_how_to_name_the_other(two: Two) -> 
 
 
 @pytest.mark.parametrize("by", ["state", "url", "port"])
-def test_of_two_a_name_takes_one_without_doubt(two: Two, by: str) -> None:
-    state, port = two.first
+def test_of_two_a_name_takes_one_without_doubt(two_services: TwoServices, by: str) -> None:
+    state, port = two_services.first
     variables = {
         "state": {"KMS_STATE_DIR": str(state)},
         "url": {"KMS_SERVICE_URL": f"http://localhost:{port}"},
         "port": {"KMS_PORT": str(port)},
     }
-    told = two.user.doctor(**variables[by])
-    shown = two.user.kms("config", "show", "state_dir", **variables[by])
+    told = two_services.user.doctor(**variables[by])
+    shown = two_services.user.kms("config", "show", "state_dir", **variables[by])
 
     assert f":{port}, state {state}: kms up runs it" in told.all("target", "ok")[0]
     assert told.all("target", "warn") == []
@@ -152,20 +152,24 @@ def test_of_two_a_name_takes_one_without_doubt(two: Two, by: str) -> None:
 
 
 @pytest.mark.parametrize("words", [("token", "list"), ("config", "lint")])
-def test_a_command_about_another_state_than_what_runs_says_so(two: Two, words: tuple[str, ...]) -> None:
+def test_a_command_about_another_state_than_what_runs_says_so(
+    two_services: TwoServices, words: tuple[str, ...]
+) -> None:
     """Or a backup would be one of an install that nobody uses."""
-    said = two.user.kms(*words).stderr
-    named = two.user.kms(*words, "--state-dir", str(two.first[0])).stderr
+    said = two_services.user.kms(*words).stderr
+    named = two_services.user.kms(*words, "--state-dir", str(two_services.first[0])).stderr
 
-    default = two.user.home / ".local/state/kms-service"
+    default = two_services.user.home / ".local/state/kms-service"
     warning = f"kms: warning: this is about {default}, and kms up runs with another: --state-dir "
     assert said.count("warning: this is about") == 1
-    assert f"{warning}{two.last[0]}\n" in said
+    assert f"{warning}{two_services.last[0]}\n" in said
     assert "warning: this is about" not in named
 
 
-def test_a_service_of_another_install_than_the_state_fails(two: Two) -> None:
-    told = two.user.doctor("--state-dir", str(two.first[0]), "--url", f"http://127.0.0.1:{two.last[1]}")
+def test_a_service_of_another_install_than_the_state_fails(two_services: TwoServices) -> None:
+    told = two_services.user.doctor(
+        "--state-dir", str(two_services.first[0]), "--url", f"http://127.0.0.1:{two_services.last[1]}"
+    )
 
     assert "is of another install" in told.all("target", "FAIL")[0]
     assert "--state-dir" in told.all("target", "FAIL")[0]

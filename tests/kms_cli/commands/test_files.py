@@ -23,7 +23,7 @@ from kms_core.payload.parallel import DEFAULTS
 from kms_protocol.errors import InvalidRequest
 from support.cli import fixtures
 from support.cli.at_terminal import at_terminal
-from support.cli.fixtures import BIN, Place, environment
+from support.cli.fixtures import BIN, RunningService, environment
 from support.contract_server import ContractServer
 from support.waiting import WAIT_S
 
@@ -65,7 +65,9 @@ def slabs(count: int) -> Iterator[bytes]:
         yield hashlib.shake_128(number.to_bytes(4, "big")).digest(64) * (MIB // 64)
 
 
-def test_a_pipe_of_any_size_takes_constant_memory_and_no_disk(real_service: Place, tmp_path: Path) -> None:
+def test_a_pipe_of_any_size_takes_constant_memory_and_no_disk(
+    real_service: RunningService, tmp_path: Path
+) -> None:
     """``ulimit`` bounds a process to 96 MiB of memory, and kills one that writes a byte to a file."""
     count = 160
     url = environment(tmp_path, KMS_SERVICE_URL=real_service.url, PYTHONDONTWRITEBYTECODE="1")
@@ -102,7 +104,7 @@ def test_a_pipe_of_any_size_takes_constant_memory_and_no_disk(real_service: Plac
 
 
 @pytest.fixture
-def here(real_service: Place, tmp_path: Path) -> dict[str, str]:
+def here(real_service: RunningService, tmp_path: Path) -> dict[str, str]:
     return environment(tmp_path, KMS_SERVICE_URL=real_service.url)
 
 
@@ -113,7 +115,7 @@ def jobs_of(env: dict[str, str]) -> set[str]:
 
 @pytest.mark.parametrize("size", [0, len(BINARY), 2 * MIB])
 def test_a_pipe_is_a_file_of_the_service_and_no_job(
-    here: dict[str, str], real_service: Place, tmp_path: Path, size: int
+    here: dict[str, str], real_service: RunningService, tmp_path: Path, size: int
 ) -> None:
     plaintext, before = BINARY * (size // len(BINARY)), jobs_of(here)
     sealed = kms(here, "encrypt-file", "-", "--context", "env=prod", given=plaintext).stdout

@@ -11,7 +11,7 @@ import pytest
 
 from kms_protocol.wire import PREFIX
 from support.aws_servers import ACCESS_KEY, REGION, SECRET_KEY, AwsServer, moto
-from support.cli.fixtures import Place
+from support.cli.fixtures import RunningService
 from support.cli.migrate import Json, Ran, Workspace, report
 from support.openbao import ROOT_TOKEN, Bao, bao
 from support.service import Service, b64
@@ -23,7 +23,7 @@ ACCESS = "--vault-address https://vault --vault-token-file vault-token"
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, real_service: Place) -> Workspace:
+def workspace(tmp_path: Path, real_service: RunningService) -> Workspace:
     token = tmp_path / "vault-token"
     token.write_text(ROOT_TOKEN)
     token.chmod(0o600)

@@ -9,7 +9,7 @@ import pytest
 
 from kms_cli.commands.migrate_sops import blocks_of
 from kms_core.age import armor, x25519
-from support.cli.fixtures import Place, environment
+from support.cli.fixtures import RunningService, environment
 from support.cli.migrate import Ran, Workspace, report
 from support.openbao import ROOT_TOKEN, bao
 from support.programs import tool
@@ -27,7 +27,7 @@ FORMATS: Final = {
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, real_service: Place) -> Workspace:
+def workspace(tmp_path: Path, real_service: RunningService) -> Workspace:
     old = x25519.X25519Identity.generate()
     (tmp_path / "old.txt").write_text(old.export() + "\n")
     (tmp_path / "old.txt").chmod(0o600)

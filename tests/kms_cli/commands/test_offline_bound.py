@@ -11,7 +11,7 @@ from kms_core.backends.age import AgeBackend
 from kms_core.backends.key_files import KeyFiles
 from kms_protocol.context import Context
 from support.age_kms import kms_over
-from support.cli.fixtures import Place
+from support.cli.fixtures import RunningService
 from support.cli.offline import Workspace, write_key
 
 MIB = 1024 * 1024
@@ -26,7 +26,7 @@ def sealed_at(workspace: Workspace, context: str = PROD, given: bytes = b"salary
 
 
 def test_the_command_and_the_service_open_what_the_other_sealed(
-    workspace: Workspace, real_service: Place
+    workspace: Workspace, real_service: RunningService
 ) -> None:
     key = str(real_service.state_dir / "age" / "private_key.txt")
     ours = workspace.made("seal", "-i", key, "--context", PROD, given=b"salary")

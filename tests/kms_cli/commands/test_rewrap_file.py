@@ -16,7 +16,7 @@ from kms_cli.terminal import Meter
 from kms_core.age import header
 from kms_core.age.header import FILE_LIMITS, Header
 from kms_protocol.errors import InvalidRequest
-from support.cli.fixtures import Place
+from support.cli.fixtures import RunningService
 from support.cli.offline import Done, Workspace
 
 Answer = Callable[[str, dict[str, str]], dict[str, str]]
@@ -26,11 +26,11 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
-class Near:
+class ServiceAndFiles:
     """A workspace beside a running service, whose key it may read."""
 
     workspace: Workspace
-    place: Place
+    place: RunningService
 
     @property
     def key(self) -> str:
@@ -49,8 +49,8 @@ class Near:
 
 
 @pytest.fixture
-def near(workspace: Workspace, real_service: Place) -> Near:
-    return Near(workspace, real_service)
+def service_and_files(workspace: Workspace, real_service: RunningService) -> ServiceAndFiles:
+    return ServiceAndFiles(workspace, real_service)
 
 
 def head_of(file: bytes) -> Header:
@@ -58,73 +58,77 @@ def head_of(file: bytes) -> Header:
 
 
 @pytest.mark.parametrize("size", [0, 1, MIB - 1, MIB, 5 * MIB + 3])
-def test_the_context_changes_and_the_payload_does_not(near: Near, size: int) -> None:
-    plaintext = near.seal("old", size)
-    done = near.rewrap("--context", OLD, "--new-context", NEW, "-o", "new", "old")
-    old, new = near.workspace.read("old"), near.workspace.read("new")
+def test_the_context_changes_and_the_payload_does_not(service_and_files: ServiceAndFiles, size: int) -> None:
+    plaintext = service_and_files.seal("old", size)
+    done = service_and_files.rewrap("--context", OLD, "--new-context", NEW, "-o", "new", "old")
+    old, new = service_and_files.workspace.read("old"), service_and_files.workspace.read("new")
 
     assert done.returncode == 0, done.stderr
     assert b"kms: rewrapped old to new (key default, version " in done.stderr
     assert head_of(new).signed != head_of(old).signed
     assert new[head_of(new).size :] == old[head_of(old).size :]
     assert (head_of(new).size == 4096) == (size >= MIB)
-    assert near.open("new", NEW) == plaintext
-    assert near.open("old", OLD) == plaintext
-    assert near.workspace.names() == {"key.txt", "old", "new"}
+    assert service_and_files.open("new", NEW) == plaintext
+    assert service_and_files.open("old", OLD) == plaintext
+    assert service_and_files.workspace.names() == {"key.txt", "old", "new"}
 
 
-def test_only_force_takes_the_place_of_the_source_and_keeps_its_mode(near: Near) -> None:
-    plaintext = near.seal("old", 1000)
-    (near.workspace.folder / "old").chmod(0o640)
-    before = near.workspace.read("old")
-    refused = near.rewrap("--context", OLD, "--new-context", NEW, "old")
+def test_only_force_takes_the_place_of_the_source_and_keeps_its_mode(
+    service_and_files: ServiceAndFiles,
+) -> None:
+    plaintext = service_and_files.seal("old", 1000)
+    (service_and_files.workspace.folder / "old").chmod(0o640)
+    before = service_and_files.workspace.read("old")
+    refused = service_and_files.rewrap("--context", OLD, "--new-context", NEW, "old")
 
     assert refused.returncode == 73
-    assert near.workspace.read("old") == before
-    done = near.rewrap("--force", "--context", OLD, "--new-context", NEW, "old")
+    assert service_and_files.workspace.read("old") == before
+    done = service_and_files.rewrap("--force", "--context", OLD, "--new-context", NEW, "old")
     assert done.returncode == 0, done.stderr
-    assert near.open("old", NEW) == plaintext
-    assert (near.workspace.folder / "old").stat().st_mode & 0o777 == 0o640
-    assert near.workspace.names() == {"key.txt", "old"}
+    assert service_and_files.open("old", NEW) == plaintext
+    assert (service_and_files.workspace.folder / "old").stat().st_mode & 0o777 == 0o640
+    assert service_and_files.workspace.names() == {"key.txt", "old"}
 
 
-def test_a_link_stays_a_link_to_what_was_rewrapped(near: Near) -> None:
-    plaintext = near.seal("old", 1000)
-    (near.workspace.folder / "link").symlink_to("old")
-    done = near.rewrap("--force", "--context", OLD, "--new-context", NEW, "link")
+def test_a_link_stays_a_link_to_what_was_rewrapped(service_and_files: ServiceAndFiles) -> None:
+    plaintext = service_and_files.seal("old", 1000)
+    (service_and_files.workspace.folder / "link").symlink_to("old")
+    done = service_and_files.rewrap("--force", "--context", OLD, "--new-context", NEW, "link")
 
     assert done.returncode == 0, done.stderr
-    assert (near.workspace.folder / "link").is_symlink()
-    assert near.open("old", NEW) == plaintext
+    assert (service_and_files.workspace.folder / "link").is_symlink()
+    assert service_and_files.open("old", NEW) == plaintext
 
 
-def test_an_existing_target_is_replaced_by_force_only(near: Near) -> None:
+def test_an_existing_target_is_replaced_by_force_only(service_and_files: ServiceAndFiles) -> None:
     """And without a new context the old one stays."""
-    plaintext = near.seal("old", 1000)
-    near.workspace.write("new", b"precious")
+    plaintext = service_and_files.seal("old", 1000)
+    service_and_files.workspace.write("new", b"precious")
 
-    assert near.rewrap("--context", OLD, "-o", "new", "old").returncode == 73
-    assert near.workspace.read("new") == b"precious"
-    done = near.rewrap("-f", "--json", "--context", OLD, "-o", "new", "old")
+    assert service_and_files.rewrap("--context", OLD, "-o", "new", "old").returncode == 73
+    assert service_and_files.workspace.read("new") == b"precious"
+    done = service_and_files.rewrap("-f", "--json", "--context", OLD, "-o", "new", "old")
     assert json.loads(done.stdout)["key_id"] == "default"
-    assert near.open("new", OLD) == plaintext
+    assert service_and_files.open("new", OLD) == plaintext
 
 
-def test_a_wrong_context_is_refused_and_nothing_is_written(near: Near) -> None:
-    near.seal("old", 1000)
-    done = near.rewrap("--context", NEW, "-o", "new", "old")
-    piped = near.rewrap("--context", NEW, "-", given=near.workspace.read("old"))
+def test_a_wrong_context_is_refused_and_nothing_is_written(service_and_files: ServiceAndFiles) -> None:
+    service_and_files.seal("old", 1000)
+    done = service_and_files.rewrap("--context", NEW, "-o", "new", "old")
+    piped = service_and_files.rewrap("--context", NEW, "-", given=service_and_files.workspace.read("old"))
 
     assert (done.returncode, piped.returncode, piped.stdout) == (65, 65, b"")
-    assert near.workspace.names() == {"key.txt", "old"}
+    assert service_and_files.workspace.names() == {"key.txt", "old"}
 
 
-def test_a_file_of_stock_age_gets_no_origin_by_rewrapping(near: Near) -> None:
-    near.workspace.made("seal", "-r", near.workspace.recipient, "-o", "old", given=b"salary")
-    done = near.rewrap("-o", "new", "old")
+def test_a_file_of_stock_age_gets_no_origin_by_rewrapping(service_and_files: ServiceAndFiles) -> None:
+    service_and_files.workspace.made(
+        "seal", "-r", service_and_files.workspace.recipient, "-o", "old", given=b"salary"
+    )
+    done = service_and_files.rewrap("-o", "new", "old")
 
     assert done.returncode == 65
-    assert not near.workspace.has("new")
+    assert not service_and_files.workspace.has("new")
 
 
 def test_an_armored_file_has_no_header_to_replace(workspace: Workspace) -> None:
@@ -139,29 +143,31 @@ def test_an_armored_file_has_no_header_to_replace(workspace: Workspace) -> None:
 
 @pytest.mark.parametrize("size", [0, MIB, 5 * MIB + 3])
 @pytest.mark.parametrize("words", [("-",), ("old", "-o", "-"), ("-", "-o", "new")], ids=" ".join)
-def test_a_pipe_is_rewrapped_while_it_arrives(near: Near, size: int, words: tuple[str, ...]) -> None:
-    plaintext = near.seal("old", size)
-    old = near.workspace.read("old")
-    done = near.rewrap("--context", OLD, "--new-context", NEW, *words, given=old)
+def test_a_pipe_is_rewrapped_while_it_arrives(
+    service_and_files: ServiceAndFiles, size: int, words: tuple[str, ...]
+) -> None:
+    plaintext = service_and_files.seal("old", size)
+    old = service_and_files.workspace.read("old")
+    done = service_and_files.rewrap("--context", OLD, "--new-context", NEW, *words, given=old)
     if "new" not in words:
-        near.workspace.write("new", done.stdout)
-    new = near.workspace.read("new")
+        service_and_files.workspace.write("new", done.stdout)
+    new = service_and_files.workspace.read("new")
 
     assert done.returncode == 0, done.stderr
     assert new[head_of(new).size :] == old[head_of(old).size :]
-    assert near.open("new", NEW) == plaintext
+    assert service_and_files.open("new", NEW) == plaintext
     assert (b"rewrapped stdin to new" in done.stderr) == ("new" in words)
 
 
 @pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="it takes a second file system")
-def test_the_payload_goes_to_another_file_system(near: Near) -> None:
-    plaintext = near.seal("old", 3 * MIB + 5)
+def test_the_payload_goes_to_another_file_system(service_and_files: ServiceAndFiles) -> None:
+    plaintext = service_and_files.seal("old", 3 * MIB + 5)
     with TemporaryDirectory(dir=SHARED_MEMORY) as folder:
         target = f"{folder}/new"
-        done = near.rewrap("--context", OLD, "--new-context", NEW, "-o", target, "old")
+        done = service_and_files.rewrap("--context", OLD, "--new-context", NEW, "-o", target, "old")
 
         assert done.returncode == 0, done.stderr
-        assert near.open(target, NEW) == plaintext
+        assert service_and_files.open(target, NEW) == plaintext
 
 
 def test_a_source_that_changes_while_it_is_copied_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from kombu.connection import Connection
 
 from kms_cli.local import installation, up
 from kms_cli.main import run
-from support.audit_logs import Place
+from support.audit_logs import AuditFolder
 from support.ports import free_port
 from support.programs import tied
 from support.waiting import WAIT_S, RealTime, until
@@ -290,7 +290,7 @@ def test_dev_keys_are_made_once_and_fit(start: Start) -> None:
     made, recipient = private.read_text(), public.read_text()
     again = ready(start)
     again.close()
-    recorded = [(line["operation"], line["stage"]) for line in Place(service.state).operations()]
+    recorded = [(line["operation"], line["stage"]) for line in AuditFolder(service.state).operations()]
     assert recorded == [("key.create", "intent"), ("key.create", "outcome")]
     public.unlink()
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from support.audit_logs import Place
+from support.audit_logs import AuditFolder
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path)
+def audit_folder(tmp_path: Path) -> AuditFolder:
+    return AuditFolder(tmp_path)

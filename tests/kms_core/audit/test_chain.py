@@ -20,7 +20,7 @@ from kms_core.settings.model import AuditSection
 from support.audit_logs import audit_section, codes, record
 
 MEMORY: Final = Path("/dev/shm")  # trails wait for their folder, and there are hundreds
-LAW: Final = settings(
+HYPOTHESIS_SETTINGS: Final = settings(
     max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 CONTEXTS: Final = st.dictionaries(
@@ -107,7 +107,7 @@ def swap_lines(trail: Written, pick: Pick) -> None:
     places = [(path, number) for path in dict.fromkeys((one, other)) for number in range(len(lines_of(path)))]
     (path, at), (path_2, at_2) = places[pick(len(places))], places[pick(len(places))]
     if (path, at) == (path_2, at_2):
-        path_2, at_2 = next(place for place in places if place != (path, at))
+        path_2, at_2 = next(audit_folder for audit_folder in places if audit_folder != (path, at))
     line, line_2 = lines_of(path)[at], lines_of(path_2)[at_2]
     for where, number, instead in ((path, at, line_2), (path_2, at_2, line)):
         lines = lines_of(where)
@@ -169,7 +169,7 @@ DAMAGES: Final = (
 # -- laws --------------------------------------------------------------------------------------------
 
 
-@LAW
+@HYPOTHESIS_SETTINGS
 @given(TRAILS)
 def test_a_trail_that_nobody_touched_is_not_accused(signer: Signer, plan: Plan) -> None:
     with written(plan, signer) as trail:
@@ -192,7 +192,7 @@ def test_a_chain_that_stops_when_its_file_has_just_become_full_is_closed(signer:
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-@LAW
+@HYPOTHESIS_SETTINGS
 @given(TRAILS, st.data())
 def test_whatever_is_done_to_an_anchored_trail_is_found(
     signer: Signer, damage: Callable[[Written, Pick], None], plan: Plan, data: st.DataObject

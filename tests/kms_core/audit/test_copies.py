@@ -11,7 +11,7 @@ import pytest
 from kms_core.audit import AuditLog, query, segments
 from kms_core.audit.query import EventFilter
 from kms_core.audit.segments import HostLog
-from support.audit_logs import Place, record
+from support.audit_logs import AuditFolder, record
 
 ALL: Final = EventFilter()
 MINUTE_NS: Final = 60 * 1_000_000_000
@@ -21,7 +21,7 @@ class Host:
     """A log with a clock, and its copy."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.place, self.copy = Place(folder / "hosts" / name), folder / "copies" / name
+        self.audit_folder, self.copy = AuditFolder(folder / "hosts" / name), folder / "copies" / name
         self.now = time.time_ns() - 120 * MINUTE_NS
         self.copy.parent.mkdir(exist_ok=True)
         self.trails: dict[str, AuditLog] = {}
@@ -29,12 +29,12 @@ class Host:
     def write(self, number: int, role: str = "api") -> None:
         """Append a record in the chain of a role."""
         if role not in self.trails:
-            self.trails[role] = self.place.trail(role=role, clock=lambda: self.now)
+            self.trails[role] = self.audit_folder.trail(role=role, clock=lambda: self.now)
         self.trails[role].append(record(number))
 
     def ship(self, role: str = "") -> None:
         """Copy the chains of a role, or all."""
-        for path in self.place.folder.glob(f"{role}*"):
+        for path in self.audit_folder.folder.glob(f"{role}*"):
             (self.copy / path.name).write_bytes(path.read_bytes())
 
 
@@ -51,7 +51,7 @@ def other(tmp_path: Path) -> Host:
 
 
 def logs(own: Host, other: Host) -> Sequence[HostLog]:
-    found, unread = segments.host_logs(own.place.folder, other.copy.parent)
+    found, unread = segments.host_logs(own.audit_folder.folder, other.copy.parent)
     assert ([each.host for each in found], unread) == ([segments.local_log(), "kms-2"], {})
     return found
 
@@ -158,10 +158,10 @@ def test_junk_in_a_copy_hides_nothing_of_others(own: Host, other: Host, junk: by
 
 def test_a_link_in_a_copy_is_not_followed(own: Host, other: Host) -> None:
     own.write(1)
-    target = next(own.place.folder.iterdir())
+    target = next(own.audit_folder.folder.iterdir())
     (other.copy / target.name).symlink_to(target)
 
-    found = segments.host_logs(own.place.folder, other.copy.parent)
+    found = segments.host_logs(own.audit_folder.folder, other.copy.parent)
     assert "has a link" in found.unread["kms-2"]
     assert "kms-2" not in [each.host for each in found.logs]
 
@@ -173,7 +173,7 @@ def test_names_that_are_no_hosts_are_left_out_and_a_directory_that_is_away_is_to
     (copies / "kms-2.pub").touch()
 
     for folder, unread in ((copies, []), (copies / "gone", ["copies"])):
-        found = segments.host_logs(own.place.folder, folder)
+        found = segments.host_logs(own.audit_folder.folder, folder)
         assert ([each.host for each in found.logs], [*found.unread]) == ([segments.local_log()], unread)
 
 

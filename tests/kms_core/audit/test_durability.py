@@ -9,7 +9,7 @@ from kms_core.audit.keys import Concealer, Signer
 from kms_core.audit.maintenance import FolderSink
 from kms_core.auth import tokens
 from kms_core.auth.tokens import TokenRequest
-from support.audit_logs import Place, audit_section, record
+from support.audit_logs import AuditFolder, audit_section, record
 from support.disk_trace import recorded
 
 
@@ -37,22 +37,26 @@ def test_a_folder_that_is_made_for_tokens_keeps_its_name(
     assert disk.steps[:2] == [("mkdir", tmp_path / "made"), ("sync", tmp_path)]
 
 
-def test_the_end_of_a_log_is_on_disk_when_it_is_closed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = place.trail(audit_section(durability="fsync"))
+def test_the_end_of_a_log_is_on_disk_when_it_is_closed(
+    audit_folder: AuditFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = audit_folder.trail(audit_section(durability="fsync"))
     log.append(record(1))
     disk = recorded(monkeypatch)
     log.close()
-    (file,) = place.files()
+    (file,) = audit_folder.files()
 
     assert disk.steps == [("sync", file)]
     assert disk.synced_bytes[file.stat().st_ino] == file.stat().st_size
 
 
-def test_a_new_file_of_anchors_keeps_its_name(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = place.trail()
+def test_a_new_file_of_anchors_keeps_its_name(
+    audit_folder: AuditFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = audit_folder.trail()
     log.append(record(1))
     log.close()
-    anchors = FolderSink(place.at / "anchors")
+    anchors = FolderSink(audit_folder.at / "anchors")
     disk = recorded(monkeypatch)
     anchors.put(log.last_signed)
     (file,) = anchors.path.iterdir()

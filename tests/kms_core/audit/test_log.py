@@ -17,7 +17,7 @@ from kms_core.audit.keys import Concealer, PublicKeys, Signer, public_path
 from kms_core.auth.policy import Principal
 from kms_protocol.context import Context
 from kms_protocol.errors import ConfigurationError
-from support.audit_logs import PROGRAM, Place, audit_section, chain_name, notes, record
+from support.audit_logs import PROGRAM, AuditFolder, audit_section, chain_name, notes, record
 
 APPEND_MANY = f"""{PROGRAM}
 trail = place.trail(role=sys.argv[2])
@@ -32,12 +32,12 @@ trail.close()
 # -- lines -------------------------------------------------------------------------------------------
 
 
-def test_a_record_is_one_line_and_its_id_names_it(place: Place) -> None:
+def test_a_record_is_one_line_and_its_id_names_it(audit_folder: AuditFolder) -> None:
     """Whatever its fields hold; what is not known is left out."""
     names = ["ada", 'ada\n{"principal":"eve","head":"']
-    trail = place.trail()
+    trail = audit_folder.trail()
     ids = [trail.append(record(principal=name)) for name in names]
-    lines = place.operations()
+    lines = audit_folder.operations()
 
     assert [line["principal"] for line in lines] == names
     assert ids == [f"{line['chain']}:{line['seq']}" for line in lines]
@@ -45,25 +45,25 @@ def test_a_record_is_one_line_and_its_id_names_it(place: Place) -> None:
     assert lines[0].keys() == {"seq", "chain", "time", "head", *known}
 
 
-def test_files_and_keys_are_private(place: Place) -> None:
-    path = place.written(1)
+def test_files_and_keys_are_private(audit_folder: AuditFolder) -> None:
+    path = audit_folder.written(1)
 
-    private = (path, place.at / "audit.key", place.signing_key)
+    private = (path, audit_folder.at / "audit.key", audit_folder.signing_key)
     assert [stat.S_IMODE(each.stat().st_mode) for each in private] == [0o600] * 3
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
-def test_the_time_of_a_line_is_utc_to_the_microsecond(place: Place) -> None:
+def test_the_time_of_a_line_is_utc_to_the_microsecond(audit_folder: AuditFolder) -> None:
     before = datetime.now(UTC).replace(microsecond=0)
-    place.written(1)
-    text = str(place.operations()[0]["time"])
+    audit_folder.written(1)
+    text = str(audit_folder.operations()[0]["time"])
 
     assert len(text) == len("2026-11-24T16:00:00.000000Z")
     assert before <= datetime.fromisoformat(text) <= datetime.now(UTC)
 
 
-def test_each_line_stands_for_all_before_it(place: Place) -> None:
-    raw = place.written(3).read_bytes().splitlines()
+def test_each_line_stands_for_all_before_it(audit_folder: AuditFolder) -> None:
+    raw = audit_folder.written(3).read_bytes().splitlines()
     head = chain.ZERO
     for line in raw:
         assert chain.is_sound(head, line)
@@ -72,11 +72,11 @@ def test_each_line_stands_for_all_before_it(place: Place) -> None:
     assert [json.loads(line)["seq"] for line in raw] == [0, 1, 2, 3, 4]
 
 
-def test_the_note_of_a_request_gets_the_id(place: Place) -> None:
+def test_the_note_of_a_request_gets_the_id(audit_folder: AuditFolder) -> None:
     note = audit.Noted()
     token = audit.noted.set(note)
     try:
-        name = place.trail().append(record())
+        name = audit_folder.trail().append(record())
     finally:
         audit.noted.reset(token)
 
@@ -86,10 +86,10 @@ def test_the_note_of_a_request_gets_the_id(place: Place) -> None:
 # -- context values ----------------------------------------------------------------------------------
 
 
-def test_context_values_are_keyed_hashes(place: Place) -> None:
-    trail = place.trail()
+def test_context_values_are_keyed_hashes(audit_folder: AuditFolder) -> None:
+    trail = audit_folder.trail()
     one = trail.conceal("acme", Context.parse("row=7,patient=ada"))
-    again = place.trail().conceal("acme", Context.parse("row=7,patient=bob"))
+    again = audit_folder.trail().conceal("acme", Context.parse("row=7,patient=bob"))
 
     assert one.keys() == {"row", "patient"}
     assert one["row"] == again["row"]
@@ -99,7 +99,7 @@ def test_context_values_are_keyed_hashes(place: Place) -> None:
 
 def test_tenants_installs_and_keys_have_hashes_of_their_own(tmp_path: Path) -> None:
     """A boundary between key and value cannot be moved."""
-    trail, other = Place(tmp_path / "a").trail(), Place(tmp_path / "b").trail()
+    trail, other = AuditFolder(tmp_path / "a").trail(), AuditFolder(tmp_path / "b").trail()
     found = [
         trail.conceal("acme", Context((("ab", "c"),))),
         trail.conceal("acme", Context((("a", "bc"),))),
@@ -124,13 +124,13 @@ def test_keys_are_made_once_also_by_processes_that_start_at_once(tmp_path: Path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".key", ".pub"}
 
 
-def test_what_a_former_key_signed_stays_verifiable(place: Place) -> None:
-    place.written(2)
-    place.signing_key.unlink()
-    place.written(2)
+def test_what_a_former_key_signed_stays_verifiable(audit_folder: AuditFolder) -> None:
+    audit_folder.written(2)
+    audit_folder.signing_key.unlink()
+    audit_folder.written(2)
 
-    assert len(place.keys().keys) == 2
-    assert place.verified().verdict == "intact"
+    assert len(audit_folder.keys().keys) == 2
+    assert audit_folder.verified().verdict == "intact"
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"AAAA"])
@@ -144,9 +144,9 @@ def test_a_broken_key_file_is_a_wrong_configuration(tmp_path: Path, content: byt
             kind.at(path)
 
 
-def test_keys_open_to_others_are_refused_in_prod(place: Place) -> None:
-    place.trail()
-    for path, kind in ((place.at / "audit.key", Concealer), (place.signing_key, Signer)):
+def test_keys_open_to_others_are_refused_in_prod(audit_folder: AuditFolder) -> None:
+    audit_folder.trail()
+    for path, kind in ((audit_folder.at / "audit.key", Concealer), (audit_folder.signing_key, Signer)):
         path.chmod(0o644)
         kind.at(path)
 
@@ -167,11 +167,11 @@ def test_a_file_that_holds_no_public_key_says_so(tmp_path: Path) -> None:
 # -- several writers ---------------------------------------------------------------------------------
 
 
-def test_two_processes_have_a_chain_each(place: Place) -> None:
-    place.trail()  # makes the keys
+def test_two_processes_have_a_chain_each(audit_folder: AuditFolder) -> None:
+    audit_folder.trail()  # makes the keys
     start, gun = os.pipe()
     writers = [
-        subprocess.Popen([sys.executable, "-c", APPEND_MANY, str(place.at), role], stdin=start)
+        subprocess.Popen([sys.executable, "-c", APPEND_MANY, str(audit_folder.at), role], stdin=start)
         for role in ("api", "worker")
     ]
     os.close(start)
@@ -181,13 +181,13 @@ def test_two_processes_have_a_chain_each(place: Place) -> None:
 
     assert [writer.returncode for writer in writers] == [0, 0]
     for role in ("api", "worker"):
-        names = [line["principal"] for line in place.operations() if line["chain"].startswith(role)]
+        names = [line["principal"] for line in audit_folder.operations() if line["chain"].startswith(role)]
         assert names == [f"ada-{number}" for number in range(300)]
-    assert place.verified().verdict == "intact"
+    assert audit_folder.verified().verdict == "intact"
 
 
-def test_a_forked_child_begins_a_chain_of_its_own(place: Place) -> None:
-    trail = place.trail()
+def test_a_forked_child_begins_a_chain_of_its_own(audit_folder: AuditFolder) -> None:
+    trail = audit_folder.trail()
     trail.append(record(1))
     child = os.fork()
     if not child:
@@ -198,16 +198,16 @@ def test_a_forked_child_begins_a_chain_of_its_own(place: Place) -> None:
     trail.append(record(3))
     trail.close()
 
-    assert len({line["chain"] for line in place.lines()}) == 2
-    assert sorted(place.principals()) == ["ada-1", "ada-2", "ada-3"]
-    assert place.verified().verdict == "intact"
+    assert len({line["chain"] for line in audit_folder.lines()}) == 2
+    assert sorted(audit_folder.principals()) == ["ada-1", "ada-2", "ada-3"]
+    assert audit_folder.verified().verdict == "intact"
 
 
-def test_the_first_line_names_the_ends_of_others_that_none_has_named(place: Place) -> None:
+def test_the_first_line_names_the_ends_of_others_that_none_has_named(audit_folder: AuditFolder) -> None:
     for _ in range(4):
-        place.written(3)
-    openings = [line for line in place.lines() if line.get("kind") == "open"]
-    ends = [line for line in place.lines() if line.get("kind") == "closed"]
+        audit_folder.written(3)
+    openings = [line for line in audit_folder.lines() if line.get("kind") == "open"]
+    ends = [line for line in audit_folder.lines() if line.get("kind") == "closed"]
 
     assert [{name: end[:2] for name, end in line["heads"].items()} for line in openings] == [
         {},
@@ -218,92 +218,94 @@ def test_the_first_line_names_the_ends_of_others_that_none_has_named(place: Plac
 # -- the clock ---------------------------------------------------------------------------------------
 
 
-def test_times_never_go_back_and_a_clock_that_did_is_told(place: Place) -> None:
+def test_times_never_go_back_and_a_clock_that_did_is_told(audit_folder: AuditFolder) -> None:
     at = [1_900_000_000_000_000_000]
-    trail = place.trail(clock=lambda: at[0])
+    trail = audit_folder.trail(clock=lambda: at[0])
     trail.append(record(1))
     at[0] -= 3600 * 1_000_000_000
     trail.append(record(2))
     at[0] += 7200 * 1_000_000_000
     trail.append(record(3))
     trail.close()
-    first, second, third = place.operations()
+    first, second, third = audit_folder.operations()
 
     assert first["time"] == second["time"] < third["time"]
     assert second["clock"] == "2030-03-17T16:46:40.000000Z"
     assert "clock" not in third
-    assert place.verified().verdict == "intact"
-    assert notes(place.verified()) == ["clock_behind"]
+    assert audit_folder.verified().verdict == "intact"
+    assert notes(audit_folder.verified()) == ["clock_behind"]
 
 
 # -- rotation and checkpoints --------------------------------------------------------------------------
 
 
-def test_a_chain_goes_on_in_further_files(place: Place) -> None:
-    place.written(80, rotate_bytes=4096)
+def test_a_chain_goes_on_in_further_files(audit_folder: AuditFolder) -> None:
+    audit_folder.written(80, rotate_bytes=4096)
 
-    assert len(place.files()) > 3
-    assert [line["seq"] for line in place.lines()] == list(range(len(place.lines())))
-    assert all(path.stat().st_size < 4096 + 1500 for path in place.files())
-    assert place.verified().verdict == "intact"
+    assert len(audit_folder.files()) > 3
+    assert [line["seq"] for line in audit_folder.lines()] == list(range(len(audit_folder.lines())))
+    assert all(path.stat().st_size < 4096 + 1500 for path in audit_folder.files())
+    assert audit_folder.verified().verdict == "intact"
 
 
-def test_a_checkpoint_stands_after_so_many_lines(place: Place) -> None:
-    trail = place.trail(audit_section(checkpoint_lines=5))
+def test_a_checkpoint_stands_after_so_many_lines(audit_folder: AuditFolder) -> None:
+    trail = audit_folder.trail(audit_section(checkpoint_lines=5))
     for number in range(23):
         trail.append(record(number))
-    kinds = [line.get("kind", "") for line in place.lines()]
+    kinds = [line.get("kind", "") for line in audit_folder.lines()]
 
     assert kinds.count("checkpoint") == 4
-    assert place.verified().chains[0].signed_seq == max(
+    assert audit_folder.verified().chains[0].signed_seq == max(
         number for number, kind in enumerate(kinds) if kind == "checkpoint"
     )
 
 
-def test_a_checkpoint_stands_some_time_after_a_line(place: Place) -> None:
-    trail = place.trail(audit_section(checkpoint_s=0))
+def test_a_checkpoint_stands_some_time_after_a_line(audit_folder: AuditFolder) -> None:
+    trail = audit_folder.trail(audit_section(checkpoint_s=0))
     trail.append(record(1))
     trail.checkpoint_if_due()
     trail.checkpoint_if_due()
 
-    assert [line.get("kind") for line in place.lines()] == ["open", None, "checkpoint"]
+    assert [line.get("kind") for line in audit_folder.lines()] == ["open", None, "checkpoint"]
 
 
-def test_a_checkpoint_in_time_names_the_live_chains(place: Place) -> None:
-    trail, other = (place.trail(audit_section(checkpoint_s=0), role=role) for role in ("api", "worker"))
+def test_a_checkpoint_in_time_names_the_live_chains(audit_folder: AuditFolder) -> None:
+    trail, other = (
+        audit_folder.trail(audit_section(checkpoint_s=0), role=role) for role in ("api", "worker")
+    )
     trail.append(record(1))
     other.append(record(2))
     other.checkpoint_if_due()
     other.append(record(3))
     trail.checkpoint_if_due()
-    checkpoint = place.files()[0].read_bytes().splitlines()[-1]
+    checkpoint = audit_folder.files()[0].read_bytes().splitlines()[-1]
 
-    opening, _, signed, _ = map(json.loads, place.files()[1].read_bytes().splitlines())
+    opening, _, signed, _ = map(json.loads, audit_folder.files()[1].read_bytes().splitlines())
     end = [2, signed["head"], opening["time"]]
     assert json.loads(checkpoint)["heads"] == {chain_name(other): end}
 
 
-def test_a_record_after_the_closing_one_begins_a_further_file(place: Place) -> None:
-    trail = place.trail()
+def test_a_record_after_the_closing_one_begins_a_further_file(audit_folder: AuditFolder) -> None:
+    trail = audit_folder.trail()
     trail.append(record(1))
     trail.close()
     trail.append(record(2))
     trail.close()
 
-    assert place.principals() == ["ada-1", "ada-2"]
-    assert len(place.files()) == 2
-    assert place.verified().verdict == "intact"
+    assert audit_folder.principals() == ["ada-1", "ada-2"]
+    assert len(audit_folder.files()) == 2
+    assert audit_folder.verified().verdict == "intact"
 
 
-def test_a_process_that_recorded_nothing_leaves_nothing(place: Place) -> None:
-    place.trail().close()
+def test_a_process_that_recorded_nothing_leaves_nothing(audit_folder: AuditFolder) -> None:
+    audit_folder.trail().close()
 
-    assert not place.folder.exists()
+    assert not audit_folder.folder.exists()
 
 
-def test_a_filter_is_recorded_up_to_500_characters(place: Place) -> None:
+def test_a_filter_is_recorded_up_to_500_characters(audit_folder: AuditFolder) -> None:
     """A caller chooses it, and each page of the log leaves a line with it."""
-    trail = place.trail()
+    trail = audit_folder.trail()
     audit.read(trail, Principal("ada"), {"principal": "x" * 2_000}, 1)
 
-    assert place.operations()[-1]["filter"] == "principal=" + "x" * 490
+    assert audit_folder.operations()[-1]["filter"] == "principal=" + "x" * 490

@@ -20,7 +20,7 @@ import pytest
 from kms_core.audit.segments import SegmentFile
 from kms_core.settings.model import AuditSection
 from kms_protocol.errors import AuditUnavailable
-from support.audit_logs import PROGRAM, Place, audit_section, codes, notes, record, room_for
+from support.audit_logs import PROGRAM, AuditFolder, audit_section, codes, notes, record, room_for
 from support.small_disk import small_disk
 
 APPEND_AND_DIE = f"""{PROGRAM}
@@ -34,10 +34,10 @@ os.kill(os.getpid(), signal.SIGKILL)
 # -- disks that are full -----------------------------------------------------------------------------
 
 
-def test_a_disk_that_fills_up_within_a_line_leaves_no_part_of_it(place: Place) -> None:
-    trail = place.trail()
+def test_a_disk_that_fills_up_within_a_line_leaves_no_part_of_it(audit_folder: AuditFolder) -> None:
+    trail = audit_folder.trail()
     trail.append(record(1))
-    (path,) = place.files()
+    (path,) = audit_folder.files()
     size = path.stat().st_size
     with room_for(size + 20), pytest.raises(AuditUnavailable, match=r"No space left|File too large"):
         trail.append(record(2))
@@ -45,61 +45,61 @@ def test_a_disk_that_fills_up_within_a_line_leaves_no_part_of_it(place: Place) -
     assert path.stat().st_size == size
 
 
-def test_a_full_disk_is_an_error_for_as_long_as_it_is_full(place: Place) -> None:
-    trail = place.trail()
+def test_a_full_disk_is_an_error_for_as_long_as_it_is_full(audit_folder: AuditFolder) -> None:
+    trail = audit_folder.trail()
     with room_for(20):
         for _ in range(3):
             with pytest.raises(AuditUnavailable):
                 trail.append(record())
             with pytest.raises(AuditUnavailable):
                 trail.check()
-    assert not place.files()
+    assert not audit_folder.files()
 
     trail.check()
-    assert [line["kind"] for line in place.lines()] == ["open", "resumed"]
+    assert [line["kind"] for line in audit_folder.lines()] == ["open", "resumed"]
 
 
-def test_a_chain_goes_on_after_a_full_disk_and_says_what_was_refused(place: Place) -> None:
-    trail = place.trail()
+def test_a_chain_goes_on_after_a_full_disk_and_says_what_was_refused(audit_folder: AuditFolder) -> None:
+    trail = audit_folder.trail()
     trail.append(record(1))
-    with room_for(place.files()[0].stat().st_size + 20):
+    with room_for(audit_folder.files()[0].stat().st_size + 20):
         for _ in range(3):
             with pytest.raises(AuditUnavailable):
                 trail.append(record(2))
     trail.append(record(3))
     trail.close()
-    (told,) = [line for line in place.lines() if line.get("kind") == "resumed"]
+    (told,) = [line for line in audit_folder.lines() if line.get("kind") == "resumed"]
 
-    assert place.principals() == ["ada-1", "ada-3"]
+    assert audit_folder.principals() == ["ada-1", "ada-3"]
     assert told["refused"] == 3
-    assert place.verified().verdict == "intact"
-    assert notes(place.verified()) == ["resumed"]
+    assert audit_folder.verified().verdict == "intact"
+    assert notes(audit_folder.verified()) == ["resumed"]
 
 
-def test_a_checkpoint_without_room_costs_no_record(place: Place) -> None:
-    trail = place.trail(audit_section(checkpoint_lines=4))
+def test_a_checkpoint_without_room_costs_no_record(audit_folder: AuditFolder) -> None:
+    trail = audit_folder.trail(audit_section(checkpoint_lines=4))
     trail.append(record(1))
     trail.append(record(2))
-    (path,) = place.files()
+    (path,) = audit_folder.files()
     line = len(path.read_bytes().splitlines()[-1])
     with room_for(path.stat().st_size + line + 10):
         trail.append(record(3))  # and now a checkpoint would be due
     trail.append(record(4))
     trail.close()
 
-    assert place.principals() == ["ada-1", "ada-2", "ada-3", "ada-4"]
-    assert place.verified().verdict == "intact"
+    assert audit_folder.principals() == ["ada-1", "ada-2", "ada-3", "ada-4"]
+    assert audit_folder.verified().verdict == "intact"
 
 
-def test_a_disk_that_is_really_full(place: Place) -> None:
-    with small_disk(place.folder, 64 * 1024):
-        trail = place.trail()
+def test_a_disk_that_is_really_full(audit_folder: AuditFolder) -> None:
+    with small_disk(audit_folder.folder, 64 * 1024):
+        trail = audit_folder.trail()
         with pytest.raises(AuditUnavailable, match="No space left"):
             deque(map(trail.append, map(record, range(1000))), maxlen=0)
         with pytest.raises(AuditUnavailable):
             trail.check()
-        assert not codes(place.verified())
-        assert place.files()[0].read_bytes().endswith(b"}\n")
+        assert not codes(audit_folder.verified())
+        assert audit_folder.files()[0].read_bytes().endswith(b"}\n")
 
 
 # -- files that go away ------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def rewritten(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(change(path.read_bytes()))
 
 
-HANDS: Final[dict[str, tuple[Callable[[Path], object], set[str], list[str]]]] = {
+TAMPERINGS: Final[dict[str, tuple[Callable[[Path], object], set[str], list[str]]]] = {
     "deleted": (Path.unlink, {"missing_file"}, ["vanished"]),
     "replaced by a copy": (replaced_by_a_copy, set(), ["vanished"]),
     "renamed": (lambda path: path.rename(path.with_name("old.jsonl.1")), set(), ["misplaced", "vanished"]),
@@ -127,59 +127,61 @@ HANDS: Final[dict[str, tuple[Callable[[Path], object], set[str], list[str]]]] = 
 """What is done to the file of a log that goes on, and the codes and notes of it."""
 
 
-@pytest.mark.parametrize("name", HANDS)
-def test_a_file_that_another_hand_changed_is_noticed_and_left_as_it_is(place: Place, name: str) -> None:
+@pytest.mark.parametrize("name", TAMPERINGS)
+def test_a_file_that_another_hand_changed_is_noticed_and_left_as_it_is(
+    audit_folder: AuditFolder, name: str
+) -> None:
     """It gets no more lines: the next record, or checkpoint, is in a further one."""
-    hand, expected, noted = HANDS[name]
-    trail = place.trail(audit_section(checkpoint_s=0))
+    hand, expected, noted = TAMPERINGS[name]
+    trail = audit_folder.trail(audit_section(checkpoint_s=0))
     trail.append(record(1))
     trail.append(record(2))
-    (path,) = place.files()
+    (path,) = audit_folder.files()
     hand(path)
-    left = {file: file.read_bytes() for file in place.files()}
+    left = {file: file.read_bytes() for file in audit_folder.files()}
     trail.checkpoint_if_due()
     trail.append(record(3))
     trail.close()
-    report = place.verified()
+    report = audit_folder.verified()
 
     assert {file: file.read_bytes() for file in left} == left
-    (further,) = {*place.files()} - {*left}
+    (further,) = {*audit_folder.files()} - {*left}
     assert further.read_bytes().count(b"ada-3") == 1
     assert ({*codes(report)}, notes(report)) == (expected, noted)
 
 
-def test_a_file_that_another_hand_changed_gets_no_closing_line(place: Place) -> None:
-    trail = place.trail()
+def test_a_file_that_another_hand_changed_gets_no_closing_line(audit_folder: AuditFolder) -> None:
+    trail = audit_folder.trail()
     trail.append(record(1))
-    (path,) = place.files()
+    (path,) = audit_folder.files()
     path.write_bytes(b"")
     trail.close()
 
-    assert [file.read_bytes() for file in place.files()] == [b""]
+    assert [file.read_bytes() for file in audit_folder.files()] == [b""]
 
 
-def test_a_deleted_folder_is_made_again_once_nothing_is_in_its_place(place: Place) -> None:
-    trail = place.trail()
+def test_a_deleted_folder_is_made_again_once_nothing_is_in_its_place(audit_folder: AuditFolder) -> None:
+    trail = audit_folder.trail()
     trail.append(record(1))
-    shutil.rmtree(place.folder)
-    place.folder.touch()
+    shutil.rmtree(audit_folder.folder)
+    audit_folder.folder.touch()
     with pytest.raises(AuditUnavailable):
         trail.append(record(2))
-    place.folder.unlink()
+    audit_folder.folder.unlink()
     trail.append(record(3))
 
-    assert place.principals() == ["ada-3"]
+    assert audit_folder.principals() == ["ada-3"]
 
 
-def test_no_descriptor_is_left_behind(place: Place) -> None:
-    trail = place.trail()
+def test_no_descriptor_is_left_behind(audit_folder: AuditFolder) -> None:
+    trail = audit_folder.trail()
     trail.append(record())
-    before = open_files(place.at)
+    before = open_files(audit_folder.at)
     for _ in range(5):
-        place.files()[-1].unlink()
+        audit_folder.files()[-1].unlink()
         trail.append(record())
 
-    assert open_files(place.at) == before
+    assert open_files(audit_folder.at) == before
 
 
 # -- crashes -----------------------------------------------------------------------------------------
@@ -191,20 +193,20 @@ def open_files(folder: Path) -> int:
     return sum(link.startswith(f"{folder}/") for link in links)
 
 
-def test_a_killed_process_has_lost_no_line(place: Place) -> None:
-    place.trail()  # makes the keys
-    died = subprocess.run([sys.executable, "-c", APPEND_AND_DIE, str(place.at)], check=False)
+def test_a_killed_process_has_lost_no_line(audit_folder: AuditFolder) -> None:
+    audit_folder.trail()  # makes the keys
+    died = subprocess.run([sys.executable, "-c", APPEND_AND_DIE, str(audit_folder.at)], check=False)
 
     assert died.returncode == -signal.SIGKILL
-    assert place.principals() == ["ada-1", "ada-2", "ada-3"]
+    assert audit_folder.principals() == ["ada-1", "ada-2", "ada-3"]
 
 
-def test_a_torn_tail_is_never_the_beginning_of_a_line(place: Place) -> None:
-    path = place.written(3)
+def test_a_torn_tail_is_never_the_beginning_of_a_line(audit_folder: AuditFolder) -> None:
+    path = audit_folder.written(3)
     os.truncate(path, path.stat().st_size - 40)
     torn = path.read_bytes()
-    place.written(2)
-    report = place.verified()
+    audit_folder.written(2)
+    report = audit_folder.verified()
 
     assert path.read_bytes() == torn
     assert (report.verdict, codes(report), notes(report)) == ("intact", [], ["cut_or_crashed"])
@@ -240,11 +242,11 @@ def test_lines_that_wait_while_the_disk_is_busy_share_the_next_sync(
 
 
 def test_a_disk_without_room_for_records_is_told_before_one_fails(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    audit_folder: AuditFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trail = place.trail()
+    trail = audit_folder.trail()
     trail.check()
-    room = os.statvfs(place.folder)
+    room = os.statvfs(audit_folder.folder)
     monkeypatch.setattr("kms_core.audit.log._ENOUGH_BYTES", 2 * room.f_bavail * room.f_frsize)
 
     with pytest.raises(AuditUnavailable, match="disk is full"):
@@ -278,32 +280,38 @@ BY_DURABILITY: Final = pytest.mark.parametrize(
 
 
 @BY_DURABILITY
-def test_a_batch_whose_records_are_not_written_is_an_error(place: Place, rules: AuditSection) -> None:
-    trail = place.trail(rules)
+def test_a_batch_whose_records_are_not_written_is_an_error(
+    audit_folder: AuditFolder, rules: AuditSection
+) -> None:
+    trail = audit_folder.trail(rules)
     trail.append(record(0))
 
     def batch() -> None:
         with trail.together():
             trail.append(record(1))
-            os.close(descriptor_of(place.files()[0]))  # the disk is gone
+            os.close(descriptor_of(audit_folder.files()[0]))  # the disk is gone
 
     with pytest.raises(AuditUnavailable):
         batch()
     trail.append(record(2))
-    assert [line.get("reason", line.get("refused")) for line in place.lines()[-3:]] == ["torn", 1, None]
+    assert [line.get("reason", line.get("refused")) for line in audit_folder.lines()[-3:]] == [
+        "torn",
+        1,
+        None,
+    ]
 
 
 @BY_DURABILITY
 def test_a_batch_that_goes_on_after_a_record_that_failed_is_an_error_at_its_end(
-    place: Place, rules: AuditSection
+    audit_folder: AuditFolder, rules: AuditSection
 ) -> None:
-    trail = place.trail(rules)
+    trail = audit_folder.trail(rules)
     trail.append(record(0))
     failed = []
 
     def batch() -> None:
         with trail.together():
-            os.close(descriptor_of(place.files()[0]))  # the disk is gone
+            os.close(descriptor_of(audit_folder.files()[0]))  # the disk is gone
             for number in range(250):
                 try:
                     trail.append(record(number))
@@ -313,33 +321,33 @@ def test_a_batch_that_goes_on_after_a_record_that_failed_is_an_error_at_its_end(
     with pytest.raises(AuditUnavailable):
         batch()
     assert failed == [99]  # what came later is in the next file
-    assert [line["refused"] for line in place.lines() if "refused" in line] == [100]
-    assert len(place.lines()) == len(["open", "0", "open", "resumed"]) + 150
+    assert [line["refused"] for line in audit_folder.lines() if "refused" in line] == [100]
+    assert len(audit_folder.lines()) == len(["open", "0", "open", "resumed"]) + 150
 
 
-def test_records_of_a_batch_are_one_write_and_a_chain(place: Place) -> None:
-    trail = place.trail(audit_section())
+def test_records_of_a_batch_are_one_write_and_a_chain(audit_folder: AuditFolder) -> None:
+    trail = audit_folder.trail(audit_section())
     with trail.together():
         ids = [trail.append(record(number)) for number in range(30)]
-        assert not place.folder.exists()
+        assert not audit_folder.folder.exists()
     trail.append(record(30))
     trail.close()
 
     assert ids == [""] * 30
-    assert place.principals() == [f"ada-{number}" for number in range(31)]
-    assert len({line["time"] for line in place.operations()[:30]}) == 1
-    assert not codes(place.verified())
+    assert audit_folder.principals() == [f"ada-{number}" for number in range(31)]
+    assert len({line["time"] for line in audit_folder.operations()[:30]}) == 1
+    assert not codes(audit_folder.verified())
 
 
-def test_an_intent_does_not_wait_for_the_records_of_its_batch(place: Place) -> None:
-    trail = place.trail()
+def test_an_intent_does_not_wait_for_the_records_of_its_batch(audit_folder: AuditFolder) -> None:
+    trail = audit_folder.trail()
     with trail.together():
         trail.append(record(1))
         trail.append(record(2, stage="intent", effect="x"))
-        written = place.principals()
+        written = audit_folder.principals()
 
     assert written == ["ada-2"]
-    assert place.principals() == ["ada-2", "ada-1"]
+    assert audit_folder.principals() == ["ada-2", "ada-1"]
 
 
 def descriptor_of(path: Path) -> int:
@@ -347,20 +355,20 @@ def descriptor_of(path: Path) -> int:
     return next(int(link.name) for link in links if link.exists() and link.samefile(path))
 
 
-def test_a_folder_that_cannot_be_synced_is_an_error_and_the_chain_goes_on(place: Place) -> None:
-    trail = place.trail(audit_section(durability="fsync"))
+def test_a_folder_that_cannot_be_synced_is_an_error_and_the_chain_goes_on(audit_folder: AuditFolder) -> None:
+    trail = audit_folder.trail(audit_section(durability="fsync"))
     trail.append(record(1))
-    path = place.files()[0]
-    path.rename(place.at / "moved")
-    with no_descriptor_but(descriptor_of(place.at / "moved")), pytest.raises(AuditUnavailable):
+    path = audit_folder.files()[0]
+    path.rename(audit_folder.at / "moved")
+    with no_descriptor_but(descriptor_of(audit_folder.at / "moved")), pytest.raises(AuditUnavailable):
         trail.append(record(2))
-    (place.at / "moved").rename(path)
+    (audit_folder.at / "moved").rename(path)
     trail.append(record(3))
     trail.close()
 
-    assert place.principals() == ["ada-1", "ada-3"]
-    assert not codes(place.verified())
-    assert {"vanished", "unsynced"} <= set(notes(place.verified()))
+    assert audit_folder.principals() == ["ada-1", "ada-3"]
+    assert not codes(audit_folder.verified())
+    assert {"vanished", "unsynced"} <= set(notes(audit_folder.verified()))
 
 
 @contextmanager
@@ -381,8 +389,8 @@ def no_descriptor_but(number: int) -> Iterator[None]:
         gc.enable()
 
 
-def test_threads_that_wait_for_the_disk_all_come_back(place: Place) -> None:
-    trail = place.trail(audit_section(durability="fsync"), rotate_bytes=8192)
+def test_threads_that_wait_for_the_disk_all_come_back(audit_folder: AuditFolder) -> None:
+    trail = audit_folder.trail(audit_section(durability="fsync"), rotate_bytes=8192)
     barrier = threading.Barrier(8)
 
     def work(first: int) -> None:
@@ -394,6 +402,6 @@ def test_threads_that_wait_for_the_disk_all_come_back(place: Place) -> None:
         list(pool.map(work, range(0, 160, 20)))
     trail.close()
 
-    assert set(place.principals()) == {f"ada-{number}" for number in range(160)}
-    assert len(place.files()) > 1
-    assert place.verified().verdict == "intact"
+    assert set(audit_folder.principals()) == {f"ada-{number}" for number in range(160)}
+    assert len(audit_folder.files()) > 1
+    assert audit_folder.verified().verdict == "intact"

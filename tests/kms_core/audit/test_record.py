@@ -26,14 +26,14 @@ from support.age_kms import (
     ADA,
     NO_CONTEXT,
     ROW,
-    FullDisk,
-    Kept,
+    FailingTrail,
+    MemoryTrail,
     age_backend,
     head_of,
     kms_over,
     operation_counts,
 )
-from support.audit_logs import Place
+from support.audit_logs import AuditFolder
 
 IDENTITY: Final = x25519.X25519Identity.generate()
 SECRET: Final = Context.parse("patient=hunter2,row=7")
@@ -72,7 +72,7 @@ def encrypt_a_file(kms: Kms, sealed: bytes) -> None:
         kms.encrypt(ADA, files, SECRET)
 
 
-def adopt(kms: Kms, sealed: bytes) -> None:
+def encrypt_header_only(kms: Kms, sealed: bytes) -> None:
     kms.encrypt_header(ADA, (os.urandom(16), head_of(sealed).nonce), SECRET, size_bytes=13)
 
 
@@ -101,7 +101,7 @@ CALLS: Final[dict[str, tuple[Call, str, str]]] = {
     "rewrap": (rewrapping(), "rewrap", "ok"),
     "encrypt a file": (encrypt_a_file, "encrypt", "ok"),
     "decrypt a file": (decrypting_a_file(), "decrypt", "ok"),
-    "adopt a file": (adopt, "encrypt", "ok"),
+    "adopt a file": (encrypt_header_only, "encrypt", "ok"),
     "rewrap a file": (rewrap_a_file, "rewrap", "ok"),
     "unknown key": (encrypting(key_id="gone"), "encrypt", "unknown_key"),
     "wrong time": (encrypting(Context.parse("not_after=hunter2")), "encrypt", "invalid_context"),
@@ -134,13 +134,13 @@ def sealed(backend: AgeBackend) -> bytes:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_each_operation_is_one_line_without_secrets(
-    backend: AgeBackend, sealed: bytes, place: Place, name: str
+    backend: AgeBackend, sealed: bytes, audit_folder: AuditFolder, name: str
 ) -> None:
     call, operation, result = CALLS[name]
     with nullcontext() if result == "ok" else pytest.raises((KmsError, ValueError)):
-        call(kms_over(backend, trail=place.trail(), rules=STRICT), sealed)
-    (line,) = place.operations()
-    (path,) = place.files()
+        call(kms_over(backend, trail=audit_folder.trail(), rules=STRICT), sealed)
+    (line,) = audit_folder.operations()
+    (path,) = audit_folder.files()
 
     assert (line["operation"], line["result"]) == (operation, result)
     if result == "ok":
@@ -153,11 +153,11 @@ def test_each_operation_is_one_line_without_secrets(
 def test_without_its_line_no_result_leaves(backend: AgeBackend, sealed: bytes, name: str) -> None:
     """Not even a refusal."""
     with pytest.raises(AuditUnavailable):
-        CALLS[name][0](kms_over(backend, trail=FullDisk(), rules=STRICT), sealed)
+        CALLS[name][0](kms_over(backend, trail=FailingTrail(), rules=STRICT), sealed)
 
 
 def test_a_refusal_names_the_key_that_the_file_names(backend: AgeBackend, sealed: bytes) -> None:
-    trail = Kept()
+    trail = MemoryTrail()
     with pytest.raises(KmsError):
         kms_over(backend, trail=trail).decrypt(ADA, sealed, NO_CONTEXT)
     line = trail.lines[0]
@@ -170,7 +170,7 @@ def test_a_refusal_names_the_key_that_the_file_names(backend: AgeBackend, sealed
 
 
 def test_a_line_says_who_what_which_and_how_much(backend: AgeBackend) -> None:
-    trail = Kept()
+    trail = MemoryTrail()
     request, job = audit.request_id.set("req-1"), audit.job_id.set("job-1")
     try:
         made = kms_over(backend, trail=trail).encrypt(ADA, b"hunter2 plain", SECRET)
@@ -199,7 +199,7 @@ def test_a_line_says_who_what_which_and_how_much(backend: AgeBackend) -> None:
 
 
 def test_a_foreign_file_is_recorded_as_such(backend: AgeBackend) -> None:
-    trail, file_key = Kept(), os.urandom(16)
+    trail, file_key = MemoryTrail(), os.urandom(16)
     foreign = render([IDENTITY.recipient.wrap(file_key)], file_key) + bytes(16)
     foreign += stream.seal(stream.payload_key(file_key, bytes(16)), b"theirs")
     kms_over(backend, trail=trail).decrypt(ADA, foreign, NO_CONTEXT)
@@ -212,28 +212,30 @@ def test_a_foreign_file_is_recorded_as_such(backend: AgeBackend) -> None:
     ]
 
 
-def test_a_rewrap_records_both_contexts_and_sizes(backend: AgeBackend, sealed: bytes, place: Place) -> None:
-    trail = place.trail()
+def test_a_rewrap_records_both_contexts_and_sizes(
+    backend: AgeBackend, sealed: bytes, audit_folder: AuditFolder
+) -> None:
+    trail = audit_folder.trail()
     moved = kms_over(backend, trail=trail).rewrap(ADA, sealed, SECRET, new_context=ROW).ciphertext
-    (line,) = place.operations()
+    (line,) = audit_folder.operations()
 
     assert line["context"] == trail.conceal("acme", SECRET)
     assert line["new_context"] == trail.conceal("acme", ROW)
     assert (line["bytes_in"], line["bytes_out"]) == (len(sealed), len(moved))
 
 
-def test_a_data_key_is_not_in_its_line(backend: AgeBackend, place: Place) -> None:
-    made = kms_over(backend, trail=place.trail()).generate_data_key(ADA, 32, SECRET)
-    (path,) = place.files()
+def test_a_data_key_is_not_in_its_line(backend: AgeBackend, audit_folder: AuditFolder) -> None:
+    made = kms_over(backend, trail=audit_folder.trail()).generate_data_key(ADA, 32, SECRET)
+    (path,) = audit_folder.files()
 
     assert made.plaintext.hex() not in path.read_text()
-    assert "plaintext" not in place.operations()[0]
+    assert "plaintext" not in audit_folder.operations()[0]
 
 
 # -- effects and denials -----------------------------------------------------------------------------
 
 
-def stages(trail: Kept) -> list[tuple[object, object]]:
+def stages(trail: MemoryTrail) -> list[tuple[object, object]]:
     return [(line.get("stage"), line.get("result")) for line in trail.lines]
 
 
@@ -251,7 +253,7 @@ def test_an_effect_has_its_intent_before_and_its_outcome_after_it(
     raised: type[BaseException] | None, outcome: list[tuple[str, str]]
 ) -> None:
     """After anything but a refusal nobody knows the outcome."""
-    trail, seen = Kept(), []
+    trail, seen = MemoryTrail(), []
     with pytest.raises(raised) if raised else nullcontext(), audit.effect(trail, ADA, "commit", "job-1"):
         seen = stages(trail)
         if raised:
@@ -264,14 +266,14 @@ def test_an_effect_has_its_intent_before_and_its_outcome_after_it(
 
 def test_without_its_intent_on_record_an_effect_does_not_begin() -> None:
     begun = False
-    with pytest.raises(AuditUnavailable), audit.effect(FullDisk(), ADA, "commit", "job-1"):
+    with pytest.raises(AuditUnavailable), audit.effect(FailingTrail(), ADA, "commit", "job-1"):
         begun = True
 
     assert not begun
 
 
 def test_a_denial_is_a_line() -> None:
-    trail = Kept()
+    trail = MemoryTrail()
     audit.denied(trail, None, "POST /encrypt", "unauthenticated")
     audit.denied(trail, ADA, "GET /audit", "forbidden")
 
@@ -291,7 +293,7 @@ def test_lost_lines_are_counted(backend: AgeBackend) -> None:
     outcomes = operation_counts()
     kms_over(backend).encrypt(ADA, b"", NO_CONTEXT)
     with pytest.raises(AuditUnavailable):
-        kms_over(backend, trail=FullDisk()).encrypt(ADA, b"", NO_CONTEXT)
+        kms_over(backend, trail=FailingTrail()).encrypt(ADA, b"", NO_CONTEXT)
     after = [audit_lines(result) for result in ("ok", "failed")]
     at = ("encrypt", "audit_unavailable")
 

@@ -10,12 +10,12 @@ from cryptography import x509
 
 from kms_core.auth import client_certificates
 from kms_core.auth.client_certificates import Revocations
-from support.credentials import DAY, HOUR, Authority, Pair, der_of, shown
+from support.credentials import DAY, HOUR, Authority, CertAndKey, der_of, shown
 
 NAME: Final = "a CA that was re-keyed"
 
 
-class Site:
+class ClientCa:
     """A re-keyed authority (``old`` and ``new`` have one name), and the files of the settings."""
 
     def __init__(self, folder: Path) -> None:
@@ -44,33 +44,33 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return Site(tmp_path)
+def client_ca(tmp_path: Path) -> ClientCa:
+    return ClientCa(tmp_path)
 
 
-def issued(authority: Authority, file: str = "leaf") -> tuple[Pair, str]:
+def issued(authority: Authority, file: str = "leaf") -> tuple[CertAndKey, str]:
     """A certificate, and its identity on a connection."""
     pair = authority.issue(file, x509.DNSName(file))
     return pair, shown(pair, authority).identity
 
 
 @pytest.mark.parametrize("is_last", [True, False])
-def test_lists_of_authorities_of_one_name_all_count(site: Site, is_last: bool) -> None:
-    (of_old, revoked), (_, good) = issued(site.old), issued(site.new)
-    found = site.lists()
+def test_lists_of_authorities_of_one_name_all_count(client_ca: ClientCa, is_last: bool) -> None:
+    (of_old, revoked), (_, good) = issued(client_ca.old), issued(client_ca.new)
+    found = client_ca.lists()
     assert not found.is_revoked(revoked)
-    both = [site.new.crl(), site.old.crl(of_old.cert)]
-    site.put(*both if is_last else reversed(both))
+    both = [client_ca.new.crl(), client_ca.old.crl(of_old.cert)]
+    client_ca.put(*both if is_last else reversed(both))
 
     assert found.is_revoked(revoked)
     assert not found.is_revoked(good)
 
 
-def test_each_authority_of_one_name_needs_a_list(site: Site) -> None:
-    for text in (site.old.crl(), site.new.crl()):
-        site.put(text)
+def test_each_authority_of_one_name_needs_a_list(client_ca: ClientCa) -> None:
+    for text in (client_ca.old.crl(), client_ca.new.crl()):
+        client_ca.put(text)
         with pytest.raises(ValueError, match="there is no list of CN=a CA that was re-keyed, serial number"):
-            client_certificates.read_lists(site.crl, site.ca)
+            client_certificates.read_lists(client_ca.crl, client_ca.ca)
 
 
 @pytest.mark.parametrize(
@@ -78,82 +78,84 @@ def test_each_authority_of_one_name_needs_a_list(site: Site) -> None:
 )
 @pytest.mark.parametrize("is_old", [True, False])
 def test_each_list_of_authorities_of_one_name_must_be_current(
-    site: Site, is_old: bool, lasts: timedelta, ago: timedelta
+    client_ca: ClientCa, is_old: bool, lasts: timedelta, ago: timedelta
 ) -> None:
-    found = site.lists()
+    found = client_ca.lists()
     assert found.is_current()
-    changed, current = (site.old, site.new) if is_old else (site.new, site.old)
-    site.put(changed.crl(lasts=lasts, ago=ago), current.crl())
+    changed, current = (client_ca.old, client_ca.new) if is_old else (client_ca.new, client_ca.old)
+    client_ca.put(changed.crl(lasts=lasts, ago=ago), current.crl())
 
     assert not found.is_current()
 
 
 @pytest.mark.parametrize("name", [NAME, "another CA"])
-@pytest.mark.parametrize("of", [Site.lists, Site.authorities_only])
+@pytest.mark.parametrize("of", [ClientCa.lists, ClientCa.authorities_only])
 def test_certificates_of_an_authority_removed_from_client_ca_are_revoked(
-    site: Site, name: str, of: Callable[[Site], Revocations]
+    client_ca: ClientCa, name: str, of: Callable[[ClientCa], Revocations]
 ) -> None:
-    other = Authority(site.folder / "other", name)
-    site.trust(other, site.new)
-    site.put(other.crl(), site.new.crl())
-    (_, gone), (_, kept), found = issued(other), issued(site.new), of(site)
+    other = Authority(client_ca.folder / "other", name)
+    client_ca.trust(other, client_ca.new)
+    client_ca.put(other.crl(), client_ca.new.crl())
+    (_, gone), (_, kept), found = issued(other), issued(client_ca.new), of(client_ca)
     assert not found.is_revoked(gone)
-    site.trust(site.new)
-    site.put(site.new.crl())
+    client_ca.trust(client_ca.new)
+    client_ca.put(client_ca.new.crl())
 
     assert found.is_revoked(gone)
     assert not found.is_revoked(kept)
 
 
-def below(site: Site) -> tuple[Authority, str]:
+def below(client_ca: ClientCa) -> tuple[Authority, str]:
     """An intermediate below the old authority, and the identity of a certificate that it issued."""
-    middle = Authority(site.folder / "middle", "an intermediate CA", site.old)
-    return middle, shown(middle.issue("leaf", x509.DNSName("leaf")), middle, site.old).identity
+    middle = Authority(client_ca.folder / "middle", "an intermediate CA", client_ca.old)
+    return middle, shown(middle.issue("leaf", x509.DNSName("leaf")), middle, client_ca.old).identity
 
 
-def test_certificates_below_an_authority_removed_from_client_ca_are_revoked(site: Site) -> None:
+def test_certificates_below_an_authority_removed_from_client_ca_are_revoked(client_ca: ClientCa) -> None:
     """An intermediate is no root: with its root gone, TLS lets none of its certificates in."""
-    middle, identity = below(site)
-    site.trust(site.old, site.new, middle)
-    site.put(site.old.crl(), site.new.crl(), middle.crl())
-    both = (site.lists(), site.authorities_only())
+    middle, identity = below(client_ca)
+    client_ca.trust(client_ca.old, client_ca.new, middle)
+    client_ca.put(client_ca.old.crl(), client_ca.new.crl(), middle.crl())
+    both = (client_ca.lists(), client_ca.authorities_only())
     assert [found.is_revoked(identity) for found in both] == [False, False]
-    site.trust(site.new, middle)
-    site.put(site.new.crl(), middle.crl())
+    client_ca.trust(client_ca.new, middle)
+    client_ca.put(client_ca.new.crl(), middle.crl())
 
     assert [found.is_revoked(identity) for found in both] == [True, True]
 
 
-def test_without_lists_an_intermediate_that_the_client_sends_is_trusted_by_its_root(site: Site) -> None:
-    _, identity = below(site)
+def test_without_lists_an_intermediate_that_the_client_sends_is_trusted_by_its_root(
+    client_ca: ClientCa,
+) -> None:
+    _, identity = below(client_ca)
 
-    assert not site.authorities_only().is_revoked(identity)
-    assert site.lists().is_revoked(identity)  # TLS refuses it, too: its authority has no list
-
-
-def test_a_certificate_whose_authorities_are_not_known_is_revoked(site: Site) -> None:
-    number, authority, _ = issued(site.new)[1].split(":")
-
-    assert site.authorities_only().is_revoked(f"{number}:{authority}")
-    assert site.lists().is_revoked(f"{number}:{authority}")
+    assert not client_ca.authorities_only().is_revoked(identity)
+    assert client_ca.lists().is_revoked(identity)  # TLS refuses it, too: its authority has no list
 
 
-def test_a_client_ca_that_cannot_be_used_leaves_the_authorities_as_they_are(site: Site) -> None:
-    found, identity = site.authorities_only(), issued(site.new)[1]
-    for change in (lambda: site.ca.write_bytes(b"no PEM"), site.ca.unlink):
+def test_a_certificate_whose_authorities_are_not_known_is_revoked(client_ca: ClientCa) -> None:
+    number, authority, _ = issued(client_ca.new)[1].split(":")
+
+    assert client_ca.authorities_only().is_revoked(f"{number}:{authority}")
+    assert client_ca.lists().is_revoked(f"{number}:{authority}")
+
+
+def test_a_client_ca_that_cannot_be_used_leaves_the_authorities_as_they_are(client_ca: ClientCa) -> None:
+    found, identity = client_ca.authorities_only(), issued(client_ca.new)[1]
+    for change in (lambda: client_ca.ca.write_bytes(b"no PEM"), client_ca.ca.unlink):
         change()
 
         assert not found.is_revoked(identity)
-    site.trust(site.old)
+    client_ca.trust(client_ca.old)
     assert found.is_revoked(identity)
 
 
-def test_files_that_several_parts_of_a_process_ask_for_are_read_once(site: Site) -> None:
-    first = client_certificates.read_lists(site.crl, site.ca)
-    assert client_certificates.read_lists(site.crl, site.ca) is first
-    site.put(site.old.crl(issued(site.old)[0].cert), site.new.crl())
+def test_files_that_several_parts_of_a_process_ask_for_are_read_once(client_ca: ClientCa) -> None:
+    first = client_certificates.read_lists(client_ca.crl, client_ca.ca)
+    assert client_certificates.read_lists(client_ca.crl, client_ca.ca) is first
+    client_ca.put(client_ca.old.crl(issued(client_ca.old)[0].cert), client_ca.new.crl())
 
-    assert client_certificates.read_lists(site.crl, site.ca).revoked
+    assert client_certificates.read_lists(client_ca.crl, client_ca.ca).revoked
 
 
 def test_each_name_has_its_kind(tmp_path: Path) -> None:

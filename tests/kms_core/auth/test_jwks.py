@@ -26,7 +26,7 @@ from support.waiting import until
 OTHER = "https://other.example.com"
 
 
-class World:
+class TrustedIssuers:
     """An issuer, another issuer, and the verifier that trusts both."""
 
     def __init__(self) -> None:
@@ -59,35 +59,35 @@ class World:
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
-    made = World()
+def issuers() -> Iterator[TrustedIssuers]:
+    made = TrustedIssuers()
     yield made
     made.corp.resume()
 
 
 @pytest.fixture
-def known(world: World) -> World:
+def known(issuers: TrustedIssuers) -> TrustedIssuers:
     """One whose keys of the first issuer have been fetched."""
-    world.name(world.corp.token())
-    return world
+    issuers.name(issuers.corp.token())
+    return issuers
 
 
 # -- keys that change, and issuers that are away -------------------------------------------------------
 
 
-def test_keys_are_fetched_once_and_again_for_a_key_that_is_new(world: World) -> None:
+def test_keys_are_fetched_once_and_again_for_a_key_that_is_new(issuers: TrustedIssuers) -> None:
     for number in range(5):
-        world.name(world.corp.token(sub=f"ada{number}"))
-    assert world.corp.asked == 1
-    world.corp.rollover("two")
-    world.clock.now += AGAIN_S
+        issuers.name(issuers.corp.token(sub=f"ada{number}"))
+    assert issuers.corp.asked == 1
+    issuers.corp.rollover("two")
+    issuers.clock.now += AGAIN_S
 
-    assert world.name(world.corp.token()) == "corp:ada"
-    assert world.name(world.corp.token("one", sub="eve")) == "corp:eve"
-    assert world.corp.asked == 2
+    assert issuers.name(issuers.corp.token()) == "corp:ada"
+    assert issuers.name(issuers.corp.token("one", sub="eve")) == "corp:eve"
+    assert issuers.corp.asked == 2
 
 
-def test_a_key_that_the_issuer_took_away_signs_no_more(known: World) -> None:
+def test_a_key_that_the_issuer_took_away_signs_no_more(known: TrustedIssuers) -> None:
     old = known.corp.token("one", sub="eve")
     known.corp.rollover("two", keep=False)
     known.clock.now += KEEP_S + 1
@@ -97,7 +97,7 @@ def test_a_key_that_the_issuer_took_away_signs_no_more(known: World) -> None:
     assert caught.value.reason == "signature"
 
 
-def test_while_the_issuer_is_away_its_keys_are_used_for_a_day(known: World) -> None:
+def test_while_the_issuer_is_away_its_keys_are_used_for_a_day(known: TrustedIssuers) -> None:
     known.corp.broken = True
     known.clock.now += STALE_S - 1
     assert known.name(known.corp.token(sub="eve")) == "corp:eve"
@@ -107,18 +107,18 @@ def test_while_the_issuer_is_away_its_keys_are_used_for_a_day(known: World) -> N
         known.name(known.corp.token(sub="late"))
 
 
-def test_an_issuer_that_was_never_reached_is_no_refusal(world: World) -> None:
-    world.corp.broken = True
-    token = world.corp.token()
+def test_an_issuer_that_was_never_reached_is_no_refusal(issuers: TrustedIssuers) -> None:
+    issuers.corp.broken = True
+    token = issuers.corp.token()
     with pytest.raises(Unavailable):
-        world.name(token)
-    world.corp.broken = False
-    world.clock.now += AGAIN_S
+        issuers.name(token)
+    issuers.corp.broken = False
+    issuers.clock.now += AGAIN_S
 
-    assert world.name(token) == "corp:ada"
+    assert issuers.name(token) == "corp:ada"
 
 
-def test_an_unknown_key_id_is_no_refusal_while_the_issuer_is_away(known: World) -> None:
+def test_an_unknown_key_id_is_no_refusal_while_the_issuer_is_away(known: TrustedIssuers) -> None:
     known.corp.rollover("two")
     known.corp.broken = True
     known.clock.now += AGAIN_S
@@ -135,7 +135,7 @@ def test_an_unknown_key_id_is_no_refusal_while_the_issuer_is_away(known: World) 
 # -- who waits -----------------------------------------------------------------------------------------
 
 
-def test_a_hanging_endpoint_delays_only_tokens_that_need_it(known: World) -> None:
+def test_a_hanging_endpoint_delays_only_tokens_that_need_it(known: TrustedIssuers) -> None:
     known.corp.hang()
     known.clock.now += AGAIN_S
     with pytest.raises(KeysPending):
@@ -147,46 +147,46 @@ def test_a_hanging_endpoint_delays_only_tokens_that_need_it(known: World) -> Non
     assert known.name_at_once(known.corp.token(sub="bob")) == "corp:bob"
 
 
-def test_one_fetch_serves_all_who_wait(world: World) -> None:
-    world.corp.hang()
+def test_one_fetch_serves_all_who_wait(issuers: TrustedIssuers) -> None:
+    issuers.corp.hang()
     found: list[str] = []
 
     def call(number: int) -> None:
-        found.append(world.name(world.corp.token(sub=f"ada{number}")))
+        found.append(issuers.name(issuers.corp.token(sub=f"ada{number}")))
 
     threads = [threading.Thread(target=call, args=(number,)) for number in range(20)]
     for thread in threads:
         thread.start()
-    until(lambda: world.corp.asked, "the fetch has begun")
-    world.corp.resume()
+    until(lambda: issuers.corp.asked, "the fetch has begun")
+    issuers.corp.resume()
     for thread in threads:
         thread.join()
 
     assert sorted(found) == sorted(f"corp:ada{number}" for number in range(20))
-    assert world.corp.asked == 1
+    assert issuers.corp.asked == 1
 
 
 def test_a_fetch_that_does_not_end_is_the_only_one_and_no_caller_waits_longer_than_five_seconds(
-    world: World,
+    issuers: TrustedIssuers,
 ) -> None:
-    world.corp.hang()
+    issuers.corp.hang()
     with pytest.raises(KeysPending) as pending:
-        world.jwts.verify(world.corp.token())
-    world.clock.now += WAIT_S  # while it waited for a thread
+        issuers.jwts.verify(issuers.corp.token())
+    issuers.clock.now += WAIT_S  # while it waited for a thread
     pending.value.look_up()  # returns at once
     for _ in range(3):
         with pytest.raises(Unavailable) as late:
-            world.jwts.verify(world.corp.token())
+            issuers.jwts.verify(issuers.corp.token())
         assert not isinstance(late.value, KeysPending)
-        world.clock.now += 60
-    assert world.corp.asked == 1
-    world.corp.resume()
+        issuers.clock.now += 60
+    assert issuers.corp.asked == 1
+    issuers.corp.resume()
     until(lambda: not any(thread.name == "jwks" for thread in threading.enumerate()), "the end of the fetch")
 
-    assert world.name(world.corp.token()) == "corp:ada"
+    assert issuers.name(issuers.corp.token()) == "corp:ada"
 
 
-def test_a_set_that_was_not_used_for_long_is_fetched_before_it_is_believed(known: World) -> None:
+def test_a_set_that_was_not_used_for_long_is_fetched_before_it_is_believed(known: TrustedIssuers) -> None:
     known.corp.hang()
     known.clock.now += KEEP_S + 1
 
@@ -194,7 +194,7 @@ def test_a_set_that_was_not_used_for_long_is_fetched_before_it_is_believed(known
         known.jwts.verify(known.corp.token(sub="eve"))
 
 
-def test_a_set_is_fetched_before_it_is_old_and_no_caller_waits(known: World) -> None:
+def test_a_set_is_fetched_before_it_is_old_and_no_caller_waits(known: TrustedIssuers) -> None:
     known.corp.hang()
     known.clock.now += KEEP_S / 2 + 1
 
@@ -203,7 +203,7 @@ def test_a_set_is_fetched_before_it_is_old_and_no_caller_waits(known: World) -> 
     until(lambda: known.corp.asked == 2, "the fetch in the background")
 
 
-def test_no_caller_with_a_known_key_waits_for_an_issuer_that_is_away(known: World) -> None:
+def test_no_caller_with_a_known_key_waits_for_an_issuer_that_is_away(known: TrustedIssuers) -> None:
     known.corp.broken = True
     known.clock.now += KEEP_S + 1
     assert known.name(known.corp.token(sub="eve")) == "corp:eve"  # waits for the fetch that fails
@@ -218,20 +218,20 @@ def test_no_caller_with_a_known_key_waits_for_an_issuer_that_is_away(known: Worl
 
 
 def test_an_error_that_is_not_foreseen_begins_no_flood_of_fetches(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    issuers: TrustedIssuers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jwt_verifier, "parse", lambda _: 1 / 0)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     for number in range(20):
         with pytest.raises(Unavailable):
-            world.name(world.junk(f"kid{number}"))
+            issuers.name(issuers.junk(f"kid{number}"))
 
-    assert world.corp.asked == 1
+    assert issuers.corp.asked == 1
 
 
 @pytest.mark.parametrize("after_s", [0, AGAIN_S])
 def test_junk_with_any_key_id_costs_one_fetch_at_most_and_no_signature_check(
-    known: World, after_s: float, monkeypatch: pytest.MonkeyPatch
+    known: TrustedIssuers, after_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known.clock.now += after_s
     signatures, before = counted_signatures(monkeypatch), known.corp.asked
@@ -244,21 +244,23 @@ def test_junk_with_any_key_id_costs_one_fetch_at_most_and_no_signature_check(
 
 
 def test_a_token_without_a_key_id_is_tried_with_eight_keys(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    issuers: TrustedIssuers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(20):
-        world.corp.rollover(f"k{number}")
-    world.name(world.corp.token("one"))
+        issuers.corp.rollover(f"k{number}")
+    issuers.name(issuers.corp.token("one"))
     signatures = counted_signatures(monkeypatch)
     with pytest.raises(Unauthenticated):
-        world.jwts.verify(world.junk(None))
+        issuers.jwts.verify(issuers.junk(None))
 
     assert signatures.call_count == 8
 
 
 @pytest.mark.parametrize("text", ["a.b", "a.b.c.d", ".b.c", "a..c", "a=.b.c", "a. b.c", "ä.b.c", "a" * 9000])
-def test_what_has_not_the_shape_of_a_jwt_is_refused_before_it_is_parsed(world: World, text: str) -> None:
+def test_what_has_not_the_shape_of_a_jwt_is_refused_before_it_is_parsed(
+    issuers: TrustedIssuers, text: str
+) -> None:
     with pytest.raises(Unauthenticated) as caught:
-        world.jwts.verify(text)
+        issuers.jwts.verify(text)
 
     assert caught.value.reason == "malformed"

@@ -35,7 +35,7 @@ BASE: Final = AuthSection(
     },
 )
 Change = Callable[[AuthSection], AuthSection]
-Entry = Callable[..., Authenticator]
+MakeAuthenticator = Callable[..., Authenticator]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def issuer() -> Issuer:
 
 
 @pytest.fixture
-def entry(issuer: Issuer, tmp_path: Path) -> Entry:
+def make_authenticator(issuer: Issuer, tmp_path: Path) -> MakeAuthenticator:
     """What another process with these settings has."""
     keys = tmp_path / "jwks.json"
     keys.write_bytes(issuer.jwks)
@@ -57,9 +57,9 @@ def entry(issuer: Issuer, tmp_path: Path) -> Entry:
     return made
 
 
-def log_in(door: Authenticator, issuer: Issuer, **changes: object) -> Issued:
-    assert door.logins
-    return door.logins.by_jwt("jwt", "deploy", issuer.token(**changes))
+def log_in(login_authenticator: Authenticator, issuer: Issuer, **changes: object) -> Issued:
+    assert login_authenticator.logins
+    return login_authenticator.logins.by_jwt("jwt", "deploy", issuer.token(**changes))
 
 
 def issuers(**changes: Any) -> Change:  # noqa: ANN401 -- fields of the section
@@ -98,33 +98,35 @@ ENDS: Final[dict[str, Change]] = {
 
 
 @pytest.mark.parametrize("change", ENDS.values(), ids=ENDS)
-def test_a_token_ends_with_its_role(issuer: Issuer, entry: Entry, change: Change) -> None:
-    text = log_in(entry(), issuer).text
+def test_a_token_ends_with_its_role(
+    issuer: Issuer, make_authenticator: MakeAuthenticator, change: Change
+) -> None:
+    text = log_in(make_authenticator(), issuer).text
 
-    assert entry().authenticate(text).name == "corp:ada"
+    assert make_authenticator().authenticate(text).name == "corp:ada"
     with pytest.raises(Unauthenticated):
-        entry(change(BASE)).authenticate(text)
+        make_authenticator(change(BASE)).authenticate(text)
 
 
-def test_the_key_decides(issuer: Issuer, entry: Entry) -> None:
+def test_the_key_decides(issuer: Issuer, make_authenticator: MakeAuthenticator) -> None:
     with pytest.raises(Unauthenticated):
-        entry(key=bytes(32)).authenticate(log_in(entry(), issuer).text)
+        make_authenticator(key=bytes(32)).authenticate(log_in(make_authenticator(), issuer).text)
 
 
-def test_scopes_are_those_of_the_settings_now(issuer: Issuer, entry: Entry) -> None:
-    later = entry(grants(scopes=("decrypt",))(BASE))
-    who = later.authenticate(log_in(entry(), issuer).text)
+def test_scopes_are_those_of_the_settings_now(issuer: Issuer, make_authenticator: MakeAuthenticator) -> None:
+    later = make_authenticator(grants(scopes=("decrypt",))(BASE))
+    who = later.authenticate(log_in(make_authenticator(), issuer).text)
 
     assert allows(ByScopes(later.scopes_of, {}), who, "decrypt", "k")
     assert not allows(ByScopes(later.scopes_of, {}), who, "encrypt", "k")
 
 
 def test_a_shorter_ttl_ends_older_tokens_too(
-    issuer: Issuer, entry: Entry, monkeypatch: pytest.MonkeyPatch
+    issuer: Issuer, make_authenticator: MakeAuthenticator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, now = entry(), time.time()
+    first, now = make_authenticator(), time.time()
     made = log_in(first, issuer, exp=int(now) + 3000)
-    shorter = entry(logins(jwt=LoginSection(method="jwt", issuer="corp", ttl_s=60))(BASE))
+    shorter = make_authenticator(logins(jwt=LoginSection(method="jwt", issuer="corp", ttl_s=60))(BASE))
     assert 2900 < made.ttl_s <= 3000
     assert shorter.authenticate(made.text).name
     monkeypatch.setattr(time, "time", lambda: now + 61)
@@ -134,28 +136,32 @@ def test_a_shorter_ttl_ends_older_tokens_too(
         shorter.authenticate(made.text)
 
 
-def test_a_token_expires(issuer: Issuer, entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_expires(
+    issuer: Issuer, make_authenticator: MakeAuthenticator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At the end of what was brought, without the leeway that a JWT has."""
-    door, now = entry(), int(time.time())
-    text = log_in(door, issuer, exp=now + 600).text
+    login_authenticator, now = make_authenticator(), int(time.time())
+    text = log_in(login_authenticator, issuer, exp=now + 600).text
     monkeypatch.setattr(time, "time", lambda: now + 599.0)
-    assert door.authenticate(text).name
+    assert login_authenticator.authenticate(text).name
     monkeypatch.setattr(time, "time", lambda: now + 600.0)
 
     with pytest.raises(Unauthenticated, match="log in again"):
-        door.authenticate(text)
+        login_authenticator.authenticate(text)
 
 
 def test_a_job_of_a_login_ends_with_it_and_its_role(
-    issuer: Issuer, entry: Entry, monkeypatch: pytest.MonkeyPatch
+    issuer: Issuer, make_authenticator: MakeAuthenticator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The principal rests in the job's record: grace is for jobs, and the time that is told leaves it out."""
-    first, now = entry(), time.time()
+    first, now = make_authenticator(), time.time()
     made = log_in(first, issuer)
     who = first.authenticate(made.text)
 
     assert first.until(who) == pytest.approx(now + made.ttl_s, abs=2)
-    assert not allows(ByScopes(entry(issuers(grants={})(BASE)).scopes_of, {}), who, "encrypt", "k")
+    assert not allows(
+        ByScopes(make_authenticator(issuers(grants={})(BASE)).scopes_of, {}), who, "encrypt", "k"
+    )
     for later_s, is_allowed in ((0, True), (GRACE_S - 5, True), (GRACE_S + 5, False)):
         monkeypatch.setattr(time, "time", lambda: now + made.ttl_s + later_s)  # noqa: B023 -- called in the round
         assert allows(ByScopes(first.scopes_of, {}), who, "encrypt", "k") == is_allowed

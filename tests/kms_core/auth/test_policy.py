@@ -19,7 +19,7 @@ def backend(tmp_path: Path) -> AgeBackend:
     return age_backend(tmp_path / "default", x25519.X25519Identity.generate())
 
 
-class Asked(AllowAll):
+class RecordingPolicy(AllowAll):
     """A policy that counts, and refuses when told to."""
 
     def __init__(self, *, refuses: bool = False) -> None:
@@ -38,7 +38,7 @@ def test_policy_comes_before_any_unwrap(backend: AgeBackend) -> None:
     sealed = kms_over(backend).encrypt(ADA, b"x", ROW).ciphertext
 
     with pytest.raises(Forbidden):
-        kms_over(backend, policy=Asked(refuses=True)).decrypt(ADA, sealed, NO_CONTEXT)
+        kms_over(backend, policy=RecordingPolicy(refuses=True)).decrypt(ADA, sealed, NO_CONTEXT)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_operations_are_forbidden_unless_allowed_and_counted_by_outcome(
     before = operation_counts()
     call(kms_over(backend), sealed)
     with pytest.raises(Forbidden):
-        call(kms_over(backend, policy=Asked(refuses=True)), sealed)
+        call(kms_over(backend, policy=RecordingPolicy(refuses=True)), sealed)
     after = operation_counts()
     counted = {at: after[at] - before.get(at, 0) for at in after if after[at] != before.get(at, 0)}
 
@@ -75,7 +75,7 @@ def test_without_authentication_a_caller_still_has_a_name() -> None:
 
 
 def test_equal_items_of_a_batch_are_checked_once() -> None:
-    asked = Asked()
+    asked = RecordingPolicy()
     policy = Remembered(asked)
     other = Principal("ada", "rival", "test")
     row = Context.parse("row=7")
@@ -90,7 +90,7 @@ def test_equal_items_of_a_batch_are_checked_once() -> None:
 
 
 def test_what_was_withdrawn_ends_within_half_a_second_of_a_run() -> None:
-    asked, now = Asked(), [0.0]
+    asked, now = RecordingPolicy(), [0.0]
     policy = Remembered(asked, clock=lambda: now[0])
     policy.require(ADA, "encrypt")
     asked.refuses = True
@@ -107,7 +107,7 @@ def test_what_was_withdrawn_ends_within_half_a_second_of_a_run() -> None:
 
 
 def test_a_run_of_many_contexts_remembers_a_bounded_number() -> None:
-    policy = Remembered(Asked(), clock=lambda: 0.0)
+    policy = Remembered(RecordingPolicy(), clock=lambda: 0.0)
     for row in range(5000):
         policy.require(Principal("ada"), "encrypt", "payroll", Context.parse(f"row={row}"))
 

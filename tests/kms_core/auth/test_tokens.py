@@ -187,11 +187,11 @@ def test_a_rotated_token_keeps_its_id_and_both_secrets_until_the_overlap_ends(
     assert rotated.id == token.id == file.authenticate(new).id == file.authenticate(old).id
     assert rotated.expires_at == token.expires_at
 
-    def lapse(token: Token) -> Token:
+    def expire_leases(token: Token) -> Token:
         digests = (msgspec.structs.replace(each, until=each.until and past) for each in token.digests)
         return msgspec.structs.replace(token, digests=tuple(digests))
 
-    edit(path, lapse)
+    edit(path, expire_leases)
     assert reason(file, old) == "unknown"
     assert lets_in(file, new)
 

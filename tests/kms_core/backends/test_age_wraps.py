@@ -20,7 +20,7 @@ from support.age_kms import (
     ADA,
     NO_CONTEXT,
     ROW,
-    Kept,
+    MemoryTrail,
     NativeIdentity,
     age_backend,
     head_of,
@@ -105,7 +105,7 @@ def test_a_campaign_rewraps_what_is_of_the_other_kind_and_nothing_twice(tmp_path
 def test_of_several_backends_each_opens_the_file(tmp_path: Path) -> None:
     age, (remote, _) = wrapping(tmp_path, CLASSIC), memory_backend()
     several = Key("default", remote, others=(age,))
-    kms = Kms(Keyring({"default": several}, several), AllowAll(), Kept(), SelectionRules())
+    kms = Kms(Keyring({"default": several}, several), AllowAll(), MemoryTrail(), SelectionRules())
     sealed = kms.encrypt(ADA, b"salary", ROW).ciphertext
 
     assert types_of(sealed) == [binding.WRAP, *WRAPPED]

@@ -15,7 +15,7 @@ from support.waiting import WAIT_S, until
 SHORT_S: Final = 0.05
 
 
-class Line:
+class GatedSender:
     """What carries the batches: it holds each until told to let it through, and remembers all."""
 
     def __init__(self) -> None:
@@ -38,8 +38,8 @@ class Line:
 
 
 @pytest.fixture
-def line() -> Line:
-    return Line()
+def sender() -> GatedSender:
+    return GatedSender()
 
 
 @pytest.fixture
@@ -49,115 +49,119 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 
 def gathered(
-    line: Line, coalescer: Batcher[str, str], threads: ThreadPoolExecutor, items: Sequence[str]
+    sender: GatedSender, coalescer: Batcher[str, str], threads: ThreadPoolExecutor, items: Sequence[str]
 ) -> list[Future[str]]:
     """A call under way, and those of ``items`` waiting behind it, in their order; then all go through."""
     calls = [threads.submit(coalescer.call, "first", WAIT_S)]
-    assert line.entered.acquire(timeout=WAIT_S)
+    assert sender.entered.acquire(timeout=WAIT_S)
     for number, item in enumerate(items, start=1):
         calls.append(threads.submit(coalescer.call, item, WAIT_S))
         until(lambda expected=number: coalescer.waiting == expected, "one waits more", poll_s=0.001)  # type: ignore[misc]  # mypy: no default
-    line.let()
+    sender.let()
     return calls
 
 
-def test_a_call_goes_alone_and_at_once(line: Line) -> None:
-    line.let()
+def test_a_call_goes_alone_and_at_once(sender: GatedSender) -> None:
+    sender.let()
 
-    assert Batcher(line.send, batches=1).call("a", WAIT_S) == "A"
-    assert line.batches == [["a"]]
+    assert Batcher(sender.send, batches=1).call("a", WAIT_S) == "A"
+    assert sender.batches == [["a"]]
 
 
-def test_what_gathers_meanwhile_goes_together(line: Line, threads: ThreadPoolExecutor) -> None:
-    calls = gathered(line, Batcher(line.send, batches=1), threads, ["b", "c", "d"])
+def test_what_gathers_meanwhile_goes_together(sender: GatedSender, threads: ThreadPoolExecutor) -> None:
+    calls = gathered(sender, Batcher(sender.send, batches=1), threads, ["b", "c", "d"])
 
     assert [call.result(WAIT_S) for call in calls] == ["FIRST", "B", "C", "D"]
-    assert line.batches == [["first"], ["b", "c", "d"]]
+    assert sender.batches == [["first"], ["b", "c", "d"]]
 
 
-def test_a_batch_has_no_more_than_its_most(line: Line, threads: ThreadPoolExecutor) -> None:
+def test_a_batch_has_no_more_than_its_most(sender: GatedSender, threads: ThreadPoolExecutor) -> None:
     items = [f"i{number}" for number in range(MOST_ITEMS + 3)]
-    calls = gathered(line, Batcher(line.send, batches=1), threads, items)
+    calls = gathered(sender, Batcher(sender.send, batches=1), threads, items)
 
     assert [call.result(WAIT_S) for call in calls] == ["FIRST", *(item.upper() for item in items)]
-    assert line.batches == [["first"], items[:MOST_ITEMS], items[MOST_ITEMS:]]
+    assert sender.batches == [["first"], items[:MOST_ITEMS], items[MOST_ITEMS:]]
 
 
-def test_a_bad_item_fails_alone(line: Line, threads: ThreadPoolExecutor) -> None:
-    first, good, bad, last = gathered(line, Batcher(line.send, batches=1), threads, ["good", "bad", "last"])
+def test_a_bad_item_fails_alone(sender: GatedSender, threads: ThreadPoolExecutor) -> None:
+    first, good, bad, last = gathered(
+        sender, Batcher(sender.send, batches=1), threads, ["good", "bad", "last"]
+    )
 
     assert [first.result(WAIT_S), good.result(WAIT_S), last.result(WAIT_S)] == ["FIRST", "GOOD", "LAST"]
     assert isinstance(bad.exception(WAIT_S), DecryptFailed)
 
 
-def test_an_error_of_the_whole_fails_all(line: Line, threads: ThreadPoolExecutor) -> None:
-    line.error = Unreachable("gone")
-    calls = gathered(line, Batcher(line.send, batches=1), threads, ["b", "c"])
+def test_an_error_of_the_whole_fails_all(sender: GatedSender, threads: ThreadPoolExecutor) -> None:
+    sender.error = Unreachable("gone")
+    calls = gathered(sender, Batcher(sender.send, batches=1), threads, ["b", "c"])
 
     assert {type(call.exception(WAIT_S)) for call in calls} == {Unreachable}
-    assert line.batches == [["first"], ["b", "c"]]
+    assert sender.batches == [["first"], ["b", "c"]]
 
 
 def test_what_breaks_off_the_sender_fails_the_others_so_that_they_try_again(
-    line: Line, threads: ThreadPoolExecutor
+    sender: GatedSender, threads: ThreadPoolExecutor
 ) -> None:
-    line.error = ZeroDivisionError()
-    coalescer = Batcher(line.send, batches=1)
-    first, follower, carrier = gathered(line, coalescer, threads, ["b", "c"])
+    sender.error = ZeroDivisionError()
+    coalescer = Batcher(sender.send, batches=1)
+    first, follower, carrier = gathered(sender, coalescer, threads, ["b", "c"])
 
     assert isinstance(first.exception(WAIT_S), ZeroDivisionError)
     assert isinstance(carrier.exception(WAIT_S), ZeroDivisionError)
     assert isinstance(follower.exception(WAIT_S), Busy)
-    line.error = None
+    sender.error = None
     assert coalescer.call("again", WAIT_S) == "AGAIN"
 
 
-def test_a_call_that_has_waited_too_long_leaves_the_others(line: Line, threads: ThreadPoolExecutor) -> None:
-    coalescer = Batcher(line.send, batches=1)
+def test_a_call_that_has_waited_too_long_leaves_the_others(
+    sender: GatedSender, threads: ThreadPoolExecutor
+) -> None:
+    coalescer = Batcher(sender.send, batches=1)
     first = threads.submit(coalescer.call, "first", WAIT_S)
-    assert line.entered.acquire(timeout=WAIT_S)
+    assert sender.entered.acquire(timeout=WAIT_S)
 
     with pytest.raises(TimeoutError):
         coalescer.call("late", SHORT_S)
-    line.let()
+    sender.let()
     assert first.result(WAIT_S) == "FIRST"
     assert coalescer.call("next", WAIT_S) == "NEXT"
-    assert line.batches == [["first"], ["next"]]
+    assert sender.batches == [["first"], ["next"]]
 
 
-def test_a_call_that_another_carries_gives_up_alone(line: Line, threads: ThreadPoolExecutor) -> None:
-    coalescer = Batcher(line.send, batches=1)
+def test_a_call_that_another_carries_gives_up_alone(sender: GatedSender, threads: ThreadPoolExecutor) -> None:
+    coalescer = Batcher(sender.send, batches=1)
     first = threads.submit(coalescer.call, "first", WAIT_S)
-    assert line.entered.acquire(timeout=WAIT_S)
+    assert sender.entered.acquire(timeout=WAIT_S)
     hasty = threads.submit(coalescer.call, "hasty", 10 * SHORT_S)
     until(lambda: coalescer.waiting == 1, "one waits")
     carrier = threads.submit(coalescer.call, "carrier", WAIT_S)
     until(lambda: coalescer.waiting == 2 or hasty.done(), "two wait")
-    line.let(1)
+    sender.let(1)
 
     assert isinstance(hasty.exception(WAIT_S), TimeoutError)
-    line.let()
+    sender.let()
     assert [first.result(WAIT_S), carrier.result(WAIT_S)] == ["FIRST", "CARRIER"]
 
 
-def test_lanes_are_batches_under_way_at_a_time(line: Line, threads: ThreadPoolExecutor) -> None:
-    coalescer = Batcher(line.send)
+def test_lanes_are_batches_under_way_at_a_time(sender: GatedSender, threads: ThreadPoolExecutor) -> None:
+    coalescer = Batcher(sender.send)
     calls = [threads.submit(coalescer.call, item, WAIT_S) for item in ("a", "b")]
     for _ in calls:
-        assert line.entered.acquire(timeout=WAIT_S)
+        assert sender.entered.acquire(timeout=WAIT_S)
     calls.append(threads.submit(coalescer.call, "c", WAIT_S))
     until(lambda: coalescer.waiting == 1, "one waits")
-    line.let()
+    sender.let()
 
     assert [call.result(WAIT_S) for call in calls] == ["A", "B", "C"]
-    assert sorted(line.batches) == [["a"], ["b"], ["c"]]
+    assert sorted(sender.batches) == [["a"], ["b"], ["c"]]
 
 
-def test_many_threads_all_get_their_own(line: Line, threads: ThreadPoolExecutor) -> None:
-    line.let()
-    coalescer = Batcher(line.send, batches=1)
+def test_many_threads_all_get_their_own(sender: GatedSender, threads: ThreadPoolExecutor) -> None:
+    sender.let()
+    coalescer = Batcher(sender.send, batches=1)
     items = [f"i{number}" for number in range(2000)]
 
     assert list(threads.map(lambda item: coalescer.call(item, WAIT_S), items)) == [i.upper() for i in items]
-    assert sorted(item for batch in line.batches for item in batch) == sorted(items)
-    assert max(map(len, line.batches)) <= MOST_ITEMS
+    assert sorted(item for batch in sender.batches for item in batch) == sorted(items)
+    assert max(map(len, sender.batches)) <= MOST_ITEMS

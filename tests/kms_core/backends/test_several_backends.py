@@ -17,7 +17,17 @@ from kms_core.keyring import Key, Keyring
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed, ForeignRefused, KmsError, UnknownKey
-from support.age_kms import ADA, ROW, Kept, age_backend, allowing, head_of, is_newest, resigned, types_of
+from support.age_kms import (
+    ADA,
+    ROW,
+    MemoryTrail,
+    age_backend,
+    allowing,
+    head_of,
+    is_newest,
+    resigned,
+    types_of,
+)
 from support.memory_kms import memory_backend
 from support.programs import program
 
@@ -28,7 +38,7 @@ SALARY: Final = b"salary"
 def service(*backends: Backend, retired: tuple[Backend, ...] = (), key_id: str = "payroll") -> Kms:
     """A service with one key of these backends, the first of which names the files."""
     key = Key(key_id, backends[0], accept_foreign=True, others=backends[1:], retired=retired)
-    return Kms(Keyring({key_id: key}, key), AllowAll(), Kept(), SelectionRules())
+    return Kms(Keyring({key_id: key}, key), AllowAll(), MemoryTrail(), SelectionRules())
 
 
 @pytest.fixture
@@ -225,7 +235,7 @@ def test_file_that_lacks_a_wrap_or_has_one_too_many_is_not_as_a_new_one(age: Bac
 
 def test_other_key_is_not_the_newest_of_this_one(age: Backend) -> None:
     keys = {name: Key(name, age) for name in ("payroll", "other")}
-    kms = Kms(Keyring(keys, keys["payroll"]), AllowAll(), Kept(), SelectionRules())
+    kms = Kms(Keyring(keys, keys["payroll"]), AllowAll(), MemoryTrail(), SelectionRules())
     head = head_of(sealed_by(kms))
 
     moved = kms.key_version_status(ADA, head, "other")
@@ -249,7 +259,7 @@ def test_version_that_the_backend_does_not_know_is_not_named(age: Backend, tmp_p
 
 def test_a_header_says_nothing_of_a_key_that_the_caller_may_not_see(age: Backend) -> None:
     kms = service(age)
-    blind = Kms(kms.keyring, allowing(), Kept(), SelectionRules())
+    blind = Kms(kms.keyring, allowing(), MemoryTrail(), SelectionRules())
 
     with pytest.raises(UnknownKey):
         blind.key_version_status(ADA, head_of(sealed_by(kms)), None)

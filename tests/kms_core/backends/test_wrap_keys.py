@@ -22,7 +22,7 @@ from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef, Wrap
 from kms_core.http_client import Unreachable
 from kms_protocol.errors import BackendUnavailable, DecryptFailed, Forbidden
-from support.age_kms import ADA, ROW, Kept, allowing, head_of, kms_over
+from support.age_kms import ADA, ROW, MemoryTrail, allowing, head_of, kms_over
 from support.clock import Clock
 from support.memory_kms import NO_RETRIES, MemoryCipher
 from support.waiting import WAIT_S
@@ -371,7 +371,7 @@ def test_policy_comes_before_a_wrap_key(shared: Shared) -> None:
 
 
 def test_each_record_names_the_wrap_key(shared: Shared) -> None:
-    trail = Kept()
+    trail = MemoryTrail()
     kms = kms_over(shared.backend, trail=trail)
     sealed = kms.encrypt(ADA, b"salary", ROW).ciphertext
     name = name_of(binding.read_wrap(head_of(sealed).stanzas[0]).job)
@@ -388,7 +388,7 @@ def test_each_record_names_the_wrap_key(shared: Shared) -> None:
 
 
 def test_a_record_of_a_file_without_a_shared_key_names_none(shared: Shared) -> None:
-    trail = Kept()
+    trail = MemoryTrail()
     kms = kms_over(shared.remote, trail=trail)
     kms.decrypt(ADA, kms.encrypt(ADA, b"salary", ROW).ciphertext, ROW)
     kms.rewrap(ADA, kms_over(shared.backend).encrypt(ADA, b"salary", ROW).ciphertext, ROW)

@@ -21,7 +21,7 @@ KEY = bytes(32)
 
 
 @dataclass
-class Shelf:
+class MemoryBucket:
     """A bucket in memory, with one object and one upload."""
 
     data: bytes = b""
@@ -63,19 +63,19 @@ class Shelf:
         return ObjectHead(len(self.data), key, "")
 
 
-def assembly(shelf: Shelf, size: int) -> Assembly:
+def assembly(shelf: MemoryBucket, size: int) -> Assembly:
     made = Assembly(shelf, "key", "job", lambda: shelf.begin("key", "job"))  # type: ignore[arg-type]  # a double
     made.reserve(size)
     return made
 
 
-def reader(shelf: Shelf, size: int | None = None, etag: str = "key") -> ObjectReader:
+def reader(shelf: MemoryBucket, size: int | None = None, etag: str = "key") -> ObjectReader:
     return ObjectReader(shelf, "key", etag, len(shelf.data) if size is None else size)  # type: ignore[arg-type]  # a double
 
 
 @pytest.mark.parametrize("size", [PART_BYTES + 1, 3 * PART_BYTES, 2 * PART_BYTES + 12_345])
 def test_parts_are_of_one_size_whatever_the_order(size: int) -> None:
-    shelf, data = Shelf(), os.urandom(size)
+    shelf, data = MemoryBucket(), os.urandom(size)
     made = assembly(shelf, size)
     starts = list(range(0, size, 700_001))
     random.shuffle(starts)
@@ -90,7 +90,7 @@ def test_parts_are_of_one_size_whatever_the_order(size: int) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, PART_BYTES])
 def test_what_fits_one_part_is_not_sent(size: int) -> None:
-    shelf, data = Shelf(), os.urandom(size)
+    shelf, data = MemoryBucket(), os.urandom(size)
     made = assembly(shelf, size)
     made.write_at(memoryview(data), 0)
     made.settle()
@@ -100,7 +100,7 @@ def test_what_fits_one_part_is_not_sent(size: int) -> None:
 
 @pytest.mark.parametrize("size", [10, 3 * PART_BYTES])
 def test_what_is_not_whole_does_not_settle(size: int) -> None:
-    made = assembly(Shelf(), size)
+    made = assembly(MemoryBucket(), size)
     made.write_at(memoryview(bytes(size - 1)), 0)
 
     with pytest.raises(InvalidRequest):
@@ -108,7 +108,7 @@ def test_what_is_not_whole_does_not_settle(size: int) -> None:
 
 
 def test_the_size_is_told_once() -> None:
-    made = assembly(Shelf(), 10)
+    made = assembly(MemoryBucket(), 10)
     made.reserve(10)
 
     with pytest.raises(ValueError, match="another size before"):
@@ -117,14 +117,14 @@ def test_the_size_is_told_once() -> None:
 
 @pytest.mark.parametrize("size", [PART_BYTES * MOST_PARTS, PART_BYTES * MOST_PARTS + 1, 5 * 1024**4])
 def test_the_largest_object_has_no_more_parts_than_s3_knows(size: int) -> None:
-    made = assembly(Shelf(), size)
+    made = assembly(MemoryBucket(), size)
 
     assert -(-size // made.part_bytes) <= MOST_PARTS
     assert made.part_bytes - size / MOST_PARTS < PART_BYTES
 
 
 def test_memory_holds_two_parts_a_thread_at_most() -> None:
-    shelf = Shelf(bytes(48 * MiB))
+    shelf = MemoryBucket(bytes(48 * MiB))
     made = assembly(shelf, stream.sealed_size(48 * MiB))
     seen: list[int] = []
     options = ParallelOptions(4, 7, progress=lambda _: seen.append(len(made._filling)))  # noqa: SLF001 -- the very question
@@ -135,7 +135,7 @@ def test_memory_holds_two_parts_a_thread_at_most() -> None:
 
 
 def test_the_store_copies_behind_the_first_part() -> None:
-    shelf = Shelf()
+    shelf = MemoryBucket()
     size = PART_BYTES + 2 * COPY_BYTES + 5
     made = assembly(shelf, size)
     made.write_at(memoryview(bytes(PART_BYTES)), 0)
@@ -151,7 +151,7 @@ def test_the_store_copies_behind_the_first_part() -> None:
 def test_a_store_that_cannot_copy_is_told_from_one_that_stops(
     copies: int, outcome: type[Exception] | None
 ) -> None:
-    shelf = Shelf(copies=copies)
+    shelf = MemoryBucket(copies=copies)
     made = assembly(shelf, PART_BYTES + 3 * COPY_BYTES)
 
     with nullcontext() if outcome is None else pytest.raises(outcome):
@@ -159,7 +159,7 @@ def test_a_store_that_cannot_copy_is_told_from_one_that_stops(
 
 
 def test_a_copy_stops_when_it_is_told_to() -> None:
-    shelf = Shelf()
+    shelf = MemoryBucket()
     made = assembly(shelf, PART_BYTES + 30 * COPY_BYTES)
     calls: list[int] = []
 
@@ -175,15 +175,15 @@ def test_a_copy_stops_when_it_is_told_to() -> None:
 
 def test_only_an_object_on_the_same_line_is_copied_by_the_store() -> None:
     line = object()
-    here, there = Shelf(line=line), Shelf(line=object())
+    here, there = MemoryBucket(line=line), MemoryBucket(line=object())
 
-    assert assembly(here, 2 * PART_BYTES).can_copy(reader(Shelf(line=line)))
+    assert assembly(here, 2 * PART_BYTES).can_copy(reader(MemoryBucket(line=line)))
     assert not assembly(here, 2 * PART_BYTES).can_copy(reader(there))
     assert not assembly(here, PART_BYTES).can_copy(reader(here))
 
 
 def test_a_reader_stays_within_its_run() -> None:
-    run = reader(Shelf(bytes(range(100)))).tail(10).head(20)
+    run = reader(MemoryBucket(bytes(range(100)))).tail(10).head(20)
     view = memoryview(bytearray(5))
 
     assert run.read_at(15, 100) == bytes(range(25, 30))
@@ -193,10 +193,10 @@ def test_a_reader_stays_within_its_run() -> None:
 
 
 def test_an_object_that_is_another_is_noticed() -> None:
-    reader(Shelf(b"x")).check()
+    reader(MemoryBucket(b"x")).check()
 
     with pytest.raises(InvalidRequest):
-        reader(Shelf(b"x"), etag="another").check()
+        reader(MemoryBucket(b"x"), etag="another").check()
 
 
 def test_a_digest_is_of_numbers_sizes_and_tags() -> None:

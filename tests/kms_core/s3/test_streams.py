@@ -19,7 +19,7 @@ from kms_core.s3.multipart import ObjectReader
 from kms_core.s3.streams import BufferPool, ReadAhead, StreamedObject
 from kms_protocol.errors import InvalidRequest, Unavailable
 from support import blob_stores, object_stores
-from support.object_stores import ObjectStore, TestBucket, Way
+from support.object_stores import ObjectStore, S3Proxy, TestBucket
 from support.waiting import until
 
 KIB: Final = 1024
@@ -32,7 +32,7 @@ DATA: Final = os.urandom(40 * MIB + 12_345)
 
 
 @dataclass
-class Held:
+class BlockingBucket:
     """A bucket in memory that answers no part before ``may_go``."""
 
     may_go: threading.Event = field(default_factory=threading.Event)
@@ -113,7 +113,7 @@ def test_uploads_at_once_stay_within_the_bound(
 ) -> None:
     monkeypatch.setattr(streams, "PART_BYTES", PART)
     limit = parts * PART
-    pool, bucket = BufferPool(limit, wait_s=60.0), Held()
+    pool, bucket = BufferPool(limit, wait_s=60.0), BlockingBucket()
     data = {f"upload-{number}": os.urandom(SIZE) for number in range(UPLOADS)}
 
     with ThreadPoolExecutor(UPLOADS) as workers:
@@ -130,7 +130,7 @@ def test_uploads_at_once_stay_within_the_bound(
 
 def test_buffers_are_used_again(monkeypatch: pytest.MonkeyPatch, memory: Memory) -> None:
     monkeypatch.setattr(streams, "PART_BYTES", PART)
-    bucket = Held()
+    bucket = BlockingBucket()
     bucket.may_go.set()
 
     bucket.write(BufferPool(UPLOADS * PART), "one", os.urandom(100 * PART))
@@ -171,7 +171,7 @@ def test_parts_of_a_large_object_are_larger_while_there_is_room(
     declared: int, used: int, limit: int, part: int
 ) -> None:
     """A sixteenth of the bound at most, so that sixteen uploads at once have a buffer each."""
-    pool, bucket = BufferPool(limit), Held()
+    pool, bucket = BufferPool(limit), BlockingBucket()
     bucket.may_go.set()
     taken = pool.take(used) if used else None
     with closing(StreamedObject(cast("Bucket", bucket), "key", "mark", pool, declared)) as out:
@@ -184,7 +184,7 @@ def test_parts_of_a_large_object_are_larger_while_there_is_room(
 
 
 def test_object_larger_than_was_said_is_whole(memory: Memory) -> None:
-    bucket, data = Held(), os.urandom(9 * MIB)
+    bucket, data = BlockingBucket(), os.urandom(9 * MIB)
     bucket.may_go.set()
 
     bucket.write(BufferPool(16 * MIB), "key", data, declared_bytes=1000)
@@ -202,9 +202,9 @@ def server() -> ObjectStore:
 
 
 @pytest.fixture
-def way(server: ObjectStore) -> Iterator[Way]:
-    with Way(server) as way:
-        yield way
+def s3_proxy(server: ObjectStore) -> Iterator[S3Proxy]:
+    with S3Proxy(server) as s3_proxy:
+        yield s3_proxy
 
 
 @pytest.fixture
@@ -220,11 +220,11 @@ def bucket(server: ObjectStore) -> TestBucket:
 
 
 @contextmanager
-def opened(bucket: TestBucket, way: Way, pool: BufferPool) -> Iterator[ReadAhead]:
-    at = blob_stores.spool_bucket(bucket, way.url).bucket
+def opened(bucket: TestBucket, s3_proxy: S3Proxy, pool: BufferPool) -> Iterator[ReadAhead]:
+    at = blob_stores.spool_bucket(bucket, s3_proxy.url).bucket
     found = at.head("key")
     assert found
-    del way.seen[:]
+    del s3_proxy.seen[:]
     with (
         closing(at.line),
         closing(ReadAhead(ObjectReader(at, "key", found.etag, found.size), pool, lambda exc: exc)) as reader,
@@ -233,8 +233,8 @@ def opened(bucket: TestBucket, way: Way, pool: BufferPool) -> Iterator[ReadAhead
 
 
 @pytest.fixture
-def reader(bucket: TestBucket, way: Way, pool: BufferPool) -> Iterator[ReadAhead]:
-    with opened(bucket, way, pool) as reader:
+def reader(bucket: TestBucket, s3_proxy: S3Proxy, pool: BufferPool) -> Iterator[ReadAhead]:
+    with opened(bucket, s3_proxy, pool) as reader:
         yield reader
     assert pool.used == 0
 
@@ -247,47 +247,47 @@ def read(reader: ReadAhead, start: int, stop: int) -> bytes:
     return bytes(data)
 
 
-def asked(way: Way) -> list[int]:
+def asked(s3_proxy: S3Proxy) -> list[int]:
     """The sizes of the ranges."""
-    spans = [seen.headers["range"].removeprefix("bytes=").split("-") for seen in way.seen]
+    spans = [seen.headers["range"].removeprefix("bytes=").split("-") for seen in s3_proxy.seen]
     return [int(stop) - int(start) + 1 for start, stop in spans]
 
 
-def test_object_is_read_by_ranges_that_grow(reader: ReadAhead, way: Way) -> None:
+def test_object_is_read_by_ranges_that_grow(reader: ReadAhead, s3_proxy: S3Proxy) -> None:
     found = b"".join(read(reader, at, min(at + MIB, len(DATA))) for at in range(0, len(DATA), MIB))
 
     assert found == DATA
-    assert asked(way) == [256 * 1024, MIB, 4 * MIB, 16 * MIB, len(DATA) - 21 * MIB - 256 * 1024]
+    assert asked(s3_proxy) == [256 * 1024, MIB, 4 * MIB, 16 * MIB, len(DATA) - 21 * MIB - 256 * 1024]
 
 
-def test_last_blocks_are_looked_at_without_an_end_of_the_stream(reader: ReadAhead, way: Way) -> None:
+def test_last_blocks_are_looked_at_without_an_end_of_the_stream(reader: ReadAhead, s3_proxy: S3Proxy) -> None:
     for start in range(0, 30 * MIB, MIB):
         assert read(reader, start, start + MIB) == DATA[start : start + MIB]
         assert reader.read_at(len(DATA) - 100, 16) == DATA[-100:-84]
 
-    assert len(way.seen) == 6
+    assert len(s3_proxy.seen) == 6
 
 
 @pytest.mark.parametrize("turn", [(1, 0), (3, 0, 1, 2), (2, 3, 1, 0)], ids=str)
 def test_reads_of_threads_that_overtake_each_other_share_the_stream(
-    reader: ReadAhead, way: Way, turn: tuple[int, ...]
+    reader: ReadAhead, s3_proxy: S3Proxy, turn: tuple[int, ...]
 ) -> None:
     for base in range(0, 32, len(turn)):
         for start in ((base + number) * MIB for number in turn):
             assert read(reader, start, start + MIB) == DATA[start : start + MIB]
 
-    assert len(way.seen) < 10
+    assert len(s3_proxy.seen) < 10
 
 
-def test_late_thread_leaves_the_stream_to_the_others(reader: ReadAhead, way: Way) -> None:
+def test_late_thread_leaves_the_stream_to_the_others(reader: ReadAhead, s3_proxy: S3Proxy) -> None:
     for number in (0, 3, 4, 6, 8, 10, 12, 13, 14):  # each that jumps ahead keeps what is between
         read(reader, number * MIB, (number + 1) * MIB)
-    del way.seen[:]
+    del s3_proxy.seen[:]
 
     assert read(reader, 5 * MIB, 6 * MIB) == DATA[5 * MIB : 6 * MIB]
     assert read(reader, 15 * MIB, 16 * MIB) == DATA[15 * MIB : 16 * MIB]
 
-    assert asked(way) == [MIB]
+    assert asked(s3_proxy) == [MIB]
 
 
 def test_threads_read_at_the_same_time(reader: ReadAhead) -> None:
@@ -314,40 +314,40 @@ def test_any_order_of_reads_is_right(reader: ReadAhead, pool: BufferPool) -> Non
         assert pool.used <= 12 * MIB
 
 
-def test_small_read_asks_for_little(reader: ReadAhead, way: Way) -> None:
+def test_small_read_asks_for_little(reader: ReadAhead, s3_proxy: S3Proxy) -> None:
     assert reader.read_at(20 * MIB, 1000) == DATA[20 * MIB : 20 * MIB + 1000]
 
-    assert asked(way) == [256 * 1024]
+    assert asked(s3_proxy) == [256 * 1024]
 
 
-def test_answers_that_break_off_go_on_where_they_ended(reader: ReadAhead, way: Way) -> None:
+def test_answers_that_break_off_go_on_where_they_ended(reader: ReadAhead, s3_proxy: S3Proxy) -> None:
     """The third and the fourth break off; what arrived before is not asked for again."""
-    way.meddle = lambda _: -700_000 if len(way.seen) in {3, 4} else None
+    s3_proxy.intercept = lambda _: -700_000 if len(s3_proxy.seen) in {3, 4} else None
 
     found = b"".join(read(reader, at, at + MIB) for at in range(0, 30 * MIB, MIB))
 
     assert found == DATA[: 30 * MIB]
-    starts = [int(seen.headers["range"].removeprefix("bytes=").split("-")[0]) for seen in way.seen]
+    starts = [int(seen.headers["range"].removeprefix("bytes=").split("-")[0]) for seen in s3_proxy.seen]
     assert starts[2:5] == [5 * BLOCK * 2, 5 * BLOCK * 2 + 700_000, 5 * BLOCK * 2 + 1_400_000]
 
 
-def test_answers_that_always_break_off_are_an_error(reader: ReadAhead, way: Way) -> None:
+def test_answers_that_always_break_off_are_an_error(reader: ReadAhead, s3_proxy: S3Proxy) -> None:
     read(reader, 0, MIB)
-    way.meddle = lambda _: -1 if len(way.seen) < 9 else 503
+    s3_proxy.intercept = lambda _: -1 if len(s3_proxy.seen) < 9 else 503
 
     with pytest.raises(Unavailable):
         read(reader, 2 * MIB, 3 * MIB)
-    way.meddle = lambda _: None
+    s3_proxy.intercept = lambda _: None
 
     assert read(reader, 2 * MIB, 3 * MIB) == DATA[2 * MIB : 3 * MIB]
 
 
 def test_object_that_changes_is_refused_where_the_stream_goes_on(
-    server: ObjectStore, way: Way, pool: BufferPool
+    server: ObjectStore, s3_proxy: S3Proxy, pool: BufferPool
 ) -> None:
     bucket = server.new()
     bucket.put("key", DATA[: 9 * MIB])
-    with opened(bucket, way, pool) as reader:
+    with opened(bucket, s3_proxy, pool) as reader:
         read(reader, 0, MIB)
         bucket.put("key", bytes(9 * MIB))
 
@@ -355,22 +355,24 @@ def test_object_that_changes_is_refused_where_the_stream_goes_on(
             read(reader, MIB, 9 * MIB)
 
 
-def test_without_room_it_is_read_all_the_same(reader: ReadAhead, way: Way, pool: BufferPool) -> None:
+def test_without_room_it_is_read_all_the_same(reader: ReadAhead, s3_proxy: S3Proxy, pool: BufferPool) -> None:
     taken = pool.take(60 * MIB)
 
     found = b"".join(read(reader, at, at + MIB) for at in range(0, 30 * MIB, MIB))
 
     assert found == DATA[: 30 * MIB]
-    assert len(way.seen) < 10
+    assert len(s3_proxy.seen) < 10
     assert pool.used == 60 * MIB
     pool.give(taken)
 
 
-def test_reader_that_ends_early_leaves_no_connection_with_bytes_of_it(reader: ReadAhead, way: Way) -> None:
+def test_reader_that_ends_early_leaves_no_connection_with_bytes_of_it(
+    reader: ReadAhead, s3_proxy: S3Proxy
+) -> None:
     """The next request would read the rest as its answer."""
     for start in range(0, 7 * MIB, MIB):
         read(reader, start, start + MIB)
     reader.close()
 
     assert read(reader, 0, 1000) == DATA[:1000]
-    assert way.names == ["GetObject"] * len(way.seen)
+    assert s3_proxy.names == ["GetObject"] * len(s3_proxy.seen)

@@ -31,7 +31,7 @@ from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from support.authorization.permissions import OPERATIONS
-from support.credentials import AUDIENCE, ISSUER, Authority, Guarded, Issuer, bearer
+from support.credentials import AUDIENCE, ISSUER, Authority, Issuer, SecuredService, bearer
 from support.service import b64, core_of, unb64
 
 CONTEXT: Final = "env=prod"
@@ -120,7 +120,7 @@ class Application:
         (self.files / "in/one").write_bytes(b"seventeen")
         (self.files / "in/one.age").write_bytes(self.sealed("pay-1"))
 
-    def _installed(self, folder: Path, redis: str) -> Guarded:
+    def _installed(self, folder: Path, redis: str) -> SecuredService:
         """Settings, keys and certificates."""
         age, authority = folder / "state/age", folder / "ca"
         self._authority = Authority(authority)
@@ -128,7 +128,7 @@ class Application:
         (folder / "jwks.json").write_bytes(self.issuer.jwks)
         text = SETTINGS.replace("{folder}", str(folder)).replace("{age}", str(age))
         text = text.replace("{ca}", str(authority)).replace("{everything}", self.scope(OPERATIONS))
-        install = Guarded(folder, text, redis)
+        install = SecuredService(folder, text, redis)
         make_identity(age / "turned.txt")
         secret = (age / "turned.txt").read_text().split()[-1]
         (age / "turned.pub").write_text(f"{x25519.Identity.from_str(secret).to_public()}\n")

@@ -8,7 +8,7 @@ from typing import Final
 
 import click
 
-Line = tuple[list[str], bytes]
+CommandLine = tuple[list[str], bytes]
 RECIPIENT: Final = "age1c37e6mmd9a9fhnnygxwmv0g3taddw4nl9hj3x7mftsvjqt0cpq2sqrqn3n"
 
 
@@ -27,11 +27,11 @@ class Given:
     state: Path = Path()
 
 
-def lines(given: Given) -> dict[str, Line]:
+def lines(given: Given) -> dict[str, CommandLine]:
     """By the words of the command."""
     at, private, public = given.mine, given.state / "age/private_key.txt", given.state / "age/public_key.txt"
     context, files = ["--context", given.context], f"file://{given.state}/files"
-    found: dict[str, Line] = {
+    found: dict[str, CommandLine] = {
         "encrypt": (context, given.plaintext),
         "decrypt": (context, given.ciphertext),
         "generate-key": (context, b""),

@@ -13,7 +13,7 @@ import httpx2 as httpx
 
 from kms_core.scopes import OPERATIONS
 from support.canary.secrets import Search
-from support.credentials import Guarded, bearer
+from support.credentials import SecuredService, bearer
 from support.http_servers import QuietHandler, served
 from support.service import Json, b64, unb64
 
@@ -106,7 +106,7 @@ class Peer:
         return any(text in heard for heard in self.heard)
 
 
-class CanaryService(Guarded):
+class CanaryService(SecuredService):
     """One install, what is secret in it, and who may call."""
 
     def __init__(self, folder: Path, peer: Peer) -> None:

@@ -96,15 +96,15 @@ class Peer:
         self.server.close()
 
 
-class Tended(Service):
+class SupervisedByTest(Service):
     """An install whose supervisor is the test."""
 
-    def tend(self) -> None:
+    def restart_dead(self) -> None:
         """Start again what ended by itself."""
         raise NotImplementedError
 
 
-class Cluster(Tended):
+class Cluster(SupervisedByTest):
     """An API and workers 1 to ``workers``; the clock of the last one can be moved.
 
     ``disk`` is that of the files, where it can hang. ``ends`` counts how processes ended that nobody here
@@ -124,13 +124,13 @@ class Cluster(Tended):
         """Start the API and every worker; wait for the API alone."""
         for name in ("api", *self.workers):
             self.spawn(name)
-        return self.calm()
+        return self.wait_until_up()
 
-    def calm(self) -> Self:
+    def wait_until_up(self) -> Self:
         """Wait until the API answers, whatever died."""
 
         def is_up() -> bool:
-            self.tend()
+            self.restart_dead()
             return up.is_alive("127.0.0.1", self.port)
 
         until(is_up, "the API is up")
@@ -146,7 +146,7 @@ class Cluster(Tended):
         with (self.logs / f"{name}.log").open("ab") as output:
             self._processes[name] = tether.spawn(argv, env=self.environ | more, output=output)
 
-    def tend(self) -> None:
+    def restart_dead(self) -> None:
         for name, process in list(self._processes.items()):
             status = process.poll()
             if status is not None:

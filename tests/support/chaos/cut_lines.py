@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from support.chaos.fleet import APIS, BUCKETS, LEASE_S, LINES, REDIS, WORKERS, Fleet
-from support.chaos.job_mix import ObjectBook, Order
+from support.chaos.job_mix import JobRequest, ObjectJobMix
 from support.chaos.load import Load
 from support.credentials import bearer
 from support.service import CONTEXT, b64
@@ -21,10 +21,10 @@ _SECRET: Final = {"plaintext": b64(b"x"), "context": CONTEXT}
 class CutLines:
     """Faults by name, each by ``strike``; what they find wrong by themselves is in ``faults``."""
 
-    def __init__(self, fleet: Fleet, book: ObjectBook, crowd: Load, seed: int) -> None:
+    def __init__(self, fleet: Fleet, book: ObjectJobMix, load: Load, seed: int) -> None:
         self.fleet = fleet
         self.book = book
-        self.crowd = crowd
+        self.load = load
         self.cut_jobs: list[str] = []
         self.faults: list[str] = []
         self.revoked_s: list[float] = []
@@ -43,7 +43,7 @@ class CutLines:
             "tokens again": self._new_and_revoked,
         }
 
-    def strike(self, name: str) -> None:
+    def inject(self, name: str) -> None:
         """Let it happen, and wait until all hosts are well again."""
         begun = time.monotonic()
         try:
@@ -59,7 +59,7 @@ class CutLines:
         """A worker in the middle of a large job, until others have that job."""
         name, job_id = None, ""
         while name is None:  # a job may have ended before it was seen
-            job_id = self.crowd.also(lambda: self.book.large(_LARGE))
+            job_id = self.load.submit_one_more(lambda: self.book.large(_LARGE))
             name = self._holder(job_id)
         self._cut(name, lines, lambda: self.fleet.worker_of(job_id) != name)
         self.cut_jobs.append(job_id)
@@ -79,10 +79,10 @@ class CutLines:
 
     def _api(self, lines: Sequence[str]) -> None:
         """An API, until the other one has taken some jobs, or there are none to take."""
-        before = len(self.crowd.tickets)
-        enough = min(before + 5, self.crowd.most, self.crowd.count)
+        before = len(self.load.tickets)
+        enough = min(before + 5, self.load.most, self.load.count)
         self._cut(
-            self._rng.choice(APIS), lines, lambda: len(self.crowd.tickets) >= enough or not self.crowd.busy
+            self._rng.choice(APIS), lines, lambda: len(self.load.tickets) >= enough or not self.load.busy
         )
 
     def _cut(self, name: str, lines: Sequence[str], fact: Callable[[], object]) -> None:
@@ -113,8 +113,8 @@ class CutLines:
         assert self._answers(text) == [200, 200], f"a token of {maker} is refused"
         headers = bearer(text)
         body = {"kind": "encrypt", "items": [_SECRET]}
-        order = Order("of a new token", lambda _: fleet.post("/jobs", body, headers=headers), _is_sealed)
-        fleet.wait(self.crowd.also(lambda: order), "succeeded")
+        order = JobRequest("of a new token", lambda _: fleet.post("/jobs", body, headers=headers), _is_sealed)
+        fleet.wait(self.load.submit_one_more(lambda: order), "succeeded")
         done = fleet.machines[revoker].kms("token", "revoke", name)
         begun = time.monotonic()
         assert done.returncode == 0, done.stderr

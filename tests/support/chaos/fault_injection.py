@@ -31,9 +31,9 @@ _HANGS_S: Final = 5.0  # until a job has come that uses the disk
 class FaultInjection:
     """``blows`` are counted by name in ``struck``. ``disk`` is the spool's own file system, if it has one."""
 
-    def __init__(self, cluster: Cluster, crowd: Load, rng: random.Random, *, outage_s: float) -> None:
+    def __init__(self, cluster: Cluster, load: Load, rng: random.Random, *, outage_s: float) -> None:
         self.cluster = cluster
-        self.crowd = crowd
+        self.load = load
         self.struck: Counter[str] = Counter()
         self._rng = rng
         self._outage_s = outage_s
@@ -55,7 +55,7 @@ class FaultInjection:
             "silence": self._silence,
         }
 
-    def strike(self, name: str) -> None:
+    def inject(self, name: str) -> None:
         self.blows[name]()
         self.struck[name] += 1
 
@@ -113,9 +113,9 @@ class FaultInjection:
         """No worker, and the queue fills; the broker dies with it full."""
         for name in self.cluster.workers:
             self.cluster.hit_all(name, signal.SIGKILL)
-        before, deadline = len(self.crowd.tickets), time.monotonic() + 5
-        self.crowd.most = max(self.crowd.most, before + 10)
-        while len(self.crowd.tickets) < before + 10 and self.crowd.busy and time.monotonic() < deadline:
+        before, deadline = len(self.load.tickets), time.monotonic() + 5
+        self.load.most = max(self.load.most, before + 10)
+        while len(self.load.tickets) < before + 10 and self.load.busy and time.monotonic() < deadline:
             time.sleep(0.05)
         self._valkey()
         for name in self.cluster.workers:
@@ -193,7 +193,7 @@ class FaultInjection:
         """As long as an outage lasts; what dies meanwhile is started again."""
         deadline = time.monotonic() + self._outage_s
         while time.monotonic() < deadline:
-            self.cluster.tend()
+            self.cluster.restart_dead()
             time.sleep(0.5)
 
     def _outage(self) -> None:

@@ -24,7 +24,7 @@ from kms_core.programs import tether
 from support import object_stores, redis_servers
 from support.blob_stores import PREFIX
 from support.canary.secrets import Search
-from support.chaos.cluster import Tended
+from support.chaos.cluster import SupervisedByTest
 from support.credentials import bearer
 from support.network_hosts import Host, network
 from support.object_stores import ObjectStore, TestBucket
@@ -139,7 +139,7 @@ class Machine(Service):
         )
 
 
-class Spread(httpx.BaseTransport):
+class LoadBalancer(httpx.BaseTransport):
     """Sends each request to one of the APIs; for a result, to one that did not take the job."""
 
     def __init__(self, apis: Sequence[Machine], seed: int) -> None:
@@ -169,7 +169,7 @@ class Spread(httpx.BaseTransport):
         self._inner.close()
 
 
-class Fleet(Tended):
+class Fleet(SupervisedByTest):
     """All hosts, as clients see them. ``ends`` counts processes that ended and that no test had told to."""
 
     def __init__(self, folder: Path, hosts: Sequence[Host], shared: Shared, seed: int) -> None:
@@ -189,7 +189,7 @@ class Fleet(Tended):
         self.ends: Counter[str] = Counter()
         self.secrets = {"canary": CANARY.encode()}
         self.http.close()
-        self.spread = Spread([self.machines[name] for name in APIS], seed)
+        self.spread = LoadBalancer([self.machines[name] for name in APIS], seed)
         self.port = self.machines[APIS[0]].port
         hooks = {"response": [self.spread.note, self._check]}
         self.http = httpx.Client(
@@ -226,7 +226,7 @@ class Fleet(Tended):
         self.secrets[f"token {name}"] = text.split("_", 2)[2].encode()
         return text
 
-    def tend(self) -> None:
+    def restart_dead(self) -> None:
         for machine in self.machines.values():
             if machine.status is not None:
                 self.ends[f"{machine.name} {machine.status}"] += 1

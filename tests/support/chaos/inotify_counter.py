@@ -15,7 +15,7 @@ _HEAD: Final = struct.Struct("iIII")
 _READ_BYTES: Final = 1 << 20
 
 
-class Births:
+class NameCounter:
     """Open for as long as somebody should count. ``count`` is by name; names from before are not in it."""
 
     def __init__(self, directory: Path) -> None:
@@ -25,7 +25,7 @@ class Births:
         if self._fd < 0 or libc.inotify_add_watch(self._fd, os.fsencode(directory), _CREATED | _MOVED_TO) < 0:
             raise OSError(ctypes.get_errno(), "inotify")
         self._stop, self._stopped = os.pipe()
-        self._thread = threading.Thread(target=self._listen, name="births", daemon=True)
+        self._thread = threading.Thread(target=self._listen, name="name-counter", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -14,9 +14,9 @@ from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import UnknownJob
 from kms_protocol.wire import ENDED
 from support.canary.secrets import forms
-from support.chaos.cluster import Tended
+from support.chaos.cluster import SupervisedByTest
 from support.chaos.job_mix import NO_ROOM
-from support.chaos.load import Load, Ticket
+from support.chaos.load import AcceptedJob, Load
 from support.job_stores import events
 from support.service import CANARY, core_of
 from support.waiting import until
@@ -37,18 +37,23 @@ NEXT: Final[Mapping[str, frozenset[str]]] = {
 class JobChecks:
     """Collects ``faults``; ``room_was_short`` allows jobs to have failed for want of room.
 
-    ``births`` says how often each name of a target was put in place.
+    ``creations`` says how often each name of a target was put in place.
     """
 
     def __init__(
-        self, cluster: Tended, crowd: Load, births: Callable[[], Mapping[str, int]], *, room_was_short: bool
+        self,
+        cluster: SupervisedByTest,
+        load: Load,
+        creations: Callable[[], Mapping[str, int]],
+        *,
+        room_was_short: bool,
     ) -> None:
-        self.faults: list[str] = [*crowd.troubles]
+        self.faults: list[str] = [*load.troubles]
         self.states: Counter[str] = Counter()
         self.losses = 0
         self._cluster = cluster
-        self._crowd = crowd
-        self._births = births
+        self._crowd = load
+        self._births = creations
         self._store: JobStore = core_of(cluster).worker_context.store
         self._room_was_short = room_was_short
 
@@ -57,13 +62,13 @@ class JobChecks:
         deadline = time.monotonic() + patience_s
         for ticket in self._crowd.tickets:
             while not (job := self._job(ticket)).ended and time.monotonic() < deadline:
-                self._cluster.tend()
+                self._cluster.restart_dead()
                 time.sleep(0.05)
             self.losses += not job.ended
             if not job.ended:
                 self.faults.append(f"LOST: {self._told(ticket)}")
 
-    def hear(self) -> None:
+    def check_results(self) -> None:
         """Everything that can be said while the results are there."""
         for ticket in self._crowd.tickets:
             self.states[self._job(ticket).state] += 1
@@ -76,7 +81,7 @@ class JobChecks:
         self.faults += self._glimpses()
         self.faults += self._twice_born()
 
-    def _hear_one(self, ticket: Ticket) -> None:
+    def _hear_one(self, ticket: AcceptedJob) -> None:
         order, job = ticket.order, self._job(ticket)
         assert len(ticket.ids) == 1, f"asked under one key, told {ticket.ids}"
         if job.state == "cancelled":
@@ -90,7 +95,7 @@ class JobChecks:
             assert (job.state, order.refused) == ("succeeded", 0), "it ended otherwise than it should"
             order.check(order.target.read_bytes() if order.target else self._cluster.result(ticket.job_id))
 
-    def _nothing_of(self, ticket: Ticket) -> None:
+    def _nothing_of(self, ticket: AcceptedJob) -> None:
         target = ticket.order.target
         gone = target is None or not target.exists() or target.read_bytes() == b"old"
         assert gone, "a job that did not succeed has a target"
@@ -134,11 +139,11 @@ class JobChecks:
 
     def _twice_born(self) -> Iterator[str]:
         """A target gets its name once, however many attempts there were."""
-        births = self._births()
+        creations = self._births()
         for ticket in self._crowd.tickets:
             target = ticket.order.target
             expected = ticket.order.replaces + (self._job(ticket).state == "succeeded")
-            if target and (count := births.get(target.name, 0)) != expected:
+            if target and (count := creations.get(target.name, 0)) != expected:
                 yield f"{self._told(ticket)}: its target was put in place {count} times"
 
     # -- afterwards ----------------------------------------------------------------------------------
@@ -182,7 +187,7 @@ class JobChecks:
 
     # -- words ---------------------------------------------------------------------------------------
 
-    def _job(self, ticket: Ticket) -> Job:
+    def _job(self, ticket: AcceptedJob) -> Job:
         try:
             return self._store.get(ticket.job_id, TENANT)
         except UnknownJob:
@@ -192,7 +197,7 @@ class JobChecks:
         fields = cast("dict[bytes, bytes]", self._store.redis.hgetall(f"kms:job:{job_id}"))
         return f"{job_id} { ({name: value for name, value in fields.items() if name != b'sealed'}) }"
 
-    def _told(self, ticket: Ticket) -> str:
+    def _told(self, ticket: AcceptedJob) -> str:
         job = self._job(ticket)
         order = ticket.order
         return (

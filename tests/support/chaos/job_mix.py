@@ -26,11 +26,11 @@ _MANY_FILES: Final = 600
 Manner = Literal["once", "twice", "cancel", "message"]
 Send = Callable[[str], httpx.Response]
 Check = Callable[[bytes], None]
-Place = Path | ObjectPath
+Target = Path | ObjectPath
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class JobRequest:
     """One job. ``send`` asks for it once, under an Idempotency-Key; ``check`` judges its result or target.
 
     ``twice`` asks at the same time from two threads, ``cancel`` changes its mind, ``message`` goes by the
@@ -42,13 +42,13 @@ class Order:
     send: Send
     check: Check
     manner: Manner = "once"
-    target: Place | None = None
+    target: Target | None = None
     replaces: bool = False
     refused: int = 0
     body: Json | None = None
 
 
-class Book:
+class JobMix:
     """Makes orders, every one with bytes of its own that hold the canary."""
 
     def __init__(self, service: Service, core: Core, seed: int, *, scale: float) -> None:
@@ -59,13 +59,13 @@ class Book:
         self._scale = scale
         self._count = 0
 
-    def next(self) -> Order:
+    def next(self) -> JobRequest:
         """The next order: kinds in turn, so that each storm has all of them; sizes and manners by chance."""
         self._count += 1
         return self._kinds[self._count % len(self._kinds)]()
 
     @property
-    def _kinds(self) -> Sequence[Callable[[], Order]]:
+    def _kinds(self) -> Sequence[Callable[[], JobRequest]]:
         return (
             self._bulk,
             self._upload,
@@ -84,29 +84,31 @@ class Book:
 
     # -- kinds ---------------------------------------------------------------------------------------
 
-    def _bulk(self) -> Order:
+    def _bulk(self) -> JobRequest:
         plain = self._plains(self._rng.choice((1, 7, 60, 700, 1200)))
         body = self._encrypting({"items": [{"plaintext": b64(text)} for text in plain], "context": CONTEXT})
         many = len(plain) > 1000
         manner: Manner = "cancel" if many and self._rng.random() < 0.7 else self._once_or_twice()
-        return Order("bulk", self._json(body), lambda result: self._sealed_lines(result, plain), manner)
+        return JobRequest("bulk", self._json(body), lambda result: self._sealed_lines(result, plain), manner)
 
-    def _back(self) -> Order:
+    def _back(self) -> JobRequest:
         plain = self._plains(self._rng.choice((1, 20, 90)))
         items = [{"ciphertext": b64(self._sealed(text)), "context": CONTEXT} for text in plain]
         send = self._json({"kind": "decrypt", "items": items})
-        return Order("bulk back", send, lambda result: _plain_lines(result, plain), self._once_or_twice())
+        return JobRequest(
+            "bulk back", send, lambda result: _plain_lines(result, plain), self._once_or_twice()
+        )
 
-    def _refusing(self) -> Order:
+    def _refusing(self) -> JobRequest:
         """An item in the middle is no ciphertext: the job fails, and the others are there."""
         plain = self._plains(5)
         items = [{"ciphertext": b64(self._sealed(text)), "context": CONTEXT} for text in plain]
         items[2]["ciphertext"] = b64(b"no ciphertext")
         expected: list[bytes | None] = [*plain[:2], None, *plain[3:]]
         send = self._json({"kind": "decrypt", "items": items})
-        return Order("bulk refused", send, lambda result: _plain_lines(result, expected), refused=1)
+        return JobRequest("bulk refused", send, lambda result: _plain_lines(result, expected), refused=1)
 
-    def _stream(self) -> Order:
+    def _stream(self) -> JobRequest:
         """NDJSON of several parts."""
         plain = self._plains(int(2600 * self._scale))
         lines = b"".join(json.dumps({"plaintext": b64(text)}).encode() + b"\n" for text in plain)
@@ -115,29 +117,29 @@ class Book:
             headers = self._headers(key) | {"Content-Type": "application/x-ndjson"}
             return self._service.post("/jobs?kind=encrypt", content=lines, headers=headers)
 
-        return Order("stream", send, lambda result: self._sealed_lines(result, plain))
+        return JobRequest("stream", send, lambda result: self._sealed_lines(result, plain))
 
-    def _upload(self) -> Order:
+    def _upload(self) -> JobRequest:
         plain = self._plain(self._rng.choice((0, 10_000, _MIB, int(4 * _MIB * self._scale))))
         send = self._file_upload("encrypt", plain, self._key())
-        return Order("upload", send, lambda result: self._seals(result, plain), self._once_or_twice())
+        return JobRequest("upload", send, lambda result: self._seals(result, plain), self._once_or_twice())
 
-    def _opened_upload(self) -> Order:
+    def _opened_upload(self) -> JobRequest:
         plain = self._plain(self._rng.choice((1, 70_000, _MIB)))
         send = self._file_upload("decrypt", self._sealed(plain))
-        return Order("upload back", send, lambda result: _same(result, plain))
+        return JobRequest("upload back", send, lambda result: _same(result, plain))
 
-    def _file(self) -> Order:
+    def _file(self) -> JobRequest:
         plain = self._plain(self._rng.choice((0, 1_000, 300_000)))
         more = self._encrypting({})
         del more["kind"]
         return self._reference("file", "encrypt", plain, lambda found: self._seals(found, plain), **more)
 
-    def _opened_file(self) -> Order:
+    def _opened_file(self) -> JobRequest:
         plain = self._plain(self._rng.choice((1, 100_000, 2 * _MIB)))
         return self._reference("file back", "decrypt", self._sealed(plain), lambda found: _same(found, plain))
 
-    def _rewrapped_file(self) -> Order:
+    def _rewrapped_file(self) -> JobRequest:
         plain = self._plain(self._rng.choice((1, 100_000, 2 * _MIB)))
 
         def check(found: bytes) -> None:
@@ -145,7 +147,7 @@ class Book:
 
         return self._reference("file rewrap", "rewrap", self._sealed(plain), check, new_context=NEW_CONTEXT)
 
-    def _overwritten(self) -> Order:
+    def _overwritten(self) -> JobRequest:
         """Something is there, and may be replaced: its readers see the old or the new, whole."""
         plain = self._plain(50_000)
         order = self._reference(
@@ -155,7 +157,7 @@ class Book:
         order.target.write_bytes(b"old")
         return replace(order, replaces=True)
 
-    def _long_file(self) -> Order:
+    def _long_file(self) -> JobRequest:
         """Its content is made again for the check: all of them would fill the memory."""
         number, size = self._count, int(40 * _MIB * self._scale)
         manner: Manner = "cancel" if self._rng.random() < 0.6 else "once"
@@ -167,7 +169,7 @@ class Book:
             manner=manner,
         )
 
-    def _tree(self) -> Order:
+    def _tree(self) -> JobRequest:
         """A folder of so many files that a process holds the job for a second or more."""
         source, target = self._service.files / f"{self._count}.in", self._service.files / f"{self._count}.out"
         source.mkdir()
@@ -181,13 +183,13 @@ class Book:
                     self._seals((target / f"{number:03}.age").read_bytes(), content)
 
         job = {"kind": "encrypt", "source": f"{source.as_uri()}/*", "target": f"{target.as_uri()}/"}
-        return Order("tree", self._json({**job, "context": CONTEXT}), check)
+        return JobRequest("tree", self._json({**job, "context": CONTEXT}), check)
 
-    def _message(self) -> Order:
+    def _message(self) -> JobRequest:
         plain = self._plains(self._rng.choice((1, 30)))
         body = {"kind": "encrypt", "items": [{"plaintext": b64(text)} for text in plain], "context": CONTEXT}
         check: Check = lambda result: self._sealed_lines(result, plain)  # noqa: E731 -- as the others
-        return Order("message", self._json(body), check, "message", body=body)
+        return JobRequest("message", self._json(body), check, "message", body=body)
 
     # -- what they are made of -----------------------------------------------------------------------
 
@@ -224,16 +226,16 @@ class Book:
         key_id = self._key()
         return {"kind": "encrypt", **body, **({"key_id": key_id} if key_id else {})}
 
-    def _place(self, end: Literal["in", "out"]) -> Place:
+    def _place(self, end: Literal["in", "out"]) -> Target:
         return self._service.files / f"{self._count}.{end}"
 
     def _reference(
         self, name: str, kind: str, content: bytes, check: Check, *, manner: Manner = "once", **more: object
-    ) -> Order:
+    ) -> JobRequest:
         source, target = self._place("in"), self._place("out")
         source.write_bytes(content)
         job = {"kind": kind, "source": source.as_uri(), "target": target.as_uri(), "context": CONTEXT}
-        return Order(name, self._json(job | more), check, manner, target)
+        return JobRequest(name, self._json(job | more), check, manner, target)
 
     # -- what must have come of them -----------------------------------------------------------------
 
@@ -248,7 +250,7 @@ class Book:
                 self._seals(unb64(line["ciphertext"]), text)
 
 
-class ObjectBook(Book):
+class ObjectJobMix(JobMix):
     """The same with objects in place of files, whole prefixes of them too; a server holds no key."""
 
     def __init__(self, service: Service, core: Core, seed: int, *, scale: float, bucket: TestBucket) -> None:
@@ -258,16 +260,16 @@ class ObjectBook(Book):
     def _key(self) -> None:
         return None
 
-    def _place(self, end: Literal["in", "out"]) -> Place:
+    def _place(self, end: Literal["in", "out"]) -> Target:
         return ObjectPath(self._bucket, f"{end}/{self._count}")
 
-    def large(self, size: int) -> Order:
+    def large(self, size: int) -> JobRequest:
         """A job over an object that takes a worker some seconds."""
         self._count += 1
         plain = self._plain(size)
         return self._reference("large", "encrypt", plain, lambda found: self._seals(found, plain))
 
-    def _tree(self) -> Order:
+    def _tree(self) -> JobRequest:
         """A job over all objects with a name like this."""
         plain = {
             f"{number}.txt": self._plain(1 + 3000 * number) for number in range(self._rng.choice((1, 6, 25)))
@@ -282,7 +284,7 @@ class ObjectBook(Book):
                 self._seals(self._bucket.get(f"{into}{name}.age"), content)
 
         body = {"source": self._bucket.url(f"{folder}*.txt"), "target": self._bucket.url(into)}
-        return Order("prefix", self._json({"kind": "encrypt", "context": CONTEXT, **body}), check)
+        return JobRequest("prefix", self._json({"kind": "encrypt", "context": CONTEXT, **body}), check)
 
 
 def _text(number: int, size: int) -> bytes:

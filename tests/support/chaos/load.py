@@ -19,7 +19,7 @@ from kombu.exceptions import OperationalError
 
 from support.celery_messages import body as message_body
 from support.celery_messages import seal, send, whom
-from support.chaos.job_mix import Book, Order
+from support.chaos.job_mix import JobMix, JobRequest
 from support.service import Service
 from support.waiting import until
 
@@ -32,10 +32,10 @@ _NOT_YET: Final = frozenset({409, 410})
 
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
+class AcceptedJob:
     """An order that was accepted; ``ids`` are all that were told for it."""
 
-    order: Order
+    order: JobRequest
     ids: frozenset[str]
 
     @property
@@ -44,7 +44,7 @@ class Ticket:
 
 
 @dataclass(frozen=True, slots=True)
-class Glimpse:
+class PartialRead:
     """Bytes of a result, read while the storm went on."""
 
     job_id: str
@@ -61,14 +61,14 @@ class Load:
     """
 
     service: Service
-    book: Book
+    book: JobMix
     count: int
     senders: int
     seed: int
     most: int = sys.maxsize
     token: str | None = None
-    tickets: list[Ticket] = field(default_factory=list)
-    glimpses: list[Glimpse] = field(default_factory=list)
+    tickets: list[AcceptedJob] = field(default_factory=list)
+    glimpses: list[PartialRead] = field(default_factory=list)
     troubles: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -100,13 +100,13 @@ class Load:
         with self._lock:
             return rng.choice(self.tickets).job_id if self.tickets else None
 
-    def also(self, make: Callable[[], Order]) -> str:
+    def submit_one_more(self, make: Callable[[], JobRequest]) -> str:
         """Ask for one more job from this thread; its id once it is accepted."""
         with self._lock:
             order = make()
         job_id = self._accepted(order, str(uuid.uuid4()))
         with self._lock:
-            self.tickets.append(Ticket(order, frozenset({job_id})))
+            self.tickets.append(AcceptedJob(order, frozenset({job_id})))
         return job_id
 
     # -- senders -------------------------------------------------------------------------------------
@@ -121,9 +121,9 @@ class Load:
                     self.troubles.append(f"{order.name}: {exc}")
                     continue
                 with self._lock:
-                    self.tickets.append(Ticket(order, frozenset(ids)))
+                    self.tickets.append(AcceptedJob(order, frozenset(ids)))
 
-    def _next(self) -> Order | None:
+    def _next(self) -> JobRequest | None:
         while self._taken >= self.most and self._taken < self.count:
             time.sleep(_PAUSE_S)
         with self._lock:
@@ -132,7 +132,7 @@ class Load:
             self._taken += 1
             return self.book.next()
 
-    def _place(self, order: Order, rng: random.Random, pair: ThreadPoolExecutor) -> set[str]:
+    def _place(self, order: JobRequest, rng: random.Random, pair: ThreadPoolExecutor) -> set[str]:
         if order.manner == "message":
             return {self._by_message(order)}
         key = str(uuid.UUID(int=rng.getrandbits(128), version=4))
@@ -144,14 +144,14 @@ class Load:
             self._cancel(next(iter(ids)))
         return ids
 
-    def _accepted(self, order: Order, key: str) -> str:
+    def _accepted(self, order: JobRequest, key: str) -> str:
         answer = self._insist(lambda: order.send(key), frozenset({202}))
         return str(answer.json()["job_id"])
 
     def _cancel(self, job_id: str) -> None:
         self._insist(lambda: self.service.post(f"/jobs/{job_id}/cancel"), _CANCELLED)
 
-    def _by_message(self, order: Order) -> str:
+    def _by_message(self, order: JobRequest) -> str:
         """As docs/celery.md advises: the same message, again and again, until the job is seen."""
         job_id = str(uuid.uuid4())
         message = seal(self._recipient(), message_body(order.body, job_id=job_id, token=self.token))
@@ -225,6 +225,6 @@ class Load:
     def _note(self, job_id: str, start: int, answer: httpx.Response) -> None:
         if answer.status_code == httpx.codes.PARTIAL_CONTENT:
             digest = hashlib.sha256(answer.content).digest()
-            self.glimpses.append(Glimpse(job_id, start, len(answer.content), digest))
+            self.glimpses.append(PartialRead(job_id, start, len(answer.content), digest))
         elif answer.status_code not in {*_NOT_YET, *_AGAIN, 416}:  # 416: it begins behind the end
             self.troubles.append(f"a reader was answered {answer.status_code} {answer.text}")

@@ -17,9 +17,9 @@ from typing import Final
 
 from support.chaos.cluster import Cluster, Peer
 from support.chaos.fault_injection import FaultInjection
-from support.chaos.inotify_counter import Births
+from support.chaos.inotify_counter import NameCounter
 from support.chaos.job_checks import JobChecks
-from support.chaos.job_mix import Book
+from support.chaos.job_mix import JobMix
 from support.chaos.load import Load
 from support.frozen_disk import MIB, disk_or_none
 from support.service import core_of
@@ -150,46 +150,46 @@ def run(folder: Path, plan: Plan, seed: int) -> Verdict:
             Cluster(folder, SETTINGS.format(spool=spool), plan.workers, peer) as cluster,
         ):
             cluster.spool, cluster.disk = spool, files
-            judge, faults, crowd = _rage(cluster.launch(), plan, seed, has_disk=disk is not None)
-        judge.search(folder)  # Valkey has written its last
-        judge.faults += [f"ended by itself: {end}" for end in _CRASHES if cluster.ends[end]]
+            checks, faults, load = _rage(cluster.launch(), plan, seed, has_disk=disk is not None)
+        checks.search(folder)  # Valkey has written its last
+        checks.faults += [f"ended by itself: {end}" for end in _CRASHES if cluster.ends[end]]
     return Verdict(
         seed=seed,
         seconds=time.monotonic() - begun,
-        jobs=len(crowd.tickets),
-        losses=judge.losses,
+        jobs=len(load.tickets),
+        losses=checks.losses,
         cut=_cut(cluster),
         struck=faults.struck,
-        states=judge.states,
+        states=checks.states,
         ends=cluster.ends,
-        glimpses=len(crowd.glimpses),
-        faults=judge.faults,
+        glimpses=len(load.glimpses),
+        faults=checks.faults,
     )
 
 
 def _rage(
     cluster: Cluster, plan: Plan, seed: int, *, has_disk: bool
 ) -> tuple[JobChecks, FaultInjection, Load]:
-    crowd = Load(
-        cluster, Book(cluster, core_of(cluster), seed, scale=plan.scale), plan.jobs, plan.senders, seed
+    load = Load(
+        cluster, JobMix(cluster, core_of(cluster), seed, scale=plan.scale), plan.jobs, plan.senders, seed
     )
-    faults = FaultInjection(cluster, crowd, random.Random(seed), outage_s=plan.outage_s)  # noqa: S311 -- repeatable
-    with Births(cluster.files) as births:
-        crowd.start()
+    faults = FaultInjection(cluster, load, random.Random(seed), outage_s=plan.outage_s)  # noqa: S311 -- repeatable
+    with NameCounter(cluster.files) as creations:
+        load.start()
         impossible = {name for name, disk in (("full", has_disk), ("hang", cluster.disk)) if not disk}
-        _blow(faults, crowd, cluster, _forecast(plan, seed, impossible))
-        while crowd.busy:
-            cluster.tend()
+        _blow(faults, load, cluster, _forecast(plan, seed, impossible))
+        while load.busy:
+            cluster.restart_dead()
             time.sleep(0.1)
-        crowd.close()
-        cluster.calm()
-        judge = JobChecks(cluster, crowd, lambda: births.count, room_was_short="full" in faults.struck)
-        judge.wait(plan.patience_s)
-        judge.hear()
-        judge.expire()
+        load.close()
+        cluster.wait_until_up()
+        checks = JobChecks(cluster, load, lambda: creations.count, room_was_short="full" in faults.struck)
+        checks.wait(plan.patience_s)
+        checks.check_results()
+        checks.expire()
         _sweep(cluster)
-        judge.spool_is_empty()
-    return judge, faults, crowd
+        checks.spool_is_empty()
+    return checks, faults, load
 
 
 def _cut(cluster: Cluster) -> int:
@@ -206,16 +206,16 @@ def _forecast(plan: Plan, seed: int, impossible: Collection[str]) -> list[tuple[
     return list(zip(sorted(rng.randrange(plan.jobs * 9 // 10) for _ in names), names, strict=True))
 
 
-def _blow(faults: FaultInjection, crowd: Load, cluster: Cluster, forecast: Sequence[tuple[int, str]]) -> None:
+def _blow(faults: FaultInjection, load: Load, cluster: Cluster, forecast: Sequence[tuple[int, str]]) -> None:
     """The load does not run ahead: each blow has jobs to meet."""
     for after, name in forecast:
-        crowd.most = max(after, len(crowd.tickets)) + crowd.count // len(forecast)
-        while crowd.busy and len(crowd.tickets) < after:
-            cluster.tend()
+        load.most = max(after, len(load.tickets)) + load.count // len(forecast)
+        while load.busy and len(load.tickets) < after:
+            cluster.restart_dead()
             time.sleep(0.02)
-        faults.strike(name)
-        cluster.tend()
-    crowd.most = sys.maxsize
+        faults.inject(name)
+        cluster.restart_dead()
+    load.most = sys.maxsize
 
 
 def _sweep(cluster: Cluster) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Told:
+class DoctorReport:
     """The lines of one run, and its exit code."""
 
     lines: list[dict[str, str]]
@@ -27,6 +27,6 @@ class Told:
         return {line["subject"] for line in self.lines if line["level"] == "FAIL"}
 
 
-def told_by(ran: subprocess.CompletedProcess[str]) -> Told:
+def told_by(ran: subprocess.CompletedProcess[str]) -> DoctorReport:
     assert not ran.stderr
-    return Told([json.loads(line) for line in ran.stdout.splitlines()], ran.returncode)
+    return DoctorReport([json.loads(line) for line in ran.stdout.splitlines()], ran.returncode)

@@ -22,7 +22,7 @@ TIMEOUT_S: Final = 120
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RunningService:
     """Where a service is."""
 
     url: str
@@ -78,9 +78,9 @@ def stand_in() -> Iterator[ContractServer]:
 
 
 @pytest.fixture(scope="session")
-def real_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def real_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
     home = tmp_path_factory.mktemp("real")
     port = free_port()
     words = ("--state-dir", home / "state", "--port", port)
     with running_up(home / "log", environment(home), *words):
-        yield Place(f"http://127.0.0.1:{port}", home / "state")
+        yield RunningService(f"http://127.0.0.1:{port}", home / "state")

@@ -10,7 +10,7 @@ from typing import Any
 
 from kms_client import Client
 from support.cli import fixtures
-from support.cli.fixtures import Place
+from support.cli.fixtures import RunningService
 
 Json = dict[str, Any]
 Ran = subprocess.CompletedProcess[bytes]
@@ -21,7 +21,7 @@ class Workspace:
     """Where a test works."""
 
     folder: Path
-    place: Place
+    place: RunningService
 
     def kms(self, *words: str, given: bytes = b"", env: Mapping[str, str] | None = None) -> Ran:
         variables = {"KMS_SERVICE_URL": self.place.url, **(env or {})}

@@ -74,7 +74,7 @@ def answering(status: int, body: bytes, kind: str = "text/html; charset=utf-8") 
     return answer
 
 
-def held(double: CosmianDouble, operation: str = "") -> tuple[threading.Event, threading.Event]:
+def held_back(double: CosmianDouble, operation: str = "") -> tuple[threading.Event, threading.Event]:
     """The next request waits (or the next of this operation): events for its arrival, and to let it go."""
     came, go_on = threading.Event(), threading.Event()
 

@@ -82,7 +82,7 @@ def measured() -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def _houses() -> Iterator[tuple[Meter, Install, Install]]:
+def _installs() -> Iterator[tuple[Meter, Install, Install]]:
     """A meter that sees their Redis, and two installs, of which the second has its records on disk."""
     with tempfile.TemporaryDirectory(prefix="kms-speed-") as name, EmbeddedValkey(Path(name)) as valkey:
         yield (
@@ -93,7 +93,7 @@ def _houses() -> Iterator[tuple[Meter, Install, Install]]:
 
 
 def _measure() -> dict[str, dict[str, Any]]:
-    with _houses() as (meter, install, on_disk):
+    with _installs() as (meter, install, on_disk):
         counts = {name: figures(meter.count(way)) for name, way in paths(install, on_disk).items()}
         return {
             "counts": {**counts, _START: _modules()},
@@ -131,7 +131,7 @@ def main() -> None:
         case ["json"]:
             json.dump(_measure(), sys.stdout)
         case [name]:
-            with _houses() as (meter, install, on_disk):
+            with _installs() as (meter, install, on_disk):
                 for what, count in meter.count(paths(install, on_disk)[name]).most_common():
                     sys.stdout.write(f"{count:9,}  {what}\n")
 

@@ -28,8 +28,8 @@ from kms_core.payload.files import FileRange, FileWriter
 from kms_core.payload.parallel import ParallelOptions
 from kms_protocol.context import Context
 from kms_protocol.wire import PREFIX
-from support.audit_logs import Place, chain_name, record
-from support.credentials import REQUIRED, Guarded
+from support.audit_logs import AuditFolder, chain_name, record
+from support.credentials import REQUIRED, SecuredService
 from support.service import core_of
 from support.speed.counting import Function
 
@@ -51,9 +51,9 @@ class Install:
 
     def __init__(self, folder: Path, redis: str, more: str = "") -> None:
         logs.configure("info", json=True, stream=folder.with_suffix(".log").open("a"))
-        install = Guarded(folder, REQUIRED + more, redis)
+        install = SecuredService(folder, REQUIRED + more, redis)
         install.http.close()
-        self.audit = Place(folder / "read")
+        self.audit = AuditFolder(folder / "read")
         self.audit.at.mkdir()
         self._token = install.token(SCOPES)["Authorization"]
         self._app = app.build(install.settings)
@@ -143,7 +143,7 @@ def paths(install: Install, on_disk: Install) -> dict[str, Function]:
     }
 
 
-def _reads(place: Place) -> dict[str, Function]:
+def _reads(place: AuditFolder) -> dict[str, Function]:
     """Reads of a log of 1,000 records, every tenth of them an outcome, as commands and pages read it."""
     trail, keys = place.trail(), place.keys()
     for number in range(LINES):

@@ -20,17 +20,17 @@ from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import AuditMonitor, verify
 from kms_core.auth.policy import Principal
 from kms_core.settings.model import AuditSection
-from support.audit_logs import Place, audit_ok, audit_section, chain_name, codes, notes, record, rewrite
+from support.audit_logs import AuditFolder, audit_ok, audit_section, chain_name, codes, notes, record, rewrite
 
 EAGER: Final = audit_section(checkpoint_s=0)
 AnchorPlace = RedisSink | FolderSink
 
 
 @pytest.fixture(params=["directory", "redis"])
-def kept(request: pytest.FixtureRequest, place: Place) -> AnchorPlace:
+def kept(request: pytest.FixtureRequest, audit_folder: AuditFolder) -> AnchorPlace:
     """Where anchors are."""
     if request.param == "directory":
-        return FolderSink(place.at / "anchors")
+        return FolderSink(audit_folder.at / "anchors")
     return RedisSink(redis.Redis.from_url(request.getfixturevalue("redis_url")))
 
 
@@ -38,9 +38,9 @@ class Writer:
     """A process that writes a log and anchors it at once."""
 
     def __init__(
-        self, place: Place, kept: AnchorPlace, rules: AuditSection = EAGER, role: str = "api"
+        self, audit_folder: AuditFolder, kept: AnchorPlace, rules: AuditSection = EAGER, role: str = "api"
     ) -> None:
-        self.trail: AuditLog = place.trail(rules, role=role)
+        self.trail: AuditLog = audit_folder.trail(rules, role=role)
         self._keeper = AuditMaintenance(self.trail, [kept])
 
     def write(self, count: int = 3) -> None:
@@ -54,9 +54,9 @@ class Writer:
 
 
 @pytest.fixture
-def writer(place: Place, kept: AnchorPlace) -> Writer:
+def writer(audit_folder: AuditFolder, kept: AnchorPlace) -> Writer:
     """One whose line 4 is anchored."""
-    made = Writer(place, kept)
+    made = Writer(audit_folder, kept)
     made.write()
     return made
 
@@ -66,30 +66,30 @@ def found(watch: AuditMonitor) -> list[str]:
     return [problem.code for problem in watch.condition.anchors]
 
 
-def verified(place: Place, kept: AnchorPlace) -> VerificationReport:
-    return verify(place.folder, place.keys(), {"there": kept.lines()})
+def verified(audit_folder: AuditFolder, kept: AnchorPlace) -> VerificationReport:
+    return verify(audit_folder.folder, audit_folder.keys(), {"there": kept.lines()})
 
 
-def by_anchors(place: Place, kept: AnchorPlace) -> list[str]:
+def by_anchors(audit_folder: AuditFolder, kept: AnchorPlace) -> list[str]:
     """What verification finds by anchors; a later chain saw the ends of earlier ones, too."""
-    return [problem.code for problem in verified(place, kept).problems if problem.anchor]
+    return [problem.code for problem in verified(audit_folder, kept).problems if problem.anchor]
 
 
 class Copy:
     """A copy of the log, to be put back later."""
 
-    def __init__(self, place: Place, name: str = "copy") -> None:
-        self._place, self._copy = place, place.at / name
-        shutil.copytree(place.folder, self._copy)
+    def __init__(self, audit_folder: AuditFolder, name: str = "copy") -> None:
+        self._place, self._copy = audit_folder, audit_folder.at / name
+        shutil.copytree(audit_folder.folder, self._copy)
 
     def put_back(self) -> None:
         shutil.rmtree(self._place.folder, ignore_errors=True)
         shutil.copytree(self._copy, self._place.folder)
 
 
-def older_put_back(place: Place, writer: Writer) -> None:
+def older_put_back(audit_folder: AuditFolder, writer: Writer) -> None:
     """The chain goes on to line 9 and is closed; then the log ends at line 4 again."""
-    older = Copy(place, "older")
+    older = Copy(audit_folder, "older")
     writer.write()
     writer.close()
     older.put_back()
@@ -99,21 +99,21 @@ def older_put_back(place: Place, writer: Writer) -> None:
 
 
 def test_a_log_that_goes_on_through_many_files_agrees_with_its_anchors(
-    place: Place, kept: AnchorPlace
+    audit_folder: AuditFolder, kept: AnchorPlace
 ) -> None:
-    writer, watch = Writer(place, kept, audit_section(checkpoint_lines=4)), place.monitor(kept)
+    writer, watch = Writer(audit_folder, kept, audit_section(checkpoint_lines=4)), audit_folder.monitor(kept)
     writer.trail.rotate_bytes = 4096
     for _ in range(20):
         writer.write(5)
         assert found(watch) == []
-    other = Writer(place, kept, role="worker")
+    other = Writer(audit_folder, kept, role="worker")
     other.write()
     other.close()
     writer.close()
 
-    assert len(place.files()) > 4
+    assert len(audit_folder.files()) > 4
     assert (found(watch), watch.condition.not_compared, audit_ok(kept.name)) == ([], {}, 1)
-    assert verified(place, kept).verdict == "intact"
+    assert verified(audit_folder, kept).verdict == "intact"
 
 
 # -- another log ---------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def instead(make: Callable[[Path], object]) -> Callable[[Path], object]:
     return put
 
 
-HANDS: Final[dict[str, tuple[Callable[[Path], object], str, set[str]]]] = {
+TAMPERINGS: Final[dict[str, tuple[Callable[[Path], object], str, set[str]]]] = {
     "no file": (Path.unlink, "missing_chain", set()),
     "no folder": (lambda file: shutil.rmtree(file.parent), "missing_chain", set()),
     "fewer lines": (lambda file: rewrite(file, lambda lines: lines[:3]), "cut", set()),
@@ -184,90 +184,90 @@ HANDS: Final[dict[str, tuple[Callable[[Path], object], str, set[str]]]] = {
 """What is done to the file of a log, what anchors tell of it, and what is found without them."""
 
 
-@pytest.mark.parametrize("name", HANDS)
+@pytest.mark.parametrize("name", TAMPERINGS)
 def test_what_is_not_the_anchored_log_is_found(
-    place: Place, kept: AnchorPlace, writer: Writer, name: str
+    audit_folder: AuditFolder, kept: AnchorPlace, writer: Writer, name: str
 ) -> None:
     """While the service runs, by one that starts, and by verify; until the genuine log is back."""
-    hand, code, others = HANDS[name]
+    hand, code, others = TAMPERINGS[name]
     writer.close()
-    (file,) = place.files()
-    genuine, watch = Copy(place), place.monitor(kept)
+    (file,) = audit_folder.files()
+    genuine, watch = Copy(audit_folder), audit_folder.monitor(kept)
     assert found(watch) == []
     hand(file)
 
-    assert found(watch) == found(place.monitor(kept)) == by_anchors(place, kept) == [code]
-    assert {*codes(place.verified())} == others
+    assert found(watch) == found(audit_folder.monitor(kept)) == by_anchors(audit_folder, kept) == [code]
+    assert {*codes(audit_folder.verified())} == others
     assert audit_ok(kept.name) == 0
     genuine.put_back()
     assert (found(watch), audit_ok(kept.name)) == ([], 1)
     hand(file)
-    later = Writer(place, kept, role="worker")
+    later = Writer(audit_folder, kept, role="worker")
     later.write()
     later.close()
-    assert found(place.monitor(kept)) == by_anchors(place, kept) == [code]
+    assert found(audit_folder.monitor(kept)) == by_anchors(audit_folder, kept) == [code]
 
 
 def test_an_older_copy_is_told_with_the_lines_that_it_lacks(
-    place: Place, kept: AnchorPlace, writer: Writer
+    audit_folder: AuditFolder, kept: AnchorPlace, writer: Writer
 ) -> None:
-    watch = place.monitor(kept)
-    older_put_back(place, writer)
+    watch = audit_folder.monitor(kept)
+    older_put_back(audit_folder, writer)
 
     assert found(watch) == ["cut"]
     (problem,) = watch.condition.anchors
     assert (problem.chain, problem.seq, problem.anchor_seq) == (chain_name(writer.trail), 5, 9)
     assert "the log ends at line 4" in problem.text
-    report = verified(place, kept)
+    report = verified(audit_folder, kept)
     assert (report.verdict, codes(report)) == ("damaged", ["cut"])
     assert "the anchor in there names line 9" in report.problems[0].text
 
 
 def test_a_line_in_place_of_a_chain_is_found_by_a_chain_that_saw_its_end(
-    place: Place, kept: AnchorPlace, writer: Writer
+    audit_folder: AuditFolder, kept: AnchorPlace, writer: Writer
 ) -> None:
     writer.close()
-    other = Writer(place, kept, role="worker")
+    other = Writer(audit_folder, kept, role="worker")
     other.write()
-    put_stub(next(file for file in place.files() if file.name.startswith("api-")), "")
+    put_stub(next(file for file in audit_folder.files() if file.name.startswith("api-")), "")
 
-    assert "missing_chain" in codes(place.verified())
+    assert "missing_chain" in codes(audit_folder.verified())
 
 
 # -- what is no other log -----------------------------------------------------------------------------
 
 
-def retired(place: Place, kept: AnchorPlace) -> Writer:
+def retired(audit_folder: AuditFolder, kept: AnchorPlace) -> Writer:
     """An old chain that retention has removed, whose anchors stay; the process that did it still writes."""
-    AuditMaintenance(place.aged(30), [kept]).round()
-    writer = Writer(place, kept)
+    AuditMaintenance(audit_folder.aged(30), [kept]).round()
+    writer = Writer(audit_folder, kept)
     writer.write()
     AuditMaintenance(writer.trail, keep_days=20).round()
-    assert len(place.files()) == 1
+    assert len(audit_folder.files()) == 1
     return writer
 
 
-def test_chains_that_retention_removed_are_not_missed(place: Place, kept: AnchorPlace) -> None:
+def test_chains_that_retention_removed_are_not_missed(audit_folder: AuditFolder, kept: AnchorPlace) -> None:
     """The first look reads a MiB of each file; a removal far above its end is known, too."""
-    writer = retired(place, kept)
-    assert found(place.monitor(kept)) == []
-    assert verified(place, kept).verdict == "intact"
+    writer = retired(audit_folder, kept)
+    assert found(audit_folder.monitor(kept)) == []
+    assert verified(audit_folder, kept).verdict == "intact"
     writer.write(5_000)
-    watch = place.monitor(kept)
+    watch = audit_folder.monitor(kept)
 
     assert found(watch) == []
     assert watch.condition.lines < 5_000
 
 
-def test_a_removal_that_nobody_signed_excuses_nothing(place: Place, kept: AnchorPlace) -> None:
+def test_a_removal_that_nobody_signed_excuses_nothing(audit_folder: AuditFolder, kept: AnchorPlace) -> None:
     """Whoever has no signing key can append a line to the end of a chain, and no checkpoint after it."""
-    victim = Writer(place, kept, role="worker")
+    victim = Writer(audit_folder, kept, role="worker")
     victim.write()
     victim.close()
-    place.files()[0].unlink()
-    log = place.trail()
+    audit_folder.files()[0].unlink()
+    log = audit_folder.trail()
     log.append(record(1))
-    (file,) = place.files()
+    (file,) = audit_folder.files()
     end = file.read_bytes().splitlines()[-1]
     head = chain.claimed_head(end)
     assert head is not None
@@ -275,34 +275,38 @@ def test_a_removal_that_nobody_signed_excuses_nothing(place: Place, kept: Anchor
     line, _ = chain.seal(head, begin + b'"kind":"retired","before":"2999-01-01T00:00:00.000000Z","files":1')
     file.write_bytes(file.read_bytes() + line)
 
-    assert found(place.monitor(kept)) == ["missing_chain"]
-    assert "missing_chain" in codes(verified(place, kept))
+    assert found(audit_folder.monitor(kept)) == ["missing_chain"]
+    assert "missing_chain" in codes(verified(audit_folder, kept))
 
 
-def test_a_removal_before_a_copied_checkpoint_is_not_signed_by_it(place: Place) -> None:
+def test_a_removal_before_a_copied_checkpoint_is_not_signed_by_it(audit_folder: AuditFolder) -> None:
     """A signature stands for the lines before it, not for whatever was put there."""
-    log = place.trail()
+    log = audit_folder.trail()
     log.append(record(1))
     log.record_removal("2026-01-01T00:00:00.000000Z", 1)
     log.close()
-    (file,) = place.files()
+    (file,) = audit_folder.files()
     lines = file.read_bytes().splitlines(keepends=True)
-    assert maintenance.removal_horizon(place.folder, place.keys()) == "2026-01-01T00:00:00.000000Z"
+    assert (
+        maintenance.removal_horizon(audit_folder.folder, audit_folder.keys()) == "2026-01-01T00:00:00.000000Z"
+    )
     before = chain.claimed_head(lines[1].rstrip())
     assert before is not None
     forged, _ = chain.seal(before, chain.body_of(lines[2]).replace(b'"before":"2026', b'"before":"2999'))
     file.write_bytes(b"".join([*lines[:2], forged, *lines[3:]]))
 
-    assert maintenance.removal_horizon(place.folder, place.keys()) == ""
+    assert maintenance.removal_horizon(audit_folder.folder, audit_folder.keys()) == ""
 
 
-def test_anchors_of_another_install_are_not_held_against_this_log(place: Place, kept: AnchorPlace) -> None:
-    (place.at / "other").mkdir()
-    Writer(Place(place.at / "other"), kept).write()
-    Writer(place, kept).write()
+def test_anchors_of_another_install_are_not_held_against_this_log(
+    audit_folder: AuditFolder, kept: AnchorPlace
+) -> None:
+    (audit_folder.at / "other").mkdir()
+    Writer(AuditFolder(audit_folder.at / "other"), kept).write()
+    Writer(audit_folder, kept).write()
 
-    assert found(place.monitor(kept)) == []
-    assert verified(place, kept).verdict == "intact"
+    assert found(audit_folder.monitor(kept)) == []
+    assert verified(audit_folder, kept).verdict == "intact"
 
 
 @pytest.mark.parametrize(
@@ -314,27 +318,27 @@ def test_anchors_of_another_install_are_not_held_against_this_log(place: Place, 
     ids=["number", "head"],
 )
 def test_forged_anchors_count_for_nothing_and_hide_none(
-    place: Place, kept: AnchorPlace, writer: Writer, forge: Callable[[bytes], bytes]
+    audit_folder: AuditFolder, kept: AnchorPlace, writer: Writer, forge: Callable[[bytes], bytes]
 ) -> None:
     """The head of a line stands behind its signature, not under it."""
     genuine = writer.trail.last_signed
     forged = forge(genuine)
     assert (forged != genuine, forged.startswith(b'{"seq":4'), forged[-3:]) == (True, True, b'"}\n')
-    watch = place.monitor(kept)
+    watch = audit_folder.monitor(kept)
     kept.put(forged)
-    assert found(watch) == codes(verified(place, kept)) == []
-    older_put_back(place, writer)
+    assert found(watch) == codes(verified(audit_folder, kept)) == []
+    older_put_back(audit_folder, writer)
 
-    assert found(watch) == codes(verified(place, kept)) == ["cut"]
+    assert found(watch) == codes(verified(audit_folder, kept)) == ["cut"]
 
 
 # -- a loss on record --------------------------------------------------------------------------------
 
 
 @contextmanager
-def acknowledging(place: Place, writer: Writer, first: int, last: int) -> Iterator[None]:
+def acknowledging(audit_folder: AuditFolder, writer: Writer, first: int, last: int) -> Iterator[None]:
     """The loss of lines of a chain is on record, and signed afterwards."""
-    log = place.trail(role="cli")
+    log = audit_folder.trail(role="cli")
     effect = f"{anchors.effect_of(chain_name(writer.trail), first, last)}-1f"
     with audit.effect(log, Principal("root"), anchors.ACKNOWLEDGED, effect):
         pass
@@ -342,42 +346,42 @@ def acknowledging(place: Place, writer: Writer, first: int, last: int) -> Iterat
     log.close()
 
 
-def acknowledge(place: Place, writer: Writer, first: int, last: int) -> None:
-    with acknowledging(place, writer, first, last):
+def acknowledge(audit_folder: AuditFolder, writer: Writer, first: int, last: int) -> None:
+    with acknowledging(audit_folder, writer, first, last):
         pass
 
 
-def test_a_loss_on_record_is_a_note(place: Place, kept: AnchorPlace, writer: Writer) -> None:
-    older_put_back(place, writer)
-    watch = place.monitor(kept)
-    acknowledge(place, writer, 0, 8)
+def test_a_loss_on_record_is_a_note(audit_folder: AuditFolder, kept: AnchorPlace, writer: Writer) -> None:
+    older_put_back(audit_folder, writer)
+    watch = audit_folder.monitor(kept)
+    acknowledge(audit_folder, writer, 0, 8)
     assert found(watch) == ["cut"], "line 9 is not among those"
-    with acknowledging(place, writer, 0, 9):
-        assert found(watch) == codes(verified(place, kept)) == ["cut"], "nobody has signed the record"
+    with acknowledging(audit_folder, writer, 0, 9):
+        assert found(watch) == codes(verified(audit_folder, kept)) == ["cut"], "nobody has signed the record"
 
-    assert found(watch) == found(place.monitor(kept)) == []
-    report = verified(place, kept)
+    assert found(watch) == found(audit_folder.monitor(kept)) == []
+    report = verified(audit_folder, kept)
     assert (report.verdict, codes(report)) == ("intact", [])
     assert "acknowledged" in notes(report)
 
 
 def test_a_larger_loss_than_the_one_on_record_is_told_again(
-    place: Place, kept: AnchorPlace, writer: Writer
+    audit_folder: AuditFolder, kept: AnchorPlace, writer: Writer
 ) -> None:
     """The record names lines 5 to 9; then line 3 and 4 are lost as well."""
-    older_put_back(place, writer)
-    acknowledge(place, writer, 5, 9)
-    watch = place.monitor(kept)
+    older_put_back(audit_folder, writer)
+    acknowledge(audit_folder, writer, 5, 9)
+    watch = audit_folder.monitor(kept)
     assert found(watch) == []
-    assert verified(place, kept).verdict == "intact"
-    file = next(file for file in place.files() if file.name.startswith("api-"))
+    assert verified(audit_folder, kept).verdict == "intact"
+    file = next(file for file in audit_folder.files() if file.name.startswith("api-"))
     rewrite(file, lambda lines: lines[:3])
 
-    assert found(watch) == found(place.monitor(kept)) == by_anchors(place, kept) == ["cut"]
-    acknowledge(place, writer, 3, 9)
-    assert found(watch) == found(place.monitor(kept)) == by_anchors(place, kept) == []
+    assert found(watch) == found(audit_folder.monitor(kept)) == by_anchors(audit_folder, kept) == ["cut"]
+    acknowledge(audit_folder, writer, 3, 9)
+    assert found(watch) == found(audit_folder.monitor(kept)) == by_anchors(audit_folder, kept) == []
     file.unlink()
-    assert found(watch) == by_anchors(place, kept) == ["missing_chain"]
+    assert found(watch) == by_anchors(audit_folder, kept) == ["missing_chain"]
 
 
 def test_losses_on_record_add_up() -> None:
@@ -397,57 +401,57 @@ def test_losses_on_record_add_up() -> None:
 
 
 def test_lines_written_anew_are_no_loss_that_can_be_acknowledged(
-    place: Place, kept: AnchorPlace, writer: Writer
+    audit_folder: AuditFolder, kept: AnchorPlace, writer: Writer
 ) -> None:
     writer.close()
-    written_anew(place.files()[0], place.signing_key)
-    acknowledge(place, writer, 0, 100)
+    written_anew(audit_folder.files()[0], audit_folder.signing_key)
+    acknowledge(audit_folder, writer, 0, 100)
 
-    assert found(place.monitor(kept)) == codes(verified(place, kept)) == ["rewritten"]
+    assert found(audit_folder.monitor(kept)) == codes(verified(audit_folder, kept)) == ["rewritten"]
 
 
 # -- anchors that are away, or older ------------------------------------------------------------------
 
 
-def test_a_place_that_cannot_be_read_is_said_and_compared_when_it_is_back(place: Place) -> None:
-    kept = FolderSink(place.at / "anchors")
-    writer = Writer(place, kept)
+def test_a_place_that_cannot_be_read_is_said_and_compared_when_it_is_back(audit_folder: AuditFolder) -> None:
+    kept = FolderSink(audit_folder.at / "anchors")
+    writer = Writer(audit_folder, kept)
     writer.write()
-    older_put_back(place, writer)
-    (place.at / "anchors").rename(place.at / "elsewhere")
-    watch = place.monitor(kept)
+    older_put_back(audit_folder, writer)
+    (audit_folder.at / "anchors").rename(audit_folder.at / "elsewhere")
+    watch = audit_folder.monitor(kept)
 
     assert found(watch) == []
     assert "mount or create it" in watch.condition.not_compared["directory"]
     assert math.isnan(audit_ok(kept.name))
-    (place.at / "elsewhere").rename(place.at / "anchors")
+    (audit_folder.at / "elsewhere").rename(audit_folder.at / "anchors")
     assert found(watch) == ["cut"]
     assert watch.condition.not_compared == {}
     assert audit_ok(kept.name) == 0
 
 
-def test_redis_that_does_not_answer_is_said(place: Place) -> None:
+def test_redis_that_does_not_answer_is_said(audit_folder: AuditFolder) -> None:
     kept = RedisSink(redis.Redis.from_url("unix:///nonexistent/valkey.sock"))
-    place.written(3)
-    watch = place.monitor(kept)
+    audit_folder.written(3)
+    watch = audit_folder.monitor(kept)
 
     assert found(watch) == []
     assert watch.condition.not_compared == {"redis": "Redis does not answer"}
     assert math.isnan(audit_ok(kept.name))
 
 
-def emptied(place: Place, url: str) -> None:
+def emptied(audit_folder: AuditFolder, url: str) -> None:
     redis.Redis.from_url(url).delete(ANCHORS)
-    shutil.rmtree(place.at / "anchors", ignore_errors=True)
-    (place.at / "anchors").mkdir()
+    shutil.rmtree(audit_folder.at / "anchors", ignore_errors=True)
+    (audit_folder.at / "anchors").mkdir()
 
 
 def test_anchors_that_were_removed_while_the_service_runs_are_missed(
-    place: Place, kept: AnchorPlace, writer: Writer, redis_url: str
+    audit_folder: AuditFolder, kept: AnchorPlace, writer: Writer, redis_url: str
 ) -> None:
-    watch = place.monitor(kept)
+    watch = audit_folder.monitor(kept)
     assert found(watch) == []
-    emptied(place, redis_url)
+    emptied(audit_folder, redis_url)
     assert found(watch) == ["anchors_lost"]
     writer.write()
 
@@ -455,11 +459,11 @@ def test_anchors_that_were_removed_while_the_service_runs_are_missed(
 
 
 def test_the_last_seconds_that_a_failover_loses_are_no_alarm_and_more_is(
-    place: Place, redis_url: str
+    audit_folder: AuditFolder, redis_url: str
 ) -> None:
     client = redis.Redis.from_url(redis_url)
     kept = RedisSink(client)
-    writer, watch = Writer(place, kept), place.monitor(kept)
+    writer, watch = Writer(audit_folder, kept), audit_folder.monitor(kept)
     for _ in range(3):
         writer.write()
         assert found(watch) == []
@@ -474,17 +478,17 @@ def test_the_last_seconds_that_a_failover_loses_are_no_alarm_and_more_is(
 
 
 def test_without_anchors_only_a_young_log_counts_as_compared(
-    place: Place, kept: AnchorPlace, redis_url: str
+    audit_folder: AuditFolder, kept: AnchorPlace, redis_url: str
 ) -> None:
     """The first anchor follows the first checkpoint."""
-    emptied(place, redis_url)
-    place.written(3)
-    watch = place.monitor(kept)
+    emptied(audit_folder, redis_url)
+    audit_folder.written(3)
+    watch = audit_folder.monitor(kept)
     assert (found(watch), watch.condition.not_compared, audit_ok(kept.name)) == ([], {}, 1)
-    place.aged(1)
+    audit_folder.aged(1)
 
     assert (found(watch), list(watch.condition.not_compared)) == ([], [kept.name])
-    report = verified(place, kept)
+    report = verified(audit_folder, kept)
     assert (report.verdict, list(report.not_compared)) == ("not compared", ["there"])
 
 
@@ -492,7 +496,7 @@ def test_without_anchors_only_a_young_log_counts_as_compared(
 
 
 def test_an_anchor_is_compared_with_its_line_once(
-    place: Place, kept: AnchorPlace, writer: Writer, monkeypatch: pytest.MonkeyPatch
+    audit_folder: AuditFolder, kept: AnchorPlace, writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The line is looked for in a file unless it is the last signed one, which the look has read."""
     searched: list[int] = []
@@ -505,7 +509,7 @@ def test_an_anchor_is_compared_with_its_line_once(
     monkeypatch.setattr(segments, "line_of", counted)
     writer.trail.append(record(4))
     writer.trail.checkpoint_if_due()  # not anchored yet
-    watch = place.monitor(kept)
+    watch = audit_folder.monitor(kept)
     for _ in range(5):
         assert found(watch) == []
     writer.write()
@@ -515,24 +519,24 @@ def test_an_anchor_is_compared_with_its_line_once(
 
 
 def test_a_line_that_only_looks_like_that_of_an_anchor_is_none(
-    place: Place, kept: AnchorPlace, writer: Writer
+    audit_folder: AuditFolder, kept: AnchorPlace, writer: Writer
 ) -> None:
     """The log was written anew, and its last signed line is later than the anchor."""
     writer.trail.append(record(4))
     writer.trail.close()
-    written_anew(place.files()[0], place.signing_key)
+    written_anew(audit_folder.files()[0], audit_folder.signing_key)
 
-    assert found(place.monitor(kept)) == ["rewritten"]
+    assert found(audit_folder.monitor(kept)) == ["rewritten"]
 
 
 def test_only_the_newest_anchors_of_a_stream_are_read_at_first(
-    place: Place, redis_url: str, monkeypatch: pytest.MonkeyPatch
+    audit_folder: AuditFolder, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(anchors, "_FIRST_READ", 2)
     kept = RedisSink(redis.Redis.from_url(redis_url))
-    writer = Writer(place, kept)
+    writer = Writer(audit_folder, kept)
     for _ in range(4):
         writer.write()
-    older_put_back(place, writer)
+    older_put_back(audit_folder, writer)
 
-    assert found(place.monitor(kept)) == ["cut"]
+    assert found(audit_folder.monitor(kept)) == ["cut"]

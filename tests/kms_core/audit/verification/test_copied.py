@@ -12,7 +12,7 @@ import pytest
 from kms_core.audit import AuditLog, chain
 from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import verify
-from support.audit_logs import Place, audit_section, codes, notes, record, rewrite
+from support.audit_logs import AuditFolder, audit_section, codes, notes, record, rewrite
 
 RULES: Final = audit_section(checkpoint_s=0)
 HOUR: Final = timedelta(hours=1)
@@ -23,12 +23,12 @@ class Host:
     """A log whose clock is 40 minutes late at first, its anchors, and a copy."""
 
     def __init__(self, folder: Path) -> None:
-        self.place, self.copy = Place(folder), folder / "copy"
+        self.audit_folder, self.copy = AuditFolder(folder), folder / "copy"
         self.now = time.time_ns() - 40 * MINUTE_NS
         self.anchors: list[bytes] = []
 
     def chain(self, role: str = "api") -> AuditLog:
-        return self.place.trail(RULES, role=role, clock=lambda: self.now)
+        return self.audit_folder.trail(RULES, role=role, clock=lambda: self.now)
 
     def write(self, log: AuditLog, count: int = 1, *, minutes: int = 0) -> None:
         """Write and sign records, so many minutes later."""
@@ -40,11 +40,11 @@ class Host:
 
     def ship(self, pattern: str = "*") -> None:
         self.copy.mkdir(exist_ok=True)
-        for path in self.place.folder.glob(pattern):
+        for path in self.audit_folder.folder.glob(pattern):
             shutil.copy2(path, self.copy / path.name)
 
     def verified(self, max_late: timedelta | None = HOUR) -> VerificationReport:
-        return verify(self.copy, self.place.keys(), {"Redis": self.anchors}, max_late=max_late)
+        return verify(self.copy, self.audit_folder.keys(), {"Redis": self.anchors}, max_late=max_late)
 
     def told(self, max_late: timedelta | None = HOUR) -> tuple[str, list[str]]:
         report = self.verified(max_late)

@@ -14,7 +14,7 @@ from kms_core.audit.segments import Segment
 from kms_core.audit.verification import verify
 from kms_core.audit.verification.scan import ScannedSpan, scan
 from kms_core.audit.verification.verify import AuditMonitor
-from support.audit_logs import Place, audit_ok, audit_section, record, rewrite
+from support.audit_logs import AuditFolder, audit_ok, audit_section, record, rewrite
 from support.waiting import until
 
 MANY: Final = 5_000
@@ -22,9 +22,9 @@ MANY: Final = 5_000
 
 
 @pytest.fixture
-def trail(place: Place) -> Iterator[AuditLog]:
+def trail(audit_folder: AuditFolder) -> Iterator[AuditLog]:
     """A trail of ten records that is still written to."""
-    made = place.trail(audit_section(checkpoint_lines=4), rotate_bytes=16 * 1024)
+    made = audit_folder.trail(audit_section(checkpoint_lines=4), rotate_bytes=16 * 1024)
     for number in range(10):
         made.append(record(number))
     yield made
@@ -32,10 +32,10 @@ def trail(place: Place) -> Iterator[AuditLog]:
 
 
 @pytest.fixture
-def watch(place: Place, trail: AuditLog) -> AuditMonitor:
+def watch(audit_folder: AuditFolder, trail: AuditLog) -> AuditMonitor:
     """One that has looked once."""
     del trail
-    made = place.monitor()
+    made = audit_folder.monitor()
     made.round()
     assert made.condition.problems == ()
     return made
@@ -46,47 +46,51 @@ def codes(watch: AuditMonitor) -> set[str]:
     return {problem.code for problem in watch.condition.problems}
 
 
-def test_a_trail_that_grows_and_rotates_holds(place: Place, trail: AuditLog, watch: AuditMonitor) -> None:
+def test_a_trail_that_grows_and_rotates_holds(
+    audit_folder: AuditFolder, trail: AuditLog, watch: AuditMonitor
+) -> None:
     for number in range(200):
         trail.append(record(number))
         if number % 50 == 0:
             assert codes(watch) == set()
-    others = place.trail(role="worker")
+    others = audit_folder.trail(role="worker")
     others.append(record(1))
     others.close()
 
     assert codes(watch) == set()
-    assert len(place.files()) > 3
-    assert watch.condition.lines == len(place.lines())
-    assert watch.condition.newest == max(str(line["time"]) for line in place.lines())
+    assert len(audit_folder.files()) > 3
+    assert watch.condition.lines == len(audit_folder.lines())
+    assert watch.condition.newest == max(str(line["time"]) for line in audit_folder.lines())
     assert watch.condition.read_at > 0
     assert audit_ok("chain") == 1
     assert REGISTRY.get_sample_value("kms_audit_read_timestamp_seconds") == watch.condition.read_at
 
 
-def test_of_many_new_lines_the_last_are_read_and_the_old_ones_must_still_be_there(place: Place) -> None:
-    busy = place.trail(role="busy")
+def test_of_many_new_lines_the_last_are_read_and_the_old_ones_must_still_be_there(
+    audit_folder: AuditFolder,
+) -> None:
+    busy = audit_folder.trail(role="busy")
     busy.append(record(1))
-    watch = place.monitor()
+    watch = audit_folder.monitor()
     assert codes(watch) == set()
     for number in range(MANY):
         busy.append(record(number))
 
     assert codes(watch) == set()
     assert watch.condition.lines < MANY
-    first = place.monitor()
+    first = audit_folder.monitor()
     assert (codes(first), 0 < first.condition.lines < MANY) == (set(), True)
     for number in range(MANY):
         busy.append(record(number))
-    (file,) = place.folder.glob("busy-*")
+    (file,) = audit_folder.folder.glob("busy-*")
     rewrite(file, lambda lines: [lines[0], *lines[2:]])
     assert codes(watch) & {"rewritten", "cut"}
 
 
 def test_segments_that_have_not_changed_are_not_read_again(
-    place: Place, trail: AuditLog, watch: AuditMonitor, monkeypatch: pytest.MonkeyPatch
+    audit_folder: AuditFolder, trail: AuditLog, watch: AuditMonitor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    others = place.written(3)
+    others = audit_folder.written(3)
     scanned: list[Path] = []
 
     def counted(segment: Segment, keys: PublicKeys, end: int, begin: int = 0) -> ScannedSpan:
@@ -98,7 +102,7 @@ def test_segments_that_have_not_changed_are_not_read_again(
     assert scanned == [others]
     trail.append(record(11))
     assert codes(watch) == set()
-    assert scanned == [others, place.files()[0]]
+    assert scanned == [others, audit_folder.files()[0]]
 
 
 def edited(file: Path) -> None:
@@ -136,7 +140,7 @@ def written_anew(file: Path) -> None:
     file.write_bytes(b"".join(lines))
 
 
-HANDS: Final[dict[str, tuple[Callable[[Path], object], str]]] = {
+TAMPERINGS: Final[dict[str, tuple[Callable[[Path], object], str]]] = {
     "edited": (edited, "edited"),
     "edited, and its time put back": (edited_with_its_time_put_back, "edited"),
     "edited while it grows": (edited_while_it_grows, "edited"),
@@ -147,11 +151,11 @@ HANDS: Final[dict[str, tuple[Callable[[Path], object], str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", HANDS)
-def test_a_hand_that_changes_the_trail_is_noticed(place: Place, name: str) -> None:
-    hand, code = HANDS[name]
-    file = place.written(10, close=False)
-    watch = place.monitor()
+@pytest.mark.parametrize("name", TAMPERINGS)
+def test_a_hand_that_changes_the_trail_is_noticed(audit_folder: AuditFolder, name: str) -> None:
+    hand, code = TAMPERINGS[name]
+    file = audit_folder.written(10, close=False)
+    watch = audit_folder.monitor()
     assert codes(watch) == set()
     hand(file)
 
@@ -162,28 +166,28 @@ def test_a_hand_that_changes_the_trail_is_noticed(place: Place, name: str) -> No
 
 
 def test_files_whose_removal_is_on_record_are_not_missed(
-    place: Place, trail: AuditLog, watch: AuditMonitor
+    audit_folder: AuditFolder, trail: AuditLog, watch: AuditMonitor
 ) -> None:
-    while len(place.files()) < 3:
+    while len(audit_folder.files()) < 3:
         trail.append(record())
     assert codes(watch) == set()
-    first = place.files()[0]
-    trail.record_removal(str(place.lines()[0]["time"]), 1)
+    first = audit_folder.files()[0]
+    trail.record_removal(str(audit_folder.lines()[0]["time"]), 1)
     first.unlink()
 
     assert codes(watch) == set()
 
 
 def test_an_error_that_no_code_expects_is_reported_and_the_next_round_is_as_ever(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    audit_folder: AuditFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first one is at once, in the thread that goes on after it."""
 
     def broken(*_: object) -> ScannedSpan:
         raise ZeroDivisionError
 
-    path = place.written(3)
-    watch = place.monitor()
+    path = audit_folder.written(3)
+    watch = audit_folder.monitor()
     monkeypatch.setattr(verify, "scan", broken)
     watch.start()
     try:
@@ -202,17 +206,17 @@ def test_an_error_that_no_code_expects_is_reported_and_the_next_round_is_as_ever
 
 @pytest.mark.parametrize("written", [-30, 0], ids=["half a line", "no line"])
 def test_the_end_of_a_segment_is_read_once_it_is_whole(
-    place: Place, trail: AuditLog, watch: AuditMonitor, written: int
+    audit_folder: AuditFolder, trail: AuditLog, watch: AuditMonitor, written: int
 ) -> None:
     """As a reader may meet it in the middle of a write."""
-    while len(place.files()) < 2:
+    while len(audit_folder.files()) < 2:
         trail.append(record())
-    file = place.files()[-1]
+    file = audit_folder.files()[-1]
     whole = file.read_bytes()
     file.write_bytes(whole[:written])
     assert codes(watch) == set()
     file.write_bytes(whole)
 
     assert codes(watch) == set()
-    assert watch.condition.lines == len(place.lines())
-    assert watch.condition.newest == place.lines()[-1]["time"]
+    assert watch.condition.lines == len(audit_folder.lines())
+    assert watch.condition.newest == audit_folder.lines()[-1]["time"]

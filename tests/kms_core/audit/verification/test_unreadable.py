@@ -18,7 +18,7 @@ from kms_core.audit.maintenance import AuditMaintenance, FolderSink
 from kms_core.audit.verification.crosscheck import Removals
 from kms_core.audit.verification.verify import AuditMonitor
 from kms_core.settings.model import Settings
-from support.audit_logs import Place, audit_ok, audit_section, codes, notes, record, rewrite
+from support.audit_logs import AuditFolder, audit_ok, audit_section, codes, notes, record, rewrite
 
 NOBODY: Final = 65534
 MARK: Final = b'"kind":"retired"'
@@ -26,23 +26,23 @@ EAGER: Final = audit_section(checkpoint_s=0)
 
 
 @pytest.fixture
-def place() -> Iterator[Place]:
+def audit_folder() -> Iterator[AuditFolder]:
     """Below a directory that other users may enter, as they may not enter that of pytest."""
     at = Path(tempfile.mkdtemp(dir=os.environ.get("TMPDIR", "/tmp")))
     at.chmod(0o777)
-    yield Place(at)
+    yield AuditFolder(at)
     for folder in filter(Path.is_dir, at.iterdir()):
         folder.chmod(0o700)
     shutil.rmtree(at)
 
 
 @contextmanager
-def unprivileged(place: Place) -> Iterator[None]:
+def unprivileged(audit_folder: AuditFolder) -> Iterator[None]:
     """As a user for whom file modes count; root may read everything."""
     if os.geteuid():
         yield
         return
-    for path in place.at.rglob("*"):
+    for path in audit_folder.at.rglob("*"):
         os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
     os.seteuid(NOBODY)
     try:
@@ -51,24 +51,24 @@ def unprivileged(place: Place) -> Iterator[None]:
         os.seteuid(0)
 
 
-def kept(place: Place) -> FolderSink:
-    return FolderSink(place.at / "anchors")
+def kept(audit_folder: AuditFolder) -> FolderSink:
+    return FolderSink(audit_folder.at / "anchors")
 
 
-def chain_of(place: Place, role: str, count: int = 3) -> Path:
+def chain_of(audit_folder: AuditFolder, role: str, count: int = 3) -> Path:
     """A closed chain with anchors of a checkpoint and of its end; its file."""
-    trail = place.trail(EAGER, role=role)
-    keeper = AuditMaintenance(trail, [kept(place)])
+    trail = audit_folder.trail(EAGER, role=role)
+    upkeep = AuditMaintenance(trail, [kept(audit_folder)])
     for number in range(count):
         trail.append(record(number))
-    keeper.round()
+    upkeep.round()
     trail.close()
-    keeper.round()
-    return next(file for file in place.files() if file.name.startswith(role))
+    upkeep.round()
+    return next(file for file in audit_folder.files() if file.name.startswith(role))
 
 
-def watching(place: Place) -> AuditMonitor:
-    return place.monitor(kept(place))
+def watching(audit_folder: AuditFolder) -> AuditMonitor:
+    return audit_folder.monitor(kept(audit_folder))
 
 
 def found(watch: AuditMonitor) -> list[str]:
@@ -102,31 +102,31 @@ AT_FIRST: Final = pytest.mark.parametrize("at_first", [True, False], ids=["at th
 @pytest.mark.parametrize("hide", [lock, put_directory])
 @AT_FIRST
 def test_a_file_that_cannot_be_read_hides_no_cut_of_another(
-    place: Place, hide: Callable[[Path], None], *, at_first: bool
+    audit_folder: AuditFolder, hide: Callable[[Path], None], *, at_first: bool
 ) -> None:
-    first, second = chain_of(place, "api"), chain_of(place, "worker")
-    watch = watching(place)
+    first, second = chain_of(audit_folder, "api"), chain_of(audit_folder, "worker")
+    watch = watching(audit_folder)
     if not at_first:
         assert found(watch) == []
     cut(second)
     hide(first)
     is_known = hide is lock and not at_first
-    with unprivileged(place):
+    with unprivileged(audit_folder):
         assert sorted(found(watch)) == (["cut"] if is_known else ["cut", "missing_chain"])
     assert compared() == 0
     assert (first.name in watch.condition.unread) == (hide is lock)
 
 
-def test_a_segment_that_cannot_be_read_is_not_called_missing(place: Place) -> None:
-    trail = place.trail(rotate_bytes=4096)
+def test_a_segment_that_cannot_be_read_is_not_called_missing(audit_folder: AuditFolder) -> None:
+    trail = audit_folder.trail(rotate_bytes=4096)
     for number in range(60):
         trail.append(record(number))
     trail.close()
-    first, middle, *_ = place.files()
+    first, middle, *_ = audit_folder.files()
     first.chmod(0)
     middle.chmod(0)
-    watch = watching(place)
-    with unprivileged(place):
+    watch = watching(audit_folder)
+    with unprivileged(audit_folder):
         watch.round()
         assert watch.condition.problems == ()
         assert "Permission denied" in watch.condition.unread
@@ -136,17 +136,17 @@ def test_a_segment_that_cannot_be_read_is_not_called_missing(place: Place) -> No
     assert (watch.condition.problems, watch.condition.unread) == ((), "")
 
 
-def test_an_anchor_whose_line_cannot_be_read_is_compared_once_it_can(place: Place) -> None:
+def test_an_anchor_whose_line_cannot_be_read_is_compared_once_it_can(audit_folder: AuditFolder) -> None:
     """The file itself has not changed since it was read."""
-    trail = place.trail(EAGER)
+    trail = audit_folder.trail(EAGER)
     trail.append(record(1))
     trail.close()
-    watch = watching(place)
+    watch = watching(audit_folder)
     watch.round()
-    (file,) = place.files()
-    kept(place).put(trail.last_signed)
+    (file,) = audit_folder.files()
+    kept(audit_folder).put(trail.last_signed)
     file.chmod(0)
-    with unprivileged(place):
+    with unprivileged(audit_folder):
         assert found(watch) == []
         assert math.isnan(compared())
         assert "Permission denied" in watch.condition.not_compared["directory"]
@@ -156,14 +156,14 @@ def test_an_anchor_whose_line_cannot_be_read_is_compared_once_it_can(place: Plac
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "keys"])
-def test_a_look_that_fails_is_not_called_compared(place: Place, what: str) -> None:
-    file = chain_of(place, "api")
-    watch = watching(place)
+def test_a_look_that_fails_is_not_called_compared(audit_folder: AuditFolder, what: str) -> None:
+    file = chain_of(audit_folder, "api")
+    watch = watching(audit_folder)
     assert (found(watch), compared(), watch.condition.unread) == ([], 1, "")
     read_at = watch.condition.read_at
-    taken = {"file": file, "folder": place.folder, "keys": place.at / "signing.pub"}[what]
+    taken = {"file": file, "folder": audit_folder.folder, "keys": audit_folder.at / "signing.pub"}[what]
     taken.chmod(0)
-    with unprivileged(place):
+    with unprivileged(audit_folder):
         assert found(watch) == []
         assert math.isnan(compared())
         assert math.isnan(audit_ok("chain"))
@@ -179,50 +179,52 @@ def test_a_look_that_fails_is_not_called_compared(place: Place, what: str) -> No
     assert watch.condition.read_at > read_at
 
 
-def test_a_look_that_fails_takes_back_no_contradiction(place: Place) -> None:
-    cut(chain_of(place, "api"))
-    watch = watching(place)
+def test_a_look_that_fails_takes_back_no_contradiction(audit_folder: AuditFolder) -> None:
+    cut(chain_of(audit_folder, "api"))
+    watch = watching(audit_folder)
     assert (found(watch), compared()) == (["cut"], 0)
-    (place.at / "signing.pub").rename(place.at / "elsewhere")
+    (audit_folder.at / "signing.pub").rename(audit_folder.at / "elsewhere")
 
     assert (found(watch), compared()) == (["cut"], 0)
 
 
-def test_a_missing_file_is_told_although_another_cannot_be_read(place: Place) -> None:
+def test_a_missing_file_is_told_although_another_cannot_be_read(audit_folder: AuditFolder) -> None:
     """Removals on record are searched in all files; one that cannot be read excuses nothing."""
-    first, second = chain_of(place, "api"), chain_of(place, "worker")
-    watch = watching(place)
+    first, second = chain_of(audit_folder, "api"), chain_of(audit_folder, "worker")
+    watch = watching(audit_folder)
     assert found(watch) == []
     second.unlink()
     first.touch()
     first.chmod(0)
-    with unprivileged(place):
+    with unprivileged(audit_folder):
         assert found(watch) == ["missing_chain"]
-        assert maintenance.removal_horizon(place.folder, place.keys()) == ""
+        assert maintenance.removal_horizon(audit_folder.folder, audit_folder.keys()) == ""
     assert [problem.code for problem in watch.condition.problems] == ["missing_file"]
 
 
-def test_the_latest_removal_counts_wherever_it_is_on_record(place: Place) -> None:
+def test_the_latest_removal_counts_wherever_it_is_on_record(audit_folder: AuditFolder) -> None:
     """The file that was written to last holds an earlier one."""
-    first, second = place.trail(), place.trail(role="worker")
+    first, second = audit_folder.trail(), audit_folder.trail(role="worker")
     first.append(record(1))
     first.record_removal("2026-01-01T00:00:00.000000Z", 1)
     second.append(record(1))
     second.record_removal("2026-02-01T00:00:00.000000Z", 1)
     first.append(record(2))
 
-    assert maintenance.removal_horizon(place.folder, place.keys()) == "2026-02-01T00:00:00.000000Z"
+    assert (
+        maintenance.removal_horizon(audit_folder.folder, audit_folder.keys()) == "2026-02-01T00:00:00.000000Z"
+    )
 
 
-def test_what_cannot_be_read_is_told_once(place: Place) -> None:
+def test_what_cannot_be_read_is_told_once(audit_folder: AuditFolder) -> None:
     """Another file has the name, and cannot be read, look after look."""
-    file = chain_of(place, "api")
-    watch = watching(place)
+    file = chain_of(audit_folder, "api")
+    watch = watching(audit_folder)
     assert found(watch) == []
     file.unlink()
     file.touch()
     file.chmod(0)
-    with unprivileged(place):
+    with unprivileged(audit_folder):
         for _ in range(3):
             watch.round()
 
@@ -236,9 +238,13 @@ def test_a_file_whose_opening_is_not_known_is_excused_by_no_removal() -> None:
     assert not removals.cover("")
 
 
-def test_a_copy_that_cannot_be_read_is_told_and_read_once_it_can(place: Place) -> None:
+def test_a_copy_that_cannot_be_read_is_told_and_read_once_it_can(audit_folder: AuditFolder) -> None:
     """The pages of several hosts show the others."""
-    own, other, copies = Place(place.at / "own"), Place(place.at / "other"), place.at / "copies"
+    own, other, copies = (
+        AuditFolder(audit_folder.at / "own"),
+        AuditFolder(audit_folder.at / "other"),
+        audit_folder.at / "copies",
+    )
     own.written(1)
     other.written(1)
     shutil.copytree(other.folder, copies / "kms-2")
@@ -246,7 +252,7 @@ def test_a_copy_that_cannot_be_read_is_told_and_read_once_it_can(place: Place) -
     (hidden,) = (copies / "kms-2").iterdir()
     hidden.chmod(0)
     unread: dict[str, str] = {}
-    with unprivileged(place):
+    with unprivileged(audit_folder):
         page = query.page(logs, query.EventFilter(), None, 10)
         query.newest(logs, query.EventFilter(), 10, unread=unread)
         hidden.chmod(0o600)
@@ -260,8 +266,8 @@ def test_a_copy_that_cannot_be_read_is_told_and_read_once_it_can(place: Place) -
 # -- anchors -----------------------------------------------------------------------------------------
 
 
-def anchor_file(place: Place, role: str) -> Path:
-    return next((place.at / "anchors").glob(f"{role}-*"))
+def anchor_file(audit_folder: AuditFolder, role: str) -> Path:
+    return next((audit_folder.at / "anchors").glob(f"{role}-*"))
 
 
 def forged(file: Path, count: int) -> bytes:
@@ -287,11 +293,13 @@ JUNK: Final[dict[str, tuple[Callable[[Path], bytes], int]]] = {
 
 @pytest.mark.parametrize("name", JUNK)
 @AT_FIRST
-def test_what_stands_behind_an_anchor_does_not_hide_it(place: Place, name: str, *, at_first: bool) -> None:
+def test_what_stands_behind_an_anchor_does_not_hide_it(
+    audit_folder: AuditFolder, name: str, *, at_first: bool
+) -> None:
     make, anchor_seq = JUNK[name]
-    file = chain_of(place, "api", 5)
-    anchored = anchor_file(place, "api")
-    watch = watching(place)
+    file = chain_of(audit_folder, "api", 5)
+    anchored = anchor_file(audit_folder, "api")
+    watch = watching(audit_folder)
     if not at_first:
         assert (found(watch), watch.condition.not_compared) == ([], {})
     with anchored.open("ab") as out:
@@ -336,19 +344,21 @@ NO_ANCHORS: Final[dict[str, tuple[Callable[[Path], None], bool]]] = {
 
 @pytest.mark.parametrize("kind", NO_ANCHORS)
 @AT_FIRST
-def test_what_is_no_file_of_anchors_hides_no_other(place: Place, kind: str, *, at_first: bool) -> None:
+def test_what_is_no_file_of_anchors_hides_no_other(
+    audit_folder: AuditFolder, kind: str, *, at_first: bool
+) -> None:
     make, is_told = NO_ANCHORS[kind]
-    file = chain_of(place, "api")
-    watch = watching(place)
+    file = chain_of(audit_folder, "api")
+    watch = watching(audit_folder)
     if not at_first:
         assert found(watch) == []
-    stray = place.at / "anchors" / STRAY
+    stray = audit_folder.at / "anchors" / STRAY
     make(stray)
     cut(file)
-    folder = kept(place)
-    with unprivileged(place):
+    folder = kept(audit_folder)
+    with unprivileged(audit_folder):
         assert (found(watch), compared()) == (["cut"], 0)
-        assert codes(place.verified(*folder.lines())) == ["cut"]
+        assert codes(audit_folder.verified(*folder.lines())) == ["cut"]
         told = [folder.unread, watch.condition.not_compared.get("directory", "")]
         assert told == [f"{stray} cannot be read (Permission denied)" if is_told else ""] * 2
         read = installation.named_anchors(cast("Settings", None), [str(folder.path)])
@@ -357,35 +367,35 @@ def test_what_is_no_file_of_anchors_hides_no_other(place: Place, kind: str, *, a
     assert list(read.failed) == ([str(folder.path)] if is_told else [])
 
 
-def test_a_link_that_leads_nowhere_does_not_end_a_verification(place: Place) -> None:
-    file = chain_of(place, "api")
-    place.folder.joinpath("api.jsonl").symlink_to("a" * 300)
+def test_a_link_that_leads_nowhere_does_not_end_a_verification(audit_folder: AuditFolder) -> None:
+    file = chain_of(audit_folder, "api")
+    audit_folder.folder.joinpath("api.jsonl").symlink_to("a" * 300)
     cut(file)
 
-    assert codes(place.verified(*kept(place).lines())) == ["cut"]
+    assert codes(audit_folder.verified(*kept(audit_folder).lines())) == ["cut"]
 
 
-def test_a_log_with_a_file_out_of_reach_is_not_called_intact(place: Place) -> None:
+def test_a_log_with_a_file_out_of_reach_is_not_called_intact(audit_folder: AuditFolder) -> None:
     """It is the newest, which no other names."""
-    chain_of(place, "api")
-    put_out_of_reach(chain_of(place, "worker"))
-    watch = watching(place)
-    with unprivileged(place):
+    chain_of(audit_folder, "api")
+    put_out_of_reach(chain_of(audit_folder, "worker"))
+    watch = watching(audit_folder)
+    with unprivileged(audit_folder):
         with pytest.raises(PermissionError):
-            place.verified()
+            audit_folder.verified()
         watch.round()
 
     assert "Permission denied" in watch.condition.unread
 
 
 @pytest.mark.parametrize("mode", [0, 0o300, 0o400])
-def test_a_folder_of_anchors_that_cannot_be_read_is_told_of(place: Place, mode: int) -> None:
+def test_a_folder_of_anchors_that_cannot_be_read_is_told_of(audit_folder: AuditFolder, mode: int) -> None:
     """Its anchors are not compared: an older copy of the log would pass."""
-    cut(chain_of(place, "api"))
-    folder = kept(place)
+    cut(chain_of(audit_folder, "api"))
+    folder = kept(audit_folder)
     folder.path.chmod(mode)
-    with unprivileged(place):
-        watch = watching(place)
+    with unprivileged(audit_folder):
+        watch = watching(audit_folder)
         assert found(watch) == []
         read = installation.named_anchors(cast("Settings", None), [str(folder.path)])
 
@@ -393,12 +403,12 @@ def test_a_folder_of_anchors_that_cannot_be_read_is_told_of(place: Place, mode: 
     assert ["cannot be read (Permission denied)" in why for why in read.failed.values()] == [True]
 
 
-def test_a_file_of_anchors_that_can_be_read_again_is_compared(place: Place) -> None:
+def test_a_file_of_anchors_that_can_be_read_again_is_compared(audit_folder: AuditFolder) -> None:
     """It has not changed."""
-    file, anchored = chain_of(place, "api"), anchor_file(place, "api")
+    file, anchored = chain_of(audit_folder, "api"), anchor_file(audit_folder, "api")
     anchored.chmod(0)
-    watch = watching(place)
-    with unprivileged(place):
+    watch = watching(audit_folder)
+    with unprivileged(audit_folder):
         assert found(watch) == []
         assert "Permission denied" in watch.condition.not_compared["directory"]
         anchored.chmod(0o600)
@@ -407,31 +417,33 @@ def test_a_file_of_anchors_that_can_be_read_again_is_compared(place: Place) -> N
         assert (found(watch), watch.condition.not_compared) == (["cut"], {})
 
 
-def test_the_next_anchor_ends_it(place: Place) -> None:
-    trail = place.trail(EAGER)
-    keeper = AuditMaintenance(trail, [kept(place)])
+def test_the_next_anchor_ends_it(audit_folder: AuditFolder) -> None:
+    trail = audit_folder.trail(EAGER)
+    upkeep = AuditMaintenance(trail, [kept(audit_folder)])
     trail.append(record(1))
-    keeper.round()
-    with anchor_file(place, "api").open("ab") as out:
+    upkeep.round()
+    with anchor_file(audit_folder, "api").open("ab") as out:
         out.write(b"nonsense\n")
-    watch = watching(place)
+    watch = watching(audit_folder)
     watch.round()
     assert watch.condition.not_compared
     trail.append(record(2))
-    keeper.round()
+    upkeep.round()
 
     assert (found(watch), watch.condition.not_compared, compared()) == ([], {}, 1)
 
 
-def test_an_empty_file_and_one_of_another_install_are_not_damaged_and_junk_alone_is(place: Place) -> None:
-    (place.at / "other").mkdir()
-    other = Place(place.at / "other")
+def test_an_empty_file_and_one_of_another_install_are_not_damaged_and_junk_alone_is(
+    audit_folder: AuditFolder,
+) -> None:
+    (audit_folder.at / "other").mkdir()
+    other = AuditFolder(audit_folder.at / "other")
     chain_of(other, "worker")
-    shutil.copytree(other.at / "anchors", place.at / "anchors")
-    chain_of(place, "api")
-    stray = place.at / "anchors" / STRAY
+    shutil.copytree(other.at / "anchors", audit_folder.at / "anchors")
+    chain_of(audit_folder, "api")
+    stray = audit_folder.at / "anchors" / STRAY
     stray.touch()
-    watch = watching(place)
+    watch = watching(audit_folder)
     assert (found(watch), watch.condition.not_compared, compared()) == ([], {}, 1)
     stray.write_bytes(b"nonsense\n")
 
@@ -439,12 +451,12 @@ def test_an_empty_file_and_one_of_another_install_are_not_damaged_and_junk_alone
     assert "is damaged" in watch.condition.not_compared["directory"]
 
 
-def test_verification_notes_lines_that_are_no_anchors(place: Place) -> None:
-    chain_of(place, "api")
-    assert notes(place.verified(*kept(place).lines())) == []
-    with anchor_file(place, "api").open("ab") as out:
+def test_verification_notes_lines_that_are_no_anchors(audit_folder: AuditFolder) -> None:
+    chain_of(audit_folder, "api")
+    assert notes(audit_folder.verified(*kept(audit_folder).lines())) == []
+    with anchor_file(audit_folder, "api").open("ab") as out:
         out.write(b"nonsense\n{\n")
-    report = place.verified(*kept(place).lines())
+    report = audit_folder.verified(*kept(audit_folder).lines())
 
     assert (report.verdict, notes(report)) == ("intact", ["anchors_damaged"])
     assert "2 lines in here" in report.notes[0].text

@@ -16,7 +16,7 @@ from kms_core.audit import chain
 from kms_core.audit.keys import PublicKeys, Signer
 from kms_core.audit.verification import scan
 from kms_core.audit.verification.verify import verify
-from support.audit_logs import PROGRAM, Place, audit_section, chain_name, codes, notes, record, rewrite
+from support.audit_logs import PROGRAM, AuditFolder, audit_section, chain_name, codes, notes, record, rewrite
 
 Change = Callable[[list[bytes]], list[bytes]]
 SMALL: Final = audit_section(checkpoint_lines=5)
@@ -60,44 +60,46 @@ def refitted(old: bytes, new: bytes) -> Change:
 # -- whole trails ------------------------------------------------------------------------------------
 
 
-def test_a_closed_trail_is_intact_and_signed_to_its_end(place: Place) -> None:
-    place.written(12, SMALL)
-    report = place.verified()
+def test_a_closed_trail_is_intact_and_signed_to_its_end(audit_folder: AuditFolder) -> None:
+    audit_folder.written(12, SMALL)
+    report = audit_folder.verified()
     (only,) = report.chains
 
     assert (report.verdict, codes(report), notes(report)) == ("intact", [], [])
     assert only.state == "closed"
     assert only.signed_seq == only.last_seq
-    assert report.lines == only.lines == len(place.lines())
+    assert report.lines == only.lines == len(audit_folder.lines())
     assert report.trusted
 
 
-def test_without_a_key_the_trails_own_is_taken_and_that_is_said(place: Place) -> None:
-    place.written(3)
-    report = verify(place.folder)
-    other = Signer.at(place.at / "other.key").public
+def test_without_a_key_the_trails_own_is_taken_and_that_is_said(audit_folder: AuditFolder) -> None:
+    audit_folder.written(3)
+    report = verify(audit_folder.folder)
+    other = Signer.at(audit_folder.at / "other.key").public
 
     assert (report.verdict, report.trusted) == ("intact", False)
-    assert codes(verify(place.folder, PublicKeys([other]))) == ["unknown_key"]
+    assert codes(verify(audit_folder.folder, PublicKeys([other]))) == ["unknown_key"]
 
 
-def test_progress_is_told_at_first_and_after_each_file(place: Place) -> None:
-    place.written(40, rotate_bytes=4096)
+def test_progress_is_told_at_first_and_after_each_file(audit_folder: AuditFolder) -> None:
+    audit_folder.written(40, rotate_bytes=4096)
     seen: list[tuple[int, int]] = []
-    report = verify(place.folder, place.keys(), progress=lambda done, total: seen.append((done, total)))
+    report = verify(
+        audit_folder.folder, audit_folder.keys(), progress=lambda done, total: seen.append((done, total))
+    )
 
     assert report.verdict == "intact"
-    assert len(seen) == 1 + len(place.files()) > 3
+    assert len(seen) == 1 + len(audit_folder.files()) > 3
     assert seen[0] == (0, report.size_bytes)
     assert seen[-1] == (report.size_bytes, report.size_bytes)
 
 
-def test_a_change_where_two_blocks_meet_is_found_once(place: Place) -> None:
-    trail = place.trail()
+def test_a_change_where_two_blocks_meet_is_found_once(audit_folder: AuditFolder) -> None:
+    trail = audit_folder.trail()
     for _ in range(200):
         trail.append(record(principal="x" * 100_000))
     trail.close()
-    (path,) = place.files()
+    (path,) = audit_folder.files()
     lines = path.read_bytes().splitlines(keepends=True)
     sizes = accumulate(map(len, lines))
     last = next(number for number, end in enumerate(sizes) if end > scan._BLOCK_BYTES)  # noqa: SLF001
@@ -109,7 +111,7 @@ def test_a_change_where_two_blocks_meet_is_found_once(place: Place) -> None:
         (on_line(last, lambda line: line * 2), ("reordered", last)),
     ):
         path.write_bytes(b"".join(change(lines)))
-        assert [(problem.code, problem.seq) for problem in place.verified().problems] == [expected]
+        assert [(problem.code, problem.seq) for problem in audit_folder.verified().problems] == [expected]
 
 
 # -- lines -------------------------------------------------------------------------------------------
@@ -145,84 +147,86 @@ LINES: Final[dict[str, tuple[Change, str]]] = {
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_a_change_of_lines_is_found(place: Place, name: str) -> None:
+def test_a_change_of_lines_is_found(audit_folder: AuditFolder, name: str) -> None:
     change, code = LINES[name]
-    path = place.written(12, SMALL)
+    path = audit_folder.written(12, SMALL)
     rewrite(path, change)
-    report = place.verified()
+    report = audit_folder.verified()
 
     assert code in codes(report)
     assert report.verdict == "damaged"
     assert {problem.file for problem in report.problems} == {path.name}
 
 
-def test_a_line_of_another_chain_is_out_of_place(place: Place) -> None:
-    stray = place.written(3).read_bytes().splitlines(keepends=True)[2]
-    rewrite(place.written(12, SMALL), on_line(3, lambda line: stray + line))
+def test_a_line_of_another_chain_is_out_of_place(audit_folder: AuditFolder) -> None:
+    stray = audit_folder.written(3).read_bytes().splitlines(keepends=True)[2]
+    rewrite(audit_folder.written(12, SMALL), on_line(3, lambda line: stray + line))
 
-    assert "misplaced" in codes(place.verified())
+    assert "misplaced" in codes(audit_folder.verified())
 
 
-def test_words_of_a_caller_are_never_taken_for_a_checkpoint(place: Place) -> None:
-    trail = place.trail()
+def test_words_of_a_caller_are_never_taken_for_a_checkpoint(audit_folder: AuditFolder) -> None:
+    trail = audit_folder.trail()
     trail.append(
         record(principal='","kind":"closed","signature":"', context={"kind": "closed", "stage": "intent"})
     )
     trail.append(record(1))
     trail.close()
 
-    assert place.verified().verdict == "intact"
+    assert audit_folder.verified().verdict == "intact"
 
 
 # -- ends --------------------------------------------------------------------------------------------
 
 
-def test_a_live_process_is_seen_from_another_one(place: Place) -> None:
-    here = place.trail()
+def test_a_live_process_is_seen_from_another_one(audit_folder: AuditFolder) -> None:
+    here = audit_folder.trail()
     here.append(record(1))
-    argv = [sys.executable, "-c", HOLD, str(place.at)]
+    argv = [sys.executable, "-c", HOLD, str(audit_folder.at)]
     holder = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert holder.stdout
         holder.stdout.readline()
-        report = place.verified()
+        report = audit_folder.verified()
 
         assert ([each.state for each in report.chains], report.verdict) == (["open", "open"], "intact")
     finally:
         holder.kill()
         holder.communicate()
 
-    assert [each.state for each in place.verified().chains] == ["open", "cut or crashed"]
+    assert [each.state for each in audit_folder.verified().chains] == ["open", "cut or crashed"]
     here.close()
 
 
-def test_a_chain_without_end_is_cut_or_crashed_until_the_next_one_bears_witness(place: Place) -> None:
-    rewrite(place.written(12, SMALL), lambda lines: lines[:-1])
-    report = place.verified()
+def test_a_chain_without_end_is_cut_or_crashed_until_the_next_one_bears_witness(
+    audit_folder: AuditFolder,
+) -> None:
+    rewrite(audit_folder.written(12, SMALL), lambda lines: lines[:-1])
+    report = audit_folder.verified()
     assert (report.verdict, report.chains[0].state) == ("open end", "cut or crashed")
     assert (codes(report), notes(report)) == ([], ["cut_or_crashed"])
-    place.written(1)
-    report = place.verified()
+    audit_folder.written(1)
+    report = audit_folder.verified()
 
     assert (report.verdict, report.chains[0].witness) == ("intact", report.chains[1].chain)
 
 
-def test_a_chain_written_anew_after_another_saw_it_does_not_pass(place: Place) -> None:
+def test_a_chain_written_anew_after_another_saw_it_does_not_pass(audit_folder: AuditFolder) -> None:
     """Even by somebody who has the signing key."""
-    path = place.written(3)
-    place.written(1)
+    path = audit_folder.written(3)
+    audit_folder.written(1)
     original = json.loads(path.read_bytes().splitlines()[0])
     path.unlink()
-    forged = place.trail()
+    forged = audit_folder.trail()
     for number in (7, 8, 9):
         forged.append(record(number))
     forged.close()
-    new = place.files()[-1]
+    new = audit_folder.files()[-1]
     text = new.read_bytes().replace(chain_name(forged).encode(), original["chain"].encode())
     path.write_bytes(b"".join(resealed(text.splitlines(keepends=True), begin=0)))
     new.unlink()
 
-    assert "rewritten" in codes(place.verified())
+    assert "rewritten" in codes(audit_folder.verified())
 
 
 # -- files -------------------------------------------------------------------------------------------
@@ -252,57 +256,57 @@ FILES: Final[dict[str, tuple[bool, Callable[[list[Path]], object], str]]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_change_of_files_is_found(place: Place, name: str) -> None:
+def test_a_change_of_files_is_found(audit_folder: AuditFolder, name: str) -> None:
     is_named, damage, code = FILES[name]
-    place.written(80, rotate_bytes=4096)
-    files = place.files()
+    audit_folder.written(80, rotate_bytes=4096)
+    files = audit_folder.files()
     if is_named:
-        place.written(1)
+        audit_folder.written(1)
     damage(files)
-    report = place.verified()
+    report = audit_folder.verified()
 
     assert (codes(report), report.verdict) == ([code], "damaged")
 
 
-def test_a_file_that_is_not_the_one_which_the_next_continues_is_found(place: Place) -> None:
+def test_a_file_that_is_not_the_one_which_the_next_continues_is_found(audit_folder: AuditFolder) -> None:
     """It has as many lines, heads that fit, and no signature in it."""
-    trail = place.trail()
+    trail = audit_folder.trail()
     for number in range(4):
         trail.append(record(number))
-    (file,) = place.files()
+    (file,) = audit_folder.files()
     content = file.read_bytes()
     file.unlink()
     trail.append(record(9))
     trail.close()
     file.write_bytes(content)
-    assert codes(place.verified()) == []
+    assert codes(audit_folder.verified()) == []
     rewrite(file, refitted(b'"ada-2"', b'"eve-2"'))
 
-    assert codes(place.verified()) == ["cut"]
+    assert codes(audit_folder.verified()) == ["cut"]
 
 
-def test_other_files_are_left_alone(place: Place) -> None:
-    place.written(3)
-    (place.folder / "README").write_text("not ours")
-    (place.folder / "sub.jsonl").mkdir()
-    (place.folder / "other.jsonl").write_text('{"not": "ours"}\n')
+def test_other_files_are_left_alone(audit_folder: AuditFolder) -> None:
+    audit_folder.written(3)
+    (audit_folder.folder / "README").write_text("not ours")
+    (audit_folder.folder / "sub.jsonl").mkdir()
+    (audit_folder.folder / "other.jsonl").write_text('{"not": "ours"}\n')
 
-    assert place.verified().verdict == "intact"
+    assert audit_folder.verified().verdict == "intact"
 
 
 # -- effects -----------------------------------------------------------------------------------------
 
 
-def test_an_effect_without_outcome_is_noted(place: Place) -> None:
+def test_an_effect_without_outcome_is_noted(audit_folder: AuditFolder) -> None:
     """The outcome may stand in another chain."""
-    trail, other = place.trail(), place.trail(role="worker")
+    trail, other = audit_folder.trail(), audit_folder.trail(role="worker")
     for job in ("job-1", "job-2", "job-3"):
         trail.append(record(operation="commit", stage="intent", effect=job, result=""))
     trail.append(record(operation="commit", stage="outcome", effect="job-2"))
     trail.close()
     other.append(record(operation="commit", stage="outcome", effect="job-3"))
     other.close()
-    report = place.verified()
+    report = audit_folder.verified()
 
     assert [note.text for note in report.notes] == ["commit job-1 has no outcome"]
     assert report.verdict == "intact"

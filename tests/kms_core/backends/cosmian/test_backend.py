@@ -27,7 +27,7 @@ from support.contract.cosmian_ciphers import (
     SECRET,
     cipher_of,
     configured_key,
-    held,
+    held_back,
     key_of,
     made,
     operations,
@@ -183,7 +183,7 @@ def test_calls_that_wait_go_in_one_message_and_fail_each_alone(
     with ThreadPoolExecutor(16) as threads:
         first = []
         for _ in range(BATCHES):
-            came, go_on = held(double)
+            came, go_on = held_back(double)
             first.append((threads.submit(cipher.decrypt, good, "1", AAD), go_on))
             assert came.wait(WAIT_S)
         rest = [threads.submit(cipher.decrypt, each, "1", AAD) for each in (good, bad, good, bad, good)]
@@ -249,7 +249,7 @@ def test_rotation_is_never_a_rekey(double: CosmianDouble) -> None:
 
 def test_two_processes_that_rotate_at_once_make_one_version(double: CosmianDouble) -> None:
     first, second = made(cipher_of(double)), cipher_of(double)
-    came, go_on = held(double, "Create")
+    came, go_on = held_back(double, "Create")
     with ThreadPoolExecutor(1) as threads:
         late = threads.submit(first.rotate)
         assert came.wait(WAIT_S)

@@ -25,7 +25,7 @@ from support.contract.cosmian_ciphers import (
     answering,
     cipher_of,
     configured_key,
-    held,
+    held_back,
     key_of,
     made,
     settings_of,
@@ -227,7 +227,7 @@ def test_a_call_that_waits_for_the_next_message_waits_no_longer_than_its_timeout
     server = CosmianServer(PeerServer(double.url, "Cosmian KMS", "kms.cosmian.server_url", 0.5), None)
     cipher = made(CosmianCipher(CosmianKey(server, "payroll")))
     cipher.encrypt(SECRET, "1", AAD)
-    gates = [held(double) for _ in range(BATCHES)]
+    gates = [held_back(double) for _ in range(BATCHES)]
     with server.peer.one_timeout(), ThreadPoolExecutor(BATCHES) as threads:
         calls = [threads.submit(cipher.encrypt, SECRET, "1", AAD) for _ in gates]
         for came, _ in gates:

@@ -8,7 +8,7 @@ from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.storage.spool import ITEMS
 from kms_protocol.errors import RateLimited, ResultExpired
 from support.core_jobs import cut, lines, now, submit_items
-from support.job_stores import TENANT, events, lapse, remove_inputs, spool_folder, with_jobs
+from support.job_stores import TENANT, events, expire_leases, remove_inputs, spool_folder, with_jobs
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_part_that_uses_up_its_attempts_has_error_lines(
     other, dead = cut(core, job_id)
     for _ in range(store.rules.attempts):
         assert store.claim(dead, "w/9")  # and dies
-        lapse(store)
+        expire_leases(store)
         assert store.reap_all([dead]) == ["requeued"]
     for part in (dead, other):
         run_job(part, core.worker_context, "w/1")

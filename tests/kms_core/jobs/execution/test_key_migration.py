@@ -21,7 +21,7 @@ from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import Unavailable
 from support.core_jobs import CONTEXT, WHO, cut, done, end_of, lines, now, submit, taken_up
-from support.failing_store import killed, meeting
+from support.failing_store import killed, worker_with_hook
 from support.job_stores import TENANT, forge
 
 FILES = ("a", "b/c", "b/d")
@@ -225,7 +225,7 @@ def test_file_that_somebody_changes_meanwhile_is_theirs(
     job_id = submit(core, "rewrap", f"file://{root}/a" + "*" * many, None, overwrite=True)
     if many:
         run_job(job_id, core.worker_context, "w")
-    run_job(part_id(job_id, 0) if many else job_id, meeting(core, write, after=True), "w")
+    run_job(part_id(job_id, 0) if many else job_id, worker_with_hook(core, write, after=True), "w")
 
     error = outcomes(core, job_id, root)["a"] if many else now(core, job_id).error
     assert error == "target_exists"

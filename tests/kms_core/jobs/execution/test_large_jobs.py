@@ -19,20 +19,20 @@ from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import SpoolFull, TooLarge
 from kms_protocol.wire import PRIORITIES
 from support.core_jobs import cut, end_of, submit
-from support.credentials import REQUIRED, Guarded
+from support.credentials import REQUIRED, SecuredService
 from support.file_tree import names
 from support.job_stores import (
     COMMIT,
     TENANT,
     accepted,
+    expire_leases,
     forge,
-    lapse,
     next_attempt,
     store_of,
     take,
     with_jobs,
 )
-from support.object_jobs import Bench
+from support.object_jobs import ObjectJobs
 from support.service import Service, core_of
 
 MIB: Final = 1024 * 1024
@@ -107,7 +107,7 @@ def test_share_of_a_job_is_free_when_its_lease_ends(core: Core, size: int, end: 
         forge(store, first, lease_until="0")
         assert store.reap_all([first]) == ["requeued"]
     else:  # its worker was killed
-        lapse(store)
+        expire_leases(store)
 
     assert store.claim(second, "w/2")
 
@@ -184,7 +184,7 @@ def test_large_parts_wait_and_small_ones_do_not(store: JobStore) -> None:
 def test_large_job_that_dies_again_and_again_is_no_exception(store: JobStore) -> None:
     first, second = made(store), made(store)
     take(store, first)
-    lapse(store)  # its worker died
+    expire_leases(store)  # its worker died
     assert store.reap_all([first]) == ["requeued"]
     take(store, second, "w/2")
 
@@ -207,7 +207,7 @@ def test_large_jobs_always_have_one_process(
     tmp_path: Path, redis_url: str, settings: str, processes: int
 ) -> None:
     several = "[kms.tenants.a]\n[kms.tenants.b]\n"
-    install = Guarded(tmp_path, f"{REQUIRED}[kms.jobs]\n{settings}\n{several}", redis_url)
+    install = SecuredService(tmp_path, f"{REQUIRED}[kms.jobs]\n{settings}\n{several}", redis_url)
 
     assert core_of(install).worker_context.store.large_leases() == processes
 
@@ -314,10 +314,10 @@ def test_source_above_the_bounds_is_refused_before_anything_is_written(
     assert names(files) == ["fits", "large", "sparse"]
 
 
-def test_object_above_the_bound_is_refused(bench: Bench) -> None:
-    places = bench.core.worker_context.places
+def test_object_above_the_bound_is_refused(object_jobs: ObjectJobs) -> None:
+    places = object_jobs.core.worker_context.places
     places = replace(places, limits=msgspec.structs.replace(places.limits, source_max_bytes=10))
-    fits, large = bench.bucket.put("fits", bytes(10)), bench.bucket.put("large", bytes(11))
+    fits, large = object_jobs.bucket.put("fits", bytes(10)), object_jobs.bucket.put("large", bytes(11))
 
     with places.open_source(fits) as source:
         assert source.reader.size == 10
@@ -329,7 +329,7 @@ def test_target_without_room_is_refused_when_the_job_is_accepted_and_when_it_run
     tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locations, "MOST_HOLE_BYTES", 1024**5)
-    install = Guarded(tmp_path, f"[kms.jobs]\nsource_max_bytes = {1024**5}\n", redis_url)
+    install = SecuredService(tmp_path, f"[kms.jobs]\nsource_max_bytes = {1024**5}\n", redis_url)
     core, files = core_of(install), install.files
     free = os.statvfs(files)
     (files / "in").write_bytes(b"x")

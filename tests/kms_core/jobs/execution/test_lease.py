@@ -16,12 +16,12 @@ from kms_core.jobs.store.store import JobStore
 from support.job_stores import COMMIT, TENANT, claimed, store_of, with_jobs
 from support.waiting import RealTime, until
 
-BRISK: Final = with_jobs(lease_s=0.6, stall_s=0.8)
+SHORT_LEASES: Final = with_jobs(lease_s=0.6, stall_s=0.8)
 
 
 @pytest.fixture
 def store(core: Core) -> JobStore:
-    return store_of(core, BRISK)
+    return store_of(core, SHORT_LEASES)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from kms_core.jobs.storage.local import OpenSource, Roots
 from kms_protocol.errors import JobsUnavailable, PathRefused
 from kms_protocol.wire import JobKind
 from support.core_jobs import NEW, done, end_of, now, opened, submit, submit_items, taken_up
-from support.failing_store import MOMENTS, Killed, interrupted, killed
+from support.failing_store import CRASH_POINTS, Killed, killed, worker_calling_at
 from support.file_tree import names
 from support.job_stores import forge
 
@@ -118,7 +118,7 @@ def test_path_outside_the_roots_is_refused(core: Core, files: Path, place: str) 
             submit(core, "encrypt", source, target)
 
 
-class Meddling(Roots):
+class ConcurrentWriter(Roots):
     """Whoever opens a source here finds that somebody else writes to it."""
 
     @contextmanager
@@ -132,7 +132,7 @@ class Meddling(Roots):
 def test_source_that_changes_meanwhile_fails_the_job(core: Core, files: Path) -> None:
     job_id = submit(core, "encrypt", files / "in", files / "out")
 
-    places = replace(core.worker_context.places, roots=Meddling([files]))
+    places = replace(core.worker_context.places, roots=ConcurrentWriter([files]))
     run_job(job_id, replace(core.worker_context, places=places), "w")
 
     assert end_of(core, job_id) == ("failed", "invalid_request")
@@ -155,7 +155,7 @@ def test_damaged_file_leaves_no_target(core: Core, files: Path, at: int) -> None
 # -- killed in the middle ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("death", MOMENTS, ids=["-".join(moment) for moment in MOMENTS])
+@pytest.mark.parametrize("death", CRASH_POINTS, ids=["-".join(moment) for moment in CRASH_POINTS])
 @pytest.mark.parametrize("how", ["encrypt", "encrypt over", "decrypt", "decrypt over", "Redis is lost"])
 def test_job_of_a_killed_worker_is_finished_once(
     core: Core, files: Path, death: tuple[str, str], how: str
@@ -202,7 +202,7 @@ def test_worker_that_was_overtaken_has_no_effect(core: Core, files: Path) -> Non
         forge(core.worker_context.store, job_id, lease_until="0")
         run_job(job_id, core.worker_context, "w2")
 
-    run_job(job_id, interrupted(core, "committing", overtake, after=False), "w1")
+    run_job(job_id, worker_calling_at(core, "committing", overtake, after=False), "w1")
 
     assert (now(core, job_id).state, now(core, job_id).fence) == ("succeeded", 2)
     assert opened(core, files / "out") == DATA

@@ -19,7 +19,7 @@ from kms_protocol.context import Context
 from kms_protocol.errors import Forbidden
 from support.core_jobs import CONTEXT, NEW, WHO, done, opened, result, run, submit, submit_items
 from support.embedded_valkey import unrestricted
-from support.failing_store import interrupted
+from support.failing_store import worker_calling_at
 from support.file_tree import names
 from support.job_stores import (
     COMMIT,
@@ -123,7 +123,7 @@ def test_zombie_of_a_lost_time_puts_nothing_in_place(core: Core, files: Path, *,
         assert run(core, job_id).state == "succeeded"
         placed.append(identity(files / "out"))
 
-    run_job(job_id, interrupted(core, "committing", regress, after=True), "zombie/1")
+    run_job(job_id, worker_calling_at(core, "committing", regress, after=True), "zombie/1")
 
     assert core.worker_context.store.get(job_id, TENANT).state == "succeeded"
     assert [identity(files / "out")] == placed
@@ -137,7 +137,7 @@ def test_attempt_whose_result_a_zombie_has_swept_does_it_again(core: Core, files
     def sweep() -> None:
         core.worker_context.places.sweep({job_id: (files / "out").as_uri()}, {"z" * 26})
 
-    run_job(job_id, interrupted(core, "committing", sweep, after=True), "w/1")
+    run_job(job_id, worker_calling_at(core, "committing", sweep, after=True), "w/1")
     waiting = core.worker_context.store.get(job_id, TENANT)
     assert (waiting.state, waiting.attempt, (files / "out").exists()) == ("queued", 0, False)
     forge(core.worker_context.store, job_id, not_before="0")

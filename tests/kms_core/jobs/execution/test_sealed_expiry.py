@@ -15,7 +15,7 @@ from kms_core.jobs.model import Attempt
 from kms_core.jobs.spec import ClocksApart
 from kms_core.jobs.store.store import JobStore
 from support.core_jobs import cut, now, submit, submit_items
-from support.failing_store import interrupted, killed, meeting
+from support.failing_store import killed, worker_calling_at, worker_with_hook
 from support.file_tree import names
 from support.job_stores import COMMIT, ahead, forge, later, put_back, record, take
 
@@ -152,7 +152,7 @@ def test_commit_of_an_earlier_life_of_the_id_is_refused(core: Core, files: Path)
 def test_job_that_expires_while_it_runs_changes_nothing(core: Core, files: Path) -> None:
     job_id = overwrite(core, files)
     with ExitStack() as stack:
-        passing = interrupted(core, "committing", lambda: stack.enter_context(later()), after=False)
+        passing = worker_calling_at(core, "committing", lambda: stack.enter_context(later()), after=False)
         run_job(job_id, passing, "w/1")
 
     assert ended(core, job_id) == ("failed", "expired")
@@ -182,7 +182,7 @@ def test_part_that_has_expired_writes_no_file(core: Core, files: Path, part: str
     assert not (files / "out").exists()
 
 
-class Aging(JobStore):
+class ExpiringStore(JobStore):
     """A store at which time passes once a part is claimed."""
 
     passing: ExitStack
@@ -200,7 +200,7 @@ def test_commit_of_a_part_that_expires_before_it_is_finished_puts_nothing_in_pla
     killed(core, part, 0, after=True)  # once the commit of the first file is noted
     assert [path.suffix for path in (files / "out").iterdir()] == [".tmp"]
     forge(found, part, lease_until="0")
-    aging = Aging(found.redis, found.record_key, lambda *_: None, found.section)
+    aging = ExpiringStore(found.redis, found.record_key, lambda *_: None, found.section)
     with ExitStack() as aging.passing:
         run_job(part, replace(core.worker_context, store=aging), "w/2")
 
@@ -210,7 +210,7 @@ def test_commit_of_a_part_that_expires_before_it_is_finished_puts_nothing_in_pla
 
 def test_part_that_expires_while_it_runs_writes_no_further_file(core: Core, files: Path, part: str) -> None:
     with ExitStack() as stack:  # time passes once the commit of the first file is noted
-        run_job(part, meeting(core, lambda _: stack.enter_context(later()), after=True), "w/1")
+        run_job(part, worker_with_hook(core, lambda _: stack.enter_context(later()), after=True), "w/1")
 
     assert ended(core, part) == ("failed", "expired")
     assert names(files / "out") == ["a.age"]

@@ -14,13 +14,13 @@ from kms_core.jobs.submission.submitter import Reference
 from kms_protocol import wire
 from kms_protocol.errors import InvalidRequest, JobsUnavailable, PathRefused
 from support.core_jobs import WHO, done, lines, now, opened, run, submit, taken_up
-from support.failing_store import Killed, killed, meeting
+from support.failing_store import Killed, killed, worker_with_hook
 from support.file_tree import names
 from support.job_stores import (
     LONG,
     TENANT,
+    expire_leases,
     forge,
-    lapse,
     record,
     remove_inputs,
     spool_folder,
@@ -288,7 +288,7 @@ def test_worker_that_was_overtaken_in_the_middle_has_no_effect(core: Core, files
             forge(core.worker_context.store, part, lease_until="0")
             run_job(part, core.worker_context, "w2")
 
-    run_job(part, meeting(core, overtake, after=False), "w1")
+    run_job(part, worker_with_hook(core, overtake, after=False), "w1")
 
     assert now(core, job_id).state == "succeeded"
     assert names(files / "out") == ["a.age", "b.age"]
@@ -300,7 +300,7 @@ def test_part_that_comes_further_each_time_is_no_dead_letter(core: Core, files: 
     job_id, part = cut(core, files, **dict.fromkeys(sources, b"x"))
     for _ in sources:
         killed(core, part, 1, after=False)
-        lapse(core.worker_context.store)
+        expire_leases(core.worker_context.store)
     taken_up(core, part)
 
     assert ended(core, job_id) == ("succeeded", "", len(sources), 0)
@@ -311,7 +311,7 @@ def test_part_that_kills_every_worker_ends_and_tells_what_was_done(core: Core, f
     job_id, part = cut(core, files, a=b"1", b=b"2", c=b"3")
     for at in (2, 1, *[0] * (LONG.jobs.attempts - 1)):  # at c, at c once b is in place, at c
         killed(core, part, at, after=False)
-        lapse(core.worker_context.store)
+        expire_leases(core.worker_context.store)
     taken_up(core, part)
 
     assert ended(core, job_id) == ("failed", "items_failed", 3, 1)

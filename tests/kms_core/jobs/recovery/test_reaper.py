@@ -19,7 +19,7 @@ from support.job_stores import (
     TENANT,
     accepted,
     claimed,
-    lapse,
+    expire_leases,
     spool_folder,
     state,
     store_of,
@@ -40,7 +40,7 @@ def test_reaper_requeues_what_a_dead_worker_held_and_leaves_live_leases_alone(
     reaper_of(core, store).reap()
     assert state(store, claim) == "running"
 
-    lapse(store)
+    expire_leases(store)
     reaper_of(core, store).reap()
 
     assert state(store, claim) == "queued"
@@ -60,7 +60,7 @@ def test_job_that_ends_while_the_reaper_looks_at_it_stays_ended(store: JobStore)
 
 def test_cancelled_job_that_had_an_attempt_is_tidied_by_a_worker(store: JobStore) -> None:
     job_id = claimed(store).accepted.job_id
-    lapse(store)
+    expire_leases(store)
     store.reap_all([job_id])
 
     store.cancel(job_id, TENANT)
@@ -70,7 +70,7 @@ def test_cancelled_job_that_had_an_attempt_is_tidied_by_a_worker(store: JobStore
 
 def test_expired_job_that_had_attempts_is_tidied_by_a_worker(store: JobStore) -> None:
     once, twice = (claimed(store).accepted.job_id for _ in range(2))
-    lapse(store)
+    expire_leases(store)
     store.finish(take(store, twice), "succeeded")
 
     store.purged(once)
@@ -193,7 +193,7 @@ def test_a_reaper_whose_spool_is_of_another_install_touches_nothing(core: Core, 
         raise WrongInstall
 
     claim = claimed(store)
-    lapse(store)
+    expire_leases(store)
 
     with pytest.raises(WrongInstall):
         Reaper(store, core.worker_context.spool, "r1", require_install=refuse).round()

@@ -15,142 +15,146 @@ from kms_core.s3.bucket import Bucket
 from kms_protocol.errors import JobsUnavailable, PathRefused, TargetExists
 from kms_protocol.wire import JobKind
 from support.core_jobs import end_of
-from support.failing_store import MOMENTS, interrupted
-from support.job_stores import TENANT, accepted, forge, lapse, later, put_back, record
-from support.object_jobs import Bench
-from support.object_stores import Seen, Way
+from support.failing_store import CRASH_POINTS, worker_calling_at
+from support.job_stores import TENANT, accepted, expire_leases, forge, later, put_back, record
+from support.object_jobs import ObjectJobs
+from support.object_stores import S3Proxy, S3Request
 from support.waiting import until
 
 MiB = 1024 * 1024
 SMALL, LARGE = MiB, 9 * MiB  # one write; two parts of an upload
 Opened = TypeVar("Opened")
 SIZES = {"small": SMALL, "large": LARGE}
-MOMENT_IDS = ["-".join(moment) for moment in MOMENTS]
+MOMENT_IDS = ["-".join(moment) for moment in CRASH_POINTS]
 
 
-@pytest.mark.parametrize("death", MOMENTS, ids=MOMENT_IDS)
+@pytest.mark.parametrize("death", CRASH_POINTS, ids=MOMENT_IDS)
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("how", ["encrypt", "decrypt over", "rewrap", "reseal in place"])
 def test_job_of_a_killed_worker_is_finished_once(
-    bench: Bench, death: tuple[str, str], size: int, how: str
+    object_jobs: ObjectJobs, death: tuple[str, str], size: int, how: str
 ) -> None:
-    data, bucket = os.urandom(size), bench.bucket
+    data, bucket = os.urandom(size), object_jobs.bucket
     word, _, rest = how.partition(" ")
     kind: JobKind = {"encrypt": "encrypt", "decrypt": "decrypt", "rewrap": "rewrap"}.get(word, "reseal")  # type: ignore[assignment]  # dict.get widens literals
     source, target = bucket.put("in", data), bucket.url("out/target")
     if kind != "encrypt":
-        bench.ok("encrypt", source, bucket.url("out/sealed"))
+        object_jobs.ok("encrypt", source, bucket.url("out/sealed"))
         source = bucket.url("out/sealed")
     if rest == "over":
         bucket.put("out/target", b"old")
     if rest == "in place":
         target = source
     key = target.removeprefix(bucket.url(""))
-    job_id = bench.submit(kind, source, target, overwrite=bool(rest))
+    job_id = object_jobs.submit(kind, source, target, overwrite=bool(rest))
     moment, step = death
 
-    bench.killed(job_id, step, after=moment == "after")
+    object_jobs.killed(job_id, step, after=moment == "after")
     placed = bucket.etag(key) if step == "finish" else None
-    job = bench.taken_up(job_id)
+    job = object_jobs.taken_up(job_id)
 
     assert (job.state, job.error) == ("succeeded", "")
-    assert (bucket.get(key) if kind == "decrypt" else bench.by_age(bucket.get(key))) == data
-    assert bench.nothing_left()
+    assert (bucket.get(key) if kind == "decrypt" else object_jobs.by_age(bucket.get(key))) == data
+    assert object_jobs.nothing_left()
     assert placed in {None, bucket.etag(key)}
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("after", [False, True], ids=["unheard", "heard"])
-def test_redis_lost_at_the_commit_costs_nothing(bench: Bench, size: int, *, after: bool) -> None:
-    data, bucket = os.urandom(size), bench.bucket
-    job_id = bench.submit("encrypt", bucket.put("in", data), bucket.url("out/x"))
+def test_redis_lost_at_the_commit_costs_nothing(object_jobs: ObjectJobs, size: int, *, after: bool) -> None:
+    data, bucket = os.urandom(size), object_jobs.bucket
+    job_id = object_jobs.submit("encrypt", bucket.put("in", data), bucket.url("out/x"))
 
-    bench.killed(job_id, "committing", after=after, error=JobsUnavailable)
-    job = bench.taken_up(job_id)
+    object_jobs.killed(job_id, "committing", after=after, error=JobsUnavailable)
+    job = object_jobs.taken_up(job_id)
 
     assert job.state == "succeeded"
-    assert bench.by_age(bucket.get("out/x")) == data
-    assert bench.nothing_left()
+    assert object_jobs.by_age(bucket.get("out/x")) == data
+    assert object_jobs.nothing_left()
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("death", MOMENTS[:3], ids=MOMENT_IDS[:3])
+@pytest.mark.parametrize("death", CRASH_POINTS[:3], ids=MOMENT_IDS[:3])
 @pytest.mark.parametrize("overwrite", [False, True], ids=["create", "over"])
 def test_worker_that_was_overtaken_has_no_effect(
-    bench: Bench, size: int, death: tuple[str, str], *, overwrite: bool
+    object_jobs: ObjectJobs, size: int, death: tuple[str, str], *, overwrite: bool
 ) -> None:
     """It stops at a moment, another brings the job to its end, and then it goes on."""
-    data, bucket = os.urandom(size), bench.bucket
-    job_id = bench.submit("encrypt", bucket.put("in", data), bucket.url("out/x"), overwrite=overwrite)
+    data, bucket = os.urandom(size), object_jobs.bucket
+    job_id = object_jobs.submit("encrypt", bucket.put("in", data), bucket.url("out/x"), overwrite=overwrite)
     if overwrite:
         bucket.put("out/x", b"old")
     written: list[str | None] = []
 
     def is_overtaken() -> bool:
-        forge(bench.core.worker_context.store, job_id, lease_until="0")
-        return bench.run(job_id).state == "succeeded"
+        forge(object_jobs.core.worker_context.store, job_id, lease_until="0")
+        return object_jobs.run(job_id).state == "succeeded"
 
     def overtake() -> None:
         until(is_overtaken, "another has brought it to its end")  # a renewal may come between the two steps
         written.append(bucket.etag("out/x"))
 
     moment, step = death
-    run_job(job_id, interrupted(bench.core, step, overtake, after=moment == "after"), "w1")
+    run_job(job_id, worker_calling_at(object_jobs.core, step, overtake, after=moment == "after"), "w1")
 
-    assert (bench.now(job_id).state, bench.now(job_id).fence) == ("succeeded", 2)
+    assert (object_jobs.now(job_id).state, object_jobs.now(job_id).fence) == ("succeeded", 2)
     assert written == [bucket.etag("out/x")]
-    assert bench.by_age(bucket.get("out/x")) == data
-    assert bench.nothing_left()
+    assert object_jobs.by_age(bucket.get("out/x")) == data
+    assert object_jobs.nothing_left()
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("in_place", [False, True], ids=["create", "in place"])
 def test_target_that_others_write_before_the_finish_is_left_alone(
-    bench: Bench, size: int, *, in_place: bool
+    object_jobs: ObjectJobs, size: int, *, in_place: bool
 ) -> None:
     """Also where it is the source, which the result would replace."""
-    bucket = bench.bucket
+    bucket = object_jobs.bucket
     source, target = bucket.put("in", bytes(size)), bucket.url("out/x")
     if in_place:
-        bench.ok("encrypt", source, target)
-        job_id = bench.submit("reseal", target, target, overwrite=True)
+        object_jobs.ok("encrypt", source, target)
+        job_id = object_jobs.submit("reseal", target, target, overwrite=True)
     else:
-        job_id = bench.submit("encrypt", source, target)
-    written = interrupted(
-        bench.core, "committing", lambda: bucket.put("out/x", b"somebody else's"), after=True
+        job_id = object_jobs.submit("encrypt", source, target)
+    written = worker_calling_at(
+        object_jobs.core, "committing", lambda: bucket.put("out/x", b"somebody else's"), after=True
     )
 
     run_job(job_id, written, "w1")
 
-    assert end_of(bench.core, job_id) == ("failed", "target_exists")
+    assert end_of(object_jobs.core, job_id) == ("failed", "target_exists")
     assert bucket.get("out/x") == b"somebody else's"
-    assert bench.nothing_left()
+    assert object_jobs.nothing_left()
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("mark", ["no mark", "id of the job", "another attempt's"])
-def test_target_taken_while_its_worker_was_dead_is_left_alone(bench: Bench, size: int, mark: str) -> None:
+def test_target_taken_while_its_worker_was_dead_is_left_alone(
+    object_jobs: ObjectJobs, size: int, mark: str
+) -> None:
     """And not taken for the result: a writer to the bucket can read the marks of objects that are there."""
-    bucket = bench.bucket
-    job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
-    bench.killed(job_id, "committing", after=True)
+    bucket = object_jobs.bucket
+    job_id = object_jobs.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
+    object_jobs.killed(job_id, "committing", after=True)
     marks = {"id of the job": job_id, "another attempt's": f"{job_id}/{bytes(16).hex()}"}
     metadata = {"kms-job": marks[mark]} if mark in marks else {}
     theirs = b"somebody else's"
     bucket.store.admin.put_object(Bucket=bucket.name, Key="out/x", Body=theirs, Metadata=metadata)
 
-    job = bench.taken_up(job_id)
+    job = object_jobs.taken_up(job_id)
 
     assert (job.state, job.error) == ("failed", "target_exists")
     assert bucket.get("out/x") == theirs
-    assert bench.nothing_left()
+    assert object_jobs.nothing_left()
 
 
 @pytest.mark.parametrize("change", ["aborted", "a part exchanged"])
-def test_upload_that_was_changed_before_the_finish_is_not_put_in_place(bench: Bench, change: str) -> None:
-    bucket = bench.bucket
-    job_id = bench.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"))
-    bench.killed(job_id, "committing", after=True)
+def test_upload_that_was_changed_before_the_finish_is_not_put_in_place(
+    object_jobs: ObjectJobs, change: str
+) -> None:
+    bucket = object_jobs.bucket
+    job_id = object_jobs.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"))
+    object_jobs.killed(job_id, "committing", after=True)
     admin = bucket.store.admin
     (upload,) = admin.list_multipart_uploads(Bucket=bucket.name)["Uploads"]
     name, upload_id = bucket.name, upload["UploadId"]
@@ -159,121 +163,125 @@ def test_upload_that_was_changed_before_the_finish_is_not_put_in_place(bench: Be
     else:
         admin.upload_part(Bucket=name, Key="out/x", UploadId=upload_id, PartNumber=1, Body=bytes(8 * MiB))
 
-    job = bench.taken_up(job_id)
+    job = object_jobs.taken_up(job_id)
 
     assert (job.state, job.error) == ("failed", "path_refused")
     assert bucket.keys() == {"in"}
-    assert bench.nothing_left()
+    assert object_jobs.nothing_left()
 
 
-def cancelled(bench: Bench, job_id: str) -> None:
-    bench.core.worker_context.store.reap_all([job_id])
-    bench.core.worker_context.store.cancel(job_id, "default")
+def cancelled(object_jobs: ObjectJobs, job_id: str) -> None:
+    object_jobs.core.worker_context.store.reap_all([job_id])
+    object_jobs.core.worker_context.store.cancel(job_id, "default")
 
 
-def gone(bench: Bench, _job_id: str) -> None:
+def gone(object_jobs: ObjectJobs, _job_id: str) -> None:
     """Its source is gone, so the next attempt fails before it begins."""
-    bench.bucket.store.admin.delete_object(Bucket=bench.bucket.name, Key="in")
+    object_jobs.bucket.store.admin.delete_object(Bucket=object_jobs.bucket.name, Key="in")
 
 
 @pytest.mark.parametrize("end", [cancelled, gone])
 def test_upload_of_a_killed_attempt_is_aborted_however_the_job_ends(
-    bench: Bench, end: Callable[[Bench, str], None]
+    object_jobs: ObjectJobs, end: Callable[[ObjectJobs, str], None]
 ) -> None:
-    bucket = bench.bucket
-    job_id = bench.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"))
-    bench.killed(job_id, "committing", after=False)
+    bucket = object_jobs.bucket
+    job_id = object_jobs.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"))
+    object_jobs.killed(job_id, "committing", after=False)
     assert bucket.uploads() == ["out/x"]
-    lapse(bench.core.worker_context.store)
-    end(bench, job_id)
+    expire_leases(object_jobs.core.worker_context.store)
+    end(object_jobs, job_id)
 
-    job = bench.taken_up(job_id)
+    job = object_jobs.taken_up(job_id)
 
     assert job.ended
     assert bucket.etag("out/x") is None
-    assert bench.nothing_left()
+    assert object_jobs.nothing_left()
 
 
-def test_upload_that_cannot_be_aborted_now_is_aborted_by_the_next_attempt(watched: Bench, way: Way) -> None:
-    bucket = watched.bucket
-    job_id = watched.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"))
+def test_upload_that_cannot_be_aborted_now_is_aborted_by_the_next_attempt(
+    proxied_object_jobs: ObjectJobs, s3_proxy: S3Proxy
+) -> None:
+    bucket = proxied_object_jobs.bucket
+    job_id = proxied_object_jobs.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"))
 
-    def away(seen: Seen) -> int | None:
+    def away(seen: S3Request) -> int | None:
         return 503 if seen.name in {"AbortMultipartUpload", "UploadPart"} else None
 
-    way.meddle = away
-    assert watched.run(job_id).state == "queued"
+    s3_proxy.intercept = away
+    assert proxied_object_jobs.run(job_id).state == "queued"
     assert bucket.uploads() == ["out/x"]
-    way.meddle = lambda _: None
-    forge(watched.core.worker_context.store, job_id, not_before="0")
+    s3_proxy.intercept = lambda _: None
+    forge(proxied_object_jobs.core.worker_context.store, job_id, not_before="0")
 
-    assert watched.run(job_id).state == "succeeded"
-    assert watched.nothing_left()
+    assert proxied_object_jobs.run(job_id).state == "succeeded"
+    assert proxied_object_jobs.nothing_left()
 
 
 @pytest.mark.parametrize("request_", ["UploadPart", "UploadPartCopy"])
-def test_upload_that_another_aborts_is_done_again(watched: Bench, way: Way, request_: str) -> None:
+def test_upload_that_another_aborts_is_done_again(
+    proxied_object_jobs: ObjectJobs, s3_proxy: S3Proxy, request_: str
+) -> None:
     """A worker that has lost its lease may sweep late, and a lifecycle of the bucket at any time."""
-    bucket = watched.bucket
-    source, target = _sealed(watched), bucket.url("out/x")
-    job_id = watched.submit("rewrap", source, target)
+    bucket = proxied_object_jobs.bucket
+    source, target = _sealed(proxied_object_jobs), bucket.url("out/x")
+    job_id = proxied_object_jobs.submit("rewrap", source, target)
     admin = bucket.store.admin
     aborted: list[str] = []
 
-    def abort(seen: Seen) -> None:
+    def abort(seen: S3Request) -> None:
         if seen.name == request_ and not aborted:
             (upload,) = admin.list_multipart_uploads(Bucket=bucket.name)["Uploads"]
             admin.abort_multipart_upload(Bucket=bucket.name, Key=upload["Key"], UploadId=upload["UploadId"])
             aborted.append(upload["UploadId"])
 
-    way.meddle = abort
-    job = watched.run(job_id)
+    s3_proxy.intercept = abort
+    job = proxied_object_jobs.run(job_id)
     assert (job.state, job.error) == ("queued", "")
-    forge(watched.core.worker_context.store, job_id, not_before="0")
+    forge(proxied_object_jobs.core.worker_context.store, job_id, not_before="0")
 
-    assert watched.run(job_id).state == "succeeded"
+    assert proxied_object_jobs.run(job_id).state == "succeeded"
     assert aborted
-    assert watched.nothing_left()
+    assert proxied_object_jobs.nothing_left()
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("answer", [503, 409], ids=["store away", "another write under way"])
 def test_store_that_does_not_take_the_commit_holds_it_up_and_no_more(
-    watched: Bench, way: Way, size: int, answer: int
+    proxied_object_jobs: ObjectJobs, s3_proxy: S3Proxy, size: int, answer: int
 ) -> None:
     """S3 answers 409 to a write that meets another, and nothing may be there in the end."""
-    data, bucket = os.urandom(size), watched.bucket
-    job_id = watched.submit("encrypt", bucket.put("in", data), bucket.url("out/x"))
-    way.meddle = lambda seen: answer if "if-none-match" in seen.headers else None
-    assert watched.run(job_id).state == "committing"
-    way.meddle = lambda _: None
+    data, bucket = os.urandom(size), proxied_object_jobs.bucket
+    job_id = proxied_object_jobs.submit("encrypt", bucket.put("in", data), bucket.url("out/x"))
+    s3_proxy.intercept = lambda seen: answer if "if-none-match" in seen.headers else None
+    assert proxied_object_jobs.run(job_id).state == "committing"
+    s3_proxy.intercept = lambda _: None
 
-    job = watched.taken_up(job_id)
+    job = proxied_object_jobs.taken_up(job_id)
 
     assert job.state == "succeeded"
-    assert watched.by_age(bucket.get("out/x")) == data
-    assert watched.nothing_left()
+    assert proxied_object_jobs.by_age(bucket.get("out/x")) == data
+    assert proxied_object_jobs.nothing_left()
 
 
-def test_cancelled_job_leaves_nothing(watched: Bench, way: Way) -> None:
-    bucket = watched.bucket
-    job_id = watched.submit("reseal", _sealed(watched), bucket.url("out/x"))
+def test_cancelled_job_leaves_nothing(proxied_object_jobs: ObjectJobs, s3_proxy: S3Proxy) -> None:
+    bucket = proxied_object_jobs.bucket
+    job_id = proxied_object_jobs.submit("reseal", _sealed(proxied_object_jobs), bucket.url("out/x"))
 
-    def cancel(seen: Seen) -> None:
+    def cancel(seen: S3Request) -> None:
         if seen.name == "UploadPart":
-            watched.core.worker_context.store.cancel(job_id, "default")
+            proxied_object_jobs.core.worker_context.store.cancel(job_id, "default")
 
-    way.meddle = cancel
-    job = watched.run(job_id)
+    s3_proxy.intercept = cancel
+    job = proxied_object_jobs.run(job_id)
 
     assert job.state == "cancelled"
     assert bucket.keys() == {"in", "out/sealed"}
-    assert watched.nothing_left()
+    assert proxied_object_jobs.nothing_left()
 
 
-def _sealed(bench: Bench) -> str:
-    target = bench.bucket.url("out/sealed")
-    bench.ok("encrypt", bench.bucket.put("in", bytes(2 * LARGE)), target)
+def _sealed(object_jobs: ObjectJobs) -> str:
+    target = object_jobs.bucket.url("out/sealed")
+    object_jobs.ok("encrypt", object_jobs.bucket.put("in", bytes(2 * LARGE)), target)
     return target
 
 
@@ -286,22 +294,24 @@ def begun(target: JobTarget, attempt_id: str) -> PendingTarget:
     return held(opened)
 
 
-def target_of(bench: Bench, *, overwrite: bool) -> JobTarget:
+def target_of(object_jobs: ObjectJobs, *, overwrite: bool) -> JobTarget:
     job = accepted(
-        job_id="a-job", source="s3://bucket/in", target=bench.bucket.url("out/x"), overwrite=overwrite
+        job_id="a-job", source="s3://bucket/in", target=object_jobs.bucket.url("out/x"), overwrite=overwrite
     )
     assert isinstance(job, FileJob)
-    return bench.core.worker_context.places.target(job, "a-job", b"spec")
+    return object_jobs.core.worker_context.places.target(job, "a-job", b"spec")
 
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["create", "over"])
-def test_of_two_attempts_that_write_a_small_object_the_first_wins(bench: Bench, *, overwrite: bool) -> None:
+def test_of_two_attempts_that_write_a_small_object_the_first_wins(
+    object_jobs: ObjectJobs, *, overwrite: bool
+) -> None:
     """Neither notices that it has lost its lease."""
-    bucket, places = bench.bucket, bench.core.worker_context.places
+    bucket, places = object_jobs.bucket, object_jobs.core.worker_context.places
     source = held(places.open_source(bucket.put("in", b"source")))
     if overwrite:
         bucket.put("out/x", b"old")
-    target = target_of(bench, overwrite=overwrite)
+    target = target_of(object_jobs, overwrite=overwrite)
     attempts = [begun(target, attempt_id) for attempt_id in ("one", "two")]
     for attempt, data in zip(attempts, (b"first", b"second"), strict=True):
         attempt.writer.reserve(len(data))
@@ -317,11 +327,11 @@ def test_of_two_attempts_that_write_a_small_object_the_first_wins(bench: Bench, 
 
 
 def test_an_upload_is_completed_once_and_a_late_completion_replaces_nothing(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    object_jobs: ObjectJobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bucket, places = bench.bucket, bench.core.worker_context.places
+    bucket, places = object_jobs.bucket, object_jobs.core.worker_context.places
     source = held(places.open_source(bucket.put("in", b"source")))
-    target = target_of(bench, overwrite=True)
+    target = target_of(object_jobs, overwrite=True)
     attempt = begun(target, "one")
     attempt.writer.reserve(LARGE)
     attempt.writer.write_at(memoryview(bytes(LARGE)), 0)
@@ -339,60 +349,66 @@ def test_an_upload_is_completed_once_and_a_late_completion_replaces_nothing(
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_commit_that_is_put_back_after_its_expiry_writes_no_object(bench: Bench, size: int) -> None:
+def test_commit_that_is_put_back_after_its_expiry_writes_no_object(
+    object_jobs: ObjectJobs, size: int
+) -> None:
     """A small object would be made anew, since its bytes died with their worker."""
-    bucket, store = bench.bucket, bench.core.worker_context.store
-    job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
-    bench.killed(job_id, "committing", after=True)
+    bucket, store = object_jobs.bucket, object_jobs.core.worker_context.store
+    job_id = object_jobs.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
+    object_jobs.killed(job_id, "committing", after=True)
     dump = record(store, job_id)
-    assert bench.taken_up(job_id).state == "succeeded"
+    assert object_jobs.taken_up(job_id).state == "succeeded"
     bucket.store.admin.delete_object(Bucket=bucket.name, Key="out/x")
     put_back(store, job_id, dump)
     with later():
-        run_job(job_id, bench.core.worker_context, "w3")
+        run_job(job_id, object_jobs.core.worker_context, "w3")
 
     assert store.get(job_id, TENANT).state == "failed"
     assert bucket.keys() == {"in"}
 
 
-def test_upload_of_an_expired_commit_is_not_completed(bench: Bench) -> None:
-    bucket, store = bench.bucket, bench.core.worker_context.store
-    job_id = bench.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"), overwrite=True)
-    bench.killed(job_id, "committing", after=True)
+def test_upload_of_an_expired_commit_is_not_completed(object_jobs: ObjectJobs) -> None:
+    bucket, store = object_jobs.bucket, object_jobs.core.worker_context.store
+    job_id = object_jobs.submit(
+        "encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"), overwrite=True
+    )
+    object_jobs.killed(job_id, "committing", after=True)
     bucket.put("out/x", b"written later, by somebody else")
     put_back(store, job_id, record(store, job_id))
     with later():
-        run_job(job_id, bench.core.worker_context, "w2")
+        run_job(job_id, object_jobs.core.worker_context, "w2")
 
-    assert end_of(bench.core, job_id) == ("failed", "expired")
+    assert end_of(object_jobs.core, job_id) == ("failed", "expired")
     assert bucket.get("out/x") == b"written later, by somebody else"
-    assert bench.nothing_left()
+    assert object_jobs.nothing_left()
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_object_that_was_put_in_place_in_time_is_recognised_after_the_expiry(bench: Bench, size: int) -> None:
+def test_object_that_was_put_in_place_in_time_is_recognised_after_the_expiry(
+    object_jobs: ObjectJobs, size: int
+) -> None:
     """Its worker died between the last request and the end."""
-    bucket, store = bench.bucket, bench.core.worker_context.store
-    job_id = bench.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
-    bench.killed(job_id, "finish", after=False)
+    bucket, store = object_jobs.bucket, object_jobs.core.worker_context.store
+    job_id = object_jobs.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
+    object_jobs.killed(job_id, "finish", after=False)
     placed = bucket.etag("out/x")
     forge(store, job_id, lease_until="0")
     with later(store.accepted(job_id).expires_at - time.time() + 70):
-        run_job(job_id, bench.core.worker_context, "w2")
+        run_job(job_id, object_jobs.core.worker_context, "w2")
 
-    assert bench.now(job_id).state == "succeeded"
+    assert object_jobs.now(job_id).state == "succeeded"
     assert bucket.etag("out/x") == placed
-    assert bench.nothing_left()
+    assert object_jobs.nothing_left()
 
 
 # -- whose object it is --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_attempt_does_not_take_the_object_of_another_for_its_own(bench: Bench, size: int) -> None:
-    bucket, places = bench.bucket, bench.core.worker_context.places
+def test_attempt_does_not_take_the_object_of_another_for_its_own(object_jobs: ObjectJobs, size: int) -> None:
+    bucket, places = object_jobs.bucket, object_jobs.core.worker_context.places
     source = held(places.open_source(bucket.put("in", b"source")))
-    target = target_of(bench, overwrite=False)
+    target = target_of(object_jobs, overwrite=False)
     attempts = [begun(target, attempt_id) for attempt_id in ("one", "two")]
     commits = []
     for attempt in attempts:

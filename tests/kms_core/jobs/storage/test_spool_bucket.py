@@ -27,7 +27,7 @@ from kms_core.s3.streams import BufferPool
 from kms_protocol.errors import ResultExpired, SpoolFull, SpoolUnavailable
 from support import blob_stores, object_stores
 from support.blob_stores import JOB, MIB, PREFIX, label, read, write
-from support.object_stores import ObjectStore, Seen, TestBucket, Way
+from support.object_stores import ObjectStore, S3Proxy, S3Request, TestBucket
 from support.ports import free_port
 from support.waiting import until
 
@@ -45,14 +45,14 @@ def bucket(server: ObjectStore) -> TestBucket:
 
 
 @pytest.fixture
-def way(server: ObjectStore) -> Iterator[Way]:
-    with Way(server) as way:
-        yield way
+def s3_proxy(server: ObjectStore) -> Iterator[S3Proxy]:
+    with S3Proxy(server) as s3_proxy:
+        yield s3_proxy
 
 
 @pytest.fixture
-def store(bucket: TestBucket, way: Way) -> Iterator[SpoolBucket]:
-    store = blob_stores.spool_bucket(bucket, way.url)
+def store(bucket: TestBucket, s3_proxy: S3Proxy) -> Iterator[SpoolBucket]:
+    store = blob_stores.spool_bucket(bucket, s3_proxy.url)
     yield store
     blob_stores.close(store)
 
@@ -64,57 +64,57 @@ def spool(store: SpoolBucket, key: AgeBackend) -> Spool:
     return spool
 
 
-def test_small_blob_is_one_put_and_read_by_two_requests(spool: Spool, way: Way) -> None:
+def test_small_blob_is_one_put_and_read_by_two_requests(spool: Spool, s3_proxy: S3Proxy) -> None:
     spool.use()
     write(spool, label(), b"the first counts what is there")
     spool.delete(JOB)
-    del way.seen[:]
+    del s3_proxy.seen[:]
 
     written = write(spool, label(), bytes(100_000))
-    assert way.names == ["PutObject"]
-    assert way.seen[0].headers["if-none-match"] == "*"
-    del way.seen[:]
+    assert s3_proxy.names == ["PutObject"]
+    assert s3_proxy.seen[0].headers["if-none-match"] == "*"
+    del s3_proxy.seen[:]
 
     assert read(spool, written) == bytes(100_000)
-    assert way.names == ["HeadObject", "GetObject"]
-    assert way.seen[1].headers["if-match"]
+    assert s3_proxy.names == ["HeadObject", "GetObject"]
+    assert s3_proxy.seen[1].headers["if-match"]
 
 
-def test_large_blob_takes_few_requests(spool: Spool, way: Way) -> None:
+def test_large_blob_takes_few_requests(spool: Spool, s3_proxy: S3Proxy) -> None:
     data = os.urandom(64 * MIB)
     written = write(spool, label(), *(data[at : at + MIB] for at in range(0, len(data), MIB)))
-    assert way.names.count("UploadPart") == 9
-    del way.seen[:]
+    assert s3_proxy.names.count("UploadPart") == 9
+    del s3_proxy.seen[:]
 
     assert read(spool, written) == data
-    assert len(way.names) <= 8
+    assert len(s3_proxy.names) <= 8
 
 
-def test_large_ciphertext_is_verified_by_few_requests(spool: Spool, way: Way) -> None:
+def test_large_ciphertext_is_verified_by_few_requests(spool: Spool, s3_proxy: S3Proxy) -> None:
     """By threads, whose slabs end between the chunks of the blob."""
     key = os.urandom(32)
     written = write(spool, label(), bytes(300), stream.seal(key, bytes(64 * MIB)))
-    del way.seen[:]
+    del s3_proxy.seen[:]
 
     with spool.opened(written) as content:
         parallel.verify_file(key, content.tail(300), ParallelOptions(threads=2))
-    assert len(way.names) <= 40
+    assert len(s3_proxy.names) <= 40
 
 
 @pytest.mark.parametrize("size", [1000, 20 * MIB], ids=["one-put", "parts"])
 @pytest.mark.parametrize("lost", ["PutObject", "CompleteMultipartUpload", "UploadPart"])
 def test_write_whose_answer_is_lost_is_recognised(
-    spool: Spool, bucket: TestBucket, way: Way, lost: str, size: int
+    spool: Spool, bucket: TestBucket, s3_proxy: S3Proxy, lost: str, size: int
 ) -> None:
     left = [lost]
 
-    def lose_once(seen: Seen) -> int | None:
+    def lose_once(seen: S3Request) -> int | None:
         if seen.name not in left:
             return None
         left.clear()
         return 0
 
-    way.meddle = lose_once
+    s3_proxy.intercept = lose_once
     data = os.urandom(size)
     written = write(spool, label(), data)
 
@@ -135,72 +135,72 @@ FAILURES = {
 @pytest.mark.parametrize("size", [1000, 20 * MIB], ids=["one-put", "parts"])
 @pytest.mark.parametrize("failure", FAILURES)
 def test_bucket_that_takes_nothing_is_a_coded_error(
-    spool: Spool, bucket: TestBucket, way: Way, size: int, failure: str
+    spool: Spool, bucket: TestBucket, s3_proxy: S3Proxy, size: int, failure: str
 ) -> None:
     status, names, error, text = FAILURES[failure]
-    way.meddle = lambda seen: status if seen.name in names else None
+    s3_proxy.intercept = lambda seen: status if seen.name in names else None
 
     with pytest.raises(error, match=text):
         write(spool, label(), bytes(size))
-    way.meddle = lambda _: None
+    s3_proxy.intercept = lambda _: None
 
     assert (bucket.keys(), bucket.uploads()) == (set(), [])
 
 
 @pytest.fixture
-def written_before(spool: Spool, way: Way) -> Label:
+def written_before(spool: Spool, s3_proxy: S3Proxy) -> Label:
     """A blob of a bucket that is away since it was written: the first call had no answer."""
     written = write(spool, label(), b"x")
-    way.meddle = lambda _: 503
+    s3_proxy.intercept = lambda _: 503
     with pytest.raises(SpoolUnavailable):
         read(spool, written)
     return written
 
 
 def test_bucket_that_is_away_fails_calls_at_once_and_comes_back(
-    spool: Spool, way: Way, written_before: Label
+    spool: Spool, s3_proxy: S3Proxy, written_before: Label
 ) -> None:
     assert spool.use().is_away
-    asked = of_job(way)
+    asked = of_job(s3_proxy)
 
     with pytest.raises(SpoolUnavailable):
         read(spool, written_before)
     with pytest.raises(SpoolUnavailable), spool.writing(label(role="head", attempt="1")):
         pytest.fail("nothing may be read of it")
-    assert of_job(way) == asked
-    way.meddle = lambda _: None
+    assert of_job(s3_proxy) == asked
+    s3_proxy.intercept = lambda _: None
     until(lambda: not spool.use().is_away, "the bucket is back")
 
     assert read(spool, written_before) == b"x"
 
 
-def of_job(way: Way) -> list[str]:
+def of_job(s3_proxy: S3Proxy) -> list[str]:
     """The requests that name the job."""
-    return [seen.name for seen in way.seen if JOB in seen.path]
+    return [seen.name for seen in s3_proxy.seen if JOB in seen.path]
 
 
 def test_no_call_waits_for_the_one_that_asks_whether_the_bucket_is_back(
-    spool: Spool, way: Way, written_before: Label
+    spool: Spool, s3_proxy: S3Proxy, written_before: Label
 ) -> None:
     is_back = threading.Event()
-    del way.seen[:]
+    del s3_proxy.seen[:]
 
-    def silent(_: Seen) -> None:
+    def silent(_: S3Request) -> None:
         is_back.wait(60)
 
-    way.meddle = silent
-    until(lambda: way.seen, "it is asked")
+    s3_proxy.intercept = silent
+    until(lambda: s3_proxy.seen, "it is asked")
     with pytest.raises(SpoolUnavailable):
         read(spool, written_before)
-    assert of_job(way) == []
+    assert of_job(s3_proxy) == []
     is_back.set()
     until(lambda: not spool.use().is_away, "the bucket is back")
 
 
 def test_process_that_was_forked_while_the_bucket_was_away_asks_by_itself(
-    spool: Spool, way: Way, written_before: Label
+    spool: Spool, s3_proxy: S3Proxy, written_before: Label
 ) -> None:
-    way.meddle = lambda _: None
+    s3_proxy.intercept = lambda _: None
     pid = os.fork()
     if not pid:
         try:
@@ -211,19 +211,19 @@ def test_process_that_was_forked_while_the_bucket_was_away_asks_by_itself(
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
 
 
-def test_refusal_is_told_until_something_is_written(spool: Spool, way: Way) -> None:
-    way.meddle = lambda seen: 403 if seen.method == "PUT" else None
+def test_refusal_is_told_until_something_is_written(spool: Spool, s3_proxy: S3Proxy) -> None:
+    s3_proxy.intercept = lambda seen: 403 if seen.method == "PUT" else None
     with pytest.raises(SpoolUnavailable):
         write(spool, label(), b"x")
     assert spool.use().is_away
     assert not spool.store.is_away
-    way.meddle = lambda _: None
+    s3_proxy.intercept = lambda _: None
 
     assert read(spool, write(spool, label(), b"x")) == b"x"
     assert not spool.use().is_away
 
 
-class Small:
+class NoSmallBlobs:
     """A place for small blobs that has none."""
 
     most_bytes = 10_000
@@ -243,10 +243,10 @@ class Small:
         """Nothing is there."""
 
 
-def test_small_blob_needs_no_bucket(store: SpoolBucket, key: AgeBackend, way: Way) -> None:
+def test_small_blob_needs_no_bucket(store: SpoolBucket, key: AgeBackend, s3_proxy: S3Proxy) -> None:
     """Also the first one of a process, whose first write to the bucket waits for a count."""
-    way.meddle = lambda _: 503
-    spool = Spool(store, key, MIB, Small())
+    s3_proxy.intercept = lambda _: 503
+    spool = Spool(store, key, MIB, NoSmallBlobs())
 
     with spool.writing(label(), may_be_small=True) as out:
         out.write(b"x")
@@ -260,7 +260,7 @@ def test_blob_that_outgrows_redis_is_bounded_by_what_is_there(
     store: SpoolBucket, key: AgeBackend, bucket: TestBucket, size: int
 ) -> None:
     bucket.put(f"{PREFIX}{JOB}/other", bytes(90_000))
-    spool = Spool(store, key, 100_000, Small())
+    spool = Spool(store, key, 100_000, NoSmallBlobs())
 
     with pytest.raises(SpoolFull), spool.writing(label(), may_be_small=True) as out:
         out.write(bytes(size))
@@ -268,9 +268,11 @@ def test_blob_that_outgrows_redis_is_bounded_by_what_is_there(
     assert bucket.keys() == {f"{PREFIX}{JOB}/other"}
 
 
-def test_deleting_while_the_bucket_is_away_says_so(spool: Spool, bucket: TestBucket, way: Way) -> None:
+def test_deleting_while_the_bucket_is_away_says_so(
+    spool: Spool, bucket: TestBucket, s3_proxy: S3Proxy
+) -> None:
     write(spool, label(), b"x")
-    way.meddle = lambda _: 503
+    s3_proxy.intercept = lambda _: 503
 
     assert not spool.delete(JOB)
     with pytest.raises(SpoolUnavailable):
@@ -278,13 +280,13 @@ def test_deleting_while_the_bucket_is_away_says_so(spool: Spool, bucket: TestBuc
     assert bucket.keys() == {KEY}
 
 
-def test_bucket_that_is_not_asked_is_away_although_a_write_goes_on(spool: Spool, way: Way) -> None:
+def test_bucket_that_is_not_asked_is_away_although_a_write_goes_on(spool: Spool, s3_proxy: S3Proxy) -> None:
     """The reaper waits for a bucket that is away; what it took for a refusal would stay for days."""
     with spool.writing(label(role="head", attempt="1")) as out:
         out.write(b"x")
-        way.meddle = lambda _: 503
+        s3_proxy.intercept = lambda _: 503
         assert not spool.delete(JOB)
-        way.meddle = lambda _: None
+        s3_proxy.intercept = lambda _: None
 
     assert not spool.delete(JOB)  # nothing is asked yet
     assert spool.store.is_away
@@ -337,19 +339,19 @@ def test_request_that_the_store_does_not_allow_is_a_refusal(
     blob_stores.close(store)
 
 
-def test_store_without_conditions_is_written_without(spool: Spool, way: Way) -> None:
-    way.meddle = lambda seen: 501 if "if-none-match" in seen.headers else None
+def test_store_without_conditions_is_written_without(spool: Spool, s3_proxy: S3Proxy) -> None:
+    s3_proxy.intercept = lambda seen: 501 if "if-none-match" in seen.headers else None
 
     assert read(spool, write(spool, label(), b"x")) == b"x"
 
 
 def test_store_that_ignores_conditions_keeps_what_each_attempt_wrote(
-    spool: Spool, bucket: TestBucket, way: Way
+    spool: Spool, bucket: TestBucket, s3_proxy: S3Proxy
 ) -> None:
-    def ignore(seen: Seen) -> None:
+    def ignore(seen: S3Request) -> None:
         seen.headers.pop("if-none-match", None)
 
-    way.meddle = ignore
+    s3_proxy.intercept = ignore
     labels = [label(role="result", attempt=attempt) for attempt in ("1", "2")]
     written = [write(spool, each, each.name.encode()) for each in labels]
 

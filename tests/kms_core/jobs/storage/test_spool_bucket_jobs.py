@@ -16,7 +16,7 @@ from support import object_stores
 from support.blob_stores import PREFIX
 from support.embedded_valkey import EmbeddedValkey
 from support.job_stores import TENANT, remove_inputs
-from support.object_stores import Meddle, TestBucket, Way
+from support.object_stores import Intercept, S3Proxy, TestBucket
 from support.service import CONTEXT, Service, b64, check_problem, core_of
 from support.waiting import RealTime, until
 
@@ -27,12 +27,12 @@ ORPHAN = f"{PREFIX}99999999-9999-4999-9999-999999999999/upload"
 
 @dataclass(frozen=True)
 class Install:
-    """An API process, and a core that works when a test says so; both reach their bucket by ``way``."""
+    """An API process, and a core that works when a test says so; both reach their bucket by ``s3_proxy``."""
 
     service: Service
     core: Core
     bucket: TestBucket
-    way: Way
+    s3_proxy: S3Proxy
 
     def run(self, job_id: str) -> Job:
         run_job(job_id, self.core.worker_context, "w")
@@ -48,7 +48,7 @@ class Install:
 
     def back(self) -> None:
         """The bucket answers again, and calls are made again."""
-        self.way.meddle = lambda _: None
+        self.s3_proxy.intercept = lambda _: None
         until(lambda: self.service.post("/jobs", ITEM).status_code == 202, "a job is accepted again")
         until(lambda: self.spool == "available", "the bucket is back")
         store = self.core.worker_context.spool.store
@@ -65,16 +65,16 @@ def shared(
     secret = folder / "secret"
     secret.write_text(object_stores.SECRET)
     secret.chmod(0o600)
-    with Way(bucket.store) as way:
+    with S3Proxy(bucket.store) as s3_proxy:
         settings = (
             "[kms.jobs]\ninline_bytes = 0\n"
-            f'[kms.jobs.spool_bucket]\nurl = "s3://{bucket.name}/{PREFIX}"\nendpoint = "{way.url}"\n'
+            f'[kms.jobs.spool_bucket]\nurl = "s3://{bucket.name}/{PREFIX}"\nendpoint = "{s3_proxy.url}"\n'
             f'allow_http = true\naccess_key_id = "{object_stores.ACCESS_KEY}"\nsecret_key_file = "{secret}"\n'
         )
         with Service(folder, settings, url) as service:
             service.start("api")
             core = core_of(service)
-            yield Install(service, core, bucket, way)
+            yield Install(service, core, bucket, s3_proxy)
             store = core.worker_context.spool.store
             assert isinstance(store, SpoolBucket)
             store.bucket.line.close()
@@ -86,7 +86,7 @@ def install(shared: Install) -> Iterator[Install]:
     shared.back()
 
 
-def on(status: int, *names: str) -> Meddle:
+def on(status: int, *names: str) -> Intercept:
     """Answer requests of these names, or all."""
     return lambda seen: status if not names or seen.name in names else None
 
@@ -110,7 +110,7 @@ def test_submission_is_refused_with_a_code_and_leaves_no_job(
     install: Install, status: int, answer: int, code: str
 ) -> None:
     before = install.service.get("/jobs").json()["jobs"]
-    install.way.meddle = on(status, "PutObject", "CreateMultipartUpload")
+    install.s3_proxy.intercept = on(status, "PutObject", "CreateMultipartUpload")
 
     headers = {"X-KMS-Context": CONTEXT}
     for size in (1000, 9 * MIB):
@@ -126,7 +126,7 @@ def test_submission_is_refused_with_a_code_and_leaves_no_job(
 
 def test_bucket_that_is_away_is_told_and_defers_jobs_without_an_attempt(install: Install) -> None:
     job_id, data = submitted(install)
-    install.way.meddle = on(503)
+    install.s3_proxy.intercept = on(503)
     job = install.run(job_id)
 
     assert (job.state, job.attempt) == ("queued", 0)
@@ -147,7 +147,7 @@ def test_bucket_that_is_away_is_told_and_defers_jobs_without_an_attempt(install:
 def test_result_waits_for_the_bucket_and_is_expired_only_without_its_objects(install: Install) -> None:
     job_id, _ = submitted(install)
     assert install.run(job_id).state == "succeeded"
-    install.way.meddle = on(503)
+    install.s3_proxy.intercept = on(503)
     check_problem(install.service.get(f"/jobs/{job_id}/result"), 503, "spool_unavailable")
     install.back()
     assert install.service.result(job_id)
@@ -160,7 +160,7 @@ def test_result_waits_for_the_bucket_and_is_expired_only_without_its_objects(ins
 
 def test_worker_that_cannot_write_its_result_defers_the_job(install: Install) -> None:
     job_id, _ = submitted(install)
-    install.way.meddle = on(403, "PutObject")
+    install.s3_proxy.intercept = on(403, "PutObject")
 
     job = install.run(job_id)
 
@@ -170,7 +170,7 @@ def test_worker_that_cannot_write_its_result_defers_the_job(install: Install) ->
 def test_input_stays_until_the_bucket_takes_its_deletion(install: Install) -> None:
     job_id = install.service.submit(ITEM)
     assert install.run(job_id).state == "succeeded"
-    install.way.meddle = on(503)
+    install.s3_proxy.intercept = on(503)
     remove_inputs(install.core)
     before = install.kept(job_id)
     install.back()
@@ -186,7 +186,7 @@ def test_what_an_ended_job_left_stays_listed_until_the_bucket_takes_its_deletion
     assert install.run(done).state == "succeeded"
     install.core.worker_context.store.redis.zadd("kms:ended", {done: 1})
     before = install.kept(done, cancelled)
-    install.way.meddle = on(503, "DELETE")
+    install.s3_proxy.intercept = on(503, "DELETE")
     install.service.post(f"/jobs/{cancelled}/cancel")
     remove_inputs(install.core)
     assert install.kept(done, cancelled) >= before
@@ -220,12 +220,14 @@ def test_orphans_are_swept_and_objects_of_jobs_stay(
 
 def test_small_job_takes_few_requests(install: Install) -> None:
     install.run(install.service.submit(ITEM))  # the first write of a process counts what is there
-    del install.way.seen[:]
+    del install.s3_proxy.seen[:]
 
     job_id = install.service.submit(ITEM)
     assert install.run(job_id).state == "succeeded"
     assert install.service.result(job_id)
 
-    names = [seen.name for seen in install.way.seen if job_id in seen.path]  # not those for marks of hosts
+    names = [
+        seen.name for seen in install.s3_proxy.seen if job_id in seen.path
+    ]  # not those for marks of hosts
     read = ["HeadObject", "GetObject"]
     assert names == ["PutObject", *read, "PutObject", *read, *read]

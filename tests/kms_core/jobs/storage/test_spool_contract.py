@@ -20,7 +20,7 @@ from kms_core.jobs.storage.spool_folder import SpoolFolder
 from kms_core.payload.files import RangeSource
 from kms_protocol.errors import RecordRefused, ResultExpired, SpoolFull
 from support import blob_stores
-from support.blob_stores import JOB, MIB, OTHER, SECRET_TEXT, Place, label, read, write
+from support.blob_stores import JOB, MIB, OTHER, SECRET_TEXT, BlobStoreCase, label, read, write
 from support.waiting import RealTime
 
 UPLOADED = f"{JOB}/upload"
@@ -32,18 +32,18 @@ Change = Callable[[bytes], bytes]
 
 
 @pytest.fixture(params=blob_stores.KINDS)
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BlobStoreCase]:
     found = blob_stores.make(request.param, tmp_path)
     yield found
     found.close()
 
 
 @pytest.fixture
-def spool(place: Place, key: AgeBackend) -> Spool:
+def spool(place: BlobStoreCase, key: AgeBackend) -> Spool:
     return made(place, key)
 
 
-def made(place: Place, key: AgeBackend, max_bytes: int = 64 * MIB) -> Spool:
+def made(place: BlobStoreCase, key: AgeBackend, max_bytes: int = 64 * MIB) -> Spool:
     return Spool(place.store, key, max_bytes)
 
 
@@ -102,7 +102,9 @@ CHANGES: dict[str, Change] = {
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("step", [70_001, 10 * MIB], ids=str)
-def test_what_is_written_in_pieces_is_read_whole(spool: Spool, place: Place, size: int, step: int) -> None:
+def test_what_is_written_in_pieces_is_read_whole(
+    spool: Spool, place: BlobStoreCase, size: int, step: int
+) -> None:
     """A bucket has the larger ones from several parts."""
     data = os.urandom(size)
     written = write(spool, label(), *(data[start : start + step] for start in range(0, max(1, size), step)))
@@ -111,7 +113,7 @@ def test_what_is_written_in_pieces_is_read_whole(spool: Spool, place: Place, siz
     assert place.unfinished() == []
 
 
-def test_nothing_of_the_plaintext_rests(spool: Spool, place: Place) -> None:
+def test_nothing_of_the_plaintext_rests(spool: Spool, place: BlobStoreCase) -> None:
     write(spool, label())
 
     assert SECRET_TEXT[:19] not in place.files()[UPLOADED]
@@ -122,7 +124,7 @@ def test_nothing_of_the_plaintext_rests(spool: Spool, place: Place) -> None:
     [label(OTHER), label(role=ITEMS), label(tenant="another"), label(attempt="1")],
     ids=["job", "role", "tenant", "attempt"],
 )
-def test_blob_passes_for_no_other(spool: Spool, place: Place, other: Label) -> None:
+def test_blob_passes_for_no_other(spool: Spool, place: BlobStoreCase, other: Label) -> None:
     written = write(spool, label())
     place.change(f"{other.job_id}/{other.name}", place.files()[UPLOADED])
 
@@ -132,7 +134,7 @@ def test_blob_passes_for_no_other(spool: Spool, place: Place, other: Label) -> N
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_damaged_blob_is_refused(spool: Spool, place: Place, change: Change) -> None:
+def test_damaged_blob_is_refused(spool: Spool, place: BlobStoreCase, change: Change) -> None:
     written = write(spool, label(), DOCUMENT)
     place.change(UPLOADED, change(place.files()[UPLOADED]))
 
@@ -140,7 +142,7 @@ def test_damaged_blob_is_refused(spool: Spool, place: Place, change: Change) -> 
         read(spool, written)
 
 
-def test_earlier_blob_of_the_same_name_is_refused(spool: Spool, place: Place) -> None:
+def test_earlier_blob_of_the_same_name_is_refused(spool: Spool, place: BlobStoreCase) -> None:
     earlier = write(spool, label(), b"old")
     old = place.files()[UPLOADED]
     spool.remove(JOB, label().name)
@@ -153,7 +155,7 @@ def test_earlier_blob_of_the_same_name_is_refused(spool: Spool, place: Place) ->
     assert read(spool, earlier) == b"old"
 
 
-def test_blob_of_another_spool_key_is_refused(spool: Spool, place: Place, tmp_path: Path) -> None:
+def test_blob_of_another_spool_key_is_refused(spool: Spool, place: BlobStoreCase, tmp_path: Path) -> None:
     """Its recipient is no secret: a file for it is no blob."""
     written = write(spool, label())
     (tmp_path / "other.key").write_text(str(x25519.Identity.generate()))
@@ -167,7 +169,9 @@ def test_blob_of_another_spool_key_is_refused(spool: Spool, place: Place, tmp_pa
             read(spool, replace(label(), ref=ref))
 
 
-def test_file_for_the_recipient_of_the_spool_is_no_blob(spool: Spool, place: Place, tmp_path: Path) -> None:
+def test_file_for_the_recipient_of_the_spool_is_no_blob(
+    spool: Spool, place: BlobStoreCase, tmp_path: Path
+) -> None:
     written = write(spool, label())
     recipient = x25519.Identity.from_str((tmp_path / "spool.key").read_text()).to_public()
     place.change(UPLOADED, pyrage.encrypt(SECRET_TEXT, [recipient]))
@@ -177,7 +181,7 @@ def test_file_for_the_recipient_of_the_spool_is_no_blob(spool: Spool, place: Pla
 
 
 @pytest.mark.parametrize("size", [22, 65_535, 65_536, 65_537, 131_072, 200_000], ids=str)
-def test_any_part_of_a_blob_is_read(spool: Spool, place: Place, size: int) -> None:
+def test_any_part_of_a_blob_is_read(spool: Spool, place: BlobStoreCase, size: int) -> None:
     data = os.urandom(size)
     written = write(spool, label(), *(data[at : at + 70_001] for at in range(0, len(data), 70_001)))
 
@@ -203,7 +207,7 @@ def check_ranges(source: RangeSource, data: bytes) -> None:
 
 
 def test_key_that_was_rotated_still_opens(
-    spool: Spool, place: Place, key: AgeBackend, tmp_path: Path
+    spool: Spool, place: BlobStoreCase, key: AgeBackend, tmp_path: Path
 ) -> None:
     before, old = write(spool, label()), key.current_version()
     with (tmp_path / "spool.key").open("a") as file:
@@ -216,14 +220,14 @@ def test_key_that_was_rotated_still_opens(
 
 
 @pytest.mark.parametrize("pieces", [1, 20])
-def test_broken_writing_leaves_nothing(spool: Spool, place: Place, pieces: int) -> None:
+def test_broken_writing_leaves_nothing(spool: Spool, place: BlobStoreCase, pieces: int) -> None:
     with pytest.raises(ConnectionError):
         break_off(spool, label(), pieces)
 
     assert (place.files(), place.unfinished()) == ({}, [])
 
 
-def test_broken_writing_leaves_the_other_blobs_of_its_job(spool: Spool, place: Place) -> None:
+def test_broken_writing_leaves_the_other_blobs_of_its_job(spool: Spool, place: BlobStoreCase) -> None:
     write(spool, label())
 
     with pytest.raises(ConnectionError):
@@ -232,7 +236,7 @@ def test_broken_writing_leaves_the_other_blobs_of_its_job(spool: Spool, place: P
     assert list(place.files()) == [UPLOADED]
 
 
-def test_what_an_attempt_that_died_left_is_written_over(spool: Spool, place: Place) -> None:
+def test_what_an_attempt_that_died_left_is_written_over(spool: Spool, place: BlobStoreCase) -> None:
     write(spool, label(role="result", attempt="1"))
     place.change(f"{JOB}/result.1", place.files()[f"{JOB}/result.1"][:300])
     if place.store.is_remote:
@@ -243,7 +247,7 @@ def test_what_an_attempt_that_died_left_is_written_over(spool: Spool, place: Pla
     assert read(spool, written) == b"whole"
 
 
-def test_spool_above_its_limit_is_full(key: AgeBackend, place: Place) -> None:
+def test_spool_above_its_limit_is_full(key: AgeBackend, place: BlobStoreCase) -> None:
     small = made(place, key, 100_000)
 
     with pytest.raises(SpoolFull):
@@ -252,7 +256,7 @@ def test_spool_above_its_limit_is_full(key: AgeBackend, place: Place) -> None:
     assert (place.files(), place.unfinished()) == ({}, [])
 
 
-def test_limit_counts_what_is_there_already(key: AgeBackend, place: Place) -> None:
+def test_limit_counts_what_is_there_already(key: AgeBackend, place: BlobStoreCase) -> None:
     write(made(place, key, 100_000), label(), bytes(60_000))
 
     with pytest.raises(SpoolFull):
@@ -261,14 +265,14 @@ def test_limit_counts_what_is_there_already(key: AgeBackend, place: Place) -> No
     assert list(place.files()) == [UPLOADED]
 
 
-def test_announced_size_is_refused_before_a_byte(key: AgeBackend, place: Place) -> None:
+def test_announced_size_is_refused_before_a_byte(key: AgeBackend, place: BlobStoreCase) -> None:
     with pytest.raises(SpoolFull), made(place, key, 100_000).writing(label(), declared_bytes=100_001):
         pytest.fail("the body must not be read")
 
     assert (place.files(), place.unfinished()) == ({}, [])
 
 
-def test_deleted_job_is_gone_and_deleting_twice_is_no_error(spool: Spool, place: Place) -> None:
+def test_deleted_job_is_gone_and_deleting_twice_is_no_error(spool: Spool, place: BlobStoreCase) -> None:
     write(spool, label())
     write(spool, label(OTHER))
 
@@ -287,7 +291,7 @@ def test_deleted_job_is_gone_and_deleting_twice_is_no_error(spool: Spool, place:
     ids=["items", "upload", "upload-of-the-result"],
 )
 def test_input_of_an_ended_job_goes_and_its_result_stays(
-    spool: Spool, place: Place, roles: list[str], left: list[str]
+    spool: Spool, place: BlobStoreCase, roles: list[str], left: list[str]
 ) -> None:
     for role in roles:
         write(spool, label(role=role, attempt=NO_ATTEMPT if role in {UPLOAD, ITEMS} else "1"))
@@ -297,7 +301,7 @@ def test_input_of_an_ended_job_goes_and_its_result_stays(
     assert sorted(place.files()) == [f"{JOB}/{name}" for name in left]
 
 
-def test_use_is_counted(key: AgeBackend, place: Place) -> None:
+def test_use_is_counted(key: AgeBackend, place: BlobStoreCase) -> None:
     write(made(place, key), label(), bytes(60_000))
     spool = made(place, key)
     write(spool, label(OTHER), bytes(1000))
@@ -305,7 +309,7 @@ def test_use_is_counted(key: AgeBackend, place: Place) -> None:
     assert spool.use().used_bytes == sum(map(len, place.files().values()))
 
 
-def test_old_jobs_are_candidates_for_the_sweep(spool: Spool, place: Place) -> None:
+def test_old_jobs_are_candidates_for_the_sweep(spool: Spool, place: BlobStoreCase) -> None:
     """Folders of other names are not."""
     write(spool, label())
     place.change("lost+found/x", b"x")
@@ -316,7 +320,7 @@ def test_old_jobs_are_candidates_for_the_sweep(spool: Spool, place: Place) -> No
     assert list(spool.folders(older_than_s=100)) == []
 
 
-def test_old_names_of_a_bucket_can_be_left_out(place: Place) -> None:
+def test_old_names_of_a_bucket_can_be_left_out(place: BlobStoreCase) -> None:
     place.store.put("hosts", "old", b"x", durable=True)
     RealTime.sleep(2.1)
 
@@ -324,7 +328,7 @@ def test_old_names_of_a_bucket_can_be_left_out(place: Place) -> None:
     assert place.store.names("hosts", 600) == ["old"]
 
 
-def test_notes_of_uploads_are_found_again(place: Place) -> None:
+def test_notes_of_uploads_are_found_again(place: BlobStoreCase) -> None:
     notes, url = MultipartJournal(place.store), "s3://bucket/key"
     assert not list(notes.noted([url]))
     notes.add(JOB, "1", url)
@@ -339,7 +343,7 @@ def test_notes_of_uploads_are_found_again(place: Place) -> None:
     assert place.files() == {}
 
 
-def test_blob_that_goes_while_it_is_read_is_an_expired_result(spool: Spool, place: Place) -> None:
+def test_blob_that_goes_while_it_is_read_is_an_expired_result(spool: Spool, place: BlobStoreCase) -> None:
     """Of a file that is open nothing goes."""
     written = write(spool, label(), bytes(4 * MIB))
 
@@ -349,7 +353,7 @@ def test_blob_that_goes_while_it_is_read_is_an_expired_result(spool: Spool, plac
             assert b"".join(reader.slabs()) == bytes(4 * MIB)
 
 
-def test_blob_that_changes_while_it_is_read_is_refused(spool: Spool, place: Place) -> None:
+def test_blob_that_changes_while_it_is_read_is_refused(spool: Spool, place: BlobStoreCase) -> None:
     written = write(spool, label(), bytes(4 * MIB))
 
     with spool.opened(written) as reader:

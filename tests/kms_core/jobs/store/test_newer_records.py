@@ -16,7 +16,7 @@ from support.job_stores import TENANT, accepted, forge, record, resealed
 NEEDS = "later-feature"
 
 
-def needy(store: JobStore) -> str:
+def job_needing_later_version(store: JobStore) -> str:
     """A job that waits for a later feature, of which only the plain fields tell."""
     job_id = store.submit(accepted()).job_id
     store.redis.hset(f"kms:job:{job_id}", "needs", NEEDS)
@@ -72,7 +72,7 @@ def test_a_worker_that_knows_the_feature_takes_it(store: JobStore) -> None:
     """The later version, played by the record of this one. An earlier one may be the first that counts."""
     store.worker_seen("later", 1, QUEUES)
     store.worker_seen("earlier", 1, QUEUES)
-    job_id = needy(store)
+    job_id = job_needing_later_version(store)
 
     store.redis.hdel(f"kms:job:{job_id}", "needs")
     store.worker_seen("later", 1, QUEUES)
@@ -88,7 +88,7 @@ def test_a_worker_that_knows_the_feature_takes_it(store: JobStore) -> None:
 def test_a_worker_looks_at_few_jobs_at_a_time_and_in_the_end_at_all(store: JobStore) -> None:
     """Each look is a script that holds up Redis. Two workers take turns, and only one of them can."""
     new = [f"new-{number}" for number in range(180)]
-    job_id = needy(store)
+    job_id = job_needing_later_version(store)
     fields: dict[Any, Any] = store.redis.hgetall(f"kms:job:{job_id}")
     for name in new:
         store.redis.hset(f"kms:job:{name}", mapping=fields)

@@ -22,8 +22,8 @@ from support.job_stores import (
     attempt,
     claimed,
     depths,
+    expire_leases,
     forge,
-    lapse,
     next_attempt,
     store_of,
     take,
@@ -194,7 +194,7 @@ def test_a_capped_tenant_comes_back_when_its_lease_runs_out(capped: JobStore) ->
     submit(capped, 2)
     attempt(capped)
     assert taken(capped) is None
-    lapse(capped)
+    expire_leases(capped)
 
     assert capped.reap_all(capped.due()) == ["requeued"]
 
@@ -206,7 +206,7 @@ def test_a_commit_of_a_dead_worker_holds_up_no_other_queue_of_its_tenant(capped:
     other = capped.submit(accepted())
     capped.committing(attempt(capped), COMMIT)
     assert taken(capped, queue=FILES) is None
-    lapse(capped)
+    expire_leases(capped)
 
     assert capped.reap_all(capped.due()) == ["committing"]
 
@@ -274,7 +274,7 @@ def test_jobs_are_due_by_the_clock_of_redis_alone(store: JobStore) -> None:
 def test_a_job_whose_lease_ran_out_is_ready_again_and_the_reaper_looks_at_no_other(store: JobStore) -> None:
     claim = claimed(store, items=1, source="items")
     submit(store, 1000)
-    lapse(store)
+    expire_leases(store)
 
     assert store.due() == [claim.accepted.job_id]
     assert store.reap_all(store.due()) == ["requeued"]
@@ -500,7 +500,7 @@ def test_a_worker_is_woken_to_end_a_job_whose_parts_have_ended(
     part = accepted(items=1, source="items", parent=whole.accepted.job_id)
     store.split(whole, [part])
     store.finish(take(store, part.job_id), "succeeded")
-    lapse(store)
+    expire_leases(store)
     store.worker_seen("w", 1, QUEUES)
 
     Reaper(store, core.worker_context.spool, "r").reap()

@@ -17,7 +17,7 @@ from support.job_stores import (
     attempt,
     depths,
     events,
-    lapse,
+    expire_leases,
     next_attempt,
     store_of,
     with_jobs,
@@ -89,7 +89,7 @@ def test_it_is_chosen_again_when_a_lease_ends(one_at_a_time: JobStore, end: str)
         store.finish(held, "succeeded")
         assert {held.accepted.job_id, taken(store)} == {first, second}
     else:
-        lapse(store)
+        expire_leases(store)
         store.reap_all(store.due())
         assert taken(store) in {first, second}
 

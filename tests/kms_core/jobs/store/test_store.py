@@ -39,8 +39,8 @@ from support.job_stores import (
     claimed,
     connect,
     events,
+    expire_leases,
     forge,
-    lapse,
     next_attempt,
     record,
     state,
@@ -246,7 +246,7 @@ def test_a_record_is_not_written_over(store: JobStore, tenant: str) -> None:
     assert store.redis.zcard("kms:open") == 1
 
 
-class Late(JobStore):
+class IdTakenMeanwhile(JobStore):
     """Of which every look is followed at once by another tenant's taking the id."""
 
     def seen(self, job_id: str, tenant: str) -> tuple[Job, bytes]:
@@ -262,7 +262,7 @@ def test_job_that_changes_hands_after_the_look_stays_as_it_is(store: JobStore, e
     if error:
         forge(store, job.job_id, state="failed", error=error)
     late = copy(store)
-    late.__class__ = Late
+    late.__class__ = IdTakenMeanwhile
     mine = record(store, job.job_id)
     for act in (late.cancel, late.retry):
         forge(store, job.job_id, tenant=TENANT, sealed=mine[b"sealed"])
@@ -342,7 +342,7 @@ def test_leased_job_is_nobody_else_s(store: JobStore) -> None:
     claim = claimed(store)
 
     assert store.claim(claim.accepted.job_id, "w2") is None
-    lapse(store)
+    expire_leases(store)
     store.renew(claim, {"bytes_done": 7})
     assert store.get(claim.accepted.job_id, TENANT).bytes_done == 7
     assert store.claim(claim.accepted.job_id, "w2") is None
@@ -351,7 +351,7 @@ def test_leased_job_is_nobody_else_s(store: JobStore) -> None:
 def test_lapsed_lease_is_taken_over_and_the_old_fence_is_powerless(store: JobStore) -> None:
     old = claimed(store)
     store.renew(old, {"bytes_done": 7, "items_done": 2, "items_failed": 1})
-    lapse(store)
+    expire_leases(store)
     new = again(store, old)
     powerless: list[Callable[[], None]] = [
         lambda: store.renew(old, {"bytes_done": 99}),
@@ -416,9 +416,9 @@ def test_attempts_are_counted_and_end(store: JobStore) -> None:
     claim = claimed(store)
     fences = [claim.fence]
     for _ in range(LONG.jobs.attempts - 1):
-        lapse(store)
+        expire_leases(store)
         fences.append(again(store, claim).fence)
-    lapse(store)
+    expire_leases(store)
 
     assert store.claim(claim.accepted.job_id, "w") is None
     found = store.get(claim.accepted.job_id, TENANT)
@@ -451,7 +451,7 @@ def test_each_return_to_the_queue_is_told_with_its_reason(store: JobStore) -> No
     job_id = claim.accepted.job_id
     store.defer(claim, 0, counts=False)
     again(store, claim)
-    lapse(store)
+    expire_leases(store)
     store.reap_all([job_id])
     store.stalled(again(store, claim))
     store.finish(again(store, claim), "failed", "attempts_exhausted")
@@ -529,7 +529,7 @@ def test_running_job_is_asked_to_stop(store: JobStore, *, is_dead: bool) -> None
     with pytest.raises(JobCancelled):
         store.committing(claim, COMMIT)
     if is_dead:
-        lapse(store)
+        expire_leases(store)
         assert store.claim(claim.accepted.job_id, "w2") is None
     else:
         store.finish(claim, "cancelled", "cancelled")
@@ -585,7 +585,7 @@ def test_commit_is_handed_to_whoever_comes_next(store: JobStore) -> None:
     claim = claimed(store)
     store.committing(claim, COMMIT)
     for number in range(2, 2 + 2 * LONG.jobs.attempts):  # a commit has no limit of attempts
-        lapse(store)
+        expire_leases(store)
         assert store.reap_all([claim.accepted.job_id]) == ["committing"]
         found = again(store, claim)
         assert (found.commit, found.attempt, found.fence) == (COMMIT, 1, number)

@@ -12,7 +12,7 @@ from kms_core.jobs.spec import QUEUES
 from kms_core.jobs.store import activity
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import RecordRefused, UnknownJob
-from support.job_stores import LONG, TENANT, accepted, forge, lapse, store_of
+from support.job_stores import LONG, TENANT, accepted, expire_leases, forge, store_of
 
 FIELDS: Final = ("sealed", "fence", "attempt", "run_by", "expires_at", "needs")
 JUNK: Final = (b"", b"junk", b"\xff\xfe")
@@ -42,7 +42,7 @@ def test_jobs_behind_it_are_taken_and_listed(store: JobStore, field: str) -> Non
 def test_the_reaper_takes_up_the_others(core: Core, store: JobStore, field: str) -> None:
     jobs = [store.submit(accepted()).job_id for _ in range(len(JUNK) + 1)]
     assert sorted(taken(store)) == sorted(jobs)
-    lapse(store)
+    expire_leases(store)
     *bad, good = jobs
     for job_id, value in zip(bad, JUNK, strict=True):
         forge(store, job_id, **{field: value})

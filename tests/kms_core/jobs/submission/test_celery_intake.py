@@ -74,29 +74,29 @@ def opened(service: Service) -> Intake:
 
 
 @pytest.fixture
-def desk(service: Service) -> Intake:
+def intake(service: Service) -> Intake:
     return opened(service)
 
 
-def refusal(desk: Intake, message: object, error: type[KmsError]) -> None:
+def refusal(intake: Intake, message: object, error: type[KmsError]) -> None:
     with pytest.raises(error) as caught:
-        desk.accept(message, WORKER)
+        intake.accept(message, WORKER)
     assert type(caught.value) is error
     assert CANARY not in str(caught.value)
     assert B64_CANARY not in str(caught.value)
 
 
-def taken(desk: Intake, message: str) -> None:
+def taken(intake: Intake, message: str) -> None:
     """Nothing is wrong with the message: next, Redis is asked."""
-    refusal(desk, message, JobsUnavailable)
+    refusal(intake, message, JobsUnavailable)
 
 
-def test_a_message_made_by_pyrage_opens(desk: Intake, recipient: str) -> None:
+def test_a_message_made_by_pyrage_opens(intake: Intake, recipient: str) -> None:
     """One of several recipients may be the service."""
     other = str(x25519.Identity.generate().to_public())
 
-    taken(desk, seal(recipient, body()))
-    taken(desk, seal(other, body(), [recipient]))
+    taken(intake, seal(recipient, body()))
+    taken(intake, seal(other, body(), [recipient]))
 
 
 NO_FILES: Final[dict[str, tuple[object, type[KmsError]]]] = {
@@ -116,26 +116,26 @@ NO_FILES: Final[dict[str, tuple[object, type[KmsError]]]] = {
 
 
 @pytest.mark.parametrize("what", NO_FILES)
-def test_what_is_no_age_file_is_refused(desk: Intake, what: str) -> None:
-    refusal(desk, *NO_FILES[what])
+def test_what_is_no_age_file_is_refused(intake: Intake, what: str) -> None:
+    refusal(intake, *NO_FILES[what])
 
 
-def test_a_message_to_somebody_else_is_refused(desk: Intake) -> None:
-    refusal(desk, seal(str(x25519.Identity.generate().to_public()), body()), DecryptFailed)
+def test_a_message_to_somebody_else_is_refused(intake: Intake) -> None:
+    refusal(intake, seal(str(x25519.Identity.generate().to_public()), body()), DecryptFailed)
 
 
-def test_a_message_under_a_passphrase_is_refused(desk: Intake) -> None:
+def test_a_message_under_a_passphrase_is_refused(intake: Intake) -> None:
     sealed = pyrage.passphrase.encrypt(json.dumps(body()).encode(), "hunter2")
 
-    refusal(desk, base64.b64encode(sealed).decode(), DecryptFailed)
+    refusal(intake, base64.b64encode(sealed).decode(), DecryptFailed)
 
 
-def test_a_ciphertext_of_the_service_is_no_message(desk: Intake, path: Path) -> None:
+def test_a_ciphertext_of_the_service_is_no_message(intake: Intake, path: Path) -> None:
     backend = AgeBackend(KeyFiles(path))
     key = KeyRef("default", "intake", backend.current_version(), backend.name)
     sealed = sealing.seal(json.dumps(body()).encode(), [(backend, key)], Context())
 
-    refusal(desk, base64.b64encode(sealed).decode(), DecryptFailed)
+    refusal(intake, base64.b64encode(sealed).decode(), DecryptFailed)
 
 
 def flipped(sealed: bytes, at: int) -> bytes:
@@ -154,10 +154,10 @@ CHANGES: Final[dict[str, Callable[[bytes], bytes]]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_tampered_or_cut_message_is_refused(desk: Intake, recipient: str, change: str) -> None:
+def test_a_tampered_or_cut_message_is_refused(intake: Intake, recipient: str, change: str) -> None:
     sealed = base64.b64decode(seal(recipient, body()))
 
-    refusal(desk, base64.b64encode(CHANGES[change](sealed)).decode(), DecryptFailed)
+    refusal(intake, base64.b64encode(CHANGES[change](sealed)).decode(), DecryptFailed)
 
 
 # -- size ---------------------------------------------------------------------------------------------
@@ -169,13 +169,15 @@ def padded(size: int) -> bytes:
 
 
 @pytest.mark.parametrize(("size", "error"), [(LIMIT, JobsUnavailable), (LIMIT + 1, TooLarge)], ids=str)
-def test_json_is_bounded_to_the_byte(desk: Intake, recipient: str, size: int, error: type[KmsError]) -> None:
-    refusal(desk, seal(recipient, padded(size)), error)
+def test_json_is_bounded_to_the_byte(
+    intake: Intake, recipient: str, size: int, error: type[KmsError]
+) -> None:
+    refusal(intake, seal(recipient, padded(size)), error)
 
 
 @pytest.mark.parametrize("size", [65, 500], ids=["stanzas", "bytes"])
-def test_headers_are_bounded(desk: Intake, recipient: str, size: int) -> None:
-    refusal(desk, seal(recipient, b"", [recipient] * size), TooLarge)
+def test_headers_are_bounded(intake: Intake, recipient: str, size: int) -> None:
+    refusal(intake, seal(recipient, b"", [recipient] * size), TooLarge)
 
 
 # -- shape --------------------------------------------------------------------------------------------
@@ -216,9 +218,9 @@ NOT_AS_DESCRIBED: Final[dict[str, bytes | dict[str, object]]] = {
 
 @pytest.mark.parametrize("content", NOT_AS_DESCRIBED.values(), ids=NOT_AS_DESCRIBED)
 def test_what_the_schema_does_not_describe_is_refused(
-    desk: Intake, recipient: str, content: bytes | dict[str, object]
+    intake: Intake, recipient: str, content: bytes | dict[str, object]
 ) -> None:
-    refusal(desk, seal(recipient, content), InvalidRequest)
+    refusal(intake, seal(recipient, content), InvalidRequest)
 
 
 @pytest.mark.parametrize(
@@ -235,22 +237,22 @@ def test_what_the_schema_does_not_describe_is_refused(
     ],
 )
 def test_a_message_has_a_term_of_a_day(
-    desk: Intake, recipient: str, expires_at: float | str, error: type[KmsError]
+    intake: Intake, recipient: str, expires_at: float | str, error: type[KmsError]
 ) -> None:
     text = expires_at if isinstance(expires_at, str) else in_s(expires_at)
-    refusal(desk, seal(recipient, body(expires_at=text)), error)
+    refusal(intake, seal(recipient, body(expires_at=text)), error)
 
 
 @pytest.mark.parametrize("token", ["", "kms_0123456789", None])
 def test_without_authentication_a_token_is_not_looked_at(
-    desk: Intake, recipient: str, token: str | None
+    intake: Intake, recipient: str, token: str | None
 ) -> None:
     """And may be absent."""
     content = body(token=token)
     if token is None:
         del content["token"]
 
-    taken(desk, seal(recipient, content))
+    taken(intake, seal(recipient, content))
 
 
 def schema() -> dict[str, object]:
@@ -276,11 +278,11 @@ def test_after_a_rotation_old_and_new_messages_open(service: Service, path: Path
     with path.open("a") as file:
         file.write(f"# the new one\n{x25519.Identity.generate()}\n\n")
     rotated = str(celery_intake.recipient(path))
-    desk = opened(service)
+    intake = opened(service)
 
     assert rotated != recipient
     for one in (recipient, rotated):
-        taken(desk, seal(one, body()))
+        taken(intake, seal(one, body()))
 
 
 def test_the_key_may_be_a_post_quantum_one(service: Service, path: Path) -> None:
@@ -342,12 +344,12 @@ def task(
 
 @pytest.mark.parametrize("away", ["Redis and broker", "a key"])
 def test_a_good_message_goes_back_to_the_queue_while_something_is_away(
-    desk: Intake, recipient: str, away: str
+    intake: Intake, recipient: str, away: str
 ) -> None:
     def build() -> Intake:
         if away == "a key":
             raise ConfigurationError
-        return desk
+        return intake
 
     with pytest.raises(Reject) as caught:
         task(build)(seal(recipient, body()))
@@ -355,10 +357,10 @@ def test_a_good_message_goes_back_to_the_queue_while_something_is_away(
     assert caught.value.requeue
 
 
-def test_a_good_message_is_sent_again_while_redis_is_away(desk: Intake, recipient: str) -> None:
+def test_a_good_message_is_sent_again_while_redis_is_away(intake: Intake, recipient: str) -> None:
     message = seal(recipient, body())
     with pytest.raises(Ignore):
-        task(lambda: desk, "memory://again")(message)
+        task(lambda: intake, "memory://again")(message)
 
     with connect("memory://again") as connection, connection.SimpleQueue("kms.submit") as simple:
         assert simple.get(timeout=10).payload[0] == [message]
@@ -369,14 +371,14 @@ def test_a_good_message_is_sent_again_while_redis_is_away(desk: Intake, recipien
     [((), {}), (("a", "b"), {}), (("a",), {"b": 1}), ((), {"message": "a"})],
     ids=["none", "two", "more by name", "by name"],
 )
-def test_the_task_takes_one_argument(desk: Intake, args: tuple[str, ...], named: dict[str, object]) -> None:
+def test_the_task_takes_one_argument(intake: Intake, args: tuple[str, ...], named: dict[str, object]) -> None:
     with pytest.raises(InvalidRequest):
-        task(lambda: desk)(*args, **named)
+        task(lambda: intake)(*args, **named)
 
 
-def test_a_refusal_leaves_the_process_without_its_text(desk: Intake) -> None:
+def test_a_refusal_leaves_the_process_without_its_text(intake: Intake) -> None:
     with pytest.raises(NotACiphertext) as caught:
-        task(lambda: desk)(B64_CANARY)
+        task(lambda: intake)(B64_CANARY)
 
     assert caught.value.__suppress_context__
     assert caught.value.detail == NotACiphertext.summary
@@ -392,9 +394,9 @@ def test_what_nobody_foresaw_does_not_come_back() -> None:
     assert type(caught.value) is KmsError
 
 
-def test_a_worker_without_a_key_serves_no_messages(desk: Intake) -> None:
+def test_a_worker_without_a_key_serves_no_messages(intake: Intake) -> None:
     assert tasks.queues(None) == ()
-    assert tasks.queues(desk) == ("kms.submit",)
+    assert tasks.queues(intake) == ("kms.submit",)
     with pytest.raises(UnknownKey):
         task(lambda: None)("x")
 

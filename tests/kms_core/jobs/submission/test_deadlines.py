@@ -17,7 +17,7 @@ from kms_protocol.context import Context
 from kms_protocol.errors import InvalidDeadline, JobExpired
 from kms_protocol.wire import JobItem
 from support.core_jobs import WHO
-from support.job_stores import COMMIT, LONG, TENANT, accepted, attempt, lapse, record
+from support.job_stores import COMMIT, LONG, TENANT, accepted, attempt, expire_leases, record
 from support.waiting import monotonic_ahead, until
 
 NOW: Final = 1_900_000_000.0
@@ -178,7 +178,7 @@ def test_a_commit_that_was_recorded_in_time_is_finished_under_a_whole_lease(stor
     job_id = job(store, run_by=1)
     store.committing(attempt(store), COMMIT)
     over(store, store.accepted(job_id).run_by)
-    lapse(store)
+    expire_leases(store)
 
     again = store.claim(job_id, "w/2")
 

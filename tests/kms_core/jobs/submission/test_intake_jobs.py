@@ -24,7 +24,7 @@ from kms_protocol.errors import (
     UnknownKey,
 )
 from support.celery_messages import JOB, PLAIN, body, in_s, seal
-from support.credentials import Guarded
+from support.credentials import SecuredService
 from support.service import CANARY, Service, b64, core_of
 
 
@@ -214,7 +214,7 @@ def test_a_message_with_the_id_of_a_job_leaves_it_to_its_submitter(
     tmp_path: Path, redis_url: str, tenant: str
 ) -> None:
     """Of a colleague it is a replay; of another tenant it is none, or its sender would wait for others."""
-    install = Guarded(tmp_path, redis=redis_url)
+    install = SecuredService(tmp_path, redis=redis_url)
     core, asked = core_of(install), body()
     desk, store = opened(install, core), core.submitter.store
     recipient = str(celery_intake.recipient(install.settings.kms.jobs.intake_identity_path))
