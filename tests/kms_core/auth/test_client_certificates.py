@@ -1,5 +1,6 @@
 """Client certificates: their names, each with its kind, and which are revoked."""
 
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -7,9 +8,11 @@ from typing import Final
 
 import pytest
 from cryptography import x509
+from structlog.testing import capture_logs
 
 from kms_core.auth import client_certificates
 from kms_core.auth.client_certificates import Revocations
+from kms_core.observability import metrics
 from support.credentials import DAY, HOUR, Authority, CertAndKey, der_of, shown
 
 NAME: Final = "a CA that was re-keyed"
@@ -86,6 +89,44 @@ def test_each_list_of_authorities_of_one_name_must_be_current(
     client_ca.put(changed.crl(lasts=lasts, ago=ago), current.crl())
 
     assert not found.is_current()
+
+
+def end_of(text: bytes) -> float:
+    """When the next list is due, in seconds since the epoch."""
+    end = x509.load_pem_x509_crl(text).next_update_utc
+    assert end is not None
+    return end.timestamp()
+
+
+def test_a_list_is_not_current_at_the_time_of_the_next(client_ca: ClientCa, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = client_ca.new.crl()
+    client_ca.put(client_ca.old.crl(lasts=2 * DAY), text)
+    found, end = client_ca.lists(), end_of(text)
+
+    monkeypatch.setattr(time, "time", lambda: end - 1)
+    assert found.is_current()
+    monkeypatch.setattr(time, "time", lambda: end)
+    assert not found.is_current()
+
+
+def test_the_metric_has_the_first_end_from_the_start_on(client_ca: ClientCa) -> None:
+    text = client_ca.new.crl()
+    client_ca.put(client_ca.old.crl(lasts=2 * DAY), text)
+    metrics.CLIENT_CRL_EXPIRES.set(0)
+    client_ca.lists()
+
+    assert metrics.CLIENT_CRL_EXPIRES._value.get() == end_of(text)  # noqa: SLF001 -- the library shows none
+
+
+def test_each_list_that_expired_is_logged_once(client_ca: ClientCa) -> None:
+    found = client_ca.lists()
+    with capture_logs() as logs:
+        for ago in (10, 20):
+            client_ca.put(client_ca.old.crl(lasts=timedelta(seconds=-ago)), client_ca.new.crl())
+            for _ in range(2):
+                assert not found.is_current()
+
+    assert [each["event"] for each in logs].count("client_crl.expired") == 2
 
 
 @pytest.mark.parametrize("name", [NAME, "another CA"])
