@@ -60,14 +60,15 @@ def test_the_checkpoint_may_stand_in_the_next_file(audit_folder: AuditFolder) ->
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "reason"),
     [
-        *("", "x", "api-20260101T000000.000000Z-1:5", "../../etc/passwd:1"),
-        *("{chain}:999", "{chain}:-1", "{chain}:1x"),
+        *((name, "An audit id is a chain, a colon") for name in ("", "x", "{chain}:-1", "{chain}:1x")),
+        ("../../etc/passwd:1", "An audit id is a chain, a colon"),
+        *((name, "No record") for name in ("api-20260101T000000.000000Z-1:5", "{chain}:999")),
     ],
 )
-def test_an_unknown_id_has_none(audit_folder: AuditFolder, ids: list[str], name: str) -> None:
-    with pytest.raises(UnknownRecord):
+def test_an_unknown_id_has_none(audit_folder: AuditFolder, ids: list[str], name: str, reason: str) -> None:
+    with pytest.raises(UnknownRecord, match=f"^{reason}"):
         receipt.make(audit_folder.folder, name.replace("{chain}", ids[0].partition(":")[0]))
 
 
