@@ -21,7 +21,7 @@ from support.audit_logs import PROGRAM, AuditFolder, audit_section, chain_name, 
 Change = Callable[[list[bytes]], list[bytes]]
 SMALL: Final = audit_section(checkpoint_lines=5)
 HOLD: Final = f"""{PROGRAM}
-place.trail(role="worker").append(record(9))
+audit_folder.trail(role="worker").append(record(9))
 print(flush=True)
 sys.stdin.read()
 """
@@ -79,6 +79,16 @@ def test_without_a_key_the_trails_own_is_taken_and_that_is_said(audit_folder: Au
 
     assert (report.verdict, report.trusted) == ("intact", False)
     assert codes(verify(audit_folder.folder, PublicKeys([other]))) == ["unknown_key"]
+
+
+@pytest.mark.parametrize("key", [b"", b"00", b"no hex"])
+def test_a_log_without_a_key_that_can_be_taken_is_a_finding(audit_folder: AuditFolder, key: bytes) -> None:
+    audit_folder.written(3)
+    (path,) = audit_folder.files()
+    named = b'"public_key":"%b"' % key
+    rewrite(path, lambda lines: [re.sub(rb'"public_key":"\w+"', named, line) for line in lines])
+
+    assert "edited" in codes(verify(audit_folder.folder))
 
 
 def test_progress_is_told_at_first_and_after_each_file(audit_folder: AuditFolder) -> None:
