@@ -178,14 +178,25 @@ def test_files_whose_removal_is_on_record_are_not_missed(
     assert codes(watch) == set()
 
 
+def broken(*_: object) -> ScannedSpan:
+    raise ZeroDivisionError
+
+
+def test_an_error_that_no_code_expects_is_left_to_the_thread_which_logs_it(
+    audit_folder: AuditFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audit_folder.written(3)
+    watch = audit_folder.monitor()
+    monkeypatch.setattr(verify, "scan", broken)
+
+    with pytest.raises(ZeroDivisionError):
+        watch.round()
+
+
 def test_an_error_that_no_code_expects_is_reported_and_the_next_round_is_as_ever(
     audit_folder: AuditFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first one is at once, in the thread that goes on after it."""
-
-    def broken(*_: object) -> ScannedSpan:
-        raise ZeroDivisionError
-
     path = audit_folder.written(3)
     watch = audit_folder.monitor()
     monkeypatch.setattr(verify, "scan", broken)

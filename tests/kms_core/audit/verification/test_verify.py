@@ -21,7 +21,7 @@ from support.audit_logs import PROGRAM, AuditFolder, audit_section, chain_name, 
 Change = Callable[[list[bytes]], list[bytes]]
 SMALL: Final = audit_section(checkpoint_lines=5)
 HOLD: Final = f"""{PROGRAM}
-audit_folder.trail(role="worker").append(record(9))
+place.trail(role="worker").append(record(9))
 print(flush=True)
 sys.stdin.read()
 """
