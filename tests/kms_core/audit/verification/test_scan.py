@@ -197,12 +197,15 @@ def test_a_witness_counts_for_one_checkpoint_interval(
     assert (report.verdict, codes(report)) == (verdict, [])
 
 
-@pytest.mark.parametrize(("records", "verdict"), [(3_100, "open end"), (6_100, "intact")])
+@pytest.mark.parametrize(
+    ("every", "records", "verdict"),
+    [(3_000, 3_100, "open end"), (3_000, 6_100, "intact"), (500, 1_250, "open end")],
+)
 def test_the_interval_is_that_of_the_chain_where_it_signed_less_often(
-    audit_folder: AuditFolder, records: int, verdict: str
+    audit_folder: AuditFolder, every: int, records: int, verdict: str
 ) -> None:
     """One signed line, number 3,000, tells of no interval; behind the second as many lines may follow."""
-    path = audit_folder.written(records, audit_section(checkpoint_lines=3_000, checkpoint_s=1e9))
+    path = audit_folder.written(records, audit_section(checkpoint_lines=every, checkpoint_s=1e9))
     rewrite(path, lambda lines: lines[:-1])
     append_forged(path, 1_200)
     audit_folder.written(1)
