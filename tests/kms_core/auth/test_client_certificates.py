@@ -98,7 +98,9 @@ def end_of(text: bytes) -> float:
     return end.timestamp()
 
 
-def test_a_list_is_not_current_at_the_time_of_the_next(client_ca: ClientCa, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_is_not_current_at_the_time_of_the_next(
+    client_ca: ClientCa, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = client_ca.new.crl()
     client_ca.put(client_ca.old.crl(lasts=2 * DAY), text)
     found, end = client_ca.lists(), end_of(text)
