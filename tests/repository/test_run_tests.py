@@ -6,8 +6,6 @@
 import json
 import re
 import runpy
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -116,17 +114,6 @@ def test_a_run_that_hangs_ends_and_says_where(
     assert "test_it.py::test_hangs" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(("folder", "code"), [("e2e", 0), ("kms_core", 1)])
-@pytest.mark.usefixtures("runner")
-def test_files_of_the_second_tier_alone_leave_the_first_green(tmp_path: Path, folder: str, code: int) -> None:
-    file = tmp_path / f"tests/{folder}/test_it.py"
-    file.parent.mkdir(parents=True)
-    file.write_text(textwrap.dedent(ALWAYS))
-
-    done = subprocess.run([sys.executable, "-m", "pytest", "--tier=1", str(file)], cwd=tmp_path, check=False)
-    assert done.returncode == code
-
-
 def test_the_list_of_the_second_tier_names_tests() -> None:
     for each in tiers.listed():
         path, _, name = each.partition("::")
@@ -178,5 +165,5 @@ def test_a_module_does_not_run_the_tests_of_its_neighbours() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
-def test_each_module_has_tests(module: Path) -> None:
-    assert affected_by(module)
+def test_each_module_has_tests_of_the_first_tier(module: Path) -> None:
+    assert not all(tiers.is_second(str(test)) for test in affected_by(module))
