@@ -85,18 +85,16 @@ def test_end_of_the_whole_is_signed_with_the_sums_of_its_parts(core: Core, bad: 
 # -- workers that die, and that overlap -----------------------------------------------------------------
 
 
-def test_whole_has_a_lease_from_the_end_of_its_last_part_on(
-    core: Core, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without one nobody would end it, if the worker of that part dies."""
+def test_last_part_extends_the_lease_of_the_whole(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one nobody would end the whole, if the worker of that part dies."""
     job_id, *parts = submit(core)
     monkeypatch.setattr(runner, "end_parent", lambda job, _: job)
-    leased = []
+    leased = [core.worker_context.store.redis.zscore("kms:leased", job_id)]
     for part in parts:
         run(core, part)
-        leased.append(core.worker_context.store.redis.zscore("kms:leased", job_id) is not None)
+        leased.append(core.worker_context.store.redis.zscore("kms:leased", job_id))
 
-    assert leased == [False, False, True]
+    assert [until == leased[0] for until in leased] == [True, True, True, False]
 
 
 def test_reaper_sends_for_another_worker(core: Core, unended: list[str]) -> None:
