@@ -83,8 +83,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def uncollected() -> Iterator[None]:
-    """For inputs nested without end: in their depth there is no room for the garbage of other tests."""
+def gc_disabled() -> Iterator[None]:
+    """Without garbage collection, for inputs nested without end: it would recurse in their depth."""
     gc.disable()
     yield
     gc.enable()

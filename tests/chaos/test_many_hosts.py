@@ -72,9 +72,9 @@ def _run(folder: Path, seed: int) -> Verdict:
     begun = time.monotonic()
     with fleet(folder, seed) as hosts:
         core = core_of(hosts)
-        book = ObjectJobMix(hosts.launch(), core, seed, scale=SCALE, bucket=hosts.shared.files)
-        load = Load(hosts, book, JOBS, SENDERS, seed, most=0, token=hosts.token)
-        cuts = CutLines(hosts, book, load, seed)
+        mix = ObjectJobMix(hosts.launch(), core, seed, scale=SCALE, bucket=hosts.shared.files)
+        load = Load(hosts, mix, JOBS, SENDERS, seed, most=0, token=hosts.token)
+        cuts = CutLines(hosts, mix, load, seed)
         _cut(hosts, load, cuts, seed)
         checks = JobChecks(hosts, load, lambda: hosts.shared.files.creations("out/"), room_was_short=False)
         checks.wait(PATIENCE_S)
@@ -84,9 +84,9 @@ def _run(folder: Path, seed: int) -> Verdict:
         checks.spool_is_empty()
         facts = {
             "seconds": round(time.monotonic() - begun),
-            "jobs": len(load.tickets),
+            "jobs": len(load.accepted_jobs),
             "states": dict(checks.states),
-            "claims": Counter(_claims(hosts, ticket.job_id) for ticket in load.tickets),
+            "claims": Counter(_claims(hosts, accepted.job_id) for accepted in load.accepted_jobs),
             "claims of cut jobs": [_claims(hosts, job_id) for job_id in cuts.cut_jobs],
             "crossed": hosts.spread.crossed,
             "glimpses": len(load.glimpses),
@@ -109,14 +109,14 @@ def _run(folder: Path, seed: int) -> Verdict:
 def _cut(hosts: Fleet, load: Load, cuts: CutLines, seed: int) -> None:
     """All faults, in the order of the seed; jobs arrive before, during and after each."""
     rng = random.Random(seed + 1)  # noqa: S311 -- repeatable, no secret
-    names = list(cuts.blows)
+    names = list(cuts.faults_by_name)
     rng.shuffle(names)
     load.start()
     for number, name in enumerate(names, start=1):
         share = JOBS * number // len(names)
-        after = len(load.tickets) + rng.randrange(JOBS // len(names) // 2)
+        after = len(load.accepted_jobs) + rng.randrange(JOBS // len(names) // 2)
         load.most = share
-        while len(load.tickets) < after and load.busy:
+        while len(load.accepted_jobs) < after and load.busy:
             hosts.restart_dead()
             time.sleep(0.05)
         cuts.inject(name)

@@ -16,7 +16,7 @@ from celery import Celery
 from kombu.connection import Connection
 
 from support import malformed_messages
-from support.celery_messages import OPTIONS, body, broker_of, seal, whom
+from support.celery_messages import OPTIONS, body, broker_of, intake_recipient, seal
 from support.malformed_messages import QUEUES, Poison
 from support.rabbitmq import OnRabbit
 from support.service import Service, b64, core_of
@@ -189,7 +189,7 @@ def test_options_of_celery_are_obeyed_by_nobody(poisoned: Service) -> None:
 
 
 def test_refused_submission_leaves_nothing_but_its_task_id(poisoned: Service) -> None:
-    for number, argument in enumerate((SECRET, seal(whom(poisoned), body(version=2)))):
+    for number, argument in enumerate((SECRET, seal(intake_recipient(poisoned), body(version=2)))):
         text = json.dumps([[argument], {}, None]).encode()
         headers = malformed_messages.headers("kms.submit", id=f"sent-{number}")
         publish(poisoned, "kms.submit", [Poison(text, headers)])
@@ -221,7 +221,7 @@ def test_what_cannot_be_sealed_needs_no_pool_process(poisoned: Service) -> None:
 @contextmanager
 def held_message(service: Service) -> Iterator[str]:
     """The task id of a submission that whichever child has it holds: its intake key is a FIFO."""
-    recipient, path = whom(service), service.settings.kms.jobs.intake_identity_path
+    recipient, path = intake_recipient(service), service.settings.kms.jobs.intake_identity_path
     kept = path.rename(path.with_suffix(".kept"))
     os.mkfifo(path, 0o600)
     task_id = str(uuid.uuid4())

@@ -47,12 +47,12 @@ def test_jobs_are_lost_on_a_real_file_system_if_the_spool_is_only_written(tmp_pa
 
 
 @pytest.fixture
-def broken(tmp_path: Path) -> OnSyncedDisk:
+def recorded_service(tmp_path: Path) -> OnSyncedDisk:
     return OnSyncedDisk(tmp_path, SETTINGS)
 
 
-def test_disk_that_cannot_sync_refuses_jobs_and_keeps_nothing_of_them(broken: OnSyncedDisk) -> None:
-    with broken as service:
+def test_disk_that_cannot_sync_refuses_jobs_and_keeps_nothing_of_them(recorded_service: OnSyncedDisk) -> None:
+    with recorded_service as service:
         service.start("api")
         service.disk.broken.touch()
         for answer in (
@@ -77,8 +77,8 @@ def works(service: Service) -> None:
     assert service.decrypt(service.result(job_id), None) == b"again"
 
 
-def test_result_that_cannot_be_synced_waits_for_the_disk(broken: OnSyncedDisk) -> None:
-    with broken as service:
+def test_result_that_cannot_be_synced_waits_for_the_disk(recorded_service: OnSyncedDisk) -> None:
+    with recorded_service as service:
         service.start("api")
         job_id = service.upload("encrypt", b"x" * 100_000)
         service.disk.broken.touch()

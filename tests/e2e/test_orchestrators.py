@@ -20,7 +20,7 @@ from kms_core.jobs.store.store import JobStore
 from kms_core.settings.model import EndpointSection
 from kms_protocol.errors import GroupComplete, UnknownJob
 from kms_protocol.wire import PREFIX
-from support.job_stores import LONG, TENANT, accepted, store_of
+from support.job_stores import LASTING_LEASES, TENANT, accepted, store_of
 from support.service import Json, Service, b64, check_problem
 from support.waiting import until
 
@@ -263,7 +263,7 @@ def test_unknown_group(service: Service) -> None:
 
 @pytest.fixture
 def store(core: Core) -> JobStore:
-    return store_of(core, LONG)
+    return store_of(core, LASTING_LEASES)
 
 
 def member(name: str, jobs: int, **more: object) -> dict[str, object]:

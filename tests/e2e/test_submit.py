@@ -18,7 +18,17 @@ from kombu.connection import Connection
 
 from kms_core.jobs.submission import celery_intake
 from kms_core.settings.redis_urls import for_celery
-from support.celery_messages import JOB, OPTIONS, PLAIN, body, broker_of, decrypted, seal, send, whom
+from support.celery_messages import (
+    JOB,
+    OPTIONS,
+    PLAIN,
+    body,
+    broker_of,
+    decrypted,
+    intake_recipient,
+    seal,
+    send,
+)
 from support.programs import program
 from support.service import B64_CANARY, CANARY, Service, b64, core_of
 from support.waiting import until
@@ -46,7 +56,7 @@ def ended(service: Service, asked: Mapping[str, object]) -> str:
 
 def test_bulk_items_make_the_round_trip(service: Service) -> None:
     asked = body(JOB | {"items": [{"plaintext": b64(text.encode())} for text in PLAIN]})
-    message = seal(whom(service), asked)
+    message = seal(intake_recipient(service), asked)
     for _ in range(3):
         send(service, message)
 
@@ -56,7 +66,7 @@ def test_bulk_items_make_the_round_trip(service: Service) -> None:
 
 def test_stock_age_makes_a_message(service: Service) -> None:
     asked = body()
-    command = [program("age"), "-r", whom(service)]
+    command = [program("age"), "-r", intake_recipient(service)]
     sealed = subprocess.run(command, input=json.dumps(asked).encode(), capture_output=True, check=True)
     send(service, base64.b64encode(sealed.stdout).decode())
 
@@ -68,7 +78,10 @@ def test_link_fires_with_the_job_id_when_the_message_is_taken(service: Service) 
     app = Celery(set_as_current=False)
     link = app.signature("workflow.taken", queue=queue)
     send(
-        service, seal(whom(service), asked), link=link, link_error=app.signature("workflow.not", queue=queue)
+        service,
+        seal(intake_recipient(service), asked),
+        link=link,
+        link_error=app.signature("workflow.not", queue=queue),
     )
 
     assert received(service, queue) == [asked["job_id"]]
@@ -80,7 +93,7 @@ def test_link_error_fires_with_the_task_id_when_it_is_refused(service: Service, 
     app = Celery(set_as_current=False)
     link = app.signature("workflow.taken", queue=queue)
     error = app.signature("workflow.not", queue=queue)
-    message = seal(whom(service), body(version=2)) if sealed else "%"
+    message = seal(intake_recipient(service), body(version=2)) if sealed else "%"
     task_id = send(service, message, link=link, link_error=error)
 
     assert received(service, queue) == [task_id]
@@ -113,7 +126,7 @@ def test_redis_and_logs_see_no_plaintext(tmp_path: Path) -> None:
     """All that the server was ever told is in its log on disk. Of refusals: tests/chaos/test_poison.py."""
     with Service(tmp_path, '[kms.log]\nlevel = "debug"\n') as own:
         asked = body()
-        send(own.start(), seal(whom(own), asked))
+        send(own.start(), seal(intake_recipient(own), asked))
         ended(own, asked)
 
         told = b"".join(path.read_bytes() for path in own.valkey.files.data_dir.rglob("*aof*"))
@@ -132,7 +145,7 @@ def test_a_message_waits_for_the_store_and_is_taken_once(tmp_path: Path, redis_u
     with Service(tmp_path, f'[kms.redis]\nbroker_url = "{broker}"\n') as service:
         service.start()
         asked = body()
-        message = seal(whom(service), asked)
+        message = seal(intake_recipient(service), asked)
         os.kill(service.valkey.pid, signal.SIGKILL)
         send(service, message)
         until(lambda: service.output("worker").count("submit.postponed") >= 2, "the message has come back")
@@ -161,7 +174,7 @@ def test_message_that_a_killed_worker_had_in_hand_is_taken_within_the_hour(tmp_p
     with Service(tmp_path) as service:
         service.start("api")
         asked = body()
-        send(service, seal(whom(service), asked))
+        send(service, seal(intake_recipient(service), asked))
         store = core_of(service).worker_context.store
         message = json.loads(cast("bytes", store.redis.rpop("kms:kms.submit")))
         properties = message["properties"]

@@ -18,7 +18,7 @@ from kms_core.jobs.events.webhook import WebhookEndpoint, post
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.wire import JobState
 from support.credentials import REQUIRED, SecuredService
-from support.job_stores import LONG, TENANT, claimed, store_of
+from support.job_stores import LASTING_LEASES, TENANT, claimed, store_of
 from support.service import CANARY, CONTEXT, Service, b64, check_problem, core_of
 from support.waiting import until
 from support.webhooks import (
@@ -52,11 +52,11 @@ def receiver(authority: Authority) -> Iterator[Receiver]:
 
 @pytest.fixture
 def store(core: Core) -> JobStore:
-    return store_of(core, LONG, [])
+    return store_of(core, LASTING_LEASES, [])
 
 
 @pytest.fixture
-def ci(tmp_path: Path, receiver: Receiver, authority: Authority) -> WebhookEndpoint:
+def webhook_endpoint(tmp_path: Path, receiver: Receiver, authority: Authority) -> WebhookEndpoint:
     return endpoint(tmp_path, receiver.url(), authority)
 
 
@@ -99,11 +99,14 @@ def deliver(store: JobStore, endpoints: Mapping[str, WebhookEndpoint], name: str
     ("state", "code"), [("succeeded", ""), ("failed", "items_failed"), ("cancelled", "cancelled")]
 )
 def test_each_end_is_told_once(
-    store: JobStore, ci: WebhookEndpoint, receiver: Receiver, state: JobState, code: str
+    store: JobStore, webhook_endpoint: WebhookEndpoint, receiver: Receiver, state: JobState, code: str
 ) -> None:
     job_id = end(store, state, code)
-    with running_dispatcher(store, {"ci": ci}), running_dispatcher(store, {"ci": ci}, "w2"):
-        until(lambda: settled(Outbox(store, {"ci": ci})), "the delivery")
+    with (
+        running_dispatcher(store, {"ci": webhook_endpoint}),
+        running_dispatcher(store, {"ci": webhook_endpoint}, "w2"),
+    ):
+        until(lambda: settled(Outbox(store, {"ci": webhook_endpoint})), "the delivery")
 
     [request] = receiver.requests
     event = json.loads(request.body)
@@ -114,8 +117,10 @@ def test_each_end_is_told_once(
     assert CANARY.encode() not in request.body
 
 
-def test_only_the_endpoints_states_are_told(store: JobStore, ci: WebhookEndpoint, receiver: Receiver) -> None:
-    chatty = changed(ci, events=("queued", "running", "failed"))
+def test_only_the_endpoints_states_are_told(
+    store: JobStore, webhook_endpoint: WebhookEndpoint, receiver: Receiver
+) -> None:
+    chatty = changed(webhook_endpoint, events=("queued", "running", "failed"))
     end(store)
     deliver(store, {"ci": chatty})
 
@@ -124,9 +129,9 @@ def test_only_the_endpoints_states_are_told(store: JobStore, ci: WebhookEndpoint
 
 
 def test_a_queued_event_of_a_deferred_job_is_no_error(
-    store: JobStore, ci: WebhookEndpoint, receiver: Receiver
+    store: JobStore, webhook_endpoint: WebhookEndpoint, receiver: Receiver
 ) -> None:
-    chatty = changed(ci, events=("queued",))
+    chatty = changed(webhook_endpoint, events=("queued",))
     claim = claimed(store, callback="ci")
     store.defer(claim, 60, counts=False)
     deliver(store, {"ci": chatty})
@@ -135,11 +140,13 @@ def test_a_queued_event_of_a_deferred_job_is_no_error(
     assert [json.loads(request.body)["data"]["error"] for request in receiver.requests] == [None, None]
 
 
-def test_more_events_than_one_batch(store: JobStore, ci: WebhookEndpoint, receiver: Receiver) -> None:
+def test_more_events_than_one_batch(
+    store: JobStore, webhook_endpoint: WebhookEndpoint, receiver: Receiver
+) -> None:
     for _ in range(260):
         end(store, callback="")
     job_id = end(store)
-    with running_dispatcher(store, {"ci": ci}):
+    with running_dispatcher(store, {"ci": webhook_endpoint}):
         until(lambda: receiver.requests, "the delivery")
 
     assert set(subjects(receiver)) == {job_id}
@@ -151,11 +158,11 @@ def test_more_events_than_one_batch(store: JobStore, ci: WebhookEndpoint, receiv
 
 @pytest.mark.parametrize("answer", [500, (307, "/elsewhere"), 404], ids=["500", "redirect", "404"])
 def test_a_refusal_is_tried_again_with_the_same_id_and_body(
-    store: JobStore, ci: WebhookEndpoint, receiver: Receiver, answer: int | tuple[int, str]
+    store: JobStore, webhook_endpoint: WebhookEndpoint, receiver: Receiver, answer: int | tuple[int, str]
 ) -> None:
     receiver.answers = [answer]
     end(store)
-    deliver(store, {"ci": ci})
+    deliver(store, {"ci": webhook_endpoint})
 
     first, second = receiver.requests
     assert (first.path, first.body) == (second.path, second.body)
@@ -163,25 +170,29 @@ def test_a_refusal_is_tried_again_with_the_same_id_and_body(
 
 
 def test_an_endpoint_that_this_worker_does_not_know_yet_waits(
-    store: JobStore, ci: WebhookEndpoint, receiver: Receiver
+    store: JobStore, webhook_endpoint: WebhookEndpoint, receiver: Receiver
 ) -> None:
     job_id = end(store)
     with running_dispatcher(store, {}):
         until(lambda: any(found.attempts for found in every(Outbox(store, {}))), "a failed attempt")
-    with running_dispatcher(store, {"ci": ci}, "w2"):
+    with running_dispatcher(store, {"ci": webhook_endpoint}, "w2"):
         until(lambda: receiver.requests, "the delivery")
 
     assert subjects(receiver) == [job_id]
 
 
 def test_a_slow_receiver_does_not_hold_up_another(
-    store: JobStore, ci: WebhookEndpoint, receiver: Receiver, authority: Authority, tmp_path: Path
+    store: JobStore,
+    webhook_endpoint: WebhookEndpoint,
+    receiver: Receiver,
+    authority: Authority,
+    tmp_path: Path,
 ) -> None:
     released = Event()
     with receiving(authority) as slow:
         slow.slowly = released.wait
         (tmp_path / "slow").mkdir()
-        endpoints = {"ci": ci, "slow": endpoint(tmp_path / "slow", slow.url(), authority)}
+        endpoints = {"ci": webhook_endpoint, "slow": endpoint(tmp_path / "slow", slow.url(), authority)}
         stuck = [end(store, callback="slow") for _ in range(9)]
         job_id = end(store)
         with running_dispatcher(store, endpoints):
@@ -194,7 +205,9 @@ def test_a_slow_receiver_does_not_hold_up_another(
     assert sorted(subjects(slow)) == sorted(stuck)
 
 
-def test_deliveries_are_counted(store: JobStore, ci: WebhookEndpoint, receiver: Receiver) -> None:
+def test_deliveries_are_counted(
+    store: JobStore, webhook_endpoint: WebhookEndpoint, receiver: Receiver
+) -> None:
     def counts() -> list[float]:
         name, results = "kms_webhook_deliveries_total", ("delivered", "retried", "gone")
         found = [REGISTRY.get_sample_value(name, {"endpoint": "ci", "result": result}) for result in results]
@@ -204,7 +217,7 @@ def test_deliveries_are_counted(store: JobStore, ci: WebhookEndpoint, receiver: 
     receiver.answers = [503, 204, 410]
     for _ in range(2):
         end(store)
-        deliver(store, {"ci": ci})
+        deliver(store, {"ci": webhook_endpoint})
 
     assert len(receiver.requests) == 3
     assert [after - then for after, then in zip(counts(), before, strict=True)] == [1, 1, 1]
@@ -215,13 +228,13 @@ def test_deliveries_are_counted(store: JobStore, ci: WebhookEndpoint, receiver: 
 
 @pytest.mark.parametrize("sent", [0, 1], ids=["before sending", "before settling"])
 def test_what_a_killed_worker_did_not_settle_is_sent_again_as_the_same(
-    store: JobStore, ci: WebhookEndpoint, receiver: Receiver, sent: int
+    store: JobStore, webhook_endpoint: WebhookEndpoint, receiver: Receiver, sent: int
 ) -> None:
     end(store)
-    _, delivery = waiting(store, {"ci": ci})
+    _, delivery = waiting(store, {"ci": webhook_endpoint})
     for _ in range(sent):
-        post(ci, delivery)
-    deliver(store, {"ci": ci}, "w2")
+        post(webhook_endpoint, delivery)
+    deliver(store, {"ci": webhook_endpoint}, "w2")
 
     assert ids(receiver) == [delivery.delivery_id] * (sent + 1)
     assert len({request.body for request in receiver.requests}) == 1
@@ -236,22 +249,24 @@ def given_up(store: JobStore, endpoints: Mapping[str, WebhookEndpoint]) -> tuple
 
 
 def test_delivery_that_was_given_up_is_sent_again_when_asked_and_once(
-    store: JobStore, ci: WebhookEndpoint, receiver: Receiver
+    store: JobStore, webhook_endpoint: WebhookEndpoint, receiver: Receiver
 ) -> None:
     end(store)
-    outbox, dead = given_up(store, {"ci": ci})
+    outbox, dead = given_up(store, {"ci": webhook_endpoint})
 
     assert [outbox.resend(dead), outbox.resend(dead)] == [True, False]
-    with running_dispatcher(store, {"ci": ci}):
+    with running_dispatcher(store, {"ci": webhook_endpoint}):
         until(lambda: settled(outbox), "the delivery")
 
     assert ids(receiver) == [dead.delivery_id]
     assert outbox.dead() == []
 
 
-def test_delivery_that_is_sent_again_has_all_its_attempts(store: JobStore, ci: WebhookEndpoint) -> None:
+def test_delivery_that_is_sent_again_has_all_its_attempts(
+    store: JobStore, webhook_endpoint: WebhookEndpoint
+) -> None:
     end(store)
-    outbox, dead = given_up(store, {"ci": ci})
+    outbox, dead = given_up(store, {"ci": webhook_endpoint})
     outbox.resend(msgspec.structs.replace(dead))
 
     [again] = outbox.due("ci", 10)
@@ -379,18 +394,18 @@ def test_an_endpoint_of_one_tenant_is_for_another_as_if_it_were_not_there(
 
 
 def test_what_was_accepted_for_a_tenant_that_may_no_longer_is_not_told(
-    store: JobStore, ci: WebhookEndpoint, receiver: Receiver
+    store: JobStore, webhook_endpoint: WebhookEndpoint, receiver: Receiver
 ) -> None:
     """Neither at first nor when it is sent again."""
     end(store)
-    outbox, dead = given_up(store, {"ci": ci})
+    outbox, dead = given_up(store, {"ci": webhook_endpoint})
     assert outbox.resend(dead)
     end(store)
     assert len(every(outbox)) == 2
-    with running_dispatcher(store, {"ci": changed(ci, tenants=("others",))}):
+    with running_dispatcher(store, {"ci": changed(webhook_endpoint, tenants=("others",))}):
         until(lambda: settled(outbox), "nothing is left")
 
     assert receiver.requests == []
-    with running_dispatcher(store, {"ci": changed(ci, tenants=(TENANT,))}):
+    with running_dispatcher(store, {"ci": changed(webhook_endpoint, tenants=(TENANT,))}):
         job_id = end(store)
         until(lambda: subjects(receiver) == [job_id], "a job of the tenant is told")

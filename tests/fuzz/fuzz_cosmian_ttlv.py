@@ -23,7 +23,7 @@ from kms_core.backends.cosmian.kmip import (
 )
 from kms_core.http_client import Peer, PeerAnswer, PeerServer
 from kms_protocol.errors import BackendUnavailable
-from support.fuzz.harness import PARTS, parts, read_exactly
+from support.fuzz.harness import PARTS, assert_not_echoed, parts
 
 MOST_BYTES: Final = 4 * 1024
 UID: Final = "5d9be8cf-0f4c-4c0d-9e5c-6d6b8f1e7a51"
@@ -105,7 +105,7 @@ def _node(body: bytes) -> None:
         node = PeerAnswer(SERVER, 200, body).read(Node)
     except BackendUnavailable as exc:
         if len(body) > len("Cosmian"):
-            read_exactly(exc.detail, [body])
+            assert_not_echoed(exc.detail, [body])
         return
     assert msgspec.json.decode(msgspec.json.encode(node), type=Node) == node
     for field in node.fields:

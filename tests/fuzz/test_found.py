@@ -19,7 +19,7 @@ from kms_protocol import admin, wire
 from kms_protocol.errors import ConfigurationError
 from support.audit_logs import AuditFolder, codes, rewrite
 
-pytestmark = pytest.mark.usefixtures("uncollected")
+pytestmark = pytest.mark.usefixtures("gc_disabled")
 NESTED: Final = b'{"unknown":' + b"[" * 5000
 
 

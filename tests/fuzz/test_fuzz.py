@@ -67,7 +67,7 @@ def test_there_is_a_harness_for_everything_that_others_write() -> None:
     )
 
 
-@pytest.mark.usefixtures("uncollected")
+@pytest.mark.usefixtures("gc_disabled")
 @pytest.mark.parametrize("name", NAMES)
 def test_seeds_and_past_findings_pass(name: str) -> None:
     harness: Harness = importlib.import_module(f"fuzz.fuzz_{name}")

@@ -17,7 +17,7 @@ from kms_api.routing import Router, ScopedRoute
 from kms_protocol.wire import PREFIX
 from support.authorization.application import Application, Caller
 from support.authorization.permissions import OPERATIONS, PAGE, Row, Term, not_in_star, rows
-from support.authorization.requests import CALLS, Ask
+from support.authorization.requests import CALLS, GoodRequest
 from support.credentials import Issuer, bearer
 
 Outcome = Literal["passes", "unauthenticated", "forbidden", "unknown_key", "absent", "sealed"]
@@ -42,7 +42,7 @@ _OF_SCOPES: Final = (
 # -- what an answer says -------------------------------------------------------------------------------
 
 
-def outcome(row: Row, ask: Ask, answer: httpx.Response) -> Outcome:
+def outcome(row: Row, ask: GoodRequest, answer: httpx.Response) -> Outcome:
     """The kind of an answer. Raises AssertionError for one that is none of those that the page names."""
     if row.is_vault:
         return _of_vault(ask, answer)
@@ -71,7 +71,7 @@ def _code(row: Row, answer: httpx.Response) -> str:
     return str(answer.json()["code"])
 
 
-def _of_vault(ask: Ask, answer: httpx.Response) -> Outcome:
+def _of_vault(ask: GoodRequest, answer: httpx.Response) -> Outcome:
     text = ""
     if answer.status_code >= 400 and answer.content:
         said = answer.json()
@@ -88,7 +88,9 @@ def _of_vault(ask: Ask, answer: httpx.Response) -> Outcome:
     return "sealed"
 
 
-def send(application: Application, row: Row, ask: Ask, who: Caller, method: str = "") -> httpx.Response:
+def send(
+    application: Application, row: Row, ask: GoodRequest, who: Caller, method: str = ""
+) -> httpx.Response:
     """The request of a caller; a form with the stamp that this caller's pages have."""
     headers = dict(ask.headers)
     if ask.form is not None:
@@ -163,14 +165,14 @@ def by_operations(application: Application, row: Row) -> dict[str, tuple[Caller,
     return {**found, "*": (star, "passes" if row.is_met(IN_STAR) else refusal(row))}
 
 
-def line(application: Application, ask: Ask, term: Term, rule: str | None = None) -> str:
+def line(application: Application, ask: GoodRequest, term: Term, rule: str | None = None) -> str:
     """A scope with just this term, and its key as the call has it unless a rule says otherwise."""
     key = (ask.rules.get(term.key, "") if term.key else "") if rule is None else rule
     files = application.files_rules if term.on_files else ""
     return " ".join(filter(None, (term.operations[0], key, files)))
 
 
-def by_keys(application: Application, row: Row, ask: Ask) -> dict[str, tuple[Caller, Outcome]]:
+def by_keys(application: Application, row: Row, ask: GoodRequest) -> dict[str, tuple[Caller, Outcome]]:
     """Just what is needed, and the same with a key, a context or a file that is another one."""
     found: dict[str, tuple[Caller, Outcome]] = {}
     for number, way in enumerate(row.ways):

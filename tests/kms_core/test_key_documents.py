@@ -66,7 +66,7 @@ class Host:
 
 
 @pytest.fixture(autouse=True)
-def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_publish_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test waits for hosts that it does not have."""
     monkeypatch.setattr(KeyDocument, "publish_s", 0.0)
 

@@ -173,7 +173,7 @@ def test_a_body_builds_no_value_that_is_not_used(name: str) -> None:
 
 
 @pytest.fixture
-def line(redis_url: str) -> redis.Redis:
+def client(redis_url: str) -> redis.Redis:
     return redis.Redis.from_url(redis_url)
 
 
@@ -181,13 +181,13 @@ Received = Callable[..., Any]  # kombu ships no types
 
 
 @pytest.fixture
-def received(broker_url: str, line: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[Received]:
+def received(broker_url: str, client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[Received]:
     """``received(queue, no_ack=True)``: a wake-up that a worker's consumer got and has not acknowledged."""
     monkeypatch.setattr("kombu.transport.redis.Channel.QoS", AcknowledgingQoS)
     with connect(broker_url, transport_options=OPTIONS) as connection:
 
         def receive(queue: str, *, no_ack: bool) -> Any:  # noqa: ANN401 -- as above
-            line.lpush(f"kms:{queue}", redis_keys.encode_message(queue))
+            client.lpush(f"kms:{queue}", redis_keys.encode_message(queue))
             found: list[Any] = []
             declared = Queue(queue, Exchange(queue), queue)  # type: ignore[no-untyped-call]  # as above
             options = {"no_ack": no_ack, "on_message": found.append, "accept": ["json"]}
@@ -200,7 +200,7 @@ def received(broker_url: str, line: redis.Redis, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("settle", ["ack_log_error", "reject_log_error"])
 def test_message_of_a_connection_that_was_lost_is_given_out_again(
-    received: Received, line: redis.Redis, settle: str
+    received: Received, client: redis.Redis, settle: str
 ) -> None:
     """As of a task that ends when Redis has been away: kombu's AttributeError would end the worker."""
     message = received(MAINTENANCE, no_ack=False)
@@ -208,21 +208,21 @@ def test_message_of_a_connection_that_was_lost_is_given_out_again(
     getattr(message, settle)(logging.getLogger(), ())
     message.channel.connection = was
 
-    assert line.hlen("kms:unacked") == 1
+    assert client.hlen("kms:unacked") == 1
 
 
-def test_message_is_settled_once_it_is_acknowledged(received: Received, line: redis.Redis) -> None:
+def test_message_is_settled_once_it_is_acknowledged(received: Received, client: redis.Redis) -> None:
     received(MAINTENANCE, no_ack=False).ack()
 
-    assert line.hlen("kms:unacked") == line.zcard("kms:unacked_index") == 0
+    assert client.hlen("kms:unacked") == client.zcard("kms:unacked_index") == 0
 
 
-def test_wake_up_costs_nothing_to_acknowledge(received: Received, line: redis.Redis) -> None:
+def test_wake_up_costs_nothing_to_acknowledge(received: Received, client: redis.Redis) -> None:
     message = received(BULK, no_ack=True)
-    before = line.info("commandstats").get("cmdstat_hdel", {}).get("calls", 0)
+    before = client.info("commandstats").get("cmdstat_hdel", {}).get("calls", 0)
     message.ack()
 
-    assert line.info("commandstats").get("cmdstat_hdel", {}).get("calls", 0) == before
+    assert client.info("commandstats").get("cmdstat_hdel", {}).get("calls", 0) == before
 
 
 # -- what is said ------------------------------------------------------------------------------

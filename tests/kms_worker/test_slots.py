@@ -15,7 +15,7 @@ from kms_core.jobs.spec import BULK, QUEUES
 from kms_core.jobs.store import activity
 from kms_core.jobs.store.store import JobStore
 from kms_worker.slots import Slots
-from support.job_stores import LONG, accepted, store_of
+from support.job_stores import LASTING_LEASES, accepted, store_of
 
 NAS: Final = "root:/srv/nas"
 GOES_ON: Final = 9  # the status of a process that ends by itself
@@ -77,7 +77,7 @@ def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hanging]:
 
 @pytest.fixture
 def store(core: Core) -> JobStore:
-    return store_of(core, LONG)
+    return store_of(core, LASTING_LEASES)
 
 
 def watch(shared: Attendance, store: JobStore, pool: Pool) -> Slots:
@@ -172,7 +172,7 @@ def test_a_surplus_process_waits_for_an_idle_moment(store: JobStore, hanging: Ha
 def test_a_process_that_was_killed_takes_no_jobs_any_more(core: Core) -> None:
     """It left the note that it takes jobs; without it another one is woken."""
     woken: list[str] = []
-    store = store_of(core, LONG, woken)
+    store = store_of(core, LASTING_LEASES, woken)
     pool = Pool(71)
     slots = watch(Attendance(), store, pool)
     store.worker_seen("w", 1, QUEUES)

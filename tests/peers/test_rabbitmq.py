@@ -12,7 +12,7 @@ from celery import Celery
 from kombu.connection import Connection
 
 from kms_core.jobs.spec import QUEUES
-from support.celery_messages import body, seal, whom
+from support.celery_messages import body, intake_recipient, seal
 from support.rabbitmq import OnRabbit
 from support.service import Json, Service, b64, core_of
 from support.waiting import until
@@ -34,7 +34,7 @@ def submit_by_message(service: OnRabbit, queue_type: str) -> str:
     app = Celery("workflow", broker=service.broker, set_as_current=False)
     app.conf.task_create_missing_queue_type = queue_type
     job_id = str(uuid.uuid4())
-    message = seal(whom(service), body(job_id=job_id))
+    message = seal(intake_recipient(service), body(job_id=job_id))
     app.send_task("kms.submit", (message,), queue="kms.submit", argsrepr="-", ignore_result=True)
     app.close()
     return job_id

@@ -7,7 +7,7 @@ import pytest
 
 from kms_core.jobs.spec import QUEUES
 from kms_protocol.errors import JobsUnavailable
-from support.job_stores import LONG, TENANT, accepted, claimed, store_of
+from support.job_stores import LASTING_LEASES, TENANT, accepted, claimed, store_of
 from support.redis_servers import Server, all_ended, sentinel, server
 from support.service import Service, b64, check_problem, core_of
 from support.waiting import until
@@ -46,7 +46,7 @@ def test_a_full_redis_ends_jobs_and_takes_no_new_ones(
 ) -> None:
     with Service(tmp_path / "kms", SETTINGS.format(authority.ca_file), tls.url()) as service:
         service.start("api")
-        store = store_of(core_of(service), LONG)
+        store = store_of(core_of(service), LASTING_LEASES)
         running, queued, other = claimed(store), store.submit(accepted()), store.submit(accepted())
         tls.admin().config_set("maxmemory", 1)
         with pytest.raises(JobsUnavailable):

@@ -42,7 +42,7 @@ def broker_of(service: Service) -> str:
     return service.settings.kms.redis.broker_url
 
 
-def whom(service: Service) -> str:
+def intake_recipient(service: Service) -> str:
     return str(service.get("/intake").json()["recipient"])
 
 

@@ -13,7 +13,7 @@ from kms_core.jobs.model import Attempt, Checkpoint, Commit
 from kms_core.jobs.spec import Fields, JobSpec, Work
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.wire import JobState
-from support.job_stores import LONG
+from support.job_stores import LASTING_LEASES
 
 CRASH_POINTS = [(moment, step) for step in ("committing", "finish") for moment in ("before", "after")]
 
@@ -76,6 +76,6 @@ def worker_calling_at(core: Core, step: str, what: Callable[[], object], *, afte
 def worker_with_hook(core: Core, what: Callable[[str], None], *, after: bool) -> WorkerContext:
     """A worker that calls ``what`` with the name of each step, before or after it."""
     found = core.worker_context.store
-    store = HookedStore(found.redis, found.record_key, lambda *_: None, LONG)
+    store = HookedStore(found.redis, found.record_key, lambda *_: None, LASTING_LEASES)
     setattr(store, "after" if after else "before", what)
     return replace(core.worker_context, store=store)

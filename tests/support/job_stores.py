@@ -35,7 +35,7 @@ def with_jobs(**changes: object) -> KmsSection:
     return msgspec.structs.replace(BASE, jobs=jobs)
 
 
-LONG = with_jobs()
+LASTING_LEASES = with_jobs()
 COMMIT = Commit(attempt_id="a" * 26, inode=2, size_bytes=3, mtime_ns=4)
 
 

@@ -17,7 +17,7 @@ from kms_protocol.wire import JobKind
 from support import core_jobs, failing_store, object_stores
 from support.core_jobs import CONTEXT, NEW
 from support.failing_store import Killed
-from support.job_stores import LONG
+from support.job_stores import LASTING_LEASES
 from support.object_stores import ObjectStore, S3Proxy, TestBucket
 from support.programs import program
 from support.service import Service, core_of
@@ -94,7 +94,7 @@ def make(tmp_path: Path, redis_url: str) -> Iterator[Make]:
         settings = bucket.settings(tmp_path / "secret", endpoint, access_key)
         service = Service(tmp_path, settings, redis_url)
         core = core_of(service)
-        core.worker_context.store.rules = LONG.jobs
+        core.worker_context.store.rules = LASTING_LEASES.jobs
         made.append(ObjectJobs(core, bucket, service.files, service.state))
         return made[-1]
 

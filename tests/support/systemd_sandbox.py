@@ -1,4 +1,4 @@
-"""Runs a program under what a unit of systemd forbids, without systemd: ``sandbox.py UNIT STATE -- PROGRAM``.
+"""Runs a program under what a unit of systemd forbids: ``systemd_sandbox.py UNIT STATE -- PROGRAM``.
 
 Applied from the unit's own lines: SystemCallFilter, MemoryDenyWriteExecute, RestrictAddressFamilies, UMask;
 and as if they stood there: RestrictNamespaces, RestrictSUIDSGID, NoNewPrivileges, LimitCORE, ProtectHome,

@@ -1,4 +1,4 @@
-"""Runs a program that may not lock memory, whoever runs the tests: ``python unlocked.py PROGRAM …``."""
+"""Runs a program that may not lock memory, whoever runs the tests: ``python without_mlock.py PROGRAM …``."""
 
 import ctypes
 import os

@@ -216,9 +216,12 @@ def test_record_that_must_not_run_again_is_not_retried(store: JobStore, why: str
 # -- events and webhooks -----------------------------------------------------------------------------
 
 
-def deliveries(store: JobStore, ci: WebhookEndpoint) -> list[tuple[str, str, str | None]]:
+def deliveries(store: JobStore, webhook_endpoint: WebhookEndpoint) -> list[tuple[str, str, str | None]]:
     """Type, id and code of the events that would be sent."""
-    bodies = [msgspec.json.decode(delivery.body) for delivery in Outbox(store, {"ci": ci}).due("ci", 10)]
+    bodies = [
+        msgspec.json.decode(delivery.body)
+        for delivery in Outbox(store, {"ci": webhook_endpoint}).due("ci", 10)
+    ]
     return [(body["type"], body["id"], (body["data"]["error"] or {}).get("code")) for body in bodies]
 
 
@@ -232,26 +235,30 @@ def forge_event(
 @pytest.mark.parametrize(("state", "code"), CLAIMS)
 @pytest.mark.parametrize("before", ["queued", "running", ""], ids=["queued", "running", "of a forged end"])
 def test_forged_event_is_told_as_refused_at_most(
-    store: JobStore, ci: WebhookEndpoint, before: str, state: str, code: str
+    store: JobStore, webhook_endpoint: WebhookEndpoint, before: str, state: str, code: str
 ) -> None:
     job_id = store.submit(accepted(callback="ci")).job_id
     forge(store, job_id, state=before or state, error="" if before else code)
     forge_event(store, job_id, state, code)
 
-    sent = [(kind, told_code) for kind, _, told_code in deliveries(store, ci)]
+    sent = [(kind, told_code) for kind, _, told_code in deliveries(store, webhook_endpoint)]
     assert sent == ([] if before else [("kms.job.failed", "record_refused")])
 
 
-def test_forged_success_of_a_failed_job_is_not_told(store: JobStore, ci: WebhookEndpoint) -> None:
+def test_forged_success_of_a_failed_job_is_not_told(
+    store: JobStore, webhook_endpoint: WebhookEndpoint
+) -> None:
     job_id = end(store, "failed", "decrypt_failed")
     forge_event(store, job_id)
 
-    assert [(kind, code) for kind, _, code in deliveries(store, ci)] == [("kms.job.failed", "decrypt_failed")]
+    assert [(kind, code) for kind, _, code in deliveries(store, webhook_endpoint)] == [
+        ("kms.job.failed", "decrypt_failed")
+    ]
 
 
-def test_repeated_event_has_the_id_of_the_first(store: JobStore, ci: WebhookEndpoint) -> None:
+def test_repeated_event_has_the_id_of_the_first(store: JobStore, webhook_endpoint: WebhookEndpoint) -> None:
     job_id = end(store)
     for generation in (2, 3):
         forge_event(store, job_id, generation=generation)
 
-    assert len(set(deliveries(store, ci))) == 1
+    assert len(set(deliveries(store, webhook_endpoint))) == 1

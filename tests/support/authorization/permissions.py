@@ -19,7 +19,7 @@ KEY_OPERATIONS: Final = (
 )
 OPERATIONS: Final = (*KEY_OPERATIONS, "jobs:read", "jobs:write", "audit:read", "status", "metrics")
 ANY_KEY_OPERATION: Final = "any key operation"
-Stranger = Literal["own", "absent", "sealed", ""]
+ForeignAnswer = Literal["own", "absent", "sealed", ""]
 _ROW: Final = re.compile(r"\| ([A-Z, ]+) \| `(/[^`]*)` \| ([^|]*?) ?\| ([^|]+) \| (own|absent|sealed|) ?\|")
 _TERM: Final = re.compile(r"([a-z_:]+|any key operation)(?:@(key|old|new))?( with read= and write=)?")
 
@@ -47,7 +47,7 @@ class Row:
     case: str
     is_public: bool
     ways: Sequence[Sequence[Term]]
-    stranger: Stranger
+    stranger: ForeignAnswer
 
     def __str__(self) -> str:
         return " ".join(filter(None, (self.method, self.path, self.case)))

@@ -16,7 +16,7 @@ _FILE_KEY: Final = b64(bytes(range(16)))
 
 
 @dataclass(frozen=True)
-class Ask:
+class GoodRequest:
     """``rules`` are what a scope says of the key (and context) in each role of the table.
 
     ``passes`` are error codes of an answer to a caller who is allowed: what is wrong then is the call.
@@ -33,7 +33,7 @@ class Ask:
     has_context: bool = False
 
 
-Make = Callable[[Application], Ask]
+Make = Callable[[Application], GoodRequest]
 API: Final = "/api/v1/kms"
 MOVED: Final = {"old": f"key={KEY}", "new": f"key={NEW}"}
 REBOUND: Final = {"old": f"key={KEY} context={CONTEXT}", "new": f"key={KEY} context={OTHER_CONTEXT}"}
@@ -41,7 +41,7 @@ REBOUND: Final = {"old": f"key={KEY} context={CONTEXT}", "new": f"key={KEY} cont
 
 def _on_key(path: str, **body: object) -> Make:
     """A call that names its key and its context."""
-    return lambda _: Ask(API + path, {"key_id": KEY, "context": CONTEXT, **body}, has_context=True)
+    return lambda _: GoodRequest(API + path, {"key_id": KEY, "context": CONTEXT, **body}, has_context=True)
 
 
 def _sealed(application: Application) -> dict[str, object]:
@@ -50,7 +50,7 @@ def _sealed(application: Application) -> dict[str, object]:
 
 def _opening(path: str, rules: Mapping[str, str] | None = None, **more: object) -> Make:
     """A call on a ciphertext, which names its key."""
-    return lambda application: Ask(
+    return lambda application: GoodRequest(
         API + path,
         {**_sealed(application), **more},
         rules=rules or {"key": f"key={KEY}"},
@@ -59,13 +59,13 @@ def _opening(path: str, rules: Mapping[str, str] | None = None, **more: object) 
 
 
 def _batch(operation: str, rules: Mapping[str, str] | None = None, **more: object) -> Make:
-    def make(application: Application) -> Ask:
+    def make(application: Application) -> GoodRequest:
         item = {"plaintext": _PLAIN, "context": CONTEXT, "key_id": KEY} | more
         if operation != "encrypt":
             item = {**_sealed(application), **more}
         body = {"operation": operation, "items": [item]}
         rules_ = rules or {"key": f"key={KEY}"}
-        return Ask(f"{API}/batch", body, rules=rules_, has_context=rules is None)
+        return GoodRequest(f"{API}/batch", body, rules=rules_, has_context=rules is None)
 
     return make
 
@@ -75,67 +75,67 @@ def _payload(data: bytes, encoding: bytes) -> dict[str, object]:
 
 
 def _items(kind: str, **more: object) -> Make:
-    def make(application: Application) -> Ask:
+    def make(application: Application) -> GoodRequest:
         item = {"plaintext": _PLAIN} if kind == "encrypt" else {"ciphertext": b64(application.sealed(KEY))}
         body = {"kind": kind, "items": [item], "context": CONTEXT, "key_id": KEY, **more}
         key = f"key={more.get('key_id', KEY)}"
-        return Ask(f"{API}/jobs", body, rules={"key": key, "new": f"{key} context={OTHER_CONTEXT}"})
+        return GoodRequest(f"{API}/jobs", body, rules={"key": key, "new": f"{key} context={OTHER_CONTEXT}"})
 
     return make
 
 
 def _files(kind: str, source: str = "in/one", **more: object) -> Make:
-    def make(application: Application) -> Ask:
+    def make(application: Application) -> GoodRequest:
         target = application.new_target(is_folder="*" in source)
         files = {"source": application.url(source), "target": target}
         body = {"kind": kind, "context": CONTEXT, "key_id": KEY, **files, **more}
         rules = {"key": f"key={KEY}", "new": f"key={KEY} context={OTHER_CONTEXT}"}
-        return Ask(f"{API}/jobs", body, rules=rules, has_context="new_context" not in more)
+        return GoodRequest(f"{API}/jobs", body, rules=rules, has_context="new_context" not in more)
 
     return make
 
 
 def _upload(kind: str) -> Make:
-    def make(application: Application) -> Ask:
+    def make(application: Application) -> GoodRequest:
         data = b"seventeen" if kind == "encrypt" else application.sealed(KEY)
         headers = {"X-KMS-Context": CONTEXT, "X-KMS-Key-Id": KEY}
-        return Ask(f"{API}/files/{kind}", data=data, headers=headers, has_context=True)
+        return GoodRequest(f"{API}/files/{kind}", data=data, headers=headers, has_context=True)
 
     return make
 
 
-def _stream(application: Application) -> Ask:
+def _stream(application: Application) -> GoodRequest:
     del application
     line = b'{"plaintext":"aGk="}\n'
     headers = {"Content-Type": "application/x-ndjson", "X-KMS-Context": CONTEXT, "X-KMS-Key-Id": KEY}
-    return Ask(f"{API}/jobs?kind=encrypt", data=line, headers=headers)
+    return GoodRequest(f"{API}/jobs?kind=encrypt", data=line, headers=headers)
 
 
 def _plain(path: str, *passes: str, **more: object) -> Make:
-    return lambda _: Ask(path, passes=frozenset(passes), **more)  # type: ignore[arg-type]  # as ``Ask`` has them
+    return lambda _: GoodRequest(path, passes=frozenset(passes), **more)  # type: ignore[arg-type]  # as ``GoodRequest`` has them
 
 
 def _job(path: str, *, dead: bool = False, form: bool = False) -> Make:
     """A call on a job that is queued, or dead."""
 
-    def make(application: Application) -> Ask:
+    def make(application: Application) -> GoodRequest:
         job_id = application.job(dead=dead)
-        return Ask(path.replace("{job_id}", job_id), form={} if form else None)
+        return GoodRequest(path.replace("{job_id}", job_id), form={} if form else None)
 
     return make
 
 
 def _result(kind: JobKind, *, own: bool) -> Make:
-    def make(application: Application) -> Ask:
+    def make(application: Application) -> GoodRequest:
         job_id = application.job(kind, KEY, owner=application.caller if own else None)
-        return Ask(f"{API}/jobs/{job_id}/result", passes=frozenset({"job_not_finished"}))
+        return GoodRequest(f"{API}/jobs/{job_id}/result", passes=frozenset({"job_not_finished"}))
 
     return make
 
 
-def _login(application: Application) -> Ask:
+def _login(application: Application) -> GoodRequest:
     stamp, cookie = application.visitor()
-    return Ask(
+    return GoodRequest(
         "/ui/login", form={"token": application.everything, "stamp": stamp}, headers={"Cookie": cookie}
     )
 
@@ -149,7 +149,7 @@ CALLS: Final[dict[tuple[str, str, str], Make]] = {
     ("POST", f"{API}/rewrap", "to another key"): _opening("/rewrap", MOVED, key_id=NEW),
     ("POST", f"{API}/rewrap", "to another context"): _opening("/rewrap", REBOUND, new_context=OTHER_CONTEXT),
     ("POST", f"{API}/wrap", ""): _on_key("/wrap", file_key=_FILE_KEY),
-    ("POST", f"{API}/unwrap", ""): lambda application: Ask(
+    ("POST", f"{API}/unwrap", ""): lambda application: GoodRequest(
         f"{API}/unwrap", {"stanzas": application.wrapped(KEY), "context": CONTEXT}, has_context=True
     ),
     ("POST", f"{API}/batch", "encrypt"): _batch("encrypt"),
@@ -158,10 +158,10 @@ CALLS: Final[dict[tuple[str, str, str], Make]] = {
     ("POST", f"{API}/batch", "rewrap, to another key"): _batch("rewrap", MOVED, key_id=NEW),
     ("POST", f"{API}/batch", "reseal, same key"): _batch("reseal"),
     ("POST", f"{API}/batch", "reseal, to another key"): _batch("reseal", MOVED, key_id=NEW),
-    ("POST", f"{API}/codec/encode", ""): lambda _: Ask(
+    ("POST", f"{API}/codec/encode", ""): lambda _: GoodRequest(
         f"{API}/codec/encode", _payload(b"1", b"json/plain"), headers={"X-KMS-Key-Id": KEY}
     ),
-    ("POST", f"{API}/codec/decode", ""): lambda application: Ask(
+    ("POST", f"{API}/codec/decode", ""): lambda application: GoodRequest(
         f"{API}/codec/decode", _payload(application.encoded(KEY), b"binary/encrypted")
     ),
     ("GET", f"{API}/keys/{{key_id}}", ""): _plain(f"{API}/keys/{KEY}"),
@@ -185,10 +185,10 @@ CALLS: Final[dict[tuple[str, str, str], Make]] = {
     ("GET", f"{API}/jobs/events", ""): _plain(  # answered at once: the stream has no end
         f"{API}/jobs/events", "invalid_request", headers={"Last-Event-ID": "none"}
     ),
-    ("GET", f"{API}/job-groups/{{name}}", ""): lambda application: Ask(
+    ("GET", f"{API}/job-groups/{{name}}", ""): lambda application: GoodRequest(
         f"{API}/job-groups/{application.group()}"
     ),
-    ("POST", f"{API}/jobs/status", ""): lambda application: Ask(
+    ("POST", f"{API}/jobs/status", ""): lambda application: GoodRequest(
         f"{API}/jobs/status", {"job_ids": [application.job()]}
     ),
     ("GET", f"{API}/jobs/{{job_id}}", ""): _job(f"{API}/jobs/{{job_id}}"),
@@ -202,7 +202,7 @@ CALLS: Final[dict[tuple[str, str, str], Make]] = {
     ("DELETE", f"{API}/jobs/{{job_id}}", ""): _job(f"{API}/jobs/{{job_id}}"),
     ("POST", f"{API}/jobs/{{job_id}}/cancel", ""): _job(f"{API}/jobs/{{job_id}}/cancel"),
     ("POST", f"{API}/jobs/{{job_id}}/retry", ""): _job(f"{API}/jobs/{{job_id}}/retry", dead=True),
-    ("POST", f"{API}/webhooks/dead/{{delivery_id}}/resend", ""): lambda application: Ask(
+    ("POST", f"{API}/webhooks/dead/{{delivery_id}}/resend", ""): lambda application: GoodRequest(
         f"{API}/webhooks/dead/{application.given_up()}/resend"
     ),
     ("GET", "/metrics", "from elsewhere"): _plain("/metrics"),
@@ -210,7 +210,7 @@ CALLS: Final[dict[tuple[str, str, str], Make]] = {
     ("GET", "/ui/jobs/{job_id}/state", ""): _job("/ui/jobs/{job_id}/state"),
     ("POST", "/ui/jobs/{job_id}/cancel", ""): _job("/ui/jobs/{job_id}/cancel", form=True),
     ("POST", "/ui/jobs/{job_id}/retry", ""): _job("/ui/jobs/{job_id}/retry", dead=True, form=True),
-    ("GET", "/ui/audit/{audit_id}/receipt", ""): lambda application: Ask(
+    ("GET", "/ui/audit/{audit_id}/receipt", ""): lambda application: GoodRequest(
         f"/ui/audit/{application.audit_id()}/receipt"
     ),
     ("GET", "/ui/keys/{key_id}/rotate", ""): _plain(f"/ui/keys/{KEY}/rotate"),
@@ -235,9 +235,9 @@ CALLS.update({("GET", path, ""): _plain(path) for path in _BARE})
 
 
 def _vault(path: str, *, many: bool = False, opens: bool = False, **body: object) -> Make:
-    def make(application: Application) -> Ask:
+    def make(application: Application) -> GoodRequest:
         item = {"ciphertext": application.of_vault(KEY)} if opens else body
-        return Ask(f"/v1/transit/{path}/{KEY}", {"batch_input": [item]} if many else item)
+        return GoodRequest(f"/v1/transit/{path}/{KEY}", {"batch_input": [item]} if many else item)
 
     return make
 
@@ -257,7 +257,7 @@ _WRITTEN: Final[dict[tuple[str, str], Make]] = {
     (f"{_MOUNT}/keys/{{name}}/config", ""): _plain(f"/v1/transit/keys/{KEY}/config"),
     ("/v1/auth/token/renew-self", ""): _plain("/v1/auth/token/renew-self", "lease is not renewable"),
     ("/v1/auth/token/revoke-self", ""): _plain("/v1/auth/token/revoke-self", "cannot be revoked"),
-    ("/v1/auth/{mount}/login", "with a good JWT"): lambda application: Ask(
+    ("/v1/auth/{mount}/login", "with a good JWT"): lambda application: GoodRequest(
         "/v1/auth/jwt/login", {"role": "all", "jwt": application.issuer.token()}
     ),
     ("/v1/sys/capabilities-self", ""): _plain("/v1/sys/capabilities-self", body={"path": "transit/keys"}),

@@ -186,5 +186,5 @@ class Cluster(SupervisedByTest):
 
 
 def pause(rng: random.Random, longest_s: float) -> None:
-    """A moment of random length, so that a blow falls anywhere."""
+    """A moment of random length, so that a fault falls anywhere."""
     time.sleep(rng.uniform(0, longest_s))

@@ -19,11 +19,11 @@ _SECRET: Final = {"plaintext": b64(b"x"), "context": CONTEXT}
 
 
 class CutLines:
-    """Faults by name, each by ``strike``; what they find wrong by themselves is in ``faults``."""
+    """Faults by name, each by ``inject``; what they find wrong by themselves is in ``faults``."""
 
-    def __init__(self, fleet: Fleet, book: ObjectJobMix, load: Load, seed: int) -> None:
+    def __init__(self, fleet: Fleet, mix: ObjectJobMix, load: Load, seed: int) -> None:
         self.fleet = fleet
-        self.book = book
+        self.mix = mix
         self.load = load
         self.cut_jobs: list[str] = []
         self.faults: list[str] = []
@@ -31,7 +31,7 @@ class CutLines:
         self.took: dict[str, float] = {}
         self._rng = random.Random(seed)  # noqa: S311 -- repeatable, no secret
         self._tokens = 0
-        self.blows: dict[str, Callable[[], None]] = {
+        self.faults_by_name: dict[str, Callable[[], None]] = {
             "tokens": self._new_and_revoked,
             "worker alone": lambda: self._worker(LINES),
             "worker without Redis": lambda: self._worker([REDIS]),
@@ -47,7 +47,7 @@ class CutLines:
         """Let it happen, and wait until all hosts are well again."""
         begun = time.monotonic()
         try:
-            self.blows[name]()
+            self.faults_by_name[name]()
             self.fleet.settle()
         except AssertionError as exc:
             self.faults.append(f"{name}: {exc}")
@@ -59,7 +59,7 @@ class CutLines:
         """A worker in the middle of a large job, until others have that job."""
         name, job_id = None, ""
         while name is None:  # a job may have ended before it was seen
-            job_id = self.load.submit_one_more(lambda: self.book.large(_LARGE))
+            job_id = self.load.submit_one_more(lambda: self.mix.large(_LARGE))
             name = self._holder(job_id)
         self._cut(name, lines, lambda: self.fleet.worker_of(job_id) != name)
         self.cut_jobs.append(job_id)
@@ -79,10 +79,12 @@ class CutLines:
 
     def _api(self, lines: Sequence[str]) -> None:
         """An API, until the other one has taken some jobs, or there are none to take."""
-        before = len(self.load.tickets)
+        before = len(self.load.accepted_jobs)
         enough = min(before + 5, self.load.most, self.load.count)
         self._cut(
-            self._rng.choice(APIS), lines, lambda: len(self.load.tickets) >= enough or not self.load.busy
+            self._rng.choice(APIS),
+            lines,
+            lambda: len(self.load.accepted_jobs) >= enough or not self.load.busy,
         )
 
     def _cut(self, name: str, lines: Sequence[str], fact: Callable[[], object]) -> None:
@@ -113,8 +115,10 @@ class CutLines:
         assert self._answers(text) == [200, 200], f"a token of {maker} is refused"
         headers = bearer(text)
         body = {"kind": "encrypt", "items": [_SECRET]}
-        order = JobRequest("of a new token", lambda _: fleet.post("/jobs", body, headers=headers), _is_sealed)
-        fleet.wait(self.load.submit_one_more(lambda: order), "succeeded")
+        request = JobRequest(
+            "of a new token", lambda _: fleet.post("/jobs", body, headers=headers), _is_sealed
+        )
+        fleet.wait(self.load.submit_one_more(lambda: request), "succeeded")
         done = fleet.machines[revoker].kms("token", "revoke", name)
         begun = time.monotonic()
         assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What goes wrong in a storm, by name. Every blow leaves all processes running again, or being started."""
+"""What goes wrong in a storm, by name. Every fault leaves all processes running again, or being started."""
 
 import os
 import random
@@ -29,15 +29,15 @@ _HANGS_S: Final = 5.0  # until a job has come that uses the disk
 
 
 class FaultInjection:
-    """``blows`` are counted by name in ``struck``. ``disk`` is the spool's own file system, if it has one."""
+    """Faults are counted by name in ``injected``. ``disk`` is the spool's own file system, if it has one."""
 
     def __init__(self, cluster: Cluster, load: Load, rng: random.Random, *, outage_s: float) -> None:
         self.cluster = cluster
         self.load = load
-        self.struck: Counter[str] = Counter()
+        self.injected: Counter[str] = Counter()
         self._rng = rng
         self._outage_s = outage_s
-        self.blows: dict[str, Callable[[], None]] = {
+        self.faults_by_name: dict[str, Callable[[], None]] = {
             "child": self._child,
             "worker": self._worker,
             "api": self._api,
@@ -56,8 +56,8 @@ class FaultInjection:
         }
 
     def inject(self, name: str) -> None:
-        self.blows[name]()
-        self.struck[name] += 1
+        self.faults_by_name[name]()
+        self.injected[name] += 1
 
     # -- deaths --------------------------------------------------------------------------------------
 
@@ -113,9 +113,9 @@ class FaultInjection:
         """No worker, and the queue fills; the broker dies with it full."""
         for name in self.cluster.workers:
             self.cluster.hit_all(name, signal.SIGKILL)
-        before, deadline = len(self.load.tickets), time.monotonic() + 5
+        before, deadline = len(self.load.accepted_jobs), time.monotonic() + 5
         self.load.most = max(self.load.most, before + 10)
-        while len(self.load.tickets) < before + 10 and self.load.busy and time.monotonic() < deadline:
+        while len(self.load.accepted_jobs) < before + 10 and self.load.busy and time.monotonic() < deadline:
             time.sleep(0.05)
         self._valkey()
         for name in self.cluster.workers:
@@ -182,14 +182,14 @@ class FaultInjection:
     def _cut(self) -> None:
         """The server that holds a key refuses connections."""
         with self.cluster.peer.out_of_reach():
-            self._last()
+            self._wait_out_outage()
 
     def _silence(self) -> None:
         """It takes them, and answers nothing until it has recovered."""
         with self.cluster.peer.silent():
-            self._last()
+            self._wait_out_outage()
 
-    def _last(self) -> None:
+    def _wait_out_outage(self) -> None:
         """As long as an outage lasts; what dies meanwhile is started again."""
         deadline = time.monotonic() + self._outage_s
         while time.monotonic() < deadline:
@@ -205,6 +205,6 @@ class FaultInjection:
             for name in self.cluster.workers:
                 for pid in self.cluster.pool_of(name):
                     self.cluster.hit(pid)
-            self._last()
+            self._wait_out_outage()
         finally:
             away.rename(key)

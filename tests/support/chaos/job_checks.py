@@ -52,62 +52,64 @@ class JobChecks:
         self.states: Counter[str] = Counter()
         self.losses = 0
         self._cluster = cluster
-        self._crowd = load
-        self._births = creations
+        self._load = load
+        self._creations = creations
         self._store: JobStore = core_of(cluster).worker_context.store
         self._room_was_short = room_was_short
 
     def wait(self, patience_s: float) -> None:
         """Until every job has ended; those that have not after so long are lost."""
         deadline = time.monotonic() + patience_s
-        for ticket in self._crowd.tickets:
-            while not (job := self._job(ticket)).ended and time.monotonic() < deadline:
+        for accepted in self._load.accepted_jobs:
+            while not (job := self._job(accepted)).ended and time.monotonic() < deadline:
                 self._cluster.restart_dead()
                 time.sleep(0.05)
             self.losses += not job.ended
             if not job.ended:
-                self.faults.append(f"LOST: {self._told(ticket)}")
+                self.faults.append(f"LOST: {self._told(accepted)}")
 
     def check_results(self) -> None:
         """Everything that can be said while the results are there."""
-        for ticket in self._crowd.tickets:
-            self.states[self._job(ticket).state] += 1
+        for accepted in self._load.accepted_jobs:
+            self.states[self._job(accepted).state] += 1
             try:
-                self._hear_one(ticket)
+                self._check_one(accepted)
             except (AssertionError, KeyError, ValueError) as exc:
-                self.faults.append(f"{self._told(ticket)}: {type(exc).__name__} {exc}")
+                self.faults.append(f"{self._told(accepted)}: {type(exc).__name__} {exc}")
         self.faults += self._strays()
         self.faults += self._events()
-        self.faults += self._glimpses()
-        self.faults += self._twice_born()
+        self.faults += self._partial_reads()
+        self.faults += self._put_in_place_twice()
 
-    def _hear_one(self, ticket: AcceptedJob) -> None:
-        order, job = ticket.order, self._job(ticket)
-        assert len(ticket.ids) == 1, f"asked under one key, told {ticket.ids}"
+    def _check_one(self, accepted: AcceptedJob) -> None:
+        request, job = accepted.request, self._job(accepted)
+        assert len(accepted.ids) == 1, f"asked under one key, told {accepted.ids}"
         if job.state == "cancelled":
-            assert order.manner == "cancel", "cancelled by nobody"
-            self._nothing_of(ticket)
+            assert request.manner == "cancel", "cancelled by nobody"
+            self._nothing_of(accepted)
         elif self._room_was_short and job.error == NO_ROOM:
-            self._nothing_of(ticket)
-        elif job.error == "items_failed" and (order.refused or self._room_was_short):
-            order.check(self._cluster.result(ticket.job_id))
+            self._nothing_of(accepted)
+        elif job.error == "items_failed" and (request.refused or self._room_was_short):
+            request.check(self._cluster.result(accepted.job_id))
         else:
-            assert (job.state, order.refused) == ("succeeded", 0), "it ended otherwise than it should"
-            order.check(order.target.read_bytes() if order.target else self._cluster.result(ticket.job_id))
+            assert (job.state, request.refused) == ("succeeded", 0), "it ended otherwise than it should"
+            request.check(
+                request.target.read_bytes() if request.target else self._cluster.result(accepted.job_id)
+            )
 
-    def _nothing_of(self, ticket: AcceptedJob) -> None:
-        target = ticket.order.target
+    def _nothing_of(self, accepted: AcceptedJob) -> None:
+        target = accepted.request.target
         gone = target is None or not target.exists() or target.read_bytes() == b"old"
         assert gone, "a job that did not succeed has a target"
 
         def left() -> list[str]:
-            return [path for path in self._cluster.spooled() if ticket.job_id in path]
+            return [path for path in self._cluster.spooled() if accepted.job_id in path]
 
         until(lambda: not left(), lambda: f"nothing in the spool: {left()}")
 
     def _strays(self) -> Iterator[str]:
         """A job that nobody was told of would be one that was accepted twice."""
-        known = {job_id for ticket in self._crowd.tickets for job_id in ticket.ids}
+        known = {job_id for accepted in self._load.accepted_jobs for job_id in accepted.ids}
         raw = cast("list[bytes]", self._store.redis.zrange(f"kms:tenant:{TENANT}", 0, -1))
         yield from (
             f"job {job_id.decode()} was asked for by nobody" for job_id in raw if job_id.decode() not in known
@@ -121,14 +123,14 @@ class JobChecks:
             steps = zip(["", *states], states, strict=False)
             if any(after not in NEXT[before] for before, after in steps):
                 yield f"job {job_id} went through {' '.join(states)}"
-        for ticket in self._crowd.tickets:
-            if seen[ticket.job_id][-1:] != [self._job(ticket).state]:
-                yield f"{self._told(ticket)}: the stream's last word is {seen[ticket.job_id][-1:]}"
+        for accepted in self._load.accepted_jobs:
+            if seen[accepted.job_id][-1:] != [self._job(accepted).state]:
+                yield f"{self._told(accepted)}: the stream's last word is {seen[accepted.job_id][-1:]}"
 
-    def _glimpses(self) -> Iterator[str]:
+    def _partial_reads(self) -> Iterator[str]:
         """What was read while work went on is what is there in the end."""
         wanted = defaultdict(list)
-        for glimpse in self._crowd.glimpses:
+        for glimpse in self._load.glimpses:
             wanted[glimpse.job_id].append(glimpse)
         for job_id, glimpses in wanted.items():
             answer = self._cluster.get(f"/jobs/{job_id}/result")
@@ -137,14 +139,14 @@ class JobChecks:
                 if hashlib.sha256(whole[one.start : one.start + one.size]).digest() != one.digest:
                     yield f"job {job_id}: bytes {one.start} to {one.start + one.size} were others before"
 
-    def _twice_born(self) -> Iterator[str]:
+    def _put_in_place_twice(self) -> Iterator[str]:
         """A target gets its name once, however many attempts there were."""
-        creations = self._births()
-        for ticket in self._crowd.tickets:
-            target = ticket.order.target
-            expected = ticket.order.replaces + (self._job(ticket).state == "succeeded")
+        creations = self._creations()
+        for accepted in self._load.accepted_jobs:
+            target = accepted.request.target
+            expected = accepted.request.replaces + (self._job(accepted).state == "succeeded")
             if target and (count := creations.get(target.name, 0)) != expected:
-                yield f"{self._told(ticket)}: its target was put in place {count} times"
+                yield f"{self._told(accepted)}: its target was put in place {count} times"
 
     # -- afterwards ----------------------------------------------------------------------------------
 
@@ -187,20 +189,22 @@ class JobChecks:
 
     # -- words ---------------------------------------------------------------------------------------
 
-    def _job(self, ticket: AcceptedJob) -> Job:
+    def _job(self, accepted: AcceptedJob) -> Job:
         try:
-            return self._store.get(ticket.job_id, TENANT)
+            return self._store.get(accepted.job_id, TENANT)
         except UnknownJob:
-            return Job(job_id=ticket.job_id, tenant=TENANT, kind="encrypt", state="queued", error="no record")
+            return Job(
+                job_id=accepted.job_id, tenant=TENANT, kind="encrypt", state="queued", error="no record"
+            )
 
     def _record(self, job_id: str) -> str:
         fields = cast("dict[bytes, bytes]", self._store.redis.hgetall(f"kms:job:{job_id}"))
         return f"{job_id} { ({name: value for name, value in fields.items() if name != b'sealed'}) }"
 
-    def _told(self, ticket: AcceptedJob) -> str:
-        job = self._job(ticket)
-        order = ticket.order
+    def _told(self, accepted: AcceptedJob) -> str:
+        job = self._job(accepted)
+        request = accepted.request
         return (
-            f"{order.name} ({order.manner}) {job.job_id} {job.state} {job.error} "
+            f"{request.name} ({request.manner}) {job.job_id} {job.state} {job.error} "
             f"attempt {job.attempt} fence {job.fence} parts {job.parts}"
         )

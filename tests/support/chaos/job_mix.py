@@ -1,4 +1,4 @@
-"""The jobs of a storm: how each is asked for, and what must have come of it. Knows no weather."""
+"""The jobs of a storm: how each is asked for, and what must have come of it. Faults are told elsewhere."""
 
 import json
 import random
@@ -49,7 +49,7 @@ class JobRequest:
 
 
 class JobMix:
-    """Makes orders, every one with bytes of its own that hold the canary."""
+    """Makes requests, each with bytes of its own that hold the canary."""
 
     def __init__(self, service: Service, core: Core, seed: int, *, scale: float) -> None:
         """``scale`` is the size of the larger jobs, of those of a long storm."""
@@ -60,7 +60,7 @@ class JobMix:
         self._count = 0
 
     def next(self) -> JobRequest:
-        """The next order: kinds in turn, so that each storm has all of them; sizes and manners by chance."""
+        """The next request: kinds in turn, so that a storm has all of them; sizes and manners by chance."""
         self._count += 1
         return self._kinds[self._count % len(self._kinds)]()
 
@@ -150,12 +150,12 @@ class JobMix:
     def _overwritten(self) -> JobRequest:
         """Something is there, and may be replaced: its readers see the old or the new, whole."""
         plain = self._plain(50_000)
-        order = self._reference(
+        request = self._reference(
             "file over", "encrypt", plain, lambda found: self._seals(found, plain), overwrite=True
         )
-        assert order.target
-        order.target.write_bytes(b"old")
-        return replace(order, replaces=True)
+        assert request.target
+        request.target.write_bytes(b"old")
+        return replace(request, replaces=True)
 
     def _long_file(self) -> JobRequest:
         """Its content is made again for the check: all of them would fill the memory."""

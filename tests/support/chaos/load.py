@@ -18,7 +18,7 @@ import httpx2 as httpx
 from kombu.exceptions import OperationalError
 
 from support.celery_messages import body as message_body
-from support.celery_messages import seal, send, whom
+from support.celery_messages import intake_recipient, seal, send
 from support.chaos.job_mix import JobMix, JobRequest
 from support.service import Service
 from support.waiting import until
@@ -33,9 +33,9 @@ _NOT_YET: Final = frozenset({409, 410})
 
 @dataclass(frozen=True, slots=True)
 class AcceptedJob:
-    """An order that was accepted; ``ids`` are all that were told for it."""
+    """A request that was accepted; ``ids`` are all that were told for it."""
 
-    order: JobRequest
+    request: JobRequest
     ids: frozenset[str]
 
     @property
@@ -55,19 +55,19 @@ class PartialRead:
 
 @dataclass
 class Load:
-    """``senders`` threads work through ``count`` orders; one more reads results at random.
+    """``senders`` threads work through ``count`` requests; one more reads results at random.
 
-    They stop after ``most`` orders until that grows. ``token`` is what messages carry.
+    They stop after ``most`` requests until that grows. ``token`` is what messages carry.
     """
 
     service: Service
-    book: JobMix
+    mix: JobMix
     count: int
     senders: int
     seed: int
     most: int = sys.maxsize
     token: str | None = None
-    tickets: list[AcceptedJob] = field(default_factory=list)
+    accepted_jobs: list[AcceptedJob] = field(default_factory=list)
     glimpses: list[PartialRead] = field(default_factory=list)
     troubles: list[str] = field(default_factory=list)
 
@@ -98,15 +98,15 @@ class Load:
 
     def some_job(self, rng: random.Random) -> str | None:
         with self._lock:
-            return rng.choice(self.tickets).job_id if self.tickets else None
+            return rng.choice(self.accepted_jobs).job_id if self.accepted_jobs else None
 
     def submit_one_more(self, make: Callable[[], JobRequest]) -> str:
         """Ask for one more job from this thread; its id once it is accepted."""
         with self._lock:
-            order = make()
-        job_id = self._accepted(order, str(uuid.uuid4()))
+            request = make()
+        job_id = self._accepted(request, str(uuid.uuid4()))
         with self._lock:
-            self.tickets.append(AcceptedJob(order, frozenset({job_id})))
+            self.accepted_jobs.append(AcceptedJob(request, frozenset({job_id})))
         return job_id
 
     # -- senders -------------------------------------------------------------------------------------
@@ -114,14 +114,14 @@ class Load:
     def _work(self, number: int) -> None:
         rng = random.Random(self.seed * 1000 + number)  # noqa: S311 -- repeatable, no secret
         with ThreadPoolExecutor(2) as pair:
-            while order := self._next():
+            while request := self._next():
                 try:
-                    ids = self._place(order, rng, pair)
+                    ids = self._place(request, rng, pair)
                 except AssertionError as exc:
-                    self.troubles.append(f"{order.name}: {exc}")
+                    self.troubles.append(f"{request.name}: {exc}")
                     continue
                 with self._lock:
-                    self.tickets.append(AcceptedJob(order, frozenset(ids)))
+                    self.accepted_jobs.append(AcceptedJob(request, frozenset(ids)))
 
     def _next(self) -> JobRequest | None:
         while self._taken >= self.most and self._taken < self.count:
@@ -130,31 +130,31 @@ class Load:
             if self._taken == self.count:
                 return None
             self._taken += 1
-            return self.book.next()
+            return self.mix.next()
 
-    def _place(self, order: JobRequest, rng: random.Random, pair: ThreadPoolExecutor) -> set[str]:
-        if order.manner == "message":
-            return {self._by_message(order)}
+    def _place(self, request: JobRequest, rng: random.Random, pair: ThreadPoolExecutor) -> set[str]:
+        if request.manner == "message":
+            return {self._by_message(request)}
         key = str(uuid.UUID(int=rng.getrandbits(128), version=4))
-        times = 2 if order.manner == "twice" else 1
-        asked: list[Future[str]] = [pair.submit(self._accepted, order, key) for _ in range(times)]
+        times = 2 if request.manner == "twice" else 1
+        asked: list[Future[str]] = [pair.submit(self._accepted, request, key) for _ in range(times)]
         ids = {future.result() for future in asked}
-        if order.manner == "cancel":
+        if request.manner == "cancel":
             time.sleep(rng.uniform(0, 0.5))
             self._cancel(next(iter(ids)))
         return ids
 
-    def _accepted(self, order: JobRequest, key: str) -> str:
-        answer = self._insist(lambda: order.send(key), frozenset({202}))
+    def _accepted(self, request: JobRequest, key: str) -> str:
+        answer = self._insist(lambda: request.send(key), frozenset({202}))
         return str(answer.json()["job_id"])
 
     def _cancel(self, job_id: str) -> None:
         self._insist(lambda: self.service.post(f"/jobs/{job_id}/cancel"), _CANCELLED)
 
-    def _by_message(self, order: JobRequest) -> str:
+    def _by_message(self, request: JobRequest) -> str:
         """As docs/celery.md advises: the same message, again and again, until the job is seen."""
         job_id = str(uuid.uuid4())
-        message = seal(self._recipient(), message_body(order.body, job_id=job_id, token=self.token))
+        message = seal(self._recipient(), message_body(request.body, job_id=job_id, token=self.token))
         deadline, again_at = time.monotonic() + PATIENCE_S, 0.0
         while True:
             if time.monotonic() >= again_at:
@@ -172,7 +172,7 @@ class Load:
 
         def known() -> bool:
             try:
-                answers.append(whom(self.service))
+                answers.append(intake_recipient(self.service))
             except httpx.TransportError:
                 return False
             return True

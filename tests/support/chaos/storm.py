@@ -1,7 +1,7 @@
 """A storm over a whole install: mixed jobs, while everything that can die does, at random points of a seed.
 
 Real processes, a real Valkey (AOF ``always``) on a unix socket, nothing but 127.0.0.1, and bounded: as many
-orders and blows as the plan says, each wait with its end. ``job_mix`` says what is asked for,
+requests and faults as the plan says, each wait with its end. ``job_mix`` says what is asked for,
 ``fault_injection`` what goes wrong, ``job_checks`` what must hold afterwards.
 """
 
@@ -41,7 +41,7 @@ _CUT: Final = (b'"reason": "requeued"', b'"reason": "committing"', b'"event": "j
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much of everything. ``blows`` are counts by name; ``outage_s`` is how long the key is away.
+    """How much of everything. ``faults_by_name`` are counts; ``outage_s`` is how long the key is away.
 
     ``files_mib`` is the size of the disk of sources and targets, ``least_cut`` how many attempts must be cut.
     """
@@ -54,7 +54,7 @@ class Plan:
     patience_s: float
     files_mib: int
     least_cut: int
-    blows: Mapping[str, int]
+    faults_by_name: Mapping[str, int]
 
 
 SHORT: Final = Plan(
@@ -66,7 +66,7 @@ SHORT: Final = Plan(
     patience_s=90.0,
     files_mib=1024,
     least_cut=0,
-    blows={
+    faults_by_name={
         "child": 2,
         "worker": 1,
         "api": 1,
@@ -93,7 +93,7 @@ LONG: Final = Plan(
     patience_s=600.0,
     files_mib=16 * 1024,
     least_cut=200,
-    blows={
+    faults_by_name={
         "child": 210,
         "worker": 20,
         "api": 15,
@@ -122,7 +122,7 @@ class Verdict:
     jobs: int
     losses: int
     cut: int
-    struck: Mapping[str, int]
+    injected: Mapping[str, int]
     states: Mapping[str, int]
     ends: Mapping[str, int]
     glimpses: int
@@ -130,12 +130,12 @@ class Verdict:
 
     def row(self) -> str:
         """A line of the table in benchmarks/RESULTS.md."""
-        struck, states = (
+        injected, states = (
             ", ".join(f"{name} {count}" for name, count in sorted(which.items()))
-            for which in (self.struck, self.states)
+            for which in (self.injected, self.states)
         )
         counts = (self.cut, self.losses, len(self.faults), round(self.seconds))
-        cells = (self.seed, self.jobs, struck, states, *counts)
+        cells = (self.seed, self.jobs, injected, states, *counts)
         return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -150,16 +150,16 @@ def run(folder: Path, plan: Plan, seed: int) -> Verdict:
             Cluster(folder, SETTINGS.format(spool=spool), plan.workers, peer) as cluster,
         ):
             cluster.spool, cluster.disk = spool, files
-            checks, faults, load = _rage(cluster.launch(), plan, seed, has_disk=disk is not None)
+            checks, faults, load = _run_under_faults(cluster.launch(), plan, seed, has_disk=disk is not None)
         checks.search(folder)  # Valkey has written its last
         checks.faults += [f"ended by itself: {end}" for end in _CRASHES if cluster.ends[end]]
     return Verdict(
         seed=seed,
         seconds=time.monotonic() - begun,
-        jobs=len(load.tickets),
+        jobs=len(load.accepted_jobs),
         losses=checks.losses,
         cut=_cut(cluster),
-        struck=faults.struck,
+        injected=faults.injected,
         states=checks.states,
         ends=cluster.ends,
         glimpses=len(load.glimpses),
@@ -167,7 +167,7 @@ def run(folder: Path, plan: Plan, seed: int) -> Verdict:
     )
 
 
-def _rage(
+def _run_under_faults(
     cluster: Cluster, plan: Plan, seed: int, *, has_disk: bool
 ) -> tuple[JobChecks, FaultInjection, Load]:
     load = Load(
@@ -177,13 +177,13 @@ def _rage(
     with NameCounter(cluster.files) as creations:
         load.start()
         impossible = {name for name, disk in (("full", has_disk), ("hang", cluster.disk)) if not disk}
-        _blow(faults, load, cluster, _forecast(plan, seed, impossible))
+        _inject_all(faults, load, cluster, _schedule(plan, seed, impossible))
         while load.busy:
             cluster.restart_dead()
             time.sleep(0.1)
         load.close()
         cluster.wait_until_up()
-        checks = JobChecks(cluster, load, lambda: creations.count, room_was_short="full" in faults.struck)
+        checks = JobChecks(cluster, load, lambda: creations.count, room_was_short="full" in faults.injected)
         checks.wait(plan.patience_s)
         checks.check_results()
         checks.expire()
@@ -198,19 +198,23 @@ def _cut(cluster: Cluster) -> int:
     return sum(logs.count(word) for word in _CUT)
 
 
-def _forecast(plan: Plan, seed: int, impossible: Collection[str]) -> list[tuple[int, str]]:
-    """Blows, and how many jobs were accepted before each."""
+def _schedule(plan: Plan, seed: int, impossible: Collection[str]) -> list[tuple[int, str]]:
+    """Faults, and how many jobs are accepted before each."""
     rng = random.Random(seed + 1)  # noqa: S311 -- repeatable, no secret
-    names = [name for name, count in plan.blows.items() for _ in range(count) if name not in impossible]
+    names = [
+        name for name, count in plan.faults_by_name.items() for _ in range(count) if name not in impossible
+    ]
     rng.shuffle(names)
     return list(zip(sorted(rng.randrange(plan.jobs * 9 // 10) for _ in names), names, strict=True))
 
 
-def _blow(faults: FaultInjection, load: Load, cluster: Cluster, forecast: Sequence[tuple[int, str]]) -> None:
-    """The load does not run ahead: each blow has jobs to meet."""
-    for after, name in forecast:
-        load.most = max(after, len(load.tickets)) + load.count // len(forecast)
-        while load.busy and len(load.tickets) < after:
+def _inject_all(
+    faults: FaultInjection, load: Load, cluster: Cluster, schedule: Sequence[tuple[int, str]]
+) -> None:
+    """The load does not run ahead: each fault meets jobs."""
+    for after, name in schedule:
+        load.most = max(after, len(load.accepted_jobs)) + load.count // len(schedule)
+        while load.busy and len(load.accepted_jobs) < after:
             cluster.restart_dead()
             time.sleep(0.02)
         faults.inject(name)

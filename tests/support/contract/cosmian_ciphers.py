@@ -26,7 +26,7 @@ def cipher_of(double: CosmianDouble, protocol: Protocol = "auto", name: str = "p
     return CosmianCipher(CosmianKey(cosmian(double.url, protocol), name))
 
 
-def made(cipher: CosmianCipher) -> CosmianCipher:
+def with_first_version(cipher: CosmianCipher) -> CosmianCipher:
     """With its first version."""
     with cipher.key.call():
         cipher.key.init()

@@ -42,7 +42,7 @@ def inputs(name: str, harness: Harness) -> list[bytes]:
     return [*harness.seeds(), *(path.read_bytes() for path in kept(name))]
 
 
-def read_exactly(said: str, ours: Iterable[bytes]) -> None:
+def assert_not_echoed(said: str, ours: Iterable[bytes]) -> None:
     """Fail if an error's text repeats one of the values that a caller sent."""
     for each in ours:
         assert each.decode("latin-1") not in said, "an error repeats what was sent"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from kms_core.backends.cosmian.backend import CosmianCipher
-from support.contract.cosmian_ciphers import ALICE, MALLORY, cipher_of, made
+from support.contract.cosmian_ciphers import ALICE, MALLORY, cipher_of, with_first_version
 from support.contract.cosmian_double import CosmianDouble
 
 
@@ -18,7 +18,7 @@ def double() -> Iterator[CosmianDouble]:
 @pytest.fixture
 def cipher(double: CosmianDouble) -> CosmianCipher:
     """A key of the double with its first version."""
-    return made(cipher_of(double))
+    return with_first_version(cipher_of(double))
 
 
 @pytest.fixture

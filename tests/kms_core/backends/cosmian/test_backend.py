@@ -29,10 +29,10 @@ from support.contract.cosmian_ciphers import (
     configured_key,
     held_back,
     key_of,
-    made,
     operations,
     settings_of,
     versions,
+    with_first_version,
 )
 from support.contract.cosmian_double import NEW, OLD, CosmianDouble, Handler
 from support.contract.cosmian_store import Key
@@ -60,7 +60,7 @@ def test_a_wrap_opens_in_every_dialect(seals: Protocol, opens: Protocol) -> None
 @pytest.mark.parametrize("protocol", ["kmip", "jose"])
 def test_a_wrap_outlives_the_upgrade_of_its_server(protocol: Protocol) -> None:
     with CosmianDouble(OLD) as double:
-        wrapped = made(cipher_of(double)).encrypt(SECRET, "1", AAD)
+        wrapped = with_first_version(cipher_of(double)).encrypt(SECRET, "1", AAD)
         double.upgrade()
 
         assert cipher_of(double, protocol).decrypt(wrapped, "1", AAD) == SECRET
@@ -68,7 +68,7 @@ def test_a_wrap_outlives_the_upgrade_of_its_server(protocol: Protocol) -> None:
 
 def test_the_dialect_is_looked_at_again_after_a_failure_to_reach_the_server() -> None:
     with CosmianDouble(OLD) as double:
-        cipher = made(cipher_of(double))
+        cipher = with_first_version(cipher_of(double))
         wrapped = cipher.encrypt(SECRET, "1", AAD)
         double.stop()
         with pytest.raises(Unreachable):
@@ -90,7 +90,7 @@ def test_the_version_is_asked_for_once(double: CosmianDouble, cipher: CosmianCip
 @pytest.mark.parametrize("version", [OLD, "5.22.1 (OpenSSL 3.0.22)"], ids=["4.24", "5.22"])
 def test_jose_on_a_server_without_it_says_what_to_set(version: str) -> None:
     with CosmianDouble(version) as double:
-        made(cipher_of(double))
+        with_first_version(cipher_of(double))
 
         with pytest.raises(BackendUnavailable, match=r'5\.23: set kms\.cosmian\.protocol = "kmip"'):
             cipher_of(double, "jose").encrypt(SECRET, "1", AAD)
@@ -98,7 +98,7 @@ def test_jose_on_a_server_without_it_says_what_to_set(version: str) -> None:
 
 def test_jose_is_spoken_with_the_first_server_that_has_it() -> None:
     with CosmianDouble("5.23.0 (OpenSSL 3.0.22)") as double:
-        cipher = made(cipher_of(double, "jose"))
+        cipher = with_first_version(cipher_of(double, "jose"))
 
         assert cipher.decrypt(cipher.encrypt(SECRET, "1", AAD), "1", AAD) == SECRET
         assert "/v1/crypto/encrypt" in dict(double.requests)
@@ -111,7 +111,7 @@ def test_jose_is_spoken_with_the_first_server_that_has_it() -> None:
 def test_a_ciphertext_that_looks_like_bulk_data_is_made_anew(
     double: CosmianDouble, protocol: Protocol
 ) -> None:
-    cipher = made(cipher_of(double, protocol))
+    cipher = with_first_version(cipher_of(double, protocol))
     nonces = iter([_bulky_nonce(double), bytes(12)])
     double.store.next_nonce = lambda: next(nonces)
     wrapped = cipher.encrypt(SECRET, "1", AAD)
@@ -233,7 +233,7 @@ def test_a_key_that_somebody_made_by_its_name_is_version_1_and_rotates(version: 
 
 
 def test_another_process_finds_the_new_version(double: CosmianDouble) -> None:
-    here, there = made(cipher_of(double)), cipher_of(double)
+    here, there = with_first_version(cipher_of(double)), cipher_of(double)
     assert versions(there) == ["1"]
     here.rotate()
 
@@ -241,14 +241,14 @@ def test_another_process_finds_the_new_version(double: CosmianDouble) -> None:
 
 
 def test_rotation_is_never_a_rekey(double: CosmianDouble) -> None:
-    made(cipher_of(double)).rotate()
+    with_first_version(cipher_of(double)).rotate()
 
     assert [each["tag"] for each in operations(double)].count("Create") == 2
     assert "ReKey" not in {each["tag"] for each in operations(double)}
 
 
 def test_two_processes_that_rotate_at_once_make_one_version(double: CosmianDouble) -> None:
-    first, second = made(cipher_of(double)), cipher_of(double)
+    first, second = with_first_version(cipher_of(double)), cipher_of(double)
     came, go_on = held_back(double, "Create")
     with ThreadPoolExecutor(1) as threads:
         late = threads.submit(first.rotate)
@@ -303,7 +303,7 @@ def test_a_revoked_version_still_opens_and_the_one_before_seals(
 def test_a_destroyed_version_does_not_open_and_all_destroyed_are_no_key(
     double: CosmianDouble, protocol: Protocol
 ) -> None:
-    cipher = made(cipher_of(double, protocol))
+    cipher = with_first_version(cipher_of(double, protocol))
     wrapped = cipher.encrypt(SECRET, "1", AAD)
     cipher.rotate()
     double.store.keys[cipher.key.made_uid(1)].state = "Destroyed"

@@ -27,9 +27,9 @@ from support.contract.cosmian_ciphers import (
     configured_key,
     held_back,
     key_of,
-    made,
     settings_of,
     versions,
+    with_first_version,
 )
 from support.contract.cosmian_double import OLD, CosmianDouble, Fault, Handler, Json
 from support.credentials import Authority
@@ -126,7 +126,7 @@ WRONG: Final[dict[str, tuple[Protocol, str, Fault, type[KmsError], str]]] = {
 def test_an_answer_that_makes_no_sense_is_one_error_of_its_kind(  # noqa: PLR0913, PLR0917 -- a table
     double: CosmianDouble, protocol: Protocol, call: str, fault: Fault, kind: type[KmsError], said: str
 ) -> None:
-    cipher = made(cipher_of(double, protocol))
+    cipher = with_first_version(cipher_of(double, protocol))
     wrapped = cipher.encrypt(SECRET, "1", AAD)
     double.faults.append(fault)
 
@@ -138,7 +138,7 @@ def test_an_answer_that_makes_no_sense_is_one_error_of_its_kind(  # noqa: PLR091
 
 def test_an_old_server_that_answers_another_operation_is_refused() -> None:
     with CosmianDouble(OLD) as double:
-        cipher = made(cipher_of(double))
+        cipher = with_first_version(cipher_of(double))
         double.faults.append(json_answer(200, {"tag": "CreateResponse", "value": []}))
 
         with pytest.raises(BackendUnavailable, match=ELSEWHERE):
@@ -164,7 +164,7 @@ def member_changed(name: str, change: Callable[[str], str]) -> Fault:
 
 def test_what_another_key_sealed_is_refused(double: CosmianDouble) -> None:
     """The protected header names the key: one that is not ours would be found out when a file is opened."""
-    cipher = made(cipher_of(double, "jose"))
+    cipher = with_first_version(cipher_of(double, "jose"))
     cipher.encrypt(SECRET, "1", AAD)
     double.faults.append(member_changed("protected", lambda _: OTHER_HEADER))
 
@@ -184,7 +184,7 @@ LAX: Final[dict[str, Callable[[str], str]]] = {
 @pytest.mark.parametrize("change", LAX.values(), ids=LAX)
 def test_base64_has_one_form(double: CosmianDouble, change: Callable[[str], str]) -> None:
     """RFC 7515 §2: a lax decoder would read the right plaintext from each of them."""
-    cipher = made(cipher_of(double, "jose"))
+    cipher = with_first_version(cipher_of(double, "jose"))
     wrapped = cipher.encrypt(SECRET, "1", AAD)
     double.faults.append(member_changed("data", change))
 
@@ -208,7 +208,7 @@ def test_an_operation_that_is_refused_leaves_as_an_error_of_ours(
 
 
 def test_who_cannot_be_told_to_own_a_key_is_no_owner(double: CosmianDouble) -> None:
-    made(cipher_of(double))
+    with_first_version(cipher_of(double))
     double.faults += [through, through, answering(404, b"")]
 
     with pytest.raises(BackendUnavailable, match=ELSEWHERE):
@@ -217,7 +217,7 @@ def test_who_cannot_be_told_to_own_a_key_is_no_owner(double: CosmianDouble) -> N
 
 def test_a_version_that_is_not_there_does_not_seal(double: CosmianDouble) -> None:
     with pytest.raises(BackendUnavailable, match="has no version 7"):
-        made(cipher_of(double)).encrypt(SECRET, "7", AAD)
+        with_first_version(cipher_of(double)).encrypt(SECRET, "7", AAD)
 
 
 def test_a_call_that_waits_for_the_next_message_waits_no_longer_than_its_timeout(
@@ -225,7 +225,7 @@ def test_a_call_that_waits_for_the_next_message_waits_no_longer_than_its_timeout
 ) -> None:
     """Its time began before the messages that it waits for were sent, so it is the first to give up."""
     server = CosmianServer(PeerServer(double.url, "Cosmian KMS", "kms.cosmian.server_url", 0.5), None)
-    cipher = made(CosmianCipher(CosmianKey(server, "payroll")))
+    cipher = with_first_version(CosmianCipher(CosmianKey(server, "payroll")))
     cipher.encrypt(SECRET, "1", AAD)
     gates = [held_back(double) for _ in range(BATCHES)]
     with server.peer.one_timeout(), ThreadPoolExecutor(BATCHES) as threads:
@@ -282,7 +282,7 @@ def test_a_client_certificate_says_who_we_are(double: CosmianDouble, tmp_path: P
     unnamed = settings_of(double, {}, ca_file=authority.ca_file)
     files = {"client_cert_file": alice.cert, "client_key_file": alice.key}
     named = settings_of(double, {}, ca_file=authority.ca_file, **files)
-    made(CosmianCipher(configured_key("payroll", named)))
+    with_first_version(CosmianCipher(configured_key("payroll", named)))
 
     assert {key.owner for key in double.store.keys.values()} == {"alice"}
     with pytest.raises(BackendUnavailable, match="does not accept our credentials"):

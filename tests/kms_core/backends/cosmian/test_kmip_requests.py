@@ -13,7 +13,7 @@ from typing import Any, Final
 import pytest
 
 from kms_core.backends.cosmian.backend import CosmianCipher
-from support.contract.cosmian_ciphers import AAD, SECRET, cipher_of, made
+from support.contract.cosmian_ciphers import AAD, SECRET, cipher_of, with_first_version
 from support.contract.cosmian_double import NEW, OLD, CosmianDouble
 
 UID: Final = str(uuid.uuid5(uuid.UUID("5d9be8cf-0f4c-4c0d-9e5c-6d6b8f1e7a51"), "payroll/1"))
@@ -95,7 +95,7 @@ def _operations(double: CosmianDouble) -> Iterator[tuple[str, list[Tree]]]:
 
 def asked(double: CosmianDouble) -> CosmianCipher:
     """A cipher whose key is there, and whose requests so far are forgotten."""
-    cipher = made(cipher_of(double))
+    cipher = with_first_version(cipher_of(double))
     cipher.versions()
     double.requests.clear()
     return cipher
@@ -137,7 +137,7 @@ def test_a_decryption_gives_all_that_gcm_needs(version: str) -> None:
 @both
 def test_a_key_is_of_256_bits_sensitive_and_for_nothing_but_encrypt_and_decrypt(version: str) -> None:
     with CosmianDouble(version) as double:
-        made(cipher_of(double))
+        with_first_version(cipher_of(double))
         kind, (_, _, attributes) = sent(double, "Create")
 
     only_new = [

@@ -11,7 +11,7 @@ from kms_core.jobs.events.outbox import GIVE_UP_S, MOST_ATTEMPTS, Outbox, Webhoo
 from kms_core.jobs.events.webhook import WebhookEndpoint
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import DurabilityUnconfirmed
-from support.job_stores import LONG, accepted, claimed, forge
+from support.job_stores import LASTING_LEASES, accepted, claimed, forge
 from support.waiting import until
 from support.webhooks import DUE, end, endpoint, event_entry, every, hasten, receiving, waiting
 
@@ -23,9 +23,11 @@ GIVEN_UP = "kms:webhooks:given_up"
     [{"callback": ""}, {"callback": "ci", "source": "items", "parent": "whole"}],
     ids=["no-callback", "part"],
 )
-def test_other_jobs_are_not_told(store: JobStore, ci: WebhookEndpoint, changes: dict[str, str]) -> None:
+def test_other_jobs_are_not_told(
+    store: JobStore, webhook_endpoint: WebhookEndpoint, changes: dict[str, str]
+) -> None:
     store.finish(claimed(store, **changes), "succeeded")
-    outbox = Outbox(store, {"ci": ci})
+    outbox = Outbox(store, {"ci": webhook_endpoint})
 
     assert outbox.due("ci", 10) == []
     assert outbox.size() == 0
@@ -37,10 +39,10 @@ def test_other_jobs_are_not_told(store: JobStore, ci: WebhookEndpoint, changes: 
     ids=["attempts", "age"],
 )
 def test_a_delivery_that_always_fails_ends_as_dead(
-    store: JobStore, ci: WebhookEndpoint, changes: dict[str, float]
+    store: JobStore, webhook_endpoint: WebhookEndpoint, changes: dict[str, float]
 ) -> None:
     end(store)
-    outbox, delivery = waiting(store, {"ci": ci})
+    outbox, delivery = waiting(store, {"ci": webhook_endpoint})
 
     assert outbox.put_off(msgspec.structs.replace(delivery, **changes)) is None
     assert outbox.size() == 0
@@ -48,23 +50,23 @@ def test_a_delivery_that_always_fails_ends_as_dead(
 
 
 def test_each_failed_attempt_waits_longer_up_to_a_quarter_of_an_hour(
-    store: JobStore, ci: WebhookEndpoint
+    store: JobStore, webhook_endpoint: WebhookEndpoint
 ) -> None:
     """Twice as long each time, of which a half is random."""
     end(store)
-    outbox, delivery = waiting(store, {"ci": ci})
+    outbox, delivery = waiting(store, {"ci": webhook_endpoint})
     for failed, longest_s in ((0, 1), (1, 2), (9, 512), (10, 900), (18, 900)):
         wait_s = outbox.put_off(msgspec.structs.replace(delivery, attempts=failed))
         assert wait_s is not None
         assert longest_s / 2 <= wait_s <= longest_s
 
 
-def test_other_states_are_passed_over_and_leave(store: JobStore, ci: WebhookEndpoint) -> None:
+def test_other_states_are_passed_over_and_leave(store: JobStore, webhook_endpoint: WebhookEndpoint) -> None:
     """Also where more of them come first than may be sent at a time."""
     for _ in range(5):
         claimed(store, callback="ci")
     ended = [end(store) for _ in range(3)]
-    outbox = Outbox(store, {"ci": ci})
+    outbox = Outbox(store, {"ci": webhook_endpoint})
     first = outbox.due("ci", 2)
     rest = outbox.due("ci", 2, [found.entry for found in first])
 
@@ -72,15 +74,17 @@ def test_other_states_are_passed_over_and_leave(store: JobStore, ci: WebhookEndp
     assert outbox.size() == 3
 
 
-def test_the_stream_that_others_read_is_not_needed(store: JobStore, ci: WebhookEndpoint) -> None:
+def test_the_stream_that_others_read_is_not_needed(
+    store: JobStore, webhook_endpoint: WebhookEndpoint
+) -> None:
     job_id = end(store)
     store.redis.delete("kms:events")
 
-    assert waiting(store, {"ci": ci})[1].job_id == job_id
+    assert waiting(store, {"ci": webhook_endpoint})[1].job_id == job_id
 
 
 def test_an_end_that_redis_did_not_confirm_waits(
-    store: JobStore, ci: WebhookEndpoint, monkeypatch: pytest.MonkeyPatch
+    store: JobStore, webhook_endpoint: WebhookEndpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unconfirmed() -> None:
         raise DurabilityUnconfirmed
@@ -89,14 +93,14 @@ def test_an_end_that_redis_did_not_confirm_waits(
     with monkeypatch.context() as patch:
         patch.setattr(store, "confirm", unconfirmed)
         with pytest.raises(DurabilityUnconfirmed):
-            waiting(store, {"ci": ci})
+            waiting(store, {"ci": webhook_endpoint})
 
-    assert waiting(store, {"ci": ci})[1].job_id == job_id
+    assert waiting(store, {"ci": webhook_endpoint})[1].job_id == job_id
 
 
-def test_settling_late_leaves_nothing_behind(store: JobStore, ci: WebhookEndpoint) -> None:
+def test_settling_late_leaves_nothing_behind(store: JobStore, webhook_endpoint: WebhookEndpoint) -> None:
     end(store)
-    outbox, delivery = waiting(store, {"ci": ci})
+    outbox, delivery = waiting(store, {"ci": webhook_endpoint})
     outbox.remove(delivery)
     outbox.put_off(delivery)
     outbox.put_off(msgspec.structs.replace(delivery, attempts=MOST_ATTEMPTS))
@@ -104,10 +108,12 @@ def test_settling_late_leaves_nothing_behind(store: JobStore, ci: WebhookEndpoin
     assert (outbox.size(), outbox.dead()) == (0, [])
 
 
-def test_a_delivery_that_failed_outlives_the_record(store: JobStore, ci: WebhookEndpoint) -> None:
+def test_a_delivery_that_failed_outlives_the_record(
+    store: JobStore, webhook_endpoint: WebhookEndpoint
+) -> None:
     """Records may be kept for a shorter time than attempts are made."""
     job_id = end(store)
-    outbox, first = waiting(store, {"ci": ci})
+    outbox, first = waiting(store, {"ci": webhook_endpoint})
     outbox.put_off(first)
     store.redis.delete(f"kms:job:{job_id}")
     hasten(store)
@@ -135,13 +141,13 @@ def test_a_delivery_that_is_put_back_after_its_time_is_not_sent(
     """Its time ends when all attempts are over, and what an outage of the workers may take."""
     end(store)
     with receiving(None) as receiver:
-        ci = endpoint(tmp_path, receiver.url(scheme="http"), None)
-        outbox, delivery = waiting(store, {"ci": ci})
+        webhook_endpoint = endpoint(tmp_path, receiver.url(scheme="http"), None)
+        outbox, delivery = waiting(store, {"ci": webhook_endpoint})
         outbox.remove(delivery)
-        made_at = time.time() - 24 * 3600 - LONG.jobs.result_ttl_s - late_s
+        made_at = time.time() - 24 * 3600 - LASTING_LEASES.jobs.result_ttl_s - late_s
         plain = msgspec.msgpack.encode(msgspec.structs.replace(delivery, created_at=made_at, entry=b""))
         store.redis.zadd(DUE, {store.record_key.seal_as(b"kms-service/webhook-delivery/1", b"", plain): 0})
-        dispatcher = WebhookDispatcher(outbox, {"ci": ci}, "me")
+        dispatcher = WebhookDispatcher(outbox, {"ci": webhook_endpoint}, "me")
 
         def settled() -> bool:
             dispatcher.round()
@@ -154,23 +160,23 @@ def test_a_delivery_that_is_put_back_after_its_time_is_not_sent(
 
 
 def test_an_event_of_a_record_that_was_put_back_after_its_time_is_not_told(
-    store: JobStore, ci: WebhookEndpoint
+    store: JobStore, webhook_endpoint: WebhookEndpoint
 ) -> None:
     job_id, kept = end(store, "failed", "decrypt_failed"), end(store, "failed", "decrypt_failed")
-    long_ago = time.time() - LONG.jobs.result_ttl_s - 61
+    long_ago = time.time() - LASTING_LEASES.jobs.result_ttl_s - 61
     old = accepted(job_id=job_id, callback="ci", expires_at=long_ago)
     forge(store, job_id, sealed=store.record_key.seal(old))
 
-    assert waiting(store, {"ci": ci})[1].job_id == kept
+    assert waiting(store, {"ci": webhook_endpoint})[1].job_id == kept
 
 
 @pytest.mark.parametrize("is_sealed", [False, True], ids=["event", "sealed"])
 def test_an_entry_of_another_endpoint_is_not_sent(
-    store: JobStore, ci: WebhookEndpoint, *, is_sealed: bool
+    store: JobStore, webhook_endpoint: WebhookEndpoint, *, is_sealed: bool
 ) -> None:
     """The sealed part of a record, or the sealed delivery, names the endpoint."""
     end(store)
-    outbox, delivery = waiting(store, {"ci": ci, "other": ci})
+    outbox, delivery = waiting(store, {"ci": webhook_endpoint, "other": webhook_endpoint})
     if is_sealed:
         outbox.put_off(delivery)
     for entry in cast("list[bytes]", store.redis.zrange(DUE, 0, -1)):
@@ -180,9 +186,11 @@ def test_an_entry_of_another_endpoint_is_not_sent(
     assert not store.redis.exists("kms:webhooks:due:other")
 
 
-def test_a_delivery_that_the_service_did_not_seal_is_not_sent(store: JobStore, ci: WebhookEndpoint) -> None:
+def test_a_delivery_that_the_service_did_not_seal_is_not_sent(
+    store: JobStore, webhook_endpoint: WebhookEndpoint
+) -> None:
     end(store)
-    outbox, delivery = waiting(store, {"ci": ci})
+    outbox, delivery = waiting(store, {"ci": webhook_endpoint})
     outbox.remove(delivery)
     outbox_entry = b"\x01" + msgspec.msgpack.encode(delivery)
     store.redis.zadd(DUE, {outbox_entry: 0, b"junk": 0, b"": 0})
@@ -192,11 +200,11 @@ def test_a_delivery_that_the_service_did_not_seal_is_not_sent(store: JobStore, c
     assert outbox.size() == 0
 
 
-def test_a_record_cannot_be_given_a_callback(store: JobStore, ci: WebhookEndpoint) -> None:
+def test_a_record_cannot_be_given_a_callback(store: JobStore, webhook_endpoint: WebhookEndpoint) -> None:
     claim = claimed(store)
     forge(store, claim.accepted.job_id, callback="ci", group_callback="ci")
     store.finish(claim, "succeeded")
-    outbox = Outbox(store, {"ci": ci})
+    outbox = Outbox(store, {"ci": webhook_endpoint})
 
     assert outbox.endpoints() == ["ci"]
     assert outbox.due("ci", 10) == []
@@ -217,29 +225,33 @@ def test_a_record_cannot_be_given_a_callback(store: JobStore, ci: WebhookEndpoin
     ids=["state", "nan", "late", "attempt", "id", "gone", "tenant", "group"],
 )
 def test_an_event_that_no_script_wrote_is_passed_over(
-    store: JobStore, ci: WebhookEndpoint, changes: dict[str, str]
+    store: JobStore, webhook_endpoint: WebhookEndpoint, changes: dict[str, str]
 ) -> None:
     first = end(store)
     junk = (event_entry(first, **changes), b"[1]", b'["a"]', b"[\xff")
     store.redis.zadd(DUE, dict.fromkeys(junk, time.time()))
     last = end(store)
-    outbox = Outbox(store, {"ci": ci})
+    outbox = Outbox(store, {"ci": webhook_endpoint})
 
     assert [delivery.job_id for delivery in outbox.due("ci", 10)] == [first, last]
     assert outbox.size() == 2
 
 
-def test_a_record_that_does_not_decode_stops_no_other(store: JobStore, ci: WebhookEndpoint) -> None:
+def test_a_record_that_does_not_decode_stops_no_other(
+    store: JobStore, webhook_endpoint: WebhookEndpoint
+) -> None:
     broken, good = end(store), end(store)
     forge(store, broken, attempt="many")
 
-    assert waiting(store, {"ci": ci})[1].job_id == good
+    assert waiting(store, {"ci": webhook_endpoint})[1].job_id == good
 
 
-def test_the_newest_thousand_of_dead_deliveries_are_kept(store: JobStore, ci: WebhookEndpoint) -> None:
+def test_the_newest_thousand_of_dead_deliveries_are_kept(
+    store: JobStore, webhook_endpoint: WebhookEndpoint
+) -> None:
     end(store)
     end(store)
-    outbox = Outbox(store, {"ci": ci})
+    outbox = Outbox(store, {"ci": webhook_endpoint})
     first, last = (msgspec.structs.replace(each, attempts=MOST_ATTEMPTS) for each in outbox.due("ci", 10))
     outbox.put_off(first)
     store.redis.zadd(GIVEN_UP, {f"entry {number}": time.time() for number in range(999)})
@@ -264,8 +276,8 @@ def test_events_that_nobody_reads_are_bounded(store: JobStore) -> None:
     assert newest[0][1][b"type"] == b"kms.job.succeeded"
 
 
-def test_every_waiting_delivery_is_counted(store: JobStore, ci: WebhookEndpoint) -> None:
-    outbox = Outbox(store, {"ci": ci})
+def test_every_waiting_delivery_is_counted(store: JobStore, webhook_endpoint: WebhookEndpoint) -> None:
+    outbox = Outbox(store, {"ci": webhook_endpoint})
     assert (outbox.endpoints(), outbox.size(), every(outbox)) == ([], 0, [])
     end(store)
     end(store, callback="other")

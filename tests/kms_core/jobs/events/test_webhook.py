@@ -58,7 +58,7 @@ def receiver(authority: Authority) -> Iterator[Receiver]:
 
 
 @pytest.fixture
-def ci(tmp_path: Path, authority: Authority, receiver: Receiver) -> WebhookEndpoint:
+def webhook_endpoint(tmp_path: Path, authority: Authority, receiver: Receiver) -> WebhookEndpoint:
     return endpoint(tmp_path, receiver.url(), authority)
 
 
@@ -146,12 +146,12 @@ def test_what_dev_allows_is_loopback_alone(tmp_path: Path) -> None:
 
 
 def test_the_name_is_looked_up_once_and_kept_for_tls_and_host(
-    ci: WebhookEndpoint, receiver: Receiver
+    webhook_endpoint: WebhookEndpoint, receiver: Receiver
 ) -> None:
     global lookups  # noqa: PLW0603 -- an audit hook cannot be taken out, only silenced
     lookups = []
     sys.addaudithook(note_lookups)
-    outcome = post(ci, MESSAGE)
+    outcome = post(webhook_endpoint, MESSAGE)
     seen, lookups = [host for host in lookups if host == "localhost"], None
 
     assert outcome == DeliveryOutcome("delivered")
@@ -163,8 +163,8 @@ def test_the_name_is_looked_up_once_and_kept_for_tls_and_host(
 # -- the request -------------------------------------------------------------------------------------
 
 
-def test_the_request_is_signed_and_whole(ci: WebhookEndpoint, receiver: Receiver) -> None:
-    assert post(ci, MESSAGE) == DeliveryOutcome("delivered")
+def test_the_request_is_signed_and_whole(webhook_endpoint: WebhookEndpoint, receiver: Receiver) -> None:
+    assert post(webhook_endpoint, MESSAGE) == DeliveryOutcome("delivered")
 
     [request] = receiver.requests
     assert (request.path, request.body) == (PATH, MESSAGE.body)
@@ -181,10 +181,10 @@ def test_the_signature_is_hmac_sha256_over_the_documented_bytes() -> None:
     assert sign(SECRET, 1767225600, MESSAGE) == "v1=" + hmac.new(SECRET, signed, "sha256").hexdigest()
 
 
-def test_a_new_secret_needs_no_restart(ci: WebhookEndpoint, receiver: Receiver) -> None:
+def test_a_new_secret_needs_no_restart(webhook_endpoint: WebhookEndpoint, receiver: Receiver) -> None:
     new = b"n" * 32
-    ci.section.secret_file.write_bytes(new)
-    post(ci, MESSAGE)
+    webhook_endpoint.section.secret_file.write_bytes(new)
+    post(webhook_endpoint, MESSAGE)
 
     headers = receiver.requests[0].headers
     assert headers["X-KMS-Signature"] == sign(new, int(headers["X-KMS-Timestamp"]), MESSAGE)
@@ -199,10 +199,10 @@ def test_a_new_secret_needs_no_restart(ci: WebhookEndpoint, receiver: Receiver) 
     ],
 )
 def test_an_answer_is_judged_by_its_status_and_no_redirect_is_followed(
-    ci: WebhookEndpoint, receiver: Receiver, result: str, statuses: list[int]
+    webhook_endpoint: WebhookEndpoint, receiver: Receiver, result: str, statuses: list[int]
 ) -> None:
     receiver.answers = [(status, "/elsewhere") for status in statuses]
-    outcomes = [post(ci, MESSAGE) for _ in statuses]
+    outcomes = [post(webhook_endpoint, MESSAGE) for _ in statuses]
 
     reasons = ["" if result == "delivered" else f"http_{status}" for status in statuses]
     assert [(outcome.result, outcome.reason) for outcome in outcomes] == [(result, each) for each in reasons]
@@ -235,10 +235,10 @@ def test_a_server_that_is_not_reached_is_told_apart(
     assert receiver.requests == []
 
 
-def test_a_secret_that_went_away(ci: WebhookEndpoint) -> None:
-    ci.section.secret_file.unlink()
+def test_a_secret_that_went_away(webhook_endpoint: WebhookEndpoint) -> None:
+    webhook_endpoint.section.secret_file.unlink()
 
-    assert post(ci, MESSAGE) == DeliveryOutcome("failed", "secret_unreadable")
+    assert post(webhook_endpoint, MESSAGE) == DeliveryOutcome("failed", "secret_unreadable")
 
 
 def test_no_time_is_left_to_connect(tmp_path: Path, receiver: Receiver) -> None:

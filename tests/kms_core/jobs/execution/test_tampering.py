@@ -19,7 +19,7 @@ from kms_protocol.errors import JobsUnavailable, UnknownJob
 from support.core_jobs import submit_items
 from support.job_stores import (
     COMMIT,
-    LONG,
+    LASTING_LEASES,
     TENANT,
     accepted,
     claimed,
@@ -222,7 +222,7 @@ def test_record_that_is_not_ours_is_shown_to_its_plain_tenant(store: JobStore) -
 
 
 def test_redis_that_is_away_is_told_as_such(store: JobStore) -> None:
-    away = JobStore(connect("unix:///nonexistent.sock"), store.record_key, lambda *_: None, LONG)
+    away = JobStore(connect("unix:///nonexistent.sock"), store.record_key, lambda *_: None, LASTING_LEASES)
 
     for call in (away.ping, away.workers, away.due, partial(survey_queues, away), away.expired):
         with pytest.raises(JobsUnavailable):

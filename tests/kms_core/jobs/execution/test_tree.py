@@ -17,7 +17,7 @@ from support.core_jobs import WHO, done, lines, now, opened, run, submit, taken_
 from support.failing_store import Killed, killed, worker_with_hook
 from support.file_tree import names
 from support.job_stores import (
-    LONG,
+    LASTING_LEASES,
     TENANT,
     expire_leases,
     forge,
@@ -296,7 +296,7 @@ def test_worker_that_was_overtaken_in_the_middle_has_no_effect(core: Core, files
 
 
 def test_part_that_comes_further_each_time_is_no_dead_letter(core: Core, files: Path) -> None:
-    sources = [f"f{number}" for number in range(LONG.jobs.attempts + 3)]
+    sources = [f"f{number}" for number in range(LASTING_LEASES.jobs.attempts + 3)]
     job_id, part = cut(core, files, **dict.fromkeys(sources, b"x"))
     for _ in sources:
         killed(core, part, 1, after=False)
@@ -309,7 +309,7 @@ def test_part_that_comes_further_each_time_is_no_dead_letter(core: Core, files: 
 
 def test_part_that_kills_every_worker_ends_and_tells_what_was_done(core: Core, files: Path) -> None:
     job_id, part = cut(core, files, a=b"1", b=b"2", c=b"3")
-    for at in (2, 1, *[0] * (LONG.jobs.attempts - 1)):  # at c, at c once b is in place, at c
+    for at in (2, 1, *[0] * (LASTING_LEASES.jobs.attempts - 1)):  # at c, at c once b is in place, at c
         killed(core, part, at, after=False)
         expire_leases(core.worker_context.store)
     taken_up(core, part)

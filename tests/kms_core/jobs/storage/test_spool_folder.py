@@ -319,7 +319,7 @@ def test_failed_sync_drops_the_blob_and_is_not_tried_again(
 # -- one sync for several threads --------------------------------------------------------------------------
 
 
-class Kernel:
+class SteppedSync:
     """A sync that ends when it is told to; those of these numbers fail."""
 
     def __init__(self, *fails: int) -> None:
@@ -335,7 +335,7 @@ class Kernel:
             raise OSError(errno.EIO, "broken")
 
 
-class Queue:
+class CountingLock:
     """A lock that counts the threads that have asked for it."""
 
     def __init__(self) -> None:
@@ -371,7 +371,7 @@ def started(group: GroupSync, ends: list[str]) -> threading.Thread:
 def test_threads_that_come_during_a_sync_share_the_next_one_and_its_failure(
     fails: tuple[int, ...], first_end: str, next_end: str
 ) -> None:
-    kernel, queue, ends = Kernel(*fails), Queue(), list[str]()
+    kernel, queue, ends = SteppedSync(*fails), CountingLock(), list[str]()
     group = GroupSync(kernel.sync)
     group._one_at_a_time = queue  # type: ignore[assignment]  # noqa: SLF001 -- locks do not count
     first = started(group, ends)
@@ -395,7 +395,7 @@ def test_threads_that_come_during_a_sync_share_the_next_one_and_its_failure(
 
 
 def test_forked_process_waits_for_no_thread_of_its_parent() -> None:
-    kernel, ends = Kernel(), list[str]()
+    kernel, ends = SteppedSync(), list[str]()
     group = GroupSync(kernel.sync)
     thread = started(group, ends)
     until(lambda: kernel.begun == 1, "a sync runs")

@@ -16,7 +16,7 @@ from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import JobsUnavailable
 from support.job_stores import (
     COMMIT,
-    LONG,
+    LASTING_LEASES,
     TENANT,
     accepted,
     attempt,
@@ -39,7 +39,7 @@ def woken() -> list[str]:
 
 @pytest.fixture
 def store(core: Core, woken: list[str]) -> JobStore:
-    return store_of(core, LONG, woken)
+    return store_of(core, LASTING_LEASES, woken)
 
 
 def submit(store: JobStore, count: int = 1, **changes: object) -> list[str]:
@@ -524,7 +524,7 @@ def test_a_process_that_stops_hands_on(store: JobStore, woken: list[str]) -> Non
 
 def test_where_the_broker_is_the_same_redis_the_script_pushes(core: Core) -> None:
     found = core.worker_context.store
-    store = JobStore(found.redis, found.record_key, None, LONG)
+    store = JobStore(found.redis, found.record_key, None, LASTING_LEASES)
     store.worker_seen("w", 1, QUEUES)
 
     submit(store, 3)
@@ -539,7 +539,7 @@ def test_a_failed_wake_up_loses_no_job(core: Core) -> None:
         raise JobsUnavailable
 
     found = core.worker_context.store
-    store = JobStore(found.redis, found.record_key, broken, LONG)
+    store = JobStore(found.redis, found.record_key, broken, LASTING_LEASES)
     store.worker_seen("w", 1, QUEUES)
 
     submit(store)

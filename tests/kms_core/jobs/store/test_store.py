@@ -33,7 +33,7 @@ from kms_protocol.errors import (
 from support.embedded_valkey import EmbeddedValkey
 from support.job_stores import (
     COMMIT,
-    LONG,
+    LASTING_LEASES,
     TENANT,
     accepted,
     claimed,
@@ -58,8 +58,8 @@ def again(store: JobStore, claim: Attempt) -> Attempt:
 
 def unheard(core: Core) -> JobStore:
     """A store whose writes no replica acknowledges."""
-    waiting = msgspec.structs.replace(LONG.redis, wait_replicas=1, wait_ms=20)
-    return store_of(core, msgspec.structs.replace(LONG, redis=waiting))
+    waiting = msgspec.structs.replace(LASTING_LEASES.redis, wait_replicas=1, wait_ms=20)
+    return store_of(core, msgspec.structs.replace(LASTING_LEASES, redis=waiting))
 
 
 # -- submitting ------------------------------------------------------------------------------------------
@@ -415,14 +415,18 @@ def test_job_ends_once(store: JobStore) -> None:
 def test_attempts_are_counted_and_end(store: JobStore) -> None:
     claim = claimed(store)
     fences = [claim.fence]
-    for _ in range(LONG.jobs.attempts - 1):
+    for _ in range(LASTING_LEASES.jobs.attempts - 1):
         expire_leases(store)
         fences.append(again(store, claim).fence)
     expire_leases(store)
 
     assert store.claim(claim.accepted.job_id, "w") is None
     found = store.get(claim.accepted.job_id, TENANT)
-    assert (found.state, found.error, found.attempt) == ("failed", "attempts_exhausted", LONG.jobs.attempts)
+    assert (found.state, found.error, found.attempt) == (
+        "failed",
+        "attempts_exhausted",
+        LASTING_LEASES.jobs.attempts,
+    )
     assert [*fences, found.fence] == [1, 2, 3, 4]
 
 
@@ -584,7 +588,7 @@ def test_commit_of_one_file_of_many_waits_for_replicas_and_other_steps_do_not(
 def test_commit_is_handed_to_whoever_comes_next(store: JobStore) -> None:
     claim = claimed(store)
     store.committing(claim, COMMIT)
-    for number in range(2, 2 + 2 * LONG.jobs.attempts):  # a commit has no limit of attempts
+    for number in range(2, 2 + 2 * LASTING_LEASES.jobs.attempts):  # a commit has no limit of attempts
         expire_leases(store)
         assert store.reap_all([claim.accepted.job_id]) == ["committing"]
         found = again(store, claim)

@@ -12,7 +12,7 @@ from kms_core.jobs.spec import QUEUES
 from kms_core.jobs.store import activity
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import RecordRefused, UnknownJob
-from support.job_stores import LONG, TENANT, accepted, expire_leases, forge, store_of
+from support.job_stores import LASTING_LEASES, TENANT, accepted, expire_leases, forge, store_of
 
 FIELDS: Final = ("sealed", "fence", "attempt", "run_by", "expires_at", "needs")
 JUNK: Final = (b"", b"junk", b"\xff\xfe")
@@ -104,7 +104,7 @@ def test_jobs_that_do_not_exist_want_no_hand(store: JobStore) -> None:
 def test_a_tenant_without_jobs_is_taken_out_of_the_choice(core: Core) -> None:
     """Or the watchdog of each idle worker would take it for one that hears nothing."""
     woken: list[str] = []
-    store = store_of(core, LONG, woken)
+    store = store_of(core, LASTING_LEASES, woken)
     store.worker_seen("w1", 1, QUEUES)
     entries(store, "active:kms.bulk", 1.0, "nobody")
 

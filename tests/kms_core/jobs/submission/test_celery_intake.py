@@ -287,12 +287,12 @@ def test_after_a_rotation_old_and_new_messages_open(service: Service, path: Path
 
 def test_the_key_may_be_a_post_quantum_one(service: Service, path: Path) -> None:
     path.write_text(mlkem768x25519.HybridIdentity.generate().export())
-    whom = celery_intake.recipient(path)
+    intake_recipient = celery_intake.recipient(path)
     file_key, nonce = os.urandom(16), os.urandom(16)
     payload = stream.seal(stream.payload_key(file_key, nonce), json.dumps(body()).encode())
-    sealed = header.render([whom.wrap(file_key)], file_key) + nonce + payload
+    sealed = header.render([intake_recipient.wrap(file_key)], file_key) + nonce + payload
 
-    assert str(whom).startswith("age1pq1")
+    assert str(intake_recipient).startswith("age1pq1")
     taken(opened(service), base64.b64encode(sealed).decode())
 
 

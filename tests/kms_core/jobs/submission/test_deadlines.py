@@ -17,7 +17,7 @@ from kms_protocol.context import Context
 from kms_protocol.errors import InvalidDeadline, JobExpired
 from kms_protocol.wire import JobItem
 from support.core_jobs import WHO
-from support.job_stores import COMMIT, LONG, TENANT, accepted, attempt, expire_leases, record
+from support.job_stores import COMMIT, LASTING_LEASES, TENANT, accepted, attempt, expire_leases, record
 from support.waiting import monotonic_ahead, until
 
 NOW: Final = 1_900_000_000.0
@@ -210,9 +210,9 @@ def test_a_result_is_kept_from_the_end_on(store: JobStore) -> None:
 
     assert found.expires_at == pytest.approx(time.time() + 60, abs=5)
     assert found.end
-    assert found.end.kept_until == pytest.approx(found.expires_at + LONG.jobs.result_ttl_s, abs=5)
+    assert found.end.kept_until == pytest.approx(found.expires_at + LASTING_LEASES.jobs.result_ttl_s, abs=5)
     assert store.redis.zscore("kms:ended", job_id) == pytest.approx(found.expires_at, abs=1)
-    assert store.redis.ttl(f"kms:job:{job_id}") == pytest.approx(60 + LONG.jobs.result_ttl_s, abs=5)
+    assert store.redis.ttl(f"kms:job:{job_id}") == pytest.approx(60 + LASTING_LEASES.jobs.result_ttl_s, abs=5)
 
 
 def test_a_job_of_an_old_client_is_kept_from_its_submission_on(store: JobStore) -> None:

@@ -1,4 +1,4 @@
-"""Messages become jobs: once, under their submitter's name, and as the desk would accept them over HTTP."""
+"""Messages become jobs: once, under their submitter's name, and as the API would accept them over HTTP."""
 
 import contextlib
 import contextvars
@@ -50,7 +50,7 @@ def opened(install: Service, core: Core) -> Intake:
 
 
 @pytest.fixture
-def desk(install: Service, core: Core) -> Intake:
+def intake(install: Service, core: Core) -> Intake:
     return opened(install, core)
 
 
@@ -64,9 +64,9 @@ def queued(core: Core) -> int:
     return survey_queues(core.submitter.store).jobs["queued"]
 
 
-def test_a_message_becomes_a_job_of_the_submitters_name(desk: Intake, core: Core, recipient: str) -> None:
+def test_a_message_becomes_a_job_of_the_submitters_name(intake: Intake, core: Core, recipient: str) -> None:
     asked = body()
-    job_id = desk.accept(seal(recipient, asked), "worker/1")
+    job_id = intake.accept(seal(recipient, asked), "worker/1")
     accepted = core.submitter.store.accepted(job_id)
 
     assert job_id == asked["job_id"]
@@ -76,12 +76,12 @@ def test_a_message_becomes_a_job_of_the_submitters_name(desk: Intake, core: Core
     assert core.submitter.store.get(job_id, "default").state == "queued"
 
 
-def test_lines_after_a_message_do_not_carry_its_id(desk: Intake, recipient: str) -> None:
+def test_lines_after_a_message_do_not_carry_its_id(intake: Intake, recipient: str) -> None:
     """Nor after one that is refused."""
 
     def run(asked: dict[str, object]) -> str:
         with contextlib.suppress(PathRefused):
-            desk.accept(seal(recipient, asked), "worker/1")
+            intake.accept(seal(recipient, asked), "worker/1")
         return audit.request_id.get()
 
     refused = body({"kind": "encrypt", "source": "file:///etc/passwd", "target": "file:///etc/x"})
@@ -89,16 +89,16 @@ def test_lines_after_a_message_do_not_carry_its_id(desk: Intake, recipient: str)
         assert contextvars.Context().run(run, asked) == ""
 
 
-def test_a_replay_changes_nothing(desk: Intake, core: Core, install: Service, recipient: str) -> None:
+def test_a_replay_changes_nothing(intake: Intake, core: Core, install: Service, recipient: str) -> None:
     """Also one that was sealed anew."""
     asked = body(JOB | {"context": {"b": "2", "a": "1"}})
     same = asked | {"expires_at": in_s(900), "job": JOB | {"context": {"a": "1", "b": "2"}}}
     message = seal(recipient, asked)
-    job_id = desk.accept(message, "worker/1")
+    job_id = intake.accept(message, "worker/1")
     before, job = content(install.spool), core.submitter.store.get(job_id, "default")
 
     for replay in (message, message, seal(recipient, same)):
-        assert desk.accept(replay, "worker/2") == job_id
+        assert intake.accept(replay, "worker/2") == job_id
     assert content(install.spool) == before
     assert core.submitter.store.get(job_id, "default") == job
     assert queued(core) == 1
@@ -115,24 +115,24 @@ OTHERS: Final = {
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 def test_another_job_under_a_used_id_is_refused(
-    desk: Intake, core: Core, install: Service, recipient: str, other: dict[str, object]
+    intake: Intake, core: Core, install: Service, recipient: str, other: dict[str, object]
 ) -> None:
     asked = body()
-    job_id = desk.accept(seal(recipient, asked), "worker/1")
+    job_id = intake.accept(seal(recipient, asked), "worker/1")
     before, accepted = content(install.spool), core.submitter.store.accepted(job_id)
 
     with pytest.raises(IdempotencyConflict):
-        desk.accept(seal(recipient, asked | {"job": other}), "worker/1")
+        intake.accept(seal(recipient, asked | {"job": other}), "worker/1")
     assert content(install.spool) == before
     assert core.submitter.store.accepted(job_id) == accepted
 
 
-def test_a_replay_does_not_revive_what_has_ended(desk: Intake, core: Core, recipient: str) -> None:
+def test_a_replay_does_not_revive_what_has_ended(intake: Intake, core: Core, recipient: str) -> None:
     message = seal(recipient, body())
-    job_id = desk.accept(message, "worker/1")
+    job_id = intake.accept(message, "worker/1")
     core.submitter.store.cancel(job_id, "default")
 
-    assert desk.accept(message, "worker/1") == job_id
+    assert intake.accept(message, "worker/1") == job_id
     assert core.submitter.store.get(job_id, "default").state == "cancelled"
 
 
@@ -148,12 +148,12 @@ def test_the_record_outlives_the_message(tmp_path: Path, redis_url: str) -> None
     assert int(str(client.ttl(f"kms:job:{job_id}"))) > 3600
 
 
-def test_a_message_in_other_hands_is_left_to_them(desk: Intake, core: Core, recipient: str) -> None:
+def test_a_message_in_other_hands_is_left_to_them(intake: Intake, core: Core, recipient: str) -> None:
     asked = body()
     core.submitter.store.lock(f"submit:{asked['job_id']}", "worker/2", 60)
 
     with pytest.raises(JobsUnavailable):
-        desk.accept(seal(recipient, asked), "worker/1")
+        intake.accept(seal(recipient, asked), "worker/1")
     assert not core.submitter.store.exists(str(asked["job_id"]))
 
 
@@ -188,22 +188,22 @@ REFUSED: Final = {
 
 @pytest.mark.parametrize(("job", "error"), REFUSED.values(), ids=REFUSED)
 def test_what_the_service_would_refuse_over_http_is_refused(
-    desk: Intake, install: Service, recipient: str, job: dict[str, object], error: type[Exception]
+    intake: Intake, install: Service, recipient: str, job: dict[str, object], error: type[Exception]
 ) -> None:
     with pytest.raises(error):
-        desk.accept(seal(recipient, body(job)), "worker/1")
+        intake.accept(seal(recipient, body(job)), "worker/1")
     assert content(install.spool) == {}
 
 
-def test_a_replay_needs_no_source_any_more(desk: Intake, install: Service, recipient: str) -> None:
+def test_a_replay_needs_no_source_any_more(intake: Intake, install: Service, recipient: str) -> None:
     source = install.files / "a.txt"
     source.write_text(CANARY)
     job = {"kind": "encrypt", "source": f"file://{source}", "target": f"file://{source}.age"}
     message = seal(recipient, body(job))
-    job_id = desk.accept(message, "worker/1")
+    job_id = intake.accept(message, "worker/1")
     source.unlink()
 
-    assert desk.accept(message, "worker/1") == job_id
+    assert intake.accept(message, "worker/1") == job_id
 
 
 # -- an id belongs to the tenant that used it first ------------------------------------------------------
@@ -216,20 +216,20 @@ def test_a_message_with_the_id_of_a_job_leaves_it_to_its_submitter(
     """Of a colleague it is a replay; of another tenant it is none, or its sender would wait for others."""
     install = SecuredService(tmp_path, redis=redis_url)
     core, asked = core_of(install), body()
-    desk, store = opened(install, core), core.submitter.store
+    intake, store = opened(install, core), core.submitter.store
     recipient = str(celery_intake.recipient(install.settings.kms.jobs.intake_identity_path))
 
     def message(tenant: str) -> str:
         return seal(recipient, asked | {"token": install.make("jobs:write", "encrypt", tenant=tenant)[1]})
 
-    job_id = desk.accept(message("acme"), "worker/1")
+    job_id = intake.accept(message("acme"), "worker/1")
     accepted, spool = store.accepted(job_id), content(install.spool)
 
     if tenant == "acme":
-        assert desk.accept(message(tenant), "worker/1") == job_id
+        assert intake.accept(message(tenant), "worker/1") == job_id
     else:
         with pytest.raises(IdempotencyConflict):
-            desk.accept(message(tenant), "worker/1")
+            intake.accept(message(tenant), "worker/1")
         with pytest.raises(UnknownJob):
             store.get(job_id, tenant)
     assert (store.accepted(job_id), content(install.spool)) == (accepted, spool)
