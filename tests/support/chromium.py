@@ -117,14 +117,16 @@ class Chromium:
         return said["result"].get("value")
 
     def picture(self, name: str) -> None:
-        """The whole page as PNG, for a person: in the folder that the environment names, else nowhere."""
-        if not (folder := os.environ.get("KMS_TEST_PICTURES")):
-            return
+        """The whole page as PNG, for a person: in the folder that the environment names, else nowhere.
+
+        It is taken in any case: the page has been drawn at its size then, and can be measured.
+        """
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
         taken = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, f"{name}.png").write_bytes(b64decode(taken["data"]))
+        if folder := os.environ.get("KMS_TEST_PICTURES"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            Path(folder, f"{name}.png").write_bytes(b64decode(taken["data"]))
 
     def resize(self, width: int, height: int) -> None:
         self.call(
