@@ -33,6 +33,7 @@ FLAGS: Final = (
 Json = dict[str, Any]
 Scheme = Literal["dark", "light"]
 SCHEMES: Final[tuple[Scheme, ...]] = ("dark", "light")
+_LEFT: Final = "navigated or closed"  # what an answer says whose page has gone
 
 
 class Chromium:
@@ -52,6 +53,13 @@ class Chromium:
 
     def call(self, method: str, **parameters: object) -> Json:
         """A command, and its answer."""
+        answer = self._answer(method, **parameters)
+        assert "error" not in answer, f"{method}: {answer['error']}"
+        found: Json = answer["result"]
+        return found
+
+    def _answer(self, method: str, **parameters: object) -> Json:
+        """The answer to a command, or its error."""
         self._number += 1
         message: Json = {"id": self._number, "method": method, "params": parameters}
         if self._tab:
@@ -60,9 +68,7 @@ class Chromium:
         while True:
             answer = self._next()
             if answer.get("id") == self._number:
-                assert "error" not in answer, f"{method}: {answer['error']}"
-                found: Json = answer["result"]
-                return found
+                return answer
 
     def _next(self) -> Json:
         deadline = time.monotonic() + WAIT_S
@@ -111,10 +117,12 @@ class Chromium:
             self._next()
 
     def evaluate(self, expression: str) -> Any:  # noqa: ANN401 -- whatever the page says
-        """The value of an expression in the page."""
-        said = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in said, said
-        return said["result"].get("value")
+        """The value of an expression in the page; in the next one, if the page is left meanwhile."""
+        answer = self._answer("Runtime.evaluate", expression=expression, returnByValue=True)
+        while _LEFT in str(answer.get("error", "")):
+            answer = self._answer("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in answer.get("result", answer), answer
+        return answer["result"]["result"].get("value")
 
     def picture(self, name: str) -> None:
         """The whole page as PNG, for a person: in the folder that the environment names, else nowhere.

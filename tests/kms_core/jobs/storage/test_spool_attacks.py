@@ -12,6 +12,7 @@ from typing import Final, cast
 
 import httpx2 as httpx
 import pytest
+from prometheus_client import REGISTRY
 
 from kms_core.age import header, stream
 from kms_core.auth.policy import Principal
@@ -20,7 +21,6 @@ from kms_core.envelope import sealing
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Job, part_id
 from kms_core.jobs.submission.submitter import ClientJobId, Reference, SubmissionOptions
-from kms_core.observability import metrics
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.wire import PREFIX
@@ -341,14 +341,14 @@ def _receive(install: Install, job_id: str, received: bytearray) -> None:
 def test_a_refused_input_is_told_once(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
     job_id = job(install, "items")
     _flip(-1)(install.folder(job_id) / "items")
-    refused = metrics.SPOOL_REFUSED.labels("items")._value  # noqa: SLF001 -- the library has no other way
-    before = refused.get()
+    counter = "kms_spool_blobs_refused_total", {"role": "items"}
+    before = REGISTRY.get_sample_value(*counter) or 0
     capsys.readouterr()
 
     install.run(job_id)
 
     assert capsys.readouterr().out.count("spool.blob_refused") == 1
-    assert refused.get() == before + 1
+    assert REGISTRY.get_sample_value(*counter) == before + 1
     assert _audited(install, job_id)["result"] == "record_refused"
     assert [one.job_id for one in install.core.worker_context.store.dead("default", 100)].count(job_id) == 1
 
