@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kms_cli.commands.migrate import Lines, MovedRecord
-from kms_cli.options import placed
+from kms_cli.options import OutputExists, placed
 from kms_core import secure_files
 from support.disk_trace import recorded
 
@@ -43,6 +43,15 @@ def test_a_file_is_private_and_survives_a_power_cut(
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert [found.name for found in tmp_path.iterdir()] == ["out.txt"]
     disk.assert_survives(path)
+
+
+def test_an_output_that_exists_is_refused_before_the_work(tmp_path: Path) -> None:
+    path = tmp_path / "out.txt"
+    path.write_bytes(b"older")
+
+    with pytest.raises(OutputExists), placed(path, overwrite=False):
+        pytest.fail("the work has begun")
+    assert path.read_bytes() == b"older"
 
 
 def test_records_of_a_migration_are_on_the_disk_before_it_goes_on(

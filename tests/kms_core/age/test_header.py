@@ -89,6 +89,8 @@ def test_the_mac_covers_everything_up_to_the_dashes() -> None:
 def test_without_the_version_line_it_is_no_ciphertext(file: bytes) -> None:
     with pytest.raises(NotACiphertext):
         parse(file)
+    with pytest.raises(NotACiphertext):
+        header.check_start(memoryview(file))
 
 
 @pytest.mark.parametrize(
