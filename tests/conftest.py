@@ -30,7 +30,7 @@ pytest_plugins = [
 ]
 
 
-READ_BY_TESTS: Final = ("KMS_LONG", "KMS_STORM_SEED", "KMS_EXPLORE_EXAMPLES", "KMS_TEST_PICTURES")
+KEPT_VARIABLES: Final = ("KMS_LONG", "KMS_STORM_SEED", "KMS_EXPLORE_EXAMPLES", "KMS_TEST_PICTURES")
 DATABASES: Final = 10_000  # tests of one session; an unused one costs nothing
 
 
@@ -41,7 +41,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.pthread_sigmask(signal.SIG_SETMASK, ())
 os.umask(0o022)
 for _name in list(os.environ):
-    if _name.startswith(("AWS_", "KMS_")) and _name not in READ_BY_TESTS:
+    if _name.startswith(("AWS_", "KMS_")) and _name not in KEPT_VARIABLES:
         del os.environ[_name]
 hypothesis.settings.load_profile("ci")  # the same examples each time, and no deadline
 

@@ -20,8 +20,8 @@ from kms_core.jobs.recovery import reaper
 from kms_core.jobs.storage import spool_bucket
 from kms_protocol.errors import EXIT_CONFIGURATION
 from support import redis_servers
-from support.chaos.cut_lines import CutLines
-from support.chaos.fleet import CLIENTS, EVERYWHERE, Fleet, Machine, fleet
+from support.chaos.fleet import ANY_ADDRESS, CLIENTS, Fleet, Machine, fleet
+from support.chaos.fleet_faults import FleetFaults
 from support.chaos.job_checks import JobChecks
 from support.chaos.job_mix import ObjectJobMix
 from support.chaos.load import Load
@@ -73,8 +73,8 @@ def _run(folder: Path, seed: int) -> Verdict:
     with fleet(folder, seed) as hosts:
         core = core_of(hosts)
         mix = ObjectJobMix(hosts.launch(), core, seed, scale=SCALE, bucket=hosts.shared.files)
-        load = Load(hosts, mix, JOBS, SENDERS, seed, most=0, token=hosts.token)
-        cuts = CutLines(hosts, mix, load, seed)
+        load = Load(hosts, mix, JOBS, SENDERS, seed, request_limit=0, token=hosts.token)
+        cuts = FleetFaults(hosts, mix, load, seed)
         _cut(hosts, load, cuts, seed)
         checks = JobChecks(hosts, load, lambda: hosts.shared.files.creations("out/"), room_was_short=False)
         checks.wait(PATIENCE_S)
@@ -96,7 +96,7 @@ def _run(folder: Path, seed: int) -> Verdict:
         faults = [
             *cuts.faults,
             *checks.faults,
-            *(f"ended by itself: {end}" for end in hosts.ends),
+            *(f"ended by itself: {end}" for end in hosts.unexpected_exits),
             *(f"left in Redis: {key!r}" for key in hosts.admin.keys("kms:blobs:*")),
             *(f"no worker was cut from {job_id}" for job_id in cuts.cut_jobs if _claims(hosts, job_id) < 2),
         ]
@@ -106,7 +106,7 @@ def _run(folder: Path, seed: int) -> Verdict:
     return Verdict([*faults, *hosts.search()], facts)
 
 
-def _cut(hosts: Fleet, load: Load, cuts: CutLines, seed: int) -> None:
+def _cut(hosts: Fleet, load: Load, cuts: FleetFaults, seed: int) -> None:
     """All faults, in the order of the seed; jobs arrive before, during and after each."""
     rng = random.Random(seed + 1)  # noqa: S311 -- repeatable, no secret
     names = list(cuts.faults_by_name)
@@ -115,13 +115,13 @@ def _cut(hosts: Fleet, load: Load, cuts: CutLines, seed: int) -> None:
     for number, name in enumerate(names, start=1):
         share = JOBS * number // len(names)
         after = len(load.accepted_jobs) + rng.randrange(JOBS // len(names) // 2)
-        load.most = share
+        load.request_limit = share
         while len(load.accepted_jobs) < after and load.busy:
             hosts.restart_dead()
             time.sleep(0.05)
         cuts.inject(name)
         hosts.restart_dead()
-    load.most = JOBS
+    load.request_limit = JOBS
     while load.busy:
         hosts.restart_dead()
         time.sleep(0.1)
@@ -140,10 +140,10 @@ OWN_DISK: Final = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" 
 def test_two_disks_at_one_path_are_no_spool_of_two_hosts(tmp_path: Path, program: str) -> None:
     """Each has the same path and the same keys, and a disk of its own there."""
     (spool := tmp_path / "spool").mkdir(mode=0o700)
-    settings = f'bind = "{EVERYWHERE}"\n[kms.auth]\nmode = "none"\n[kms.jobs]\nspool_dir = "{spool}"\n'
+    settings = f'bind = "{ANY_ADDRESS}"\n[kms.auth]\nmode = "none"\n[kms.jobs]\nspool_dir = "{spool}"\n'
     with (
         network(2, [CLIENTS]) as hosts,
-        redis_servers.server(tmp_path / "redis", None, bind=EVERYWHERE) as redis,
+        redis_servers.server(tmp_path / "redis", None, bind=ANY_ADDRESS) as redis,
         Service(tmp_path / "keys", settings, redis.url()) as keys,
     ):
         first, second = (
@@ -151,7 +151,7 @@ def test_two_disks_at_one_path_are_no_spool_of_two_hosts(tmp_path: Path, program
                 tmp_path / name,
                 replace(host, enter=(*host.enter, *OWN_DISK, str(spool))),
                 settings,
-                redis.url(host=host.lines[CLIENTS].us),
+                redis.url(host=host.lines[CLIENTS].test_address),
                 keys,
             )
             for name, host in zip(("api1", f"{program}2"), hosts, strict=True)

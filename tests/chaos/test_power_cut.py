@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.long_form import IS_LONG, RUNS
-from support.power_cut import SETTINGS, OnImage, OnSyncedDisk, jobs_lost
+from support.power_cut import SETTINGS, OnDiskImage, OnSyncedDisk, jobs_lost
 from support.service import Service, b64, check_problem
 from support.waiting import until
 
@@ -35,14 +35,14 @@ def test_jobs_are_lost_where_the_spool_is_only_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", RUNS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_acknowledged_job_is_lost_on_a_real_file_system(tmp_path: Path, kind: str, number: int) -> None:
-    with OnImage(tmp_path, SETTINGS, kind) as service:
+    with OnDiskImage(tmp_path, SETTINGS, kind) as service:
         assert jobs_lost(service, 2 * FILES) == [], f"run {number}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_jobs_are_lost_on_a_real_file_system_if_the_spool_is_only_written(tmp_path: Path, kind: str) -> None:
     """Shows that the test above can fail."""
-    with OnImage(tmp_path, WRITE, kind) as service:
+    with OnDiskImage(tmp_path, WRITE, kind) as service:
         assert jobs_lost(service, 24)
 
 

@@ -25,7 +25,8 @@ def test_every_accepted_job_ends_once_whatever_dies(
     verdict = storm.run(tmp_path, PLAN, seed)
 
     with capsys.disabled():
-        print(f"storm: {verdict.row()}\nstorm: ends {dict(verdict.ends)}, glimpses {verdict.glimpses}")  # noqa: T201
+        exits = dict(verdict.unexpected_exits)
+        print(f"storm: {verdict.row()}\nstorm: exits {exits}, glimpses {verdict.glimpses}")  # noqa: T201
     assert not verdict.faults, "\n".join(verdict.faults[:40])
     assert verdict.jobs == PLAN.jobs
-    assert verdict.cut >= PLAN.least_cut
+    assert verdict.interrupted >= PLAN.min_interrupted

@@ -15,7 +15,7 @@ from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed
-from support.age_kms import NO_CONTEXT, ROW, head_of, resigned
+from support.age_kms import NO_CONTEXT, ROW_7, head_of, resigned
 from support.contract.rigs import Rig
 from support.waiting import until
 
@@ -29,11 +29,11 @@ def ref(backend: Backend) -> KeyRef:
     return KeyRef("acme", "payroll", backend.current_version(), backend.name)
 
 
-def seal(backend: Backend, plaintext: bytes, context: Context = ROW, key: KeyRef | None = None) -> bytes:
+def seal(backend: Backend, plaintext: bytes, context: Context = ROW_7, key: KeyRef | None = None) -> bytes:
     return sealing.seal(plaintext, [(backend, key or ref(backend))], context)
 
 
-def unseal(backend: Backend, file: bytes, context: Context = ROW, key: KeyRef | None = None) -> bytes:
+def unseal(backend: Backend, file: bytes, context: Context = ROW_7, key: KeyRef | None = None) -> bytes:
     head = head_of(file)
     return sealing.open_(file, head, sealing.file_key_of(head, backend, key or ref(backend), context=context))
 
@@ -77,7 +77,7 @@ def test_names_of_a_backend_fit_a_stanza(backend: Backend) -> None:
 
 @pytest.mark.parametrize(
     ("context", "wrong"),
-    [(ROW, {}), (ROW, {"row": "8"}), (ROW, {"row": "7", "x": ""}), (NO_CONTEXT, {"row": "7"})],
+    [(ROW_7, {}), (ROW_7, {"row": "8"}), (ROW_7, {"row": "7", "x": ""}), (NO_CONTEXT, {"row": "7"})],
     ids=["none", "other", "extra", "instead of none"],
 )
 def test_context_is_bound(backend: Backend, context: Context, wrong: dict[str, str]) -> None:
@@ -99,8 +99,8 @@ def test_names_are_bound(backend: Backend, wrong: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("names", "context"),
     [
-        ({"tenant": "evil"}, ROW),
-        ({"key_id": "other"}, ROW),
+        ({"tenant": "evil"}, ROW_7),
+        ({"key_id": "other"}, ROW_7),
         ({}, Context.parse("row=8")),
         ({}, NO_CONTEXT),
     ],
@@ -112,7 +112,7 @@ def test_who_holds_the_file_key_cannot_bind_anew(
     """Context tag and header MAC are within reach of every reader of a file; AAD or origin is not."""
     sealed = seal(backend, b"salary")
     head, target = head_of(sealed), replace(ref(backend), **names)
-    file_key = sealing.file_key_of(head, backend, ref(backend), context=ROW)
+    file_key = sealing.file_key_of(head, backend, ref(backend), context=ROW_7)
     bound = binding.context_stanza(file_key, target, context)
     forged = [bound if stanza.type == binding.CONTEXT else stanza for stanza in head.stanzas]
 
@@ -122,14 +122,14 @@ def test_who_holds_the_file_key_cannot_bind_anew(
 
 def test_a_file_key_that_is_handed_over_is_bound_as_a_file_is(backend: Backend) -> None:
     key = ref(backend)
-    bundle = sealing.wrap_for_plugin(FILE_KEY, [(backend, key)], ROW)
+    bundle = sealing.wrap_for_plugin(FILE_KEY, [(backend, key)], ROW_7)
     stanzas = header.unbundled([bundle], header.FILE_LIMITS)
 
-    assert sealing.unwrap_for_plugin(stanzas, backend, key, context=ROW) == (FILE_KEY, True)
+    assert sealing.unwrap_for_plugin(stanzas, backend, key, context=ROW_7) == (FILE_KEY, True)
     with pytest.raises(DecryptFailed):
         sealing.unwrap_for_plugin(stanzas, backend, key, context=NO_CONTEXT)
     with pytest.raises(DecryptFailed):
-        sealing.unwrap_for_plugin(stanzas, backend, replace(key, tenant="other"), context=ROW)
+        sealing.unwrap_for_plugin(stanzas, backend, replace(key, tenant="other"), context=ROW_7)
 
 
 def test_the_aad_is_authenticated_or_origin_is_proven(backend: Backend) -> None:
@@ -233,12 +233,12 @@ def test_only_the_version_that_sealed_opens(rig: Rig) -> None:
 def test_a_file_cannot_be_moved_to_another_version(rig: Rig) -> None:
     sealed, old = seal(rig.backend, b"salary"), ref(rig.backend)
     head = head_of(sealed)
-    file_key = sealing.file_key_of(head, rig.backend, old, context=ROW)
+    file_key = sealing.file_key_of(head, rig.backend, old, context=ROW_7)
     rig.rotate()
     new = ref(rig.backend)
     stanzas = [
         rig.backend.wrap(file_key, new, AAD),
-        binding.context_stanza(file_key, new, ROW),
+        binding.context_stanza(file_key, new, ROW_7),
         *(stanza for stanza in head.stanzas[1:] if stanza.type != binding.CONTEXT),
     ]
 

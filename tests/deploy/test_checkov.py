@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from support.artefacts import DEPLOY, INSTALLS, ROOT, rendered, run
-from support.programs import BUILD_LIMIT_S, kept
+from support.programs import BUILD_LIMIT_S, locked_cache
 
 pytestmark = pytest.mark.timeout(BUILD_LIMIT_S)  # the first run installs it
 LOCK: Final = Path(__file__).with_name("checkov.lock")
@@ -33,7 +33,7 @@ SKIPPED: Final = {
 @pytest.fixture(scope="module")
 def checkov() -> Path:
     """The program; installed once for each lock."""
-    with kept("checkov") as home:
+    with locked_cache("checkov") as home:
         stamp = home / "lock"
         if not stamp.exists() or stamp.read_bytes() != LOCK.read_bytes():
             done = run("bash", "-c", INSTALL, "bash", home, sys.executable, LOCK, cwd=ROOT)

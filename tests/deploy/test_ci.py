@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from support.programs import TOGETHER
+from support.programs import SAME_PACKAGE
 
 ROOT: Final = Path(__file__).parents[2]
 TESTS: Final = ROOT / "tests"
@@ -22,5 +22,5 @@ def test_ci_installs_what_tests_ask_for() -> None:
     installed = set(re.findall(r"^needs (\S+)", (ROOT / ".ci/all").read_text("utf-8"), re.MULTILINE))
 
     assert len(asked) > 20
-    needed = {TOGETHER.get(name, name) for name in asked - OF_PYTHON - OF_DEBIAN - OPTIONAL}
+    needed = {SAME_PACKAGE.get(name, name) for name in asked - OF_PYTHON - OF_DEBIAN - OPTIONAL}
     assert needed <= installed

@@ -23,7 +23,7 @@ from support.cli.fixtures import running_up
 from support.contract_server import running
 from support.credentials import Authority
 from support.ports import free_port
-from support.programs import kept
+from support.programs import locked_cache
 from support.wheels import build, copy_sources
 
 CLIENT: Final[dict[str, Any]] = tomllib.loads((ROOT / "client/pyproject.toml").read_text())["project"]
@@ -161,7 +161,7 @@ def needed() -> Iterator[Path]:
     """Wheels of all that the client needs, as locked; fetched once from the configured index."""
     pins = re.findall(r"^(\S+==\S+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
     wanted = [*CLIENT["dependencies"], *CLIENT["optional-dependencies"]["async"]]
-    with kept("client-wheels") as folder:
+    with locked_cache("client-wheels") as folder:
         constraints = folder / "constraints"
         constraints.write_text("\n".join(pins))
         fetch = (

@@ -11,7 +11,7 @@ from typing import Final
 import pytest
 
 from support.artefacts import ROOT, passes, run
-from support.programs import kept
+from support.programs import locked_cache
 from support.wheels import index, lock, make_wheel
 
 OLDEST_PIP: Final = Path(__file__).with_name("oldest-pip.lock")
@@ -36,7 +36,7 @@ def oldest_pip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A virtual environment whose only package is the oldest pip, fetched once from the configured index."""
     made = tmp_path_factory.mktemp("oldest-pip") / "venv"
     options = ("--quiet", "--no-deps", "--require-hashes", "-r", OLDEST_PIP)
-    with kept("oldest-pip") as folder:
+    with locked_cache("oldest-pip") as folder:
         fetch = (sys.executable, "-m", "pip", "download", "--dest", folder, "--find-links", folder)
         done = run(*fetch, *options)
         if done.returncode != 0:

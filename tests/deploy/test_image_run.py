@@ -19,7 +19,7 @@ from kms_protocol.errors import EXIT_UNAVAILABLE
 from support import artefacts
 from support.artefacts import ROOT, as_root, make_secrets, passes, rendered, run, seconds
 from support.containers import Container, Image, Pod, pod
-from support.programs import BUILD_LIMIT_S, program, store_of_images, tied
+from support.programs import BUILD_LIMIT_S, program, store_of_images, tethered
 
 pytestmark = pytest.mark.timeout(BUILD_LIMIT_S)  # the first run makes the base
 VERSION: Final = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
@@ -49,7 +49,7 @@ def build(store: dict[str, str], folder: Path, *words: str) -> Path:
     temporary.mkdir(parents=True)
     namespaces = ("--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
     argv = [program("unshare"), *namespaces, ROOT / "scripts/image", "--output", f"type=local,dest={made}"]
-    done = run(*tied(*argv, *words), env=os.environ | store | {"TMPDIR": str(temporary)}, cwd=ROOT)
+    done = run(*tethered(*argv, *words), env=os.environ | store | {"TMPDIR": str(temporary)}, cwd=ROOT)
     no_mirror = "debootstrap failed" in done.stderr or "connection" in done.stderr.lower()
     if done.returncode and no_mirror:
         pytest.skip("neither a mirror of Debian nor an index of Python packages can be reached")

@@ -25,7 +25,7 @@ from support.artefacts import (
     EXAMPLES,
     INSTALLS,
     OLDEST,
-    RECOVERY,
+    RECOVERY_RECIPIENT,
     ROOT,
     SEALED,
     Document,
@@ -67,7 +67,7 @@ def refused(*words: str) -> str:
         "-f",
         EXAMPLES / "openbao.yaml",
     )
-    done = run(built_with_go("helm"), *argv, "--set", f"firstKey.recovery={RECOVERY}", *words)
+    done = run(built_with_go("helm"), *argv, "--set", f"firstKey.recovery={RECOVERY_RECIPIENT}", *words)
     assert done.returncode != 0, done.stdout
     return done.stderr
 
@@ -309,7 +309,7 @@ def test_the_first_key_is_made_once_with_the_rights_of_the_api(installs: Install
     assert words == {
         "--sealed-by": "root",
         "--for": "default",
-        "--recovery": RECOVERY,
+        "--recovery": RECOVERY_RECIPIENT,
         "--output": settings["keys"]["default"].removeprefix("age:"),
     }
     again = rendered(example, "--is-upgrade")

@@ -41,7 +41,7 @@ CONSTANTS: Final = {
 @pytest.fixture(scope="module")
 def crowded(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterator[SecuredService]:
     with SecuredService(tmp_path_factory.mktemp("crowded"), REQUIRED, module_redis) as running:
-        running.constants, running.is_open_inside = CONSTANTS, True
+        running.constants, running.has_test_metrics = CONSTANTS, True
         yield running.start()
 
 

@@ -19,7 +19,7 @@ from support import programs
 from support.age_kms import (
     ADA,
     NO_CONTEXT,
-    ROW,
+    ROW_7,
     age_backend,
     file_key_of,
     head_of,
@@ -105,7 +105,7 @@ def kms(tmp_path_factory: pytest.TempPathFactory) -> Kms:
 # -- ours before others ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("context", [NO_CONTEXT, ROW, WIDE], ids=["no context", "context", "wide context"])
+@pytest.mark.parametrize("context", [NO_CONTEXT, ROW_7, WIDE], ids=["no context", "context", "wide context"])
 @pytest.mark.parametrize("size", SIZES)
 def test_others_open_what_we_seal(peer: Peer, kms: Kms, size: int, context: Context) -> None:
     plaintext = os.urandom(size)
@@ -116,16 +116,16 @@ def test_others_open_what_we_seal(peer: Peer, kms: Kms, size: int, context: Cont
 
 
 def test_others_open_a_data_key(peer: Peer, kms: Kms) -> None:
-    made = kms.generate_data_key(ADA, 32, ROW)
+    made = kms.generate_data_key(ADA, 32, ROW_7)
 
     assert peer.decrypt(made.ciphertext, IDENTITY) == made.plaintext
 
 
 @pytest.mark.parametrize("size", [6, MiB])
 def test_others_open_what_we_rewrap(peer: Peer, kms: Kms, tmp_path: Path, size: int) -> None:
-    file = kms.encrypt(ADA, bytes(size), ROW).ciphertext
+    file = kms.encrypt(ADA, bytes(size), ROW_7).ciphertext
     rotated = kms_over(age_backend(tmp_path, IDENTITY, COLLEAGUE))
-    moved = rotated.rewrap(ADA, file, ROW).ciphertext
+    moved = rotated.rewrap(ADA, file, ROW_7).ciphertext
 
     assert peer.decrypt(moved, COLLEAGUE) == bytes(size)
     with pytest.raises(Refused):
@@ -133,12 +133,12 @@ def test_others_open_what_we_rewrap(peer: Peer, kms: Kms, tmp_path: Path, size: 
 
 
 def test_others_open_it_by_a_recipient_that_was_added(peer: Peer, kms: Kms) -> None:
-    file = kms.encrypt(ADA, b"salary", ROW).ciphertext
+    file = kms.encrypt(ADA, b"salary", ROW_7).ciphertext
     file_key = file_key_of(file, IDENTITY)
     shared = resigned(file, [COLLEAGUE.recipient.wrap(file_key), *head_of(file).stanzas], file_key)
 
     assert peer.decrypt(shared, COLLEAGUE) == peer.decrypt(shared, IDENTITY) == b"salary"
-    assert kms.decrypt(ADA, shared, ROW).origin == "service"
+    assert kms.decrypt(ADA, shared, ROW_7).origin == "service"
 
 
 CHANGES: Final[dict[str, Callable[[bytes], bytes]]] = {
@@ -157,7 +157,7 @@ def without(file: bytes, kind: str) -> bytes:
 def test_others_refuse_what_was_changed(peer: Peer, kms: Kms, change: Callable[[bytes], bytes]) -> None:
     """As the service does: tests/kms_core/envelope/test_sealing.py."""
     with pytest.raises(Refused):
-        peer.decrypt(change(kms.encrypt(ADA, bytes(2 * CHUNK), ROW).ciphertext), IDENTITY)
+        peer.decrypt(change(kms.encrypt(ADA, bytes(2 * CHUNK), ROW_7).ciphertext), IDENTITY)
 
 
 # -- theirs before us --------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_a_key_file_of_age_keygen_serves(age: StockAge, tmp_path: Path) -> None:
     )
     (tmp_path / "public_key.txt").write_bytes(public.stdout)
     backend = AgeBackend(KeyFiles(private, tmp_path / "public_key.txt", strict=True))
-    file = kms_over(backend).encrypt(ADA, b"salary", ROW).ciphertext
+    file = kms_over(backend).encrypt(ADA, b"salary", ROW_7).ciphertext
     opened = subprocess.run(
         [age.program, "-d", "-i", str(private)], input=file, capture_output=True, check=True
     )

@@ -109,12 +109,14 @@ def test_upload_that_does_not_open_ends_as_failed_and_has_no_result(
     assert not [name for name in service.spooled() if name.startswith(f"{job_id}/result")]
 
 
-def test_context_is_required_before_a_byte_is_taken(service: Service, strict: Service) -> None:
-    check_problem(strict.post("/files/encrypt", content=b"x"), 422, "context_required")
+def test_context_is_required_before_a_byte_is_taken(service: Service, no_redis: Service) -> None:
+    check_problem(no_redis.post("/files/encrypt", content=b"x"), 422, "context_required")
     check_problem(
-        strict.post("/files/encrypt", content=b"x", headers={"X-KMS-Context": "a=1"}), 503, "jobs_unavailable"
+        no_redis.post("/files/encrypt", content=b"x", headers={"X-KMS-Context": "a=1"}),
+        503,
+        "jobs_unavailable",
     )
-    assert strict.spooled() == []
+    assert no_redis.spooled() == []
     assert service.http.get("/livez").status_code == 200
 
 

@@ -145,17 +145,17 @@ def test_json_takes_ten_thousand_items_and_points_to_the_stream_for_more(service
     assert "ndjson" in more.json()["detail"]
 
 
-def test_idempotency_key_stands_for_one_request(idle: Service) -> None:
+def test_idempotency_key_stands_for_one_request(no_worker: Service) -> None:
     """What tells requests apart: tests/kms_core/jobs/store/test_store.py."""
     key = {"Idempotency-Key": "jobs-1"}
     body = {"kind": "encrypt", "items": [{"plaintext": ""}], "context": "a=1"}
-    first, again = (idle.post("/jobs", body, headers=key) for _ in range(2))
+    first, again = (no_worker.post("/jobs", body, headers=key) for _ in range(2))
 
-    assert first.json()["job_id"] == again.json()["job_id"] != idle.post("/jobs", body).json()["job_id"]
+    assert first.json()["job_id"] == again.json()["job_id"] != no_worker.post("/jobs", body).json()["job_id"]
     assert "idempotency-replayed" not in first.headers
     assert again.headers["idempotency-replayed"] == "true"
     other = body | {"context": "a=2"}
-    check_problem(idle.post("/jobs", other, headers=key), 409, "idempotency_conflict")
+    check_problem(no_worker.post("/jobs", other, headers=key), 409, "idempotency_conflict")
 
 
 # -- many files
@@ -192,17 +192,19 @@ def test_job_is_described(service: Service) -> None:
 
 
 @pytest.mark.parametrize("way", ["body", "headers"])
-def test_deadlines_are_told(idle: Service, way: str) -> None:
+def test_deadlines_are_told(no_worker: Service, way: str) -> None:
     asked: dict[str, object] = {"keep_for": 3600}
     soon = datetime.now(UTC) + timedelta(hours=1)
     asked |= {"start_by": soon.isoformat(), "run_by": (soon + timedelta(hours=1)).isoformat()}
     job = {"kind": "encrypt", "items": [{"plaintext": ""}]}
     if way == "body":
-        job_id = idle.submit(job | asked)
+        job_id = no_worker.submit(job | asked)
     else:
-        job_id = idle.upload("encrypt", b"x", **{f"X-KMS-{name}": str(text) for name, text in asked.items()})
+        job_id = no_worker.upload(
+            "encrypt", b"x", **{f"X-KMS-{name}": str(text) for name, text in asked.items()}
+        )
 
-    found = idle.job(job_id)
+    found = no_worker.job(job_id)
 
     times = [datetime.fromisoformat(found[name]) for name in ("start_by", "run_by", "expires_at")]
     for at, hours in zip(times, (0, 1, 2), strict=True):
@@ -226,33 +228,33 @@ def test_running_job_stops_and_leaves_nothing(service: Service) -> None:
     until(lambda: not any(name.startswith(job_id) for name in service.spooled()), "the spool is clean")
 
 
-def test_dead_letter_is_listed_and_can_be_retried(idle: Service) -> None:
+def test_dead_letter_is_listed_and_can_be_retried(no_worker: Service) -> None:
     """A job that used up its attempts: five workers took it and died."""
-    core = core_of(idle)
+    core = core_of(no_worker)
     store = core.worker_context.store
-    job_id = idle.submit({"kind": "encrypt", "items": [{"plaintext": b64(b"revived")}]})
+    job_id = no_worker.submit({"kind": "encrypt", "items": [{"plaintext": b64(b"revived")}]})
     for _ in range(5):
         assert store.claim(job_id, "w")
         store.redis.hset(f"kms:job:{job_id}", "lease_until", 0)
     run_job(job_id, core.worker_context, "w")
 
-    job = idle.job(job_id)
-    dead = idle.get("/jobs/dead").json()["jobs"]
-    revived = idle.post(f"/jobs/{job_id}/retry").json()
+    job = no_worker.job(job_id)
+    dead = no_worker.get("/jobs/dead").json()["jobs"]
+    revived = no_worker.post(f"/jobs/{job_id}/retry").json()
     run_job(job_id, core.worker_context, "w")
 
     assert (job["state"], job["error"]["code"], job["attempt"]) == ("failed", "attempts_exhausted", 5)
     assert job_id in {letter["job_id"] for letter in dead}
     assert (revived["state"], revived["attempt"], revived["error"]) == ("queued", 0, None)
-    assert idle.wait(job_id, "succeeded")["attempt"] == 1
-    assert idle.decrypt(unb64(idle.lines(job_id)[0]["ciphertext"]), None) == b"revived"
-    assert job_id not in {letter["job_id"] for letter in idle.get("/jobs/dead").json()["jobs"]}
+    assert no_worker.wait(job_id, "succeeded")["attempt"] == 1
+    assert no_worker.decrypt(unb64(no_worker.lines(job_id)[0]["ciphertext"]), None) == b"revived"
+    assert job_id not in {letter["job_id"] for letter in no_worker.get("/jobs/dead").json()["jobs"]}
 
 
-def test_only_dead_letters_can_be_retried(idle: Service) -> None:
-    job_id = idle.submit({"kind": "encrypt", "items": [{"plaintext": ""}]})
+def test_only_dead_letters_can_be_retried(no_worker: Service) -> None:
+    job_id = no_worker.submit({"kind": "encrypt", "items": [{"plaintext": ""}]})
 
-    check_problem(idle.post(f"/jobs/{job_id}/retry"), 409, "job_not_dead")
+    check_problem(no_worker.post(f"/jobs/{job_id}/retry"), 409, "job_not_dead")
 
 
 def test_parts_of_a_job_are_nobody_s_to_touch(service: Service) -> None:

@@ -54,8 +54,8 @@ def test_documented_data_key(service: Service) -> None:
     assert service.decrypt(unb64(made["ciphertext"]), context=None) == unb64(made["plaintext"])
 
 
-def test_data_keys_that_the_settings_refuse(idle: Service) -> None:
-    answer = curl(idle, GENERATE_KEY)
+def test_data_keys_that_the_settings_refuse(no_worker: Service) -> None:
+    answer = curl(no_worker, GENERATE_KEY)
 
     assert (answer["status"], answer["code"]) == (501, "data_keys_unsupported")
     assert "data_keys = true" in answer["detail"]
@@ -137,19 +137,19 @@ def test_sizes_up_to_the_limit_come_back(service: Service, size: int) -> None:
     ],
     ids=str,
 )
-def test_data_key_is_sealed_like_any_plaintext(strict: Service, asked: Json, spec: str, size: int) -> None:
-    made = strict.post("/generate-key", asked | {"context": CONTEXT}).json()
+def test_data_key_is_sealed_like_any_plaintext(no_redis: Service, asked: Json, spec: str, size: int) -> None:
+    made = no_redis.post("/generate-key", asked | {"context": CONTEXT}).json()
 
     assert made["key_spec"] == spec
     assert len(unb64(made["plaintext"])) == size
-    assert strict.decrypt(unb64(made["ciphertext"])) == unb64(made["plaintext"])
+    assert no_redis.decrypt(unb64(made["ciphertext"])) == unb64(made["plaintext"])
 
 
-def test_data_key_without_plaintext_shows_none(strict: Service) -> None:
-    made = strict.post("/generate-key", {"without_plaintext": True, "context": CONTEXT}).json()
+def test_data_key_without_plaintext_shows_none(no_redis: Service) -> None:
+    made = no_redis.post("/generate-key", {"without_plaintext": True, "context": CONTEXT}).json()
 
     assert "plaintext" not in made
-    assert len(strict.decrypt(unb64(made["ciphertext"]))) == 32
+    assert len(no_redis.decrypt(unb64(made["ciphertext"]))) == 32
 
 
 def test_refused_item_does_not_sink_its_batch(service: Service) -> None:
@@ -207,7 +207,7 @@ def test_keys_lists_the_key_in_use(service: Service) -> None:
     assert [version["version"] for version in key["versions"]] == [key["current_version"]]
 
 
-@pytest.mark.parametrize(("install", "jobs"), [("service", "available"), ("strict", "unavailable")])
+@pytest.mark.parametrize(("install", "jobs"), [("service", "available"), ("no_redis", "unavailable")])
 def test_probes_answer_also_without_redis(request: pytest.FixtureRequest, install: str, jobs: str) -> None:
     service: Service = request.getfixturevalue(install)
     ready = service.http.get("/readyz")

@@ -30,7 +30,7 @@ from support.audit_logs import AuditFolder, InterceptedLog, fail, record, unreso
 from support.credentials import REQUIRED, SecuredService, bearer
 from support.failing_store import Killed
 from support.job_stores import forge
-from support.programs import tied
+from support.programs import tethered
 from support.service import CANARY, CONTEXT, Service, b64, check_problem, core_of
 from support.waiting import until
 
@@ -350,7 +350,7 @@ def test_another_machine_verifies_with_the_public_key_alone(own: Service, tmp_pa
 def test_tail_follows(own: Service) -> None:
     own.start("api")
     own.encrypt(b"one")
-    argv = tied(sys.executable, "-P", "-u", "-m", "kms_cli.main", "audit", "tail", "-f", "--json")
+    argv = tethered(sys.executable, "-P", "-u", "-m", "kms_cli.main", "audit", "tail", "-f", "--json")
     with subprocess.Popen(argv, env=own.environ, stdout=subprocess.PIPE, text=True) as following:
         assert following.stdout
         first = json.loads(following.stdout.readline())

@@ -52,7 +52,7 @@ def flooded(tmp_path: Path, redis_url: str, request: pytest.FixtureRequest) -> I
     with serving(issuer) as url:
         made = FloodedService(tmp_path, url, issuer, redis_url, PROXY if request.param == "one proxy" else "")
         with made.service as running:
-            running.is_open_inside = True
+            running.has_test_metrics = True
             running.start("api")
             yield made
 

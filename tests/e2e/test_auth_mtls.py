@@ -32,7 +32,7 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Revoking]:
 
 
 def test_a_certificate_is_held_to_its_scopes(secured: Revoking) -> None:
-    with secured.client(secured.builder()) as http:
+    with secured.client(secured.certificate()) as http:
         allowed = http.post(f"{PREFIX}/encrypt", json={"plaintext": "aGk="})
         jobs = http.get(f"{PREFIX}/jobs")
 
@@ -61,10 +61,10 @@ def test_without_a_certificate_a_token_lets_in(secured: Revoking) -> None:
 
 
 def test_a_token_that_is_shown_is_what_counts(secured: Revoking) -> None:
-    builder = secured.builder("both")
+    certificate = secured.certificate("both")
 
-    check_problem(secured.status(builder, bearer("stolen")), 401, "unauthenticated")
-    check_problem(secured.status(builder, bearer(secured.make("encrypt")[1])), 403, "forbidden")
+    check_problem(secured.status(certificate, bearer("stolen")), 401, "unauthenticated")
+    check_problem(secured.status(certificate, bearer(secured.make("encrypt")[1])), 403, "forbidden")
 
 
 def test_a_header_that_names_a_certificate_is_nothing(secured: Revoking) -> None:
@@ -73,8 +73,8 @@ def test_a_header_that_names_a_certificate_is_nothing(secured: Revoking) -> None
 
 
 def test_our_client_shows_a_certificate(secured: Revoking) -> None:
-    builder = secured.builder("client")
-    options = {"ca_file": secured.servers.ca_file, "cert_file": builder.cert, "key_file": builder.key}
+    certificate = secured.certificate("client")
+    options = {"ca_file": secured.servers.ca_file, "cert_file": certificate.cert, "key_file": certificate.key}
 
     with Client(secured.url, **options) as kms:  # type: ignore[arg-type]  # the options are of several types
         assert kms.encrypt(b"x", context="env=test").key_id == "default"
@@ -87,7 +87,7 @@ def test_plain_http_is_not_spoken(secured: Revoking) -> None:
 
 def test_where_certificates_are_required_nobody_connects_without(tmp_path: Path) -> None:
     with Revoking(tmp_path, more='client_cert = "required"\n', has_lists=False).start("api") as own:
-        assert own.status(own.builder()).status_code == 200
+        assert own.status(own.certificate()).status_code == 200
         with pytest.raises(httpx.TransportError):
             own.status()
 

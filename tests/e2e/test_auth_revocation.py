@@ -30,7 +30,7 @@ STATUS: Final = f"{PREFIX}/status"
 
 def test_a_revoked_certificate_ends_its_connection_and_gets_no_other(tmp_path: Path) -> None:
     with Revoking(tmp_path, more="[kms.facade]\nenabled = true\n").start("api") as own:
-        revoked, other = own.builder(), own.builder("other")
+        revoked, other = own.certificate(), own.certificate("other")
         vault = f"https://localhost:{own.port}/v1/auth/token/lookup-self"
         with own.client(revoked) as http, own.client(revoked) as of_vault, own.client(other) as beside:
             for client, url in ((http, STATUS), (of_vault, vault), (beside, STATUS)):
@@ -52,7 +52,7 @@ def test_a_revoked_certificate_ends_its_connection_and_gets_no_other(tmp_path: P
 
 
 def test_a_bad_token_does_not_end_the_connection_of_a_good_certificate(tmp_path: Path) -> None:
-    with Revoking(tmp_path).start("api") as own, own.client(own.builder()) as http:
+    with Revoking(tmp_path).start("api") as own, own.client(own.certificate()) as http:
         answer = http.get(STATUS, headers=bearer("kms_bad"))
 
         check_problem(answer, 401, "unauthenticated")
@@ -62,14 +62,14 @@ def test_a_bad_token_does_not_end_the_connection_of_a_good_certificate(tmp_path:
 
 def test_an_expired_list_lets_no_certificate_in_and_tokens_work(tmp_path: Path) -> None:
     with Revoking(tmp_path).start("api") as own:
-        builder, token = own.builder(), own.token("status", "metrics")
-        with own.client(builder) as http:
+        certificate, token = own.certificate(), own.token("status", "metrics")
+        with own.client(certificate) as http:
             assert http.get(STATUS).status_code == 200
             own.put(own.clients.crl(lasts=EXPIRED))
 
             check_problem(http.get(STATUS), 503, "unavailable")
             with pytest.raises(httpx.TransportError):
-                own.status(builder)
+                own.status(certificate)
             assert "client_crl" in own.status(headers=token).json()["degraded"]
             with own.client() as plain:
                 text = plain.get("/metrics", headers=token).text
@@ -80,14 +80,14 @@ def test_an_expired_list_lets_no_certificate_in_and_tokens_work(tmp_path: Path) 
             own.put(own.clients.crl())
 
             assert http.get(STATUS).status_code == 200
-        assert own.status(builder).status_code == 200
+        assert own.status(certificate).status_code == 200
         assert "client_crl" not in own.status(headers=token).json()["degraded"]
 
 
 @pytest.mark.parametrize("kind", ["another authority", "no PEM", "gone", "delta", "forged"])
 def test_a_new_list_that_cannot_be_used_leaves_the_old_one_in_use(tmp_path: Path, kind: str) -> None:
     with Revoking(tmp_path).start("api") as own:
-        revoked, good = own.builder(), own.builder("good")
+        revoked, good = own.certificate(), own.certificate("good")
         own.put(own.clients.crl(revoked.cert))
         with own.client(good) as http:
             assert http.get(STATUS).status_code == 200
@@ -163,7 +163,7 @@ def test_an_authority_removed_from_client_ca_takes_its_connections_with_it(
         own.trust(first, second)
         own.put(own.clients.crl() + other.crl())
         own.start("api")
-        with own.client(own.builder()) as http, own.client(other.issue("good", NAME)) as beside:
+        with own.client(own.certificate()) as http, own.client(other.issue("good", NAME)) as beside:
             assert http.get(STATUS).status_code == 200
             assert beside.get(STATUS).status_code == 200
             own.trust(second)
@@ -178,8 +178,8 @@ def test_an_authority_removed_from_client_ca_takes_its_connections_with_it(
 
 def test_of_several_lists_of_an_authority_the_newest_counts(tmp_path: Path) -> None:
     own = Revoking(tmp_path)
-    builder = own.builder()
-    old, new = own.clients.crl(builder.cert, lasts=EXPIRED), own.clients.crl()
+    certificate = own.certificate()
+    old, new = own.clients.crl(certificate.cert, lasts=EXPIRED), own.clients.crl()
     for text in (old + new, new + old):
         own.put(text)
         lists = client_certificates.load_lists(own.settings.kms.server)
@@ -190,10 +190,10 @@ def test_of_several_lists_of_an_authority_the_newest_counts(tmp_path: Path) -> N
 
 def test_revocation_is_looked_up_by_authority_and_number(tmp_path: Path) -> None:
     own = Revoking(tmp_path)
-    builder = own.builder()
-    identity = shown(builder, own.clients).identity
+    certificate = own.certificate()
+    identity = shown(certificate, own.clients).identity
     number, authority, key = identity.split(":")
-    own.put(own.clients.crl(builder.cert))
+    own.put(own.clients.crl(certificate.cert))
     found = client_certificates.build_revocations(own.settings.kms.server)
 
     assert found
@@ -220,7 +220,7 @@ def holder(
     install: Revoking, core: Core, lasts: timedelta = timedelta(days=1)
 ) -> tuple[Principal, CertAndKey]:
     """The principal of a new certificate, as a request on its connection is."""
-    pair = install.builder(lasts=lasts)
+    pair = install.certificate(lasts=lasts)
     assert core.authenticator
     return core.authenticator.authenticate("", shown(pair, install.clients)), pair
 

@@ -190,12 +190,14 @@ BAD_HEADERS: Final = [
 
 @pytest.mark.parametrize(("name", "text", "status", "code"), BAD_HEADERS, ids=lambda value: str(value)[:40])
 def test_headers_of_an_upload_are_checked(
-    idle: Service, name: str, text: str, status: int, code: str
+    no_worker: Service, name: str, text: str, status: int, code: str
 ) -> None:
-    before = idle.spooled()
+    before = no_worker.spooled()
 
-    check_problem(idle.post("/files/encrypt", content=CANARY.encode(), headers={name: text}), status, code)
-    assert idle.spooled() == before
+    check_problem(
+        no_worker.post("/files/encrypt", content=CANARY.encode(), headers={name: text}), status, code
+    )
+    assert no_worker.spooled() == before
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from kms_protocol.wire import PREFIX, JobKind
 from support.canary.commands import CommandLine, Given, leaves, lines
 from support.canary.requests import CALLS, PARAMETER, UI_CALLS, VAULT_CALLS, Body, items, nothing, sealed
 from support.canary.secrets import Search, family
-from support.canary.service import REMOTE, CanaryService, Peer
+from support.canary.service import REMOTE, CanaryService, EchoingServer
 from support.credentials import bearer
 from support.service import Supervised, b64, unb64
 from support.waiting import until
@@ -340,7 +340,7 @@ def everything_found(install: CanaryService, pids: set[int]) -> list[str]:
 
 @pytest.fixture
 def install(tmp_path: Path) -> Iterator[CanaryService]:
-    with Peer().serving() as peer, CanaryService(tmp_path, peer) as made:
+    with EchoingServer().serving() as peer, CanaryService(tmp_path, peer) as made:
         yield made.start()
 
 

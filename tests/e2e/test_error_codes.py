@@ -46,13 +46,13 @@ def decrypt_failed(request: pytest.FixtureRequest) -> httpx.Response:
 
 
 def foreign_refused(request: pytest.FixtureRequest) -> httpx.Response:
-    service: Service = request.getfixturevalue("strict")
+    service: Service = request.getfixturevalue("no_redis")
     recipient = pyrage.x25519.Recipient.from_str((service.state / "age/public_key.txt").read_text().strip())
     return service.post("/decrypt", {"ciphertext": b64(pyrage.encrypt(CANARY.encode(), [recipient]))})
 
 
 def idempotency_conflict(request: pytest.FixtureRequest) -> httpx.Response:
-    service: Service = request.getfixturevalue("idle")
+    service: Service = request.getfixturevalue("no_worker")
     headers = {"Idempotency-Key": CANARY}
     job = {"kind": "encrypt", "items": [{"plaintext": ""}]}
     service.post("/jobs", job, headers=headers)
@@ -64,12 +64,12 @@ def queued(service: Service) -> str:
 
 
 def job_not_finished(request: pytest.FixtureRequest) -> httpx.Response:
-    service: Service = request.getfixturevalue("idle")
+    service: Service = request.getfixturevalue("no_worker")
     return service.get(f"/jobs/{queued(service)}/result")
 
 
 def job_committing(request: pytest.FixtureRequest) -> httpx.Response:
-    service: Service = request.getfixturevalue("idle")
+    service: Service = request.getfixturevalue("no_worker")
     job_id = queued(service)
     store = core_of(service).worker_context.store
     claim = store.claim(job_id, "a test")
@@ -79,14 +79,14 @@ def job_committing(request: pytest.FixtureRequest) -> httpx.Response:
 
 
 def result_expired(request: pytest.FixtureRequest) -> httpx.Response:
-    service: Service = request.getfixturevalue("idle")
+    service: Service = request.getfixturevalue("no_worker")
     job_id = queued(service)
     assert service.http.delete(f"{PREFIX}/jobs/{job_id}").json()["state"] == "cancelled"
     return service.get(f"/jobs/{job_id}/result")
 
 
 def spool_full(request: pytest.FixtureRequest) -> httpx.Response:
-    service: Service = request.getfixturevalue("idle")
+    service: Service = request.getfixturevalue("no_worker")
     return service.post("/files/encrypt", content=CANARY.encode() * 100_000)
 
 
@@ -110,11 +110,11 @@ CODES: list[tuple[int, str, Call]] = [
     (413, "too_large", on("service", "POST", "/encrypt", {"plaintext": b64(CANARY.encode() * 100_000)})),
     (422, "invalid_request", on("service", "POST", "/encrypt", {"plaintext": CANARY})),
     (422, "invalid_context", on("service", "POST", "/encrypt", SEALABLE | {"context": CANARY})),
-    (422, "invalid_deadline", on("idle", "POST", "/jobs", JOB | {"run_by": "2020-01-01T00:00:00Z"})),
-    (422, "context_required", on("strict", "POST", "/encrypt", SEALABLE)),
+    (422, "invalid_deadline", on("no_worker", "POST", "/jobs", JOB | {"run_by": "2020-01-01T00:00:00Z"})),
+    (422, "context_required", on("no_redis", "POST", "/encrypt", SEALABLE)),
     (422, "not_a_ciphertext", on("service", "POST", "/decrypt", {"ciphertext": B64_CANARY})),
-    (501, "data_keys_unsupported", on("idle", "POST", "/generate-key", {"context": f"a={CANARY}"})),
-    (503, "jobs_unavailable", on("strict", "POST", "/jobs", BULK)),
+    (501, "data_keys_unsupported", on("no_worker", "POST", "/generate-key", {"context": f"a={CANARY}"})),
+    (503, "jobs_unavailable", on("no_redis", "POST", "/jobs", BULK)),
     (503, "audit_unavailable", on("unaudited", "POST", "/encrypt", BOUND)),
     (507, "spool_full", spool_full),
 ]

@@ -48,22 +48,22 @@ def test_released_result_is_gone_at_once_and_the_record_and_the_audit_log_say_so
     assert ("job.release", "ok") in [(each["operation"], each["result"]) for each in found]
 
 
-def test_job_that_runs_or_waits_has_nothing_to_release(idle: Service) -> None:
-    job_id = idle.submit({"kind": "encrypt", "items": [{"plaintext": b64(b"x")}]})
+def test_job_that_runs_or_waits_has_nothing_to_release(no_worker: Service) -> None:
+    job_id = no_worker.submit({"kind": "encrypt", "items": [{"plaintext": b64(b"x")}]})
 
-    answer = idle.http.delete(f"{PREFIX}/jobs/{job_id}/result")
+    answer = no_worker.http.delete(f"{PREFIX}/jobs/{job_id}/result")
 
     check_problem(answer, 409, "job_not_finished")
-    assert blobs(idle, job_id)
+    assert blobs(no_worker, job_id)
 
 
-def test_job_without_a_result_has_nothing_to_release(service: Service, idle: Service) -> None:
+def test_job_without_a_result_has_nothing_to_release(service: Service, no_worker: Service) -> None:
     failed = service.upload("decrypt", service.encrypt(b"x", "row=1"), "row=2")
     service.wait(failed, "failed")
-    cancelled = idle.upload("encrypt", b"x")
-    idle.http.delete(f"{PREFIX}/jobs/{cancelled}")
+    cancelled = no_worker.upload("encrypt", b"x")
+    no_worker.http.delete(f"{PREFIX}/jobs/{cancelled}")
 
-    for install, job_id in ((service, failed), (idle, cancelled)):
+    for install, job_id in ((service, failed), (no_worker, cancelled)):
         check_problem(install.http.delete(f"{PREFIX}/jobs/{job_id}/result"), 410, "result_expired")
     check_problem(service.http.delete(f"{PREFIX}/jobs/{'0' * 8}/result"), 404, "unknown_job")
 

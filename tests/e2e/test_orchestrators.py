@@ -111,11 +111,11 @@ def test_calls_that_wait_answer_with_the_end(service: Service) -> None:
     assert bulk.headers["location"] == bulk.json()["links"]["self"]
 
 
-def test_wait_is_over_in_time(idle: Service) -> None:
+def test_wait_is_over_in_time(no_worker: Service) -> None:
     """No worker runs: the job is told as it is."""
     begun = time.monotonic()
-    answer = idle.post("/jobs?wait=1", job_of())
-    job = idle.get(f"/jobs/{answer.json()['job_id']}?wait=1")
+    answer = no_worker.post("/jobs?wait=1", job_of())
+    job = no_worker.get(f"/jobs/{answer.json()['job_id']}?wait=1")
     took_s = time.monotonic() - begun
 
     assert (answer.status_code, answer.json()["state"]) == (202, "queued")
@@ -124,13 +124,13 @@ def test_wait_is_over_in_time(idle: Service) -> None:
 
 
 @pytest.mark.parametrize("wait", ["61", "-1", "1.5", "x", "9" * 30])
-def test_bad_waits_are_refused_before_anything_is_submitted(idle: Service, wait: str) -> None:
+def test_bad_waits_are_refused_before_anything_is_submitted(no_worker: Service, wait: str) -> None:
     run = unique()
-    check_problem(idle.post(f"/jobs?wait={wait}", job_of(labels={"run": run})), 422, "invalid_request")
-    check_problem(idle.post(f"/files/encrypt?wait={wait}", content=b"x"), 422, "invalid_request")
-    check_problem(idle.get(f"/jobs/{uuid.uuid4()}?wait={wait}"), 422, "invalid_request")
+    check_problem(no_worker.post(f"/jobs?wait={wait}", job_of(labels={"run": run})), 422, "invalid_request")
+    check_problem(no_worker.post(f"/files/encrypt?wait={wait}", content=b"x"), 422, "invalid_request")
+    check_problem(no_worker.get(f"/jobs/{uuid.uuid4()}?wait={wait}"), 422, "invalid_request")
 
-    assert listed(idle, f"run={run}") == []
+    assert listed(no_worker, f"run={run}") == []
 
 
 # -- many jobs, replays, the answer
@@ -191,7 +191,7 @@ def test_failed_files_are_named_by_their_line_of_the_result(service: Service) ->
 def test_waits_and_event_streams_end_when_the_api_stops(tmp_path: Path, redis_url: str) -> None:
     """A wait is answered with the state of the job: callers need not tell a stop from a broken connection."""
     with Service(tmp_path, redis=redis_url) as service, ThreadPoolExecutor() as pool:
-        service.is_open_inside = True
+        service.has_test_metrics = True
         job_id = service.start("api").submit(job_of(group={"name": "of-two", "jobs": 2}))
         waits = [
             pool.submit(service.get, f"/{path}?wait=60") for path in (f"jobs/{job_id}", "job-groups/of-two")

@@ -16,7 +16,7 @@ from support.credentials import SecuredService
 from support.nushell import Nu
 from support.pages import ROOT, blocks
 from support.postgresql import postgresql
-from support.programs import kept
+from support.programs import locked_cache
 from support.service import Service
 from support.vault_api import NO_REDIS
 
@@ -58,7 +58,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
 @pytest.fixture(scope="session")
 def ansible() -> Path:
     """The folder of the programs of ansible-core, installed once."""
-    with kept(f"ansible-{ANSIBLE}") as folder:
+    with locked_cache(f"ansible-{ANSIBLE}") as folder:
         programs = folder / "venv/bin"
         if not (programs / "ansible-playbook").exists():
             subprocess.run([sys.executable, "-m", "venv", "--clear", folder / "venv"], check=True)

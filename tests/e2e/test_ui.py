@@ -194,19 +194,19 @@ def test_changed_audit_log_is_reported_on_pages_in_status_and_in_metrics(
         assert 'kms_audit_ok{what="chain"} 0.0' in service.http.get("/metrics").text
 
 
-def test_every_name_on_the_page_leads_to_a_runbook(service: Service, strict: Service) -> None:
+def test_every_name_on_the_page_leads_to_a_runbook(service: Service, no_redis: Service) -> None:
     runbooks = service.http.get("/ui/runbooks").text
     ids = set(re.findall(r'id="(kms\w+)"', runbooks))
-    pages = [strict.http.get("/ui").text, runbooks]
+    pages = [no_redis.http.get("/ui").text, runbooks]
     named = {name for page in pages for name in re.findall(r'href="(?:/ui/runbooks)?#(kms\w+)"', page)}
 
     assert "kmsredisdown" in named
     assert named <= ids
 
 
-def test_without_redis_the_overview_says_so_and_a_list_of_jobs_is_a_503_page(strict: Service) -> None:
-    overview = strict.http.get("/ui")
-    listing = strict.http.get("/ui/jobs")
+def test_without_redis_the_overview_says_so_and_a_list_of_jobs_is_a_503_page(no_redis: Service) -> None:
+    overview = no_redis.http.get("/ui")
+    listing = no_redis.http.get("/ui/jobs")
 
     assert overview.status_code == 200
     assert "Degraded: redis: does not answer" in words(overview)
@@ -419,9 +419,9 @@ def test_a_form_without_its_stamp_changes_nothing_and_is_on_record(secured: Secu
     assert [event["route"] for event in denied.json()["events"]].count("POST /ui/jobs/{job_id}/cancel") == 4
 
 
-def test_on_loopback_a_job_is_cancelled_by_a_form_that_says_what_it_does(idle: Service) -> None:
-    job_id = idle.submit(ITEMS)
-    browser = Browser(idle)
+def test_on_loopback_a_job_is_cancelled_by_a_form_that_says_what_it_does(no_worker: Service) -> None:
+    job_id = no_worker.submit(ITEMS)
+    browser = Browser(no_worker)
 
     assert "Cancel this job" in words(browser.get(f"/ui/jobs/{job_id}"))
     assert browser.http.post(f"/ui/jobs/{job_id}/cancel").status_code == 403
@@ -433,14 +433,14 @@ def test_on_loopback_a_job_is_cancelled_by_a_form_that_says_what_it_does(idle: S
     assert browser.send(f"/ui/jobs/{job_id}/retry").status_code == 409
 
 
-def test_a_dead_letter_is_listed_and_retried(idle: Service) -> None:
-    job_id = idle.submit(ITEMS)
-    core = core_of(idle)
+def test_a_dead_letter_is_listed_and_retried(no_worker: Service) -> None:
+    job_id = no_worker.submit(ITEMS)
+    core = core_of(no_worker)
     for _ in range(5):  # workers that took it and died
         assert core.worker_context.store.claim(job_id, "w")
         core.worker_context.store.redis.hset(f"kms:job:{job_id}", "lease_until", 0)
     run_job(job_id, core.worker_context, "w")
-    browser = Browser(idle)
+    browser = Browser(no_worker)
 
     assert f"{job_id} encrypt failed attempts_exhausted" in words(browser.get("/ui"))
     listing = browser.get("/ui/jobs?state=dead")
@@ -449,7 +449,7 @@ def test_a_dead_letter_is_listed_and_retried(idle: Service) -> None:
     assert browser.send(f"/ui/jobs/{job_id}/retry", stamp="").status_code == 403
     answer = browser.send(f"/ui/jobs/{job_id}/retry")
     assert (answer.status_code, answer.headers["location"]) == (303, f"/ui/jobs/{job_id}?done=retried")
-    assert idle.job(job_id)["state"] == "queued"
+    assert no_worker.job(job_id)["state"] == "queued"
     assert job_id not in browser.get("/ui/jobs?state=dead").text
 
 

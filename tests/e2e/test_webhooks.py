@@ -26,7 +26,7 @@ from support.webhooks import (
     Authority,
     Receiver,
     changed,
-    end,
+    ended_job,
     endpoint,
     every,
     make_authority,
@@ -101,7 +101,7 @@ def deliver(store: JobStore, endpoints: Mapping[str, WebhookEndpoint], name: str
 def test_each_end_is_told_once(
     store: JobStore, webhook_endpoint: WebhookEndpoint, receiver: Receiver, state: JobState, code: str
 ) -> None:
-    job_id = end(store, state, code)
+    job_id = ended_job(store, state, code)
     with (
         running_dispatcher(store, {"ci": webhook_endpoint}),
         running_dispatcher(store, {"ci": webhook_endpoint}, "w2"),
@@ -121,7 +121,7 @@ def test_only_the_endpoints_states_are_told(
     store: JobStore, webhook_endpoint: WebhookEndpoint, receiver: Receiver
 ) -> None:
     chatty = changed(webhook_endpoint, events=("queued", "running", "failed"))
-    end(store)
+    ended_job(store)
     deliver(store, {"ci": chatty})
 
     told = {json.loads(request.body)["type"] for request in receiver.requests}
@@ -144,8 +144,8 @@ def test_more_events_than_one_batch(
     store: JobStore, webhook_endpoint: WebhookEndpoint, receiver: Receiver
 ) -> None:
     for _ in range(260):
-        end(store, callback="")
-    job_id = end(store)
+        ended_job(store, callback="")
+    job_id = ended_job(store)
     with running_dispatcher(store, {"ci": webhook_endpoint}):
         until(lambda: receiver.requests, "the delivery")
 
@@ -161,7 +161,7 @@ def test_a_refusal_is_tried_again_with_the_same_id_and_body(
     store: JobStore, webhook_endpoint: WebhookEndpoint, receiver: Receiver, answer: int | tuple[int, str]
 ) -> None:
     receiver.answers = [answer]
-    end(store)
+    ended_job(store)
     deliver(store, {"ci": webhook_endpoint})
 
     first, second = receiver.requests
@@ -172,7 +172,7 @@ def test_a_refusal_is_tried_again_with_the_same_id_and_body(
 def test_an_endpoint_that_this_worker_does_not_know_yet_waits(
     store: JobStore, webhook_endpoint: WebhookEndpoint, receiver: Receiver
 ) -> None:
-    job_id = end(store)
+    job_id = ended_job(store)
     with running_dispatcher(store, {}):
         until(lambda: any(found.attempts for found in every(Outbox(store, {}))), "a failed attempt")
     with running_dispatcher(store, {"ci": webhook_endpoint}, "w2"):
@@ -193,8 +193,8 @@ def test_a_slow_receiver_does_not_hold_up_another(
         slow.slowly = released.wait
         (tmp_path / "slow").mkdir()
         endpoints = {"ci": webhook_endpoint, "slow": endpoint(tmp_path / "slow", slow.url(), authority)}
-        stuck = [end(store, callback="slow") for _ in range(9)]
-        job_id = end(store)
+        stuck = [ended_job(store, callback="slow") for _ in range(9)]
+        job_id = ended_job(store)
         with running_dispatcher(store, endpoints):
             until(lambda: receiver.requests, "the delivery to the quick one")
             assert len(slow.requests) <= 4
@@ -216,7 +216,7 @@ def test_deliveries_are_counted(
     before = counts()
     receiver.answers = [503, 204, 410]
     for _ in range(2):
-        end(store)
+        ended_job(store)
         deliver(store, {"ci": webhook_endpoint})
 
     assert len(receiver.requests) == 3
@@ -230,7 +230,7 @@ def test_deliveries_are_counted(
 def test_what_a_killed_worker_did_not_settle_is_sent_again_as_the_same(
     store: JobStore, webhook_endpoint: WebhookEndpoint, receiver: Receiver, sent: int
 ) -> None:
-    end(store)
+    ended_job(store)
     _, delivery = waiting(store, {"ci": webhook_endpoint})
     for _ in range(sent):
         post(webhook_endpoint, delivery)
@@ -251,7 +251,7 @@ def given_up(store: JobStore, endpoints: Mapping[str, WebhookEndpoint]) -> tuple
 def test_delivery_that_was_given_up_is_sent_again_when_asked_and_once(
     store: JobStore, webhook_endpoint: WebhookEndpoint, receiver: Receiver
 ) -> None:
-    end(store)
+    ended_job(store)
     outbox, dead = given_up(store, {"ci": webhook_endpoint})
 
     assert [outbox.resend(dead), outbox.resend(dead)] == [True, False]
@@ -265,7 +265,7 @@ def test_delivery_that_was_given_up_is_sent_again_when_asked_and_once(
 def test_delivery_that_is_sent_again_has_all_its_attempts(
     store: JobStore, webhook_endpoint: WebhookEndpoint
 ) -> None:
-    end(store)
+    ended_job(store)
     outbox, dead = given_up(store, {"ci": webhook_endpoint})
     outbox.resend(msgspec.structs.replace(dead))
 
@@ -397,15 +397,15 @@ def test_what_was_accepted_for_a_tenant_that_may_no_longer_is_not_told(
     store: JobStore, webhook_endpoint: WebhookEndpoint, receiver: Receiver
 ) -> None:
     """Neither at first nor when it is sent again."""
-    end(store)
+    ended_job(store)
     outbox, dead = given_up(store, {"ci": webhook_endpoint})
     assert outbox.resend(dead)
-    end(store)
+    ended_job(store)
     assert len(every(outbox)) == 2
     with running_dispatcher(store, {"ci": changed(webhook_endpoint, tenants=("others",))}):
         until(lambda: settled(outbox), "nothing is left")
 
     assert receiver.requests == []
     with running_dispatcher(store, {"ci": changed(webhook_endpoint, tenants=(TENANT,))}):
-        job_id = end(store)
+        job_id = ended_job(store)
         until(lambda: subjects(receiver) == [job_id], "a job of the tenant is told")

@@ -23,7 +23,7 @@ from kms_core.backends.cosmian.kmip import (
 )
 from kms_core.http_client import Peer, PeerAnswer, PeerServer
 from kms_protocol.errors import BackendUnavailable
-from support.fuzz.harness import PARTS, assert_not_echoed, parts
+from support.fuzz.harness import SEPARATOR, assert_not_echoed, parts
 
 MOST_BYTES: Final = 4 * 1024
 UID: Final = "5d9be8cf-0f4c-4c0d-9e5c-6d6b8f1e7a51"
@@ -85,7 +85,7 @@ def seeds() -> Iterable[bytes]:
         yield b"\x00" + msgspec.json.encode(structure("ResponseMessage", item))
     for operation in ("Encrypt", "Decrypt", "Create", "Locate", "GetAttributes"):
         yield b"\x00" + msgspec.json.encode(structure(f"{operation}Response", *fields, told))
-    yield b"\x04Item not found: " + PARTS + b"x"
+    yield b"\x04Item not found: " + SEPARATOR + b"x"
     yield b"\x03Invalid Request: x: failed to retrieve"
     yield b"\x00" + b'{"tag":"a","value":[' * 50
 

@@ -10,7 +10,7 @@ from typing import Final
 
 from kms_core.settings.load import load as load_settings
 from kms_protocol.errors import ConfigurationError
-from support.fuzz.harness import PARTS, parts
+from support.fuzz.harness import SEPARATOR, parts
 
 MOST_BYTES: Final = 2 * 1024
 CANARY: Final = "cAnArY"
@@ -46,10 +46,10 @@ _EXAMPLE: Final = Path(__file__).parents[2] / "docs/kms.example.toml"
 def seeds() -> Iterable[bytes]:
     yield b""
     yield b"[kms]\nenvironment = 'prod'\nport = 8082\n"
-    yield b"[kms]\nenvironment = '${X}'\n" + PARTS + b"X=dev\nKMS_PORT=8082\nKMS_BIND=::1"
+    yield b"[kms]\nenvironment = '${X}'\n" + SEPARATOR + b"X=dev\nKMS_PORT=8082\nKMS_BIND=::1"
     yield b"[kms.keys]\npayroll = 'transit://vault:8200/transit/keys/payroll?token-file=/t'\n"
-    yield b"[kms]\nredis.url = 'redis://u:cAnArY@h:1/0'\nx = 'cAnArY'\n" + PARTS + b"KMS_PORT=cAnArY"
-    yield b"[kms]\n" + PARTS + b"KMS_PORT=tcp://10.0.0.1:8082\nKMS_PORT_8082_TCP_ADDR=10.0.0.1"
+    yield b"[kms]\nredis.url = 'redis://u:cAnArY@h:1/0'\nx = 'cAnArY'\n" + SEPARATOR + b"KMS_PORT=cAnArY"
+    yield b"[kms]\n" + SEPARATOR + b"KMS_PORT=tcp://10.0.0.1:8082\nKMS_PORT_8082_TCP_ADDR=10.0.0.1"
     yield b"[kms]\na = " + b"[" * 1500
     yield b"[kms]\na = " + b"{a=" * 700
     yield b"[kms]\nport = " + b"9" * 5000

@@ -24,7 +24,7 @@ from kms_core.audit.verification.verify import verify
 from kms_protocol.context import Context
 from support.golden import expected_service as expected
 from support.golden import install, make_service, manifest
-from support.golden.reference import hmac_sha256, names, sha256
+from support.golden.reference import hmac_sha256, prefixed_texts, sha256
 from support.job_stores import connect
 
 FOLDER: Final = manifest.V1 / "audit"
@@ -110,7 +110,7 @@ def test_context_values_are_hidden_as_before(tmp_path: Path) -> None:
     )
 
     by_hand = {
-        name: hmac_sha256(HIDDEN_KEY, names("acme", name, value)).hex()[:32]
+        name: hmac_sha256(HIDDEN_KEY, prefixed_texts("acme", name, value)).hex()[:32]
         for name, value in expected.CONTEXT.items()
     }
     assert dict(hidden) == by_hand

@@ -114,13 +114,13 @@ def test_move_goes_on_where_an_earlier_version_ended(tmp_path: Path) -> None:
 
 def test_moved_lines_are_of_version_1(tmp_path: Path) -> None:
     file = manifest.entry("age-x25519/small-bound").file
-    common = {"ciphertext": b64(file), **expected.MOVED_TO}
+    common = {"ciphertext": b64(file), **expected.REWRAPPED_KEY}
     by_hand = [
         {"line": 1, "reference": "invoice-7", "source": f"{1:064x}", **common},
         {"line": 2, "source": f"{2:064x}", **common},
     ]
     with continued(tmp_path / "new.jsonl") as lines:
-        lines.put([MovedRecord(line=2, source=f"{2:064x}", ciphertext=file, **expected.MOVED_TO)])
+        lines.put([MovedRecord(line=2, source=f"{2:064x}", ciphertext=file, **expected.REWRAPPED_KEY)])
 
     assert list(map(json.loads, (manifest.V1 / "migrated.jsonl").read_bytes().splitlines())) == by_hand
     assert json.loads((tmp_path / "new.jsonl").read_bytes()) == by_hand[1]

@@ -237,7 +237,7 @@ def test_new_bound_records() -> None:
         b"end": key.sign(JOB_ID, end, spec),
     }
     bodies = {
-        label: msgspec.msgpack.decode(reference.opened_bound(SECRET, label, JOB_ID, sealed, signed))
+        label: msgspec.msgpack.decode(reference.authenticated(SECRET, label, JOB_ID, sealed, signed))
         for label, signed in made.items()
     }
 

@@ -51,7 +51,7 @@ def outcome(row: Row, ask: GoodRequest, answer: httpx.Response) -> Outcome:
     if "logout" in row.path and answer.headers.get("location") == "/ui/login":
         return "passes" if "set-cookie" in answer.headers else "unauthenticated"
     code = _code(row, answer)
-    if not code or code in ask.passes:
+    if not code or code in ask.allowed_codes:
         return "passes"
     assert code in _CODES, answer.text
     return _CODES[code]
@@ -78,7 +78,7 @@ def _of_vault(ask: GoodRequest, answer: httpx.Response) -> Outcome:
         text = said["errors"][0] if said.get("errors") else str(said.get("errors", ""))
         if "data" in said:
             text = said["data"]["batch_results"][0]["error"]
-    if not text or any(passed in text for passed in ask.passes):
+    if not text or any(passed in text for passed in ask.allowed_codes):
         return "passes"
     if text.startswith("permission denied"):
         return "forbidden" if text.startswith(_OF_SCOPES) else "unauthenticated"
@@ -167,7 +167,7 @@ def by_operations(application: Application, row: Row) -> dict[str, tuple[Caller,
 
 def line(application: Application, ask: GoodRequest, term: Term, rule: str | None = None) -> str:
     """A scope with just this term, and its key as the call has it unless a rule says otherwise."""
-    key = (ask.rules.get(term.key, "") if term.key else "") if rule is None else rule
+    key = (ask.qualifiers.get(term.key, "") if term.key else "") if rule is None else rule
     files = application.files_rules if term.on_files else ""
     return " ".join(filter(None, (term.operations[0], key, files)))
 
@@ -184,7 +184,7 @@ def by_keys(application: Application, row: Row, ask: GoodRequest) -> dict[str, t
             if term.key:
                 changed[line(application, ask, term, "key=other")] = "unknown_key" if is_last else "forbidden"
             if term.key and ask.has_context:
-                fitting = line(application, ask, term, f"{ask.rules[term.key]} context=env=pr*")
+                fitting = line(application, ask, term, f"{ask.qualifiers[term.key]} context=env=pr*")
                 changed[fitting] = "passes"
                 changed[fitting.replace("env=pr*", "env=prod,team=a")] = "forbidden"
             if term.on_files:

@@ -30,7 +30,7 @@ def test_two_submits_have_two_idempotency_keys(kms: Client) -> None:
 
 @pytest.mark.parametrize("is_new", [True, False], ids=["waits", "polling"])
 def test_wait_sees_the_end(kms: Client, server: ContractServer, *, is_new: bool) -> None:
-    server.faults.waits = is_new
+    server.faults.honours_wait = is_new
     server.faults.steps_s = math.inf  # the job stays queued until it is seen, however late that is
     seen: list[str] = []
 
@@ -47,7 +47,7 @@ def test_wait_sees_the_end(kms: Client, server: ContractServer, *, is_new: bool)
 @pytest.mark.parametrize(("is_new", "most"), [(True, 1), (False, 8)], ids=["waits", "polling"])
 def test_wait_asks_seldom(kms: Client, server: ContractServer, *, is_new: bool, most: int) -> None:
     """Once where the service waits; where it answers at once, less often the longer it takes."""
-    server.faults.waits, server.faults.steps_s = is_new, 0.3
+    server.faults.honours_wait, server.faults.steps_s = is_new, 0.3
 
     kms.wait(kms.submit(bulk_job()).job_id)
 
@@ -55,7 +55,7 @@ def test_wait_asks_seldom(kms: Client, server: ContractServer, *, is_new: bool, 
 
 
 def test_progress_tells_each_state_once(kms: Client, server: ContractServer) -> None:
-    server.faults.waits, server.faults.steps_s = False, 0.3
+    server.faults.honours_wait, server.faults.steps_s = False, 0.3
     seen: list[str] = []
 
     kms.wait(kms.submit(bulk_job()).job_id, progress=lambda job: seen.append(job.state))

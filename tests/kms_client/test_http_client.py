@@ -128,7 +128,7 @@ def test_cut_download_is_resumed(kms: Client, server: ContractServer) -> None:
 
 def test_result_that_changed_is_taken_anew(kms: Client, server: ContractServer) -> None:
     job_id = finished(kms, kms.upload_encrypt(io.BytesIO(b"x" * MIB)))
-    server.faults.cuts, server.faults.changes = 1, True
+    server.faults.cuts, server.faults.changed_result = 1, True
 
     assert fetched(kms, job_id) == server.jobs[job_id].body
 

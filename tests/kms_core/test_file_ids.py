@@ -11,7 +11,7 @@ from kms_core.backends.age import AgeBackend
 from kms_core.envelope import binding
 from kms_core.service import Kms
 from kms_protocol.errors import DecryptFailed
-from support.age_kms import ADA, NO_CONTEXT, ROW, MemoryTrail, age_backend, head_of, kms_over
+from support.age_kms import ADA, NO_CONTEXT, ROW_7, MemoryTrail, age_backend, head_of, kms_over
 
 
 def expected(file: bytes) -> str:
@@ -41,10 +41,10 @@ def test_it_is_derived_from_the_nonce() -> None:
 
 
 def test_each_operation_tells_and_records_it(kms: Kms, trail: MemoryTrail, tmp_path: Path) -> None:
-    sealed = kms.encrypt(ADA, b"x", ROW)
-    opened = kms.decrypt(ADA, sealed.ciphertext, ROW)
-    moved = kms.rewrap(ADA, sealed.ciphertext, ROW, new_context=NO_CONTEXT)
-    data_key = kms.generate_data_key(ADA, 32, ROW)
+    sealed = kms.encrypt(ADA, b"x", ROW_7)
+    opened = kms.decrypt(ADA, sealed.ciphertext, ROW_7)
+    moved = kms.rewrap(ADA, sealed.ciphertext, ROW_7, new_context=NO_CONTEXT)
+    data_key = kms.generate_data_key(ADA, 32, ROW_7)
 
     file_id = expected(sealed.ciphertext)
     assert {sealed.file_id, opened.file_id, moved.file_id, expected(moved.ciphertext)} == {file_id}
@@ -55,8 +55,8 @@ def test_each_operation_tells_and_records_it(kms: Kms, trail: MemoryTrail, tmp_p
 
 
 def test_a_reseal_records_both(kms: Kms, trail: MemoryTrail) -> None:
-    sealed = kms.encrypt(ADA, b"x", ROW)
-    again = kms.reseal(ADA, sealed.ciphertext, ROW)
+    sealed = kms.encrypt(ADA, b"x", ROW_7)
+    again = kms.reseal(ADA, sealed.ciphertext, ROW_7)
 
     line = trail.lines[-1]
     assert (line["file_id"], line["new_file_id"]) == (sealed.file_id, again.file_id)
@@ -64,7 +64,7 @@ def test_a_reseal_records_both(kms: Kms, trail: MemoryTrail) -> None:
 
 
 def test_a_refused_file_is_named(kms: Kms, trail: MemoryTrail) -> None:
-    sealed = kms.encrypt(ADA, b"x", ROW)
+    sealed = kms.encrypt(ADA, b"x", ROW_7)
     for act in (kms.decrypt, kms.rewrap, kms.reseal):
         with pytest.raises(DecryptFailed):
             act(ADA, sealed.ciphertext, NO_CONTEXT)
@@ -74,9 +74,9 @@ def test_a_refused_file_is_named(kms: Kms, trail: MemoryTrail) -> None:
 
 
 def test_stanzas_without_a_file_have_a_digest(kms: Kms, trail: MemoryTrail) -> None:
-    wrapped = kms.wrap(ADA, bytes(16), ROW)
-    kms.unwrap(ADA, wrapped.stanza, ROW)
-    kms.wrap(ADA, bytes(16), ROW)
+    wrapped = kms.wrap(ADA, bytes(16), ROW_7)
+    kms.unwrap(ADA, wrapped.stanza, ROW_7)
+    kms.wrap(ADA, bytes(16), ROW_7)
 
     first, again, other = (line["stanzas"] for line in trail.lines)
     assert first == again != other

@@ -18,7 +18,7 @@ from kms_core.keyring import Keyring
 from kms_core.settings.model import Settings
 from kms_protocol.context import Context
 from kms_protocol.errors import ConfigurationError, UnknownKey
-from support.age_kms import ADA, ROW, age_backend, kms_over, write_pair
+from support.age_kms import ADA, ROW_7, age_backend, kms_over, write_pair
 from support.memory_kms import NO_RETRIES, MemoryCipher, memory_backend
 from support.settings_files import read
 
@@ -271,9 +271,9 @@ def ready_ring(tmp_path: Path) -> tuple[Keyring, bytes, bytes]:
     shared = SharingBackend(RemoteBackend(cipher, policy=NO_RETRIES), WrapKeys(), 300.0)
     age = age_backend(tmp_path, OWN)
     kms = kms_over(shared, {"local": age, "far": memory_backend()[0]})
-    file = kms.encrypt(ADA, b"salary", ROW).ciphertext
-    kms.decrypt(ADA, file, ROW)
-    return kms.keyring, file, kms.encrypt(ADA, b"salary", ROW, key_id="local").ciphertext
+    file = kms.encrypt(ADA, b"salary", ROW_7).ciphertext
+    kms.decrypt(ADA, file, ROW_7)
+    return kms.keyring, file, kms.encrypt(ADA, b"salary", ROW_7, key_id="local").ciphertext
 
 
 def test_a_call_is_ready_only_if_it_certainly_needs_no_server(tmp_path: Path) -> None:

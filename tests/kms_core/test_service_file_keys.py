@@ -21,7 +21,7 @@ from kms_protocol.errors import (
     TooLarge,
     UnknownKey,
 )
-from support.age_kms import ADA, NO_CONTEXT, ROW, MemoryTrail, age_backend, head_of, kms_over
+from support.age_kms import ADA, NO_CONTEXT, ROW_7, MemoryTrail, age_backend, head_of, kms_over
 
 FILE_KEY: Final = bytes(range(16))
 IDENTITIES: Final = {name: x25519.X25519Identity.generate() for name in ("default", "payroll")}
@@ -45,14 +45,14 @@ def stanzas_of(file: bytes) -> bytes:
 
 def test_a_tool_that_wraps_by_the_service_makes_a_file_of_the_service(kms: Kms, trail: MemoryTrail) -> None:
     nonce = os.urandom(16)
-    made = kms.wrap(ADA, FILE_KEY, ROW, key_id="payroll")
+    made = kms.wrap(ADA, FILE_KEY, ROW_7, key_id="payroll")
     stanza = header.parse_stanzas(made.stanza, FILE_LIMITS)
     file = (
         header.render(stanza, FILE_KEY) + nonce + stream.seal(stream.payload_key(FILE_KEY, nonce), b"salary")
     )
 
-    opened = kms.decrypt(ADA, file, ROW)
-    found = kms.unwrap(ADA, made.stanza, ROW)
+    opened = kms.decrypt(ADA, file, ROW_7)
+    found = kms.unwrap(ADA, made.stanza, ROW_7)
 
     assert (opened.plaintext, opened.origin, opened.key) == (b"salary", "service", made.key)
     assert (found.file_key, found.origin, found.key) == (FILE_KEY, "service", made.key)
@@ -62,13 +62,18 @@ def test_a_tool_that_wraps_by_the_service_makes_a_file_of_the_service(kms: Kms, 
 
 @pytest.mark.parametrize(
     ("who", "context", "key_id"),
-    [(BOB, ROW, None), (ADA, NO_CONTEXT, None), (ADA, Context.parse("row=8"), None), (ADA, ROW, "payroll")],
+    [
+        (BOB, ROW_7, None),
+        (ADA, NO_CONTEXT, None),
+        (ADA, Context.parse("row=8"), None),
+        (ADA, ROW_7, "payroll"),
+    ],
     ids=["tenant", "no context", "other context", "other key"],
 )
 def test_an_unwrap_has_to_be_as_the_wrap(
     kms: Kms, who: Principal, context: Context, key_id: str | None
 ) -> None:
-    made = kms.wrap(ADA, FILE_KEY, ROW)
+    made = kms.wrap(ADA, FILE_KEY, ROW_7)
 
     with pytest.raises(DecryptFailed):
         kms.unwrap(who, made.stanza, context, key_id=key_id)
@@ -82,10 +87,10 @@ def test_a_wrap_ends_with_its_time(kms: Kms) -> None:
 
 
 def test_stanzas_of_a_file_that_the_service_made_prove_no_origin(kms: Kms, trail: MemoryTrail) -> None:
-    sealed = kms.encrypt(ADA, b"salary", ROW)
+    sealed = kms.encrypt(ADA, b"salary", ROW_7)
 
     with pytest.raises(ForeignRefused):
-        kms.unwrap(ADA, stanzas_of(sealed.ciphertext), ROW)
+        kms.unwrap(ADA, stanzas_of(sealed.ciphertext), ROW_7)
 
     assert trail.lines[-1]["origin"] == "foreign"
 
@@ -93,25 +98,25 @@ def test_stanzas_of_a_file_that_the_service_made_prove_no_origin(kms: Kms, trail
 def test_the_payload_nonce_proves_the_origin_of_a_file_that_the_service_made(
     kms: Kms, trail: MemoryTrail
 ) -> None:
-    sealed = kms.encrypt(ADA, b"salary", ROW)
+    sealed = kms.encrypt(ADA, b"salary", ROW_7)
     head, stanzas = head_of(sealed.ciphertext), stanzas_of(sealed.ciphertext)
 
-    found = kms.unwrap(ADA, stanzas, ROW, nonce=head.nonce)
+    found = kms.unwrap(ADA, stanzas, ROW_7, nonce=head.nonce)
 
     assert (found.origin, found.nonce) == ("service", head.nonce)
     assert trail.lines[-1]["file_id"] == sealed.file_id
     head.check_mac(found.file_key)
     with pytest.raises(DecryptFailed):
-        kms.unwrap(ADA, stanzas, ROW, nonce=bytes(16))
+        kms.unwrap(ADA, stanzas, ROW_7, nonce=bytes(16))
     with pytest.raises(InvalidRequest):
-        kms.unwrap(ADA, stanzas, ROW, nonce=head.nonce[:15])
+        kms.unwrap(ADA, stanzas, ROW_7, nonce=head.nonce[:15])
 
 
 def test_where_foreign_files_are_taken_they_open(tmp_path: Path) -> None:
     kms = kms_over(age_backend(tmp_path, x25519.X25519Identity.generate()))
-    sealed = kms.encrypt(ADA, b"salary", ROW)
+    sealed = kms.encrypt(ADA, b"salary", ROW_7)
 
-    found = kms.unwrap(ADA, stanzas_of(sealed.ciphertext), ROW)
+    found = kms.unwrap(ADA, stanzas_of(sealed.ciphertext), ROW_7)
 
     assert found.origin == "foreign"
     head_of(sealed.ciphertext).check_mac(found.file_key)
@@ -120,11 +125,11 @@ def test_where_foreign_files_are_taken_they_open(tmp_path: Path) -> None:
 def test_a_native_stanza_alone_is_not_lifted_out_of_its_context(tmp_path: Path) -> None:
     """It would fit any context, even where foreign files are taken."""
     kms = kms_over(age_backend(tmp_path, x25519.X25519Identity.generate()))
-    sealed = kms.encrypt(ADA, b"salary", ROW).ciphertext
+    sealed = kms.encrypt(ADA, b"salary", ROW_7).ciphertext
     native = header.render_stanza(head_of(sealed).stanzas[0])
 
     assert native.startswith(b"-> X25519 ")
-    for stanzas, context in ((stanzas_of(sealed), NO_CONTEXT), (native, ROW), (native, NO_CONTEXT)):
+    for stanzas, context in ((stanzas_of(sealed), NO_CONTEXT), (native, ROW_7), (native, NO_CONTEXT)):
         with pytest.raises(DecryptFailed):
             kms.unwrap(ADA, stanzas, context)
 
@@ -151,7 +156,7 @@ def test_a_wrap_is_held_to_the_rules_of_encrypt(kms: Kms) -> None:
     with pytest.raises(ContextRequired):
         strict.wrap(ADA, FILE_KEY, NO_CONTEXT)
     with pytest.raises(UnknownKey):
-        kms.wrap(ADA, FILE_KEY, ROW, key_id="missing")
+        kms.wrap(ADA, FILE_KEY, ROW_7, key_id="missing")
     for size in (0, 15, 17, 32):
         with pytest.raises(InvalidRequest):
-            kms.wrap(ADA, bytes(size), ROW)
+            kms.wrap(ADA, bytes(size), ROW_7)

@@ -19,7 +19,7 @@ from kms_protocol.errors import DecryptFailed, Forbidden, ForeignRefused, KmsErr
 from support.age_kms import (
     ADA,
     NO_CONTEXT,
-    ROW,
+    ROW_7,
     MemoryTrail,
     age_backend,
     allowing,
@@ -46,7 +46,12 @@ def kms(tmp_path: Path, trail: MemoryTrail) -> Kms:
 
 
 def resealed(
-    kms: Kms, sealed: bytes, context: Context = ROW, *, new: Context | None = None, key_id: str | None = None
+    kms: Kms,
+    sealed: bytes,
+    context: Context = ROW_7,
+    *,
+    new: Context | None = None,
+    key_id: str | None = None,
 ) -> bytes:
     with TemporaryFile(buffering=0) as source, TemporaryFile(buffering=0) as target:
         source.write(sealed)
@@ -59,26 +64,26 @@ def resealed(
 @pytest.mark.parametrize("size", [0, 1, CHUNK, MiB - 1, MiB, 3 * MiB + 1])
 def test_the_plaintext_stays_and_nothing_else(kms: Kms, size: int) -> None:
     plaintext = os.urandom(size)
-    sealed = kms.encrypt(ADA, plaintext, ROW).ciphertext
+    sealed = kms.encrypt(ADA, plaintext, ROW_7).ciphertext
     moved = resealed(kms, sealed)
 
-    assert kms.decrypt(ADA, moved, ROW).plaintext == plaintext
+    assert kms.decrypt(ADA, moved, ROW_7).plaintext == plaintext
     assert file_key_of(moved, IDENTITY) != file_key_of(sealed, IDENTITY)
     assert head_of(moved).nonce != head_of(sealed).nonce
     assert (head_of(moved).size == sealing.PADDED_HEADER_BYTES) == (size >= MiB)
 
 
 def test_it_may_go_to_another_key_and_context(kms: Kms) -> None:
-    moved = resealed(kms, kms.encrypt(ADA, b"salary", ROW).ciphertext, new=OTHER, key_id="payroll")
+    moved = resealed(kms, kms.encrypt(ADA, b"salary", ROW_7).ciphertext, new=OTHER, key_id="payroll")
 
     opened = kms.decrypt(ADA, moved, OTHER)
     assert (opened.plaintext, opened.key.key_id) == (b"salary", "payroll")
     with pytest.raises(DecryptFailed):
-        kms.decrypt(ADA, moved, ROW)
+        kms.decrypt(ADA, moved, ROW_7)
 
 
 def test_one_record_names_the_operation_and_where_it_went(kms: Kms, trail: MemoryTrail) -> None:
-    sealed = kms.encrypt(ADA, bytes(100), ROW).ciphertext
+    sealed = kms.encrypt(ADA, bytes(100), ROW_7).ciphertext
     moved = resealed(kms, sealed, key_id="payroll")
 
     assert [result for result in trail.results if result[0] != "encrypt"] == [("reseal", "ok")]
@@ -88,7 +93,7 @@ def test_one_record_names_the_operation_and_where_it_went(kms: Kms, trail: Memor
 
 @pytest.mark.parametrize("at", [0, 40, -1], ids=["first line", "header", "payload"])
 def test_a_damaged_file_is_refused_and_recorded(kms: Kms, trail: MemoryTrail, at: int) -> None:
-    sealed = bytearray(kms.encrypt(ADA, b"salary", ROW).ciphertext)
+    sealed = bytearray(kms.encrypt(ADA, b"salary", ROW_7).ciphertext)
     sealed[at] ^= 1
 
     with pytest.raises(KmsError) as refusal:
@@ -97,7 +102,7 @@ def test_a_damaged_file_is_refused_and_recorded(kms: Kms, trail: MemoryTrail, at
 
 
 def test_a_wrong_context_is_refused(kms: Kms) -> None:
-    sealed = kms.encrypt(ADA, b"salary", ROW).ciphertext
+    sealed = kms.encrypt(ADA, b"salary", ROW_7).ciphertext
 
     for wrong in (OTHER, NO_CONTEXT):
         with pytest.raises(DecryptFailed):
@@ -112,9 +117,9 @@ def foreign_file(identity: x25519.X25519Identity) -> bytes:
 
 def test_a_foreign_file_becomes_one_of_ours(kms: Kms) -> None:
     for identity, key_id in ((IDENTITY, None), (PAYROLL, "payroll")):
-        moved = resealed(kms, foreign_file(identity), NO_CONTEXT, new=ROW, key_id=key_id)
+        moved = resealed(kms, foreign_file(identity), NO_CONTEXT, new=ROW_7, key_id=key_id)
 
-        opened = kms.decrypt(ADA, moved, ROW)
+        opened = kms.decrypt(ADA, moved, ROW_7)
         assert (opened.plaintext, opened.origin) == (b"theirs", "service")
 
 
@@ -141,7 +146,7 @@ def test_it_takes_both_rights_or_its_own_where_the_key_stays(
     tmp_path: Path, scopes: list[str], key_id: str | None, *, fine: bool
 ) -> None:
     backends = age_backend(tmp_path / "a", IDENTITY), {"payroll": age_backend(tmp_path / "b", PAYROLL)}
-    sealed = kms_over(*backends).encrypt(ADA, b"salary", ROW).ciphertext
+    sealed = kms_over(*backends).encrypt(ADA, b"salary", ROW_7).ciphertext
     kms = kms_over(*backends, policy=allowing(*scopes))
     if fine:
         assert resealed(kms, sealed, key_id=key_id)

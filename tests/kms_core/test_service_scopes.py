@@ -15,7 +15,7 @@ from kms_core.scopes import Scope
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed, Forbidden, KmsError, Unavailable, UnknownKey
-from support.age_kms import NO_CONTEXT, ROW, MemoryTrail, age_backend, kms_over
+from support.age_kms import NO_CONTEXT, ROW_7, MemoryTrail, age_backend, kms_over
 
 WHO: Final = Principal("ada", "acme", "token:x")
 ROOT: Final = Principal("root", "acme", "token:root")
@@ -68,8 +68,8 @@ def test_a_key_that_is_not_for_the_caller_is_as_one_that_does_not_exist(
 ) -> None:
     service = kms(backends, "encrypt,decrypt,generate_data_key,rotate key=pay-1")
     calls: list[Callable[[], object]] = [
-        lambda: service.encrypt(WHO, b"x", ROW, key_id=key_id),
-        lambda: service.generate_data_key(WHO, 32, ROW, key_id=key_id),
+        lambda: service.encrypt(WHO, b"x", ROW_7, key_id=key_id),
+        lambda: service.generate_data_key(WHO, 32, ROW_7, key_id=key_id),
         lambda: service.rotate(WHO, key_id),
     ]
 
@@ -80,7 +80,7 @@ def test_a_key_that_is_not_for_the_caller_is_as_one_that_does_not_exist(
 def test_a_missing_operation_says_nothing_of_the_key(backends: dict[str, AgeBackend], key_id: str) -> None:
     service = kms(backends, "decrypt key=pay-1")
 
-    text = refused(Forbidden, lambda: service.encrypt(WHO, b"x", ROW, key_id=key_id))
+    text = refused(Forbidden, lambda: service.encrypt(WHO, b"x", ROW_7, key_id=key_id))
     assert text == "This token lacks `encrypt`"
 
 
@@ -88,23 +88,23 @@ def test_a_missing_operation_says_nothing_of_the_key(backends: dict[str, AgeBack
 def test_a_wrong_context_says_nothing_of_the_key(backends: dict[str, AgeBackend], key_id: str) -> None:
     service = kms(backends, "encrypt key=pay-* context=row=8")
 
-    assert "context" in refused(Forbidden, lambda: service.encrypt(WHO, b"x", ROW, key_id=key_id))
+    assert "context" in refused(Forbidden, lambda: service.encrypt(WHO, b"x", ROW_7, key_id=key_id))
 
 
 def test_a_file_names_its_key_and_that_one_is_asked_for(backends: dict[str, AgeBackend]) -> None:
     service = kms(backends, "decrypt key=pay-1")
-    mine = service.encrypt(ROOT, b"x", ROW, key_id="pay-1").ciphertext
-    theirs = service.encrypt(ROOT, b"x", ROW, key_id="pay-2").ciphertext
+    mine = service.encrypt(ROOT, b"x", ROW_7, key_id="pay-1").ciphertext
+    theirs = service.encrypt(ROOT, b"x", ROW_7, key_id="pay-2").ciphertext
 
-    assert service.decrypt(WHO, mine, ROW).plaintext == b"x"
-    refused(UnknownKey, lambda: service.decrypt(WHO, theirs, ROW))
-    refused(UnknownKey, lambda: service.decrypt(WHO, theirs, ROW, key_id="pay-1"))
+    assert service.decrypt(WHO, mine, ROW_7).plaintext == b"x"
+    refused(UnknownKey, lambda: service.decrypt(WHO, theirs, ROW_7))
+    refused(UnknownKey, lambda: service.decrypt(WHO, theirs, ROW_7, key_id="pay-1"))
 
 
 def test_the_default_key_is_a_key_like_any(backends: dict[str, AgeBackend]) -> None:
     service = kms(backends, "encrypt key=pay-1")
 
-    refused(UnknownKey, lambda: service.encrypt(WHO, b"x", ROW))
+    refused(UnknownKey, lambda: service.encrypt(WHO, b"x", ROW_7))
 
 
 # -- contexts --------------------------------------------------------------------------------------------
@@ -112,16 +112,16 @@ def test_the_default_key_is_a_key_like_any(backends: dict[str, AgeBackend]) -> N
 
 def test_who_is_held_to_a_context_must_give_it(backends: dict[str, AgeBackend]) -> None:
     service = kms(backends, "encrypt,decrypt context=row=7")
-    sealed = service.encrypt(WHO, b"x", ROW).ciphertext
+    sealed = service.encrypt(WHO, b"x", ROW_7).ciphertext
     foreign = service.encrypt(ROOT, b"x", NO_CONTEXT).ciphertext
     other = service.encrypt(ROOT, b"x", OTHER).ciphertext
 
-    assert service.decrypt(WHO, sealed, ROW).plaintext == b"x"
+    assert service.decrypt(WHO, sealed, ROW_7).plaintext == b"x"
     for context in (NO_CONTEXT, OTHER):
         refused(Forbidden, lambda context=context: service.encrypt(WHO, b"x", context))  # type: ignore[misc]  # default argument
         refused(Forbidden, lambda context=context: service.decrypt(WHO, sealed, context))  # type: ignore[misc]  # as above
-    refused(DecryptFailed, lambda: service.decrypt(WHO, foreign, ROW))
-    refused(DecryptFailed, lambda: service.decrypt(WHO, other, ROW))
+    refused(DecryptFailed, lambda: service.decrypt(WHO, foreign, ROW_7))
+    refused(DecryptFailed, lambda: service.decrypt(WHO, other, ROW_7))
 
 
 def test_one_scope_must_allow_all_of_it(backends: dict[str, AgeBackend]) -> None:
@@ -129,8 +129,8 @@ def test_one_scope_must_allow_all_of_it(backends: dict[str, AgeBackend]) -> None
         backends, "encrypt key=pay-1 context=row=7", "decrypt key=pay-2", "encrypt key=pay-2 context=row=8"
     )
 
-    assert service.encrypt(WHO, b"x", ROW, key_id="pay-1").key.key_id == "pay-1"
-    refused(Forbidden, lambda: service.encrypt(WHO, b"x", ROW, key_id="pay-2"))
+    assert service.encrypt(WHO, b"x", ROW_7, key_id="pay-1").key.key_id == "pay-1"
+    refused(Forbidden, lambda: service.encrypt(WHO, b"x", ROW_7, key_id="pay-2"))
     refused(Forbidden, lambda: service.encrypt(WHO, b"x", OTHER, key_id="pay-1"))
 
 
@@ -139,11 +139,11 @@ def test_one_scope_must_allow_all_of_it(backends: dict[str, AgeBackend]) -> None
 
 def test_rewrap_alone_moves_a_file_that_the_caller_cannot_open(backends: dict[str, AgeBackend]) -> None:
     service = kms(backends, "rewrap key=pay-1")
-    sealed = service.encrypt(ROOT, b"x", ROW, key_id="pay-1").ciphertext
-    moved = service.rewrap(WHO, sealed, ROW).ciphertext
+    sealed = service.encrypt(ROOT, b"x", ROW_7, key_id="pay-1").ciphertext
+    moved = service.rewrap(WHO, sealed, ROW_7).ciphertext
 
-    assert service.decrypt(ROOT, moved, ROW).plaintext == b"x"
-    refused(Forbidden, lambda: service.decrypt(WHO, sealed, ROW))
+    assert service.decrypt(ROOT, moved, ROW_7).plaintext == b"x"
+    refused(Forbidden, lambda: service.decrypt(WHO, sealed, ROW_7))
 
 
 @pytest.mark.parametrize(
@@ -155,20 +155,20 @@ def test_rewrap_alone_takes_a_file_nowhere_else(
     backends: dict[str, AgeBackend], key_id: str | None, new_context: Context | None
 ) -> None:
     service = kms(backends, "rewrap", "decrypt,encrypt key=pay-2")
-    sealed = service.encrypt(ROOT, b"x", ROW, key_id="pay-1").ciphertext
+    sealed = service.encrypt(ROOT, b"x", ROW_7, key_id="pay-1").ciphertext
 
     with pytest.raises((Forbidden, UnknownKey)):
-        service.rewrap(WHO, sealed, ROW, new_context=new_context, key_id=key_id)
+        service.rewrap(WHO, sealed, ROW_7, new_context=new_context, key_id=key_id)
 
 
 def test_rewrap_to_elsewhere_needs_decrypt_there_and_encrypt_here(backends: dict[str, AgeBackend]) -> None:
     service = kms(backends, "decrypt key=pay-1", "encrypt key=pay-2 context=row=8")
-    sealed = service.encrypt(ROOT, b"x", ROW, key_id="pay-1").ciphertext
-    moved = service.rewrap(WHO, sealed, ROW, new_context=OTHER, key_id="pay-2").ciphertext
+    sealed = service.encrypt(ROOT, b"x", ROW_7, key_id="pay-1").ciphertext
+    moved = service.rewrap(WHO, sealed, ROW_7, new_context=OTHER, key_id="pay-2").ciphertext
 
     assert service.decrypt(ROOT, moved, OTHER).key.key_id == "pay-2"
-    refused(Forbidden, lambda: service.rewrap(WHO, sealed, ROW, key_id="pay-2"))
-    refused(UnknownKey, lambda: service.rewrap(WHO, sealed, ROW, new_context=OTHER))
+    refused(Forbidden, lambda: service.rewrap(WHO, sealed, ROW_7, key_id="pay-2"))
+    refused(UnknownKey, lambda: service.rewrap(WHO, sealed, ROW_7, new_context=OTHER))
 
 
 # -- tenants, chores, credentials ----------------------------------------------------------------------------
@@ -177,9 +177,9 @@ def test_rewrap_to_elsewhere_needs_decrypt_there_and_encrypt_here(backends: dict
 def test_a_tenant_has_the_keys_that_settings_give_it(backends: dict[str, AgeBackend]) -> None:
     service = kms(backends, "*", tenant_keys="pay-1")
 
-    assert service.encrypt(WHO, b"x", ROW, key_id="pay-1").key.key_id == "pay-1"
-    refused(UnknownKey, lambda: service.encrypt(WHO, b"x", ROW, key_id="pay-2"))
-    refused(UnknownKey, lambda: service.encrypt(WHO, b"x", ROW, key_id="no-such-key"))
+    assert service.encrypt(WHO, b"x", ROW_7, key_id="pay-1").key.key_id == "pay-1"
+    refused(UnknownKey, lambda: service.encrypt(WHO, b"x", ROW_7, key_id="pay-2"))
+    refused(UnknownKey, lambda: service.encrypt(WHO, b"x", ROW_7, key_id="no-such-key"))
     assert [key for key in backends if service.policy.sees(WHO, key)] == ["pay-1"]
 
 
@@ -189,7 +189,7 @@ def test_a_pattern_of_a_tenant_stands_for_whole_key_ids(
 ) -> None:
     service = kms(backends, "*", tenant_keys=pattern)
 
-    refused(UnknownKey, lambda: service.encrypt(WHO, b"x", ROW, key_id="pay-1"))
+    refused(UnknownKey, lambda: service.encrypt(WHO, b"x", ROW_7, key_id="pay-1"))
     assert not service.policy.sees(WHO, "pay-1")
 
 
@@ -198,8 +198,8 @@ def test_the_service_itself_rotates_and_nothing_else(backends: dict[str, AgeBack
     service = kms(backends)
     service.rotate(chore, "pay-1")
 
-    refused(Forbidden, lambda: service.encrypt(chore, b"x", ROW))
-    refused(Forbidden, lambda: service.generate_data_key(chore, 32, ROW))
+    refused(Forbidden, lambda: service.encrypt(chore, b"x", ROW_7))
+    refused(Forbidden, lambda: service.generate_data_key(chore, 32, ROW_7))
 
 
 @pytest.mark.parametrize("credential", ["none", "", "token:gone", "internal:x", "INTERNAL"])
@@ -208,7 +208,7 @@ def test_a_credential_that_is_worth_nothing_allows_nothing(
 ) -> None:
     nobody = Principal("root", "acme", credential)
 
-    refused(Forbidden, lambda: kms(backends, "*").encrypt(nobody, b"x", ROW))
+    refused(Forbidden, lambda: kms(backends, "*").encrypt(nobody, b"x", ROW_7))
 
 
 def test_what_cannot_be_told_now_is_no_refusal(backends: dict[str, AgeBackend]) -> None:
@@ -216,7 +216,7 @@ def test_what_cannot_be_told_now_is_no_refusal(backends: dict[str, AgeBackend]) 
     stands.away = True
     service = kms_over(backends["default"], policy=ByScopes(stands.scopes_of, {}))
 
-    refused(Unavailable, lambda: service.encrypt(WHO, b"x", ROW))
+    refused(Unavailable, lambda: service.encrypt(WHO, b"x", ROW_7))
     with pytest.raises(Unavailable):
         allows(service.policy, WHO, "encrypt")
 
@@ -226,7 +226,7 @@ def test_refusals_are_recorded_with_the_key_and_without_values(backends: dict[st
     service = kms(backends, "encrypt key=pay-1 context=row=8", trail=trail)
     for key_id in ("pay-1", "pay-2", "no-such-key"):
         with pytest.raises((Forbidden, UnknownKey)):
-            service.encrypt(WHO, b"hunter2", ROW, key_id=key_id)
+            service.encrypt(WHO, b"hunter2", ROW_7, key_id=key_id)
     with pytest.raises(Forbidden):
         service.require(WHO, "jobs:write")
 

@@ -45,7 +45,7 @@ def test_what_is_no_message_is_refused(queue: str) -> None:
 
 
 def test_headers_that_are_no_table_are_refused() -> None:
-    for headers in malformed_messages.OTHERS:
+    for headers in malformed_messages.WRONG_TYPES:
         with pytest.raises(Malformed, match="headers"):
             read(BULK, malformed_messages.Poison(b"[]", headers))
 

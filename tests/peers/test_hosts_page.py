@@ -28,7 +28,7 @@ def test_the_page_works_as_written(tmp_path: Path) -> None:
     here = tmp_path / "here"
     here.mkdir()
     done = subprocess.run(
-        programs.tied("/usr/bin/unshare", *ALONE, "bash", "-euo", "pipefail", "-c", script),
+        programs.tethered("/usr/bin/unshare", *ALONE, "bash", "-euo", "pipefail", "-c", script),
         cwd=here,
         env={
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"]),

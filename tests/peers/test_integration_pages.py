@@ -17,7 +17,7 @@ from support.cli.fixtures import environment
 from support.credentials import SecuredService
 from support.openbao import binary
 from support.ports import free_port
-from support.programs import kept, program
+from support.programs import locked_cache, program
 from support.vault_api import NO_REDIS
 
 PAGES: Final = Path(__file__).parents[2] / "docs/integrations"
@@ -83,7 +83,7 @@ def test_consul_template_decrypts(secured: SecuredService, environ: dict[str, st
     program("go")
     program("curl")
     install, render = blocks("consul-template.md")
-    with kept("consul-template") as folder:
+    with locked_cache("consul-template") as folder:
         fetched = folder / "fetched"
         if not fetched.exists() or fetched.read_text() != install:
             bash(install, folder, os.environ | {"PATH": environ["PATH"], "GOWORK": "off"})
@@ -118,7 +118,7 @@ def test_pyarrow_has_the_keys_of_a_parquet_file_wrapped(
     secured: SecuredService, environ: dict[str, str], here: Path
 ) -> None:
     fetch, run = blocks("parquet.md")
-    with kept("pyarrow") as folder:
+    with locked_cache("pyarrow") as folder:
         fetched = folder / "fetched"
         if not fetched.exists() or fetched.read_text() != fetch:
             shutil.rmtree(folder / "lib", ignore_errors=True)

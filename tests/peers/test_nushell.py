@@ -57,9 +57,9 @@ def nu(program: Path, secured: SecuredService, token_file: Path, tmp_path: Path)
 
 
 @pytest.fixture
-def waiting(program: Path, idle: Service, tmp_path: Path) -> Nu:
+def waiting(program: Path, no_worker: Service, tmp_path: Path) -> Nu:
     """Its service has no worker."""
-    return Nu(program, tmp_path, {"KMS_SERVICE_URL": idle.url})
+    return Nu(program, tmp_path, {"KMS_SERVICE_URL": no_worker.url})
 
 
 def mode(path: Path) -> int:
@@ -442,11 +442,11 @@ def test_a_job_that_waits_can_be_seen_and_cancelled(waiting: Nu) -> None:
     assert "job_cancelled" in waiting.fails(queued + "kms job cancel $id\nkms job wait $id")
 
 
-def test_a_dead_letter_is_retried(waiting: Nu, idle: Service) -> None:
+def test_a_dead_letter_is_retried(waiting: Nu, no_worker: Service) -> None:
     job_id = waiting.gives("[x] | kms job submit encrypt")
     assert "job_not_dead" in waiting.fails(f"kms job retry {job_id}")
 
-    forge(core_of(idle).worker_context.store, job_id, state="failed", error="attempts_exhausted")
+    forge(core_of(no_worker).worker_context.store, job_id, state="failed", error="attempts_exhausted")
 
     assert waiting.gives(f"kms job retry {job_id} | get state") == "queued"
 

@@ -14,7 +14,7 @@ import pytest
 from support import pages
 from support.credentials import REQUIRED, SecuredService
 from support.openapi_check import FILE
-from support.programs import kept, program
+from support.programs import locked_cache, program
 
 PAGE: Final = (Path(__file__).parents[2] / "docs/integrations/generated-clients.md").read_text("utf-8")
 LIMIT_S: Final = 900
@@ -67,7 +67,7 @@ def test_a_generated_client_does_what_the_page_says(
 def test_linters_have_no_warning(tmp_path: Path) -> None:
     npm = program("npm")
     (tmp_path / ".spectral.yaml").write_text('extends: ["spectral:oas"]\n')
-    with kept("openapi-linters") as folder:
+    with locked_cache("openapi-linters") as folder:
         run(
             f"{npm} install --silent --no-audit --no-fund --prefix {folder} @redocly/cli@2.77.0"
             " @stoplight/spectral-cli@6.16.3",

@@ -135,10 +135,10 @@ def test_every_page_looks_right_in_dark_and_light_and_keeps_its_policy(
 
 
 def test_api_viewer_shows_encrypt_and_decrypt_first_and_tries_a_call(
-    idle: Service, browser: Chromium
+    no_worker: Service, browser: Chromium
 ) -> None:
     shown = "Array.from(document.querySelectorAll('.opblock-summary-path'), (p) => p.dataset.path)"
-    browser.open(f"{idle.url}/docs")
+    browser.open(f"{no_worker.url}/docs")
     until(lambda: browser.evaluate(shown), "the API is shown")
     assert browser.evaluate(shown)[:2] == [f"{PREFIX}/encrypt", f"{PREFIX}/decrypt"]
     seen(browser, "docs")
@@ -154,27 +154,27 @@ def test_api_viewer_shows_encrypt_and_decrypt_first_and_tries_a_call(
 
 @pytest.mark.parametrize("width", [1280, 400])
 def test_progress_and_the_end_of_a_job_appear_without_loading_the_page_again(
-    idle: Service, browser: Chromium, width: int
+    no_worker: Service, browser: Chromium, width: int
 ) -> None:
     browser.resize(width, 900)
-    job_id = idle.submit({"kind": "encrypt", "items": ITEMS})
-    browser.open(f"{idle.url}/ui/jobs")
+    job_id = no_worker.submit({"kind": "encrypt", "items": ITEMS})
+    browser.open(f"{no_worker.url}/ui/jobs")
     browser.evaluate("window.loaded = 'once'")
     browser.evaluate(SHIFTS)
     row = f"document.querySelector('[href$=\"{job_id}\"]').closest('tr')"
     assert browser.evaluate(f"{row}.querySelector('.state').textContent") == "queued"
 
-    run_job(job_id, core_of(idle).worker_context, "w")
+    run_job(job_id, core_of(no_worker).worker_context, "w")
     until(lambda: browser.evaluate(f"{row}.querySelector('.state').textContent") == "succeeded", "its end")
     assert browser.evaluate(f"{row}.querySelector('.amount').textContent") == "40 of 40 items"
     assert browser.evaluate(f"{row}.querySelector('progress').position") == 1
     assert browser.evaluate("window.loaded") == "once"
     assert browser.evaluate("moved") == []
 
-    job_id = idle.submit({"kind": "encrypt", "items": ITEMS})
-    browser.open(f"{idle.url}/ui/jobs/{job_id}")
+    job_id = no_worker.submit({"kind": "encrypt", "items": ITEMS})
+    browser.open(f"{no_worker.url}/ui/jobs/{job_id}")
     browser.evaluate("window.loaded = 'once'")
-    run_job(job_id, core_of(idle).worker_context, "w")
+    run_job(job_id, core_of(no_worker).worker_context, "w")
     until(lambda: browser.evaluate("window.loaded || 'again'") == "again", "its own page is loaded again")
     assert browser.complaints == []
 

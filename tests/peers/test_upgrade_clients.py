@@ -14,7 +14,7 @@ from typing import Final
 import pytest
 
 from kms_protocol.wire import PREFIX
-from support.programs import kept, program
+from support.programs import locked_cache, program
 from support.service import CONTEXT, Service, b64, unb64
 
 PEERS: Final = Path(__file__).parent
@@ -26,7 +26,7 @@ UPLOAD: Final = bytes(range(256)) * 4096  # 1 MiB: many segments
 def spring_libraries() -> Path:
     """The folder with spring-web and what it needs, as the pom names them; fetched once."""
     mvn, pom = program("mvn"), PEERS / "spring" / "pom.xml"
-    with kept("spring-web") as folder:
+    with locked_cache("spring-web") as folder:
         libraries = folder / "lib"
         fetched_for = libraries / "pom.xml"
         if not fetched_for.exists() or fetched_for.read_bytes() != pom.read_bytes():

@@ -19,7 +19,7 @@ import pytest
 from kms_core.age import x25519
 from support import pages
 from support.credentials import SecuredService
-from support.programs import kept, program
+from support.programs import locked_cache, program
 from support.service import CANARY
 from support.vault_api import NO_REDIS
 
@@ -113,7 +113,7 @@ def built(walk: PageSection) -> tuple[Path, list[str]]:
     *builds, runs = [block for language, block in found if language == "sh"]
     slug = re.sub(r"\W+", "-", walk.section).lower()
     digest = hashlib.sha256(text.encode()).hexdigest()
-    with kept(f"vault-api-{slug}") as folder:
+    with locked_cache(f"vault-api-{slug}") as folder:
         place = folder / "program"
         done = folder / "done"
         if not done.exists() or done.read_text() != digest:

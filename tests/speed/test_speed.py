@@ -8,7 +8,7 @@ from typing import Any, Final
 import pytest
 
 from support.speed import budgets
-from support.speed.growth import TIMES
+from support.speed.growth import GROWTH_FACTOR
 
 BUDGETS: Final = budgets.read()
 LINEAR: Final = 1.03
@@ -36,8 +36,8 @@ def test_ten_times_as_much_costs_ten_times_as_much(measured: dict[str, dict[str,
     steep = {
         name: found
         for name, found in measured["growth"].items()
-        if found["calls"][1] > found["calls"][0] * TIMES * LINEAR
-        or found["seconds"][1] > found["seconds"][0] * TIMES * LINEAR_SECONDS
+        if found["calls"][1] > found["calls"][0] * GROWTH_FACTOR * LINEAR
+        or found["seconds"][1] > found["seconds"][0] * GROWTH_FACTOR * LINEAR_SECONDS
     }
 
     assert not steep

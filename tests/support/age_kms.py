@@ -30,7 +30,7 @@ from kms_protocol.errors import AuditUnavailable
 
 ADA: Final = Principal("ada", "acme", "test")
 NO_CONTEXT: Final = Context()
-ROW: Final = Context.parse("row=7")
+ROW_7: Final = Context.parse("row=7")
 _NO_KEYS: Final[Mapping[str, Backend]] = MappingProxyType({})
 NativeIdentity = x25519.X25519Identity | mlkem768x25519.HybridIdentity
 

@@ -22,7 +22,7 @@ SEALED: Final = ("openbao", "cosmian", "aws")
 """Examples for production: an Age key that a key server seals, and no shared volume."""
 INSTALLS: Final = (*SEALED, "trial")
 """All examples of the chart."""
-RECOVERY: Final = str(x25519.X25519Identity.generate().recipient)
+RECOVERY_RECIPIENT: Final = str(x25519.X25519Identity.generate().recipient)
 """Of an offline key. No example has one: it would be somebody's."""
 OLDEST: Final = "1.30"
 """The oldest version of Kubernetes that the chart is for."""
@@ -81,7 +81,7 @@ def rendered(
     values = EXAMPLES / f"{example}.yaml"
     made = helm(
         *("template", release, chart, "--namespace", "kms", "--kube-version", f"{OLDEST}.0"),
-        *("--values", values, "--set", f"firstKey.recovery={RECOVERY}", *words),
+        *("--values", values, "--set", f"firstKey.recovery={RECOVERY_RECIPIENT}", *words),
     )
     documents = [document for document in yaml.safe_load_all(made) if document]
     for document in documents:  # where ``helm install`` puts it

@@ -17,8 +17,8 @@ from support.aws_servers import ACCESS_KEY, REGION, SECRET_KEY, calls_to
 from support.http_servers import QuietHandler, served
 
 KEY = "1234abcd-12ab-34cd-56ef-1234567890ab"
-HOME = f"arn:aws:kms:{REGION}:111122223333:"
-ARN = f"{HOME}key/{KEY}"
+ARN_PREFIX = f"arn:aws:kms:{REGION}:111122223333:"
+ARN = f"{ARN_PREFIX}key/{KEY}"
 SECRET = b"sixteen secrets!"
 AAD = b"acme payroll env=prod"
 Document = Mapping[str, object]

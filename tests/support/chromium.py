@@ -155,7 +155,7 @@ def chromium(folder: Path) -> Iterator[Chromium]:
     shell = [programs.program("bash"), "-c", f'exec "$0" "$@" 3<&{command_out} 4>&{answer_in}', program]
     with (folder / "chromium.log").open("wb") as log:
         process = subprocess.Popen(
-            [*programs.tied(*shell), *FLAGS, f"--user-data-dir={folder / 'profile'}", "about:blank"],
+            [*programs.tethered(*shell), *FLAGS, f"--user-data-dir={folder / 'profile'}", "about:blank"],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -54,8 +54,8 @@ class Faults:
     dropped: int = 0
     cuts: int = 0
     stalls: bool = False
-    changes: bool = False
-    waits: bool = True
+    changed_result: bool = False
+    honours_wait: bool = True
     cut_waits: bool = False
     unhealthy: bool = False
     token: str = ""
@@ -309,7 +309,7 @@ class Handler(QuietHandler):
         if wait_s and faults.cut_waits:
             self.answer(504, b"", {})
             return
-        until = time.monotonic() + (wait_s if faults.waits else 0)
+        until = time.monotonic() + (wait_s if faults.honours_wait else 0)
         while time.monotonic() < until and self.service.shown(job_id)["state"] not in ENDED:
             time.sleep(0.01)
         self.json(self.service.shown(job_id))
@@ -341,7 +341,7 @@ class Handler(QuietHandler):
             faults.cuts -= 1
             self.answer(206 if start else 200, body[start : start + (len(body) - start) // 2], head)
             self.close_connection = True
-            if faults.changes:
+            if faults.changed_result:
                 self.service.jobs[job_id].body = body[::-1]
             return
         self.answer(206 if start else 200, body[start:], head)

@@ -59,7 +59,7 @@ def end_of(core: Core, job_id: str) -> tuple[str, str]:
     return job.state, job.error
 
 
-def cut(core: Core, job_id: str) -> list[str]:
+def split_into_parts(core: Core, job_id: str) -> list[str]:
     """Run a job, which cuts it into its parts if it is to have some; their ids. No part has run."""
     run_job(job_id, core.worker_context, "w/1")
     return [part_id(job_id, number) for number in range(now(core, job_id).parts)]
@@ -67,7 +67,7 @@ def cut(core: Core, job_id: str) -> list[str]:
 
 def run(core: Core, job_id: str) -> Job:
     """Run a job, then its parts if it has any; the job as it is then."""
-    for part in cut(core, job_id):
+    for part in split_into_parts(core, job_id):
         run_job(part, core.worker_context, "w/1")
     return now(core, job_id)
 
@@ -83,7 +83,7 @@ def done(
     return run(core, submit(core, kind, source, target, **more))
 
 
-def taken_up(core: Core, job_id: str) -> None:
+def run_after_lease_expiry(core: Core, job_id: str) -> None:
     """Another worker has its turn with a job, or a part, whose worker died."""
     store = core.worker_context.store
     expire_leases(store)

@@ -1,6 +1,6 @@
 """Shows among the metrics of an API process what only tests look at: held budgets, and verified signatures.
 
-The API of a ``Service`` imports it first where ``is_open_inside`` is set.
+The API of a ``Service`` imports it first where ``has_test_metrics`` is set.
 """
 
 from collections.abc import Iterator, Mapping

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
-OTHERS: Final[tuple[object, ...]] = (None, 1, [], "x")  # than what is expected
+WRONG_TYPES: Final[tuple[object, ...]] = (None, 1, [], "x")  # than what is expected
 QUEUES: Final = ("kms.bulk", "kms.files", "kms.maintenance", "kms.submit")
 
 
@@ -34,7 +34,7 @@ def kinds(queue: str) -> Iterator[Poison]:
     for body in bodies:
         yield Poison(body, headers(task))
     builtin = ("celery.map", "celery.chord_unlock", "celery.backend_cleanup")
-    for name in (*builtin, "kms.nothing", "", *OTHERS):
+    for name in (*builtin, "kms.nothing", "", *WRONG_TYPES):
         yield Poison(good, headers(name))
     empty: dict[str, object] = {}
     for made in (

@@ -26,10 +26,10 @@ NO_NAMESPACES: Final = "no network namespaces can be made here: they need root, 
 
 @dataclass(frozen=True, slots=True)
 class NetworkLink:
-    """A line between a host and us: our device, our address as seen from the host, and the host's own."""
+    """A link between a host and the test: the test's device and address, and the host's address."""
 
     device: str
-    us: str
+    test_address: str
     address: str
 
     def cut(self) -> None:
@@ -52,9 +52,9 @@ class Host:
         return bool(self.enter)
 
     @property
-    def us(self) -> str:
+    def test_address(self) -> str:
         """Our address as seen from it, over its first line."""
-        return next((line.us for line in self.lines.values()), "127.0.0.1")
+        return next((line.test_address for line in self.lines.values()), "127.0.0.1")
 
 
 HERE = Host(())
@@ -127,7 +127,7 @@ def _host(stack: ExitStack, number: int, lines: Sequence[str]) -> Host:
 def _line(pid: int, enter: Sequence[str], name: str, net: str) -> NetworkLink:
     line = NetworkLink(f"{name}-{pid}", f"{net}.1", f"{net}.2")
     _ip("link", "add", line.device, "type", "veth", "peer", "name", name, "netns", str(pid))
-    _ip("address", "add", f"{line.us}/24", "dev", line.device)
+    _ip("address", "add", f"{line.test_address}/24", "dev", line.device)
     line.mend()
     for words in (("address", "add", f"{line.address}/24", "dev", name), ("link", "set", name, "up")):
         subprocess.run([*enter, "ip", *words], check=True)

@@ -58,9 +58,9 @@ class ObjectJobs:
     def killed(self, job_id: str, step: str, *, after: bool, error: type[BaseException] = Killed) -> None:
         failing_store.killed(self.core, job_id, step, after=after, error=error)
 
-    def taken_up(self, job_id: str) -> Job:
+    def run_after_lease_expiry(self, job_id: str) -> Job:
         """The job after its worker died, or deferred it, and another has had its turn."""
-        core_jobs.taken_up(self.core, job_id)
+        core_jobs.run_after_lease_expiry(self.core, job_id)
         return self.now(job_id)
 
     def file(self, name: str, data: bytes | None = None) -> str:

@@ -16,8 +16,8 @@ import jsonschema_rs
 Json = dict[str, Any]
 FILE: Final = Path(__file__).parents[2] / "docs/openapi.json"
 PROBLEM: Final = "application/problem+json"
-SHAPED: Final = frozenset({"application/json", PROBLEM})
-NO_CALL: Final = frozenset({400})  # of the HTTP parser: what was sent is no request
+JSON_TYPES: Final = frozenset({"application/json", PROBLEM})
+NO_REQUEST_STATUS: Final = frozenset({400})  # of the HTTP parser: what was sent is no request
 
 
 @cache
@@ -64,7 +64,7 @@ def check(answer: httpx.Response) -> None:
     """Fail if the document does not say that this may be answered."""
     template = template_of(answer.request.url.raw_path.partition(b"?")[0].decode())
     answers = operation(template or "", answer.request.method)
-    if not answers or (answer.status_code in NO_CALL and "x-request-id" not in answer.headers):
+    if not answers or (answer.status_code in NO_REQUEST_STATUS and "x-request-id" not in answer.headers):
         return
     what = f"{answer.request.method} {template} {answer.status_code}"
     said = answers.get(str(answer.status_code))
@@ -78,7 +78,7 @@ def check_answer(answer: httpx.Response, said: Json, what: str) -> None:
     for name, header in said["headers"].items():
         if resolved(header).get("required"):
             assert name in answer.headers, f"{what}: without {name}"
-    if media_type not in SHAPED:
+    if media_type not in JSON_TYPES:
         return
     answer.read()
     media = said["content"][media_type]

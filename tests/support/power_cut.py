@@ -1,8 +1,8 @@
 """Services whose power is cut while they work, and the jobs that they had acknowledged by then.
 
 ``OnSyncedDisk`` is left with what it synced, in the strictest reading of POSIX (``synced_disk``), and needs
-no privilege. ``OnImage`` has its state in an image that is mounted: the file system is shut down without a
-flush, as xfstests do it, and what the image holds then is mounted again.
+no privilege. ``OnDiskImage`` has its state in a mounted image: the file system is shut down without a flush,
+as xfstests do it, and what the image holds then is mounted again.
 """
 
 import fcntl
@@ -59,7 +59,7 @@ class OnSyncedDisk(Service):
             self.disk.cut(folder)
 
 
-class OnImage(Service):
+class OnDiskImage(Service):
     """A service whose state, Redis included, is in an image of its own."""
 
     def __init__(self, folder: Path, settings: str = "", kind: str = "ext4") -> None:
@@ -236,7 +236,7 @@ def _trouble(job: Acknowledged) -> str:
     return ""
 
 
-def jobs_lost(service: OnSyncedDisk | OnImage, files: int) -> list[str]:
+def jobs_lost(service: OnSyncedDisk | OnDiskImage, files: int) -> list[str]:
     """Cut the power of a service under load, start it again, and name the acknowledged jobs that are lost.
 
     Only jobs that were acknowledged before count: ext4 answers syncs that it cannot finish while it shuts

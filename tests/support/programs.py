@@ -21,7 +21,7 @@ _GO: Final = {  # module, version, folder of the command. All of them build with
     "alertmanager": ("github.com/prometheus/alertmanager", "v0.28.1", "cmd/alertmanager"),
     "amtool": ("github.com/prometheus/alertmanager", "v0.28.1", "cmd/amtool"),
 }
-TOGETHER: Final = {  # a program, and the one that .ci/all names for the same package
+SAME_PACKAGE: Final = {  # a program, and the one that .ci/all names for the same package
     "age-keygen": "age",
     "epmd": "rabbitmq-server",
     "initdb": "pg_dump",
@@ -57,14 +57,14 @@ def install(name: str) -> str:
     lines = (_CACHE.parent / ".ci/all").read_text("utf-8").splitlines()
     asked = (line.partition("#")[0].split() for line in lines if line.startswith("needs "))
     packages = {command: " ".join(names) for _, command, *names in asked}
-    found = packages.get(TOGETHER.get(name, name))
+    found = packages.get(SAME_PACKAGE.get(name, name))
     return f": apt-get install {found}" if found else ""
 
 
 def built_with_go(name: str) -> str:
     """The path of a program that Debian has not, or has too old. Built once, by ``go install``."""
     module, version, command = _GO[name]
-    with kept(f"{name}-{version}") as home:
+    with locked_cache(f"{name}-{version}") as home:
         if not (home / name).exists():
             go = program("go")
             done = subprocess.run(
@@ -80,7 +80,7 @@ def built_with_go(name: str) -> str:
     return str(home / name)
 
 
-def tied(*argv: object) -> list[str]:
+def tethered(*argv: object) -> list[str]:
     """The command of a program that dies with this process, even where that is killed (``tether``)."""
     return [sys.executable, "-I", "-S", tether.__file__, str(os.getpid()), *map(str, argv)]
 
@@ -106,7 +106,7 @@ def running(
 def from_npm(name: str, file: str, *packages: str) -> Path:
     """What packages of npm bring, by its pattern in the folder ``.cache/<name>``. Fetched once."""
     npm = which("npm")
-    with kept(name) as folder:
+    with locked_cache(name) as folder:
         if npm and not list(folder.glob(file)):
             words = ("install", "--silent", "--no-audit", "--no-fund", "--prefix", str(folder), *packages)
             subprocess.run([npm, *words], check=False, capture_output=True, timeout=120)
@@ -116,7 +116,7 @@ def from_npm(name: str, file: str, *packages: str) -> Path:
 
 
 @contextmanager
-def kept(name: str) -> Iterator[Path]:
+def locked_cache(name: str) -> Iterator[Path]:
     """The folder ``.cache/<name>``, for one test process at a time: others wait while the first fetches."""
     folder = _CACHE / name
     folder.mkdir(parents=True, exist_ok=True)

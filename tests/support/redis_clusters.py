@@ -39,7 +39,7 @@ class Node:
         return str(self.ask("CLUSTER MYID").decode())
 
     @property
-    def knows(self) -> str:
+    def cluster_state(self) -> str:
         """The state of the cluster, as this node sees it."""
         found = self.ask("CLUSTER INFO")
         return str(found["cluster_state"] if isinstance(found, dict) else found)
@@ -75,7 +75,7 @@ def cluster(folder: Path, masters: int, *, replica: bool = False) -> Iterator[Cl
             node.ask("CLUSTER SET-CONFIG-EPOCH", number + 1)
             if number:
                 nodes[0].ask("CLUSTER MEET", "127.0.0.1", node.port, node.bus)
-        until(lambda: all(node.knows == "ok" for node in nodes), "the cluster has formed")
+        until(lambda: all(node.cluster_state == "ok" for node in nodes), "the cluster has formed")
         if made.replica:
             until(lambda: _follows(made), "the replica follows")
         yield made

@@ -54,17 +54,17 @@ def unb64(text: str) -> bytes:
     return b64decode(text, validate=True)
 
 
-def program(module: str, constants: Mapping[str, object], *, is_open_inside: bool = False) -> list[str]:
+def program(module: str, constants: Mapping[str, object], *, has_test_metrics: bool = False) -> list[str]:
     """The arguments for Python that run a module's ``main``, after other values for constants that it has.
 
-    ``is_open_inside``: with the metrics of ``support.inside``.
+    ``has_test_metrics``: with the metrics of ``support.inside``.
     """
     packages = (f"{module.partition('.')[0]}.", "kms_core.")
     named = [(*path.rsplit(".", 1), value) for path, value in constants.items() if path.startswith(packages)]
-    if not named and not is_open_inside:
+    if not named and not has_test_metrics:
         return ["-m", module]
     lines = [f"setattr(resolve_name({holder!r}), {name!r}, {value!r})" for holder, name, value in named]
-    if is_open_inside:
+    if has_test_metrics:
         lines += [f"sys.path.append({str(Path(__file__).parents[1])!r})", "import support.inside"]
     first = ["import sys", "from pkgutil import resolve_name"]
     return ["-c", "\n".join([*first, *lines, f"from {module} import main", "sys.exit(main())"])]
@@ -76,7 +76,7 @@ class Service:
     worker_probe = "/readyz"
     constants: Mapping[str, object] = MappingProxyType({})
     """Other values of constants in its processes, by their dotted names."""
-    is_open_inside = False
+    has_test_metrics = False
     """Whether its API has the metrics of ``support.inside``."""
 
     def __init__(self, folder: Path, settings: str = "", redis: str | None = None) -> None:
@@ -146,8 +146,8 @@ class Service:
 
     def spawn(self, name: str) -> None:
         """Start ``api`` or ``worker``, and wait for nothing."""
-        inside = self.is_open_inside and name == "api"
-        argv = [sys.executable, "-P", *program(PROGRAMS[name], self.constants, is_open_inside=inside)]
+        inside = self.has_test_metrics and name == "api"
+        argv = [sys.executable, "-P", *program(PROGRAMS[name], self.constants, has_test_metrics=inside)]
         with (self.logs / f"{name}.log").open("ab") as output:
             self._processes[name] = tether.spawn(argv, env=self.environ, output=output)
 
@@ -210,7 +210,7 @@ class Service:
     # -- calls -------------------------------------------------------------------------------------
 
     def held(self, budget: str) -> float:
-        """What requests hold of a budget of the API, which ``is_open_inside``."""
+        """What requests hold of a budget of the API, which ``has_test_metrics``."""
         return self.metric(f'test_budget_held{{budget="{budget}"}}')
 
     def metric(self, series: str, **more: Any) -> float:  # noqa: ANN401 -- httpx's own keywords
@@ -373,22 +373,22 @@ def service(tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey) ->
 
 
 @pytest.fixture(scope="session")
-def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def no_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """An API that allows less than the default; there is no Redis."""
     settings = "require_context = true\n[kms.age]\naccept_foreign = false\n"
-    with Service(tmp_path_factory.mktemp("strict"), settings, "unix:///nonexistent/valkey.sock") as running:
+    with Service(tmp_path_factory.mktemp("no_redis"), settings, "unix:///nonexistent/valkey.sock") as running:
         yield running.start("api")
 
 
 @pytest.fixture(scope="session")
-def idle(
+def no_worker(
     tmp_path_factory: pytest.TempPathFactory, valkey: EmbeddedValkey, database_numbers: Iterator[int]
 ) -> Iterator[Service]:
     """An API whose jobs stay queued, since no worker runs, with a spool of 1 MiB and no data keys."""
     url = valkey.files.url_of(next(database_numbers))
     settings = "[kms.jobs]\nspool_max_bytes = 1_048_576\n[kms.age]\ndata_keys = false\n"
-    with Service(tmp_path_factory.mktemp("idle"), settings, url) as running:
-        running.is_open_inside = True
+    with Service(tmp_path_factory.mktemp("no_worker"), settings, url) as running:
+        running.has_test_metrics = True
         yield running.start("api")
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Set = Callable[[object, str, object], None]
+SetAttribute = Callable[[object, str, object], None]
 
 
 class SyncedDisk:
@@ -96,7 +96,7 @@ class SyncedDisk:
         temporary.rename(path)
 
 
-def install(disk: SyncedDisk, patch: Set = setattr) -> SyncedDisk:
+def install(disk: SyncedDisk, patch: SetAttribute = setattr) -> SyncedDisk:
     """Record the syncs of this process, and of those that it forks. ``patch`` sets an attribute."""
     for name in ("fsync", "fdatasync"):
         patch(os, name, _recorded(disk, getattr(os, name)))

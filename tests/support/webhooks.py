@@ -165,7 +165,7 @@ def dripping() -> Iterator[int]:
 # -- jobs that tell of their end -----------------------------------------------------------------------
 
 
-def end(store: JobStore, state: JobState = "succeeded", code: str = "", callback: str = "ci") -> str:
+def ended_job(store: JobStore, state: JobState = "succeeded", code: str = "", callback: str = "ci") -> str:
     """A job that has run to its end; its id."""
     claim = claimed(store, callback=callback)
     store.finish(claim, state, code, Work(bytes_done=5))

@@ -86,9 +86,11 @@ def test_lines_for_people_say_what_lines_for_programs_say(service: Service) -> N
     assert re.search(r"^ok    self-test     default \(age\) wraps and unwraps$", ran.stdout, re.MULTILINE)
 
 
-def test_a_service_without_workers_and_one_without_redis_say_so(idle: Service, strict: Service) -> None:
-    assert "start kms-worker" in str(doctor(idle).all("service", "warn"))
-    told = doctor(strict)
+def test_a_service_without_workers_and_one_without_redis_say_so(
+    no_worker: Service, no_redis: Service
+) -> None:
+    assert "start kms-worker" in str(doctor(no_worker).all("service", "warn"))
+    told = doctor(no_redis)
     assert "reaches no Redis" in str(told.all("service", "warn"))
     assert "nothing answers at /nonexistent/valkey.sock" in told.at("redis", "FAIL")
     assert told.exit_code == 69

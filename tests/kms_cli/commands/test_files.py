@@ -239,7 +239,7 @@ def test_a_result_that_breaks_off_is_told_as_incomplete(
 ) -> None:
     sealed = stand_in.seal(BINARY * 4 * 4096, None)
     kms(env, "decrypt-file", "-", given=sealed)
-    stand_in.faults.cuts, stand_in.faults.changes = 1, True
+    stand_in.faults.cuts, stand_in.faults.changed_result = 1, True
     done = kms(env, *command.split(), given=sealed)
 
     assert done.returncode == 1

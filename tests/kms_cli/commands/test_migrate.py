@@ -294,7 +294,7 @@ def batch(answer: Answer, body: Json) -> Json:
 
 
 @pytest.fixture
-def migrated(transit: Transit, answers: Callable[[Callable[[str, Json], Json]], str]) -> Migrate:
+def migrated(transit: Transit, stub_service: Callable[[Callable[[str, Json], Json]], str]) -> Migrate:
     """Move three secrets to a service that answers so."""
     lines = [transit.sealed(secret) for secret in (b"first", b"second", b"third")]
 
@@ -303,7 +303,7 @@ def migrated(transit: Transit, answers: Callable[[Callable[[str, Json], Json]], 
             assert path == f"{PREFIX}/batch"
             return batch(answer, body)
 
-        return transit.moved(lines, "--url", answers(served))
+        return transit.moved(lines, "--url", stub_service(served))
 
     return migrate
 

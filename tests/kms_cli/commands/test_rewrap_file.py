@@ -194,7 +194,7 @@ def test_a_source_that_changes_while_it_is_copied_is_refused(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("lie", ["another file", "no context", "payload", "text", "nothing"])
 def test_the_header_of_another_file_is_not_written(
-    workspace: Workspace, lie: str, answers: Callable[[Answer], str]
+    workspace: Workspace, lie: str, stub_service: Callable[[Answer], str]
 ) -> None:
     other = workspace.made("seal", "-i", "key.txt", given=b"another")
     plain = workspace.made("seal", "-r", workspace.recipient, given=b"another")
@@ -214,7 +214,7 @@ def test_the_header_of_another_file_is_not_written(
         key = {"key_id": "default", "key_version": "0a1b2c3d", "backend": "age"}
         return {"ciphertext": base64.b64encode(lies[lie]).decode(), **key}
 
-    done = workspace.kms("rewrap-file", "-o", "new", "old", KMS_SERVICE_URL=answers(lying))
+    done = workspace.kms("rewrap-file", "-o", "new", "old", KMS_SERVICE_URL=stub_service(lying))
 
     assert done.returncode == 1
     assert workspace.names() == {"key.txt", "old"}

@@ -17,7 +17,7 @@ from kms_cli.local import installation, up
 from kms_cli.main import run
 from support.audit_logs import AuditFolder
 from support.ports import free_port
-from support.programs import tied
+from support.programs import tethered
 from support.waiting import WAIT_S, RealTime, until
 
 STAND_INS = Path(__file__).parents[2] / "support/up_children.py"
@@ -45,7 +45,7 @@ class Up:
         home = {"HOME": "/nonexistent", "PATH": os.environ["PATH"], "STAND_IN_NOTES": str(self.notes_path)}
         with (self.state.parent / "stderr").open("wb") as stderr:
             self.process = subprocess.Popen(
-                tied(sys.executable, STAND_INS, "up", self.state, self.port),
+                tethered(sys.executable, STAND_INS, "up", self.state, self.port),
                 env={**home, **self.faults},
                 stdout=subprocess.PIPE,
                 stderr=stderr,

@@ -15,7 +15,7 @@ from kms_cli.local.installation import ValkeyFiles
 from kms_core.programs import tether
 from kms_protocol.errors import ConfigurationError, Conflict, Unavailable
 from support.embedded_valkey import EmbeddedValkey
-from support.programs import program, tied
+from support.programs import program, tethered
 from support.waiting import WAIT_S, until
 
 
@@ -116,7 +116,7 @@ def test_celery_works_within_the_access_list(tmp_path: Path, broker_url: str) ->
     worker = ["-m", "celery", "-A", "sums", "worker", "-P", "solo", "--without-gossip", "--without-mingle"]
     ask = "import sums; print([sums.add.apply_async((n, 1), priority=n).get(timeout=20) for n in (0, 9)])"
     with (tmp_path / "log").open("wb") as log:
-        command = tied(sys.executable, *worker)
+        command = tethered(sys.executable, *worker)
         process = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=log, stderr=log)
         asked = [sys.executable, "-c", ask]
         answer = subprocess.run(asked, env=env, cwd=tmp_path, check=False, capture_output=True, text=True)
@@ -146,10 +146,10 @@ def test_data_stays_and_the_socket_goes_when_it_stops(tmp_path: Path) -> None:
         socket_dir = server.files.socket_path.parent
     gone = not socket_dir.exists()
     with EmbeddedValkey(tmp_path) as server, client_of(server.url) as client:
-        kept = client.get("kms:a")
+        locked_cache = client.get("kms:a")
 
     assert gone
-    assert kept == b"1"
+    assert locked_cache == b"1"
 
 
 def fill(client: redis.Redis, size_mib: int) -> None:

@@ -25,7 +25,7 @@ from kms_protocol.errors import AuditUnavailable, KmsError, TargetExists
 from support.age_kms import (
     ADA,
     NO_CONTEXT,
-    ROW,
+    ROW_7,
     FailingTrail,
     MemoryTrail,
     age_backend,
@@ -107,12 +107,12 @@ CALLS: Final[dict[str, tuple[Call, str, str]]] = {
     "wrong time": (encrypting(Context.parse("not_after=hunter2")), "encrypt", "invalid_context"),
     "no context": (encrypting(NO_CONTEXT), "encrypt", "context_required"),
     "nobody": (encrypting(who=Principal("")), "encrypt", "forbidden"),
-    "wrong context": (decrypting(context=ROW), "decrypt", "decrypt_failed"),
+    "wrong context": (decrypting(context=ROW_7), "decrypt", "decrypt_failed"),
     "cut": (decrypting(cut), "decrypt", "decrypt_failed"),
     "no age file": (decrypting(no_age_file), "decrypt", "not_a_ciphertext"),
     "large header": (decrypting(large_header), "decrypt", "too_large"),
     "rewrap, no age file": (rewrapping(no_age_file), "rewrap", "not_a_ciphertext"),
-    "rewrap, context": (rewrapping(context=ROW), "rewrap", "decrypt_failed"),
+    "rewrap, context": (rewrapping(context=ROW_7), "rewrap", "decrypt_failed"),
     "file, cut": (decrypting_a_file(cut), "decrypt", "decrypt_failed"),
     "file, no age file": (decrypting_a_file(no_age_file), "decrypt", "not_a_ciphertext"),
     "no size": (lambda kms, _: kms.generate_data_key(ADA, -1, SECRET), "generate_data_key", "internal"),
@@ -216,11 +216,11 @@ def test_a_rewrap_records_both_contexts_and_sizes(
     backend: AgeBackend, sealed: bytes, audit_folder: AuditFolder
 ) -> None:
     trail = audit_folder.trail()
-    moved = kms_over(backend, trail=trail).rewrap(ADA, sealed, SECRET, new_context=ROW).ciphertext
+    moved = kms_over(backend, trail=trail).rewrap(ADA, sealed, SECRET, new_context=ROW_7).ciphertext
     (line,) = audit_folder.operations()
 
     assert line["context"] == trail.conceal("acme", SECRET)
-    assert line["new_context"] == trail.conceal("acme", ROW)
+    assert line["new_context"] == trail.conceal("acme", ROW_7)
     assert (line["bytes_in"], line["bytes_out"]) == (len(sealed), len(moved))
 
 

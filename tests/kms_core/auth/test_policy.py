@@ -11,7 +11,7 @@ from kms_core.backends.age import AgeBackend
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import Forbidden
-from support.age_kms import ADA, NO_CONTEXT, ROW, age_backend, kms_over, operation_counts
+from support.age_kms import ADA, NO_CONTEXT, ROW_7, age_backend, kms_over, operation_counts
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ class RecordingPolicy(AllowAll):
 
 
 def test_policy_comes_before_any_unwrap(backend: AgeBackend) -> None:
-    sealed = kms_over(backend).encrypt(ADA, b"x", ROW).ciphertext
+    sealed = kms_over(backend).encrypt(ADA, b"x", ROW_7).ciphertext
 
     with pytest.raises(Forbidden):
         kms_over(backend, policy=RecordingPolicy(refuses=True)).decrypt(ADA, sealed, NO_CONTEXT)
@@ -44,16 +44,16 @@ def test_policy_comes_before_any_unwrap(backend: AgeBackend) -> None:
 @pytest.mark.parametrize(
     ("name", "call"),
     [
-        ("encrypt", lambda kms, _: kms.encrypt(ADA, b"x", ROW)),
-        ("decrypt", lambda kms, sealed: kms.decrypt(ADA, sealed, ROW)),
-        ("generate_data_key", lambda kms, _: kms.generate_data_key(ADA, 32, ROW)),
-        ("rewrap", lambda kms, sealed: kms.rewrap(ADA, sealed, ROW)),
+        ("encrypt", lambda kms, _: kms.encrypt(ADA, b"x", ROW_7)),
+        ("decrypt", lambda kms, sealed: kms.decrypt(ADA, sealed, ROW_7)),
+        ("generate_data_key", lambda kms, _: kms.generate_data_key(ADA, 32, ROW_7)),
+        ("rewrap", lambda kms, sealed: kms.rewrap(ADA, sealed, ROW_7)),
     ],
 )
 def test_operations_are_forbidden_unless_allowed_and_counted_by_outcome(
     backend: AgeBackend, name: str, call: Callable[[Kms, bytes], object]
 ) -> None:
-    sealed = kms_over(backend).encrypt(ADA, b"x", ROW).ciphertext
+    sealed = kms_over(backend).encrypt(ADA, b"x", ROW_7).ciphertext
     before = operation_counts()
     call(kms_over(backend), sealed)
     with pytest.raises(Forbidden):
@@ -65,10 +65,10 @@ def test_operations_are_forbidden_unless_allowed_and_counted_by_outcome(
 
 
 def test_without_authentication_a_caller_still_has_a_name() -> None:
-    AllowAll().require(ADA, "encrypt", "default", ROW)
+    AllowAll().require(ADA, "encrypt", "default", ROW_7)
 
     with pytest.raises(Forbidden):
-        AllowAll().require(Principal(""), "encrypt", "default", ROW)
+        AllowAll().require(Principal(""), "encrypt", "default", ROW_7)
 
 
 # -- one batch or run --------------------------------------------------------------------------------

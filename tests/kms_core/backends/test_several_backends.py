@@ -19,7 +19,7 @@ from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed, ForeignRefused, KmsError, UnknownKey
 from support.age_kms import (
     ADA,
-    ROW,
+    ROW_7,
     MemoryTrail,
     age_backend,
     allowing,
@@ -46,11 +46,11 @@ def age(tmp_path: Path) -> Backend:
     return age_backend(tmp_path / "age", IDENTITY)
 
 
-def sealed_by(kms: Kms, plaintext: bytes = SALARY, context: Context = ROW) -> bytes:
+def sealed_by(kms: Kms, plaintext: bytes = SALARY, context: Context = ROW_7) -> bytes:
     return kms.encrypt(ADA, plaintext, context).ciphertext
 
 
-def opened_by(kms: Kms, file: bytes, context: Context = ROW) -> bytes:
+def opened_by(kms: Kms, file: bytes, context: Context = ROW_7) -> bytes:
     return kms.decrypt(ADA, file, context).plaintext
 
 
@@ -79,7 +79,7 @@ def test_a_backend_that_is_silent_is_passed_over_and_one_that_refuses_is_not(age
     file = sealed_by(kms)
     peer.cut()
 
-    opened = kms.decrypt(ADA, file, ROW)
+    opened = kms.decrypt(ADA, file, ROW_7)
     assert (opened.plaintext, opened.key.backend) == (SALARY, "age")
     peer.trouble = DecryptFailed()
     with pytest.raises(DecryptFailed):
@@ -89,11 +89,11 @@ def test_a_backend_that_is_silent_is_passed_over_and_one_that_refuses_is_not(age
 def test_encrypt_writes_for_all_or_fails(age: Backend) -> None:
     remote, peer = memory_backend()
     kms = service(age, remote)
-    kms.encrypt(ADA, SALARY, ROW)
+    kms.encrypt(ADA, SALARY, ROW_7)
     peer.cut()
 
     with pytest.raises(Unreachable):
-        kms.encrypt(ADA, SALARY, ROW)
+        kms.encrypt(ADA, SALARY, ROW_7)
 
 
 def test_every_backend_that_seals_is_rotated_and_no_other() -> None:
@@ -118,7 +118,7 @@ def test_a_file_moves_from_age_to_a_peer_and_back_without_its_payload(age: Backe
     file = sealed_by(steps[0], bytes(100_000))
     payload = file[head_of(file).size :]
     for kms in steps[1:]:
-        file = kms.rewrap(ADA, file, ROW).ciphertext
+        file = kms.rewrap(ADA, file, ROW_7).ciphertext
         assert file[head_of(file).size :] == payload
         assert opened_by(service(kms.keyring.default.backend), file) == bytes(100_000)
 
@@ -219,7 +219,7 @@ def test_own_file_is_on_the_newest_version_until_the_key_is_rotated() -> None:
     file = sealed_by(kms)
     before = is_newest(kms, file)
     kms.rotate(ADA, "payroll")
-    moved = kms.rewrap(ADA, file, ROW).ciphertext
+    moved = kms.rewrap(ADA, file, ROW_7).ciphertext
 
     assert (before, is_newest(kms, file), is_newest(kms, moved)) == (True, False, True)
 

@@ -22,7 +22,7 @@ from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef, Wrap
 from kms_core.http_client import Unreachable
 from kms_protocol.errors import BackendUnavailable, DecryptFailed, Forbidden
-from support.age_kms import ADA, ROW, MemoryTrail, allowing, head_of, kms_over
+from support.age_kms import ADA, ROW_7, MemoryTrail, allowing, head_of, kms_over
 from support.clock import Clock
 from support.memory_kms import NO_RETRIES, MemoryCipher
 from support.waiting import WAIT_S
@@ -355,15 +355,15 @@ def test_a_key_that_shares_nothing_is_never_ready(shared: Shared) -> None:
 
 
 def test_policy_comes_before_a_wrap_key(shared: Shared) -> None:
-    sealed = kms_over(shared.backend).encrypt(ADA, b"salary", ROW).ciphertext
-    kms_over(shared.backend).decrypt(ADA, sealed, ROW)
+    sealed = kms_over(shared.backend).encrypt(ADA, b"salary", ROW_7).ciphertext
+    kms_over(shared.backend).decrypt(ADA, sealed, ROW_7)
     strict = kms_over(shared.backend, policy=allowing())
     shared.remote.versions()
     before = shared.calls
 
     for call in (strict.decrypt, strict.encrypt, strict.rewrap):
         with pytest.raises(Forbidden):
-            call(ADA, sealed, ROW)
+            call(ADA, sealed, ROW_7)
     assert shared.calls == before
 
 
@@ -373,15 +373,15 @@ def test_policy_comes_before_a_wrap_key(shared: Shared) -> None:
 def test_each_record_names_the_wrap_key(shared: Shared) -> None:
     trail = MemoryTrail()
     kms = kms_over(shared.backend, trail=trail)
-    sealed = kms.encrypt(ADA, b"salary", ROW).ciphertext
+    sealed = kms.encrypt(ADA, b"salary", ROW_7).ciphertext
     name = name_of(binding.read_wrap(head_of(sealed).stanzas[0]).job)
-    kms.decrypt(ADA, sealed, ROW)
-    kms.wrap(ADA, FILE_KEY, ROW)
-    kms.unwrap(ADA, kms.wrap(ADA, FILE_KEY, ROW).stanza, ROW)
-    kms.generate_data_key(ADA, 32, ROW)
-    kms.encrypt_header(ADA, (FILE_KEY, FILE_KEY), ROW, size_bytes=1)
-    kms.rewrap(ADA, sealed, ROW)
-    kms.reseal(ADA, sealed, ROW)
+    kms.decrypt(ADA, sealed, ROW_7)
+    kms.wrap(ADA, FILE_KEY, ROW_7)
+    kms.unwrap(ADA, kms.wrap(ADA, FILE_KEY, ROW_7).stanza, ROW_7)
+    kms.generate_data_key(ADA, 32, ROW_7)
+    kms.encrypt_header(ADA, (FILE_KEY, FILE_KEY), ROW_7, size_bytes=1)
+    kms.rewrap(ADA, sealed, ROW_7)
+    kms.reseal(ADA, sealed, ROW_7)
 
     assert len(name) == 32
     assert [line["wrap_key"] for line in trail.lines] == [name] * 9
@@ -390,7 +390,7 @@ def test_each_record_names_the_wrap_key(shared: Shared) -> None:
 def test_a_record_of_a_file_without_a_shared_key_names_none(shared: Shared) -> None:
     trail = MemoryTrail()
     kms = kms_over(shared.remote, trail=trail)
-    kms.decrypt(ADA, kms.encrypt(ADA, b"salary", ROW).ciphertext, ROW)
-    kms.rewrap(ADA, kms_over(shared.backend).encrypt(ADA, b"salary", ROW).ciphertext, ROW)
+    kms.decrypt(ADA, kms.encrypt(ADA, b"salary", ROW_7).ciphertext, ROW_7)
+    kms.rewrap(ADA, kms_over(shared.backend).encrypt(ADA, b"salary", ROW_7).ciphertext, ROW_7)
 
     assert not any("wrap_key" in line for line in trail.lines)

@@ -11,7 +11,7 @@ from kms_core.envelope import binding
 from kms_core.envelope.binding import CONTEXT, ORIGIN, PAD, WRAP, BoundStanzas, KeyRef
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed
-from support.age_kms import NO_CONTEXT, ROW, head_of
+from support.age_kms import NO_CONTEXT, ROW_7, head_of
 
 FILE_KEY: Final = bytes(range(16))
 NONCE: Final = bytes(range(16, 32))
@@ -139,20 +139,20 @@ def test_an_origin_or_pad_stanza_of_another_shape_is_refused(stanza: Stanza) -> 
 
 
 def test_the_context_of_the_sealing_fits_the_file_key_of_it_alone() -> None:
-    bound = bound_by(binding.context_stanza(FILE_KEY, KEY, ROW))
+    bound = bound_by(binding.context_stanza(FILE_KEY, KEY, ROW_7))
 
-    binding.check_context(bound, FILE_KEY, KEY.tenant, ROW)
+    binding.check_context(bound, FILE_KEY, KEY.tenant, ROW_7)
     with pytest.raises(DecryptFailed):
-        binding.check_context(bound, bytes(16), KEY.tenant, ROW)
+        binding.check_context(bound, bytes(16), KEY.tenant, ROW_7)
 
 
 @pytest.mark.parametrize(
     ("names", "context"),
     [
-        ({"tenant": "evil"}, ROW),
-        ({"key_id": "other"}, ROW),
-        ({"version": "0"}, ROW),
-        ({"tenant": "acmepayroll", "key_id": ""}, ROW),
+        ({"tenant": "evil"}, ROW_7),
+        ({"key_id": "other"}, ROW_7),
+        ({"version": "0"}, ROW_7),
+        ({"tenant": "acmepayroll", "key_id": ""}, ROW_7),
         ({}, NO_CONTEXT),
         ({}, Context.parse("row=8")),
         ({}, Context.parse("row=7,x=")),
@@ -161,7 +161,7 @@ def test_the_context_of_the_sealing_fits_the_file_key_of_it_alone() -> None:
 )
 def test_no_other_context_or_name_fits(names: dict[str, str], context: Context) -> None:
     key = replace(KEY, **names)
-    tag = binding.context_stanza(FILE_KEY, KEY, ROW)
+    tag = binding.context_stanza(FILE_KEY, KEY, ROW_7)
     bound = replace(bound_by(tag), key_id=key.key_id, key_version=key.version)
 
     with pytest.raises(DecryptFailed):
@@ -170,7 +170,7 @@ def test_no_other_context_or_name_fits(names: dict[str, str], context: Context) 
 
 def test_one_context_looks_different_in_every_file() -> None:
     """Equal tags would tell which files share a context."""
-    stanzas = [binding.context_stanza(FILE_KEY, KEY, ROW) for _ in range(2)]
+    stanzas = [binding.context_stanza(FILE_KEY, KEY, ROW_7) for _ in range(2)]
 
     assert stanzas[0].args != stanzas[1].args
     assert stanzas[0].body != stanzas[1].body

@@ -21,7 +21,7 @@ from kms_protocol.errors import DecryptFailed, ForeignRefused, KmsError, NotACip
 from support.age_kms import (
     ADA,
     NO_CONTEXT,
-    ROW,
+    ROW_7,
     age_backend,
     file_key_of,
     head_of,
@@ -48,7 +48,7 @@ def kms(backend: AgeBackend, tmp_path_factory: pytest.TempPathFactory) -> Kms:
 
 @pytest.fixture(scope="module")
 def sealed(kms: Kms) -> bytes:
-    return kms.encrypt(ADA, b"salary", ROW).ciphertext
+    return kms.encrypt(ADA, b"salary", ROW_7).ciphertext
 
 
 def forged(key: KeyRef, context: Context, *more: Stanza) -> bytes:
@@ -70,7 +70,7 @@ def foreign(plaintext: bytes = b"theirs", *recipients: x25519.X25519Recipient) -
 # -- forged files ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("context", [NO_CONTEXT, ROW], ids=["no context", "context"])
+@pytest.mark.parametrize("context", [NO_CONTEXT, ROW_7], ids=["no context", "context"])
 @pytest.mark.parametrize("origin", ["none", "random", "blank", "of another identity", "lifted"])
 def test_a_recipient_is_not_enough_to_make_a_file(
     kms: Kms, backend: AgeBackend, sealed: bytes, context: Context, origin: str
@@ -98,9 +98,9 @@ def test_a_recipient_is_not_enough_to_make_a_file(
 def test_a_recipient_is_not_enough_to_make_a_wrap(kms: Kms, tmp_path: Path, secret: str, origin: str) -> None:
     """``native=false``: all that can be derived from the public recipient opens nothing."""
     genuine = kms_over(AgeBackend(write_pair(tmp_path, IDENTITY), native=False))
-    lifted = genuine.encrypt(ADA, b"salary", ROW).ciphertext
+    lifted = genuine.encrypt(ADA, b"salary", ROW_7).ciphertext
     key, file_key = kms.keyring.default.ref("acme"), os.urandom(16)
-    bound = binding.context_stanza(file_key, key, ROW)
+    bound = binding.context_stanza(file_key, key, ROW_7)
     aad, public = binding.wrap_aad(key, bound), IDENTITY.recipient.public
     exchanged = X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(public))
     secrets = {
@@ -118,23 +118,23 @@ def test_a_recipient_is_not_enough_to_make_a_wrap(kms: Kms, tmp_path: Path, secr
     head = header.render([wrap, bound, *more], file_key) + nonce
     file = head + stream.seal(stream.payload_key(file_key, nonce), b"forged")
 
-    assert genuine.decrypt(ADA, lifted, ROW).plaintext == b"salary"
+    assert genuine.decrypt(ADA, lifted, ROW_7).plaintext == b"salary"
     for service in (kms, genuine):
         for call in (service.decrypt, service.rewrap, service.reseal):
             with pytest.raises(DecryptFailed):
-                call(ADA, file, ROW)
+                call(ADA, file, ROW_7)
 
 
 def test_a_job_key_for_the_recipient_opens_nothing(kms: Kms) -> None:
     """Anybody can wrap a key for a recipient, so an Age key takes none in place of the identity."""
     key, file_key, job_key = kms.keyring.default.ref("acme"), os.urandom(16), os.urandom(32)
-    bound = binding.context_stanza(file_key, key, ROW)
+    bound = binding.context_stanza(file_key, key, ROW_7)
     for info in (binding.WRAP_KEY_INFO, binding.AGE_WRAP_INFO):
         body = binding.seal_file_key(job_key, file_key, binding.wrap_aad(key, bound), info)
         wrapped = header.render_stanza(IDENTITY.recipient.wrap(job_key[:16]))
         wrap = binding.wrap_stanza(key, body, wrapped)
         with pytest.raises(DecryptFailed):
-            kms.decrypt(ADA, header.render([wrap, bound], file_key) + bytes(16), ROW)
+            kms.decrypt(ADA, header.render([wrap, bound], file_key) + bytes(16), ROW_7)
 
 
 def test_a_file_without_its_stanzas_is_foreign_and_has_no_context(kms: Kms, sealed: bytes) -> None:
@@ -144,7 +144,7 @@ def test_a_file_without_its_stanzas_is_foreign_and_has_no_context(kms: Kms, seal
 
     assert kms.decrypt(ADA, bare, NO_CONTEXT).origin == "foreign"
     with pytest.raises(DecryptFailed):
-        kms.decrypt(ADA, bare, ROW)
+        kms.decrypt(ADA, bare, ROW_7)
 
 
 # -- foreign files -----------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_a_foreign_file_opens_by_the_default_key_or_a_named_one_and_says_so(kms:
 
 
 @pytest.mark.parametrize(
-    ("context", "key_id"), [(ROW, None), (NO_CONTEXT, "payroll")], ids=["a context", "another key"]
+    ("context", "key_id"), [(ROW_7, None), (NO_CONTEXT, "payroll")], ids=["a context", "another key"]
 )
 def test_a_foreign_file_opens_by_nothing_else(kms: Kms, context: Context, key_id: str | None) -> None:
     with pytest.raises(DecryptFailed):
@@ -172,8 +172,8 @@ def test_a_foreign_file_is_refused_where_the_key_says_so(backend: AgeBackend, se
     with pytest.raises(ForeignRefused):
         strict.decrypt(ADA, foreign(), NO_CONTEXT)
     with pytest.raises(ForeignRefused):
-        strict.decrypt(ADA, foreign(), ROW)
-    assert strict.decrypt(ADA, sealed, ROW).origin == "service"
+        strict.decrypt(ADA, foreign(), ROW_7)
+    assert strict.decrypt(ADA, sealed, ROW_7).origin == "service"
 
 
 # -- edits -------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_no_edit_gets_past_the_service(kms: Kms, sealed: bytes, data: st.DataObj
     edited = sealed[:place] + put + sealed[place + gone :]
     if edited == sealed:
         return
-    for context in (ROW, NO_CONTEXT):
+    for context in (ROW_7, NO_CONTEXT):
         with pytest.raises((DecryptFailed, NotACiphertext, UnknownKey)):
             kms.decrypt(ADA, edited, context)
 
@@ -198,15 +198,15 @@ def test_no_edit_gets_past_the_service(kms: Kms, sealed: bytes, data: st.DataObj
 def test_nothing_but_our_errors_leaves_the_service(kms: Kms, data: bytes, headed: bool) -> None:
     for call in (kms.decrypt, kms.rewrap):
         with pytest.raises(KmsError):
-            call(ADA, header.VERSION_LINE * headed + data, ROW)
+            call(ADA, header.VERSION_LINE * headed + data, ROW_7)
 
 
 # -- keys are fresh ----------------------------------------------------------------------------------
 
 
 def test_no_operation_uses_a_file_key_twice(kms: Kms) -> None:
-    files = [kms.encrypt(ADA, b"", ROW).ciphertext for _ in range(100)]
-    files += [kms.generate_data_key(ADA, 32, ROW).ciphertext for _ in range(100)]
+    files = [kms.encrypt(ADA, b"", ROW_7).ciphertext for _ in range(100)]
+    files += [kms.generate_data_key(ADA, 32, ROW_7).ciphertext for _ in range(100)]
 
     assert len({file_key_of(file, IDENTITY) for file in files}) == 200
     assert len({head_of(file).nonce for file in files}) == 200

@@ -15,7 +15,7 @@ from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed, NotACiphertext
 from support.age_kms import (
     NO_CONTEXT,
-    ROW,
+    ROW_7,
     NativeIdentity,
     age_backend,
     file_key_of,
@@ -55,11 +55,11 @@ class OneIdentity:
 
 WRAPPER: Final = OneIdentity(IDENTITY)
 KEY: Final = KeyRef("acme", "payroll", "1", "age")
-SEALED: Final = sealing.seal(b"salary", [(WRAPPER, KEY)], ROW)
-ANOTHER: Final = sealing.seal(b"raises", [(WRAPPER, KEY)], ROW)
+SEALED: Final = sealing.seal(b"salary", [(WRAPPER, KEY)], ROW_7)
+ANOTHER: Final = sealing.seal(b"raises", [(WRAPPER, KEY)], ROW_7)
 
 
-def unseal(file: bytes, context: Context = ROW, key: KeyRef = KEY) -> bytes:
+def unseal(file: bytes, context: Context = ROW_7, key: KeyRef = KEY) -> bytes:
     head = header.parse(file, FILE_LIMITS)
     return sealing.open_(file, head, sealing.file_key_of(head, WRAPPER, key, context=context))
 
@@ -73,7 +73,7 @@ def refused(file: bytes) -> bool:
 # -- shape -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("context", [NO_CONTEXT, ROW], ids=["no context", "context"])
+@pytest.mark.parametrize("context", [NO_CONTEXT, ROW_7], ids=["no context", "context"])
 @pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK - 1, 2 * CHUNK + 1])
 def test_what_is_sealed_opens(size: int, context: Context) -> None:
     plaintext = os.urandom(size)
@@ -91,24 +91,24 @@ def test_what_is_sealed_opens(size: int, context: Context) -> None:
 def test_from_one_mebibyte_on_the_header_is_rounded(
     identity: NativeIdentity, size: int, *, padded: bool
 ) -> None:
-    file = sealing.seal(bytes(size), [(OneIdentity(identity), KEY)], ROW)
+    file = sealing.seal(bytes(size), [(OneIdentity(identity), KEY)], ROW_7)
     head = head_of(file)
 
     assert (head.size == 4096) == padded
     assert (binding.PAD in types_of(file)) == padded
-    assert sealing.file_key_of(head, OneIdentity(identity), KEY, context=ROW)
+    assert sealing.file_key_of(head, OneIdentity(identity), KEY, context=ROW_7)
 
 
 @pytest.mark.parametrize("names", [("k", "1"), ("k" * 80, "v" * 80)], ids=["short", "long"])
 def test_names_of_any_length_leave_a_rounded_header(names: tuple[str, str]) -> None:
-    started = sealing.begin([(WRAPPER, KeyRef("acme", *names, "age"))], ROW, padded=True)
+    started = sealing.begin([(WRAPPER, KeyRef("acme", *names, "age"))], ROW_7, padded=True)
 
     assert len(started.header) == 4096
     assert started.head == started.header + started.nonce
 
 
 def test_secrets_are_not_shown() -> None:
-    started = sealing.begin([(WRAPPER, KEY)], ROW)
+    started = sealing.begin([(WRAPPER, KEY)], ROW_7)
 
     assert repr(started.payload_key) not in repr(started)
 
@@ -237,11 +237,11 @@ class Remote(OneIdentity):
 
 def test_origin_is_for_wrappers_that_prove_it() -> None:
     remote = Remote(IDENTITY)
-    file = sealing.seal(b"salary", [(remote, KEY)], ROW)
+    file = sealing.seal(b"salary", [(remote, KEY)], ROW_7)
     head = head_of(file)
 
     assert types_of(file) == OWN[:2]
-    assert sealing.open_(file, head, sealing.file_key_of(head, remote, KEY, context=ROW)) == b"salary"
+    assert sealing.open_(file, head, sealing.file_key_of(head, remote, KEY, context=ROW_7)) == b"salary"
 
 
 # -- foreign files -----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from kms_protocol.errors import JobNotDead
 from kms_protocol.wire import JobState
 from support.core_jobs import done
 from support.job_stores import TENANT, accepted, claimed, forge, record, take
-from support.webhooks import DUE, end, event_entry
+from support.webhooks import DUE, ended_job, event_entry
 
 REFUSED = ("failed", "record_refused")
 CLAIMS = [("succeeded", ""), ("failed", "items_failed")]
@@ -248,7 +248,7 @@ def test_forged_event_is_told_as_refused_at_most(
 def test_forged_success_of_a_failed_job_is_not_told(
     store: JobStore, webhook_endpoint: WebhookEndpoint
 ) -> None:
-    job_id = end(store, "failed", "decrypt_failed")
+    job_id = ended_job(store, "failed", "decrypt_failed")
     forge_event(store, job_id)
 
     assert [(kind, code) for kind, _, code in deliveries(store, webhook_endpoint)] == [
@@ -257,7 +257,7 @@ def test_forged_success_of_a_failed_job_is_not_told(
 
 
 def test_repeated_event_has_the_id_of_the_first(store: JobStore, webhook_endpoint: WebhookEndpoint) -> None:
-    job_id = end(store)
+    job_id = ended_job(store)
     for generation in (2, 3):
         forge_event(store, job_id, generation=generation)
 

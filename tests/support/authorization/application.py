@@ -37,7 +37,7 @@ from support.service import b64, core_of, unb64
 CONTEXT: Final = "env=prod"
 OTHER_CONTEXT: Final = "env=test"
 SUBJECT: Final = "URI:spiffe://acme/builder"
-ELSEWHERE: Final = "198.51.100.7"
+CLIENT_ADDRESS: Final = "198.51.100.7"
 SETTINGS: Final = f"""
 [kms.auth]
 mode = "required"
@@ -144,14 +144,14 @@ class Application:
         self._server = uvicorn.Server(config)
         self._served = self._portal.start_task_soon(self._server.serve, [listener])
         self._http = httpx.Client(base_url=url, timeout=60, trust_env=False)
-        within = httpx.ASGITransport(self._asked, client=(ELSEWHERE, 1))
+        within = httpx.ASGITransport(self._asked, client=(CLIENT_ADDRESS, 1))
         self._within = httpx.AsyncClient(transport=within, base_url=url, timeout=60)
 
     async def _asked(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Adds what the TLS protocol knows of a connection, from another machine than this one."""
         more = {} if self._sender.certificate is None else {CERTIFICATE: self._sender.certificate}
         state = {**scope.get("state", {}), **more}
-        await self._app({**scope, "state": state, "client": (ELSEWHERE, 1)}, receive, send)
+        await self._app({**scope, "state": state, "client": (CLIENT_ADDRESS, 1)}, receive, send)
 
     def close(self) -> None:
         self._http.close()
@@ -314,7 +314,7 @@ class Application:
             store.redis.hset(job_key(job_id), mapping={"state": "failed", "error": "attempts_exhausted"})
         return job_id
 
-    def given_up(self) -> str:
+    def exhausted_delivery(self) -> str:
         """A delivery of the default tenant that was given up."""
         number = f"delivery-{next(_numbers)}"
         delivery = Delivery(

@@ -17,9 +17,9 @@ _FILE_KEY: Final = b64(bytes(range(16)))
 
 @dataclass(frozen=True)
 class GoodRequest:
-    """``rules`` are what a scope says of the key (and context) in each role of the table.
+    """``qualifiers`` are what a scope says of the key (and context) in each role of the table.
 
-    ``passes`` are error codes of an answer to a caller who is allowed: what is wrong then is the call.
+    ``allowed_codes`` are error codes of an answer to a caller who is allowed: what is wrong then is the call.
     ``has_context``: the call carries ``CONTEXT``, to which ``context=`` of a scope is held.
     """
 
@@ -28,15 +28,15 @@ class GoodRequest:
     data: bytes | None = None
     form: Mapping[str, str] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
-    rules: Mapping[str, str] = field(default_factory=lambda: {"key": f"key={KEY}"})
-    passes: frozenset[str] = frozenset()
+    qualifiers: Mapping[str, str] = field(default_factory=lambda: {"key": f"key={KEY}"})
+    allowed_codes: frozenset[str] = frozenset()
     has_context: bool = False
 
 
 Make = Callable[[Application], GoodRequest]
 API: Final = "/api/v1/kms"
-MOVED: Final = {"old": f"key={KEY}", "new": f"key={NEW}"}
-REBOUND: Final = {"old": f"key={KEY} context={CONTEXT}", "new": f"key={KEY} context={OTHER_CONTEXT}"}
+TO_OTHER_KEY: Final = {"old": f"key={KEY}", "new": f"key={NEW}"}
+TO_OTHER_CONTEXT: Final = {"old": f"key={KEY} context={CONTEXT}", "new": f"key={KEY} context={OTHER_CONTEXT}"}
 
 
 def _on_key(path: str, **body: object) -> Make:
@@ -48,24 +48,24 @@ def _sealed(application: Application) -> dict[str, object]:
     return {"ciphertext": b64(application.sealed(KEY)), "context": CONTEXT}
 
 
-def _opening(path: str, rules: Mapping[str, str] | None = None, **more: object) -> Make:
+def _opening(path: str, qualifiers: Mapping[str, str] | None = None, **more: object) -> Make:
     """A call on a ciphertext, which names its key."""
     return lambda application: GoodRequest(
         API + path,
         {**_sealed(application), **more},
-        rules=rules or {"key": f"key={KEY}"},
-        has_context=rules is None,
+        qualifiers=qualifiers or {"key": f"key={KEY}"},
+        has_context=qualifiers is None,
     )
 
 
-def _batch(operation: str, rules: Mapping[str, str] | None = None, **more: object) -> Make:
+def _batch(operation: str, qualifiers: Mapping[str, str] | None = None, **more: object) -> Make:
     def make(application: Application) -> GoodRequest:
         item = {"plaintext": _PLAIN, "context": CONTEXT, "key_id": KEY} | more
         if operation != "encrypt":
             item = {**_sealed(application), **more}
         body = {"operation": operation, "items": [item]}
-        rules_ = rules or {"key": f"key={KEY}"}
-        return GoodRequest(f"{API}/batch", body, rules=rules_, has_context=rules is None)
+        found = qualifiers or {"key": f"key={KEY}"}
+        return GoodRequest(f"{API}/batch", body, qualifiers=found, has_context=qualifiers is None)
 
     return make
 
@@ -79,7 +79,9 @@ def _items(kind: str, **more: object) -> Make:
         item = {"plaintext": _PLAIN} if kind == "encrypt" else {"ciphertext": b64(application.sealed(KEY))}
         body = {"kind": kind, "items": [item], "context": CONTEXT, "key_id": KEY, **more}
         key = f"key={more.get('key_id', KEY)}"
-        return GoodRequest(f"{API}/jobs", body, rules={"key": key, "new": f"{key} context={OTHER_CONTEXT}"})
+        return GoodRequest(
+            f"{API}/jobs", body, qualifiers={"key": key, "new": f"{key} context={OTHER_CONTEXT}"}
+        )
 
     return make
 
@@ -89,8 +91,8 @@ def _files(kind: str, source: str = "in/one", **more: object) -> Make:
         target = application.new_target(is_folder="*" in source)
         files = {"source": application.url(source), "target": target}
         body = {"kind": kind, "context": CONTEXT, "key_id": KEY, **files, **more}
-        rules = {"key": f"key={KEY}", "new": f"key={KEY} context={OTHER_CONTEXT}"}
-        return GoodRequest(f"{API}/jobs", body, rules=rules, has_context="new_context" not in more)
+        qualifiers = {"key": f"key={KEY}", "new": f"key={KEY} context={OTHER_CONTEXT}"}
+        return GoodRequest(f"{API}/jobs", body, qualifiers=qualifiers, has_context="new_context" not in more)
 
     return make
 
@@ -111,8 +113,8 @@ def _stream(application: Application) -> GoodRequest:
     return GoodRequest(f"{API}/jobs?kind=encrypt", data=line, headers=headers)
 
 
-def _plain(path: str, *passes: str, **more: object) -> Make:
-    return lambda _: GoodRequest(path, passes=frozenset(passes), **more)  # type: ignore[arg-type]  # as ``GoodRequest`` has them
+def _plain(path: str, *allowed_codes: str, **more: object) -> Make:
+    return lambda _: GoodRequest(path, allowed_codes=frozenset(allowed_codes), **more)  # type: ignore[arg-type]  # as ``GoodRequest`` has them
 
 
 def _job(path: str, *, dead: bool = False, form: bool = False) -> Make:
@@ -128,7 +130,7 @@ def _job(path: str, *, dead: bool = False, form: bool = False) -> Make:
 def _result(kind: JobKind, *, own: bool) -> Make:
     def make(application: Application) -> GoodRequest:
         job_id = application.job(kind, KEY, owner=application.caller if own else None)
-        return GoodRequest(f"{API}/jobs/{job_id}/result", passes=frozenset({"job_not_finished"}))
+        return GoodRequest(f"{API}/jobs/{job_id}/result", allowed_codes=frozenset({"job_not_finished"}))
 
     return make
 
@@ -146,8 +148,10 @@ CALLS: Final[dict[tuple[str, str, str], Make]] = {
     ("POST", f"{API}/decrypt", ""): _opening("/decrypt"),
     ("POST", f"{API}/generate-key", ""): _on_key("/generate-key"),
     ("POST", f"{API}/rewrap", "same key and context"): _opening("/rewrap"),
-    ("POST", f"{API}/rewrap", "to another key"): _opening("/rewrap", MOVED, key_id=NEW),
-    ("POST", f"{API}/rewrap", "to another context"): _opening("/rewrap", REBOUND, new_context=OTHER_CONTEXT),
+    ("POST", f"{API}/rewrap", "to another key"): _opening("/rewrap", TO_OTHER_KEY, key_id=NEW),
+    ("POST", f"{API}/rewrap", "to another context"): _opening(
+        "/rewrap", TO_OTHER_CONTEXT, new_context=OTHER_CONTEXT
+    ),
     ("POST", f"{API}/wrap", ""): _on_key("/wrap", file_key=_FILE_KEY),
     ("POST", f"{API}/unwrap", ""): lambda application: GoodRequest(
         f"{API}/unwrap", {"stanzas": application.wrapped(KEY), "context": CONTEXT}, has_context=True
@@ -155,9 +159,9 @@ CALLS: Final[dict[tuple[str, str, str], Make]] = {
     ("POST", f"{API}/batch", "encrypt"): _batch("encrypt"),
     ("POST", f"{API}/batch", "decrypt"): _batch("decrypt"),
     ("POST", f"{API}/batch", "rewrap, same key"): _batch("rewrap"),
-    ("POST", f"{API}/batch", "rewrap, to another key"): _batch("rewrap", MOVED, key_id=NEW),
+    ("POST", f"{API}/batch", "rewrap, to another key"): _batch("rewrap", TO_OTHER_KEY, key_id=NEW),
     ("POST", f"{API}/batch", "reseal, same key"): _batch("reseal"),
-    ("POST", f"{API}/batch", "reseal, to another key"): _batch("reseal", MOVED, key_id=NEW),
+    ("POST", f"{API}/batch", "reseal, to another key"): _batch("reseal", TO_OTHER_KEY, key_id=NEW),
     ("POST", f"{API}/codec/encode", ""): lambda _: GoodRequest(
         f"{API}/codec/encode", _payload(b"1", b"json/plain"), headers={"X-KMS-Key-Id": KEY}
     ),
@@ -165,7 +169,7 @@ CALLS: Final[dict[tuple[str, str, str], Make]] = {
         f"{API}/codec/decode", _payload(application.encoded(KEY), b"binary/encrypted")
     ),
     ("GET", f"{API}/keys/{{key_id}}", ""): _plain(f"{API}/keys/{KEY}"),
-    ("POST", f"{API}/keys/{{key_id}}/rotate", ""): _plain(f"{API}/keys/{ROTATED}/rotate", rules=_TURN),
+    ("POST", f"{API}/keys/{{key_id}}/rotate", ""): _plain(f"{API}/keys/{ROTATED}/rotate", qualifiers=_TURN),
     ("POST", f"{API}/jobs", "items, encrypt"): _items("encrypt"),
     ("POST", f"{API}/jobs", "items, decrypt"): _items("decrypt"),
     ("POST", f"{API}/jobs", "items, rewrap"): _items("rewrap"),
@@ -203,7 +207,7 @@ CALLS: Final[dict[tuple[str, str, str], Make]] = {
     ("POST", f"{API}/jobs/{{job_id}}/cancel", ""): _job(f"{API}/jobs/{{job_id}}/cancel"),
     ("POST", f"{API}/jobs/{{job_id}}/retry", ""): _job(f"{API}/jobs/{{job_id}}/retry", dead=True),
     ("POST", f"{API}/webhooks/dead/{{delivery_id}}/resend", ""): lambda application: GoodRequest(
-        f"{API}/webhooks/dead/{application.given_up()}/resend"
+        f"{API}/webhooks/dead/{application.exhausted_delivery()}/resend"
     ),
     ("GET", "/metrics", "from elsewhere"): _plain("/metrics"),
     ("GET", "/ui/jobs/{job_id}", ""): _job("/ui/jobs/{job_id}"),
@@ -214,7 +218,7 @@ CALLS: Final[dict[tuple[str, str, str], Make]] = {
         f"/ui/audit/{application.audit_id()}/receipt"
     ),
     ("GET", "/ui/keys/{key_id}/rotate", ""): _plain(f"/ui/keys/{KEY}/rotate"),
-    ("POST", "/ui/keys/{key_id}/rotate", ""): _plain(f"/ui/keys/{ROTATED}/rotate", rules=_TURN, form={}),
+    ("POST", "/ui/keys/{key_id}/rotate", ""): _plain(f"/ui/keys/{ROTATED}/rotate", qualifiers=_TURN, form={}),
     ("POST", "/ui/login", "with a good token"): _login,
     ("POST", "/ui/logout", ""): _plain("/ui/logout", form={}),
     ("GET", "/ui/static/{name}", ""): _plain("/ui/static/page.css"),
@@ -253,7 +257,7 @@ _WRITTEN: Final[dict[tuple[str, str], Make]] = {
     (f"{_MOUNT}/datakey/plaintext/{{name}}", ""): _vault("datakey/plaintext"),
     (f"{_MOUNT}/datakey/wrapped/{{name}}", ""): _vault("datakey/wrapped"),
     (f"{_MOUNT}/keys/{{name}}", ""): _vault("keys"),
-    (f"{_MOUNT}/keys/{{name}}/rotate", ""): _plain(f"/v1/transit/keys/{ROTATED}/rotate", rules=_TURN),
+    (f"{_MOUNT}/keys/{{name}}/rotate", ""): _plain(f"/v1/transit/keys/{ROTATED}/rotate", qualifiers=_TURN),
     (f"{_MOUNT}/keys/{{name}}/config", ""): _plain(f"/v1/transit/keys/{KEY}/config"),
     ("/v1/auth/token/renew-self", ""): _plain("/v1/auth/token/renew-self", "lease is not renewable"),
     ("/v1/auth/token/revoke-self", ""): _plain("/v1/auth/token/revoke-self", "cannot be revoked"),

@@ -66,25 +66,25 @@ KEYS: Final = ("audit.key", "audit-signing.key")
 REMOTE: Final = ("vault", "kv", "cosmian")
 
 
-def word(name: str) -> str:
+def escaping_canary(name: str) -> str:
     """Text, unique to a run, that escapes change; without control characters, which no context has."""
     return f'Kanarienvögel "{name}" \\ {os.urandom(9).hex()}'
 
 
-def plain(name: str) -> str:
+def plain_canary(name: str) -> str:
     """A secret of letters and digits: for headers and paths."""
     return f"Kanarienvogel-{name}-{os.urandom(9).hex()}"
 
 
 @dataclass
-class Peer:
+class EchoingServer:
     """Refuses everything, and repeats in its answer what it was told, tokens too."""
 
     url: str = ""
     heard: list[str] = field(default_factory=list)
 
     @contextmanager
-    def serving(self) -> Iterator["Peer"]:
+    def serving(self) -> Iterator["EchoingServer"]:
         peer = self
 
         class Handler(QuietHandler):
@@ -109,19 +109,23 @@ class Peer:
 class CanaryService(SecuredService):
     """One install, what is secret in it, and who may call."""
 
-    def __init__(self, folder: Path, peer: Peer) -> None:
+    def __init__(self, folder: Path, peer: EchoingServer) -> None:
         self.folder, self.peer = folder, peer
         self.kept = folder / "secrets"
         self.mine = folder / "mine"  # where the command's user keeps his own files
         for made in (self.kept, self.mine):
             made.mkdir(mode=0o700, parents=True)
-        given = {name: plain(name) for name in FILES}
+        given = {name: plain_canary(name) for name in FILES}
         for name, text in given.items():
             path = self.kept / name
             path.touch(mode=0o600)
             path.write_text(f"{text}\n")
         super().__init__(folder, SETTINGS.format(peer=peer.url, secrets=self.kept))
-        self.plaintext, self.value, self.unknown = word("plaintext"), word("context"), plain("token")
+        self.plaintext, self.value, self.unknown = (
+            escaping_canary("plaintext"),
+            escaping_canary("context"),
+            plain_canary("token"),
+        )
         everything, files = ",".join(OPERATIONS), f"file://{self.files}/"
         places = f"read={files} read=s3://bucket/ write={files} write=s3://bucket/"
         _, self.root = self.make(everything, f"{everything} {places}")

@@ -107,8 +107,8 @@ class SupervisedByTest(Service):
 class Cluster(SupervisedByTest):
     """An API and workers 1 to ``workers``; the clock of the last one can be moved.
 
-    ``disk`` is that of the files, where it can hang. ``ends`` counts how processes ended that nobody here
-    had told to.
+    ``disk`` is that of the files, where it can hang. ``unexpected_exits`` counts how processes ended
+    that nobody here had told to.
     """
 
     def __init__(self, folder: Path, settings: str, workers: int, peer: Peer) -> None:
@@ -117,7 +117,7 @@ class Cluster(SupervisedByTest):
         self.disk: FrozenDisk | None = None
         self.workers = [f"worker{number}" for number in range(1, workers + 1)]
         self.clock = Clock(folder)
-        self.ends: Counter[str] = Counter()
+        self.unexpected_exits: Counter[str] = Counter()
         self._ports = {name: free_port() for name in self.workers}
 
     def launch(self) -> Self:
@@ -150,7 +150,7 @@ class Cluster(SupervisedByTest):
         for name, process in list(self._processes.items()):
             status = process.poll()
             if status is not None:
-                self.ends[f"{name.rstrip('0123456789')} {status}"] += 1
+                self.unexpected_exits[f"{name.rstrip('0123456789')} {status}"] += 1
                 self.again(name)
 
     def again(self, name: str) -> None:
@@ -182,7 +182,7 @@ class Cluster(SupervisedByTest):
         try:
             self._processes[name].wait(STOP_S)
         except subprocess.TimeoutExpired:
-            self.ends[f"{name.rstrip('0123456789')} deaf to SIGTERM"] += 1
+            self.unexpected_exits[f"{name.rstrip('0123456789')} deaf to SIGTERM"] += 1
 
 
 def pause(rng: random.Random, longest_s: float) -> None:

@@ -114,7 +114,7 @@ class FaultInjection:
         for name in self.cluster.workers:
             self.cluster.hit_all(name, signal.SIGKILL)
         before, deadline = len(self.load.accepted_jobs), time.monotonic() + 5
-        self.load.most = max(self.load.most, before + 10)
+        self.load.request_limit = max(self.load.request_limit, before + 10)
         while len(self.load.accepted_jobs) < before + 10 and self.load.busy and time.monotonic() < deadline:
             time.sleep(0.05)
         self._valkey()

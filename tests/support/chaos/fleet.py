@@ -39,9 +39,9 @@ APIS: Final = ("api1", "api2")
 WORKERS: Final = ("worker1", "worker2", "worker3")
 LEASE_S: Final = 3
 PATIENCE_S: Final = 10.0  # of a client with an answer, whose line may be cut
-EVERYWHERE: Final = "0.0.0.0"  # noqa: S104 -- of a namespace
+ANY_ADDRESS: Final = "0.0.0.0"  # noqa: S104 -- of a namespace
 SECRETS: Final = ("age/private_key.txt", "spool.key", "intake.key")
-OF_HOSTS: Final = f"""bind = "{EVERYWHERE}"
+HOST_SETTINGS: Final = f"""bind = "{ANY_ADDRESS}"
 [kms.auth]
 mode = "required"
 tokens = "s3://{{state}}/tokens"
@@ -66,7 +66,7 @@ write = ["out/"]
 timeout_s = 3
 {{line}}
 """
-LINE: Final = f"""endpoint = "{{endpoint}}"
+S3_CONNECTION: Final = f"""endpoint = "{{endpoint}}"
 allow_http = true
 access_key_id = "{object_stores.ACCESS_KEY}"
 secret_key_file = "{{secret}}"
@@ -88,9 +88,11 @@ class Shared:
         secret = folder / "s3-secret"
         secret.write_text(object_stores.SECRET)
         secret.chmod(0o600)
-        line = LINE.format(endpoint=f"http://{s3_host}:{urlsplit(self.store.url).port}", secret=secret)
+        line = S3_CONNECTION.format(
+            endpoint=f"http://{s3_host}:{urlsplit(self.store.url).port}", secret=secret
+        )
         names = {"state": self.state.name, "spool": self.spool.name, "files": self.files.name}
-        return (OF_HOSTS * is_host + SETTINGS).format(line=line, **names)
+        return (HOST_SETTINGS * is_host + SETTINGS).format(line=line, **names)
 
 
 class Machine(Service):
@@ -170,7 +172,7 @@ class LoadBalancer(httpx.BaseTransport):
 
 
 class Fleet(SupervisedByTest):
-    """All hosts, as clients see them. ``ends`` counts processes that ended and that no test had told to."""
+    """All hosts, as clients see them. ``unexpected_exits`` counts processes that no test had told to end."""
 
     def __init__(self, folder: Path, hosts: Sequence[Host], shared: Shared, seed: int) -> None:
         mine = folder / "clients"
@@ -180,13 +182,13 @@ class Fleet(SupervisedByTest):
             name: Machine(
                 folder / name,
                 host,
-                shared.settings(folder / name, host.lines[BUCKETS].us),
-                shared.redis.url(host=host.lines[REDIS].us),
+                shared.settings(folder / name, host.lines[BUCKETS].test_address),
+                shared.redis.url(host=host.lines[REDIS].test_address),
                 like=self,
             )
             for name, host in zip((*APIS, *WORKERS), hosts, strict=True)
         }
-        self.ends: Counter[str] = Counter()
+        self.unexpected_exits: Counter[str] = Counter()
         self.secrets = {"canary": CANARY.encode()}
         self.http.close()
         self.spread = LoadBalancer([self.machines[name] for name in APIS], seed)
@@ -229,7 +231,7 @@ class Fleet(SupervisedByTest):
     def restart_dead(self) -> None:
         for machine in self.machines.values():
             if machine.status is not None:
-                self.ends[f"{machine.name} {machine.status}"] += 1
+                self.unexpected_exits[f"{machine.name} {machine.status}"] += 1
                 with suppress(ProcessLookupError):  # it left no children
                     machine.kill(machine.program)
                 machine.spawn(machine.program)
@@ -297,9 +299,9 @@ def fleet(folder: Path, seed: int) -> Iterator[Fleet]:
     """The hosts, not started yet. Call it from the main thread."""
     with ExitStack() as stack:
         hosts = stack.enter_context(network(len((*APIS, *WORKERS)), LINES))
-        redis = stack.enter_context(redis_servers.server(folder / "redis", None, bind=EVERYWHERE))
+        redis = stack.enter_context(redis_servers.server(folder / "redis", None, bind=ANY_ADDRESS))
         (folder / "weed").mkdir()
-        server, store = object_stores.start_weed(folder / "weed", EVERYWHERE)
+        server, store = object_stores.start_weed(folder / "weed", ANY_ADDRESS)
         stack.callback(server.wait)
         stack.callback(server.kill)
         shared = Shared(redis, store, store.new(), store.new(), store.new())

@@ -22,7 +22,7 @@ from support.service import CANARY, core_of
 from support.waiting import until
 
 TENANT: Final = "default"
-NEXT: Final[Mapping[str, frozenset[str]]] = {
+TRANSITIONS: Final[Mapping[str, frozenset[str]]] = {
     "": frozenset({"queued"}),
     "queued": frozenset({"queued", "running", "failed", "cancelled"}),  # ended by the one who would begin
     "running": frozenset({"queued", "running", "committing", *ENDED}),
@@ -121,7 +121,7 @@ class JobChecks:
             seen[event["subject"]].append(event["type"].removeprefix("kms.job."))
         for job_id, states in seen.items():
             steps = zip(["", *states], states, strict=False)
-            if any(after not in NEXT[before] for before, after in steps):
+            if any(after not in TRANSITIONS[before] for before, after in steps):
                 yield f"job {job_id} went through {' '.join(states)}"
         for accepted in self._load.accepted_jobs:
             if seen[accepted.job_id][-1:] != [self._job(accepted).state]:

@@ -57,7 +57,7 @@ class PartialRead:
 class Load:
     """``senders`` threads work through ``count`` requests; one more reads results at random.
 
-    They stop after ``most`` requests until that grows. ``token`` is what messages carry.
+    They stop after ``request_limit`` requests until that grows. ``token`` is what messages carry.
     """
 
     service: Service
@@ -65,7 +65,7 @@ class Load:
     count: int
     senders: int
     seed: int
-    most: int = sys.maxsize
+    request_limit: int = sys.maxsize
     token: str | None = None
     accepted_jobs: list[AcceptedJob] = field(default_factory=list)
     glimpses: list[PartialRead] = field(default_factory=list)
@@ -124,7 +124,7 @@ class Load:
                     self.accepted_jobs.append(AcceptedJob(request, frozenset(ids)))
 
     def _next(self) -> JobRequest | None:
-        while self._taken >= self.most and self._taken < self.count:
+        while self._taken >= self.request_limit and self._taken < self.count:
             time.sleep(_PAUSE_S)
         with self._lock:
             if self._taken == self.count:

@@ -43,7 +43,8 @@ _CUT: Final = (b'"reason": "requeued"', b'"reason": "committing"', b'"event": "j
 class Plan:
     """How much of everything. ``faults_by_name`` are counts; ``outage_s`` is how long the key is away.
 
-    ``files_mib`` is the size of the disk of sources and targets, ``least_cut`` how many attempts must be cut.
+    ``files_mib`` is the size of the disk of sources and targets, ``min_interrupted`` how many
+    attempts must be.
     """
 
     jobs: int
@@ -53,7 +54,7 @@ class Plan:
     outage_s: float
     patience_s: float
     files_mib: int
-    least_cut: int
+    min_interrupted: int
     faults_by_name: Mapping[str, int]
 
 
@@ -65,7 +66,7 @@ SHORT: Final = Plan(
     outage_s=2.0,
     patience_s=90.0,
     files_mib=1024,
-    least_cut=0,
+    min_interrupted=0,
     faults_by_name={
         "child": 2,
         "worker": 1,
@@ -92,7 +93,7 @@ LONG: Final = Plan(
     outage_s=30.0,
     patience_s=600.0,
     files_mib=16 * 1024,
-    least_cut=200,
+    min_interrupted=200,
     faults_by_name={
         "child": 210,
         "worker": 20,
@@ -121,10 +122,10 @@ class Verdict:
     seconds: float
     jobs: int
     losses: int
-    cut: int
+    interrupted: int
     injected: Mapping[str, int]
     states: Mapping[str, int]
-    ends: Mapping[str, int]
+    unexpected_exits: Mapping[str, int]
     glimpses: int
     faults: Sequence[str]
 
@@ -134,7 +135,7 @@ class Verdict:
             ", ".join(f"{name} {count}" for name, count in sorted(which.items()))
             for which in (self.injected, self.states)
         )
-        counts = (self.cut, self.losses, len(self.faults), round(self.seconds))
+        counts = (self.interrupted, self.losses, len(self.faults), round(self.seconds))
         cells = (self.seed, self.jobs, injected, states, *counts)
         return f"| {' | '.join(map(str, cells))} |"
 
@@ -152,16 +153,16 @@ def run(folder: Path, plan: Plan, seed: int) -> Verdict:
             cluster.spool, cluster.disk = spool, files
             checks, faults, load = _run_under_faults(cluster.launch(), plan, seed, has_disk=disk is not None)
         checks.search(folder)  # Valkey has written its last
-        checks.faults += [f"ended by itself: {end}" for end in _CRASHES if cluster.ends[end]]
+        checks.faults += [f"ended by itself: {end}" for end in _CRASHES if cluster.unexpected_exits[end]]
     return Verdict(
         seed=seed,
         seconds=time.monotonic() - begun,
         jobs=len(load.accepted_jobs),
         losses=checks.losses,
-        cut=_cut(cluster),
+        interrupted=_cut(cluster),
         injected=faults.injected,
         states=checks.states,
-        ends=cluster.ends,
+        unexpected_exits=cluster.unexpected_exits,
         glimpses=len(load.glimpses),
         faults=checks.faults,
     )
@@ -213,13 +214,13 @@ def _inject_all(
 ) -> None:
     """The load does not run ahead: each fault meets jobs."""
     for after, name in schedule:
-        load.most = max(after, len(load.accepted_jobs)) + load.count // len(schedule)
+        load.request_limit = max(after, len(load.accepted_jobs)) + load.count // len(schedule)
         while load.busy and len(load.accepted_jobs) < after:
             cluster.restart_dead()
             time.sleep(0.02)
         faults.inject(name)
         cluster.restart_dead()
-    load.most = sys.maxsize
+    load.request_limit = sys.maxsize
 
 
 def _sweep(cluster: Cluster) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from support.contract_server import ContractServer, running
 from support.ports import free_port
-from support.programs import tied
+from support.programs import tethered
 from support.waiting import WAIT_S
 
 BIN = Path(sys.executable).parent
@@ -60,7 +60,12 @@ def running_up(
     """``kms up`` until the end of the block, from the time when it is ready; ``log`` has what it says."""
     with log.open("wb") as stderr:
         process = subprocess.Popen(
-            tied(program, "up", *words), cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True
+            tethered(program, "up", *words),
+            cwd=cwd,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
         )
     try:
         ready = process.stdout.readline() if process.stdout else ""

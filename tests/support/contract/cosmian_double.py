@@ -52,7 +52,7 @@ class CosmianDouble:
         return f"https://localhost:{self._port}" if self.tls else f"http://127.0.0.1:{self._port}"
 
     @property
-    def messages(self) -> list[int]:
+    def batch_counts(self) -> list[int]:
         """How many operations each message held."""
         return [
             sum(each["tag"] == "BatchItem" for each in body["value"])

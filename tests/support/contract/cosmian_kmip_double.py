@@ -5,7 +5,7 @@ import os
 import uuid
 from typing import Any, Final
 
-from support.contract.cosmian_store import Key, Refused, Store, bulk_of, items_of_bulk, plain
+from support.contract.cosmian_store import Key, Refused, Store, bulk_of, items_of_bulk, text_refusal
 
 Node = dict[str, Any]
 MANY_USES: Final = 2108
@@ -42,7 +42,7 @@ class Kmip:
 
     def run(self, operation: str, fields: list[Node], user: str) -> list[Node]:
         if operation not in OPERATIONS:
-            raise plain(f"Not Supported route: Operation: {operation}", 404)
+            raise text_refusal(f"Not Supported route: Operation: {operation}", 404)
         answer: list[Node] = getattr(self, operation.lower())(fields, user)
         return answer
 
@@ -61,12 +61,12 @@ class Kmip:
         (tag,) = self.tags(find(fields, "Attributes"))
         uids = self.store.located(tag, user)
         found = [text("UniqueIdentifier", uid) for uid in uids]
-        return [node("LocatedItems", "Integer", len(uids)), *self.repeated("UniqueIdentifier", found)]
+        return [node("LocatedItems", "Integer", len(uids)), *self.repeated_fields("UniqueIdentifier", found)]
 
     def getattributes(self, fields: list[Node], user: str) -> list[Node]:
         uid = find(fields, "UniqueIdentifier")
-        key = self.store.seen(uid, user)
-        return [text("UniqueIdentifier", uid), self.structure("Attributes", *self.told(key))]
+        key = self.store.visible_key(uid, user)
+        return [text("UniqueIdentifier", uid), self.structure("Attributes", *self.attributes(key))]
 
     def encrypt(self, fields: list[Node], user: str) -> list[Node]:
         uid = find(fields, "UniqueIdentifier")
@@ -121,11 +121,11 @@ class Kmip:
         """Keys rest without a date of activation; ours is long past."""
         return "Active" if find(attributes, "ActivationDate") else "PreActive"
 
-    def repeated(self, tag: str, found: list[Node]) -> list[Node]:
+    def repeated_fields(self, tag: str, found: list[Node]) -> list[Node]:
         del tag
         return found
 
-    def told(self, key: Key) -> list[Node]:
+    def attributes(self, key: Key) -> list[Node]:
         """The attributes that our backend asks for, in the order of their names."""
         rotation = [
             node("RotateGeneration", "Integer", 0),
@@ -164,10 +164,10 @@ class OldKmip(Kmip):
         parts = {"Data": ciphertext, self.nonce: nonce, "AuthenticatedEncryptionTag": tag}
         return [text("UniqueIdentifier", uid), *(octets(name, part) for name, part in parts.items())]
 
-    def repeated(self, tag: str, found: list[Node]) -> list[Node]:
+    def repeated_fields(self, tag: str, found: list[Node]) -> list[Node]:
         return [self.structure(tag, *found)] if found else []
 
-    def told(self, key: Key) -> list[Node]:
+    def attributes(self, key: Key) -> list[Node]:
         tags = json.dumps(["_kk", *sorted(key.tags)], separators=(",", ":"))
         vendor = self.structure(
             "VendorAttributes",

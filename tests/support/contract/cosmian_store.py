@@ -28,7 +28,7 @@ class Refused(Exception):
         self.words = words or f"{reason}: {message}"
 
 
-def plain(message: str, status: int = 422) -> Refused:
+def text_refusal(message: str, status: int = 422) -> Refused:
     """A refusal without a reason of its own."""
     return Refused("Operation_Not_Supported", message, words=message, status=status)
 
@@ -63,8 +63,8 @@ class Store:
                 self.keys[uid] = key
                 return
         if not self.old:
-            raise plain("Database Error: Ext. store error: one or more objects already exist")
-        raise plain(
+            raise text_refusal("Database Error: Ext. store error: one or more objects already exist")
+        raise text_refusal(
             "Ext. store error: creation of object failed: Database Error: error returned from database: "
             "(code: 1555) UNIQUE constraint failed: objects.id",
             500,
@@ -80,7 +80,7 @@ class Store:
                 and (key.owner == user or user in key.lent)
             ]
 
-    def seen(self, uid: str, user: str) -> Key:
+    def visible_key(self, uid: str, user: str) -> Key:
         """A key whose attributes this user may see: his own, or one that was lent him for anything."""
         key = self.keys.get(uid)
         hidden = key is None or (key.owner != user and not key.lent.get(user))
@@ -92,13 +92,13 @@ class Store:
         key = self.keys.get(uid)
         if key is None or key.owner != user:
             words = f"Access denied: Object with uid `{uid}` is not owned by owner `{user}`"
-            raise plain(words, 401)
+            raise text_refusal(words, 401)
         return key
 
     def encrypting(self, uid: str, user: str) -> Key:
         key = self.keys.get(uid)
         if self.old and key is None:
-            raise plain(f"Invalid Request: Encrypt: failed to retrieve key: {uid}")
+            raise text_refusal(f"Invalid Request: Encrypt: failed to retrieve key: {uid}")
         if key is None or key.state not in LIVING:
             raise self._not_found(f"Encrypt: key id: {uid}, not found", "Encrypt", uid)
         words = f"Encrypt: the user {user} does not have permission to encrypt using the key: {uid}"
@@ -144,7 +144,7 @@ class Store:
 
     def _damaged(self) -> Refused:
         if self.old:
-            return plain(f"Cryptographic error: OpenSSL Error: {_DETAILS}", 500)
+            return text_refusal(f"Cryptographic error: OpenSSL Error: {_DETAILS}", 500)
         return Refused("Cryptographic_Failure", f"CRYPTO: error: {_DETAILS}")
 
 

@@ -11,7 +11,7 @@ from typing import Final, Protocol
 
 HERE: Final = Path(__file__).parents[2] / "fuzz"
 CORPUS: Final = HERE / "corpus"
-PARTS: Final = b"\x00\x00"
+SEPARATOR: Final = b"\x00\x00"
 """What separates the parts of an input that holds several, such as a file and its surroundings."""
 
 NAMES: Final = tuple(sorted(path.stem.removeprefix("fuzz_") for path in HERE.glob("fuzz_*.py")))
@@ -28,7 +28,7 @@ class Harness(Protocol):
 
 def parts(data: bytes, count: int) -> list[bytes]:
     """Exactly so many parts, missing ones empty; the last holds what is left."""
-    found = data.split(PARTS, count - 1)
+    found = data.split(SEPARATOR, count - 1)
     return found + [b""] * (count - len(found))
 
 

@@ -27,4 +27,4 @@ TOKENS: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
 """Name: tenant, scopes, term. ``rotated`` has a second text, ``rotated-new``."""
 PAYLOAD: Final = {"metadata": {"encoding": "anNvbi9wbGFpbg=="}, "data": "IkhlbGxvIg=="}
 NAMESPACE: Final = {"X-Namespace": "payroll"}
-MOVED_TO: Final = {"key_id": "payroll", "key_version": "0a1b2c3d"}
+REWRAPPED_KEY: Final = {"key_id": "payroll", "key_version": "0a1b2c3d"}

@@ -45,13 +45,13 @@ def prefixed(*parts: bytes) -> bytes:
     return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
 
 
-def names(*texts: str) -> bytes:
+def prefixed_texts(*texts: str) -> bytes:
     return prefixed(*(text.encode() for text in texts))
 
 
 def canonical(context: Mapping[str, str]) -> bytes:
     """Pairs in the order of their keys' UTF-8."""
-    return names(*(text for pair in sorted(context.items()) for text in pair))
+    return prefixed_texts(*(text for pair in sorted(context.items()) for text in pair))
 
 
 def sha256(data: bytes) -> bytes:
@@ -176,7 +176,9 @@ class Names:
 def context_tag(file_key: bytes, salt: bytes, key: Names, context: Mapping[str, str]) -> bytes:
     """The body of ``kms-service/context 1 <key-id> <key-version> <salt>``."""
     label = b"kms-service/context/1"
-    bound = prefixed(label) + names(key.tenant, key.key_id, key.version) + prefixed(canonical(context))
+    bound = (
+        prefixed(label) + prefixed_texts(key.tenant, key.key_id, key.version) + prefixed(canonical(context))
+    )
     return hmac_sha256(derived(file_key, label, salt), bound)
 
 
@@ -192,19 +194,19 @@ def origin_tag(
     commitment = derived(file_key, b"kms-service/commitment/1")
     rest = [canonical(context), *([] if nonce is None else [nonce]), commitment]
     return hmac_sha256(
-        mac_key, prefixed(label) + names(key.tenant, key.key_id, key.version) + prefixed(*rest)
+        mac_key, prefixed(label) + prefixed_texts(key.tenant, key.key_id, key.version) + prefixed(*rest)
     )
 
 
 def wrap_aad(key: Names, context_body: bytes) -> bytes:
     """What a remote wrap authenticates."""
-    bound = names(key.tenant, key.key_id, key.backend, key.version)
+    bound = prefixed_texts(key.tenant, key.key_id, key.backend, key.version)
     return prefixed(b"kms-service/wrap/1") + bound + prefixed(context_body)
 
 
 def job_aad(key: Names) -> bytes:
     """What the wrap of a job key authenticates."""
-    return prefixed(b"kms-service/job/1") + names(key.tenant, key.key_id, key.backend, key.version)
+    return prefixed(b"kms-service/job/1") + prefixed_texts(key.tenant, key.key_id, key.backend, key.version)
 
 
 def salted_open(secret: bytes, info: bytes, wrapped: bytes, aad: bytes) -> bytes:
@@ -264,7 +266,7 @@ def digest(secret: bytes, *parts: bytes, rest: bytes = b"") -> bytes:
     return hmac_sha256(derived(secret, b"kms-service/job-digest/1"), message)
 
 
-def opened_bound(secret: bytes, label: bytes, job_id: str, sealed: bytes, signed: bytes) -> bytes:
+def authenticated(secret: bytes, label: bytes, job_id: str, sealed: bytes, signed: bytes) -> bytes:
     """What is signed of a job, behind its MAC, which is also over SHA-256 of the sealed record."""
     if signed[:32] != digest(secret, label, job_id.encode(), sha256(sealed), signed[32:]):
         raise Broken

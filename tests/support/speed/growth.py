@@ -17,7 +17,7 @@ from kms_protocol.errors import KmsError
 from support.speed.counting import Function, Meter
 from support.speed.hot_paths import SECRET, Install
 
-TIMES: Final = 10
+GROWTH_FACTOR: Final = 10
 _RUNS: Final = 9
 _ENOUGH_S: Final = 0.1
 _ENDLESS: Final = HeaderLimits(header_bytes=1 << 40, stanzas=1 << 40)
@@ -40,7 +40,7 @@ def measure(meter: Meter, install: Install) -> dict[str, dict[str, list[float]]]
     """For each way its calls and its processor seconds, of few and of ten times as many."""
     found: dict[str, dict[str, list[float]]] = {}
     for name, few, way in _ways(install):
-        ready = way(few), way(few * TIMES)
+        ready = way(few), way(few * GROWTH_FACTOR)
         seconds = [min(_seconds(each)) for each in ready]
         found[name] = {"calls": [meter.calls_of(each)["calls"] for each in ready], "seconds": seconds}
     return found

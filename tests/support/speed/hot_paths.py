@@ -37,11 +37,11 @@ CONTEXT: Final = "env=prod,service=api"
 SECRET: Final = bytes(1024)
 FILE_BYTES: Final = 16 * 1024 * 1024
 LINES: Final = 1000
-ALONE: Final = ParallelOptions(threads=1)
+SINGLE_THREAD: Final = ParallelOptions(threads=1)
 SCOPES: Final = "encrypt,decrypt,jobs:read,jobs:write key=def* context=env=prod,service=*"
-CHARGED_S: Final = 0.02
-"""What a job takes at least, so that its end is charged beyond the first moments, which a claim pays for."""
-WHOLE: Final = SimpleNamespace(more_body=False, flow=SimpleNamespace(write_paused=False))
+MIN_JOB_S: Final = 0.02
+"""How long each job sleeps: a claim pays for its first moments, so only the rest is charged at its end."""
+COMPLETE_BODY: Final = SimpleNamespace(more_body=False, flow=SimpleNamespace(write_paused=False))
 """What uvicorn leaves of a request whose body came with its head."""
 ON_DISK: Final = '[kms.audit]\ndurability = "fsync"\n'
 
@@ -95,7 +95,7 @@ class Install:
         with patch.object(lease, "_TELL_EVERY_S", 60.0):  # or a slow machine counts a renewal
             claim = context.store.claim(job_id, "meter/1")
             assert claim
-            time.sleep(CHARGED_S)
+            time.sleep(MIN_JOB_S)
             run_claimed(claim, context)
         assert context.store.get(job_id, self._who.tenant).state == "succeeded"
 
@@ -114,7 +114,7 @@ class Install:
 
         headers = [(b"host", b"localhost"), (b"authorization", self._token.encode())]
         scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
-        state = {BODY: (None, WHOLE)}
+        state = {BODY: (None, COMPLETE_BODY)}
         await self._app({**scope, "client": ("127.0.0.1", 50_000), "state": state}, receive, send)
         assert answer[0]["status"] in {200, 202}, answer
         found: dict[str, Any] = msgspec.json.decode(answer[1]["body"])
@@ -138,8 +138,8 @@ def paths(install: Install, on_disk: Install) -> dict[str, Function]:
         "POST /batch, 10 of 1 KiB, records on disk": partial(on_disk.batch, 10),
         "a job of one item, submitted and run": partial(install.job, 1),
         **_reads(install.audit),
-        "slabs.seal_file of 16 MiB": partial(seal_file, *files(), options=ALONE),
-        "slabs.open_file of 16 MiB": partial(open_file, *files(sealed=True), options=ALONE),
+        "slabs.seal_file of 16 MiB": partial(seal_file, *files(), options=SINGLE_THREAD),
+        "slabs.open_file of 16 MiB": partial(open_file, *files(sealed=True), options=SINGLE_THREAD),
     }
 
 
@@ -165,5 +165,5 @@ def files(*, sealed: bool = False) -> tuple[FileRange, FileWriter]:
     os.truncate(source, FILE_BYTES)
     if not sealed:
         return FileRange(source, FILE_BYTES), FileWriter(target)
-    parallel.seal_file(SECRET[:32], FileRange(source, FILE_BYTES), FileWriter(target), options=ALONE)
+    parallel.seal_file(SECRET[:32], FileRange(source, FILE_BYTES), FileWriter(target), options=SINGLE_THREAD)
     return FileRange(target, stream.sealed_size(FILE_BYTES)), FileWriter(source)

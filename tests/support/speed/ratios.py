@@ -18,7 +18,7 @@ from kms_core.payload import parallel
 from kms_core.payload.parallel import SLAB_CHUNKS
 from support.speed.counting import Function
 from support.speed.growth import header_of
-from support.speed.hot_paths import ALONE, FILE_BYTES, SECRET, Install, files
+from support.speed.hot_paths import FILE_BYTES, SECRET, SINGLE_THREAD, Install, files
 
 _ROUNDS: Final = 30
 _ROUND_S: Final = 0.01
@@ -33,8 +33,11 @@ def measure(install: Install) -> dict[str, float]:
     """How many times the bare primitives the whole takes: in turn, in one thread, the least of the rounds."""
     head = header_of(1000)
     pairs: dict[str, tuple[Function, Function]] = {
-        "slabs.seal_file": (partial(parallel.seal_file, _KEY, *files(), options=ALONE), _slabs()),
-        "slabs.open_file": (partial(parallel.open_file, _KEY, *files(sealed=True), options=ALONE), _slabs()),
+        "slabs.seal_file": (partial(parallel.seal_file, _KEY, *files(), options=SINGLE_THREAD), _slabs()),
+        "slabs.open_file": (
+            partial(parallel.open_file, _KEY, *files(sealed=True), options=SINGLE_THREAD),
+            _slabs(),
+        ),
         "sealing.seal of 1 KiB": (install.seal, _secret),
         "sealing.open of 1 KiB": (install.open, _secret),
         "header.parse": (lambda: header.parse(head, FILE_LIMITS), lambda: binascii.b2a_base64(head)),

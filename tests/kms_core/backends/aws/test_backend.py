@@ -10,7 +10,18 @@ import pytest
 from kms_core.backends.aws.backend import AwsCipher
 from kms_core.http_client import Busy, Unreachable
 from kms_protocol.errors import BackendUnavailable, DecryptFailed, KmsError
-from support.aws_scripted import AAD, ARN, HOME, KEY, SECRET, Reply, cipher_with, refused, scripted, working
+from support.aws_scripted import (
+    AAD,
+    ARN,
+    ARN_PREFIX,
+    KEY,
+    SECRET,
+    Reply,
+    cipher_with,
+    refused,
+    scripted,
+    working,
+)
 from support.aws_servers import calls_to
 from support.clock import Clock
 from support.waiting import WAIT_S
@@ -32,7 +43,7 @@ def paged(operation: str, asked: Mapping[str, object]) -> Reply:
     name = f"alias/payroll/key-{page}"
     alias = {
         "AliasName": name,
-        "AliasArn": HOME + name,
+        "AliasArn": ARN_PREFIX + name,
         "TargetKeyId": f"key-{page}",
         "CreationDate": 1.7e9 - page,
     }
@@ -60,7 +71,7 @@ def test_a_key_that_another_process_made_a_moment_ago_is_known() -> None:
     replies: dict[str, Reply] = {}
     with cipher_with(replies, "alias/payroll") as (cipher, _):
         cipher.versions()
-        replies["ListAliases"] = (200, {"Aliases": [earlier(HOME)]})
+        replies["ListAliases"] = (200, {"Aliases": [earlier(ARN_PREFIX)]})
 
         assert cipher.decrypt(SECRET[::-1], "earlier", AAD) == SECRET
 
@@ -119,7 +130,7 @@ def test_those_who_ask_about_an_unknown_key_at_once_share_an_answer() -> None:
 
 
 def test_a_key_that_left_the_history_is_let_go_within_a_minute(clock: Clock) -> None:
-    replies: dict[str, Reply] = {"ListAliases": (200, {"Aliases": [earlier(HOME)]})}
+    replies: dict[str, Reply] = {"ListAliases": (200, {"Aliases": [earlier(ARN_PREFIX)]})}
     with cipher_with(replies, "alias/payroll", clock) as (cipher, _):
         assert cipher.decrypt(SECRET[::-1], "earlier", AAD) == SECRET
         replies.clear()
@@ -129,7 +140,7 @@ def test_a_key_that_left_the_history_is_let_go_within_a_minute(clock: Clock) -> 
 
 
 def test_an_alias_of_another_account_makes_no_history() -> None:
-    elsewhere = HOME.replace("111122223333", "999999999999")
+    elsewhere = ARN_PREFIX.replace("111122223333", "999999999999")
     with cipher_with({"ListAliases": (200, {"Aliases": [earlier(elsewhere)]})}, "alias/payroll") as (
         cipher,
         _,

@@ -22,7 +22,7 @@ def cipher(double: CosmianDouble) -> CosmianCipher:
 
 
 @pytest.fixture
-def shared() -> Iterator[CosmianDouble]:
+def two_users() -> Iterator[CosmianDouble]:
     """A server of several users."""
     with CosmianDouble(users={ALICE: "alice", MALLORY: "mallory"}) as made:
         yield made

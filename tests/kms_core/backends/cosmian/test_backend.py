@@ -77,7 +77,7 @@ def test_the_dialect_is_looked_at_again_after_a_failure_to_reach_the_server() ->
         double.start()
 
         assert cipher.decrypt(wrapped, "1", AAD) == SECRET
-        assert double.messages
+        assert double.batch_counts
 
 
 def test_the_version_is_asked_for_once(double: CosmianDouble, cipher: CosmianCipher) -> None:
@@ -194,7 +194,7 @@ def test_calls_that_wait_go_in_one_message_and_fail_each_alone(
         assert [call.result(WAIT_S) for call, _ in first] == [SECRET] * BATCHES
         assert [call.result(WAIT_S) for call in rest[::2]] == [SECRET] * 3
         assert {type(call.exception(WAIT_S)) for call in rest[1::2]} == {DecryptFailed}
-    assert double.messages == [*[1] * BATCHES, len(rest)]
+    assert double.batch_counts == [*[1] * BATCHES, len(rest)]
 
 
 def test_keys_of_one_server_share_its_messages(double: CosmianDouble) -> None:
@@ -352,13 +352,13 @@ def lent(double: CosmianDouble, uid: str, tag: str = "made-by-hand", *operations
     double.store.keys[uid].lent["alice"] = set(operations or ("encrypt", "decrypt", "get"))
 
 
-def test_keys_of_others_do_not_become_our_versions(shared: CosmianDouble) -> None:
+def test_keys_of_others_do_not_become_our_versions(two_users: CosmianDouble) -> None:
     """Else a user who lends us a key under the next identifier would read all that we seal from then on."""
-    ours = key_of(shared, ALICE)
+    ours = key_of(two_users, ALICE)
     with ours.call():
         ours.init()
     for uid in (ours.made_uid(2), "payroll"):
-        lent(shared, uid, "kms-service:payroll")
+        lent(two_users, uid, "kms-service:payroll")
     cipher = CosmianCipher(ours)
 
     assert versions(cipher) == ["1"]
@@ -367,31 +367,31 @@ def test_keys_of_others_do_not_become_our_versions(shared: CosmianDouble) -> Non
         cipher.decrypt(bytes([1]) + bytes(45), "2", AAD)
 
 
-def test_a_key_that_its_owner_lent_us_by_its_name_is_version_1(shared: CosmianDouble) -> None:
-    lent(shared, "payroll")
-    cipher = CosmianCipher(key_of(shared, ALICE))
+def test_a_key_that_its_owner_lent_us_by_its_name_is_version_1(two_users: CosmianDouble) -> None:
+    lent(two_users, "payroll")
+    cipher = CosmianCipher(key_of(two_users, ALICE))
 
     assert cipher.decrypt(cipher.encrypt(SECRET, "1", AAD), "1", AAD) == SECRET
 
 
 @pytest.mark.parametrize("protocol", ["kmip", "jose"])
-def test_a_key_that_was_not_lent_for_this_says_so(shared: CosmianDouble, protocol: Protocol) -> None:
-    lent(shared, "payroll", "made-by-hand", "getattributes")
-    cipher = CosmianCipher(CosmianKey(cosmian(shared.url, protocol, ALICE), "payroll"))
+def test_a_key_that_was_not_lent_for_this_says_so(two_users: CosmianDouble, protocol: Protocol) -> None:
+    lent(two_users, "payroll", "made-by-hand", "getattributes")
+    cipher = CosmianCipher(CosmianKey(cosmian(two_users.url, protocol, ALICE), "payroll"))
 
     with pytest.raises(BackendUnavailable, match="is not ours to use"):
         cipher.encrypt(SECRET, "1", AAD)
 
 
-def test_identifiers_that_are_all_taken_are_told(shared: CosmianDouble) -> None:
-    theirs, ours = key_of(shared, MALLORY), key_of(shared, ALICE)
-    shared.store.add(theirs.made_uid(1), Key(bytes(32), "mallory", frozenset()))
+def test_identifiers_that_are_all_taken_are_told(two_users: CosmianDouble) -> None:
+    theirs, ours = key_of(two_users, MALLORY), key_of(two_users, ALICE)
+    two_users.store.add(theirs.made_uid(1), Key(bytes(32), "mallory", frozenset()))
     with pytest.raises(BackendUnavailable, match="identifiers are taken"), ours.call():
         ours.init()
-    shared.store.keys[ours.made_uid(1)].owner = "alice"
-    shared.store.keys[ours.made_uid(1)].tags = frozenset({"kms-service:payroll"})
+    two_users.store.keys[ours.made_uid(1)].owner = "alice"
+    two_users.store.keys[ours.made_uid(1)].tags = frozenset({"kms-service:payroll"})
     for number in range(2, 10):
-        shared.store.add(theirs.made_uid(number), Key(bytes(32), "mallory", frozenset()))
+        two_users.store.add(theirs.made_uid(number), Key(bytes(32), "mallory", frozenset()))
 
     with pytest.raises(BackendUnavailable, match="identifiers are taken"), ours.call():
         ours.rotate()

@@ -251,20 +251,20 @@ def test_a_server_that_gave_up_on_our_request_is_asked_again(
     assert versions(cipher) == ["1"]
 
 
-def test_credentials_that_are_refused_name_the_settings(shared: CosmianDouble) -> None:
-    cipher = CosmianCipher(key_of(shared, "bm9ib2R5"))
+def test_credentials_that_are_refused_name_the_settings(two_users: CosmianDouble) -> None:
+    cipher = CosmianCipher(key_of(two_users, "bm9ib2R5"))
 
     with pytest.raises(BackendUnavailable, match=r"check kms\.cosmian\.api_key_file .* or client_cert_file"):
         cipher.versions()
 
 
-def test_an_api_key_is_read_again_when_its_file_changes(shared: CosmianDouble, tmp_path: Path) -> None:
+def test_an_api_key_is_read_again_when_its_file_changes(two_users: CosmianDouble, tmp_path: Path) -> None:
     file = tmp_path / "api-key"
     file.write_text(MALLORY)
     file.chmod(0o600)
-    with key_of(shared, ALICE).call():
-        key_of(shared, ALICE).init()
-    settings = settings_of(shared, {}, api_key_file=file)
+    with key_of(two_users, ALICE).call():
+        key_of(two_users, ALICE).init()
+    settings = settings_of(two_users, {}, api_key_file=file)
     cipher = CosmianCipher(configured_key("payroll", settings))
     with pytest.raises(KeyMissing):
         cipher.versions()

@@ -19,7 +19,7 @@ from kms_core.envelope import sealing
 from kms_core.http_client import Busy, PeerServer, Unreachable
 from kms_protocol.errors import BackendUnavailable, DecryptFailed
 from support import openbao
-from support.age_kms import ROW, head_of
+from support.age_kms import ROW_7, head_of
 from support.clock import Clock
 from support.contract.faults import Fault, Faulty, answer, faulty, hangs_up
 from support.openbao import Bao, BaoRefused, transit
@@ -430,8 +430,8 @@ token_file = "{tmp_path / "token"}"
 """
     key = keyring.build(read(tmp_path, text)).default
     ref = key.ref("acme")
-    file = sealing.seal(b"salary", [(key.backend, ref)], ROW)
+    file = sealing.seal(b"salary", [(key.backend, ref)], ROW_7)
     head = head_of(file)
 
     assert head.stanzas[0].args == ("kms-service/wrap", "transit", "default", "1")
-    assert sealing.open_(file, head, sealing.file_key_of(head, key.backend, ref, context=ROW)) == b"salary"
+    assert sealing.open_(file, head, sealing.file_key_of(head, key.backend, ref, context=ROW_7)) == b"salary"

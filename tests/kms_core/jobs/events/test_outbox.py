@@ -13,7 +13,7 @@ from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import DurabilityUnconfirmed
 from support.job_stores import LASTING_LEASES, accepted, claimed, forge
 from support.waiting import until
-from support.webhooks import DUE, end, endpoint, event_entry, every, hasten, receiving, waiting
+from support.webhooks import DUE, ended_job, endpoint, event_entry, every, hasten, receiving, waiting
 
 GIVEN_UP = "kms:webhooks:given_up"
 
@@ -41,7 +41,7 @@ def test_other_jobs_are_not_told(
 def test_a_delivery_that_always_fails_ends_as_dead(
     store: JobStore, webhook_endpoint: WebhookEndpoint, changes: dict[str, float]
 ) -> None:
-    end(store)
+    ended_job(store)
     outbox, delivery = waiting(store, {"ci": webhook_endpoint})
 
     assert outbox.put_off(msgspec.structs.replace(delivery, **changes)) is None
@@ -53,7 +53,7 @@ def test_each_failed_attempt_waits_longer_up_to_a_quarter_of_an_hour(
     store: JobStore, webhook_endpoint: WebhookEndpoint
 ) -> None:
     """Twice as long each time, of which a half is random."""
-    end(store)
+    ended_job(store)
     outbox, delivery = waiting(store, {"ci": webhook_endpoint})
     for failed, longest_s in ((0, 1), (1, 2), (9, 512), (10, 900), (18, 900)):
         wait_s = outbox.put_off(msgspec.structs.replace(delivery, attempts=failed))
@@ -65,7 +65,7 @@ def test_other_states_are_passed_over_and_leave(store: JobStore, webhook_endpoin
     """Also where more of them come first than may be sent at a time."""
     for _ in range(5):
         claimed(store, callback="ci")
-    ended = [end(store) for _ in range(3)]
+    ended = [ended_job(store) for _ in range(3)]
     outbox = Outbox(store, {"ci": webhook_endpoint})
     first = outbox.due("ci", 2)
     rest = outbox.due("ci", 2, [found.entry for found in first])
@@ -77,7 +77,7 @@ def test_other_states_are_passed_over_and_leave(store: JobStore, webhook_endpoin
 def test_the_stream_that_others_read_is_not_needed(
     store: JobStore, webhook_endpoint: WebhookEndpoint
 ) -> None:
-    job_id = end(store)
+    job_id = ended_job(store)
     store.redis.delete("kms:events")
 
     assert waiting(store, {"ci": webhook_endpoint})[1].job_id == job_id
@@ -89,7 +89,7 @@ def test_an_end_that_redis_did_not_confirm_waits(
     def unconfirmed() -> None:
         raise DurabilityUnconfirmed
 
-    job_id = end(store)
+    job_id = ended_job(store)
     with monkeypatch.context() as patch:
         patch.setattr(store, "confirm", unconfirmed)
         with pytest.raises(DurabilityUnconfirmed):
@@ -99,7 +99,7 @@ def test_an_end_that_redis_did_not_confirm_waits(
 
 
 def test_settling_late_leaves_nothing_behind(store: JobStore, webhook_endpoint: WebhookEndpoint) -> None:
-    end(store)
+    ended_job(store)
     outbox, delivery = waiting(store, {"ci": webhook_endpoint})
     outbox.remove(delivery)
     outbox.put_off(delivery)
@@ -112,7 +112,7 @@ def test_a_delivery_that_failed_outlives_the_record(
     store: JobStore, webhook_endpoint: WebhookEndpoint
 ) -> None:
     """Records may be kept for a shorter time than attempts are made."""
-    job_id = end(store)
+    job_id = ended_job(store)
     outbox, first = waiting(store, {"ci": webhook_endpoint})
     outbox.put_off(first)
     store.redis.delete(f"kms:job:{job_id}")
@@ -124,7 +124,7 @@ def test_a_delivery_that_failed_outlives_the_record(
 
 def test_entries_that_no_worker_sends_are_bounded(store: JobStore) -> None:
     store.redis.zadd(DUE, {"old": time.time() - 7 * 86400 - 60, "young": time.time() - 7 * 86400 + 60})
-    end(store)
+    ended_job(store)
 
     entries = cast("list[bytes]", store.redis.zrange(DUE, 0, -1))
     assert b"young" in entries
@@ -139,7 +139,7 @@ def test_a_delivery_that_is_put_back_after_its_time_is_not_sent(
     store: JobStore, tmp_path: Path, late_s: float
 ) -> None:
     """Its time ends when all attempts are over, and what an outage of the workers may take."""
-    end(store)
+    ended_job(store)
     with receiving(None) as receiver:
         webhook_endpoint = endpoint(tmp_path, receiver.url(scheme="http"), None)
         outbox, delivery = waiting(store, {"ci": webhook_endpoint})
@@ -162,7 +162,7 @@ def test_a_delivery_that_is_put_back_after_its_time_is_not_sent(
 def test_an_event_of_a_record_that_was_put_back_after_its_time_is_not_told(
     store: JobStore, webhook_endpoint: WebhookEndpoint
 ) -> None:
-    job_id, kept = end(store, "failed", "decrypt_failed"), end(store, "failed", "decrypt_failed")
+    job_id, kept = ended_job(store, "failed", "decrypt_failed"), ended_job(store, "failed", "decrypt_failed")
     long_ago = time.time() - LASTING_LEASES.jobs.result_ttl_s - 61
     old = accepted(job_id=job_id, callback="ci", expires_at=long_ago)
     forge(store, job_id, sealed=store.record_key.seal(old))
@@ -175,7 +175,7 @@ def test_an_entry_of_another_endpoint_is_not_sent(
     store: JobStore, webhook_endpoint: WebhookEndpoint, *, is_sealed: bool
 ) -> None:
     """The sealed part of a record, or the sealed delivery, names the endpoint."""
-    end(store)
+    ended_job(store)
     outbox, delivery = waiting(store, {"ci": webhook_endpoint, "other": webhook_endpoint})
     if is_sealed:
         outbox.put_off(delivery)
@@ -189,7 +189,7 @@ def test_an_entry_of_another_endpoint_is_not_sent(
 def test_a_delivery_that_the_service_did_not_seal_is_not_sent(
     store: JobStore, webhook_endpoint: WebhookEndpoint
 ) -> None:
-    end(store)
+    ended_job(store)
     outbox, delivery = waiting(store, {"ci": webhook_endpoint})
     outbox.remove(delivery)
     outbox_entry = b"\x01" + msgspec.msgpack.encode(delivery)
@@ -227,10 +227,10 @@ def test_a_record_cannot_be_given_a_callback(store: JobStore, webhook_endpoint: 
 def test_an_event_that_no_script_wrote_is_passed_over(
     store: JobStore, webhook_endpoint: WebhookEndpoint, changes: dict[str, str]
 ) -> None:
-    first = end(store)
+    first = ended_job(store)
     junk = (event_entry(first, **changes), b"[1]", b'["a"]', b"[\xff")
     store.redis.zadd(DUE, dict.fromkeys(junk, time.time()))
-    last = end(store)
+    last = ended_job(store)
     outbox = Outbox(store, {"ci": webhook_endpoint})
 
     assert [delivery.job_id for delivery in outbox.due("ci", 10)] == [first, last]
@@ -240,7 +240,7 @@ def test_an_event_that_no_script_wrote_is_passed_over(
 def test_a_record_that_does_not_decode_stops_no_other(
     store: JobStore, webhook_endpoint: WebhookEndpoint
 ) -> None:
-    broken, good = end(store), end(store)
+    broken, good = ended_job(store), ended_job(store)
     forge(store, broken, attempt="many")
 
     assert waiting(store, {"ci": webhook_endpoint})[1].job_id == good
@@ -249,8 +249,8 @@ def test_a_record_that_does_not_decode_stops_no_other(
 def test_the_newest_thousand_of_dead_deliveries_are_kept(
     store: JobStore, webhook_endpoint: WebhookEndpoint
 ) -> None:
-    end(store)
-    end(store)
+    ended_job(store)
+    ended_job(store)
     outbox = Outbox(store, {"ci": webhook_endpoint})
     first, last = (msgspec.structs.replace(each, attempts=MOST_ATTEMPTS) for each in outbox.due("ci", 10))
     outbox.put_off(first)
@@ -269,7 +269,7 @@ def test_events_that_nobody_reads_are_bounded(store: JobStore) -> None:
         for number in range(100_500):
             pipe.xadd("kms:events", {"a": "b"}, id=f"{number + 1}-0")
         pipe.execute()
-    end(store)
+    ended_job(store)
 
     assert 100_000 <= store.redis.xlen("kms:events") < 100_200
     newest = cast("list[tuple[bytes, dict[bytes, bytes]]]", store.redis.xrevrange("kms:events", count=1))
@@ -279,8 +279,8 @@ def test_events_that_nobody_reads_are_bounded(store: JobStore) -> None:
 def test_every_waiting_delivery_is_counted(store: JobStore, webhook_endpoint: WebhookEndpoint) -> None:
     outbox = Outbox(store, {"ci": webhook_endpoint})
     assert (outbox.endpoints(), outbox.size(), every(outbox)) == ([], 0, [])
-    end(store)
-    end(store, callback="other")
+    ended_job(store)
+    ended_job(store, callback="other")
     for name in ("ci", "other"):
         outbox.due(name, 10)
 

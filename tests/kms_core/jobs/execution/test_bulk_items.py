@@ -7,7 +7,7 @@ from kms_core.jobs.execution import one_file, results
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.storage.spool import ITEMS
 from kms_protocol.errors import RateLimited, ResultExpired
-from support.core_jobs import cut, lines, now, submit_items
+from support.core_jobs import lines, now, split_into_parts, submit_items
 from support.job_stores import TENANT, events, expire_leases, remove_inputs, spool_folder, with_jobs
 
 
@@ -28,7 +28,7 @@ def test_every_item_has_its_line_in_order(  # noqa: PLR0913 -- a row of the tabl
     """Also beside a bad one, which fails the whole and no other item."""
     monkeypatch.setattr(one_file, "MOST_PARTS", most)
     job_id = submit_items(core, count, bad)
-    found = cut(core, job_id)
+    found = split_into_parts(core, job_id)
     assert len(found) == parts
     for part in reversed(found):
         run_job(part, core.worker_context, "w/2")
@@ -45,7 +45,7 @@ def test_every_item_has_its_line_in_order(  # noqa: PLR0913 -- a row of the tabl
 def test_splitting_twice_makes_the_same_parts_and_a_part_counts_once(core: Core) -> None:
     """And transitions of the whole are told once, those of parts not at all."""
     job_id = submit_items(core, 1_001)
-    for part in [*cut(core, job_id), *cut(core, job_id)]:
+    for part in [*split_into_parts(core, job_id), *split_into_parts(core, job_id)]:
         run_job(part, core.worker_context, "w/1")
 
     assert (now(core, job_id).state, now(core, job_id).items_done) == ("succeeded", 1_001)
@@ -58,7 +58,7 @@ def test_a_part_that_uses_up_its_attempts_has_error_lines(
 ) -> None:
     monkeypatch.setattr(one_file, "MOST_PARTS", 2)  # so a part has 1,000 items
     job_id, store = submit_items(core, 1_501), core.worker_context.store
-    other, dead = cut(core, job_id)
+    other, dead = split_into_parts(core, job_id)
     for _ in range(store.rules.attempts):
         assert store.claim(dead, "w/9")  # and dies
         expire_leases(store)
@@ -76,7 +76,7 @@ def test_a_part_that_uses_up_its_attempts_has_error_lines(
 
 def test_cancelling_the_whole_stops_its_parts_and_leaves_nothing(core: Core) -> None:
     job_id = submit_items(core, 1_001)
-    parts = cut(core, job_id)
+    parts = split_into_parts(core, job_id)
     core.worker_context.store.cancel(job_id, TENANT)
     for part in parts:
         run_job(part, core.worker_context, "w/1")
@@ -91,7 +91,7 @@ def test_cancelling_the_whole_stops_its_parts_and_leaves_nothing(core: Core) -> 
 def test_items_leave_the_spool_with_the_last_part(core: Core) -> None:
     job_id = submit_items(core, 1_001)
     kept = spool_folder(core) / job_id / ITEMS
-    first, *others = cut(core, job_id)
+    first, *others = split_into_parts(core, job_id)
     run_job(first, core.worker_context, "w/1")
     remove_inputs(core)
     assert kept.exists()

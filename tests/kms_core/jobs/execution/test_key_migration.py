@@ -20,7 +20,17 @@ from kms_core.jobs.storage.locations import JobSource, Locations
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import Unavailable
-from support.core_jobs import CONTEXT, WHO, cut, done, end_of, lines, now, submit, taken_up
+from support.core_jobs import (
+    CONTEXT,
+    WHO,
+    done,
+    end_of,
+    lines,
+    now,
+    run_after_lease_expiry,
+    split_into_parts,
+    submit,
+)
 from support.failing_store import killed, worker_with_hook
 from support.job_stores import TENANT, forge
 
@@ -239,13 +249,13 @@ def test_file_that_somebody_changes_meanwhile_is_theirs(
 
 def test_cancelled_job_tells_what_it_has_put_in_place(core: Core, root: Path) -> None:
     job_id = submit(core, "rewrap", f"file://{root}/**", None, overwrite=True)
-    (part,) = cut(core, job_id)
+    (part,) = split_into_parts(core, job_id)
     killed(core, part, 1, after=True)  # once its first file is settled and on record
 
     core.worker_context.store.cancel(job_id, TENANT)
     asked = now(core, job_id)
     assert (asked.state, asked.cancel) == ("running", 1), "a worker may be at work"
-    taken_up(core, part)
+    run_after_lease_expiry(core, part)
 
     first, *others = lines(core, job_id)
     assert [line["error"]["code"] for line in others] == ["cancelled"] * (len(FILES) - 1)
@@ -273,7 +283,7 @@ def test_file_that_the_disk_cannot_give_is_given_up_in_the_end_and_holds_up_no_o
     places = Unreadable(*(getattr(found, one.name) for one in fields(found)))
     worker_context = replace(core.worker_context, places=places)
     job_id = submit(core, "rewrap", f"file://{root}/**", None, overwrite=True)
-    (part,) = cut(core, job_id)
+    (part,) = split_into_parts(core, job_id)
     for _ in range(PATIENCE):
         run_job(part, worker_context, "w")
         assert store.part(part).job.state == "queued"

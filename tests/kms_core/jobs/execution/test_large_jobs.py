@@ -18,7 +18,7 @@ from kms_core.jobs.storage.locations import check_holes
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import SpoolFull, TooLarge
 from kms_protocol.wire import PRIORITIES
-from support.core_jobs import cut, end_of, submit
+from support.core_jobs import end_of, split_into_parts, submit
 from support.credentials import REQUIRED, SecuredService
 from support.file_tree import names
 from support.job_stores import (
@@ -268,7 +268,7 @@ def test_files_of_a_part_that_have_grown_make_it_large(sharing_core: Core, files
     for source in sources:
         source.write_bytes(b"x")
     whole = submit(core, "encrypt", f"file://{files}/in/*", f"file://{files}/out/")
-    (part,) = cut(core, whole)
+    (part,) = split_into_parts(core, whole)
     for source in sources:
         source.write_bytes(bytes(LARGE // 2 - 1))
 

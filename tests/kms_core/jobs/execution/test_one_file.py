@@ -16,7 +16,7 @@ from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.storage.local import OpenSource, Roots
 from kms_protocol.errors import JobsUnavailable, PathRefused
 from kms_protocol.wire import JobKind
-from support.core_jobs import NEW, done, end_of, now, opened, submit, submit_items, taken_up
+from support.core_jobs import NEW, done, end_of, now, opened, run_after_lease_expiry, submit, submit_items
 from support.failing_store import CRASH_POINTS, Killed, killed, worker_calling_at
 from support.file_tree import names
 from support.job_stores import forge
@@ -171,7 +171,7 @@ def test_job_of_a_killed_worker_is_finished_once(
     error = JobsUnavailable if how == "Redis is lost" else Killed
     killed(core, job_id, step, after=moment == "after", error=error)
     placed = (files / "out").stat() if step == "finish" else None
-    taken_up(core, job_id)
+    run_after_lease_expiry(core, job_id)
     job = now(core, job_id)
 
     assert (job.state, job.error) == ("succeeded", "")
@@ -188,7 +188,7 @@ def test_target_taken_before_the_finish_is_left_alone(core: Core, files: Path) -
     killed(core, job_id, "committing", after=True)
     (files / "out").write_bytes(b"somebody else's")
 
-    taken_up(core, job_id)
+    run_after_lease_expiry(core, job_id)
 
     assert end_of(core, job_id) == ("failed", "target_exists")
     assert (files / "out").read_bytes() == b"somebody else's"
@@ -217,7 +217,7 @@ def test_bulk_job_of_a_killed_worker_has_one_result(core: Core, *, after: bool) 
     job_id = submit_items(core, 20)
 
     killed(core, job_id, "finish", after=after)
-    taken_up(core, job_id)
+    run_after_lease_expiry(core, job_id)
     job = now(core, job_id)
 
     assert (job.state, job.items_done, job.items_failed) == ("succeeded", 20, 0)

@@ -18,7 +18,7 @@ from kms_core.jobs.spec import BULK, QUEUES
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
 from kms_protocol.errors import RecordRefused
-from support.core_jobs import cut, end_of, lines, now, submit_items
+from support.core_jobs import end_of, lines, now, split_into_parts, submit_items
 from support.job_stores import TENANT, events, forge, record
 
 REFUSED = ("failed", "record_refused")
@@ -28,7 +28,7 @@ ITEMS = 1_001  # three parts
 def submit(core: Core, bad: Collection[int] = ()) -> list[str]:
     """The ids of a job that was cut into three parts, and of those."""
     job_id = submit_items(core, ITEMS, bad)
-    return [job_id, *cut(core, job_id)]
+    return [job_id, *split_into_parts(core, job_id)]
 
 
 def run(core: Core, *job_ids: str) -> None:

@@ -14,7 +14,7 @@ from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Attempt
 from kms_core.jobs.spec import ClocksApart
 from kms_core.jobs.store.store import JobStore
-from support.core_jobs import cut, now, submit, submit_items
+from support.core_jobs import now, split_into_parts, submit, submit_items
 from support.failing_store import killed, worker_calling_at, worker_with_hook
 from support.file_tree import names
 from support.job_stores import COMMIT, ahead, forge, later, put_back, record, take
@@ -170,7 +170,7 @@ def part(core: Core, files: Path) -> str:
     for name in ("a", "b"):
         (files / "in" / name).write_bytes(name.encode())
     job_id = submit(core, "encrypt", f"file://{files}/in/*", f"file://{files}/out/")
-    (part,) = cut(core, job_id)
+    (part,) = split_into_parts(core, job_id)
     return part
 
 

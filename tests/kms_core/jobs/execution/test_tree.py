@@ -13,7 +13,7 @@ from kms_core.jobs.model import part_id
 from kms_core.jobs.submission.submitter import Reference
 from kms_protocol import wire
 from kms_protocol.errors import InvalidRequest, JobsUnavailable, PathRefused
-from support.core_jobs import WHO, done, lines, now, opened, run, submit, taken_up
+from support.core_jobs import WHO, done, lines, now, opened, run, run_after_lease_expiry, submit
 from support.failing_store import Killed, killed, worker_with_hook
 from support.file_tree import names
 from support.job_stores import (
@@ -40,7 +40,7 @@ def url(path: Path, pattern: str = "") -> str:
     return f"file://{path}/{pattern}"
 
 
-def cut(core: Core, files: Path, **named: bytes) -> tuple[str, str]:
+def split_into_parts(core: Core, files: Path, **named: bytes) -> tuple[str, str]:
     """The ids of a job that seals these files of ``in`` into ``out``, and of its part, which has not run."""
     fill(files / "in", **named)
     job_id = submit(core, "encrypt", url(files / "in", "**"), url(files / "out"))
@@ -158,7 +158,7 @@ def test_nothing_named_is_nothing_done(core: Core, files: Path) -> None:
 def test_more_files_than_allowed_are_refused_and_none_is_touched(core: Core, files: Path) -> None:
     core.worker_context.store.rules = with_jobs(fanout_files=2).jobs
 
-    job_id, _ = cut(core, files, a=b"1", b=b"2", c=b"3")
+    job_id, _ = split_into_parts(core, files, a=b"1", b=b"2", c=b"3")
 
     assert ended(core, job_id)[:2] == ("failed", "too_large")
     assert not (files / "out").exists()
@@ -170,7 +170,7 @@ def test_parts_count_as_running_jobs(
     core: Core, files: Path, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
     monkeypatch.setattr("kms_core.jobs.execution.tree.PART_FILES", 1)
-    job_id, _ = cut(core, files, a=b"1", b=b"2", c=b"3")
+    job_id, _ = split_into_parts(core, files, a=b"1", b=b"2", c=b"3")
     is_tenant = limit == "tenant"
     settings = with_jobs(tenant_leases=2) if is_tenant else with_jobs(resource_leases={f"root:{files}": 2})
     store = store_of(core, settings)
@@ -230,10 +230,10 @@ def test_listing_that_was_cut_off_is_made_anew_and_what_comes_later_is_not_in_it
     job_id = submit(core, "encrypt", url(files / "in", "*"), url(files / "out"))
     killed(core, job_id, "split", after=False)
     fill(files / "in", b=b"2")
-    taken_up(core, job_id)
+    run_after_lease_expiry(core, job_id)
     fill(files / "in", c=b"3")
     for _ in range(2):
-        taken_up(core, job_id)
+        run_after_lease_expiry(core, job_id)
         run(core, job_id)
 
     assert set(tree(files / "out")) == {"a.age", "b.age"}
@@ -268,7 +268,7 @@ def test_part_of_a_killed_worker_is_finished_and_each_file_is_done_once(
     killed(core, part, at, after=after, error=JobsUnavailable if how == "Redis is lost" else Killed)
     before = {path.name: path.stat().st_ino for path in (files / "out").glob("*.age")}
     settled = len(core.worker_context.store.part(part).log.outcomes)
-    taken_up(core, part)
+    run_after_lease_expiry(core, part)
 
     assert ended(core, job_id) == ("succeeded", "", 3, 0)
     assert now(core, job_id).bytes_done == now(core, job_id).bytes
@@ -280,7 +280,7 @@ def test_part_of_a_killed_worker_is_finished_and_each_file_is_done_once(
 
 
 def test_worker_that_was_overtaken_in_the_middle_has_no_effect(core: Core, files: Path) -> None:
-    job_id, part = cut(core, files, a=b"1", b=b"2")
+    job_id, part = split_into_parts(core, files, a=b"1", b=b"2")
     turns = count()
 
     def overtake(_step: str) -> None:
@@ -297,22 +297,22 @@ def test_worker_that_was_overtaken_in_the_middle_has_no_effect(core: Core, files
 
 def test_part_that_comes_further_each_time_is_no_dead_letter(core: Core, files: Path) -> None:
     sources = [f"f{number}" for number in range(LASTING_LEASES.jobs.attempts + 3)]
-    job_id, part = cut(core, files, **dict.fromkeys(sources, b"x"))
+    job_id, part = split_into_parts(core, files, **dict.fromkeys(sources, b"x"))
     for _ in sources:
         killed(core, part, 1, after=False)
         expire_leases(core.worker_context.store)
-    taken_up(core, part)
+    run_after_lease_expiry(core, part)
 
     assert ended(core, job_id) == ("succeeded", "", len(sources), 0)
     assert set(tree(files / "out")) == {f"{name}.age" for name in sources}
 
 
 def test_part_that_kills_every_worker_ends_and_tells_what_was_done(core: Core, files: Path) -> None:
-    job_id, part = cut(core, files, a=b"1", b=b"2", c=b"3")
+    job_id, part = split_into_parts(core, files, a=b"1", b=b"2", c=b"3")
     for at in (2, 1, *[0] * (LASTING_LEASES.jobs.attempts - 1)):  # at c, at c once b is in place, at c
         killed(core, part, at, after=False)
         expire_leases(core.worker_context.store)
-    taken_up(core, part)
+    run_after_lease_expiry(core, part)
 
     assert ended(core, job_id) == ("failed", "items_failed", 3, 1)
     assert refused(core, job_id) == {"c": "attempts_exhausted"}
@@ -322,7 +322,7 @@ def test_part_that_kills_every_worker_ends_and_tells_what_was_done(core: Core, f
 @pytest.mark.parametrize("whose", ["nobody's", "another part's", "an earlier life's"])
 def test_log_that_is_not_of_this_part_ends_it_at_once(core: Core, files: Path, whose: str) -> None:
     """Or files that were never written would count as done."""
-    job_id, part = cut(core, files, a=b"1")
+    job_id, part = split_into_parts(core, files, a=b"1")
     store, log = core.worker_context.store, bytes(32) + b"\x80"
     if whose == "another part's":
         other = done(core, "encrypt", url(files / "in", "*"), url(files / "other"))
@@ -346,11 +346,11 @@ def test_log_that_is_not_of_this_part_ends_it_at_once(core: Core, files: Path, w
 
 
 def test_cancelled_job_keeps_what_was_done_and_leaves_nothing_else(core: Core, files: Path) -> None:
-    job_id, part = cut(core, files, a=b"1", b=b"2", c=b"3")
+    job_id, part = split_into_parts(core, files, a=b"1", b=b"2", c=b"3")
     killed(core, part, 1, after=True)
 
     core.worker_context.store.cancel(job_id, TENANT)
-    taken_up(core, part)
+    run_after_lease_expiry(core, part)
 
     assert now(core, job_id).state == "cancelled"
     assert names(files / "out") == ["a.age"]

@@ -7,7 +7,7 @@ import pytest
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import part_id
 from kms_protocol.errors import PathRefused
-from support.core_jobs import WHO, done, lines, submit, taken_up
+from support.core_jobs import WHO, done, lines, run_after_lease_expiry, submit
 from support.failing_store import killed
 from support.object_jobs import ObjectJobs
 
@@ -81,7 +81,7 @@ def test_part_over_objects_of_a_killed_worker_is_finished(
     run_job(job_id, object_jobs.core.worker_context, "w")
 
     killed(object_jobs.core, part_id(job_id, 0), at, after=after)
-    taken_up(object_jobs.core, part_id(job_id, 0))
+    run_after_lease_expiry(object_jobs.core, part_id(job_id, 0))
 
     assert (object_jobs.now(job_id).state, object_jobs.now(job_id).items_failed) == ("succeeded", 0)
     assert {name: object_jobs.by_age(object_jobs.bucket.get(f"out/{name}.age")) for name in plain} == plain

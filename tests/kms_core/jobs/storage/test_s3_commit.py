@@ -51,7 +51,7 @@ def test_job_of_a_killed_worker_is_finished_once(
 
     object_jobs.killed(job_id, step, after=moment == "after")
     placed = bucket.etag(key) if step == "finish" else None
-    job = object_jobs.taken_up(job_id)
+    job = object_jobs.run_after_lease_expiry(job_id)
 
     assert (job.state, job.error) == ("succeeded", "")
     assert (bucket.get(key) if kind == "decrypt" else object_jobs.by_age(bucket.get(key))) == data
@@ -66,7 +66,7 @@ def test_redis_lost_at_the_commit_costs_nothing(object_jobs: ObjectJobs, size: i
     job_id = object_jobs.submit("encrypt", bucket.put("in", data), bucket.url("out/x"))
 
     object_jobs.killed(job_id, "committing", after=after, error=JobsUnavailable)
-    job = object_jobs.taken_up(job_id)
+    job = object_jobs.run_after_lease_expiry(job_id)
 
     assert job.state == "succeeded"
     assert object_jobs.by_age(bucket.get("out/x")) == data
@@ -141,7 +141,7 @@ def test_target_taken_while_its_worker_was_dead_is_left_alone(
     theirs = b"somebody else's"
     bucket.store.admin.put_object(Bucket=bucket.name, Key="out/x", Body=theirs, Metadata=metadata)
 
-    job = object_jobs.taken_up(job_id)
+    job = object_jobs.run_after_lease_expiry(job_id)
 
     assert (job.state, job.error) == ("failed", "target_exists")
     assert bucket.get("out/x") == theirs
@@ -163,7 +163,7 @@ def test_upload_that_was_changed_before_the_finish_is_not_put_in_place(
     else:
         admin.upload_part(Bucket=name, Key="out/x", UploadId=upload_id, PartNumber=1, Body=bytes(8 * MiB))
 
-    job = object_jobs.taken_up(job_id)
+    job = object_jobs.run_after_lease_expiry(job_id)
 
     assert (job.state, job.error) == ("failed", "path_refused")
     assert bucket.keys() == {"in"}
@@ -191,7 +191,7 @@ def test_upload_of_a_killed_attempt_is_aborted_however_the_job_ends(
     expire_leases(object_jobs.core.worker_context.store)
     end(object_jobs, job_id)
 
-    job = object_jobs.taken_up(job_id)
+    job = object_jobs.run_after_lease_expiry(job_id)
 
     assert job.ended
     assert bucket.etag("out/x") is None
@@ -256,7 +256,7 @@ def test_store_that_does_not_take_the_commit_holds_it_up_and_no_more(
     assert proxied_object_jobs.run(job_id).state == "committing"
     s3_proxy.intercept = lambda _: None
 
-    job = proxied_object_jobs.taken_up(job_id)
+    job = proxied_object_jobs.run_after_lease_expiry(job_id)
 
     assert job.state == "succeeded"
     assert proxied_object_jobs.by_age(bucket.get("out/x")) == data
@@ -357,7 +357,7 @@ def test_commit_that_is_put_back_after_its_expiry_writes_no_object(
     job_id = object_jobs.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
     object_jobs.killed(job_id, "committing", after=True)
     dump = record(store, job_id)
-    assert object_jobs.taken_up(job_id).state == "succeeded"
+    assert object_jobs.run_after_lease_expiry(job_id).state == "succeeded"
     bucket.store.admin.delete_object(Bucket=bucket.name, Key="out/x")
     put_back(store, job_id, dump)
     with later():

@@ -24,7 +24,7 @@ from kms_core.jobs.submission.submitter import ClientJobId, Reference, Submissio
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.wire import PREFIX
-from support.core_jobs import taken_up
+from support.core_jobs import run_after_lease_expiry
 from support.embedded_valkey import EmbeddedValkey
 from support.failing_store import killed
 from support.job_stores import forge, uploaded
@@ -205,7 +205,7 @@ def test_results_of_parts_are_not_exchanged(install: Install) -> None:
 def test_head_of_an_earlier_attempt_is_refused(install: Install) -> None:
     job_id = job(install, "encrypt")
     killed(install.core, job_id, "finish", after=False)
-    taken_up(install.core, job_id)
+    run_after_lease_expiry(install.core, job_id)
     folder = install.folder(job_id)
 
     assert install.download(job_id).status_code == 200

@@ -20,32 +20,32 @@ from support.service import Service, check_problem, core_of
 ONE = {"kind": "encrypt", "items": [{"plaintext": ""}]}
 
 
-def test_depth_counts_every_priority(idle: Service) -> None:
-    before = idle.get("/status").json()["queue_depth"]
+def test_depth_counts_every_priority(no_worker: Service) -> None:
+    before = no_worker.get("/status").json()["queue_depth"]
 
-    jobs = [idle.submit(ONE | {"priority": priority}) for priority in (*PRIORITIES, None)]
+    jobs = [no_worker.submit(ONE | {"priority": priority}) for priority in (*PRIORITIES, None)]
 
-    assert idle.get("/status").json()["queue_depth"] == before + 4
-    exposed = idle.http.get("/metrics").text
-    found = depths(core_of(idle).worker_context.store)
+    assert no_worker.get("/status").json()["queue_depth"] == before + 4
+    exposed = no_worker.http.get("/metrics").text
+    found = depths(core_of(no_worker).worker_context.store)
     assert found[BULK, "normal"] >= 2
     for priority in PRIORITIES:
         assert (
             f'kms_queue_depth{{priority="{priority}",queue="kms.bulk"}} {found[BULK, priority]}.0' in exposed
         )
-    assert [idle.job(job_id)["priority"] for job_id in jobs] == ["high", "normal", "low", "normal"]
+    assert [no_worker.job(job_id)["priority"] for job_id in jobs] == ["high", "normal", "low", "normal"]
 
 
 @pytest.mark.parametrize("path", ["/files/encrypt", "/jobs?kind=encrypt"])
-def test_streamed_job_has_its_priority_in_a_header(idle: Service, path: str) -> None:
+def test_streamed_job_has_its_priority_in_a_header(no_worker: Service, path: str) -> None:
     headers = {"Content-Type": "application/x-ndjson", "X-KMS-Priority": "low"}
     body = b'{"plaintext": ""}'
 
-    job_id = idle.post(path, content=body, headers=headers).json()["job_id"]
+    job_id = no_worker.post(path, content=body, headers=headers).json()["job_id"]
 
-    assert idle.job(job_id)["priority"] == "low"
+    assert no_worker.job(job_id)["priority"] == "low"
     check_problem(
-        idle.post(path, content=body, headers=headers | {"X-KMS-Priority": "9"}), 422, "invalid_request"
+        no_worker.post(path, content=body, headers=headers | {"X-KMS-Priority": "9"}), 422, "invalid_request"
     )
 
 

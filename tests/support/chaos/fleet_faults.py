@@ -18,7 +18,7 @@ _LARGE: Final = 96 * 1024 * 1024  # bytes; a worker takes a second or more for t
 _SECRET: Final = {"plaintext": b64(b"x"), "context": CONTEXT}
 
 
-class CutLines:
+class FleetFaults:
     """Faults by name, each by ``inject``; what they find wrong by themselves is in ``faults``."""
 
     def __init__(self, fleet: Fleet, mix: ObjectJobMix, load: Load, seed: int) -> None:
@@ -80,7 +80,7 @@ class CutLines:
     def _api(self, lines: Sequence[str]) -> None:
         """An API, until the other one has taken some jobs, or there are none to take."""
         before = len(self.load.accepted_jobs)
-        enough = min(before + 5, self.load.most, self.load.count)
+        enough = min(before + 5, self.load.request_limit, self.load.count)
         self._cut(
             self._rng.choice(APIS),
             lines,
