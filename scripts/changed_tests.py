@@ -2,7 +2,8 @@
 
 A module is tested by the files of its folder in ``tests`` that carry its name or import it, and by those that
 ``tests/modules.txt`` names for it; by its folder if none of these is of the first tier; a test by itself.
-Other files are judged by ``tests/repository``. ``scripts/test --changed`` runs what this prints.
+Other files are judged by ``tests/repository``. ``--own`` prints no folder, and nothing for other files.
+``scripts/test --changed`` runs the first tier of what this prints, then the second of what ``--own`` prints.
 """
 
 import re
@@ -26,28 +27,39 @@ def changed(since: str) -> list[Path]:
 
 def affected_by(path: Path) -> set[Path]:
     """The test files to run for a changed file, which may be gone."""
-    if path.parts[0] == "src" and path.suffix:
-        return set(_of_module(path.relative_to("src")))
+    own = own_tests(path)
+    if path.parts[0] == "src" and path.suffix and all(map(_is_second, own)):
+        return own | set(_of_folder(path))
+    if own:
+        return own
     if path.name == "conftest.py":
         return {path.parent}
     if path.parts[0] == "tests" and path.suffix == ".py":
-        return {path} if path.name.startswith("test_") else set(_importing(path))
+        return set(_importing(path))
     return {REPOSITORY}
 
 
-def _of_module(module: Path) -> Iterator[Path]:
-    folder = TESTS / module.parent
+def own_tests(path: Path) -> set[Path]:
+    """The test files of a module, by name, import or list, or a test itself; empty for other files."""
+    if path.parts[0] == "tests" and path.match("test_*.py"):
+        return {path}
+    if path.parts[0] != "src" or not path.suffix:
+        return set()
+    module = path.relative_to("src")
+    imports = _imports(module.with_suffix(""))
+    return set(_listed(module)) | {
+        each
+        for each in _of_folder(path)
+        if _is_named(each, module.stem) or imports.search((ROOT / each).read_text("utf-8"))
+    }
+
+
+def _of_folder(module: Path) -> Iterator[Path]:
+    """The test files of the folder that mirrors a module's, or of one above it."""
+    folder = TESTS / module.relative_to("src").parent
     while not (ROOT / folder).is_dir():
         folder = folder.parent
-    files = sorted(each.relative_to(ROOT) for each in (ROOT / folder).glob("test_*.py"))
-    imports = _imports(module.with_suffix(""))
-    own = [
-        each
-        for each in files
-        if _is_named(each, module.stem) or imports.search((ROOT / each).read_text("utf-8"))
-    ]
-    listed = _listed(module)
-    yield from [*listed, *own] if own or not all(map(_is_second, listed)) else [*listed, *files]
+    return (each.relative_to(ROOT) for each in sorted((ROOT / folder).glob("test_*.py")))
 
 
 def _listed(module: Path) -> list[Path]:
@@ -57,7 +69,7 @@ def _listed(module: Path) -> list[Path]:
 
 
 def _is_second(test: Path) -> bool:
-    """Whether a file is of the second tier, which ``scripts/test --changed`` does not run."""
+    """Whether a file is of the second tier as a whole."""
     is_named = str(test) in (ROOT / TESTS / "second_tier.txt").read_text("utf-8").splitlines()
     return is_named or test.parts[1] in {"chaos", "deploy", "e2e", "monitoring", "peers"}
 
@@ -89,6 +101,8 @@ def _git(*words: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    for found in sorted(set().union(*map(affected_by, changed(*sys.argv[1:] or ["HEAD"])))):
+    since = next((word for word in sys.argv[1:] if word != "--own"), "HEAD")
+    tests_of = own_tests if "--own" in sys.argv else affected_by
+    for found in sorted(set().union(*map(tests_of, changed(since)))):
         if (ROOT / found).exists():
             print(found)  # noqa: T201 -- a program

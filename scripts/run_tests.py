@@ -28,11 +28,13 @@ FILES_AT_A_TIME: Final = ("--dist=loadscope", "--numprocesses")
 LONGEST_FIRST: Final = "--no-loadscope-reorder"  # in the order of tests/support/tiers.py
 AT_ONCE: Final = 5
 TIMED_OUT: Final = 124  # as timeout(1)
+NOTHING_RAN: Final = 5  # pytest's
 USAGE: Final = """\
 scripts/test                    the first tier: what every change must pass
 scripts/test PART [PART …]      parts of the second tier: e2e peers chaos deploy monitoring fuzz speed others
 scripts/test --all              the first tier, then the second
-scripts/test --changed [REV]    the tests near what changed since REV (HEAD)
+scripts/test --changed [REV]    the tests near what changed since REV (HEAD): of the first tier,
+                                then of the second those that hold the changed modules
 scripts/test --repeat N PATH    the same tests N times, beside two busy loops
 scripts/test PATH …             paths and options of pytest, as they are
 
@@ -227,12 +229,23 @@ def run_all(runs: list[Run]) -> bool:
     return all(each.is_green for each in outcomes)
 
 
-def changed(since: str) -> list[str]:
-    argv = [sys.executable, "scripts/changed_tests.py", since]
-    found = subprocess.run(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
-    if not found:
+def run_changed(since: str, words: list[str]) -> int:
+    """Run the tests near what changed: those of the first tier, then of the second those of the modules."""
+
+    def tests(*own: str) -> list[str]:
+        argv = [sys.executable, "scripts/changed_tests.py", since, *own]
+        return subprocess.run(
+            argv, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+        ).stdout.splitlines()
+
+    codes = [NOTHING_RAN]
+    for tier, paths in (("1", tests()), (",".join(PARTS), tests("--own"))):
+        if paths and codes[-1] in {0, NOTHING_RAN}:
+            argv = [*PYTEST, f"--tier={tier}", *words, *paths]
+            codes.append(subprocess.run(argv, cwd=ROOT, check=False).returncode)
+    if set(codes) == {NOTHING_RAN}:
         sys.exit("kms: error: no test belongs to what changed")
-    return found
+    return max(code for code in codes if code != NOTHING_RAN)
 
 
 def main() -> None:
@@ -248,13 +261,16 @@ def main() -> None:
     if asked.repeat:
         sys.exit(not repeat(asked.repeat, words))
     if asked.changed:
-        os.execv(PYTEST[0], [*PYTEST, "--tier=1", *words, *changed(asked.changed)])  # noqa: S606 -- no shell
+        sys.exit(run_changed(asked.changed, words))
     if words and not set(words) <= set(PARTS):
-        os.execv(PYTEST[0], [*PYTEST, *words])  # noqa: S606 -- as above
+        os.execv(PYTEST[0], [*PYTEST, *words])  # noqa: S606 -- no shell
     if asked.all:
         sys.exit(not run_all([FIRST, second(PARTS)]))
     sys.exit(not run_all([second(words) if words else FIRST]))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

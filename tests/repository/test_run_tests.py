@@ -138,6 +138,7 @@ def test_a_folder_or_the_list_makes_the_tier(test: str, part: str | None) -> Non
 
 CHANGED: Final = runpy.run_path(str(ROOT / "scripts/changed_tests.py"))
 affected_by: Final = cast("Callable[[Path], set[Path]]", CHANGED["affected_by"])
+own_tests: Final = cast("Callable[[Path], set[Path]]", CHANGED["own_tests"])
 MODULES: Final = sorted(path.relative_to(ROOT) for path in (ROOT / "src").rglob("*.py"))
 
 
@@ -162,6 +163,19 @@ def test_a_change_has_its_tests(changed: str, expected: str) -> None:
 
 def test_a_module_does_not_run_the_tests_of_its_neighbours() -> None:
     assert Path("tests/kms_core/age/test_bech32.py") not in affected_by(Path("src/kms_core/age/armor.py"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ("src/kms_core/key_rotation.py", {"tests/e2e/test_rotation.py"}),
+        ("tests/e2e/test_rotation.py", {"tests/e2e/test_rotation.py"}),
+        ("tests/support/ports.py", set()),
+        ("docs/security.md", set()),
+    ],
+)
+def test_the_second_tier_runs_what_holds_a_module_and_no_more(changed: str, expected: set[str]) -> None:
+    assert own_tests(Path(changed)) == set(map(Path, expected))
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
