@@ -29,7 +29,7 @@ from kms_core.jobs.store.redis_keys import job_key
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.wire import ENDED, JobItem
 from support import rabbitmq
-from support.network_hosts import Host, hosts
+from support.network_hosts import Host, hosts_or_local
 
 BIG: Final = 10_000
 WAITING: Final = 1_000
@@ -213,7 +213,7 @@ def _idle_host(folder: Path, options: report.Options, seconds: float) -> str:
 
 def _hosts(folder: Path, options: report.Options, seconds: float) -> str:
     waiting = options.given.waiting
-    with hosts(2) as both:
+    with hosts_or_local(2) as both:
         contenders = [
             Contender("both start together", functools.partial(_busy, folder, both, waiting, 0.0)),
             Contender("one joins another", functools.partial(_busy, folder, both, waiting, _JOINS_S)),
@@ -271,7 +271,7 @@ def _share(install: Install, ends: Ends) -> float:
 
 
 def _start(install: Install, name: str, host: Host, port: int) -> None:
-    url = f"redis://{host.us}:{port}/0"
+    url = f"redis://{host.test_address}:{port}/0"
     more = {**install.worker_environ(name, free_port(), {}), "KMS_REDIS_URL": url}
     install.run(name, "kms_worker.main", within=host.enter, **more)
 

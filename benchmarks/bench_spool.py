@@ -202,7 +202,7 @@ def _requests(install: Install, s3_proxy: S3Proxy, file: Path, options: report.O
         work()
         del s3_proxy.seen[:]
         work()
-        names = Counter(seen.name for seen in list(s3_proxy.seen) if _JOB_ID.search(seen.path))
+        names = Counter(seen.operation for seen in list(s3_proxy.seen) if _JOB_ID.search(seen.path))
         options.note("requests", kept, {"calls": names.total()})
         rows.append([name, str(names.total()), ", ".join(f"{names[each]} {each}" for each in sorted(names))])
     title = "Requests to the store that name the job, from submission until it is removed"
@@ -223,7 +223,7 @@ def _memory(install: Install, s3_proxy: S3Proxy, folder: Path, options: report.O
     pid, held, may_go = install.running["api"][0].pid, threading.Event(), threading.Event()
 
     def withhold(seen: S3Request) -> None:
-        if seen.name == "UploadPart":
+        if seen.operation == "UploadPart":
             held.set()
             may_go.wait(_UNTIL_HELD_S)
 

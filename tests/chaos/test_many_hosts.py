@@ -26,7 +26,7 @@ from support.chaos.job_checks import JobChecks
 from support.chaos.job_mix import ObjectJobMix
 from support.chaos.load import Load
 from support.long_form import RUNS
-from support.network_hosts import network
+from support.network_hosts import isolated_network
 from support.service import PROGRAMS, Service, core_of
 from support.waiting import until
 
@@ -38,9 +38,9 @@ PATIENCE_S: Final = 90.0
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What was found: no ``faults``, or one line each."""
+    """What was found: no ``violations``, or one line each."""
 
-    faults: Sequence[str]
+    violations: Sequence[str]
     facts: Mapping[str, object]
 
 
@@ -59,7 +59,7 @@ def test_every_job_ends_once_whichever_line_is_cut(
 
     with capsys.disabled():
         print(f"many hosts: {verdict.facts}")  # noqa: T201
-    assert not verdict.faults, "\n".join([*verdict.faults[:40], *_refusals(tmp_path)])
+    assert not verdict.violations, "\n".join([*verdict.violations[:40], *_refusals(tmp_path)])
 
 
 def _refusals(folder: Path) -> list[str]:
@@ -94,8 +94,8 @@ def _run(folder: Path, seed: int) -> Verdict:
             "took": cuts.took,
         }
         faults = [
-            *cuts.faults,
-            *checks.faults,
+            *cuts.violations,
+            *checks.violations,
             *(f"ended by itself: {end}" for end in hosts.unexpected_exits),
             *(f"left in Redis: {key!r}" for key in hosts.admin.keys("kms:blobs:*")),
             *(f"no worker was cut from {job_id}" for job_id in cuts.cut_jobs if _claims(hosts, job_id) < 2),
@@ -142,7 +142,7 @@ def test_two_disks_at_one_path_are_no_spool_of_two_hosts(tmp_path: Path, program
     (spool := tmp_path / "spool").mkdir(mode=0o700)
     settings = f'bind = "{ANY_ADDRESS}"\n[kms.auth]\nmode = "none"\n[kms.jobs]\nspool_dir = "{spool}"\n'
     with (
-        network(2, [CLIENTS]) as hosts,
+        isolated_network(2, [CLIENTS]) as hosts,
         redis_servers.server(tmp_path / "redis", None, bind=ANY_ADDRESS) as redis,
         Service(tmp_path / "keys", settings, redis.url()) as keys,
     ):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.long_form import IS_LONG, RUNS
-from support.power_cut import SETTINGS, OnDiskImage, OnSyncedDisk, jobs_lost
+from support.power_cut import SETTINGS, OnDiskImage, OnSyncedDisk, jobs_lost_to_power_cut
 from support.service import Service, b64, check_problem
 from support.waiting import until
 
@@ -22,13 +22,13 @@ WRITE = SETTINGS + 'durability = "write"\n'
 @pytest.mark.parametrize("number", RUNS)
 def test_no_acknowledged_job_is_lost_where_only_synced_bytes_are_left(tmp_path: Path, number: int) -> None:
     with OnSyncedDisk(tmp_path, SETTINGS) as service:
-        assert jobs_lost(service, FILES) == [], f"run {number}"
+        assert jobs_lost_to_power_cut(service, FILES) == [], f"run {number}"
 
 
 def test_jobs_are_lost_where_the_spool_is_only_written(tmp_path: Path) -> None:
     """Shows that the test above can fail."""
     with OnSyncedDisk(tmp_path, WRITE) as service:
-        assert jobs_lost(service, 12)
+        assert jobs_lost_to_power_cut(service, 12)
 
 
 @pytest.mark.timeout(1800 if IS_LONG else 300)
@@ -36,14 +36,14 @@ def test_jobs_are_lost_where_the_spool_is_only_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_acknowledged_job_is_lost_on_a_real_file_system(tmp_path: Path, kind: str, number: int) -> None:
     with OnDiskImage(tmp_path, SETTINGS, kind) as service:
-        assert jobs_lost(service, 2 * FILES) == [], f"run {number}"
+        assert jobs_lost_to_power_cut(service, 2 * FILES) == [], f"run {number}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_jobs_are_lost_on_a_real_file_system_if_the_spool_is_only_written(tmp_path: Path, kind: str) -> None:
     """Shows that the test above can fail."""
     with OnDiskImage(tmp_path, WRITE, kind) as service:
-        assert jobs_lost(service, 24)
+        assert jobs_lost_to_power_cut(service, 24)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from kms_core.programs import tether
 from kms_protocol.context import Context
 from kms_protocol.wire import JobItem
 from support.job_stores import connect
-from support.network_hosts import Host, hosts
+from support.network_hosts import Host, hosts_or_local
 from support.ports import free_port
 from support.service import CONTEXT, Service
 from support.waiting import until
@@ -109,7 +109,7 @@ def _started_before(core: Core, client: redis.Redis) -> int:
 
 
 def test_each_of_two_hosts_works_while_jobs_wait(tmp_path: Path) -> None:
-    with hosts(2) as both:
+    with hosts_or_local(2) as both:
         named = dict(zip(("host1", "host2"), both, strict=True))
         with Hosts(tmp_path, named) as service, core_in(service) as (core, client):
             for _ in range(WAITING):

@@ -27,6 +27,6 @@ def test_every_accepted_job_ends_once_whatever_dies(
     with capsys.disabled():
         exits = dict(verdict.unexpected_exits)
         print(f"storm: {verdict.row()}\nstorm: exits {exits}, glimpses {verdict.glimpses}")  # noqa: T201
-    assert not verdict.faults, "\n".join(verdict.faults[:40])
+    assert not verdict.violations, "\n".join(verdict.violations[:40])
     assert verdict.jobs == PLAN.jobs
     assert verdict.interrupted >= PLAN.min_interrupted

@@ -12,7 +12,7 @@ import pytest
 
 from support.artefacts import ROOT, passes, run
 from support.programs import locked_cache
-from support.wheels import index, lock, make_wheel
+from support.wheels import index_environ, lock, make_wheel
 
 OLDEST_PIP: Final = Path(__file__).with_name("oldest-pip.lock")
 SOURCED: Final = 'set -euo pipefail; source "$1/scripts/venv.sh"; '
@@ -68,7 +68,7 @@ def packages(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def pip_settings(packages: Path) -> Iterator[dict[str, str]]:
-    with index(packages) as env:
+    with index_environ(packages) as env:
         yield env
 
 

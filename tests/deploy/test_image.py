@@ -16,7 +16,7 @@ from cryptography import x509
 from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_UNAVAILABLE
 from support.artefacts import DEPLOY, ROOT, as_root, passes
 from support.credentials import Authority
-from support.programs import tool
+from support.programs import venv_program
 from support.service import Service
 from support.waiting import until
 
@@ -31,7 +31,7 @@ def pins(name: str) -> dict[str, str]:
 
 
 def test_the_linter_finds_nothing() -> None:
-    passes(tool("hadolint"), "--failure-threshold", "style", DOCKERFILE)
+    passes(venv_program("hadolint"), "--failure-threshold", "style", DOCKERFILE)
 
 
 def test_every_program_is_on_the_path_of_the_image() -> None:

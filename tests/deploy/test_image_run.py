@@ -19,7 +19,7 @@ from kms_protocol.errors import EXIT_UNAVAILABLE
 from support import artefacts
 from support.artefacts import ROOT, as_root, make_secrets, passes, rendered, run, seconds
 from support.containers import Container, Image, Pod, pod
-from support.programs import BUILD_LIMIT_S, program, store_of_images, tethered
+from support.programs import BUILD_LIMIT_S, image_store_environ, program, tethered
 
 pytestmark = pytest.mark.timeout(BUILD_LIMIT_S)  # the first run makes the base
 VERSION: Final = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
@@ -64,7 +64,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Image, Pa
     as_root()
     program("debootstrap"), program("crun")
     buildah, folder = program("buildah"), tmp_path_factory.mktemp("image")
-    with store_of_images() as store:
+    with image_store_environ() as store:
         environ = os.environ | store
         try:
             root = build(store, folder / "first")

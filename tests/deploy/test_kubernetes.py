@@ -34,7 +34,7 @@ from support.artefacts import (
     rendered,
     run,
 )
-from support.programs import BUILD_LIMIT_S, built_with_go, tool
+from support.programs import BUILD_LIMIT_S, built_with_go, venv_program
 
 pytestmark = pytest.mark.timeout(BUILD_LIMIT_S)  # the first run builds Helm
 
@@ -99,7 +99,7 @@ def test_every_object_is_as_the_schema_says(installs: Installs, version: str, tm
             files.append(tmp_path / f"{number}.json")
             files[-1].write_text(text)
 
-    passes(tool("kubernetes-validate"), "-k", version, "--strict", *files)
+    passes(venv_program("kubernetes-validate"), "-k", version, "--strict", *files)
 
     assert len(files) > 20
 
@@ -484,7 +484,9 @@ def test_the_service_reads_its_settings_and_finds_none_weak_for_production(
 ) -> None:
     loaded = settings_of(installs[example], tmp_path)
     environ = variables(installs[example]) | {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    done = run(tool("kms"), "config", "lint", env=environ | {"KMS_CONFIG": str(tmp_path / "kms.toml")})
+    done = run(
+        venv_program("kms"), "config", "lint", env=environ | {"KMS_CONFIG": str(tmp_path / "kms.toml")}
+    )
     told = {line.partition(":")[0] for line in done.stdout.splitlines()}
 
     if example in SEALED:

@@ -132,8 +132,8 @@ def test_compose_mounts_each_secret_that_its_settings_name(composed: dict[str, A
 def secrets_of(variant: str, folder: Path, authority: Authority) -> Path:
     """The secrets of a deployment, where its settings look for them below the directory that is answered."""
     made = make_secrets(folder / "made")
-    shutil.copy(authority.chain, made / "tls.crt")
-    shutil.copy(authority.chain, made / "tls.key")
+    shutil.copy(authority.cert_and_key, made / "tls.crt")
+    shutil.copy(authority.cert_and_key, made / "tls.key")
     for name, text in {
         "bucket": SECRET,
         "redis_password": redis_servers.PASSWORD,

@@ -24,7 +24,16 @@ from kms_cli.main import group
 from kms_core.auth import tokens
 from kms_protocol.wire import PREFIX, JobKind
 from support.canary.commands import CommandLine, Given, leaves, lines
-from support.canary.requests import CALLS, PARAMETER, UI_CALLS, VAULT_CALLS, Body, items, nothing, sealed
+from support.canary.requests import (
+    CALLS,
+    PARAMETER,
+    UI_CALLS,
+    VAULT_CALLS,
+    Body,
+    encrypt_body,
+    nothing,
+    sealed,
+)
 from support.canary.secrets import Search, family
 from support.canary.service import REMOTE, CanaryService, EchoingServer
 from support.credentials import bearer
@@ -51,7 +60,7 @@ def address(path: str, values: Mapping[str, str]) -> str:
 
 def ask_everything(install: CanaryService) -> list[str]:
     """Each route once as it should be, once by a stranger, and once with nonsense; what came back of it."""
-    job_id = install.job_of({"kind": "encrypt", "items": [items(install)]})["job_id"]
+    job_id = install.job_of({"kind": "encrypt", "items": [encrypt_body(install)]})["job_id"]
     good = {"key_id": "default", "name": "default", "mount": "transit", "job_id": str(job_id), "*": "0"}
     for (method, path), body in {**CALLS, **VAULT_CALLS}.items():
         more: dict[str, Any] = {"json": found} if (found := body(install)) is not None else {}
@@ -98,7 +107,7 @@ def nonsense(install: CanaryService, method: str, path: str) -> Iterator[str]:
 def look_at_the_page(install: CanaryService) -> None:
     """Log in, open every page, send every form with its stamp, log out."""
     with httpx.Client(base_url=install.url, timeout=60, trust_env=False) as http:
-        record = install.ask("POST", f"{PREFIX}/encrypt", items(install)).headers["x-kms-audit-id"]
+        record = install.ask("POST", f"{PREFIX}/encrypt", encrypt_body(install)).headers["x-kms-audit-id"]
         values = {"key_id": "default", "name": "page.css", "audit_id": record, "*": "0"}
         stamp = ""
         for method, path in UI_CALLS:
@@ -126,7 +135,11 @@ def do_jobs(install: CanaryService) -> None:
     for kind in get_args(JobKind):
         first = kind == "encrypt"
         source = name if first else "sealed"
-        job = {"kind": kind, "items": [items(install) if first else sealed(install)] * 2, "callback": "hook"}
+        job = {
+            "kind": kind,
+            "items": [encrypt_body(install) if first else sealed(install)] * 2,
+            "callback": "hook",
+        }
         assert install.job_of(job)["state"] == "succeeded"
         target = {"encrypt": "sealed", "decrypt": f"{name}-back"}.get(kind, f"{kind}ed")
         job = {"kind": kind, "source": here + source, "target": here + target, "callback": "hook"}
@@ -166,11 +179,16 @@ def backend_away(install: CanaryService) -> None:
     """It is there, refuses everything, and repeats in its errors what it was told."""
     jobs = []
     for key_id in REMOTE:
-        body = {**items(install), "key_id": key_id}
+        body = {**encrypt_body(install), "key_id": key_id}
         assert install.ask("POST", f"{PREFIX}/encrypt", body).status_code == 503
         batch = {"operation": "encrypt", "items": [body] * 2}
         assert install.api("POST", "/batch", batch)["failed"] == 2
-        job = {"kind": "encrypt", "items": [items(install)], "key_id": key_id, "context": install.context}
+        job = {
+            "kind": "encrypt",
+            "items": [encrypt_body(install)],
+            "key_id": key_id,
+            "context": install.context,
+        }
         jobs.append(install.api("POST", "/jobs", job)["job_id"])
     for source, target in (("s3://bucket/in", "file://{}/from-s3"), ("file://{}/sealed", "s3://bucket/out")):
         job = {
@@ -195,8 +213,8 @@ def backend_away(install: CanaryService) -> None:
 
 def redis_away(install: CanaryService) -> None:
     install.valkey.stop()
-    assert install.ask("POST", f"{PREFIX}/encrypt", items(install)).status_code == 200
-    job = {"kind": "encrypt", "items": [items(install)], "context": install.context}
+    assert install.ask("POST", f"{PREFIX}/encrypt", encrypt_body(install)).status_code == 200
+    job = {"kind": "encrypt", "items": [encrypt_body(install)], "context": install.context}
     assert install.ask("POST", f"{PREFIX}/jobs", job).status_code == 503
     answer = install.ask(
         "POST", f"{PREFIX}/files/encrypt", content=install.plaintext.encode(), headers=install.headers
@@ -209,7 +227,12 @@ def redis_away(install: CanaryService) -> None:
 
 def worker_killed(install: CanaryService) -> None:
     """Processes of the pool first, then all of it, with jobs in hand."""
-    job = {"kind": "encrypt", "items": [items(install)] * 300, "context": install.context, "callback": "hook"}
+    job = {
+        "kind": "encrypt",
+        "items": [encrypt_body(install)] * 300,
+        "context": install.context,
+        "callback": "hook",
+    }
     first = install.api("POST", "/jobs", job)["job_id"]
     for pid in install.pool_pids():
         os.kill(pid, signal.SIGKILL)
@@ -231,9 +254,9 @@ def audit_cannot_be_written(install: CanaryService) -> None:
 
 
 AUDITED: Final[dict[str, Body]] = {
-    "encrypt": items,
+    "encrypt": encrypt_body,
     "generate-key": lambda install: {"context": install.context},
-    "jobs": lambda install: {"kind": "encrypt", "items": [items(install)]},
+    "jobs": lambda install: {"kind": "encrypt", "items": [encrypt_body(install)]},
     "keys/default/rotate": nothing,
 }
 
@@ -242,7 +265,7 @@ def spool_gone(install: CanaryService) -> None:
     folder, moved = install.spool, install.state / "spool-moved"
     folder.rename(moved)
     folder.touch()
-    job = {"kind": "encrypt", "items": [items(install)] * 300, "context": install.context}
+    job = {"kind": "encrypt", "items": [encrypt_body(install)] * 300, "context": install.context}
     asked = install.ask("POST", f"{PREFIX}/jobs", job, headers={"Connection": "close"})  # it ends after this
     folder.unlink()
     moved.rename(folder)
@@ -253,9 +276,15 @@ def spool_gone(install: CanaryService) -> None:
 def token_revoked(install: CanaryService) -> None:
     token, text = install.make("encrypt,jobs:write,jobs:read")
     install.secrets["revoked token"] = text.split("_", 2)[2].encode()
-    assert install.ask("POST", f"{PREFIX}/encrypt", items(install), headers=bearer(text)).status_code == 200
+    assert (
+        install.ask("POST", f"{PREFIX}/encrypt", encrypt_body(install), headers=bearer(text)).status_code
+        == 200
+    )
     tokens.revoke(install.token_file, token.id)
-    assert install.ask("POST", f"{PREFIX}/encrypt", items(install), headers=bearer(text)).status_code == 401
+    assert (
+        install.ask("POST", f"{PREFIX}/encrypt", encrypt_body(install), headers=bearer(text)).status_code
+        == 401
+    )
 
 
 FAULTS: Final[tuple[Callable[[CanaryService], None], ...]] = (
@@ -285,11 +314,11 @@ def use_the_command(install: CanaryService) -> list[str]:
         context=json.dumps(install.context),
         plaintext=install.plaintext.encode(),
         ciphertext=install.sealed().encode(),
-        job_id=str(install.job_of({"kind": "encrypt", "items": [items(install)]})["job_id"]),
-        unknown=install.unknown,
+        job_id=str(install.job_of({"kind": "encrypt", "items": [encrypt_body(install)]})["job_id"]),
+        unknown_id=install.unknown,
         peer=install.peer.url,
         peer_token=install.kept / "vault",
-        mine=install.mine,
+        user_dir=install.mine,
         state=install.state,
     )
     wrong = {

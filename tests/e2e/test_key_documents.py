@@ -15,7 +15,7 @@ from kms_core.age.mlkem768x25519 import parse_recipient, version_of
 from support import object_stores
 from support.object_stores import S3Proxy, S3Request, TestBucket
 from support.openbao import Bao
-from support.sealed_keys import ok, root_settings, version
+from support.sealed_keys import current_version, ok, root_settings
 from support.service import CONTEXT, Service, b64, check_problem
 from support.waiting import until
 
@@ -116,7 +116,10 @@ def test_a_rotation_on_one_host_fails_no_call_on_any(hosts: tuple[Host, Host]) -
     thread.start()
     try:
         new = rotated(one)
-        until(lambda: version(two) == version(one) == new, "both hosts seal with the new version")
+        until(
+            lambda: current_version(two) == current_version(one) == new,
+            "both hosts seal with the new version",
+        )
     finally:
         ends.set()
         thread.join()
@@ -165,14 +168,14 @@ def test_an_old_document_that_is_put_back_loses_no_version(hosts: tuple[Host, Ho
     one, two = hosts
     past = store.bucket.get(KEY)
     new = rotated(one)
-    until(lambda: version(two) == new, "host two has it")
+    until(lambda: current_version(two) == new, "host two has it")
     file = two.encrypt(b"of the newest version")
     store.bucket.put(KEY, past)
 
     until(lambda: "was seen before" in two.output("api"), "it is said")
     until(lambda: "key_documents" in two.degraded, "the status says it too")
     assert one.decrypt(file) == b"of the newest version"
-    assert version(two) == new
+    assert current_version(two) == new
     check_problem(two.post("/keys/default/rotate"), 503, "backend_unavailable")
     told = two.run_kms("doctor").stdout
     assert "a document with keys is not read, or is older than before" in told
@@ -180,7 +183,7 @@ def test_an_old_document_that_is_put_back_loses_no_version(hosts: tuple[Host, Ho
     ok(one, "keys", "adopt", "default", "--yes")
     until(lambda: "key_documents" not in two.degraded, "it is read again")
     assert two.decrypt(file) == b"of the newest version"
-    assert version(two) == version(one) == new
+    assert current_version(two) == current_version(one) == new
 
 
 def test_commands_make_one_document_and_no_plain_one(
@@ -204,12 +207,12 @@ def test_commands_make_one_document_and_no_plain_one(
     assert store.bucket.get(KEY) == before
     assert f"default (age, in {store.url}) wraps and unwraps" in one.run_kms("doctor").stdout
 
-    in_use, file = version(one), tmp_path / "sealed"
+    in_use, file = current_version(one), tmp_path / "sealed"
     ok(one, "keygen", "--sealed-by", "root", "-o", str(file))
     ok(one, "keys", "adopt", "default", "--yes", "--from", str(file))
     added = version_of_file(one, file)
     until(lambda: added in one.get("/keys/default").text, "its identity opens files")
-    assert version(one) == in_use
+    assert current_version(one) == in_use
 
 
 def version_of_file(host: Host, file: Path) -> str:

@@ -39,7 +39,7 @@ class Gate:
 
     def __call__(self, seen: S3Request) -> None:
         with self._lock:
-            self._parts += seen.name == "UploadPart"
+            self._parts += seen.operation == "UploadPart"
             held = self._parts > 2
         if held and not self.open.is_set():
             self.reached.set()

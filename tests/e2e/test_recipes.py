@@ -15,7 +15,7 @@ from support import nushell, pages
 from support.credentials import SecuredService
 from support.nushell import Nu
 from support.pages import ROOT, blocks
-from support.postgresql import postgresql
+from support.postgresql import postgresql_environ
 from support.programs import locked_cache
 from support.service import Service
 from support.vault_api import NO_REDIS
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.timeout(600)
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A server with the database ``app``, and the variables of its clients."""
-    with postgresql(tmp_path_factory.mktemp("pg")) as clients:
+    with postgresql_environ(tmp_path_factory.mktemp("pg")) as clients:
         for asked in (["createdb", "app"], ["psql", "--quiet", "--dbname=app", f"--command={PEOPLE}"]):
             subprocess.run(asked, env=os.environ | clients, check=True, capture_output=True)
         yield clients

@@ -13,7 +13,7 @@ from kms_core.age.mlkem768x25519 import parse_recipient, version_of
 from support import programs
 from support.openbao import Bao, bao
 from support.ports import free_port
-from support.sealed_keys import age_file, ok, root_settings, seal, version
+from support.sealed_keys import age_file, current_version, ok, root_settings, seal
 from support.service import PROGRAMS, Service, b64, check_problem, unb64
 from support.waiting import until
 
@@ -78,7 +78,7 @@ def test_rotation_seals_first_and_every_process_follows(tmp_path: Path, redis_ur
             sealed = service.encrypt(b"new")
             assert service.decrypt(sealed) == b"new"
             assert service.decrypt(old) == b"old"
-        until(lambda: version(service) == rotated, "the new version seals in both processes")
+        until(lambda: current_version(service) == rotated, "the new version seals in both processes")
         service.kill("api")
         service.start("api")  # what is on the disk opens again
         assert service.decrypt(sealed) == b"new"

@@ -162,7 +162,7 @@ def test_upload_of_a_killed_worker_is_aborted_by_that_of_another_host(hosts: Hos
     parts: list[S3Request] = []
 
     def gate(seen: S3Request) -> None:
-        if seen.name == "UploadPart":
+        if seen.operation == "UploadPart":
             parts.append(seen)
         if len(parts) > 2 and not opened.is_set():
             reached.set()

@@ -48,7 +48,7 @@ class Store:
         )
 
     def intercept(self, seen: S3Request) -> int | None:
-        if seen.name == "GetObject":
+        if seen.operation == "GetObject":
             self.gets.append(time.monotonic())
         return 503 if self.is_away else None
 

@@ -21,7 +21,7 @@ from support.audit_logs import AuditFolder
 from support.credentials import ISSUER, Issuer, bearer, claims, serving
 from support.openbao import ROOT_TOKEN, bao
 from support.service import core_of
-from support.vault_logins import CLUSTER, DEPLOY, HELLO, TTL_S, Logins, deploy, flux
+from support.vault_logins import CLUSTER, DEPLOY, HELLO, TTL_S, Logins, deploy_login, flux_login
 
 
 @dataclass
@@ -51,7 +51,7 @@ def login_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoginSer
 
 
 def test_a_role_gives_its_scopes_and_no_others(login_service: LoginService) -> None:
-    body = deploy(login_service.corp, groups=["ops"], kms_scopes=["*"])
+    body = deploy_login(login_service.corp, groups=["ops"], kms_scopes=["*"])
     auth = login_service.service.auth("jwt", body)
     token = auth["client_token"]
     as_ops = login_service.service.auth("jwt", {**body, "role": "ops"})["client_token"]
@@ -59,8 +59,8 @@ def test_a_role_gives_its_scopes_and_no_others(login_service: LoginService) -> N
     assert auth["metadata"] == {"role": "deploy", "tenant": "acme"}
     assert (auth["renewable"], auth["token_type"]) == (False, "batch")
     assert auth["lease_duration"] == TTL_S
-    assert login_service.service.encrypts(token) == 200
-    assert login_service.service.encrypts(as_ops) == 403
+    assert login_service.service.encrypt_status(token) == 200
+    assert login_service.service.encrypt_status(as_ops) == 403
     assert login_service.service.get("/status", headers=bearer(token)).status_code == 403
     assert login_service.service.get("/status", headers=bearer(str(body["jwt"]))).status_code == 200
     assert login_service.service.get("/audit", headers=bearer(as_ops)).status_code == 200
@@ -68,7 +68,7 @@ def test_a_role_gives_its_scopes_and_no_others(login_service: LoginService) -> N
 
 def test_a_token_of_a_login_is_of_the_tenant_that_was_brought(login_service: LoginService) -> None:
     acme, web = (
-        login_service.service.auth("jwt", deploy(login_service.corp, org=org))["client_token"]
+        login_service.service.auth("jwt", deploy_login(login_service.corp, org=org))["client_token"]
         for org in ("acme", "web")
     )
     secret = login_service.secret("web")[1]
@@ -88,7 +88,7 @@ def test_a_token_of_a_login_is_of_the_tenant_that_was_brought(login_service: Log
 
 def test_a_token_lasts_no_longer_than_what_was_brought(login_service: LoginService) -> None:
     now = int(time.time())
-    short = login_service.service.auth("jwt", deploy(login_service.corp, exp=now + 60))
+    short = login_service.service.auth("jwt", deploy_login(login_service.corp, exp=now + 60))
     token, secret = login_service.secret(ttl=timedelta(seconds=90))
     of_secret = login_service.service.auth("approle", {"role_id": token.name, "secret_id": secret})
     looked = login_service.service.call(short["client_token"], "auth/token/lookup-self", method="GET").json()[
@@ -100,7 +100,7 @@ def test_a_token_lasts_no_longer_than_what_was_brought(login_service: LoginServi
     assert 0 < looked["ttl"] <= 60
     assert (looked["type"], looked["renewable"]) == ("batch", False)
     assert (
-        login_service.service.log_in("jwt", deploy(login_service.corp, exp=now - 2)).status_code == 403
+        login_service.service.log_in("jwt", deploy_login(login_service.corp, exp=now - 2)).status_code == 403
     )  # in the leeway
 
 
@@ -113,16 +113,16 @@ def test_a_token_ends_with_the_secret_that_it_came_from(login_service: LoginServ
         token, secret = login_service.secret()
         body = {"role_id": token.id, "secret_id": secret}
         short = login_service.service.auth("approle", body)["client_token"]
-        assert login_service.service.encrypts(short) == 200
+        assert login_service.service.encrypt_status(short) == 200
         end(token.name)
-        assert login_service.service.encrypts(short) == 403
+        assert login_service.service.encrypt_status(short) == 403
         assert login_service.service.log_in("approle", body).status_code == 403
 
 
 def test_another_process_of_the_install_takes_the_token(login_service: LoginService, tmp_path: Path) -> None:
     token, secret = login_service.secret()
     texts = [
-        login_service.service.auth("jwt", deploy(login_service.corp))["client_token"],
+        login_service.service.auth("jwt", deploy_login(login_service.corp))["client_token"],
         login_service.service.auth("approle", {"role_id": token.name, "secret_id": secret})["client_token"],
     ]
     other = core_of(login_service.service).authenticator
@@ -138,7 +138,7 @@ def test_another_process_of_the_install_takes_the_token(login_service: LoginServ
 
 
 def test_a_login_is_recorded_by_what_was_brought(login_service: LoginService) -> None:
-    body = deploy(login_service.corp, sub="recorded")
+    body = deploy_login(login_service.corp, sub="recorded")
     token, secret = login_service.secret()
     login_service.service.auth("jwt", body)
     login_service.service.auth("approle", {"role_id": token.name, "secret_id": secret})
@@ -169,29 +169,29 @@ def b64url(data: bytes) -> str:
 
 def of(**changes: object) -> Make:
     """A good JWT but for these claims, at its mount."""
-    return lambda login_service: ("jwt", deploy(login_service.corp, **changes))
+    return lambda login_service: ("jwt", deploy_login(login_service.corp, **changes))
 
 
 def role(name: object) -> Make:
-    return lambda login_service: ("jwt", {**deploy(login_service.corp), "role": name})
+    return lambda login_service: ("jwt", {**deploy_login(login_service.corp), "role": name})
 
 
 def in_path(mount: str) -> Make:
-    return lambda login_service: (mount, deploy(login_service.corp))
+    return lambda login_service: (mount, deploy_login(login_service.corp))
 
 
 def with_header(name: str, value: str) -> Make:
-    return lambda login_service: ("jwt", deploy(login_service.corp), {name: value})
+    return lambda login_service: ("jwt", deploy_login(login_service.corp), {name: value})
 
 
 def account(**changes: object) -> Make:
-    return lambda login_service: ("kubernetes", flux(login_service.cluster, **changes))
+    return lambda login_service: ("kubernetes", flux_login(login_service.cluster, **changes))
 
 
 def again(login_service: LoginService) -> Attempt:
     return "jwt", {
         "role": "deploy",
-        "jwt": login_service.service.auth("jwt", deploy(login_service.corp))["client_token"],
+        "jwt": login_service.service.auth("jwt", deploy_login(login_service.corp))["client_token"],
     }
 
 
@@ -220,15 +220,15 @@ def kms_token(login_service: LoginService) -> Attempt:
 
 
 def jwt_as_secret(login_service: LoginService) -> Attempt:
-    return "approle", {"role_id": "deploy", "secret_id": deploy(login_service.corp)["jwt"]}
+    return "approle", {"role_id": "deploy", "secret_id": deploy_login(login_service.corp)["jwt"]}
 
 
 def at_the_mount_of_another_issuer(login_service: LoginService) -> Attempt:
-    return "kubernetes", deploy(login_service.corp, sub="system:serviceaccount:deploy:a")
+    return "kubernetes", deploy_login(login_service.corp, sub="system:serviceaccount:deploy:a")
 
 
 def by_a_stranger(login_service: LoginService) -> Attempt:
-    return "jwt", deploy(login_service.elsewhere)
+    return "jwt", deploy_login(login_service.elsewhere)
 
 
 def own_keys(name: str) -> Make:
@@ -261,7 +261,7 @@ CONFUSIONS: Final[dict[str, tuple[int, Make]]] = {
     "no token": (400, lambda _: ("jwt", {"role": "deploy"})),
     "unknown fields": (
         400,
-        lambda login_service: ("jwt", {**deploy(login_service.corp), "policies": ["root"]}),
+        lambda login_service: ("jwt", {**deploy_login(login_service.corp), "policies": ["root"]}),
     ),
     "no JSON": (400, lambda _: ("jwt", b"role=deploy")),
     "a body that is a list": (400, lambda _: ("jwt", [])),
@@ -309,7 +309,7 @@ def test_the_table_would_see_a_login(login_service: LoginService) -> None:
 
 
 def test_an_edited_token_is_refused(login_service: LoginService) -> None:
-    text = login_service.service.auth("jwt", deploy(login_service.corp))["client_token"]
+    text = login_service.service.auth("jwt", deploy_login(login_service.corp))["client_token"]
     head, _, tag = text.removeprefix("kmsl_").partition(".")
     raw = base64.urlsafe_b64decode(head + "==")
     edits = [
@@ -323,8 +323,8 @@ def test_an_edited_token_is_refused(login_service: LoginService) -> None:
         text.removeprefix("kmsl_"),
     ]
 
-    assert [login_service.service.encrypts(each) for each in edits] == [403] * len(edits)
-    assert login_service.service.encrypts(text) == 200
+    assert [login_service.service.encrypt_status(each) for each in edits] == [403] * len(edits)
+    assert login_service.service.encrypt_status(text) == 200
 
 
 # -- limits --------------------------------------------------------------------------------------------
@@ -334,8 +334,8 @@ def test_failed_logins_are_limited_as_other_attempts_and_good_ones_pass(tmp_path
     issuer, thief = Issuer(), Issuer()
     with serving(issuer) as url, Logins(tmp_path, url, url, failures=1) as service:
         service.start("api")
-        failed = [service.log_in("jwt", deploy(thief)) for _ in range(3)]
-        good = service.log_in("jwt", deploy(issuer))
+        failed = [service.log_in("jwt", deploy_login(thief)) for _ in range(3)]
+        good = service.log_in("jwt", deploy_login(issuer))
         records = "".join(path.read_text() for path in service.settings.kms.audit.path.glob("*.jsonl"))
 
     assert [answer.status_code for answer in failed] == [403, 429, 429]
@@ -370,7 +370,7 @@ def test_answers_have_the_shape_of_the_real_one(login_service: LoginService) -> 
     secret_id = server.admin("POST", "auth/approle/role/ci/secret-id", {})["data"]["secret_id"]
     token, secret = login_service.secret()
     bodies = {
-        "jwt": (deploy(login_service.corp), deploy(login_service.corp)),
+        "jwt": (deploy_login(login_service.corp), deploy_login(login_service.corp)),
         "approle": (
             {"role_id": token.name, "secret_id": secret},
             {"role_id": role_id, "secret_id": secret_id},
@@ -393,9 +393,9 @@ def test_answers_have_the_shape_of_the_real_one(login_service: LoginService) -> 
                     assert mine.json()["data"].keys() >= seen.json()["data"].keys() - {"issue_time"}
                     assert mine.json()["data"]["type"] == seen.json()["data"]["type"]
         for body in (
-            deploy(login_service.corp, ref="x"),
-            deploy(login_service.elsewhere),
-            deploy(login_service.corp, aud="x"),
+            deploy_login(login_service.corp, ref="x"),
+            deploy_login(login_service.elsewhere),
+            deploy_login(login_service.corp, aud="x"),
         ):
             assert theirs.post("auth/jwt/login", json=body).status_code >= 400
             assert login_service.service.log_in("jwt", body).status_code >= 400

@@ -11,14 +11,14 @@ from typing import Any, Final
 import pytest
 
 from support.cli.offline import Workspace, workspace
-from support.golden import install, make_backup, manifest
+from support.golden import backup_source, install, manifest
 
 EXPECTED: Final = {
     **{place: (manifest.V1 / name).read_bytes() for name, place in install.FILES.items()},
     "age/public_key.txt": b"age1uk4hxtu7739xddalpk0lzujmh8gcjtrqudn8ca9cw0lrymrld57s9qqr5r\n",
-    "kms.toml": make_backup.SETTINGS,
-    "spool/hosts/install": make_backup.INSTALL_ID,
-    f"{make_backup.JOB}/input": make_backup.INPUT,
+    "kms.toml": backup_source.SETTINGS,
+    "spool/hosts/install": backup_source.INSTALL_ID,
+    f"{backup_source.JOB}/input": backup_source.INPUT,
 }
 FIELDS: Final = {"version", "service", "made_at", "host", "install_id", "state_dir", "files", "left_out"}
 
@@ -46,7 +46,7 @@ def manifest_of(found: dict[str, bytes]) -> dict[str, Any]:
 
 
 def test_backup_is_of_version_1() -> None:
-    found = members(make_backup.PATH.read_bytes())
+    found = members(backup_source.PATH.read_bytes())
     said = manifest_of(found)
 
     assert {name: found[name] for name in found if name != "kms-backup.json"} == EXPECTED
@@ -67,12 +67,12 @@ def place(tmp_path: Path) -> Workspace:
     """A workspace with the identities of the backup in ``golden.txt``, readable by their owner alone."""
     made = workspace(tmp_path)
     (tmp_path / "golden.txt").touch(0o600)
-    made.write("golden.txt", make_backup.IDENTITIES.read_bytes())
+    made.write("golden.txt", backup_source.IDENTITIES.read_bytes())
     return made
 
 
 def test_backup_is_restored(place: Workspace) -> None:
-    place.made("restore", str(make_backup.PATH), "-i", "golden.txt", "--to", "new")
+    place.made("restore", str(backup_source.PATH), "-i", "golden.txt", "--to", "new")
     new = place.folder / "new"
     restored = {str(path.relative_to(new)): path for path in new.rglob("*") if path.is_file()}
 
@@ -81,7 +81,7 @@ def test_backup_is_restored(place: Workspace) -> None:
 
 
 def test_new_backup_is_of_this_format(place: Workspace) -> None:
-    make_backup.put_install(place.folder / "state")
+    backup_source.put_install(place.folder / "state")
     words = ("backup", "-r", manifest.recipients("age-x25519")[0], "-o", "new.age")
     place.made(*words, KMS_STATE_DIR=place.path("state"))
     found = members(place.read("new.age"))

@@ -13,11 +13,11 @@ from kms_core.auth import tokens
 from kms_core.auth.tokens import DocumentTokens, TokenRequest
 from kms_core.signed_documents import LocalCopy
 from kms_protocol.errors import Unauthenticated
-from support.golden import make_document, make_key_document, manifest, reference
+from support.golden import key_document, manifest, reference, tokens_document
 from support.golden.jobs import SECRET
 
-HELD: Final[dict[str, Any]] = json.loads(make_document.PATH.read_text())
-KEY_HELD: Final[dict[str, Any]] = json.loads(make_key_document.PATH.read_text())
+HELD: Final[dict[str, Any]] = json.loads(tokens_document.PATH.read_text())
+KEY_HELD: Final[dict[str, Any]] = json.loads(key_document.PATH.read_text())
 INFOS: Final = {"tokens": b"kms-service/document/1/tokens", "key-orders": b"kms-service/document/1/keys"}
 BODIES: Final = {"tokens": {"version", "tokens", "revoked"}, "key-orders": {"sealed", "recipient"}}
 
@@ -55,7 +55,7 @@ def test_document_is_of_version_1() -> None:
 
 
 def test_document_is_read(tmp_path: Path) -> None:
-    copy = LocalCopy(make_document.document_at(put(tmp_path, HELD, "tokens", 4)), tmp_path, 60)
+    copy = LocalCopy(tokens_document.document_at(put(tmp_path, HELD, "tokens", 4)), tmp_path, 60)
     copy.reread()
     known = DocumentTokens(copy)
 
@@ -68,7 +68,7 @@ def test_document_is_read(tmp_path: Path) -> None:
 
 def test_new_document_is_of_version_1(tmp_path: Path) -> None:
     path = put(tmp_path, HELD, "tokens", 4)
-    document = make_document.document_at(path)
+    document = tokens_document.document_at(path)
     tokens.create(document, TokenRequest("new", "acme", ("status",), None))
 
     found = checked(path.read_bytes())
@@ -103,7 +103,7 @@ def test_document_of_a_key_is_of_version_1() -> None:
 
 def test_document_of_a_key_is_read_and_changed(tmp_path: Path) -> None:
     path = put(tmp_path, KEY_HELD, "key-orders", 1)
-    key = make_key_document.document_at(path)
+    key = key_document.document_at(path)
 
     found = key.read()
     assert found.identities.decode() == KEY_HELD["first"] + KEY_HELD["second"]

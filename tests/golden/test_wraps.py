@@ -10,14 +10,14 @@ from kms_core.auth.policy import Principal
 from kms_core.backends import Backend
 from kms_protocol.context import Context
 from support.age_kms import kms_over
-from support.golden import backends, make_wraps, manifest, reference
+from support.golden import backends, manifest, reference, wrap_backends
 from support.golden.manifest import Entry
 from support.golden.reference import Names, Stanza
 
-AGE: Final = tuple(manifest.entry_of(stored) for stored in json.loads(make_wraps.PATH.read_text()))
+AGE: Final = tuple(manifest.entry_of(stored) for stored in json.loads(wrap_backends.PATH.read_text()))
 SHARED: Final = [
     pytest.param(entry, id=entry.name, marks=[pytest.mark.cosmian] if "cosmian" in entry.name else [])
-    for entry in map(manifest.entry_of, json.loads(make_wraps.SHARED.read_text()))
+    for entry in map(manifest.entry_of, json.loads(wrap_backends.SHARED.read_text()))
 ]
 EVERY: Final = pytest.mark.parametrize("entry", AGE, ids=lambda entry: str(entry.name))
 INFO: Final = b"kms-service/wrap-age/1"
@@ -40,7 +40,7 @@ def test_file_of_an_age_key_opens(entry: Entry, native: bool) -> None:
 
 
 @pytest.mark.parametrize("entry", SHARED)
-@pytest.mark.parametrize("made", [backends.of, make_wraps.sharing], ids=["without share", "share=5m"])
+@pytest.mark.parametrize("made", [backends.of, wrap_backends.sharing], ids=["without share", "share=5m"])
 def test_file_of_a_shared_wrap_key_opens(entry: Entry, made: Make) -> None:
     check_opens(entry, made(entry.backend))
 
@@ -73,7 +73,7 @@ def test_wrap_is_sealed_under_the_identity_with_the_aad(entry: Entry) -> None:
 
 @pytest.mark.parametrize("name", backends.AGE)
 def test_new_file_is_of_this_format(name: str) -> None:
-    backend = make_wraps.backend_of(name)
+    backend = wrap_backends.backend_of(name)
     made = kms_over(backend).encrypt(Principal("golden", "acme", "test"), b"salary", Context.parse("row=7"))
     wrap, context, _ = reference.unverified_stanzas(made.ciphertext)
     aad = reference.wrap_aad(Names("acme", "default", made.key.version, "age"), context.body)

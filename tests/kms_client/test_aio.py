@@ -68,7 +68,7 @@ def test_wait_outlives_a_proxy_that_cuts_waits(
 ) -> None:
     monkeypatch.setattr(aio, "OUTAGE_S", 0.3)
     monkeypatch.setattr(aio, "_SLOWEST_POLL_S", 0.1)
-    server.faults.cut_waits, server.faults.steps_s = True, 0.3
+    server.faults.wait_times_out, server.faults.steps_s = True, 0.3
 
     assert kms.wait(kms.submit(bulk_job()).job_id).state == "succeeded"
 

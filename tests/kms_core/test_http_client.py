@@ -74,7 +74,9 @@ def test_a_server_that_wants_a_client_certificate_is_shown_ours_and_refuses_us_w
             peer(server.url, Tls(ca_file=authority.ca_file)).call("GET", "/")
         assert not server.requests
 
-        own = Tls(ca_file=authority.ca_file, client_cert=authority.chain, client_key=authority.chain)
+        own = Tls(
+            ca_file=authority.ca_file, client_cert=authority.cert_and_key, client_key=authority.cert_and_key
+        )
         assert peer(server.url, own).call("GET", "/").ok
 
 

@@ -28,7 +28,7 @@ from kms_core.signed_documents import POLL_S, Anchors, LocalCopy, SignedDocument
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, DocumentOutdated, Unavailable
 from support.job_stores import connect
 from support.service import Service
-from support.signed_documents import RootSealer, SharedPlace
+from support.signed_documents import FaultyPlace, FaultySealer
 
 KEY: Final = b"d" * 32
 NAME: Final = "orders"
@@ -40,7 +40,7 @@ class Host:
     """A host with a state directory of its own: the process that opens keys, and one that uses them."""
 
     def __init__(
-        self, folder: Path, place: SharedPlace, redis_url: str, root: RootSealer, name: str = NAME
+        self, folder: Path, place: FaultyPlace, redis_url: str, root: FaultySealer, name: str = NAME
     ) -> None:
         self.folder = folder
         anchors = Anchors(f"key-{name}", folder, connect(redis_url), KEY, f"kms keys adopt {name}")
@@ -72,13 +72,13 @@ def _no_publish_delay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> SharedPlace:
-    return SharedPlace(tmp_path / "shared" / "document")
+def place(tmp_path: Path) -> FaultyPlace:
+    return FaultyPlace(tmp_path / "shared" / "document")
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> RootSealer:
-    return RootSealer(tmp_path / "root")
+def root(tmp_path: Path) -> FaultySealer:
+    return FaultySealer(tmp_path / "root")
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def first() -> x25519.X25519Identity:
 
 
 @pytest.fixture
-def host_of(tmp_path: Path, place: SharedPlace, redis_url: str, root: RootSealer) -> Callable[[str], Host]:
+def host_of(tmp_path: Path, place: FaultyPlace, redis_url: str, root: FaultySealer) -> Callable[[str], Host]:
     """A host by its name, at the shared place."""
     return lambda name: Host(tmp_path / name, place, redis_url, root)
 
@@ -169,7 +169,7 @@ def test_a_rotation_waits_for_twice_the_time_in_which_hosts_read_a_change(
 
 
 def test_two_hosts_that_rotate_at_once_lose_no_version(
-    hosts: tuple[Host, Host], place: SharedPlace, first: x25519.X25519Identity
+    hosts: tuple[Host, Host], place: FaultyPlace, first: x25519.X25519Identity
 ) -> None:
     one, two = hosts
     ours, theirs = one.backend(), two.backend()
@@ -186,7 +186,7 @@ def test_two_hosts_that_rotate_at_once_lose_no_version(
 
 
 def test_a_root_that_is_away_at_a_rotation_changes_nothing(
-    hosts: tuple[Host, Host], place: SharedPlace, root: RootSealer
+    hosts: tuple[Host, Host], place: FaultyPlace, root: FaultySealer
 ) -> None:
     backend = hosts[0].backend()
     before, version = place.path.read_bytes(), backend.current_version()
@@ -200,7 +200,7 @@ def test_a_root_that_is_away_at_a_rotation_changes_nothing(
 
 
 def test_a_store_that_is_away_stops_rotations_and_nothing_else(
-    hosts: tuple[Host, Host], place: SharedPlace
+    hosts: tuple[Host, Host], place: FaultyPlace
 ) -> None:
     one, _ = hosts
     backend = one.backend()
@@ -219,7 +219,7 @@ def test_a_store_that_is_away_stops_rotations_and_nothing_else(
 
 @pytest.mark.parametrize("age_s", [YEAR_S, -YEAR_S], ids=["old", "of a clock that was ahead"])
 def test_a_start_without_the_store_uses_the_copy(
-    hosts: tuple[Host, Host], host_of: Callable[[str], Host], place: SharedPlace, age_s: float
+    hosts: tuple[Host, Host], host_of: Callable[[str], Host], place: FaultyPlace, age_s: float
 ) -> None:
     one, _ = hosts
     stanza, key = sealed_by(one.backend())
@@ -242,7 +242,7 @@ def test_a_start_without_the_store_uses_the_copy(
 
 
 def test_an_old_document_is_refused_and_adopted_with_every_version(
-    hosts: tuple[Host, Host], place: SharedPlace
+    hosts: tuple[Host, Host], place: FaultyPlace
 ) -> None:
     one, two = hosts
     old = place.path.read_bytes()
@@ -265,13 +265,13 @@ def test_an_old_document_is_refused_and_adopted_with_every_version(
 
 
 def test_the_document_of_another_key_is_refused(
-    hosts: tuple[Host, Host], tmp_path: Path, place: SharedPlace, redis_url: str, root: RootSealer
+    hosts: tuple[Host, Host], tmp_path: Path, place: FaultyPlace, redis_url: str, root: FaultySealer
 ) -> None:
     """Also its content, in a document that is signed for this key."""
     one, _ = hosts
     backend = one.backend()
     version = backend.current_version()
-    other = Host(tmp_path / "other", SharedPlace(tmp_path / "elsewhere"), redis_url, root, "invoices")
+    other = Host(tmp_path / "other", FaultyPlace(tmp_path / "elsewhere"), redis_url, root, "invoices")
     other.source.make(f"{x25519.X25519Identity.generate().export()}\n".encode(), "root")
     place.path.write_bytes((tmp_path / "elsewhere").read_bytes())
 
@@ -305,7 +305,7 @@ def test_the_anchor_of_another_key_counts_as_none(tmp_path: Path, redis_url: str
 
 @pytest.mark.parametrize("content", [b"", b"# empty\n"], ids=["an identity", "a comment"])
 def test_a_document_with_a_plain_key_is_refused(
-    tmp_path: Path, place: SharedPlace, redis_url: str, root: RootSealer, content: bytes
+    tmp_path: Path, place: FaultyPlace, redis_url: str, root: FaultySealer, content: bytes
 ) -> None:
     host = Host(tmp_path / "one", place, redis_url, root)
     identity = x25519.X25519Identity.generate()
@@ -317,12 +317,12 @@ def test_a_document_with_a_plain_key_is_refused(
     with pytest.raises(ConfigurationError, match="plain key, which no document may hold"):
         host.backend()
     with pytest.raises(ConfigurationError, match="plain key file"):
-        Host(tmp_path / "two", SharedPlace(tmp_path / "new"), redis_url, root).source.adopt([plain])
+        Host(tmp_path / "two", FaultyPlace(tmp_path / "new"), redis_url, root).source.adopt([plain])
     assert not (tmp_path / "new").exists()
 
 
 def test_readers_of_the_store_learn_the_recipient_only(
-    hosts: tuple[Host, Host], place: SharedPlace, first: x25519.X25519Identity
+    hosts: tuple[Host, Host], place: FaultyPlace, first: x25519.X25519Identity
 ) -> None:
     hosts[0].backend().rotate()
     stored = place.path.read_bytes()
@@ -368,7 +368,7 @@ def test_a_version_that_is_not_open_here_yet_is_worth_a_retry(hosts: tuple[Host,
     assert theirs.unwrap(stanza, key, AAD) == bytes(16)
 
 
-def test_a_missing_document_names_the_command(host_of: Callable[[str], Host], place: SharedPlace) -> None:
+def test_a_missing_document_names_the_command(host_of: Callable[[str], Host], place: FaultyPlace) -> None:
     host = host_of("one")
     host.follow()
 
@@ -376,7 +376,7 @@ def test_a_missing_document_names_the_command(host_of: Callable[[str], Host], pl
         host.backend()
 
 
-def test_a_first_version_is_made_once(hosts: tuple[Host, Host], place: SharedPlace) -> None:
+def test_a_first_version_is_made_once(hosts: tuple[Host, Host], place: FaultyPlace) -> None:
     before = place.path.read_bytes()
     other = f"{x25519.X25519Identity.generate().export()}\n".encode()
 
@@ -385,7 +385,7 @@ def test_a_first_version_is_made_once(hosts: tuple[Host, Host], place: SharedPla
 
 
 def test_key_files_are_adopted_and_the_last_identity_is_in_use(
-    host_of: Callable[[str], Host], root: RootSealer
+    host_of: Callable[[str], Host], root: FaultySealer
 ) -> None:
     made = [x25519.X25519Identity.generate() for _ in range(3)]
     texts = [f"# created: 2026-01-0{n}T00:00:00Z\n{each.export()}\n" for n, each in enumerate(made, start=1)]
@@ -405,7 +405,7 @@ def test_key_files_are_adopted_and_the_last_identity_is_in_use(
 
 
 def test_a_command_reads_the_document_itself_if_no_service_polls(
-    hosts: tuple[Host, Host], tmp_path: Path, place: SharedPlace, redis_url: str, root: RootSealer
+    hosts: tuple[Host, Host], tmp_path: Path, place: FaultyPlace, redis_url: str, root: FaultySealer
 ) -> None:
     """It changes no anchor and no copy, which belong to the user of the service."""
     version = hosts[0].backend().current_version()

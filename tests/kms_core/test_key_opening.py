@@ -15,14 +15,14 @@ from kms_protocol.errors import BackendUnavailable, ConfigurationError, UnknownK
 from support.age_kms import age_backend, write_identities
 from support.clock import Clock
 from support.settings_files import read, refusal
-from support.signed_documents import RootSealer
+from support.signed_documents import FaultySealer
 
 CONTENT: Final = b"AGE-SECRET-KEY-1TEST\n"
 
 
 @pytest.fixture
-def sealer(tmp_path: Path) -> RootSealer:
-    return RootSealer(tmp_path / "root")
+def sealer(tmp_path: Path) -> FaultySealer:
+    return FaultySealer(tmp_path / "root")
 
 
 def opener(
@@ -39,7 +39,7 @@ def reader(memory: SharedSecrets, sealer: FileSealer) -> key_opening.InheritedFi
     return key_opening.InheritedFiles(memory, sealer)
 
 
-def test_a_file_is_opened_once_until_it_changes(tmp_path: Path, sealer: RootSealer) -> None:
+def test_a_file_is_opened_once_until_it_changes(tmp_path: Path, sealer: FaultySealer) -> None:
     thread, memory = opener(tmp_path, sealer, "a", "b")
     for _ in range(5):
         thread.round()
@@ -59,7 +59,7 @@ def test_a_file_is_opened_once_until_it_changes(tmp_path: Path, sealer: RootSeal
     assert memory.generation() == 2, "nothing is written without a change"
 
 
-def test_failures_are_retried_ever_more_rarely(tmp_path: Path, sealer: RootSealer, clock: Clock) -> None:
+def test_failures_are_retried_ever_more_rarely(tmp_path: Path, sealer: FaultySealer, clock: Clock) -> None:
     thread, memory = opener(tmp_path, sealer, "a", clock=clock)
     sealer.trouble = BackendUnavailable("the root is away")
     for _ in range(600):  # five minutes
@@ -77,7 +77,7 @@ def test_failures_are_retried_ever_more_rarely(tmp_path: Path, sealer: RootSeale
     assert reader(memory, sealer).open("a", sealed) == CONTENT + b"a"
 
 
-def test_a_new_file_is_not_kept_waiting(tmp_path: Path, sealer: RootSealer, clock: Clock) -> None:
+def test_a_new_file_is_not_kept_waiting(tmp_path: Path, sealer: FaultySealer, clock: Clock) -> None:
     thread, memory = opener(tmp_path, sealer, "a", clock=clock)
     sealer.trouble = BackendUnavailable("away")
     for _ in range(8):
@@ -91,7 +91,7 @@ def test_a_new_file_is_not_kept_waiting(tmp_path: Path, sealer: RootSealer, cloc
     assert reader(memory, sealer).open("a", (tmp_path / "a").read_bytes()) == b"mended"
 
 
-def test_a_refusal_stops_the_start_and_names_the_file(tmp_path: Path, sealer: RootSealer) -> None:
+def test_a_refusal_stops_the_start_and_names_the_file(tmp_path: Path, sealer: FaultySealer) -> None:
     thread, _ = opener(tmp_path, sealer, "a", "b")
     (tmp_path / "a").write_bytes((tmp_path / "b").read_bytes())
 
@@ -101,7 +101,7 @@ def test_a_refusal_stops_the_start_and_names_the_file(tmp_path: Path, sealer: Ro
     assert "was not sealed as a" in raised.value.detail
 
 
-def test_an_exchanged_file_is_refused_while_running(tmp_path: Path, sealer: RootSealer) -> None:
+def test_an_exchanged_file_is_refused_while_running(tmp_path: Path, sealer: FaultySealer) -> None:
     thread, memory = opener(tmp_path, sealer, "a", "b")
     thread.round()
     (tmp_path / "a").write_bytes((tmp_path / "b").read_bytes())
@@ -113,7 +113,7 @@ def test_an_exchanged_file_is_refused_while_running(tmp_path: Path, sealer: Root
 
 
 def test_the_start_waits_for_keys_of_the_service_only(
-    tmp_path: Path, sealer: RootSealer, clock: Clock
+    tmp_path: Path, sealer: FaultySealer, clock: Clock
 ) -> None:
     sealed = sealer.seal("kms:spool", CONTENT, "root")
     sealer.trouble = BackendUnavailable("away")
@@ -132,7 +132,7 @@ def test_the_start_waits_for_keys_of_the_service_only(
     assert reader(memory, sealer).open("kms:spool", sealed) == CONTENT
 
 
-def test_the_start_does_not_wait_for_other_keys(tmp_path: Path, sealer: RootSealer) -> None:
+def test_the_start_does_not_wait_for_other_keys(tmp_path: Path, sealer: FaultySealer) -> None:
     thread, memory = opener(tmp_path, sealer, "a")
     sealer.trouble = BackendUnavailable("away")
     thread.open_all()
@@ -141,7 +141,7 @@ def test_the_start_does_not_wait_for_other_keys(tmp_path: Path, sealer: RootSeal
         reader(memory, sealer).open("a", (tmp_path / "a").read_bytes())
 
 
-def test_no_repr_shows_content(tmp_path: Path, sealer: RootSealer) -> None:
+def test_no_repr_shows_content(tmp_path: Path, sealer: FaultySealer) -> None:
     thread, _ = opener(tmp_path, sealer, "a")
     thread.round()
 

@@ -11,7 +11,7 @@ from kms_core.signed_documents import Anchors, CopyPoll, LocalCopy, SignedDocume
 from kms_protocol.errors import Unavailable
 from support.clock import Clock
 from support.job_stores import connect
-from support.signed_documents import SharedPlace
+from support.signed_documents import FaultyPlace
 from support.waiting import WAIT_S, RealTime, until
 
 KEY: Final = b"d" * 32
@@ -22,7 +22,7 @@ class Host:
 
     def __init__(self, folder: Path, redis_url: str) -> None:
         self.folder, self.clock = folder, Clock(time.time())
-        self.place = SharedPlace(folder / "shared")
+        self.place = FaultyPlace(folder / "shared")
         self.document = SignedDocument(
             "tokens", self.place, KEY, Anchors("tokens", folder / "state", connect(redis_url), KEY)
         )

@@ -288,7 +288,7 @@ def test_a_lost_answer_is_settled_by_the_write_id(store: ObjectStore, hosts: Hos
     puts: list[S3Request] = []
 
     def intercept(seen: S3Request) -> int | None:
-        if seen.name != "PutObject" or seen.path.endswith(".probe"):
+        if seen.operation != "PutObject" or seen.path.endswith(".probe"):
             return None
         puts.append(seen)
         return 0 if len(puts) <= lost else None
@@ -314,7 +314,7 @@ def test_a_large_object_in_place_of_the_probe_stops_no_change(store: ObjectStore
 
 def test_a_store_that_is_away_changes_nothing(store: ObjectStore, hosts: Hosts) -> None:
     bucket = store.new()
-    with S3Proxy(store, lambda seen: 503 if seen.name == "PutObject" else None) as s3_proxy:
+    with S3Proxy(store, lambda seen: 503 if seen.operation == "PutObject" else None) as s3_proxy:
         one = hosts.host("one", object_place(store, bucket.name, s3_proxy.url))
         with pytest.raises(Unavailable):
             one.write(one.read(), added("a"))

@@ -16,6 +16,6 @@ def browser(tmp_path: Path) -> Iterator[Chromium]:
 
 
 @pytest.fixture(scope="module")
-def redis_of_file(valkey: EmbeddedValkey, database_numbers: Iterator[int]) -> str:
+def module_redis(valkey: EmbeddedValkey, database_numbers: Iterator[int]) -> str:
     """The URL of a database for all tests of a file."""
     return valkey.files.url_of(next(database_numbers))

@@ -55,7 +55,7 @@ def test_what_stock_age_makes_opens_by_itself_and_by_the_service(
 
     shown = decrypted(age_tools, path.read_bytes())
 
-    assert age_tools.ok(age, "-d", "-i", age_tools.identity(target()), str(path)) == SECRET
+    assert age_tools.ok(age, "-d", "-i", age_tools.identity_file(target()), str(path)) == SECRET
     assert b64decode(shown["plaintext"]) == SECRET
     assert (shown["key_id"], shown["origin"]) == (key_id, "service")
 
@@ -64,7 +64,7 @@ def test_what_stock_age_makes_opens_by_itself_and_by_the_service(
 def test_stock_age_opens_what_the_service_made(age_tools: AgeTools, age: str, key_id: str) -> None:
     made = age_tools.seal(SECRET, key_id=key_id)
 
-    assert age_tools.ok(age, "-d", "-i", age_tools.identity(target(key_id)), stdin=made) == SECRET
+    assert age_tools.ok(age, "-d", "-i", age_tools.identity_file(target(key_id)), stdin=made) == SECRET
 
 
 RAGE: Final = """
@@ -95,12 +95,12 @@ def test_rage_and_age_open_each_others_files(age_tools: AgeTools, age: str) -> N
     by_rage = age_tools.ok(*rage, "-e", target("vault").recipient(), stdin=SECRET)
 
     assert age_tools.ok(*rage, "-d", target().identity(), stdin=path.read_bytes()) == SECRET
-    assert age_tools.ok(age, "-d", "-i", age_tools.identity(target()), stdin=by_rage) == SECRET
+    assert age_tools.ok(age, "-d", "-i", age_tools.identity_file(target()), stdin=by_rage) == SECRET
 
 
 @pytest.mark.parametrize(("key_id", "context"), [("default", ""), ("vault", OTHER)])
 def test_the_context_is_bound(age_tools: AgeTools, age: str, key_id: str, context: str) -> None:
-    mine = age_tools.identity(target(key_id, context))
+    mine = age_tools.identity_file(target(key_id, context))
     done = age_tools.run(age, "-d", "-i", mine, stdin=as_by_age(age_tools, key_id))
 
     assert (done.returncode, done.stdout) == (1, b"")
@@ -109,7 +109,7 @@ def test_the_context_is_bound(age_tools: AgeTools, age: str, key_id: str, contex
 
 
 def test_an_identity_encrypts_too(age_tools: AgeTools, age: str) -> None:
-    mine = age_tools.identity(target("vault"))
+    mine = age_tools.identity_file(target("vault"))
     sealed = age_tools.ok(age, "-e", "-i", mine, stdin=SECRET)
 
     assert age_tools.ok(age, "-d", "-i", mine, stdin=sealed) == SECRET
@@ -157,7 +157,7 @@ def test_a_large_file_streams_through_the_tool(age_tools: AgeTools, age: str) ->
         file.write(os.urandom(4096))
     script = (
         f'"{age}" -r "{target("vault").recipient()}" <large | '
-        f'"{age}" -d -i "{age_tools.identity(target("vault"))}" | sha256sum'
+        f'"{age}" -d -i "{age_tools.identity_file(target("vault"))}" | sha256sum'
     )
 
     assert age_tools.ok("sh", "-c", script).split()[0].decode() == sha256(path.read_bytes()).hexdigest()
@@ -175,7 +175,7 @@ def test_keys_of_the_settings_do_without_a_service(age_tools: AgeTools, age: str
     )
     sealed = alone.ok(age, "-r", here.recipient(), stdin=SECRET)
 
-    assert alone.ok(age, "-d", "-i", age_tools.identity(here), stdin=sealed) == SECRET
+    assert alone.ok(age, "-d", "-i", age_tools.identity_file(here), stdin=sealed) == SECRET
     assert b64decode(decrypted(age_tools, sealed)["plaintext"]) == SECRET
 
 
@@ -191,9 +191,9 @@ def test_a_relative_settings_path_is_refused(age_tools: AgeTools, age: str) -> N
 
 def test_the_tool_says_what_the_service_refused(age_tools: AgeTools, age: str) -> None:
     made = as_by_age(age_tools, "default")
-    age_tools.token("decrypt")
+    age_tools.token_file("decrypt")
 
-    done = age_tools.run(age, "-d", "-i", age_tools.identity(target()), stdin=made)
+    done = age_tools.run(age, "-d", "-i", age_tools.identity_file(target()), stdin=made)
 
     assert (done.returncode, done.stdout) == (1, b"")
     assert b"this token lacks `unwrap`" in done.stderr

@@ -135,10 +135,10 @@ class Balanced:
 def balanced(tmp_path: Path, redis_url: str) -> Iterator[Balanced]:
     authority = make_authority(tmp_path)
     settings = (
-        f'[kms.server]\ntls_cert = "{authority.chain}"\ntls_key = "{authority.chain}"\n'
+        f'[kms.server]\ntls_cert = "{authority.cert_and_key}"\ntls_key = "{authority.cert_and_key}"\n'
         'trusted_proxies = ["127.0.0.1"]\n'
     )
-    authority.chain.chmod(0o600)
+    authority.cert_and_key.chmod(0o600)
     with ExitStack() as stack:
         one = stack.enter_context(Host(tmp_path / "one", settings, redis_url))
         shared = f'{settings}[kms.jobs]\nspool_dir = "{one.spool}"\n'
@@ -159,7 +159,7 @@ def haproxy(folder: Path, authority: Authority, one: Host, two: Host) -> Iterato
     for old, new in {
         "/run/haproxy.sock": str(folder / "haproxy.sock"),
         "bind :443": f"bind 127.0.0.1:{port}",
-        "/etc/haproxy/kms.pem": str(authority.chain),
+        "/etc/haproxy/kms.pem": str(authority.cert_and_key),
         "/etc/haproxy/kms-ca.pem": str(authority.ca_file),
         "kms.example.com": "localhost",
         "192.0.2.11:8082": f"127.0.0.1:{one.port}",

@@ -32,9 +32,9 @@ def program(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="module")
-def secured(tmp_path_factory: pytest.TempPathFactory, redis_of_file: str) -> Iterator[SecuredService]:
+def secured(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterator[SecuredService]:
     settings = f"[kms.age]\ndata_keys = true\n{REQUIRED}"
-    with SecuredService(tmp_path_factory.mktemp("secured"), settings, redis_of_file) as running:
+    with SecuredService(tmp_path_factory.mktemp("secured"), settings, module_redis) as running:
         yield running.start()
 
 

@@ -27,8 +27,8 @@ GENERATORS: Final = {
 
 
 @pytest.fixture(scope="module")
-def secured(tmp_path_factory: pytest.TempPathFactory, redis_of_file: str) -> Iterator[SecuredService]:
-    with SecuredService(tmp_path_factory.mktemp("secured"), REQUIRED, redis_of_file) as running:
+def secured(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterator[SecuredService]:
+    with SecuredService(tmp_path_factory.mktemp("secured"), REQUIRED, module_redis) as running:
         running.start()
         running.http.headers.update(running.token("*"))
         yield running

@@ -63,9 +63,9 @@ HIDDEN: Final = "document.documentElement.scrollWidth - document.documentElement
 
 
 @pytest.fixture(scope="module")
-def secured(tmp_path_factory: pytest.TempPathFactory, redis_of_file: str) -> Iterator[SecuredService]:
+def secured(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterator[SecuredService]:
     """An API that asks everybody; no worker runs, so that jobs stay queued."""
-    with SecuredService(tmp_path_factory.mktemp("ui-browser"), redis=redis_of_file) as running:
+    with SecuredService(tmp_path_factory.mktemp("ui-browser"), redis=module_redis) as running:
         yield running.start("api")
 
 

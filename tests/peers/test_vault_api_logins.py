@@ -12,7 +12,7 @@ from support.credentials import Issuer, serving
 from support.openbao import binary
 from support.programs import running
 from support.service import b64
-from support.vault_logins import Logins, deploy, flux
+from support.vault_logins import Logins, deploy_login, flux_login
 
 AGENT: Final = """
 vault {{ address = "{url}" }}
@@ -46,9 +46,9 @@ def test_hvac_logs_in_and_encrypts(service: Logins, corp: Issuer, method: str) -
             token, secret = service.make("encrypt,decrypt key=default")
             made = client.auth.approle.login(token.name, secret)
         case "jwt":
-            made = client.auth.jwt.jwt_login("deploy", deploy(corp)["jwt"])
+            made = client.auth.jwt.jwt_login("deploy", deploy_login(corp)["jwt"])
         case _:
-            made = client.auth.kubernetes.login("flux", flux(corp)["jwt"])
+            made = client.auth.kubernetes.login("flux", flux_login(corp)["jwt"])
     client.token = made["auth"]["client_token"]  # jwt_login and kubernetes may leave it to the caller
 
     transit = client.secrets.transit
@@ -61,7 +61,7 @@ def test_hvac_logs_in_and_encrypts(service: Logins, corp: Issuer, method: str) -
 @pytest.mark.parametrize("method", ["approle", "jwt", "kubernetes"])
 def test_an_agent_logs_in(service: Logins, corp: Issuer, tmp_path: Path, method: str) -> None:
     files = {name: tmp_path / name for name in ("role", "secret", "sink")}
-    secret = str({"jwt": deploy, "kubernetes": flux}.get(method, deploy)(corp)["jwt"])
+    secret = str({"jwt": deploy_login, "kubernetes": flux_login}.get(method, deploy_login)(corp)["jwt"])
     config = {
         "jwt": f'role = "deploy", path = "{files["secret"]}", remove_jwt_after_reading = false',
         "kubernetes": f'role = "flux", token_path = "{files["secret"]}"',
@@ -82,4 +82,4 @@ def test_an_agent_logs_in(service: Logins, corp: Issuer, tmp_path: Path, method:
         short = files["sink"].read_text()
 
     assert tokens.PREFIX not in short
-    assert service.encrypts(short) == 200, (tmp_path / "log").read_text()
+    assert service.encrypt_status(short) == 200, (tmp_path / "log").read_text()

@@ -15,7 +15,7 @@ from kms_cli.plugin.names import PluginTarget
 from kms_protocol.context import Context
 from support.credentials import REQUIRED, SecuredService, bearer
 from support.openbao import bao
-from support.programs import tool
+from support.programs import venv_program
 from support.service import b64, unb64
 from support.waiting import WAIT_S
 
@@ -23,7 +23,7 @@ ENV: Final = "env=prod,service=api"
 
 
 def sops() -> str:
-    return tool("sops")
+    return venv_program("sops")
 
 
 def plugin_dir(folder: Path) -> Path:
@@ -78,13 +78,13 @@ class AgeTools:
         answer = self.post("encrypt", {"plaintext": b64(plaintext), "context": context, "key_id": key_id})
         return unb64(answer.json()["ciphertext"])
 
-    def identity(self, *targets: PluginTarget) -> str:
+    def identity_file(self, *targets: PluginTarget) -> str:
         """The path of an identity file."""
         path = self.folder / "kms.id"
         path.write_text("".join(f"{target.identity()}\n" for target in targets))
         return str(path)
 
-    def token(self, *scopes: str) -> str:
+    def token_file(self, *scopes: str) -> str:
         """The path of a file with a new token."""
         path = self.folder / "token"
         path.touch(mode=0o600)
@@ -96,15 +96,15 @@ def target(key_id: str | None = None, context: str = ENV, *, in_process: bool = 
     return PluginTarget(key_id, Context.parse(context), None, in_process)
 
 
-def new_pair(kms: Path, *more: str) -> str:
+def generate_key(path: Path, *more: str) -> str:
     """The URI of a new age key."""
     subprocess.run(
-        [sys.executable, "-P", "-m", "kms_cli.main", "keygen", *more, "-o", str(kms)],
+        [sys.executable, "-P", "-m", "kms_cli.main", "keygen", *more, "-o", str(path)],
         check=True,
         capture_output=True,
         timeout=WAIT_S,
     )
-    return f"age://{kms}"
+    return f"age://{path}"
 
 
 @pytest.fixture(scope="session")
@@ -113,8 +113,8 @@ def keys_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredSe
     folder = tmp_path_factory.mktemp("plugin")
     server = bao()
     transit = f"transit:{server.new_key()}"
-    pq = new_pair(folder / "pq.txt", "--pq")
-    also = new_pair(folder / "also.txt")
+    pq = generate_key(folder / "pq.txt", "--pq")
+    also = generate_key(folder / "also.txt")
     settings = (
         f'[kms.keys]\nvault = "{transit}"\nboth = ["{transit}", "{also}"]\npq = "{pq}"\n'
         f"{server.settings()}{REQUIRED}"
@@ -136,5 +136,5 @@ def age_tools(tmp_path: Path, keys_service: SecuredService) -> AgeTools:
             "KMS_TOKEN_FILE": str(tmp_path / "token"),
         },
     )
-    made.token("encrypt,decrypt,rewrap,wrap,unwrap")
+    made.token_file("encrypt,decrypt,rewrap,wrap,unwrap")
     return made

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from kms_core.age import x25519
-from support.programs import built_with_go, tool
+from support.programs import built_with_go, venv_program
 
 ROOT: Final = Path(__file__).parents[2]
 DEPLOY: Final = ROOT / "deploy"
@@ -52,7 +52,7 @@ def composed(
     """Compose files as Compose reads them, which refuses unknown keys and broken references."""
     words = [word for name in files for word in ("-f", ROOT / name)]
     words += [word for name in profiles for word in ("--profile", name)]
-    argv = (tool("docker-compose"), "--project-directory", ROOT, *words, "config", "--format", "json")
+    argv = (venv_program("docker-compose"), "--project-directory", ROOT, *words, "config", "--format", "json")
     found: Document = json.loads(passes(*argv, env=env))
     return found
 

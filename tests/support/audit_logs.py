@@ -23,7 +23,7 @@ from kms_core.settings.model import AuditSection
 
 Line = dict[str, Any]
 DAY_NS: Final = 24 * 3600 * 1_000_000_000
-PROGRAM: Final = f"""
+PROGRAM_PREAMBLE: Final = f"""
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
@@ -56,11 +56,11 @@ def audit_section(path: Path = Path(), **values: Any) -> AuditSection:  # noqa: 
 class AuditFolder:
     """A folder for a trail, and keys beside it."""
 
-    at: Path
+    root: Path
 
     @property
     def folder(self) -> Path:
-        return self.at / "audit"
+        return self.root / "audit"
 
     @property
     def logs(self) -> list[HostLog]:
@@ -68,7 +68,7 @@ class AuditFolder:
 
     @property
     def signing_key(self) -> Path:
-        return self.at / "signing.key"
+        return self.root / "signing.key"
 
     def trail(
         self,
@@ -78,7 +78,7 @@ class AuditFolder:
         clock: Callable[[], int] = time.time_ns,
         rotate_bytes: int = AuditLog.rotate_bytes,
     ) -> AuditLog:
-        concealer, signer = Concealer.at(self.at / "audit.key"), Signer.at(self.signing_key)
+        concealer, signer = Concealer.at(self.root / "audit.key"), Signer.at(self.signing_key)
         section = msgspec.structs.replace(section or audit_section(), path=self.folder)
         trail = AuditLog(section, role, concealer, signer, clock=clock)
         trail.rotate_bytes = rotate_bytes

@@ -56,7 +56,7 @@ class Faults:
     stalls: bool = False
     changed_result: bool = False
     honours_wait: bool = True
-    cut_waits: bool = False
+    wait_times_out: bool = False
     unhealthy: bool = False
     token: str = ""
     job_error: str = ""
@@ -306,7 +306,7 @@ class Handler(QuietHandler):
 
     def job(self, job_id: str) -> None:
         faults, wait_s = self.service.faults, int(parse_qs(urlsplit(self.path).query).get("wait", "0")[0])
-        if wait_s and faults.cut_waits:
+        if wait_s and faults.wait_times_out:
             self.answer(504, b"", {})
             return
         until = time.monotonic() + (wait_s if faults.honours_wait else 0)

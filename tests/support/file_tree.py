@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 
-def written(root: Path, name: str = "plain.txt", data: bytes = b"salary") -> str:
+def write_file_uri(root: Path, name: str = "plain.txt", data: bytes = b"salary") -> str:
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
@@ -21,7 +21,7 @@ def a_link_to_a_file(root: Path, outside: Path) -> Path:
 
 
 def a_link_to_a_file_beneath(root: Path, _: Path) -> Path:
-    written(root, "inner")
+    write_file_uri(root, "inner")
     (root / "link").symlink_to("inner")
     return root / "link"
 
@@ -47,7 +47,7 @@ def a_directory(root: Path, _: Path) -> Path:
 
 
 def beneath_a_file(root: Path, _: Path) -> Path:
-    written(root, "file")
+    write_file_uri(root, "file")
     return root / "file/below"
 
 

@@ -45,12 +45,12 @@ def connect(url: str) -> redis.Redis:
 
 
 def store_of(
-    core: Core, section: KmsSection, woken: list[str] | None = None, *, several: bool = False
+    core: Core, section: KmsSection, woken: list[str] | None = None, *, several_tenants: bool = False
 ) -> JobStore:
     """The core's store with other settings; the queues of its wake-ups are noted."""
     found = core.worker_context.store
     notify = ([] if woken is None else woken).append
-    return JobStore(found.redis, found.record_key, notify, section, lambda: several)
+    return JobStore(found.redis, found.record_key, notify, section, lambda: several_tenants)
 
 
 def depths(store: JobStore) -> dict[QueuePriority, int]:
@@ -183,7 +183,7 @@ def put_back(store: JobStore, job_id: str, dump: dict[bytes, bytes]) -> None:
 
 
 @contextmanager
-def ahead(seconds: float = 2 * 86_400) -> Iterator[pytest.MonkeyPatch]:
+def clock_ahead(seconds: float = 2 * 86_400) -> Iterator[pytest.MonkeyPatch]:
     """This machine's clock is so many seconds ahead of Redis's."""
     clock = time.time
     with pytest.MonkeyPatch.context() as patched:
@@ -194,7 +194,7 @@ def ahead(seconds: float = 2 * 86_400) -> Iterator[pytest.MonkeyPatch]:
 @contextmanager
 def later(seconds: float = 2 * 86_400) -> Iterator[None]:
     """So many seconds later, for this machine and as Redis is asked for the time."""
-    with ahead(seconds) as patched:
+    with clock_ahead(seconds) as patched:
         patched.setattr(JobStore, "now", lambda _: time.time())
         yield
 

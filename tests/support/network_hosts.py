@@ -1,7 +1,7 @@
 """Hosts of a network on one machine: namespaces with a host name, ports and addresses of their own each.
 
-They share the file system, so a Unix socket reaches a server of another host. For ``hosts``, where the kernel
-allows this user no namespaces, each host is this one, and only the processes differ.
+They share the file system, so a Unix socket reaches a server of another host. Where the kernel allows this
+user no namespaces, each host of ``hosts_or_local`` is this one, and only the processes differ.
 """
 
 import ctypes
@@ -61,14 +61,14 @@ HERE = Host(())
 
 
 @contextmanager
-def hosts(count: int) -> Iterator[Sequence[Host]]:
+def hosts_or_local(count: int) -> Iterator[Sequence[Host]]:
     """So many hosts, each with a line to this one. Started from a thread that lives as long as they do."""
     with ExitStack() as stack:
         yield _hosts(stack, count, [ETH0]) if _is_allowed() else [HERE] * count
 
 
 @contextmanager
-def network(count: int, lines: Sequence[str]) -> Iterator[Sequence[Host]]:
+def isolated_network(count: int, lines: Sequence[str]) -> Iterator[Sequence[Host]]:
     """So many hosts with such lines each to this thread, which is a host of its own for so long.
 
     Threads and programs that it starts are on that host too, and none of it outlives them. Skips where there

@@ -30,7 +30,7 @@ from kms_core.programs.tether import spawn
 from support import aws_servers
 from support.http_servers import QuietHandler
 from support.ports import free_port
-from support.programs import program, tool
+from support.programs import program, venv_program
 from support.waiting import until_up
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def start_weed(
     (folder / ".seaweedfs").mkdir()  # every bucket grows volumes of its own, seven at a time unless told so
     (folder / ".seaweedfs" / "master.toml").write_text("[master.volume_growth]\ncopy_1 = 1\n")
     ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
-    argv = [tool("weed"), "-logtostderr=true", "server", f"-dir={folder}", "-ip=127.0.0.1"]
+    argv = [venv_program("weed"), "-logtostderr=true", "server", f"-dir={folder}", "-ip=127.0.0.1"]
     argv += [f"-ip.bind={bind}", "-filer", "-s3", f"-s3.config={config}", "-master.telemetry=false"]
     argv += ["-volume.max=0", "-master.volumeSizeLimitMB=128", "-s3.port.iceberg=0", "-s3.port.lance=0"]
     argv += [f"-filer.localSocket={folder}/filer.sock"]  # else by port in /tmp, which other networks have too
@@ -268,7 +268,7 @@ class S3Request:
     size: int = 0
 
     @property
-    def name(self) -> str:
+    def operation(self) -> str:
         """What it asks for, in S3's terms."""
         query = urlsplit(self.path).query
         if "x-amz-copy-source" in self.headers:
@@ -305,8 +305,8 @@ class S3Proxy:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     @property
-    def names(self) -> list[str]:
-        return [seen.name for seen in self.seen]
+    def operations(self) -> list[str]:
+        return [seen.operation for seen in self.seen]
 
     def __enter__(self) -> Self:
         self._thread.start()

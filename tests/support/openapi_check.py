@@ -54,7 +54,7 @@ def resolved(part: Json) -> Json:
     return found
 
 
-def operation(template: str, method: str) -> Json:
+def documented_answers(template: str, method: str) -> Json:
     """The documented answers of an operation by status; empty for a method that is not documented."""
     found: Json = document()["paths"].get(template, {}).get(method.lower(), {}).get("responses", {})
     return found
@@ -63,7 +63,7 @@ def operation(template: str, method: str) -> Json:
 def check(answer: httpx.Response) -> None:
     """Fail if the document does not say that this may be answered."""
     template = template_of(answer.request.url.raw_path.partition(b"?")[0].decode())
-    answers = operation(template or "", answer.request.method)
+    answers = documented_answers(template or "", answer.request.method)
     if not answers or (answer.status_code in NO_REQUEST_STATUS and "x-request-id" not in answer.headers):
         return
     what = f"{answer.request.method} {template} {answer.status_code}"

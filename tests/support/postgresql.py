@@ -22,7 +22,7 @@ _SETTINGS: Final = {
 
 
 @contextmanager
-def postgresql(folder: Path) -> Iterator[dict[str, str]]:
+def postgresql_environ(folder: Path) -> Iterator[dict[str, str]]:
     """Run a server with data in ``folder``. Yields the variables by which psql and pg_dump find it."""
     data, sockets = folder / "data", folder / "s"
     sockets.mkdir(mode=0o700, parents=True)

@@ -47,7 +47,7 @@ class OnSyncedDisk(Service):
             environ = self.environ | {"PYTHONPATH": str(_TESTS)}
             self._processes[name] = tether.spawn([sys.executable, "-P", *program], env=environ, output=output)
 
-    def settle(self) -> None:
+    def sync_disk(self) -> None:
         """Put on disk what the test wrote."""
         self.disk.sync_all(self.files)
 
@@ -83,7 +83,7 @@ class OnDiskImage(Service):
         subprocess.run(["losetup", "--detach", device], capture_output=True, check=False)
         return not mounted.returncode
 
-    def settle(self) -> None:
+    def sync_disk(self) -> None:
         """Put on disk what the test wrote."""
         os.sync()
 
@@ -148,7 +148,7 @@ class Senders:
             thread.join(60)
             assert not thread.is_alive()
 
-    def ended(self) -> int:
+    def succeeded_jobs(self) -> int:
         """The number of jobs that have succeeded."""
         return len(self._service.get("/jobs?state=succeeded&limit=100").json()["jobs"])
 
@@ -236,7 +236,7 @@ def _trouble(job: Acknowledged) -> str:
     return ""
 
 
-def jobs_lost(service: OnSyncedDisk | OnDiskImage, files: int) -> list[str]:
+def jobs_lost_to_power_cut(service: OnSyncedDisk | OnDiskImage, files: int) -> list[str]:
     """Cut the power of a service under load, start it again, and name the acknowledged jobs that are lost.
 
     Only jobs that were acknowledged before count: ext4 answers syncs that it cannot finish while it shuts
@@ -244,9 +244,9 @@ def jobs_lost(service: OnSyncedDisk | OnDiskImage, files: int) -> list[str]:
     """
     service.start()
     senders = Senders(service, files)
-    service.settle()
+    service.sync_disk()
     senders.start()
-    until(lambda: senders.ended() > files // 2, "some jobs have succeeded", poll_s=0.05)
+    until(lambda: senders.succeeded_jobs() > files // 2, "some jobs have succeeded", poll_s=0.05)
     acknowledged = [*senders.acknowledged]
     service.cut()
     senders.join()

@@ -43,16 +43,16 @@ def program(name: str) -> str:
     found = which(name, path=f"{os.environ['PATH']}:/usr/sbin")
     if found:
         return found
-    pytest.skip(f"{name} is not on the PATH{install(name)}")
+    pytest.skip(f"{name} is not on the PATH{install_hint(name)}")
 
 
-def tool(name: str) -> str:
+def venv_program(name: str) -> str:
     """The path of a program that a package of the development group carries, else of one on the PATH."""
     beside = Path(sys.executable).with_name(name)
     return str(beside) if beside.exists() else program(name)
 
 
-def install(name: str) -> str:
+def install_hint(name: str) -> str:
     """How to install a program, as the end of a sentence: what ``.ci/all`` says of it, or nothing."""
     lines = (_CACHE.parent / ".ci/all").read_text("utf-8").splitlines()
     asked = (line.partition("#")[0].split() for line in lines if line.startswith("needs "))
@@ -126,7 +126,7 @@ def locked_cache(name: str) -> Iterator[Path]:
 
 
 @contextmanager
-def store_of_images() -> Iterator[dict[str, str]]:
+def image_store_environ() -> Iterator[dict[str, str]]:
     """A kept store of images beside that of the machine, for one test process at a time: its variables.
 
     It is outside of the tree, since it has devices and files of other users. What killed runs left goes.

@@ -110,7 +110,7 @@ def _running(
     if authority:
         named |= {"port": "0", "tls-port": str(port), "tls-auth-clients": "no"}
         named |= {"tls-ca-cert-file": str(authority.ca_file)}
-        named |= dict.fromkeys(("tls-cert-file", "tls-key-file"), str(authority.chain))
+        named |= dict.fromkeys(("tls-cert-file", "tls-key-file"), str(authority.cert_and_key))
     words = [word for name, value in (named | options).items() for word in (f"--{name}", *_words(value))]
     first = [str(folder / "sentinel.conf")] if sentinel else []
     binary = program("redis-server") if authority else str(find_binary(os.environ))

@@ -37,7 +37,7 @@ def seal(service: Service, name: str, path: Path, *more: str, root: str = "root"
     made.replace(path)
 
 
-def version(service: Service) -> str:
+def current_version(service: Service) -> str:
     """The version of the default key that seals now."""
     answer = service.post("/encrypt", {"plaintext": b64(b"x"), "context": CONTEXT})
     assert answer.status_code == 200, answer.text

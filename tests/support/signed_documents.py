@@ -11,7 +11,7 @@ from kms_protocol.errors import KmsError, Unavailable
 from support.age_kms import age_backend
 
 
-class SharedPlace(FilePlace):
+class FaultyPlace(FilePlace):
     """A file that counts what it is asked, and may be away; others may act before it answers."""
 
     def __init__(self, path: Path) -> None:
@@ -39,7 +39,7 @@ class SharedPlace(FilePlace):
             raise Unavailable("the store is away")
 
 
-class RootSealer(FileSealer):
+class FaultySealer(FileSealer):
     """A sealer with one root. It counts what it opens, and fails while there is ``trouble``."""
 
     def __init__(self, folder: Path) -> None:

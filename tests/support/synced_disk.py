@@ -44,7 +44,7 @@ class SyncedDisk:
             self._put(self._of(found.st_ino, "file"), Path(f"/proc/self/fd/{fd}").read_bytes(), fd)
             self._of(found.st_ino, "folder").unlink(missing_ok=True)
 
-    def is_new(self, inode: int) -> None:
+    def forget(self, inode: int) -> None:
         """Forget what was synced when the inode was another file's."""
         for kind in ("file", "folder"):
             self._of(inode, kind).unlink(missing_ok=True)
@@ -105,12 +105,12 @@ def install(disk: SyncedDisk, patch: SetAttribute = setattr) -> SyncedDisk:
     def opened(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:  # noqa: ANN401 -- as os has it
         fd = real_open(path, flags, mode, dir_fd=dir_fd)
         if flags & os.O_CREAT and flags & os.O_EXCL:
-            disk.is_new(os.fstat(fd).st_ino)
+            disk.forget(os.fstat(fd).st_ino)
         return fd
 
     def made(path: Any, mode: int = 0o777, *, dir_fd: int | None = None) -> None:  # noqa: ANN401 -- as os has it
         real_mkdir(path, mode, dir_fd=dir_fd)
-        disk.is_new(os.stat(path, dir_fd=dir_fd).st_ino)
+        disk.forget(os.stat(path, dir_fd=dir_fd).st_ino)
 
     patch(os, "open", opened)
     patch(os, "mkdir", made)

@@ -91,15 +91,15 @@ class Logins(SecuredService):
         more: dict[str, Any] = {} if body is None else {"json": body}
         return self.http.request(method, f"/v1/{path}", headers={"X-Vault-Token": token}, **more)
 
-    def encrypts(self, token: str) -> int:
+    def encrypt_status(self, token: str) -> int:
         return self.call(token, "transit/encrypt/default", HELLO).status_code
 
 
-def deploy(issuer: Issuer, **changes: object) -> dict[str, object]:
+def deploy_login(issuer: Issuer, **changes: object) -> dict[str, object]:
     """The body of a good login by JWT, but for what is changed in its claims."""
     return {"role": "deploy", "jwt": issuer.token(**{**DEPLOY, **changes})}
 
 
-def flux(issuer: Issuer, **changes: object) -> dict[str, object]:
-    """As ``deploy``, of a service account."""
+def flux_login(issuer: Issuer, **changes: object) -> dict[str, object]:
+    """As ``deploy_login``, of a service account."""
     return {"role": "flux", "jwt": issuer.token(**{"iss": CLUSTER, "sub": FLUX, **changes})}

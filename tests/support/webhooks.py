@@ -36,12 +36,12 @@ class Authority:
     """A CA and one certificate of it, for ``localhost`` alone."""
 
     ca_file: Path
-    chain: Path
+    cert_and_key: Path
 
     def serving(self) -> ssl.SSLContext:
         """What a server with this certificate wraps its connections with."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.chain)
+        context.load_cert_chain(self.cert_and_key)
         return context
 
 
@@ -49,7 +49,7 @@ def make_authority(folder: Path) -> Authority:
     authority = credentials.Authority(folder)
     pair = authority.issue("localhost", x509.DNSName("localhost"), server=None)
     made = Authority(authority.ca_file, folder / "chain.pem")
-    made.chain.write_bytes(pair.key.read_bytes() + pair.cert.read_bytes())
+    made.cert_and_key.write_bytes(pair.key.read_bytes() + pair.cert.read_bytes())
     return made
 
 
@@ -67,7 +67,7 @@ class Receiver:
     port: int = 0
     requests: list[Request] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
-    names: list[str | None] = field(default_factory=list)  # as asked for by SNI
+    sni_names: list[str | None] = field(default_factory=list)
     slowly: Callable[[], object] = lambda: None
 
     def url(self, host: str = "localhost", scheme: str = "https") -> str:
@@ -97,7 +97,7 @@ def _server_context(authority: Authority, found: Receiver) -> ssl.SSLContext:
     context = authority.serving()
 
     def note(_connection: object, name: str | None, _context: object) -> None:
-        found.names.append(name)
+        found.sni_names.append(name)
 
     context.sni_callback = note
     return context

@@ -52,7 +52,7 @@ def lock(path: Path, *wheels: Path) -> Path:
 
 
 @contextmanager
-def index(folder: Path) -> Iterator[dict[str, str]]:
+def index_environ(folder: Path) -> Iterator[dict[str, str]]:
     """Serve ``folder``/<project>/<wheels> by PEP 503; the environment in which pip uses this index only."""
     with served_files(folder) as url:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "KMS_"))}

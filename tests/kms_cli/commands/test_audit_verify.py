@@ -20,7 +20,7 @@ def verified(home: Path, *folders: Path) -> subprocess.CompletedProcess[bytes]:
 
 def test_of_named_directories_one_without_a_log_is_not_called_intact(tmp_path: Path) -> None:
     there, none = AuditFolder(tmp_path / "there"), tmp_path / "none"
-    there.at.mkdir()
+    there.root.mkdir()
     there.written(2)
     none.mkdir()
     ran = verified(tmp_path, there.folder, none)

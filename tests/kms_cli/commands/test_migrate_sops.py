@@ -12,7 +12,7 @@ from kms_core.age import armor, x25519
 from support.cli.fixtures import RunningService, environment
 from support.cli.migrate import Ran, Workspace, report
 from support.openbao import ROOT_TOKEN, bao
-from support.programs import tool
+from support.programs import venv_program
 from support.waiting import RealTime
 
 SECRET: Final = "hunter2"
@@ -37,7 +37,7 @@ def workspace(tmp_path: Path, real_service: RunningService) -> Workspace:
 
 def sops(workspace: Workspace, *words: str, **env: str) -> bytes:
     done = subprocess.run(
-        [tool("sops"), *words],
+        [venv_program("sops"), *words],
         cwd=workspace.folder,
         env=environment(workspace.folder, **env),
         capture_output=True,

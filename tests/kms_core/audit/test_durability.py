@@ -56,7 +56,7 @@ def test_a_new_file_of_anchors_keeps_its_name(
     log = audit_folder.trail()
     log.append(record(1))
     log.close()
-    anchors = FolderSink(audit_folder.at / "anchors")
+    anchors = FolderSink(audit_folder.root / "anchors")
     disk = recorded(monkeypatch)
     anchors.put(log.last_signed)
     (file,) = anchors.path.iterdir()

@@ -17,9 +17,9 @@ from kms_core.audit.keys import Concealer, PublicKeys, Signer, public_path
 from kms_core.auth.policy import Principal
 from kms_protocol.context import Context
 from kms_protocol.errors import ConfigurationError
-from support.audit_logs import PROGRAM, AuditFolder, audit_section, chain_name, notes, record
+from support.audit_logs import PROGRAM_PREAMBLE, AuditFolder, audit_section, chain_name, notes, record
 
-APPEND_MANY = f"""{PROGRAM}
+APPEND_MANY = f"""{PROGRAM_PREAMBLE}
 trail = place.trail(role=sys.argv[2])
 trail.append(record(0))
 sys.stdin.read()  # both begin at once
@@ -48,7 +48,7 @@ def test_a_record_is_one_line_and_its_id_names_it(audit_folder: AuditFolder) -> 
 def test_files_and_keys_are_private(audit_folder: AuditFolder) -> None:
     path = audit_folder.written(1)
 
-    private = (path, audit_folder.at / "audit.key", audit_folder.signing_key)
+    private = (path, audit_folder.root / "audit.key", audit_folder.signing_key)
     assert [stat.S_IMODE(each.stat().st_mode) for each in private] == [0o600] * 3
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
@@ -146,7 +146,7 @@ def test_a_broken_key_file_is_a_wrong_configuration(tmp_path: Path, content: byt
 
 def test_keys_open_to_others_are_refused_in_prod(audit_folder: AuditFolder) -> None:
     audit_folder.trail()
-    for path, kind in ((audit_folder.at / "audit.key", Concealer), (audit_folder.signing_key, Signer)):
+    for path, kind in ((audit_folder.root / "audit.key", Concealer), (audit_folder.signing_key, Signer)):
         path.chmod(0o644)
         kind.at(path)
 
@@ -171,7 +171,7 @@ def test_two_processes_have_a_chain_each(audit_folder: AuditFolder) -> None:
     audit_folder.trail()  # makes the keys
     start, gun = os.pipe()
     writers = [
-        subprocess.Popen([sys.executable, "-c", APPEND_MANY, str(audit_folder.at), role], stdin=start)
+        subprocess.Popen([sys.executable, "-c", APPEND_MANY, str(audit_folder.root), role], stdin=start)
         for role in ("api", "worker")
     ]
     os.close(start)

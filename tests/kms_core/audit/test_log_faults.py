@@ -20,10 +20,10 @@ import pytest
 from kms_core.audit.segments import SegmentFile
 from kms_core.settings.model import AuditSection
 from kms_protocol.errors import AuditUnavailable
-from support.audit_logs import PROGRAM, AuditFolder, audit_section, codes, notes, record, room_for
+from support.audit_logs import PROGRAM_PREAMBLE, AuditFolder, audit_section, codes, notes, record, room_for
 from support.small_disk import small_disk
 
-APPEND_AND_DIE = f"""{PROGRAM}
+APPEND_AND_DIE = f"""{PROGRAM_PREAMBLE}
 trail = place.trail()
 for number in range(1, 4):
     trail.append(record(number))
@@ -176,12 +176,12 @@ def test_a_deleted_folder_is_made_again_once_nothing_is_in_its_place(audit_folde
 def test_no_descriptor_is_left_behind(audit_folder: AuditFolder) -> None:
     trail = audit_folder.trail()
     trail.append(record())
-    before = open_files(audit_folder.at)
+    before = open_files(audit_folder.root)
     for _ in range(5):
         audit_folder.files()[-1].unlink()
         trail.append(record())
 
-    assert open_files(audit_folder.at) == before
+    assert open_files(audit_folder.root) == before
 
 
 # -- crashes -----------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def open_files(folder: Path) -> int:
 
 def test_a_killed_process_has_lost_no_line(audit_folder: AuditFolder) -> None:
     audit_folder.trail()  # makes the keys
-    died = subprocess.run([sys.executable, "-c", APPEND_AND_DIE, str(audit_folder.at)], check=False)
+    died = subprocess.run([sys.executable, "-c", APPEND_AND_DIE, str(audit_folder.root)], check=False)
 
     assert died.returncode == -signal.SIGKILL
     assert audit_folder.principals() == ["ada-1", "ada-2", "ada-3"]
@@ -359,10 +359,10 @@ def test_a_folder_that_cannot_be_synced_is_an_error_and_the_chain_goes_on(audit_
     trail = audit_folder.trail(audit_section(durability="fsync"))
     trail.append(record(1))
     path = audit_folder.files()[0]
-    path.rename(audit_folder.at / "moved")
-    with no_descriptor_but(descriptor_of(audit_folder.at / "moved")), pytest.raises(AuditUnavailable):
+    path.rename(audit_folder.root / "moved")
+    with no_descriptor_but(descriptor_of(audit_folder.root / "moved")), pytest.raises(AuditUnavailable):
         trail.append(record(2))
-    (audit_folder.at / "moved").rename(path)
+    (audit_folder.root / "moved").rename(path)
     trail.append(record(3))
     trail.close()
 

@@ -68,11 +68,11 @@ def test_new_checkpoints_are_anchored_once(audit_folder: AuditFolder) -> None:
 
 def test_a_thread_that_is_stopped_closes_the_chain_and_anchors_its_end(audit_folder: AuditFolder) -> None:
     trail = audit_folder.trail()
-    upkeep = AuditMaintenance(trail, anchors=[FolderSink(audit_folder.at / "anchors")])
+    upkeep = AuditMaintenance(trail, anchors=[FolderSink(audit_folder.root / "anchors")])
     upkeep.start()
     trail.append(record())
     upkeep.stop()
-    (line,) = FolderSink(audit_folder.at / "anchors").lines()
+    (line,) = FolderSink(audit_folder.root / "anchors").lines()
 
     assert json.loads(line)["kind"] == "closed"
     assert audit_folder.verified(line).chains[0].state == "closed"
@@ -82,8 +82,8 @@ def test_a_thread_that_is_stopped_closes_the_chain_and_anchors_its_end(audit_fol
 def test_the_folder_of_anchors_is_private(audit_folder: AuditFolder) -> None:
     trail = audit_folder.trail(EAGER)
     trail.append(record())
-    AuditMaintenance(trail, anchors=[FolderSink(audit_folder.at / "anchors")]).round()
-    (path,) = (audit_folder.at / "anchors").iterdir()
+    AuditMaintenance(trail, anchors=[FolderSink(audit_folder.root / "anchors")]).round()
+    (path,) = (audit_folder.root / "anchors").iterdir()
 
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.parent.stat().st_mode & 0o777 == 0o700

@@ -12,7 +12,7 @@ import pytest
 from support.credentials import AUDIENCE, Issuer, bearer, serving
 from support.http_servers import QuietHandler, served
 from support.ports import free_port
-from support.vault_logins import CLUSTER, FLUX, Logins, flux
+from support.vault_logins import CLUSTER, FLUX, Logins, flux_login
 
 PATH: Final = "/apis/authentication.k8s.io/v1/tokenreviews"
 REVIEWER: Final = "the reviewer's own token"
@@ -82,7 +82,7 @@ class Cluster:
         """The body of a login with a new token, which the API server knows."""
         self._number += 1
         claims = {"iss": "https://reviewed.example.com", "jti": str(self._number), **changes}
-        body = flux(self.issuer, **claims)
+        body = flux_login(self.issuer, **claims)
         self.server.known[str(body["jwt"])] = FLUX
         return body
 
@@ -123,7 +123,7 @@ def test_a_service_account_is_reviewed_once_and_at_logins_only(cluster: Cluster)
             "spec": {"token": body["jwt"], "audiences": [AUDIENCE]},
         }
     ]
-    assert cluster.service.encrypts(answers[0].json()["auth"]["client_token"]) == 200
+    assert cluster.service.encrypt_status(answers[0].json()["auth"]["client_token"]) == 200
 
 
 SAID: Final[dict[str, dict[str, Any]]] = {
@@ -223,7 +223,7 @@ def test_an_api_server_that_is_away_lets_nothing_in(tmp_path: Path) -> None:
     more = SETTINGS.format(audience=AUDIENCE, url=url, token_file=tmp_path / "reviewer")
     with serving(keys) as corp, Logins(tmp_path, corp, corp, more=more) as service:
         service.start("api")
-        token = flux(keys, iss="https://reviewed.example.com")
-        answers = [service.log_in("reviewed", token), service.log_in("kubernetes", flux(keys))]
+        token = flux_login(keys, iss="https://reviewed.example.com")
+        answers = [service.log_in("reviewed", token), service.log_in("kubernetes", flux_login(keys))]
 
     assert [answer.status_code for answer in answers] == [503, 200]

@@ -375,4 +375,4 @@ def test_reader_that_ends_early_leaves_no_connection_with_bytes_of_it(
     reader.close()
 
     assert read(reader, 0, 1000) == DATA[:1000]
-    assert s3_proxy.names == ["GetObject"] * len(s3_proxy.seen)
+    assert s3_proxy.operations == ["GetObject"] * len(s3_proxy.seen)

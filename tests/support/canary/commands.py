@@ -20,16 +20,20 @@ class Given:
     plaintext: bytes = b""
     ciphertext: bytes = b""
     job_id: str = ""
-    unknown: str = ""
+    unknown_id: str = ""
     peer: str = ""
     peer_token: Path = Path()
-    mine: Path = Path()
+    user_dir: Path = Path()
     state: Path = Path()
 
 
 def lines(given: Given) -> dict[str, CommandLine]:
     """By the words of the command."""
-    at, private, public = given.mine, given.state / "age/private_key.txt", given.state / "age/public_key.txt"
+    at, private, public = (
+        given.user_dir,
+        given.state / "age/private_key.txt",
+        given.state / "age/public_key.txt",
+    )
     context, files = ["--context", given.context], f"file://{given.state}/files"
     found: dict[str, CommandLine] = {
         "encrypt": (context, given.plaintext),
@@ -62,8 +66,8 @@ def lines(given: Given) -> dict[str, CommandLine]:
         "identity": (context, b""),
         "inspect": ([f"{at}/sealed"], b""),
         "audit tail": (context, b""),
-        "audit receipt": ([given.unknown], b""),
-        "audit acknowledge-loss": ([given.unknown], b""),
+        "audit receipt": ([given.unknown_id], b""),
+        "audit acknowledge-loss": ([given.unknown_id], b""),
         "audit check-receipt": ([f"{at}/plain"], b""),
         "migrate transit": (
             [

@@ -16,7 +16,7 @@ def nothing(install: CanaryService) -> None:
     del install
 
 
-def items(install: CanaryService) -> dict[str, object]:
+def encrypt_body(install: CanaryService) -> dict[str, object]:
     return {"plaintext": b64(install.plaintext.encode()), "context": install.context}
 
 
@@ -54,7 +54,7 @@ def without_body(routes: Iterable[Route]) -> dict[Route, Body]:
 
 
 CALLS: Final[dict[Route, Body]] = {
-    ("POST", "/encrypt"): items,
+    ("POST", "/encrypt"): encrypt_body,
     ("POST", "/decrypt"): sealed,
     ("POST", "/generate-key"): lambda install: {"context": install.context},
     ("POST", "/rewrap"): lambda install: {**sealed(install), "new_context": {"now": install.value}},
@@ -66,9 +66,13 @@ CALLS: Final[dict[Route, Body]] = {
     ("POST", "/batch"): lambda install: {"operation": "decrypt", "items": [sealed(install)] * 3},
     ("POST", "/codec/encode"): payloads,
     ("POST", "/codec/decode"): lambda install: install.api("POST", "/codec/encode", payloads(install)),
-    ("POST", "/jobs"): lambda install: {"kind": "encrypt", "items": [items(install)], "callback": "hook"},
+    ("POST", "/jobs"): lambda install: {
+        "kind": "encrypt",
+        "items": [encrypt_body(install)],
+        "callback": "hook",
+    },
     ("POST", "/jobs/status"): lambda install: {
-        "job_ids": [install.job_of({"kind": "encrypt", "items": [items(install)]})["job_id"]]
+        "job_ids": [install.job_of({"kind": "encrypt", "items": [encrypt_body(install)]})["job_id"]]
     },
     **dict.fromkeys(
         [

@@ -26,7 +26,7 @@ from support.blob_stores import PREFIX
 from support.canary.secrets import Search
 from support.chaos.cluster import SupervisedByTest
 from support.credentials import bearer
-from support.network_hosts import Host, network
+from support.network_hosts import Host, isolated_network
 from support.object_stores import ObjectStore, TestBucket
 from support.service import CANARY, PROGRAMS, STOP_S, Service
 from support.waiting import until
@@ -298,7 +298,7 @@ class Fleet(SupervisedByTest):
 def fleet(folder: Path, seed: int) -> Iterator[Fleet]:
     """The hosts, not started yet. Call it from the main thread."""
     with ExitStack() as stack:
-        hosts = stack.enter_context(network(len((*APIS, *WORKERS)), LINES))
+        hosts = stack.enter_context(isolated_network(len((*APIS, *WORKERS)), LINES))
         redis = stack.enter_context(redis_servers.server(folder / "redis", None, bind=ANY_ADDRESS))
         (folder / "weed").mkdir()
         server, store = object_stores.start_weed(folder / "weed", ANY_ADDRESS)

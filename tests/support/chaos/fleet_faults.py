@@ -19,14 +19,14 @@ _SECRET: Final = {"plaintext": b64(b"x"), "context": CONTEXT}
 
 
 class FleetFaults:
-    """Faults by name, each by ``inject``; what they find wrong by themselves is in ``faults``."""
+    """Faults by name, each by ``inject``; what they find wrong by themselves is in ``violations``."""
 
     def __init__(self, fleet: Fleet, mix: ObjectJobMix, load: Load, seed: int) -> None:
         self.fleet = fleet
         self.mix = mix
         self.load = load
         self.cut_jobs: list[str] = []
-        self.faults: list[str] = []
+        self.violations: list[str] = []
         self.revoked_s: list[float] = []
         self.took: dict[str, float] = {}
         self._rng = random.Random(seed)  # noqa: S311 -- repeatable, no secret
@@ -50,7 +50,7 @@ class FleetFaults:
             self.faults_by_name[name]()
             self.fleet.settle()
         except AssertionError as exc:
-            self.faults.append(f"{name}: {exc}")
+            self.violations.append(f"{name}: {exc}")
         self.took[name] = round(time.monotonic() - begun, 1)
         with (self.fleet.folder / "faults").open("a") as log:
             log.write(f"{datetime.now(UTC):%H:%M:%S} {name} for {self.took[name]} s\n")

@@ -35,7 +35,7 @@ TRANSITIONS: Final[Mapping[str, frozenset[str]]] = {
 
 
 class JobChecks:
-    """Collects ``faults``; ``room_was_short`` allows jobs to have failed for want of room.
+    """Collects ``violations``; ``room_was_short`` allows jobs to have failed for want of room.
 
     ``creations`` says how often each name of a target was put in place.
     """
@@ -48,7 +48,7 @@ class JobChecks:
         *,
         room_was_short: bool,
     ) -> None:
-        self.faults: list[str] = [*load.troubles]
+        self.violations: list[str] = [*load.troubles]
         self.states: Counter[str] = Counter()
         self.losses = 0
         self._cluster = cluster
@@ -66,7 +66,7 @@ class JobChecks:
                 time.sleep(0.05)
             self.losses += not job.ended
             if not job.ended:
-                self.faults.append(f"LOST: {self._told(accepted)}")
+                self.violations.append(f"LOST: {self._told(accepted)}")
 
     def check_results(self) -> None:
         """Everything that can be said while the results are there."""
@@ -75,11 +75,11 @@ class JobChecks:
             try:
                 self._check_one(accepted)
             except (AssertionError, KeyError, ValueError) as exc:
-                self.faults.append(f"{self._told(accepted)}: {type(exc).__name__} {exc}")
-        self.faults += self._strays()
-        self.faults += self._events()
-        self.faults += self._partial_reads()
-        self.faults += self._put_in_place_twice()
+                self.violations.append(f"{self._told(accepted)}: {type(exc).__name__} {exc}")
+        self.violations += self._strays()
+        self.violations += self._events()
+        self.violations += self._partial_reads()
+        self.violations += self._put_in_place_twice()
 
     def _check_one(self, accepted: AcceptedJob) -> None:
         request, job = accepted.request, self._job(accepted)
@@ -89,10 +89,10 @@ class JobChecks:
             self._nothing_of(accepted)
         elif self._room_was_short and job.error == NO_ROOM:
             self._nothing_of(accepted)
-        elif job.error == "items_failed" and (request.refused or self._room_was_short):
+        elif job.error == "items_failed" and (request.failing_items or self._room_was_short):
             request.check(self._cluster.result(accepted.job_id))
         else:
-            assert (job.state, request.refused) == ("succeeded", 0), "it ended otherwise than it should"
+            assert (job.state, request.failing_items) == ("succeeded", 0), "it ended otherwise than it should"
             request.check(
                 request.target.read_bytes() if request.target else self._cluster.result(accepted.job_id)
             )
@@ -155,7 +155,7 @@ class JobChecks:
         redis, files = self._store.redis, self._cluster.files
         self._await("no lease is left", lambda: not redis.zcard(f"kms:running:{TENANT}"))
         self._await("nothing is open", lambda: not redis.zcard("kms:open"))
-        self.faults += [
+        self.violations += [
             f"open: {self._record(raw.decode())}"
             for raw in cast("list[bytes]", redis.zrange("kms:open", 0, 9))
         ]
@@ -169,13 +169,13 @@ class JobChecks:
         try:
             until(fact, what)
         except AssertionError as exc:
-            self.faults.append(str(exc))
+            self.violations.append(str(exc))
 
     def spool_is_empty(self) -> None:
         """After the sweep of orphans: uploads that an API took with it into the grave."""
         self._await("the spool is empty", lambda: self._cluster.spooled() == [])
         if left := self._cluster.spooled():
-            self.faults.append(f"left in the spool: {left[:10]}")
+            self.violations.append(f"left in the spool: {left[:10]}")
 
     def search(self, folder: Path) -> None:
         """The canary is nowhere but where the user pointed."""
@@ -185,7 +185,7 @@ class JobChecks:
                 continue
             data = path.read_bytes()
             if any(form in data for form in wanted):
-                self.faults.append(f"the canary sings in {path}")
+                self.violations.append(f"the canary sings in {path}")
 
     # -- words ---------------------------------------------------------------------------------------
 

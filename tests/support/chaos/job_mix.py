@@ -35,7 +35,7 @@ class JobRequest:
 
     ``twice`` asks at the same time from two threads, ``cancel`` changes its mind, ``message`` goes by the
     broker. ``replaces``: something is at the target
-    before. ``refused`` items are known to fail. ``body`` is what a message seals.
+    before. ``failing_items`` items are known to fail. ``body`` is what a message seals.
     """
 
     name: str
@@ -44,7 +44,7 @@ class JobRequest:
     manner: Manner = "once"
     target: Target | None = None
     replaces: bool = False
-    refused: int = 0
+    failing_items: int = 0
     body: Json | None = None
 
 
@@ -106,7 +106,9 @@ class JobMix:
         items[2]["ciphertext"] = b64(b"no ciphertext")
         expected: list[bytes | None] = [*plain[:2], None, *plain[3:]]
         send = self._json({"kind": "decrypt", "items": items})
-        return JobRequest("bulk refused", send, lambda result: _plain_lines(result, expected), refused=1)
+        return JobRequest(
+            "bulk refused", send, lambda result: _plain_lines(result, expected), failing_items=1
+        )
 
     def _stream(self) -> JobRequest:
         """NDJSON of several parts."""

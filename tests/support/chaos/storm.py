@@ -43,7 +43,7 @@ _CUT: Final = (b'"reason": "requeued"', b'"reason": "committing"', b'"event": "j
 class Plan:
     """How much of everything. ``faults_by_name`` are counts; ``outage_s`` is how long the key is away.
 
-    ``files_mib`` is the size of the disk of sources and targets, ``min_interrupted`` how many
+    ``disk_mib`` is the size of the disk of sources and targets, ``min_interrupted`` how many
     attempts must be.
     """
 
@@ -53,7 +53,7 @@ class Plan:
     scale: float
     outage_s: float
     patience_s: float
-    files_mib: int
+    disk_mib: int
     min_interrupted: int
     faults_by_name: Mapping[str, int]
 
@@ -65,7 +65,7 @@ SHORT: Final = Plan(
     scale=0.5,
     outage_s=2.0,
     patience_s=90.0,
-    files_mib=1024,
+    disk_mib=1024,
     min_interrupted=0,
     faults_by_name={
         "child": 2,
@@ -92,7 +92,7 @@ LONG: Final = Plan(
     scale=0.5,
     outage_s=30.0,
     patience_s=600.0,
-    files_mib=16 * 1024,
+    disk_mib=16 * 1024,
     min_interrupted=200,
     faults_by_name={
         "child": 210,
@@ -116,7 +116,7 @@ LONG: Final = Plan(
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a storm was, and what was found: no ``faults``, or one line each."""
+    """What a storm was, and what was found: no ``violations``, or one line each."""
 
     seed: int
     seconds: float
@@ -127,7 +127,7 @@ class Verdict:
     states: Mapping[str, int]
     unexpected_exits: Mapping[str, int]
     glimpses: int
-    faults: Sequence[str]
+    violations: Sequence[str]
 
     def row(self) -> str:
         """A line of the table in benchmarks/RESULTS.md."""
@@ -135,7 +135,7 @@ class Verdict:
             ", ".join(f"{name} {count}" for name, count in sorted(which.items()))
             for which in (self.injected, self.states)
         )
-        counts = (self.interrupted, self.losses, len(self.faults), round(self.seconds))
+        counts = (self.interrupted, self.losses, len(self.violations), round(self.seconds))
         cells = (self.seed, self.jobs, injected, states, *counts)
         return f"| {' | '.join(map(str, cells))} |"
 
@@ -147,13 +147,13 @@ def run(folder: Path, plan: Plan, seed: int) -> Verdict:
         (state := folder / "state").mkdir(mode=0o700)
         spool = disk or state / "spool"
         with (
-            disk_or_none(state / "files", plan.files_mib * MIB) as files,
+            disk_or_none(state / "files", plan.disk_mib * MIB) as files,
             Cluster(folder, SETTINGS.format(spool=spool), plan.workers, peer) as cluster,
         ):
             cluster.spool, cluster.disk = spool, files
             checks, faults, load = _run_under_faults(cluster.launch(), plan, seed, has_disk=disk is not None)
         checks.search(folder)  # Valkey has written its last
-        checks.faults += [f"ended by itself: {end}" for end in _CRASHES if cluster.unexpected_exits[end]]
+        checks.violations += [f"ended by itself: {end}" for end in _CRASHES if cluster.unexpected_exits[end]]
     return Verdict(
         seed=seed,
         seconds=time.monotonic() - begun,
@@ -164,7 +164,7 @@ def run(folder: Path, plan: Plan, seed: int) -> Verdict:
         states=checks.states,
         unexpected_exits=cluster.unexpected_exits,
         glimpses=len(load.glimpses),
-        faults=checks.faults,
+        violations=checks.violations,
     )
 
 

@@ -88,7 +88,7 @@ class CosmianDouble:
         self.stop()
 
 
-class Unknown(Exception):
+class HttpRefusal(Exception):
     """Nobody, or a path that is not there: no words, or these."""
 
     def __init__(self, status: int, words: str = "") -> None:
@@ -129,7 +129,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             answer = self.answer(document)
             self.reply(200, JSON, json.dumps(answer, separators=(",", ":"), ensure_ascii=False).encode())
-        except Unknown as exc:
+        except HttpRefusal as exc:
             self.reply(exc.status, "", exc.words.encode())
         except Jose as exc:
             self.reply(exc.status, JSON, json.dumps(exc.body, separators=(",", ":")).encode())
@@ -150,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
             return kmip(self.double.kmip, document, user)
         if path.startswith("/v1/crypto/") and not old:
             return jose(self.double.store, path, document, user)
-        raise Unknown(404)
+        raise HttpRefusal(404)
 
     def _user(self) -> str:
         users = self.double.users
@@ -161,7 +161,7 @@ class Handler(BaseHTTPRequestHandler):
             return users[token]
         if isinstance(self.connection, ssl.SSLSocket) and (shown := self.connection.getpeercert()):
             return common_name(shown)
-        raise Unknown(401, "" if self.double.store.old else "No authentication provided.")
+        raise HttpRefusal(401, "" if self.double.store.old else "No authentication provided.")
 
 
 def common_name(shown: Any) -> str:  # noqa: ANN401 -- ``getpeercert`` has no better type

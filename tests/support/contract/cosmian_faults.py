@@ -33,7 +33,7 @@ class KnownKey(CosmianKey):
         return "2f1d7a52-6d0f-5f0e-9a7e-0d9d5b8f4c11"
 
 
-class AskingCipher(CosmianCipher):
+class UncheckedCipher(CosmianCipher):
     """Asks the server about every wrap: those of another shape would be refused before that."""
 
     def decrypt(self, wrapped: bytes, version: str, aad: bytes) -> bytes:
@@ -47,7 +47,7 @@ def cosmian_makers(token: str) -> Mapping[str, Callable[[str, float], Cipher]]:
         kind: type[CosmianServer], key: type[CosmianKey], protocol: Protocol, url: str, timeout_s: float
     ) -> Cipher:
         server = PeerServer(url, "Cosmian KMS", "kms.cosmian.server_url", timeout_s)
-        return AskingCipher(key(kind(server, FileToken(token, None, strict=False), protocol), "pay"))
+        return UncheckedCipher(key(kind(server, FileToken(token, None, strict=False), protocol), "pay"))
 
     return {
         "cosmian": partial(make, CosmianServer, CosmianKey, "kmip"),

@@ -35,7 +35,7 @@ def unread(ctx: Any, response: Any) -> str:  # noqa: ANN401 -- as above
 def problem_code_is_documented(ctx: Any, response: Any, case: Any) -> None:  # noqa: ANN401 -- as above
     """``x-kms-codes`` of the status names every code that it is answered with."""
     del ctx
-    said = openapi_check.operation(case.operation.path, case.method).get(str(response.status_code))
+    said = openapi_check.documented_answers(case.operation.path, case.method).get(str(response.status_code))
     if said and openapi_check.PROBLEM in response.headers.get("content-type", [""])[0]:
         code = response.json()["code"]
         codes = openapi_check.resolved(said).get("x-kms-codes", [])

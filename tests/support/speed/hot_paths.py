@@ -39,7 +39,7 @@ FILE_BYTES: Final = 16 * 1024 * 1024
 LINES: Final = 1000
 SINGLE_THREAD: Final = ParallelOptions(threads=1)
 SCOPES: Final = "encrypt,decrypt,jobs:read,jobs:write key=def* context=env=prod,service=*"
-MIN_JOB_S: Final = 0.02
+JOB_SLEEP_S: Final = 0.02
 """How long each job sleeps: a claim pays for its first moments, so only the rest is charged at its end."""
 COMPLETE_BODY: Final = SimpleNamespace(more_body=False, flow=SimpleNamespace(write_paused=False))
 """What uvicorn leaves of a request whose body came with its head."""
@@ -54,7 +54,7 @@ class Install:
         install = SecuredService(folder, REQUIRED + more, redis)
         install.http.close()
         self.audit = AuditFolder(folder / "read")
-        self.audit.at.mkdir()
+        self.audit.root.mkdir()
         self._token = install.token(SCOPES)["Authorization"]
         self._app = app.build(install.settings)
         self._loop = uvloop.new_event_loop()
@@ -95,7 +95,7 @@ class Install:
         with patch.object(lease, "_TELL_EVERY_S", 60.0):  # or a slow machine counts a renewal
             claim = context.store.claim(job_id, "meter/1")
             assert claim
-            time.sleep(MIN_JOB_S)
+            time.sleep(JOB_SLEEP_S)
             run_claimed(claim, context)
         assert context.store.get(job_id, self._who.tenant).state == "succeeded"
 

@@ -30,7 +30,7 @@ AnchorPlace = RedisSink | FolderSink
 def kept(request: pytest.FixtureRequest, audit_folder: AuditFolder) -> AnchorPlace:
     """Where anchors are."""
     if request.param == "directory":
-        return FolderSink(audit_folder.at / "anchors")
+        return FolderSink(audit_folder.root / "anchors")
     return RedisSink(redis.Redis.from_url(request.getfixturevalue("redis_url")))
 
 
@@ -79,7 +79,7 @@ class Copy:
     """A copy of the log, to be put back later."""
 
     def __init__(self, audit_folder: AuditFolder, name: str = "copy") -> None:
-        self._place, self._copy = audit_folder, audit_folder.at / name
+        self._place, self._copy = audit_folder, audit_folder.root / name
         shutil.copytree(audit_folder.folder, self._copy)
 
     def put_back(self) -> None:
@@ -301,8 +301,8 @@ def test_a_removal_before_a_copied_checkpoint_is_not_signed_by_it(audit_folder: 
 def test_anchors_of_another_install_are_not_held_against_this_log(
     audit_folder: AuditFolder, kept: AnchorPlace
 ) -> None:
-    (audit_folder.at / "other").mkdir()
-    Writer(AuditFolder(audit_folder.at / "other"), kept).write()
+    (audit_folder.root / "other").mkdir()
+    Writer(AuditFolder(audit_folder.root / "other"), kept).write()
     Writer(audit_folder, kept).write()
 
     assert found(audit_folder.monitor(kept)) == []
@@ -414,17 +414,17 @@ def test_lines_written_anew_are_no_loss_that_can_be_acknowledged(
 
 
 def test_a_place_that_cannot_be_read_is_said_and_compared_when_it_is_back(audit_folder: AuditFolder) -> None:
-    kept = FolderSink(audit_folder.at / "anchors")
+    kept = FolderSink(audit_folder.root / "anchors")
     writer = Writer(audit_folder, kept)
     writer.write()
     older_put_back(audit_folder, writer)
-    (audit_folder.at / "anchors").rename(audit_folder.at / "elsewhere")
+    (audit_folder.root / "anchors").rename(audit_folder.root / "elsewhere")
     watch = audit_folder.monitor(kept)
 
     assert found(watch) == []
     assert "mount or create it" in watch.condition.not_compared["directory"]
     assert math.isnan(audit_ok(kept.name))
-    (audit_folder.at / "elsewhere").rename(audit_folder.at / "anchors")
+    (audit_folder.root / "elsewhere").rename(audit_folder.root / "anchors")
     assert found(watch) == ["cut"]
     assert watch.condition.not_compared == {}
     assert audit_ok(kept.name) == 0
@@ -442,8 +442,8 @@ def test_redis_that_does_not_answer_is_said(audit_folder: AuditFolder) -> None:
 
 def emptied(audit_folder: AuditFolder, url: str) -> None:
     redis.Redis.from_url(url).delete(ANCHORS)
-    shutil.rmtree(audit_folder.at / "anchors", ignore_errors=True)
-    (audit_folder.at / "anchors").mkdir()
+    shutil.rmtree(audit_folder.root / "anchors", ignore_errors=True)
+    (audit_folder.root / "anchors").mkdir()
 
 
 def test_anchors_that_were_removed_while_the_service_runs_are_missed(

@@ -98,7 +98,7 @@ def test_a_changed_receipt_does_not_hold(audit_folder: AuditFolder, ids: list[st
 
 
 def test_a_receipt_needs_a_key_that_is_trusted(audit_folder: AuditFolder, ids: list[str]) -> None:
-    other = PublicKeys([Signer.at(audit_folder.at / "other.key").public])
+    other = PublicKeys([Signer.at(audit_folder.root / "other.key").public])
 
     with pytest.raises(BadReceipt, match="not signed by a key"):
         receipt.check(receipt.make(audit_folder.folder, ids[0]), other)

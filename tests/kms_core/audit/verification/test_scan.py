@@ -312,7 +312,7 @@ def test_the_signed_end_may_be_in_the_file_before(audit_folder: AuditFolder) -> 
 
 def test_an_end_signed_by_a_former_key_is_named(audit_folder: AuditFolder) -> None:
     name = last_of(crashed(audit_folder)).chain
-    audit_folder.signing_key.rename(audit_folder.at / "former.key")
+    audit_folder.signing_key.rename(audit_folder.root / "former.key")
     audit_folder.written(1)
     opening = audit_folder.lines()[-3]
 
@@ -399,7 +399,7 @@ def lost(audit_folder: AuditFolder) -> tuple[str, Path]:
     """The name of a chain that is gone, and the file of another one; both ends have anchors."""
     files = [audit_folder.written(count, SMALL) for count in (20, 6)]
     for file in files:
-        FolderSink(audit_folder.at / "anchors").put(file.read_bytes().splitlines(keepends=True)[-1])
+        FolderSink(audit_folder.root / "anchors").put(file.read_bytes().splitlines(keepends=True)[-1])
     name = last_of(files[0]).chain
     files[0].unlink()
     return name, files[1]
@@ -407,7 +407,7 @@ def lost(audit_folder: AuditFolder) -> tuple[str, Path]:
 
 def check_missed(audit_folder: AuditFolder, damage: str) -> None:
     """That chain is missed by verify, which finds other damage too, and by a monitor that starts now."""
-    anchors = FolderSink(audit_folder.at / "anchors")
+    anchors = FolderSink(audit_folder.root / "anchors")
     watch = audit_folder.monitor(anchors)
     watch.round()
 

@@ -42,7 +42,7 @@ def unprivileged(audit_folder: AuditFolder) -> Iterator[None]:
     if os.geteuid():
         yield
         return
-    for path in audit_folder.at.rglob("*"):
+    for path in audit_folder.root.rglob("*"):
         os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
     os.seteuid(NOBODY)
     try:
@@ -52,7 +52,7 @@ def unprivileged(audit_folder: AuditFolder) -> Iterator[None]:
 
 
 def kept(audit_folder: AuditFolder) -> FolderSink:
-    return FolderSink(audit_folder.at / "anchors")
+    return FolderSink(audit_folder.root / "anchors")
 
 
 def chain_of(audit_folder: AuditFolder, role: str, count: int = 3) -> Path:
@@ -161,7 +161,7 @@ def test_a_look_that_fails_is_not_called_compared(audit_folder: AuditFolder, wha
     watch = watching(audit_folder)
     assert (found(watch), compared(), watch.condition.unread) == ([], 1, "")
     read_at = watch.condition.read_at
-    taken = {"file": file, "folder": audit_folder.folder, "keys": audit_folder.at / "signing.pub"}[what]
+    taken = {"file": file, "folder": audit_folder.folder, "keys": audit_folder.root / "signing.pub"}[what]
     taken.chmod(0)
     with unprivileged(audit_folder):
         assert found(watch) == []
@@ -183,7 +183,7 @@ def test_a_look_that_fails_takes_back_no_contradiction(audit_folder: AuditFolder
     cut(chain_of(audit_folder, "api"))
     watch = watching(audit_folder)
     assert (found(watch), compared()) == (["cut"], 0)
-    (audit_folder.at / "signing.pub").rename(audit_folder.at / "elsewhere")
+    (audit_folder.root / "signing.pub").rename(audit_folder.root / "elsewhere")
 
     assert (found(watch), compared()) == (["cut"], 0)
 
@@ -241,9 +241,9 @@ def test_a_file_whose_opening_is_not_known_is_excused_by_no_removal() -> None:
 def test_a_copy_that_cannot_be_read_is_told_and_read_once_it_can(audit_folder: AuditFolder) -> None:
     """The pages of several hosts show the others."""
     own, other, copies = (
-        AuditFolder(audit_folder.at / "own"),
-        AuditFolder(audit_folder.at / "other"),
-        audit_folder.at / "copies",
+        AuditFolder(audit_folder.root / "own"),
+        AuditFolder(audit_folder.root / "other"),
+        audit_folder.root / "copies",
     )
     own.written(1)
     other.written(1)
@@ -267,7 +267,7 @@ def test_a_copy_that_cannot_be_read_is_told_and_read_once_it_can(audit_folder: A
 
 
 def anchor_file(audit_folder: AuditFolder, role: str) -> Path:
-    return next((audit_folder.at / "anchors").glob(f"{role}-*"))
+    return next((audit_folder.root / "anchors").glob(f"{role}-*"))
 
 
 def forged(file: Path, count: int) -> bytes:
@@ -352,7 +352,7 @@ def test_what_is_no_file_of_anchors_hides_no_other(
     watch = watching(audit_folder)
     if not at_first:
         assert found(watch) == []
-    stray = audit_folder.at / "anchors" / STRAY
+    stray = audit_folder.root / "anchors" / STRAY
     make(stray)
     cut(file)
     folder = kept(audit_folder)
@@ -436,12 +436,12 @@ def test_the_next_anchor_ends_it(audit_folder: AuditFolder) -> None:
 def test_an_empty_file_and_one_of_another_install_are_not_damaged_and_junk_alone_is(
     audit_folder: AuditFolder,
 ) -> None:
-    (audit_folder.at / "other").mkdir()
-    other = AuditFolder(audit_folder.at / "other")
+    (audit_folder.root / "other").mkdir()
+    other = AuditFolder(audit_folder.root / "other")
     chain_of(other, "worker")
-    shutil.copytree(other.at / "anchors", audit_folder.at / "anchors")
+    shutil.copytree(other.root / "anchors", audit_folder.root / "anchors")
     chain_of(audit_folder, "api")
-    stray = audit_folder.at / "anchors" / STRAY
+    stray = audit_folder.root / "anchors" / STRAY
     stray.touch()
     watch = watching(audit_folder)
     assert (found(watch), watch.condition.not_compared, compared()) == ([], {}, 1)

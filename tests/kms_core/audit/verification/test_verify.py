@@ -16,11 +16,20 @@ from kms_core.audit import chain
 from kms_core.audit.keys import PublicKeys, Signer
 from kms_core.audit.verification import scan
 from kms_core.audit.verification.verify import verify
-from support.audit_logs import PROGRAM, AuditFolder, audit_section, chain_name, codes, notes, record, rewrite
+from support.audit_logs import (
+    PROGRAM_PREAMBLE,
+    AuditFolder,
+    audit_section,
+    chain_name,
+    codes,
+    notes,
+    record,
+    rewrite,
+)
 
 Change = Callable[[list[bytes]], list[bytes]]
 SMALL: Final = audit_section(checkpoint_lines=5)
-HOLD: Final = f"""{PROGRAM}
+HOLD: Final = f"""{PROGRAM_PREAMBLE}
 place.trail(role="worker").append(record(9))
 print(flush=True)
 sys.stdin.read()
@@ -75,7 +84,7 @@ def test_a_closed_trail_is_intact_and_signed_to_its_end(audit_folder: AuditFolde
 def test_without_a_key_the_trails_own_is_taken_and_that_is_said(audit_folder: AuditFolder) -> None:
     audit_folder.written(3)
     report = verify(audit_folder.folder)
-    other = Signer.at(audit_folder.at / "other.key").public
+    other = Signer.at(audit_folder.root / "other.key").public
 
     assert (report.verdict, report.trusted) == ("intact", False)
     assert codes(verify(audit_folder.folder, PublicKeys([other]))) == ["unknown_key"]
@@ -192,7 +201,7 @@ def test_words_of_a_caller_are_never_taken_for_a_checkpoint(audit_folder: AuditF
 def test_a_live_process_is_seen_from_another_one(audit_folder: AuditFolder) -> None:
     here = audit_folder.trail()
     here.append(record(1))
-    argv = [sys.executable, "-c", HOLD, str(audit_folder.at)]
+    argv = [sys.executable, "-c", HOLD, str(audit_folder.root)]
     holder = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert holder.stdout

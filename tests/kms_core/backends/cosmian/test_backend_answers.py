@@ -277,7 +277,7 @@ def test_a_client_certificate_says_who_we_are(double: CosmianDouble, tmp_path: P
     authority, clients = make_authority(tmp_path / "servers"), Authority(tmp_path / "clients")
     alice = clients.issue("alice", subject="alice")
     double.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=clients.ca_file)
-    double.tls.load_cert_chain(authority.chain)
+    double.tls.load_cert_chain(authority.cert_and_key)
     double.tls.verify_mode = ssl.CERT_OPTIONAL
     unnamed = settings_of(double, {}, ca_file=authority.ca_file)
     files = {"client_cert_file": alice.cert, "client_key_file": alice.key}

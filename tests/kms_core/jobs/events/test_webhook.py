@@ -156,7 +156,7 @@ def test_the_name_is_looked_up_once_and_kept_for_tls_and_host(
 
     assert outcome == DeliveryOutcome("delivered")
     assert seen == ["localhost"]
-    assert receiver.names == ["localhost"]
+    assert receiver.sni_names == ["localhost"]
     assert receiver.requests[0].headers["Host"] == f"localhost:{receiver.port}"
 
 

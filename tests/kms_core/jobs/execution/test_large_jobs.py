@@ -53,7 +53,7 @@ def sparse(path: Path, size_bytes: int) -> Path:
 
 def sharing(core: Core, *, several: bool = True, **changes: object) -> JobStore:
     """A store in which one of two processes of a worker is left to jobs that are not large."""
-    store = store_of(core, with_jobs(attempts=5, **changes), [], several=several)
+    store = store_of(core, with_jobs(attempts=5, **changes), [], several_tenants=several)
     store.large_job_bytes = LARGE
     return store
 
@@ -113,7 +113,7 @@ def test_share_of_a_job_is_free_when_its_lease_ends(core: Core, size: int, end: 
 
 
 def test_one_tenant_alone_and_processes_that_are_not_reserved(core: Core) -> None:
-    alone, two = sharing(core, several=False), sharing(core, concurrency=3)
+    alone, two = sharing(core, several_tenants=False), sharing(core, concurrency=3)
     jobs = [made(alone) for _ in range(3)]
 
     assert [bool(two.claim(job, "w/1")) for job in jobs] == [True, True, False]

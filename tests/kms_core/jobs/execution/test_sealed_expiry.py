@@ -17,7 +17,7 @@ from kms_core.jobs.store.store import JobStore
 from support.core_jobs import now, split_into_parts, submit, submit_items
 from support.failing_store import killed, worker_calling_at, worker_with_hook
 from support.file_tree import names
-from support.job_stores import COMMIT, ahead, forge, later, put_back, record, take
+from support.job_stores import COMMIT, clock_ahead, forge, later, put_back, record, take
 
 NEWER = b"written later, by somebody else"
 
@@ -46,7 +46,7 @@ def test_clock_that_goes_ahead_while_a_job_runs_puts_nothing_in_place(core: Core
     job_id = overwrite(core, files)
     claim = take(core.worker_context.store, job_id)
 
-    with ahead(), pytest.raises(ClocksApart):
+    with clock_ahead(), pytest.raises(ClocksApart):
         core.worker_context.store.committing(claim, COMMIT)
     assert record(core.worker_context.store, job_id)[b"state"] == b"running"
 
@@ -125,7 +125,7 @@ def test_worker_whose_clock_is_ahead_leaves_a_commit_to_others(core: Core, files
     """A wrong clock must not lose what was accepted."""
     job_id = begun(core, files)
     forge(core.worker_context.store, job_id, lease_until="0")
-    with ahead():
+    with clock_ahead():
         run_job(job_id, core.worker_context, "w/2")
 
     found = record(core.worker_context.store, job_id)

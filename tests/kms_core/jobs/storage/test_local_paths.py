@@ -29,7 +29,7 @@ from support.file_tree import (
     names,
     outside_the_root,
     the_root_itself,
-    written,
+    write_file_uri,
 )
 
 NAMES = st.text(
@@ -145,13 +145,13 @@ def test_a_root_never_overlaps_what_the_service_keeps_to_itself(
 
 
 def test_a_root_beside_what_the_service_keeps_is_fine(tmp_path: Path, root: Path) -> None:
-    url = written(root)
+    url = write_file_uri(root)
 
     Roots([root], [tmp_path / "spool", tmp_path / "root.key"]).check(url)
 
 
 def test_a_path_beneath_no_root_is_refused(tmp_path: Path, root: Path, roots: Roots) -> None:
-    beside, beneath = written(tmp_path, "root2/a"), written(root)
+    beside, beneath = write_file_uri(tmp_path, "root2/a"), write_file_uri(root)
 
     for checked, url in ((roots, beside), (Roots([]), beneath)):
         with pytest.raises(PathRefused):
@@ -159,7 +159,7 @@ def test_a_path_beneath_no_root_is_refused(tmp_path: Path, root: Path, roots: Ro
 
 
 def test_a_root_behind_a_link_is_known_by_both_names(tmp_path: Path, root: Path) -> None:
-    written(root)
+    write_file_uri(root)
     (tmp_path / "link").symlink_to(root)
     roots = Roots([tmp_path / "link"])
 
@@ -177,7 +177,7 @@ def opened(roots: Roots, url: str) -> None:
 
 
 def test_a_source_in_a_subdirectory_is_read(root: Path, roots: Roots) -> None:
-    url = written(root, "a/b/ü %.txt")
+    url = write_file_uri(root, "a/b/ü %.txt")
 
     with roots.open_source(url) as source:
         data = os.read(source.fd, 100)
@@ -208,7 +208,7 @@ def test_anything_but_a_plain_file_beneath_the_root_is_refused(
     make: Callable[[Path, Path], Path], tmp_path: Path, root: Path, roots: Roots
 ) -> None:
     outside = tmp_path / "outside"
-    written(outside, "secret", b"other")
+    write_file_uri(outside, "secret", b"other")
     path = make(root, outside)
 
     with pytest.raises(PathRefused) as refused:
@@ -238,7 +238,7 @@ def test_a_refusal_keeps_no_descriptor_open(root: Path, roots: Roots) -> None:
 
 @pytest.mark.parametrize("data", [b"salarY", b"salary!", b""], ids=["other", "longer", "cut"])
 def test_a_source_that_is_written_to_meanwhile_is_noticed(root: Path, roots: Roots, data: bytes) -> None:
-    url = written(root)
+    url = write_file_uri(root)
     os.utime(root / "plain.txt", ns=(0, 0))
 
     with roots.open_source(url) as source:
@@ -249,10 +249,10 @@ def test_a_source_that_is_written_to_meanwhile_is_noticed(root: Path, roots: Roo
 
 
 def test_a_source_that_is_replaced_meanwhile_is_read_as_it_was(root: Path, roots: Roots) -> None:
-    url = written(root)
+    url = write_file_uri(root)
 
     with roots.open_source(url) as source:
-        written(root, "new", b"other!")
+        write_file_uri(root, "new", b"other!")
         (root / "new").replace(root / "plain.txt")
         data = os.read(source.fd, 100)
         source.check_unchanged()
@@ -262,8 +262,8 @@ def test_a_source_that_is_replaced_meanwhile_is_read_as_it_was(root: Path, roots
 
 def test_a_directory_that_turns_into_a_link_leads_nowhere(tmp_path: Path, root: Path, roots: Roots) -> None:
     """Another thread swaps directory and link; each open gives the file beneath the root or a refusal."""
-    written(tmp_path, "outside/plain.txt", b"secret")
-    url = written(root, "dir/plain.txt")
+    write_file_uri(tmp_path, "outside/plain.txt", b"secret")
+    url = write_file_uri(root, "dir/plain.txt")
     (root / "link").symlink_to(tmp_path / "outside", target_is_directory=True)
     stop = threading.Event()
 

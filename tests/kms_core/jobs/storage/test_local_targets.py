@@ -24,7 +24,7 @@ from support.file_tree import (
     names,
     outside_the_root,
     the_root_itself,
-    written,
+    write_file_uri,
 )
 
 
@@ -120,7 +120,7 @@ def test_an_existing_target_is_refused_before_any_work_unless_overwriting_was_as
     root: Path, roots: Roots
 ) -> None:
     """The source may be the target."""
-    url = written(root)
+    url = write_file_uri(root)
     with roots.open_source(url) as source:
         with pytest.raises(TargetExists):
             prepared(roots, url)
@@ -134,7 +134,7 @@ def test_an_existing_target_is_refused_before_any_work_unless_overwriting_was_as
 
 def test_a_target_that_appears_meanwhile_wins(root: Path, roots: Roots) -> None:
     placement = settled(roots, (root / "plain.txt").as_uri())
-    written(root)
+    write_file_uri(root)
 
     with pytest.raises(TargetExists):
         placement.finish(overwrite=False)
@@ -144,7 +144,7 @@ def test_a_target_that_appears_meanwhile_wins(root: Path, roots: Roots) -> None:
 
 
 def test_overwriting_one_of_two_links_leaves_the_other(tmp_path: Path, root: Path, roots: Roots) -> None:
-    written(tmp_path, "secret", b"other")
+    write_file_uri(tmp_path, "secret", b"other")
     path = a_hard_link(root, tmp_path)
     settled(roots, path.as_uri(), overwrite=True).finish(overwrite=True)
 
@@ -168,7 +168,7 @@ def test_overwriting_one_of_two_links_leaves_the_other(tmp_path: Path, root: Pat
 def test_a_target_is_a_regular_file_in_a_real_directory_beneath_the_root(
     make: Callable[[Path, Path], Path], tmp_path: Path, root: Path, roots: Roots
 ) -> None:
-    written(tmp_path, "outside/secret")
+    write_file_uri(tmp_path, "outside/secret")
     path = make(root, tmp_path / "outside")
 
     with pytest.raises(PathRefused):
@@ -182,7 +182,7 @@ def test_a_result_that_vanished_is_told(root: Path, roots: Roots, put: bytes | N
     placement = settled(roots, (root / "out").as_uri())
     (root / placement.temporary).unlink()
     if put is not None:
-        written(root, "out", put)  # it may well be given the same inode
+        write_file_uri(root, "out", put)  # it may well be given the same inode
         os.utime(root / "out", ns=(1, 1))
 
     with pytest.raises(PathRefused, match="run the job again"):
@@ -197,7 +197,7 @@ def test_another_temporary_file_is_not_put_in_place(root: Path, roots: Roots, ch
     elif change == "of another time":  # as a later file that was given the same inode
         os.utime(root / placement.temporary, ns=(1, 1))
     else:
-        written(root, "evil", b"forged")
+        write_file_uri(root, "evil", b"forged")
         (root / "evil").replace(root / placement.temporary)
 
     with pytest.raises(PathRefused):
@@ -207,7 +207,7 @@ def test_another_temporary_file_is_not_put_in_place(root: Path, roots: Roots, ch
 
 
 def test_a_description_that_names_another_file_moves_nothing(root: Path, roots: Roots) -> None:
-    written(root)
+    write_file_uri(root)
     found, url = (root / "plain.txt").stat(), (root / "out").as_uri()
     forged = Commit(attempt_id="1", inode=found.st_ino, size_bytes=found.st_size, mtime_ns=found.st_mtime_ns)
 

@@ -95,7 +95,7 @@ def test_a_small_object_is_one_write(proxied_object_jobs: ObjectJobs, s3_proxy: 
     )
 
     (written,) = [seen for seen in s3_proxy.seen if seen.method == "PUT"]
-    assert (written.name, written.headers["if-none-match"]) == ("PutObject", "*")
+    assert (written.operation, written.headers["if-none-match"]) == ("PutObject", "*")
     assert "POST" not in {seen.method for seen in s3_proxy.seen}
 
 
@@ -108,14 +108,14 @@ def test_a_large_object_is_read_at_one_version_and_written_in_parts_on_condition
         proxied_object_jobs.bucket.url("out/sealed"),
     )
 
-    reads = [seen for seen in s3_proxy.seen if seen.name == "GetObject"]
+    reads = [seen for seen in s3_proxy.seen if seen.operation == "GetObject"]
     assert {read.headers["if-match"] for read in reads} == {proxied_object_jobs.bucket.etag("in")}
     assert all(read.headers["range"] for read in reads)
-    (completion,) = [seen for seen in s3_proxy.seen if seen.name == "CompleteMultipartUpload"]
+    (completion,) = [seen for seen in s3_proxy.seen if seen.operation == "CompleteMultipartUpload"]
     assert completion.headers["if-none-match"] == "*"
-    assert s3_proxy.names.count("UploadPart") == 3
-    assert s3_proxy.names.index("CompleteMultipartUpload") > max(
-        number for number, name in enumerate(s3_proxy.names) if name in {"UploadPart", "GetObject"}
+    assert s3_proxy.operations.count("UploadPart") == 3
+    assert s3_proxy.operations.index("CompleteMultipartUpload") > max(
+        number for number, name in enumerate(s3_proxy.operations) if name in {"UploadPart", "GetObject"}
     )
 
 
@@ -127,8 +127,8 @@ def test_the_store_itself_moves_the_payload_of_a_rewrap(
     s3_proxy.seen.clear()
     proxied_object_jobs.ok("rewrap", bucket.url("out/sealed"), bucket.url("out/moved"))
 
-    assert sum(seen.size for seen in s3_proxy.seen if seen.name == "UploadPart") == 8 * MiB
-    assert s3_proxy.names.count("UploadPartCopy") == 1
+    assert sum(seen.size for seen in s3_proxy.seen if seen.operation == "UploadPart") == 8 * MiB
+    assert s3_proxy.operations.count("UploadPartCopy") == 1
     assert proxied_object_jobs.by_age(bucket.get("out/moved")) == data
     assert proxied_object_jobs.nothing_left()
 
@@ -139,7 +139,7 @@ def test_a_store_that_cannot_copy_parts_is_sent_them(
 ) -> None:
     bucket, data = proxied_object_jobs.bucket, os.urandom(LARGE)
     proxied_object_jobs.ok("encrypt", bucket.put("in", data), bucket.url("out/sealed"))
-    s3_proxy.intercept = lambda seen: answer if seen.name == "UploadPartCopy" else None
+    s3_proxy.intercept = lambda seen: answer if seen.operation == "UploadPartCopy" else None
     proxied_object_jobs.ok("rewrap", bucket.url("out/sealed"), bucket.url("out/moved"))
 
     assert proxied_object_jobs.by_age(bucket.get("out/moved")) == data
@@ -248,7 +248,7 @@ def test_a_store_that_is_away_costs_time_and_no_attempt(
     job_id = proxied_object_jobs.submit(
         "encrypt", proxied_object_jobs.bucket.put("in", bytes(LARGE)), proxied_object_jobs.bucket.url("out/x")
     )
-    s3_proxy.intercept = lambda seen: 503 if seen.name == "UploadPart" else None
+    s3_proxy.intercept = lambda seen: 503 if seen.operation == "UploadPart" else None
 
     job = proxied_object_jobs.run(job_id)
     assert (job.state, job.attempt) == ("queued", 0)
@@ -281,7 +281,7 @@ def test_an_answer_that_is_lost_changes_nothing(
     met: list[str] = []
 
     def intercept(seen: S3Request) -> int | None:
-        if seen.name == lost and seen.path not in met:
+        if seen.operation == lost and seen.path not in met:
             met.append(seen.path)
             return 0
         return None
@@ -304,7 +304,7 @@ def test_a_source_that_changes_meanwhile_is_refused(
     job_id = proxied_object_jobs.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"))
 
     def intercept(_: S3Request) -> None:
-        if s3_proxy.names.count("GetObject") == 3:
+        if s3_proxy.operations.count("GetObject") == 3:
             bucket.put("in", b"x" * LARGE)
 
     s3_proxy.intercept = intercept
@@ -322,7 +322,7 @@ def test_a_source_that_changes_while_the_store_copies_is_refused(
     proxied_object_jobs.ok("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/sealed"))
 
     def intercept(seen: S3Request) -> None:
-        if seen.name == "UploadPartCopy":
+        if seen.operation == "UploadPartCopy":
             bucket.put("out/sealed", bucket.get("out/sealed")[::-1])
 
     s3_proxy.intercept = intercept
@@ -345,7 +345,7 @@ def test_a_store_that_ignores_a_condition_gets_no_target_that_must_appear_once(m
     name, header = CONDITIONS[told]
 
     def intercept(seen: S3Request) -> None:
-        if seen.name == name:
+        if seen.operation == name:
             seen.headers.pop(header, None)
 
     with S3Proxy(moto := object_stores.moto(), intercept) as s3_proxy:  # which checks no signature

@@ -205,7 +205,7 @@ def test_upload_that_cannot_be_aborted_now_is_aborted_by_the_next_attempt(
     job_id = proxied_object_jobs.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"))
 
     def away(seen: S3Request) -> int | None:
-        return 503 if seen.name in {"AbortMultipartUpload", "UploadPart"} else None
+        return 503 if seen.operation in {"AbortMultipartUpload", "UploadPart"} else None
 
     s3_proxy.intercept = away
     assert proxied_object_jobs.run(job_id).state == "queued"
@@ -229,7 +229,7 @@ def test_upload_that_another_aborts_is_done_again(
     aborted: list[str] = []
 
     def abort(seen: S3Request) -> None:
-        if seen.name == request_ and not aborted:
+        if seen.operation == request_ and not aborted:
             (upload,) = admin.list_multipart_uploads(Bucket=bucket.name)["Uploads"]
             admin.abort_multipart_upload(Bucket=bucket.name, Key=upload["Key"], UploadId=upload["UploadId"])
             aborted.append(upload["UploadId"])
@@ -268,7 +268,7 @@ def test_cancelled_job_leaves_nothing(proxied_object_jobs: ObjectJobs, s3_proxy:
     job_id = proxied_object_jobs.submit("reseal", _sealed(proxied_object_jobs), bucket.url("out/x"))
 
     def cancel(seen: S3Request) -> None:
-        if seen.name == "UploadPart":
+        if seen.operation == "UploadPart":
             proxied_object_jobs.core.worker_context.store.cancel(job_id, "default")
 
     s3_proxy.intercept = cancel

@@ -71,23 +71,23 @@ def test_small_blob_is_one_put_and_read_by_two_requests(spool: Spool, s3_proxy: 
     del s3_proxy.seen[:]
 
     written = write(spool, label(), bytes(100_000))
-    assert s3_proxy.names == ["PutObject"]
+    assert s3_proxy.operations == ["PutObject"]
     assert s3_proxy.seen[0].headers["if-none-match"] == "*"
     del s3_proxy.seen[:]
 
     assert read(spool, written) == bytes(100_000)
-    assert s3_proxy.names == ["HeadObject", "GetObject"]
+    assert s3_proxy.operations == ["HeadObject", "GetObject"]
     assert s3_proxy.seen[1].headers["if-match"]
 
 
 def test_large_blob_takes_few_requests(spool: Spool, s3_proxy: S3Proxy) -> None:
     data = os.urandom(64 * MIB)
     written = write(spool, label(), *(data[at : at + MIB] for at in range(0, len(data), MIB)))
-    assert s3_proxy.names.count("UploadPart") == 9
+    assert s3_proxy.operations.count("UploadPart") == 9
     del s3_proxy.seen[:]
 
     assert read(spool, written) == data
-    assert len(s3_proxy.names) <= 8
+    assert len(s3_proxy.operations) <= 8
 
 
 def test_large_ciphertext_is_verified_by_few_requests(spool: Spool, s3_proxy: S3Proxy) -> None:
@@ -98,7 +98,7 @@ def test_large_ciphertext_is_verified_by_few_requests(spool: Spool, s3_proxy: S3
 
     with spool.opened(written) as content:
         parallel.verify_file(key, content.tail(300), ParallelOptions(threads=2))
-    assert len(s3_proxy.names) <= 40
+    assert len(s3_proxy.operations) <= 40
 
 
 @pytest.mark.parametrize("size", [1000, 20 * MIB], ids=["one-put", "parts"])
@@ -109,7 +109,7 @@ def test_write_whose_answer_is_lost_is_recognised(
     left = [lost]
 
     def lose_once(seen: S3Request) -> int | None:
-        if seen.name not in left:
+        if seen.operation not in left:
             return None
         left.clear()
         return 0
@@ -138,7 +138,7 @@ def test_bucket_that_takes_nothing_is_a_coded_error(
     spool: Spool, bucket: TestBucket, s3_proxy: S3Proxy, size: int, failure: str
 ) -> None:
     status, names, error, text = FAILURES[failure]
-    s3_proxy.intercept = lambda seen: status if seen.name in names else None
+    s3_proxy.intercept = lambda seen: status if seen.operation in names else None
 
     with pytest.raises(error, match=text):
         write(spool, label(), bytes(size))
@@ -176,7 +176,7 @@ def test_bucket_that_is_away_fails_calls_at_once_and_comes_back(
 
 def of_job(s3_proxy: S3Proxy) -> list[str]:
     """The requests that name the job."""
-    return [seen.name for seen in s3_proxy.seen if JOB in seen.path]
+    return [seen.operation for seen in s3_proxy.seen if JOB in seen.path]
 
 
 def test_no_call_waits_for_the_one_that_asks_whether_the_bucket_is_back(

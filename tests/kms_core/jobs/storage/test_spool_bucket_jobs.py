@@ -88,7 +88,7 @@ def install(shared: Install) -> Iterator[Install]:
 
 def on(status: int, *names: str) -> Intercept:
     """Answer requests of these names, or all."""
-    return lambda seen: status if not names or seen.name in names else None
+    return lambda seen: status if not names or seen.operation in names else None
 
 
 def submitted(install: Install, size: int = 300_000) -> tuple[str, bytes]:
@@ -227,7 +227,7 @@ def test_small_job_takes_few_requests(install: Install) -> None:
     assert install.service.result(job_id)
 
     names = [
-        seen.name for seen in install.s3_proxy.seen if job_id in seen.path
+        seen.operation for seen in install.s3_proxy.seen if job_id in seen.path
     ]  # not those for marks of hosts
     read = ["HeadObject", "GetObject"]
     assert names == ["PutObject", *read, "PutObject", *read, *read]

@@ -54,7 +54,7 @@ def test_a_full_resource_blocks_nothing_behind_it(one_at_a_time: JobStore) -> No
 
 
 def test_a_renewed_lease_counts_on_wherever_it_counts(core: Core) -> None:
-    store = store_of(core, with_jobs(resource_leases={NAS: 1}), several=True)
+    store = store_of(core, with_jobs(resource_leases={NAS: 1}), several_tenants=True)
     store.large_job_bytes = 1_000
     store.stuck("w", 0, -1, [NAS])  # what was left alone until now: one attempt is made
     job_id = submit(store, [NAS], size_bytes=1_000)
