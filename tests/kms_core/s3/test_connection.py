@@ -188,7 +188,11 @@ def test_a_completion_that_fails_late_is_no_completion(script: Script) -> None:
 
 @pytest.mark.parametrize(
     ("status", "code", "end"),
-    [(412, b"PreconditionFailed", Completion.TAKEN), (404, b"NoSuchUpload", Completion.GONE)],
+    [
+        (412, b"PreconditionFailed", Completion.TAKEN),
+        (409, b"ConditionalRequestConflict", Completion.TAKEN),
+        (404, b"NoSuchUpload", Completion.GONE),
+    ],
 )
 def test_a_completion_ends_in_three_ways(script: Script, status: int, code: bytes, end: Completion) -> None:
     script.replies = [(status, {}, ERROR % code)]

@@ -12,7 +12,6 @@ import pytest
 
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs.execution.lease import Lease
 from kms_core.jobs.model import Attempt, Checkpoint, Job, LeaseLost, RecordKey, part_id
 from kms_core.jobs.spec import JobSpec, Work
 from kms_core.jobs.store import reader
@@ -37,7 +36,6 @@ from support.job_stores import (
     TENANT,
     accepted,
     claimed,
-    connect,
     events,
     expire_leases,
     forge,
@@ -371,28 +369,6 @@ def test_lapsed_lease_is_taken_over_and_the_old_fence_is_powerless(store: JobSto
     assert (found.items_done, found.items_failed) == (0, 0)
     store.finish(new, "succeeded")
     assert state(store, new) == "succeeded"
-
-
-@pytest.mark.parametrize("error", [LeaseLost, JobCancelled])
-def test_heartbeat_notices_that_the_job_was_taken_or_cancelled(
-    store: JobStore, error: type[Exception]
-) -> None:
-    claim = claimed(store)
-    if error is LeaseLost:
-        forge(store, claim.accepted.job_id, attempt_id="another")
-    else:
-        store.cancel(claim.accepted.job_id, TENANT)
-
-    with Lease(store, claim) as lease, pytest.raises(error):
-        until(lease.check, "it is noticed")
-
-
-def test_worker_without_redis_stops_when_its_lease_is_over(store: JobStore) -> None:
-    claim, gone = claimed(store), connect("unix:///nonexistent.sock")
-    away = JobStore(gone, store.record_key, lambda *_: None, with_jobs(lease_s=0.5))
-
-    with Lease(away, claim) as lease, pytest.raises(LeaseLost):
-        until(lease.check, "the lease is over")
 
 
 # -- ends --------------------------------------------------------------------------------------------------
