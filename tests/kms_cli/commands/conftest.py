@@ -21,7 +21,7 @@ def _workspace(tmp_path: Path) -> Workspace:
 
 
 @pytest.fixture
-def answers() -> Iterator[Answers]:
+def stub_service() -> Iterator[Answers]:
     """Start a service that answers every POST by a function of its path and body; returns its URL."""
     with ExitStack() as stack:
 
