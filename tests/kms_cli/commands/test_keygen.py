@@ -1,4 +1,4 @@
-"""``kms keygen``: the key file it writes, and the one it leaves alone. Sealed keys: e2e/test_sealed_keys.py."""
+"""``kms keygen``: the key file it writes, and one that is there. Sealed keys: e2e/test_sealed_keys.py."""
 
 import stat
 
