@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kms_cli import terminal
+from kms_cli.main import run
 from kms_client.requests import BY_CODE
 from support.cli.fixtures import BIN, environment
 from support.contract_server import ContractServer
@@ -108,6 +109,16 @@ def test_help_that_is_not_read_is_quiet(tmp_path: Path, words: str) -> None:
         )
 
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("line", [[], ["job"]], ids=["kms", "kms job"])
+def test_a_command_that_is_missing_is_an_error_and_lists_them(
+    capsys: pytest.CaptureFixture[str], line: list[str]
+) -> None:
+    assert run(line) == 2
+    shown = capsys.readouterr()
+    assert "\nCommands:\n" in shown.err
+    assert not shown.out
 
 
 def test_every_hint_is_for_a_code_that_exists() -> None:
