@@ -34,7 +34,7 @@ from support.redis_servers import Server, sentinel, server
 from support.service import Service, b64
 from support.tcp_proxy import LaggingProxy
 from support.waiting import until
-from support.webhooks import make_authority
+from support.webhooks import make_localhost_tls
 
 JOBS: Final = 4_000
 LAG_S: Final = 1.5
@@ -96,7 +96,7 @@ def _settings() -> Mapping[str, str]:
 def _failed_over(folder: Path, redis_settings: str, count: int, lag_s: float) -> Reading:
     with tempfile.TemporaryDirectory(dir=folder) as name, ExitStack() as stack:
         below, seen = Path(name), Seen()
-        authority = make_authority(below)
+        authority = make_localhost_tls(below)
         grace = f"input_grace_s = {_GRACE_S}\n" if "input_grace_s" in JobsSection.__struct_fields__ else ""
         settings = f'[kms.redis]\nca_file = "{authority.ca_file}"\n{redis_settings}'
         settings += f'[kms.jobs]\nlease_s = 5\nconcurrency = {PROCESSES}\n{grace}[kms.log]\nlevel = "error"\n'

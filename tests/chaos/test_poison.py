@@ -17,7 +17,7 @@ from kombu.connection import Connection
 
 from support import malformed_messages
 from support.celery_messages import OPTIONS, body, broker_of, intake_recipient, seal
-from support.malformed_messages import QUEUES, Poison
+from support.malformed_messages import QUEUES, RawMessage
 from support.rabbitmq import OnRabbit
 from support.service import Service, b64, core_of
 from support.waiting import until
@@ -59,7 +59,7 @@ def line(service: Service) -> Any:  # noqa: ANN401 -- kombu ships no types
     return connect(url, transport_options=options)
 
 
-def publish(service: Service, queue: str, messages: list[Poison]) -> None:
+def publish(service: Service, queue: str, messages: list[RawMessage]) -> None:
     """As any client of the broker can."""
     with line(service) as connection:
         producer = connection.Producer()
@@ -139,7 +139,7 @@ def test_nothing_is_decompressed(poisoned: Service) -> None:
         publish(
             poisoned,
             queue,
-            [Poison(packed, malformed_messages.headers(task, compression="application/x-gzip"))],
+            [RawMessage(packed, malformed_messages.headers(task, compression="application/x-gzip"))],
         )
     until(lambda: refused(poisoned) == 2, "both are refused")
 
@@ -150,8 +150,8 @@ def test_nothing_is_decompressed(poisoned: Service) -> None:
 
 def test_message_above_its_bound_is_refused_unread(poisoned: Service) -> None:
     huge = b'[["' + b"a" * 40_000_000 + b'"],{},{}]'
-    publish(poisoned, "kms.submit", [Poison(huge, malformed_messages.headers("kms.submit"))])
-    publish(poisoned, "kms.bulk", [Poison(huge[:1_000_000], malformed_messages.headers())])
+    publish(poisoned, "kms.submit", [RawMessage(huge, malformed_messages.headers("kms.submit"))])
+    publish(poisoned, "kms.bulk", [RawMessage(huge[:1_000_000], malformed_messages.headers())])
     until(lambda: refused(poisoned) == 2, "both are refused")
 
     assert poisoned.output("worker").count("too_large") == 2
@@ -192,8 +192,8 @@ def test_refused_submission_leaves_nothing_but_its_task_id(poisoned: Service) ->
     for number, argument in enumerate((SECRET, seal(intake_recipient(poisoned), body(version=2)))):
         text = json.dumps([[argument], {}, None]).encode()
         headers = malformed_messages.headers("kms.submit", id=f"sent-{number}")
-        publish(poisoned, "kms.submit", [Poison(text, headers)])
-    publish(poisoned, "kms.submit", [Poison(SECRET.encode(), malformed_messages.headers("kms.submit"))])
+        publish(poisoned, "kms.submit", [RawMessage(text, headers)])
+    publish(poisoned, "kms.submit", [RawMessage(SECRET.encode(), malformed_messages.headers("kms.submit"))])
     until(lambda: refused(poisoned) == 3, "all are refused")
 
     assert (refused(poisoned, "invalid_request"), refused(poisoned, "body")) == (2, 1)
@@ -209,7 +209,7 @@ def test_what_cannot_be_sealed_needs_no_pool_process(poisoned: Service) -> None:
     poisoned.signal_pool(signal.SIGSTOP)
     texts = [json.dumps([[argument], {}, None]).encode() for argument in ("%", b64(b"no age file")) * 50]
     publish(
-        poisoned, "kms.submit", [Poison(text, malformed_messages.headers("kms.submit")) for text in texts]
+        poisoned, "kms.submit", [RawMessage(text, malformed_messages.headers("kms.submit")) for text in texts]
     )
     until(lambda: refused(poisoned) == len(texts), "all are refused")
     poisoned.signal_pool(signal.SIGCONT)
@@ -226,7 +226,7 @@ def held_message(service: Service) -> Iterator[str]:
     os.mkfifo(path, 0o600)
     task_id = str(uuid.uuid4())
     text = json.dumps([[seal(recipient, body())], {}, None]).encode()
-    publish(service, "kms.submit", [Poison(text, malformed_messages.headers("kms.submit", id=task_id))])
+    publish(service, "kms.submit", [RawMessage(text, malformed_messages.headers("kms.submit", id=task_id))])
     try:
         yield task_id
     finally:

@@ -26,7 +26,7 @@ from support.openbao import bao
 from support.programs import BUILD_LIMIT_S
 from support.service import CONTEXT, Service
 from support.waiting import WAIT_S, until
-from support.webhooks import Authority, make_authority
+from support.webhooks import LocalhostTls, make_localhost_tls
 
 pytestmark = pytest.mark.timeout(BUILD_LIMIT_S)  # the first run builds Helm
 MIB: Final = 1024 * 1024
@@ -129,7 +129,7 @@ def test_compose_mounts_each_secret_that_its_settings_name(composed: dict[str, A
 # -- two hosts -----------------------------------------------------------------------------------------------
 
 
-def secrets_of(variant: str, folder: Path, authority: Authority) -> Path:
+def secrets_of(variant: str, folder: Path, authority: LocalhostTls) -> Path:
     """The secrets of a deployment, where its settings look for them below the directory that is answered."""
     made = make_secrets(folder / "made")
     shutil.copy(authority.cert_and_key, made / "tls.crt")
@@ -176,7 +176,7 @@ def secrets_of(variant: str, folder: Path, authority: Authority) -> Path:
 class Host(Service):
     """One host with a state directory of its own, and a copy of the deployment's settings and secrets."""
 
-    def __init__(self, folder: Path, text: str, secrets: Path, authority: Authority) -> None:
+    def __init__(self, folder: Path, text: str, secrets: Path, authority: LocalhostTls) -> None:
         self.secrets = secrets
         super().__init__(folder)
         self.config.write_text(text)
@@ -211,7 +211,7 @@ class Hosts:
 def hosts(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hosts]:
     """Two hosts that have Redis, two buckets and copies of the same files in common, and no directory."""
     variant, weed = str(request.param), object_stores.weed()
-    authority, spool, state = make_authority(tmp_path), weed.new(), weed.new()
+    authority, spool, state = make_localhost_tls(tmp_path), weed.new(), weed.new()
     with ExitStack() as stack:
         server = stack.enter_context(redis_servers.server(tmp_path / "redis", None))
         made: list[Host] = []

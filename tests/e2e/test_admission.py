@@ -48,13 +48,13 @@ def crowded(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iter
 @pytest.fixture(scope="module")
 def bad(crowded: SecuredService) -> dict[str, str]:
     """The credential that misbehaves."""
-    return crowded.token("jobs:read,jobs:write,encrypt,decrypt context=only=this", tenant="bad")
+    return crowded.token_header("jobs:read,jobs:write,encrypt,decrypt context=only=this", tenant="bad")
 
 
 @pytest.fixture(scope="module")
 def good(crowded: SecuredService) -> dict[str, str]:
     """Another tenant's, whose every call is to be answered."""
-    return crowded.token(WRITE, tenant="good")
+    return crowded.token_header(WRITE, tenant="good")
 
 
 class Peer:

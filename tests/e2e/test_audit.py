@@ -378,7 +378,7 @@ def reads(service: Service) -> list[tuple[str, str, int]]:
 
 def test_pages_over_http_leave_one_record_each(tmp_path: Path) -> None:
     with SecuredService(tmp_path, REQUIRED, NO_REDIS) as own:
-        (token, text), _ = own.make("audit:read", "encrypt"), own.start("api")
+        (token, text), _ = own.new_token("audit:read", "encrypt"), own.start("api")
         own.post("/encrypt", {"plaintext": ""}, headers=bearer(text))
         answer = own.get("/audit", params={"operation": "encrypt", "limit": "1"}, headers=bearer(text))
         name = answer.headers["x-kms-audit-id"]

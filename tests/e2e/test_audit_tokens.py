@@ -66,7 +66,7 @@ def test_a_tenant_reads_what_was_done_to_its_tokens_and_to_no_others(install: Se
 
 
 def test_no_token_is_changed_without_its_intent_on_record(install: SecuredService) -> None:
-    install.make("status")
+    install.new_token("status")
     before = install.token_file.read_bytes()
     (install.state / "audit").write_text("a file in the place of the directory")
     name = tokens(install)[0]["name"]

@@ -23,7 +23,7 @@ ALL: Final = ",".join(operation for operation in OPERATIONS if operation not in 
 def test_a_path_that_is_no_route_tells_nothing_to_strangers(secured: SecuredService) -> None:
     for path in ("/", "/nope", f"{PREFIX}/nope", f"{PREFIX}/encrypt/", f"{PREFIX}//encrypt", "/LIVEZ"):
         check_problem(secured.http.get(path), 401, "unauthenticated")
-    assert secured.http.get("/nope", headers=secured.token("status")).status_code == 404
+    assert secured.http.get("/nope", headers=secured.token_header("status")).status_code == 404
 
 
 # -- tokens --------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def test_a_token_by_hand(secured: SecuredService, header: str, tmp_path: Path) -
 def test_a_token_file_that_cannot_be_read_is_no_refusal(tmp_path: Path) -> None:
     with SecuredService(tmp_path, redis="unix:///nonexistent.sock") as own:
         own.start("api")
-        headers = own.token("status")
+        headers = own.token_header("status")
         good = own.token_file.read_bytes()
         own.token_file.write_bytes(b"{")
         answer = own.get("/status", headers=headers)
@@ -66,7 +66,7 @@ def test_a_token_file_that_cannot_be_read_is_no_refusal(tmp_path: Path) -> None:
 
 
 def test_what_a_refusal_says_helps_and_betrays_nothing(secured: SecuredService) -> None:
-    headers = secured.token("encrypt key=pay-* context=env=prod")
+    headers = secured.token_header("encrypt key=pay-* context=env=prod")
     asked = {"plaintext": "aGk=", "context": CONTEXT}
     none = secured.post("/encrypt", asked)
     key = secured.post("/encrypt", asked, headers=headers)
@@ -97,7 +97,7 @@ def command(service: SecuredService, token: str | None, folder: Path) -> tuple[i
 def test_the_command_sends_its_token_and_says_what_to_do_without(
     secured: SecuredService, tmp_path: Path
 ) -> None:
-    good, weak = secured.make("encrypt")[1], secured.make("encrypt context=env=prod")[1]
+    good, weak = secured.new_token("encrypt")[1], secured.new_token("encrypt context=env=prod")[1]
     code, out, _ = command(secured, good, tmp_path)
     assert (code, out[:8]) == (0, "YWdlLWVu")
 
@@ -119,7 +119,7 @@ def test_guessing_is_limited_counted_and_keeps_nobody_else_out(tmp_path: Path) -
     settings = f"{REQUIRED}failures_per_minute = 10\n"
     with SecuredService(tmp_path, settings, "unix:///nonexistent.sock") as own:
         own.start("api")
-        good = own.token("status")
+        good = own.token_header("status")
         answers = [own.get("/status", headers=bearer(f"kms_{'a' * 10}_{n:043d}")) for n in range(30)]
         codes = [answer.status_code for answer in answers]
 
@@ -145,7 +145,7 @@ def test_metrics_are_for_whom_settings_say(tmp_path: Path, mode: str, here: int,
     settings = f'{REQUIRED}[kms.server]\nmetrics = "{mode}"\ndocs = false\n'
     with SecuredService(tmp_path, settings) as own:
         own.start()
-        token, other = own.token("metrics"), own.token("status")
+        token, other = own.token_header("metrics"), own.token_header("status")
         worker = f"http://127.0.0.1:{own.port + 1}/metrics"
         for url in ("/metrics", worker):
             assert own.http.get(url).status_code == here
@@ -173,7 +173,7 @@ def test_without_authentication_bare_curls_work_and_tokens_are_not_minded(servic
 
 def test_two_tenants_see_nothing_of_each_other(secured: SecuredService) -> None:
     """In what lists and counts; of single jobs and records: tests/kms_api/test_permissions.py."""
-    acme, web = (secured.token(ALL, tenant=tenant) for tenant in ("acme", "web"))
+    acme, web = (secured.token_header(ALL, tenant=tenant) for tenant in ("acme", "web"))
     body = {"plaintext": b64(b"of acme"), "context": "a=b"}
     sealed = secured.post("/encrypt", body, headers=acme).json()["ciphertext"]
     job = {"kind": "encrypt", "items": [{"plaintext": b64(b"of acme")}], "context": "a=b"}
@@ -210,19 +210,19 @@ def keys_of(service: Service, headers: dict[str, str]) -> list[str]:
 
 
 def test_a_caller_sees_the_keys_that_he_may_use(secured: SecuredService) -> None:
-    mine = secured.token("encrypt key=pay-*")
+    mine = secured.token_header("encrypt key=pay-*")
 
     assert keys_of(secured, mine) == ["pay-1"]
-    assert keys_of(secured, secured.token("jobs:read,status")) == []
+    assert keys_of(secured, secured.token_header("jobs:read,status")) == []
     assert secured.get("/keys/pay-1", headers=mine).status_code == 200
     for key_id in ("default", "no-such-key"):
         check_problem(secured.get(f"/keys/{key_id}", headers=mine), 404, "unknown_key")
 
 
 def test_counts_of_all_tenants_are_for_those_who_read_the_metrics(secured: SecuredService) -> None:
-    plain, operator = secured.token("encrypt,status"), secured.token("encrypt,status,metrics")
+    plain, operator = secured.token_header("encrypt,status"), secured.token_header("encrypt,status,metrics")
     asked = {"plaintext": "aGk=", "context": "a=b"}
-    secured.post("/encrypt", asked, headers=secured.token("encrypt", tenant="third"))
+    secured.post("/encrypt", asked, headers=secured.token_header("encrypt", tenant="third"))
 
     until(lambda: "encrypt" in operations(secured, operator), "the counts of all")
     versions = [

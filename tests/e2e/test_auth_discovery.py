@@ -121,7 +121,7 @@ def test_a_provider_that_is_away_is_told_as_such_tokens_are_let_in_and_it_is_ask
         service.start("api")
 
         check_problem(service.get("/status", headers=bearer(provider.token())), 503, "unavailable")
-        assert service.get("/status", headers=service.token("status")).status_code == 200
+        assert service.get("/status", headers=service.token_header("status")).status_code == 200
         assert "answers 503" in service.output("api")
         provider.answers.clear()
         until(

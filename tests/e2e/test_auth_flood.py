@@ -10,7 +10,7 @@ import httpx2 as httpx
 import jwt
 import pytest
 
-from support.credentials import Issuer, SecuredService, bearer, claims, issuer_settings, serving
+from support.credentials import Issuer, SecuredService, bearer, claims, required_with_issuer, serving
 
 RATIO: Final = 100
 ROUNDS: Final = 12
@@ -25,7 +25,9 @@ class FloodedService:
     def __init__(self, folder: Path, url: str, issuer: Issuer, redis_url: str, more: str = "") -> None:
         self.issuer = issuer
         self.thief = Issuer()
-        text = issuer_settings(f'jwks_url = "{url}"', f"[kms.facade]\nenabled = true\n[kms.server]\n{more}")
+        text = required_with_issuer(
+            f'jwks_url = "{url}"', f"[kms.facade]\nenabled = true\n[kms.server]\n{more}"
+        )
         text = text.replace('mode = "required"\n', f'mode = "required"\nfailures_per_minute = {LIMIT}\n')
         self.service = SecuredService(folder, text, redis_url)
 
@@ -64,7 +66,7 @@ def test_no_good_credential_is_refused_for_anothers_bad_ones(flooded: FloodedSer
         f"{service.url}/api/v1/kms/status",
         f"{service.url}/v1/auth/token/lookup-self",
     )
-    token = service.make("status")[1]
+    token = service.new_token("status")[1]
     headers = {"X-Forwarded-For": "203.0.113.9"}
     refused, answers, asked = set(), [], 0
     with httpx.Client(timeout=60, trust_env=False, headers=headers) as http:
@@ -157,7 +159,7 @@ def during_a_hang(flooded: FloodedService) -> list[int]:
     for thread in threads:
         if thread.ident is None:
             thread.start()
-    headers = [bearer(flooded.good()) for _ in range(20)] + [own.token("status") for _ in range(20)]
+    headers = [bearer(flooded.good()) for _ in range(20)] + [own.token_header("status") for _ in range(20)]
     codes = [own.get("/status", headers=each).status_code for each in headers]
     assert any(thread.is_alive() for thread in threads)
     flooded.issuer.resume()

@@ -23,7 +23,7 @@ from kms_protocol.context import Context
 from kms_protocol.errors import Forbidden, KmsError, RateLimited, SpoolQuota, Unauthenticated, UnknownKey
 from support.celery_messages import body as submission
 from support.celery_messages import seal
-from support.credentials import REQUIRED, Issuer, SecuredService, bearer, issuer_settings
+from support.credentials import REQUIRED, Issuer, SecuredService, bearer, required_with_issuer
 from support.job_stores import accepted, remove_inputs
 from support.service import CANARY, b64, check_problem, core_of
 
@@ -46,7 +46,7 @@ def core(install: SecuredService) -> Core:
 
 
 def caller(install: SecuredService, *scopes: str, tenant: str = "default") -> Principal:
-    token, _ = install.make(*scopes, tenant=tenant)
+    token, _ = install.new_token(*scopes, tenant=tenant)
     return Principal(token.name, token.tenant, f"token:{token.id}")
 
 
@@ -196,7 +196,7 @@ def granted(*scopes: str) -> Principal:
 def trusting(tmp_path: Path, redis_url: str) -> SecuredService:
     """An install that trusts an issuer ``corp``."""
     (tmp_path / "jwks.json").write_bytes(Issuer().jwks)
-    return SecuredService(tmp_path, issuer_settings(f'jwks_file = "{tmp_path}/jwks.json"'), redis_url)
+    return SecuredService(tmp_path, required_with_issuer(f'jwks_file = "{tmp_path}/jwks.json"'), redis_url)
 
 
 def test_a_job_of_a_jwt_runs_with_the_scopes_of_its_acceptance(trusting: SecuredService) -> None:
@@ -283,22 +283,22 @@ def test_the_key_of_a_file_must_be_in_the_scope_that_names_the_files(
 
 def test_results_are_for_their_submitter_and_for_who_could_have_made_them(secured: SecuredService) -> None:
     asked = {"plaintext": b64(CANARY.encode()), "context": "a=b"}
-    sealed = secured.post("/encrypt", asked, headers=secured.token("encrypt")).json()["ciphertext"]
-    mine = secured.token("jobs:read,jobs:write,decrypt context=a=b")
+    sealed = secured.post("/encrypt", asked, headers=secured.token_header("encrypt")).json()["ciphertext"]
+    mine = secured.token_header("jobs:read,jobs:write,decrypt context=a=b")
     job = {"kind": "decrypt", "items": [{"ciphertext": sealed}], "context": "a=b"}
     job_id = secured.post("/jobs", job, headers=mine).json()["job_id"]
     run_job(job_id, core_of(secured).worker_context, "w")
     path = f"/jobs/{job_id}/result"
 
     assert json.loads(secured.get(path, headers=mine).content)["plaintext"] == b64(CANARY.encode())
-    assert secured.get(path, headers=secured.token("jobs:read,decrypt")).status_code == 200
+    assert secured.get(path, headers=secured.token_header("jobs:read,decrypt")).status_code == 200
     for scopes in (
         "jobs:read",
         "jobs:read,encrypt",
         "jobs:read,decrypt context=a=b",
         "jobs:read,decrypt key=default",
     ):
-        answer = secured.get(path, headers=secured.token(scopes))
+        answer = secured.get(path, headers=secured.token_header(scopes))
         assert answer.status_code in {403, 404}, scopes
         assert CANARY not in answer.text
         assert b64(CANARY.encode()) not in answer.text
@@ -316,23 +316,29 @@ def taken(service: SecuredService, asked: dict[str, object]) -> str:
 
 
 def test_a_message_carries_a_token_and_its_job_is_the_holders(secured: SecuredService) -> None:
-    token, text = secured.make("jobs:read,jobs:write,encrypt", tenant="sender")
+    token, text = secured.new_token("jobs:read,jobs:write,encrypt", tenant="sender")
     job_id = taken(secured, submission(token=text))
     run_job(job_id, core_of(secured).worker_context, "w")
 
     assert secured.get(f"/jobs/{job_id}", headers=bearer(text)).json()["state"] == "succeeded"
-    stranger = secured.get(f"/jobs/{job_id}", headers=secured.token("jobs:read"))
+    stranger = secured.get(f"/jobs/{job_id}", headers=secured.token_header("jobs:read"))
     check_problem(stranger, 404, "unknown_job")
-    reader = secured.token("audit:read", tenant="sender")
+    reader = secured.token_header("audit:read", tenant="sender")
     events = secured.get("/audit", params={"job_id": job_id}, headers=reader).json()["events"]
     assert {event["principal"] for event in events} == {token.name}
 
 
 @pytest.mark.parametrize("kind", ["null", "empty", "odd", "revoked", "weak"])
 def test_a_message_without_a_good_token_is_refused(install: SecuredService, kind: str) -> None:
-    _, revoked = install.make("jobs:write,encrypt")
+    _, revoked = install.new_token("jobs:write,encrypt")
     tokens.revoke(install.token_file, revoked[4:14])
-    shown = {"null": None, "empty": "", "odd": "x", "revoked": revoked, "weak": install.make("encrypt")[1]}
+    shown = {
+        "null": None,
+        "empty": "",
+        "odd": "x",
+        "revoked": revoked,
+        "weak": install.new_token("encrypt")[1],
+    }
 
     with pytest.raises(Forbidden if kind == "weak" else Unauthenticated):
         taken(install, submission(token=shown[kind]))

@@ -56,15 +56,15 @@ def test_a_certificate_that_does_not_verify_gets_no_connection(
 
 
 def test_without_a_certificate_a_token_lets_in(secured: Revoking) -> None:
-    assert secured.status(headers=bearer(secured.make("status")[1])).status_code == 200
+    assert secured.status(headers=bearer(secured.new_token("status")[1])).status_code == 200
     check_problem(secured.status(), 401, "unauthenticated")
 
 
 def test_a_token_that_is_shown_is_what_counts(secured: Revoking) -> None:
-    certificate = secured.certificate("both")
+    certificate = secured.certificate(file="both")
 
     check_problem(secured.status(certificate, bearer("stolen")), 401, "unauthenticated")
-    check_problem(secured.status(certificate, bearer(secured.make("encrypt")[1])), 403, "forbidden")
+    check_problem(secured.status(certificate, bearer(secured.new_token("encrypt")[1])), 403, "forbidden")
 
 
 def test_a_header_that_names_a_certificate_is_nothing(secured: Revoking) -> None:
@@ -73,7 +73,7 @@ def test_a_header_that_names_a_certificate_is_nothing(secured: Revoking) -> None
 
 
 def test_our_client_shows_a_certificate(secured: Revoking) -> None:
-    certificate = secured.certificate("client")
+    certificate = secured.certificate(file="client")
     options = {"ca_file": secured.servers.ca_file, "cert_file": certificate.cert, "key_file": certificate.key}
 
     with Client(secured.url, **options) as kms:  # type: ignore[arg-type]  # the options are of several types

@@ -30,7 +30,7 @@ STATUS: Final = f"{PREFIX}/status"
 
 def test_a_revoked_certificate_ends_its_connection_and_gets_no_other(tmp_path: Path) -> None:
     with Revoking(tmp_path, more="[kms.facade]\nenabled = true\n").start("api") as own:
-        revoked, other = own.certificate(), own.certificate("other")
+        revoked, other = own.certificate(), own.certificate(file="other")
         vault = f"https://localhost:{own.port}/v1/auth/token/lookup-self"
         with own.client(revoked) as http, own.client(revoked) as of_vault, own.client(other) as beside:
             for client, url in ((http, STATUS), (of_vault, vault), (beside, STATUS)):
@@ -62,7 +62,7 @@ def test_a_bad_token_does_not_end_the_connection_of_a_good_certificate(tmp_path:
 
 def test_an_expired_list_lets_no_certificate_in_and_tokens_work(tmp_path: Path) -> None:
     with Revoking(tmp_path).start("api") as own:
-        certificate, token = own.certificate(), own.token("status", "metrics")
+        certificate, token = own.certificate(), own.token_header("status", "metrics")
         with own.client(certificate) as http:
             assert http.get(STATUS).status_code == 200
             own.put(own.clients.crl(lasts=EXPIRED))
@@ -87,7 +87,7 @@ def test_an_expired_list_lets_no_certificate_in_and_tokens_work(tmp_path: Path) 
 @pytest.mark.parametrize("kind", ["another authority", "no PEM", "gone", "delta", "forged"])
 def test_a_new_list_that_cannot_be_used_leaves_the_old_one_in_use(tmp_path: Path, kind: str) -> None:
     with Revoking(tmp_path).start("api") as own:
-        revoked, good = own.certificate(), own.certificate("good")
+        revoked, good = own.certificate(), own.certificate(file="good")
         own.put(own.clients.crl(revoked.cert))
         with own.client(good) as http:
             assert http.get(STATUS).status_code == 200

@@ -15,7 +15,7 @@ from support.openbao import Bao
 PAGE: Final = Path(__file__).parents[2] / "docs/backends.md"
 
 
-def blocks(heading: str, language: str) -> str:
+def blocks_to_run(heading: str, language: str) -> str:
     """The first code block of this language below a heading."""
     section = PAGE.read_text().partition(f"\n## {heading}")[2].partition("\n## ")[0]
     found = re.search(rf"^```{language}\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
@@ -34,8 +34,8 @@ def test_the_page_sets_a_backend_up(tmp_path: Path, heading: str) -> None:
         "PATH": f"{Path(openbao.binary()).parent}:{os.environ['PATH']}",
     }
     try:
-        pages.said(blocks(heading, "sh"), tmp_path, environ)
-        toml = blocks(heading, "toml").replace("prod_backend", "dev_backend")
+        pages.said(blocks_to_run(heading, "sh"), tmp_path, environ)
+        toml = blocks_to_run(heading, "toml").replace("prod_backend", "dev_backend")
         toml = re.sub(r'address = ".*"', f'address = "{server.url}"', toml)
         toml = re.sub(r'token_file = ".*"', f'token_file = "{token}"', toml)
         (tmp_path / "kms.toml").write_text(toml)

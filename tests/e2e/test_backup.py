@@ -40,7 +40,7 @@ class Drill:
         self.key, self.archive = folder / "recovery.txt", folder / "backup.age"
         write_key(self.key, self.identity)
         self.old = SecuredService(folder / "old", SETTINGS)
-        self.kept, self.revoked = self.old.make("*"), self.old.make("*")
+        self.kept, self.revoked = self.old.new_token("*"), self.old.new_token("*")
         self.new = SecuredService(folder / "new", SETTINGS)
         for install in (self.old, self.new):
             install.http.headers.update(bearer(self.kept[1]))

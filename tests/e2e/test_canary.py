@@ -30,9 +30,9 @@ from support.canary.requests import (
     UI_CALLS,
     VAULT_CALLS,
     Body,
+    decrypt_body,
     encrypt_body,
     nothing,
-    sealed,
 )
 from support.canary.secrets import Search, family
 from support.canary.service import REMOTE, CanaryService, EchoingServer
@@ -77,26 +77,30 @@ def ask_everything(install: CanaryService) -> list[str]:
 
 def nonsense(install: CanaryService, method: str, path: str) -> Iterator[str]:
     """Secrets where none belongs: in the path, the query, headers, and a body that is none."""
-    bad = address(path, {"*": install.unknown})
-    where = {"context": install.value, "cursor": install.unknown, "token": install.unknown}
+    bad = address(path, {"*": install.plain_secret})
+    where = {"context": install.context_secret, "cursor": install.plain_secret, "token": install.plain_secret}
     odd = {
-        "X-KMS-Context": install.unknown,
-        "X-KMS-Key-Id": install.unknown,
-        "Idempotency-Key": install.unknown,
-        "Cookie": f"session={install.unknown}",
+        "X-KMS-Context": install.plain_secret,
+        "X-KMS-Key-Id": install.plain_secret,
+        "Idempotency-Key": install.plain_secret,
+        "Cookie": f"session={install.plain_secret}",
     }
-    jwt = ".".join(urlsafe_b64encode(install.unknown.encode()).decode().rstrip("=") for _ in range(3))
+    jwt = ".".join(urlsafe_b64encode(install.plain_secret.encode()).decode().rstrip("=") for _ in range(3))
     content = install.plaintext.encode()
     fields = json.dumps(
-        {install.plaintext: install.value, "plaintext": install.plaintext, "context": install.value}
+        {
+            install.plaintext: install.context_secret,
+            "plaintext": install.plaintext,
+            "context": install.context_secret,
+        }
     )
     for more in (
         {"headers": odd, "params": where, "content": content},
         {"headers": odd, "content": fields.encode()},
-        {"headers": bearer(install.unknown)},
+        {"headers": bearer(install.plain_secret)},
         {"headers": bearer(install.root[:-1] + ("A" if install.root[-1] != "A" else "B"))},
         {"headers": bearer(jwt)},
-        {"headers": {"Host": install.unknown}},
+        {"headers": {"Host": install.plain_secret}},
     ):
         answer = install.ask(method, bad, **more)
         assert answer.status_code < 500, (method, path, answer.text)
@@ -118,7 +122,7 @@ def look_at_the_page(install: CanaryService) -> None:
                 stamp = found[1]
             if (method, path) == ("POST", "/ui/login"):
                 (install.secrets["session"],) = [value.encode() for value in http.cookies.values() if value]
-        http.post("/ui/login", data={"stamp": stamp, "token": install.unknown})
+        http.post("/ui/login", data={"stamp": stamp, "token": install.plain_secret})
 
 
 # -- jobs ----------------------------------------------------------------------------------------------
@@ -126,7 +130,7 @@ def look_at_the_page(install: CanaryService) -> None:
 
 def do_jobs(install: CanaryService) -> None:
     """Every kind of job, over items, a file, many files, and an object of a bucket."""
-    here, name = f"file://{install.files}/", install.unknown
+    here, name = f"file://{install.files}/", install.plain_secret
     for at in range(2):
         (install.files / "many").mkdir(exist_ok=True)
         (install.files / "many" / f"{name}-{at}").write_bytes(install.plaintext.encode() * 1000)
@@ -137,7 +141,7 @@ def do_jobs(install: CanaryService) -> None:
         source = name if first else "sealed"
         job = {
             "kind": kind,
-            "items": [encrypt_body(install) if first else sealed(install)] * 2,
+            "items": [encrypt_body(install) if first else decrypt_body(install)] * 2,
             "callback": "hook",
         }
         assert install.job_of(job)["state"] == "succeeded"
@@ -159,7 +163,7 @@ def wrong_key(install: CanaryService) -> None:
     stranger = pyrage.x25519.Identity.generate().to_public()
     foreign = b64(pyrage.encrypt(install.plaintext.encode(), [stranger]))
     for asked, status in (
-        ({"ciphertext": install.sealed(), "context": {"who": install.value + "x"}}, 400),
+        ({"ciphertext": install.sealed(), "context": {"who": install.context_secret + "x"}}, 400),
         ({"ciphertext": foreign}, 400),
         ({"ciphertext": install.sealed(), "context": install.context, "key_id": "nix"}, 400),
         ({"ciphertext": b64(install.plaintext.encode())}, 422),
@@ -274,7 +278,7 @@ def spool_gone(install: CanaryService) -> None:
 
 
 def token_revoked(install: CanaryService) -> None:
-    token, text = install.make("encrypt,jobs:write,jobs:read")
+    token, text = install.new_token("encrypt,jobs:write,jobs:read")
     install.secrets["revoked token"] = text.split("_", 2)[2].encode()
     assert (
         install.ask("POST", f"{PREFIX}/encrypt", encrypt_body(install), headers=bearer(text)).status_code
@@ -315,7 +319,7 @@ def use_the_command(install: CanaryService) -> list[str]:
         plaintext=install.plaintext.encode(),
         ciphertext=install.sealed().encode(),
         job_id=str(install.job_of({"kind": "encrypt", "items": [encrypt_body(install)]})["job_id"]),
-        unknown_id=install.unknown,
+        unknown_id=install.plain_secret,
         peer=install.peer.url,
         peer_token=install.kept / "vault",
         user_dir=install.mine,

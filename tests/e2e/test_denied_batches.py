@@ -57,7 +57,7 @@ def check_one_record(secured: SecuredService, answer: httpx.Response, operation:
 def test_a_batch_that_no_scope_allows_is_refused_as_a_whole(
     secured: SecuredService, operation: str, scope: str
 ) -> None:
-    answer = batch(secured, operation, secured.token(scope))
+    answer = batch(secured, operation, secured.token_header(scope))
 
     check_problem(answer, 403, "forbidden")
     check_one_record(secured, answer, operation)
@@ -67,7 +67,7 @@ def test_a_batch_that_no_scope_allows_is_refused_as_a_whole(
     ("operation", "scope"), [(of, one) for of, all_ in LACKING.items() if of != "reseal" for one in all_]
 )
 def test_one_of_vault_is_refused_as_a_whole(secured: SecuredService, operation: str, scope: str) -> None:
-    answer = of_vault(secured, operation, secured.token(scope))
+    answer = of_vault(secured, operation, secured.token_header(scope))
 
     assert answer.status_code == 403
     assert answer.json()["errors"][0].startswith("permission denied")
@@ -78,7 +78,7 @@ def test_one_of_vault_is_refused_as_a_whole(secured: SecuredService, operation: 
 def test_where_a_scope_allows_some_each_item_has_its_outcome(
     secured: SecuredService, operation: str, scope: str
 ) -> None:
-    answer = batch(secured, operation, secured.token(scope))
+    answer = batch(secured, operation, secured.token_header(scope))
 
     assert answer.status_code == 200
     assert answer.json()["failed"] == ITEMS
@@ -90,7 +90,9 @@ def test_items_of_a_key_that_no_scope_names_are_counted_and_allowed_ones_told(
     allowed = {**PLAIN, "context": CONTEXT, "key_id": "default"}
     items = [{**PLAIN, "key_id": "else"}] * 500 + [allowed] * 50
     answer = secured.post(
-        "/batch", {"operation": "encrypt", "items": items}, headers=secured.token("encrypt key=default")
+        "/batch",
+        {"operation": "encrypt", "items": items},
+        headers=secured.token_header("encrypt key=default"),
     )
     lines = lines_of(secured, answer)
 
@@ -100,7 +102,7 @@ def test_items_of_a_key_that_no_scope_names_are_counted_and_allowed_ones_told(
 
 
 def test_items_of_vault_with_such_a_key_are_counted(secured: SecuredService) -> None:
-    answer = of_vault(secured, "encrypt", secured.token("encrypt key=else"))
+    answer = of_vault(secured, "encrypt", secured.token_header("encrypt key=else"))
 
     assert answer.status_code == 400
     assert len(answer.json()["data"]["batch_results"]) == ITEMS

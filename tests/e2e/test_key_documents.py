@@ -37,7 +37,7 @@ class Store:
         return self.bucket.url(KEY)
 
     def settings(self, folder: Path) -> str:
-        section = self.bucket.settings(folder / "secret", self.s3_proxy.url, rights="")
+        section = self.bucket.settings(folder / "secret", self.s3_proxy.url, job_rights="")
         jobs = f'[kms.jobs]\nspool_dir = "{self.folder / "spool"}"\n'
         return f'{jobs}{section}{self.roots}default = "age:{self.url}"\n'
 

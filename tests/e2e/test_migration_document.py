@@ -77,7 +77,7 @@ def test_the_commands_of_the_document_work_as_written(workspace: Workspace) -> N
         AWS_ACCESS_KEY_ID=ACCESS_KEY,
         AWS_SECRET_ACCESS_KEY=SECRET_KEY,
     )
-    commands = pages.blocks("docs/KMS_SIMPLIFICATION.md", "sh")
+    commands = pages.blocks_to_run("docs/KMS_SIMPLIFICATION.md", "sh")
     assert len(commands) > 5
     for command in commands:
         script = command.replace("https://vault.example.com:8200", bao().url)

@@ -12,7 +12,7 @@ from typing import Final
 import pytest
 
 from support import pages
-from support.pages import BLOCK, ROOT, blocks
+from support.pages import BLOCK, ROOT, blocks_to_run
 from support.service import Service
 
 PAGES: Final = [
@@ -42,12 +42,12 @@ RUN_BY: Final = {
     "docs/releases.md": "repository/test_release.py",
     "docs/sealed-keys.md": "e2e/test_sealed_keys_page.py",
 }
-HERE: Final = [page for page in PAGES if page not in RUN_BY and blocks(page, "sh")]
+HERE: Final = [page for page in PAGES if page not in RUN_BY and blocks_to_run(page, "sh")]
 
 
 @pytest.mark.parametrize("page", HERE)
 def test_a_page_works_from_top_to_bottom(workspace: Service, page: str, tmp_path: Path) -> None:
-    scripts = enumerate(blocks(page, "sh"), start=1)
+    scripts = enumerate(blocks_to_run(page, "sh"), start=1)
     numbered = "\n".join(f"echo '== block {number}' >&2\n{text}" for number, text in scripts)
 
     ran = pages.run(numbered, tmp_path, workspace)
@@ -70,7 +70,7 @@ def test_the_readme_is_one_screen_to_the_first_job() -> None:
         "## A file",
         "## A job",
     ]
-    assert len(blocks("README.md", "sh")) >= 3
+    assert len(blocks_to_run("README.md", "sh")) >= 3
     assert lines.index(headings[5]) <= 75
     assert len(lines) <= 110
 

@@ -87,7 +87,7 @@ def wait_s(answer: httpx.Response) -> int:
 
 
 def test_a_request_is_let_in_while_one_is_left(secured: SecuredService) -> None:
-    acme = secured.token("*", tenant="boundary")
+    acme = secured.token_header("*", tenant="boundary")
 
     assert left(secured, acme) == BURST
     assert 90 <= wait_s(secured.get("/keys", headers=acme)) <= 100
@@ -96,7 +96,7 @@ def test_a_request_is_let_in_while_one_is_left(secured: SecuredService) -> None:
 @pytest.mark.parametrize("tenant", SPENT)
 def test_a_call_costs_its_items(secured: SecuredService, tenant: str) -> None:
     """They are counted as they come, whatever becomes of them, and also those before one that is none."""
-    (call, status, spent), who = SPENT[tenant], secured.token("*", tenant=tenant)
+    (call, status, spent), who = SPENT[tenant], secured.token_header("*", tenant=tenant)
 
     assert call(secured, who).status_code == status
     assert left(secured, who) == BURST - spent
@@ -107,12 +107,12 @@ def test_a_call_that_no_scope_allows_costs_one_request(secured: SecuredService, 
     """Or a credential that may do nothing could put its tenant into debt."""
     call, scope = DENIED[tenant]
 
-    assert call(secured, secured.token(scope, tenant=tenant)).status_code in {403, 404}
-    assert left(secured, secured.token("*", tenant=tenant)) == BURST - 1
+    assert call(secured, secured.token_header(scope, tenant=tenant)).status_code in {403, 404}
+    assert left(secured, secured.token_header("*", tenant=tenant)) == BURST - 1
 
 
 def test_a_batch_larger_than_the_burst_passes_and_those_after_it_wait(secured: SecuredService) -> None:
-    acme = secured.token("*", tenant="large")
+    acme = secured.token_header("*", tenant="large")
     answer = batch(secured, acme, 60)
 
     assert answer.status_code == 200
@@ -127,7 +127,7 @@ def test_a_batch_larger_than_the_burst_passes_and_those_after_it_wait(secured: S
 
 
 def test_items_of_vaults_batches_are_counted_as_well(secured: SecuredService) -> None:
-    acme = secured.token("*", tenant="vault")
+    acme = secured.token_header("*", tenant="vault")
     answer, refused = of_vault(secured, acme, 30), of_vault(secured, acme, 30)
 
     assert len(answer.json()["data"]["batch_results"]) == 30
@@ -136,7 +136,7 @@ def test_items_of_vaults_batches_are_counted_as_well(secured: SecuredService) ->
 
 
 def test_a_stream_of_any_length_passes_and_puts_its_tenant_into_debt(secured: SecuredService) -> None:
-    acme = secured.token("*", tenant="long")
+    acme = secured.token_header("*", tenant="long")
 
     assert stream(secured, acme, LINE * 20_000).status_code == 202
     assert RETRY_S - 10 <= wait_s(secured.get("/keys", headers=acme)) <= RETRY_S
@@ -150,10 +150,10 @@ def log_in(secured: SecuredService, token: str) -> httpx.Response:
 
 
 def test_a_login_counts_against_the_tenant_of_its_credential(secured: SecuredService) -> None:
-    _, text = secured.make("*", tenant="login")
+    _, text = secured.new_token("*", tenant="login")
     answers = [log_in(secured, text) for _ in range(BURST + 1)]
 
     assert [answer.status_code for answer in answers] == [303] * BURST + [429]
     assert 90 <= int(answers[-1].headers["retry-after"]) <= 100
     assert "kms_session" not in answers[-1].headers.get("set-cookie", "")
-    assert log_in(secured, secured.make("*", tenant="web")[1]).status_code == 303
+    assert log_in(secured, secured.new_token("*", tenant="web")[1]).status_code == 303

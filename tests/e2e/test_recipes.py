@@ -14,7 +14,7 @@ import pytest
 from support import nushell, pages
 from support.credentials import SecuredService
 from support.nushell import Nu
-from support.pages import ROOT, blocks
+from support.pages import ROOT, blocks_to_run
 from support.postgresql import postgresql_environ
 from support.programs import locked_cache
 from support.service import Service
@@ -24,7 +24,7 @@ RECIPES: Final = "docs/recipes.md"
 EXAMPLES: Final = [
     pytest.param(text, id=f"{name} {number}")
     for name in ("recipes.md", "age-plugin.md")
-    for number, text in enumerate(blocks(f"docs/{name}", "sh"), start=1)
+    for number, text in enumerate(blocks_to_run(f"docs/{name}", "sh"), start=1)
 ]
 ANSIBLE: Final = "2.19.14"
 NEWEST_NU: Final = "0.115.1"
@@ -99,7 +99,7 @@ def test_an_example_works_as_written(
 
 
 def test_the_example_of_nushell_works_as_written(workspace: Service, tmp_path: Path) -> None:
-    (script,) = blocks(RECIPES, "nu")
+    (script,) = blocks_to_run(RECIPES, "nu")
     nu = Nu(nushell.fetched(NEWEST_NU), tmp_path, {"KMS_SERVICE_URL": workspace.url})
 
     ran = nu.run(script)
@@ -117,9 +117,9 @@ def test_the_token_of_a_ci_job_only_decrypts(tmp_path: Path) -> None:
     with SecuredService(tmp_path / "secured", redis=NO_REDIS) as secured:
         secured.start("api")
         own.touch(0o600)
-        own.write_text(secured.make("encrypt,decrypt")[1])
+        own.write_text(secured.new_token("encrypt,decrypt")[1])
 
-        script = blocks(RECIPES, "sh")[0] + attempts
+        script = blocks_to_run(RECIPES, "sh")[0] + attempts
         ran = pages.run(script, tmp_path, secured, {"KMS_TOKEN_FILE": str(own)})
 
     assert ran.returncode == 0, ran.stderr

@@ -60,7 +60,7 @@ def explored(service: Service, folder: Path, *options: str) -> str:
 def test_service_answers_as_documented_to_whoever_has_a_token(
     secured: SecuredService, tmp_path: Path
 ) -> None:
-    every = secured.token("*", "wrap,unwrap,rotate")["Authorization"]
+    every = secured.token_header("*", "wrap,unwrap,rotate")["Authorization"]
 
     report = explored(secured, tmp_path, "--header", f"Authorization: {every}")
 

@@ -44,7 +44,9 @@ def test_the_page_works_as_written(tmp_path: Path) -> None:
         "KMS_SERVICE_URL": f"http://127.0.0.1:{port}",
         "PATH": f"{Path(openbao.binary()).parent}:{BIN}:{os.environ['PATH']}",
     }
-    script = "\n".join(["trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT", *pages.blocks(PAGE, "sh")])
+    script = "\n".join(
+        ["trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT", *pages.blocks_to_run(PAGE, "sh")]
+    )
     here = tmp_path / "here"
     here.mkdir()
     try:

@@ -8,11 +8,11 @@ import pytest
 
 from kms_core.auth import tokens
 from kms_core.container import token_source
-from support.credentials import REQUIRED, SecuredService, issuer_settings
+from support.credentials import REQUIRED, SecuredService, required_with_issuer
 
 TLS = '[kms.server]\ntls_cert = "/nonexistent"\ntls_key = "/nonexistent"\nclient_ca = "/nonexistent"\n'
 CERTIFICATE = '[kms.auth.certificates.{0}]\nsubject = "DNS:{0}"\nscopes = ["*"]\ntenant = "{0}"\n'
-ISSUER = issuer_settings('jwks_file = "/nonexistent"', 'tenant_claim = "t"\ntenants = [{}]')
+ISSUER = required_with_issuer('jwks_file = "/nonexistent"', 'tenant_claim = "t"\ntenants = [{}]')
 
 
 def asks(install: SecuredService) -> Callable[[], bool]:
@@ -42,10 +42,10 @@ def test_tokens_come_and_go(tmp_path: Path) -> None:
     install = SecuredService(tmp_path)
     several = asks(install)
 
-    install.make("*", tenant="a")
-    install.make("*", tenant="a")
+    install.new_token("*", tenant="a")
+    install.new_token("*", tenant="a")
     assert not several()
-    install.make("*", tenant="b")
+    install.new_token("*", tenant="b")
     assert several()
 
 
@@ -63,7 +63,7 @@ def test_token_file_that_cannot_be_read_counts_as_several(
 ) -> None:
     install = SecuredService(tmp_path)
     several = asks(install)
-    install.make("*")
+    install.new_token("*")
     assert not several()
 
     spoil(install.token_file)

@@ -56,7 +56,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterat
             settings = (
                 "[kms.jobs]\nresult_ttl_s = 3600\ninput_grace_s = 1\nconcurrency = 1\nlease_s = 2\n"
                 + spool_settings(bucket, folder / "spool-secret")
-                + bucket.settings(folder / "secret", s3_proxy.url, rights=RIGHTS)
+                + bucket.settings(folder / "secret", s3_proxy.url, job_rights=RIGHTS)
             )
             service = stack.enter_context(Service(folder, settings, module_redis))
             if made:

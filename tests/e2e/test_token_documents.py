@@ -44,7 +44,7 @@ class Store:
         return (
             f'[kms.jobs]\nspool_dir = "{self.spool}"\n'
             f'[kms.auth]\nmode = "required"\ntokens = "{self.bucket.url(KEY)}"\nmax_stale_s = {STALE_S}\n'
-            + self.bucket.settings(folder / "secret", self.s3_proxy.url, rights="")
+            + self.bucket.settings(folder / "secret", self.s3_proxy.url, job_rights="")
         )
 
     def intercept(self, seen: S3Request) -> int | None:

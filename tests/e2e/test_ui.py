@@ -25,7 +25,7 @@ from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.spec import QUEUES
 from kms_protocol import __version__
 from kms_protocol.wire import PREFIX
-from support.credentials import REQUIRED, Issuer, SecuredService, bearer, issuer_settings
+from support.credentials import REQUIRED, Issuer, SecuredService, bearer, required_with_issuer
 from support.service import CONTEXT, Json, Service, b64, core_of
 from support.waiting import until
 
@@ -113,14 +113,14 @@ def browsers() -> Iterator[None]:
 
 def browser_of(secured: SecuredService, *scopes: str, tenant: str = "default") -> Browser:
     made = Browser(secured)
-    answer = made.log_in(secured.make(*scopes or ("*",), tenant=tenant)[1])
+    answer = made.log_in(secured.new_token(*scopes or ("*",), tenant=tenant)[1])
     assert (answer.status_code, answer.headers["location"]) == (303, "/ui"), answer.text
     return made
 
 
 def submitted(secured: SecuredService, tenant: str = "default", **options: Json) -> str:
     """A job that waits for ever, and whose tenant is the given one."""
-    answer = secured.post("/jobs", ITEMS | options, headers=secured.token("*", tenant=tenant))
+    answer = secured.post("/jobs", ITEMS | options, headers=secured.token_header("*", tenant=tenant))
     assert answer.status_code == 202, answer.text
     return str(answer.json()["job_id"])
 
@@ -355,7 +355,7 @@ def test_a_failed_job_shows_its_cause_and_a_bar_of_what_went_well(service: Servi
 
 def test_audit_log_is_filtered_and_each_record_has_a_receipt(secured: SecuredService) -> None:
     browser = browser_of(secured, "*", tenant="audited")
-    sealing = secured.token("encrypt", tenant="audited")
+    sealing = secured.token_header("encrypt", tenant="audited")
     answer = secured.post("/encrypt", {"plaintext": "aGk=", "context": CONTEXT}, headers=sealing)
     audit_id = answer.headers["x-kms-audit-id"]
     link = f"/ui/audit/{audit_id}/receipt"
@@ -414,8 +414,12 @@ def test_a_form_without_its_stamp_changes_nothing_and_is_on_record(secured: Secu
         assert "load the page again" in words(answer)
     assert browser.http.post(path, content=b"\xff").status_code == 422
     assert browser.http.post(path, content=b"stamp=" + b"0" * 20_000).status_code == 413
-    assert secured.get(f"/jobs/{job_id}", headers=secured.token("jobs:read")).json()["state"] == "queued"
-    denied = secured.get("/audit?operation=denied&result=forbidden", headers=secured.token("audit:read"))
+    assert (
+        secured.get(f"/jobs/{job_id}", headers=secured.token_header("jobs:read")).json()["state"] == "queued"
+    )
+    denied = secured.get(
+        "/audit?operation=denied&result=forbidden", headers=secured.token_header("audit:read")
+    )
     assert [event["route"] for event in denied.json()["events"]].count("POST /ui/jobs/{job_id}/cancel") == 4
 
 
@@ -455,7 +459,7 @@ def test_a_dead_letter_is_listed_and_retried(no_worker: Service) -> None:
 
 def test_a_key_is_rotated_after_it_was_confirmed(secured: SecuredService) -> None:
     browser = browser_of(secured, "*,rotate")
-    admin = secured.token("*")
+    admin = secured.token_header("*")
 
     def version() -> Json:
         found: Json = secured.get("/keys/default", headers=admin).json()
@@ -481,7 +485,7 @@ def test_page_reads_the_state_of_a_job_as_the_api_tells_it(secured: SecuredServi
     browser = browser_of(secured)
     browser.get("/ui")
     before = browser.get(f"/ui/jobs/{job_id}/state?wait=1")
-    assert before.json() == secured.get(f"/jobs/{job_id}", headers=secured.token("*")).json()
+    assert before.json() == secured.get(f"/jobs/{job_id}", headers=secured.token_header("*")).json()
     assert (before.json()["state"], before.headers["retry-after"]) == ("queued", "1")
 
     assert browser.send(f"/ui/jobs/{job_id}/cancel").status_code == 303
@@ -638,7 +642,7 @@ def test_spool_is_told_with_its_limit_and_a_warning_when_it_is_nearly_full(
 
 
 def test_a_login_gives_a_cookie_that_opens_the_page_and_nothing_else(secured: SecuredService) -> None:
-    _, token = secured.make("*")
+    _, token = secured.new_token("*")
     browser = Browser(secured)
     assert not browser.is_in()
     assert browser.get("/ui").headers["content-security-policy"] == CSP
@@ -668,7 +672,7 @@ def test_a_wrong_token_is_refused_and_not_repeated(secured: SecuredService, wron
 
 
 def test_a_login_that_another_page_forged_is_refused(secured: SecuredService) -> None:
-    _, token = secured.make("*")
+    _, token = secured.new_token("*")
     victim, attacker = Browser(secured), Browser(secured)
     attacker.get("/ui/login")
 
@@ -705,7 +709,7 @@ def test_logging_out_ends_the_session_also_for_who_kept_the_cookie(secured: Secu
 
 
 def ends_of_sessions(secured: SecuredService) -> int:
-    events = secured.get("/audit?limit=1000", headers=secured.token("audit:read")).json()["events"]
+    events = secured.get("/audit?limit=1000", headers=secured.token_header("audit:read")).json()["events"]
     return [event["operation"] for event in events].count("session.end")
 
 
@@ -725,8 +729,8 @@ def test_a_cookie_that_another_site_set_beside_ours_does_not_log_out(
 
 def test_a_session_ends_with_its_token(secured: SecuredService) -> None:
     revoked, expiring = Browser(secured), Browser(secured)
-    expiring.log_in(secured.make("*", ttl=timedelta(seconds=5))[1])
-    token, text = secured.make("*")
+    expiring.log_in(secured.new_token("*", ttl=timedelta(seconds=5))[1])
+    token, text = secured.new_token("*")
     revoked.log_in(text)
     assert revoked.is_in()
 
@@ -740,7 +744,7 @@ def test_a_session_of_a_jwt_ends_with_it_and_its_jobs_go_on(tmp_path: Path, redi
     issuer = Issuer()
     (tmp_path / "jwks.json").write_bytes(issuer.jwks)
     keys = f'jwks_file = "{tmp_path / "jwks.json"}"'
-    with SecuredService(tmp_path, issuer_settings(keys, "job_grace_s = 3_600"), redis_url) as service:
+    with SecuredService(tmp_path, required_with_issuer(keys, "job_grace_s = 3_600"), redis_url) as service:
         service.start("api")
         token = issuer.token(exp=int(time.time()), kms_scopes=["*"])  # for its leeway of 5 s
         browser = Browser(service)
@@ -750,13 +754,13 @@ def test_a_session_of_a_jwt_ends_with_it_and_its_jobs_go_on(tmp_path: Path, redi
 
         until(lambda: not browser.is_in(), "the session of an expired JWT ends")
         service.start("worker")
-        read = service.token("jobs:read")
+        read = service.token_header("jobs:read")
         until(lambda: service.get(f"/jobs/{job_id}", headers=read).json()["state"] == "succeeded", "it runs")
 
 
 def test_a_form_whose_session_ends_while_it_is_sent_leads_to_the_login(secured: SecuredService) -> None:
     job_id = submitted(secured)
-    token, text = secured.make("*")
+    token, text = secured.new_token("*")
     browser = Browser(secured)
     browser.log_in(text)
     browser.get(f"/ui/jobs/{job_id}")
@@ -779,7 +783,7 @@ def test_a_form_whose_session_ends_while_it_is_sent_leads_to_the_login(secured: 
         answer = lines.read().decode()
     assert " 303 " in answer
     assert "location: /ui/login" in answer
-    state = secured.get(f"/jobs/{job_id}", headers=secured.token("*")).json()["state"]
+    state = secured.get(f"/jobs/{job_id}", headers=secured.token_header("*")).json()["state"]
     assert state == "queued"
 
 
@@ -808,7 +812,7 @@ def test_without_redis_there_is_no_login_and_no_answer_to_a_session(tmp_path: Pa
     with own:
         own.start("api")
         browser = Browser(own)
-        answer = browser.log_in(own.make("*")[1])
+        answer = browser.log_in(own.new_token("*")[1])
         assert answer.status_code == 503
         assert "The pages need Redis" in words(answer)
         assert int(answer.headers["retry-after"]) >= 1
@@ -816,7 +820,7 @@ def test_without_redis_there_is_no_login_and_no_answer_to_a_session(tmp_path: Pa
         held = own.http.get("/ui", headers={"Cookie": f"kms_session={'A' * 43}"})
         assert (held.status_code, held.json()["code"]) == (503, "unavailable")
         assert own.http.get("/ui").headers["location"] == "/ui/login"
-        assert own.get("/keys", headers=own.token("*")).status_code == 200
+        assert own.get("/keys", headers=own.token_header("*")).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -832,7 +836,7 @@ def test_the_cookie_never_goes_over_a_connection_in_clear_if_there_was_tls(
     tmp_path: Path, redis_url: str, url: str, headers: dict[str, str], secure: bool
 ) -> None:
     own = SecuredService(tmp_path, redis=redis_url)
-    token = own.make("*")[1]
+    token = own.new_token("*")[1]
     transport = httpx.ASGITransport(app.build(own.settings))
 
     async def logged_in() -> httpx.Response:

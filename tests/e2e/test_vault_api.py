@@ -170,7 +170,7 @@ def test_no_other_door_seals_for_the_facade(facade: Facade, field: str) -> None:
 
 
 def test_a_scope_may_ask_for_this_door_and_for_a_context(facade: Facade) -> None:
-    token = facade.make(f"encrypt context=kms:transit=*,kms:transit.context={CONTEXT}")[1]
+    token = facade.new_token(f"encrypt context=kms:transit=*,kms:transit.context={CONTEXT}")[1]
     body = {"plaintext": HELLO, "context": CONTEXT}
 
     assert facade.data("PUT", "transit/encrypt/default", body, token=token)
@@ -331,7 +331,7 @@ def test_without_a_credential_permission_is_denied(facade: Facade, path: str, to
 
 
 def test_a_token_sees_its_keys_its_tenant_and_what_it_may_do(facade: Facade) -> None:
-    token = facade.make("encrypt key=default", tenant="acme")[1]
+    token = facade.new_token("encrypt key=default", tenant="acme")[1]
     paths = {"paths": ["transit/encrypt/default", "transit/decrypt/default", "transit/encrypt/remote"]}
     may = facade.data("POST", "sys/capabilities-self", paths, token=token)
 

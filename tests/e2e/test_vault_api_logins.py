@@ -35,7 +35,7 @@ class LoginService:
     url: str
 
     def secret(self, tenant: str = "acme", ttl: timedelta | None = None) -> tuple[tokens.Token, str]:
-        return self.service.make("encrypt,decrypt key=default", tenant=tenant, ttl=ttl)
+        return self.service.new_token("encrypt,decrypt key=default", tenant=tenant, ttl=ttl)
 
 
 @pytest.fixture(scope="module")

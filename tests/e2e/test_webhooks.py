@@ -23,13 +23,13 @@ from support.service import CANARY, CONTEXT, Service, b64, check_problem, core_o
 from support.waiting import until
 from support.webhooks import (
     DUE,
-    Authority,
+    LocalhostTls,
     Receiver,
     changed,
     ended_job,
     endpoint,
     every,
-    make_authority,
+    make_localhost_tls,
     receiving,
     secret_file,
     toml,
@@ -40,23 +40,23 @@ ITEMS = {"kind": "encrypt", "context": CONTEXT, "items": [{"plaintext": b64(CANA
 
 
 @pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return make_authority(tmp_path_factory.mktemp("ca"))
+def authority(tmp_path_factory: pytest.TempPathFactory) -> LocalhostTls:
+    return make_localhost_tls(tmp_path_factory.mktemp("ca"))
 
 
 @pytest.fixture
-def receiver(authority: Authority) -> Iterator[Receiver]:
+def receiver(authority: LocalhostTls) -> Iterator[Receiver]:
     with receiving(authority) as found:
         yield found
 
 
 @pytest.fixture
 def store(core: Core) -> JobStore:
-    return store_of(core, LASTING_LEASES, [])
+    return store_of(core, LASTING_LEASES)
 
 
 @pytest.fixture
-def webhook_endpoint(tmp_path: Path, receiver: Receiver, authority: Authority) -> WebhookEndpoint:
+def webhook_endpoint(tmp_path: Path, receiver: Receiver, authority: LocalhostTls) -> WebhookEndpoint:
     return endpoint(tmp_path, receiver.url(), authority)
 
 
@@ -185,7 +185,7 @@ def test_a_slow_receiver_does_not_hold_up_another(
     store: JobStore,
     webhook_endpoint: WebhookEndpoint,
     receiver: Receiver,
-    authority: Authority,
+    authority: LocalhostTls,
     tmp_path: Path,
 ) -> None:
     released = Event()
@@ -280,7 +280,7 @@ def test_delivery_that_is_sent_again_has_all_its_attempts(
 
 @pytest.fixture(scope="module")
 def told(
-    tmp_path_factory: pytest.TempPathFactory, module_redis: str, authority: Authority
+    tmp_path_factory: pytest.TempPathFactory, module_redis: str, authority: LocalhostTls
 ) -> Iterator[tuple[Service, Receiver]]:
     """API and worker, and a receiver that they know as ``ci``."""
     folder = tmp_path_factory.mktemp("told")
@@ -325,7 +325,7 @@ def test_a_killed_worker_loses_no_delivery(told: tuple[Service, Receiver]) -> No
 
 
 def test_dead_deliveries_are_listed_and_sent_again_by_the_api(
-    told: tuple[Service, Receiver], authority: Authority, tmp_path: Path
+    told: tuple[Service, Receiver], authority: LocalhostTls, tmp_path: Path
 ) -> None:
     service, receiver = told
     store = core_of(service).worker_context.store
@@ -367,7 +367,7 @@ def test_dead_deliveries_are_listed_and_sent_again_by_the_api(
 
 
 def test_an_endpoint_of_one_tenant_is_for_another_as_if_it_were_not_there(
-    tmp_path: Path, redis_url: str, authority: Authority
+    tmp_path: Path, redis_url: str, authority: LocalhostTls
 ) -> None:
     may = {"acme": "tenants = ['acme']", "both": "tenants = ['acme', 'web']", "all": ""}
     with receiving(authority) as receiver:
@@ -376,7 +376,7 @@ def test_an_endpoint_of_one_tenant_is_for_another_as_if_it_were_not_there(
         with SecuredService(tmp_path / "install", REQUIRED + "".join(sections), redis_url).start(
             "api"
         ) as service:
-            who = {name: service.token("encrypt,jobs:write", tenant=name) for name in ("acme", "web")}
+            who = {name: service.token_header("encrypt,jobs:write", tenant=name) for name in ("acme", "web")}
 
             def ask(tenant: str, name: str) -> httpx.Response:
                 return service.post("/jobs", ITEMS | {"callback": name}, headers=who[tenant])

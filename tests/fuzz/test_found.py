@@ -17,7 +17,7 @@ from kms_core.auth.jwt_verifier import discover
 from kms_core.settings.load import load as load_settings
 from kms_protocol import admin, wire
 from kms_protocol.errors import ConfigurationError
-from support.audit_logs import AuditFolder, codes, rewrite
+from support.audit_logs import AuditFolder, problem_codes, rewrite
 
 pytestmark = pytest.mark.usefixtures("gc_disabled")
 NESTED: Final = b'{"unknown":' + b"[" * 5000
@@ -42,7 +42,7 @@ def test_a_line_that_is_nested_without_end_is_unreadable_and_passed_over(
     path = audit_folder.written(3)
     rewrite(path, on_line(line, lambda _: NESTED + b"\n"))
 
-    assert "unreadable" in codes(audit_folder.verified())
+    assert "unreadable" in problem_codes(audit_folder.verified())
     assert len(query.newest(audit_folder.logs, query.EventFilter(), 10)) == (2 if line == 2 else 3)
 
 
@@ -61,7 +61,7 @@ def test_an_opening_line_without_hex_digits_is_an_edit(
     path = audit_folder.written(3)
     rewrite(path, on_line(0, change))
 
-    assert "edited" in codes(audit_folder.verified())
+    assert "edited" in problem_codes(audit_folder.verified())
 
 
 @pytest.mark.parametrize("line", [0, 2, 4], ids=["first", "middle", "last"])
@@ -69,7 +69,7 @@ def test_the_head_of_a_line_in_capitals_is_found(audit_folder: AuditFolder, line
     path = audit_folder.written(3)
     rewrite(path, on_line(line, lambda text: text[:-67] + text[-67:-3].upper() + text[-3:]))
 
-    assert codes(audit_folder.verified()) == ["unreadable"]
+    assert problem_codes(audit_folder.verified()) == ["unreadable"]
 
 
 def test_a_line_that_is_no_text_has_no_receipt(audit_folder: AuditFolder) -> None:

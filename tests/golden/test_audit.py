@@ -23,14 +23,14 @@ from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import verify
 from kms_protocol.context import Context
 from support.golden import expected_service as expected
-from support.golden import install, make_service, manifest
+from support.golden import golden_set, install, make_service
 from support.golden.reference import hmac_sha256, prefixed_texts, sha256
 from support.job_stores import connect
 
-FOLDER: Final = manifest.V1 / "audit"
+FOLDER: Final = golden_set.V1 / "audit"
 LABEL: Final = b"kms-service/audit-checkpoint/1\n"
 KINDS: Final = {"open", "checkpoint", "rotated", "closed", "resumed", "retired", ""}
-HIDDEN_KEY: Final = base64.b64decode((manifest.V1 / "keys/audit.key").read_text())
+HIDDEN_KEY: Final = base64.b64decode((golden_set.V1 / "keys/audit.key").read_text())
 PLACED: Final = {"seq", "chain", "time", "head"}
 OPENING: Final = PLACED | {"kind", "version", "segment", "reason", "service", "public_key"}
 SIGNED: Final = PLACED | {"kind", "previous", "opened", "heads", "key", "signature"}
@@ -82,7 +82,7 @@ def test_every_signed_line_vouches() -> None:
 
 def test_anchors_are_compared(tmp_path: Path) -> None:
     """A log that lost its last file is behind its anchors."""
-    log = manifest.copied("audit/log", tmp_path)
+    log = golden_set.copied("audit/log", tmp_path)
     max(log.glob("worker-*")).unlink()
 
     assert checked(log).problems
@@ -105,7 +105,7 @@ def test_receipt_holds() -> None:
 
 
 def test_context_values_are_hidden_as_before(tmp_path: Path) -> None:
-    hidden = Concealer.at(manifest.copied("keys/audit.key", tmp_path)).conceal(
+    hidden = Concealer.at(golden_set.copied("keys/audit.key", tmp_path)).conceal(
         "acme", Context.parse(expected.CONTEXT)
     )
 

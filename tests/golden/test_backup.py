@@ -11,10 +11,10 @@ from typing import Any, Final
 import pytest
 
 from support.cli.offline import Workspace, workspace
-from support.golden import backup_source, install, manifest
+from support.golden import backup_source, golden_set, install
 
 EXPECTED: Final = {
-    **{place: (manifest.V1 / name).read_bytes() for name, place in install.FILES.items()},
+    **{place: (golden_set.V1 / name).read_bytes() for name, place in install.FILES.items()},
     "age/public_key.txt": b"age1uk4hxtu7739xddalpk0lzujmh8gcjtrqudn8ca9cw0lrymrld57s9qqr5r\n",
     "kms.toml": backup_source.SETTINGS,
     "spool/hosts/install": backup_source.INSTALL_ID,
@@ -26,7 +26,7 @@ FIELDS: Final = {"version", "service", "made_at", "host", "install_id", "state_d
 def members(backup: bytes) -> dict[str, bytes]:
     """The members of a backup in their order, by other programs' code."""
     found = {}
-    with tarfile.open(fileobj=io.BytesIO(manifest.opened_by_pyrage(backup))) as opened:
+    with tarfile.open(fileobj=io.BytesIO(golden_set.opened_by_pyrage(backup))) as opened:
         for member in opened:
             content = opened.extractfile(member)
             assert content
@@ -72,7 +72,7 @@ def place(tmp_path: Path) -> Workspace:
 
 
 def test_backup_is_restored(place: Workspace) -> None:
-    place.made("restore", str(backup_source.PATH), "-i", "golden.txt", "--to", "new")
+    place.stdout_of("restore", str(backup_source.PATH), "-i", "golden.txt", "--to", "new")
     new = place.folder / "new"
     restored = {str(path.relative_to(new)): path for path in new.rglob("*") if path.is_file()}
 
@@ -82,8 +82,8 @@ def test_backup_is_restored(place: Workspace) -> None:
 
 def test_new_backup_is_of_this_format(place: Workspace) -> None:
     backup_source.put_install(place.folder / "state")
-    words = ("backup", "-r", manifest.recipients("age-x25519")[0], "-o", "new.age")
-    place.made(*words, KMS_STATE_DIR=place.path("state"))
+    words = ("backup", "-r", golden_set.recipients("age-x25519")[0], "-o", "new.age")
+    place.stdout_of(*words, KMS_STATE_DIR=place.path("state"))
     found = members(place.read("new.age"))
     said = manifest_of(found)
 

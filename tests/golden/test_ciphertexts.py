@@ -15,11 +15,11 @@ from kms_core.auth.policy import Principal
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from support.age_kms import kms_over
-from support.golden import backends, manifest, reference
-from support.golden.manifest import Entry
+from support.golden import backends, golden_set, reference
+from support.golden.golden_set import Entry
 from support.golden.reference import Names, Stanza
 
-ENTRIES: Final = manifest.entries()
+ENTRIES: Final = golden_set.entries()
 PADDED_BYTES: Final = 4096
 VAULT: Final = {
     "vault-api/plain": Extra(number=2),
@@ -85,8 +85,8 @@ def test_bundle_of_the_plugin_opens(entry: Entry) -> None:
 
 @pytest.mark.parametrize("name", VAULT)
 def test_ciphertext_of_the_vault_api_opens(name: str) -> None:
-    text = next(one["text"] for one in manifest.document("texts.json") if one["entry"] == name)
-    entry, kms = manifest.entry(name), kms_of("age-x25519")
+    text = next(one["text"] for one in golden_set.document("texts.json") if one["entry"] == name)
+    entry, kms = golden_set.entry(name), kms_of("age-x25519")
 
     number, file = models.parse(text)
 
@@ -95,9 +95,9 @@ def test_ciphertext_of_the_vault_api_opens(name: str) -> None:
 
 
 def test_armored_file_opens() -> None:
-    found = manifest.document("texts.json")[0]
+    found = golden_set.document("texts.json")[0]
 
-    assert armor.dearmor(found["text"].encode()) == manifest.entry(found["entry"]).file
+    assert armor.dearmor(found["text"].encode()) == golden_set.entry(found["entry"]).file
 
 
 # -- they are what version 1 says --------------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_stanzas_are_those_of_version_1(entry: Entry) -> None:
 
 def versions_of(backend: str) -> list[str]:
     """The first 8 hex digits of the SHA-256 of each recipient."""
-    return [reference.sha256(text.encode()).hex()[:8] for text in manifest.recipients(backend)]
+    return [reference.sha256(text.encode()).hex()[:8] for text in golden_set.recipients(backend)]
 
 
 @_every([one for one in ENTRIES if of(one, "kms-service/origin")])
@@ -162,7 +162,7 @@ def test_origin_binds_identity_names_context_and_payload(entry: Entry) -> None:
     native = next(name for name in entry.wraps or (entry.backend,) if name in backends.AGE)
     version = entry.version if entry.scheme == "age" else versions_of(native)[1]
     key = reference.Names(entry.tenant, entry.key_id, version, "age")
-    secret = manifest.identity_secret(native, versions_of(native).index(version))
+    secret = golden_set.identity_secret(native, versions_of(native).index(version))
     mac_key = reference.origin_key(secret)
     nonce = None if handed else entry.nonce
 
@@ -190,4 +190,4 @@ def test_another_age_tool_opens_native_files(entry: Entry) -> None:
     if entry.name.endswith("/bundle"):
         assert reference.opened_file(entry.file, entry.file_key) == entry.plaintext
         return
-    assert manifest.opened_by_pyrage(entry.file) == entry.plaintext
+    assert golden_set.opened_by_pyrage(entry.file) == entry.plaintext

@@ -16,11 +16,11 @@ from kms_core.auth.tokens import TokenFile, TokenRequest
 from kms_protocol.context import Context
 from kms_protocol.errors import Unauthenticated
 from support.golden import expected_service as expected
-from support.golden import install, manifest, reference
-from support.golden.manifest import b64
+from support.golden import golden_set, install, reference
+from support.golden.golden_set import b64
 
-TEXTS: Final[dict[str, str]] = manifest.document("keys/tokens.json")["texts"]
-NAMES: Final[list[dict[str, str]]] = manifest.document("plugin.json")
+TEXTS: Final[dict[str, str]] = golden_set.document("keys/tokens.json")["texts"]
+NAMES: Final[list[dict[str, str]]] = golden_set.document("plugin.json")
 SAID: Final[list[dict[str, Any]]] = [
     {"key": "payroll", "ctx": {"env": "prod", "größe": "drei"}, "url": "https://kms.example:8443"},
     {"local": True},
@@ -36,7 +36,7 @@ TARGETS: Final = [
 
 @pytest.fixture
 def token_file(tmp_path: Path) -> TokenFile:
-    return TokenFile(manifest.copied("tokens.json", tmp_path), strict=True)
+    return TokenFile(golden_set.copied("tokens.json", tmp_path), strict=True)
 
 
 @pytest.mark.parametrize("text", ["forever", "narrow", "rotated", "rotated-new"])
@@ -57,7 +57,7 @@ def test_expired_token_is_refused_as_expired(token_file: TokenFile) -> None:
 
 
 def test_token_file_is_of_version_1() -> None:
-    found = manifest.document("tokens.json")
+    found = golden_set.document("tokens.json")
     held = {token["name"]: token for token in found["tokens"]}
 
     assert found["version"] == 1
@@ -104,7 +104,7 @@ def test_plugin_names_are_of_version_1_and_read_and_written_as_before(number: in
 
 
 def test_move_goes_on_where_an_earlier_version_ended(tmp_path: Path) -> None:
-    path = manifest.copied("migrated.jsonl", tmp_path)
+    path = golden_set.copied("migrated.jsonl", tmp_path)
     before = path.read_bytes()
     records = [MovedRecord(line=number, source=f"{number:064x}") for number in (1, 2, 3)]
     with continued(path) as lines:
@@ -113,7 +113,7 @@ def test_move_goes_on_where_an_earlier_version_ended(tmp_path: Path) -> None:
 
 
 def test_moved_lines_are_of_version_1(tmp_path: Path) -> None:
-    file = manifest.entry("age-x25519/small-bound").file
+    file = golden_set.entry("age-x25519/small-bound").file
     common = {"ciphertext": b64(file), **expected.REWRAPPED_KEY}
     by_hand = [
         {"line": 1, "reference": "invoice-7", "source": f"{1:064x}", **common},
@@ -122,12 +122,12 @@ def test_moved_lines_are_of_version_1(tmp_path: Path) -> None:
     with continued(tmp_path / "new.jsonl") as lines:
         lines.put([MovedRecord(line=2, source=f"{2:064x}", ciphertext=file, **expected.REWRAPPED_KEY)])
 
-    assert list(map(json.loads, (manifest.V1 / "migrated.jsonl").read_bytes().splitlines())) == by_hand
+    assert list(map(json.loads, (golden_set.V1 / "migrated.jsonl").read_bytes().splitlines())) == by_hand
     assert json.loads((tmp_path / "new.jsonl").read_bytes()) == by_hand[1]
 
 
 def test_payloads_of_temporal_are_decoded(tmp_path: Path) -> None:
-    given = manifest.document("codec.json")
+    given = golden_set.document("codec.json")
     (payload,) = given["payloads"]
 
     assert payload["metadata"] == {"encoding": b64(b"binary/encrypted"), "encryption-key-id": b64(b"default")}

@@ -13,7 +13,7 @@ from kms_core.auth import tokens
 from kms_core.auth.tokens import DocumentTokens, TokenRequest
 from kms_core.signed_documents import LocalCopy
 from kms_protocol.errors import Unauthenticated
-from support.golden import key_document, manifest, reference, tokens_document
+from support.golden import golden_set, key_document, reference, tokens_document
 from support.golden.jobs import SECRET
 
 HELD: Final[dict[str, Any]] = json.loads(tokens_document.PATH.read_text())
@@ -85,7 +85,7 @@ def test_new_document_is_of_version_1(tmp_path: Path) -> None:
 
 def by_age(found: dict[str, Any]) -> str:
     """The identities, as another implementation of age opens them with the identities of the root."""
-    return manifest.opened_by_pyrage(base64.b64decode(found["body"]["sealed"])).decode()
+    return golden_set.opened_by_pyrage(base64.b64decode(found["body"]["sealed"])).decode()
 
 
 def recipient(block: str) -> str:

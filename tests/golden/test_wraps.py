@@ -10,14 +10,14 @@ from kms_core.auth.policy import Principal
 from kms_core.backends import Backend
 from kms_protocol.context import Context
 from support.age_kms import kms_over
-from support.golden import backends, manifest, reference, wrap_backends
-from support.golden.manifest import Entry
+from support.golden import backends, golden_set, reference, wrap_backends
+from support.golden.golden_set import Entry
 from support.golden.reference import Names, Stanza
 
-AGE: Final = tuple(manifest.entry_of(stored) for stored in json.loads(wrap_backends.PATH.read_text()))
+AGE: Final = tuple(golden_set.entry_of(stored) for stored in json.loads(wrap_backends.PATH.read_text()))
 SHARED: Final = [
     pytest.param(entry, id=entry.name, marks=[pytest.mark.cosmian] if "cosmian" in entry.name else [])
-    for entry in map(manifest.entry_of, json.loads(wrap_backends.SHARED.read_text()))
+    for entry in map(golden_set.entry_of, json.loads(wrap_backends.SHARED.read_text()))
 ]
 EVERY: Final = pytest.mark.parametrize("entry", AGE, ids=lambda entry: str(entry.name))
 INFO: Final = b"kms-service/wrap-age/1"
@@ -53,7 +53,7 @@ def stanzas(entry: Entry) -> list[Stanza]:
 @EVERY
 def test_wrap_is_sealed_under_the_identity_with_the_aad(entry: Entry) -> None:
     wrap, context, origin, *pad = stanzas(entry)
-    secrets = [manifest.identity_secret(entry.backend, number) for number in (0, 1)]
+    secrets = [golden_set.identity_secret(entry.backend, number) for number in (0, 1)]
     secret = secrets[0 if "older" in entry.name else 1]
     names = Names(entry.tenant, entry.key_id, entry.version, "age")
     aad = reference.wrap_aad(names, context.body)
@@ -77,7 +77,7 @@ def test_new_file_is_of_this_format(name: str) -> None:
     made = kms_over(backend).encrypt(Principal("golden", "acme", "test"), b"salary", Context.parse("row=7"))
     wrap, context, _ = reference.unverified_stanzas(made.ciphertext)
     aad = reference.wrap_aad(Names("acme", "default", made.key.version, "age"), context.body)
-    file_key = reference.salted_open(manifest.identity_secret(name), INFO, wrap.body, aad)
+    file_key = reference.salted_open(golden_set.identity_secret(name), INFO, wrap.body, aad)
 
     assert reference.opened_file(made.ciphertext, file_key) == b"salary"
 

@@ -27,9 +27,9 @@ from kms_core.jobs.storage.spool_folder import DiskSync, SpoolFolder
 from kms_core.jobs.store import redis_keys
 from kms_core.s3 import bucket
 from kms_protocol.context import Context
-from support.golden import manifest, reference
+from support.golden import golden_set, reference
+from support.golden.golden_set import SMALL
 from support.golden.jobs import SECRET as SPOOL_SECRET
-from support.golden.manifest import SMALL
 from support.golden.reference import Names, Stanza
 
 BOUND: Final[Mapping[str, str]] = {"env": "prod", "größe": "drei"}
@@ -195,7 +195,7 @@ def test_new_digest() -> None:
 
 def test_new_blob(tmp_path: Path) -> None:
     """An age file under the secret of the spool identity, bound to its names and the id of its writing."""
-    key = AgeBackend(KeyFiles(manifest.copied("keys/spool.txt", tmp_path)), native=False)
+    key = AgeBackend(KeyFiles(golden_set.copied("keys/spool.txt", tmp_path)), native=False)
     spool = Spool(SpoolFolder(tmp_path, DiskSync(tmp_path)), key, 1 << 30)
     with spool.writing(Label("acme", JOB_ID, "head", "3")) as out:
         out.write(SMALL)
@@ -203,7 +203,7 @@ def test_new_blob(tmp_path: Path) -> None:
     wrap, context, origin = reference.unverified_stanzas(data)
     names = Names("acme", "spool", context.args[3], "age")
     aad = reference.wrap_aad(names, context.body)
-    secret = manifest.identity_secret("spool")
+    secret = golden_set.identity_secret("spool")
     file_key = reference.salted_open(secret, b"kms-service/wrap-age/1", wrap.body, aad)
     bound = {"attempt": "3", "job": JOB_ID, "role": "head", "write": out.ref.hex()}
     nonce = data[data.index(b"\n--- ") + 49 :][:16]
@@ -265,7 +265,7 @@ def test_new_message() -> None:
 
 def test_reference_reads_the_golden_set() -> None:
     """Or the tests above would compare with nothing."""
-    entry = manifest.entry("age-x25519/small-bound")
+    entry = golden_set.entry("age-x25519/small-bound")
 
     assert reference.opened_file(entry.file, entry.file_key) == SMALL
     with pytest.raises(reference.Broken):

@@ -25,7 +25,7 @@ def later(application: Application) -> Core:
 
 def principal(application: Application, kind: str, tenant: str = "default") -> Principal:
     """A submitter as the record of a job names it; its credential is one of the default tenant."""
-    token, _ = application.install.make("encrypt")
+    token, _ = application.install.new_token("encrypt")
     grant = Grant(("encrypt",), time.time() + DAY_S) if kind == "jwt" else None
     certificate = application.by_certificate().certificate
     assert certificate

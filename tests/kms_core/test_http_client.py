@@ -12,7 +12,7 @@ import pytest
 from kms_core.http_client import Busy, Peer, PeerServer, Tls, Unreachable, transport_errors
 from kms_protocol.errors import BackendUnavailable
 from support.contract.faults import answer, faulty
-from support.webhooks import Authority, make_authority
+from support.webhooks import LocalhostTls, make_localhost_tls
 
 JSON: Final = answer(200, b"{}")
 TIMEOUT_S: Final = 10.0
@@ -29,8 +29,8 @@ ERRORS: Final = sorted(
 
 
 @pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return make_authority(tmp_path_factory.mktemp("authority"))
+def authority(tmp_path_factory: pytest.TempPathFactory) -> LocalhostTls:
+    return make_localhost_tls(tmp_path_factory.mktemp("authority"))
 
 
 def peer(url: str, tls: Tls | None = None) -> Peer:
@@ -41,14 +41,14 @@ def peer(url: str, tls: Tls | None = None) -> Peer:
 
 
 def test_a_server_of_the_named_authority_is_trusted_and_any_without_verification(
-    authority: Authority,
+    authority: LocalhostTls,
 ) -> None:
     with faulty(JSON, authority.serving()) as server:
         for tls in (Tls(ca_file=authority.ca_file), Tls(verify=False)):
             assert peer(server.url, tls).call("GET", "/").ok
 
 
-def test_a_server_that_is_not_trusted_is_not_asked(authority: Authority) -> None:
+def test_a_server_that_is_not_trusted_is_not_asked(authority: LocalhostTls) -> None:
     """That of an unknown authority, that of another name, and one that is addressed without TLS."""
     named = Tls(ca_file=authority.ca_file)
     with faulty(JSON, authority.serving()) as server:
@@ -64,7 +64,7 @@ def test_a_server_that_is_not_trusted_is_not_asked(authority: Authority) -> None
 
 
 def test_a_server_that_wants_a_client_certificate_is_shown_ours_and_refuses_us_without(
-    authority: Authority,
+    authority: LocalhostTls,
 ) -> None:
     context = authority.serving()
     context.load_verify_locations(authority.ca_file)

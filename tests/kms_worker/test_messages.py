@@ -26,13 +26,13 @@ JSON: Final = ("application/json", "utf-8")
 connect: Final[Any] = Connection  # kombu ships no types
 
 
-def read(queue: str, made: malformed_messages.Poison, *, redelivered: bool = False) -> CeleryMessage:
+def read(queue: str, made: malformed_messages.RawMessage, *, redelivered: bool = False) -> CeleryMessage:
     content = (made.content_type, made.content_encoding)
     return read_message(queue, made.headers, content, made.body, redelivered=redelivered)
 
 
-def submission(embed: object = None, **headers: object) -> malformed_messages.Poison:
-    return malformed_messages.Poison(
+def submission(embed: object = None, **headers: object) -> malformed_messages.RawMessage:
+    return malformed_messages.RawMessage(
         json.dumps([["x"], {}, embed]).encode(), malformed_messages.headers("kms.submit", **headers)
     )
 
@@ -47,7 +47,7 @@ def test_what_is_no_message_is_refused(queue: str) -> None:
 def test_headers_that_are_no_table_are_refused() -> None:
     for headers in malformed_messages.WRONG_TYPES:
         with pytest.raises(Malformed, match="headers"):
-            read(BULK, malformed_messages.Poison(b"[]", headers))
+            read(BULK, malformed_messages.RawMessage(b"[]", headers))
 
 
 def test_what_celery_sends_is_a_message_without_its_options() -> None:
@@ -66,7 +66,7 @@ def test_wake_up_that_names_a_job_is_refused() -> None:
     body = json.dumps([[str(uuid.uuid4())], {}, None]).encode()
 
     with pytest.raises(Malformed, match="body"):
-        read(FILES, malformed_messages.Poison(body, malformed_messages.headers("kms.run")))
+        read(FILES, malformed_messages.RawMessage(body, malformed_messages.headers("kms.run")))
 
 
 def test_message_of_the_service_itself_is_one() -> None:
@@ -78,7 +78,7 @@ def test_message_of_the_service_itself_is_one() -> None:
 
 
 def test_task_of_another_queue_is_refused() -> None:
-    keys = malformed_messages.Poison(b"[[],{},null]", malformed_messages.headers("kms.keys"))
+    keys = malformed_messages.RawMessage(b"[[],{},null]", malformed_messages.headers("kms.keys"))
     others = ("kms.bulk", "kms.files", "kms.maintenance", "celery", "other")
     for queue, made in (*((queue, submission()) for queue in others), ("kms.submit", keys)):
         with pytest.raises(Malformed, match="unknown_task"):
@@ -164,7 +164,7 @@ def peak(act: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("name", GREEDY)
 def test_a_body_builds_no_value_that_is_not_used(name: str) -> None:
-    made = malformed_messages.Poison(GREEDY[name].encode(), malformed_messages.headers("kms.submit"))
+    made = malformed_messages.RawMessage(GREEDY[name].encode(), malformed_messages.headers("kms.submit"))
 
     assert peak(lambda: read("kms.submit", made)) < 1_000_000
 

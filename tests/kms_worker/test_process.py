@@ -24,7 +24,7 @@ def test_modules_that_celery_imports_late_are_there_before_threads() -> None:
 
 def test_jobs_of_queues_that_others_serve_are_none_that_a_worker_could_take(core: Core) -> None:
     """Or its watchdog would end it, since it takes none."""
-    store, no_broker = store_of(core, with_jobs(queues=(FILES,)), []), cast("Celery", None)
+    store, no_broker = store_of(core, with_jobs(queues=(FILES,))), cast("Celery", None)
 
     store.submit(accepted(items=1, source="items"))
     assert not process._can_take(no_broker, store, [FILES])  # noqa: SLF001 -- what the watchdog asks

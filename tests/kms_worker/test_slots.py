@@ -172,7 +172,7 @@ def test_a_surplus_process_waits_for_an_idle_moment(store: JobStore, hanging: Ha
 def test_a_process_that_was_killed_takes_no_jobs_any_more(core: Core) -> None:
     """It left the note that it takes jobs; without it another one is woken."""
     woken: list[str] = []
-    store = store_of(core, LASTING_LEASES, woken)
+    store = store_of(core, LASTING_LEASES, woken=woken)
     pool = Pool(71)
     slots = watch(Attendance(), store, pool)
     store.worker_seen("w", 1, QUEUES)

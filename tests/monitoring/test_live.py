@@ -17,7 +17,7 @@ from support.prometheus import Prometheus, rules
 from support.service import CONTEXT, Service, b64, core_of
 from support.tcp_proxy import TcpProxy
 from support.waiting import until
-from support.webhooks import Receiver, make_authority, receiving, secret_file, toml
+from support.webhooks import Receiver, make_localhost_tls, receiving, secret_file, toml
 
 RULES: Final = [*rules("slo.yml"), *rules("alerts.yml")]
 PANELS: Final = [
@@ -90,7 +90,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
     folder = tmp_path_factory.mktemp("monitored")
     server = bao()
     relay = TcpProxy(server.port)
-    authority = make_authority(folder)
+    authority = make_localhost_tls(folder)
     secret = folder / "s3-secret"
     secret.touch(mode=0o600)
     secret.write_text("unused")

@@ -93,7 +93,9 @@ def test_a_client_cannot_choose_its_address_behind_a_proxy(tmp_path: Path, kind:
     with SecuredService(tmp_path / "install", settings, "unix:///nonexistent.sock") as own:
         own.start("api")
         with proxied(tmp_path, own, kind) as url:
-            codes = {address: failing(url, address, own.token("status")) for address in (CLIENT, OTHER)}
+            codes = {
+                address: failing(url, address, own.token_header("status")) for address in (CLIENT, OTHER)
+            }
             metrics = httpx.get(f"{url}/metrics", trust_env=False).status_code
 
     assert set(codes) == {CLIENT, OTHER}
@@ -123,7 +125,7 @@ def test_an_upload_goes_through_a_proxy(tmp_path: Path, kind: str) -> None:
         own.start("api")
         with proxied(tmp_path, own, kind) as url:
             made = httpx.post(
-                f"{url}{PREFIX}/files/encrypt", content=data, headers=own.token("*"), trust_env=False
+                f"{url}{PREFIX}/files/encrypt", content=data, headers=own.token_header("*"), trust_env=False
             )
 
     assert made.status_code == 202, made.text

@@ -23,7 +23,7 @@ def test_the_page_works_as_written(tmp_path: Path) -> None:
     network_hosts.require()
     for name in ("redis-server", "curl"):
         programs.program(name)
-    walk = pages.blocks("docs/hosts.md", "sh")
+    walk = pages.blocks_to_run("docs/hosts.md", "sh")
     script = "\n".join(["mkdir -p /run/netns; mount -t tmpfs tmpfs /run/netns", *walk])
     here = tmp_path / "here"
     here.mkdir()

@@ -43,12 +43,12 @@ def environ(secured: SecuredService, tmp_path: Path) -> dict[str, str]:
     """What a user has: the service's address, a token, and the programs of this tree on the PATH."""
     token = tmp_path / "token"
     token.touch(0o600)
-    token.write_text(secured.make("encrypt,decrypt")[1])
+    token.write_text(secured.new_token("encrypt,decrypt")[1])
     return secured.environ | environment(tmp_path, KMS_SERVICE_URL=secured.url, KMS_TOKEN_FILE=str(token))
 
 
-def blocks(page: str) -> list[str]:
-    return pages.blocks(f"docs/integrations/{page}", "sh")
+def blocks_to_run(page: str) -> list[str]:
+    return pages.blocks_to_run(f"docs/integrations/{page}", "sh")
 
 
 def bash(script: str, folder: Path, environ: Mapping[str, str]) -> str:
@@ -70,7 +70,7 @@ def test_an_agent_and_a_proxy_of_openbao_decrypt(
     (here.parent / "bin").mkdir()
     (here.parent / "bin/bao").symlink_to(binary())
     path = f"{here.parent / 'bin'}{os.pathsep}{environ['PATH']}"
-    script = "\n".join(blocks("bao.md")).replace("http://localhost:8082", secured.url)
+    script = "\n".join(blocks_to_run("bao.md")).replace("http://localhost:8082", secured.url)
 
     bash(script.replace("127.0.0.1:8200", f"127.0.0.1:{free_port()}"), here, environ | {"PATH": path})
 
@@ -82,7 +82,7 @@ def test_an_agent_and_a_proxy_of_openbao_decrypt(
 def test_consul_template_decrypts(secured: SecuredService, environ: dict[str, str], here: Path) -> None:
     program("go")
     program("curl")
-    install, render = blocks("consul-template.md")
+    install, render = blocks_to_run("consul-template.md")
     with locked_cache("consul-template") as folder:
         fetched = folder / "fetched"
         if not fetched.exists() or fetched.read_text() != install:
@@ -105,7 +105,7 @@ def test_consul_template_decrypts(secured: SecuredService, environ: dict[str, st
 
 def test_restic_takes_its_password_from_kms_run(environ: dict[str, str], here: Path) -> None:
     program("restic")
-    (script,) = blocks("commands.md")
+    (script,) = blocks_to_run("commands.md")
 
     said = bash(script, here, environ)
 
@@ -117,7 +117,7 @@ def test_restic_takes_its_password_from_kms_run(environ: dict[str, str], here: P
 def test_pyarrow_has_the_keys_of_a_parquet_file_wrapped(
     secured: SecuredService, environ: dict[str, str], here: Path
 ) -> None:
-    fetch, run = blocks("parquet.md")
+    fetch, run = blocks_to_run("parquet.md")
     with locked_cache("pyarrow") as folder:
         fetched = folder / "fetched"
         if not fetched.exists() or fetched.read_text() != fetch:
@@ -139,7 +139,7 @@ def test_pyarrow_has_the_keys_of_a_parquet_file_wrapped(
         'URL"])', 'URL"], key_access_token=os.environ["TOKEN"])'
     )
     (here / "people.py").write_text(other)
-    assert bash(run, here, environ | {"TOKEN": secured.make("encrypt,decrypt")[1]}) == said
+    assert bash(run, here, environ | {"TOKEN": secured.new_token("encrypt,decrypt")[1]}) == said
     wrapped = {json.loads(f'"{text.decode()}"') for text in re.findall(rb'"wrappedKEK":"([^"]+)"', file)}
     identity = str(secured.state / "age/private_key.txt")
     for text in wrapped:

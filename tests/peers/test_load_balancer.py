@@ -22,7 +22,7 @@ from support.ports import free_port
 from support.programs import program, running
 from support.service import CONTEXT, Service, b64
 from support.waiting import WAIT_S, until
-from support.webhooks import Authority, make_authority
+from support.webhooks import LocalhostTls, make_localhost_tls
 
 DOCS: Final = (Path(__file__).parents[2] / "docs/hosts.md").read_text()
 CALLERS: Final = 4
@@ -133,7 +133,7 @@ class Balanced:
 
 @pytest.fixture
 def balanced(tmp_path: Path, redis_url: str) -> Iterator[Balanced]:
-    authority = make_authority(tmp_path)
+    authority = make_localhost_tls(tmp_path)
     settings = (
         f'[kms.server]\ntls_cert = "{authority.cert_and_key}"\ntls_key = "{authority.cert_and_key}"\n'
         'trusted_proxies = ["127.0.0.1"]\n'
@@ -151,7 +151,7 @@ def balanced(tmp_path: Path, redis_url: str) -> Iterator[Balanced]:
 
 
 @contextmanager
-def haproxy(folder: Path, authority: Authority, one: Host, two: Host) -> Iterator[str]:
+def haproxy(folder: Path, authority: LocalhostTls, one: Host, two: Host) -> Iterator[str]:
     """The configuration of the page, at other addresses, until the end of the block; its URL."""
     found = re.search(r"```haproxy\n(.+?)```", DOCS, re.DOTALL)
     assert found

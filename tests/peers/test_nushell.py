@@ -21,7 +21,7 @@ from support.nushell import MODULE, ROOT, TIMEOUT_S, Nu, fetched, unframed
 from support.ports import free_port
 from support.service import CANARY, Service, b64, core_of, unb64
 
-EXAMPLES: Final = pages.blocks("docs/nushell.md", "nu")
+EXAMPLES: Final = pages.blocks_to_run("docs/nushell.md", "nu")
 VERSIONS: Final = ["0.108.0", "0.115.1"]
 MIB: Final = 1024 * 1024
 
@@ -41,7 +41,7 @@ def secured(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iter
 @pytest.fixture(scope="module")
 def token_file(secured: SecuredService, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("token") / "token"
-    path.write_text(secured.make("*")[1] + "\n")
+    path.write_text(secured.new_token("*")[1] + "\n")
     return path
 
 
@@ -145,7 +145,7 @@ def test_the_commands_of_the_first_document_run_as_they_are(nu: Nu, secured: Sec
     assert (nu.folder / "secrets.json").read_text() == "secrets.json"
     sealed = (nu.folder / "temp_key.age").read_bytes()
     body = {"ciphertext": b64(sealed), "context": "purpose=deployment,infra=prod"}
-    answer = secured.post("/decrypt", body, headers=secured.token("*"))
+    answer = secured.post("/decrypt", body, headers=secured.token_header("*"))
     assert answer.json()["plaintext"] == b64(b"temp_key")
 
 
@@ -382,7 +382,7 @@ def test_a_refused_item_fails_the_job_and_is_named(nu: Nu) -> None:
 def test_a_job_over_files_of_the_service(nu: Nu, secured: SecuredService) -> None:
     (secured.files / "in %1.txt").write_text("there")
     scope = f"jobs:read,jobs:write,encrypt read=file://{secured.files}/ write=file://{secured.files}/"
-    token_file = nu.file("files.token", secured.make(scope)[1])
+    token_file = nu.file("files.token", secured.new_token(scope)[1])
     script = (
         f"kms job submit encrypt '{secured.files}/in %1.txt' '{secured.files}/out.enc' --overwrite --wait"
     )

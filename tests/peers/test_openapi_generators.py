@@ -30,7 +30,7 @@ GENERATORS: Final = {
 def secured(tmp_path_factory: pytest.TempPathFactory, module_redis: str) -> Iterator[SecuredService]:
     with SecuredService(tmp_path_factory.mktemp("secured"), REQUIRED, module_redis) as running:
         running.start()
-        running.http.headers.update(running.token("*"))
+        running.http.headers.update(running.token_header("*"))
         yield running
 
 

@@ -11,25 +11,25 @@ from support.job_stores import LASTING_LEASES, TENANT, accepted, claimed, store_
 from support.redis_servers import Server, all_ended, sentinel, server
 from support.service import Service, b64, check_problem, core_of
 from support.waiting import until
-from support.webhooks import Authority, make_authority
+from support.webhooks import LocalhostTls, make_localhost_tls
 
 SETTINGS = '[kms.redis]\nca_file = "{}"\n[kms.jobs]\nlease_s = 2\n'
 JOB = {"kind": "encrypt", "items": [{"plaintext": b64(b"x")}] * 3}
 
 
 @pytest.fixture(name="authority")
-def an_authority(tmp_path: Path) -> Authority:
-    return make_authority(tmp_path)
+def an_authority(tmp_path: Path) -> LocalhostTls:
+    return make_localhost_tls(tmp_path)
 
 
 @pytest.fixture(name="tls")
-def a_server(tmp_path: Path, authority: Authority) -> Iterator[Server]:
+def a_server(tmp_path: Path, authority: LocalhostTls) -> Iterator[Server]:
     with server(tmp_path / "redis", authority) as running:
         yield running
 
 
 def test_jobs_run_over_tls_as_a_user_of_an_access_list(
-    tmp_path: Path, authority: Authority, tls: Server
+    tmp_path: Path, authority: LocalhostTls, tls: Server
 ) -> None:
     with Service(tmp_path / "kms", SETTINGS.format(authority.ca_file), tls.url()) as service:
         service.start()
@@ -42,7 +42,7 @@ def test_jobs_run_over_tls_as_a_user_of_an_access_list(
 
 
 def test_a_full_redis_ends_jobs_and_takes_no_new_ones(
-    tmp_path: Path, authority: Authority, tls: Server
+    tmp_path: Path, authority: LocalhostTls, tls: Server
 ) -> None:
     with Service(tmp_path / "kms", SETTINGS.format(authority.ca_file), tls.url()) as service:
         service.start("api")
@@ -65,12 +65,12 @@ def test_a_full_redis_ends_jobs_and_takes_no_new_ones(
 
 @pytest.mark.parametrize("wrong", ["authority", "password", "name"])
 def test_server_that_cannot_be_trusted_or_entered_is_no_redis(
-    tmp_path: Path, authority: Authority, tls: Server, wrong: str
+    tmp_path: Path, authority: LocalhostTls, tls: Server, wrong: str
 ) -> None:
     url, ca_file = tls.url(), authority.ca_file
     if wrong == "authority":
         (tmp_path / "other").mkdir()
-        ca_file = make_authority(tmp_path / "other").ca_file
+        ca_file = make_localhost_tls(tmp_path / "other").ca_file
     elif wrong == "password":
         url = tls.url(password="guessed")
     else:
@@ -84,7 +84,7 @@ def test_server_that_cannot_be_trusted_or_entered_is_no_redis(
 
 
 def test_jobs_go_on_after_sentinel_has_changed_the_master(
-    tmp_path: Path, authority: Authority, tls: Server
+    tmp_path: Path, authority: LocalhostTls, tls: Server
 ) -> None:
     with (
         server(tmp_path / "replica", authority, master=tls.port) as replica,

@@ -22,7 +22,7 @@ from support.redis_servers import Server, sentinel, server
 from support.service import Json, Service, b64, check_problem, core_of, unb64
 from support.tcp_proxy import LaggingProxy
 from support.waiting import until
-from support.webhooks import SECRET, make_authority, receiving
+from support.webhooks import SECRET, make_localhost_tls, receiving
 
 WAITING = "[kms.redis]\nwait_replicas = 1\nwait_ms = {}\n[kms.jobs]\nlease_s = 2\n"
 JOB = {"kind": "encrypt", "items": [{"plaintext": b64(b"x")}] * 3}
@@ -167,7 +167,7 @@ def test_commit_that_no_replica_has_puts_nothing_in_place(
 
 
 def test_end_that_no_replica_has_stands_and_its_event_waits(tmp_path: Path, pair: ReplicatedRedis) -> None:
-    authority = make_authority(tmp_path)
+    authority = make_localhost_tls(tmp_path)
     (tmp_path / "hook").write_bytes(SECRET)
     (tmp_path / "hook").chmod(0o600)
     with receiving(authority) as receiver:
@@ -224,7 +224,7 @@ def test_server_without_a_file_is_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_server_without_the_command_is_refused(tmp_path: Path) -> None:
-    authority = make_authority(tmp_path)
+    authority = make_localhost_tls(tmp_path)
     with server(tmp_path / "redis", authority) as found:
         version = tuple(map(int, found.admin().info("server")["redis_version"].split(".")[:2]))
         if version >= (7, 2):

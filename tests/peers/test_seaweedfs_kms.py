@@ -50,7 +50,7 @@ class Setup:
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     folder = tmp_path_factory.mktemp("seaweedfs")
-    (script,) = pages.blocks(PAGE, "sh")
+    (script,) = pages.blocks_to_run(PAGE, "sh")
     data = folder / "data"
     data.mkdir()
     with SecuredService(folder / "install", SETTINGS, NO_REDIS) as service:
@@ -137,7 +137,7 @@ def test_an_object_is_read_after_a_rotation(setup: Setup) -> None:
     bucket = setup.store.new()
     put(bucket, "older", b"older")
 
-    header = {"X-Vault-Token": setup.service.make("rotate")[1]}
+    header = {"X-Vault-Token": setup.service.new_token("rotate")[1]}
     assert setup.service.http.post("/v1/transit/keys/default/rotate", headers=header).is_success
     put(bucket, "newer", b"newer")
 

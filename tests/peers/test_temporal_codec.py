@@ -156,7 +156,7 @@ def fetched(browser: Chromium, url: str, body: object, headers: dict[str, str], 
 def of_the_page(shared: SecuredService, *scopes: str) -> dict[str, str]:
     """The headers of Temporal's page that passes the user's tokens on: temporalio/ui, data-encoder.ts."""
     more = {"Content-Type": "application/json", "Authorization-Extras": "an.id.token"}
-    return NAMESPACE | more | shared.token(*scopes)
+    return NAMESPACE | more | shared.token_header(*scopes)
 
 
 def test_page_of_another_site_seals_and_opens(shared: SecuredService, site: int, browser: Chromium) -> None:

@@ -98,8 +98,8 @@ def seen(browser: Chromium, name: str) -> None:
 def test_every_page_looks_right_in_dark_and_light_and_keeps_its_policy(
     secured: SecuredService, browser: Chromium
 ) -> None:
-    token = secured.make("*,metrics,rotate")[1]
-    admin = secured.token("*")
+    token = secured.new_token("*,metrics,rotate")[1]
+    admin = secured.token_header("*")
     job = {"kind": "encrypt", "items": ITEMS}
     made = [secured.post("/jobs", job, headers=admin).json()["job_id"] for _ in range(6)]
     secured.post(f"/jobs/{made[0]}/cancel", headers=admin)
@@ -182,13 +182,13 @@ def test_progress_and_the_end_of_a_job_appear_without_loading_the_page_again(
 def test_the_end_of_a_job_is_told_aloud_and_the_keyboard_reaches_the_button_in_sight(
     secured: SecuredService, browser: Chromium
 ) -> None:
-    token = secured.make("*,rotate")[1]
+    token = secured.new_token("*,rotate")[1]
     job = {"kind": "encrypt", "items": ITEMS}
-    job_id = secured.post("/jobs", job, headers=secured.token("*")).json()["job_id"]
+    job_id = secured.post("/jobs", job, headers=secured.token_header("*")).json()["job_id"]
     log_in(browser, secured.url, token)
     browser.open(f"{secured.url}/ui/jobs")
 
-    secured.post(f"/jobs/{job_id}/cancel", headers=secured.token("*"))
+    secured.post(f"/jobs/{job_id}/cancel", headers=secured.token_header("*"))
     heard = "document.getElementById('news').textContent"
     until(lambda: browser.evaluate(heard).startswith(f"Job {job_id}: cancelled"), "it is told aloud")
     browser.open(f"{secured.url}/ui/keys/default/rotate")
@@ -209,7 +209,7 @@ def busy(secured: SecuredService) -> Iterator[tuple[str, str]]:
 
     The worker runs one of them.
     """
-    core, admin = core_of(secured), secured.token("*", tenant="busy")
+    core, admin = core_of(secured), secured.token_header("*", tenant="busy")
     store, job = core.worker_context.store, {"kind": "encrypt", "items": ITEMS}
 
     def submitted(body: object) -> str:
@@ -225,7 +225,7 @@ def busy(secured: SecuredService) -> Iterator[tuple[str, str]]:
     heartbeat.serve()
     assert store.claim(submitted(job), f"{host}:aa/7")
     submitted(job)
-    yield secured.make("*,metrics,rotate", tenant="busy")[1], host
+    yield secured.new_token("*,metrics,rotate", tenant="busy")[1], host
     heartbeat.stop()
     heartbeat.join()
 

@@ -69,7 +69,7 @@ def test_the_bao_command_reads_lists_and_looks_around(facade: Facade) -> None:
 def test_the_bao_command_logs_in_with_a_token_that_later_calls_use(facade: Facade, tmp_path: Path) -> None:
     environ: dict[str, Any] = {"HOME": str(tmp_path), "BAO_TOKEN": ""}
 
-    facade.cli("login", facade.make("encrypt key=default")[1], **environ)
+    facade.cli("login", facade.new_token("encrypt key=default")[1], **environ)
 
     made = bao(facade, "write", "transit/encrypt/default", f"plaintext={HELLO}", **environ)["data"]
     assert facade.data("PUT", "transit/decrypt/default", {"ciphertext": made["ciphertext"]})
@@ -180,7 +180,7 @@ def awaited(client: httpx.Client, folder: Path, *, sealed: bool) -> Json:
 def test_a_server_is_unsealed_by_the_facade_after_each_start(
     facade: Facade, tmp_path: Path, key: str
 ) -> None:
-    token = facade.make(f"encrypt,decrypt key={key}")[1]
+    token = facade.new_token(f"encrypt,decrypt key={key}")[1]
     port = free_port()
     settings = SERVER.format(
         folder=tmp_path, port=port, next=port + 1, address=facade.url, token=token, key=key
@@ -204,7 +204,7 @@ def test_the_examples_of_the_document_work_as_written(facade: Facade, tmp_path: 
     environ = facade.environ | environment(tmp_path)
     said = [
         pages.said(text.replace("http://localhost:8082", facade.url), tmp_path, environ)
-        for text in pages.blocks("docs/vault-api.md", "sh")
+        for text in pages.blocks_to_run("docs/vault-api.md", "sh")
     ]
 
     assert len(said) == 4

@@ -131,7 +131,7 @@ def built(walk: PageSection) -> tuple[Path, list[str]]:
 
 
 def credentials(service: SecuredService) -> dict[str, str]:
-    token, text = service.make(SCOPE)
+    token, text = service.new_token(SCOPE)
     return {
         "VAULT_ADDR": service.url,
         "VAULT_ROLE_ID": token.name,

@@ -43,7 +43,7 @@ def test_hvac_logs_in_and_encrypts(service: Logins, corp: Issuer, method: str) -
     client = hvac.Client(url=service.url)
     match method:
         case "approle":
-            token, secret = service.make("encrypt,decrypt key=default")
+            token, secret = service.new_token("encrypt,decrypt key=default")
             made = client.auth.approle.login(token.name, secret)
         case "jwt":
             made = client.auth.jwt.jwt_login("deploy", deploy_login(corp)["jwt"])
@@ -71,7 +71,7 @@ def test_an_agent_logs_in(service: Logins, corp: Issuer, tmp_path: Path, method:
         ),
     }[method]
     if method == "approle":
-        token, secret = service.make("encrypt,decrypt key=default")
+        token, secret = service.new_token("encrypt,decrypt key=default")
         files["role"].write_text(token.name)
     files["secret"].write_text(secret)
     (tmp_path / "agent.hcl").write_text(

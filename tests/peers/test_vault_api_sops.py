@@ -102,7 +102,7 @@ def test_creation_rules_name_the_keys_and_updatekeys_follows_them(workspace: Wor
 
 
 def test_the_mount_may_be_deep_and_the_tenant_is_the_namespace(workspace: Workspace) -> None:
-    token = workspace.facade.make("encrypt,decrypt", tenant="acme")[1]
+    token = workspace.facade.new_token("encrypt,decrypt", tenant="acme")[1]
     environ = {"VAULT_TOKEN": token, "VAULT_NAMESPACE": "acme"}
     workspace.sealed("a.yaml", f"{workspace.facade.url}/v1/team/a/transit/keys/default", **environ)
 

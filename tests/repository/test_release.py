@@ -15,13 +15,13 @@ from typing import Final
 
 import pytest
 
-from support.pages import blocks
+from support.pages import blocks_to_run
 from support.programs import program
 from support.wheels import build, copy_sources
 
 ROOT: Final = Path(__file__).parents[2]
 PAGE: Final = "docs/releases.md"
-VERIFY, VERIFY_TAG = blocks(PAGE, "sh")
+VERIFY, VERIFY_TAG = blocks_to_run(PAGE, "sh")
 VERSION: Final = "7.8.0"
 CHECKED: Final = ("pyproject.toml", "CHANGELOG.md", "client", "docs", "release", "scripts")
 SMALL: Final = (*CHECKED, "src/kms_protocol/__init__.py")

@@ -88,7 +88,7 @@ class AgeTools:
         """The path of a file with a new token."""
         path = self.folder / "token"
         path.touch(mode=0o600)
-        path.write_text(self.service.make(*scopes)[1])
+        path.write_text(self.service.new_token(*scopes)[1])
         return str(path)
 
 

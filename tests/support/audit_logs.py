@@ -54,7 +54,7 @@ def audit_section(path: Path = Path(), **values: Any) -> AuditSection:  # noqa: 
 
 @dataclass(frozen=True)
 class AuditFolder:
-    """A folder for a trail, and keys beside it."""
+    """A folder for a trail, and keys beside it. Of an install only lines are read: its keys are elsewhere."""
 
     root: Path
 
@@ -168,7 +168,7 @@ def chain_name(trail: AuditLog) -> str:
     return trail._chain  # noqa: SLF001
 
 
-def codes(report: VerificationReport) -> list[str]:
+def problem_codes(report: VerificationReport) -> list[str]:
     return [problem.code for problem in report.problems]
 
 

@@ -45,19 +45,21 @@ def bearer(token: str) -> dict[str, str]:
 
 
 class SecuredService(Service):
-    """An install where callers are asked; ``settings`` as for ``Service``, besides ``[kms.auth] mode``."""
+    """An install whose tokens a test makes. Other ``settings`` begin with REQUIRED, or it is open to all."""
 
     def __init__(self, folder: Path, settings: str = REQUIRED, redis: str | None = None) -> None:
         super().__init__(folder, settings, redis)
         self.token_file = self.settings.kms.auth.tokens_path
 
-    def make(self, *scopes: str, tenant: str = "default", ttl: timedelta | None = DAY) -> tuple[Token, str]:
+    def new_token(
+        self, *scopes: str, tenant: str = "default", ttl: timedelta | None = DAY
+    ) -> tuple[Token, str]:
         """A new token and its text."""
         return tokens.create(self.token_file, TokenRequest(f"caller-{next(_numbers)}", tenant, scopes, ttl))
 
-    def token(self, *scopes: str, tenant: str = "default") -> dict[str, str]:
+    def token_header(self, *scopes: str, tenant: str = "default") -> dict[str, str]:
         """The header of a new token."""
-        return bearer(self.make(*scopes, tenant=tenant)[1])
+        return bearer(self.new_token(*scopes, tenant=tenant)[1])
 
 
 # -- JWTs ------------------------------------------------------------------------------------------------
@@ -174,7 +176,7 @@ def serving(issuer: Issuer) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}/jwks"
 
 
-def issuer_settings(keys: str, more: str = "") -> str:
+def required_with_issuer(keys: str, more: str = "") -> str:
     """The section of this issuer; ``keys`` is its line ``jwks_url`` or ``jwks_file``."""
     return (
         f'{REQUIRED}[kms.auth.issuers.corp]\nissuer = "{ISSUER}"\naudience = "{AUDIENCE}"\n{keys}\n'

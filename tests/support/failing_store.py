@@ -49,7 +49,7 @@ class HookedStore(JobStore):
         self.after("split")
 
 
-def killed(
+def run_until_killed(
     core: Core, job_id: str, step: str | int, *, after: bool, error: type[BaseException] = Killed
 ) -> None:
     """Have a worker run the job and be killed, or meet the error, at a step: its name, or number from 0."""
@@ -60,7 +60,7 @@ def killed(
             raise error
 
     with pytest.raises(error):
-        run_job(job_id, worker_with_hook(core, meet, after=after), "w/1")
+        run_job(job_id, worker_calling_at_each_step(core, meet, after=after), "w/1")
 
 
 def worker_calling_at(core: Core, step: str, what: Callable[[], object], *, after: bool) -> WorkerContext:
@@ -70,10 +70,10 @@ def worker_calling_at(core: Core, step: str, what: Callable[[], object], *, afte
         if met == step:
             what()
 
-    return worker_with_hook(core, meet, after=after)
+    return worker_calling_at_each_step(core, meet, after=after)
 
 
-def worker_with_hook(core: Core, what: Callable[[str], None], *, after: bool) -> WorkerContext:
+def worker_calling_at_each_step(core: Core, what: Callable[[str], None], *, after: bool) -> WorkerContext:
     """A worker that calls ``what`` with the name of each step, before or after it."""
     found = core.worker_context.store
     store = HookedStore(found.redis, found.record_key, lambda *_: None, LASTING_LEASES)

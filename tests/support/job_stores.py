@@ -45,7 +45,7 @@ def connect(url: str) -> redis.Redis:
 
 
 def store_of(
-    core: Core, section: KmsSection, woken: list[str] | None = None, *, several_tenants: bool = False
+    core: Core, section: KmsSection, *, woken: list[str] | None = None, several_tenants: bool = False
 ) -> JobStore:
     """The core's store with other settings; the queues of its wake-ups are noted."""
     found = core.worker_context.store
@@ -174,7 +174,7 @@ def expire_leases(store: JobStore) -> None:
             store.redis.zadd(b"kms:probes:" + worker, {each: past}, xx=True)
 
 
-def put_back(store: JobStore, job_id: str, dump: dict[bytes, bytes]) -> None:
+def put_back_as_due(store: JobStore, job_id: str, dump: dict[bytes, bytes]) -> None:
     """What was taken down of a record earlier, as if it were due."""
     far = str(time.time() + 10 * 86_400)
     store.redis.delete(f"kms:job:{job_id}")

@@ -10,7 +10,7 @@ WRONG_TYPES: Final[tuple[object, ...]] = (None, 1, [], "x")  # than what is expe
 QUEUES: Final = ("kms.bulk", "kms.files", "kms.maintenance", "kms.submit")
 
 
-class Poison(NamedTuple):
+class RawMessage(NamedTuple):
     """What is given to kombu, which packs it for any broker."""
 
     body: bytes
@@ -23,7 +23,7 @@ def headers(task: object = "kms.run", **more: object) -> dict[str, object]:
     return {"task": task, "id": str(uuid.uuid4()), **more}
 
 
-def kinds(queue: str) -> Iterator[Poison]:
+def kinds(queue: str) -> Iterator[RawMessage]:
     """Messages of which none is one of ``queue``."""
     task = "kms.submit" if queue == "kms.submit" else "kms.run"
     good = json.dumps([["x" if queue == "kms.submit" else str(uuid.uuid4())], {}, None]).encode()
@@ -32,10 +32,10 @@ def kinds(queue: str) -> Iterator[Poison]:
     bodies += [b"[[1],{},{}]", b'{"task":"kms.run","id":"1","args":[],"kwargs":{}}', b'[[["x"]],{},{}]']
     bodies += [b"9" * 100_000, b'{"args":["x"],"kwargs":{}}']
     for body in bodies:
-        yield Poison(body, headers(task))
+        yield RawMessage(body, headers(task))
     builtin = ("celery.map", "celery.chord_unlock", "celery.backend_cleanup")
     for name in (*builtin, "kms.nothing", "", *WRONG_TYPES):
-        yield Poison(good, headers(name))
+        yield RawMessage(good, headers(name))
     empty: dict[str, object] = {}
     for made in (
         empty,
@@ -44,8 +44,8 @@ def kinds(queue: str) -> Iterator[Poison]:
         headers(task, id={}),
         headers(task, id="a b"),
     ):
-        yield Poison(good, made)
-    yield Poison(good, headers(task, id="i" * 300))
+        yield RawMessage(good, made)
+    yield RawMessage(good, headers(task, id="i" * 300))
     for kind in (
         "application/x-python-serialize",
         "application/x-yaml",
@@ -53,18 +53,18 @@ def kinds(queue: str) -> Iterator[Poison]:
         "application/data",
         "x",
     ):
-        yield Poison(good, headers(task), kind)
+        yield RawMessage(good, headers(task), kind)
     for encoding in ("utf-16", "binary", "none"):
-        yield Poison(good, headers(task), content_encoding=encoding)
+        yield RawMessage(good, headers(task), content_encoding=encoding)
     for compression in ("gzip", "application/x-gzip", "nothing"):
-        yield Poison(zlib.compress(good), headers(task, compression=compression))
+        yield RawMessage(zlib.compress(good), headers(task, compression=compression))
     if queue == "kms.submit":
-        yield Poison(b"[[],{},null]", headers(task))
+        yield RawMessage(b"[[],{},null]", headers(task))
     else:
-        yield Poison(b'[["not-a-job"],{},{}]', headers(task))
-        yield Poison(b'[["' + b"a" * 100_000 + b'"],{},{}]', headers(task))
+        yield RawMessage(b'[["not-a-job"],{},{}]', headers(task))
+        yield RawMessage(b'[["' + b"a" * 100_000 + b'"],{},{}]', headers(task))
         far = {"eta": "2999-01-01T00:00:00+00:00", "timelimit": [1, 1], "retries": "x"}
-        yield Poison(b"[]", headers(task, **far))
+        yield RawMessage(b"[]", headers(task, **far))
 
 
 def bomb() -> bytes:

@@ -55,8 +55,10 @@ class ObjectJobs:
     def now(self, job_id: str) -> Job:
         return core_jobs.now(self.core, job_id)
 
-    def killed(self, job_id: str, step: str, *, after: bool, error: type[BaseException] = Killed) -> None:
-        failing_store.killed(self.core, job_id, step, after=after, error=error)
+    def run_until_killed(
+        self, job_id: str, step: str, *, after: bool, error: type[BaseException] = Killed
+    ) -> None:
+        failing_store.run_until_killed(self.core, job_id, step, after=after, error=error)
 
     def run_after_lease_expiry(self, job_id: str) -> Job:
         """The job after its worker died, or deferred it, and another has had its turn."""

@@ -136,7 +136,7 @@ class TestBucket:
         secret: Path,
         endpoint: str = "",
         access_key: str = ACCESS_KEY,
-        rights: str = 'read = [""]\nwrite = ["out/"]\n',
+        job_rights: str = 'read = [""]\nwrite = ["out/"]\n',
     ) -> str:
         """A section of ``kms.toml`` for it: jobs read everything, and write below ``out/``."""
         secret.write_text(SECRET)
@@ -144,7 +144,7 @@ class TestBucket:
         return (
             f'[kms.jobs.buckets.{self.name}]\nendpoint = "{endpoint or self.store.url}"\nallow_http = true\n'
             f'access_key_id = "{access_key}"\nsecret_key_file = "{secret}"\n'
-            f"{rights}timeout_s = 20.0\n"
+            f"{job_rights}timeout_s = 20.0\n"
         )
 
 

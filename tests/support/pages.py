@@ -19,7 +19,7 @@ TOOLS: Final = ("age", "curl", "pg_dump", "ssh-agent", "ssh-keygen")
 TIMEOUT_S: Final = 120
 
 
-def blocks(page: str, language: str) -> list[str]:
+def blocks_to_run(page: str, language: str) -> list[str]:
     """The blocks of a page that are run."""
     found = BLOCK.findall((ROOT / page).read_text("utf-8"))
     return [text for mark, kind, text in found if mark == "run" and kind == language]

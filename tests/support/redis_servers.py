@@ -23,7 +23,7 @@ from support.ports import free_port
 from support.programs import program, running
 from support.service import Service
 from support.waiting import until_up
-from support.webhooks import Authority
+from support.webhooks import LocalhostTls
 
 PASSWORD: Final = "pa/ss:w@rd #?é"  # each of these has a meaning in a URL
 _ADMIN: Final = "admin"
@@ -35,7 +35,7 @@ class Server:
 
     port: int
     process: subprocess.Popen[bytes]
-    authority: Authority | None
+    authority: LocalhostTls | None
 
     def admin(self, password: str = _ADMIN) -> redis.Redis:
         ca_file = str(self.authority.ca_file) if self.authority else None
@@ -49,7 +49,7 @@ class Server:
 @contextmanager
 def server(
     folder: Path,
-    authority: Authority | None,
+    authority: LocalhostTls | None,
     *,
     master: int | None = None,
     appends: bool = True,
@@ -79,7 +79,7 @@ def server(
 
 @contextmanager
 def sentinel(
-    folder: Path, authority: Authority | None, master: int, *, failover_timeout_s: float = 4.0
+    folder: Path, authority: LocalhostTls | None, master: int, *, failover_timeout_s: float = 4.0
 ) -> Iterator[Server]:
     """One that decides alone, and quickly.
 
@@ -103,7 +103,7 @@ def sentinel(
 
 @contextmanager
 def _running(
-    folder: Path, authority: Authority | None, options: dict[str, str], *, sentinel: bool = False
+    folder: Path, authority: LocalhostTls | None, options: dict[str, str], *, sentinel: bool = False
 ) -> Iterator[Server]:
     port = free_port()
     named = {"bind": "127.0.0.1", "port": str(port)}

@@ -55,5 +55,5 @@ class Revoking(SecuredService):
         made.write_bytes(b"".join(authorities))
         made.replace(self.clients.ca_file)
 
-    def certificate(self, file: str = "builder", lasts: timedelta = timedelta(days=1)) -> CertAndKey:
+    def certificate(self, *, file: str = "builder", lasts: timedelta = timedelta(days=1)) -> CertAndKey:
         return self.clients.issue(file, NAME, lasts=lasts)

@@ -39,7 +39,7 @@ class Facade(SecuredService):
         server = bao()
         settings = SETTINGS.format(transit=server.settings(), key=server.new_key())
         super().__init__(folder, settings, NO_REDIS)
-        self.root = self.make("*,metrics,rotate")[1]
+        self.root = self.new_token("*,metrics,rotate")[1]
         self.home = folder / "home"
         self.home.mkdir()
 

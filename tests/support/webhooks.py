@@ -32,7 +32,7 @@ Answer = int | tuple[int, str]  # a status, or a status and a Location
 
 
 @dataclass(frozen=True)
-class Authority:
+class LocalhostTls:
     """A CA and one certificate of it, for ``localhost`` alone."""
 
     ca_file: Path
@@ -45,10 +45,10 @@ class Authority:
         return context
 
 
-def make_authority(folder: Path) -> Authority:
+def make_localhost_tls(folder: Path) -> LocalhostTls:
     authority = credentials.Authority(folder)
     pair = authority.issue("localhost", x509.DNSName("localhost"), server=None)
-    made = Authority(authority.ca_file, folder / "chain.pem")
+    made = LocalhostTls(authority.ca_file, folder / "chain.pem")
     made.cert_and_key.write_bytes(pair.key.read_bytes() + pair.cert.read_bytes())
     return made
 
@@ -75,7 +75,7 @@ class Receiver:
 
 
 @contextmanager
-def receiving(authority: Authority | None) -> Iterator[Receiver]:
+def receiving(authority: LocalhostTls | None) -> Iterator[Receiver]:
     """A receiver on 127.0.0.1, over TLS if there is an authority."""
     found = Receiver()
     context = _server_context(authority, found) if authority else None
@@ -93,7 +93,7 @@ def receiving(authority: Authority | None) -> Iterator[Receiver]:
         yield found
 
 
-def _server_context(authority: Authority, found: Receiver) -> ssl.SSLContext:
+def _server_context(authority: LocalhostTls, found: Receiver) -> ssl.SSLContext:
     context = authority.serving()
 
     def note(_connection: object, name: str | None, _context: object) -> None:
@@ -111,7 +111,7 @@ def secret_file(folder: Path, secret: bytes = SECRET + b"\n", mode: int = 0o600)
     return path
 
 
-def endpoint(folder: Path, url: str, authority: Authority | None, **changes: object) -> WebhookEndpoint:
+def endpoint(folder: Path, url: str, authority: LocalhostTls | None, **changes: object) -> WebhookEndpoint:
     """An endpoint that may be on this machine, unless the changes say otherwise."""
     tls = ssl.create_default_context(cafile=authority.ca_file) if authority else None
     section = EndpointSection(url=url, secret_file=secret_file(folder), allow_private=True)
@@ -123,7 +123,7 @@ def changed(found: WebhookEndpoint, **changes: object) -> WebhookEndpoint:
     return replace(found, section=msgspec.structs.replace(found.section, **changes))
 
 
-def toml(name: str, receiver: Receiver, authority: Authority, secret: Path, more: str = "") -> str:
+def toml(name: str, receiver: Receiver, authority: LocalhostTls, secret: Path, more: str = "") -> str:
     """The section of an endpoint for a settings file."""
     return (
         f"[kms.jobs.endpoints.{name}]\nurl = '{receiver.url()}'\nsecret_file = '{secret}'\n"

@@ -15,7 +15,7 @@ def test_a_key_file_is_private_and_its_recipient_is_told(workspace: Workspace) -
     recipient = str(pyrage.x25519.Identity.from_str(secret).to_public())
     assert done.stderr.decode() == f"Public key: {recipient}\n"
     assert stat.S_IMODE((workspace.folder / "new.txt").stat().st_mode) == 0o600
-    assert workspace.made("keygen", "-y", "new.txt").decode() == f"{recipient}\n"
+    assert workspace.stdout_of("keygen", "-y", "new.txt").decode() == f"{recipient}\n"
 
 
 def test_a_key_file_that_exists_is_left_alone(workspace: Workspace) -> None:

@@ -25,9 +25,9 @@ def by(way: str, workspace: Workspace, args: list[str], given: bytes) -> bytes:
     source, target = way.split(" to ")
     words = [*args, *(["-o", "to"] if target == "file" else [])]
     if source == "file":
-        made = workspace.made(*words, workspace.write("from", given))
+        made = workspace.stdout_of(*words, workspace.write("from", given))
     else:
-        made = workspace.made(*words, given=given)
+        made = workspace.stdout_of(*words, given=given)
     return workspace.read("to") if target == "file" else made
 
 
@@ -69,7 +69,7 @@ def test_what_stock_age_seals_is_opened(workspace: Workspace, way: str, size: in
 @pytest.mark.parametrize("size", [0, 1, 47, 48, 49, 65537, MIB + 1])
 def test_armor_goes_both_ways(workspace: Workspace, size: int) -> None:
     plaintext = os.urandom(size)
-    text = workspace.made("seal", "-a", "-r", workspace.recipient, given=plaintext)
+    text = workspace.stdout_of("seal", "-a", "-r", workspace.recipient, given=plaintext)
 
     assert text.startswith(armor.BEGIN)
     assert age(workspace, "-d", "-i", "key.txt", given=text) == plaintext
@@ -83,11 +83,11 @@ def test_armor_goes_both_ways(workspace: Workspace, size: int) -> None:
 @pytest.mark.parametrize("size", [0, 1, 65536, MIB + 1])
 def test_pyrage_goes_both_ways(workspace: Workspace, size: int) -> None:
     plaintext = os.urandom(size)
-    sealed = workspace.made("seal", "-r", workspace.recipient, given=plaintext)
+    sealed = workspace.stdout_of("seal", "-r", workspace.recipient, given=plaintext)
 
     assert pyrage.decrypt(sealed, [to_pyrage(workspace)]) == plaintext
     theirs = pyrage.encrypt(plaintext, [to_pyrage(workspace).to_public()])
-    assert workspace.made("open", "-i", "key.txt", given=theirs) == plaintext
+    assert workspace.stdout_of("open", "-i", "key.txt", given=theirs) == plaintext
 
 
 # -- post-quantum ------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def javascript(typage: Path, work: str, key: str, given: bytes) -> bytes:
 def test_typage_opens_what_is_sealed_for_a_hybrid_key(
     workspace: Workspace, pq: mlkem768x25519.HybridIdentity, typage: Path
 ) -> None:
-    sealed = workspace.made("seal", "-r", pq.recipient.text, given=b"salary")
+    sealed = workspace.stdout_of("seal", "-r", pq.recipient.text, given=b"salary")
     work = "const d = new Decrypter(); d.addIdentity(key); const done = await d.decrypt(given);"
 
     assert javascript(typage, work, pq.export(), sealed) == b"salary"
@@ -135,14 +135,14 @@ def test_what_typage_seals_for_a_hybrid_key_is_opened(
     sealed = javascript(typage, work, pq.recipient.text, b"salary")
 
     assert b"\n-> mlkem768x25519 " in sealed
-    assert workspace.made("open", "-i", "pq.txt", given=sealed) == b"salary"
+    assert workspace.stdout_of("open", "-i", "pq.txt", given=sealed) == b"salary"
 
 
 @every_way
 def test_a_hybrid_key_opens_what_was_sealed_for_it(
     workspace: Workspace, pq: mlkem768x25519.HybridIdentity, way: str
 ) -> None:
-    sealed = workspace.made("seal", "-r", pq.recipient.text, given=b"salary" * 50_000)
+    sealed = workspace.stdout_of("seal", "-r", pq.recipient.text, given=b"salary" * 50_000)
 
     assert by(way, workspace, ["open", "-i", "key.txt", "-i", "pq.txt"], sealed) == b"salary" * 50_000
 
@@ -163,11 +163,11 @@ def test_classic_and_hybrid_recipients_do_not_mix(
 def test_every_recipient_of_a_file_opens_it_and_each_stands_once(workspace: Workspace) -> None:
     other = beside(workspace)
     workspace.write("recipients", f"# us\n\n{workspace.recipient}\n  {other.recipient}\n".encode())
-    sealed = workspace.made("seal", "-R", "recipients", "-r", workspace.recipient, given=b"salary")
+    sealed = workspace.stdout_of("seal", "-R", "recipients", "-r", workspace.recipient, given=b"salary")
 
     assert len(parse(sealed, FILE_LIMITS).stanzas) == 2
-    assert workspace.made("open", "-i", "key.txt", given=sealed) == b"salary"
-    assert other.made("open", "-i", "key.txt", given=sealed) == b"salary"
+    assert workspace.stdout_of("open", "-i", "key.txt", given=sealed) == b"salary"
+    assert other.stdout_of("open", "-i", "key.txt", given=sealed) == b"salary"
 
 
 def beside(workspace: Workspace) -> Workspace:
@@ -176,7 +176,7 @@ def beside(workspace: Workspace) -> Workspace:
 
 
 def test_the_key_of_somebody_else_opens_nothing(workspace: Workspace) -> None:
-    sealed = workspace.made("seal", "-r", workspace.recipient, given=b"salary")
+    sealed = workspace.stdout_of("seal", "-r", workspace.recipient, given=b"salary")
     other = beside(workspace)
     done = other.kms("open", "-i", "key.txt", "-o", "out", given=sealed)
 
@@ -185,7 +185,7 @@ def test_the_key_of_somebody_else_opens_nothing(workspace: Workspace) -> None:
 
 
 def test_a_key_that_others_can_read_is_used_with_a_warning(workspace: Workspace) -> None:
-    sealed = workspace.made("seal", "-r", workspace.recipient, given=b"salary")
+    sealed = workspace.stdout_of("seal", "-r", workspace.recipient, given=b"salary")
     workspace.key.chmod(0o644)
     done = workspace.kms("open", "-i", "key.txt", given=sealed)
 
@@ -213,12 +213,12 @@ def test_passphrases_and_ssh_keys_are_left_to_stock_age(workspace: Workspace) ->
 @pytest.mark.parametrize("verb", ["seal", "open"])
 def test_an_existing_file_is_replaced_by_force_only(workspace: Workspace, verb: str) -> None:
     args = ["seal", "-r", workspace.recipient] if verb == "seal" else ["open", "-i", "key.txt"]
-    given = workspace.made("seal", "-r", workspace.recipient, given=b"salary")
+    given = workspace.stdout_of("seal", "-r", workspace.recipient, given=b"salary")
     workspace.write("out", b"old")
 
     assert workspace.kms(*args, "-o", "out", given=given).returncode == 73
     assert workspace.read("out") == b"old"
-    workspace.made(*args, "-f", "-o", "out", given=given)
+    workspace.stdout_of(*args, "-f", "-o", "out", given=given)
     assert workspace.read("out") != b"old"
     assert workspace.names() == {"key.txt", "out"}
 
@@ -226,17 +226,17 @@ def test_an_existing_file_is_replaced_by_force_only(workspace: Workspace, verb: 
 def test_a_device_is_written_to_and_stays_a_device(workspace: Workspace) -> None:
     os.mkfifo(workspace.path("fifo"))
     reader = subprocess.Popen(["cat", workspace.path("fifo")], stdout=subprocess.PIPE)
-    workspace.made("seal", "-r", workspace.recipient, "-o", "fifo", given=b"salary")
+    workspace.stdout_of("seal", "-r", workspace.recipient, "-o", "fifo", given=b"salary")
     sealed, _ = reader.communicate(timeout=30)
 
     assert (workspace.folder / "fifo").is_fifo()
-    assert workspace.made("open", "-i", "key.txt", given=sealed) == b"salary"
+    assert workspace.stdout_of("open", "-i", "key.txt", given=sealed) == b"salary"
 
 
 def test_a_file_of_the_kernel_is_not_as_empty_as_it_looks(workspace: Workspace) -> None:
-    sealed = workspace.made("seal", "-r", workspace.recipient, "/proc/version")
+    sealed = workspace.stdout_of("seal", "-r", workspace.recipient, "/proc/version")
 
-    assert workspace.made("open", "-i", "key.txt", given=sealed) == Path("/proc/version").read_bytes()
+    assert workspace.stdout_of("open", "-i", "key.txt", given=sealed) == Path("/proc/version").read_bytes()
 
 
 def test_a_redirected_file_is_read_from_where_it_stands(workspace: Workspace) -> None:
@@ -246,7 +246,7 @@ def test_a_redirected_file_is_read_from_where_it_stands(workspace: Workspace) ->
         command = [str(BIN / "kms"), "seal", "-r", workspace.recipient, "-o", "out"]
         subprocess.run(command, stdin=given, check=True, cwd=workspace.folder, capture_output=True)
 
-    assert workspace.made("open", "-i", "key.txt", "out") == b"salary"
+    assert workspace.stdout_of("open", "-i", "key.txt", "out") == b"salary"
 
 
 def test_json_says_what_was_written(workspace: Workspace) -> None:

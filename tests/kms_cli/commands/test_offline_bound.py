@@ -19,7 +19,7 @@ PROD = "env=prod,service=api"
 
 
 def sealed_at(workspace: Workspace, context: str = PROD, given: bytes = b"salary") -> bytes:
-    return workspace.made("seal", "-i", "key.txt", "--context", context, given=given)
+    return workspace.stdout_of("seal", "-i", "key.txt", "--context", context, given=given)
 
 
 # -- with the service --------------------------------------------------------------------------------
@@ -29,13 +29,13 @@ def test_the_command_and_the_service_open_what_the_other_sealed(
     workspace: Workspace, real_service: RunningService
 ) -> None:
     key = str(real_service.state_dir / "age" / "private_key.txt")
-    ours = workspace.made("seal", "-i", key, "--context", PROD, given=b"salary")
+    ours = workspace.stdout_of("seal", "-i", key, "--context", PROD, given=b"salary")
     with Client(real_service.url) as service:
         opened = service.decrypt(ours, context={"service": "api", "env": "prod"})
         theirs = service.encrypt(b"salary", context=PROD).ciphertext
 
     assert (opened.plaintext, opened.origin) == (b"salary", "service")
-    assert workspace.made("open", "-i", key, "--context", PROD, given=theirs) == b"salary"
+    assert workspace.stdout_of("open", "-i", key, "--context", PROD, given=theirs) == b"salary"
     assert workspace.kms("open", "-i", key, given=theirs).returncode == 65
 
 
@@ -78,7 +78,7 @@ def test_break_glass_still_wants_every_byte_genuine(workspace: Workspace) -> Non
 
 
 def test_a_file_bound_to_nothing_is_refused_where_a_context_is_asked_for(workspace: Workspace) -> None:
-    sealed = workspace.made("seal", "-r", workspace.recipient, given=b"salary")
+    sealed = workspace.stdout_of("seal", "-r", workspace.recipient, given=b"salary")
     done = workspace.kms("open", "-i", "key.txt", "--context", PROD, given=sealed)
 
     assert (done.returncode, done.stdout) == (65, b"")
@@ -88,7 +88,9 @@ def test_a_file_bound_to_nothing_is_refused_where_a_context_is_asked_for(workspa
 def test_a_context_past_its_time_opens_nothing(workspace: Workspace) -> None:
     past, future = ("not_after=2020-01-01T00:00:00Z", "not_after=2999-01-01T00:00:00Z")
     over = workspace.kms("open", "-i", "key.txt", "--context", past, given=sealed_at(workspace, past))
-    opened = workspace.made("open", "-i", "key.txt", "--context", future, given=sealed_at(workspace, future))
+    opened = workspace.stdout_of(
+        "open", "-i", "key.txt", "--context", future, given=sealed_at(workspace, future)
+    )
 
     assert (over.returncode, over.stdout, opened) == (65, b"", b"salary")
     assert workspace.kms("seal", "-i", "key.txt", "--context", "not_after=soon").returncode == 65
@@ -110,7 +112,7 @@ def test_the_last_identity_of_a_file_seals_and_any_opens(
 
     assert f" {version_of(newer.recipient)} ".encode() in newest
     for sealed in (older, newest):
-        assert workspace.made("open", "-i", "key.txt", "--context", PROD, given=sealed) == b"salary"
+        assert workspace.stdout_of("open", "-i", "key.txt", "--context", PROD, given=sealed) == b"salary"
 
 
 def test_a_key_version_that_is_not_at_hand_is_named(workspace: Workspace) -> None:
@@ -124,10 +126,10 @@ def test_a_key_version_that_is_not_at_hand_is_named(workspace: Workspace) -> Non
 
 
 def test_the_key_id_is_in_the_file_and_checked(workspace: Workspace) -> None:
-    sealed = workspace.made("seal", "-i", "key.txt", "--key-id", "payroll", given=b"salary")
+    sealed = workspace.stdout_of("seal", "-i", "key.txt", "--key-id", "payroll", given=b"salary")
 
     assert b" payroll " in sealed
-    assert workspace.made("open", "-i", "key.txt", given=sealed) == b"salary"
+    assert workspace.stdout_of("open", "-i", "key.txt", given=sealed) == b"salary"
     assert workspace.kms("seal", "-i", "key.txt", "--key-id", "pay roll").returncode == 65
 
 
@@ -138,10 +140,10 @@ def test_the_key_id_is_in_the_file_and_checked(workspace: Workspace) -> None:
 def test_the_header_fills_4_kib_from_1_mib_on(workspace: Workspace, size: int, padded: bool) -> None:
     workspace.write("in", bytes(size))
     for source, given in (("in", b""), ("-", bytes(size))):
-        sealed = workspace.made("seal", "-i", "key.txt", source, given=given)
+        sealed = workspace.stdout_of("seal", "-i", "key.txt", source, given=given)
 
         assert (parse(sealed, FILE_LIMITS).size == 4096) == padded
-        assert workspace.made("open", "-i", "key.txt", given=sealed) == bytes(size)
+        assert workspace.stdout_of("open", "-i", "key.txt", given=sealed) == bytes(size)
 
 
 # -- files without a native stanza (native=false) ----------------------------------------------------
@@ -158,8 +160,8 @@ def test_a_file_without_a_native_stanza_opens_with_its_key_and_context(workspace
     sealed = wrapped(workspace, "default")
     write_key(workspace.folder / "other.txt", x25519.X25519Identity.generate())
 
-    assert workspace.made("open", "-i", "key.txt", "--context", PROD, given=sealed) == b"salary"
-    assert workspace.made("open", "-i", "key.txt", "--break-glass", given=sealed) == b"salary"
+    assert workspace.stdout_of("open", "-i", "key.txt", "--context", PROD, given=sealed) == b"salary"
+    assert workspace.stdout_of("open", "-i", "key.txt", "--break-glass", given=sealed) == b"salary"
     assert workspace.kms("open", "-i", "key.txt", "--context", "env=dev", given=sealed).returncode == 65
     assert workspace.kms("open", "-i", "other.txt", "--break-glass", given=sealed).returncode == 65
 
@@ -169,7 +171,7 @@ def test_a_file_of_another_tenant_opens_where_that_is_named(workspace: Workspace
     sealed = wrapped(workspace, "acme")
     for asked in (["--context", PROD], ["--break-glass"]):
         refused = workspace.kms("open", "-i", "key.txt", *asked, given=sealed)
-        named = workspace.made("open", "-i", "key.txt", "--tenant", "acme", *asked, given=sealed)
+        named = workspace.stdout_of("open", "-i", "key.txt", "--tenant", "acme", *asked, given=sealed)
 
         assert (refused.returncode, named) == (65, b"salary")
         assert b"--tenant" in refused.stderr or "--break-glass" not in asked

@@ -39,7 +39,7 @@ def test_a_damaged_payload_releases_genuine_chunks_to_a_pipe_and_no_file(
     workspace: Workspace, change: str, into: str
 ) -> None:
     plaintext = os.urandom(SIZE)
-    sealed = workspace.made("seal", "-r", workspace.recipient, given=plaintext)
+    sealed = workspace.stdout_of("seal", "-r", workspace.recipient, given=plaintext)
     damage, chunks = CHANGES[change]
     given = workspace.write("in", damage(sealed, parse(sealed, FILE_LIMITS).payload_offset))
     done = workspace.kms("open", "-i", "key.txt", "-o", "out" if into == "file" else "-", given)
@@ -52,7 +52,7 @@ def test_a_damaged_payload_releases_genuine_chunks_to_a_pipe_and_no_file(
 
 @pytest.mark.parametrize("at", [0, 10, 30, 100, 140, 200], ids=lambda at: f"byte-{at}")
 def test_a_damaged_header_releases_nothing(workspace: Workspace, at: int) -> None:
-    sealed = flipped(workspace.made("seal", "-r", workspace.recipient, given=b"salary"), at)
+    sealed = flipped(workspace.stdout_of("seal", "-r", workspace.recipient, given=b"salary"), at)
     for output in ("-", "out"):
         done = workspace.kms("open", "-i", "key.txt", "-o", output, given=sealed)
 
@@ -61,7 +61,7 @@ def test_a_damaged_header_releases_nothing(workspace: Workspace, at: int) -> Non
 
 
 def test_damaged_armor_releases_no_file(workspace: Workspace) -> None:
-    text = workspace.made("seal", "-a", "-r", workspace.recipient, given=bytes(300_000))
+    text = workspace.stdout_of("seal", "-a", "-r", workspace.recipient, given=bytes(300_000))
     for damaged in (text[:-40], text + b"x", text.replace(b"\n", b"\n\n", 3000)):
         done = workspace.kms("open", "-i", "key.txt", "-o", "out", given=damaged)
 
@@ -91,16 +91,16 @@ PARTS = [
 def test_a_part_is_what_the_whole_has_there(workspace: Workspace, offset: int, length: int | None) -> None:
     """Without a length it goes to the end."""
     plaintext = os.urandom(SIZE)
-    workspace.made("seal", "-r", workspace.recipient, "-o", "in", given=plaintext)
+    workspace.stdout_of("seal", "-r", workspace.recipient, "-o", "in", given=plaintext)
     asked = ["--offset", str(offset), *([] if length is None else ["--length", str(length)])]
-    workspace.made("open", "-i", "key.txt", *asked, "-o", "out", "in")
+    workspace.stdout_of("open", "-i", "key.txt", *asked, "-o", "out", "in")
 
-    assert workspace.made("open", "-i", "key.txt", *asked, "in") == workspace.read("out")
+    assert workspace.stdout_of("open", "-i", "key.txt", *asked, "in") == workspace.read("out")
     assert workspace.read("out") == plaintext[offset:][:length]
 
 
 def test_a_part_of_a_cut_file_is_refused_though_its_chunks_are_whole(workspace: Workspace) -> None:
-    sealed = workspace.made("seal", "-r", workspace.recipient, given=bytes(SIZE))
+    sealed = workspace.stdout_of("seal", "-r", workspace.recipient, given=bytes(SIZE))
     workspace.write("in", sealed[: parse(sealed, FILE_LIMITS).payload_offset + 3 * stream.SEALED_CHUNK])
     done = workspace.kms("open", "-i", "key.txt", "--length", "5", "in")
 
@@ -109,7 +109,7 @@ def test_a_part_of_a_cut_file_is_refused_though_its_chunks_are_whole(workspace: 
 
 @pytest.mark.parametrize("armored", [[], ["-a"]], ids=["pipe", "armor"])
 def test_a_pipe_and_armor_have_no_parts(workspace: Workspace, armored: list[str]) -> None:
-    sealed = workspace.made("seal", *armored, "-r", workspace.recipient, given=b"salary")
+    sealed = workspace.stdout_of("seal", *armored, "-r", workspace.recipient, given=b"salary")
     workspace.write("in", sealed)
     done = workspace.kms("open", "-i", "key.txt", "--length", "5", *(["in"] if armored else []), given=sealed)
 
@@ -156,7 +156,7 @@ def test_an_interruption_leaves_no_file(
 
 @pytest.mark.parametrize("verb", ["seal", "open"])
 def test_a_reader_that_leaves_ends_it_quietly(workspace: Workspace, verb: str) -> None:
-    sealed = workspace.made("seal", "-r", workspace.recipient, given=bytes(8 * 2**20))
+    sealed = workspace.stdout_of("seal", "-r", workspace.recipient, given=bytes(8 * 2**20))
     with started(workspace, *way(workspace, verb), workspace.write("in", sealed)) as running:
         output = cast("BinaryIO", running.stdout)
         output.read(10)

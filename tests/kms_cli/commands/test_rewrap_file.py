@@ -38,11 +38,11 @@ class ServiceAndFiles:
 
     def seal(self, name: str, size: int, context: str = OLD) -> bytes:
         plaintext = os.urandom(size)
-        self.workspace.made("seal", "-i", self.key, "--context", context, "-o", name, given=plaintext)
+        self.workspace.stdout_of("seal", "-i", self.key, "--context", context, "-o", name, given=plaintext)
         return plaintext
 
     def open(self, name: str, context: str) -> bytes:
-        return self.workspace.made("open", "-i", self.key, "--context", context, name)
+        return self.workspace.stdout_of("open", "-i", self.key, "--context", context, name)
 
     def rewrap(self, *args: str, given: bytes = b"") -> Done:
         return self.workspace.kms("rewrap-file", *args, given=given, KMS_SERVICE_URL=self.place.url)
@@ -122,7 +122,7 @@ def test_a_wrong_context_is_refused_and_nothing_is_written(service_and_files: Se
 
 
 def test_a_file_of_stock_age_gets_no_origin_by_rewrapping(service_and_files: ServiceAndFiles) -> None:
-    service_and_files.workspace.made(
+    service_and_files.workspace.stdout_of(
         "seal", "-r", service_and_files.workspace.recipient, "-o", "old", given=b"salary"
     )
     done = service_and_files.rewrap("-o", "new", "old")
@@ -132,7 +132,7 @@ def test_a_file_of_stock_age_gets_no_origin_by_rewrapping(service_and_files: Ser
 
 
 def test_an_armored_file_has_no_header_to_replace(workspace: Workspace) -> None:
-    workspace.made("seal", "-a", "-i", "key.txt", "-o", "old", given=b"salary")
+    workspace.stdout_of("seal", "-a", "-i", "key.txt", "-o", "old", given=b"salary")
     done = workspace.kms("rewrap-file", "-o", "new", "old")
     piped = workspace.kms("rewrap-file", "-", given=workspace.read("old"))
 
@@ -196,9 +196,9 @@ def test_a_source_that_changes_while_it_is_copied_is_refused(tmp_path: Path) -> 
 def test_the_header_of_another_file_is_not_written(
     workspace: Workspace, lie: str, stub_service: Callable[[Answer], str]
 ) -> None:
-    other = workspace.made("seal", "-i", "key.txt", given=b"another")
-    plain = workspace.made("seal", "-r", workspace.recipient, given=b"another")
-    own = workspace.made("seal", "-i", "key.txt", given=bytes(MIB))
+    other = workspace.stdout_of("seal", "-i", "key.txt", given=b"another")
+    plain = workspace.stdout_of("seal", "-r", workspace.recipient, given=b"another")
+    own = workspace.stdout_of("seal", "-i", "key.txt", given=bytes(MIB))
     workspace.write("old", own)
     lies = {
         "another file": other[: head_of(other).payload_offset],

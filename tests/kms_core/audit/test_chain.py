@@ -17,7 +17,7 @@ from kms_core.audit.keys import Concealer, PublicKeys, Signer
 from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import verify
 from kms_core.settings.model import AuditSection
-from support.audit_logs import audit_section, codes, record
+from support.audit_logs import audit_section, problem_codes, record
 
 MEMORY: Final = Path("/dev/shm")  # trails wait for their folder, and there are hundreds
 HYPOTHESIS_SETTINGS: Final = settings(
@@ -176,7 +176,7 @@ def test_a_trail_that_nobody_touched_is_not_accused(signer: Signer, plan: Plan) 
         reports = [trail.verified(anchored=anchored) for anchored in (True, False)]
         report = reports[0]
 
-        assert [(each.verdict, codes(each)) for each in reports] == [("intact", [])] * len(reports)
+        assert [(each.verdict, problem_codes(each)) for each in reports] == [("intact", [])] * len(reports)
         assert [chain.state for chain in report.chains] == ["closed"] * len(plan)
         assert all(chain.signed_seq == chain.last_seq for chain in report.chains)
 

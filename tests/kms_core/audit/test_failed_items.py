@@ -13,7 +13,7 @@ from kms_core.auth.policy import AllowAll, Principal
 from kms_protocol.context import Context
 from kms_protocol.errors import KmsError, UnknownKey
 from support.age_kms import kms_over
-from support.audit_logs import AuditFolder, Line, codes, record
+from support.audit_logs import AuditFolder, Line, problem_codes, record
 from support.memory_kms import memory_backend
 
 BOUND: Final = 10
@@ -27,7 +27,7 @@ def batch(audit_folder: AuditFolder, *records: Mapping[str, object]) -> list[Lin
         for fields in records:
             trail.append(record(1, **fields))
     trail.close()
-    assert not codes(audit_folder.verified())
+    assert not problem_codes(audit_folder.verified())
     return audit_folder.operations()
 
 

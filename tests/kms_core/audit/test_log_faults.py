@@ -20,7 +20,15 @@ import pytest
 from kms_core.audit.segments import SegmentFile
 from kms_core.settings.model import AuditSection
 from kms_protocol.errors import AuditUnavailable
-from support.audit_logs import PROGRAM_PREAMBLE, AuditFolder, audit_section, codes, notes, record, room_for
+from support.audit_logs import (
+    PROGRAM_PREAMBLE,
+    AuditFolder,
+    audit_section,
+    notes,
+    problem_codes,
+    record,
+    room_for,
+)
 from support.small_disk import small_disk
 
 APPEND_AND_DIE = f"""{PROGRAM_PREAMBLE}
@@ -98,7 +106,7 @@ def test_a_disk_that_is_really_full(audit_folder: AuditFolder) -> None:
             deque(map(trail.append, map(record, range(1000))), maxlen=0)
         with pytest.raises(AuditUnavailable):
             trail.check()
-        assert not codes(audit_folder.verified())
+        assert not problem_codes(audit_folder.verified())
         assert audit_folder.files()[0].read_bytes().endswith(b"}\n")
 
 
@@ -147,7 +155,7 @@ def test_a_file_that_another_hand_changed_is_noticed_and_left_as_it_is(
     assert {file: file.read_bytes() for file in left} == left
     (further,) = {*audit_folder.files()} - {*left}
     assert further.read_bytes().count(b"ada-3") == 1
-    assert ({*codes(report)}, notes(report)) == (expected, noted)
+    assert ({*problem_codes(report)}, notes(report)) == (expected, noted)
 
 
 def test_a_file_that_another_hand_changed_gets_no_closing_line(audit_folder: AuditFolder) -> None:
@@ -209,7 +217,7 @@ def test_a_torn_tail_is_never_the_beginning_of_a_line(audit_folder: AuditFolder)
     report = audit_folder.verified()
 
     assert path.read_bytes() == torn
-    assert (report.verdict, codes(report), notes(report)) == ("intact", [], ["cut_or_crashed"])
+    assert (report.verdict, problem_codes(report), notes(report)) == ("intact", [], ["cut_or_crashed"])
 
 
 # -- durability --------------------------------------------------------------------------------------
@@ -336,7 +344,7 @@ def test_records_of_a_batch_are_one_write_and_a_chain(audit_folder: AuditFolder)
     assert ids == [""] * 30
     assert audit_folder.principals() == [f"ada-{number}" for number in range(31)]
     assert len({line["time"] for line in audit_folder.operations()[:30]}) == 1
-    assert not codes(audit_folder.verified())
+    assert not problem_codes(audit_folder.verified())
 
 
 def test_an_intent_does_not_wait_for_the_records_of_its_batch(audit_folder: AuditFolder) -> None:
@@ -367,7 +375,7 @@ def test_a_folder_that_cannot_be_synced_is_an_error_and_the_chain_goes_on(audit_
     trail.close()
 
     assert audit_folder.principals() == ["ada-1", "ada-3"]
-    assert not codes(audit_folder.verified())
+    assert not problem_codes(audit_folder.verified())
     assert {"vanished", "unsynced"} <= set(notes(audit_folder.verified()))
 
 

@@ -10,7 +10,7 @@ import redis
 from kms_core.audit import maintenance
 from kms_core.audit.maintenance import AuditMaintenance, FolderSink, RedisSink
 from kms_protocol.errors import AuditUnavailable
-from support.audit_logs import DAY_NS, AuditFolder, audit_section, chain_name, codes, record
+from support.audit_logs import DAY_NS, AuditFolder, audit_section, chain_name, problem_codes, record
 
 EAGER = audit_section(checkpoint_s=0)
 
@@ -120,7 +120,7 @@ def test_a_young_file_that_is_gone_is_missing_all_the_same(audit_folder: AuditFo
     assert retire(audit_folder, 20) == [10]
     young.unlink()
 
-    assert codes(audit_folder.verified()) == ["missing_chain"]
+    assert problem_codes(audit_folder.verified()) == ["missing_chain"]
 
 
 def test_a_file_goes_only_after_all_that_were_opened_before_it(audit_folder: AuditFolder) -> None:

@@ -8,7 +8,7 @@ from kms_core.auth.authenticator import MetricsAccess
 from kms_core.auth.policy import ByScopes
 from kms_core.observability import metrics
 from kms_core.proxies import Proxies
-from support.credentials import Issuer, authenticator_of, claims, issuer_settings
+from support.credentials import Issuer, authenticator_of, claims, required_with_issuer
 from support.settings_files import read
 
 
@@ -16,7 +16,7 @@ def test_good_tokens_read_the_metrics_beside_a_hundred_times_as_many_bad_ones(tm
     issuer, thief = Issuer(), Issuer()
     keys = tmp_path / "jwks.json"
     keys.write_bytes(issuer.jwks)
-    settings = read(tmp_path, issuer_settings(f'jwks_file = "{keys}"'))
+    settings = read(tmp_path, required_with_issuer(f'jwks_file = "{keys}"'))
     doors = authenticator_of(settings)
     assert doors
     scraping = MetricsAccess(

@@ -15,7 +15,7 @@ from kms_core.s3.connection import TRIES, Ask, Credentials, S3Connection, S3Endp
 from kms_core.s3.multipart import ObjectReader
 from kms_protocol.errors import PathRefused, Unavailable
 from support.http_servers import QuietHandler, served
-from support.webhooks import make_authority
+from support.webhooks import make_localhost_tls
 
 Reply = tuple[int, dict[str, str], bytes] | None
 ERROR = b'<?xml version="1.0"?>\n<Error><Code>%s</Code><Message>about secret-key</Message></Error>'
@@ -260,7 +260,7 @@ def test_a_connection_that_ended_while_it_was_kept_is_not_used(script: Script) -
 
 @pytest.mark.parametrize("trusted", [True, False])
 def test_tls_is_for_a_name_under_an_authority_that_is_trusted(tmp_path: Path, *, trusted: bool) -> None:
-    authority = make_authority(tmp_path)
+    authority = make_localhost_tls(tmp_path)
     trust = ssl.create_default_context(cafile=authority.ca_file if trusted else None)
     with scripted((200, {}, b"fine"), tls=authority.serving()) as script:
         for host, known in (("localhost", trusted), ("127.0.0.1", False)):

@@ -167,16 +167,16 @@ class Application:
     @cache  # noqa: B019 -- one for each test session
     def with_token(self, *scopes: str, tenant: str = "default") -> Caller:
         """A caller with a token of these scopes; the same one each time."""
-        token, text = self.install.make(*scopes, tenant=tenant)
+        token, text = self.install.new_token(*scopes, tenant=tenant)
         return Caller(bearer(text), token.name, tenant)
 
     def revoked(self) -> Caller:
-        token, text = self.install.make(self.scope(OPERATIONS))
+        token, text = self.install.new_token(self.scope(OPERATIONS))
         tokens.revoke(self.install.token_file, token.id)
         return Caller(bearer(text))
 
     def expired(self) -> Caller:
-        return Caller(bearer(self.install.make(self.scope(OPERATIONS), ttl=-timedelta(hours=1))[1]))
+        return Caller(bearer(self.install.new_token(self.scope(OPERATIONS), ttl=-timedelta(hours=1))[1]))
 
     def by_jwt(self, **claims: object) -> Caller:
         """A caller with a JWT of the issuer, for everything unless its claims say otherwise."""

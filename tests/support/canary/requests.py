@@ -20,7 +20,7 @@ def encrypt_body(install: CanaryService) -> dict[str, object]:
     return {"plaintext": b64(install.plaintext.encode()), "context": install.context}
 
 
-def sealed(install: CanaryService) -> dict[str, object]:
+def decrypt_body(install: CanaryService) -> dict[str, object]:
     return {"ciphertext": install.sealed(), "context": install.context}
 
 
@@ -38,7 +38,7 @@ def payloads(install: CanaryService) -> dict[str, object]:
 
 
 def for_vault(install: CanaryService) -> dict[str, object]:
-    data = b64(install.value.encode())
+    data = b64(install.context_secret.encode())
     return {"plaintext": b64(install.plaintext.encode()), "context": data, "associated_data": data}
 
 
@@ -55,15 +55,18 @@ def without_body(routes: Iterable[Route]) -> dict[Route, Body]:
 
 CALLS: Final[dict[Route, Body]] = {
     ("POST", "/encrypt"): encrypt_body,
-    ("POST", "/decrypt"): sealed,
+    ("POST", "/decrypt"): decrypt_body,
     ("POST", "/generate-key"): lambda install: {"context": install.context},
-    ("POST", "/rewrap"): lambda install: {**sealed(install), "new_context": {"now": install.value}},
+    ("POST", "/rewrap"): lambda install: {
+        **decrypt_body(install),
+        "new_context": {"now": install.context_secret},
+    },
     ("POST", "/wrap"): lambda install: {
         "file_key": b64(install.secrets["file key"]),
         "context": install.context,
     },
     ("POST", "/unwrap"): wrapped,
-    ("POST", "/batch"): lambda install: {"operation": "decrypt", "items": [sealed(install)] * 3},
+    ("POST", "/batch"): lambda install: {"operation": "decrypt", "items": [decrypt_body(install)] * 3},
     ("POST", "/codec/encode"): payloads,
     ("POST", "/codec/decode"): lambda install: install.api("POST", "/codec/encode", payloads(install)),
     ("POST", "/jobs"): lambda install: {

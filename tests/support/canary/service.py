@@ -121,19 +121,19 @@ class CanaryService(SecuredService):
             path.touch(mode=0o600)
             path.write_text(f"{text}\n")
         super().__init__(folder, SETTINGS.format(peer=peer.url, secrets=self.kept))
-        self.plaintext, self.value, self.unknown = (
+        self.plaintext, self.context_secret, self.plain_secret = (
             escaping_canary("plaintext"),
             escaping_canary("context"),
             plain_canary("token"),
         )
         everything, files = ",".join(OPERATIONS), f"file://{self.files}/"
         places = f"read={files} read=s3://bucket/ write={files} write=s3://bucket/"
-        _, self.root = self.make(everything, f"{everything} {places}")
+        _, self.root = self.new_token(everything, f"{everything} {places}")
         self.http.headers.update(bearer(self.root))
         self.secrets: dict[str, bytes] = {
             "plaintext": self.plaintext.encode(),
-            "context": self.value.encode(),
-            "unknown token": self.unknown.encode(),
+            "context": self.context_secret.encode(),
+            "unknown token": self.plain_secret.encode(),
             "token": self.root.split("_", 2)[2].encode(),
             **{name: text.encode() for name, text in given.items()},
         }
@@ -142,7 +142,7 @@ class CanaryService(SecuredService):
 
     @property
     def context(self) -> dict[str, str]:
-        return {"who": self.value}
+        return {"who": self.context_secret}
 
     @property
     def headers(self) -> dict[str, str]:

@@ -44,7 +44,7 @@ class Workspace:
     def kms(self, *args: str, given: bytes = b"", **variables: str) -> Done:
         return fixtures.kms(self.folder, *args, given=given, **variables)
 
-    def made(self, *args: str, given: bytes = b"", **variables: str) -> bytes:
+    def stdout_of(self, *args: str, given: bytes = b"", **variables: str) -> bytes:
         """What a command that succeeds writes to stdout."""
         done = self.kms(*args, given=given, **variables)
         assert done.returncode == 0, done.stderr.decode()

@@ -17,7 +17,7 @@ from support.aws_servers import started
 from support.contract.cosmian_double import ADMIN, NEW, OLD, CosmianDouble
 from support.contract.cosmian_store import Key
 from support.contract.rig_cosmian import Protocol, cosmian
-from support.golden import manifest, reference
+from support.golden import golden_set, reference
 from support.openbao import bao, kv, transit
 from support.ports import free_port
 
@@ -43,24 +43,26 @@ def _folder() -> Path:
 
 def age(name: str, *, native: bool = True) -> AgeBackend:
     """An age key of the set."""
-    return AgeBackend(KeyFiles(manifest.copied(f"keys/{name}.txt", _folder())), data_keys=True, native=native)
+    return AgeBackend(
+        KeyFiles(golden_set.copied(f"keys/{name}.txt", _folder())), data_keys=True, native=native
+    )
 
 
 def _transit() -> RemoteBackend:
-    given = manifest.keys()["transit"]
+    given = golden_set.keys()["transit"]
     bao().admin("POST", f"transit/restore/{given['name']}", {"backup": given["backup"], "force": True})
     return RemoteBackend(transit(bao(), given["name"]))
 
 
 def _kv() -> RemoteBackend:
-    bao().admin("POST", "secret/data/golden/v1", {"data": manifest.keys()["vault-kv"]})
+    bao().admin("POST", "secret/data/golden/v1", {"data": golden_set.keys()["vault-kv"]})
     return RemoteBackend(kv(bao(), "golden/v1"))
 
 
 def _aws() -> RemoteBackend:
-    given, port = manifest.keys()["awskms"], free_port()
+    given, port = golden_set.keys()["awskms"], free_port()
     program = str(Path(__file__).with_name("aws_server.py"))
-    server = started([sys.executable, program, str(port), str(manifest.V1 / "keys/remote.json")], port)
+    server = started([sys.executable, program, str(port), str(golden_set.V1 / "keys/remote.json")], port)
     first, second = given["keys"]
     server.admin.create_alias(AliasName=f"{given['alias']}/{first}", TargetKeyId=first)
     server.admin.create_alias(AliasName=given["alias"], TargetKeyId=second)
@@ -70,9 +72,9 @@ def _aws() -> RemoteBackend:
 def _cosmian(version: str, protocol: Protocol) -> RemoteBackend:
     double = CosmianDouble(version)
     atexit.register(double.stop)
-    given = manifest.keys()["cosmian"]
+    given = golden_set.keys()["cosmian"]
     for held in given["versions"].values():
-        octets = manifest.unb64(held["key"])
+        octets = golden_set.unb64(held["key"])
         double.store.add(held["uid"], Key(octets, ADMIN, frozenset({f"kms-service:{given['name']}"})))
     return RemoteBackend(CosmianCipher(CosmianKey(cosmian(double.url, protocol), given["name"])))
 
@@ -91,19 +93,22 @@ MAKERS: Final[Mapping[str, Callable[[], Backend]]] = {
 
 def peer_opens(scheme: str, version: str, wrapped: bytes, aad: bytes) -> bytes:
     """What the server of a backend makes of a wrap, without the code under test."""
-    given = manifest.keys()
+    given = golden_set.keys()
     match scheme:
         case "vault-kv":
             held = given["vault-kv"][version]
             return reference.kv_open(
-                manifest.unb64(held if isinstance(held, str) else held["key"]), wrapped, aad
+                golden_set.unb64(held if isinstance(held, str) else held["key"]), wrapped, aad
             )
         case "awskms":
-            return reference.moto_open(manifest.unb64(given["awskms"]["keys"][version]), wrapped, aad)
+            return reference.moto_open(golden_set.unb64(given["awskms"]["keys"][version]), wrapped, aad)
         case "cosmian":
             held = given["cosmian"]["versions"][version]
-            return reference.cosmian_open(manifest.unb64(held["key"]), held["uid"], wrapped, aad)
+            return reference.cosmian_open(golden_set.unb64(held["key"]), held["uid"], wrapped, aad)
     of("transit")
-    body = {"ciphertext": f"vault:v{version}:{manifest.b64(wrapped)}", "associated_data": manifest.b64(aad)}
+    body = {
+        "ciphertext": f"vault:v{version}:{golden_set.b64(wrapped)}",
+        "associated_data": golden_set.b64(aad),
+    }
     answer = bao().admin("POST", f"transit/decrypt/{given['transit']['name']}", body)
-    return manifest.unb64(answer["data"]["plaintext"])
+    return golden_set.unb64(answer["data"]["plaintext"])

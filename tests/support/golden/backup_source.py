@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Final
 
-from support.golden import install, manifest
+from support.golden import golden_set, install
 
-PATH: Final = manifest.V1.parent / "v2/backup.age"
-IDENTITIES: Final = manifest.V1 / "keys/age-x25519.txt"
+PATH: Final = golden_set.V1.parent / "v2/backup.age"
+IDENTITIES: Final = golden_set.V1 / "keys/age-x25519.txt"
 SETTINGS: Final = b'[kms]\nenvironment = "dev"\n'
 INSTALL_ID: Final = b"0f8e6a2c-5a4b-4a57-9e55-2b1c4d5e6f70\n"
 JOB: Final = "spool/0adf3e46-f198-4650-bc9a-6fdf38249781"

@@ -5,7 +5,7 @@ from typing import Final
 
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import Settings
-from support.golden import manifest
+from support.golden import golden_set
 from support.service import Service
 
 FILES: Final = {
@@ -24,8 +24,8 @@ def put_keys(state: Path) -> None:
         path = state / place
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.touch(mode=0o600)
-        path.write_bytes((manifest.V1 / name).read_bytes())
-    (state / "age/public_key.txt").write_text(manifest.recipients("age-x25519")[-1] + "\n")
+        path.write_bytes((golden_set.V1 / name).read_bytes())
+    (state / "age/public_key.txt").write_text(golden_set.recipients("age-x25519")[-1] + "\n")
 
 
 def service(folder: Path, redis_url: str, more: str = "") -> Service:

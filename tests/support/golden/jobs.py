@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from support.golden import manifest, reference
+from support.golden import golden_set, reference
 
-SECRET: Final = reference.origin_key(manifest.identity_secret("spool"))
+SECRET: Final = reference.origin_key(golden_set.identity_secret("spool"))
 """The key that seals records: derived from the spool identity."""

@@ -9,10 +9,10 @@ from kms_core.jobs.model import RecordKey
 from kms_core.key_documents import INFO, KeyDocument
 from kms_core.keyring import Key
 from kms_core.signed_documents import Anchors, FilePlace, LocalCopy, SignedDocument
-from support.golden import backends, manifest
+from support.golden import backends, golden_set
 from support.golden.jobs import SECRET
 
-PATH: Final = manifest.V1.parent / "v2/key-document.json"
+PATH: Final = golden_set.V1.parent / "v2/key-document.json"
 NAME: Final = "orders"
 
 

@@ -6,10 +6,10 @@ from typing import Final
 from kms_core.auth.tokens import DOCUMENT_INFO, DOCUMENT_NAME
 from kms_core.jobs.model import RecordKey
 from kms_core.signed_documents import Anchors, FilePlace, SignedDocument
-from support.golden import manifest
+from support.golden import golden_set
 from support.golden.jobs import SECRET
 
-PATH: Final = manifest.V1.parent / "v2/tokens-document.json"
+PATH: Final = golden_set.V1.parent / "v2/tokens-document.json"
 
 
 def document_at(path: Path) -> SignedDocument:

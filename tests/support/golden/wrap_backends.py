@@ -4,10 +4,10 @@ from typing import Final, cast
 
 from kms_core.backends.age import AgeBackend
 from kms_core.backends.remote import RemoteBackend, SharingBackend, WrapKeys
-from support.golden import backends, manifest
+from support.golden import backends, golden_set
 
-PATH: Final = manifest.V1.parent / "v2/age-wraps.json"
-SHARED: Final = manifest.V1.parent / "v2/shared.json"
+PATH: Final = golden_set.V1.parent / "v2/age-wraps.json"
+SHARED: Final = golden_set.V1.parent / "v2/shared.json"
 
 
 def sharing(name: str) -> SharingBackend:

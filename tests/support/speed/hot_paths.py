@@ -55,7 +55,7 @@ class Install:
         install.http.close()
         self.audit = AuditFolder(folder / "read")
         self.audit.root.mkdir()
-        self._token = install.token(SCOPES)["Authorization"]
+        self._token = install.token_header(SCOPES)["Authorization"]
         self._app = app.build(install.settings)
         self._loop = uvloop.new_event_loop()
         self._core = core_of(install, broker.connect(install.settings.kms.redis))

@@ -20,7 +20,16 @@ from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import AuditMonitor, verify
 from kms_core.auth.policy import Principal
 from kms_core.settings.model import AuditSection
-from support.audit_logs import AuditFolder, audit_ok, audit_section, chain_name, codes, notes, record, rewrite
+from support.audit_logs import (
+    AuditFolder,
+    audit_ok,
+    audit_section,
+    chain_name,
+    notes,
+    problem_codes,
+    record,
+    rewrite,
+)
 
 EAGER: Final = audit_section(checkpoint_s=0)
 AnchorPlace = RedisSink | FolderSink
@@ -197,7 +206,7 @@ def test_what_is_not_the_anchored_log_is_found(
     hand(file)
 
     assert found(watch) == found(audit_folder.monitor(kept)) == by_anchors(audit_folder, kept) == [code]
-    assert {*codes(audit_folder.verified())} == others
+    assert {*problem_codes(audit_folder.verified())} == others
     assert audit_ok(kept.name) == 0
     genuine.put_back()
     assert (found(watch), audit_ok(kept.name)) == ([], 1)
@@ -219,7 +228,7 @@ def test_an_older_copy_is_told_with_the_lines_that_it_lacks(
     assert (problem.chain, problem.seq, problem.anchor_seq) == (chain_name(writer.trail), 5, 9)
     assert "the log ends at line 4" in problem.text
     report = verified(audit_folder, kept)
-    assert (report.verdict, codes(report)) == ("damaged", ["cut"])
+    assert (report.verdict, problem_codes(report)) == ("damaged", ["cut"])
     assert "the anchor in there names line 9" in report.problems[0].text
 
 
@@ -231,7 +240,7 @@ def test_a_line_in_place_of_a_chain_is_found_by_a_chain_that_saw_its_end(
     other.write()
     put_stub(next(file for file in audit_folder.files() if file.name.startswith("api-")), "")
 
-    assert "missing_chain" in codes(audit_folder.verified())
+    assert "missing_chain" in problem_codes(audit_folder.verified())
 
 
 # -- what is no other log -----------------------------------------------------------------------------
@@ -276,7 +285,7 @@ def test_a_removal_that_nobody_signed_excuses_nothing(audit_folder: AuditFolder,
     file.write_bytes(file.read_bytes() + line)
 
     assert found(audit_folder.monitor(kept)) == ["missing_chain"]
-    assert "missing_chain" in codes(verified(audit_folder, kept))
+    assert "missing_chain" in problem_codes(verified(audit_folder, kept))
 
 
 def test_a_removal_before_a_copied_checkpoint_is_not_signed_by_it(audit_folder: AuditFolder) -> None:
@@ -326,10 +335,10 @@ def test_forged_anchors_count_for_nothing_and_hide_none(
     assert (forged != genuine, forged.startswith(b'{"seq":4'), forged[-3:]) == (True, True, b'"}\n')
     watch = audit_folder.monitor(kept)
     kept.put(forged)
-    assert found(watch) == codes(verified(audit_folder, kept)) == []
+    assert found(watch) == problem_codes(verified(audit_folder, kept)) == []
     older_put_back(audit_folder, writer)
 
-    assert found(watch) == codes(verified(audit_folder, kept)) == ["cut"]
+    assert found(watch) == problem_codes(verified(audit_folder, kept)) == ["cut"]
 
 
 # -- a loss on record --------------------------------------------------------------------------------
@@ -357,11 +366,13 @@ def test_a_loss_on_record_is_a_note(audit_folder: AuditFolder, kept: AnchorPlace
     acknowledge(audit_folder, writer, 0, 8)
     assert found(watch) == ["cut"], "line 9 is not among those"
     with acknowledging(audit_folder, writer, 0, 9):
-        assert found(watch) == codes(verified(audit_folder, kept)) == ["cut"], "nobody has signed the record"
+        assert found(watch) == problem_codes(verified(audit_folder, kept)) == ["cut"], (
+            "nobody has signed the record"
+        )
 
     assert found(watch) == found(audit_folder.monitor(kept)) == []
     report = verified(audit_folder, kept)
-    assert (report.verdict, codes(report)) == ("intact", [])
+    assert (report.verdict, problem_codes(report)) == ("intact", [])
     assert "acknowledged" in notes(report)
 
 
@@ -407,7 +418,7 @@ def test_lines_written_anew_are_no_loss_that_can_be_acknowledged(
     written_anew(audit_folder.files()[0], audit_folder.signing_key)
     acknowledge(audit_folder, writer, 0, 100)
 
-    assert found(audit_folder.monitor(kept)) == codes(verified(audit_folder, kept)) == ["rewritten"]
+    assert found(audit_folder.monitor(kept)) == problem_codes(verified(audit_folder, kept)) == ["rewritten"]
 
 
 # -- anchors that are away, or older ------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 from kms_core.audit import AuditLog, chain
 from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import verify
-from support.audit_logs import AuditFolder, audit_section, codes, notes, record, rewrite
+from support.audit_logs import AuditFolder, audit_section, notes, problem_codes, record, rewrite
 
 RULES: Final = audit_section(checkpoint_s=0)
 HOUR: Final = timedelta(hours=1)
@@ -48,7 +48,7 @@ class Host:
 
     def told(self, max_late: timedelta | None = HOUR) -> tuple[str, list[str]]:
         report = self.verified(max_late)
-        return report.verdict, codes(report)
+        return report.verdict, problem_codes(report)
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_copy_of_a_chain_that_goes_on_is_intact(host: Host) -> None:
     host.ship()
 
     found = host.verified()
-    assert (found.verdict, found.late_since, codes(found)) == ("intact", "", [])
+    assert (found.verdict, found.late_since, problem_codes(found)) == ("intact", "", [])
     assert host.verified(None).verdict == "open end", "in its place, a log that nothing writes has no end"
 
 
@@ -86,10 +86,10 @@ def test_lines_that_are_not_copied_yet_are_late(host: Host) -> None:
     host.write(log, 2, minutes=15)
 
     found = host.verified()
-    assert (found.verdict, codes(found), notes(found)[0]) == ("intact", [], "late")
+    assert (found.verdict, problem_codes(found), notes(found)[0]) == ("intact", [], "late")
     assert found.late_since.encode() in first_missing
     assert host.told(timedelta(minutes=20)) == ("late", [])
-    assert codes(host.verified(None)) == ["cut"], "a log in its place is never late"
+    assert problem_codes(host.verified(None)) == ["cut"], "a log in its place is never late"
 
 
 def ship_apart(host: Host, minutes: int) -> None:
@@ -104,7 +104,7 @@ def ship_apart(host: Host, minutes: int) -> None:
 
 def test_lines_that_are_cut_may_be_late_if_they_are_little_older_than_the_rest(host: Host) -> None:
     ship_apart(host, 9)
-    assert codes(host.verified(None)) == ["cut", "cut"], "an anchor and the other chain name the line"
+    assert problem_codes(host.verified(None)) == ["cut", "cut"], "an anchor and the other chain name the line"
 
     assert host.told() == ("intact", [])
 
@@ -122,7 +122,7 @@ def test_no_unsigned_line_makes_cut_lines_late(host: Host, at: str) -> None:
         file.write(chain.seal(bytes.fromhex(found.head), body.encode())[0])
 
     report = host.verified(timedelta(minutes=1))
-    assert (report.verdict, set(codes(report))) == ("damaged", {"cut"})
+    assert (report.verdict, set(problem_codes(report))) == ("damaged", {"cut"})
 
 
 def test_a_chain_that_is_not_copied_yet_is_late(host: Host) -> None:
@@ -131,7 +131,7 @@ def test_a_chain_that_is_not_copied_yet_is_late(host: Host) -> None:
     host.write(host.chain("worker"), 2, minutes=1)
 
     found = host.verified()
-    assert (found.verdict, codes(found), notes(found)[0]) == ("intact", [], "late")
+    assert (found.verdict, problem_codes(found), notes(found)[0]) == ("intact", [], "late")
     assert host.verified(timedelta(minutes=1)).verdict == "late"
 
 
@@ -140,7 +140,9 @@ def test_a_chain_that_was_there_before_is_missing(host: Host) -> None:
     host.write(host.chain("worker"), 2, minutes=15)
     host.ship("worker*")
 
-    assert codes(host.verified()) == ["missing_chain"], "its anchor is older than the rest of the copy"
+    assert problem_codes(host.verified()) == ["missing_chain"], (
+        "its anchor is older than the rest of the copy"
+    )
 
 
 def test_a_copy_that_was_never_made_is_late(host: Host) -> None:
@@ -167,7 +169,7 @@ def test_changes_of_a_copy_are_damage(
     host.ship()
     rewrite(next(host.copy.iterdir()), hurt)
 
-    assert codes(host.verified()) == [code]
+    assert problem_codes(host.verified()) == [code]
 
 
 def test_anchors_of_other_hosts_do_not_count(host: Host, tmp_path: Path) -> None:
@@ -179,7 +181,7 @@ def test_anchors_of_other_hosts_do_not_count(host: Host, tmp_path: Path) -> None
     host.anchors += other.anchors
 
     found = host.verified()
-    assert (found.verdict, found.late_since, codes(found)) == ("intact", "", [])
+    assert (found.verdict, found.late_since, problem_codes(found)) == ("intact", "", [])
 
 
 def test_a_file_that_rsync_receives_is_no_second_copy(host: Host) -> None:
@@ -190,4 +192,4 @@ def test_a_file_that_rsync_receives_is_no_second_copy(host: Host) -> None:
 
     assert host.verified().verdict == "intact"
     shutil.copy2(path, host.copy / f"{path.name}.aB3xYz")
-    assert codes(host.verified()) == ["duplicate_file"]
+    assert problem_codes(host.verified()) == ["duplicate_file"]

@@ -41,7 +41,7 @@ def watch(audit_folder: AuditFolder, trail: AuditLog) -> AuditMonitor:
     return made
 
 
-def codes(watch: AuditMonitor) -> set[str]:
+def problem_codes(watch: AuditMonitor) -> set[str]:
     watch.round()
     return {problem.code for problem in watch.condition.problems}
 
@@ -52,12 +52,12 @@ def test_a_trail_that_grows_and_rotates_holds(
     for number in range(200):
         trail.append(record(number))
         if number % 50 == 0:
-            assert codes(watch) == set()
+            assert problem_codes(watch) == set()
     others = audit_folder.trail(role="worker")
     others.append(record(1))
     others.close()
 
-    assert codes(watch) == set()
+    assert problem_codes(watch) == set()
     assert len(audit_folder.files()) > 3
     assert watch.condition.lines == len(audit_folder.lines())
     assert watch.condition.newest == max(str(line["time"]) for line in audit_folder.lines())
@@ -72,19 +72,19 @@ def test_of_many_new_lines_the_last_are_read_and_the_old_ones_must_still_be_ther
     busy = audit_folder.trail(role="busy")
     busy.append(record(1))
     watch = audit_folder.monitor()
-    assert codes(watch) == set()
+    assert problem_codes(watch) == set()
     for number in range(MANY):
         busy.append(record(number))
 
-    assert codes(watch) == set()
+    assert problem_codes(watch) == set()
     assert watch.condition.lines < MANY
     first = audit_folder.monitor()
-    assert (codes(first), 0 < first.condition.lines < MANY) == (set(), True)
+    assert (problem_codes(first), 0 < first.condition.lines < MANY) == (set(), True)
     for number in range(MANY):
         busy.append(record(number))
     (file,) = audit_folder.folder.glob("busy-*")
     rewrite(file, lambda lines: [lines[0], *lines[2:]])
-    assert codes(watch) & {"rewritten", "cut"}
+    assert problem_codes(watch) & {"rewritten", "cut"}
 
 
 def test_segments_that_have_not_changed_are_not_read_again(
@@ -98,10 +98,10 @@ def test_segments_that_have_not_changed_are_not_read_again(
         return scan(segment, keys, end, begin)
 
     monkeypatch.setattr(verify, "scan", counted)
-    assert codes(watch) == codes(watch) == set()
+    assert problem_codes(watch) == problem_codes(watch) == set()
     assert scanned == [others]
     trail.append(record(11))
-    assert codes(watch) == set()
+    assert problem_codes(watch) == set()
     assert scanned == [others, audit_folder.files()[0]]
 
 
@@ -156,12 +156,12 @@ def test_a_hand_that_changes_the_trail_is_noticed(audit_folder: AuditFolder, nam
     hand, code = TAMPERINGS[name]
     file = audit_folder.written(10, close=False)
     watch = audit_folder.monitor()
-    assert codes(watch) == set()
+    assert problem_codes(watch) == set()
     hand(file)
 
-    assert codes(watch) == {code}
+    assert problem_codes(watch) == {code}
     assert audit_ok("chain") == 0
-    assert codes(watch) == {code}, "it stays, and is not told again"
+    assert problem_codes(watch) == {code}, "it stays, and is not told again"
     assert len(watch.condition.problems) == 1
 
 
@@ -170,12 +170,12 @@ def test_files_whose_removal_is_on_record_are_not_missed(
 ) -> None:
     while len(audit_folder.files()) < 3:
         trail.append(record())
-    assert codes(watch) == set()
+    assert problem_codes(watch) == set()
     first = audit_folder.files()[0]
     trail.record_removal(str(audit_folder.lines()[0]["time"]), 1)
     first.unlink()
 
-    assert codes(watch) == set()
+    assert problem_codes(watch) == set()
 
 
 def broken(*_: object) -> ScannedSpan:
@@ -212,7 +212,7 @@ def test_an_error_that_no_code_expects_is_reported_and_the_next_round_is_as_ever
     assert (watch.condition.unread, watch.condition.lines) == ("", 5)
     path.unlink()
 
-    assert codes(watch) == {"missing_file"}
+    assert problem_codes(watch) == {"missing_file"}
 
 
 @pytest.mark.parametrize("written", [-30, 0], ids=["half a line", "no line"])
@@ -225,9 +225,9 @@ def test_the_end_of_a_segment_is_read_once_it_is_whole(
     file = audit_folder.files()[-1]
     whole = file.read_bytes()
     file.write_bytes(whole[:written])
-    assert codes(watch) == set()
+    assert problem_codes(watch) == set()
     file.write_bytes(whole)
 
-    assert codes(watch) == set()
+    assert problem_codes(watch) == set()
     assert watch.condition.lines == len(audit_folder.lines())
     assert watch.condition.newest == audit_folder.lines()[-1]["time"]

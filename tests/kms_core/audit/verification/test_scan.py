@@ -13,7 +13,7 @@ from kms_core.audit.maintenance import AuditMaintenance, FolderSink
 from kms_core.audit.verification.anchors import ACKNOWLEDGED
 from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import AuditMonitor
-from support.audit_logs import AuditFolder, audit_section, chain_name, codes, notes, record, rewrite
+from support.audit_logs import AuditFolder, audit_section, chain_name, notes, problem_codes, record, rewrite
 
 SMALL: Final = audit_section(checkpoint_lines=5)
 TIME: Final = "2026-01-01T00:00:00.000000Z"
@@ -114,7 +114,7 @@ def test_lines_behind_a_closed_end_are_damage(
     audit_folder.written(2)
     report = audit_folder.verified()
 
-    assert (report.verdict, codes(report)) == ("damaged", ["after_closed"])
+    assert (report.verdict, problem_codes(report)) == ("damaged", ["after_closed"])
     assert (report.problems[0].file, report.problems[0].seq) == (path.name, 5)
     assert "2 lines after line 4" in report.problems[0].text
     path.write_bytes(whole)
@@ -138,7 +138,7 @@ def test_lines_behind_the_end_of_a_full_file_are_damage(audit_folder: AuditFolde
     (path,) = audit_folder.files()
     append_forged(path)
 
-    assert codes(audit_folder.verified()) == ["after_closed"]
+    assert problem_codes(audit_folder.verified()) == ["after_closed"]
 
 
 def test_unsigned_lines_in_a_further_file_behind_a_closed_end_are_no_intact_log(
@@ -161,7 +161,7 @@ def test_unsigned_lines_in_a_further_file_behind_a_closed_end_are_no_intact_log(
     audit_folder.written(1)
 
     report = audit_folder.verified()
-    assert (report.verdict, codes(report)) == ("open end", [])
+    assert (report.verdict, problem_codes(report)) == ("open end", [])
     assert "its last 2 lines are not signed" in said(report, "cut_or_crashed")
 
 
@@ -194,7 +194,7 @@ def test_a_witness_counts_for_one_checkpoint_interval(
     audit_folder.written(1)
     report = audit_folder.verified()
 
-    assert (report.verdict, codes(report)) == (verdict, [])
+    assert (report.verdict, problem_codes(report)) == (verdict, [])
 
 
 @pytest.mark.parametrize(
@@ -411,7 +411,7 @@ def check_missed(audit_folder: AuditFolder, damage: str) -> None:
     watch = audit_folder.monitor(anchors)
     watch.round()
 
-    assert {"missing_chain", damage} <= {*codes(audit_folder.verified(*anchors.lines()))}
+    assert {"missing_chain", damage} <= {*problem_codes(audit_folder.verified(*anchors.lines()))}
     assert "missing_chain" in [problem.code for problem in watch.condition.anchors]
 
 
@@ -465,11 +465,11 @@ def test_an_unsigned_head_replaces_no_signed_one(audit_folder: AuditFolder) -> N
     audit_folder.written(3, SMALL)
     rewrite(path, lambda lines: lines[:14])
     head = append_forged(path, 60)
-    assert codes(audit_folder.verified()) == ["rewritten"]
+    assert problem_codes(audit_folder.verified()) == ["rewritten"]
     end = last_of(path)
     append_forged(path, 1, f'"kind":"x","heads":{{"{end.chain}":[{end.seq},"{head}",""]}}')
 
-    assert codes(audit_folder.verified()) == ["rewritten"]
+    assert problem_codes(audit_folder.verified()) == ["rewritten"]
 
 
 def test_an_unsigned_head_excuses_no_missing_chain(audit_folder: AuditFolder) -> None:
@@ -482,11 +482,11 @@ def test_an_unsigned_head_excuses_no_missing_chain(audit_folder: AuditFolder) ->
     AuditMaintenance(log, keep_days=20).round()
     log.close()
     lost.unlink()
-    assert codes(audit_folder.verified()) == ["missing_chain"]
+    assert problem_codes(audit_folder.verified()) == ["missing_chain"]
     heads = f'"heads":{{"{name}":[99,"{"00" * 32}","2020-01-01T00:00:00.000000Z"]}}'
     put_chain(audit_folder, (0, f"{OPENING},{heads}"))
 
-    assert codes(audit_folder.verified()) == ["missing_chain"]
+    assert problem_codes(audit_folder.verified()) == ["missing_chain"]
 
 
 # -- other forms of a line -----------------------------------------------------------------------------
@@ -500,7 +500,7 @@ def test_a_forged_end_in_another_form_of_json_is_damage(audit_folder: AuditFolde
     end = last_of(path)
     append(path, body(end.chain, end.seq + 1, '"kind":"closed"').replace(b"{", b"{ ", 1))
 
-    assert codes(audit_folder.verified()) == ["edited"]
+    assert problem_codes(audit_folder.verified()) == ["edited"]
     assert [code for code, _ in watched(audit_folder.monitor())] == ["edited"]
 
 
@@ -528,7 +528,7 @@ def test_a_line_of_more_than_a_mib_is_unreadable(audit_folder: AuditFolder, size
     append_forged(path, 1, f'"operation":"x","principal":"{"x" * size}"')
     report = audit_folder.verified()
 
-    assert codes(report) == ["unreadable"]
+    assert problem_codes(report) == ["unreadable"]
     assert "1 MiB" in report.problems[0].text
     assert notes(report) == ["cut_or_crashed"]
 
@@ -538,7 +538,7 @@ def test_bytes_without_newline_change_no_number(audit_folder: AuditFolder) -> No
     path.write_bytes(path.read_bytes() + b"x" * 100)
     report = audit_folder.verified()
 
-    assert codes(report) == ["unreadable"]
+    assert problem_codes(report) == ["unreadable"]
     assert report.chains[0].last_seq == 4
 
 
@@ -549,6 +549,6 @@ def test_a_renamed_file_is_read_and_said(audit_folder: AuditFolder, suffix: str)
     path.rename(path.with_name(path.name + suffix))
     report = audit_folder.verified()
 
-    assert (report.verdict, codes(report), notes(report)) == ("intact", [], ["misplaced"])
+    assert (report.verdict, problem_codes(report), notes(report)) == ("intact", [], ["misplaced"])
     assert path.name + suffix in said(report, "misplaced")
     assert report.chains[0].lines == 5

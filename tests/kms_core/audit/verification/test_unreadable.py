@@ -18,7 +18,7 @@ from kms_core.audit.maintenance import AuditMaintenance, FolderSink
 from kms_core.audit.verification.crosscheck import Removals
 from kms_core.audit.verification.verify import AuditMonitor
 from kms_core.settings.model import Settings
-from support.audit_logs import AuditFolder, audit_ok, audit_section, codes, notes, record, rewrite
+from support.audit_logs import AuditFolder, audit_ok, audit_section, notes, problem_codes, record, rewrite
 
 NOBODY: Final = 65534
 MARK: Final = b'"kind":"retired"'
@@ -358,7 +358,7 @@ def test_what_is_no_file_of_anchors_hides_no_other(
     folder = kept(audit_folder)
     with unprivileged(audit_folder):
         assert (found(watch), compared()) == (["cut"], 0)
-        assert codes(audit_folder.verified(*folder.lines())) == ["cut"]
+        assert problem_codes(audit_folder.verified(*folder.lines())) == ["cut"]
         told = [folder.unread, watch.condition.not_compared.get("directory", "")]
         assert told == [f"{stray} cannot be read (Permission denied)" if is_told else ""] * 2
         read = installation.named_anchors(cast("Settings", None), [str(folder.path)])
@@ -372,7 +372,7 @@ def test_a_link_that_leads_nowhere_does_not_end_a_verification(audit_folder: Aud
     audit_folder.folder.joinpath("api.jsonl").symlink_to("a" * 300)
     cut(file)
 
-    assert codes(audit_folder.verified(*kept(audit_folder).lines())) == ["cut"]
+    assert problem_codes(audit_folder.verified(*kept(audit_folder).lines())) == ["cut"]
 
 
 def test_a_log_with_a_file_out_of_reach_is_not_called_intact(audit_folder: AuditFolder) -> None:

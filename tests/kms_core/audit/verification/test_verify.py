@@ -21,8 +21,8 @@ from support.audit_logs import (
     AuditFolder,
     audit_section,
     chain_name,
-    codes,
     notes,
+    problem_codes,
     record,
     rewrite,
 )
@@ -74,7 +74,7 @@ def test_a_closed_trail_is_intact_and_signed_to_its_end(audit_folder: AuditFolde
     report = audit_folder.verified()
     (only,) = report.chains
 
-    assert (report.verdict, codes(report), notes(report)) == ("intact", [], [])
+    assert (report.verdict, problem_codes(report), notes(report)) == ("intact", [], [])
     assert only.state == "closed"
     assert only.signed_seq == only.last_seq
     assert report.lines == only.lines == len(audit_folder.lines())
@@ -87,7 +87,7 @@ def test_without_a_key_the_trails_own_is_taken_and_that_is_said(audit_folder: Au
     other = Signer.at(audit_folder.root / "other.key").public
 
     assert (report.verdict, report.trusted) == ("intact", False)
-    assert codes(verify(audit_folder.folder, PublicKeys([other]))) == ["unknown_key"]
+    assert problem_codes(verify(audit_folder.folder, PublicKeys([other]))) == ["unknown_key"]
 
 
 @pytest.mark.parametrize("key", [b"", b"00", b"no hex"])
@@ -97,7 +97,7 @@ def test_a_log_without_a_key_that_can_be_taken_is_a_finding(audit_folder: AuditF
     named = b'"public_key":"%b"' % key
     rewrite(path, lambda lines: [re.sub(rb'"public_key":"\w+"', named, line) for line in lines])
 
-    assert "edited" in codes(verify(audit_folder.folder))
+    assert "edited" in problem_codes(verify(audit_folder.folder))
 
 
 def test_progress_is_told_at_first_and_after_each_file(audit_folder: AuditFolder) -> None:
@@ -172,7 +172,7 @@ def test_a_change_of_lines_is_found(audit_folder: AuditFolder, name: str) -> Non
     rewrite(path, change)
     report = audit_folder.verified()
 
-    assert code in codes(report)
+    assert code in problem_codes(report)
     assert report.verdict == "damaged"
     assert {problem.file for problem in report.problems} == {path.name}
 
@@ -181,7 +181,7 @@ def test_a_line_of_another_chain_is_out_of_place(audit_folder: AuditFolder) -> N
     stray = audit_folder.written(3).read_bytes().splitlines(keepends=True)[2]
     rewrite(audit_folder.written(12, SMALL), on_line(3, lambda line: stray + line))
 
-    assert "misplaced" in codes(audit_folder.verified())
+    assert "misplaced" in problem_codes(audit_folder.verified())
 
 
 def test_words_of_a_caller_are_never_taken_for_a_checkpoint(audit_folder: AuditFolder) -> None:
@@ -223,7 +223,7 @@ def test_a_chain_without_end_is_cut_or_crashed_until_the_next_one_bears_witness(
     rewrite(audit_folder.written(12, SMALL), lambda lines: lines[:-1])
     report = audit_folder.verified()
     assert (report.verdict, report.chains[0].state) == ("open end", "cut or crashed")
-    assert (codes(report), notes(report)) == ([], ["cut_or_crashed"])
+    assert (problem_codes(report), notes(report)) == ([], ["cut_or_crashed"])
     audit_folder.written(1)
     report = audit_folder.verified()
 
@@ -245,7 +245,7 @@ def test_a_chain_written_anew_after_another_saw_it_does_not_pass(audit_folder: A
     path.write_bytes(b"".join(resealed(text.splitlines(keepends=True), begin=0)))
     new.unlink()
 
-    assert "rewritten" in codes(audit_folder.verified())
+    assert "rewritten" in problem_codes(audit_folder.verified())
 
 
 # -- files -------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_a_change_of_files_is_found(audit_folder: AuditFolder, name: str) -> Non
     damage(files)
     report = audit_folder.verified()
 
-    assert (codes(report), report.verdict) == ([code], "damaged")
+    assert (problem_codes(report), report.verdict) == ([code], "damaged")
 
 
 def test_a_file_that_is_not_the_one_which_the_next_continues_is_found(audit_folder: AuditFolder) -> None:
@@ -298,10 +298,10 @@ def test_a_file_that_is_not_the_one_which_the_next_continues_is_found(audit_fold
     trail.append(record(9))
     trail.close()
     file.write_bytes(content)
-    assert codes(audit_folder.verified()) == []
+    assert problem_codes(audit_folder.verified()) == []
     rewrite(file, refitted(b'"ada-2"', b'"eve-2"'))
 
-    assert codes(audit_folder.verified()) == ["cut"]
+    assert problem_codes(audit_folder.verified()) == ["cut"]
 
 
 def test_other_files_are_left_alone(audit_folder: AuditFolder) -> None:

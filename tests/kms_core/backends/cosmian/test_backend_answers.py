@@ -34,7 +34,7 @@ from support.contract.cosmian_ciphers import (
 from support.contract.cosmian_double import OLD, CosmianDouble, Fault, Handler, Json
 from support.credentials import Authority
 from support.waiting import WAIT_S
-from support.webhooks import make_authority
+from support.webhooks import make_localhost_tls
 
 
 def changed(change: Callable[[Json], Json | None], tag: str) -> Fault:
@@ -274,7 +274,7 @@ def test_an_api_key_is_read_again_when_its_file_changes(two_users: CosmianDouble
 
 
 def test_a_client_certificate_says_who_we_are(double: CosmianDouble, tmp_path: Path) -> None:
-    authority, clients = make_authority(tmp_path / "servers"), Authority(tmp_path / "clients")
+    authority, clients = make_localhost_tls(tmp_path / "servers"), Authority(tmp_path / "clients")
     alice = clients.issue("alice", subject="alice")
     double.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=clients.ca_file)
     double.tls.load_cert_chain(authority.cert_and_key)

@@ -23,13 +23,13 @@ from support.waiting import until
 from support.webhooks import (
     PATH,
     SECRET,
-    Authority,
+    LocalhostTls,
     Receiver,
     changed,
     dripping,
     endpoint,
     load_endpoint,
-    make_authority,
+    make_localhost_tls,
     receiving,
     secret_file,
 )
@@ -47,18 +47,18 @@ def note_lookups(event: str, details: tuple[Any, ...]) -> None:
 
 
 @pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return make_authority(tmp_path_factory.mktemp("ca"))
+def authority(tmp_path_factory: pytest.TempPathFactory) -> LocalhostTls:
+    return make_localhost_tls(tmp_path_factory.mktemp("ca"))
 
 
 @pytest.fixture
-def receiver(authority: Authority) -> Iterator[Receiver]:
+def receiver(authority: LocalhostTls) -> Iterator[Receiver]:
     with receiving(authority) as found:
         yield found
 
 
 @pytest.fixture
-def webhook_endpoint(tmp_path: Path, authority: Authority, receiver: Receiver) -> WebhookEndpoint:
+def webhook_endpoint(tmp_path: Path, authority: LocalhostTls, receiver: Receiver) -> WebhookEndpoint:
     return endpoint(tmp_path, receiver.url(), authority)
 
 
@@ -115,7 +115,7 @@ def test_metadata_of_a_cloud_is_refused_whatever_is_allowed(tmp_path: Path, kind
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
 def test_a_name_that_stands_for_loopback_is_refused(
-    tmp_path: Path, authority: Authority, receiver: Receiver, host: str
+    tmp_path: Path, authority: LocalhostTls, receiver: Receiver, host: str
 ) -> None:
     found = endpoint(tmp_path, receiver.url(host), authority, allow_private=False)
 
@@ -125,7 +125,7 @@ def test_a_name_that_stands_for_loopback_is_refused(
 
 @pytest.mark.parametrize(("environment", "result"), [("dev", "delivered"), ("staging", "failed")])
 def test_loopback_needs_allow_private_except_in_dev(
-    tmp_path: Path, authority: Authority, receiver: Receiver, environment: str, result: str
+    tmp_path: Path, authority: LocalhostTls, receiver: Receiver, environment: str, result: str
 ) -> None:
     body = (
         f"url = '{receiver.url()}'\nsecret_file = '{secret_file(tmp_path)}'\nca_file = '{authority.ca_file}'"
@@ -211,7 +211,7 @@ def test_an_answer_is_judged_by_its_status_and_no_redirect_is_followed(
 
 def test_a_certificate_of_another_authority_is_refused(tmp_path: Path, receiver: Receiver) -> None:
     (tmp_path / "other").mkdir()
-    other = make_authority(tmp_path / "other")
+    other = make_localhost_tls(tmp_path / "other")
 
     assert post(endpoint(tmp_path, receiver.url(), other), MESSAGE) == DeliveryOutcome("failed", "tls_failed")
     assert receiver.requests == []
@@ -227,7 +227,7 @@ def test_a_certificate_of_another_authority_is_refused(tmp_path: Path, receiver:
     ids=["certificate of another name", "nobody listens", "unknown name"],
 )
 def test_a_server_that_is_not_reached_is_told_apart(
-    tmp_path: Path, authority: Authority, receiver: Receiver, url: str, reason: str
+    tmp_path: Path, authority: LocalhostTls, receiver: Receiver, url: str, reason: str
 ) -> None:
     found = endpoint(tmp_path, url.format(port=receiver.port, free=free_port()), authority)
 

@@ -31,7 +31,7 @@ from support.core_jobs import (
     split_into_parts,
     submit,
 )
-from support.failing_store import killed, worker_with_hook
+from support.failing_store import run_until_killed, worker_calling_at_each_step
 from support.job_stores import TENANT, forge
 
 FILES = ("a", "b/c", "b/d")
@@ -235,7 +235,7 @@ def test_file_that_somebody_changes_meanwhile_is_theirs(
     job_id = submit(core, "rewrap", f"file://{root}/a" + "*" * many, None, overwrite=True)
     if many:
         run_job(job_id, core.worker_context, "w")
-    run_job(part_id(job_id, 0) if many else job_id, worker_with_hook(core, write, after=True), "w")
+    run_job(part_id(job_id, 0) if many else job_id, worker_calling_at_each_step(core, write, after=True), "w")
 
     error = outcomes(core, job_id, root)["a"] if many else now(core, job_id).error
     assert error == "target_exists"
@@ -250,7 +250,7 @@ def test_file_that_somebody_changes_meanwhile_is_theirs(
 def test_cancelled_job_tells_what_it_has_put_in_place(core: Core, root: Path) -> None:
     job_id = submit(core, "rewrap", f"file://{root}/**", None, overwrite=True)
     (part,) = split_into_parts(core, job_id)
-    killed(core, part, 1, after=True)  # once its first file is settled and on record
+    run_until_killed(core, part, 1, after=True)  # once its first file is settled and on record
 
     core.worker_context.store.cancel(job_id, TENANT)
     asked = now(core, job_id)

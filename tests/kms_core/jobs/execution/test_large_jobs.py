@@ -53,7 +53,7 @@ def sparse(path: Path, size_bytes: int) -> Path:
 
 def sharing(core: Core, *, several_tenants: bool = True, **changes: object) -> JobStore:
     """A store in which one of two processes of a worker is left to jobs that are not large."""
-    store = store_of(core, with_jobs(attempts=5, **changes), [], several_tenants=several_tenants)
+    store = store_of(core, with_jobs(attempts=5, **changes), several_tenants=several_tenants)
     store.large_job_bytes = LARGE
     return store
 

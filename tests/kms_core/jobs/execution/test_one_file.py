@@ -17,7 +17,7 @@ from kms_core.jobs.storage.local import OpenSource, Roots
 from kms_protocol.errors import JobsUnavailable, PathRefused
 from kms_protocol.wire import JobKind
 from support.core_jobs import NEW, done, end_of, now, opened, run_after_lease_expiry, submit, submit_items
-from support.failing_store import CRASH_POINTS, Killed, killed, worker_calling_at
+from support.failing_store import CRASH_POINTS, Killed, run_until_killed, worker_calling_at
 from support.file_tree import names
 from support.job_stores import forge
 
@@ -43,7 +43,7 @@ def test_lines_after_a_job_do_not_carry_its_ids(core: Core, files: Path, end: st
         if end == "failed":
             (files / "in").unlink()
         if end == "committing":
-            killed(core, job_id, "finish", after=False)
+            run_until_killed(core, job_id, "finish", after=False)
         else:
             run_job(job_id, core.worker_context, "w")
         return now(core, job_id).state, audit.request_id.get(), audit.job_id.get()
@@ -169,7 +169,7 @@ def test_job_of_a_killed_worker_is_finished_once(
     job_id = submit(core, kind, source, files / "out", overwrite=overwrite)
 
     error = JobsUnavailable if how == "Redis is lost" else Killed
-    killed(core, job_id, step, after=moment == "after", error=error)
+    run_until_killed(core, job_id, step, after=moment == "after", error=error)
     placed = (files / "out").stat() if step == "finish" else None
     run_after_lease_expiry(core, job_id)
     job = now(core, job_id)
@@ -185,7 +185,7 @@ def test_job_of_a_killed_worker_is_finished_once(
 
 def test_target_taken_before_the_finish_is_left_alone(core: Core, files: Path) -> None:
     job_id = submit(core, "encrypt", files / "in", files / "out")
-    killed(core, job_id, "committing", after=True)
+    run_until_killed(core, job_id, "committing", after=True)
     (files / "out").write_bytes(b"somebody else's")
 
     run_after_lease_expiry(core, job_id)
@@ -216,7 +216,7 @@ def test_worker_that_was_overtaken_has_no_effect(core: Core, files: Path) -> Non
 def test_bulk_job_of_a_killed_worker_has_one_result(core: Core, *, after: bool) -> None:
     job_id = submit_items(core, 20)
 
-    killed(core, job_id, "finish", after=after)
+    run_until_killed(core, job_id, "finish", after=after)
     run_after_lease_expiry(core, job_id)
     job = now(core, job_id)
 

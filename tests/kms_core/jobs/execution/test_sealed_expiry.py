@@ -15,9 +15,9 @@ from kms_core.jobs.model import Attempt
 from kms_core.jobs.spec import ClocksApart
 from kms_core.jobs.store.store import JobStore
 from support.core_jobs import now, split_into_parts, submit, submit_items
-from support.failing_store import killed, worker_calling_at, worker_with_hook
+from support.failing_store import run_until_killed, worker_calling_at, worker_calling_at_each_step
 from support.file_tree import names
-from support.job_stores import COMMIT, clock_ahead, forge, later, put_back, record, take
+from support.job_stores import COMMIT, clock_ahead, forge, later, put_back_as_due, record, take
 
 NEWER = b"written later, by somebody else"
 
@@ -71,7 +71,7 @@ def test_worker_has_the_last_word_on_expiry(
 def begun(core: Core, files: Path, step: str = "committing", *, after: bool = True) -> str:
     """An overwrite whose worker died around its commit."""
     job_id = overwrite(core, files)
-    killed(core, job_id, step, after=after)
+    run_until_killed(core, job_id, step, after=after)
     return job_id
 
 
@@ -86,7 +86,7 @@ def test_overwrite_job_that_is_put_back_does_not_overwrite_again(
     assert now(core, job_id).state == "succeeded"
     (files / "out").unlink()
     (files / "out").write_bytes(NEWER)
-    put_back(core.worker_context.store, job_id, dump)
+    put_back_as_due(core.worker_context.store, job_id, dump)
     with later():
         run_job(job_id, core.worker_context, "w/3")
 
@@ -99,7 +99,7 @@ def test_commit_that_is_put_back_with_its_temporary_file_puts_nothing_in_place(
 ) -> None:
     job_id = begun(core, files)
     (files / "out").write_bytes(NEWER)
-    put_back(core.worker_context.store, job_id, record(core.worker_context.store, job_id))
+    put_back_as_due(core.worker_context.store, job_id, record(core.worker_context.store, job_id))
     with later():
         run_job(job_id, core.worker_context, "w/2")
 
@@ -197,7 +197,7 @@ def test_commit_of_a_part_that_expires_before_it_is_finished_puts_nothing_in_pla
     core: Core, files: Path, part: str
 ) -> None:
     found = core.worker_context.store
-    killed(core, part, 0, after=True)  # once the commit of the first file is noted
+    run_until_killed(core, part, 0, after=True)  # once the commit of the first file is noted
     assert [path.suffix for path in (files / "out").iterdir()] == [".tmp"]
     forge(found, part, lease_until="0")
     aging = ExpiringStore(found.redis, found.record_key, lambda *_: None, found.section)
@@ -210,7 +210,9 @@ def test_commit_of_a_part_that_expires_before_it_is_finished_puts_nothing_in_pla
 
 def test_part_that_expires_while_it_runs_writes_no_further_file(core: Core, files: Path, part: str) -> None:
     with ExitStack() as stack:  # time passes once the commit of the first file is noted
-        run_job(part, worker_with_hook(core, lambda _: stack.enter_context(later()), after=True), "w/1")
+        run_job(
+            part, worker_calling_at_each_step(core, lambda _: stack.enter_context(later()), after=True), "w/1"
+        )
 
     assert ended(core, part) == ("failed", "expired")
     assert names(files / "out") == ["a.age"]

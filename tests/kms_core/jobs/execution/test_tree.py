@@ -14,7 +14,7 @@ from kms_core.jobs.submission.submitter import Reference
 from kms_protocol import wire
 from kms_protocol.errors import InvalidRequest, JobsUnavailable, PathRefused
 from support.core_jobs import WHO, done, lines, now, opened, run, run_after_lease_expiry, submit
-from support.failing_store import Killed, killed, worker_with_hook
+from support.failing_store import Killed, run_until_killed, worker_calling_at_each_step
 from support.file_tree import names
 from support.job_stores import (
     LASTING_LEASES,
@@ -228,7 +228,7 @@ def test_listing_that_was_cut_off_is_made_anew_and_what_comes_later_is_not_in_it
 ) -> None:
     fill(files / "in", a=b"1")
     job_id = submit(core, "encrypt", url(files / "in", "*"), url(files / "out"))
-    killed(core, job_id, "split", after=False)
+    run_until_killed(core, job_id, "split", after=False)
     fill(files / "in", b=b"2")
     run_after_lease_expiry(core, job_id)
     fill(files / "in", c=b"3")
@@ -265,7 +265,7 @@ def test_part_of_a_killed_worker_is_finished_and_each_file_is_done_once(
     run_job(job_id, core.worker_context, "w")
     part = part_id(job_id, 0)
 
-    killed(core, part, at, after=after, error=JobsUnavailable if how == "Redis is lost" else Killed)
+    run_until_killed(core, part, at, after=after, error=JobsUnavailable if how == "Redis is lost" else Killed)
     before = {path.name: path.stat().st_ino for path in (files / "out").glob("*.age")}
     settled = len(core.worker_context.store.part(part).log.outcomes)
     run_after_lease_expiry(core, part)
@@ -288,7 +288,7 @@ def test_worker_that_was_overtaken_in_the_middle_has_no_effect(core: Core, files
             forge(core.worker_context.store, part, lease_until="0")
             run_job(part, core.worker_context, "w2")
 
-    run_job(part, worker_with_hook(core, overtake, after=False), "w1")
+    run_job(part, worker_calling_at_each_step(core, overtake, after=False), "w1")
 
     assert now(core, job_id).state == "succeeded"
     assert names(files / "out") == ["a.age", "b.age"]
@@ -299,7 +299,7 @@ def test_part_that_comes_further_each_time_is_no_dead_letter(core: Core, files: 
     sources = [f"f{number}" for number in range(LASTING_LEASES.jobs.attempts + 3)]
     job_id, part = split_into_parts(core, files, **dict.fromkeys(sources, b"x"))
     for _ in sources:
-        killed(core, part, 1, after=False)
+        run_until_killed(core, part, 1, after=False)
         expire_leases(core.worker_context.store)
     run_after_lease_expiry(core, part)
 
@@ -310,7 +310,7 @@ def test_part_that_comes_further_each_time_is_no_dead_letter(core: Core, files: 
 def test_part_that_kills_every_worker_ends_and_tells_what_was_done(core: Core, files: Path) -> None:
     job_id, part = split_into_parts(core, files, a=b"1", b=b"2", c=b"3")
     for at in (2, 1, *[0] * (LASTING_LEASES.jobs.attempts - 1)):  # at c, at c once b is in place, at c
-        killed(core, part, at, after=False)
+        run_until_killed(core, part, at, after=False)
         expire_leases(core.worker_context.store)
     run_after_lease_expiry(core, part)
 
@@ -347,7 +347,7 @@ def test_log_that_is_not_of_this_part_ends_it_at_once(core: Core, files: Path, w
 
 def test_cancelled_job_keeps_what_was_done_and_leaves_nothing_else(core: Core, files: Path) -> None:
     job_id, part = split_into_parts(core, files, a=b"1", b=b"2", c=b"3")
-    killed(core, part, 1, after=True)
+    run_until_killed(core, part, 1, after=True)
 
     core.worker_context.store.cancel(job_id, TENANT)
     run_after_lease_expiry(core, part)

@@ -8,7 +8,7 @@ from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import part_id
 from kms_protocol.errors import PathRefused
 from support.core_jobs import WHO, done, lines, run_after_lease_expiry, submit
-from support.failing_store import killed
+from support.failing_store import run_until_killed
 from support.object_jobs import ObjectJobs
 
 PLAIN: Final = {"a.csv": b"1", "b/c d.csv": b"22", "b/ü%?*.csv": b"", "b/x.txt": b"no"}
@@ -80,7 +80,7 @@ def test_part_over_objects_of_a_killed_worker_is_finished(
     )
     run_job(job_id, object_jobs.core.worker_context, "w")
 
-    killed(object_jobs.core, part_id(job_id, 0), at, after=after)
+    run_until_killed(object_jobs.core, part_id(job_id, 0), at, after=after)
     run_after_lease_expiry(object_jobs.core, part_id(job_id, 0))
 
     assert (object_jobs.now(job_id).state, object_jobs.now(job_id).items_failed) == ("succeeded", 0)

@@ -16,7 +16,7 @@ from kms_protocol.errors import JobsUnavailable, PathRefused, TargetExists
 from kms_protocol.wire import JobKind
 from support.core_jobs import end_of
 from support.failing_store import CRASH_POINTS, worker_calling_at
-from support.job_stores import TENANT, accepted, expire_leases, forge, later, put_back, record
+from support.job_stores import TENANT, accepted, expire_leases, forge, later, put_back_as_due, record
 from support.object_jobs import ObjectJobs
 from support.object_stores import S3Proxy, S3Request
 from support.waiting import until
@@ -49,7 +49,7 @@ def test_job_of_a_killed_worker_is_finished_once(
     job_id = object_jobs.submit(kind, source, target, overwrite=bool(rest))
     moment, step = death
 
-    object_jobs.killed(job_id, step, after=moment == "after")
+    object_jobs.run_until_killed(job_id, step, after=moment == "after")
     placed = bucket.etag(key) if step == "finish" else None
     job = object_jobs.run_after_lease_expiry(job_id)
 
@@ -65,7 +65,7 @@ def test_redis_lost_at_the_commit_costs_nothing(object_jobs: ObjectJobs, size: i
     data, bucket = os.urandom(size), object_jobs.bucket
     job_id = object_jobs.submit("encrypt", bucket.put("in", data), bucket.url("out/x"))
 
-    object_jobs.killed(job_id, "committing", after=after, error=JobsUnavailable)
+    object_jobs.run_until_killed(job_id, "committing", after=after, error=JobsUnavailable)
     job = object_jobs.run_after_lease_expiry(job_id)
 
     assert job.state == "succeeded"
@@ -135,7 +135,7 @@ def test_target_taken_while_its_worker_was_dead_is_left_alone(
     """And not taken for the result: a writer to the bucket can read the marks of objects that are there."""
     bucket = object_jobs.bucket
     job_id = object_jobs.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
-    object_jobs.killed(job_id, "committing", after=True)
+    object_jobs.run_until_killed(job_id, "committing", after=True)
     marks = {"id of the job": job_id, "another attempt's": f"{job_id}/{bytes(16).hex()}"}
     metadata = {"kms-job": marks[mark]} if mark in marks else {}
     theirs = b"somebody else's"
@@ -154,7 +154,7 @@ def test_upload_that_was_changed_before_the_finish_is_not_put_in_place(
 ) -> None:
     bucket = object_jobs.bucket
     job_id = object_jobs.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"))
-    object_jobs.killed(job_id, "committing", after=True)
+    object_jobs.run_until_killed(job_id, "committing", after=True)
     admin = bucket.store.admin
     (upload,) = admin.list_multipart_uploads(Bucket=bucket.name)["Uploads"]
     name, upload_id = bucket.name, upload["UploadId"]
@@ -186,7 +186,7 @@ def test_upload_of_a_killed_attempt_is_aborted_however_the_job_ends(
 ) -> None:
     bucket = object_jobs.bucket
     job_id = object_jobs.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"))
-    object_jobs.killed(job_id, "committing", after=False)
+    object_jobs.run_until_killed(job_id, "committing", after=False)
     assert bucket.uploads() == ["out/x"]
     expire_leases(object_jobs.core.worker_context.store)
     end(object_jobs, job_id)
@@ -355,11 +355,11 @@ def test_commit_that_is_put_back_after_its_expiry_writes_no_object(
     """A small object would be made anew, since its bytes died with their worker."""
     bucket, store = object_jobs.bucket, object_jobs.core.worker_context.store
     job_id = object_jobs.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
-    object_jobs.killed(job_id, "committing", after=True)
+    object_jobs.run_until_killed(job_id, "committing", after=True)
     dump = record(store, job_id)
     assert object_jobs.run_after_lease_expiry(job_id).state == "succeeded"
     bucket.store.admin.delete_object(Bucket=bucket.name, Key="out/x")
-    put_back(store, job_id, dump)
+    put_back_as_due(store, job_id, dump)
     with later():
         run_job(job_id, object_jobs.core.worker_context, "w3")
 
@@ -372,9 +372,9 @@ def test_upload_of_an_expired_commit_is_not_completed(object_jobs: ObjectJobs) -
     job_id = object_jobs.submit(
         "encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"), overwrite=True
     )
-    object_jobs.killed(job_id, "committing", after=True)
+    object_jobs.run_until_killed(job_id, "committing", after=True)
     bucket.put("out/x", b"written later, by somebody else")
-    put_back(store, job_id, record(store, job_id))
+    put_back_as_due(store, job_id, record(store, job_id))
     with later():
         run_job(job_id, object_jobs.core.worker_context, "w2")
 
@@ -390,7 +390,7 @@ def test_object_that_was_put_in_place_in_time_is_recognised_after_the_expiry(
     """Its worker died between the last request and the end."""
     bucket, store = object_jobs.bucket, object_jobs.core.worker_context.store
     job_id = object_jobs.submit("encrypt", bucket.put("in", bytes(size)), bucket.url("out/x"))
-    object_jobs.killed(job_id, "finish", after=False)
+    object_jobs.run_until_killed(job_id, "finish", after=False)
     placed = bucket.etag("out/x")
     forge(store, job_id, lease_until="0")
     with later(store.accepted(job_id).expires_at - time.time() + 70):

@@ -26,7 +26,7 @@ from kms_protocol.context import Context
 from kms_protocol.wire import PREFIX
 from support.core_jobs import run_after_lease_expiry
 from support.embedded_valkey import EmbeddedValkey
-from support.failing_store import killed
+from support.failing_store import run_until_killed
 from support.job_stores import forge, uploaded
 from support.service import Service, b64, check_problem, core_of
 
@@ -204,7 +204,7 @@ def test_results_of_parts_are_not_exchanged(install: Install) -> None:
 
 def test_head_of_an_earlier_attempt_is_refused(install: Install) -> None:
     job_id = job(install, "encrypt")
-    killed(install.core, job_id, "finish", after=False)
+    run_until_killed(install.core, job_id, "finish", after=False)
     run_after_lease_expiry(install.core, job_id)
     folder = install.folder(job_id)
 

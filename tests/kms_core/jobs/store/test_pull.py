@@ -39,7 +39,7 @@ def woken() -> list[str]:
 
 @pytest.fixture
 def store(core: Core, woken: list[str]) -> JobStore:
-    return store_of(core, LASTING_LEASES, woken)
+    return store_of(core, LASTING_LEASES, woken=woken)
 
 
 def submit(store: JobStore, count: int = 1, **changes: object) -> list[str]:
@@ -175,7 +175,7 @@ def test_a_tenant_that_submits_one_job_at_a_time_pays_for_each(store: JobStore) 
 @pytest.fixture
 def capped(core: Core, woken: list[str]) -> JobStore:
     """A store that gives out one job of a tenant at a time."""
-    return store_of(core, with_jobs(tenant_leases=1), woken)
+    return store_of(core, with_jobs(tenant_leases=1), woken=woken)
 
 
 def test_a_capped_tenant_blocks_no_other_and_comes_back(capped: JobStore) -> None:
@@ -418,7 +418,7 @@ def test_a_worker_is_woken_from_when_it_takes_messages(store: JobStore, woken: l
 
 
 def test_a_worker_is_woken_for_the_queues_that_its_settings_name(core: Core, woken: list[str]) -> None:
-    store = store_of(core, with_jobs(queues=(BULK,)), woken)
+    store = store_of(core, with_jobs(queues=(BULK,)), woken=woken)
     Heartbeat(store, "w").serve()
 
     store.submit(accepted())

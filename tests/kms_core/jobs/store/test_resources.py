@@ -107,7 +107,7 @@ def test_a_job_holds_each_resource_that_it_uses(core: Core) -> None:
 
 def test_what_waits_for_a_bound_wakes_nobody(core: Core) -> None:
     woken: list[str] = []
-    store = store_of(core, with_jobs(resource_leases={NAS: 1}), woken)
+    store = store_of(core, with_jobs(resource_leases={NAS: 1}), woken=woken)
     for _ in range(20):
         submit(store, [NAS])
     attempt(store)

@@ -220,7 +220,9 @@ def test_a_message_with_the_id_of_a_job_leaves_it_to_its_submitter(
     recipient = str(celery_intake.recipient(install.settings.kms.jobs.intake_identity_path))
 
     def message(tenant: str) -> str:
-        return seal(recipient, asked | {"token": install.make("jobs:write", "encrypt", tenant=tenant)[1]})
+        return seal(
+            recipient, asked | {"token": install.new_token("jobs:write", "encrypt", tenant=tenant)[1]}
+        )
 
     job_id = intake.accept(message("acme"), "worker/1")
     accepted, spool = store.accepted(job_id), content(install.spool)
