@@ -19,7 +19,7 @@ from support.service import Service
 
 TESTS: Final = Path(__file__).parent.parent
 EXAMPLES: Final = os.environ.get("KMS_EXPLORE_EXAMPLES", "2")
-LONGEST_S: Final = 170 if EXAMPLES == "2" else 12 * 3600
+LONGEST_S: Final = 600 if EXAMPLES == "2" else 12 * 3600  # it ends a hang; alone it takes 110 s
 DATA_KEYS: Final = "[kms.age]\ndata_keys = true\n"  # else 501, which is no fault
 TRIES: Final = "failures_per_minute = 100_000\n"  # it tries wrong credentials
 
