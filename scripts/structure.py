@@ -2,9 +2,8 @@
 """Prints the size of ``src`` and checks its structure; exits 1 if a bound of ``[tool.structure]`` is broken.
 
 The bounds stand in pyproject.toml. Modules are files that hold code; code lines are lines without blanks,
-comments and docstrings. A class name must mean one thing in the whole project. A small module that only one
-other imports belongs there, unless ``alone`` gives a reason. Docstrings and comments use none of ``words``,
-and no docstring begins with an indirect question.
+comments and docstrings. A class name must mean one thing in the whole project. Docstrings and comments use
+none of ``words``, and no docstring begins with an indirect question.
 """
 
 import ast
@@ -12,7 +11,7 @@ import re
 import sys
 import tokenize
 import tomllib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,15 +44,6 @@ class SourceFile:
     code_lines: int
     prose: tuple[tuple[int, str], ...]
 
-    def imports(self) -> Iterator[str]:
-        """The dotted names that the module imports, at its top or in its functions."""
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.Import):
-                yield from (each.name for each in node.names)
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                yield node.module
-                yield from (f"{node.module}.{each.name}" for each in node.names)
-
 
 def read(path: Path) -> SourceFile:
     """Parse one file below ``src``."""
@@ -85,23 +75,10 @@ def _docstrings(tree: ast.Module) -> Iterator[tuple[int, tuple[int, str]]]:
             yield node.lineno, (node.end_lineno or node.lineno, node.value.value)
 
 
-def importers(files: list[SourceFile]) -> dict[str, set[str]]:
-    """For each module, the modules that import it."""
-    names = {file.name for file in files}
-    found: dict[str, set[str]] = defaultdict(set)
-    for file in files:
-        for imported in file.imports():
-            if imported in names and imported != file.name:
-                found[imported].add(file.name)
-    return found
-
-
 def problems(files: list[SourceFile], bounds: dict[str, Any]) -> Iterator[str]:
     """Every broken bound, as a line for a person."""
     modules = [file for file in files if file.code_lines]
     code = sum(file.code_lines for file in files)
-    if len(modules) > bounds["modules"]:
-        yield f"{len(modules)} modules, at most {bounds['modules']}: fold small ones into their importers"
     if code > bounds["code_lines"]:
         yield f"{code} code lines, at most {bounds['code_lines']}: remove as you add"
     yield from (
@@ -110,7 +87,6 @@ def problems(files: list[SourceFile], bounds: dict[str, Any]) -> Iterator[str]:
         if (length := len(file.path.read_text("utf-8").splitlines())) > bounds["module_lines"]
     )
     yield from _shared_class_names(files)
-    yield from _small_modules(modules, bounds)
     yield from _words(files, bounds["words"])
 
 
@@ -119,23 +95,6 @@ def _shared_class_names(files: list[SourceFile]) -> Iterator[str]:
         node.name for file in files for node in ast.walk(file.tree) if isinstance(node, ast.ClassDef)
     )
     yield from (f"class {name}: {count} classes have this name" for name, count in names.items() if count > 1)
-
-
-def _small_modules(modules: list[SourceFile], bounds: dict[str, Any]) -> Iterator[str]:
-    alone: dict[str, str] = bounds["alone"]
-    using = importers(modules)
-    small = {
-        file.name: file.code_lines
-        for file in modules
-        if len(using[file.name]) == 1
-        and file.code_lines < bounds["small_module_lines"]
-        and file.path.stem != "__init__"
-    }
-    for name, lines in small.items():
-        if name not in alone:
-            user = min(using[name])
-            yield f"{name}: {lines} code lines, used by {user} only: fold it in, or say why in alone"
-    yield from (f"alone: {name} needs no reason any more" for name in alone if name not in small)
 
 
 def _words(files: list[SourceFile], words: list[str]) -> Iterator[str]:
