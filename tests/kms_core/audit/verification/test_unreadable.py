@@ -42,8 +42,9 @@ def unprivileged(audit_folder: AuditFolder) -> Iterator[None]:
     if os.geteuid():
         yield
         return
-    for path in audit_folder.root.rglob("*"):
-        os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+    for folder, folders, files in os.walk(audit_folder.root):
+        for name in (*folders, *files):
+            os.chown(Path(folder, name), NOBODY, NOBODY, follow_symlinks=False)
     os.seteuid(NOBODY)
     try:
         yield
