@@ -36,6 +36,8 @@ scripts/test --all              the first tier, then the second
 scripts/test --changed [REV]    the tests near what changed since REV (HEAD): of the first tier,
                                 then of the second those that hold the changed modules
 scripts/test --repeat N PATH    the same tests N times, beside two busy loops
+scripts/test --machines [NAME]  the README's commands and the first tier as on other machines:
+                                another Python, a user who is not root, a path with a space
 scripts/test PATH …             paths and options of pytest, as they are
 
 --strict, with --all or a part: a missing program fails instead of skipping its tests
@@ -253,11 +255,14 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--strict", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--changed", nargs="?", const="HEAD", metavar="REV", help=argparse.SUPPRESS)
+    parser.add_argument("--machines", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--repeat", type=int, metavar="N", help=argparse.SUPPRESS)
     asked, words = parser.parse_known_args()
     subprocess.run([sys.executable, "-m", "compileall", "-q", "src", "tests"], cwd=ROOT, check=False)
     if asked.strict:
         os.environ["CI"] = "true"
+    if asked.machines:
+        os.execv(PYTEST[0], [PYTEST[0], "scripts/machines.py", *words])  # noqa: S606 -- no shell
     if asked.repeat:
         sys.exit(not repeat(asked.repeat, words))
     if asked.changed:

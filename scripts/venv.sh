@@ -33,6 +33,18 @@ find_python() { # prints the Python of .venv, the newest tested one, else any th
     die "no Python 3.11 or later on the PATH" "Debian 12 and later, Ubuntu 24.04: apt install python3 python3-venv"
 }
 
+pythons() { # prints version and path of each Python on the PATH and in /usr/bin that can make a .venv, oldest first
+    local folder file
+    local is='import ensurepip, sys, venv
+if sys.version_info >= (3, 11): print("%d.%d.%d" % sys.version_info[:3], sys.executable)'
+    while IFS= read -r -d : folder; do
+        for file in "$folder"/python3 "$folder"/python3.*; do
+            [[ ${file##*/} =~ ^python3(\.[0-9]+)?$ && -x $file ]] || continue
+            "$file" -c "$is" 2>/dev/null </dev/null || true
+        done
+    done <<<"$PATH:/usr/bin:" | sort -Vu
+}
+
 make_venv() {
     local python version
     python=$(find_python)
