@@ -143,6 +143,7 @@ class Spool:
         self._max_bytes = max_bytes
         self._used = (-math.inf, 0)  # when to count again, and what there is
         self._counting = 0  # the process that has a thread for it
+        self._first_count = threading.Lock()
 
     @contextmanager
     def writing(
@@ -156,7 +157,7 @@ class Spool:
         """
         most = self._small.most_bytes if self._small and may_be_small else 0
         most = most if declared_bytes < most else 0
-        used = self._used_bytes(wait=not self.store.is_remote or (not most and self._used[0] == -math.inf))
+        used = self._used_bytes(wait=not self.store.is_remote or not most)
         room = self._max_bytes - used
         if declared_bytes > room:
             raise SpoolFull(
@@ -177,8 +178,7 @@ class Spool:
 
     def _create(self, stack: ExitStack, label: Label, declared_bytes: int) -> tuple[WriteBlob, int]:
         """A new blob in the store, and the bytes that it may take."""
-        if self._used[0] == -math.inf:  # it might have been small
-            self._count()
+        self._used_bytes(wait=True)  # it might have been small
         try:
             made = stack.enter_context(self.store.create(_folder(label.job_id), label.name, declared_bytes))
         except RecordRefused as exc:
@@ -277,14 +277,18 @@ class Spool:
         return SpoolUse(used, min(self._max_bytes, used + self.store.free_bytes()), is_away)
 
     def _used_bytes(self, *, wait: bool) -> int:
-        """The spool's size in bytes: counted every few seconds at most, plus our writes since then."""
-        now = time.monotonic()
-        if now >= self._used[0]:
-            if wait:
-                self._count()
-            elif self._counting != os.getpid():
-                self._counting = os.getpid()
-                threading.Thread(target=self._count_aside, name="spool-use", daemon=True).start()
+        """The spool's size in bytes: the last count, plus our writes since then.
+
+        A thread of its own counts every few seconds at most. Callers wait only for the first count, and only
+        with ``wait``: one of them counts.
+        """
+        if wait and self._used[0] == -math.inf:
+            with self._first_count:
+                if self._used[0] == -math.inf:
+                    self._count()
+        elif time.monotonic() >= self._used[0] and self._counting != os.getpid():
+            self._counting = os.getpid()
+            threading.Thread(target=self._count_aside, name="spool-use", daemon=True).start()
         return self._used[1]
 
     def _count(self) -> None:
