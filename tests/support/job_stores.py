@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import SubmissionOptions, new_id
 from kms_core.settings.load import load
 from kms_core.settings.model import KmsSection, RedisSection
+from support.embedded_valkey import EmbeddedValkey
 from support.golden import reference
 from support.service import CANARY
 
@@ -51,6 +52,20 @@ def store_of(
     found = core.worker_context.store
     notify = ([] if woken is None else woken).append
     return JobStore(found.redis, found.record_key, notify, section, lambda: several_tenants)
+
+
+@contextmanager
+def alone(store: JobStore, folder: Path) -> Iterator[JobStore]:
+    """The store on a server of its own, where ``commands`` counts those of no other test."""
+    with EmbeddedValkey(folder) as server, closing(connect(server.url)) as client:
+        woken: list[str] = []
+        yield JobStore(client, store.record_key, woken.append, LASTING_LEASES, lambda: False)
+
+
+def commands(store: JobStore) -> int:
+    """The calls of commands that its server had, those within scripts too."""
+    stats: Any = store.redis.info("commandstats")
+    return sum(each["calls"] for name, each in stats.items() if name != "cmdstat_info")
 
 
 def depths(store: JobStore) -> dict[QueuePriority, int]:

@@ -9,7 +9,7 @@ checkpoint of the part: the next attempt knows which files are done, and finishe
 import secrets
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Self, get_args
 
@@ -142,6 +142,8 @@ def _older(version: str, tallies: dict[str, int]) -> wire.OlderVersion:
 MANIFEST: Final = "files"
 PART_FILES: Final = 500
 PART_BYTES: Final = 1024**3
+MOST_BY_BYTES: Final = 100
+"""Times ``PART_BYTES`` that the files of a job may have before its parts are larger."""
 PATIENCE: Final = 8  # deferrals, some minutes, until a file that cannot be read is given up
 _decode: Final = msgspec.json.Decoder(ListedFile).decode
 
@@ -155,24 +157,20 @@ def plan(lease: Lease, job: TreeJob, spool: Spool, listed: Iterable[ListedFile],
     Raises TooLarge for more than ``most`` files, SpoolFull, and what listing them raises.
     """
     number = secrets.randbits(63)
-    cuts = [_Cut()]
+    files: list[tuple[int, int]] = []
     with spool.writing(Label(job.tenant, job.job_id, MANIFEST, str(number))) as out:
         for found in listed:
             lease.check()
-            if cuts[-1].first + cuts[-1].files == most:
+            if len(files) == most:
                 raise TooLarge(f"The source names more than {most} files: see [kms.jobs] fanout_files")
-            if cuts[-1].is_full(found.size_bytes):
-                cuts.append(_Cut(cuts[-1].first + cuts[-1].files, begin=out.size))
             out.write(msgspec.json.encode(found) + b"\n")
-            cuts[-1].files += 1
-            cuts[-1].size_bytes += found.size_bytes
-            cuts[-1].end = out.size
+            files.append((found.size_bytes, out.size))
     listing = {"manifest": number, "input_ref": out.ref, "parent_spec": lease.claim.spec}
-    return [_part(job, listing, number, cut) for number, cut in enumerate(cuts) if cut.files]
+    return [_part(job, listing, number, cut) for number, cut in enumerate(cut_into_parts(files))]
 
 
 @dataclass(slots=True)
-class _Cut:
+class Cut:
     """Files that follow one another: the first one's number, and where their lines lie in the manifest."""
 
     first: int = 0
@@ -181,11 +179,26 @@ class _Cut:
     begin: int = 0
     end: int = 0
 
-    def is_full(self, more_bytes: int) -> bool:
-        return self.files == PART_FILES or (self.files > 0 and self.size_bytes + more_bytes > PART_BYTES)
+
+def cut_into_parts(files: Sequence[tuple[int, int]]) -> list[Cut]:
+    """Cut files, of which each has a size and the end of its line in the manifest (bytes), into parts.
+
+    One script stores all parts: at most one for each 500 files and twice ``MOST_BY_BYTES``.
+    """
+    most_bytes = max(PART_BYTES, sum(size for size, _ in files) // MOST_BY_BYTES)
+    cuts: list[Cut] = []
+    for index, (size_bytes, end) in enumerate(files):
+        cut = cuts[-1] if cuts else None
+        if cut is None or cut.files == PART_FILES or cut.size_bytes + size_bytes > most_bytes:
+            cut = Cut(first=index, begin=cut.end if cut else 0)
+            cuts.append(cut)
+        cut.files += 1
+        cut.size_bytes += size_bytes
+        cut.end = end
+    return cuts
 
 
-def _part(job: TreeJob, listing: Mapping[str, object], number: int, cut: _Cut) -> TreePart:
+def _part(job: TreeJob, listing: Mapping[str, object], number: int, cut: Cut) -> TreePart:
     fields = msgspec.structs.asdict(job) | {
         **listing,
         "job_id": part_id(job.job_id, number),

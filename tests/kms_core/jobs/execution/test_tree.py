@@ -1,14 +1,14 @@
 """Jobs over many files: what is named, where it goes, what sinks no other, and each way to die in between."""
 
 import os
-from itertools import count
+from itertools import accumulate, count
 from pathlib import Path
 
 import pytest
 
 from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.execution.tree import PART_BYTES, PART_FILES
+from kms_core.jobs.execution.tree import PART_BYTES, PART_FILES, cut_into_parts
 from kms_core.jobs.model import part_id
 from kms_core.jobs.submission.submitter import Reference
 from kms_protocol import wire
@@ -221,6 +221,31 @@ def test_large_files_are_parts_of_their_own(core: Core, files: Path) -> None:
     parts = [store.part(part_id(job_id, number)).job for number in range(now(core, job_id).parts)]
     assert [part.items for part in parts] == [1, 1, 1, 1]
     assert now(core, job_id).bytes == PART_BYTES * 5 // 2 + 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [
+        ([PART_BYTES, 1], 2),
+        ([0] * 1000, 2),
+        ([PART_BYTES + 1] * 100_000, 401),
+        ([2**40] * 1001, 101),
+        ([PART_BYTES // 2 + 1, 1] * 50_000, 401),
+    ],
+    ids=["by bytes", "by number", "large files", "of the largest", "in turn"],
+)
+def test_one_script_can_store_all_parts(sizes: list[int], parts: int) -> None:
+    """However a caller cuts up what it has: a hole in a file costs nothing to make."""
+    found = cut_into_parts([(size, 10 * number) for number, size in enumerate(sizes, start=1)])
+
+    assert len(found) <= parts
+    assert [each.first for each in found] == [0, *accumulate(each.files for each in found)][:-1]
+    assert (sum(each.files for each in found), sum(each.size_bytes for each in found)) == (
+        len(sizes),
+        sum(sizes),
+    )
+    assert [each.begin for each in found] == [0, *(each.end for each in found)][:-1]
+    assert max(each.files for each in found) <= PART_FILES
 
 
 def test_listing_that_was_cut_off_is_made_anew_and_what_comes_later_is_not_in_it(

@@ -410,3 +410,41 @@ def test_forked_process_waits_for_no_thread_of_its_parent() -> None:
     thread.join(10)
 
     assert ends == ["synced"]
+
+
+class SlowToCount(SpoolFolder):
+    """A directory whose files take as long to count as ``gate`` is closed; each count is old at once."""
+
+    def __init__(self, folder: Path, gate: threading.Event) -> None:
+        super().__init__(folder, DiskSync(folder), usage_cache_s=0)
+        vars(self).update(gate=gate, counts=[])
+
+    gate: threading.Event
+    counts: list[None]
+
+    def used_bytes(self) -> int:
+        self.counts.append(None)
+        assert self.gate.wait(60)
+        return 7
+
+
+def test_one_caller_counts_at_first_and_none_later(folder: Path, key: AgeBackend) -> None:
+    gate = threading.Event()
+    store = SlowToCount(folder, gate)
+    spool, seen = Spool(store, key, 64 * MIB), list[int]()
+    callers = [threading.Thread(target=lambda: seen.append(spool.use().used_bytes)) for _ in range(8)]
+    for each in callers:
+        each.start()
+    until(lambda: store.counts, "the first count")
+    gate.set()
+    for each in callers:
+        each.join(60)
+    assert seen == [7] * 8
+
+    gate.clear()
+    before = len(store.counts)
+    for _ in range(3):
+        write(spool, label())
+        spool.use()
+    assert len(store.counts) <= before + 1
+    gate.set()

@@ -1,12 +1,10 @@
 """Workers, queues and the jobs of the last hours, as the pages are told of them."""
 
 import time
-from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-import redis
 
 from kms_core.jobs.spec import BULK, FILES, QUEUES
 from kms_core.jobs.store import activity
@@ -14,8 +12,7 @@ from kms_core.jobs.store.activity import QueueActivity, WorkerActivity
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import RecordRefused
 from kms_protocol.wire import JobState
-from support.embedded_valkey import EmbeddedValkey
-from support.job_stores import LASTING_LEASES, TENANT, accepted, claimed, connect, forge, take
+from support.job_stores import TENANT, accepted, alone, claimed, commands, forge, take
 
 HOUR_S = 3600
 
@@ -144,25 +141,17 @@ def test_durations_are_means_of_the_newest_five_that_succeeded(store: JobStore) 
     assert (last.waited_s, last.ran_s) == (None, None)
 
 
-def commands(client: redis.Redis) -> int:
-    """The calls of commands that this Redis had."""
-    stats: dict[str, dict[str, int]] = client.info("commandstats")
-    return sum(each["calls"] for name, each in stats.items() if name != "cmdstat_info")
-
-
 def test_ten_times_as_many_jobs_cost_no_more_reads(store: JobStore, tmp_path: Path) -> None:
-    """On a server of its own, which counts the commands of nobody else."""
     costs, count = [], 0
-    with EmbeddedValkey(tmp_path / "own") as server, closing(connect(server.url)) as client:
-        alone = JobStore(client, store.record_key, [].append, LASTING_LEASES, lambda: False)
+    with alone(store, tmp_path / "own") as own:
         for many in (10, 100):
             while count < many:
-                ended(alone, submitted(alone, 1))
+                ended(own, submitted(own, 1))
                 count += 1
-            before = commands(client)
-            activity.intervals(alone, TENANT, HOUR_S, 24)
-            activity.read(alone)
-            costs.append(commands(client) - before)
+            before = commands(own)
+            activity.intervals(own, TENANT, HOUR_S, 24)
+            activity.read(own)
+            costs.append(commands(own) - before)
 
     assert costs[0] == costs[1]
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from uuid import uuid4
 
 import msgspec
@@ -35,7 +36,9 @@ from support.job_stores import (
     LASTING_LEASES,
     TENANT,
     accepted,
+    alone,
     claimed,
+    commands,
     events,
     expire_leases,
     forge,
@@ -467,6 +470,18 @@ def test_job_that_is_split_twice_is_split_once(store: JobStore) -> None:
 
     store.renew(held, {})
     store.finish(held, "succeeded")
+
+
+def test_a_split_is_few_commands_for_each_part(store: JobStore, tmp_path: Path) -> None:
+    """400 parts, the most that a caller can have made of a job: Redis does nothing else in between."""
+    with alone(store, tmp_path / "own") as own:
+        claim = claimed(own, source="items", items=400)
+        parts = parts_of(claim, 400)
+        before = commands(own)
+        own.split(claim, parts)
+
+        assert commands(own) - before < 2 * 400 + 50
+        assert {own.part(each.job_id).job.state for each in parts} == {"queued"}
 
 
 def test_job_that_is_to_be_cancelled_is_not_split(store: JobStore) -> None:

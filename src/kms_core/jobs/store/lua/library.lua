@@ -269,12 +269,29 @@ local function unready(name, f)
   redis.call('ZREM', waiting_key(f), name)
 end
 
--- Put a new job into the choice. Its rank is its age; a priority is worth so many seconds of age.
-local function offer(name, f, large_bytes)
-  local class = class_of(f, size_of(f, large_bytes))
-  redis.call('ZADD', ready_key(f.queue, f.tenant, class), number(f.created_at) + PENALTY_S[f.priority], name)
+-- Add members with one score to a sorted set; a call of Lua has room for some thousand words.
+local function add_all(key, score, names)
+  for from = 1, #names, 1000 do
+    local words = {}
+    for i = from, math.min(from + 999, #names) do
+      table.insert(words, score)
+      table.insert(words, names[i])
+    end
+    redis.call('ZADD', key, unpack(words))
+  end
+end
+
+-- Put new jobs into the choice, all of one age and class. Their rank is their age; a priority is worth so many
+-- seconds of age.
+local function offer_all(names, f, class)
+  add_all(ready_key(f.queue, f.tenant, class), number(f.created_at) + PENALTY_S[f.priority], names)
   open_class(f.queue, f.tenant, class)
-  redis.call('ZADD', waiting_key(f), now, name)
+  add_all(waiting_key(f), now, names)
+end
+
+-- Put a new job into the choice.
+local function offer(name, f, large_bytes)
+  offer_all({ name }, f, class_of(f, size_of(f, large_bytes)))
 end
 
 -- Put a job into the choice, whatever set it is in.
