@@ -196,6 +196,9 @@ class SyncTransport:
         except TimeoutError as exc:
             raise timeout_error(self._url) from exc
         except (OSError, http.client.HTTPException, _SendError) as exc:
+            from traceback import clear_frames  # noqa: PLC0415 -- for an error alone
+
+            clear_frames(exc.__traceback__)  # where Python 3.11.2 holds a proxy's refusal, and so the socket
             raise connect_error(self._url, exc) from exc
 
     def _for_proxy(self) -> dict[str, str]:

@@ -15,7 +15,7 @@ from kms_protocol import errors
 from support.contract_server import ContractServer
 from support.credentials import Authority
 from support.scripted_servers import scripted
-from support.waiting import RealTime
+from support.waiting import RealTime, until
 
 Connect = Callable[..., Client]
 MIB = 1024 * 1024
@@ -200,10 +200,21 @@ def test_tls_goes_through_a_proxy_to_the_service(
 
 
 def test_a_proxy_that_refuses_is_told(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
-    with scripted(replying(answer(b"", 407))) as proxy:
+    """And its connection is closed, also while the error is kept."""
+    received = list[bytes]()
+
+    def serve(connection: socket.socket) -> None:
+        head_of(connection)
+        connection.sendall(answer(b"", 407))
+        received.append(connection.recv(1))
+
+    with scripted(serve) as proxy:
         monkeypatch.setenv("https_proxy", proxy.url)
-        with pytest.raises(ServiceUnreachable):
+        with pytest.raises(ServiceUnreachable) as refused:
             connect("https://kms.invalid", retries=0).health()
+        until(lambda: received, "the end of the connection")
+    assert received == [b""]
+    assert refused.value.code
 
 
 def test_tls_within_tls_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
