@@ -385,7 +385,7 @@ def _unchecked_file_key(head: Header, identities: Identities, tenant: str) -> by
         raise DecryptFailed
     key = identities.ref(wraps[0].version, wraps[0].key_id, tenant)
     try:
-        return sealing.unwrapped(head, identities, key, bound)
+        return sealing.unwrap_unchecked(head, identities, key, bound)
     except NoMatch:
         raise
     except DecryptFailed as exc:

@@ -98,18 +98,17 @@ class KeySelector:
         if bound is None:
             key = self.permitted(call, call.key_id, permission, ("", "foreign"))
             return self._unwrap_foreign(call, head, key)
-        key = self.permitted(call, bound.key_id, permission, (bound.key_version, "service"))
+        key = self.permitted(call, bound.key_id, permission, (bound.key_version, ""))
         if call.key_id not in {None, bound.key_id}:
             raise DecryptFailed
-        file_key, ref = _first_answer(
+        found, ref = _first_answer(
             key.unwrapping(call.who.tenant, bound),
-            lambda backend, ref: sealing.file_key_of(head, backend, ref, context=call.context, bound=bound),
+            lambda backend, ref: sealing.unwrap_file(head, backend, ref, context=call.context, bound=bound),
         )
-        call.note_key(ref)
-        if bound.wraps:
-            call.note_wraps(wrap.job for wrap in bound.wraps if wrap.backend == ref.backend)
+        call.note_key(ref, "service")
+        call.note_wraps(binding.wrap_keys_in([found.stanza]))
         _check_not_after(call.context)
-        return Unwrapped(file_key, head.nonce, ref, "service")
+        return Unwrapped(found.file_key, head.nonce, ref, "service")
 
     def unwrap_stanzas(self, call: Operation, text: bytes, nonce: bytes) -> Unwrapped:
         """Unwrap the file key of our stanzas, given as text without their header.
@@ -122,20 +121,20 @@ class KeySelector:
         bound = binding.read_stanzas(stanzas)
         if bound is None or call.key_id not in {None, bound.key_id}:
             raise DecryptFailed
-        key = self.permitted(call, bound.key_id, None, (bound.key_version, "service"))
-        (file_key, proven), ref = _first_answer(
+        key = self.permitted(call, bound.key_id, None, (bound.key_version, ""))
+        found, ref = _first_answer(
             key.unwrapping(call.who.tenant, bound),
             lambda backend, ref: sealing.unwrap_for_plugin(
                 stanzas, backend, ref, context=call.context, bound=bound, nonce=nonce
             ),
         )
-        origin: Origin = "service" if proven else "foreign"
+        origin: Origin = "service" if found.is_proven else "foreign"
         call.note_key(ref, origin)
-        call.note_wraps(wrap.job for wrap in bound.wraps if wrap.backend == ref.backend)
+        call.note_wraps(binding.wrap_keys_in([found.stanza]))
         _check_not_after(call.context)
-        if not proven and not key.accept_foreign:
+        if not found.is_proven and not key.accept_foreign:
             raise ForeignRefused(_ORIGIN_UNPROVEN)
-        return Unwrapped(file_key, nonce, ref, origin)
+        return Unwrapped(found.file_key, nonce, ref, origin)
 
     def permitted(
         self,
@@ -146,7 +145,8 @@ class KeySelector:
     ) -> Key:
         """The key of this id, or the default key, if policy allows it.
 
-        ``named`` is the version and origin that a file names, for the audit record of a refusal.
+        ``named`` is the version that a file names, not verified, and its origin where that is known, for
+        the audit record of a refusal.
         """
         key_id = self._keyring.default.key_id if key_id is None else key_id
         key = self._keyring.keys.get(key_id)

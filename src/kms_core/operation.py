@@ -36,9 +36,12 @@ class Operation:
         self._span, self._end = tracing.span(f"kms.{record.operation}"), end
 
     def note_key(self, key: KeyRef, origin: str = "") -> None:
-        """Put the key into the record as soon as it is known, so that refusals name it too."""
+        """Put the key into the record as soon as it is known, so that refusals name it too.
+
+        ``origin`` is that of the file that was read; without it the record keeps the one that it has.
+        """
         self.record.key_id, self.record.key_version = key.key_id, key.version
-        self.record.backend, self.record.origin = key.backend, origin
+        self.record.backend, self.record.origin = key.backend, origin or self.record.origin
 
     def note_file(self, nonce: bytes) -> str:
         """Put the id of the file into the record as soon as it is known; returns it."""

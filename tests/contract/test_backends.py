@@ -125,7 +125,9 @@ def test_a_file_key_that_is_handed_over_is_bound_as_a_file_is(backend: Backend) 
     bundle = sealing.wrap_for_plugin(FILE_KEY, [(backend, key)], ROW_7)
     stanzas = header.unbundled([bundle], header.FILE_LIMITS)
 
-    assert sealing.unwrap_for_plugin(stanzas, backend, key, context=ROW_7) == (FILE_KEY, True)
+    found = sealing.unwrap_for_plugin(stanzas, backend, key, context=ROW_7)
+
+    assert (found.file_key, found.is_proven) == (FILE_KEY, True)
     with pytest.raises(DecryptFailed):
         sealing.unwrap_for_plugin(stanzas, backend, key, context=NO_CONTEXT)
     with pytest.raises(DecryptFailed):

@@ -21,7 +21,16 @@ from kms_protocol.errors import (
     TooLarge,
     UnknownKey,
 )
-from support.age_kms import ADA, NO_CONTEXT, ROW_7, MemoryTrail, age_backend, head_of, kms_over
+from support.age_kms import (
+    ADA,
+    NO_CONTEXT,
+    ROW_7,
+    MemoryTrail,
+    age_backend,
+    head_of,
+    kms_over,
+    stanzas_of,
+)
 
 FILE_KEY: Final = bytes(range(16))
 IDENTITIES: Final = {name: x25519.X25519Identity.generate() for name in ("default", "payroll")}
@@ -37,10 +46,6 @@ def trail() -> MemoryTrail:
 def kms(tmp_path: Path, trail: MemoryTrail) -> Kms:
     mine, payroll = (age_backend(tmp_path / name, IDENTITIES[name]) for name in IDENTITIES)
     return kms_over(mine, {"payroll": payroll}, trail=trail, accept_foreign=False)
-
-
-def stanzas_of(file: bytes) -> bytes:
-    return b"".join(map(header.render_stanza, head_of(file).stanzas))
 
 
 def test_a_tool_that_wraps_by_the_service_makes_a_file_of_the_service(kms: Kms, trail: MemoryTrail) -> None:

@@ -1,6 +1,7 @@
 """A service over age keys in memory or on disk, and age files taken apart and put together, for tests."""
 
 import io
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +13,7 @@ from typing import Final
 import msgspec
 
 from kms_core import scopes
-from kms_core.age import header, mlkem768x25519, x25519
+from kms_core.age import header, mlkem768x25519, stream, x25519
 from kms_core.age.armor import ArmorWriter
 from kms_core.age.header import FILE_LIMITS, VERSION_LINE, Header, Stanza
 from kms_core.age.mlkem768x25519 import Identity
@@ -21,6 +22,8 @@ from kms_core.auth.policy import AllowAll, ByScopes, Policy, Principal
 from kms_core.backends import Backend
 from kms_core.backends.age import AgeBackend
 from kms_core.backends.key_files import KeyFiles
+from kms_core.envelope import binding
+from kms_core.envelope.binding import KeyRef
 from kms_core.key_selection import SelectionRules
 from kms_core.keyring import Key, Keyring
 from kms_core.observability import metrics
@@ -148,6 +151,11 @@ def stanza_of(file: bytes, kind: str) -> Stanza:
     return next(stanza for stanza in head_of(file).stanzas if stanza.type == kind)
 
 
+def stanzas_of(file: bytes) -> bytes:
+    """The stanzas of a file as text, as ``Kms.unwrap`` takes them."""
+    return b"".join(map(header.render_stanza, head_of(file).stanzas))
+
+
 def file_key_of(file: bytes, identity: Identity) -> bytes:
     """What every recipient of a file learns, whoever that is."""
     return identity.unwrap(next(s for s in head_of(file).stanzas if s.type in {"X25519", "mlkem768x25519"}))
@@ -170,6 +178,16 @@ def with_stanzas(file: bytes, stanzas: Iterable[Stanza]) -> bytes:
 def resigned(file: bytes, stanzas: Iterable[Stanza], file_key: bytes) -> bytes:
     """Other stanzas under a new MAC: what everybody with the file key can do."""
     return header.render(stanzas, file_key) + file[head_of(file).size :]
+
+
+def forged(
+    identity: Identity, key: KeyRef, context: Context, *more: Stanza, before: Iterable[Stanza] = ()
+) -> bytes:
+    """A file with any names and context, by somebody who knows the recipient of the identity alone."""
+    file_key, nonce = os.urandom(16), os.urandom(16)
+    native, bound = identity.recipient.wrap(file_key), binding.context_stanza(file_key, key, context)
+    head = header.render([*before, native, bound, *more], file_key) + nonce
+    return head + stream.seal(stream.payload_key(file_key, nonce), b"forged")
 
 
 def is_newest(kms: Kms, file: bytes) -> bool:

@@ -62,6 +62,18 @@ class Sealing:
         return stream.payload_key(self.file_key, self.nonce)
 
 
+@dataclass(frozen=True, slots=True)
+class UnwrappedKey:
+    """A 16-byte file key, the stanza that it was unwrapped from, and whether its origin is proven.
+
+    ``is_proven``: a holder of the key, and not only of its recipient, sealed the file key with this context.
+    """
+
+    file_key: bytes = field(repr=False)
+    stanza: Stanza
+    is_proven: bool
+
+
 def begin(
     keys: Sequence[WrappingKey],
     context: Context,
@@ -105,24 +117,32 @@ def wrap_for_plugin(file_key: bytes, keys: Sequence[WrappingKey], context: Conte
     return header.bundle(_stanzas(file_key, None, keys, context))
 
 
-def file_key_of(
+def unwrap_file(
     head: Header, wrapper: Wrapper, key: KeyRef, *, context: Context, bound: BoundStanzas | None = None
-) -> bytes:
+) -> UnwrappedKey:
     """Unwrap the file key and verify header MAC, context and origin. Raises DecryptFailed for every failure.
 
     Without ``bound`` the context stanza must name this version of ``key``. With ``bound``, which the caller
     read from this header, it may name the version of another backend that wrapped the file first.
     """
-    bound, file_key = _unwrap_bound(head.stanzas, wrapper, key, bound)
-    head.check_mac(file_key)
-    binding.check_context(bound, file_key, key.tenant, context)
-    _check_origin(bound, head.nonce, file_key, wrapper, (key, context))
-    return file_key
+    bound, unwrapped = _unwrap_bound(head.stanzas, wrapper, key, bound)
+    head.check_mac(unwrapped[0])
+    found = _checked(unwrapped, bound, head.nonce, wrapper, (key, context))
+    if not found.is_proven:
+        raise DecryptFailed
+    return found
 
 
-def unwrapped(head: Header, wrapper: Wrapper, key: KeyRef, bound: BoundStanzas) -> bytes:
+def file_key_of(
+    head: Header, wrapper: Wrapper, key: KeyRef, *, context: Context, bound: BoundStanzas | None = None
+) -> bytes:
+    """Return the file key alone. Arguments and errors as for ``unwrap_file``."""
+    return unwrap_file(head, wrapper, key, context=context, bound=bound).file_key
+
+
+def unwrap_unchecked(head: Header, wrapper: Wrapper, key: KeyRef, bound: BoundStanzas) -> bytes:
     """Unwrap the file key and verify the header MAC, but neither context nor origin: for break-glass."""
-    _, file_key = _unwrap_bound(head.stanzas, wrapper, key, bound)
+    _, (file_key, _) = _unwrap_bound(head.stanzas, wrapper, key, bound)
     head.check_mac(file_key)
     return file_key
 
@@ -135,18 +155,14 @@ def unwrap_for_plugin(  # noqa: PLR0913 -- a header in parts
     context: Context,
     bound: BoundStanzas | None = None,
     nonce: bytes = b"",
-) -> tuple[bytes, bool]:
-    """Unwrap the file key for a caller who verifies the header MAC; and whether the origin is proven.
+) -> UnwrappedKey:
+    """Unwrap the file key for a caller who verifies the header MAC. Raises as ``unwrap_file``.
 
-    Without the payload nonce, which an age plugin does not receive, the origin of a file with a native
-    stanza that this service sealed cannot be proven. Raises as ``file_key_of``.
+    The payload nonce may be empty, as an age plugin does not receive it. The origin of a file key from a
+    native stanza is then not proven, unless the origin stanza binds no nonce.
     """
-    bound, file_key = _unwrap_bound(stanzas, wrapper, key, bound)
-    binding.check_context(bound, file_key, key.tenant, context)
-    if bound.binds_nonce and not nonce and wrapper.origin_key(key) is not None:
-        return file_key, any(wrap.backend == key.backend for wrap in bound.wraps)
-    _check_origin(bound, nonce, file_key, wrapper, (key, context))
-    return file_key, True
+    bound, unwrapped = _unwrap_bound(stanzas, wrapper, key, bound)
+    return _checked(unwrapped, bound, nonce, wrapper, (key, context))
 
 
 def foreign_file_key(head: Header, wrapper: Wrapper, keys: Sequence[KeyRef]) -> tuple[bytes, KeyRef]:
@@ -158,7 +174,7 @@ def foreign_file_key(head: Header, wrapper: Wrapper, keys: Sequence[KeyRef]) -> 
         raise DecryptFailed
     for key in keys:
         try:
-            file_key = _unwrap(head.stanzas, wrapper, key, b"")
+            file_key, _ = _unwrap(head.stanzas, wrapper, key, b"")
         except NoMatch:
             continue
         head.check_mac(file_key)
@@ -188,33 +204,47 @@ def _stanzas(
 
 def _unwrap_bound(
     stanzas: Sequence[Stanza], wrapper: Wrapper, key: KeyRef, known: BoundStanzas | None
-) -> tuple[BoundStanzas, bytes]:
+) -> tuple[BoundStanzas, tuple[bytes, Stanza]]:
     bound = known or binding.read_stanzas(stanzas)
     if bound is None or bound.key_id != key.key_id or (known is None and bound.key_version != key.version):
         raise DecryptFailed
     return bound, _unwrap(stanzas, wrapper, key, binding.wrap_aad(key, bound.context))
 
 
-def _unwrap(stanzas: Sequence[Stanza], wrapper: Wrapper, key: KeyRef, aad: bytes) -> bytes:
-    """Unwrap the first stanza of this key. Raises DecryptFailed if one is malformed, NoMatch without one."""
+def _unwrap(stanzas: Sequence[Stanza], wrapper: Wrapper, key: KeyRef, aad: bytes) -> tuple[bytes, Stanza]:
+    """Unwrap the first stanza of this key: the file key, and that stanza.
+
+    Raises DecryptFailed if one is malformed, NoMatch without one.
+    """
     for stanza in stanzas:
         if stanza.type.startswith(binding.OWN_PREFIX) and stanza.type != binding.WRAP:
             continue
         try:
-            return wrapper.unwrap(stanza, key, aad)
+            return wrapper.unwrap(stanza, key, aad), stanza
         except NoMatch:
             continue
     raise NoMatch
 
 
-def _check_origin(
-    bound: BoundStanzas, nonce: bytes, file_key: bytes, wrapper: Wrapper, names: tuple[KeyRef, Context]
-) -> None:
-    key, context = names
+def _checked(
+    unwrapped: tuple[bytes, Stanza],
+    bound: BoundStanzas,
+    nonce: bytes,
+    wrapper: Wrapper,
+    names: tuple[KeyRef, Context],
+) -> UnwrappedKey:
+    """Verify context and origin. Raises DecryptFailed for another context and a wrong origin stanza.
+
+    Where no origin stanza can be verified, the origin is proven by the stanza that was unwrapped, if that is
+    a wrap, which authenticates its AAD. Other stanzas of the header prove nothing: anyone can add them.
+    """
+    (file_key, stanza), (key, context) = unwrapped, names
+    binding.check_context(bound, file_key, key.tenant, context)
     mac_key = wrapper.origin_key(key)
-    if mac_key is None:  # the wrap authenticates its AAD
-        return
+    if mac_key is None or (bound.binds_nonce and not nonce):
+        return UnwrappedKey(file_key, stanza, is_proven=stanza.type == binding.WRAP)
     bound_nonce = nonce if bound.binds_nonce else None
     expected = binding.origin_tag(mac_key, file_key, bound_nonce, key=key, context=context)
     if not hmac.compare_digest(bound.origin or b"", expected):
         raise DecryptFailed
+    return UnwrappedKey(file_key, stanza, is_proven=True)

@@ -9,8 +9,10 @@ from kms_core.age.mlkem768x25519 import version_of
 from kms_core.auth.policy import Principal
 from kms_core.backends.age import AgeBackend
 from kms_core.backends.key_files import KeyFiles
+from kms_core.envelope import binding
+from kms_core.envelope.binding import KeyRef
 from kms_protocol.context import Context
-from support.age_kms import kms_over
+from support.age_kms import forged, kms_over
 from support.cli.fixtures import RunningService
 from support.cli.offline import Workspace, write_key
 
@@ -83,6 +85,18 @@ def test_a_file_bound_to_nothing_is_refused_where_a_context_is_asked_for(workspa
 
     assert (done.returncode, done.stdout) == (65, b"")
     assert b"not bound to a context" in done.stderr
+
+
+@pytest.mark.parametrize("is_native", [True, False], ids=["beside a native stanza", "alone"])
+def test_a_wrap_that_opens_nothing_proves_no_origin(workspace: Workspace, is_native: bool) -> None:
+    key = KeyRef("default", "default", version_of(workspace.identity.recipient), "age")
+    wrap = binding.wrap_stanza(key, b"!")
+    other = workspace.identity if is_native else x25519.X25519Identity.generate()
+    done = workspace.kms(
+        "open", "-i", "key.txt", "--context", PROD, given=forged(other, key, Context.parse(PROD), wrap)
+    )
+
+    assert (done.returncode, done.stdout) == (65, b"")
 
 
 def test_a_context_past_its_time_opens_nothing(workspace: Workspace) -> None:

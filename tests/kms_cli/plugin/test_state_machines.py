@@ -6,6 +6,7 @@ import sys
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -13,17 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kms_cli.age_files import Identities
+from kms_cli.plugin.main import KeysOfTargets
 from kms_cli.plugin.names import PluginTarget
 from kms_cli.plugin.state_machines import MAX_ATTEMPTS, PluginKeys, identity_v1, recipient_v1
 from kms_core.age import bech32, header, mlkem768x25519, x25519
 from kms_core.age.header import Stanza, parse_stanzas, render_stanza
-from kms_core.age.mlkem768x25519 import Recipient
+from kms_core.age.mlkem768x25519 import Recipient, version_of
 from kms_core.age.plugin_identity import Broken, PluginConnection
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
 from kms_protocol.context import Context
 from kms_protocol.errors import BackendUnavailable, DecryptFailed, KmsError
-from support.age_kms import head_of
+from support.age_kms import forged, head_of, write_pair
 
 FILE_KEY: Final = bytes(range(16))
 OTHER_KEY: Final = bytes(range(16, 32))
@@ -54,7 +56,7 @@ class Sealer:
         bound = binding.read_stanzas(given)
         assert bound is not None
         ref = self._ref(bound.key_id)
-        return sealing.unwrap_for_plugin(given, self.identities, ref, context=target.context)[0]
+        return sealing.unwrap_for_plugin(given, self.identities, ref, context=target.context).file_key
 
     def _note(self, target: PluginTarget) -> None:
         self.asked.append(target)
@@ -244,6 +246,26 @@ def test_a_stanza_of_ours_that_is_none_spoils_its_file_alone(sealer: Sealer, sta
 
     assert error.args == ("error", "stanza", "0", "1")
     assert key.args == ("file-key", "1")
+
+
+def test_a_file_that_others_made_is_refused_in_process(tmp_path: Path) -> None:
+    """By who knows the recipient alone; a wrap beside the native stanza proves nothing of it."""
+    identity = x25519.X25519Identity.generate()
+    files = write_pair(tmp_path / "age", identity)
+    (tmp_path / "kms.toml").write_text(
+        f'[kms.age]\nprivate_key_path = "{files.private}"\npublic_key_path = "{files.public}"\n'
+        "accept_foreign = false\n"
+    )
+    keys = KeysOfTargets({"HOME": str(tmp_path), "KMS_CONFIG": str(tmp_path / "kms.toml")})
+    here = PluginTarget(None, ENV, None, in_process=True)
+    key = KeyRef("default", "default", version_of(identity.recipient), "age")
+    made = head_of(forged(identity, key, ENV, binding.wrap_stanza(key, b"!"))).stanzas
+
+    assert keys.unwrap(keys.wrap(FILE_KEY, here), here) == FILE_KEY
+    for stanzas in (made, [header.bundle(made)]):
+        error, done = opened(keys, stanzas, here.identity())
+        assert (error.args, done.args) == (("error", "identity", "0"), ("done",))
+        assert b"origin" in error.body
 
 
 def test_a_broken_identity_means_that_nothing_is_opened(sealer: Sealer) -> None:
@@ -452,9 +474,8 @@ def test_who_hands_over_for_an_age_key_proves_it_without_a_nonce(sealer: Sealer)
     stranger: Recipient = sealer.identities.native["v1"].recipient
     bound = binding.context_stanza(FILE_KEY, ref, ENV)
     forged = [stranger.wrap(FILE_KEY), bound, Stanza((binding.ORIGIN, "2"), bytes(32))]
-    unproven = [stranger.wrap(FILE_KEY), bound]
+    found = sealing.unwrap_for_plugin(given, sealer.identities, ref, context=ENV)
 
-    assert sealing.unwrap_for_plugin(given, sealer.identities, ref, context=ENV) == (FILE_KEY, True)
-    assert sealing.unwrap_for_plugin(unproven, sealer.identities, ref, context=ENV) == (FILE_KEY, False)
+    assert (found.file_key, found.is_proven) == (FILE_KEY, True)
     with pytest.raises(DecryptFailed):
         sealing.unwrap_for_plugin(forged, sealer.identities, ref, context=ENV)

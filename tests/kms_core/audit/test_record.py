@@ -16,6 +16,8 @@ from kms_core.age.header import Stanza, render
 from kms_core.age.mlkem768x25519 import version_of
 from kms_core.auth.policy import Principal
 from kms_core.backends.age import AgeBackend
+from kms_core.envelope import binding
+from kms_core.envelope.binding import KeyRef
 from kms_core.key_selection import SelectionRules
 from kms_core.payload.files import FileRange, FileWriter
 from kms_core.payload.streaming import FileToFile
@@ -29,9 +31,12 @@ from support.age_kms import (
     FailingTrail,
     MemoryTrail,
     age_backend,
+    file_key_of,
     head_of,
     kms_over,
     operation_counts,
+    resigned,
+    stanzas_of,
 )
 from support.audit_logs import AuditFolder
 
@@ -158,12 +163,15 @@ def test_without_its_line_no_result_leaves(backend: AgeBackend, sealed: bytes, n
 
 def test_a_refusal_names_the_key_that_the_file_names(backend: AgeBackend, sealed: bytes) -> None:
     trail = MemoryTrail()
+    kms = kms_over(backend, trail=trail)
     with pytest.raises(KmsError):
-        kms_over(backend, trail=trail).decrypt(ADA, sealed, NO_CONTEXT)
-    line = trail.lines[0]
+        kms.decrypt(ADA, sealed, NO_CONTEXT)
+    with pytest.raises(KmsError):
+        kms.unwrap(ADA, stanzas_of(sealed), NO_CONTEXT)
 
-    assert (line["key_id"], line["key_version"]) == ("default", version_of(IDENTITY.recipient))
-    assert line["origin"] == "service"
+    for line in trail.lines:
+        assert (line["key_id"], line["key_version"]) == ("default", version_of(IDENTITY.recipient))
+        assert "origin" not in line  # which was not proven
 
 
 # -- what is in a line -------------------------------------------------------------------------------
@@ -198,10 +206,14 @@ def test_a_line_says_who_what_which_and_how_much(backend: AgeBackend) -> None:
     }
 
 
+def foreign_file() -> bytes:
+    file_key = os.urandom(16)
+    head = render([IDENTITY.recipient.wrap(file_key)], file_key) + bytes(16)
+    return head + stream.seal(stream.payload_key(file_key, bytes(16)), b"theirs")
+
+
 def test_a_foreign_file_is_recorded_as_such(backend: AgeBackend) -> None:
-    trail, file_key = MemoryTrail(), os.urandom(16)
-    foreign = render([IDENTITY.recipient.wrap(file_key)], file_key) + bytes(16)
-    foreign += stream.seal(stream.payload_key(file_key, bytes(16)), b"theirs")
+    trail, foreign = MemoryTrail(), foreign_file()
     kms_over(backend, trail=trail).decrypt(ADA, foreign, NO_CONTEXT)
     with pytest.raises(KmsError):
         kms_over(backend, trail=trail, accept_foreign=False).decrypt(ADA, foreign, NO_CONTEXT)
@@ -210,6 +222,30 @@ def test_a_foreign_file_is_recorded_as_such(backend: AgeBackend) -> None:
         ("foreign", "ok"),
         ("foreign", "foreign_refused"),
     ]
+
+
+def test_the_origin_of_the_file_that_was_read_is_recorded(backend: AgeBackend, sealed: bytes) -> None:
+    trail = MemoryTrail()
+    kms = kms_over(backend, trail=trail)
+    kms.decrypt(ADA, sealed, SECRET)
+    kms.rewrap(ADA, sealed, SECRET)
+    kms.reseal(ADA, sealed, SECRET)
+    kms.reseal(ADA, foreign_file(), NO_CONTEXT)
+
+    assert [line["origin"] for line in trail.lines] == ["service", "service", "service", "foreign"]
+
+
+def test_only_the_wrap_that_was_opened_is_recorded(backend: AgeBackend) -> None:
+    """Who holds a file key can put other stanzas beside the one that opens the file."""
+    trail = MemoryTrail()
+    kms = kms_over(backend, trail=trail)
+    sealed = kms.encrypt(ADA, b"salary", ROW_7).ciphertext
+    wraps = [binding.wrap_stanza(KeyRef("acme", key_id, "1", "age"), b"!", b"job") for key_id in ("x", "y")]
+    file = resigned(sealed, [*head_of(sealed).stanzas, *wraps], file_key_of(sealed, IDENTITY))
+
+    assert kms.decrypt(ADA, file, ROW_7).plaintext == b"salary"
+    assert kms.unwrap(ADA, stanzas_of(file), ROW_7, nonce=head_of(file).nonce).file_key
+    assert not any("wrap_key" in line for line in trail.lines)
 
 
 def test_a_rewrap_records_both_contexts_and_sizes(

@@ -1,6 +1,11 @@
 """What somebody can do who holds a recipient, a file or a file key, and no identity: nothing that opens."""
 
 import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Final
 
@@ -10,11 +15,16 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kms_core.age import header, stream, x25519
+from kms_core.age import header, mlkem768x25519, stream, x25519
 from kms_core.age.header import Stanza
+from kms_core.age.mlkem768x25519 import version_of
+from kms_core.auth.policy import AllowAll
+from kms_core.backends import Backend
 from kms_core.backends.age import AgeBackend
-from kms_core.envelope import binding
+from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
+from kms_core.key_selection import SelectionRules
+from kms_core.keyring import Key, Keyring
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed, ForeignRefused, KmsError, NotACiphertext, UnknownKey
@@ -22,17 +32,22 @@ from support.age_kms import (
     ADA,
     NO_CONTEXT,
     ROW_7,
+    MemoryTrail,
+    NativeIdentity,
     age_backend,
     file_key_of,
+    forged,
     head_of,
     kms_over,
     resigned,
     stanza_of,
     write_pair,
 )
+from support.memory_kms import memory_backend
 
 IDENTITY: Final = x25519.X25519Identity.generate()
 OTHER: Final = x25519.X25519Identity.generate()
+HYBRID: Final = mlkem768x25519.HybridIdentity.generate()
 PROPERTY: Final = settings(max_examples=200, deadline=None)
 
 
@@ -49,15 +64,6 @@ def kms(backend: AgeBackend, tmp_path_factory: pytest.TempPathFactory) -> Kms:
 @pytest.fixture(scope="module")
 def sealed(kms: Kms) -> bytes:
     return kms.encrypt(ADA, b"salary", ROW_7).ciphertext
-
-
-def forged(key: KeyRef, context: Context, *more: Stanza) -> bytes:
-    """A file with any names and context, by somebody who knows the recipient alone."""
-    file_key, nonce = os.urandom(16), os.urandom(16)
-    stanzas = [IDENTITY.recipient.wrap(file_key), binding.context_stanza(file_key, key, context), *more]
-    return (
-        header.render(stanzas, file_key) + nonce + stream.seal(stream.payload_key(file_key, nonce), b"forged")
-    )
 
 
 def foreign(plaintext: bytes = b"theirs", *recipients: x25519.X25519Recipient) -> bytes:
@@ -82,7 +88,7 @@ def test_a_recipient_is_not_enough_to_make_a_file(
     bodies = {"random": os.urandom(32), "blank": bytes(32), "of another identity": by_another}
     stanzas = {kind: [Stanza((binding.ORIGIN, "1"), body)] for kind, body in bodies.items()}
     stanzas |= {"none": [], "lifted": [stanza_of(sealed, binding.ORIGIN)]}
-    file = forged(key, context, *stanzas[origin])
+    file = forged(IDENTITY, key, context, *stanzas[origin])
 
     assert backend.unwrap(head_of(file).stanzas[0], key, b"")
     with pytest.raises(DecryptFailed):
@@ -135,6 +141,107 @@ def test_a_job_key_for_the_recipient_opens_nothing(kms: Kms) -> None:
         wrap = binding.wrap_stanza(key, body, wrapped)
         with pytest.raises(DecryptFailed):
             kms.decrypt(ADA, header.render([wrap, bound], file_key) + bytes(16), ROW_7)
+
+
+# -- stanzas that vouch for the one that opens -------------------------------------------------------
+
+VOUCHERS: Final[Mapping[str, Callable[[KeyRef], Stanza]]] = {
+    "none": lambda _: Stanza(("x-grease",), b""),
+    "wrap": lambda key: binding.wrap_stanza(key, b"!"),
+    "wrap under a shared key": lambda key: binding.wrap_stanza(key, b"!", b"job"),
+    "wrap of another key id": lambda key: binding.wrap_stanza(replace(key, key_id="other"), b"!"),
+    "wrap of another version": lambda key: binding.wrap_stanza(replace(key, version="0a1b2c3d"), b"!"),
+    "wrap of another backend": lambda key: binding.wrap_stanza(replace(key, backend="memory"), b"!"),
+}
+ORIGINS: Final = {
+    "none": [],
+    "1": [Stanza((binding.ORIGIN, "1"), bytes(32))],
+    "2": [Stanza((binding.ORIGIN, "2"), bytes(32))],
+}
+EACH_VOUCHER: Final = pytest.mark.parametrize("voucher", VOUCHERS)
+EACH_ORIGIN: Final = pytest.mark.parametrize("origin", ORIGINS)
+EACH_PLACE: Final = pytest.mark.parametrize("is_first", [True, False], ids=["before it", "after it"])
+
+
+def key_of(identity: NativeIdentity) -> KeyRef:
+    return KeyRef("acme", "default", version_of(identity.recipient), "age")
+
+
+def vouched_for(identity: NativeIdentity, voucher: str, origin: str, *, is_first: bool) -> bytes:
+    """A native stanza and its context, and stanzas beside it: all made from the recipient alone."""
+    key = key_of(identity)
+    beside, origins = [VOUCHERS[voucher](key)], ORIGINS[origin]
+    if is_first:
+        return forged(identity, key, ROW_7, *origins, before=beside)
+    return forged(identity, key, ROW_7, *beside, *origins)
+
+
+@pytest.mark.parametrize("identity", [IDENTITY, HYBRID], ids=["x25519", "mlkem768x25519"])
+@EACH_VOUCHER
+@EACH_ORIGIN
+@EACH_PLACE
+def test_no_other_stanza_proves_the_origin_of_the_one_that_opens(
+    tmp_path: Path, identity: NativeIdentity, voucher: str, origin: str, is_first: bool
+) -> None:
+    """An age plugin asks without the nonce, which ``origin 1`` binds."""
+    backend, key = age_backend(tmp_path, identity), key_of(identity)
+    head = head_of(vouched_for(identity, voucher, origin, is_first=is_first))
+    unwrap = partial(sealing.unwrap_for_plugin, head.stanzas, backend, key, context=ROW_7)
+
+    if origin == "2" or (is_first and voucher in {"wrap", "wrap under a shared key"}):
+        with pytest.raises(DecryptFailed):
+            unwrap()
+    else:
+        found = unwrap()
+        head.check_mac(found.file_key)
+        assert (found.stanza, found.is_proven) == (head.stanzas[is_first], False)
+    with pytest.raises(DecryptFailed):
+        unwrap(nonce=head.nonce)
+
+
+def test_a_wrap_that_opens_proves_its_origin(tmp_path: Path) -> None:
+    """Here both stanzas are genuine: the recipient of the key can open the file as well."""
+    backend, key = age_backend(tmp_path, IDENTITY, native=False), key_of(IDENTITY)
+    started = sealing.begin([(backend, key)], ROW_7, recipients=[IDENTITY.recipient])
+    wrap, *bound, native = head_of(started.head).stanzas
+
+    for stanzas, opened in (([wrap, *bound, native], wrap), ([native, wrap, *bound], native)):
+        for nonce in (b"", started.nonce):
+            found = sealing.unwrap_for_plugin(stanzas, backend, key, context=ROW_7, nonce=nonce)
+            assert (found.file_key, found.stanza) == (started.file_key, opened)
+            assert found.is_proven == (opened is wrap or bool(nonce))
+
+
+@pytest.mark.parametrize("peer", ["", "first", "last"], ids=["alone", "after a server", "before a server"])
+@EACH_VOUCHER
+@EACH_PLACE
+def test_no_call_takes_such_a_file_for_one_of_the_service(
+    backend: AgeBackend, peer: str, voucher: str, is_first: bool
+) -> None:
+    remote = memory_backend()[0]
+    orders: Mapping[str, Sequence[Backend]] = {
+        "": [backend],
+        "first": [remote, backend],
+        "last": [backend, remote],
+    }
+    first, *others = orders[peer]
+    for origin, accept_foreign in product(ORIGINS, (False, True)):
+        key = Key("default", first, accept_foreign, tuple(others))
+        kms = Kms(Keyring({"default": key}, key), AllowAll(), MemoryTrail(), SelectionRules())
+        file = vouched_for(IDENTITY, voucher, origin, is_first=is_first)
+        head = head_of(file)
+        for call in (kms.decrypt, kms.rewrap, kms.reseal):
+            with pytest.raises(DecryptFailed):
+                call(ADA, file, ROW_7)
+        for stanzas in (head.stanzas, [header.bundle(head.stanzas)]):
+            text = b"".join(map(header.render_stanza, stanzas))
+            with pytest.raises(DecryptFailed):
+                kms.unwrap(ADA, text, ROW_7, nonce=head.nonce)
+            with suppress(DecryptFailed, ForeignRefused):
+                assert (kms.unwrap(ADA, text, ROW_7).origin, accept_foreign) == ("foreign", True)
+
+
+# -- files without our stanzas -----------------------------------------------------------------------
 
 
 def test_a_file_without_its_stanzas_is_foreign_and_has_no_context(kms: Kms, sealed: bytes) -> None:

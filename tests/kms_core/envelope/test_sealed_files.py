@@ -11,9 +11,10 @@ from kms_core.age import x25519
 from kms_core.age.header import Stanza, is_age_file
 from kms_core.backends import Backend
 from kms_core.backends.age import AgeBackend
-from kms_core.envelope import sealing
+from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
 from kms_core.envelope.sealed_files import (
+    NAME,
     RECOVERY,
     TENANT,
     FileSealer,
@@ -25,7 +26,15 @@ from kms_core.keyring import Key
 from kms_protocol.context import Context
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, InvalidContext
 from support import programs, sealing_plugin
-from support.age_kms import age_backend, armored, stanza_of, types_of, with_stanzas, write_identities
+from support.age_kms import (
+    age_backend,
+    armored,
+    forged,
+    stanza_of,
+    types_of,
+    with_stanzas,
+    write_identities,
+)
 from support.memory_kms import memory_backend
 
 CONTENT: Final = b"AGE-SECRET-KEY-1TEST\n"
@@ -131,6 +140,16 @@ def test_a_stanza_of_another_file_is_refused(root: AgeBackend) -> None:
     mixed = with_stanzas(first, [stanza_of(second, kind) for kind in types_of(second)])
 
     assert "was not sealed" in refusal(sealer(root), "payroll", mixed)
+
+
+def test_a_file_that_the_recipient_of_the_root_is_enough_for_is_refused(tmp_path: Path) -> None:
+    identity = x25519.X25519Identity.generate()
+    root = age_backend(tmp_path, identity)
+    key = KeyRef(TENANT, "root", root.current_version(), "age")
+    for more in ([], [binding.wrap_stanza(key, b"!")], [Stanza((binding.ORIGIN, "1"), bytes(32))]):
+        made = forged(identity, key, Context.reserved({NAME: "payroll"}), *more)
+
+        assert "was not sealed" in refusal(sealer(root, identity), "payroll", made)
 
 
 def test_a_recovery_recipient_opens_it_with_stock_age(root: AgeBackend, tmp_path: Path) -> None:

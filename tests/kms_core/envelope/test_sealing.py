@@ -228,20 +228,33 @@ def test_a_foreign_file_is_not_opened_as_one_of_ours() -> None:
     assert refused(resigned(SEALED, STANZAS[:1], file_key))
 
 
-class Remote(OneIdentity):
-    """A wrapper whose wrap authenticates the AAD by itself, so that its files carry no origin."""
+class Unproven(OneIdentity):
+    """A wrapper of native stanzas that has no MAC key of an origin stanza."""
 
     def origin_key(self, key: KeyRef) -> None:
         del key
 
 
+class Remote(Unproven):
+    """A wrapper whose wrap authenticates the AAD by itself, so that its files carry no origin."""
+
+    def wrap(self, file_key: bytes, key: KeyRef, aad: bytes) -> Stanza:
+        return binding.age_wrap(self._identity.secret, file_key, key, aad)
+
+    def unwrap(self, stanza: Stanza, key: KeyRef, aad: bytes) -> bytes:
+        return binding.open_age_wrap(self._identity.secret, stanza, key, aad)
+
+
 def test_origin_is_for_wrappers_that_prove_it() -> None:
-    remote = Remote(IDENTITY)
+    remote, unproven = Remote(IDENTITY), Unproven(IDENTITY)
     file = sealing.seal(b"salary", [(remote, KEY)], ROW_7)
     head = head_of(file)
+    native = head_of(sealing.seal(b"salary", [(unproven, KEY)], ROW_7))
 
-    assert types_of(file) == OWN[:2]
+    assert types_of(file) == [binding.WRAP, binding.CONTEXT]
     assert sealing.open_(file, head, sealing.file_key_of(head, remote, KEY, context=ROW_7)) == b"salary"
+    with pytest.raises(DecryptFailed):
+        sealing.file_key_of(native, unproven, KEY, context=ROW_7)
 
 
 # -- foreign files -----------------------------------------------------------------------------------
