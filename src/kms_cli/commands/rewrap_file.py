@@ -30,10 +30,10 @@ from kms_core.age import header
 from kms_core.age.armor import BEGIN
 from kms_core.age.header import FILE_LIMITS, Header
 from kms_core.envelope import binding
+from kms_core.payload.files import FileRange, copied_in_kernel
 from kms_protocol.errors import BadInput, DecryptFailed, InvalidRequest, NotACiphertext
 from kms_protocol.wire import ContextIn, EncryptOut
 
-KERNEL_COPY_BYTES: Final = 64 * 1024 * 1024
 COPY_BYTES: Final = 1024 * 1024
 
 
@@ -123,12 +123,12 @@ def copy_payload(source: InputStream, ahead: bytes, target: BinaryIO, line: term
     rest: io.RawIOBase = age_files.Joined(ahead, source.stream)
     if source.file_range and isinstance(target, io.BufferedWriter):
         rest = source.stream
-        rest.seek(-len(ahead), io.SEEK_CUR)
+        begin = rest.seek(-len(ahead), io.SEEK_CUR)
         target.flush()
-        with contextlib.suppress(OSError):  # the copy below meets it again
-            while copied := os.copy_file_range(fd, target.fileno(), KERNEL_COPY_BYTES):
-                done += copied
-                line.show("copying", done, source.size)
+        for copied in copied_in_kernel(FileRange(fd, before.st_size - begin, begin), target.fileno()):
+            done += copied
+            line.show("copying", done, source.size)
+        rest.seek(begin + done)
     while part := age_files.exactly(rest, COPY_BYTES):
         done += target.write(part)
         line.show("copying", done, source.size)

@@ -8,7 +8,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +23,9 @@ _EXT4: Final = "ext4"
 # virtual machine that returns free memory to its host. On other file systems several small writes would only
 # make the threads contend for the file's lock.
 _EXT4_WRITE_BYTES: Final = 256 * 1024
-NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_KERNEL_COPY_BYTES: Final = 8 * 1024 * 1024
+NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Errors of a disk that may have room later, unlike EFBIG: no file of that size is ever allowed."""
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:
@@ -37,7 +39,7 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
 
 @contextmanager
 def full_disk_as_error() -> Iterator[None]:
-    """Raise SpoolFull in place of an OSError for a full disk, an exceeded quota or a file size limit."""
+    """Raise SpoolFull in place of an OSError for a full disk or an exceeded quota."""
     try:
         yield
     except OSError as exc:
@@ -170,6 +172,24 @@ class FileWriter:
 
     def write_at(self, data: memoryview, position: int) -> None:
         write_all(self.fd, data, position)
+
+
+def copied_in_kernel(source: FileRange, fd: int, at: int | None = None) -> Iterator[int]:
+    """Copy a range to position ``at`` of a file, by reflink if it can be; yield the bytes of each step.
+
+    Without ``at`` the range goes to the position of the descriptor, which moves. Ends early where the kernel
+    cannot copy: two file systems, an old kernel, a full disk. The caller reads and writes the rest, which
+    raises the error that remains.
+    """
+    done = 0
+    with suppress(OSError):
+        while done < source.size:
+            step, to = min(_KERNEL_COPY_BYTES, source.size - done), None if at is None else at + done
+            copied = os.copy_file_range(source.fd, fd, step, source.offset + done, to)
+            if not copied:
+                return
+            done += copied
+            yield copied
 
 
 def source_changed_error() -> InvalidRequest:

@@ -20,6 +20,7 @@ from kms_core.jobs.bulk_lines import MOST_PARTS, RUN_ITEMS, decode, lines
 from kms_core.jobs.execution.lease import Commits, Lease
 from kms_core.jobs.model import Attempt, Commit, CommitGone, part_id
 from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, ItemsJob, PlacedTarget, UploadJob, Work
+from kms_core.jobs.storage.local import file_errors
 from kms_core.jobs.storage.locations import JobSource, JobTarget, Locations, PendingTarget, is_remote
 from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Blob, Label, Spool
 from kms_core.operation import Opened, Sealed
@@ -235,10 +236,13 @@ class FileWork:
                     raise
 
     def _work(self, source: JobSource, pending: PendingTarget) -> Commit:
-        """Make the target of the source, and describe its commit."""
+        """Make the target of the source, and describe its commit. Raises as ``file_errors``."""
         job, new = self.job, self.job.new_bound_context
         data = FileToFile(source.reader, pending.writer, _options(self.lease, job), pending.copy)
-        made = self.kms.run(job.kind, job.who, data, job.bound_context, new_context=new, key_id=job.key_id)
+        with file_errors():
+            made = self.kms.run(
+                job.kind, job.who, data, job.bound_context, new_context=new, key_id=job.key_id
+            )
         source.check_unchanged()
         settled = pending.settle(source, in_place=job.in_place)
         return msgspec.structs.replace(settled, file_id=made.file_id)

@@ -23,6 +23,7 @@ from kms_core.payload.files import (
     FileRange,
     FileWriter,
     RangeSource,
+    copied_in_kernel,
     full_disk_as_error,
     source_changed_error,
 )
@@ -50,14 +51,17 @@ _TEMPORARY: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CL
 _BEGIN: Final = ".kms-"
 _END: Final = ".tmp"
 _NOT_PLAIN: Final = "The path must be that of a regular file with one link, and no part of it a symbolic link"
+_NO_LINKS: Final = "The service's user may not do this here, or the file system knows no hard links"
 _REFUSALS: Final = {
     errno.ENOENT: "There is nothing at this path: create the file, or for a target its directory, first",
     errno.EACCES: "The service's user has no permission for this path",
-    errno.EPERM: "The service's user may not do this here, or the file system knows no hard links",
+    errno.EFBIG: "The file would be larger than its file system, or the limit of the process, allows",
     errno.EROFS: "The file system of this path is read-only",
     errno.ENAMETOOLONG: "The path, or a part of it, is too long for the file system",
     errno.EEXIST: "A temporary file of this attempt is already there",
-} | dict.fromkeys((errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.EMLINK), _NOT_PLAIN)
+    **dict.fromkeys((errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.EMLINK), _NOT_PLAIN),
+    **dict.fromkeys((errno.EPERM, errno.ENOTSUP, errno.ENOSYS), _NO_LINKS),
+}
 
 
 @contextmanager
@@ -451,9 +455,6 @@ def _size(entry: "os.DirEntry[str]") -> int:
         return 0
 
 
-_COPY_BYTES: Final = 8 * 1024 * 1024
-
-
 @dataclass(frozen=True, slots=True)
 class RootedPending:
     """A temporary file beside its target."""
@@ -468,18 +469,12 @@ class RootedPending:
 
     def copy(self, reader: RangeSource, at: int, options: ParallelOptions) -> None:
         """Put the rest of a target, from ``at`` on; by reflink or in the kernel, where that can be."""
-        if not isinstance(reader, FileRange):
-            copy_run(reader, self.writer, at, options)
-            return
-        done = 0
-        while done < reader.size:
-            options.check()
-            step = min(_COPY_BYTES, reader.size - done)
-            copied = os.copy_file_range(reader.fd, self.file.fd, step, reader.offset + done, at + done)
-            if not copied:
-                raise source_changed_error()
-            done += copied
-            options.progress(copied)
+        if isinstance(reader, FileRange):
+            for copied in copied_in_kernel(reader, self.file.fd, at):
+                options.progress(copied)
+                options.check()
+                reader, at = reader.tail(copied), at + copied
+        copy_run(reader, self.writer, at, options)
 
     def settle(self, source: object, *, in_place: bool) -> Commit:
         """Make what was written durable and describe it; nothing may be written afterwards.

@@ -16,6 +16,7 @@ from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.storage.local import OpenSource, Roots
 from kms_protocol.errors import JobsUnavailable, PathRefused
 from kms_protocol.wire import JobKind
+from support.audit_logs import room_for
 from support.core_jobs import NEW, done, end_of, now, opened, run_after_lease_expiry, submit, submit_items
 from support.failing_store import CRASH_POINTS, Killed, run_until_killed, worker_calling_at
 from support.file_tree import names
@@ -136,6 +137,16 @@ def test_source_that_changes_meanwhile_fails_the_job(core: Core, files: Path) ->
     run_job(job_id, replace(core.worker_context, places=places), "w")
 
     assert end_of(core, job_id) == ("failed", "invalid_request")
+    assert names(files) == ["in"]
+
+
+def test_file_that_may_not_be_that_large_fails_at_once(core: Core, files: Path) -> None:
+    """To wait for room would be in vain."""
+    job_id = submit(core, "encrypt", files / "in", files / "out")
+    with room_for(len(DATA)):
+        run_job(job_id, core.worker_context, "w")
+
+    assert end_of(core, job_id) == ("failed", "path_refused")
     assert names(files) == ["in"]
 
 

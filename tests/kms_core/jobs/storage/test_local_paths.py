@@ -299,6 +299,8 @@ def test_a_directory_that_turns_into_a_link_leads_nowhere(tmp_path: Path, root: 
         (errno.EDQUOT, SpoolFull),
         (errno.EACCES, PathRefused),
         (errno.EROFS, PathRefused),
+        (errno.EFBIG, PathRefused),
+        (errno.ENOTSUP, PathRefused),
         (errno.EIO, Unavailable),
         (errno.EMFILE, Unavailable),
     ],

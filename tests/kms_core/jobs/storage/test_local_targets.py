@@ -6,12 +6,15 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 
 import pytest
 
 from kms_core.jobs.model import Commit
-from kms_core.jobs.storage.local import Roots, temporary_name
-from kms_protocol.errors import PathRefused, TargetExists, Unavailable
+from kms_core.jobs.storage.local import RootedPending, RootedTarget, Roots, TemporaryFile, temporary_name
+from kms_core.payload.files import FileRange
+from kms_core.payload.parallel import ParallelOptions
+from kms_protocol.errors import PathRefused, SpoolFull, TargetExists, Unavailable
 from support.disk_trace import recorded
 from support.file_tree import (
     a_directory,
@@ -288,3 +291,32 @@ def test_each_new_directory_survives_a_power_cut(
 
     a, b = root / "a", root / "a/b"
     assert disk.steps == [("mkdir", a), ("sync", root), ("mkdir", b), ("sync", a)]
+
+
+# -- a payload that is moved as it is ------------------------------------------------------------------
+
+
+def move(source: Path, target: IO[bytes], at: int) -> int:
+    """Copy all but the first seven bytes of a file to ``at`` of another; the bytes that were reported."""
+    told: list[int] = []
+    pending = RootedPending(TemporaryFile("", -1, target.fileno()), cast("RootedTarget", None), "1")
+    with source.open("rb") as file:
+        payload = FileRange(file.fileno(), source.stat().st_size).tail(7)
+        pending.copy(payload, at, ParallelOptions(progress=told.append))
+    return sum(told)
+
+
+@pytest.mark.parametrize("is_elsewhere", [False, True], ids=["one-file-system", "two-file-systems"])
+def test_payload_is_moved_to_a_position_on_any_file_system(tmp_path: Path, *, is_elsewhere: bool) -> None:
+    """A memfd is on a file system of its own, to which the kernel copies nothing."""
+    (tmp_path / "in").write_bytes(data := os.urandom(20_000_003))
+    fd = os.memfd_create("out") if is_elsewhere else os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
+    with os.fdopen(fd, "r+b", buffering=0) as target:
+        assert move(tmp_path / "in", target, 100) == len(data) - 7
+        assert target.read() == bytes(100) + data[7:]
+
+
+def test_payload_that_finds_no_room_is_the_error_of_a_full_disk(tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(bytes(100_000))
+    with Path("/dev/full").open("r+b", buffering=0) as full, pytest.raises(SpoolFull):
+        move(tmp_path / "in", full, 0)
