@@ -46,7 +46,7 @@ class NewFile(NamedTuple):
 def create(folder: Path, name: str) -> Iterator[NewFile]:
     """A new file (0600); removed again if the block fails, and so is its folder, unless that holds more."""
     with ExitStack() as stack:
-        with files.full_disk_as_error(), _refusing():
+        with disk_errors(), _refusing():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             at = _folder_fd(folder, stack)
             _unlink(name, at)  # left by a crash in the middle of this very attempt
@@ -213,7 +213,7 @@ class SpoolFolder:
 
     def put(self, folder: str, name: str, data: bytes, *, durable: bool) -> None:
         written = f"{name}.tmp" if durable else name
-        with create(self.path / folder, written) as file:
+        with create(self.path / folder, written) as file, disk_errors():
             files.write_all(file.fd, memoryview(data), 0)
             if durable:
                 (self.path / folder / written).rename(self.path / folder / name)

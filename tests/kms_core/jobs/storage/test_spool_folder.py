@@ -17,6 +17,7 @@ from kms_core.jobs.storage.spool import UPLOAD, Spool
 from kms_core.jobs.storage.spool_folder import DiskSync, GroupSync, SpoolFolder
 from kms_core.secure_files import make_folders
 from kms_protocol.errors import RecordRefused, ResultExpired, SpoolFull, SpoolUnavailable
+from support.audit_logs import room_for
 from support.blob_stores import JOB, MIB, OTHER, SECRET_TEXT, label, read, write
 from support.small_disk import small_disk
 from support.synced_disk import SyncedDisk, install
@@ -93,6 +94,14 @@ def test_full_disk_is_a_full_spool(key: AgeBackend, tmp_path: Path) -> None:
         with pytest.raises(SpoolFull):
             write(spool, label(role="head", attempt="1"), bytes(5000))
         assert content(disk) == [JOB, f"{JOB}/upload", "filler"]
+
+
+@pytest.mark.parametrize("name", ["note", "n" * 300], ids=["too-large", "too-long-a-name"])
+def test_note_that_the_disk_refuses_is_an_error_of_the_spool(spool: Spool, folder: Path, name: str) -> None:
+    with room_for(MIB), pytest.raises(SpoolUnavailable):
+        spool.store.put(JOB, name, bytes(MIB + 1), durable=True)
+
+    assert content(folder) in ([], [JOB])
 
 
 # -- names, links and folders of others --------------------------------------------------------------------
