@@ -88,6 +88,12 @@ def create(path: Path, content: bytes) -> bool:
     return True
 
 
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of ``data`` at the position of a descriptor. Raises OSError if only a part was written."""
+    while data:
+        data = data[os.write(fd, data) :]
+
+
 def sync_folder(path: Path) -> None:
     """Write the entries of a directory to disk: a file that was created or renamed there keeps its name.
 

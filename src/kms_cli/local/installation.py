@@ -282,7 +282,7 @@ def noted(settings: Settings, environ: Mapping[str, str]) -> Iterator[None]:
     try:
         with secure_files.lock(folder / _NOTE) as handle:
             os.ftruncate(handle, 0)
-            os.write(handle, msgspec.json.encode(note))
+            secure_files.write_all(handle, msgspec.json.encode(note))
             yield
     finally:
         (folder / _NOTE).unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from kms_core.audit.keys import Concealer, OpenSealed, PublicKeys, Signer
 from kms_core.audit.log import AuditLog
 from kms_core.audit.segments import Segment
 from kms_core.periodic import PeriodicThread
-from kms_core.secure_files import sync_folder
+from kms_core.secure_files import sync_folder, write_all
 from kms_core.settings.model import Settings
 from kms_protocol.errors import AuditUnavailable
 
@@ -113,11 +113,20 @@ class FolderSink:
             self._append(self.path / f"{found.chain}{ANCHORS_SUFFIX}", line)
 
     def _append(self, path: Path, line: bytes) -> None:
-        """Append durably; the name of a new file is synced, too."""
+        """Append durably, on a line of its own; the name of a new file is synced, too.
+
+        A part of a line, for which the disk had no room, is removed again.
+        """
         is_new = not path.exists()
-        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            os.write(fd, line)
+            size = os.fstat(fd).st_size
+            is_torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+            try:
+                write_all(fd, b"\n" + line if is_torn else line)
+            except OSError:
+                os.ftruncate(fd, size)
+                raise
             os.fdatasync(fd)
         finally:
             os.close(fd)

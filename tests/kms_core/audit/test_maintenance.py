@@ -3,6 +3,7 @@
 import json
 import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 import redis
@@ -10,7 +11,15 @@ import redis
 from kms_core.audit import maintenance
 from kms_core.audit.maintenance import AuditMaintenance, FolderSink, RedisSink
 from kms_protocol.errors import AuditUnavailable
-from support.audit_logs import DAY_NS, AuditFolder, audit_section, chain_name, problem_codes, record
+from support.audit_logs import (
+    DAY_NS,
+    AuditFolder,
+    audit_section,
+    chain_name,
+    problem_codes,
+    record,
+    room_for,
+)
 
 EAGER = audit_section(checkpoint_s=0)
 
@@ -87,6 +96,41 @@ def test_the_folder_of_anchors_is_private(audit_folder: AuditFolder) -> None:
 
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.fixture
+def two_anchors(audit_folder: AuditFolder) -> list[bytes]:
+    """Two signed lines of one chain."""
+    shelf, trail = MemoryAnchorPlace(), audit_folder.trail(EAGER)
+    upkeep = AuditMaintenance(trail, anchors=[shelf])
+    for number in range(2):
+        trail.append(record(number))
+        upkeep.round()
+    return shelf.lines
+
+
+def test_an_anchor_that_finds_no_room_is_refused_and_leaves_no_part(
+    tmp_path: Path, two_anchors: list[bytes]
+) -> None:
+    place = FolderSink(tmp_path / "anchors")
+    place.put(two_anchors[0])
+    (path,) = place.path.iterdir()
+    with room_for(path.stat().st_size + 20), pytest.raises(OSError, match="File too large"):
+        place.put(two_anchors[1])
+    assert path.read_bytes() == two_anchors[0]
+
+    place.put(two_anchors[1])
+    assert path.read_bytes() == b"".join(two_anchors)
+
+
+def test_an_anchor_after_a_torn_one_has_a_line_of_its_own(tmp_path: Path, two_anchors: list[bytes]) -> None:
+    place = FolderSink(tmp_path / "anchors")
+    place.put(two_anchors[0])
+    (path,) = place.path.iterdir()
+    path.write_bytes(two_anchors[0][:50])
+    place.put(two_anchors[1])
+
+    assert path.read_bytes() == two_anchors[0][:50] + b"\n" + two_anchors[1]
 
 
 # -- retention ---------------------------------------------------------------------------------------
