@@ -94,6 +94,11 @@ def stuck(store: JobStore) -> int:
     return activity.survey_queues(store).stuck
 
 
+def test_a_report_for_which_its_pipe_has_no_room_stops_nothing() -> None:
+    """The process that hangs ends itself next, whether or not its parent reads."""
+    hang(Attendance(), *range(10_000))
+
+
 def test_a_process_that_hangs_is_killed_and_the_pool_replaces_it_by_itself(store: JobStore) -> None:
     process = subprocess.Popen(["sleep", "600"])
     try:

@@ -10,6 +10,7 @@ import signal
 import struct
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Final
 
 import msgspec
@@ -61,9 +62,10 @@ class Attendance:
         self._reads, self._writes = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def announce(self, stall: Stall) -> None:
-        """Report to the parent that this process hangs."""
+        """Report to the parent that this process hangs; the report is lost if its pipe is full."""
         line = msgspec.json.encode(Stall(stall.pid, stall.job_id, stall.resources[:_MOST_RESOURCES])) + b"\n"
-        os.write(self._writes, line[-_MOST_BYTES:])
+        with suppress(BlockingIOError):
+            os.write(self._writes, line[-_MOST_BYTES:])
 
     def stalls(self) -> Iterator[Stall]:
         """Announcements since the last call."""
