@@ -251,13 +251,14 @@ class Attempt:
 class Following:
     """The job that a process takes after another: claimed as that ends, if ``is_wanted`` says so then.
 
-    ``queues``: the first comes first. ``claimed``: what the store answered, or nothing yet.
+    ``queues``: the first comes first. ``claimed``: the attempt id of the claim and the answer of the store,
+    for ``AttemptStore.found_by``, or nothing yet.
     """
 
     worker: str
     queues: Sequence[str]
     is_wanted: Callable[[], bool]
-    claimed: "list[Attempt | str | None]" = field(default_factory=list)
+    claimed: list[tuple[str, Sequence[bytes]]] = field(default_factory=list)
 
 
 _decode: Final[Callable[[bytes], AnyJob]] = msgspec.msgpack.Decoder(AnyJob).decode

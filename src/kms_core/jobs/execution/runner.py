@@ -170,7 +170,7 @@ def run_next(worker_context: WorkerContext, following: Following, *, woken: bool
     Returns False if none is ready. Raises as ``run_job``.
     """
     if following.claimed:
-        found = following.claimed.pop()
+        found = worker_context.store.found_by(following.worker, *following.claimed.pop())
     else:
         first, *_ = queues = following.queues
         found = worker_context.store.next(following.worker, first, queues, woken=woken)

@@ -124,7 +124,7 @@ class AttemptStore(JobReader):
         attempt_id = new_attempt_id()
         with redis_errors():
             answer = self._run["claim"](*self._asked(job_id, worker, woken, attempt_id, queues))
-        return self._found_by(worker, attempt_id, answer)
+        return self.found_by(worker, attempt_id, answer)
 
     def _asked(self, job_id: str, worker: str, woken: str, attempt_id: str, queues: Sequence[str]) -> Asked:
         rules = self.rules
@@ -139,7 +139,11 @@ class AttemptStore(JobReader):
         shares = rules.reserved_processes and self._has_several_tenants()
         return max(1, rules.concurrency - rules.reserved_processes) if shares else 0
 
-    def _found_by(self, worker: str, attempt_id: str, answer: Sequence[bytes]) -> Attempt | str | None:
+    def found_by(self, worker: str, attempt_id: str, answer: Sequence[bytes]) -> Attempt | str | None:
+        """Decode the answer of a claim; as ``next``. If this fails, the lease of the claim runs out.
+
+        Raises JobsUnavailable, LeaseLost.
+        """
         word, *rest = answer
         name = rest[0].decode(errors="replace") if rest else ""
         if word == b"closed":
@@ -294,7 +298,7 @@ class AttemptStore(JobReader):
         first, second = (self._run["finish"], keys, given), (self._run["claim"], *asked)
         answer, claimed = self._waits.run_together(first, second)[0]
         if not isinstance(claimed, Exception):
-            following.claimed.append(self._found_by(following.worker, attempt_id, claimed))
+            following.claimed.append((attempt_id, claimed))  # an error in it is not one of the ended job
         if isinstance(answer, Exception):
             raise answer
         return answer[0]

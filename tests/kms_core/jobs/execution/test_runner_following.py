@@ -4,15 +4,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import pytest
+import redis
 
 from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_next
-from kms_core.jobs.model import Attempt, Following
+from kms_core.jobs.model import Following
 from kms_core.jobs.spec import BULK, QUEUES
 from kms_core.jobs.store.maintenance import ReplicaWait
 from kms_core.settings.model import RedisSection
-from support.core_jobs import now, submit_items
-from support.job_stores import forge
+from kms_protocol.errors import JobsUnavailable
+from support.core_jobs import end_of, now, submit_items
+from support.job_stores import expire_leases, forge
 
 
 def states(core: Core, *job_ids: str) -> list[str]:
@@ -34,15 +36,21 @@ class Counted:
         return cast("list[bytes]", self.script(keys, args))
 
 
+class Away(Counted):
+    """A script whose calls outside a pipeline meet a Redis that is away."""
+
+    def __call__(self, keys: Sequence[str], args: Sequence[object]) -> list[bytes]:
+        del keys, args
+        raise redis.ConnectionError
+
+
 def test_next_job_is_claimed_with_the_end_of_the_one_before(core: Core) -> None:
     jobs = [submit_items(core) for _ in range(3)]
     after = following()
 
     assert run_next(core.worker_context, after, woken=False)
     assert states(core, *jobs) == ["succeeded", "running", "queued"]
-    (claimed,) = after.claimed
-    assert isinstance(claimed, Attempt)
-    assert claimed.accepted.job_id == jobs[1]
+    assert len(after.claimed) == 1
 
     while run_next(core.worker_context, after, woken=False):
         pass
@@ -92,6 +100,32 @@ def test_a_job_that_others_took_costs_the_next_one_nothing(core: Core) -> None:
     assert run_next(core.worker_context, after, woken=False)
 
     assert now(core, second).state == "succeeded"
+
+
+def test_next_claim_that_cannot_be_read_is_no_error_of_the_job_that_ended(core: Core) -> None:
+    """It ends as ``record_refused`` when its turn comes. If Redis is away then, it is left to its lease."""
+    submit_items(core)
+    while run_next(core.worker_context, following(), woken=False):
+        pass  # Redis knows the scripts from now on
+    first, spoiled, third = (submit_items(core) for _ in range(3))
+    store, after = core.worker_context.store, following()
+    forge(store, spoiled, sealed=b"not ours")
+    scripts = store._run  # noqa: SLF001 -- to have Redis away for one call
+    alone = scripts["finish"]
+    scripts["finish"] = Away(alone)
+
+    assert run_next(core.worker_context, after, woken=False)
+    assert states(core, first, spoiled, third) == ["succeeded", "running", "queued"]
+    with pytest.raises(JobsUnavailable):
+        run_next(core.worker_context, after, woken=False)
+    scripts["finish"] = alone
+    expire_leases(store)
+    assert store.reap_all([spoiled]) == ["requeued"]
+    while run_next(core.worker_context, after, woken=False):
+        pass
+
+    assert end_of(core, spoiled) == ("failed", "record_refused")
+    assert end_of(core, third) == ("succeeded", "")
 
 
 def test_scripts_that_redis_has_forgotten_are_sent_again(core: Core) -> None:
