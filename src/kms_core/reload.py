@@ -22,8 +22,12 @@ def stamp_of(paths: Sequence[Path]) -> Stamp:
 
 
 def stamp_of_stat(found: os.stat_result) -> tuple[int, ...]:
-    """Device, inode, size in bytes and time of the last write (ns) of a file."""
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    """Device, inode, size in bytes, and times of the last write and change (ns) of a file.
+
+    A new file may have the inode of a removed one, and the time of the last write that a copy preserves. The
+    kernel alone sets the time of the last change.
+    """
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def reason_of(exc: Exception) -> str:

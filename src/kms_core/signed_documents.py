@@ -518,15 +518,21 @@ class LocalCopy:
         os.utime(self._path, (asked, asked))
 
     def _load(self, found: os.stat_result) -> Version:
-        """The copy. A process reads and verifies it again when another one has replaced it."""
+        """The copy. A process reads and verifies it again when another one has replaced it.
+
+        A new copy may have size and inode of the one before. Its times also change with each answer of the
+        place: then the tag says whether it is another one.
+        """
         stamp, held = self._loaded
-        now = stamp_of_stat(found)[:3]  # not its time, which says when the place answered
+        now = stamp_of_stat(found)
         if stamp != now:
-            tag, _, data = self._path.read_bytes().partition(b"\n")
-            try:
-                held = self._document.open(data, msgspec.json.decode(tag, type=str))
-            except (msgspec.MsgspecError, KmsError) as exc:
-                raise ValueError("a damaged copy") from exc
+            with self._path.open("rb") as file:
+                try:
+                    tag = msgspec.json.decode(file.readline(), type=str)
+                    if stamp[:3] != now[:3] or tag != held.tag:
+                        held = self._document.open(file.read(), tag)
+                except (msgspec.MsgspecError, KmsError) as exc:
+                    raise ValueError("a damaged copy") from exc
             self._loaded = now, held
         return held
 

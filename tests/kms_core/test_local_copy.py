@@ -1,5 +1,6 @@
 """The copy of a document on a host: who asks the place, how old it may be, and when it is read again."""
 
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -78,6 +79,24 @@ def test_a_change_is_seen_by_all_processes_after_one_asked(host: Host) -> None:
     host.clock.now += 1
     host.copy.poll()
     assert other.current().body == b"[2]"
+
+
+def test_a_copy_with_the_inode_and_the_size_of_the_one_before_is_seen(host: Host, tmp_path: Path) -> None:
+    """Inodes are used again: written in place of the old one, it looks the same but for its times."""
+    for _ in range(18):  # write ids of that many versions are kept: the next one is as long
+        host.write(b"[1]")
+    host.copy.poll()
+    assert host.copy.current().body == b"[1]"
+    host.write(b"[2]")
+    LocalCopy(host.document, tmp_path / "other", 60, host.clock).poll()
+    path = host.folder / "state/tokens.copy"
+    before = path.stat()
+    path.write_bytes((tmp_path / "other/tokens.copy").read_bytes())
+    os.utime(path, (host.clock.now + 1, host.clock.now + 1))
+    after = path.stat()
+    assert (before.st_ino, before.st_size) == (after.st_ino, after.st_size)
+
+    assert host.copy.current().body == b"[2]"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Values of files, read again when the files change."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
@@ -57,6 +58,22 @@ def test_a_small_file_is_read_at_once_and_only_when_it_has_changed(reloaded: Rel
 
     assert [reloaded.value.current() for _ in range(3)] == [3, 3, 3]
     assert (reloaded.reads, reloaded.done) == (2, [3])
+
+
+def test_a_file_with_the_inode_size_and_time_of_the_one_before_is_read_again(reloaded: ReloadedFile) -> None:
+    """As a copy that keeps times may have; the clock of the kernel ticks a few milliseconds apart."""
+    before = reloaded.file.stat()
+    while (after := reloaded.file.stat()).st_ctime_ns == before.st_ctime_ns:
+        reloaded.file.write_bytes(b"34")
+        os.utime(reloaded.file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (before.st_ino, before.st_size, before.st_mtime_ns) == (
+        after.st_ino,
+        after.st_size,
+        after.st_mtime_ns,
+    )
+
+    reloaded.value.current()
+    assert reloaded.reads == 2
 
 
 def test_while_a_large_file_is_read_callers_get_the_old_value(reloaded: ReloadedFile) -> None:
