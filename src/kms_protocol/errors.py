@@ -13,9 +13,8 @@ KmsError
 ├── DataKeysUnsupported
 ├── BodyTimeout         the sender was too slow
 ├── Unavailable         the only retryable errors: BackendUnavailable · AuditUnavailable · RateLimited
-│                       · SpoolUnavailable · DocumentOutdated
+│                       · SpoolUnavailable · SpoolFull (SpoolQuota) · DocumentOutdated
 │                       · JobsUnavailable (RedisFull · RedisReadOnly · WrongInstall · DurabilityUnconfirmed)
-├── SpoolFull           (SpoolQuota)
 ├── JobCancelled · JobExpired (JobNotStarted) · ItemsFailed · AttemptsExhausted    ends of a job
 └── ConfigurationError  raised at start only
 
@@ -257,7 +256,7 @@ class DataKeysUnsupported(KmsError):
 
 
 class Unavailable(KmsError):
-    """A dependency that does not answer. Only errors of this kind are retryable."""
+    """A dependency that does not answer, or has no room. Only errors of this kind are retryable."""
 
     code = "unavailable"
     summary = "Not available now; try again later"
@@ -358,12 +357,11 @@ class BodyTimeout(KmsError):
     exit_code = EXIT_UNAVAILABLE
 
 
-class SpoolFull(KmsError):
-    """A spool whose disk or quota is full."""
+class SpoolFull(Unavailable):
+    """A spool or a target whose disk or quota is full. A job that was accepted waits for room."""
 
     code = "spool_full"
     summary = "There is no space left for uploads and results"
-    exit_code = EXIT_UNAVAILABLE
 
 
 class SpoolQuota(SpoolFull):

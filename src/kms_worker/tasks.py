@@ -32,7 +32,6 @@ from kms_protocol.errors import (
     InvalidRequest,
     JobsUnavailable,
     KmsError,
-    SpoolFull,
     Unavailable,
     UnknownKey,
 )
@@ -125,7 +124,7 @@ def register_submit(
         pulse.note()
         try:
             return accept(intake(), args, named, f"{worker}/{os.getpid()}")
-        except (Unavailable, SpoolFull, ConfigurationError) as exc:
+        except (Unavailable, ConfigurationError) as exc:
             _log.warning("submit.postponed", code=exc.code)
             time.sleep(_PAUSE_S)
             _send_again(app, task.request, args)

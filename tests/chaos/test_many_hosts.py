@@ -76,7 +76,7 @@ def _run(folder: Path, seed: int) -> Verdict:
         load = Load(hosts, mix, JOBS, SENDERS, seed, request_limit=0, token=hosts.token)
         cuts = FleetFaults(hosts, mix, load, seed)
         _cut(hosts, load, cuts, seed)
-        checks = JobChecks(hosts, load, lambda: hosts.shared.files.creations("out/"), room_was_short=False)
+        checks = JobChecks(hosts, load, lambda: hosts.shared.files.creations("out/"))
         checks.wait(PATIENCE_S)
         checks.check_results()
         checks.expire()

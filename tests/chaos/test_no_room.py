@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -86,13 +87,45 @@ def test_full_disk_is_told_and_nothing_is_left(small: Service) -> None:
     assert len(small.result(job_id)) > 6 * MIB
 
 
-def test_result_that_finds_no_room_fails_the_job(small: Service) -> None:
-    items = [{"plaintext": b64(bytes(600_000))}] * 8
+def fill(ballast: Path) -> None:
+    """Write a file until its disk is full."""
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(MIB))
 
-    job_id = small.submit({"kind": "encrypt", "items": items})
-    job = small.wait(job_id, "failed")
 
-    assert job["error"]["code"] == "spool_full"
-    until(lambda: small.spooled() == [], "nothing is left")
-    again = small.submit({"kind": "encrypt", "items": items[:2]})
-    small.wait(again, "succeeded")
+def test_accepted_jobs_wait_while_the_disk_is_full_and_none_fails(small: Service) -> None:
+    small.stop("worker")
+    jobs = [small.upload("encrypt", b"%d" % number * 20_000) for number in range(16)]
+    jobs.append(small.submit({"kind": "encrypt", "items": [{"plaintext": b64(b"x")}] * 2_000}))
+    fill(ballast := small.spool / "ballast")
+    small.start("worker")
+    until(lambda: small.output("worker").count("spool_full") >= len(jobs), "each job met it")
+    check_problem(small.post("/files/encrypt", content=bytes(MIB)), 507, "spool_full")
+    assert {small.job(job_id)["state"] for job_id in jobs} <= {"queued", "running"}
+
+    ballast.unlink()
+    for job_id in jobs:
+        small.wait(job_id, "succeeded")
+    assert b"error" not in small.result(jobs[-1])
+
+
+def test_accepted_jobs_wait_while_the_disk_of_their_targets_is_full(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "state" / "files", 8 * MIB) as disk, Service(tmp_path) as service:
+        service.start("api")
+        (disk / "in").mkdir()
+        for number in range(10):
+            (disk / "in" / f"{number}").write_bytes(bytes(20_000))
+        into = {"target": f"{(disk / 'out').as_uri()}/", "kind": "encrypt"}
+        jobs = [
+            service.submit({"source": f"{(disk / 'in').as_uri()}/*", **into}),
+            service.submit({**into, "source": (disk / "in/1").as_uri(), "target": (disk / "1.age").as_uri()}),
+        ]
+        fill(ballast := disk / "ballast")
+        service.start("worker")
+        until(lambda: service.output("worker").count("spool_full") >= len(jobs), "each job met it")
+
+        ballast.unlink()
+        for job_id in jobs:
+            service.wait(job_id, "succeeded")
+        assert len(list((disk / "out").iterdir())) == 10

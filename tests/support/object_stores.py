@@ -291,10 +291,14 @@ Intercept = Callable[[S3Request], int | None]
 
 
 class S3Proxy:
-    """An HTTP proxy on loopback; ``seen`` are the requests that came, in order."""
+    """An HTTP proxy on loopback; ``seen`` are the requests that came, in order.
+
+    ``code`` is the error code in the answers that ``intercept`` makes.
+    """
 
     def __init__(self, store: ObjectStore, intercept: Intercept = lambda _: None) -> None:
         self.seen: list[S3Request] = []
+        self.code = ""
         self.intercept = intercept
         handler = type("Handler", (_Handler,), {"s3_proxy": self, "host": urlsplit(store.url).netloc})
         self._server = _Server(("127.0.0.1", 0), handler)
@@ -337,7 +341,8 @@ class _Handler(QuietHandler):
         self.s3_proxy.seen.append(seen)
         verdict = self.s3_proxy.intercept(seen)
         if verdict and verdict > 0:
-            self.reply(verdict)
+            code = self.s3_proxy.code
+            self.reply(verdict, f"<Error><Code>{code}</Code></Error>".encode() if code else b"")
             return
         with closing(http.client.HTTPConnection(self.host, timeout=60)) as upstream:
             upstream.request(self.command, self.path, body, headers)

@@ -21,7 +21,7 @@ import structlog
 
 from kms_core.payload.files import source_changed_error
 from kms_core.s3.connection import Ask, S3Answer, S3Body, S3Connection, elements, tag
-from kms_protocol.errors import KmsError, PathRefused, Unavailable
+from kms_protocol.errors import KmsError, PathRefused, SpoolFull, Unavailable
 
 if TYPE_CHECKING:
     from kms_core.s3.multipart import ObjectReader
@@ -371,11 +371,14 @@ class Bucket:
         if answer.code == "NoSuchUpload":
             return UploadAborted()
         status = f"{answer.status} {answer.code}".rstrip()
+        if answer.code in _FULL:
+            return SpoolFull(f"Bucket {self.name} takes no more ({status}): make room, or raise its quota")
         _log.warning("s3.refused", bucket=self.name, said=status)
         detail = _ADVICE.get(answer.status, _OTHER).format(bucket=self.name, said=status)
         return StoreRefused(detail, answer.status, status)
 
 
+_FULL: Final = frozenset({"QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"})
 _OTHER: Final = "The object store answers {said} for bucket {bucket}"
 _MOVED: Final = (
     "Bucket {bucket} is elsewhere ({said}): check endpoint and region in [kms.jobs.buckets.{bucket}]"

@@ -15,7 +15,6 @@ from kms_protocol.errors import UnknownJob
 from kms_protocol.wire import ENDED
 from support.canary.secrets import forms
 from support.chaos.cluster import SupervisedByTest
-from support.chaos.job_mix import NO_ROOM
 from support.chaos.load import AcceptedJob, Load
 from support.job_stores import events
 from support.service import CANARY, core_of
@@ -35,18 +34,13 @@ TRANSITIONS: Final[Mapping[str, frozenset[str]]] = {
 
 
 class JobChecks:
-    """Collects ``violations``; ``room_was_short`` allows jobs to have failed for want of room.
-
-    ``creations`` says how often each name of a target was put in place.
-    """
+    """Collects ``violations``. ``creations`` says how often each name of a target was put in place."""
 
     def __init__(
         self,
         cluster: SupervisedByTest,
         load: Load,
         creations: Callable[[], Mapping[str, int]],
-        *,
-        room_was_short: bool,
     ) -> None:
         self.violations: list[str] = [*load.troubles]
         self.states: Counter[str] = Counter()
@@ -55,7 +49,6 @@ class JobChecks:
         self._load = load
         self._creations = creations
         self._store: JobStore = core_of(cluster).worker_context.store
-        self._room_was_short = room_was_short
 
     def wait(self, patience_s: float) -> None:
         """Until every job has ended; those that have not after so long are lost."""
@@ -87,9 +80,7 @@ class JobChecks:
         if job.state == "cancelled":
             assert request.manner == "cancel", "cancelled by nobody"
             self._nothing_of(accepted)
-        elif self._room_was_short and job.error == NO_ROOM:
-            self._nothing_of(accepted)
-        elif job.error == "items_failed" and (request.failing_items or self._room_was_short):
+        elif job.error == "items_failed" and request.failing_items:
             request.check(self._cluster.result(accepted.job_id))
         else:
             assert (job.state, request.failing_items) == ("succeeded", 0), "it ended otherwise than it should"

@@ -47,7 +47,6 @@ _LINGERS_S: Final = 1.0
 _REFUSED_S: Final = 60.0
 _WANTED_S: Final = 60.0
 _ROOM_BYTES: Final = 1 << 62  # a store does not tell how much it takes
-_FULL_CODES: Final = ("QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded")
 _FULL: Final = (
     "The bucket of uploads and results takes no more: wait until results expire, or raise its quota"
 )
@@ -202,8 +201,8 @@ class SpoolBucket:
 
     def _error(self, exc: StoreRefused | Unavailable) -> KmsError:
         said = exc.said if isinstance(exc, StoreRefused) else ""
-        full = isinstance(exc, StoreRefused | StoreAway) and exc.status == HTTPStatus.INSUFFICIENT_STORAGE
-        if full or said.endswith(_FULL_CODES):
+        full = isinstance(exc, StoreAway) and exc.status == HTTPStatus.INSUFFICIENT_STORAGE
+        if full or isinstance(exc, SpoolFull):
             return SpoolFull(_FULL)
         if said:
             self._refused = time.monotonic()

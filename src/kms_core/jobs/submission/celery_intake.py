@@ -72,7 +72,7 @@ class Intake:
     def accept(self, message: object, worker: str) -> str:
         """Take the job in a message; the answer is its id, which its submitter chose.
 
-        Taking a message again changes nothing. Raises Unavailable or SpoolFull where trying again may help;
+        Taking a message again changes nothing. Raises Unavailable where trying again may help;
         any other KmsError is final: DecryptFailed, NotACiphertext, TooLarge, InvalidRequest, JobExpired,
         Unauthenticated, IdempotencyConflict for another job of this id, and the errors of the submitter.
         """

@@ -1,14 +1,18 @@
 """Bulk jobs in parts: several workers at once, one result in order, one end."""
 
+from pathlib import Path
+
 import pytest
 
 from kms_core.container import Core
 from kms_core.jobs.execution import one_file, results
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.storage.spool import ITEMS
-from kms_protocol.errors import RateLimited, ResultExpired
-from support.core_jobs import lines, now, split_into_parts, submit_items
-from support.job_stores import TENANT, events, expire_leases, remove_inputs, spool_folder, with_jobs
+from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Label
+from kms_core.jobs.submission.submitter import new_id
+from kms_protocol.errors import RateLimited, ResultExpired, SpoolFull
+from support.core_jobs import end_of, lines, now, split_into_parts, submit_items
+from support.job_stores import TENANT, events, expire_leases, forge, remove_inputs, spool_folder, with_jobs
+from support.service import Service, core_of
 
 
 @pytest.mark.parametrize(
@@ -72,6 +76,33 @@ def test_a_part_that_uses_up_its_attempts_has_error_lines(
     assert ended.end.failures[0] == (1_000, "attempts_exhausted")
     told = [line["index"] for line in lines(core, job_id) if line.get("error")]
     assert told == list(range(1_000, 1_501))
+
+
+def test_full_spool_is_told_to_a_submitter_and_costs_an_accepted_job_time_alone(
+    tmp_path: Path, redis_url: str
+) -> None:
+    """No attempt, and no item: it goes on once there is room."""
+    install = Service(tmp_path, "[kms.jobs]\ninline_bytes = 0\nspool_max_bytes = 10_000_000\n", redis_url)
+    core = core_of(install)
+    job_id = submit_items(core, 1_000)
+    parts = split_into_parts(core, job_id)
+    spool, ballast = core.worker_context.spool, Label(TENANT, new_id(), UPLOAD)
+    with spool.writing(ballast) as out:
+        out.write(bytes(10_000_000 - spool.use().used_bytes - 20_000))
+    with pytest.raises(SpoolFull):
+        submit_items(core, 1_000)
+    for part in parts:
+        run_job(part, core.worker_context, "w/1")
+        found = core.worker_context.store.part(part).job
+        assert (found.state, found.attempt) == ("queued", 0)
+        forge(core.worker_context.store, part, not_before="0")
+
+    spool.delete(ballast.job_id)
+    core = core_of(install)  # which counts what there is
+    for part in parts:
+        run_job(part, core.worker_context, "w/1")
+    assert end_of(core, job_id) == ("succeeded", "")
+    assert not [line for line in lines(core, job_id) if line.get("error")]
 
 
 def test_cancelling_the_whole_stops_its_parts_and_leaves_nothing(core: Core) -> None:

@@ -11,6 +11,7 @@ import pytest
 from kms_core.container import Core
 from kms_core.jobs.execution.lease import FoundLarge, Lease
 from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.execution.tree import PATIENCE
 from kms_core.jobs.model import part_id
 from kms_core.jobs.spec import FILES
 from kms_core.jobs.storage import locations
@@ -18,7 +19,7 @@ from kms_core.jobs.storage.locations import check_holes
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import SpoolFull, TooLarge
 from kms_protocol.wire import PRIORITIES
-from support.core_jobs import end_of, split_into_parts, submit
+from support.core_jobs import end_of, now, split_into_parts, submit
 from support.credentials import REQUIRED, SecuredService
 from support.file_tree import names
 from support.job_stores import (
@@ -325,16 +326,26 @@ def test_object_above_the_bound_is_refused(object_jobs: ObjectJobs) -> None:
         pass
 
 
-def test_target_without_room_is_refused_when_the_job_is_accepted_and_when_it_runs(
-    tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def roomy(tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> SecuredService:
+    """An install that takes a source of any size, allocated or not."""
     monkeypatch.setattr(locations, "MOST_HOLE_BYTES", 1024**5)
-    install = SecuredService(tmp_path, f"[kms.jobs]\nsource_max_bytes = {1024**5}\n", redis_url)
-    core, files = core_of(install), install.files
-    free = os.statvfs(files)
+    return SecuredService(tmp_path, f"[kms.jobs]\nsource_max_bytes = {1024**5}\n", redis_url)
+
+
+def too_large(path: Path) -> None:
+    """Make a file larger than its file system has room."""
+    free = os.statvfs(path.parent)
+    sparse(path, free.f_bavail * free.f_frsize + 64 * GIB)
+
+
+def test_target_without_room_is_refused_to_a_submitter_and_delays_an_accepted_job(
+    roomy: SecuredService,
+) -> None:
+    core, files = core_of(roomy), roomy.files
     (files / "in").write_bytes(b"x")
     job_id = sealing(core, files / "in")
-    sparse(files / "in", free.f_bavail * free.f_frsize + 64 * GIB)
+    too_large(files / "in")
 
     with pytest.raises(SpoolFull):
         sealing(core, files / "in")
@@ -342,11 +353,35 @@ def test_target_without_room_is_refused_when_the_job_is_accepted_and_when_it_run
     assert is_ready(core.worker_context.store, job_id)
     run_job(job_id, core.worker_context, "w/1")
 
-    assert end_of(core, job_id) == ("failed", "spool_full")
+    assert (end_of(core, job_id), now(core, job_id).attempt) == (("queued", ""), 0)
     assert names(files) == ["in"]
-    audit = b"".join(path.read_bytes() for path in (install.state / "audit").iterdir())
+    audit = b"".join(path.read_bytes() for path in (roomy.state / "audit").iterdir())
     assert b'"operation":"job.submit"' in audit
     assert b'"operation":"encrypt"' not in audit  # no key was used for it
+
+    os.truncate(files / "in", 10)
+    forge(core.worker_context.store, job_id, not_before="0")
+    run_job(job_id, core.worker_context, "w/1")
+    assert end_of(core, job_id) == ("succeeded", "")
+
+
+def test_file_without_room_delays_its_part_and_is_not_refused(roomy: SecuredService) -> None:
+    core, files = core_of(roomy), roomy.files
+    (files / "in").mkdir()
+    for name in "ab":
+        (files / "in" / name).write_bytes(b"x")
+    job_id = submit(core, "encrypt", f"{(files / 'in').as_uri()}/*", f"{(files / 'out').as_uri()}/")
+    (part,) = split_into_parts(core, job_id)
+    too_large(files / "in" / "b")
+    for _ in range(2 + PATIENCE):  # more than a file that cannot be read is given
+        run_job(part, core.worker_context, "w/1")
+        assert core.worker_context.store.part(part).job.state == "queued"
+        forge(core.worker_context.store, part, not_before="0")
+
+    os.truncate(files / "in" / "b", 10)
+    run_job(part, core.worker_context, "w/1")
+    assert end_of(core, job_id) == ("succeeded", "")
+    assert names(files / "out") == ["a.age", "b.age"]
 
 
 @pytest.mark.parametrize(

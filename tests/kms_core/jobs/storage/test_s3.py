@@ -87,6 +87,19 @@ def test_a_key_may_hold_what_a_url_can_write(object_jobs: ObjectJobs) -> None:
     ]
 
 
+def test_a_bucket_over_its_quota_delays_the_job_that_writes_to_it(
+    proxied_object_jobs: ObjectJobs, s3_proxy: S3Proxy
+) -> None:
+    bucket = proxied_object_jobs.bucket
+    job_id = proxied_object_jobs.submit("encrypt", bucket.put("in", b"salary"), bucket.url("out/sealed"))
+    s3_proxy.code = "QuotaExceeded"
+    s3_proxy.intercept = lambda seen: 403 if seen.operation == "PutObject" else None
+    assert proxied_object_jobs.run(job_id).state == "committing"
+    s3_proxy.intercept = lambda _: None
+
+    assert proxied_object_jobs.run_after_lease_expiry(job_id).state == "succeeded"
+
+
 def test_a_small_object_is_one_write(proxied_object_jobs: ObjectJobs, s3_proxy: S3Proxy) -> None:
     proxied_object_jobs.ok(
         "encrypt",

@@ -124,11 +124,12 @@ def test_write_whose_answer_is_lost_is_recognised(
 
 ENDS, PARTS = {"PutObject", "CompleteMultipartUpload"}, {"PutObject", "UploadPart"}
 FAILURES = {
-    "no-answer": (0, ENDS, SpoolUnavailable, "does not answer"),
-    "away": (503, PARTS, SpoolUnavailable, "does not answer"),
-    "full": (507, PARTS, SpoolFull, "takes no more"),
-    "read-only": (403, PARTS, SpoolUnavailable, r"refuses this \(403\)"),
-    "elsewhere": (301, PARTS, SpoolUnavailable, r"refuses this \(301\)"),
+    "no-answer": (0, "", ENDS, SpoolUnavailable, "does not answer"),
+    "away": (503, "", PARTS, SpoolUnavailable, "does not answer"),
+    "full": (507, "XMinioStorageFull", PARTS, SpoolFull, "takes no more"),
+    "quota": (403, "QuotaExceeded", PARTS, SpoolFull, "takes no more"),
+    "read-only": (403, "", PARTS, SpoolUnavailable, r"refuses this \(403\)"),
+    "elsewhere": (301, "", PARTS, SpoolUnavailable, r"refuses this \(301\)"),
 }
 
 
@@ -137,7 +138,7 @@ FAILURES = {
 def test_bucket_that_takes_nothing_is_a_coded_error(
     spool: Spool, bucket: TestBucket, s3_proxy: S3Proxy, size: int, failure: str
 ) -> None:
-    status, names, error, text = FAILURES[failure]
+    status, s3_proxy.code, names, error, text = FAILURES[failure]
     s3_proxy.intercept = lambda seen: status if seen.operation in names else None
 
     with pytest.raises(error, match=text):
