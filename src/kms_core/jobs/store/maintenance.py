@@ -215,7 +215,7 @@ UNBOUNDED: Final = 2 * GiB
 StoreCondition = Literal["available", "unavailable", "full", "read_only"]
 _CONDITION_KEPT_S: Final = 1.0
 _CLOCK_KEPT_S: Final = 10.0
-_REAPED_AT_ONCE: Final = 200  # some milliseconds, in which Redis does nothing else
+_AT_ONCE: Final = 200  # some milliseconds, in which Redis does nothing else
 _TENANTS: Final = f"{PREFIX}tenants"
 _WORKERS: Final = f"{PREFIX}workers"
 Script = Callable[..., list[bytes]]
@@ -381,9 +381,9 @@ class StoreMaintenance:
         """
         found: list[bytes] = []
         with redis_errors():
-            for start in range(0, len(job_ids), _REAPED_AT_ONCE):
+            for start in range(0, len(job_ids), _AT_ONCE):
                 pipeline = self.redis.pipeline(transaction=False)
-                some = job_ids[start : start + _REAPED_AT_ONCE]
+                some = job_ids[start : start + _AT_ONCE]
                 for job_id in some:
                     given = [job_id, self.large_job_bytes, self.rules.result_ttl_s]
                     self._run["reap"]([job_key(job_id)], given, client=pipeline)
@@ -461,9 +461,14 @@ class StoreMaintenance:
             return sorted(raw.decode() for raw in cast("set[bytes]", self.redis.smembers(_TENANTS)))
 
     def forget(self, limit: int = 2000) -> None:
-        """Take the ids of expired records out of the lists of jobs, which never expire."""
-        if self._first(f"{PREFIX}records", 1):
-            self._call("forget", "", limit)
+        """Take the ids of expired records out of the lists of jobs, which never expire.
+
+        In steps of some hundred: a job is in up to 20 lists, and Redis does nothing else in a step.
+        """
+        for _ in range(0, limit, _AT_ONCE):
+            if not self._first(f"{PREFIX}records", 1):
+                return
+            self._call("forget", "", _AT_ONCE)
 
     def idle_s(self, worker: str) -> float:
         """Seconds since this worker claimed or renewed anything; infinite if it never did."""

@@ -484,6 +484,18 @@ def test_a_split_is_few_commands_for_each_part(store: JobStore, tmp_path: Path) 
         assert {own.part(each.job_id).job.state for each in parts} == {"queued"}
 
 
+def test_expired_records_are_forgotten_some_hundred_at_a_time(store: JobStore, tmp_path: Path) -> None:
+    with alone(store, tmp_path / "own") as own:
+        counts = []
+        for expired in (1, 450):
+            own.redis.zadd("kms:records", {str(uuid4()): 1 for _ in range(expired)})
+            own.forget()
+            counts.append(own.redis.info("commandstats")["cmdstat_evalsha"]["calls"])
+
+        assert counts[1] - counts[0] == 3
+        assert not own.redis.exists("kms:records")
+
+
 def test_job_that_is_to_be_cancelled_is_not_split(store: JobStore) -> None:
     claim = claimed(store, source="items", items=1)
     store.cancel(claim.accepted.job_id, TENANT)
