@@ -46,6 +46,7 @@ HINTS: Final[Mapping[str, str]] = {  # by error code
     "redis_read_only": "ask the operator: `kms doctor` shows the state of Redis",
     "install_mismatch": "ask the operator: `kms doctor` compares Redis and the spool",
     "rotation_refused": "ask the operator: docs/hosts.md says how to rotate a key on several hosts",
+    "too_many_versions": "ask the operator: docs/backends.md says how versions are removed (Rotation)",
     "group_complete": "choose another name for the group, or give its full number from the first job on",
     "result_released": "submit the job again",
     "spool_quota": "release results with `kms job release`, or wait until they expire",

@@ -20,7 +20,13 @@ from kms_core.backends.key_files import appended
 from kms_core.envelope.sealed_files import FileSealer, SealedFiles, StoredKeys, root_of
 from kms_core.settings.model import Settings
 from kms_core.signed_documents import Anchors, Edit, FilePlace, LocalCopy, SignedDocument, Version
-from kms_protocol.errors import BackendUnavailable, ConfigurationError, KmsError, Unavailable
+from kms_protocol.errors import (
+    BackendUnavailable,
+    ConfigurationError,
+    KmsError,
+    TooManyVersions,
+    Unavailable,
+)
 
 INFO: Final = b"kms-service/document/1/keys"
 PUBLISH_S: Final = 5.0
@@ -198,6 +204,8 @@ class KeyDocument:
     def _write(self, edit: Edit) -> None:
         try:
             self.document.write(self.document.read(), edit)
+        except TooManyVersions:
+            raise
         except (KmsError, OSError) as exc:
             raise BackendUnavailable(f"The key in {self.private} was not changed: {exc}") from exc
         with suppress(Unavailable):  # else the next poll reads it

@@ -91,7 +91,8 @@ def protect(*, strict: bool) -> None:
 # (F_SEAL_FUTURE_WRITE, Linux 5.1). Children get its descriptor by fork or across an exec. Other processes
 # cannot open it, since the processes that hold it are not dumpable (``secure_memory``).
 
-SIZE_BYTES: Final = 8 * 1024 * 1024  # pages that are not written take no memory
+SIZE_BYTES: Final = 64 * 1024 * 1024  # 100 keys with as many versions as they may have
+"""Pages that are not written take no memory."""
 _HEAD: Final = struct.Struct("=QQ32s")  # generation, length, SHA-256 of the content
 _FUTURE_WRITE: Final = 0x10  # F_SEAL_FUTURE_WRITE, fcntl(2)
 _TRIES: Final = 100
@@ -130,7 +131,7 @@ class SharedSecrets:
         return cls(fd, mmap.mmap(fd, SIZE_BYTES, prot=mmap.PROT_READ))
 
     def write(self, content: bytes) -> None:
-        """Replace the content. Raises ConfigurationError above 8 MiB."""
+        """Replace the content. Raises ConfigurationError above ``SIZE_BYTES``."""
         if len(content) > SIZE_BYTES - _HEAD.size:
             raise ConfigurationError(f"The sealed key files hold more than {SIZE_BYTES // 1024**2} MiB")
         generation = self.generation() + 1

@@ -9,7 +9,7 @@ KmsError
 ├── Missing             UnknownKey · UnknownJob · ResultExpired (ResultReleased)
 ├── RecordRefused       the stored record of a job was not written by this service
 ├── Conflict            IdempotencyConflict · JobNotFinished · JobCommitting · JobNotDead · TargetExists
-│                       · GroupComplete · RotationRefused
+│                       · GroupComplete · RotationRefused (TooManyVersions)
 ├── DataKeysUnsupported
 ├── BodyTimeout         the sender was too slow
 ├── Unavailable         the only retryable errors: BackendUnavailable · AuditUnavailable · RateLimited
@@ -246,6 +246,13 @@ class RotationRefused(Conflict):
 
     code = "rotation_refused"
     summary = "Several hosts have files of their own for this key: give all the new identity by hand"
+
+
+class TooManyVersions(RotationRefused):
+    """A rotation of a key that has as many versions as can be read with certainty."""
+
+    code = "too_many_versions"
+    summary = "This key has as many versions as it may: remove those that no file needs, or use another key"
 
 
 class DataKeysUnsupported(KmsError):

@@ -23,6 +23,7 @@ CONTRACT = {
         "job_committing",
         "group_complete",
         "rotation_refused",
+        "too_many_versions",
         "target_exists",
     },
     410: {"result_expired", "result_released", "record_refused"},

@@ -25,7 +25,13 @@ from kms_core.key_documents import PUBLISH_S, KeyBody, KeyDocument
 from kms_core.key_opening import LOOK_S, InheritedFiles, KeyOpener
 from kms_core.secure_memory import SharedSecrets
 from kms_core.signed_documents import POLL_S, Anchors, LocalCopy, SignedDocument
-from kms_protocol.errors import BackendUnavailable, ConfigurationError, DocumentOutdated, Unavailable
+from kms_protocol.errors import (
+    BackendUnavailable,
+    ConfigurationError,
+    DocumentOutdated,
+    TooManyVersions,
+    Unavailable,
+)
 from support.job_stores import connect
 from support.service import Service
 from support.signed_documents import FaultyPlace, FaultySealer
@@ -183,6 +189,20 @@ def test_two_hosts_that_rotate_at_once_lose_no_version(
     assert found > {version_of(first.recipient), made.version}
     assert versions(ours) == found
     assert theirs.current_version() == ours.current_version()
+
+
+def test_no_rotation_makes_more_identities_than_processes_share(
+    host_of: Callable[[str], Host], place: FaultyPlace, first: x25519.X25519Identity
+) -> None:
+    """Those of all keys are in memory of a fixed size."""
+    host = host_of("one")
+    assert host.source.make(b"#" * 2**19 + f"\n{first.export()}\n".encode(), "root")
+    host.follow()
+    before = place.path.read_bytes()
+
+    with pytest.raises(TooManyVersions):
+        host.backend().rotate()
+    assert place.path.read_bytes() == before
 
 
 def test_a_root_that_is_away_at_a_rotation_changes_nothing(

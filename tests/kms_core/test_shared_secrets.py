@@ -79,6 +79,13 @@ def test_it_begins_empty_and_counts_writes() -> None:
     assert (memory.generation(), memory.read()) == (2, b"")
 
 
+def test_a_hundred_keys_fit_with_as_many_versions_as_they_may_have() -> None:
+    memory = SharedSecrets.create()
+    memory.write(b"v" * (100 * (2**19 + 1024)))
+
+    assert len(memory.read()) == 100 * (2**19 + 1024)
+
+
 def test_more_than_its_size_is_refused_and_nothing_lost() -> None:
     memory = SharedSecrets.create()
     memory.write(b"kept")

@@ -11,7 +11,13 @@ from kms_core.jobs.store import activity
 from kms_core.keyring import Key
 from kms_core.observability import metrics
 from kms_protocol import admin
-from kms_protocol.errors import BackendUnavailable, JobsUnavailable, RotationRefused, UnknownKey
+from kms_protocol.errors import (
+    BackendUnavailable,
+    JobsUnavailable,
+    RotationRefused,
+    TooManyVersions,
+    UnknownKey,
+)
 from kms_protocol.units import time_text
 
 router: Final = Router("keys", prefix="/keys")
@@ -42,7 +48,7 @@ def get_key(call: Call[None]) -> admin.KeyOut:
     no_body,
     lambda call: call.service.rotation_pool(call.path("key_id")),
     gives="The new version",
-    refuses=(UnknownKey, BackendUnavailable, RotationRefused),
+    refuses=(UnknownKey, BackendUnavailable, RotationRefused, TooManyVersions),
 )
 def rotate_key(call: Call[None]) -> admin.RotateOut:
     """Make a new version, which seals from now on; old ones decrypt. Rewrap or reseal moves files to it."""

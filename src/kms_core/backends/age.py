@@ -151,8 +151,8 @@ class AgeBackend:
         """A new identity of the same type, in use at once here and within a second in other processes.
 
         The identity of a sealed file is in use once the other processes have opened it, some seconds later.
-        Raises RotationRefused where hosts have files of their own, BackendUnavailable if nothing was changed
-        or the new identity cannot be used.
+        Raises RotationRefused where hosts have files of their own, TooManyVersions, BackendUnavailable if
+        nothing was changed or the new identity cannot be used.
         """
         if others := self.elsewhere(asks=True):
             raise RotationRefused(_SEVERAL_HOSTS.format(", ".join(others)))

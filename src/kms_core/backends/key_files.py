@@ -13,10 +13,15 @@ from kms_core.envelope.sealed_files import SealedFiles, StoredKeys
 from kms_core.reload import stamp_of
 from kms_core.secure_files import check_secret, lock, replace_kept
 from kms_protocol import small_files
-from kms_protocol.errors import BackendUnavailable, ConfigurationError
+from kms_protocol.errors import BackendUnavailable, ConfigurationError, TooManyVersions
 
 PUBLISH_S: Final = 2.0
 """Twice the time in which the processes of this host read changed files (s)."""
+MOST_BYTES: Final = small_files.MAX_BYTES // 2
+"""Bytes of identities that a rotation may write: about 2,800 versions, or 240 of hybrid keys.
+
+The other half is for the sealing and for what operators add by hand: what was written is always read.
+"""
 _MAKE_KEYS: Final = "make a pair with `kms keygen -o {private}` and `kms keygen -y {private} > {public}`"
 _log = structlog.get_logger(__name__)
 
@@ -78,7 +83,10 @@ class KeyFiles:
             raise ConfigurationError(f"The key file {self.private} cannot be opened: {exc.detail}") from exc
 
     def add(self, block: bytes) -> bool:
-        """Add a block by a durable rename, before the recipient follows; owner and mode of the file stay."""
+        """Add a block by a durable rename, before the recipient follows; owner and mode of the file stay.
+
+        Raises TooManyVersions as ``appended``.
+        """
         with _changing(self.private):
             stored = small_files.read(self.private)
             after = appended(self._opened(stored), block)
@@ -117,5 +125,8 @@ def _changing(path: Path) -> Iterator[None]:
 
 
 def appended(content: bytes, block: bytes) -> bytes:
-    """Lines after others, which may lack their last line end."""
-    return content + (b"" if content.endswith(b"\n") else b"\n") + block
+    """Lines after others, which may lack their last line end. Raises TooManyVersions above ``MOST_BYTES``."""
+    after = content + (b"" if content.endswith(b"\n") else b"\n") + block
+    if len(after) > MOST_BYTES:
+        raise TooManyVersions
+    return after

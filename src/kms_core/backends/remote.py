@@ -14,6 +14,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache, partial
@@ -23,7 +24,7 @@ from typing import Final, Protocol
 import structlog
 
 from kms_core.age.header import FILE_KEY_BYTES, Stanza
-from kms_core.backends import Health, KeyVersion
+from kms_core.backends import Health, KeyMissing, KeyVersion
 from kms_core.backends.batching import SingleFlight
 from kms_core.backends.circuit_breaker import RetryingCaller, RetryPolicy
 from kms_core.envelope import binding
@@ -33,7 +34,13 @@ from kms_core.reload import Reloaded
 from kms_core.secure_files import check_secret
 from kms_protocol import small_files
 from kms_protocol.context import length_prefixed
-from kms_protocol.errors import BackendUnavailable, ConfigurationError, DecryptFailed, KmsError
+from kms_protocol.errors import (
+    BackendUnavailable,
+    ConfigurationError,
+    DecryptFailed,
+    KmsError,
+    TooManyVersions,
+)
 
 # Shared wrap keys: a server wraps one random 32-byte key, and that key seals the file keys of many files.
 #
@@ -233,6 +240,8 @@ RUN_S: Final = 300.0
 """Seconds that a wrap key of one run of a job serves, where the key does not share by itself."""
 RUN_OPENED: Final = 256
 VERSIONS_FRESH_S: Final = 30.0
+MOST_VERSIONS: Final = 500
+"""Versions of a key to which a rotation adds one: half of what each server lists in an answer and in time."""
 HEALTH_FRESH_S: Final = 2.0
 
 
@@ -367,7 +376,13 @@ class RemoteBackend:
         return [each.version for each in known.versions] if is_fresh else []
 
     def rotate(self) -> KeyVersion:
-        """A new version, in use at once in this process and within 30 seconds in others."""
+        """A new version, in use at once in this process and within 30 seconds in others.
+
+        Raises TooManyVersions from ``MOST_VERSIONS`` on, BackendUnavailable.
+        """
+        with suppress(KeyMissing):  # the rotation makes the first one, where its server allows that
+            if len(self.versions()) >= MOST_VERSIONS:
+                raise TooManyVersions
         made = self._caller.once("rotate", self._cipher.rotate)
         self.changes += 1
         self._known = _ListedVersions()

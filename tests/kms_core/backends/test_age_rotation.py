@@ -12,7 +12,7 @@ from kms_core.age.mlkem768x25519 import version_of
 from kms_core.backends.age import AgeBackend
 from kms_core.backends.key_files import KeyFiles
 from kms_core.envelope.binding import KeyRef
-from kms_protocol.errors import BackendUnavailable
+from kms_protocol.errors import BackendUnavailable, TooManyVersions
 from support.age_kms import age_backend, write_identities
 from support.disk_trace import recorded
 from support.programs import program
@@ -106,6 +106,32 @@ def test_a_key_that_cannot_be_written_stays_in_use_and_says_why(tmp_path: Path) 
     with pytest.raises(BackendUnavailable, match="Cannot rotate the age key"):
         backend.rotate()
     assert backend.current_version() == before
+
+
+@pytest.mark.parametrize("kind", [x25519.X25519Identity, mlkem768x25519.HybridIdentity])
+def test_no_rotation_makes_a_file_larger_than_what_is_read(
+    tmp_path: Path, kind: type[x25519.X25519Identity | mlkem768x25519.HybridIdentity]
+) -> None:
+    """A key file of more than 1 MiB is read by no process, and stops each start."""
+    backend = age_backend(tmp_path, kind.generate())
+    private, public = tmp_path / "private_key.txt", tmp_path / "public_key.txt"
+    line = f"#{'-' * 62}\n"
+    private.write_text(line * ((2**20 - 4096) // 64) + private.read_text())
+    before = private.read_bytes(), public.read_bytes()
+    for _ in range(50):
+        with pytest.raises(TooManyVersions):
+            backend.rotate()
+
+    assert (private.read_bytes(), public.read_bytes()) == before
+    assert AgeBackend(KeyFiles(private, public)).current_version() == backend.current_version()
+
+
+def test_a_key_with_two_thousand_versions_is_rotated(tmp_path: Path) -> None:
+    backend = age_backend(tmp_path, x25519.X25519Identity.generate())
+    private = tmp_path / "private_key.txt"
+    private.write_text(f"#{'-' * 182}\n" * 2000 + private.read_text())
+
+    assert backend.rotate().version == backend.current_version()
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["one folder", "two folders"])

@@ -9,7 +9,7 @@ from kms_core.backends.remote import RemoteBackend
 from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef
 from kms_core.http_client import Busy
-from kms_protocol.errors import BackendUnavailable, DecryptFailed
+from kms_protocol.errors import BackendUnavailable, DecryptFailed, TooManyVersions
 from support.memory_kms import NO_RETRIES, MemoryCipher, memory_backend
 
 KEY: Final = KeyRef("acme", "payroll", "1", "memory")
@@ -96,3 +96,16 @@ def test_what_a_job_wraps_opens_by_a_single_call_and_the_reverse() -> None:
         assert opener.unwrap(by_job, KEY, AAD) == opener.unwrap(by_call, KEY, AAD) == FILE_KEY
         with pytest.raises(DecryptFailed):
             opener.unwrap(by_job, KEY, b"another context")
+
+
+def test_a_key_has_five_hundred_versions_at_most() -> None:
+    """Servers list the versions of a key in an answer and a time that have bounds."""
+    backend, cipher = memory_backend()
+    for _ in range(498):
+        cipher.rotate()
+    assert backend.rotate().version == "500"
+
+    with pytest.raises(TooManyVersions):
+        backend.rotate()
+    assert len(cipher.keys) == 500
+    assert backend.current_version() == "500"
