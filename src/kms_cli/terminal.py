@@ -42,6 +42,7 @@ HINTS: Final[Mapping[str, str]] = {  # by error code
     "document_outdated": "see docs/hosts.md, and ask who put an older document there",
     "unavailable": "try again later",
     "rate_limited": "try again later",
+    "tenant_share": "wait until jobs of your tenant expire, or ask the operator to raise maxmemory of Redis",
     "redis_full": "wait until jobs expire, or ask the operator to raise maxmemory of Redis",
     "redis_read_only": "ask the operator: `kms doctor` shows the state of Redis",
     "install_mismatch": "ask the operator: `kms doctor` compares Redis and the spool",

@@ -13,7 +13,7 @@ KmsError
 ├── DataKeysUnsupported
 ├── BodyTimeout         the sender was too slow
 ├── Unavailable         the only retryable errors: BackendUnavailable · AuditUnavailable · RateLimited
-│                       · SpoolUnavailable · SpoolFull (SpoolQuota) · DocumentOutdated
+│                       (TenantShare) · SpoolUnavailable · SpoolFull (SpoolQuota) · DocumentOutdated
 │                       · JobsUnavailable (RedisFull · RedisReadOnly · WrongInstall · DurabilityUnconfirmed)
 ├── JobCancelled · JobExpired (JobNotStarted) · ItemsFailed · AttemptsExhausted    ends of a job
 └── ConfigurationError  raised at start only
@@ -354,6 +354,16 @@ class RateLimited(Unavailable):
 
     code = "rate_limited"
     summary = "Too many requests"
+
+
+class TenantShare(RateLimited):
+    """A tenant that holds as much of the store of jobs as is left for the others."""
+
+    code = "tenant_share"
+    summary = (
+        "Your tenant's jobs use as much of the store of jobs as is free for others: wait until records "
+        "expire, or release results"
+    )
 
 
 class BodyTimeout(KmsError):

@@ -29,7 +29,7 @@ CONTRACT = {
     410: {"result_expired", "result_released", "record_refused"},
     413: {"too_large"},
     422: {"invalid_request", "invalid_context", "invalid_deadline", "context_required", "not_a_ciphertext"},
-    429: {"rate_limited"},
+    429: {"rate_limited", "tenant_share"},
     501: {"data_keys_unsupported"},
     503: {
         "backend_unavailable",

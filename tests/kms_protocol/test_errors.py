@@ -17,7 +17,7 @@ PUBLISHED = {
     "not_a_ciphertext", "data_keys_unsupported", "backend_unavailable", "jobs_unavailable",
     "audit_unavailable", "result_released", "group_complete",
     "redis_full", "redis_read_only", "install_mismatch", "rotation_refused", "too_many_versions",
-    "spool_quota", "spool_full",
+    "tenant_share", "spool_quota", "spool_full",
 }  # fmt: skip
 EXIT_CODES = {1, 65, 69, 73, 77, 78}  # sysexits.h; 0 and 2 are not for errors of ours
 

@@ -53,6 +53,7 @@ SUBMITTING: Final = (
     errors.IdempotencyConflict,
     errors.DurabilityUnconfirmed,
     errors.RateLimited,
+    errors.TenantShare,
     errors.SpoolFull,
     errors.SpoolUnavailable,
     errors.SpoolQuota,

@@ -247,7 +247,7 @@ class StoreMaintenance:
         self.resource_leases = {
             quote(name, safe="/:"): most for name, most in section.jobs.resource_leases.items()
         }
-        self._has_several_tenants = has_several_tenants
+        self.has_several_tenants = has_several_tenants
         self._notify = notify
         self._condition: tuple[float, StoreCondition] = (-math.inf, "unavailable")
         self.has_room = True

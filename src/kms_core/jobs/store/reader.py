@@ -243,7 +243,8 @@ class JobReader(StoreMaintenance):
     def spool_quota(self, tenant: str) -> int:
         """Bytes that a tenant may have in the spool; 0 for any number."""
         own = self.section.tenants.get(tenant, TenantSection()).spool_bytes
-        return own or self.rules.tenant_spool_bytes or 0
+        share = self.rules.spool_max_bytes // 2 if self.has_several_tenants() else 0
+        return own or self.rules.tenant_spool_bytes or share
 
     def spooled_bytes(self, tenant: str) -> int:
         """Bytes of uploads and items of a tenant's jobs whose results have not expired."""

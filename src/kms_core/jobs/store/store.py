@@ -43,6 +43,7 @@ from kms_protocol.errors import (
     JobNotDead,
     RateLimited,
     SpoolQuota,
+    TenantShare,
     UnknownJob,
 )
 from kms_protocol.wire import JobState
@@ -136,7 +137,7 @@ class AttemptStore(JobReader):
     def large_leases(self) -> int:
         """Large jobs that may run on a worker at a time; 0 for any number."""
         rules = self.rules
-        shares = rules.reserved_processes and self._has_several_tenants()
+        shares = rules.reserved_processes and self.has_several_tenants()
         return max(1, rules.concurrency - rules.reserved_processes) if shares else 0
 
     def found_by(self, worker: str, attempt_id: str, answer: Sequence[bytes]) -> Attempt | str | None:
@@ -325,6 +326,8 @@ class AttemptStore(JobReader):
 
 
 SHED_S: Final = 10.0
+SHARE_S: Final = 60.0
+"""Seconds to wait for room: records are forgotten hours after their jobs ended."""
 _NO_RECORD: Final = (
     "The job that this Idempotency-Key was used for is not there any more: look for its effect, "
     "then submit again with another key"
@@ -345,9 +348,9 @@ class JobStore(AttemptStore):
 
         ``blob`` is its input, where that is small. ``resources`` are those that it uses, as in ``[kms.jobs]
         resource_leases``.
-        Raises IdempotencyConflict, RateLimited when too many jobs wait, JobsUnavailable. Once this returns,
-        the job survives any process. DurabilityUnconfirmed: replicas did not acknowledge it, so it was taken
-        back unless it had begun.
+        Raises IdempotencyConflict, RateLimited when too many jobs wait, TenantShare if others are to have
+        room, JobsUnavailable. Once this returns, the job survives any process. DurabilityUnconfirmed:
+        replicas did not acknowledge it, so it was taken back unless it had begun.
         """
         if idempotency:
             key = self.record_key.digest(idempotency.encode())
@@ -363,7 +366,8 @@ class JobStore(AttemptStore):
         given = [accepted.job_id, rules.open_jobs, value, accepted.expires_at, accepted.created_at, tenant]
         most = self.section.tenants.get(tenant, TenantSection()).open_jobs or 0
         given += [most, accepted.spooled_bytes, self.spool_quota(tenant)]
-        given += [self.large_job_bytes, *self.wake_up(accepted.queue), *blob_arguments(blob)]
+        given += [self.large_job_bytes, *self.wake_up(accepted.queue), int(self.has_several_tenants())]
+        given += blob_arguments(blob)
         with redis_errors():
             (word, *rest), confirmed = self._waits.run(self._run["submit"], keys, [*given, *flat(fields)])
         found = None if word == b"queued" else self._found(word, rest, accepted)
@@ -406,6 +410,8 @@ class JobStore(AttemptStore):
             return RateLimited("Too many jobs wait already; submit again later", retry_after_s=SHED_S)
         if word == b"quota":
             return RateLimited("Your tenant has as many open jobs as it may", retry_after_s=SHED_S)
+        if word == b"share":
+            return TenantShare(retry_after_s=SHARE_S)
         return self.quota_error(tenant)
 
     def cancel(self, job_id: str, tenant: str) -> Job:

@@ -6,7 +6,10 @@
 local f = record(job)
 if not held(f, ARGV[2]) then return {'lost'} end
 local first = 8 + tonumber(ARGV[7])
-if first > 8 then redis.call('HSET', P .. 'blobs:' .. ARGV[6], unpack(ARGV, 8, first - 1)) end
+if first > 8 then
+  redis.call('HSET', P .. 'blobs:' .. ARGV[6], unpack(ARGV, 8, first - 1))
+  hold(f.tenant, 'b' .. ARGV[6], #ARGV[first - 1])
+end
 if #ARGV >= first then redis.call('HSET', job, unpack(ARGV, first)) end
 finish(f, ARGV[3], ARGV[4], tonumber(ARGV[5]))
 return {'finished'}

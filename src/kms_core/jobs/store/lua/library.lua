@@ -5,6 +5,8 @@
 -- Sets, besides the record of each job at `job:<id>`:
 --   open                        all jobs that have not ended, parts too: the bound of all open jobs
 --   open:<t>, spooled:<t>       those of a tenant by expiry, and their sizes, for its quotas
+--   held:<t>                    bytes that each job of a tenant takes here until it is forgotten, and its small
+--                               blobs (b<id>) until they are deleted; room is the memory that was free last
 --   leased                      running and committing jobs by the end of their lease
 --   delayed                     queued jobs that may not run yet, by when they may
 --   expiring                    queued jobs by their expiry
@@ -137,6 +139,26 @@ local function index_group(name, f, is_open, until_s)
   return not is_open and redis.call('ZCARD', all) >= size and redis.call('EXISTS', open) == 0
 end
 
+-- Take a count of one job out of a hash that has their sum. What was never counted changes nothing.
+local function uncount(key, name)
+  local size = redis.call('HGET', key, name)
+  if not size then return end
+  redis.call('HDEL', key, name)
+  add(key, 'sum', -number(size))
+end
+
+-- Bytes of memory: of a job without its sealed record, fields and blobs; of a part of one; of a list of its own that
+-- a job is in. Measured with the default settings of Redis, and rounded up.
+local JOB_BYTES, PART_BYTES, LIST_BYTES = 4500, 3500, 250
+
+local function held_key(tenant) return P .. 'held:' .. (tenant or '') end
+
+-- Count bytes of memory that a job takes.
+local function hold(tenant, name, bytes)
+  add(held_key(tenant), name, bytes)
+  add(held_key(tenant), 'sum', bytes)
+end
+
 -- Note the lists that a job is in until its record expires (FORGET).
 local function note_lists(name, f, until_s)
   local keys = { P .. 'tenant:' .. f.tenant, state_key(f, f.state), P .. 'dead', P .. 'dead:' .. f.tenant }
@@ -146,7 +168,8 @@ local function note_lists(name, f, until_s)
 end
 
 -- Take a job out of those lists.
-local function forget(name)
+local function forget(name, tenant)
+  uncount(held_key(tenant), name)
   for key in string.gmatch(redis.call('HGET', P .. 'lists', name) or '', '%S+') do redis.call('ZREM', key, name) end
   redis.call('HDEL', P .. 'lists', name)
   redis.call('ZREM', P .. 'records', name)
@@ -410,13 +433,7 @@ local function quota_key(tenant)  -- the open jobs of a tenant by expiry, withou
 end
 
 -- The input of a job is in the spool no more: it counts no longer for its tenant's quota.
-local function unspool(tenant, name)
-  local spooled = P .. 'spooled:' .. (tenant or '')
-  local size = redis.call('HGET', spooled, name)
-  if not size then return end
-  redis.call('HDEL', spooled, name)
-  add(spooled, 'sum', -number(size))
-end
+local function unspool(tenant, name) uncount(P .. 'spooled:' .. (tenant or ''), name) end
 
 local function close(key, name, f, state, code, keep_s)
   charge_lease(key, f)

@@ -10,7 +10,7 @@ if not ours or f.state ~= 'running' then return {'lost'} end
 if redis.call('HEXISTS', job, 'parts') == 1 then return {'split', 0} end  -- repeated
 if cancel then return {'cancel'} end
 local expires = f.run_by
-local names, items, bytes, classes = {}, 0, 0, {}
+local names, items, bytes, classes, memory = {}, 0, 0, {}, 0
 for i = 7, #ARGV, 5 do
   local name, key = ARGV[i], P .. 'job:' .. ARGV[i]
   local fence = redis.call('HGET', key, 'fence')
@@ -21,6 +21,8 @@ for i = 7, #ARGV, 5 do
     redis.call('ZREM', P .. 'delayed', name)
     redis.call('ZREM', P .. 'leased', name)
     unready(name, f)
+  else
+    memory = memory + PART_BYTES + #ARGV[i + 1]
   end
   redis.call('HSET', key, 'state', 'queued', 'sealed', ARGV[i + 1], 'items', ARGV[i + 2], 'bytes', ARGV[i + 3],
     'work_bytes', ARGV[i + 4], 'tenant', f.tenant, 'kind', f.kind or '', 'queue', f.queue,
@@ -35,6 +37,7 @@ end
 add_all(P .. 'open', now, names)
 add_all(P .. 'expiring', expires, names)
 for class, members in pairs(classes) do offer_all(members, f, class) end
+hold(f.tenant, id, memory)
 charge_lease(job, f)
 redis.call('HSET', job, 'split', ARGV[3], 'parts', #names, 'parts_left', #names, 'lease_until', expires,
   'items', string.format('%.0f', items), 'bytes', string.format('%.0f', bytes))

@@ -3,7 +3,8 @@
 -- KEYS: job, tenant list, idempotency (optional)
 -- ARGV: id, most open jobs, idempotency value, expires_at, created_at, tenant, most of the tenant (0: any),
 --   bytes in the spool, most of the tenant (0: any), bytes of a large job, the broker's list or '', the
---   message, length of the next list, name and bytes of a small blob, ..., field, value, ...
+--   message, 1 if other tenants are to have room, length of the next list, name and bytes of a small blob, ...,
+--   field, value, ...
 -- Answers `queued` and how many wake-ups are to be sent. Of a job that is there already something is written,
 -- as by each script whose writes replicas acknowledge: a connection that wrote nothing waits for nothing.
 if KEYS[3] then
@@ -17,13 +18,28 @@ if redis.call('EXISTS', job) == 1 then
   redis.call('SET', P .. 'waited', 1)
   return {'taken'}
 end
-local tenant = ARGV[6]
-if redis.call('ZCARD', P .. 'open') >= tonumber(ARGV[2]) then return {'full'} end
+local tenant, shares = ARGV[6], ARGV[13] == '1'
+local free = tonumber(ARGV[2]) - redis.call('ZCARD', P .. 'open')
+if free <= 0 then return {'full'} end
 redis.call('ZREMRANGEBYSCORE', quota_key(tenant), 0, now)
 local most = tonumber(ARGV[7])
-if most > 0 and redis.call('ZCARD', quota_key(tenant)) >= most then return {'quota'} end
-local first, f = 14 + tonumber(ARGV[13]), {}
-for i = first, #ARGV, 2 do f[ARGV[i]] = ARGV[i + 1] end
+local open = (shares or most > 0) and redis.call('ZCARD', quota_key(tenant)) or 0
+if most > 0 and open >= most then return {'quota'} end
+local first, f, memory = 15 + tonumber(ARGV[14]), {}, JOB_BYTES
+for i = first, #ARGV, 2 do
+  f[ARGV[i]] = ARGV[i + 1]
+  memory = memory + #ARGV[i] + #ARGV[i + 1]
+end
+for _ in string.gmatch((f.labels or '') .. ' ' .. (f.group or ''), '%x+') do memory = memory + LIST_BYTES end
+for _ in string.gmatch((f.callback or '') .. ' ' .. (f.group_callback or ''), '%S+') do
+  memory = memory + 3 * (#f.sealed + 600)  -- events that wait for an endpoint, with labels and metadata
+end
+local blob = first > 15 and #ARGV[first - 1] or 0
+local room = shares and redis.call('GET', P .. 'room')
+if shares then
+  local has = number(redis.call('HGET', held_key(tenant), 'sum')) + memory + blob
+  if open >= free or room and has > tonumber(room) then return {'share'} end
+end
 local group, count = group_of(typed(f))
 if group and redis.call('ZCARD', P .. 'group:' .. group) >= count then return {'group'} end
 local size, most_bytes, spooled = tonumber(ARGV[8]), tonumber(ARGV[9]), P .. 'spooled:' .. tenant
@@ -34,7 +50,10 @@ if size > 0 then
 end
 if KEYS[3] then redis.call('SET', KEYS[3], ARGV[3], 'EXAT', math.floor(tonumber(ARGV[4]))) end
 redis.call('HSET', job, 'state', 'queued', unpack(ARGV, first))
-if first > 14 then redis.call('HSET', P .. 'blobs:' .. id, unpack(ARGV, 14, first - 1)) end
+if blob > 0 then redis.call('HSET', P .. 'blobs:' .. id, unpack(ARGV, 15, first - 1)) end
+redis.call('HSET', held_key(tenant), id, memory, unpack(blob > 0 and { 'b' .. id, blob } or {}))
+add(held_key(tenant), 'sum', memory + blob)
+if room then redis.call('DECRBY', P .. 'room', string.format('%d', memory + blob)) end  -- until PROBE looks again
 redis.call('ZADD', P .. 'open', now, id)
 redis.call('SADD', P .. 'tenants', tenant)
 redis.call('ZADD', KEYS[2], ARGV[5], id)

@@ -7,7 +7,8 @@ if f.state ~= 'queued' or number(redis.call('HGET', job, 'fence')) > 0 or redis.
 end
 close(job, id, f, 'cancelled', 'durability_unconfirmed', 0)
 redis.call('ZREM', P .. 'ended', id)
-forget(id)
+forget(id, f.tenant)
+uncount(held_key(f.tenant), 'b' .. id)
 if KEYS[3] then redis.call('DEL', KEYS[3]) end
 redis.call('DEL', job, P .. 'blobs:' .. id)
 return {'withdrawn'}
