@@ -74,7 +74,7 @@ install() { # what pip says goes to a log; progress shows what it does
         tee -a "$log" | progress; then
         tail -n 15 -- "$log" >&2
         die "pip could not install; its whole output is in $log" \
-            "check the network and pip's settings ('$venv/bin/python -m pip config list'), then run this again"
+            "check the network and pip's settings ('$venv/bin/python' -m pip config list), then run this again"
     fi
 }
 
@@ -82,7 +82,13 @@ install() { # what pip says goes to a log; progress shows what it does
 # locked and refuse what their extras need, since that has no hash.
 install_locked() { install --no-deps --require-hashes "$@"; }
 
-install_project() { install --no-deps --no-build-isolation --editable "$root/client" --editable "$root"; }
+install_project() {
+    local file
+    install --no-deps --no-build-isolation --editable "$root/client" --editable "$root"
+    for file in "$venv"/lib/python3*/site-packages/_*kms_service*.pth; do # where src is. Python 3.11 and 3.12 read it as
+        [[ ! -f $file ]] || echo ../../../../src >"$file"                 # ASCII under LC_ALL=C, and $root may not be that
+    done
+}
 
 every_s=10
 progress() { # of what pip says: a line that changes on a terminal, else a line every ten seconds
@@ -134,7 +140,8 @@ make_ready() {
     local set=$1 lock=$root/requirements.lock size='' now
     [[ $set == runtime ]] || lock=$root/requirements-dev.lock
     now=$(locked 2>/dev/null) || true
-    if ! stamped runtime "$now" && ! stamped dev "$now"; then # none, half made, or of other lock files
+    if ! suits "$venv/bin/python" || { ! stamped runtime "$now" && ! stamped dev "$now"; }; then
+        # none, half made, of other lock files, or one that does not start
         make_venv
         now=$(locked)
     fi

@@ -163,14 +163,14 @@ class Project:
         (folder / "scripts").mkdir(parents=True)
         shutil.copy(ROOT / "scripts/venv.sh", folder / "scripts")
         settings = 'requires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
-        for each, name in ((folder, "kms_service"), (folder / "client", "kms_service_client")):
+        (folder / "src").mkdir()
+        (folder / "src/ours.py").touch()
+        needs = ("Requires-Dist: c", "Requires-Dist: kms-service-client")
+        for each, name, count in ((folder, "kms_service", 2), (folder / "client", "kms_service_client", 1)):
             each.mkdir(exist_ok=True)
             (each / "backend.py").write_text(BACKEND)
             (each / "pyproject.toml").write_text(f"[build-system]\n{settings}")
-            make_wheel(each / "built", name, "1.0", "Requires-Dist: c")
-        make_wheel(
-            folder / "built", "kms_service", "1.0", "Requires-Dist: c", "Requires-Dist: kms-service-client"
-        )
+            make_wheel(each / "built", name, "1.0", *needs[:count], source=folder / "src")
         self.lock("", "a", "c")
         self.lock("-build")
         self.lock("-dev", "a", "b", "c")
@@ -190,7 +190,7 @@ class Project:
 def project(tmp_path: Path, packages: Path, pip_settings: dict[str, str]) -> Project:
     (packages / "a/a-2.0-py3-none-any.whl").unlink()
     (packages / "c/c-2.0-py3-none-any.whl").unlink()
-    return Project(tmp_path / "project", packages, pip_settings)
+    return Project(tmp_path / "my cödé", packages, pip_settings | {"LC_ALL": "C"})
 
 
 def test_two_at_a_time_make_one_virtual_environment_and_development_adds_to_it(project: Project) -> None:
@@ -219,6 +219,16 @@ def test_a_link_to_the_clone_finds_its_virtual_environment(project: Project, tmp
 
     assert (done.returncode, done.stderr) == (0, "")
     assert (project.venv / "in use").exists()
+
+
+def test_a_path_with_a_space_and_a_letter_beyond_ascii_is_fine_in_the_c_locale(
+    project: Project,
+) -> None:
+    """Python 3.11 and 3.12 read the path of an editable installation in the encoding of the locale."""
+    project.ready()
+
+    passes(project.venv / "bin/python", "-c", "import ours", env=project.env)
+    assert project.ready() == ""
 
 
 def test_an_interrupted_installation_is_begun_again(project: Project) -> None:

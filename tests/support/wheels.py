@@ -22,12 +22,16 @@ SOURCES: Final = ("pyproject.toml", "README.md", "NOTICE", "client", "src")
 BUILT_AT: Final = "1767225600"
 
 
-def make_wheel(folder: Path, name: str, version: str, *metadata: str) -> Path:
-    """Write a wheel with one module of its name; ``metadata`` are lines such as ``Requires-Dist: b``."""
+def make_wheel(folder: Path, name: str, version: str, *metadata: str, source: Path | None = None) -> Path:
+    """Write a wheel with one module of its name; ``metadata`` are lines such as ``Requires-Dist: b``.
+
+    With the path of its ``source`` it is an editable one, as hatchling writes them.
+    """
     info = f"{name}-{version}.dist-info"
     lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *metadata]
     files = {
         f"{name}.py": f"version = {version!r}\n",
+        **({} if source is None else {f"_{name}.pth": str(source)}),
         f"{info}/METADATA": "\n".join(lines) + "\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
