@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 import redis
@@ -46,7 +46,7 @@ def place_of(settings: Settings, url: str) -> Place:
     """
     parts = urlsplit(url)
     if parts.scheme != "s3":
-        return FilePlace(Path(parts.path))
+        return FilePlace(Path(unquote(parts.path)))
     section = settings.kms.jobs.buckets[parts.netloc]
     section = msgspec.structs.replace(section, timeout_s=min(_TIMEOUT_S, section.timeout_s))
     line = line_of(f"kms.jobs.buckets.{parts.netloc}", section, strict=settings.is_prod)

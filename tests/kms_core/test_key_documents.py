@@ -323,6 +323,15 @@ def test_the_anchor_of_another_key_counts_as_none(tmp_path: Path, redis_url: str
     assert bills.read() == made
 
 
+def test_the_url_of_a_document_is_decoded_once(tmp_path: Path, redis_url: str) -> None:
+    """As that of a job's file, and of a key file."""
+    settings, url = Service(tmp_path, "", redis_url).settings, f"file://{tmp_path}/of%20orders%2520/ö+"
+    document = key_documents.signed(settings, KEY, NAME, url)
+    document.write(document.read(), lambda _: b"{}")
+
+    assert (tmp_path / "of orders%20" / "ö+").is_file()
+
+
 @pytest.mark.parametrize("content", [b"", b"# empty\n"], ids=["an identity", "a comment"])
 def test_a_document_with_a_plain_key_is_refused(
     tmp_path: Path, place: FaultyPlace, redis_url: str, root: FaultySealer, content: bytes

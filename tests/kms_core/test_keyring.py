@@ -180,8 +180,8 @@ def test_no_uri_means_the_section_of_settings(tmp_path: Path) -> None:
 def test_a_uri_names_the_files_and_whether_age_files_get_native_stanzas(
     tmp_path: Path, options: str, current: x25519.X25519Identity, native: bool
 ) -> None:
-    write_pair(tmp_path / "a b", OWN, NEXT, current=OWN)
-    folder = f"{tmp_path}/a%20b"
+    write_pair(tmp_path / "a + b", OWN, NEXT, current=OWN)
+    folder = f"{tmp_path}/a%20+%20b"
     backend = opened(f"age://{folder}/private_key.txt{options.format(folder=folder)}", settings_of(tmp_path))
 
     assert backend.current_version() == version_of(current.recipient)

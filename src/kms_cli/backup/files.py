@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, Final, Literal, cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
@@ -167,7 +167,7 @@ class InstalledFiles:
         ]
         own |= {public: "" for _, public, _ in keys if public is not None}
         own |= {place: "" for place, _, _ in keys if isinstance(place, Path)}
-        own |= {Path(urlsplit(url).path): "" for url in documents if url.startswith("file:")}
+        own |= {Path(unquote(urlsplit(url).path)): "" for url in documents if url.startswith("file:")}
         own |= {
             age.private_key_path: "age/private_key.txt",
             kms.jobs.spool_identity_path: "spool.key",

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import click
 import msgspec
@@ -209,7 +209,7 @@ def _write_document(name: str, output: str, content: bytes, root: str | None) ->
     from kms_cli import audited  # noqa: PLC0415 -- as above
 
     settings, document = _document(name)
-    if str(document.private) != output.removeprefix("file://"):
+    if str(document.private) != unquote(output.removeprefix("file://")):
         raise InvalidRequest(f"The settings name {document.private} for the key {name}, and not {output}")
     with audited.effect(settings, "key.create", name):
         if not document.make(content, root):

@@ -335,7 +335,7 @@ def parts_of(uri: SplitResult | None, section: AgeSection) -> tuple[Path | str, 
     """
     if uri is None:
         return section.private_key_path, section.public_key_path, True
-    options, document = parse_qs(uri.query, keep_blank_values=True), document_of(uri)
+    options, document = parse_qs(uri.query.replace("+", "%2B"), keep_blank_values=True), document_of(uri)
     public_paths, native = options.pop("public", []), options.pop("native", ["true"])
     stray = uri.netloc or uri.fragment or options or len(public_paths) > 1 or "" in public_paths
     if native not in (["true"], ["false"]):

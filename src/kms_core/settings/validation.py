@@ -440,12 +440,12 @@ def private(settings: Settings) -> Iterator[tuple[str, Path]]:
         yield from paths(settings, setting)
     tokens = urlsplit(settings.kms.auth.tokens or "")
     if tokens.scheme == "file":
-        yield "kms.auth.tokens", Path(tokens.path)
+        yield "kms.auth.tokens", Path(unquote(tokens.path))
     for key_id, uri in settings.kms.key_uris:
         parts = urlsplit(uri)
         if parts.scheme != "age":
             continue
         key_file = unquote(parts.path.removeprefix("file://"))
-        for path in (key_file, *parse_qs(parts.query).get("public", ())):
+        for path in (key_file, *parse_qs(parts.query.replace("+", "%2B")).get("public", ())):
             if path.startswith("/"):  # else a document that is not on this disk
                 yield f"the files of kms.keys.{key_id}", Path(path)

@@ -148,6 +148,15 @@ def test_keys_elsewhere_get_their_default_names(tmp_path: Path) -> None:
     assert files.origins["spool.key"] == f"{at}/spool_key"
 
 
+def test_a_token_file_elsewhere_is_found_by_its_url(tmp_path: Path) -> None:
+    (tmp_path / "of this host").write_text("tokens")
+    files = install(
+        tmp_path, f'[kms.auth]\nmode = "required"\ntokens = "file://{tmp_path}/of%20this%20host"\n'
+    )
+
+    assert taken(files)[f"outside{tmp_path}/of this host"] == "tokens"
+
+
 def test_what_else_the_settings_name_is_named(tmp_path: Path) -> None:
     (tmp_path / "password").write_text("secret")
     files = install(

@@ -122,9 +122,11 @@ def test_a_root_of_its_own_in_the_state_directory_is_allowed(tmp_path: Path) -> 
         "[kms.keys]\npay = 'age:///srv/in/private_key.txt?public=/k/public_key.txt'",
         "[kms.keys]\npay = 'age:///k/private%5Fkey.txt?public=/srv/in/public_key.txt'",
         "[kms.keys]\nlog = 'other://v/transit/keys/x'\na = 'age:///k/p'\npay = 'age:///srv/%69n/private_key.txt'",
+        "[kms.keys]\npay = 'age:file:///srv/%69n/document'",
+        "[kms.auth]\nmode = 'required'\ntokens = 'file:///srv/%69n/tokens'",
         "[kms.audit]\npath = '/srv/in/audit'",
     ],
-    ids=["private", "public", "quoted", "audit"],
+    ids=["private", "public", "quoted", "document", "tokens", "audit"],
 )
 def test_key_files_and_records_under_a_root_are_refused(tmp_path: Path, text: str) -> None:
     assert "kms.jobs.roots[0] overlaps" in refusal(tmp_path, text + "\n[kms.jobs]\nroots = ['/srv/in']")

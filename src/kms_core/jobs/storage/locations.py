@@ -103,7 +103,7 @@ class Locations:
         """The root or bucket of a URL, as ``root:/path`` or ``bucket:name``. Raises PathRefused."""
         if url.startswith(SCHEME):
             return f"bucket:{url.removeprefix(SCHEME).partition('/')[0]}"
-        return f"root:{quote(self.roots.root_of(url))}"
+        return f"root:{quote(self.roots.root_of(url), safe='/:')}"
 
     def check(self, url: str) -> None:
         """Raises PathRefused unless jobs may write there. Looks at nothing."""

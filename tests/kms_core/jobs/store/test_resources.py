@@ -1,6 +1,7 @@
 """Bounds of roots, buckets and backends, and roots that a worker leaves alone; over a real Valkey."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -22,6 +23,7 @@ from support.job_stores import (
     store_of,
     with_jobs,
 )
+from support.service import Service, core_of
 from support.waiting import until
 
 NAS: Final = "root:/srv/nas"
@@ -51,6 +53,15 @@ def test_a_full_resource_blocks_nothing_behind_it(one_at_a_time: JobStore) -> No
     others = [submit(store, [DISK]), submit(store, []), submit(store, [NAS], tenant="other")]
 
     assert [taken(store), taken(store), taken(store), taken(store)] == [nas[0], others[0], others[1], None]
+
+
+def test_a_root_is_bounded_by_its_path_whatever_letters_that_has(tmp_path: Path, redis_url: str) -> None:
+    root = tmp_path / "a: bé"
+    root.mkdir()
+    settings = f"[kms.jobs]\nroots = ['{root}']\nresource_leases = {{'root:{root}' = 1}}\n"
+    context = core_of(Service(tmp_path, settings, redis_url)).worker_context
+
+    assert context.places.resource(root.as_uri()) in context.store.resource_leases
 
 
 def test_a_renewed_lease_counts_on_wherever_it_counts(core: Core) -> None:
