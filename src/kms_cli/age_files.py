@@ -39,7 +39,7 @@ from kms_core.payload import parallel, streaming
 from kms_core.payload.files import FileRange, FileWriter, source_changed_error
 from kms_core.payload.parallel import ParallelOptions
 from kms_core.payload.streaming import RangeReader
-from kms_core.secure_files import open_to_others
+from kms_core.secure_files import in_shell, open_to_others
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed, InvalidRequest, NotACiphertext, SpoolFull, TooLarge
 from kms_protocol.units import size_text
@@ -221,13 +221,13 @@ def identities(paths: Iterable[Path]) -> Identities:
                 f"{path} is itself encrypted: run `age -d -o KEYFILE {path}` and use KEYFILE"
             )
         if text.startswith(_PEM):
-            raise InvalidRequest(f"{path} is no age key; SSH keys: `age -d -i {path}`")
+            raise InvalidRequest(f"{path} is no age key; SSH keys: `age -d -i {in_shell(path)}`")
         for identity in parse_identities(path, text):
             version = version_of(identity.recipient)
             native.pop(version, None)  # the last one encrypts
             native[version] = identity
         if open_to_others(path):
-            terminal.say(f"warning: {path} can be read by others: run chmod 600 {path}")
+            terminal.say(f"warning: {path} can be read by others: run chmod 600 {in_shell(path)}")
     return Identities(native)
 
 

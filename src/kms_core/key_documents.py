@@ -18,6 +18,7 @@ from kms_core.age.header import hkdf, is_age_file
 from kms_core.age.mlkem768x25519 import key_lines, parse_identity
 from kms_core.backends.key_files import appended
 from kms_core.envelope.sealed_files import FileSealer, SealedFiles, StoredKeys, root_of
+from kms_core.secure_files import in_shell
 from kms_core.settings.model import Settings
 from kms_core.signed_documents import Anchors, Edit, FilePlace, LocalCopy, SignedDocument, Version
 from kms_protocol.errors import (
@@ -121,7 +122,7 @@ class KeyDocument:
         if not body:
             raise ConfigurationError(
                 f"{self.private} does not exist: make it with `kms keygen --sealed-by KEY --for {self.name} "
-                f"-o {self.private}`, or from key files with `kms keys adopt {self.name} --from FILE`"
+                f"-o {in_shell(self.private)}`, or from key files: `kms keys adopt {self.name} --from FILE`"
             )
         try:
             found = msgspec.json.decode(body, type=KeyBody)
@@ -169,8 +170,8 @@ class KeyDocument:
             for each in sealed:
                 if not is_age_file(each):
                     raise ConfigurationError(
-                        "A plain key file, which no document may hold: seal it with "
-                        f"`kms keygen --sealed-by KEY --for {self.name} --from FILE -o {self.private}`"
+                        "A plain key file, which no document may hold: seal it with `kms keygen "
+                        f"--sealed-by KEY --for {self.name} --from FILE -o {in_shell(self.private)}`"
                     )
                 content = _merged(content, self._sealer.open(self.name, each))
             number = len(_recipients(content))

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shlex
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -140,6 +141,11 @@ def is_open(found: os.stat_result, uid: int) -> bool:
     return bool(found.st_mode & (GROUP_AND_OTHERS & ~stat.S_IRGRP if handed_by_root else GROUP_AND_OTHERS))
 
 
+def in_shell(path: object) -> str:
+    """A path as a word of a command that a message shows: quoted where a shell would read it otherwise."""
+    return shlex.quote(str(path))
+
+
 def check_secret(
     path: Path, warn: Callable[..., object], event: str, *, strict: bool, setting: str = ""
 ) -> None:
@@ -151,7 +157,7 @@ def check_secret(
     mode = open_to_others(path)
     if not mode:
         return
-    advice = f"{path} can be read by others (mode {mode:04o}): run `chmod 600 {path}`"
+    advice = f"{path} can be read by others (mode {mode:04o}): run `chmod 600 {in_shell(path)}`"
     if strict:
         raise ConfigurationError(f"{setting}: {advice}" if setting else advice)
     warn(event, path=str(path), mode=f"{mode:04o}", advice=advice)

@@ -21,7 +21,7 @@ from kms_core.auth.client_certificates import Lists
 from kms_core.http_protocol import ConnectionLimits, Connections, HttpProtocol
 from kms_core.proxies import Proxies
 from kms_core.reload import Reloaded
-from kms_core.secure_files import OTHERS
+from kms_core.secure_files import OTHERS, in_shell
 from kms_core.settings.model import ServerSection, Settings
 from kms_protocol.errors import EXIT_UNAVAILABLE, ConfigurationError
 
@@ -73,7 +73,7 @@ def server_context(server: ServerSection, *, strict: bool = False) -> ssl.SSLCon
         return None
     try:
         if server.tls_key.stat().st_mode & OTHERS:
-            advice = f"every user may read {server.tls_key}: run `chmod 600 {server.tls_key}`"
+            advice = f"every user may read {server.tls_key}: run `chmod 600 {in_shell(server.tls_key)}`"
             if strict:
                 raise ConfigurationError(f"kms.server.tls_key: {advice}")
             _log.warning("tls.key_open_to_others", advice=advice)

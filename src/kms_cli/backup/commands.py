@@ -1,6 +1,7 @@
 """``kms backup`` and ``kms restore``."""
 
 import os
+import shlex
 import socket
 import time
 from collections.abc import Callable, Iterable
@@ -233,8 +234,7 @@ def _tell_next(manifest: Manifest, folder: Path) -> None:
     for file in manifest.files:
         if file.origin and file.name != SETTINGS and file.origin != str(folder / file.name):
             terminal.say(f"{folder / file.name} was {file.origin}: the settings may name it there")
-    config = f" --config {folder / SETTINGS}" if (folder / SETTINGS).exists() else ""
-    terminal.say(f"next: start the service with{config} --state-dir {folder}, for example `kms up`")
-    terminal.say(
-        f"then: kms doctor{config} --state-dir {folder}; kms audit verify{config} --state-dir {folder}"
-    )
+    config = ["--config", str(folder / SETTINGS)] if (folder / SETTINGS).exists() else []
+    options = shlex.join([*config, "--state-dir", str(folder)])
+    terminal.say(f"next: start the service with {options}, for example `kms up`")
+    terminal.say(f"then: kms doctor {options}; kms audit verify {options}")

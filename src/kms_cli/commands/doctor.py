@@ -34,6 +34,7 @@ from kms_core.jobs.store import maintenance
 from kms_core.jobs.store.redis_keys import PREFIX
 from kms_core.observability import logs
 from kms_core.s3.bucket import If, StoreRefused
+from kms_core.secure_files import in_shell
 from kms_core.settings.lint import unaccepted, weaknesses
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import RedisSection, Settings
@@ -111,7 +112,7 @@ def _own_keys(settings: Settings) -> Iterator[Finding]:
     path = own[key_opening.SPOOL]
     if not path.exists():
         level: Level = "warn" if settings.environment == "dev" else "FAIL"
-        make = f"kms keygen -o {path} (in dev kms up creates it)"
+        make = f"kms keygen -o {in_shell(path)} (in dev kms up creates it)"
         yield Finding(level, "own keys", f"{path} does not exist", make)
     opener = key_opening.of_process(settings)
     for name in own.keys() & sealed.keys():

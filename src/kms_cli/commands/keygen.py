@@ -24,7 +24,7 @@ from kms_core.age.header import is_age_file
 from kms_core.age.mlkem768x25519 import identity_file
 from kms_core.envelope.sealed_files import RECOVERY
 from kms_core.observability import logs
-from kms_core.secure_files import create, open_to_others
+from kms_core.secure_files import create, in_shell, open_to_others
 from kms_protocol import small_files
 from kms_protocol.context import Context
 from kms_protocol.errors import ConfigurationError, InvalidRequest, TargetExists
@@ -190,7 +190,7 @@ def _sealed(  # noqa: PLR0913 -- the options of the command
         if name not in AUDIT_KEYS:
             parse_identities(source, content.decode("utf-8", "replace"))
     elif name in AUDIT_KEYS:
-        raise click.UsageError(f"{name}: let the service make it, then seal it with --from {own[name]}")
+        raise click.UsageError(f"{name}: let the service make it; seal it with --from {in_shell(own[name])}")
     else:
         content, public = _new_identity(post_quantum=post_quantum)
     content = "".join(f"{RECOVERY}{recipient}\n" for recipient in recovery).encode() + content

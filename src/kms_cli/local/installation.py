@@ -29,6 +29,7 @@ from kms_core.audit.maintenance import FolderSink, RedisSink
 from kms_core.audit.verification.scan import Note, VerificationReport
 from kms_core.programs.supervisor import Child, say
 from kms_core.redis_client import connect
+from kms_core.secure_files import in_shell
 from kms_core.settings import load
 from kms_core.settings.load import DEFAULT_REDIS_URL
 from kms_core.settings.load import load as load_settings
@@ -78,7 +79,7 @@ def private_directory(path: Path) -> Path:
             "run as its owner, or name another with --state-dir"
         )
     if stat.S_IMODE(found.st_mode) & secure_files.GROUP_AND_OTHERS:
-        raise ConfigurationError(f"The directory {path} is open to other users: run chmod 700 {path}")
+        raise ConfigurationError(f"The directory {path} is open to others: run chmod 700 {in_shell(path)}")
     return path
 
 
@@ -308,7 +309,7 @@ def running(environ: Mapping[str, str]) -> list[Running]:
 def doubts(running: Sequence[Running]) -> Iterator[tuple[str, str]]:
     """Yield reasons why the settings of this command may not be those of ``kms up``, each with a remedy."""
     if len(running) > 1:
-        others = " or ".join(f"--state-dir {each.state_dir}" for each in running[1:])
+        others = " or ".join(f"--state-dir {in_shell(each.state_dir)}" for each in running[1:])
         yield f"kms up runs {len(running)} times, this is {running[0].state_dir}", f"for another: {others}"
     for each in running[:1]:
         if unset := [name for name in each.others if not os.environ.get(name)]:
@@ -484,8 +485,8 @@ def settings() -> Settings:
     loaded = load_settings(settings_file(os.environ), os.environ, overrides=overrides())
     others = [each.state_dir for each in running(os.environ)]
     if others and loaded.state_dir.resolve() not in {Path(each).resolve() for each in others}:
-        text = f"this is about {loaded.state_dir}, and kms up runs with another: --state-dir {others[0]}"
-        _say_once(f"warning: {text}")
+        text = f"kms up runs with another: --state-dir {in_shell(others[0])}"
+        _say_once(f"warning: this is about {loaded.state_dir}, and {text}")
     return loaded
 
 

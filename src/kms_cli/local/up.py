@@ -29,6 +29,7 @@ from kms_core.age.mlkem768x25519 import Recipient, identity_file, parse_identity
 from kms_core.age.x25519 import X25519Identity
 from kms_core.backends.age_settings import AgeSection
 from kms_core.programs.supervisor import Child, say, supervise
+from kms_core.secure_files import in_shell
 from kms_core.settings.load import for_server, origins
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.load import named as named_file
@@ -263,7 +264,7 @@ def _announce(settings: Settings, embedded: Mapping[str, str], *, monitoring: bo
     sys.stdout.flush()
     credential = ""
     if settings.kms.auth.mode == "required":
-        file = "" if settings.kms.auth.tokens else f"--file {settings.kms.auth.tokens_path} "
+        file = "" if settings.kms.auth.tokens else f"--file {in_shell(settings.kms.auth.tokens_path)} "
         say(f"create a token: kms token create {file}--name me --scope '*' -o me")
         credential = ' -H "Authorization: Bearer $(cat me)"'
     say(f"try: curl -s {url}{PREFIX}/encrypt{credential} -H 'Content-Type: application/json' -d '{EXAMPLE}'")

@@ -44,6 +44,7 @@ from kms_core.envelope import binding
 from kms_core.envelope.binding import DEFAULT_KEY_ID, KeyRef, Wrap
 from kms_core.envelope.sealed_files import KeySource, NotOpenedYet, SealedFiles
 from kms_core.http_client import Unreachable
+from kms_core.secure_files import in_shell
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, RotationRefused
 from kms_protocol.units import time_or_none
 
@@ -262,7 +263,7 @@ def _load(source: KeySource) -> _KeyFiles:
         if current not in identities:
             raise ConfigurationError(
                 f"The recipient in {source.public} has no identity in {source.private}: "
-                f"write it again with `kms keygen -y {source.private} > {source.public}`"
+                f"write it again with `kms keygen -y {in_shell(source.private)} > {in_shell(source.public)}`"
             )
     in_order = sorted(versions.values(), key=lambda version: version.version == current)
     origin_keys = {version: binding.origin_key(identity.secret) for version, identity in identities.items()}
@@ -291,7 +292,9 @@ def _identities(text: str, path: Path | str) -> Iterator[tuple[Identity, datetim
         created = None
         count += 1
     if not count:
-        raise ConfigurationError(f"{path} holds no age identity: make one with `kms keygen -o {path}`")
+        raise ConfigurationError(
+            f"{path} holds no age identity: make one with `kms keygen -o {in_shell(path)}`"
+        )
 
 
 def _recipient(text: str, path: Path | str | None) -> Recipient:

@@ -11,7 +11,7 @@ import structlog
 from kms_core.age.header import is_age_file
 from kms_core.envelope.sealed_files import SealedFiles, StoredKeys
 from kms_core.reload import stamp_of
-from kms_core.secure_files import check_secret, lock, replace_kept
+from kms_core.secure_files import check_secret, in_shell, lock, replace_kept
 from kms_protocol import small_files
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, TooManyVersions
 
@@ -22,7 +22,7 @@ MOST_BYTES: Final = small_files.MAX_BYTES // 2
 
 The other half is for the sealing and for what operators add by hand: what was written is always read.
 """
-_MAKE_KEYS: Final = "make a pair with `kms keygen -o {private}` and `kms keygen -y {private} > {public}`"
+_MAKE_KEYS: Final = "make a pair with `kms keygen -o {0}` and `kms keygen -y {0} > {1}`"
 _log = structlog.get_logger(__name__)
 
 
@@ -57,7 +57,7 @@ class KeyFiles:
             stamp = stamp_of(self._paths)
             contents = [small_files.read(path) for path in self._paths]
         except OSError as exc:
-            hint = _MAKE_KEYS.format(private=self.private, public=self.public or "public_key.txt")
+            hint = _MAKE_KEYS.format(in_shell(self.private), in_shell(self.public or "public_key.txt"))
             raise ConfigurationError(
                 f"Cannot read the age key file {exc.filename} ({exc.strerror}): {hint}"
             ) from exc
@@ -69,8 +69,8 @@ class KeyFiles:
         if not is_age_file(private):
             if self.sealed_only:
                 raise ConfigurationError(
-                    f"{self.private} is a plain key file, and sealed_only under [kms.age] allows none: "
-                    f"seal it with `kms keygen --sealed-by KEY --for {self.name} --from {self.private}`"
+                    f"{self.private} is a plain key file, and sealed_only under [kms.age] allows none: seal "
+                    f"it with `kms keygen --sealed-by KEY --for {self.name} --from {in_shell(self.private)}`"
                 )
             return private
         if self.sealed is None:

@@ -373,7 +373,8 @@ def _path_entries(file: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def _check(path: Path, found: os.stat_result, file: Path) -> None:
-    trust = f"if you trust it, name it: --config {file}, or KMS_CONFIG={file}"
+    name = secure_files.in_shell(file)
+    trust = f"if you trust it, name it: --config {name}, or KMS_CONFIG={name}"
     if _is_foreign(found):
         raise ConfigurationError(
             f"{file} is not read: {path} belongs to another user (uid {found.st_uid}); {trust}"
@@ -382,7 +383,7 @@ def _check(path: Path, found: os.stat_result, file: Path) -> None:
     if found.st_mode & _OTHERS_WRITE and not is_sticky and not stat.S_ISLNK(found.st_mode):
         raise ConfigurationError(
             f"{file} is not read: others can write to {path} (mode {stat.S_IMODE(found.st_mode):04o}); "
-            f"chmod go-w {path}, or, {trust}"
+            f"chmod go-w {secure_files.in_shell(path)}, or, {trust}"
         )
 
 

@@ -67,7 +67,7 @@ class TwoServices:
 @pytest.fixture(scope="module")
 def two_services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoServices]:
     home = tmp_path_factory.mktemp("two")
-    given = TwoServices(user_at(home), (home / "first", free_port()), (home / "last", free_port()))
+    given = TwoServices(user_at(home), (home / "first öf two", free_port()), (home / "last", free_port()))
     with ExitStack() as stack:
         stack.enter_context(given.user.up(*given.first))
         stack.enter_context(given.user.up(*given.last))
@@ -128,7 +128,7 @@ def test_of_two_it_takes_the_newest_and_says_how_to_name_the_other(two_services:
     shown = two_services.user.kms("config", "show", "port")
 
     assert told.all("target", "ok") == [f"http://127.0.0.1:{port}, state {state}: kms up runs it: "]
-    doubt = f"kms up runs 2 times, this is {state}: for another: --state-dir {other}"
+    doubt = f"kms up runs 2 times, this is {state}: for another: --state-dir '{other}'"
     assert told.all("target", "warn") == [doubt]
     assert shown.stdout == f"{port}\n"
     assert shown.stderr == f"kms: warning: {doubt}\n"
