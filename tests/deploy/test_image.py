@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -86,7 +87,8 @@ def test_no_password_of_a_mirror_is_in_the_base(tmp_path: Path) -> None:
     shutil.copy(ROOT / "scripts/image", scripts)
     shutil.copy(ROOT / "pyproject.toml", scripts.parent)
     (scripts / "venv.sh").write_text(
-        f"root={scripts.parent} venv={sys.prefix}\nsay() {{ :; }}\nready() {{ :; }}\n"
+        f"root={shlex.quote(str(scripts.parent))} venv={shlex.quote(sys.prefix)}\n"
+        "say() { :; }\nready() { :; }\n"
     )
     passes(scripts / "image", env=os.environ | more)
 

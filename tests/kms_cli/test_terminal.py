@@ -204,7 +204,7 @@ def test_a_migration_shows_lines_in_turn_with_its_messages(
 def test_a_verification_shows_bytes_in_the_width_there_is(tmp_path: Path, columns: int) -> None:
     place = AuditFolder(tmp_path)
     place.written(50)
-    words = f"kms audit verify --no-anchors {place.folder} > report"
+    words = f"kms audit verify --no-anchors '{place.folder}' > report"
     code, shown = at_terminal(words, tmp_path, environment(tmp_path), columns=columns)
 
     text, *_ = drawn(shown)

@@ -401,7 +401,7 @@ def test_a_missing_document_names_the_command(host_of: Callable[[str], Host], pl
     host = host_of("one")
     host.follow()
 
-    with pytest.raises(ConfigurationError, match=f"kms keygen --sealed-by KEY --for {NAME} -o {place}"):
+    with pytest.raises(ConfigurationError, match=f"kms keygen --sealed-by KEY --for {NAME} -o '{place}'"):
         host.backend()
 
 

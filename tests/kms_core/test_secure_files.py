@@ -108,7 +108,7 @@ def test_a_secret_that_others_can_read_is_a_warning_or_an_error(tmp_path: Path) 
         warnings.append((event, fields))
 
     secure_files.check_secret(path, warn, "secret.open", strict=False)
-    with pytest.raises(ConfigurationError, match=rf"kms.x: .*mode 0644.*chmod 600 {path}"):
+    with pytest.raises(ConfigurationError, match=rf"kms.x: .*mode 0644.*chmod 600 \'{path}\'"):
         secure_files.check_secret(path, warn, "secret.open", strict=True, setting="kms.x")
     path.chmod(0o600)
     secure_files.check_secret(path, warn, "secret.open", strict=True)

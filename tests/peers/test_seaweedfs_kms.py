@@ -3,6 +3,7 @@
 import os
 import re
 import secrets
+import shlex
 import sys
 from base64 import b64encode
 from collections.abc import Iterator
@@ -86,7 +87,7 @@ def test_the_program_of_the_page_reads_what_it_wrote(setup: Setup) -> None:
     (setup.folder / "objects.py").write_text(source)
 
     environ = setup.environ | {"AWS_ENDPOINT_URL_S3": setup.store.url, "HOME": str(setup.folder)}
-    said = pages.said(f"{sys.executable} objects.py", setup.folder, environ)
+    said = pages.said(shlex.join([sys.executable, "objects.py"]), setup.folder, environ)
 
     assert said == "ada,4711\nbob,4712\n"
     for key in ("june.csv", "july.csv"):

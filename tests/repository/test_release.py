@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -495,7 +496,7 @@ def test_a_user_who_names_no_key_verifies_nothing(download: Path, key: str) -> N
 def install(folder: Path, options: str = "") -> str:
     """What the commands of the page say in a folder without a release, where they fail."""
     (block,) = re.findall(r"^```sh\n(mkdir .*?)^```", (ROOT / PAGE).read_text(), re.MULTILINE | re.DOTALL)
-    made = f"{sys.executable} -I -m venv {options}"
+    made = f"{shlex.quote(sys.executable)} -I -m venv {options}"
     words: str = block.replace("python3 -I -m venv ", made, 1)
     assert made in words
     done = shell(folder, words)

@@ -6,6 +6,7 @@
 import json
 import re
 import runpy
+import shlex
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,9 @@ NOT_COLLECTED: Final = """
 def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The module, over a folder of tests of its own."""
     found = runpy.run_path(str(ROOT / "scripts/run_tests.py"))
-    (tmp_path / "pytest.ini").write_text("[pytest]\npythonpath = " + str(ROOT / "tests"))
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\npythonpath = " + shlex.quote(str(ROOT / "tests")), "utf-8"
+    )
     (tmp_path / "conftest.py").write_text('pytest_plugins = ["support.tiers"]')
     found["run"].__globals__.update(ROOT=tmp_path, CACHE=tmp_path / "cache")
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")

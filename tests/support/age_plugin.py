@@ -1,6 +1,7 @@
 """Age tools with ``age-plugin-kms`` on their PATH, over one install that asks for tokens."""
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ def plugin_dir(folder: Path) -> Path:
     """A directory that holds ``age-plugin-kms`` as this Python would install it."""
     folder.mkdir(exist_ok=True)
     script = folder / "age-plugin-kms"
-    script.write_text(f'#!/bin/sh\nexec {sys.executable} -P -m kms_cli.plugin.main "$@"\n')
+    argv = shlex.join([sys.executable, "-P", "-m", "kms_cli.plugin.main"])
+    script.write_text(f'#!/bin/sh\nexec {argv} "$@"\n', "utf-8")
     script.chmod(0o755)
     return folder
 

@@ -8,6 +8,7 @@ seconds: `tests/ruff.toml` bans the functions of ``time``. Fixtures may.
 import ipaddress
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import pytest
@@ -18,6 +19,16 @@ from support.tiers import is_second
 from support.waiting import RealTime
 
 _HELD: Final = "a test of the first tier {}: see tests/README.md"
+
+
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The folder of a test. In the first tier its path has a space and a letter beyond ASCII, as homes do."""
+    if is_second(request.node.nodeid):
+        return tmp_path
+    folder = tmp_path / "a é"
+    folder.mkdir(mode=0o700)
+    return folder
 
 
 @pytest.hookimpl(wrapper=True)

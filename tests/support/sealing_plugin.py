@@ -6,6 +6,7 @@ holds a mode and a symmetric key; a recipient holds the same, which is enough fo
 
 import base64
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -36,8 +37,8 @@ def install(folder: Path) -> Path:
     """A directory for the PATH that holds the plugin."""
     folder.mkdir(exist_ok=True)
     script = folder / f"age-plugin-{NAME}"
-    here = Path(__file__).parents[1]
-    script.write_text(f'#!/bin/sh\nPYTHONPATH={here} exec {sys.executable} -P {__file__} "$@"\n')
+    here, argv = shlex.quote(str(Path(__file__).parents[1])), shlex.join([sys.executable, "-P", __file__])
+    script.write_text(f'#!/bin/sh\nPYTHONPATH={here} exec {argv} "$@"\n', "utf-8")
     script.chmod(0o755)
     return folder
 

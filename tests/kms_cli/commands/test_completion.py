@@ -3,6 +3,7 @@
 import os
 import re
 import select
+import shlex
 import socket
 import subprocess
 from collections.abc import Iterable, Iterator
@@ -174,7 +175,15 @@ def test_completion_uses_the_token_and_the_address_on_the_line(
     stand_in.faults.token = "right"
     (tmp_path / "token").write_text("right")
     env["KMS_SERVICE_URL"] = "http://127.0.0.1:9"
-    words = ("--url", stand_in.url, "--token-file", str(tmp_path / "token"), "encrypt", "--key-id", "''")
+    words = (
+        "--url",
+        stand_in.url,
+        "--token-file",
+        shlex.quote(str(tmp_path / "token")),
+        "encrypt",
+        "--key-id",
+        "''",
+    )
 
     assert answered(env, "kms", *words) == ("plain,default\n", "")
 

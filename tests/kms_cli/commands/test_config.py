@@ -1,6 +1,7 @@
 """``kms config``: what it shows, and from where; weak settings, which ``kms doctor`` tells too."""
 
 import json
+import shlex
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +46,7 @@ def kms(config: Path, capsys: pytest.CaptureFixture[str]) -> Kms:
 
     def run_with(words: str, settings: str = WEAK) -> Said:
         config.write_text(settings)
-        return Said(run([*words.split(), "--config", str(config)]), *capsys.readouterr())
+        return Said(run([*shlex.split(words), "--config", str(config)]), *capsys.readouterr())
 
     return run_with
 
@@ -97,7 +98,7 @@ def test_settings_are_shown_with_where_they_come_from(
     monkeypatch.setenv("KMS_BIND", "127.0.0.2")
     state = config.parent / "state"
 
-    code, out, _ = kms(f"config show --changed --state-dir {state}", SHOWN)
+    code, out, _ = kms(f"config show --changed --state-dir '{state}'", SHOWN)
 
     assert code == 0
     assert out.splitlines() == [

@@ -203,7 +203,7 @@ def test_a_file_on_stdin_is_sent_with_its_length_and_once_more_if_needed(
 ) -> None:
     stand_in.faults.dropped = 1
     (tmp_path / "in").write_bytes(b"head" + BINARY)
-    line = f"read -rN 4; {KMS} encrypt-file - {BY_JOB}"  # bash reads its bytes and no more of a file
+    line = f"read -rN 4; kms encrypt-file - {BY_JOB}"  # bash reads its bytes and no more of a file
     with (tmp_path / "in").open("rb") as given:
         done = subprocess.run(["bash", "-c", line], env=env, stdin=given, capture_output=True, check=True)
 
@@ -352,7 +352,7 @@ def test_a_reader_that_goes_away_leaves_no_result(env: dict[str, str], stand_in:
 def test_a_ciphertext_goes_to_a_terminal_only_if_asked(
     env: dict[str, str], stand_in: ContractServer, tmp_path: Path, command: str
 ) -> None:
-    code, shown = at_terminal(f"echo secret | {KMS} {command}", tmp_path, env)
+    code, shown = at_terminal(f"echo secret | kms {command}", tmp_path, env)
 
     assert (code, shown) == (2, REFUSED + FORCE)
     assert not stand_in.seen
@@ -372,7 +372,7 @@ def test_text_is_shown_on_a_terminal(
 ) -> None:
     (tmp_path / "sealed").write_bytes(stand_in.seal("Zoë: 1\n\t👩‍👩‍👧\n".encode(), None))
 
-    assert at_terminal(f"{KMS} {command} < sealed", tmp_path, env) == (0, "Zoë: 1\n\t👩‍👩‍👧\n")
+    assert at_terminal(f"kms {command} < sealed", tmp_path, env) == (0, "Zoë: 1\n\t👩‍👩‍👧\n")
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_what_is_no_text_is_kept_from_a_terminal(
         sealed = kms(env, "seal", "-r", str(stand_in.identity.to_public()), given=data).stdout
     (tmp_path / "sealed").write_bytes(sealed)
 
-    assert at_terminal(f"{KMS} {command} < sealed", tmp_path, env) == (2, REFUSED + FORCE)
+    assert at_terminal(f"kms {command} < sealed", tmp_path, env) == (2, REFUSED + FORCE)
 
 
 def test_binary_data_goes_to_a_terminal_if_asked(
@@ -402,4 +402,4 @@ def test_binary_data_goes_to_a_terminal_if_asked(
     (tmp_path / "sealed").write_bytes(stand_in.seal(b"\x1b[1m\0", None))
 
     for command in ("decrypt -o -", "decrypt-file - -o -", "job result job-1 -o -"):
-        assert at_terminal(f"{KMS} {command} < sealed", tmp_path, env) == (0, "\x1b[1m\0")
+        assert at_terminal(f"kms {command} < sealed", tmp_path, env) == (0, "\x1b[1m\0")

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import pytest
@@ -255,11 +256,13 @@ def test_server_dies_with_its_starter(tmp_path: Path) -> None:
 
 
 def test_socket_lives_in_the_sessions_runtime_directory(tmp_path: Path) -> None:
-    session = installation.private_directory(tmp_path / "r u?n%")
-    with EmbeddedValkey(tmp_path / "state", environ={"XDG_RUNTIME_DIR": str(session)}) as server:
-        with client_of(server.url) as client:
-            assert client.ping()
-        assert server.files.socket_path.parent.parent == session
+    with (
+        TemporaryDirectory(prefix="r u?n%é", dir="/tmp") as session,  # tmp_path may be too long for a socket
+        EmbeddedValkey(tmp_path / "state", environ={"XDG_RUNTIME_DIR": session}) as server,
+        client_of(server.url) as client,
+    ):
+        assert client.ping()
+        assert server.files.socket_path.parent.parent == Path(session)
         assert server.files.socket_path.parent.name.startswith("kms-")
 
 

@@ -104,7 +104,7 @@ def test_a_plugin_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch
 
 def test_a_plugin_gets_no_secrets_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "age-plugin-kmstest"
-    script.write_text(f"#!/bin/sh\nenv > {tmp_path}/seen\n")
+    script.write_text(f"#!/bin/sh\nenv > '{tmp_path}/seen'\n")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("VAULT_TOKEN", "s.secret")

@@ -130,7 +130,7 @@ def test_a_missing_file_is_named_with_the_way_to_make_it(tmp_path: Path, name: s
 
     assert refusal(files) == (
         f"Cannot read the age key file {tmp_path / name} (No such file or directory): make a pair with "
-        f"`kms keygen -o {files.private}` and `kms keygen -y {files.private} > {files.public}`"
+        f"`kms keygen -o '{files.private}'` and `kms keygen -y '{files.private}' > '{files.public}'`"
     )
 
 
@@ -148,7 +148,7 @@ def test_a_file_without_identities_is_refused(tmp_path: Path, text: str) -> None
     files = pair(tmp_path, text)
 
     assert refusal(files) == (
-        f"{files.private} holds no age identity: make one with `kms keygen -o {files.private}`"
+        f"{files.private} holds no age identity: make one with `kms keygen -o '{files.private}'`"
     )
 
 
@@ -182,7 +182,7 @@ def test_a_recipient_without_its_identity_is_refused(tmp_path: Path) -> None:
 
     assert refusal(files) == (
         f"The recipient in {files.public} has no identity in {files.private}: "
-        f"write it again with `kms keygen -y {files.private} > {files.public}`"
+        f"write it again with `kms keygen -y '{files.private}' > '{files.public}'`"
     )
 
 
@@ -215,7 +215,7 @@ def test_a_private_file_open_to_others_is_refused_in_prod(tmp_path: Path, mode: 
     files.private.chmod(mode)
 
     assert refusal(replace(files, strict=True)) == (
-        f"{files.private} can be read by others (mode {mode:04o}): run `chmod 600 {files.private}`"
+        f"{files.private} can be read by others (mode {mode:04o}): run `chmod 600 '{files.private}'`"
     )
 
 

@@ -1,6 +1,7 @@
 """Which settings file servers and commands read where none is named, and who may have written it."""
 
 import os
+import shlex
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -47,8 +48,9 @@ def refusal() -> str:
 
 
 def assert_says_how_to_trust(told: str, here: Path) -> None:
-    assert f"--config {here / FOUND}" in told
-    assert f"KMS_CONFIG={here / FOUND}" in told
+    named = shlex.quote(str(here / FOUND))
+    assert f"--config {named}" in told
+    assert f"KMS_CONFIG={named}" in told
 
 
 # -- what a server reads -----------------------------------------------------------------------------
@@ -98,7 +100,7 @@ def test_what_others_can_write_to_is_refused(place: Path, bit: int, here: Path) 
     told = refusal()
 
     assert f"others can write to {place.resolve()} " in told
-    assert f"chmod go-w {place.resolve()}, or, " in told
+    assert f"chmod go-w '{place.resolve()}', or, " in told
     assert_says_how_to_trust(told, here)
 
 

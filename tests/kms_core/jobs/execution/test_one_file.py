@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -125,7 +126,7 @@ class ConcurrentWriter(Roots):
     @contextmanager
     def open_source(self, url: str) -> Iterator[OpenSource]:
         with super().open_source(url) as found:
-            with Path(url.removeprefix("file://")).open("ab") as file:
+            with Path(unquote(urlsplit(url).path)).open("ab") as file:
                 file.write(b"more")
             yield found
 
