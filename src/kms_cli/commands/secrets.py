@@ -358,9 +358,12 @@ def _exec(command: tuple[str, ...], values: Mapping[str, str]) -> NoReturn:
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     try:
         os.execvpe(command[0], command, {**os.environ, **values})  # noqa: S606 -- the user names the program
-    except FileNotFoundError:
-        terminal.say(f"error: {command[0]} is not on the PATH")
-        raise SystemExit(NOT_FOUND) from None
-    except OSError as exc:
+    except OSError as exc:  # EACCES also where a folder of the PATH may not be entered
+        import shutil  # noqa: PLC0415 -- for an error alone
+
+        is_name = "/" not in command[0]
+        if isinstance(exc, FileNotFoundError) or (is_name and not shutil.which(command[0], os.F_OK)):
+            terminal.say(f"error: {command[0]} is not on the PATH")
+            raise SystemExit(NOT_FOUND) from None
         terminal.say(f"error: {command[0]}: {terminal.plain(exc.strerror or '')}")
         raise SystemExit(NOT_EXECUTABLE) from None
