@@ -209,6 +209,7 @@ def _settled(machine: Machine, folder: Path, memory: Path) -> Place:
         environ |= USER_ENVIRON
     if user:
         environ |= {"USER": user, "LOGNAME": user}
+        environ["PATH"] += os.pathsep + os.defpath  # where no folder of ours is open to others
     for each in (folder, memory, WHEELS) if os.geteuid() == 0 else ():
         subprocess.run(["chown", "-R", f"{user or 'root'}:", str(each)], check=True)
     return Place(home, clone, environ, machine.is_user, user)
