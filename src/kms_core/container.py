@@ -65,8 +65,8 @@ _SAME_ON_ALL_HOSTS: Final = (
 class Core:
     """The objects of one process. ``authenticator`` is None where requests need no credentials.
 
-    ``copies`` are this host's copies of signed documents: of the tokens, and of keys. The API and the parent
-    of a worker poll them.
+    ``copies`` are this host's copies of signed documents: of the tokens, and of keys. The API and the
+    maintenance process of a worker poll them.
     """
 
     kms: Kms

@@ -1,7 +1,9 @@
-"""Threads that work at an interval, and waits before a retry."""
+"""Threads that work at an interval, waits before a retry, and times that processes share."""
 
 import math
+import mmap
 import random
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -88,3 +90,26 @@ def jittered_wait_s(
     grown_s = first_s * factor ** min(attempt - 1, _MOST_STEPS)
     wait_s = min(max(grown_s, at_least_s), at_most_s)
     return wait_s * random.uniform(0.5, 1.0)  # noqa: S311 -- jitter, no secret
+
+
+_CLOCK: Final = struct.Struct("d")
+
+
+class SharedTime:
+    """A time of ``time.monotonic`` in memory that a parent shares with the processes that it forks."""
+
+    def __init__(self, at: float = -math.inf) -> None:
+        self._memory = mmap.mmap(-1, _CLOCK.size)
+        self.set(at)
+
+    def set(self, at: float) -> None:
+        _CLOCK.pack_into(self._memory, 0, at)
+
+    def note(self) -> None:
+        """Set it to now."""
+        self.set(time.monotonic())
+
+    @property
+    def at(self) -> float:
+        (at,) = _CLOCK.unpack_from(self._memory)
+        return float(at)

@@ -1,1 +1,1 @@
-"""The Celery worker: takes job ids from the broker and runs the jobs; the reaper runs beside it."""
+"""The Celery worker: takes job ids from the broker and runs the jobs; its maintenance runs beside it."""

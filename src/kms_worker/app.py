@@ -13,7 +13,6 @@ from kombu.entity import Exchange, Queue
 from kms_core.container import Core, build_intake
 from kms_core.container import build as build_core
 from kms_core.jobs.execution import attendance
-from kms_core.jobs.execution.attendance import SharedTime
 from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.execution.runner import run_next
 from kms_core.jobs.model import Following
@@ -22,6 +21,7 @@ from kms_core.jobs.store import broker
 from kms_core.jobs.store.activity import UsageFlush
 from kms_core.jobs.store.redis_keys import TASK
 from kms_core.observability import tracing
+from kms_core.periodic import SharedTime
 from kms_core.redis_client import celery_options
 from kms_core.settings.model import Settings
 from kms_protocol.errors import JobsUnavailable, KmsError
@@ -126,8 +126,7 @@ def _drain(core: Callable[[], Core], worker: str, queue: str, served: Sequence[s
 
     following = Following(worker, [queue, *(each for each in served if each != queue)], goes_on)
     try:
-        core().install.require()
-        worker_context = core().worker_context
+        worker_context = _checked(core())
         woken = True
         while following.claimed or goes_on():
             if not _run_next(worker_context, following, woken=woken):
@@ -141,6 +140,13 @@ def _drain(core: Callable[[], Core], worker: str, queue: str, served: Sequence[s
         _log.warning("job.left_to_lease")
     except Exception as exc:  # noqa: BLE001 -- the top of the worker: another wake-up follows
         _log.exception("worker.crashed", error=type(exc).__name__)
+
+
+def _checked(core: Core) -> WorkerContext:
+    """Raises WrongInstall. The maintenance process looks at the spool; this one does not wait for it."""
+    if attendance.is_misplaced():
+        core.install.require()
+    return core.worker_context
 
 
 def _run_next(worker_context: WorkerContext, following: Following, *, woken: bool) -> bool:

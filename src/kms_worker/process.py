@@ -1,4 +1,4 @@
-"""One worker process: Celery's parent with its pool, and beside it heartbeat, reaper, watchdog, metrics."""
+"""One worker: Celery's parent with its pool, heartbeat, watchdog and metrics, and its maintenance process."""
 
 import gc
 import os
@@ -28,11 +28,11 @@ from kms_core.jobs.events import webhook
 from kms_core.jobs.events.outbox import Outbox, WebhookDispatcher
 from kms_core.jobs.execution import attendance
 from kms_core.jobs.hosts.install import InstallWatch
-from kms_core.jobs.recovery.reaper import Heartbeat, Reaper
+from kms_core.jobs.recovery.reaper import Heartbeat, Reaper, SpoolCleanup
 from kms_core.jobs.store import broker
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
-from kms_core.periodic import PeriodicThread
+from kms_core.periodic import PeriodicThread, SharedTime
 from kms_core.proxies import Proxies
 from kms_core.redis_client import check_servers
 from kms_core.settings.lint import SETTINGS, unaccepted
@@ -40,6 +40,7 @@ from kms_core.settings.model import Settings
 from kms_core.signed_documents import CopyPoll
 from kms_worker import app as worker_app
 from kms_worker import consumer, metrics_server, tasks
+from kms_worker.maintenance import Maintenance
 from kms_worker.metrics_server import MetricsApp, MetricsServer
 from kms_worker.slots import Slots, Watchdog
 from kms_worker.tasks import Refusals
@@ -59,42 +60,24 @@ def run(loaded: Settings) -> int:
     secure_memory.protect(strict=loaded.is_prod)
     name = f"{socket.gethostname()}:{uuid.uuid4().hex[:8]}"
     check_servers(loaded.kms.redis)
-    pulse = attendance.SharedTime()
+    pulse = SharedTime()
     app = worker_app.build(loaded, name, pulse)
     core = build_core(loaded, "worker", broker.notify_through(app, loaded.kms.redis))
-    metrics.show_weak(SETTINGS, unaccepted(loaded))
     jobs, store = loaded.kms.jobs, core.worker_context.store
     intake = build_intake(loaded, core.submitter)
     served = (*jobs.queues, *tasks.queues(intake))
     consumer.install()
-    checked = partial(
-        consumer.CheckedConsumer,
-        refusals=Refusals(pulse.note),
-        submit_bytes=intake.text_length if intake else 0,
-    )
+    submit_bytes = intake.text_length if intake else 0
+    checked = partial(consumer.CheckedConsumer, refusals=Refusals(pulse.note), submit_bytes=submit_bytes)
 
-    heartbeat, endpoints = Heartbeat(store, name), webhook.endpoints(loaded)
-    beside: list[PeriodicThread] = [
-        heartbeat,  # first, before it consumes: who looks while its first job runs must find a worker
-        InstallWatch(core.install),
-        Reaper(
-            store,
-            core.worker_context.spool,
-            name,
-            require_install=core.install.require,
-            may_sweep=core.install.may_sweep,
-        ),
-        tasks.Clock(app, store, name),
-        build_monitor(loaded, store.redis),
-        *(CopyPoll(copy) for copy in core.copies),
-        *([WebhookDispatcher(Outbox(store, endpoints), endpoints, name)] if endpoints else []),
-    ]
+    heartbeat = Heartbeat(store, name)
+    beside: list[PeriodicThread] = [heartbeat]
     _watch_pool(loaded, store, name, beside)
+    upkeep = _begin_maintenance(loaded, name)
     server = _serve_metrics(loaded, core, heartbeat.serves)
-    _prepare_children()
     signals.worker_ready.connect(lambda **_: heartbeat.serve(), weak=False)
     signals.worker_shutting_down.connect(lambda **_: heartbeat.stop(), weak=False)
-    _start(*beside)
+    _start(heartbeat)  # before it consumes: who looks while its first job runs must find a worker
     Watchdog(
         attendance.PATIENCE_S,
         partial(_can_take, app, store, served),
@@ -103,21 +86,49 @@ def run(loaded: Settings) -> int:
     try:
         return _consume(app, name, jobs.concurrency, served, checked)
     finally:
-        for thread in beside:
-            thread.stop()
+        _stop(*beside)
         if server is not None:
             server.shutdown()
+        upkeep.end(_LEAVE_S)
         heartbeat.join(_LEAVE_S)
 
 
-def _start(*threads: PeriodicThread) -> None:
-    """Start threads whose rounds no fork interrupts."""
+def _stop(*threads: PeriodicThread) -> None:
     for thread in threads:
-        thread.fork_lock = _between_forks
-        thread.start()
+        thread.stop()
+
+
+def _begin_maintenance(loaded: Settings, name: str) -> Maintenance:
+    _prepare_children()
+    upkeep = Maintenance(partial(_prepare_child, os.getpid()), partial(_maintenance, loaded, name))
+    upkeep.start()
+    return upkeep
+
+
+def _maintenance(loaded: Settings, name: str) -> list[PeriodicThread]:
+    """Build the periodic work that waits for more than Redis, with connections of its own."""
+    app = worker_app.build(loaded, name, SharedTime())
+    core = build_core(loaded, "worker", broker.notify_through(app, loaded.kms.redis))
+    store, install, endpoints = core.worker_context.store, core.install, webhook.endpoints(loaded)
+    return [
+        InstallWatch(install, attendance.tell_misplaced),
+        Reaper(store, name, install.require),
+        SpoolCleanup(store, core.worker_context.spool, name, install.require, install.may_sweep),
+        tasks.Clock(app, store, name),
+        build_monitor(loaded, store.redis),
+        *(CopyPoll(copy) for copy in core.copies),
+        *([WebhookDispatcher(Outbox(store, endpoints), endpoints, name)] if endpoints else []),
+    ]
+
+
+def _start(thread: PeriodicThread) -> None:
+    """Start a thread whose rounds no fork interrupts: it waits for Redis alone."""
+    thread.fork_lock = _between_forks
+    thread.start()
 
 
 def _serve_metrics(loaded: Settings, core: Core, is_ready: Callable[[], bool]) -> MetricsServer | None:
+    metrics.show_weak(SETTINGS, unaccepted(loaded))
     settings, policy = loaded.kms.server, core.kms.policy
     scraping = MetricsAccess(
         settings.metrics, core.authenticator, policy, Proxies.of(settings.trusted_proxies)

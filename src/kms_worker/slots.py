@@ -1,7 +1,9 @@
 """Processes of the pool that hang are killed or replaced; a worker that takes nothing ends itself.
 
 A process that waits for a disk in the kernel (state D) ends when the disk answers. Until then its worker
-avoids the roots that it hangs on, another process takes its place, and status, metrics and log say so.
+avoids the roots that it hangs on, another process takes its place, and status, metrics and log say so. The
+same holds while no process of the pool makes progress, before any of them counts as hanging: jobs that need
+no such root go on.
 """
 
 import os
@@ -25,6 +27,9 @@ from kms_protocol.errors import JobsUnavailable
 EVERY_S: Final = 1.0
 _LAST_S: Final = 10.0  # after the time at which attempts are handed back
 _HELD_S: Final = 15.0  # what hangs is left alone for so long after each round
+_SLOW_HELD_S: Final = 3.0  # and what is slow
+_SEEN_S: Final = 2.5  # a process that reports itself no more makes progress, or has ended
+_TOLD_S: Final = 7.0  # after the first report, one that is slow is told
 _log = structlog.get_logger(__name__)
 
 
@@ -36,8 +41,17 @@ class _Stuck:
     replaced: bool = False
 
 
+@dataclass
+class _Slow:
+    job_id: str
+    resources: list[str]
+    since: float
+    seen: float
+    replaced: bool = False
+
+
 class Slots(PeriodicThread):
-    """Watches the processes of a worker that announced that they hang.
+    """Watches the processes of a worker that announced that they hang, or are slow.
 
     At most as many processes are replaced as the pool has at first.
     """
@@ -54,27 +68,69 @@ class Slots(PeriodicThread):
         self._pids = frozenset(self._pool.info["processes"])
         self._most = self._pool.num_processes
         self._stuck: list[_Stuck] = []
+        self._slow: dict[int, _Slow] = {}
         self._surplus = 0
         self._told = 0
 
     def round(self) -> None:
+        now = time.monotonic()
         for stall in self._attendance.stalls():
-            with suppress(ProcessLookupError):
-                self._stuck.append(_Stuck(stall, os.pidfd_open(stall.pid)))
-                os.kill(stall.pid, signal.SIGKILL)
+            if stall.is_slow:
+                self._note_slow(stall, now)
+            else:
+                self._end(stall)
         self._drop_ended()
+        self._drop_fast(now)
         for one in self._stuck:
             one.rounds += 1
             if one.rounds > 1 and not one.replaced:  # it had time to end
                 self._replace(one)
+        if is_blocked := 0 < len(self._slow) >= self._pool.num_processes - len(self._stuck):
+            self._stand_in()
         if self._surplus:
             self._in_loop(self._shrink)
         with suppress(AttributeError):  # the pool has ended, with the worker
             self._forget_ended()
-        self._tell()
+        all_told = is_blocked or self._replaced
+        self._tell([one for one in self._slow.values() if all_told or now - one.since > _TOLD_S])
         if self._stuck and time.monotonic() > self._attendance.stops_at.at + _LAST_S:
             _log.warning("worker.left_stuck_processes", pids=[one.stall.pid for one in self._stuck])
             os._exit(os.EX_OK)  # the pool would wait for them
+
+    def _note_slow(self, stall: Stall, now: float) -> None:
+        one = self._slow.get(stall.pid)
+        if one is None or one.job_id != stall.job_id:
+            resources: list[str] = []
+            with suppress(JobsUnavailable):
+                resources = self._store.resources(stall.job_id)
+            one = _Slow(stall.job_id, resources, now, now, replaced=bool(one and one.replaced))
+            self._slow[stall.pid] = one
+        one.seen = now
+
+    def _drop_fast(self, now: float) -> None:
+        for pid, one in [(pid, one) for pid, one in self._slow.items() if now - one.seen > _SEEN_S]:
+            del self._slow[pid]
+            self._surplus += one.replaced
+
+    def _stand_in(self) -> None:
+        """Start another process, since none makes progress, unless there are enough of them."""
+        waiting = [(pid, one) for pid, one in self._slow.items() if not one.replaced]
+        if waiting and self._replaced < self._most:
+            pid, one = waiting[0]
+            one.replaced = True
+            _log.warning("worker.process_slow", pid=pid, job_id=one.job_id, resources=one.resources)
+            self._in_loop(lambda: self._pool.grow(1))
+
+    @property
+    def _replaced(self) -> int:
+        watched: list[_Stuck | _Slow] = [*self._stuck, *self._slow.values()]
+        return sum(each.replaced for each in watched)
+
+    def _end(self, stall: Stall) -> None:
+        slow = self._slow.pop(stall.pid, None)
+        with suppress(ProcessLookupError):
+            self._stuck.append(_Stuck(stall, os.pidfd_open(stall.pid), replaced=bool(slow and slow.replaced)))
+            os.kill(stall.pid, signal.SIGKILL)
 
     def _drop_ended(self) -> None:
         for one in [one for one in self._stuck if _has_ended(one.pidfd)]:
@@ -88,8 +144,7 @@ class Slots(PeriodicThread):
         if one.rounds == 2:  # noqa: PLR2004 -- the first time
             pid, job_id, resources = one.stall.pid, one.stall.job_id, one.stall.resources
             _log.error("worker.process_stuck", pid=pid, job_id=job_id, resources=resources)
-        replaced = sum(each.replaced for each in self._stuck)
-        if replaced < self._most:
+        if self._replaced < self._most:
             one.replaced = True
             self._in_loop(lambda: self._pool.grow(1))
 
@@ -109,12 +164,15 @@ class Slots(PeriodicThread):
                 self._store.drained(f"{self._owner}/{pid}", queue, self._queues)
         self._pids = pids
 
-    def _tell(self) -> None:
-        hanging = [one for one in self._stuck if one.rounds > 1]
-        if hanging or self._told:
-            resources = {name for one in hanging for name in one.stall.resources}
-            self._store.stuck(self._owner, len(hanging), _HELD_S, sorted(resources))
-            self._told = len(hanging)
+    def _tell(self, slow: Sequence[_Slow]) -> None:
+        """Note the processes that hang, and those that are slow, and have none other touch their roots."""
+        hanging = [one.stall for one in self._stuck if one.rounds > 1]
+        if hanging or slow or self._told:
+            watched: list[Stall | _Slow] = [*hanging, *slow]
+            resources = {name for one in watched for name in one.resources}
+            held_s = _HELD_S if hanging else _SLOW_HELD_S
+            self._told = len(hanging) + len(slow)
+            self._store.stuck(self._owner, self._told, held_s, sorted(resources))
 
 
 def _has_ended(pidfd: int) -> bool:

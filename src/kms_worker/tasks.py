@@ -18,14 +18,13 @@ from kombu.exceptions import OperationalError
 
 from kms_core import key_rotation
 from kms_core.container import Core
-from kms_core.jobs.execution.attendance import SharedTime
 from kms_core.jobs.spec import MAINTENANCE
 from kms_core.jobs.store import activity
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.celery_intake import Intake
 from kms_core.observability import metrics
 from kms_core.observability.metrics import added_usage
-from kms_core.periodic import PeriodicThread
+from kms_core.periodic import PeriodicThread, SharedTime
 from kms_core.settings.model import RotationSection, Settings
 from kms_protocol.errors import (
     ConfigurationError,

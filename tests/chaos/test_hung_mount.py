@@ -3,7 +3,9 @@
 The long form has many more jobs on it and beside it, while it hangs for a minute.
 """
 
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -18,12 +20,14 @@ HUNG: Final = 40 if IS_LONG else 3
 OTHERS: Final = 400 if IS_LONG else 1
 SETTINGS: Final = """
 [kms.jobs]
-roots = ["{disk}", "{files}"]
-stall_s = 3
+roots = {roots}
+spool_dir = "{spool}"
+stall_s = {stall_s}
 stop_s = 2
 lease_s = 5
 concurrency = 2
 """
+DEFAULT: Final = 300  # stall_s
 
 
 @pytest.fixture
@@ -32,16 +36,24 @@ def disk(tmp_path: Path) -> Iterator[FrozenDisk]:
         yield found
 
 
-@pytest.fixture
-def install(tmp_path: Path, disk: FrozenDisk) -> Iterator[Service]:
+@contextmanager
+def installed(tmp_path: Path, disk: FrozenDisk, spool: Path, stall_s: int) -> Iterator[Service]:
     files = tmp_path / "other"
     files.mkdir()
-    with Service(tmp_path, SETTINGS.format(disk=disk.folder, files=files)) as service:
+    roots = [files] if disk.folder in spool.parents else [files, disk.folder]
+    settings = SETTINGS.format(roots=[*map(str, roots)], spool=spool, stall_s=stall_s)
+    with Service(tmp_path, settings) as service:
         service.files = files
-        for folder in (disk.folder, files):
-            for number in range(max(HUNG, OTHERS)):
+        for folder in roots:
+            for number in range(max(HUNG, OTHERS, 8)):
                 (folder / f"{number}").write_bytes(b"content")
         yield service.start()
+
+
+@pytest.fixture
+def install(tmp_path: Path, disk: FrozenDisk) -> Iterator[Service]:
+    with installed(tmp_path, disk, tmp_path / "spool", 3) as found:
+        yield found
 
 
 def submit(service: Service, folder: Path, number: int) -> str:
@@ -84,6 +96,47 @@ def test_a_hung_mount_takes_no_other_queue_with_it(install: Service, disk: Froze
         assert (found["state"], found["attempt"] <= 3) == ("succeeded", True)
     until(lambda: degraded(install) == [], "all is well")
     until(lambda: len(install.pool_pids()) == 2, "as many processes as before")
+
+
+def others_go_on(service: Service) -> None:
+    """Some jobs over files elsewhere and over items, one after another."""
+    for number in range(3):
+        other = submit(service, service.files, number)
+        items = service.submit({"kind": "encrypt", "items": [{"plaintext": b64(b"x")}]})
+        assert service.wait(items)["state"] == "succeeded"
+        assert service.wait(other)["state"] == "succeeded"
+
+
+def test_others_go_on_long_before_an_attempt_counts_as_hanging(tmp_path: Path, disk: FrozenDisk) -> None:
+    """By default that takes five minutes."""
+    with installed(tmp_path, disk, tmp_path / "spool", DEFAULT) as install:
+        with disk.frozen():
+            hung = [submit(install, disk.folder, number) for number in range(8)]
+            until(lambda: len(stuck(install)) == 2, "both processes hang")
+            others_go_on(install)
+            until(lambda: "worker_processes" in degraded(install), "status says so")
+            assert len(stuck(install)) == 2, "no third process was lost to it"
+        for job_id in hung:
+            assert install.wait(job_id)["state"] == "succeeded"
+        until(lambda: degraded(install) == [], "all is well")
+        until(lambda: len(install.pool_pids()) == 2, "as many processes as before")
+
+
+def test_a_hung_spool_takes_no_job_with_it_that_does_not_need_it(tmp_path: Path, disk: FrozenDisk) -> None:
+    """Neither by a process of the pool, nor by the cleanup of what has ended."""
+    with installed(tmp_path, disk, disk.folder / "spool", DEFAULT) as install:
+        ended = install.upload("encrypt", bytes(100_000))
+        install.wait(ended, "succeeded")
+        install.signal_pool(signal.SIGSTOP)
+        uploads = [install.upload("encrypt", bytes(100_000)) for _ in range(6)]
+        with disk.frozen():
+            install.signal_pool(signal.SIGCONT)
+            until(lambda: len(stuck(install)) == 2, "both processes hang")
+            others_go_on(install)
+            assert "workers" not in degraded(install)
+        for job_id in uploads:
+            assert install.wait(job_id)["state"] == "succeeded"
+        until(lambda: degraded(install) == [], "all is well")
 
 
 def stuck(service: Service) -> list[int]:

@@ -25,6 +25,7 @@ from support.chaos.fleet_faults import FleetFaults
 from support.chaos.job_checks import JobChecks
 from support.chaos.job_mix import ObjectJobMix
 from support.chaos.load import Load
+from support.job_stores import reap
 from support.long_form import RUNS
 from support.network_hosts import isolated_network
 from support.service import PROGRAMS, Service, core_of
@@ -80,7 +81,7 @@ def _run(folder: Path, seed: int) -> Verdict:
         checks.wait(PATIENCE_S)
         checks.check_results()
         checks.expire()
-        reaper.Reaper(core.worker_context.store, core.worker_context.spool, "checks").reap()
+        reap(core.worker_context.store, core.worker_context.spool)
         checks.spool_is_empty()
         facts = {
             "seconds": round(time.monotonic() - begun),

@@ -10,14 +10,13 @@ import redis
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.recovery.reaper import Reaper
 from kms_core.jobs.store import maintenance
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import RedisFull
 from support.embedded_valkey import EmbeddedValkey
-from support.job_stores import TENANT, accepted, connect
+from support.job_stores import TENANT, accepted, connect, reap
 from support.service import Service, b64, check_problem, core_of
 from support.waiting import until
 
@@ -152,7 +151,7 @@ def test_jobs_run_end_are_cancelled_released_and_purged(own: Core, filled: Fille
     assert store.cancel(withdrawn, TENANT).state == "cancelled"
     assert store.get(job_id, TENANT).state == "succeeded"
     store.release(store.get(job_id, TENANT))
-    Reaper(store, spool, "me").round()
+    reap(store, spool)
     kept = [each for each in (job_id, withdrawn, purged) if filled.client.exists(f"kms:blobs:{each}")]
     assert kept == [withdrawn]
     with pytest.raises(RedisFull):

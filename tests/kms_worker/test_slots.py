@@ -11,6 +11,7 @@ import pytest
 
 from kms_core.container import Core
 from kms_core.jobs.execution.attendance import Attendance, Stall
+from kms_core.jobs.model import Attempt
 from kms_core.jobs.spec import BULK, QUEUES
 from kms_core.jobs.store import activity
 from kms_core.jobs.store.store import JobStore
@@ -90,6 +91,12 @@ def hang(shared: Attendance, *pids: int) -> None:
         shared.announce(Stall(pid, "some job", [NAS]))
 
 
+def crawl(shared: Attendance, *jobs: tuple[int, str]) -> None:
+    """Processes report that they have made no progress in a job for some seconds."""
+    for pid, job_id in jobs:
+        shared.announce(Stall(pid, job_id, [], is_slow=True))
+
+
 def stuck(store: JobStore) -> int:
     return activity.survey_queues(store).stuck
 
@@ -151,6 +158,77 @@ def test_no_more_are_replaced_at_a_time_than_the_pool_has(store: JobStore, hangi
     hanging.let_go(first)
     slots.round()
     assert sorted(pool.asked) == ["grow", "grow", "shrink"], "the second is replaced in its turn"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    found = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: found[0])
+    return found
+
+
+def test_while_all_processes_are_slow_another_one_takes_jobs_elsewhere(
+    store: JobStore, clock: list[float]
+) -> None:
+    """All wait for a mount that hangs: other jobs go on, and none touches it until it answers."""
+    on_it = [store.submit(accepted(items=1, source="items"), resources=[NAS]).job_id for _ in range(3)]
+    elsewhere = store.submit(accepted(items=1, source="items")).job_id
+    taken = [store.next(f"w/{pid}", BULK, QUEUES, woken=False) for pid in (1, 2)]
+    shared, pool = Attendance(), Pool(1, 2)
+    slots = watch(shared, store, pool)
+    crawl(shared, (1, on_it[0]))
+    slots.round()
+    assert (pool.asked, stuck(store)) == ([], 0), "the other one may be idle"
+
+    for _ in range(5):
+        clock[0] += 1
+        crawl(shared, *zip((1, 2), on_it[:2], strict=True))
+        slots.round()
+    assert (pool.asked, stuck(store)) == (["grow"], 2)
+    assert [attempt.accepted.job_id for attempt in taken] == on_it[:2]  # type: ignore[union-attr]  # they were ready
+    third = store.next("w/3", BULK, QUEUES, woken=False)
+    assert isinstance(third, Attempt)
+    assert third.accepted.job_id == elsewhere
+    assert store.next("w/3", BULK, QUEUES, woken=False) is None
+
+    clock[0] += 3
+    slots.round()
+    assert (pool.asked, stuck(store)) == (["grow", "shrink"], 0)
+
+
+def test_one_that_is_slow_beside_others_is_told_after_ten_seconds(
+    store: JobStore, clock: list[float]
+) -> None:
+    shared, pool, told = Attendance(), Pool(1, 2), []
+    slots = watch(shared, store, pool)
+    for _ in range(10):
+        crawl(shared, (1, "some job"))
+        slots.round()
+        told.append(stuck(store))
+        clock[0] += 1
+
+    assert told == [0] * 8 + [1] * 2, "it was slow for three seconds before"
+    assert pool.asked == []
+
+
+def test_a_slow_process_that_hangs_at_last_is_replaced_once(
+    store: JobStore, hanging: Hanging, clock: list[float]
+) -> None:
+    pid, shared = hanging.start(), Attendance()
+    pool = Pool(pid)
+    slots = watch(shared, store, pool)
+    crawl(shared, (pid, "some job"))
+    slots.round()
+    hang(shared, pid)
+    for _ in range(3):
+        clock[0] += 1
+        slots.round()
+    assert (pool.asked, stuck(store)) == (["grow"], 1)
+
+    hanging.let_go(pid)
+    for _ in range(2):
+        slots.round()
+    assert (pool.asked, stuck(store)) == (["grow", "shrink"], 0)
 
 
 def test_a_surplus_process_waits_for_an_idle_moment(store: JobStore, hanging: Hanging) -> None:

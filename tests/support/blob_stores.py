@@ -12,6 +12,7 @@ from kms_core.jobs.storage.blob_store import BlobStore
 from kms_core.jobs.storage.spool import NO_ATTEMPT, UPLOAD, Label, Spool
 from kms_core.jobs.storage.spool_bucket import SpoolBucket
 from kms_core.jobs.storage.spool_folder import DiskSync, SpoolFolder
+from kms_core.periodic import SharedTime
 from kms_core.s3.bucket import Bucket
 from kms_core.s3.connection import Credentials, S3Connection, S3Endpoint
 from kms_core.s3.streams import BufferPool
@@ -76,12 +77,13 @@ def connection(url: str, access_key: str = ACCESS_KEY, timeout_s: float = 20.0) 
     return S3Connection(endpoint, first_wait_s=0.01)
 
 
-def spool_bucket(bucket: TestBucket, url: str = "", buffer_bytes: int = 64 * MIB) -> SpoolBucket:
+def spool_bucket(
+    bucket: TestBucket, url: str = "", buffer_bytes: int = 64 * MIB, away: SharedTime | None = None
+) -> SpoolBucket:
     """The spool in a bucket, behind another address if one is given."""
     line = connection(url or bucket.store.url)
-    return SpoolBucket(
-        Bucket(bucket.name, line, path_style=True), PREFIX, BufferPool(buffer_bytes, wait_s=0.5)
-    )
+    pool = BufferPool(buffer_bytes, wait_s=0.5)
+    return SpoolBucket(Bucket(bucket.name, line, path_style=True), PREFIX, pool, away=away or SharedTime())
 
 
 def close(store: SpoolBucket) -> None:

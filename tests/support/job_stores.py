@@ -14,8 +14,9 @@ from kms_core import redis_client
 from kms_core.container import Core
 from kms_core.jobs.file_patterns import is_tree
 from kms_core.jobs.model import Attempt, Commit, Job, QueuePriority
-from kms_core.jobs.recovery.reaper import Reaper
+from kms_core.jobs.recovery.reaper import Reaper, SpoolCleanup
 from kms_core.jobs.spec import BULK, QUEUES, AnyJob
+from kms_core.jobs.storage.spool import Spool
 from kms_core.jobs.storage.spool_folder import SpoolFolder
 from kms_core.jobs.store import activity
 from kms_core.jobs.store.store import JobStore
@@ -216,5 +217,10 @@ def later(seconds: float = 2 * 86_400) -> Iterator[None]:
 
 def remove_inputs(core: Core, grace_s: float = -60) -> None:
     """Have the reaper remove the inputs of jobs that ended so long ago. Its clock may lag that of Redis."""
-    store = store_of(core, with_jobs(input_grace_s=grace_s))
-    Reaper(store, core.worker_context.spool, "r").reap()
+    reap(store_of(core, with_jobs(input_grace_s=grace_s)), core.worker_context.spool)
+
+
+def reap(store: JobStore, spool: Spool) -> None:
+    """Do a first round of the reaper, and one of the cleanup of the spool."""
+    Reaper(store, "r").step()
+    SpoolCleanup(store, spool, "r").step()

@@ -33,6 +33,7 @@ from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import Settings
 from kms_protocol.errors import EXIT_CONFIGURATION
 from kms_protocol.wire import ENDED, PREFIX
+from kms_worker import maintenance
 from support import openapi_check
 from support.embedded_valkey import EmbeddedValkey
 from support.ports import free_port, is_of
@@ -163,9 +164,10 @@ class Service:
         return self._processes[name].pid
 
     def pool_pids(self, name: str = "worker") -> list[int]:
-        """The processes that a worker, or another program, has started."""
+        """The processes of a worker's pool, or those that another program has started."""
         children = Path(f"/proc/{self.pid(name)}/task/{self.pid(name)}/children")
-        return [int(pid) for pid in children.read_text().split()]
+        pids = [int(pid) for pid in children.read_text().split()]
+        return [pid for pid in pids if not _is_maintenance(pid)]
 
     def signal_pool(self, number: signal.Signals, name: str = "worker") -> None:
         """Signal the pool processes of a worker."""
@@ -358,6 +360,12 @@ def check_problem(answer: httpx.Response, status: int, code: str) -> None:
     assert problem["request_id"] == answer.headers["x-request-id"]
     assert CANARY not in answer.text
     assert B64_CANARY not in answer.text
+
+
+def _is_maintenance(pid: int) -> bool:
+    with suppress(FileNotFoundError, ProcessLookupError):  # it has ended by now
+        return Path(f"/proc/{pid}/comm").read_text().strip() == maintenance.NAME
+    return True
 
 
 def core_of(service: Service, notify: NotifyWorker = lambda _: None) -> Core:

@@ -162,6 +162,7 @@ def credentials_from_environment(setting: str) -> Source:
 
 TRIES: Final = 4
 FIRST_WAIT_S: Final = 0.1
+SILENCES: Final = 2  # a connection that was kept may be dead: so a new one is tried once
 _SLOW: Final = 10  # times the timeout
 ANSWER_BYTES: Final = 8 * 1024 * 1024
 """Above the size of a page of 1,000 keys of 1 KiB."""
@@ -270,8 +271,9 @@ class S3Connection:
         self._owner = os.getpid()
 
     def ask(self, ask: Ask) -> S3Answer:
-        """Send a request, and return its answer. Raises StoreAway after four attempts without one.
+        """Send a request, and return its answer.
 
+        Raises StoreAway after four attempts without one, or two that ran into the timeout.
         The store may get a request twice, since an answer can be lost.
         """
         return self._tried(ask, lambda response, _: _whole(response))
@@ -303,7 +305,7 @@ class S3Connection:
 
     def _tried(self, ask: Ask, read: _Reader) -> S3Answer:
         digest = hashlib.sha256(ask.body).hexdigest()
-        problem, status = "", 0
+        problem, status, silences = "", 0, 0
         for number in range(TRIES):
             if number:
                 time.sleep(jittered_wait_s(self._first_wait_s, number, factor=4.0))
@@ -311,6 +313,9 @@ class S3Connection:
                 answer = self._once(ask, digest, read)
             except _BROKEN as exc:
                 problem, status = f"does not answer ({type(exc).__name__})", 0
+                silences += isinstance(exc, TimeoutError)
+                if silences == SILENCES:
+                    break
                 continue
             if not answer.is_temporary:
                 return answer

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, UploadedPart
-from kms_core.s3.connection import TRIES, Ask, Credentials, S3Connection, S3Endpoint
+from kms_core.s3.connection import SILENCES, TRIES, Ask, Credentials, S3Connection, S3Endpoint
 from kms_core.s3.multipart import ObjectReader
 from kms_protocol.errors import PathRefused, Unavailable
 from support.http_servers import QuietHandler, served
@@ -99,6 +99,21 @@ def test_what_does_not_pass_is_unavailable_and_not_quoted(script: Script, troubl
         script.line.ask(Ask("GET", "/b/k"))
     assert len(script.asked) == TRIES
     assert "secret-key" not in str(told.value)
+
+
+def test_a_store_that_is_silent_is_asked_twice() -> None:
+    """The first connection may have been dead; each further wait would take as long."""
+    asked: list[None] = []
+    line = _line("http://127.0.0.1:1")
+
+    def time_out(*_: object) -> None:
+        asked.append(None)
+        raise TimeoutError
+
+    line._once = time_out  # type: ignore[assignment, method-assign]  # noqa: SLF001 -- no test waits for a timeout
+    with pytest.raises(Unavailable):
+        line.ask(Ask("GET", "/b/k"))
+    assert len(asked) == SILENCES
 
 
 @pytest.mark.parametrize("status", [403, 404, 412, 501])
@@ -304,7 +319,7 @@ def test_request_without_an_answer_arrives_no_later() -> None:
         with pytest.raises(Unavailable):
             line.ask(Ask("PUT", "/b/k", body=body))
 
-        for _ in range(TRIES):
+        for _ in range(SILENCES):
             with server.accept()[0] as connection:
                 assert len(_read_all(connection)) < len(body)
 

@@ -4,66 +4,49 @@ The parent makes both before it forks. Without them (in the API, in tests) nothi
 """
 
 import math
-import mmap
 import os
 import signal
-import struct
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Final
 
 import msgspec
 
+from kms_core.periodic import SharedTime
+
 PATIENCE_S: Final = 120.0
 """Without a claim while messages wait, after which a worker is started again."""
-_CLOCK: Final = struct.Struct("d")
+SLOW_S: Final = 3.0
+"""Without progress in a job, after which a process counts as slow: others may have to take its place."""
 _MOST_BYTES: Final = 4096  # PIPE_BUF: so much is written to a pipe in one piece
 _MOST_RESOURCES: Final = 8
 
 
 class Stall(msgspec.Struct, frozen=True):
-    """A process that hangs in a job, and the resources that the job uses."""
+    """A process that hangs in a job, and the resources that the job uses; ``is_slow``: it may go on yet."""
 
     pid: int
     job_id: str
     resources: list[str]
-
-
-class SharedTime:
-    """A time of ``time.monotonic`` in memory that a parent shares with the processes that it forks."""
-
-    def __init__(self, at: float = -math.inf) -> None:
-        self._memory = mmap.mmap(-1, _CLOCK.size)
-        self.set(at)
-
-    def set(self, at: float) -> None:
-        _CLOCK.pack_into(self._memory, 0, at)
-
-    def note(self) -> None:
-        """Set it to now."""
-        self.set(time.monotonic())
-
-    @property
-    def at(self) -> float:
-        (at,) = _CLOCK.unpack_from(self._memory)
-        return float(at)
+    is_slow: bool = False
 
 
 class Attendance:
     """Memory and a pipe that a parent shares with the processes that it forks.
 
     ``stops_at`` is when attempts that still run are handed back; infinite if it was not set. ``wanted_at`` is
-    when the last message came that is no wake-up.
+    when the last message came that is no wake-up. ``misplaced_at`` is finite while the spool is that of
+    another install.
     """
 
     def __init__(self) -> None:
-        self.stops_at, self.wanted_at = SharedTime(math.inf), SharedTime()
+        self.stops_at, self.wanted_at, self.misplaced_at = SharedTime(math.inf), SharedTime(), SharedTime()
         self._reads, self._writes = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def announce(self, stall: Stall) -> None:
         """Report to the parent that this process hangs; the report is lost if its pipe is full."""
-        line = msgspec.json.encode(Stall(stall.pid, stall.job_id, stall.resources[:_MOST_RESOURCES])) + b"\n"
+        short = msgspec.structs.replace(stall, resources=stall.resources[:_MOST_RESOURCES])
+        line = msgspec.json.encode(short) + b"\n"
         with suppress(BlockingIOError):
             os.write(self._writes, line[-_MOST_BYTES:])
 
@@ -102,6 +85,22 @@ def want() -> None:
     """Note such a message, in the parent."""
     if _shared:
         _shared[0].wanted_at.note()
+
+
+def tell_misplaced(is_so: bool) -> None:
+    """Tell the other processes whether the spool is that of another install: none of them asks it."""
+    _shared[0].misplaced_at.set(0.0 if is_so else -math.inf)
+
+
+def is_misplaced() -> bool:
+    """Return whether it may be: it was told, or there is nothing by which to tell."""
+    return not _shared or not math.isinf(_shared[0].misplaced_at.at)
+
+
+def tell_slow(job_id: str, idle_s: float) -> None:
+    """Report to the parent that this process has made no progress for so long, if that is ``SLOW_S``."""
+    if _shared and idle_s > SLOW_S:
+        _shared[0].announce(Stall(os.getpid(), job_id, [], is_slow=True))
 
 
 def is_stopping() -> bool:

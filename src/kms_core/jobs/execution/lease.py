@@ -160,6 +160,7 @@ class Lease(Renewed):
         stop, ``check`` tells; an attempt that does not hear it is handed back, and its process ends.
         """
         asked = time.monotonic()
+        attendance.tell_slow(self.claim.accepted.job_id, asked - self._moved_at)
         if asked - self._moved_at > self._store.rules.stall_s:
             self._stall(asked - self._moved_at)
         elif attendance.stops_at() <= asked and self._trouble is None:
@@ -200,7 +201,9 @@ class Chore(Renewed):
 
     def renew(self) -> None:
         """End the process if the work has not ended after ``stall_s``."""
-        if time.monotonic() - self._since > self._stall_s:
+        idle_s = time.monotonic() - self._since
+        attendance.tell_slow(self._job_id, idle_s)
+        if idle_s > self._stall_s:
             _log.error("job.stalled", job_id=self._job_id, idle_s=round(self._stall_s), resources=[])
             attendance.leave(attendance.Stall(os.getpid(), self._job_id, []))
 

@@ -342,17 +342,18 @@ class Install:
 
 
 class InstallWatch(PeriodicThread):
-    """Calls ``Install.round`` every two seconds."""
+    """Calls ``Install.round`` every two seconds, and ``tell`` with whether no job may be run."""
 
-    def __init__(self, install: Install) -> None:
+    def __init__(self, install: Install, tell: Callable[[bool], None] = lambda _: None) -> None:
         super().__init__("install", EVERY_S, failed="install.round_failed")
-        self._install = install
+        self._install, self._tell = install, tell
         install.is_watched = True
         self.wake()  # the first round is at once
 
     def round(self) -> None:
         with suppress(JobsUnavailable):
             self._install.round()
+        self._tell(bool(self._install.condition.wrong))
 
 
 def differences(facts: Facts, note: HostNote) -> list[str]:

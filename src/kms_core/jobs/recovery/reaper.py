@@ -1,11 +1,10 @@
-"""The reaper, which takes up jobs that are due and deletes expired results, and the heartbeat of a worker.
+"""The heartbeat of a worker; the reaper, which takes up jobs that are due; the cleanup of the spool.
 
-Both run in the parent of each worker; a lock of some seconds lets one reaper act at a time.
+A lock of some seconds lets one process of all workers act at a time.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from itertools import takewhile
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import structlog
@@ -68,66 +67,44 @@ class Heartbeat(PeriodicThread):
         self._store.worker_left(self._owner)  # one that cannot say so leaves the list by itself
 
 
-EVERY_S: Final = 1.0
 _LOCK_S: Final = 10.0
-_ORPHAN_AGE_S: Final = 3600.0
-_TAKEN_UP: Final = frozenset({"requeued", "committing", "due", "parts_ended"})
 
 
-class Reaper(PeriodicThread):
-    """One round a second: takes up jobs that are due, wakes idle processes, deletes expired results."""
+class LockedSteps(PeriodicThread):
+    """Steps at an interval, by one process of all workers at a time.
 
-    def __init__(
-        self,
-        store: JobStore,
-        spool: Spool,
-        name: str,
-        *,
-        require_install: Callable[[], None] = lambda: None,
-        may_sweep: Callable[[], bool] = lambda: True,
-    ) -> None:
-        """``require_install`` raises WrongInstall where spool and Redis do not belong together.
+    ``lock`` is the name of their lock. A step may fail without the others; the log has the first failure of a
+    row.
+    """
 
-        ``may_sweep`` says whether files of jobs that Redis does not know are orphans.
-        """
-        self._may_sweep = may_sweep
-        super().__init__("reaper", EVERY_S, failed="caretaker.round_failed")
-        self._require_install = require_install
-        self._store = store
-        self._spool = spool
-        self._owner = name
+    lock: str
+    every_s: float
+
+    def __init__(self, store: JobStore, owner: str, require: Callable[[], None] = lambda: None) -> None:
+        """``require`` raises WrongInstall where spool and Redis do not belong together."""
+        super().__init__(self.lock, self.every_s, failed="caretaker.round_failed")
+        self._store, self._owner, self._require = store, owner, require
         self._rounds = 0
         self._failing: set[str] = set()
-        self._newer = 0
+
+    @property
+    def steps(self) -> Sequence[tuple[int, Callable[[], object]]]:
+        """Each step, and in every how many rounds it is taken."""
+        raise NotImplementedError
 
     def round(self) -> None:
-        self._require_install()
-        if self._store.lock("caretaker", self._owner, min(_LOCK_S, self._store.rules.lease_s)):
-            self.reap()
+        self._require()
+        if self._store.lock(self.lock, self._owner, min(_LOCK_S, self._store.rules.lease_s)):
+            self.step()
 
-    def reap(self) -> None:
-        """Take up due jobs, wake workers, delete inputs and results, forget expired jobs, sweep orphans.
-
-        Once a minute, add a point to the sums of operations.
-        """
-        steps: Sequence[tuple[int, Callable[[], object]]] = (
-            (1, self._take_up_due),
-            (1, self._store.wake),
-            (5, self._delete_inputs),
-            (2, self._delete_expired),
-            (2, self._store.forget),
-            (60, self._count_operations),
-            (10, self._tell_of_newer),
-            (10, self._store.condition),  # notes how full Redis is, for workers
-            (600, self._sweep),
-        )
-        for every, step in steps:
+    def step(self) -> None:
+        """Take the steps that are due in this round, without the lock."""
+        for every, step in self.steps:
             if self._rounds % every == 0:
-                self._step(step)
+                self._try(step)
         self._rounds += 1
 
-    def _step(self, step: Callable[[], object]) -> None:
-        """One step, which may fail without the others; the log has the first failure of a row."""
+    def _try(self, step: Callable[[], object]) -> None:
         try:
             step()
         except Exception as exc:  # noqa: BLE001 -- as above
@@ -137,24 +114,35 @@ class Reaper(PeriodicThread):
         else:
             self._failing.discard(step.__name__)
 
+
+EVERY_S: Final = 1.0
+_TAKEN_UP: Final = frozenset({"requeued", "committing", "due", "parts_ended"})
+
+
+class Reaper(LockedSteps):
+    """Takes up jobs that are due, wakes processes, forgets expired records. Waits for Redis alone."""
+
+    lock = "caretaker"
+    every_s = EVERY_S
+    _newer = 0
+
+    @property
+    def steps(self) -> Sequence[tuple[int, Callable[[], object]]]:
+        return (
+            (1, self._take_up_due),
+            (1, self._store.wake),
+            (2, self._store.forget),
+            (60, self._count_operations),
+            (10, self._tell_of_newer),
+            (10, self._store.condition),  # notes how full Redis is, for workers
+        )
+
     def _take_up_due(self) -> None:
         due = self._store.due()
         for job_id, found in zip(due, self._store.reap_all(due), strict=True):
             if found in _TAKEN_UP:
                 metrics.JOB_RESUMES.labels(found).inc()
                 _log.info("job.taken_up", job_id=job_id, reason=found)
-
-    def _delete_inputs(self) -> None:
-        found = self._store.with_input()
-        self._store.inputs_removed(list(takewhile(self._is_removed(self._spool.discard_input), found)))
-
-    def _delete_expired(self) -> None:
-        for job_id in takewhile(self._is_removed(self._spool.delete), self._store.expired()):
-            self._store.purged(job_id)
-
-    def _is_removed(self, remove: Callable[[str], bool]) -> Callable[[str], bool]:
-        """False while the bucket of the spool does not answer: another host, or a later round, removes it."""
-        return lambda job_id: remove(job_id) or not self._spool.store.is_away
 
     def _count_operations(self) -> None:
         activity.add_point(self._store)
@@ -164,6 +152,59 @@ class Reaper(PeriodicThread):
         if count != self._newer:
             _log.warning("jobs.wait_for_newer_workers", count=count)
         self._newer = count
+
+
+_STEP_S: Final = 1.0
+_MOST: Final = 2000
+_ORPHAN_AGE_S: Final = 3600.0
+
+
+class SpoolCleanup(LockedSteps):
+    """Deletes inputs and results that nothing needs any more, and orphans. May wait for a disk or a bucket.
+
+    A step that is not done after a second goes on in the next round, which is at once.
+    """
+
+    lock = "spool-cleanup"
+    every_s = 4.0
+
+    def __init__(
+        self,
+        store: JobStore,
+        spool: Spool,
+        owner: str,
+        require: Callable[[], None] = lambda: None,
+        may_sweep: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """``may_sweep`` says whether files of jobs that Redis does not know are orphans."""
+        super().__init__(store, owner, require)
+        self._spool, self._may_sweep = spool, may_sweep
+
+    @property
+    def steps(self) -> Sequence[tuple[int, Callable[[], object]]]:
+        return (1, self._delete_inputs), (1, self._delete_expired), (150, self._sweep)
+
+    def _delete_inputs(self) -> None:
+        found = self._store.with_input(_MOST)
+        self._store.inputs_removed(list(self._removed(found, self._spool.discard_input)))
+
+    def _delete_expired(self) -> None:
+        for job_id in self._removed(self._store.expired(_MOST), self._spool.delete):
+            self._store.purged(job_id)
+
+    def _removed(self, job_ids: Sequence[str], remove: Callable[[str], bool]) -> Iterator[str]:
+        """Jobs whose files were removed, for a second, or until the bucket of the spool does not answer."""
+        until = time.monotonic() + _STEP_S
+        for job_id in job_ids:
+            if time.monotonic() > until:
+                break
+            if not remove(job_id) and self._spool.store.is_away:
+                return  # another host, or a later round, removes it
+            yield job_id
+        else:
+            if len(job_ids) < _MOST:
+                return
+        self.wake()
 
     def _sweep(self) -> None:
         """Folders that no record names: an upload broken off by a kill, a record that expired."""

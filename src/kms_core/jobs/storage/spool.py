@@ -44,6 +44,8 @@ from kms_protocol.units import size_text
 
 UPLOAD: Final = "upload"
 ITEMS: Final = "items"
+RESOURCE: Final = "root:spool"
+"""Of jobs whose input is a file or object: a worker whose processes hang on such takes no other one."""
 NO_ATTEMPT: Final = "0"
 """Of blobs that the submitter wrote."""
 
@@ -117,14 +119,17 @@ class Blob:
 
 
 class SmallBlobStore(Protocol):
-    """Holds blobs that need no file; ``jobs/store/small_blobs`` does."""
+    """Holds blobs that need no file: ``jobs.store.store.SmallBlobs``.
+
+    ``names`` and ``delete`` also say whether the job has no other blobs: then its store is not asked.
+    """
 
     @property
     def most_bytes(self) -> int: ...
     def get(self, job_id: str, name: str) -> bytes | None: ...
-    def names(self, job_id: str) -> list[str]: ...
+    def names(self, job_id: str) -> tuple[list[str], bool]: ...
     def remove(self, job_id: str, name: str) -> None: ...
-    def delete(self, job_id: str) -> None: ...
+    def delete(self, job_id: str) -> bool: ...
 
 
 class Spool:
@@ -152,19 +157,20 @@ class Spool:
         """A new blob, durable under its name when the block ends; removed again if the block fails.
 
         ``may_be_small``: a blob that may be stored in Redis is not written; the caller stores
-        ``BlobWriter.small`` with the record or the end of the job. Raises SpoolFull, at once if it cannot
-        fit; SpoolUnavailable while something else is in its place, or if the disk fails.
+        ``BlobWriter.small`` with the record or the end of the job, and the store is not asked. Raises
+        SpoolFull, at once if it cannot fit; SpoolUnavailable while something else is in its place, or if the
+        disk fails.
         """
         most = self._small.most_bytes if self._small and may_be_small else 0
         most = most if declared_bytes < most else 0
-        used = self._used_bytes(wait=not self.store.is_remote or not most)
+        used = self._used_bytes(wait=not most)
         room = self._max_bytes - used
         if declared_bytes > room:
             raise SpoolFull(
                 f"Uploads and results use {size_text(used)} of {size_text(self._max_bytes)}: wait until "
                 "results expire, or raise [kms.jobs] spool_max_bytes"
             )
-        if declared_bytes > self.store.free_bytes():
+        if not most and declared_bytes > self.store.free_bytes():
             raise SpoolFull("The disk of uploads and results has no room for this upload")
         written = replace(label, ref=os.urandom(_REF_BYTES))
         begun = sealing.begin([(self._key, self._key_ref(label))], written.context)
@@ -228,30 +234,31 @@ class Spool:
         with self.blob(label, small) as blob:
             yield blob.content
 
-    def remove(self, job_id: str, name: str) -> None:
-        """Remove a blob, when nothing needs it any more."""
+    def remove(self, job_id: str, name: str, *, are_all: bool = False) -> None:
+        """Remove a blob, when nothing needs it any more; ``are_all``: all blobs of the job are in Redis."""
         if self._small:
             self._small.remove(job_id, name)
-        with suppress(ResultExpired, RecordRefused):
-            self.store.remove(_folder(job_id), name)
+        if not are_all:
+            with suppress(ResultExpired, RecordRefused):
+                self.store.remove(_folder(job_id), name)
 
     def discard_input(self, job_id: str) -> bool:
         """Remove the input of an ended job, but not an upload whose payload is that of the result.
 
         Returns whether it is gone.
         """
-        names = self._small.names(job_id) if self._small else []
+        names, are_all = self._small.names(job_id) if self._small else ([], False)
         with suppress(ResultExpired, RecordRefused):
-            names += self.store.names(_folder(job_id))
+            names += [] if are_all else self.store.names(_folder(job_id))
         if any(name.startswith(_RESULTS) for name in names):
-            self.remove(job_id, ITEMS)
+            self.remove(job_id, ITEMS, are_all=are_all)
             return True
         return not names or self.delete(job_id)
 
     def delete(self, job_id: str, *, in_redis: bool = True) -> bool:
         """Delete all of one job, or only its files. True if nothing is left, also for a malformed id."""
-        if self._small and in_redis:
-            self._small.delete(job_id)
+        if self._small and in_redis and self._small.delete(job_id):
+            return True
         with suppress(ResultExpired):
             if not self.store.remove_folder(_folder(job_id)):
                 _log.warning("spool.not_deleted", job_id=job_id)

@@ -2,8 +2,8 @@
 
 An answered write is durable. A blob appears whole or not at all: below one part it is one PUT, above it a
 multipart upload. Writes ask for a free name (``If-None-Match: *``) where the store knows that. The spool's
-errors are raised in place of the store's; after a call without an answer others fail at once, until a thread
-that asks every 1 to 8 seconds has one.
+errors are raised in place of the store's; after a call without an answer others fail at once, also in the
+processes that were forked from the same parent, until a thread of one that asks every 1 to 8 seconds has one.
 """
 
 import math
@@ -20,8 +20,9 @@ from typing import Final
 import structlog
 
 from kms_core.jobs.storage.blob_store import SpoolNote, WriteBlob
+from kms_core.periodic import SharedTime
 from kms_core.s3.bucket import ALWAYS, Bucket, ObjectHead, StoreRefused
-from kms_core.s3.connection import StoreAway
+from kms_core.s3.connection import SILENCES, StoreAway
 from kms_core.s3.multipart import ObjectReader
 from kms_core.s3.streams import BufferPool, ReadAhead, StreamedObject
 from kms_core.settings.model import Settings
@@ -67,15 +68,14 @@ class SpoolBucket:
     pool: BufferPool
     usage_cache_s: float = _USAGE_CACHE_S
     is_remote: bool = True
-    _asking: int = field(default=0, init=False)  # the process that waits for an answer
-    _answered: float = field(default=-math.inf, init=False)
+    away: SharedTime = field(default_factory=SharedTime)  # until when it counts as away, and a second more
     _wanted: float = field(default=-math.inf, init=False)
     _refused: float = field(default=-math.inf, init=False)
 
     @property
     def is_away(self) -> bool:
         """Return whether it does not answer, or did not a second ago, so that a failed call is told apart."""
-        return self._asking == os.getpid() or time.monotonic() - self._answered < _LINGERS_S
+        return time.monotonic() < self.away.at
 
     @property
     def is_refused(self) -> bool:
@@ -180,14 +180,23 @@ class SpoolBucket:
 
     def check(self) -> None:
         """Raise SpoolUnavailable after a call without an answer, until there is one."""
-        if self._asking == os.getpid():
+        if self._is_asked():
             self._wanted = time.monotonic()
             raise SpoolUnavailable(_AWAY)
+
+    def _is_asked(self) -> bool:
+        return time.monotonic() < self.away.at - _LINGERS_S
+
+    def _count_as_away(self, wait_s: float) -> None:
+        """Count as away until an attempt in so many seconds has ended, also if its process is killed."""
+        longest_s = SILENCES * self.bucket.line.endpoint.timeout_s
+        self.away.set(time.monotonic() + wait_s + longest_s + 2 * _LINGERS_S)
 
     def _ask(self) -> None:
         """Ask until there is an answer, or no call in a minute, in a thread: no caller waits for it."""
         try:
             for wait_s in chain(_ASK_S, repeat(_ASK_S[-1])):
+                self._count_as_away(wait_s)
                 time.sleep(wait_s)
                 if time.monotonic() - self._wanted > _WANTED_S:
                     return
@@ -197,7 +206,7 @@ class SpoolBucket:
         except StoreRefused:
             return
         finally:
-            self._answered, self._asking = time.monotonic(), 0
+            self.away.set(time.monotonic() + _LINGERS_S)
 
     def _error(self, exc: StoreRefused | Unavailable) -> KmsError:
         said = exc.said if isinstance(exc, StoreRefused) else ""
@@ -208,8 +217,9 @@ class SpoolBucket:
             self._refused = time.monotonic()
             return SpoolUnavailable(_REFUSED.format(said=said))
         if isinstance(exc, StoreAway):
-            if self._asking != os.getpid():
-                self._asking, self._wanted = os.getpid(), time.monotonic()
+            if not self._is_asked():
+                self._wanted = time.monotonic()
+                self._count_as_away(0.0)
                 threading.Thread(target=self._ask, name="spool-away", daemon=True).start()
             return SpoolUnavailable(_AWAY)
         return exc if isinstance(exc, SpoolUnavailable) else SpoolUnavailable(exc.detail)
@@ -235,6 +245,9 @@ class SpoolBucket:
         return f"{self.prefix}{folder}/{name}"
 
 
+_away: Final[dict[str, SharedTime]] = {}  # of this process and those that it forks
+
+
 def build(settings: Settings, section: Section) -> SpoolBucket:
     """The bucket of ``[kms.jobs.spool_bucket]``; reads files of secrets, connects to nothing.
 
@@ -242,4 +255,5 @@ def build(settings: Settings, section: Section) -> SpoolBucket:
     """
     line = line_of(WHERE, section, strict=settings.is_prod)
     bucket = Bucket(section.bucket, line, path_style=section.path_style)
-    return SpoolBucket(bucket, section.prefix, BufferPool(section.buffer_bytes))
+    away = _away.setdefault(f"{section.endpoint} {section.url}", SharedTime())
+    return SpoolBucket(bucket, section.prefix, BufferPool(section.buffer_bytes), away=away)

@@ -515,6 +515,12 @@ class StoreMaintenance:
         found = self._call("stalled", claim.accepted.job_id, *owner, *given)
         return found[1].decode(errors="replace").split()
 
+    def resources(self, job_id: str) -> list[str]:
+        """Return the roots, buckets and backends that a job uses and that are watched or bounded."""
+        with redis_errors():
+            found = cast("bytes | None", self.redis.hget(job_key(job_id), "resources"))
+        return (found or b"").decode(errors="replace").split()
+
     def stuck(self, worker: str, processes: int, seconds: float, resources: Sequence[str]) -> None:
         """Note the processes of a worker that cannot be ended, and keep it off these resources."""
         self._call("stuck", "", worker, processes, seconds, *resources)

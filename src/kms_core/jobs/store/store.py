@@ -72,19 +72,27 @@ class SmallBlobs:
         with redis_errors():
             return cast("bytes | None", self._client.hget(_key(job_id), name))
 
-    def names(self, job_id: str) -> list[str]:
-        """The names of the blobs of a job."""
-        with redis_errors():
-            return [name.decode() for name in cast("list[bytes]", self._client.hkeys(_key(job_id)))]
+    def names(self, job_id: str) -> tuple[list[str], bool]:
+        """The names of the blobs of a job, and whether these are all that it has."""
+        names, are_all = self._with_mark(job_id, "HKEYS")
+        return [name.decode() for name in cast("list[bytes]", names)], are_all
 
     def remove(self, job_id: str, name: str) -> None:
         with redis_errors():
             self._client.hdel(_key(job_id), name)
 
-    def delete(self, job_id: str) -> None:
-        """Remove all blobs of a job."""
+    def delete(self, job_id: str) -> bool:
+        """Remove the blobs of a job; whether these were all that it had."""
+        return self._with_mark(job_id, "UNLINK")[1]
+
+    def _with_mark(self, job_id: str, command: str) -> tuple[object, bool]:
+        """The answer of a command, and whether the job's record says that all of its blobs are here."""
         with redis_errors():
-            self._client.unlink(_key(job_id))
+            pipeline: Any = self._client.pipeline(transaction=False)
+            pipeline.execute_command(command, _key(job_id))
+            pipeline.hexists(job_key(job_id), "small")
+            answer, is_marked = pipeline.execute()
+        return answer, bool(is_marked)
 
 
 def blob_arguments(blob: SmallBlob | None) -> list[int | str | bytes]:

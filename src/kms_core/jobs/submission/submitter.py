@@ -22,7 +22,7 @@ from kms_core.jobs.file_patterns import Tree, is_tree
 from kms_core.jobs.model import Job
 from kms_core.jobs.spec import MOVING, FileJob, FilesJob, ItemsJob, JobSpec, SmallBlob, TreeJob, UploadJob
 from kms_core.jobs.storage.locations import Locations
-from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Label, Spool
+from kms_core.jobs.storage.spool import ITEMS, RESOURCE, UPLOAD, Label, Spool
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import tracing
 from kms_core.service import Kms
@@ -436,23 +436,28 @@ class JobSubmitter:
         scope = options.idempotency_scope(route) if options.idempotency else ""
         try:
             with audit.recorded(self._kms.audit_log, options.who, "job.submit", job_id):
-                job = self.store.submit(accepted, scope, self._resources(accepted), blob)
+                job = self.store.submit(accepted, scope, self._resources(accepted, blob), blob)
         except (GroupComplete, IdempotencyConflict, RateLimited, SpoolQuota):
-            self.spool.delete(job_id)
+            self._discard(job_id, blob)
             raise
         except (RedisFull, RedisReadOnly):  # nothing was stored; a job that a client named may be there
             if options.named is None:
-                self.spool.delete(job_id, in_redis=False)
+                self._discard(job_id, blob, in_redis=False)
             raise
         # after any other JobsUnavailable the record may be there: the sweep decides
         if job.job_id != job_id:  # an earlier submission with this key: keep that one
-            self.spool.delete(job_id)
+            self._discard(job_id, blob)
             job = msgspec.structs.replace(job, is_replayed=True)
         return job
 
-    def _resources(self, job: JobSpec) -> list[str]:
-        """The roots of a job, and those of its buckets and backends whose use is bounded."""
-        found: dict[str, None] = {}
+    def _discard(self, job_id: str, blob: SmallBlob | None, *, in_redis: bool = True) -> None:
+        """Delete what was written of a job that was not stored; a small blob was not."""
+        if blob is None:
+            self.spool.delete(job_id, in_redis=in_redis)
+
+    def _resources(self, job: JobSpec, blob: SmallBlob | None) -> list[str]:
+        """The roots of a job, or the spool, and those of its buckets and backends whose use is bounded."""
+        found = {RESOURCE: None} if not isinstance(job, FilesJob) and blob is None else {}
         if isinstance(job, FilesJob):
             source = Tree.parse(job.source).base if isinstance(job, TreeJob) else job.source
             found = dict.fromkeys(self._places.resource(url) for url in (source, job.target))

@@ -3,12 +3,14 @@
 import os
 import signal
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Final
 
 import pytest
 
 from kms_core.container import Core
 from kms_core.jobs.execution import attendance
+from kms_core.jobs.execution import lease as lease_module
 from kms_core.jobs.execution.attendance import Attendance, Stall
 from kms_core.jobs.execution.lease import Chore, HandedBack, Lease, Renewed
 from kms_core.jobs.model import LeaseLost
@@ -30,6 +32,25 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> Attendance:
     found = Attendance()
     monkeypatch.setattr(attendance, "_shared", [found])
     return found
+
+
+def test_an_attempt_without_progress_is_told_to_the_parent(
+    shared: Attendance, core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it counts as hanging: another process may have to take the place of this one."""
+    store = store_of(core, with_jobs())
+    claim = claimed(store)
+    lease, job_id, clock = Lease(store, claim), claim.accepted.job_id, [1e9]
+    monkeypatch.setattr(lease_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    lease.advance(1)
+    clock[0] += attendance.SLOW_S
+    lease.renew()
+    assert list(shared.stalls()) == []
+
+    clock[0] += 0.1
+    lease.renew()
+
+    assert list(shared.stalls()) == [Stall(os.getpid(), job_id, [], is_slow=True)]
 
 
 def in_child(work: Callable[[], object]) -> int:

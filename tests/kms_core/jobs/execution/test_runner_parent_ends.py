@@ -100,13 +100,13 @@ def test_last_part_extends_the_lease_of_the_whole(core: Core, monkeypatch: pytes
 def test_reaper_sends_for_another_worker(core: Core, unended: list[str]) -> None:
     job_id, *_ = unended
     store = core.worker_context.store
-    reaper = Reaper(store, core.worker_context.spool, "r1")
-    reaper.reap()
+    reaper = Reaper(store, "r1")
+    reaper.step()
     assert store.next("w/1", BULK, QUEUES, woken=False) is None  # the worker has some seconds
 
     forge(store, job_id, lease_until="0")
     store.redis.zadd("kms:leased", {job_id: 0})
-    reaper.reap()
+    reaper.step()
     assert run_next(core.worker_context, Following("w/1", [BULK, *QUEUES], lambda: False), woken=False)
 
     assert end_of(core, job_id) == ("succeeded", "")

@@ -2,6 +2,7 @@
 
 import os
 import time
+from types import SimpleNamespace
 from typing import Final
 
 import pytest
@@ -9,7 +10,7 @@ from structlog.testing import capture_logs
 
 from kms_core.container import Core
 from kms_core.jobs.model import LeaseLost
-from kms_core.jobs.recovery.reaper import Reaper
+from kms_core.jobs.recovery.reaper import Reaper, SpoolCleanup
 from kms_core.jobs.spec import FILES, QUEUES
 from kms_core.jobs.storage.spool import Label
 from kms_core.jobs.store.store import JobStore
@@ -20,6 +21,7 @@ from support.job_stores import (
     accepted,
     claimed,
     expire_leases,
+    reap,
     spool_folder,
     state,
     store_of,
@@ -29,19 +31,15 @@ from support.job_stores import (
 from support.waiting import until
 
 
-def reaper_of(core: Core, store: JobStore) -> Reaper:
-    return Reaper(store, core.worker_context.spool, "r1")
-
-
 def test_reaper_requeues_what_a_dead_worker_held_and_leaves_live_leases_alone(
     core: Core, store: JobStore
 ) -> None:
     claim = claimed(store)
-    reaper_of(core, store).reap()
+    reap(store, core.worker_context.spool)
     assert state(store, claim) == "running"
 
     expire_leases(store)
-    reaper_of(core, store).reap()
+    reap(store, core.worker_context.spool)
 
     assert state(store, claim) == "queued"
     with pytest.raises(LeaseLost):
@@ -98,7 +96,7 @@ def test_reaper_deletes_expired_results(core: Core, store: JobStore) -> None:
     spooled(core, claim.accepted.job_id)
     until(store.expired, "the result has expired")
 
-    reaper_of(core, store).reap()
+    reap(store, core.worker_context.spool)
 
     assert store.get(claim.accepted.job_id, TENANT).purged == 1
     assert store.expired() == in_spool(core) == []
@@ -108,9 +106,9 @@ def test_redis_that_is_new_makes_no_orphans(core: Core, store: JobStore) -> None
     orphan, spool = new_id(), core.worker_context.spool
     spooled(core, orphan, 1e9)
 
-    Reaper(store, spool, "r1", may_sweep=lambda: False).reap()
+    SpoolCleanup(store, spool, "r1", may_sweep=lambda: False).step()
     assert in_spool(core) == [orphan]
-    Reaper(store, spool, "r2").reap()
+    SpoolCleanup(store, spool, "r2").step()
     assert in_spool(core) == []
 
 
@@ -123,7 +121,7 @@ def test_uploads_are_orphans_when_nothing_changed_them_for_an_hour(
     for job_id in (orphan, known):
         spooled(core, job_id, age_s)
 
-    reaper_of(core, store).reap()
+    reap(store, core.worker_context.spool)
 
     assert set(in_spool(core)) == ({orphan, known} if kept else {known})
 
@@ -152,7 +150,7 @@ def dead(store: JobStore, *, is_forgotten: bool = False) -> str:
 def test_the_ids_of_expired_records_leave_all_lists(core: Core, store: JobStore) -> None:
     gone, kept = dead(store, is_forgotten=True), dead(store)
 
-    reaper_of(core, store).reap()
+    reap(store, core.worker_context.spool)
 
     assert lists_with(store, gone) == []
     assert len(lists_with(store, kept)) == 5
@@ -163,7 +161,7 @@ def test_the_ids_of_expired_records_leave_all_lists(core: Core, store: JobStore)
 def test_a_tenant_without_records_is_forgotten(core: Core, store: JobStore) -> None:
     dead(store, is_forgotten=True)
 
-    reaper_of(core, store).reap()
+    reap(store, core.worker_context.spool)
 
     assert store.tenants() == []
 
@@ -181,14 +179,14 @@ def test_a_job_that_was_retried_stays_in_its_lists(core: Core, store: JobStore) 
     assert store.retry(job_id, TENANT).state == "queued"
     store.redis.zadd("kms:records", {job_id: 1})
 
-    reaper_of(core, store).reap()
+    reap(store, core.worker_context.spool)
 
     assert [job.job_id for job in store.page(TENANT, state="queued", limit=5, before=None)[0]] == [job_id]
     assert lists_with(store, job_id)[0] == "tenant:default"
     assert not store.redis.exists("kms:records")
 
 
-def test_a_reaper_whose_spool_is_of_another_install_touches_nothing(core: Core, store: JobStore) -> None:
+def test_a_reaper_whose_spool_is_of_another_install_touches_nothing(store: JobStore) -> None:
     def refuse() -> None:
         raise WrongInstall
 
@@ -196,13 +194,13 @@ def test_a_reaper_whose_spool_is_of_another_install_touches_nothing(core: Core, 
     expire_leases(store)
 
     with pytest.raises(WrongInstall):
-        Reaper(store, core.worker_context.spool, "r1", require_install=refuse).round()
+        Reaper(store, "r1", refuse).round()
     assert state(store, claim) == "running"
 
 
 def test_a_killed_reaper_holds_up_the_next_no_longer_than_a_lease(core: Core) -> None:
     store = store_of(core, with_jobs(lease_s=2))
-    reaper_of(core, store).round()
+    Reaper(store, "r1").round()
 
     assert 0 < store.redis.pttl("kms:lock:caretaker") <= 2000
 
@@ -230,11 +228,35 @@ def failing() -> list[str]:
     raise JobsUnavailable
 
 
+def test_a_step_of_the_cleanup_ends_after_a_second_and_goes_on_in_the_next_round(
+    core: Core, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bucket may take its time for each of thousands of jobs: others have the lock renewed in between."""
+    for _ in range(3):
+        expiring(core, store)
+    spool, clock = core.worker_context.spool, [0.0]
+    delete = spool.delete
+
+    def slowly(job_id: str) -> bool:
+        clock[0] += 0.6
+        return delete(job_id)
+
+    monkeypatch.setattr(spool, "delete", slowly)
+    monkeypatch.setattr("kms_core.jobs.recovery.reaper.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    cleanup = SpoolCleanup(store, spool, "r")
+    cleanup.step()
+    assert (len(in_spool(core)), cleanup._wake.is_set()) == (1, True)  # noqa: SLF001 -- the next round is at once
+
+    cleanup._wake.clear()  # noqa: SLF001 -- as above
+    cleanup.step()
+    assert (in_spool(core), cleanup._wake.is_set()) == ([], False)  # noqa: SLF001 -- as above
+
+
 def test_what_is_no_job_among_the_ended_keeps_no_result(core: Core, store: JobStore) -> None:
     good = expiring(core, store)
     store.redis.zadd("kms:ended", {"junk": 1, "../..": 1})
 
-    reaper_of(core, store).reap()
+    reap(store, core.worker_context.spool)
 
     assert store.get(good, TENANT).purged == 1
     assert in_spool(core) == []
@@ -250,9 +272,9 @@ def test_a_step_that_fails_keeps_the_reaper_from_no_other(
         monkeypatch.setattr(store, read, failing)
 
     with capture_logs() as logs:
-        reaper = reaper_of(core, store)
-        for _ in range(3):
-            reaper.reap()
+        for steps in (Reaper(store, "r"), SpoolCleanup(store, core.worker_context.spool, "r")):
+            for _ in range(3):
+                steps.step()
 
     assert store.get(good, TENANT).purged == 1
     assert in_spool(core) == []
@@ -261,37 +283,37 @@ def test_a_step_that_fails_keeps_the_reaper_from_no_other(
 
 
 def test_a_step_that_fails_again_after_a_good_round_is_told_again(
-    core: Core, store: JobStore, monkeypatch: pytest.MonkeyPatch
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reaper = reaper_of(core, store)
+    reaper = Reaper(store, "r")
     with capture_logs() as logs:
         for _ in range(2):
             with monkeypatch.context() as patched:
                 patched.setattr(store, "due", failing)
-                reaper.reap()
-            reaper.reap()
+                reaper.step()
+            reaper.step()
 
     assert [line["step"] for line in logs if line["event"] == "caretaker.step_failed"] == ["take_up_due"] * 2
 
 
 def test_the_room_in_redis_is_looked_at_every_ten_rounds(
-    core: Core, store: JobStore, monkeypatch: pytest.MonkeyPatch
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers learn it with their next claim: small blobs rest in Redis while half of it is free."""
     looks: list[None] = []
     monkeypatch.setattr(store, "condition", lambda: looks.append(None))
-    reaper = reaper_of(core, store)
+    reaper = Reaper(store, "r")
     for _ in range(11):
-        reaper.reap()
+        reaper.step()
 
     assert len(looks) == 2
 
 
-def test_sums_of_operations_are_noted_once_a_minute(core: Core, store: JobStore) -> None:
+def test_sums_of_operations_are_noted_once_a_minute(store: JobStore) -> None:
     """A round is a second. Those of a full Redis are gaps."""
-    reaper, points = reaper_of(core, store), []
+    reaper, points = Reaper(store, "r"), []
     for _ in range(61):
-        reaper.reap()
+        reaper.step()
         points.append(store.redis.xlen("kms:operations"))
 
     assert points == [1] * 60 + [2]

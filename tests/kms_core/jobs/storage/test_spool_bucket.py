@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta, tzinfo
+from types import SimpleNamespace
 from typing import Self
 
 import pytest
@@ -175,6 +176,24 @@ def test_bucket_that_is_away_fails_calls_at_once_and_comes_back(
     assert read(spool, written_before) == b"x"
 
 
+def test_bucket_that_is_away_is_asked_by_no_other_process_of_its_parent(
+    spool: Spool, bucket: TestBucket, key: AgeBackend, s3_proxy: S3Proxy, written_before: Label
+) -> None:
+    """A process that found out tells them all: a second timeout would hold up what they are to do."""
+    asked, first = of_job(s3_proxy), spool.store
+    assert isinstance(first, SpoolBucket)
+    other = blob_stores.spool_bucket(bucket, s3_proxy.url, away=first.away)
+
+    with pytest.raises(SpoolUnavailable):
+        read(Spool(other, key, MIB), written_before)
+    assert (of_job(s3_proxy), other.is_away) == (asked, True)
+    s3_proxy.intercept = lambda _: None
+    until(lambda: not other.is_away, "the first one has an answer")
+
+    assert read(Spool(other, key, MIB), written_before) == b"x"
+    blob_stores.close(other)
+
+
 def of_job(s3_proxy: S3Proxy) -> list[str]:
     """The requests that name the job."""
     return [seen.operation for seen in s3_proxy.seen if JOB in seen.path]
@@ -198,18 +217,42 @@ def test_no_call_waits_for_the_one_that_asks_whether_the_bucket_is_back(
     until(lambda: not spool.use().is_away, "the bucket is back")
 
 
-def test_process_that_was_forked_while_the_bucket_was_away_asks_by_itself(
+def test_process_that_was_forked_while_the_bucket_was_away_learns_that_it_is_back(
     spool: Spool, s3_proxy: S3Proxy, written_before: Label
 ) -> None:
     s3_proxy.intercept = lambda _: None
     pid = os.fork()
     if not pid:
         try:
+            until(lambda: not spool.store.is_away, "its parent has an answer")
             os._exit(7 if read(spool, written_before) == b"x" else 1)
         finally:
             os._exit(1)
 
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
+def test_process_that_ends_while_it_asks_leaves_the_bucket_to_others(
+    spool: Spool, s3_proxy: S3Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = write(spool, label(), b"x")
+    s3_proxy.intercept = lambda _: 503
+    pid = os.fork()
+    if not pid:
+        try:
+            with pytest.raises(SpoolUnavailable):
+                read(spool, written)
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    s3_proxy.intercept = lambda _: None
+    with pytest.raises(SpoolUnavailable):
+        read(spool, written)
+
+    later = spool_bucket.time.monotonic() + 2 * 20 + 3  # two timeouts, and what is added
+    monkeypatch.setattr(spool_bucket, "time", SimpleNamespace(monotonic=lambda: later))
+
+    assert read(spool, written) == b"x"
 
 
 def test_refusal_is_told_until_something_is_written(spool: Spool, s3_proxy: S3Proxy) -> None:
@@ -233,15 +276,16 @@ class NoSmallBlobs:
         del job_id, name
         return None
 
-    def names(self, job_id: str) -> list[str]:
+    def names(self, job_id: str) -> tuple[list[str], bool]:
         del job_id
-        return []
+        return [], False
 
     def remove(self, job_id: str, name: str) -> None:
         """Nothing is there."""
 
-    def delete(self, job_id: str) -> None:
-        """Nothing is there."""
+    def delete(self, job_id: str) -> bool:
+        del job_id
+        return False
 
 
 def test_small_blob_needs_no_bucket(store: SpoolBucket, key: AgeBackend, s3_proxy: S3Proxy) -> None:

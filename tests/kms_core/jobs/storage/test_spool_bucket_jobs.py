@@ -10,12 +10,11 @@ from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Job
 from kms_core.jobs.recovery import reaper
-from kms_core.jobs.recovery.reaper import Reaper
 from kms_core.jobs.storage.spool_bucket import SpoolBucket
 from support import object_stores
 from support.blob_stores import PREFIX
 from support.embedded_valkey import EmbeddedValkey
-from support.job_stores import TENANT, remove_inputs
+from support.job_stores import TENANT, reap, remove_inputs
 from support.object_stores import Intercept, S3Proxy, TestBucket
 from support.service import CONTEXT, Service, b64, check_problem, core_of
 from support.waiting import RealTime, until
@@ -208,10 +207,10 @@ def test_orphans_are_swept_and_objects_of_jobs_stay(
     RealTime.sleep(2.1)
     context = install.core.worker_context
 
-    Reaper(context.store, context.spool, "r").reap()
+    reap(context.store, context.spool)
     assert ORPHAN in install.bucket.keys()  # noqa: SIM118 -- no dict
     monkeypatch.setattr(reaper, "_ORPHAN_AGE_S", 1.0)
-    Reaper(context.store, context.spool, "r").reap()
+    reap(context.store, context.spool)
 
     keys = install.bucket.keys()
     assert ORPHAN not in keys

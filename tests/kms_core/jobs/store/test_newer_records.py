@@ -64,7 +64,7 @@ def test_a_job_that_is_too_new_waits_without_an_attempt(
     assert job[b"waits_for"]
     assert store.redis.zscore("kms:newer", job_id)
     assert store.reap_all([job_id]) == ["newer"]
-    Reaper(store, core.worker_context.spool, "w").reap()
+    Reaper(store, "w").step()
     assert taken(store) is None
 
 

@@ -476,25 +476,23 @@ def test_processes_of_a_killed_worker_are_counted_no_more(store: JobStore, woken
     assert store.workers() == 1
 
 
-def test_a_lost_wake_up_is_sent_again(core: Core, store: JobStore, woken: list[str]) -> None:
+def test_a_lost_wake_up_is_sent_again(store: JobStore, woken: list[str]) -> None:
     store.worker_seen("w", 1, QUEUES)
     (waiting,) = submit(store)
-    reaper = Reaper(store, core.worker_context.spool, "r")
-    reaper.reap()
+    reaper = Reaper(store, "r")
+    reaper.step()
     assert woken == [BULK], "it may still come"
     (wake_up,) = cast("list[bytes]", store.redis.zrange("kms:wakes:kms.bulk", 0, -1))
     sent = store.redis.zscore("kms:waiting:kms.bulk:normal", waiting) or 0
     assert store.redis.zscore("kms:wakes:kms.bulk", wake_up) == pytest.approx(sent + 1, abs=1e-3)
 
     store.redis.delete("kms:wakes:kms.bulk")  # as after a second
-    reaper.reap()
+    reaper.step()
 
     assert woken == [BULK, BULK]
 
 
-def test_a_worker_is_woken_to_end_a_job_whose_parts_have_ended(
-    core: Core, store: JobStore, woken: list[str]
-) -> None:
+def test_a_worker_is_woken_to_end_a_job_whose_parts_have_ended(store: JobStore, woken: list[str]) -> None:
     """The worker that ended the last part was killed, and nothing else is to be done."""
     whole = claimed(store, items=1, source="items")
     part = accepted(items=1, source="items", parent=whole.accepted.job_id)
@@ -503,7 +501,7 @@ def test_a_worker_is_woken_to_end_a_job_whose_parts_have_ended(
     expire_leases(store)
     store.worker_seen("w", 1, QUEUES)
 
-    Reaper(store, core.worker_context.spool, "r").reap()
+    Reaper(store, "r").step()
 
     assert BULK in woken
     assert store.next("w/1", BULK, QUEUES, woken=True) == whole.accepted.job_id

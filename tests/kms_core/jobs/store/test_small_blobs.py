@@ -3,20 +3,21 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import pytest
 
 from kms_core.container import Core
 from kms_core.jobs.execution import results
 from kms_core.jobs.execution.runner import run_claimed, run_job
+from kms_core.jobs.recovery.reaper import SpoolCleanup
 from kms_core.jobs.submission import submitter
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import RecordRefused, ResultExpired, ResultReleased
 from support.core_jobs import WHO, end_of, lines, result, run
-from support.job_stores import TENANT, remove_inputs, spool_folder, take, uploaded
+from support.job_stores import TENANT, reap, remove_inputs, spool_folder, take, uploaded
 from support.service import CANARY, Service, core_of, unb64
 
 OPTIONS: Final = SubmissionOptions(WHO, "encrypt", Context())
@@ -194,6 +195,55 @@ def test_inputs_outlive_the_end_by_the_grace(core: Core, kind: str, data: bytes,
     remove_inputs(core)
     assert roles(core, job_id) == kept
     assert not core.worker_context.store.redis.exists("kms:inputs")
+
+
+class UnaskedStore:
+    """A store of the spool that fails the test if anything but its size is asked."""
+
+    usage_cache_s, is_remote, is_away, is_refused = 3600.0, True, False, False
+
+    def used_bytes(self) -> int:
+        return 0
+
+    def free_bytes(self) -> int:
+        return 1 << 40
+
+
+@pytest.mark.parametrize("submit", [bulk, upload], ids=["items", "upload"])
+@pytest.mark.parametrize("end", ["expired", "released", "cancelled"])
+def test_a_job_whose_blobs_are_in_redis_asks_the_store_nothing(
+    core: Core, submit: Callable[[Core, bytes], str], end: str
+) -> None:
+    """In all its life: 5,000 such jobs would have their cleanup wait for as many answers of a bucket."""
+    context = core.worker_context
+    context.spool.store = cast("Any", UnaskedStore())
+    job_id = submit(core, b"x")
+    if end == "cancelled":
+        context.store.cancel(job_id, TENANT)
+        context.spool.delete(job_id)  # as the API does
+    else:
+        job = run(core, job_id)
+        assert result(core, job_id)
+        remove_inputs(core)
+    if end == "released":
+        results.release(job, context.store, context.spool)
+    context.store.redis.zadd("kms:ended", {job_id: 1})
+    SpoolCleanup(context.store, context.spool, "r", may_sweep=lambda: False)._delete_expired()  # noqa: SLF001 -- the sweep asks, once in ten minutes
+
+    assert not small(core, job_id)
+    assert context.store.expired() == []
+
+
+@pytest.mark.parametrize("texts", [[b"x"] * 60, [bytes(LIMIT)]], ids=["large result", "all is large"])
+def test_what_rests_on_the_disk_leaves_with_the_result(core: Core, texts: list[bytes]) -> None:
+    context, job_id = core.worker_context, bulk(core, *texts)
+    run(core, job_id)
+    assert on_disk(core, job_id)
+
+    context.store.redis.zadd("kms:ended", {job_id: 1})
+    reap(context.store, context.spool)
+
+    assert not roles(core, job_id)
 
 
 def test_released_result_is_gone(core: Core) -> None:

@@ -39,7 +39,7 @@ def test_jobs_behind_it_are_taken_and_listed(store: JobStore, field: str) -> Non
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_the_reaper_takes_up_the_others(core: Core, store: JobStore, field: str) -> None:
+def test_the_reaper_takes_up_the_others(store: JobStore, field: str) -> None:
     jobs = [store.submit(accepted()).job_id for _ in range(len(JUNK) + 1)]
     assert sorted(taken(store)) == sorted(jobs)
     expire_leases(store)
@@ -47,7 +47,7 @@ def test_the_reaper_takes_up_the_others(core: Core, store: JobStore, field: str)
     for job_id, value in zip(bad, JUNK, strict=True):
         forge(store, job_id, **{field: value})
 
-    Reaper(store, core.worker_context.spool, "me").reap()
+    Reaper(store, "me").step()
 
     assert store.get(good, TENANT).state == "queued"
 
@@ -108,7 +108,7 @@ def test_a_tenant_without_jobs_is_taken_out_of_the_choice(core: Core) -> None:
     store.worker_seen("w1", 1, QUEUES)
     entries(store, "active:kms.bulk", 1.0, "nobody")
 
-    Reaper(store, core.worker_context.spool, "me").reap()
+    Reaper(store, "me").step()
     assert woken == ["kms.bulk"]
     assert taken(store) == []
     assert not store.has_ready(*QUEUES)

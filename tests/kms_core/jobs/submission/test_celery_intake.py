@@ -23,9 +23,9 @@ from kms_core.backends.key_files import KeyFiles
 from kms_core.container import build_intake
 from kms_core.envelope import sealing
 from kms_core.envelope.binding import KeyRef
-from kms_core.jobs.execution.attendance import SharedTime
 from kms_core.jobs.submission import celery_intake
 from kms_core.jobs.submission.celery_intake import Intake
+from kms_core.periodic import SharedTime
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import (

@@ -1,0 +1,96 @@
+"""The maintenance process of a worker: what is done at an interval and waits for a disk or another peer.
+
+The parent forks it, and another one when it ends. So neither the heartbeat nor a fork waits for a bucket, a
+mount or a receiver of webhooks that hangs.
+"""
+
+import ctypes
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Final
+
+import structlog
+
+from kms_core.periodic import PeriodicThread
+from kms_core.programs.tether import PR_SET_PDEATHSIG
+
+NAME: Final = "kms-maintenance"
+"""The name of the process, in ``ps`` and ``/proc/<pid>/comm``."""
+_PR_SET_NAME: Final = 15  # prctl(2)
+_EVERY_S: Final = 1.0
+_EXIT_FAILED: Final = 70  # EX_SOFTWARE
+_log = structlog.get_logger(__name__)
+
+
+class Maintenance(PeriodicThread):
+    """Looks every second whether the process runs. It ends with this one, also if this one is killed."""
+
+    def __init__(self, prepare: Callable[[], None], build: Callable[[], Sequence[PeriodicThread]]) -> None:
+        """Both are called in the new process: ``prepare`` first; ``build`` makes the threads that it runs."""
+        super().__init__("maintenance", _EVERY_S, failed="maintenance.not_started")
+        self._prepare, self._build = prepare, build
+        self._pid = 0
+
+    def start(self) -> None:
+        """Fork it now, before there are other threads, and look after it from then on."""
+        self.attempt(self.round)
+        super().start()
+
+    def round(self) -> None:
+        if not self._pid or self._has_ended():
+            self._pid = self._forked()
+
+    def end(self, wait_s: float) -> None:
+        """Have its threads end their rounds, for ``wait_s`` seconds at most."""
+        self.stop()
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGTERM)
+            until = time.monotonic() + wait_s
+            while not self._has_ended() and time.monotonic() < until:
+                time.sleep(0.02)
+
+    def _has_ended(self) -> bool:
+        with suppress(ChildProcessError):
+            ended, status = os.waitpid(self._pid, os.WNOHANG)
+            if not ended:
+                return False
+            if not self.stopping:
+                _log.error("maintenance.ended", pid=self._pid, status=os.waitstatus_to_exitcode(status))
+        return True
+
+    def _forked(self) -> int:
+        parent, pid = os.getpid(), os.fork()
+        if pid:
+            return pid
+        try:
+            libc = ctypes.CDLL(None)
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            libc.prctl(_PR_SET_NAME, NAME.encode(), 0, 0, 0)
+            if os.getppid() == parent:  # else it ended before that
+                self._prepare()
+                _work(self._build)
+        except BaseException as exc:  # noqa: BLE001 -- the top of the process
+            _log.exception("maintenance.failed", error=type(exc).__name__)
+        finally:
+            os._exit(_EXIT_FAILED)
+
+
+def _work(build: Callable[[], Sequence[PeriodicThread]]) -> None:
+    """Run the threads until SIGTERM. Other signals are for the parent alone."""
+    told = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: told.set())
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    threads = build()
+    for thread in threads:
+        thread.start()
+    told.wait()
+    for thread in threads:
+        thread.stop()
+    for thread in threads:
+        thread.join()
+    os._exit(os.EX_OK)
