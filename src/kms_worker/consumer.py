@@ -4,6 +4,7 @@ Celery 5.7 as it is ends on a message whose body is JSON and not a task, and put
 ends the same way.
 """
 
+import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -238,6 +239,7 @@ def _no_decoder(_body: object) -> bytes:
 
 Handler = Callable[[Any], object]
 _DIFFERS_S: Final = 5.0
+_PASS_ON_S: Final = 0.02
 _SHOWN_CHARS: Final = 200
 _CALLS: Final = frozenset({amqp.spec.Exchange.Declare, amqp.spec.Queue.Declare, amqp.spec.Basic.Consume})
 """By which the worker begins with a queue."""
@@ -257,6 +259,8 @@ class CheckedConsumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery
         """``submit_bytes`` bounds the argument of kms.submit."""
         self._refusals, self._submit_bytes = refusals, submit_bytes
         self._bound = LogBound()
+        self._passed_on: dict[str, float] = {}
+        """Queues, and the time at which a wake-up of each was last passed on."""
         super().__init__(*args, **options)
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
@@ -304,8 +308,7 @@ class CheckedConsumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery
             check_sealed(found)
         if found.task == RUN and self._is_sated():
             if not found.resends:
-                with suppress(OperationalError, *self.connection_errors, *self.channel_errors):
-                    self._send_copy(message, queue, found.headers() | {"resends": 1})
+                self._pass_on(message, queue, found.headers() | {"resends": 1})
             return False
         message.headers, message.body = found.headers(), found.body()
         message.properties = {"priority": (message.properties or {}).get("priority")}
@@ -316,14 +319,27 @@ class CheckedConsumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery
         return True
 
     def _is_sated(self) -> bool:
-        """Return whether a wake-up waits for each process; a further one is dropped.
+        """Return whether each process has a wake-up; a further one is dropped.
 
-        One for each does, as each drains all queues of the worker; another worker may have an idle one, so
-        the first that is sated sends a copy. Nothing is acknowledged, so the broker would send any number
-        into memory.
+        One for each does, as each drains all queues of the worker. Nothing is acknowledged, so the broker
+        would send any number into memory.
         """
         held = sum(request.name == RUN for request in state.reserved_requests)
         return bool(held >= self.pool.num_processes)
+
+    def _pass_on(self, message: Any, queue: str, headers: Mapping[str, object]) -> None:  # noqa: ANN401 -- as above
+        """Send a copy in a moment, one for all that come until then: another worker may have an idle process.
+
+        Or this one, by then.
+        """
+        now = time.monotonic()
+        if now - self._passed_on.get(queue, -math.inf) > _PASS_ON_S:
+            self._passed_on[queue] = now
+            self.timer.call_after(_PASS_ON_S, self._send_on, (message, queue, headers))
+
+    def _send_on(self, *copy: Any) -> None:  # noqa: ANN401 -- as above
+        with suppress(OperationalError, *self.connection_errors, *self.channel_errors):
+            self._send_copy(*copy)
 
     def _came_back(self, message: Any, found: CeleryMessage) -> bool:  # noqa: ANN401 -- as above
         """Send a copy that counts one more; of ``kms.keys`` another comes within a minute."""
