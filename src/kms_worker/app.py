@@ -134,8 +134,7 @@ def _drain(core: Callable[[], Core], worker: str, queue: str, served: Sequence[s
             woken = False
             if time.monotonic() - turned > _TURN_S:
                 turned, following.queues = time.monotonic(), [*following.queues[1:], following.queues[0]]
-        for each in following.queues:
-            worker_context.store.drained(worker, each, served)
+        worker_context.store.wake(served)
     except JobsUnavailable:
         _log.warning("job.left_to_lease")
     except Exception as exc:  # noqa: BLE001 -- the top of the worker: another wake-up follows

@@ -148,7 +148,7 @@ def _watch_pool(loaded: Settings, store: JobStore, name: str, beside: list[Perio
     def watch(sender: Consumer, **_: object) -> None:
         # Celery ends a worker whose child dies before the first message; later ones it replaces, and so this.
         sender.pool.did_start_ok = lambda: True
-        slots = Slots(shared, store, name, jobs.queues, sender)
+        slots = Slots(shared, store, name, sender)
         beside.append(slots)
         _start(slots)
 

@@ -56,16 +56,13 @@ class Slots(PeriodicThread):
     At most as many processes are replaced as the pool has at first.
     """
 
-    def __init__(
-        self, attendance: Attendance, store: JobStore, name: str, queues: Sequence[str], consumer: Consumer
-    ) -> None:
-        """``consumer`` is that of the worker, with a pool whose processes take the jobs of ``queues``."""
+    def __init__(self, attendance: Attendance, store: JobStore, name: str, consumer: Consumer) -> None:
+        """``consumer`` is that of the worker, with a pool."""
         super().__init__("slots", EVERY_S, failed="slots.round_failed")
-        self._attendance, self._store, self._owner, self._queues = attendance, store, name, queues
+        self._attendance, self._store, self._owner = attendance, store, name
         self._pool: TaskPool = consumer.pool
         self._in_loop: Callable[[Callable[[], None]], object] = consumer.hub.call_soon
         """Calls a function in the thread that owns the pool."""
-        self._pids = frozenset(self._pool.info["processes"])
         self._most = self._pool.num_processes
         self._stuck: list[_Stuck] = []
         self._slow: dict[int, _Slow] = {}
@@ -89,8 +86,6 @@ class Slots(PeriodicThread):
             self._stand_in()
         if self._surplus:
             self._in_loop(self._shrink)
-        with suppress(AttributeError):  # the pool has ended, with the worker
-            self._forget_ended()
         all_told = is_blocked or self._replaced
         self._tell([one for one in self._slow.values() if all_told or now - one.since > _TOLD_S])
         if self._stuck and time.monotonic() > self._attendance.stops_at.at + _LAST_S:
@@ -155,14 +150,6 @@ class Slots(PeriodicThread):
         with suppress(ValueError):  # all are busy: in the next round
             self._pool.shrink(1)
             self._surplus -= 1
-
-    def _forget_ended(self) -> None:
-        """Have others woken: a process that was killed left the note that it takes jobs."""
-        pids = frozenset(self._pool.info["processes"])
-        for pid in self._pids - pids:
-            for queue in self._queues:
-                self._store.drained(f"{self._owner}/{pid}", queue, self._queues)
-        self._pids = pids
 
     def _tell(self, slow: Sequence[_Slow]) -> None:
         """Note the processes that hang, and those that are slow, and have none other touch their roots."""

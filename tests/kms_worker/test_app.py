@@ -43,7 +43,7 @@ def test_queues_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """A job of another queue waits half a second, and not until the first queue is empty."""
     now = [0.0]
     firsts: list[str] = []
-    handed_on: list[str] = []
+    handed_on: list[list[str]] = []
 
     def runs(_: WorkerContext, following: Following, *, woken: bool) -> bool:
         assert woken == (not firsts)
@@ -51,7 +51,7 @@ def test_queues_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         now[0] += 0.3  # seconds of a job
         return True
 
-    store = SimpleNamespace(drained=lambda _, queue, __: handed_on.append(queue))
+    store = SimpleNamespace(wake=lambda queues: handed_on.append([*queues]))
     core = SimpleNamespace(
         install=SimpleNamespace(require=lambda: None), worker_context=SimpleNamespace(store=store)
     )
@@ -62,4 +62,4 @@ def test_queues_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     app._drain(lambda: cast("Core", core), "w/1", BULK, QUEUES)  # noqa: SLF001 -- the loop of a process
 
     assert firsts == [BULK, BULK, FILES, FILES]
-    assert sorted(handed_on) == sorted(QUEUES)
+    assert handed_on == [list(QUEUES)]

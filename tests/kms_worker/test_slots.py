@@ -83,7 +83,7 @@ def store(core: Core) -> JobStore:
 
 def watch(shared: Attendance, store: JobStore, pool: Pool) -> Slots:
     consumer: Any = SimpleNamespace(pool=pool, hub=SimpleNamespace(call_soon=lambda work: work()))
-    return Slots(shared, store, "w", QUEUES, consumer)
+    return Slots(shared, store, "w", consumer)
 
 
 def hang(shared: Attendance, *pids: int) -> None:
@@ -250,25 +250,6 @@ def test_a_surplus_process_waits_for_an_idle_moment(store: JobStore, hanging: Ha
     pool.info["processes"] = [pid, 1]
     slots.round()
     assert pool.asked == ["grow", "shrink"]
-
-
-def test_a_process_that_was_killed_takes_no_jobs_any_more(core: Core) -> None:
-    """It left the note that it takes jobs; without it another one is woken."""
-    woken: list[str] = []
-    store = store_of(core, LASTING_LEASES, woken=woken)
-    pool = Pool(71)
-    slots = watch(Attendance(), store, pool)
-    store.worker_seen("w", 1, QUEUES)
-    for _ in range(2):
-        store.submit(accepted(items=1, source="items"))
-    store.next("w/71", BULK, QUEUES, woken=True)
-    slots.round()
-    assert woken == [BULK]
-
-    pool.info["processes"] = [72]
-    slots.round()
-
-    assert woken == [BULK, BULK]
 
 
 @pytest.mark.parametrize(("told_s_ago", "status"), [(11.0, os.EX_OK), (5.0, GOES_ON)])

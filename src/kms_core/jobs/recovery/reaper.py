@@ -17,17 +17,16 @@ from kms_core.periodic import PeriodicThread
 from kms_protocol import __version__
 
 HEARTBEAT_EVERY_S: Final = 1.0
-_COUNT_EVERY: Final = 3
+_IN_FULL_EVERY: Final = 3
 _log = structlog.get_logger(__name__)
 
 
 class Heartbeat(PeriodicThread):
     """Records once a second that this worker lives, and how many processes serve which queues.
 
-    It serves none before ``serve``: another worker would get the wake-ups that are sent for its processes.
-    The processes of all workers are counted in every third round: others may have been killed.
-    Nothing else is done here, so nothing can delay it; ``stop`` takes the worker off the list. A worker that
-    was killed is on the list for ``maintenance.WORKER_SEEN_S`` at most.
+    It serves none before ``serve``: it counts as starting. In every third round workers that are gone are
+    forgotten. Nothing else is done here, so nothing can delay it; ``stop`` takes the worker off the list. A
+    worker that was killed is on the list for ``maintenance.WORKER_SEEN_S`` at most.
     """
 
     def __init__(self, store: JobStore, name: str) -> None:
@@ -58,9 +57,9 @@ class Heartbeat(PeriodicThread):
         self._store.wake()
 
     def round(self) -> None:
-        rules, counts = self._store.rules, self._rounds % _COUNT_EVERY == 0
+        rules, in_full = self._store.rules, self._rounds % _IN_FULL_EVERY == 0
         served = rules.queues if self._serves else ()
-        self._store.worker_seen(self._owner, rules.concurrency, served, self._about, counts=counts)
+        self._store.worker_seen(self._owner, rules.concurrency, served, self._about, in_full=in_full)
         self._rounds += 1
 
     def finish(self) -> None:

@@ -9,12 +9,13 @@ from kombu.exceptions import OperationalError
 from kombu.transport import redis
 
 from kms_core.jobs.model import NotifyWorker
-from kms_core.jobs.store.redis_keys import TASK
+from kms_core.jobs.store.redis_keys import MOST_WAKE_UPS, TASK, list_key
 from kms_core.redis_client import celery_options
 from kms_core.settings.model import RedisSection
 from kms_core.settings.redis_urls import is_shared
 from kms_protocol.errors import JobsUnavailable
 
+_KEPT_S: Final = 60.0  # after which RabbitMQ drops a wake-up that no worker took
 _CONFIGURATION: Final[dict[str, object]] = {
     "task_serializer": "json",
     "task_ignore_result": True,
@@ -47,8 +48,13 @@ def notify_through(app: Celery, section: RedisSection) -> NotifyWorker | None:
 
 
 def _send(app: Celery, queue: str, **options: object) -> None:
+    named = {"queue": queue, "argsrepr": "-", "kwargsrepr": "-", "expiration": _KEPT_S}
     try:
-        app.send_task(TASK, (), queue=queue, argsrepr="-", kwargsrepr="-", **options)
+        with app.producer_or_acquire() as producer:
+            app.send_task(TASK, (), producer=producer, **named, **options)
+            if isinstance(producer.channel, redis.Channel):  # it has no expiry
+                with producer.channel.conn_or_acquire() as client:
+                    client.ltrim(list_key(queue), 0, MOST_WAKE_UPS - 1)
     except (OperationalError, OSError, AttributeError, *app.connection_for_write().channel_errors) as exc:
         # AttributeError: kombu 5.7, where the connection is lost while its channel is made
         raise JobsUnavailable from exc

@@ -341,11 +341,11 @@ class StoreMaintenance:
 
     # -- wake-ups -------------------------------------------------------------------------------------
 
-    def wake(self) -> None:
-        """Send wake-ups to idle processes for each queue with ready jobs, and for chores."""
-        if self._has_any("chores", *map("active:{}".format, QUEUES)):
-            given = [part for queue in QUEUES for part in (queue, *self.wake_up(queue))]
-            for queue, count in zip(QUEUES, self._call("wake", "", *given), strict=True):
+    def wake(self, queues: Sequence[str] = QUEUES) -> None:
+        """Send a wake-up for each of the queues that has ready jobs, and for chores."""
+        if self._has_any("chores", *map("active:{}".format, queues)):
+            given = [part for queue in queues for part in (queue, *self.wake_up(queue))]
+            for queue, count in zip(queues, self._call("wake", "", *given), strict=True):
                 self.notify(queue, int(count))
 
     def wake_up(self, queue: str) -> tuple[str, bytes]:
@@ -362,11 +362,6 @@ class StoreMaintenance:
                     self._notify(queue)
         except JobsUnavailable:
             metrics.JOB_RESUMES.labels("notify_failed").inc()
-
-    def drained(self, worker: str, queue: str, served: Sequence[str]) -> None:
-        """Note that a process takes no more jobs for now; another wake-up is sent if jobs are ready."""
-        (count,) = self._call("drained", "", worker, queue, *self.wake_up(queue), *served)
-        self.notify(queue, int(count))
 
     # -- the reaper -----------------------------------------------------------------------------------
 
@@ -491,14 +486,14 @@ class StoreMaintenance:
             return bool(self.redis.set(f"{PREFIX}once:{name}", owner, nx=True, px=int(seconds * 1000)))
 
     def worker_seen(
-        self, worker: str, processes: int, queues: Sequence[str], about: str = "", *, counts: bool = True
+        self, worker: str, processes: int, queues: Sequence[str], about: str = "", *, in_full: bool = True
     ) -> None:
         """Note that a worker lives, its processes, their queues, and its version and when it started.
 
-        If not ``counts``, only the first, unless the worker counted as gone.
+        Workers that are gone are forgotten. If not ``in_full``, note only that it lives.
         """
         with redis_errors():
-            given = [worker, processes, WORKER_SEEN_S, int(counts), about, *queues]
+            given = [worker, processes, WORKER_SEEN_S, int(in_full), about, *queues]
             self._run["worker_seen"]([_WORKERS], given)
 
     def worker_left(self, worker: str) -> None:

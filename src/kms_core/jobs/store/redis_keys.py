@@ -24,6 +24,8 @@ from kms_protocol.errors import (
 )
 
 PREFIX: Final = "kms:"
+MOST_WAKE_UPS: Final = 10
+"""In the list of a queue. More would be taken one by one, after the jobs had been done."""
 TALLY: Final = "tally:"  # of a campaign: fields of its parts that are summed up in the whole
 _DERIVED: Final = frozenset({"job_id", "tallies", "end", "accepted", "is_replayed"})
 _STOPS: Final = {b"lost": LeaseLost, b"cancel": JobCancelled, b"expired": JobExpired}
@@ -154,7 +156,8 @@ def used(library: str, body: str) -> str:
 def _read() -> Iterator[tuple[str, str]]:
     folder = files(__package__) / "lua"
     known = ", ".join(f'["{name}"] = true' for name in sorted(FEATURES))
-    library = (folder / "library.lua").read_text("utf-8").replace("@KNOWN@", known)
+    library = (folder / "library.lua").read_text("utf-8")
+    library = library.replace("@KNOWN@", known).replace("@MOST_WAKE_UPS@", str(MOST_WAKE_UPS))
     for file in folder.iterdir():
         if file.name.endswith(".lua") and file.name != "library.lua":
             shebang, _, body = file.read_text("utf-8").partition("\n")

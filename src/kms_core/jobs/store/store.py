@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Final, cast
 
 import msgspec
@@ -41,6 +42,7 @@ from kms_protocol.errors import (
     JobCommitting,
     JobExpired,
     JobNotDead,
+    JobsUnavailable,
     RateLimited,
     SpoolQuota,
     TenantShare,
@@ -117,29 +119,34 @@ class AttemptStore(JobReader):
 
         None if it ended, is leased to a live worker, is not due, or is capped: that costs no attempt.
         """
-        found = self._claim(job_id, worker, "", ())
+        found = self._claim(job_id, worker, ())
         return found if isinstance(found, Attempt) else None
 
     def next(self, worker: str, queue: str, served: Sequence[str], *, woken: bool) -> Attempt | str | None:
         """Take the next job for a process of a worker; jobs of ``queue`` come first.
 
         The id of a job where that wants a hand only: to be tidied, or to be ended after its parts. None if no
-        job is ready in the queues ``served``. ``woken``: a wake-up for ``queue`` brought the process here.
+        job is ready in the queues ``served``. ``woken``: a wake-up brought the process here. If it finds work
+        then, another process is woken for what is left: so all are at work soon, however few were woken.
         """
         others = [each for each in served if each != queue]
-        return self._claim("", worker, queue if woken else "", [queue, *others])
+        found = self._claim("", worker, [queue, *others])
+        if woken and found:
+            with suppress(JobsUnavailable):  # the attempt goes on
+                self.wake(served)
+        return found
 
-    def _claim(self, job_id: str, worker: str, woken: str, queues: Sequence[str]) -> Attempt | str | None:
+    def _claim(self, job_id: str, worker: str, queues: Sequence[str]) -> Attempt | str | None:
         attempt_id = new_attempt_id()
         with redis_errors():
-            answer = self._run["claim"](*self._asked(job_id, worker, woken, attempt_id, queues))
+            answer = self._run["claim"](*self._asked(job_id, worker, attempt_id, queues))
         return self.found_by(worker, attempt_id, answer)
 
-    def _asked(self, job_id: str, worker: str, woken: str, attempt_id: str, queues: Sequence[str]) -> Asked:
+    def _asked(self, job_id: str, worker: str, attempt_id: str, queues: Sequence[str]) -> Asked:
         rules = self.rules
         given = [job_id, worker, rules.lease_s, rules.attempts, rules.result_ttl_s, rules.tenant_leases]
         given += [self.large_job_bytes, self.large_leases(), msgspec.json.encode(self.resource_leases)]
-        given += [woken, attempt_id, *queues]
+        given += [attempt_id, *queues]
         return [job_key(job_id) if job_id else ANY_KEY, busy_key(worker)], given
 
     def large_leases(self) -> int:
@@ -303,7 +310,7 @@ class AttemptStore(JobReader):
         if following is None or not following.is_wanted():
             return self._waits.run(self._run["finish"], keys, given)[0][0]
         attempt_id = new_attempt_id()
-        asked = self._asked("", following.worker, "", attempt_id, following.queues)
+        asked = self._asked("", following.worker, attempt_id, following.queues)
         first, second = (self._run["finish"], keys, given), (self._run["claim"], *asked)
         answer, claimed = self._waits.run_together(first, second)[0]
         if not isinstance(claimed, Exception):

@@ -1,16 +1,19 @@
 """Messages that are put into kombu's lists without kombu: kombu must read them as its own."""
 
 import json
-from typing import Any, Final
+from contextlib import closing
+from typing import Any, Final, cast
 
 import pytest
+from celery import Celery
 from kombu.connection import Connection
 from kombu.transport import redis
 
 from kms_core.jobs.spec import BULK, QUEUES
-from kms_core.jobs.store import redis_keys
+from kms_core.jobs.store import broker, redis_keys
 from kms_core.settings.model import RedisSection
 from kms_core.settings.redis_urls import for_celery, is_shared
+from support import job_stores
 
 CONNECT: Final[Any] = Connection  # kombu ships no types
 
@@ -27,6 +30,29 @@ def test_a_wake_up_is_a_message_of_kombu() -> None:
 
     assert message.payload == [[], {}, None]
     assert (message.headers["task"], message.delivery_info["routing_key"]) == (redis_keys.TASK, BULK)
+
+
+def test_a_broker_of_its_own_drops_wake_ups_that_nobody_takes() -> None:
+    """RabbitMQ does, by the property ``expiration``: milliseconds, as text."""
+    app = Celery(broker="memory://", set_as_current=False)
+    notify = broker.notify_through(app, RedisSection(url="redis://h:6379/0", broker_url="amqp://h/"))
+    assert notify
+
+    notify(BULK)
+
+    with app.connection_for_read() as connection:
+        message = connection.default_channel.basic_get(BULK)
+    assert (message.headers["task"], message.properties["expiration"]) == ("kms.run", "60000")
+
+
+def test_a_list_on_another_redis_has_ten_wake_ups(redis_url: str) -> None:
+    with closing(job_stores.connect(redis_url)) as client:
+        client.lpush("kms:kms.bulk", *[b"x"] * 10)
+
+        broker.connect(RedisSection(url=redis_url, broker_url=for_celery(redis_url)))(BULK)
+
+        assert client.llen("kms:kms.bulk") == 10
+        assert b"kms.run" in cast("list[bytes]", client.lrange("kms:kms.bulk", 0, 0))[0]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,7 @@ from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.bulk_lines import RUN_ITEMS
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.spec import BULK, FILES
-from kms_core.jobs.store import redis_keys
+from kms_core.jobs.spec import BULK
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
@@ -76,9 +75,9 @@ def test_a_worker_takes_jobs_of_the_queues_that_settings_name(tmp_path: Path, re
         service.start()
         others = service.upload("encrypt", b"x")
         redis = core_of(service).worker_context.store.redis
-        redis.lpush("kms:kms.files", redis_keys.encode_message(FILES))  # for a worker that serves this queue
+        redis.rpush("kms:kms.files", b"the next one")  # for a worker that serves this queue
         for _ in range(5):
             service.wait(service.submit({"kind": "encrypt", "items": [{"plaintext": ""}]}), "succeeded")
 
         assert service.job(others)["state"] == "queued"
-        assert redis.llen("kms:kms.files") == 1
+        assert redis.lrange("kms:kms.files", -1, -1) == [b"the next one"]

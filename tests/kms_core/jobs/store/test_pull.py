@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import cast
 
 import pytest
@@ -13,6 +14,7 @@ from kms_core.jobs.recovery.reaper import Heartbeat, Reaper
 from kms_core.jobs.spec import BULK, FILES, QUEUES
 from kms_core.jobs.store import activity, redis_keys
 from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.submission.submitter import new_id
 from kms_protocol.errors import JobsUnavailable
 from support.job_stores import (
     COMMIT,
@@ -329,110 +331,110 @@ def test_a_worker_that_asks_for_jobs_or_renews_is_not_idle(store: JobStore) -> N
 # -- wake-ups --------------------------------------------------------------------------------------------
 
 
-def test_no_more_wake_ups_than_idle_processes(store: JobStore, woken: list[str]) -> None:
-    store.worker_seen("w", 2, QUEUES)
+@pytest.fixture
+def pushing(core: Core) -> JobStore:
+    """A store whose scripts push wake-ups, since the broker is its Redis."""
+    found = core.worker_context.store
+    return JobStore(found.redis, found.record_key, None, LASTING_LEASES)
 
-    submit(store, 10)
 
-    assert woken == [BULK, BULK]
+def wake_ups(store: JobStore, queue: str = BULK) -> int:
+    """Wake-ups in the list of a queue."""
+    return int(store.redis.llen(f"kms:{queue}"))
 
 
-def test_a_worker_is_woken_while_it_lives_and_for_the_queues_that_it_serves(
+@pytest.mark.parametrize("known", ["no worker", "a silent worker", "a busy worker"])
+def test_a_submission_sends_a_wake_up_whatever_is_known_of_workers(pushing: JobStore, known: str) -> None:
+    """A heartbeat that stands still, or a count of idle processes that is wrong, holds no job up."""
+    if known != "no worker":
+        pushing.worker_seen("w", 1, QUEUES)
+        submit(pushing)
+        assert taken(pushing, woken=True)
+        pushing.redis.delete("kms:kms.bulk")
+    if known == "a silent worker":
+        pushing.redis.zadd("kms:workers", {"w": time.time() - 11})
+        pushing.redis.delete("kms:capacity:kms.bulk")  # as versions before had it expire
+
+    submit(pushing, 3)
+
+    pushed = cast("list[bytes]", pushing.redis.lrange("kms:kms.bulk", 0, -1))
+    assert pushed == [redis_keys.encode_message(BULK)] * 3
+    assert json.loads(pushed[0])["body"] == "[[],{},null]", "no job is named"
+    assert wake_ups(pushing, FILES) == 0
+
+
+def test_a_list_that_nobody_takes_from_has_ten_wake_ups(pushing: JobStore) -> None:
+    submit(pushing, 9)
+    assert wake_ups(pushing) == 9
+
+    submit(pushing, 2)
+    assert wake_ups(pushing) == 10
+
+    pushing.split(attempt(pushing), [accepted(items=1, source="items", parent=new_id())])
+    pushing.wake()
+    assert wake_ups(pushing) == 10
+
+
+def test_parts_send_a_wake_up(pushing: JobStore) -> None:
+    (job_id,) = submit(pushing)
+    pushing.redis.delete("kms:kms.bulk")
+
+    pushing.split(attempt(pushing), [accepted(items=1, source="items", parent=job_id) for _ in range(9)])
+
+    assert wake_ups(pushing) == 1
+
+
+def test_a_process_that_was_woken_has_another_one_woken_while_jobs_are_ready(pushing: JobStore) -> None:
+    """So all processes are at work, however few wake-ups there were."""
+    submit(pushing, 4)
+    pushing.redis.delete("kms:kms.bulk")
+
+    assert taken(pushing)
+    assert wake_ups(pushing) == 0, "it was not woken, but goes on"
+    for worker in ("w/2", "w/3"):
+        assert taken(pushing, worker, woken=True)
+        assert wake_ups(pushing) == 1
+        pushing.redis.delete("kms:kms.bulk")
+    assert taken(pushing, "w/4", woken=True)
+    assert wake_ups(pushing) == 0, "nothing is left"
+    assert taken(pushing, "w/5", woken=True) is None
+
+
+def test_where_the_broker_is_elsewhere_each_submission_sends_a_wake_up(
     store: JobStore, woken: list[str]
 ) -> None:
-    submit(store)
-    assert woken == []
+    submit(store, 2)
+    store.submit(accepted())
+    assert woken == [BULK, BULK, FILES]
 
-    store.worker_seen("w", 1, (FILES,))
-    store.wake()
-    assert woken == []
-
-    store.worker_seen("w", 5, QUEUES)
-    store.wake()
-    assert woken == [BULK]
-
-    store.worker_left("w")
-    submit(store)
-    assert woken == [BULK]
-    assert store.workers() == 0
+    assert taken(store, woken=True)
+    assert woken[3:] == [BULK, FILES]
+    assert wake_ups(store) == 0
 
 
-def test_a_worker_that_died_is_sent_no_wake_up_and_takes_none_from_others(
-    store: JobStore, woken: list[str]
-) -> None:
-    store.worker_seen("dead", 2, QUEUES)
-    submit(store)
-    taken(store, "dead/1", woken=True)
-    store.redis.zadd("kms:workers", {"dead": store.now() - 6, "long ago": store.now() - 60})
-    woken.clear()
-
-    store.worker_seen("w", 1, QUEUES)
-    submit(store, 3)
-
-    assert woken == [BULK]
-    assert store.redis.zrange("kms:workers", 0, -1) == [b"dead", b"w"]
-    assert store.workers() == 1
-
-
-def test_a_busy_process_is_sent_no_wake_up(store: JobStore, woken: list[str]) -> None:
-    store.worker_seen("w", 1, QUEUES)
-    submit(store)
-    taken(store, woken=True)
-
-    submit(store)
-    assert woken == [BULK]
-
-    taken(store)
-    assert taken(store) is None  # it is idle again
-    submit(store)
-    assert woken == [BULK, BULK]
-
-
-def test_the_note_that_a_process_takes_jobs_lasts_as_long_as_its_lease(
-    store: JobStore, woken: list[str]
-) -> None:
-    store.worker_seen("w", 1, QUEUES)
-    submit(store)
-    taken(store, woken=True)
-    assert store.redis.zadd(f"kms:draining:{BULK}", {"w/1": store.now() - 1}, ch=True) == 1
-
-    submit(store)
-
-    assert woken == [BULK, BULK]
-
-
-def test_a_worker_is_woken_from_when_it_takes_messages(store: JobStore, woken: list[str]) -> None:
-    heartbeat = Heartbeat(store, "w")
+def test_a_worker_is_woken_when_it_begins_to_take_messages(pushing: JobStore) -> None:
+    submit(pushing, 3)
+    pushing.redis.delete("kms:kms.bulk")
+    heartbeat = Heartbeat(pushing, "w")
     heartbeat.start()
     try:
-        submit(store, 3)
-        assert store.workers() == 1
-        assert woken == []
+        assert pushing.workers() == 1
+        assert wake_ups(pushing) == 0
 
         heartbeat.serve()
-        assert woken == [BULK, BULK]
+        assert wake_ups(pushing) == 1
     finally:
         heartbeat.stop()
         heartbeat.join()
-    assert store.workers() == 0
+    assert pushing.workers() == 0
 
 
-def test_a_worker_is_woken_for_the_queues_that_its_settings_name(core: Core, woken: list[str]) -> None:
-    store = store_of(core, with_jobs(queues=(BULK,)), woken=woken)
-    Heartbeat(store, "w").serve()
-
-    store.submit(accepted())
-    assert woken == []
-    submit(store)
-    assert woken == [BULK]
-
-
-def test_no_wake_up_for_jobs_of_a_tenant_at_its_cap(capped: JobStore, woken: list[str]) -> None:
+def test_the_reaper_sends_none_for_jobs_of_a_tenant_at_its_cap(capped: JobStore, woken: list[str]) -> None:
     submit(capped, 3)
     running = attempt(capped)
     assert taken(capped) is None
+    woken.clear()
 
-    capped.worker_seen("w", 1, QUEUES)
     capped.wake()
     assert woken == []
     assert not capped.has_ready(*QUEUES)  # or a watchdog would end the worker, which takes nothing
@@ -444,52 +446,30 @@ def test_no_wake_up_for_jobs_of_a_tenant_at_its_cap(capped: JobStore, woken: lis
     assert woken == [BULK]
 
 
-@pytest.mark.parametrize("how", ["forgotten", "silent", "miscounted"])
-def test_a_worker_that_is_back_is_counted_at_once(store: JobStore, woken: list[str], how: str) -> None:
-    """And where others wrote the count of processes."""
-    store.worker_seen("w", 1, QUEUES)
-    store.redis.delete("kms:capacity:kms.bulk")  # as after ten seconds
-    if how == "forgotten":  # as after a fail-over
-        store.redis.delete("kms:workers", "kms:slots")
-    elif how == "silent":
-        store.redis.zadd("kms:workers", {"w": time.time() - 11})
-    else:
-        store.redis.set("kms:capacity:kms.bulk", 0)  # without an expiry
-    store.worker_seen("w", 1, QUEUES, counts=how == "miscounted")
-
-    submit(store)
-
-    assert woken == [BULK]
-
-
-def test_processes_of_a_killed_worker_are_counted_no_more(store: JobStore, woken: list[str]) -> None:
-    store.worker_seen("killed", 4, QUEUES)
+def test_a_killed_worker_is_forgotten(store: JobStore) -> None:
     heartbeat = Heartbeat(store, "w")
     heartbeat.serve()
-    store.redis.zadd("kms:workers", {"killed": time.time() - 60})
+    for name in ("killed", "long ago"):
+        store.worker_seen(name, 4, QUEUES)
+        store.stuck(name, 1, 60, [])
+    store.redis.zadd("kms:workers", {"killed": time.time() - 6, "long ago": time.time() - 60})
+    assert store.workers() == 1
+
     for _ in range(3):
         heartbeat.round()
 
-    submit(store, 5)
+    assert store.redis.zrange("kms:workers", 0, -1) == [b"killed", b"w"]
+    assert store.redis.hkeys("kms:slots") == [b"w"]
+    assert store.redis.hkeys("kms:stuck") == []
 
-    assert woken == [BULK] * store.rules.concurrency
-    assert store.workers() == 1
 
+def test_a_lost_wake_up_is_sent_again(pushing: JobStore) -> None:
+    submit(pushing, 2)
+    pushing.redis.delete("kms:kms.bulk")
 
-def test_a_lost_wake_up_is_sent_again(store: JobStore, woken: list[str]) -> None:
-    store.worker_seen("w", 1, QUEUES)
-    (waiting,) = submit(store)
-    reaper = Reaper(store, "r")
-    reaper.step()
-    assert woken == [BULK], "it may still come"
-    (wake_up,) = cast("list[bytes]", store.redis.zrange("kms:wakes:kms.bulk", 0, -1))
-    sent = store.redis.zscore("kms:waiting:kms.bulk:normal", waiting) or 0
-    assert store.redis.zscore("kms:wakes:kms.bulk", wake_up) == pytest.approx(sent + 1, abs=1e-3)
+    Reaper(pushing, "r").step()
 
-    store.redis.delete("kms:wakes:kms.bulk")  # as after a second
-    reaper.step()
-
-    assert woken == [BULK, BULK]
+    assert wake_ups(pushing) == 1
 
 
 def test_a_worker_is_woken_to_end_a_job_whose_parts_have_ended(store: JobStore, woken: list[str]) -> None:
@@ -499,37 +479,12 @@ def test_a_worker_is_woken_to_end_a_job_whose_parts_have_ended(store: JobStore, 
     store.split(whole, [part])
     store.finish(take(store, part.job_id), "succeeded")
     expire_leases(store)
-    store.worker_seen("w", 1, QUEUES)
+    woken.clear()
 
     Reaper(store, "r").step()
 
     assert BULK in woken
     assert store.next("w/1", BULK, QUEUES, woken=True) == whole.accepted.job_id
-
-
-def test_a_process_that_stops_hands_on(store: JobStore, woken: list[str]) -> None:
-    store.worker_seen("w", 1, QUEUES)
-    submit(store, 2)
-    taken(store, woken=True)
-
-    store.drained("w/1", BULK, QUEUES)
-    assert woken == [BULK, BULK]
-
-    taken(store, woken=True)
-    store.drained("w/1", BULK, QUEUES)
-    assert woken == [BULK, BULK], "no job is ready"
-
-
-def test_where_the_broker_is_the_same_redis_the_script_pushes(core: Core) -> None:
-    found = core.worker_context.store
-    store = JobStore(found.redis, found.record_key, None, LASTING_LEASES)
-    store.worker_seen("w", 1, QUEUES)
-
-    submit(store, 3)
-
-    pushed = store.redis.lrange("kms:kms.bulk", 0, -1)
-    assert pushed == [redis_keys.encode_message(BULK)]
-    assert json.loads(pushed[0])["body"] == "[[],{},null]", "no job is named"
 
 
 def test_a_failed_wake_up_loses_no_job(core: Core) -> None:
@@ -538,10 +493,22 @@ def test_a_failed_wake_up_loses_no_job(core: Core) -> None:
 
     found = core.worker_context.store
     store = JobStore(found.redis, found.record_key, broken, LASTING_LEASES)
-    store.worker_seen("w", 1, QUEUES)
+
+    submit(store, 2)
+    assert taken(store, woken=True) == TENANT
+
+
+def test_a_claimed_job_is_not_left_because_redis_went_away_before_the_next_wake_up(core: Core) -> None:
+    class Away(JobStore):
+        def wake(self, queues: Sequence[str] = QUEUES) -> None:
+            del queues
+            raise JobsUnavailable
+
+    found = core.worker_context.store
+    store = Away(found.redis, found.record_key, None, LASTING_LEASES)
 
     submit(store)
-    assert taken(store) == TENANT
+    assert taken(store, woken=True) == TENANT
 
 
 # -- junk ------------------------------------------------------------------

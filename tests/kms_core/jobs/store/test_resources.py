@@ -76,7 +76,6 @@ def test_a_renewed_lease_counts_on_wherever_it_counts(core: Core) -> None:
         f"kms:used:{NAS}": job_id,
         "kms:probes:w": NAS,
         "kms:large:w": job_id,
-        f"kms:draining:{BULK}": "w/1",
         "kms:leased": job_id,
     }
     soon = store.now() + 1
@@ -116,14 +115,14 @@ def test_a_job_holds_each_resource_that_it_uses(core: Core) -> None:
     assert activity.survey_queues(store).leases == {BUCKET: 1, "backend:aws": 2}
 
 
-def test_what_waits_for_a_bound_wakes_nobody(core: Core) -> None:
+def test_the_reaper_wakes_nobody_for_what_waits_for_a_bound(core: Core) -> None:
     woken: list[str] = []
     store = store_of(core, with_jobs(resource_leases={NAS: 1}), woken=woken)
     for _ in range(20):
         submit(store, [NAS])
     attempt(store)
     assert taken(store) is None
-    store.worker_seen("w", 4, QUEUES)
+    woken.clear()
 
     store.wake()
     assert woken == []

@@ -105,7 +105,6 @@ def test_a_tenant_without_jobs_is_taken_out_of_the_choice(core: Core) -> None:
     """Or the watchdog of each idle worker would take it for one that hears nothing."""
     woken: list[str] = []
     store = store_of(core, LASTING_LEASES, woken=woken)
-    store.worker_seen("w1", 1, QUEUES)
     entries(store, "active:kms.bulk", 1.0, "nobody")
 
     Reaper(store, "me").step()

@@ -3,11 +3,11 @@
 -- O(log n) for each tenant and class that is passed over because all that it has ready is capped.
 -- KEYS: job, or any key of jobs where none is named; busy sign of the worker
 -- ARGV: id or '', worker, lease_s, most attempts, keep_s, most leases of a tenant, bytes of a large job, most
---   large jobs on this worker (0: any), most leases of each resource as JSON, queue of the wake-up that is
---   followed or '', id of the new attempt, queues that the worker serves, of which the first comes first
+--   large jobs on this worker (0: any), most leases of each resource as JSON, id of the new attempt, queues that
+--   the worker serves, of which the first comes first
 -- Answers `none`; `chore` and a job that wants a hand; `closed`, a job, its state and code; `claimed`, the job
 -- and its input where that is small; or why the job that was named is not to be had.
-local worker, tenant_cap, large_cap, attempt_id = ARGV[2], tonumber(ARGV[6]), tonumber(ARGV[8]), ARGV[11]
+local worker, tenant_cap, large_cap, attempt_id = ARGV[2], tonumber(ARGV[6]), tonumber(ARGV[8]), ARGV[10]
 local large, bounds = large_key(worker), cjson.decode(ARGV[9])
 
 local function may_be_large()
@@ -172,14 +172,7 @@ for _, name in ipairs(redis.call('ZRANGE', P .. 'chores', 0, 15)) do
     if f[1] then return {'chore', name} end  -- else its record is gone
   end
 end
-if ARGV[10] ~= '' then  -- the first job of some: renewals keep the note
-  redis.call('ZPOPMIN', wakes_key(ARGV[10]))
-  for i = 12, #ARGV do
-    redis.call('ZADD', draining_key(ARGV[i]), now + tonumber(ARGV[3]), worker)
-    redis.call('EXPIRE', draining_key(ARGV[i]), 3600)
-  end
-end
-for i = 12, #ARGV do
+for i = 11, #ARGV do
   for count = 1, 100 do
     local name, tenant, class = choose(ARGV[i])
     if not name then break end
@@ -191,5 +184,4 @@ for i = 12, #ARGV do
     end
   end
 end
-for i = 12, #ARGV do redis.call('ZREM', draining_key(ARGV[i]), worker) end
 return {'none'}

@@ -26,7 +26,7 @@
 --   ended, dead, dead:<t>       results by expiry; dead jobs, and those of a tenant
 --   inputs                      ended jobs whose input is still in the spool, by when they ended
 --   chores                      jobs that want a worker's hand: to be tidied, or to be ended after their parts
---   wakes:<q>, draining:<q>     wake-ups under way, and processes that take jobs; capacity:<q> counts processes
+--   slots                       processes of each worker, and the queues that they serve
 --   newer                       open jobs that a worker put aside for one of a newer version, by when
 --   events                      a stream with one record for each transition
 --   operations                  a stream with the sums of all operations, a point a minute for a day
@@ -38,8 +38,6 @@ local now = tonumber(clock[1]) + tonumber(clock[2]) / 1000000
 local job, id = KEYS[1], ARGV[1]
 
 local PENALTY_S = { high = 0, normal = 600, low = 3600 }
-local QUEUES = { ['kms.bulk'] = true, ['kms.files'] = true, ['kms.maintenance'] = true }
-local WAKE_S = 1  -- in which a wake-up is taken, or it is lost
 local EXPIRY_S = 3  -- in which a worker ends an attempt that runs for too long, before others may
 
 local function number(text) return tonumber(text) or 0 end  -- of a field that may be missing
@@ -349,39 +347,19 @@ end
 
 -- -- wake-ups ------------------------------------------------------------------------------------------
 
-local function wakes_key(queue) return P .. 'wakes:' .. queue end
-local function draining_key(queue) return P .. 'draining:' .. queue end
+local MOST_WAKE_UPS = @MOST_WAKE_UPS@
 
 -- Whether a queue has jobs that may run: ready ones, of a tenant that is not at its cap.
 local function has_choice(queue)
   return redis.call('EXISTS', active_key(queue)) == 1
 end
 
-local function ready_jobs(queue)
-  local found = 0
-  for priority in pairs(PENALTY_S) do
-    found = found + redis.call('ZCARD', P .. 'waiting:' .. queue .. ':' .. priority)
-  end
-  return found
-end
-
--- Processes that would take a wake-up for a queue.
-local function idle(queue)
-  local processes = number(redis.call('GET', P .. 'capacity:' .. queue))
-  if processes == 0 then return 0 end
-  redis.call('ZREMRANGEBYSCORE', draining_key(queue), 0, now)
-  return math.max(0, processes - lasting(wakes_key(queue)) - redis.call('ZCARD', draining_key(queue)))
-end
-
--- Note up to `most` wake-ups, and push them where the broker is in this Redis. Answers how many others are
--- to send. `list` is empty where the broker is elsewhere.
-local function wake(queue, most, list, message)
-  local count = math.min(most, idle(queue))
-  for i = 1, count do
-    redis.call('ZADD', wakes_key(queue), now + WAKE_S, clock[1] .. clock[2] .. '.' .. i)
-    if list ~= '' then redis.call('LPUSH', list, message) end
-  end
-  return list == '' and count or 0
+-- Push a wake-up into the broker's list of a queue, unless that is full. Where the broker is elsewhere `list` is
+-- empty. Answers how many the caller is to send there.
+local function wake(list, message)
+  if list == '' then return 1 end
+  if redis.call('LLEN', list) < MOST_WAKE_UPS then redis.call('LPUSH', list, message) end
+  return 0
 end
 
 -- -- leases and ends -----------------------------------------------------------------------------------

@@ -12,9 +12,6 @@ redis.call('HSET', job, 'lease_until', lease_until, unpack(ARGV, 4))
 charge_lease(job, f)
 redis.call('ZADD', P .. 'leased', lease_until, id)
 redis.call('ZADD', leases_key(f.tenant), lease_until, id)
-for queue in pairs(QUEUES) do
-  redis.call('ZADD', draining_key(queue), 'XX', lease_until, f.worker or '')
-end
 for _, resource in ipairs(resources_of(f.resources)) do
   redis.call('ZADD', used_key(resource), 'XX', lease_until, id)
   redis.call('ZADD', probes_key(f.worker), 'XX', lease_until, resource)

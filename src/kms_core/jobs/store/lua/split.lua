@@ -43,4 +43,4 @@ redis.call('HSET', job, 'split', ARGV[3], 'parts', #names, 'parts_left', #names,
   'items', string.format('%.0f', items), 'bytes', string.format('%.0f', bytes))
 release(f, id)
 redis.call('ZADD', P .. 'leased', expires, id)
-return {'split', wake(f.queue, #names, ARGV[5], ARGV[6])}
+return {'split', wake(ARGV[5], ARGV[6])}

@@ -67,4 +67,4 @@ for digest in string.gmatch(f.labels or '', '%x+') do redis.call('ZADD', P .. 'l
 index_group(id, f, true, tonumber(ARGV[4]) + 3600)
 offer(id, f, ARGV[10])
 event(f, id, 'queued', '')
-return {'queued', wake(f.queue, 1, ARGV[11], ARGV[12])}
+return {'queued', wake(ARGV[11], ARGV[12])}
