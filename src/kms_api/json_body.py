@@ -28,9 +28,6 @@ _MOMENT_S: Final = 1.0
 _NEARLY: Final = 0.75
 """The ratio of ``difflib`` above which two names of fields are alike."""
 _UNKNOWN_FIELD: Final = re.compile(r"Object contains unknown field `(?:([a-z_]{1,40})`)?")
-_REMOVED: Final = {
-    "rate_per_s": "`rate_per_s` is gone: [kms.jobs] resource_leases and tenant_leases limit the running parts"
-}
 _FIELDS: Final = sorted(
     {field for shape in wire.Body.__subclasses__() for field in shape.__struct_encode_fields__}
 )
@@ -161,8 +158,6 @@ def _reason(exc: Exception, shape: type[wire.Body]) -> str:
     at = f" at {path[1]}" if path else ""
     unknown = _UNKNOWN_FIELD.match(text)
     if unknown:
-        if removed := _REMOVED.get(unknown[1] or ""):
-            return removed
         known = _FIELDS if path else shape.__struct_encode_fields__
         nearest = difflib.get_close_matches(unknown[1] or "", known, 1, _NEARLY)
         if nearest:

@@ -120,7 +120,6 @@ async def test_unknown_field_of_an_item_is_found_by_its_place() -> None:
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        (b'{"kind": "rewrap", "rate_per_s": 5}', "`rate_per_s` is gone: [kms.jobs] resource_leases"),
         (b'{"kind": "encrypt", "targt": ""}', "unknown field `targt`; did you mean `target`?"),
         (b'{"kind": "encrypt", "items": [{"plain_text": ""}]}', "at $.items[0]; did you mean `plaintext`?"),
     ],

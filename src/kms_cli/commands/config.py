@@ -18,7 +18,6 @@ from kms_core.settings.lint import Weakness, unaccepted, weaknesses
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.load import origins
 from kms_core.settings.model import Settings
-from kms_core.settings.toml_reader import REMOVED
 from kms_core.settings.validation import check_exposure
 from kms_protocol.errors import EXIT_OTHER, ConfigurationError
 
@@ -103,8 +102,6 @@ def _settings(settings: Settings) -> Iterator[tuple[Sequence[str], object]]:
     for scheme, section in settings.backends.items():
         tables[table_of(scheme)] = msgspec.to_builtins(section, enc_hook=str)
     for names, value in _flat(tables):
-        if f"kms.{'.'.join(names)}" in REMOVED:
-            continue
         yield names, _HIDDEN if ".".join(names) in hidden else _redacted(".".join(names), value)
 
 

@@ -22,42 +22,6 @@ Shape = TypeVar("Shape", bound=msgspec.Struct)
 _VARIABLE: Final = re.compile(
     r"\$\$\{|\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}|(?P<bad>\$\{)"
 )
-_REPLACED: Final = {  # names below [kms], by what takes their place
-    "copy the files of the log, and name the copies in kms.audit.copies": "audit.sinks",
-    "files of the log end at 64 MiB, and each day": "audit.rotate_bytes",
-    "the Vault API is at kms.port, below /v1/": "facade.port",
-    "larger data is streamed, to /files or as NDJSON": "limits",
-    "requests without room are refused at once, and clients try again": "server.admission_wait_s",
-    "the bound is fixed: docs/operations.md, Limits on requests": (
-        "server.connections server.json_bytes server.json_bytes_per_tenant server.json_bytes_per_credential "
-        "server.json_body_s server.streams server.streams_per_tenant server.streams_per_credential "
-        "server.logins server.logins_per_address "
-        "server.transfer_grace_s server.transfer_bytes_per_s server.transfer_stall_s"
-    ),
-    "kms.server.uploads bounds uploads and downloads: half of it for a tenant, a quarter for a credential": (
-        "server.uploads_per_tenant server.uploads_per_credential "
-        "server.downloads server.downloads_per_tenant server.downloads_per_credential"
-    ),
-    "each job may name its start_by, run_by and keep_for, 30 days ahead at most": (
-        "jobs.start_within_s jobs.run_within_s jobs.deadline_max_s jobs.keep_max_s"
-    ),
-    "jobs that read 64 MiB are large, and kms.jobs.reserved_processes keeps room for others": (
-        "jobs.large_job_bytes"
-    ),
-    "a worker that claims nothing for two minutes is started again": "jobs.watchdog_s",
-    "a version seals 2^32 messages, the limit of AES-GCM": "rotation.budget_messages",
-    "the scope generate_data_key says who gets data keys": (
-        "awskms.data_keys transit.data_keys vault_kv.data_keys"
-    ),
-    "trusted proxies send X-Forwarded-For": "server.proxy_header",
-    "only a credential whose scope names rotate makes new versions": "rotation.max_per_hour",
-    "rotation.every_days above 0 also replaces a version whose budget is used": "rotation.budget_rotates",
-    "the bound is 4 GiB: fill the holes of a source (cp --sparse=never)": "jobs.source_max_hole_bytes",
-}
-REMOVED: Final[Mapping[str, str]] = {
-    f"kms.{name}": instead for instead, names in _REPLACED.items() for name in names.split()
-}
-"""Settings of earlier versions, each with what takes its place, which the error says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +120,6 @@ class SectionReader:
         fields = {item.encode_name: item for item in msgspec.structs.fields(shape)}
         given = {name: item for name, item in _as_table(value, where).items() if name not in elsewhere}
         for name in given.keys() - fields.keys():
-            if instead := REMOVED.get(f"{where}.{name}"):
-                raise ConfigurationError(f"{where}.{name} is no longer a setting: {instead}")
             raise ConfigurationError(f"{where}.{name} is not a setting{nearest(name, (*fields, *elsewhere))}")
         for name, item in fields.items():
             if item.required and name not in given:

@@ -11,7 +11,6 @@ from kms_core.backends.cosmian.settings import CosmianSection
 from kms_core.sections import Section
 from kms_core.settings.load import VARIABLES, load
 from kms_core.settings.model import KmsSection
-from kms_core.settings.toml_reader import REMOVED
 from kms_protocol import wire
 from kms_protocol.errors import ConfigurationError
 from support.settings_files import HOME, read, refusal
@@ -307,13 +306,6 @@ def test_wrong_settings_are_refused_by_path_and_never_echoed(tmp_path: Path, tex
     assert message in detail
     assert str(tmp_path / "kms.toml") in detail
     assert "secret" not in detail
-
-
-@pytest.mark.parametrize("name", REMOVED)
-def test_a_removed_setting_is_refused_with_what_takes_its_place(tmp_path: Path, name: str) -> None:
-    section, _, key = name.rpartition(".")
-
-    assert f"{name} is no longer a setting: {REMOVED[name]}" in refusal(tmp_path, f"[{section}]\n{key} = 1")
 
 
 def test_wrong_variables_are_named_and_never_echoed() -> None:
