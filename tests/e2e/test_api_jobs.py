@@ -130,10 +130,10 @@ def test_stream_may_lack_its_last_newline_and_hold_empty_lines(service: Service)
 def test_stream_that_is_not_understood_leaves_nothing(
     service: Service, query: str, body: bytes, status: int, code: str
 ) -> None:
-    before = service.spooled()
+    before = set(service.spooled())
 
     check_problem(service.post(f"/jobs{query}", content=body, headers=NDJSON), status, code)
-    assert service.spooled() == before
+    assert set(service.spooled()) <= before
 
 
 def test_json_takes_ten_thousand_items_and_points_to_the_stream_for_more(service: Service) -> None:

@@ -195,9 +195,9 @@ def test_a_migration_shows_lines_in_turn_with_its_messages(
         moving = Migration(read, lambda _: b"plaintext", None, Lines(io.BytesIO()), line)
         moving.run([b"vault:v1:x", b"{"])
 
-    first, failure = drawn(capsys.readouterr().err)
-    assert first == "migrating 1 lines"
-    assert failure.startswith("kms: line 2: invalid_request: ")
+    lines = drawn(capsys.readouterr().err)
+    (failed,) = [at for at, text in enumerate(lines) if text.startswith("kms: line 2: invalid_request: ")]
+    assert lines[failed - 1] == "migrating 1 lines"
 
 
 @pytest.mark.parametrize("columns", [10, 40])
