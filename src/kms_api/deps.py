@@ -1,10 +1,11 @@
 """State shared by routes: the service, the caller of a request, and thread pools for calls that wait."""
 
-from collections.abc import Callable, Iterable
+import asyncio
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Final, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, Self, TypeVar, cast
 
 import anyio.to_thread
 from fastapi import Request
@@ -37,10 +38,18 @@ ANONYMOUS: Final = Principal("")
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Threads of one purpose: calls that hang there leave the threads of other pools free."""
+    """Threads of one purpose: calls that hang there leave the threads of other pools free.
+
+    A ``tenant`` that is named holds half of them at most.
+    """
 
     name: str
     threads: int = 16
+    tenant: str = ""
+
+    def of(self, tenant: str) -> Self:
+        """These threads for a call whose work grows with what a caller of this tenant asks for."""
+        return replace(self, tenant=tenant)
 
 
 AUDIT: Final = Pool("audit")
@@ -68,6 +77,8 @@ class Service:
     """The threads that seal, open, write and read the slabs of files."""
     authenticator: Authenticator | None
     """None if requests need no credentials."""
+    looks: dict[Hashable, asyncio.Task[Any]] = field(default_factory=dict)
+    """Calls of ``run_shared`` that have not begun."""
 
     def can_record(self) -> bool:
         """Return whether audit records can be written now."""
@@ -90,10 +101,42 @@ class Service:
         """Call a function in a thread of ``pool``, or on the event loop if that is None."""
         if pool is None:
             return function(*args, **kwargs)
-        limiter = self.limiters.get(pool.name)
-        if limiter is None:
-            limiter = self.limiters[pool.name] = anyio.CapacityLimiter(pool.threads)
-        return await anyio.to_thread.run_sync(partial(function, *args, **kwargs), limiter=limiter)
+        called = partial(function, *args, **kwargs)
+        threads = _limiter(self.limiters, pool.name, pool.threads)
+        if not pool.tenant:
+            return await anyio.to_thread.run_sync(called, limiter=threads)
+        async with _limiter(self.limiters, f"{pool.name} of {pool.tenant}", (pool.threads + 1) // 2):
+            return await anyio.to_thread.run_sync(called, limiter=threads)
+
+    async def run_shared(self, pool: Pool, after_s: float, look: Callable[..., R], *about: Hashable) -> R:
+        """Call a function in a thread of ``pool`` for all who ask for the same before it begins (ADR 68).
+
+        It begins ``after_s`` seconds after the first of them, or later, so each finds what was true when it
+        asked, or later. A caller that goes away ends the call for no other.
+        """
+        key = (look, about, after_s)
+
+        def begun() -> R:
+            del self.looks[key]
+            return look(*about)
+
+        async def called() -> R:
+            await anyio.sleep(after_s)
+            return await self.run(pool, begun)
+
+        task = self.looks.get(key)
+        if task is None:
+            task = self.looks[key] = asyncio.create_task(called())
+            task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # if all have gone
+        return cast("R", await asyncio.shield(task))
+
+
+def _limiter(limiters: dict[str, anyio.CapacityLimiter], name: str, threads: int) -> anyio.CapacityLimiter:
+    """The limiter of this name, made when it is first needed."""
+    found = limiters.get(name)
+    if found is None:
+        found = limiters[name] = anyio.CapacityLimiter(threads)
+    return found
 
 
 def service(request: Request) -> Service:

@@ -125,6 +125,15 @@ async def no_body(request: Request) -> None:
     del request
 
 
+def of_tenant(pool: Pool) -> Callable[[Call[object]], Pool]:
+    """Threads for a handler whose work grows with what its caller asks for: see ``Pool.of``."""
+    return lambda call: pool.of(call.caller.tenant)
+
+
+LISTS: Final = of_tenant(Pool("lists", 2))
+"""Threads for reads of many records, which compute for most of their time: see ``LOCAL_BATCHES``."""
+
+
 def endpoint_of(
     handler: Callable[[Call[B]], A | Response],
     read: Reader[B],

@@ -1,10 +1,9 @@
 """Answers about jobs: their wire form, the answer to a submission, and long polls (``?wait=``)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 import anyio
 import msgspec
@@ -26,7 +25,6 @@ from kms_protocol.units import time_text
 POLLS: Final = Pool("events", 2)
 """Polls of all streams and waits: more threads would take the interpreter's lock from other calls."""
 _PAUSES_S: Final = (0.01, 0.5)
-E = TypeVar("E", Job, wire.GroupOut)
 
 
 def wait_of(call: Call[None]) -> int:
@@ -46,27 +44,14 @@ async def awaited(call: Call[None], job: Job, wait_s: int) -> Job:
     held.release()
     with suppress(Unavailable, UnknownJob):
         held.take("streams")
-        look = partial(call.service.submitter.store.get, job.job_id, job.tenant)
-        return await polled(call, job, look, wait_s, _PAUSES_S)
+        get = call.service.submitter.store.get
+        until, (pause_s, longest_s) = anyio.current_time() + wait_s, _PAUSES_S
+        while (left_s := until - anyio.current_time()) > 0 and not job.ended:
+            if should_end(call.request.scope):
+                break
+            job = await call.service.run_shared(POLLS, min(pause_s, left_s), get, job.job_id, job.tenant)
+            pause_s = min(pause_s * 1.5, longest_s)
     return job
-
-
-async def polled(
-    call: Call[None], found: E, look: Callable[[], E], wait_s: int, pauses_s: tuple[float, float]
-) -> E:
-    """A job or group as ``look`` finds it once it has ended, or after ``wait_s`` seconds.
-
-    ``pauses_s`` are the first and the longest pause between two looks. It ends early if the caller goes away
-    or the server stops. Raises what ``look`` raises.
-    """
-    until, (pause_s, longest_s) = anyio.current_time() + wait_s, pauses_s
-    while (left_s := until - anyio.current_time()) > 0 and not found.ended:
-        await anyio.sleep(min(pause_s, left_s))
-        pause_s = min(pause_s * 1.5, longest_s)
-        if should_end(call.request.scope):
-            break
-        found = await call.service.run(POLLS, look)
-    return found
 
 
 async def accepted(call: Call[None], job: Job, wait_s: int = 0) -> Response:

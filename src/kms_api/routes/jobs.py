@@ -1,6 +1,6 @@
 """Jobs: submission of items and file references, state, waits, events, cancellation and retry."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from functools import partial
 from typing import Final, get_args
 
@@ -11,8 +11,8 @@ from kms_api import json_body
 from kms_api.deps import STORE, Service
 from kms_api.openapi import describe
 from kms_api.routes.files import check_reader, idempotency, labels_of, one_of, submit_stream
-from kms_api.routes.job_answers import POLLS, accepted, awaited, polled, shape, wait_of
-from kms_api.routing import READ, WRITE, Call, Router, no_body
+from kms_api.routes.job_answers import POLLS, accepted, awaited, shape, wait_of
+from kms_api.routing import LISTS, READ, WRITE, Call, Router, no_body
 from kms_api.transport.admission import reservation_of, should_end
 from kms_api.transport.bodies import WatchedResponse
 from kms_core import audit
@@ -42,7 +42,6 @@ def intake(call: Call[None]) -> wire.IntakeOut:
 
 
 _POLL_S: Final = 0.25
-_PAUSES_OF_GROUPS_S: Final = (0.25, 1.0)  # each look at a group reads all its jobs
 _KEEP_ALIVE_S: Final = 15.0
 _PAGE: Final = (100, 1, 1000)
 """The jobs of a page: the default, and the bounds."""
@@ -219,12 +218,38 @@ async def _told(
 async def get_group(call: Call[None]) -> Response:
     """The jobs of a group by state; with ``?wait=`` (seconds) once all have ended, or after that time."""
     wait_s = wait_of(call)
-    look = partial(group_of, call.service.submitter.store, call.caller.tenant, call.path("name"))
-    found = await call.service.run(STORE, look)
-    if wait_s and not found.ended:
+    found = None if wait_s and (await _counts(call, 0.0))[1] else await _group(call)
+    if wait_s and not (found and found.ended):
         reservation_of(call.request.scope).take("streams")
-        found = await polled(call, found, look, wait_s, _PAUSES_OF_GROUPS_S)
-    return json_body.answer(found)
+        found = await _group_at_end(call, wait_s, found.jobs if found else 0)
+    return json_body.answer(found or await _group(call))
+
+
+async def _group_at_end(call: Call[None], wait_s: int, jobs: int) -> wire.GroupOut:
+    """The group once all its jobs have ended, or as it is after ``wait_s`` seconds.
+
+    It has at least ``jobs``. Its counts are not signed: they say that it has not ended, and else its jobs are
+    verified.
+    """
+    until, seen = anyio.current_time() + wait_s, (0, 0)
+    while anyio.current_time() < until and not should_end(call.request.scope):
+        counts = submitted, still_open = await _counts(call, _POLL_S)
+        if not still_open and submitted >= jobs and counts != seen:
+            found, seen = await _group(call), counts
+            if found.ended:
+                return found
+            jobs = found.jobs
+    return await _group(call)
+
+
+def _counts(call: Call[None], after_s: float) -> Awaitable[tuple[int, int]]:
+    counts = call.service.submitter.store.group_counts
+    return call.service.run_shared(POLLS, after_s, counts, call.caller.tenant, call.path("name"))
+
+
+def _group(call: Call[None]) -> Awaitable[wire.GroupOut]:
+    about = call.service.submitter.store, call.caller.tenant, call.path("name")
+    return call.service.run_shared(LISTS(call), 0.0, group_of, *about)
 
 
 @router.call(

@@ -20,6 +20,7 @@ from pyrage import x25519
 from starlette.types import Receive, Scope, Send
 
 from kms_api import app
+from kms_api.deps import Service
 from kms_cli.local.up import make_identity
 from kms_core.auth import tokens
 from kms_core.auth.client_certificates import PresentedCertificate, authority_of, key_of
@@ -109,7 +110,7 @@ class Application:
         self.install = self._installed(folder, redis)
         self.caller = Caller()  # for whom a request is being made
         self._app = app.build(self.install.settings)
-        self._core = core_of(self.install)
+        self.core = core_of(self.install)
         self._sender = Caller()
         self._portal = portal
         self._serve()
@@ -157,6 +158,19 @@ class Application:
         self._http.close()
         self._server.should_exit = True
         self._served.result()
+
+    @property
+    def service(self) -> Service:
+        """The state that its routes share."""
+        layer: Any = self._app
+        while not hasattr(layer, "state"):
+            layer = getattr(layer, "_app", None) or layer.app
+        found: Service = layer.state.service
+        return found
+
+    def streams(self) -> int:
+        """The number of event streams and waits that are open."""
+        return self._app._budgets["streams"].held  # type: ignore[attr-defined, no-any-return]  # noqa: SLF001 -- nothing else shows it
 
     # -- callers -----------------------------------------------------------------------------------------
 
@@ -240,7 +254,7 @@ class Application:
 
     def state(self, path: str) -> tuple[object, ...]:
         """What a request to this path could change: its job, jobs, deliveries, a key, targets of files."""
-        redis, job = self._core.worker_context.store.redis, _JOB.search(path)
+        redis, job = self.core.worker_context.store.redis, _JOB.search(path)
         return (
             redis.hgetall(job_key(job[0])) if job else {},
             redis.zcard("kms:open"),
@@ -288,7 +302,7 @@ class Application:
         group = wire.GroupIn(name=name, jobs=1)
         who = Principal(self.master.name, "default", "token:x")
         options = SubmissionOptions(who, "encrypt", Context.parse(CONTEXT), group=group)
-        self._core.submitter.items(options, [wire.JobItem(plaintext=b"seventeen")])
+        self.core.submitter.items(options, [wire.JobItem(plaintext=b"seventeen")])
         return name
 
     def job(
@@ -301,7 +315,7 @@ class Application:
     ) -> str:
         """A new job of ``owner``, or of somebody else of the default tenant, that waits or is dead."""
         by = owner or self.master
-        desk, store = self._core.submitter, self._core.worker_context.store
+        desk, store = self.core.submitter, self.core.worker_context.store
         if kind == "encrypt":
             item = wire.JobItem(plaintext=b"seventeen")
         else:
@@ -328,7 +342,7 @@ class Application:
             tenant="default",
             entry=number.encode(),
         )
-        store = self._core.worker_context.store
+        store = self.core.worker_context.store
         store.redis.zadd("kms:webhooks:due:ci", {number: 0})
         assert Outbox(store, {}).put_off(delivery) is None
         return number

@@ -42,7 +42,8 @@ MOST_GROUPED: Final = 10_000
 _LIST_NAME_BYTES: Final = 16
 FETCHED_S: Final = 60.0
 """So long a fetched result stays: its reader resumes, if the last bytes that were sent did not arrive."""
-_AT_ONCE: Final = 200
+_AT_ONCE: Final = 20
+"""Records in one look. Threads that wait for Redis this often leave the interpreter to the other calls."""
 _log = structlog.get_logger(__name__)
 
 
@@ -212,6 +213,16 @@ class JobReader(StoreMaintenance):
             raise UnknownJob("No job of this group is known")
         return found
 
+    def group_counts(self, tenant: str, name: str) -> tuple[int, int]:
+        """The number of jobs of a group, and of those that have not ended, as Redis says; not verified."""
+        digest = self.group_digest(tenant, name)
+        with redis_errors():
+            pipeline = self.redis.pipeline(transaction=False)
+            pipeline.zcard(f"{PREFIX}group:{digest}")
+            pipeline.scard(f"{PREFIX}group-open:{digest}")
+            submitted, still_open = pipeline.execute()
+        return submitted, still_open
+
     def many(self, job_ids: Sequence[str], tenant: str) -> list[Job]:
         """Return the jobs among these ids that are the tenant's, in this order."""
         jobs = (self._listed(*each) for each in zip(job_ids, repeat(tenant), self._records(job_ids)))
@@ -289,7 +300,7 @@ class JobReader(StoreMaintenance):
         return map(self._part, ids, self._records(ids))
 
     def _records(self, ids: Sequence[str]) -> Iterator[dict[bytes, bytes]]:
-        """The fields of these records, some hundred in one look; none where there is no record."""
+        """The fields of these records, ``_AT_ONCE`` in one look; none where there is no record."""
         for start in range(0, len(ids), _AT_ONCE):
             with redis_errors():
                 pipeline = self.redis.pipeline(transaction=False)

@@ -1,0 +1,62 @@
+"""Waits for groups: how often the store is read for them."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+from kms_core.auth.policy import Principal
+from kms_core.jobs.submission.submitter import SubmissionOptions
+from kms_protocol import wire
+from kms_protocol.context import Context
+from kms_protocol.wire import PREFIX
+from support.authorization.application import Application
+from support.waiting import WAIT_S, until
+
+JOBS: Final = 20
+WAITS: Final = 8
+
+
+def submitted(application: Application, group: wire.GroupIn | None = None) -> str:
+    """The id of a new job of one item, which waits."""
+    who = Principal(application.master.name, "default", application.master.credential)
+    options = SubmissionOptions(who, "encrypt", Context.parse("env=prod"), group=group)
+    return application.core.submitter.items(options, [wire.JobItem(plaintext=b"salary")]).job_id
+
+
+def reads(application: Application, command: str) -> int:
+    """The calls of a command that Redis had."""
+    stats: Any = application.core.worker_context.store.redis.info("commandstats")
+    return int(stats.get(f"cmdstat_{command}", {"calls": 0})["calls"])
+
+
+def test_waits_for_a_group_read_its_jobs_once_when_none_is_open(application: Application) -> None:
+    group, store = wire.GroupIn(name="payroll", jobs=JOBS), application.core.worker_context.store
+    jobs = [submitted(application, group) for _ in range(JOBS)]
+    with ThreadPoolExecutor(WAITS) as pool:
+        path = f"{PREFIX}/job-groups/payroll?wait=60"
+        before, counts = reads(application, "hgetall"), reads(application, "scard")
+        waits = [pool.submit(application.ask, application.master, "GET", path) for _ in range(WAITS)]
+        until(lambda: application.streams() == WAITS, "all wait")
+        until(lambda: reads(application, "scard") > counts + 2 * WAITS, "they have looked several times")
+        assert reads(application, "hgetall") == before, "no job is read while one is open"
+
+        for job_id in jobs[1:]:
+            store.cancel(job_id, "default")
+        of_one = (reads(application, "hgetall") - before) // (JOBS - 1)
+        store.cancel(jobs[0], "default")
+        answers = [each.result().json() for each in waits]
+
+    assert reads(application, "hgetall") == before + JOBS * (of_one + 1), "once for all waits"
+    assert answers == [answers[0]] * WAITS
+    assert (answers[0]["ended"], answers[0]["states"]) == (True, {"cancelled": JOBS})
+
+
+def test_a_wait_for_a_group_ends_with_a_job_that_comes_late(application: Application) -> None:
+    """The group has no open job before, and has not ended."""
+    group, store = wire.GroupIn(name="late", jobs=2), application.core.worker_context.store
+    store.cancel(submitted(application, group), "default")
+    with ThreadPoolExecutor() as pool:
+        wait = pool.submit(application.ask, application.master, "GET", f"{PREFIX}/job-groups/late?wait=60")
+        until(lambda: application.streams() == 1, "it waits")
+        store.cancel(submitted(application, group), "default")
+
+        assert wait.result(WAIT_S / 2).json()["states"] == {"cancelled": 2}, "before its time is over"
