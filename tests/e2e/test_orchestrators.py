@@ -277,10 +277,7 @@ def end(store: JobStore, job_id: str) -> None:
 
 
 def group_events(store: JobStore) -> list[Json]:
-    told = [
-        json.loads(body)
-        for _, body in transitions.read_feed(store, TENANT, transitions.FEED_START, {}).events
-    ]
+    told = [json.loads(event.body) for event in read(store).events]
     return [event for event in told if event["type"] == transitions.GROUP_ENDED]
 
 
@@ -427,7 +424,7 @@ def test_bad_ids_are_refused(service: Service, text: str) -> None:
 
 
 def read(store: JobStore, after: str = transitions.FEED_START, tenant: str = TENANT) -> transitions.FeedBatch:
-    return transitions.read_feed(store, tenant, after, {})
+    return transitions.read_feed(store, tenant, after)
 
 
 def test_events_of_other_tenants_are_not_told(store: JobStore) -> None:
@@ -435,7 +432,7 @@ def test_events_of_other_tenants_are_not_told(store: JobStore) -> None:
     own = store.submit(accepted())
 
     found = read(store)
-    assert [json.loads(body)["subject"] for _, body in found.events] == [own.job_id]
+    assert [json.loads(event.body)["subject"] for event in found.events] == [own.job_id]
     assert read(store, found.cursor).events == []
 
 

@@ -69,6 +69,12 @@ def commands(store: JobStore) -> int:
     return sum(each["calls"] for name, each in stats.items() if name != "cmdstat_info")
 
 
+def round_trips(store: JobStore) -> int:
+    """The reads of its server from clients: of commands that are sent together one for some 16 KiB."""
+    stats: Any = store.redis.info("stats")
+    return int(stats["total_reads_processed"])
+
+
 def depths(store: JobStore) -> dict[QueuePriority, int]:
     """The number of ready jobs by queue and priority."""
     return activity.survey_queues(store).depths

@@ -1,6 +1,7 @@
 """Jobs: submission of items and file references, state, waits, events, cancellation and retry."""
 
 from collections.abc import AsyncIterator, Awaitable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Final, get_args
 
@@ -170,12 +171,8 @@ async def tenant_events(call: Call[None]) -> Response:
     A stream begins behind the ``Last-Event-ID``, without one at the next event. An event ``gap`` says that
     events behind that id are lost: list the jobs.
     """
-    labels, store = labels_of(call.query.getlist("label")), call.service.submitter.store
-    after = call.headers.get("last-event-id")
-    if after is None:
-        batch = transitions.FeedBatch([], await call.service.run(STORE, transitions.newest_id, store))
-    else:
-        batch = await call.service.run(STORE, transitions.read_feed, store, call.caller.tenant, after, labels)
+    labels, after = labels_of(call.query.getlist("label")), call.headers.get("last-event-id")
+    batch = await _newest(call, 0.0) if after is None else await _read(call, after)
     reservation_of(call.request.scope).take("streams")
     told = _told(call, batch, labels)
     return WatchedResponse(told, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
@@ -185,26 +182,31 @@ async def _told(
     call: Call[None], batch: transitions.FeedBatch, labels: Mapping[str, str]
 ) -> AsyncIterator[bytes]:
     """The events of a tenant from a batch on. Ends if Redis does not answer: readers come back."""
-    silent_s, store = 0.0, call.service.submitter.store
-    yield b": connected\n\n"
-    while not should_end(call.request.scope):
-        if batch.is_gapped:
-            yield b"event: gap\ndata: {}\n\n"
-        for event_id, body in batch.events:
-            yield b"id: " + event_id.encode() + b"\nevent: job\ndata: " + body + b"\n\n"
-            silent_s = 0.0
-        if silent_s >= _KEEP_ALIVE_S:
-            yield b": still here\n\n"
-            silent_s = 0.0
-        if not batch.is_full:
-            await anyio.sleep(_POLL_S)
-            silent_s += _POLL_S
-        try:
-            batch = await call.service.run(
-                POLLS, transitions.read_feed, store, call.caller.tenant, batch.cursor, labels
-            )
-        except JobsUnavailable:
-            return
+    text, silent_s = b": connected\n\n", 0.0
+    with suppress(JobsUnavailable):
+        while not should_end(call.request.scope):
+            text += b"event: gap\ndata: {}\n\n" if batch.is_gapped else b""
+            text += b"".join(_lines(each) for each in batch.events if labels.items() <= each.labels.items())
+            if text:
+                yield text
+            text, silent_s = b"", 0.0 if text else silent_s + _POLL_S
+            if silent_s >= _KEEP_ALIVE_S:
+                text = b": still here\n\n"
+            newest = None if batch.is_full else await _newest(call, _POLL_S)
+            batch = newest if newest and newest.cursor == batch.cursor else await _read(call, batch.cursor)
+
+
+def _lines(event: transitions.FeedEvent) -> bytes:
+    return b"id: " + event.event_id.encode() + b"\nevent: job\ndata: " + event.body + b"\n\n"
+
+
+def _newest(call: Call[None], after_s: float) -> Awaitable[transitions.FeedBatch]:
+    return call.service.run_shared(POLLS, after_s, transitions.newest, call.service.submitter.store)
+
+
+def _read(call: Call[None], after: str) -> Awaitable[transitions.FeedBatch]:
+    about = call.service.submitter.store, call.caller.tenant, after
+    return call.service.run_shared(LISTS(call), 0.0, transitions.read_feed, *about)
 
 
 @router.stream(

@@ -7,7 +7,7 @@ An end that needs a proof (``spec.needs_proof``) is given as it was signed: as `
 import re
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Final, NamedTuple, cast
 
@@ -125,7 +125,10 @@ def told(store: JobStore, transition: Transition) -> ToldEvent | None:
 
     Raises UnknownJob if there is no such record, JobsUnavailable.
     """
-    job = store.get(transition.job_id, transition.tenant)
+    return _told(store, store.get(transition.job_id, transition.tenant), transition)
+
+
+def _told(store: JobStore, job: Job, transition: Transition) -> ToldEvent | None:
     if transition.is_group:
         return _group_told(store, job, transition)
     is_refused = job.ended and job.error == REFUSED
@@ -167,28 +170,36 @@ Entries = list[tuple[bytes, Fields]]
 """Ids and fields of events in the stream."""
 
 
+class FeedEvent(NamedTuple):
+    """An event and its id in the stream: ``body`` is a CloudEvent (JSON), ``labels`` are those of its job."""
+
+    event_id: str
+    body: bytes
+    labels: Mapping[str, str]
+
+
 @dataclass(frozen=True, slots=True)
 class FeedBatch:
-    """Events of one read as pairs of id and CloudEvent (JSON), and the id to go on behind.
+    """Events of one read, and the id to go on behind.
 
     ``is_gapped``: events behind the id that was asked for are not in the stream any more.
     """
 
-    events: list[tuple[str, bytes]]
+    events: list[FeedEvent]
     cursor: str
     is_full: bool = False
     is_gapped: bool = False
 
 
-def newest_id(store: JobStore) -> str:
-    """The id of the last event of all; ``FEED_START`` if there was none. Raises JobsUnavailable."""
+def newest(store: JobStore) -> FeedBatch:
+    """No event, and the id of the last of all to go on behind. Raises JobsUnavailable."""
     with redis_errors():
         last = cast("Entries", store.redis.xrevrange(_EVENTS, count=1))
-    return last[0][0].decode() if last else FEED_START
+    return FeedBatch([], last[0][0].decode() if last else FEED_START)
 
 
-def read_feed(store: JobStore, tenant: str, after: str, labels: Mapping[str, str]) -> FeedBatch:
-    """The next events of a tenant's jobs with these labels, behind an id of the stream.
+def read_feed(store: JobStore, tenant: str, after: str) -> FeedBatch:
+    """The next events of a tenant's jobs behind an id of the stream.
 
     Raises InvalidRequest for a malformed id, JobsUnavailable.
     """
@@ -196,17 +207,14 @@ def read_feed(store: JobStore, tenant: str, after: str, labels: Mapping[str, str
     if place is None:
         raise InvalidRequest("Last-Event-ID is the id of an event of this stream")
     with redis_errors():
-        first = cast("Entries", store.redis.xrange(_EVENTS, count=1))
-        batch = cast("Entries", store.redis.xrange(_EVENTS, min=f"({after}", count=_AT_ONCE))
+        pipeline = store.redis.pipeline(transaction=False)
+        pipeline.xrange(_EVENTS, count=1)
+        pipeline.xrange(_EVENTS, min=f"({after}", count=_AT_ONCE)
+        first, batch = cast("list[Entries]", pipeline.execute())
     oldest = _place(first[0][0]) if first else None
     is_gapped = after != FEED_START and oldest is not None and oldest > place
-    found = [
-        (raw.decode(), body)
-        for raw, fields in batch
-        if fields.get(b"tenant") == tenant.encode() and (body := _body(store, fields, labels))
-    ]
     cursor = batch[-1][0].decode() if batch else after
-    return FeedBatch(found, cursor, len(batch) == _AT_ONCE, is_gapped)
+    return FeedBatch(list(_events(store, tenant, batch)), cursor, len(batch) == _AT_ONCE, is_gapped)
 
 
 def _place(raw: bytes) -> tuple[int, int] | None:
@@ -217,12 +225,20 @@ def _place(raw: bytes) -> tuple[int, int] | None:
     return place
 
 
-def _body(store: JobStore, fields: Fields, labels: Mapping[str, str]) -> bytes:
-    """An event as JSON; empty for one that is not published."""
-    text = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in fields.items()}
-    transition = of_event(text)
-    try:
-        found = transition and told(store, transition)
-    except UnknownJob:  # its record has expired, or is not the tenant's
-        return b""
-    return found.body if found and labels.items() <= found.job.labels.items() else b""
+def _events(store: JobStore, tenant: str, batch: Entries) -> Iterator[FeedEvent]:
+    """The events of a tenant among these that are published. Reads the record of each job once."""
+    rows = [(raw.decode(), fields) for raw, fields in batch if fields.get(b"tenant") == tenant.encode()]
+    texts = ((row, {_text(name): _text(value) for name, value in fields.items()}) for row, fields in rows)
+    own = [(row, seen) for row, text in texts if (seen := of_event(text))]
+    jobs = {job.job_id: job for job in store.many([*{seen.job_id for _, seen in own}], tenant)}
+    for event_id, seen in own:
+        try:
+            event = _told(store, jobs[seen.job_id], seen) if seen.job_id in jobs else None
+        except UnknownJob:  # the records of its group have expired
+            continue
+        if event:
+            yield FeedEvent(event_id, event.body, event.job.labels)
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode(errors="replace")
