@@ -52,7 +52,6 @@ class Pool:
         return replace(self, tenant=tenant)
 
 
-AUDIT: Final = Pool("audit")
 LOCAL_BATCHES: Final = Pool("local batch", 4)
 """Of keys that ask no server. Threads that only compute hinder each other, and calls on the event loop."""
 KEYS: Final = Pool("keys")
@@ -88,10 +87,10 @@ class Service:
             return False
         return True
 
-    def batch_pool(self, key_ids: Iterable[str | None], files: Iterable[bytes] = ()) -> Pool:
+    def batch_pool(self, who: Principal, key_ids: Iterable[str | None], files: Iterable[bytes] = ()) -> Pool:
         """The threads for many calls at once: those of a backend whose keys they name, or the local ones."""
         found = self.kms.keyring.waits_on(key_ids, files)
-        return Pool(f"batch {found}") if found else LOCAL_BATCHES
+        return (Pool(f"batch {found}") if found else LOCAL_BATCHES).of(who.tenant)
 
     def rotation_pool(self, key_id: str) -> Pool:
         """The threads for a rotation, which writes files and waits for other processes, or for a network."""

@@ -5,9 +5,9 @@ from typing import Final
 import msgspec
 from msgspec import UNSET
 
-from kms_api.deps import AUDIT, Service
+from kms_api.deps import Pool, Service
 from kms_api.openapi import describe
-from kms_api.routing import Call, Router, Rule
+from kms_api.routing import Call, Router, Rule, of_tenant
 from kms_core import audit as records
 from kms_core.audit import query, segments
 from kms_core.audit.chain import text_of
@@ -19,6 +19,8 @@ from kms_protocol.units import parse_time
 
 router: Final = Router("audit")
 SCOPE: Final = Rule("audit:read")
+SEARCHES: Final = of_tenant(Pool("search", 4))
+"""Threads for searches in the audit log, and for pages that list."""
 FIELDS: Final = (
     "operation",
     "principal",
@@ -56,7 +58,9 @@ _QUERY: Final = (
 )
 
 
-@router.read("/audit", SCOPE, AUDIT, parameters=_QUERY, gives="A page of events", refuses=(InvalidRequest,))
+@router.read(
+    "/audit", SCOPE, SEARCHES, parameters=_QUERY, gives="A page of events", refuses=(InvalidRequest,)
+)
 def audit(call: Call[None]) -> admin.AuditOut:
     """Operations of this tenant, oldest first.
 

@@ -4,7 +4,7 @@ The codec server seals workflow data before it reaches Temporal and opens it aft
 Temporal's (docs.temporal.io/codec-server): POST of payloads, answered with as many in the same order.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -26,12 +26,17 @@ from kms_protocol.errors import InvalidRequest, KmsError
 router: Final = Router("secrets")
 
 
+def _pool(call: Call[wire.BatchIn]) -> Pool:
+    files = (item.ciphertext or b"" for item in call.body.items)
+    return call.service.batch_pool(call.caller, (item.key_id for item in call.body.items), files)
+
+
 @router.call(
     "POST",
     "/batch",
     CALLER,
     JsonBody(wire.BatchIn),
-    lambda call: _pool(call.service, call.body.items),
+    _pool,
     gives="Each item has its own outcome",
 )
 def batch(call: Call[wire.BatchIn]) -> wire.BatchOut:
@@ -46,10 +51,6 @@ def batch(call: Call[wire.BatchIn]) -> wire.BatchOut:
         results = [_one(call, kms, index, item) for index, item in enumerate(body.items)]
     failed = sum(result.error is not UNSET for result in results)
     return wire.BatchOut(results=results, failed=failed, retry_after_s=round(wait_s, 1) or UNSET)
-
-
-def _pool(service: Service, items: Sequence[wire.BatchItem]) -> Pool:
-    return service.batch_pool((item.key_id for item in items), (item.ciphertext or b"" for item in items))
 
 
 def admit_items(service: Service, who: Principal, operation: wire.JobKind, count: int) -> float:
@@ -97,7 +98,7 @@ _NAMESPACE: Final = describe.header(
     "/codec/encode",
     CALLER,
     JsonBody(wire.CodecIn),
-    lambda call: call.service.batch_pool([call.headers.get("x-kms-key-id")]),
+    lambda call: call.service.batch_pool(call.caller, [call.headers.get("x-kms-key-id")]),
     parameters=(_NAMESPACE, describe.KEY_ID),
     gives="As many payloads, in the same order",
     refuses=describe.SEALING,
@@ -125,7 +126,7 @@ def codec_encode(call: Call[wire.CodecIn]) -> wire.CodecOut:
     "/codec/decode",
     CALLER,
     JsonBody(wire.CodecIn),
-    lambda call: call.service.batch_pool((), (payload.data for payload in call.body.payloads)),
+    lambda call: call.service.batch_pool(call.caller, (), (payload.data for payload in call.body.payloads)),
     parameters=(_NAMESPACE,),
     gives="As many payloads, in the same order",
     refuses=describe.OPENING,

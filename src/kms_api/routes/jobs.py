@@ -46,6 +46,8 @@ _POLL_S: Final = 0.25
 _KEEP_ALIVE_S: Final = 15.0
 _PAGE: Final = (100, 1, 1000)
 """The jobs of a page: the default, and the bounds."""
+_FEW: Final = 30
+"""Records that are read in no more time than a submission takes."""
 _LIMIT: Final = describe.query("limit", describe.whole(*_PAGE), "Maximum number of jobs in the answer")
 _LISTING: Final = (*describe.JOBS, InvalidRequest)
 _CANCELLING: Final = (*describe.ONE_JOB, errors.JobCommitting, errors.DurabilityUnconfirmed)
@@ -105,7 +107,7 @@ async def submit_job(call: Call[None]) -> Response:
 @router.read(
     "/jobs",
     READ,
-    STORE,
+    LISTS,
     parameters=(
         describe.query("state", describe.choice(wire.STATES), "Only jobs in this state"),
         describe.LABEL,
@@ -127,7 +129,7 @@ def list_jobs(call: Call[None]) -> wire.JobList:
     return wire.JobList(jobs=[shape(job) for job in jobs], next=following)
 
 
-@router.read("/jobs/dead", READ, STORE, parameters=(_LIMIT,), gives="Jobs, newest first", refuses=_LISTING)
+@router.read("/jobs/dead", READ, LISTS, parameters=(_LIMIT,), gives="Jobs, newest first", refuses=_LISTING)
 def dead_jobs(call: Call[None]) -> wire.JobList:
     """Jobs that used up their attempts, newest first. ``POST /jobs/{id}/retry`` queues one again."""
     found = call.service.submitter.store.dead(call.caller.tenant, call.number("limit", *_PAGE))
@@ -259,7 +261,7 @@ def _group(call: Call[None]) -> Awaitable[wire.GroupOut]:
     "/jobs/status",
     READ,
     json_body.JsonBody(wire.JobsIn),
-    STORE,
+    lambda call: LISTS(call) if len(call.body.job_ids) > _FEW else STORE,
     gives="The jobs",
     refuses=describe.JOBS,
 )

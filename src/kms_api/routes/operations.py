@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from kms_api import json_body
 from kms_api.deps import STORE, Service
 from kms_api.openapi import describe
-from kms_api.routing import METRICS, OPEN, READ, WRITE, Call, Router, Rule, no_body
+from kms_api.routing import LISTS, METRICS, OPEN, READ, WRITE, Call, Router, Rule, no_body
 from kms_core.auth.policy import Principal, allows
 from kms_core.jobs.events.outbox import Delivery, Outbox
 from kms_core.jobs.store import activity
@@ -194,7 +194,7 @@ def _operations(by: dict[str, list[int]]) -> admin.Operations:
 # -- webhooks ---------------------------------------------------------------------------------------
 
 
-@webhooks.read("/dead", READ, STORE, gives="Deliveries given up", refuses=describe.JOBS)
+@webhooks.read("/dead", READ, LISTS, gives="Deliveries given up", refuses=describe.JOBS)
 def dead_deliveries(call: Call[None]) -> admin.DeliveryList:
     """Deliveries given up after 20 attempts or a day, newest first; the last 1,000 are kept."""
     _, found = _given_up(call)
@@ -206,7 +206,7 @@ def dead_deliveries(call: Call[None]) -> admin.DeliveryList:
     "/dead/{delivery_id}/resend",
     WRITE,
     no_body,
-    STORE,
+    LISTS,
     answers={202: describe.gives(admin.DeliveryOut, "The delivery, which is sent again")},
     refuses=(*describe.JOBS, Missing),
 )

@@ -17,7 +17,7 @@ from kms_api.deps import Service
 from kms_api.routes import audit, files, operations
 from kms_api.routing import CALLER, UI, Call, Router, Rule
 from kms_api.ui.render import PageRoute, number, render, took
-from kms_api.ui.views import DAY, THREADS, JobRow, Row, folded, job_row, newest_events, rows_of
+from kms_api.ui.views import DAY, JobRow, Row, folded, job_row, newest_events, rows_of
 from kms_core import audit as records
 from kms_core.audit.chain import text_of
 from kms_core.audit.query import EventFilter, RecordedOperation
@@ -174,7 +174,7 @@ _OF_OVERVIEW: Final = ("audit:read", "jobs:read", "metrics", "status")
 # -- overview ------------------------------------------------------------------------------------------
 
 
-@router.read("", CALLER, THREADS)
+@router.read("", CALLER, audit.SEARCHES)
 def overview(call: Call[None]) -> Response:
     """The state of the service, notices, charts, dead and newest jobs, and refusals of a day."""
     service, caller, store = call.service, call.caller, call.service.submitter.store
@@ -312,7 +312,7 @@ def _refusals(service: Service, caller: Principal) -> list[RecordedOperation]:
 # -- workers -------------------------------------------------------------------------------------------
 
 
-@router.read("/workers", Rule("metrics"), THREADS)
+@router.read("/workers", Rule("metrics"), audit.SEARCHES)
 def worker_list(call: Call[None]) -> Response:
     """Workers and what they do, queues, and the room for uploads and results; of all tenants.
 

@@ -99,7 +99,7 @@ def folded(rows: Iterable[JobRow]) -> list[list[JobRow]]:
 # -- jobs ----------------------------------------------------------------------------------------------
 
 
-@router.read("/jobs", READ, THREADS)
+@router.read("/jobs", READ, audit.SEARCHES)
 def job_list(call: Call[None]) -> Response:
     """Jobs of this tenant, newest first, by state, kind and label; equal failures are folded.
 
@@ -174,7 +174,7 @@ async def job_state(call: Call[None]) -> Response:
 # -- audit ---------------------------------------------------------------------------------------------
 
 
-@router.read("/audit", audit.SCOPE, THREADS)
+@router.read("/audit", audit.SCOPE, audit.SEARCHES)
 def audit_log(call: Call[None]) -> Response:
     """Operations of this tenant, newest first, by filter and period."""
     period = files.one_of("period", call.query.get("period", "24h"), PERIODS)
@@ -227,7 +227,7 @@ def newest_events(
         raise AuditUnavailable("The audit log cannot be read") from exc
 
 
-@router.read("/audit/{audit_id}/receipt", audit.SCOPE, THREADS)
+@router.read("/audit/{audit_id}/receipt", audit.SCOPE, audit.SEARCHES)
 def receipt_of(call: Call[None]) -> Response:
     """Proof that an operation of this tenant was recorded, as a file.
 

@@ -189,7 +189,7 @@ def _transit_pool(call: Call[TransitIn], *, seals: bool = True) -> Pool | None:
     """The threads of batches, or of the key in the path."""
     body = call.body
     if body.batch_input is not None:
-        return call.service.batch_pool([call.path("name")])
+        return call.service.batch_pool(call.caller, [call.path("name")])
     size = max(len(body.plaintext or ""), len(body.ciphertext or "")) // 4 * 3
     return call.key_pool(
         call.path("name"), size_bytes=size, file=models.header_of(body.ciphertext or ""), seals=seals

@@ -1,7 +1,9 @@
-"""Waits for groups: how often the store is read for them."""
+"""Waits for groups and reads of many records: how often the store is read for them, and in which threads."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
+
+import pytest
 
 from kms_core.auth.policy import Principal
 from kms_core.jobs.submission.submitter import SubmissionOptions
@@ -60,3 +62,28 @@ def test_a_wait_for_a_group_ends_with_a_job_that_comes_late(application: Applica
         store.cancel(submitted(application, group), "default")
 
         assert wait.result(WAIT_S / 2).json()["states"] == {"cancelled": 2}, "before its time is over"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("GET", "/jobs", None),
+        ("GET", "/jobs/dead", None),
+        ("POST", "/jobs/status", {"job_ids": [str(number) for number in range(31)]}),
+        ("GET", "/job-groups/none", None),
+        ("GET", "/webhooks/dead", None),
+        ("GET", "/audit", None),
+        ("POST", "/batch", {"operation": "encrypt", "items": [{"plaintext": ""}]}),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.startswith("/") else "",
+)
+def test_reads_of_many_records_leave_threads_to_other_tenants(
+    application: Application, method: str, path: str, body: object
+) -> None:
+    """How many: tests/kms_api/test_deps.py."""
+    limiters = application.service.limiters
+    limiters.clear()
+
+    application.ask(application.master, method, PREFIX + path, json=body)
+
+    assert [name for name in limiters if name.endswith(" of default")]
