@@ -241,7 +241,7 @@ def _result(call: Call[None], job: Job) -> Response:
 
 def check_reader(call: Call[None], job: Job) -> None:
     """Raise Forbidden unless the caller may fetch, or release, the result of a job."""
-    accepted = call.service.submitter.store.accepted(job.job_id)
+    accepted = job.accepted or call.service.submitter.store.accepted(job.job_id)
     authorization.check_reader(call.service.kms, call.caller, accepted)
 
 

@@ -1,4 +1,4 @@
-"""Waits for groups and reads of many records: how often the store is read for them, and in which threads."""
+"""Waits, reads of many records and results: how often the store is read, and in which threads."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
@@ -6,6 +6,7 @@ from typing import Any, Final
 import pytest
 
 from kms_core.auth.policy import Principal
+from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
@@ -87,3 +88,18 @@ def test_reads_of_many_records_leave_threads_to_other_tenants(
     application.ask(application.master, method, PREFIX + path, json=body)
 
     assert [name for name in limiters if name.endswith(" of default")]
+
+
+def test_a_small_result_takes_one_read_of_its_record_and_one_of_its_content(application: Application) -> None:
+    job_id = submitted(application)
+    run_job(job_id, application.core.worker_context, "w/1")
+    before = [reads(application, name) for name in ("hgetall", "hget", "hmget")]
+
+    answer = application.ask(application.master, "GET", f"{PREFIX}/jobs/{job_id}/result")
+
+    assert answer.json()["index"] == 0
+    assert [reads(application, name) for name in ("hgetall", "hget", "hmget")] == [
+        before[0] + 1,
+        before[1] + 1,
+        before[2],
+    ]

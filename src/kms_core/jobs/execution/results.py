@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Self
+from typing import Final
 
 from kms_core.jobs.execution import one_file, tree
 from kms_core.jobs.model import DEAD, REFUSED, Job
@@ -18,9 +18,16 @@ from kms_core.jobs.store.store import JobStore
 from kms_core.payload.streaming import RangeReader
 from kms_protocol import wire
 from kms_protocol.errors import JobNotFinished, RecordRefused, ResultExpired, ResultReleased, UnknownJob
+from kms_protocol.units import KiB
 
 _LAG_S: Final = 1.0
 """So far the time of Redis, as a process knows it, may be behind."""
+_KEPT_BYTES: Final = 64 * KiB
+"""Of a blob that is read at once."""
+
+
+OpenBlob = Callable[[], AbstractContextManager[RangeReader]]
+"""Opens a blob of the spool to be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +48,9 @@ class LiteralChunk:
 class StoredChunk:
     """Content that is read from the spool; ``is_sealed``: its sealed chunks, as stored."""
 
-    opened: Callable[[], AbstractContextManager[RangeReader]]
+    opened: OpenBlob
     is_sealed: bool
     size: int
-
-    @classmethod
-    def of(
-        cls, opened: Callable[[], AbstractContextManager[RangeReader]], *, is_sealed: bool = False
-    ) -> Self:
-        with opened() as reader:
-            return cls(opened, is_sealed, reader.sealed_size if is_sealed else reader.size)
 
     def slabs(self, start: int, stop: int) -> Generator[memoryview]:
         """The bytes from ``start`` to before ``stop``, verified. Nothing is held open between calls.
@@ -63,6 +63,15 @@ class StoredChunk:
 
 ResultChunk = LiteralChunk | StoredChunk
 """Some bytes of a result."""
+
+
+def _content(opened: OpenBlob, *, is_sealed: bool = False, kept_bytes: int = _KEPT_BYTES) -> ResultChunk:
+    """The content of a blob, read together with its size if it has at most ``kept_bytes``."""
+    with opened() as reader:
+        size = reader.sealed_size if is_sealed else reader.size
+        if size > kept_bytes:
+            return StoredChunk(opened, is_sealed, size)
+        return LiteralChunk(b"".join((reader.sealed_slabs if is_sealed else reader.slabs)(0, size)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +109,7 @@ def of(job: Job, store: JobStore, spool: Spool) -> Result:
     label = Label(job.tenant, job.job_id, one_file.HEAD, job.result_attempt, _ref(job))
     with spool.opened(label) as content:
         head = content.read_at(0, content.size)
-    payload = StoredChunk.of(
-        partial(one_file.payload, accepted, head, spool), is_sealed=accepted.kind == "encrypt"
-    )
+    payload = _content(partial(one_file.payload, accepted, head, spool), is_sealed=accepted.kind == "encrypt")
     pieces: list[ResultChunk] = [payload] if accepted.kind == "decrypt" else [LiteralChunk(head), payload]
     return Result(pieces, file_id=one_file.file_id(head))
 
@@ -134,7 +141,7 @@ def _ended(job: Job, store: JobStore) -> AnyJob:
         raise _gone_error(job)
     if job.error == REFUSED:
         raise RecordRefused
-    accepted = store.accepted(job.job_id)
+    accepted = job.accepted or store.accepted(job.job_id)  # which says why it cannot be opened
     if accepted.tenant != job.tenant:  # Redis was tampered with: the sealed part is right
         raise UnknownJob
     if job.state == "cancelled" and not isinstance(accepted, TreeJob):  # nothing of it was put in place
@@ -156,11 +163,11 @@ def _ref(job: Job) -> bytes:
 def _lines(job: Job, accepted: AnyJob, store: JobStore, spool: Spool) -> Iterator[ResultChunk]:
     if not job.parts:
         if not isinstance(accepted, TreeJob):  # else no file was named
-            yield _written(job, 0, job, spool)
+            yield _content(_written(job, 0, job, spool))
         return
     for number, part in enumerate(store.parts_as_ended(job)):
         if needs_proof(part.job.state, part.job.error):
-            yield _written(job, number, part.job, spool)
+            yield _content(_written(job, number, part.job, spool), kept_bytes=0)  # there may be many
         elif isinstance(part.job.accepted, TreePart):
             entries = tree.entries(part.job.accepted, spool)
             yield _literal(tree.lines(part.job.accepted, entries, part.log, part.job.error))
@@ -170,10 +177,10 @@ def _lines(job: Job, accepted: AnyJob, store: JobStore, spool: Spool) -> Iterato
             raise RecordRefused
 
 
-def _written(job: Job, number: int, part: Job, spool: Spool) -> StoredChunk:
+def _written(job: Job, number: int, part: Job, spool: Spool) -> OpenBlob:
     """The lines that a part wrote; a job that was not split is its own part 0."""
     label = one_file.result_label(job.tenant, job.job_id, number, part.result_attempt, _ref(part))
-    return StoredChunk.of(partial(spool.opened, label))
+    return partial(spool.opened, label)
 
 
 def _refused(part: ItemsJob, code: str) -> Iterator[wire.ItemResult]:
