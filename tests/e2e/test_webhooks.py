@@ -83,7 +83,7 @@ def subjects(receiver: Receiver) -> list[str]:
 
 def settled(outbox: Outbox) -> bool:
     """Return whether every delivery was answered."""
-    return outbox.size() == 0
+    return outbox.waiting().total() == 0
 
 
 def deliver(store: JobStore, endpoints: Mapping[str, WebhookEndpoint], name: str = "w1") -> None:

@@ -17,6 +17,7 @@ that were given up, sealed, by when that was.
 """
 
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -161,9 +162,12 @@ class Outbox:
         """True if all attempts, and an outage as long as records are kept, are over: others put it back."""
         return time.time() > delivery.created_at + GIVE_UP_S + self.store.rules.result_ttl_s
 
-    def size(self) -> int:
-        """Deliveries that wait."""
-        return sum(int(self._redis.zcard(_due(name))) for name in self.endpoints())
+    def waiting(self) -> Counter[str]:
+        """The number of deliveries that wait, for each of ``endpoints``."""
+        pipeline, names = self._redis.pipeline(transaction=False), self.endpoints()
+        for name in names:
+            pipeline.zcard(_due(name))
+        return Counter(dict(zip(names, pipeline.execute(), strict=True)))
 
     def dead(self) -> list[Delivery]:
         """Deliveries that were given up, newest first."""
@@ -233,10 +237,11 @@ class WebhookDispatcher(PeriodicThread):
             del self._in_hand[future]
         if self.stopping or not self._outbox.store.lock("courier", self._owner, _LOCK_S):
             return
+        waiting = self._outbox.waiting()
+        metrics.WEBHOOK_OUTBOX.set(waiting.total())
         with suppress(DurabilityUnconfirmed):
-            for name in self._outbox.endpoints():
+            for name in +waiting:  # those with a count above 0
                 self._send_due(name)
-        metrics.WEBHOOK_OUTBOX.set(self._outbox.size())
 
     def _send_due(self, name: str) -> None:
         under_way = {held.entry for held in self._in_hand.values() if held.endpoint == name}

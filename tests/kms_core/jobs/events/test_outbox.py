@@ -11,7 +11,15 @@ from kms_core.jobs.events.outbox import GIVE_UP_S, MOST_ATTEMPTS, Outbox, Webhoo
 from kms_core.jobs.events.webhook import WebhookEndpoint
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import DurabilityUnconfirmed
-from support.job_stores import LASTING_LEASES, accepted, claimed, forge
+from support.job_stores import (
+    LASTING_LEASES,
+    accepted,
+    alone,
+    claimed,
+    commands,
+    forge,
+    round_trips,
+)
 from support.waiting import until
 from support.webhooks import DUE, ended_job, endpoint, event_entry, every, hasten, receiving, waiting
 
@@ -30,7 +38,7 @@ def test_other_jobs_are_not_told(
     outbox = Outbox(store, {"ci": webhook_endpoint})
 
     assert outbox.due("ci", 10) == []
-    assert outbox.size() == 0
+    assert outbox.waiting().total() == 0
 
 
 @pytest.mark.parametrize(
@@ -45,7 +53,7 @@ def test_a_delivery_that_always_fails_ends_as_dead(
     outbox, delivery = waiting(store, {"ci": webhook_endpoint})
 
     assert outbox.put_off(msgspec.structs.replace(delivery, **changes)) is None
-    assert outbox.size() == 0
+    assert outbox.waiting().total() == 0
     assert [found.delivery_id for found in outbox.dead()] == [delivery.delivery_id]
 
 
@@ -71,7 +79,7 @@ def test_other_states_are_passed_over_and_leave(store: JobStore, webhook_endpoin
     rest = outbox.due("ci", 2, [found.entry for found in first])
 
     assert [found.job_id for found in (*first, *rest)] == ended
-    assert outbox.size() == 3
+    assert outbox.waiting().total() == 3
 
 
 def test_the_stream_that_others_read_is_not_needed(
@@ -105,7 +113,7 @@ def test_settling_late_leaves_nothing_behind(store: JobStore, webhook_endpoint: 
     outbox.put_off(delivery)
     outbox.put_off(msgspec.structs.replace(delivery, attempts=MOST_ATTEMPTS))
 
-    assert (outbox.size(), outbox.dead()) == (0, [])
+    assert (outbox.waiting().total(), outbox.dead()) == (0, [])
 
 
 def test_a_delivery_that_failed_outlives_the_record(
@@ -151,7 +159,7 @@ def test_a_delivery_that_is_put_back_after_its_time_is_not_sent(
 
         def settled() -> bool:
             dispatcher.round()
-            return outbox.size() == 0
+            return outbox.waiting().total() == 0
 
         until(settled, "the delivery is sent or given up")
 
@@ -197,7 +205,7 @@ def test_a_delivery_that_the_service_did_not_seal_is_not_sent(
     store.redis.zadd(GIVEN_UP, {outbox_entry: 0, b"junk": 0, b"": 0})
 
     assert outbox.due("ci", 10) == outbox.dead() == []
-    assert outbox.size() == 0
+    assert outbox.waiting().total() == 0
 
 
 def test_a_record_cannot_be_given_a_callback(store: JobStore, webhook_endpoint: WebhookEndpoint) -> None:
@@ -234,7 +242,7 @@ def test_an_event_that_no_script_wrote_is_passed_over(
     outbox = Outbox(store, {"ci": webhook_endpoint})
 
     assert [delivery.job_id for delivery in outbox.due("ci", 10)] == [first, last]
-    assert outbox.size() == 2
+    assert outbox.waiting().total() == 2
 
 
 def test_a_record_that_does_not_decode_stops_no_other(
@@ -278,10 +286,25 @@ def test_events_that_nobody_reads_are_bounded(store: JobStore) -> None:
 
 def test_every_waiting_delivery_is_counted(store: JobStore, webhook_endpoint: WebhookEndpoint) -> None:
     outbox = Outbox(store, {"ci": webhook_endpoint})
-    assert (outbox.endpoints(), outbox.size(), every(outbox)) == ([], 0, [])
+    assert (outbox.endpoints(), outbox.waiting().total(), every(outbox)) == ([], 0, [])
     ended_job(store)
     ended_job(store, callback="other")
     for name in ("ci", "other"):
         outbox.due(name, 10)
 
-    assert (outbox.endpoints(), outbox.size()) == (["ci", "other"], 2)
+    assert (outbox.endpoints(), outbox.waiting().total()) == (["ci", "other"], 2)
+
+
+def test_an_endpoint_for_which_nothing_waits_costs_one_command_and_no_round_trip(
+    store: JobStore, tmp_path: Path
+) -> None:
+    with alone(store, tmp_path / "own") as own:
+        dispatcher, taken = WebhookDispatcher(Outbox(own, {}), {}, "w1"), []
+        for names in (["first"], ["second"], [f"endpoint-{number}" for number in range(20)]):
+            own.redis.sadd("kms:webhooks:endpoints", *names)
+            before, trips = commands(own), round_trips(own)
+            dispatcher.round()
+            taken.append((commands(own) - before, round_trips(own) - trips))
+
+    (_, (two, trips), (many, same)) = taken  # the first round loads the scripts
+    assert (many - two, same - trips) == (20, 0)
