@@ -188,8 +188,13 @@ class SpoolCleanup(LockedSteps):
         self._store.inputs_removed(list(self._removed(found, self._spool.discard_input)))
 
     def _delete_expired(self) -> None:
-        for job_id in self._removed(self._store.expired(_MOST), self._spool.delete):
-            self._store.purged(job_id)
+        found = self._store.expired(_MOST)
+        in_redis = self._store.small(found)  # all that they have, which ``purged`` deletes
+
+        def delete(job_id: str) -> bool:
+            return job_id in in_redis or self._spool.delete(job_id, in_redis=False)
+
+        self._store.purged(*self._removed(found, delete))
 
     def _removed(self, job_ids: Sequence[str], remove: Callable[[str], bool]) -> Iterator[str]:
         """Jobs whose files were removed, for a second, or until the bucket of the spool does not answer."""

@@ -440,15 +440,27 @@ class StoreMaintenance:
 
     def inputs_removed(self, job_ids: Sequence[str]) -> None:
         """Note that the inputs of these ended jobs are in the spool no more."""
+        self._each("input_removed", job_ids)
+
+    def small(self, job_ids: Sequence[str]) -> set[str]:
+        """Return those of these jobs whose blobs are all in Redis."""
         with redis_errors():
             pipeline = self.redis.pipeline(transaction=False)
             for job_id in job_ids:
-                self._run["input_removed"]([job_key(job_id)], [job_id], client=pipeline)
-            pipeline.execute()
+                pipeline.hexists(job_key(job_id), "small")
+            return {job_id for job_id, is_so in zip(job_ids, pipeline.execute(), strict=True) if is_so}
 
-    def purged(self, job_id: str) -> None:
-        """Note that the result is gone; the record itself expires later."""
-        self._call("purged", job_id)
+    def purged(self, *job_ids: str) -> None:
+        """Note that the results are gone, and remove small blobs; the records themselves expire later."""
+        self._each("purged", job_ids)
+
+    def _each(self, name: str, job_ids: Sequence[str]) -> None:
+        """Run a script for each of these jobs, sent together."""
+        with redis_errors():
+            pipeline = self.redis.pipeline(transaction=False)
+            for job_id in job_ids:
+                self._run[name]([job_key(job_id)], [job_id], client=pipeline)
+            pipeline.execute()
 
     def tenants(self) -> list[str]:
         """The tenants that have jobs; names that none has are left out."""

@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Final
 
@@ -19,9 +20,11 @@ from kms_protocol.errors import JobsUnavailable, WrongInstall
 from support.job_stores import (
     TENANT,
     accepted,
+    alone,
     claimed,
     expire_leases,
     reap,
+    round_trips,
     spool_folder,
     state,
     store_of,
@@ -100,6 +103,25 @@ def test_reaper_deletes_expired_results(core: Core, store: JobStore) -> None:
 
     assert store.get(claim.accepted.job_id, TENANT).purged == 1
     assert store.expired() == in_spool(core) == []
+
+
+def test_expired_results_are_noted_together(core: Core, store: JobStore, tmp_path: Path) -> None:
+    with alone(store, tmp_path / "own") as own:
+        taken, jobs = [], list[str]()
+        for count in (0, 1, 60):
+            claims = [claimed(own) for _ in range(count)]
+            jobs = [each.accepted.job_id for each in claims]
+            for claim, job_id in zip(claims, jobs, strict=True):
+                own.finish(claim, "failed", "nothing")
+                own.redis.hset(f"kms:blobs:{job_id}", "result0.1", b"x")
+                own.redis.zadd("kms:ended", {job_id: 1})
+            before = round_trips(own)
+            reap(own, core.worker_context.spool)
+            taken.append(round_trips(own) - before)
+
+        assert [own.get(job_id, TENANT).purged for job_id in jobs] == [1] * len(jobs)
+        assert not any(own.redis.exists(f"kms:blobs:{job_id}") for job_id in jobs)
+    assert taken[2] - taken[1] < 5
 
 
 def test_redis_that_is_new_makes_no_orphans(core: Core, store: JobStore) -> None:
