@@ -30,6 +30,7 @@ from kms_core.container import Core, build_monitor
 from kms_core.container import build as build_core
 from kms_core.jobs.hosts.install import InstallWatch
 from kms_core.jobs.store.activity import UsageFlush
+from kms_core.jobs.store.condition import StoreProbe
 from kms_core.observability import metrics, tracing
 from kms_core.periodic import PeriodicThread
 from kms_core.proxies import Proxies
@@ -96,6 +97,7 @@ def build(settings: Settings) -> ASGIApp:
         core.kms,
         core.submitter,
         core.install,
+        StoreProbe(core.worker_context.store.condition),
         monitor,
         time.monotonic(),
         {},

@@ -16,6 +16,7 @@ from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.policy import Principal
 from kms_core.auth.rate_limit import Requests
 from kms_core.jobs.hosts.install import Install
+from kms_core.jobs.store.condition import StoreProbe
 from kms_core.jobs.submission.submitter import JobSubmitter
 from kms_core.service import Kms
 from kms_core.settings.model import Settings
@@ -57,6 +58,8 @@ LOCAL_BATCHES: Final = Pool("local batch", 4)
 KEYS: Final = Pool("keys")
 STORE: Final = Pool("store", 40)
 """Calls that wait for Redis or a local disk."""
+PROBES: Final = Pool("probes", 8)
+"""Probes and the status: answered also while calls of jobs wait for a Redis that is silent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,7 @@ class Service:
     kms: Kms
     submitter: JobSubmitter
     install: Install
+    store_probe: StoreProbe
     audit_monitor: AuditMonitor
     started: float
     limiters: dict[str, anyio.CapacityLimiter]

@@ -1,6 +1,10 @@
 """Redis is late, away or never there: what was accepted is done, and what needs no Redis goes on."""
 
+import os
+import signal
+import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2 as httpx
@@ -78,6 +82,32 @@ def test_redis_that_goes_and_comes_back_costs_no_single_call(tmp_path: Path) -> 
         check_problem(away, 503, "jobs_unavailable")
         assert service.decrypt(sealed) == b"while it is away"
         assert service.wait(before, "succeeded")["progress"]["items_done"] == 1
+
+
+def test_probes_do_not_wait_for_a_redis_that_hangs(tmp_path: Path) -> None:
+    """Not even while more calls of jobs wait for it than have threads."""
+    item, is_over = {"kind": "encrypt", "items": [{"plaintext": ""}]}, threading.Event()
+    with Service(tmp_path) as service, ThreadPoolExecutor(60) as callers:
+        service.start("api")
+        os.kill(service.valkey.pid, signal.SIGSTOP)
+        try:
+
+            def submit() -> None:
+                while not is_over.is_set():
+                    assert service.post("/jobs", item, timeout=60).status_code in {202, 503}
+
+            waiting = [callers.submit(submit) for _ in range(60)]
+            until(lambda: service.http.get("/readyz").json()["jobs"] == "unavailable", "it is noticed")
+            for _ in range(20):
+                assert service.http.get("/readyz", timeout=2).status_code == 200
+                assert service.get("/status", timeout=2).json()["jobs"] is None
+                assert 'kms_redis_ok{what="answers"} 0' in service.http.get("/metrics", timeout=2).text
+        finally:
+            is_over.set()
+            os.kill(service.valkey.pid, signal.SIGCONT)
+        until(lambda: service.http.get("/readyz").json()["jobs"] == "available", "Redis is found")
+        assert service.get("/status").json()["jobs"] is not None
+        assert [each.result() for each in waiting] == [None] * 60
 
 
 def test_worker_outlives_a_redis_that_is_away_for_longer_than_connecting_may_take(tmp_path: Path) -> None:

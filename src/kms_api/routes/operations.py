@@ -8,7 +8,7 @@ from fastapi import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from kms_api import json_body
-from kms_api.deps import STORE, Service
+from kms_api.deps import PROBES, STORE, Service
 from kms_api.openapi import describe
 from kms_api.routing import LISTS, METRICS, OPEN, READ, WRITE, Call, Router, Rule, no_body
 from kms_core.auth.policy import Principal, allows
@@ -49,7 +49,7 @@ def health(call: Call[None]) -> Response:
     return json_body.answer(shape, 200 if found.healthy else 503)
 
 
-@router.read("/status", Rule("status"), STORE, gives="The state of the service")
+@router.read("/status", Rule("status"), PROBES, gives="The state of the service")
 def status(call: Call[None]) -> admin.StatusOut:
     """Backend, environment, version, degraded parts, and counts of operations and jobs.
 
@@ -68,7 +68,7 @@ def livez(call: Call[None]) -> Response:
 @probes.read(
     "/readyz",
     OPEN,
-    STORE,
+    PROBES,
     answers={
         200: describe.gives(admin.ReadyOut, "Ready"),
         503: describe.gives(admin.ReadyOut, "Not ready"),
@@ -81,7 +81,7 @@ def readyz(call: Call[None]) -> Response:
     ready = service.kms.health_check().healthy and can_record
     shape = admin.ReadyOut(
         status="ready" if ready else "not ready",
-        jobs=service.submitter.store.condition(),
+        jobs=service.store_probe.condition(),
         audit="available" if can_record else "unavailable",
         keys="unavailable" if service.kms.keyring.closed() else "available",
         spool=_spool_state(service),
@@ -89,14 +89,14 @@ def readyz(call: Call[None]) -> Response:
     return json_body.answer(shape, 200 if ready else 503)
 
 
-@probes.read(METRICS, Rule("metrics"), STORE, answers={200: describe.raw("Metrics", _TEXT)})
+@probes.read(METRICS, Rule("metrics"), PROBES, answers={200: describe.raw("Metrics", _TEXT)})
 def metrics(call: Call[None]) -> Response:
     """Prometheus text format. The state of jobs is read from Redis at each request."""
     service, store = call.service, call.service.submitter.store
     try:
+        REDIS_OK.labels("writes").set(_answering(service) == "available")
         activity.set_queue_gauges(activity.survey_queues(store), service.settings.kms.tenants)
         REDIS_OK.labels("answers").set(1)
-        REDIS_OK.labels("writes").set(store.condition() == "available")
     except JobsUnavailable:
         REDIS_OK.labels("answers").set(0)
         activity.clear_queue_gauges()
@@ -108,11 +108,13 @@ def metrics(call: Call[None]) -> Response:
 def condition(service: Service, who: Principal) -> admin.StatusOut:
     """Return the status of the service, limited to the tenant of a principal without ``metrics``."""
     tenant = None if allows(service.kms.policy, who, "metrics") else who.tenant
-    jobs, depth, workers, stuck = None, None, None, 0
-    counts = service.kms.usage.peek()
+    jobs, depth, workers, stuck, spooled = None, None, None, 0, None
+    counts, store = service.kms.usage.peek(), service.submitter.store
     with suppress(JobsUnavailable):
-        counts = added_usage(activity.shared_usage(service.submitter.store.redis), counts)
-        found = activity.survey_queues(service.submitter.store, tenant)
+        _answering(service)
+        counts = added_usage(activity.shared_usage(store.redis), counts)
+        spooled = store.spooled_bytes(tenant) if tenant else None
+        found = activity.survey_queues(store, tenant)
         jobs, workers, stuck = found.jobs, found.workers, found.stuck
         depth = found.jobs["queued"] if tenant else sum(found.depths.values())
     states = {"workers": workers == 0, "worker_processes": stuck > 0}
@@ -125,7 +127,7 @@ def condition(service: Service, who: Principal) -> admin.StatusOut:
         jobs=jobs,
         queue_depth=depth,
         workers=workers,
-        spool=_spool(service, tenant),
+        spool=_spool(service, tenant, spooled),
         install=service.install.condition.install_id or None if tenant is None else None,
         degraded=[
             *(["redis"] if jobs is None else []),
@@ -135,10 +137,17 @@ def condition(service: Service, who: Principal) -> admin.StatusOut:
     )
 
 
+def _answering(service: Service) -> str:
+    """The condition of the job store. Raises JobsUnavailable, at once where that is known."""
+    if (known := service.store_probe.condition()) == "unavailable":
+        raise JobsUnavailable
+    return known
+
+
 def _states(service: Service) -> dict[str, bool]:
     """The parts that may be degraded, and whether they are."""
     keyring, audit = service.kms.keyring, service.audit_monitor.condition
-    store, use = service.submitter.store.condition(), service.submitter.spool.use()
+    store, use = service.store_probe.condition(), service.submitter.spool.use()
     authenticator = service.authenticator
     revocations = authenticator.revocations if authenticator else None
     return {
@@ -171,16 +180,12 @@ def _spool_state(
     return "nearly_full" if use.ratio >= NEARLY_FULL else "available"
 
 
-def _spool(service: Service, tenant: str | None) -> admin.SpoolOut:
+def _spool(service: Service, tenant: str | None, spooled: int | None) -> admin.SpoolOut:
     use, store = service.submitter.spool.use(), service.submitter.store
     full = round(use.ratio, 3)
     if tenant is None:
         return admin.SpoolOut(full=full, used_bytes=use.used_bytes, limit_bytes=use.limit_bytes)
-    try:
-        used = store.spooled_bytes(tenant)
-    except JobsUnavailable:
-        used = None
-    return admin.SpoolOut(full=full, used_bytes=used, limit_bytes=store.spool_quota(tenant) or None)
+    return admin.SpoolOut(full=full, used_bytes=spooled, limit_bytes=store.spool_quota(tenant) or None)
 
 
 def _operations(by: dict[str, list[int]]) -> admin.Operations:

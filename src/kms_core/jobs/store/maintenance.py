@@ -213,7 +213,7 @@ FULL: Final = 0.95
 UNBOUNDED: Final = 2 * GiB
 """Bytes of memory to go by where Redis has no maxmemory: small blobs rest in it up to half of that."""
 StoreCondition = Literal["available", "unavailable", "full", "read_only"]
-_CONDITION_KEPT_S: Final = 1.0
+_CONDITIONS: Final[Mapping[type, StoreCondition]] = {RedisFull: "full", RedisReadOnly: "read_only"}
 _CLOCK_KEPT_S: Final = 10.0
 _AT_ONCE: Final = 200  # some milliseconds, in which Redis does nothing else
 _TENANTS: Final = f"{PREFIX}tenants"
@@ -249,7 +249,6 @@ class StoreMaintenance:
         }
         self.has_several_tenants = has_several_tenants
         self._notify = notify
-        self._condition: tuple[float, StoreCondition] = (-math.inf, "unavailable")
         self.has_room = True
         """Return whether less than half of the memory was used at the last ``ping`` or claim."""
         self._clock = (0.0, -math.inf)  # the time of Redis, and when that was read by ours
@@ -310,21 +309,12 @@ class StoreMaintenance:
         self.has_room = bool(found[1])
 
     def condition(self) -> StoreCondition:
-        """Return whether jobs can be submitted: found out by a write, once a second at most."""
-        at, known = self._condition
-        if time.monotonic() - at < _CONDITION_KEPT_S:
-            return known
-        known = "available"
+        """Return whether jobs can be submitted, as a write shows. Blocks until Redis has answered, or 5 s."""
         try:
             self.ping(write=True)
-        except RedisFull:
-            known = "full"
-        except RedisReadOnly:
-            known = "read_only"
-        except JobsUnavailable:
-            known = "unavailable"
-        self._condition = (time.monotonic(), known)
-        return known
+        except JobsUnavailable as exc:
+            return _CONDITIONS.get(type(exc), "unavailable")
+        return "available"
 
     def now(self) -> float:
         """Redis's clock, in seconds since the epoch: which all jobs go by; those of machines may be off."""
