@@ -19,7 +19,7 @@ from kombu.exceptions import OperationalError
 from kms_core import key_rotation
 from kms_core.container import Core
 from kms_core.jobs.spec import MAINTENANCE
-from kms_core.jobs.store import activity
+from kms_core.jobs.store import activity, broker
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.celery_intake import Intake
 from kms_core.observability import metrics
@@ -156,6 +156,7 @@ def _send_again(app: Celery, request: Context, args: tuple[object, ...]) -> None
             kwargsrepr="-",
             headers={"resends": request.get("resends") or 0},
             retry=False,
+            **broker.WITHIN,
         )
     except (OperationalError, OSError, AttributeError) as exc:
         raise Reject(type(exc).__name__, requeue=True) from None
@@ -228,4 +229,4 @@ class Clock(PeriodicThread):
 
     def round(self) -> None:
         if self._store.once("keys", self._owner, EVERY_S):
-            self._app.send_task(KEYS_TASK, queue=MAINTENANCE, argsrepr="-", kwargsrepr="-")
+            self._app.send_task(KEYS_TASK, queue=MAINTENANCE, argsrepr="-", kwargsrepr="-", **broker.WITHIN)

@@ -1,5 +1,7 @@
 """The broker as Celery's producer: sends wake-ups where the broker is not the Redis of the jobs."""
 
+import queue
+import threading
 from functools import partial
 from typing import Final
 
@@ -10,6 +12,7 @@ from kombu.transport import redis
 
 from kms_core.jobs.model import NotifyWorker
 from kms_core.jobs.store.redis_keys import MOST_WAKE_UPS, TASK, list_key
+from kms_core.observability import metrics
 from kms_core.redis_client import celery_options
 from kms_core.settings.model import RedisSection
 from kms_core.settings.redis_urls import is_shared
@@ -27,16 +30,42 @@ _TRANSPORT: Final[dict[str, object]] = {
     "socket_connect_timeout": 2,
     "confirm_publish": True,
 }
+WITHIN: Final = {"timeout": 3, "confirm_timeout": 3}
+"""Options of a publication: seconds to write it, and until RabbitMQ confirms it, which has no bound else."""
+_MOST_WAITING: Final = 100
+
+
+def aside(notify: NotifyWorker) -> NotifyWorker:
+    """A ``notify`` that a thread calls, so that a submission waits for no broker.
+
+    It raises JobsUnavailable while a hundred wake-ups wait, of a broker that hangs: the reaper sends others.
+    """
+    waiting = queue.SimpleQueue[str]()
+
+    def send() -> None:
+        while True:
+            try:
+                notify(waiting.get())
+            except Exception:  # noqa: BLE001 -- a wake-up may be lost, the thread may not
+                metrics.JOB_RESUMES.labels("notify_failed").inc()
+
+    def put(name: str) -> None:
+        if waiting.qsize() >= _MOST_WAITING:
+            raise JobsUnavailable
+        waiting.put(name)
+
+    threading.Thread(target=send, name="wake-ups", daemon=True).start()
+    return put
 
 
 def connect(section: RedisSection) -> NotifyWorker:
-    """A ``notify`` over a producer of its own, which raises JobsUnavailable within seconds.
+    """A ``notify`` over a producer of its own, and from a thread: see ``aside``.
 
     Nothing is connected before the first message.
     """
     producer = Celery("kms-api", set_as_current=False)
     producer.conf.update(_CONFIGURATION | celery_options(section, _TRANSPORT))
-    return partial(_send, producer, retry_policy={"max_retries": 1})
+    return aside(partial(_send, producer))
 
 
 def notify_through(app: Celery, section: RedisSection) -> NotifyWorker | None:
@@ -44,17 +73,18 @@ def notify_through(app: Celery, section: RedisSection) -> NotifyWorker | None:
 
     None where the store pushes wake-ups by itself.
     """
-    return None if is_shared(section) else lambda queue: _send(app, queue)
+    return None if is_shared(section) else partial(_send, app)
 
 
-def _send(app: Celery, queue: str, **options: object) -> None:
-    named = {"queue": queue, "argsrepr": "-", "kwargsrepr": "-", "expiration": _KEPT_S}
+def _send(app: Celery, name: str) -> None:
+    once = {"max_retries": 1}
+    named = {"queue": name, "argsrepr": "-", "kwargsrepr": "-", "expiration": _KEPT_S}
     try:
         with app.producer_or_acquire() as producer:
-            app.send_task(TASK, (), producer=producer, **named, **options)
+            app.send_task(TASK, (), producer=producer, retry_policy=once, **named, **WITHIN)
             if isinstance(producer.channel, redis.Channel):  # it has no expiry
                 with producer.channel.conn_or_acquire() as client:
-                    client.ltrim(list_key(queue), 0, MOST_WAKE_UPS - 1)
+                    client.ltrim(list_key(name), 0, MOST_WAKE_UPS - 1)
     except (OperationalError, OSError, AttributeError, *app.connection_for_write().channel_errors) as exc:
         # AttributeError: kombu 5.7, where the connection is lost while its channel is made
         raise JobsUnavailable from exc

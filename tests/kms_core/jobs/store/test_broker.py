@@ -1,6 +1,7 @@
-"""Messages that are put into kombu's lists without kombu: kombu must read them as its own."""
+"""Wake-ups: kombu reads those of the scripts as its own, and a broker that hangs holds up no submission."""
 
 import json
+import threading
 from contextlib import closing
 from typing import Any, Final, cast
 
@@ -9,11 +10,15 @@ from celery import Celery
 from kombu.connection import Connection
 from kombu.transport import redis
 
+from kms_core.jobs.model import NotifyWorker
 from kms_core.jobs.spec import BULK, QUEUES
 from kms_core.jobs.store import broker, redis_keys
 from kms_core.settings.model import RedisSection
 from kms_core.settings.redis_urls import for_celery, is_shared
+from kms_protocol.errors import JobsUnavailable
 from support import job_stores
+from support.amqp_server import amqp_server
+from support.waiting import WAIT_S, until
 
 CONNECT: Final[Any] = Connection  # kombu ships no types
 
@@ -69,3 +74,66 @@ def test_a_list_on_another_redis_has_ten_wake_ups(redis_url: str) -> None:
 def test_broker_is_shared_only_if_it_is_the_same(url: str, broker_url: str, *, expected: bool) -> None:
     assert is_shared(RedisSection(url=url, broker_url=broker_url)) is expected
     assert is_shared(RedisSection(url=url, broker_url=for_celery(url)))
+
+
+class SlowBroker:
+    """Takes wake-ups while ``answers`` is set."""
+
+    def __init__(self) -> None:
+        self.answers = threading.Event()
+        self.sent: list[str] = []
+
+    def __call__(self, queue: str) -> None:
+        assert self.answers.wait(WAIT_S)
+        self.sent.append(queue)
+        if queue == "refused":
+            raise JobsUnavailable
+
+
+@pytest.fixture
+def slow() -> SlowBroker:
+    return SlowBroker()
+
+
+def test_nobody_waits_for_a_broker_that_hangs(slow: SlowBroker) -> None:
+    notify = broker.aside(slow)
+    for number in range(100):
+        notify(f"queue-{number}")
+    until(lambda: refuses(notify), "so many wait, and one is on its way")
+
+    slow.answers.set()
+    until(lambda: len(slow.sent) >= 100, "they are sent")
+    assert slow.sent[:100] == [f"queue-{number}" for number in range(100)]
+
+
+def refuses(notify: NotifyWorker) -> bool:
+    try:
+        notify("more")
+    except JobsUnavailable:
+        return True
+    return False
+
+
+def test_a_wake_up_that_cannot_be_sent_ends_no_other(slow: SlowBroker) -> None:
+    notify = broker.aside(slow)
+    slow.answers.set()
+    for queue in ("refused", "next"):
+        notify(queue)
+
+    until(lambda: slow.sent == ["refused", "next"], "both are tried")
+
+
+def test_a_message_that_rabbitmq_never_confirms_is_given_up() -> None:
+    with amqp_server() as server:
+        app = Celery("kms-test", broker=server.url, set_as_current=False)
+        app.conf.update(broker_transport_options={"confirm_publish": True}, broker_connection_timeout=2)
+        notify = broker.notify_through(app, RedisSection(url="redis://localhost", broker_url=server.url))
+        assert notify
+        notify(BULK)
+        assert server.published == 1
+
+        server.confirms = False
+        with pytest.raises(JobsUnavailable):
+            notify(BULK)
+        server.confirms = True
+        notify(BULK)
