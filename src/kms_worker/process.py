@@ -1,8 +1,10 @@
 """One worker: Celery's parent with its pool, heartbeat, watchdog and metrics, and its maintenance process."""
 
 import gc
+import multiprocessing
 import os
 import socket
+import tempfile
 import threading
 import time
 import uuid
@@ -165,7 +167,12 @@ def _can_take(app: Celery, store: JobStore, served: Sequence[str]) -> bool:
 
 
 def _prepare_children() -> None:
-    """Have each forked child lock its memory, and share the pages of imported modules with the parent."""
+    """Have each forked child lock its memory, and share the pages of imported modules with the parent.
+
+    Billiard keeps the memory that it shares in files that it unlinks at once. They need no folder of their
+    own, which a killed worker would leave behind.
+    """
+    multiprocessing.current_process()._config["tempdir"] = tempfile.gettempdir()  # type: ignore[attr-defined]  # noqa: SLF001 -- of the standard library, which has no setting for it
     os.register_at_fork(
         before=_between_forks.acquire,
         after_in_parent=_between_forks.release,

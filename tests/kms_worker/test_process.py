@@ -1,7 +1,9 @@
 """What is there before a worker starts its threads, and what its watchdog goes by."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import cast
 
 from celery import Celery
@@ -20,6 +22,19 @@ def test_modules_that_celery_imports_late_are_there_before_threads() -> None:
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
 
     assert (done.stdout.strip(), done.stderr) == ("", "")
+
+
+def test_a_worker_that_is_killed_leaves_no_folder(tmp_path: Path) -> None:
+    """The pool of Celery makes this value, in a file in a folder for temporary ones."""
+    code = (
+        "import os, billiard, kms_worker.process as worker; worker._prepare_children(); "
+        "billiard.get_context().Value('i'); os.kill(os.getpid(), 9)"
+    )
+    environ = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-P", "-c", code], env=environ, capture_output=True, check=False)
+
+    assert (done.returncode, done.stderr) == (-9, b"")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_jobs_of_queues_that_others_serve_are_none_that_a_worker_could_take(core: Core) -> None:

@@ -7,6 +7,7 @@ is seen, even if directories are exchanged during the walk.
 import errno
 import os
 import stat
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ _SOURCE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.
 _TEMPORARY: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _BEGIN: Final = ".kms-"
 _END: Final = ".tmp"
+_FORGOTTEN_S: Final = 31 * 86_400  # no job lasts longer; Redis may have forgotten that of a file
 _NOT_PLAIN: Final = "The path must be that of a regular file with one link, and no part of it a symbolic link"
 _NO_LINKS: Final = "The service's user may not do this here, or the file system knows no hard links"
 _REFUSALS: Final = {
@@ -269,13 +271,14 @@ class Roots:
             os.unlink(temporary, dir_fd=dir_fd)
 
     def sweep(self, url: str, is_left: Callable[[str, str], bool]) -> None:
-        """Remove temporary files beside a target of which ``is_left`` says so, given job id and attempt."""
+        """Remove temporary files beside a target: old ones, and those that ``is_left`` (job id, attempt)."""
         with self._parent(url) as (dir_fd, _):
             for name in os.listdir(dir_fd):  # noqa: PTH208 -- a descriptor
                 if name.startswith(_BEGIN) and TEMPORARY.fullmatch(name):
                     job_id, _, attempt = name.removeprefix(_BEGIN).removesuffix(_END).rpartition("-")
-                    if is_left(job_id, attempt):
-                        with suppress(FileNotFoundError):
+                    with suppress(FileNotFoundError):
+                        written = os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_mtime
+                        if is_left(job_id, attempt) or time.time() - written > _FORGOTTEN_S:
                             os.unlink(name, dir_fd=dir_fd)
 
     def _locate(self, url: str, *, itself: bool = False) -> tuple[Path, tuple[str, ...]]:

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -147,12 +148,16 @@ def test_attempt_whose_result_a_zombie_has_swept_does_it_again(core: Core, files
 
 
 def test_temporary_files_of_all_attempts_but_its_own_are_removed(core: Core, files: Path) -> None:
-    """Those of other jobs stay, and so does what only looks like one."""
+    """Those of other jobs stay for a month, and so does what only looks like one."""
     job_id = submit(core, "encrypt", files / "in", files / "out")
     left = [f".kms-{job_id}-{attempt}.tmp" for attempt in ("1", "a" * 26, "b" * 26)]
     others = [f".kms-{'0' * 8}{job_id[8:]}-1.tmp", f".kms-{job_id}.tmp", f"{job_id}-1.tmp"]
-    for name in left + others:
+    forgotten = f".kms-{'1' * 8}{job_id[8:]}-1.tmp"
+    for name in [*left, *others, forgotten]:
         (files / name).write_bytes(b"half")
+    a_month_ago = time.time() - 32 * 86_400
+    for name in (forgotten, others[2]):
+        os.utime(files / name, (a_month_ago, a_month_ago))
 
     assert run(core, job_id).state == "succeeded"
     assert {path.name for path in files.iterdir()} == {"in", "out", *others}
