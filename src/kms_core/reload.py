@@ -10,7 +10,8 @@ from typing import Final, Generic, TypeVar
 from kms_protocol.errors import KmsError
 
 AGAIN_S: Final = 60.0
-_SMALL_BYTES: Final = 256 * 1024
+SMALL_BYTES: Final = 256 * 1024
+"""The size of files up to which callers wait for a new reading."""
 _T = TypeVar("_T")
 
 Stamp = tuple[tuple[int, ...], ...]
@@ -70,7 +71,7 @@ class Reloaded(Generic[_T]):
         if self._is_due(stamp):
             with self._lock:
                 reader = self._begin(stamp) if self._is_due(stamp) else None
-            if reader is not None and sum(one[2] for one in stamp or ()) <= _SMALL_BYTES:
+            if reader is not None and sum(one[2] for one in stamp or ()) <= SMALL_BYTES:
                 reader.join()
         return self._value
 

@@ -12,6 +12,7 @@ import secrets
 import stat
 from base64 import b32encode
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -22,7 +23,7 @@ import msgspec
 import structlog
 
 from kms_core import secure_files
-from kms_core.reload import reason_of, stamp_of_stat
+from kms_core.reload import SMALL_BYTES, reason_of, stamp_of_stat
 from kms_core.secure_files import OTHERS, is_open
 from kms_core.settings.model import Settings
 from kms_core.signed_documents import LocalCopy, SignedDocument, Version
@@ -138,7 +139,10 @@ class Tokens:
 
 
 class TokenFile(Tokens):
-    """Reads the token file, again when it changes. A missing file has no tokens; an unreadable one fails."""
+    """Reads the token file, again when it changes. A missing file has no tokens; an unreadable one fails.
+
+    While a thread reads a file above 256 KiB again, callers get the tokens of before.
+    """
 
     def __init__(self, path: Path, *, strict: bool = False) -> None:
         """``strict``: a file that every user may read is an error, not only a warning."""
@@ -146,22 +150,31 @@ class TokenFile(Tokens):
         self._name = str(path)
         self._strict = strict
         self._read = KnownTokens(())
+        self._reader = ThreadPoolExecutor(1, "tokens")
+        self._reading: Future[KnownTokens] | None = None
 
     def _fresh(self) -> KnownTokens:
         """The current tokens; a stat of the file for each call costs a microsecond."""
+        known = self._read
         try:
             found = os.stat(self._name)  # noqa: PTH116 -- for each call: a Path takes half as long again
             stamp = stamp_of_stat(found)
-            if stamp != self._read.stamp:
+            if stamp != known.stamp:
                 self._check(found)
-                before, self._read = self._read, KnownTokens.of(stamp, read(self._path))
-                log_change(before, self._read)
+                reading = self._reading = self._reading or self._reader.submit(
+                    lambda: KnownTokens.of(stamp, read(self._path))
+                )
+                if found.st_size <= SMALL_BYTES or not known.stamp or reading.done():
+                    self._reading = None
+                    log_change(known, reading.result())
+                    known = self._read = reading.result()
         except FileNotFoundError:
-            self._read = KnownTokens(None)
+            known = self._read = KnownTokens(None)
         except (OSError, ConfigurationError) as exc:
+            self._read = KnownTokens(())
             _log.error("tokens.unreadable", path=str(self._path), reason=reason_of(exc))
             raise Unavailable("The token file cannot be read; the service's log says why") from exc
-        return self._read
+        return known
 
     def _check(self, found: os.stat_result) -> None:
         """Check owner and mode: a program that can write the file can create tokens."""
@@ -210,6 +223,17 @@ class Revoked(msgspec.Struct, frozen=True, kw_only=True):
     until: datetime | None = None
 
 
+class _Unread(msgspec.Struct):
+    """The tokens of a body as JSON."""
+
+    version: Literal[1] = 1
+    tokens: list[msgspec.Raw] = []
+    revoked: list[Revoked] = []
+
+
+_TOKEN: Final = msgspec.json.Decoder(Token)
+
+
 class TokensBody(msgspec.Struct, kw_only=True):
     """The tokens of a file or of a signed document, which are changed in place. No file has ``revoked``."""
 
@@ -219,9 +243,13 @@ class TokensBody(msgspec.Struct, kw_only=True):
 
     @classmethod
     def of(cls, body: bytes) -> Self:
-        """The tokens in these bytes. Raises ConfigurationError."""
+        """The tokens in these bytes. Raises ConfigurationError.
+
+        One by one: to decode a whole file at once holds all threads of the process for a second.
+        """
         try:
-            return msgspec.json.decode(body, type=cls)
+            unread = msgspec.json.decode(body, type=_Unread)
+            return cls(tokens=[_TOKEN.decode(each) for each in unread.tokens], revoked=unread.revoked)
         except NOT_JSON as exc:
             raise ConfigurationError("The tokens are damaged, or were written by a later version") from exc
 

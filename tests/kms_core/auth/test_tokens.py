@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -16,9 +17,12 @@ import pytest
 from kms_core.auth import tokens
 from kms_core.auth.tokens import Token, TokenFile, TokenRequest
 from kms_protocol.errors import ConfigurationError, Conflict, Missing, Unauthenticated, Unavailable
+from support.waiting import WAIT_S, until
 
 HOUR: Final = timedelta(hours=1)
 NONE: Final = timedelta()
+LARGE: Final = b" " * 300_000
+"""White space that makes a file too large to wait for."""
 CREATE_MANY: Final = """
 import sys
 from pathlib import Path
@@ -237,6 +241,42 @@ def test_a_command_that_was_killed_leaves_the_file_as_it_was(path: Path, text: s
 
     assert lets_in(TokenFile(path), text)
     assert not (path.parent / ".tokens.json.tmp").exists()
+
+
+def test_callers_do_not_wait_while_a_large_file_is_read(
+    path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They get the tokens of before, from one reader for all."""
+    file, before, may_read = TokenFile(path), path.read_bytes(), threading.Event()
+    read, reads = tokens.read, []
+
+    def slow(path: Path) -> tokens.TokensBody:
+        reads.append(path)
+        assert may_read.wait(WAIT_S)
+        return read(path)
+
+    assert lets_in(file, text)
+    monkeypatch.setattr(tokens, "read", slow)
+    path.write_bytes(b'{"tokens": []}' + LARGE)
+    assert all(lets_in(file, text) for _ in range(20))
+    until(lambda: reads, "a thread reads it")
+    assert reads == [path]
+
+    may_read.set()
+    until(lambda: not file.tenants(), "the new file counts")
+    assert reason(file, text) == "unknown"
+    path.write_bytes(b"damaged" + LARGE)
+    until(lambda: is_unreadable(file), "a large file that is damaged lets nobody in")
+    path.write_bytes(before)
+    assert lets_in(file, text), "a small one is read at once"
+
+
+def is_unreadable(file: TokenFile) -> bool:
+    try:
+        file.tenants()
+    except Unavailable:
+        return True
+    return False
 
 
 # -- a file that cannot be believed ------------------------------------------------------------------------
