@@ -17,7 +17,7 @@ from kms_core.keyring import BackendKey, Key, Keyring
 from kms_core.observability import metrics
 from kms_core.operation import Operation, Origin, Unwrapped
 from kms_protocol.context import Context
-from kms_protocol.errors import ContextRequired, DecryptFailed, ForeignRefused, InvalidRequest
+from kms_protocol.errors import ContextRequired, DecryptFailed, ForeignRefused, InvalidRequest, KmsError
 
 R = TypeVar("R")
 _ORIGIN_UNPROVEN: Final = (
@@ -146,14 +146,19 @@ class KeySelector:
         """The key of this id, or the default key, if policy allows it.
 
         ``named`` is the version that a file names, not verified, and its origin where that is known, for
-        the audit record of a refusal.
+        the audit record of a refusal. Of a key that the caller may not see the record says nothing: the
+        tenant of the caller may read it.
         """
         key_id = self._keyring.default.key_id if key_id is None else key_id
-        key = self._keyring.keys.get(key_id)
+        key, (version, origin) = self._keyring.keys.get(key_id), named
+        try:
+            self._policy.require(call.who, permission or call.record.operation, key_id, call.context)
+        except KmsError:
+            if self._policy.sees(call.who, key_id) and key is not None:
+                call.note_key(KeyRef(call.who.tenant, key_id, version, key.backend.name), origin)
+            raise
         if key is not None:
-            version, origin = named
             call.note_key(KeyRef(call.who.tenant, key_id, version, key.backend.name), origin)
-        self._policy.require(call.who, permission or call.record.operation, key_id, call.context)
         return key or self._keyring.named(key_id)
 
     @staticmethod

@@ -170,18 +170,15 @@ def _native_versions(backend: Backend, bound: BoundStanzas) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Keyring:
-    """The keys of an installation that take calls; ``roots`` are the ids of those that seal key files."""
+    """The keys of an installation that take calls: none of those that seal key files."""
 
     keys: Mapping[str, Key]
     default: Key
-    roots: frozenset[str] = frozenset()
 
     def named(self, key_id: str | None) -> Key:
         """The key of this id, or the default key for None. Raises UnknownKey, also for a root."""
         if key_id is None:
             return self.default
-        if key_id in self.roots:
-            raise UnknownKey(f"The key {key_id} only seals key files of the service and takes no calls")
         try:
             return self.keys[key_id]
         except KeyError:
@@ -209,7 +206,7 @@ class Keyring:
     def for_job(self) -> "Keyring":
         """Prepare all keys for one run of a bulk job."""
         keys = {key_id: key.for_job() for key_id, key in self.keys.items()}
-        return Keyring(keys, keys[self.default.key_id], self.roots)
+        return Keyring(keys, keys[self.default.key_id])
 
     def is_ready(self, tenant: str, key_id: str | None, file: bytes, *, seals: bool) -> bool:
         """Return whether a call is certain to need no network: wrap keys of the server are at hand.
@@ -276,7 +273,7 @@ def build(settings: Settings, sealed: SealedFiles | None = None) -> Keyring:
     if default_id not in keys:
         own = _open(settings.active_backend, None, settings, default_id, sealed)
         keys[default_id] = Key(default_id, own, settings.accept_foreign)
-    return Keyring(keys, keys[default_id], frozenset(kinds.keys() - keys.keys()))
+    return Keyring(keys, keys[default_id])
 
 
 def default_key_id(settings: Settings) -> str:

@@ -236,6 +236,33 @@ def test_refusals_are_recorded_with_the_key_and_without_values(backends: dict[st
         ("encrypt", "unknown_key"),
         ("jobs:write", "forbidden"),
     ]
-    assert [line.get("key_id") for line in trail.lines] == ["pay-1", "pay-2", None, None]
+    assert [line.get("key_id") for line in trail.lines] == ["pay-1", None, None, None]
     assert {line["credential"] for line in trail.lines} == {"token:x"}
     assert "hunter2" not in str(trail.lines)
+
+
+@pytest.mark.parametrize("operations", ["encrypt,decrypt,generate_data_key,rotate", "jobs:read"])
+def test_no_record_says_that_a_key_exists_which_the_caller_may_not_see(
+    backends: dict[str, AgeBackend], operations: str
+) -> None:
+    """The tenant of the caller may read the records."""
+    service = kms(backends, f"{operations} key=pay-1", trail=(trail := MemoryTrail()))
+    theirs = service.encrypt(ROOT, b"x", ROW_7, key_id="pay-2").ciphertext
+    absent = service.encrypt(ROOT, b"x", ROW_7, key_id="pay-2").ciphertext.replace(b" pay-2 ", b" pay-9 ")
+    trail.lines.clear()
+    for key_id, file in (("pay-2", theirs), ("pay-9", absent)):
+        calls: list[Callable[[], object]] = [
+            lambda key_id=key_id: service.encrypt(WHO, b"x", ROW_7, key_id=key_id),  # type: ignore[misc]  # default argument
+            lambda key_id=key_id: service.generate_data_key(WHO, 32, ROW_7, key_id=key_id),  # type: ignore[misc]  # as above
+            lambda key_id=key_id: service.rotate(WHO, key_id),  # type: ignore[misc]  # as above
+            lambda file=file: service.decrypt(WHO, file, ROW_7),  # type: ignore[misc]  # as above
+            lambda file=file: service.reseal(WHO, file, ROW_7),  # type: ignore[misc]  # as above
+        ]
+        for call in calls:
+            with pytest.raises((Forbidden, UnknownKey)):
+                call()
+
+    own = {"duration_us", "file_id"}
+    lines = [{name: value for name, value in line.items() if name not in own} for line in trail.lines]
+    assert lines[:5] == lines[5:]
+    assert not any({"key_id", "key_version", "backend", "origin"} & line.keys() for line in lines)
