@@ -17,6 +17,7 @@ from functools import partial
 from http import HTTPStatus
 from itertools import islice
 from typing import Final, TypeVar, cast
+from weakref import WeakValueDictionary
 
 import anyio
 import anyio.to_thread
@@ -34,7 +35,7 @@ from kms_core.audit import AuditWriter
 from kms_core.auth.authenticator import Authenticator, MetricsAccess
 from kms_core.auth.jwt_verifier import KeysPending
 from kms_core.auth.policy import Principal
-from kms_core.auth.rate_limit import Failures
+from kms_core.auth.rate_limit import Failures, source_of
 from kms_core.auth.tokens import UnknownToken
 from kms_core.http_protocol import CERTIFICATE
 from kms_core.jobs.model import RecordKey
@@ -178,6 +179,24 @@ _LOOK_UPS: Final = 16  # at once: while Redis, a store or an issuer hangs, they 
 _log = structlog.get_logger(__name__)
 
 
+class LookUps:
+    """Look-ups of credentials in threads, 16 at once at each source, 4 of them for one address.
+
+    So a flood of one address delays no other: behind it wait those of the same address.
+    """
+
+    def __init__(self) -> None:
+        self._at = defaultdict[object, anyio.CapacityLimiter](partial(anyio.CapacityLimiter, _LOOK_UPS))
+        self._of = WeakValueDictionary[tuple[object, str], anyio.CapacityLimiter]()
+
+    async def run(self, scope: Scope, source: object, look_up: Callable[[], T]) -> T:
+        """Call ``look_up``, which blocks and asks ``source``, for the request of this scope."""
+        of = source, source_of(scope["client"][0] if scope.get("client") else "local")
+        turns = self._of.setdefault(of, anyio.CapacityLimiter(4))  # kept while a look-up waits or runs
+        async with turns:
+            return await anyio.to_thread.run_sync(look_up, limiter=self._at[source])
+
+
 class RequestAuthenticator:
     """Authenticates requests. Failed attempts are counted by source, logged and recorded, within limits."""
 
@@ -185,9 +204,7 @@ class RequestAuthenticator:
         self._authenticator = authenticator
         self._audit_log = audit_log
         self._failures = failures
-        self._look_ups = defaultdict[object, anyio.CapacityLimiter](
-            partial(anyio.CapacityLimiter, _LOOK_UPS)
-        )  # by source
+        self._look_ups = LookUps()
 
     async def authenticate(self, scope: Scope, token: str | None = None) -> Principal:
         """The principal of a token, by default that of the request's headers, or of its client certificate.
@@ -214,7 +231,7 @@ class RequestAuthenticator:
             except (UnknownToken, KeysPending) as exc:
                 if exc.look_up is None:
                     raise
-                await anyio.to_thread.run_sync(exc.look_up, limiter=self._look_ups[exc.source])
+                await self._look_ups.run(scope, exc.source, exc.look_up)
             return verify()
         except Unauthenticated as exc:
             self._count_failure(exc, scope)
@@ -272,7 +289,7 @@ class AuthenticationLayer:
             service.kms.policy,
             Proxies.of(service.settings.kms.server.trusted_proxies),
         )
-        self._look_ups = anyio.CapacityLimiter(_LOOK_UPS)
+        self._look_ups = LookUps()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -302,7 +319,7 @@ class AuthenticationLayer:
         given = filter(is_id, cookies(scope["headers"], COOKIE)) if is_ui(scope["path"]) else ()
         if not (ids := list(islice(given, _COOKIES))):
             return None
-        found = await anyio.to_thread.run_sync(self._valid, ids, authenticator, limiter=self._look_ups)
+        found = await self._look_ups.run(scope, self._sessions, partial(self._valid, ids, authenticator))
         if found is None:
             return None
         scope[SESSION], who = found
