@@ -189,5 +189,4 @@ def report_written(done: str, source: Path, output: Path | None, **more: str) ->
         return
     size_bytes = output.stat().st_size
     if not printed_as_json({"source": name_of(source), "output": str(output), "bytes": size_bytes, **more}):
-        text = f"{done} {name_of(source)} to {output} ({size_text(size_bytes)})"
-        terminal.say(terminal.printable(text))
+        terminal.say(f"{done} {name_of(source)} to {output} ({size_text(size_bytes)})")

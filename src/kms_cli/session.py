@@ -119,7 +119,7 @@ def printed_as_json(answer: "Answer | Mapping[str, object]") -> bool:
     else:
         from kms_protocol import wire  # noqa: PLC0415 -- see above
 
-        terminal.result(wire.encode(answer).decode())
+        terminal.in_json(wire.encode(answer).decode())
     return True
 
 

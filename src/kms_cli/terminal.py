@@ -66,15 +66,14 @@ WITH_NOTES: Final = frozenset({"internal", "unexpected_answer"})  # the operator
 
 
 def say(text: str) -> None:
-    """Print a message on stderr."""
-    lines = "\n".join(map(printable, text.split("\n")))
+    """Print a message on stderr, on one line: it may quote what others wrote."""
     Meter.erase()
-    sys.stderr.write(f"kms: {lines}\n")
+    sys.stderr.write(f"kms: {printable(text)}\n")
     sys.stderr.flush()
 
 
 def result(text: str) -> None:
-    """Print a line of results on stdout."""
+    """Print a line of results on stdout. ``shown`` and ``in_json`` are for what others may have written."""
     sys.stdout.write(f"{text}\n")
 
 
@@ -93,10 +92,22 @@ def record(values: Mapping[str, object], *, as_json: bool = False) -> None:
         result(f"{name.replace('_', ' '):<{width}}  {printable(str(value))}")
 
 
+def in_json(text: str) -> None:
+    """Print a line of JSON on stdout, with escapes for the control characters in its texts."""
+    result(_escaped(text))
+
+
 def _json(values: object) -> str:
     import json  # noqa: PLC0415 -- not needed without --json
 
-    return json.dumps(values, ensure_ascii=False)
+    return _escaped(json.dumps(values, ensure_ascii=False))
+
+
+def _escaped(text: str) -> str:
+    """JSON without characters that a terminal would obey: encoders leave those above U+007E as they are."""
+    import json  # noqa: PLC0415 -- as above
+
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

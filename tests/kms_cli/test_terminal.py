@@ -1,6 +1,7 @@
 """Output of the command: names that others wrote are shown as text."""
 
 import io
+import json
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ from kms_cli.terminal import Step
 from kms_core.age.x25519 import X25519Identity
 from kms_core.audit.query import RecordedOperation
 from kms_core.audit.verification.scan import ChainProblem, Note, VerificationReport
+from kms_protocol.errors import Unavailable
 from kms_protocol.wire import JobOut
 from support.audit_logs import AuditFolder
 from support.cli.at_terminal import at_terminal
@@ -52,6 +54,28 @@ def test_hosts_that_others_named_are_shown_as_text(capsys: pytest.CaptureFixture
     out, err = capsys.readouterr()
     assert (out + err).replace("\n", "").isprintable()
     assert out.count("owned") == 5
+
+
+def test_a_message_is_one_line_whatever_it_quotes(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the host that the manifest of a backup names."""
+    terminal.say(f"restored the backup of {HOSTILE}\nkms: the service is running")
+
+    _, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    assert err.rstrip("\n").isprintable()
+
+
+def test_json_has_escapes_for_what_a_terminal_would_obey(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = {"name": f"größe {HOSTILE}\n\x7f\U000e0001"}
+    terminal.in_json(msgspec.json.encode(answer).decode())
+    terminal.record(answer, as_json=True)
+    terminal.failed(Unavailable(answer["name"]), as_json=True)
+
+    out, err = capsys.readouterr()
+    lines = [*out.splitlines(), *err.splitlines()]
+    assert all(line.isprintable() and "größe" in line for line in lines)
+    assert [json.loads(line) for line in lines[:2]] == [answer] * 2
+    assert json.loads(lines[2])["error"]["detail"] == answer["name"]
 
 
 # -- progress ----------------------------------------------------------------------------------------
@@ -148,7 +172,7 @@ def test_a_message_replaces_the_progress_line(
         terminal.say("one\ntwo")
         terminal.say("three")
 
-    assert capsys.readouterr().err == "\r\x1b[Ksending\r\x1b[Kkms: one\ntwo\nkms: three\n"
+    assert capsys.readouterr().err == "\r\x1b[Ksending\r\x1b[Kkms: one?two\nkms: three\n"
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def receipt_command(audit_id: str, folder: Path | None) -> None:
     made = receipt.make(folder or installation.settings().kms.audit.path, audit_id)
     if is_own(folder):
         _record_read({"receipt": made.id}, 1)
-    terminal.result(msgspec.json.encode(made).decode())
+    terminal.in_json(msgspec.json.encode(made).decode())
 
 
 @click.command("check-receipt")
@@ -141,7 +141,7 @@ def check_receipt_command(file: Path, public_key: Path | None) -> None:
     except wire.NOT_JSON:
         raise BadReceipt("The file is not a receipt") from None
     receipt.check(found, keys)
-    terminal.result(found.line)
+    terminal.in_json(found.line)
     terminal.say(f"the receipt is valid: record {found.id} precedes a checkpoint signed by a trusted key")
 
 
@@ -224,7 +224,7 @@ def _record_read(query_text: Mapping[str, str], count: int) -> str:
 
 def _line(event: RecordedOperation) -> None:
     if session().as_json:
-        terminal.result(msgspec.json.encode({"id": event.id, **query.fields(event)}).decode())
+        terminal.in_json(msgspec.json.encode({"id": event.id, **query.fields(event)}).decode())
         return
     result = event.result or event.stage
     names = f"{event.key_id or '-'}  {event.principal or '-'}"

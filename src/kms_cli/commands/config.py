@@ -65,7 +65,7 @@ def show_command(setting: str | None, *, changed: bool) -> None:
     found = _settings(msgspec.structs.replace(loaded, kms=msgspec.structs.replace(loaded.kms, redis=redis)))
     shown = {_dotted(*names): (names, value) for names, value in found}
     if setting is not None:
-        terminal.result(_one(shown, setting, origin))
+        terminal.shown(_one(shown, setting, origin))
         return
     for key, (names, value) in shown.items():
         table = _dotted("kms", *names[:-1])
@@ -212,4 +212,4 @@ def _show(weakness: Weakness, *, is_accepted: bool) -> None:
     if is_accepted:
         terminal.say(f"accepted: {weakness.setting}: {weakness.risk}")
     else:
-        terminal.result(f"{weakness.setting}: {weakness.risk}: {weakness.advice}")
+        terminal.shown(f"{weakness.setting}: {weakness.risk}: {weakness.advice}")

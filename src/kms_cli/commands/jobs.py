@@ -81,7 +81,7 @@ def _rows(page: JobList, if_empty: str) -> None:
         return
     for job in page.jobs:  # at most 80 columns
         count, unit = duration_text(max(0.0, age_s(job.created_at))).split()
-        terminal.result(
+        terminal.shown(
             f"{job.job_id}  {job.kind:<7}  {count + unit[0]:>4}  {job.state} {_brief(job)}".rstrip()
         )
     if not page.jobs:
@@ -315,7 +315,7 @@ def submit_command(
             show_job(found)
             require_success(found)
         elif not printed_as_json(accepted):
-            terminal.result(accepted.job_id)
+            terminal.shown(accepted.job_id)
 
 
 def _url(text: str) -> str:

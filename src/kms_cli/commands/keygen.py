@@ -323,7 +323,7 @@ def init_key_command() -> None:
             version, is_new = key.init()
         if not printed_as_json({"name": name, "version": version.version, "made": is_new}):
             done = f"created {name}" if is_new else f"{name} exists"
-            terminal.result(f"{done}, version {version.version}, on {key.server.where}")
+            terminal.shown(f"{done}, version {version.version}, on {key.server.where}")
 
 
 def _cosmian_keys(settings: "Settings", default: str) -> Iterator[str]:

@@ -43,7 +43,7 @@ def health_command() -> int:
     with connect() as kms:
         health = kms.health()
     if not printed_as_json(health):
-        terminal.result(f"{health.status} ({health.backend}, {health.checked_at})")
+        terminal.shown(f"{health.status} ({health.backend}, {health.checked_at})")
     return 0 if health.status == "healthy" else EXIT_UNAVAILABLE
 
 
@@ -112,7 +112,7 @@ def rotate_command(key_id: str) -> None:
         made = kms.rotate(key_id)
     if printed_as_json(made):
         return
-    terminal.result(f"{made.key_id} now encrypts with version {made.key_version} ({made.backend})")
+    terminal.shown(f"{made.key_id} now encrypts with version {made.key_version} ({made.backend})")
 
 
 def _row(key: KeyOut) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final, NoReturn
 
+from kms_cli import terminal
 from kms_cli.plugin.names import PluginTarget
 from kms_cli.plugin.state_machines import PluginKeys, identity_v1, recipient_v1
 from kms_client import DEFAULT_URL, Client
@@ -113,9 +114,7 @@ def run(args: Sequence[str], environ: Mapping[str, str]) -> int:
     named = [arg.removeprefix(FLAG) for arg in args if arg.startswith(FLAG)]
     machine = MACHINES.get(named[0]) if len(named) == 1 == len(args) else None
     if machine is None:
-        sys.stderr.write(
-            USAGE if not named else f"age-plugin-kms: unknown state machine {', '.join(named)}\n"
-        )
+        _say(f"unknown state machine {', '.join(named)}") if named else sys.stderr.write(USAGE)
         return EXIT_USAGE
     os.chdir("/")  # "plugins must not make any assumptions about the working directory"
     line = PluginConnection(sys.stdin.buffer, sys.stdout.buffer)
@@ -141,7 +140,7 @@ def main() -> NoReturn:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"age-plugin-kms: {text}\n")
+    sys.stderr.write(f"age-plugin-kms: {terminal.printable(text)}\n")
 
 
 if __name__ == "__main__":

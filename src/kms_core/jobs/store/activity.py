@@ -16,7 +16,7 @@ import redis
 from kms_core.jobs.model import QueuePriority
 from kms_core.jobs.spec import QUEUES
 from kms_core.jobs.store.maintenance import WORKER_SEEN_S
-from kms_core.jobs.store.redis_keys import PREFIX, SCRIPTS, flat, job_key, number, redis_errors
+from kms_core.jobs.store.redis_keys import PREFIX, SCRIPTS, flat, job_key, named, number, redis_errors
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
 from kms_core.observability.metrics import UsageCounters, operations_used
@@ -118,7 +118,7 @@ class Interval:
 
 
 def read(store: JobStore) -> Activity:
-    """All tenants' activity. Raises JobsUnavailable, RecordRefused."""
+    """All tenants' activity. Raises JobsUnavailable."""
     now = store.now()
     with redis_errors():
         pipeline = store.redis.pipeline(transaction=False)
@@ -131,21 +131,21 @@ def read(store: JobStore) -> Activity:
         for name, _ in seen:
             pipeline.hget(f"{PREFIX}slots", name)
             pipeline.hget(f"{PREFIX}stuck", name)
-            pipeline.zrangebyscore(f"{PREFIX}stalls:{name.decode()}", now, "+inf", 0, SAMPLE)
+            pipeline.zrangebyscore(f"{PREFIX}stalls:{named(name)}", now, "+inf", 0, SAMPLE)
         for job_id in leased:
-            pipeline.hmget(job_key(job_id.decode()), "worker", "parent", "parts", "queue")
+            pipeline.hmget(job_key(named(job_id)), "worker", "parent", "parts", "queue")
         found = pipeline.execute()
         notes, records = found[: 3 * len(seen)], found[3 * len(seen) :]
         held, running = _leases(leased, records)
         workers = [
-            _worker(name.decode(), max(0.0, now - at), notes[3 * rank : 3 * rank + 3], held)
+            _worker(named(name), max(0.0, now - at), notes[3 * rank : 3 * rank + 3], held)
             for rank, (name, at) in enumerate(seen)
         ]
     workers += [WorkerActivity(name, None, jobs=tuple(jobs)) for name, jobs in held.items()]
     has_more = len(seen) == MOST_WORKERS or len(leased) == MOST_LEASES
     queues = _queues(store, workers, running)
     workers.sort(key=lambda each: each.name)
-    return Activity(workers, queues, has_more, ended, first[0][1] if first else 0.0)
+    return Activity(workers, queues, has_more, ended, number((b"%f" % first[0][1])[:10]) if first else 0.0)
 
 
 def _leases(
@@ -155,8 +155,8 @@ def _leases(
     held, running = defaultdict(list), Counter[str]()
     for job_id, (worker, parent, parts, queue) in zip(leased, records, strict=True):
         if worker and queue and not parts:
-            held[worker.decode().partition("/")[0]].append((parent or job_id).decode())
-            running[queue.decode()] += 1
+            held[named(worker).partition("/")[0]].append(named(parent or job_id))
+            running[named(queue)] += 1
     return dict(held), running
 
 
@@ -167,17 +167,17 @@ def _worker(
     held: dict[str, Sequence[str]],
 ) -> WorkerActivity:
     note, stuck, left_alone = notes
-    processes, *words = (note or b"0").decode().split()
-    version, started = [each for each in words if each not in QUEUES] or ("", "0")
+    processes, *words = named(note or b"").split() or [""]
+    version, started, *_ = (*(each for each in words if each not in QUEUES), "", "")
     return WorkerActivity(
         name,
         silent_s,
-        int(processes),
+        int(number(processes.encode())),
         tuple(each for each in words if each in QUEUES),
         version,
-        float(started),
-        int(stuck or 0),
-        tuple(each.decode() for each in left_alone),
+        number(started[:10].encode()),  # more digits would be no time
+        int(number(stuck)),
+        tuple(named(each) for each in left_alone),
         tuple(held.pop(name, ())),
     )
 
@@ -204,8 +204,7 @@ def _queues(
 def intervals(store: JobStore, tenant: str, every_s: int, count: int) -> list[Interval]:
     """The last intervals of so many seconds, the oldest first; the last one is not over.
 
-    Lists of jobs are by submission, and a job stays in them for a day after its end. Raises JobsUnavailable,
-    RecordRefused.
+    Lists of jobs are by submission, and a job stays in them for a day after its end. Raises JobsUnavailable.
     """
     starts = _starts(store, every_s, count)
     with redis_errors():
@@ -220,7 +219,7 @@ def intervals(store: JobStore, tenant: str, every_s: int, count: int) -> list[In
         pipeline = store.redis.pipeline(transaction=False)
         for *_, ids in rows:
             for job_id in ids:
-                pipeline.hmget(job_key(job_id.decode()), "created_at", "started_at", "ended_at")
+                pipeline.hmget(job_key(named(job_id)), "created_at", "started_at", "ended_at")
         times = iter(pipeline.execute())
         spans = [list(filter(None, (_spans(next(times)) for _ in ids))) for *_, ids in rows]
     return [
@@ -284,10 +283,7 @@ class QueueStats:
 
 
 def survey_queues(store: JobStore, tenant: str | None = None) -> QueueStats:
-    """Statistics of all jobs; ``jobs`` of one tenant, if one is named.
-
-    Raises JobsUnavailable, RecordRefused.
-    """
+    """Statistics of all jobs; ``jobs`` of one tenant, if one is named. Raises JobsUnavailable."""
     tenants = [tenant] if tenant is not None else store.tenants()
     now, bounded, width = store.now(), list(store.resource_leases), len(OPEN_STATES) + 1
     with redis_errors():
@@ -303,8 +299,8 @@ def survey_queues(store: JobStore, tenant: str | None = None) -> QueueStats:
         pipeline.hgetall(f"{PREFIX}stuck")
         *counts, dead, memory, stuck = pipeline.execute()
         rows = [counts[at : at + width] for at in range(0, width * len(tenants), width)]
-        spooled = {name: int(row[-1] or 0) for name, row in zip(tenants, rows, strict=True)}
-        hanging = sum(map(int, stuck.values()))
+        spooled = {name: int(number(row[-1])) for name, row in zip(tenants, rows, strict=True)}
+        hanging = sum(int(number(count)) for count in stuck.values())
     waiting = store.waiting()
     oldest = min((since for count, since in waiting.values() if count), default=now)
     return QueueStats(
@@ -361,10 +357,10 @@ _KEY: Final = f"{PREFIX}tally"
 
 
 def shared_usage(client: redis.Redis) -> dict[str, int]:
-    """The counts that all processes have flushed. Raises JobsUnavailable, RecordRefused."""
+    """The counts that all processes have flushed. Raises JobsUnavailable."""
     with redis_errors():
         found = cast("dict[bytes, bytes]", client.hgetall(_KEY))
-        return {name.decode(): int(count) for name, count in found.items()}
+        return {named(name): int(number(count)) for name, count in found.items()}
 
 
 # A point a minute of the sums of all operations, in a stream of a day. The sums only grow, so a point that
@@ -388,7 +384,7 @@ class OperationInterval:
 
 
 def add_point(store: JobStore) -> None:
-    """Add the sums of now to the stream. Raises JobsUnavailable, RecordRefused."""
+    """Add the sums of now to the stream. Raises JobsUnavailable."""
     used = operations_used(shared_usage(store.redis)).values()
     succeeded, failed = (sum(counts[at] for counts in used) for at in (0, 1))
     with redis_errors():
@@ -400,8 +396,8 @@ def add_point(store: JobStore) -> None:
 def operations(store: JobStore, every_s: int, count: int) -> list[OperationInterval]:
     """The last intervals of so many seconds, the oldest first, from the differences between points.
 
-    What happened between two points counts at the later one; sums that fell began at 0 again. Raises
-    JobsUnavailable, RecordRefused.
+    What happened between two points counts at the later one; sums that fell began at 0 again. Entries that
+    the service did not write are left out. Raises JobsUnavailable.
     """
     counts = {start: [0, 0] for start in _starts(store, every_s, count)}
     first = min(counts) * 1000
@@ -410,7 +406,7 @@ def operations(store: JobStore, every_s: int, count: int) -> list[OperationInter
         pipeline.xrevrange(_POINTS, max=f"({first}-0", count=1)
         pipeline.xrange(_POINTS, min=first, count=MOST_POINTS)
         before, since = pipeline.execute()
-        points = [_point(*entry) for entry in before + since]
+        points = [point for entry in before + since if (point := _point(*entry))]
     for (_, *earlier), (at, *later) in pairwise(points):
         interval = counts.get(at // every_s * every_s, [0, 0])
         for series, (low, high) in enumerate(zip(earlier, later, strict=True)):
@@ -418,11 +414,11 @@ def operations(store: JobStore, every_s: int, count: int) -> list[OperationInter
     return [OperationInterval(start, *sums) for start, sums in counts.items()]
 
 
-def _point(name: bytes, fields: Mapping[bytes, bytes]) -> tuple[int, int, int]:
-    """The time of a point (seconds since the epoch) and its two sums. Raises ValueError."""
+def _point(name: bytes, fields: Mapping[bytes, bytes]) -> tuple[int, int, int] | None:
+    """The time of a point (seconds since the epoch) and its two sums; None for another entry."""
     sums = [fields.get(series, b"") for series in (b"succeeded", b"failed")]
     if len(fields) != len(sums) or not all(map(_SUM.fullmatch, sums)):
-        raise ValueError(_POINTS)
+        return None
     return int(name.partition(b"-")[0]) // 1000, int(sums[0]), int(sums[1])
 
 

@@ -22,6 +22,7 @@ from kms_core.jobs.store.redis_keys import (
     busy_key,
     is_unreadable,
     job_key,
+    named,
     raise_for,
     redis_errors,
 )
@@ -422,7 +423,7 @@ class StoreMaintenance:
         """Members of a sorted set whose time came ``ago_s`` ago."""
         with redis_errors():
             ids = self.redis.zrangebyscore(key, 0, self.now() - ago_s, start=0, num=limit)
-        return [raw.decode() for raw in cast("list[bytes]", ids)]
+        return [named(raw) for raw in cast("list[bytes]", ids)]
 
     def with_input(self, limit: int = 5000) -> list[str]:
         """Jobs that ended ``input_grace_s`` ago, and whose input is to be removed from the spool."""
@@ -455,7 +456,7 @@ class StoreMaintenance:
     def tenants(self) -> list[str]:
         """The tenants that have jobs; names that none has are left out."""
         with redis_errors():
-            return sorted(raw.decode() for raw in cast("set[bytes]", self.redis.smembers(_TENANTS)))
+            return sorted(named(raw) for raw in cast("set[bytes]", self.redis.smembers(_TENANTS)))
 
     def forget(self, limit: int = 2000) -> None:
         """Take the ids of expired records out of the lists of jobs, which never expire.

@@ -30,7 +30,7 @@ from kms_core.jobs.spec import (
     spec_digest,
 )
 from kms_core.jobs.store.maintenance import StoreMaintenance
-from kms_core.jobs.store.redis_keys import PREFIX, Cursor, job_key, reading, redis_errors
+from kms_core.jobs.store.redis_keys import PREFIX, Cursor, job_key, named, number, reading, redis_errors
 from kms_core.settings.model import TenantSection
 from kms_protocol.errors import JobNotFinished, RecordRefused, SpoolQuota, UnknownJob
 from kms_protocol.units import size_text
@@ -207,7 +207,7 @@ class JobReader(StoreMaintenance):
         key = f"{PREFIX}group:{self.group_digest(tenant, name)}"
         with redis_errors():
             raw = cast("list[bytes]", self.redis.zrange(key, 0, MOST_GROUPED - 1))
-        jobs = self.many([each.decode() for each in raw], tenant)
+        jobs = self.many([named(each) for each in raw], tenant)
         found = [job for job in jobs if job.accepted and job.accepted.group == name]
         if not found:
             raise UnknownJob("No job of this group is known")
@@ -235,7 +235,7 @@ class JobReader(StoreMaintenance):
             with redis_errors():
                 found = self.redis.zrevrangebyscore(key, at.created_at, "-inf", start, count, withscores=True)
             rows = cast("list[tuple[bytes, float]]", found)
-            older = [one for name, score in rows if (one := Cursor(score, name.decode())) < at]
+            older = [one for name, score in rows if (one := Cursor(score, named(name))) < at]
             if older or not rows:
                 return older
             start += len(rows)
@@ -260,7 +260,7 @@ class JobReader(StoreMaintenance):
     def spooled_bytes(self, tenant: str) -> int:
         """Bytes of uploads and items of a tenant's jobs whose results have not expired."""
         with redis_errors():
-            return int(self.redis.hget(f"{PREFIX}spooled:{tenant}", "sum") or 0)
+            return int(number(cast("bytes | None", self.redis.hget(f"{PREFIX}spooled:{tenant}", "sum"))))
 
     def quota_error(self, tenant: str) -> SpoolQuota:
         """The error of a tenant whose quota of the spool is spent, which says what to do."""
@@ -274,7 +274,7 @@ class JobReader(StoreMaintenance):
         """Dead letters of this tenant, newest first."""
         with redis_errors():
             found = cast("list[bytes]", self.redis.zrevrange(f"{PREFIX}dead:{tenant}", 0, 2 * limit - 1))
-        return self.many([raw.decode() for raw in found], tenant)[:limit]
+        return self.many([named(raw) for raw in found], tenant)[:limit]
 
     def split_of(self, job_id: str) -> tuple[SignedSplit, bytes]:
         """The parts of a job as was signed, and the digest of its sealed record. UnknownJob if forged."""

@@ -30,6 +30,7 @@ TALLY: Final = "tally:"  # of a campaign: fields of its parts that are summed up
 _DERIVED: Final = frozenset({"job_id", "tallies", "end", "accepted", "is_replayed"})
 _STOPS: Final = {b"lost": LeaseLost, b"cancel": JobCancelled, b"expired": JobExpired}
 _NO_WRITES: Final = ("NOREPLICAS", "MISCONF")
+_NUMBER: Final = re.compile(rb"[0-9]{1,15}(\.[0-9]{1,9})?")
 _CURSOR: Final = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)-([0-9a-f-]{36})")
 _log = structlog.get_logger(__name__)
 
@@ -80,9 +81,14 @@ def reading(job_id: str, raw: Mapping[bytes, bytes], sure: Fields) -> Job:
         raise UnknownJob from exc
 
 
+def named(raw: bytes) -> str:
+    """A name as Redis holds it. One that the service did not write may be any bytes."""
+    return raw.decode(errors="replace")
+
+
 def number(raw: bytes | None) -> float:
-    """A number as Redis holds it; 0 where there is none."""
-    return float(raw) if raw else 0.0
+    """A count, or a time in seconds since the epoch, as Redis holds it; 0 where there is none, or junk."""
+    return float(raw) if raw and _NUMBER.fullmatch(raw) else 0.0
 
 
 def flat(fields: Fields) -> list[str | int | float | bytes]:

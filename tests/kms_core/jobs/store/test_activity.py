@@ -10,7 +10,6 @@ from kms_core.jobs.spec import BULK, FILES, QUEUES
 from kms_core.jobs.store import activity
 from kms_core.jobs.store.activity import QueueActivity, WorkerActivity
 from kms_core.jobs.store.store import JobStore
-from kms_protocol.errors import RecordRefused
 from kms_protocol.wire import JobState
 from support.job_stores import TENANT, accepted, alone, claimed, commands, forge, take
 
@@ -216,11 +215,43 @@ def test_points_are_the_sums_of_all_operations_and_those_of_a_day_are_kept(store
     "fields",
     [("many", "1", {}), ("-1", "1", {}), ("1" * 16, "1", {}), ("1", "", {}), ("1", "1", {"more": "1"})],
 )
-def test_a_point_that_no_worker_wrote_is_refused(
+def test_a_point_that_no_worker_wrote_is_left_out(
     store: JobStore, fields: tuple[str, str, dict[str, str]]
 ) -> None:
     succeeded, failed, more = fields
-    point(store, 1, succeeded, failed, **more)
+    point(store, 1, 5, 1)
+    point(store, 2, succeeded, failed, **more)
+    point(store, 3, 7, 1)
 
-    with pytest.raises(RecordRefused):
-        told(store)
+    assert told(store) == [(2, 0), (0, 0), (0, 0)]
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [b"\xff\x00", b"many words of junk", b"-1", b"1e999", b"9" * 400, b"nan", b""],
+    ids=["bytes", "words", "negative", "infinite", "digits", "nan", "empty"],
+)
+def test_what_no_process_wrote_is_left_out_or_unknown(store: JobStore, junk: bytes) -> None:
+    now, redis = time.time(), store.redis
+    store.worker_seen("host:aa", 4, QUEUES)
+    claim = claimed(store, "host:aa/71")
+    for key in ("slots", "stuck"):
+        redis.hset(f"kms:{key}", "host:aa", junk)
+    redis.hset("kms:tally", mapping={junk: junk, "operations encrypt ok": "3"})
+    redis.hset(f"kms:spooled:{TENANT}", "sum", cast("Any", junk))
+    redis.sadd("kms:tenants", junk)
+    for key in ("leased", "workers", f"dead:{TENANT}", f"tenant:{TENANT}", f"state:{TENANT}:succeeded"):
+        redis.zadd(f"kms:{key}", {junk: now + 60})
+    redis.zadd("kms:ended", {junk: "inf"})
+
+    found = activity.read(store)
+    (known,) = [each for each in found.workers if each.name == "host:aa"]
+    assert (known.processes, known.stuck, known.started) == (0, 0, 0)
+    assert (known.jobs, found.expires) == ((claim.accepted.job_id,), 0)
+    assert activity.shared_usage(redis)["operations encrypt ok"] == 3
+    stats = activity.survey_queues(store)
+    assert (stats.stuck, stats.spooled[TENANT], store.spooled_bytes(TENANT)) == (0, 0, 0)
+    assert sum(each.counts["succeeded"] for each in activity.intervals(store, TENANT, HOUR_S, 3)) <= 1
+    jobs, _ = store.page(TENANT, state=None, limit=9, before=None)
+    assert [job.job_id for job in jobs] == [claim.accepted.job_id]
+    assert store.dead(TENANT, 9) == []

@@ -9,9 +9,8 @@ from kms_core.container import Core
 from kms_core.jobs.model import Attempt
 from kms_core.jobs.recovery.reaper import Reaper
 from kms_core.jobs.spec import QUEUES
-from kms_core.jobs.store import activity
 from kms_core.jobs.store.store import JobStore
-from kms_protocol.errors import RecordRefused, UnknownJob
+from kms_protocol.errors import UnknownJob
 from support.job_stores import LASTING_LEASES, TENANT, accepted, expire_leases, forge, store_of
 
 FIELDS: Final = ("sealed", "fence", "attempt", "run_by", "expires_at", "needs")
@@ -50,14 +49,6 @@ def test_the_reaper_takes_up_the_others(store: JobStore, field: str) -> None:
     Reaper(store, "me").step()
 
     assert store.get(good, TENANT).state == "queued"
-
-
-@pytest.mark.parametrize("key", ["tally", "stuck"])
-def test_a_count_that_is_no_number_is_refused(store: JobStore, key: str) -> None:
-    store.redis.hset(f"kms:{key}", "operations encrypt ok", "many")
-
-    with pytest.raises(RecordRefused):
-        activity.shared_usage(store.redis) if key == "tally" else activity.survey_queues(store)
 
 
 def test_a_field_of_another_form_is_no_job(store: JobStore) -> None:
