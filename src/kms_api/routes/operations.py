@@ -8,7 +8,7 @@ from fastapi import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from kms_api import json_body
-from kms_api.deps import PROBES, STORE, Service
+from kms_api.deps import PROBES, Service
 from kms_api.openapi import describe
 from kms_api.routing import LISTS, METRICS, OPEN, READ, WRITE, Call, Router, Rule, no_body
 from kms_core.auth.policy import Principal, allows
