@@ -21,7 +21,7 @@ from typing import Any, Final
 ROOT: Final = Path(__file__).parents[1]
 STATIC: Final = ROOT / "src/kms_api/ui/static"
 HOME: Final = Path("README.md")
-DOCUMENT: Final = Path("docs/openapi.json")
+DOCUMENT: Final = Path("src/kms_api/openapi/openapi.json")
 VIEWER: Final = Path("docs/viewer")
 LINK: Final = re.compile(r"(?<=\]\()([^)\s#:]+)((?:#[^)\s]*)?)(?=\))")
 ROW: Final = re.compile(r"^\| (\[.*?) \| .* \|$", re.MULTILINE)

@@ -26,10 +26,10 @@ SIGNERS: Final = ROOT / "release/allowed_signers"
 SUMS: Final = "SHA256SUMS"
 NAMESPACE: Final = "kms-service-release"
 """The namespace of signatures, and the name of the signer in ``release/allowed_signers``."""
-CONTRACT: Final = ("docs/contract.md", "docs/openapi.json")
+CONTRACT: Final = ("docs/contract.md", "src/kms_api/openapi/openapi.json")
 DISTRIBUTIONS: Final = ("client", ".")
 COPIED: Final = {
-    "docs/openapi.json": "openapi.json",
+    "src/kms_api/openapi/openapi.json": "openapi.json",
     "requirements.lock": "requirements.lock",
     "requirements-image.lock": "requirements-image.lock",
 }
@@ -116,7 +116,7 @@ def versions() -> dict[str, str]:
         "kms-service-client in pyproject.toml": "".join(pins).partition("==")[2],
         "version in client/pyproject.toml": client["version"],
         "__version__ of kms_protocol": "".join(re.findall(r'^__version__\b.*"(.+)"', module, re.MULTILINE)),
-        "version in docs/openapi.json": json.loads((ROOT / CONTRACT[1]).read_bytes())["info"]["version"],
+        "version in openapi.json": json.loads((ROOT / CONTRACT[1]).read_bytes())["info"]["version"],
     }
 
 

@@ -1,9 +1,11 @@
 """Builds the HTTP application from settings, core and routes."""
 
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 from typing import Any, Final
 
 import anyio
@@ -14,7 +16,6 @@ from starlette.types import ASGIApp
 
 from kms_api import problems, routing
 from kms_api.deps import Service
-from kms_api.openapi import document
 from kms_api.routes import audit, batch, files, jobs, keys, operations, secrets
 from kms_api.routing import DOCS, FastPath
 from kms_api.transport.admission import Admitted, budgets_of
@@ -60,12 +61,16 @@ PAGES: Final = frozenset({DOCS, "/openapi.json"})
 """The public documentation, which ``[kms.server] docs`` turns off."""
 
 
+_DOCUMENT: Final = Path(__file__).with_name("openapi") / "openapi.json"
+"""Written by ``scripts/openapi``."""
+
+
 class _App(FastAPI):
     """Serves our OpenAPI document instead of FastAPI's."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
-            self.openapi_schema = document.page(DOCUMENTED)
+            self.openapi_schema = json.loads(_DOCUMENT.read_bytes())
         return self.openapi_schema
 
 
@@ -85,7 +90,7 @@ def build(settings: Settings) -> ASGIApp:
     core = _core(settings)
     monitor = build_monitor(settings, core.worker_context.store.redis)
     app = _App(
-        title=document.TITLE,
+        title="kms-service",
         lifespan=_lifespan_of(core, monitor),
         openapi_url="/openapi.json" if settings.kms.server.docs else None,
         docs_url=None,

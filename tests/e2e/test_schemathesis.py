@@ -15,6 +15,7 @@ from typing import Final
 import pytest
 
 from support.credentials import REQUIRED, SecuredService
+from support.openapi_check import FILE
 from support.service import Service
 
 TESTS: Final = Path(__file__).parent.parent
@@ -42,7 +43,7 @@ def explored(service: Service, folder: Path, *options: str) -> str:
     """What schemathesis reports; fails if it found anything."""
     program = Path(sys.executable).parent / "schemathesis"
     config = TESTS / "support/schemathesis/schemathesis.toml"
-    argv: list[str | Path] = [program, "--config-file", config, "run", TESTS.parent / "docs/openapi.json"]
+    argv: list[str | Path] = [program, "--config-file", config, "run", FILE]
     done = subprocess.run(
         [*argv, "--url", service.url, "--max-examples", EXAMPLES, *options],
         cwd=folder,

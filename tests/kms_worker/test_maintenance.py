@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,7 +51,12 @@ def test_it_is_another_process_by_name_and_replaced_when_it_is_killed(
     assert (runs(tmp_path), Path(f"/proc/{first}/comm").read_text().strip()) == (first, NAME)
 
     os.kill(first, signal.SIGKILL)
-    until(lambda: kept.round() or runs(tmp_path) not in {0, first}, "another one works")
+
+    def is_replaced() -> bool:
+        kept.round()
+        return runs(tmp_path) not in {0, first}
+
+    until(is_replaced, "another one works")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
@@ -83,15 +88,21 @@ def test_it_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fails", ["prepare", "build"])
 def test_one_that_cannot_begin_ends(tmp_path: Path, fails: str) -> None:
-    def fail() -> list[PeriodicThread]:
-        (tmp_path / "tried").touch()
-        raise OSError("as it is")
+    def step(name: str) -> list[PeriodicThread]:
+        if name == fails:
+            (tmp_path / "tried").touch()
+            raise OSError("as it is")
+        return [Noting(tmp_path)]
 
-    works: Callable[[], list[PeriodicThread]] = lambda: [Noting(tmp_path)]  # noqa: E731 -- as ``fail``
-    made = Maintenance(fail if fails == "prepare" else lambda: None, fail if fails == "build" else works)
+    made = Maintenance(lambda: step("prepare") and None, lambda: step("build"))
     made.round()
     until((tmp_path / "tried").exists, "it tried")
     (tmp_path / "tried").unlink()
-    until(lambda: made.round() or (tmp_path / "tried").exists(), "it tries again")
+
+    def tries_again() -> bool:
+        made.round()
+        return (tmp_path / "tried").exists()
+
+    until(tries_again, "it tries again")
     made.end(10)
     assert runs(tmp_path) == 0

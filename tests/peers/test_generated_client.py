@@ -1,4 +1,4 @@
-"""A client that openapi-python-client makes of docs/openapi.json, unchanged, against a live service."""
+"""A client that openapi-python-client makes of the OpenAPI document, unchanged, against a live service."""
 
 import importlib
 import io

@@ -79,9 +79,9 @@ def repository(folder: Path, *names: str) -> Path:
         path.write_text(
             re.sub(r'(version.*"|kms-service-client==)\d+\.\d+\.\d+"', rf'\g<1>{VERSION}"', path.read_text())
         )
-    document = json.loads((tree / "docs/openapi.json").read_text())
+    document = json.loads((tree / "src/kms_api/openapi/openapi.json").read_text())
     document["info"]["version"] = VERSION
-    (tree / "docs/openapi.json").write_text(json.dumps(document))
+    (tree / "src/kms_api/openapi/openapi.json").write_text(json.dumps(document))
     (tree / "CHANGELOG.md").write_text(CHANGELOG)
     git(tree, "init", "--quiet", "--initial-branch=main")
     commit(tree, "Begin")
@@ -159,7 +159,7 @@ def test_a_release_is_made_once_on_main_of_what_is_committed(small: Path, words:
         ("pyproject.toml", "==7.8.0", "==7.7.9", "kms-service-client in pyproject.toml is 7.7.9"),
         ("client/pyproject.toml", '= "7.8.0"', '= "7.7.9"', "version in client/pyproject.toml is 7.7.9"),
         ("src/kms_protocol/__init__.py", '"7.8.0"', '"7.7.9"', "__version__ of kms_protocol is 7.7.9"),
-        ("docs/openapi.json", '"7.8.0"', '"7.7.9"', "version in docs/openapi.json is 7.7.9"),
+        ("src/kms_api/openapi/openapi.json", '"7.8.0"', '"7.7.9"', "version in openapi.json is 7.7.9"),
         ("CHANGELOG.md", "[Unreleased]", "[Unreleased]\n### Fixed\n- More.", "[Unreleased] of CHANGELOG.md"),
         ("CHANGELOG.md", "## [Unreleased]\n\n", "", "CHANGELOG.md does not begin with ## [Unreleased]"),
         ("CHANGELOG.md", " - 2026-01-02", "", "7.8.0 is not the newest dated section"),
@@ -361,7 +361,7 @@ def test_a_release_has_these_files(tree: Path, made: Ran) -> None:
     sbom = json.loads((folder / f"kms-service-{VERSION}-sbom.cdx.json").read_text())
     assert sbom["metadata"]["component"]["version"] == VERSION
     assert (folder / f"kms-service-{VERSION}-openapi.json").read_bytes() == (
-        tree / "docs/openapi.json"
+        tree / "src/kms_api/openapi/openapi.json"
     ).read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""Holds answers of the service to docs/openapi.json: status, media type, shape, headers and problem code.
+"""Holds answers of the service to its OpenAPI document: status, media type, shape, headers and problem code.
 
 ``Service.http`` of service.py passes every answer through ``check``, so each integration test is also one of
 the document.
@@ -14,7 +14,7 @@ import httpx2 as httpx
 import jsonschema_rs
 
 Json = dict[str, Any]
-FILE: Final = Path(__file__).parents[2] / "docs/openapi.json"
+FILE: Final = Path(__file__).parents[2] / "src/kms_api/openapi/openapi.json"
 PROBLEM: Final = "application/problem+json"
 JSON_TYPES: Final = frozenset({"application/json", PROBLEM})
 NO_REQUEST_STATUS: Final = frozenset({400})  # of the HTTP parser: what was sent is no request

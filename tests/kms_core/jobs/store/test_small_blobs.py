@@ -222,11 +222,11 @@ def test_a_job_whose_blobs_are_in_redis_asks_the_store_nothing(
         context.store.cancel(job_id, TENANT)
         context.spool.delete(job_id)  # as the API does
     else:
-        job = run(core, job_id)
+        assert run(core, job_id).state == "succeeded"
         assert result(core, job_id)
         remove_inputs(core)
     if end == "released":
-        results.release(job, context.store, context.spool)
+        results.release(context.store.get(job_id, TENANT), context.store, context.spool)
     context.store.redis.zadd("kms:ended", {job_id: 1})
     SpoolCleanup(context.store, context.spool, "r", may_sweep=lambda: False)._delete_expired()  # noqa: SLF001 -- the sweep asks, once in ten minutes
 

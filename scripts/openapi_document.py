@@ -3,19 +3,20 @@
 import inspect
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import msgspec
 from fastapi.routing import APIRouter
 
+from kms_api import app
 from kms_api.openapi import describe
 from kms_api.openapi.describe import EVERYWHERE, HEADERS, Json
 from kms_api.routing import METRICS, ScopedRoute, routes_of
 from kms_protocol import __version__, admin, errors, wire
 from kms_protocol.context import MAX_BYTES, MAX_PAIRS
 
-TITLE: Final = "kms-service"
 VERSION: Final = "3.1.0"
 _REF: Final = "#/components/{}/{}"
 _ANYONE: Final = (errors.Forbidden, errors.AuditUnavailable, errors.KmsError)
@@ -68,7 +69,7 @@ def page(routers: Mapping[str, Iterable[APIRouter]]) -> Json:
     return {
         "openapi": VERSION,
         "info": {
-            "title": TITLE,
+            "title": "kms-service",
             "version": __version__,
             "summary": "Encrypt, decrypt and run encryption jobs",
             "description": _ABOUT,
@@ -238,3 +239,7 @@ def _context() -> Json:
         },
         "ContextText": {"type": "string", "pattern": f"^({pair}(,{pair})*)?$", "maxLength": MAX_BYTES},
     }
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(page(app.DOCUMENTED), indent=1, ensure_ascii=False) + "\n")
