@@ -29,7 +29,7 @@ _log = structlog.get_logger(__name__)
 class Maintenance(PeriodicThread):
     """Looks every second whether the process runs. It ends with this one, also if this one is killed."""
 
-    def __init__(self, prepare: Callable[[], None], build: Callable[[], Sequence[PeriodicThread]]) -> None:
+    def __init__(self, prepare: Callable[[], object], build: Callable[[], Sequence[PeriodicThread]]) -> None:
         """Both are called in the new process: ``prepare`` first; ``build`` makes the threads that it runs."""
         super().__init__("maintenance", _EVERY_S, failed="maintenance.not_started")
         self._prepare, self._build = prepare, build
