@@ -259,9 +259,9 @@ def test_a_step_of_the_cleanup_ends_after_a_second_and_goes_on_in_the_next_round
     spool, clock = core.worker_context.spool, [0.0]
     delete = spool.delete
 
-    def slowly(job_id: str) -> bool:
+    def slowly(job_id: str, *, in_redis: bool) -> bool:
         clock[0] += 0.6
-        return delete(job_id)
+        return delete(job_id, in_redis=in_redis)
 
     monkeypatch.setattr(spool, "delete", slowly)
     monkeypatch.setattr("kms_core.jobs.recovery.reaper.time", SimpleNamespace(monotonic=lambda: clock[0]))
