@@ -229,4 +229,4 @@ def test_small_job_takes_few_requests(install: Install) -> None:
         seen.operation for seen in install.s3_proxy.seen if job_id in seen.path
     ]  # not those for marks of hosts
     read = ["HeadObject", "GetObject"]
-    assert names == ["PutObject", *read, "PutObject", *read, *read]
+    assert names == ["PutObject", *read, "PutObject", *read]
