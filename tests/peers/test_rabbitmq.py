@@ -77,7 +77,7 @@ def test_what_is_not_as_it_should_be_is_told_and_waited_for(tmp_path: Path, rabb
         else:
             channel.queue_declare(name, durable=True, auto_delete=False, exclusive=how == "exclusive")
         if how == "consumer":
-            channel.basic_consume(name, consumer_tag="others", exclusive=True)
+            channel.basic_consume(name, consumer_tag="others", callback=lambda _: None, exclusive=True)
         with OnRabbit(tmp_path, rabbit, settings) as service:
             service.start("api")
             job = service.submit({"kind": "encrypt", "items": [{"plaintext": b64(b"x")}]})
