@@ -48,6 +48,7 @@ class _Slow:
     since: float
     seen: float
     replaced: bool = False
+    is_told: bool = False
 
 
 class Slots(PeriodicThread):
@@ -82,7 +83,9 @@ class Slots(PeriodicThread):
             one.rounds += 1
             if one.rounds > 1 and not one.replaced:  # it had time to end
                 self._replace(one)
-        if is_blocked := 0 < len(self._slow) >= self._pool.num_processes - len(self._stuck):
+        busy = len(self._slow) + len(self._stuck)
+        is_blocked = bool(self._slow) and busy >= self._pool.num_processes
+        if is_blocked:
             self._stand_in()
         if self._surplus:
             self._in_loop(self._shrink)
@@ -95,9 +98,10 @@ class Slots(PeriodicThread):
     def _note_slow(self, stall: Stall, now: float) -> None:
         one = self._slow.get(stall.pid)
         if one is None or one.job_id != stall.job_id:
-            resources: list[str] = []
-            with suppress(JobsUnavailable):
+            try:
                 resources = self._store.resources(stall.job_id)
+            except JobsUnavailable:  # it waits for Redis, as any other process would
+                return
             one = _Slow(stall.job_id, resources, now, now, replaced=bool(one and one.replaced))
             self._slow[stall.pid] = one
         one.seen = now
@@ -109,11 +113,9 @@ class Slots(PeriodicThread):
 
     def _stand_in(self) -> None:
         """Start another process, since none makes progress, unless there are enough of them."""
-        waiting = [(pid, one) for pid, one in self._slow.items() if not one.replaced]
-        if waiting and self._replaced < self._most:
-            pid, one = waiting[0]
+        one = next((one for one in self._slow.values() if not one.replaced), None)
+        if one and self._replaced < self._most:
             one.replaced = True
-            _log.warning("worker.process_slow", pid=pid, job_id=one.job_id, resources=one.resources)
             self._in_loop(lambda: self._pool.grow(1))
 
     @property
@@ -153,6 +155,10 @@ class Slots(PeriodicThread):
 
     def _tell(self, slow: Sequence[_Slow]) -> None:
         """Note the processes that hang, and those that are slow, and have none other touch their roots."""
+        for one in slow:
+            if not one.is_told:
+                one.is_told = True
+                _log.warning("worker.process_slow", job_id=one.job_id, resources=one.resources)
         hanging = [one.stall for one in self._stuck if one.rounds > 1]
         if hanging or slow or self._told:
             watched: list[Stall | _Slow] = [*hanging, *slow]
