@@ -36,7 +36,7 @@ class WorkerActivity:
 
     ``silent_s`` is the time since its last heartbeat; None for one that was told to stop and has jobs left.
     ``started`` is in seconds since the epoch; 0, and ``version`` empty, of one that is stopping. ``jobs`` are
-    the ids of jobs that it runs, of a part that of the whole. ``stuck`` of its processes cannot be ended. It
+    the ids of jobs that it runs, of a part that of the whole. ``stuck`` of its processes hang. It
     takes no job that uses a resource in ``left_alone``: attempts hung there.
     """
 
@@ -266,7 +266,7 @@ class QueueStats:
 
     ``spooled`` are bytes of uploads and items by tenant. ``oldest_queued_s`` is the age in seconds of the
     oldest job that could run; ``memory`` is the share of its limit that Redis uses (0 without a limit).
-    ``stuck`` processes of workers cannot be ended; ``leases`` are of the resources that have a bound.
+    ``stuck`` processes of workers hang; ``leases`` are of the resources that have a bound.
     ``newer`` jobs wait for a worker of a newer version.
     """
 

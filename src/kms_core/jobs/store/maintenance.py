@@ -520,7 +520,7 @@ class StoreMaintenance:
         return (found or b"").decode(errors="replace").split()
 
     def stuck(self, worker: str, processes: int, seconds: float, resources: Sequence[str]) -> None:
-        """Note the processes of a worker that cannot be ended, and keep it off these resources."""
+        """Note the processes of a worker that hang, and keep it off these resources."""
         self._call("stuck", "", worker, processes, seconds, *resources)
 
     def workers(self) -> int:

@@ -17,7 +17,7 @@
 --   capped:<t>                  queues in which a tenant waits for one of its own leases to end
 --   used:<r>, blocked:<r>       leases of jobs that use a resource; queue, tenant and class of those that wait
 --   stalls:<w>, probes:<w>      resources that a worker leaves alone, by until when; its one attempt at each
---   stuck                       processes of each worker that cannot be ended
+--   stuck                       processes of each worker that hang
 --   group:<digest>              jobs of a group by age; group-open:<digest> those that have not ended
 --   state:<t>:<state>           jobs of a tenant by age; tenant:<t> has all of them
 --   label:<digest>              jobs with a label by age; the digest is keyed, over tenant, name and value
