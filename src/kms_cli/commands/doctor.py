@@ -473,7 +473,7 @@ _DEGRADED: Final[dict[str, tuple[Level, str, str]]] = {
     "install": ("FAIL", "another install uses its Redis or its spool", "line install on its machine"),
     "clock": ("warn", "clocks of its hosts differ", "use NTP on all hosts and on that of Redis"),
     "workers": ("warn", "no worker runs, so jobs wait", "start kms-worker, or kms up"),
-    "worker_processes": ("warn", "worker processes hang", "worker.process_stuck or _slow in its log says where"),
+    "worker_processes": ("warn", "worker processes hang", "worker.process_slow in its log says where"),
 }
 
 
