@@ -47,6 +47,8 @@ class Maintenance(PeriodicThread):
     def end(self, wait_s: float) -> None:
         """Have its threads end their rounds, for ``wait_s`` seconds at most."""
         self.stop()
+        if not self._pid:
+            return
         with suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGTERM)
             until = time.monotonic() + wait_s
