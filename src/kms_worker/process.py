@@ -92,7 +92,8 @@ def run(loaded: Settings) -> int:
         if server is not None:
             server.shutdown()
         upkeep.end(_LEAVE_S)
-        heartbeat.join(_LEAVE_S)
+        for thread in beside:
+            thread.join(_LEAVE_S)
 
 
 def _stop(*threads: PeriodicThread) -> None:

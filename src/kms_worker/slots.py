@@ -83,8 +83,7 @@ class Slots(PeriodicThread):
             one.rounds += 1
             if one.rounds > 1 and not one.replaced:  # it had time to end
                 self._replace(one)
-        busy = len(self._slow) + len(self._stuck)
-        is_blocked = bool(self._slow) and busy >= self._pool.num_processes
+        is_blocked = self._is_blocked()
         if is_blocked:
             self._stand_in()
         if self._surplus:
@@ -94,6 +93,18 @@ class Slots(PeriodicThread):
         if self._stuck and time.monotonic() > self._attendance.stops_at.at + _LAST_S:
             _log.warning("worker.left_stuck_processes", pids=[one.stall.pid for one in self._stuck])
             os._exit(os.EX_OK)  # the pool would wait for them
+
+    def finish(self) -> None:
+        """No process is left. One that could not be ended ended this thread, too: see ``round``."""
+        if self._told:
+            self._store.stuck(self._owner, 0, 0.0, [])
+
+    def _is_blocked(self) -> bool:
+        """Return whether no process makes progress."""
+        busy = len(self._slow) + len(self._stuck)
+        with suppress(AttributeError):  # the pool has ended, with the worker
+            return bool(self._slow) and busy >= self._pool.num_processes
+        return False
 
     def _note_slow(self, stall: Stall, now: float) -> None:
         one = self._slow.get(stall.pid)

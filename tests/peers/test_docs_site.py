@@ -99,6 +99,7 @@ def test_a_dead_link_fails_the_build(tmp_path: Path, link: str) -> None:
     (copy / "scripts/docs_site.py").write_bytes((ROOT / "scripts/docs_site.py").read_bytes())
     (copy / "src/kms_api/ui").mkdir(parents=True)
     (copy / "src/kms_api/ui/static").symlink_to(ROOT / "src/kms_api/ui/static")
+    (copy / "src/kms_api/openapi").mkdir()
     (copy / "src/kms_api/openapi/openapi.json").write_text('{"paths": {}}')
     (copy / "docs/auth.md").write_text("# Authentication\n")
     text = "# Home\n\n## Documentation\n\n| page | |\n|---|---|\n| [a](docs/auth.md) | [b](docs/LINK) |\n"

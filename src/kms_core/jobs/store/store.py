@@ -372,7 +372,7 @@ class JobStore(AttemptStore):
             accepted = msgspec.structs.replace(accepted, idempotency=key)
         sealed, plain = self.record_key.seal(accepted), accepted.plain
         fields = dict(plain, sealed=sealed, work_bytes=accepted.work_bytes)
-        fields |= self.index_fields(accepted, resources)
+        fields |= self.index_fields(accepted, resources) | ({"small": 1} if blob else {})
         keys = [job_key(accepted.job_id), f"{PREFIX}tenant:{accepted.tenant}"]
         if idempotency:
             keys.append(f"{PREFIX}idem:{accepted.idempotency.hex()}")

@@ -9,7 +9,7 @@ local first = 8 + tonumber(ARGV[7])
 if first > 8 then
   redis.call('HSET', P .. 'blobs:' .. ARGV[6], unpack(ARGV, 8, first - 1))
   hold(f.tenant, 'b' .. ARGV[6], #ARGV[first - 1])
-else redis.call('HDEL', P .. 'job:' .. ARGV[6], 'small')  -- its result, if it has one, is in the spool
+else redis.call('HDEL', P .. 'job:' .. ARGV[6], 'small')  -- the note of its submission that no blob is elsewhere
 end
 if #ARGV >= first then redis.call('HSET', job, unpack(ARGV, first)) end
 finish(f, ARGV[3], ARGV[4], tonumber(ARGV[5]))

@@ -50,10 +50,7 @@ if size > 0 then
 end
 if KEYS[3] then redis.call('SET', KEYS[3], ARGV[3], 'EXAT', math.floor(tonumber(ARGV[4]))) end
 redis.call('HSET', job, 'state', 'queued', unpack(ARGV, first))
-if blob > 0 then
-  redis.call('HSET', P .. 'blobs:' .. id, unpack(ARGV, 15, first - 1))
-  redis.call('HSET', job, 'small', 1)  -- the job has no blob elsewhere, until FINISH takes this off
-end
+if blob > 0 then redis.call('HSET', P .. 'blobs:' .. id, unpack(ARGV, 15, first - 1)) end
 redis.call('HSET', held_key(tenant), id, memory, unpack(blob > 0 and { 'b' .. id, blob } or {}))
 add(held_key(tenant), 'sum', memory + blob)
 if room then redis.call('DECRBY', P .. 'room', string.format('%d', memory + blob)) end  -- until PROBE looks again
