@@ -55,9 +55,12 @@ def own_tests(path: Path) -> set[Path]:
 
 
 def _of_folder(module: Path) -> Iterator[Path]:
-    """The test files of the folder that mirrors a module's, or of one above it."""
+    """The test files of the folder that mirrors a module's, or of one above it.
+
+    A folder that Git removed may remain, with compiled files alone.
+    """
     folder = TESTS / module.relative_to("src").parent
-    while not (ROOT / folder).is_dir():
+    while folder != TESTS and not any((ROOT / folder).glob("test_*.py")):
         folder = folder.parent
     return (each.relative_to(ROOT) for each in sorted((ROOT / folder).glob("test_*.py")))
 

@@ -184,3 +184,13 @@ def test_the_second_tier_runs_what_holds_a_module_and_no_more(changed: str, expe
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_each_module_has_tests(module: Path) -> None:
     assert affected_by(module)
+
+
+def test_a_folder_that_git_removed_hides_no_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tests/kms_core/gone/__pycache__").mkdir(parents=True)  # Git leaves files that it ignores
+    (tmp_path / "tests/kms_core/test_above.py").touch()
+    (tmp_path / "tests/modules.txt").touch()
+    (tmp_path / "tests/second_tier.txt").touch()
+    monkeypatch.setitem(affected_by.__globals__, "ROOT", tmp_path)
+
+    assert affected_by(Path("src/kms_core/gone/module.py")) == {Path("tests/kms_core/test_above.py")}
