@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -37,6 +38,7 @@ MOST: Final = 5
 LIMIT_S: Final = 60 * 60
 READY_S: Final = 10 * 60
 BLOCKS_S: Final = 2 * 60
+END_S: Final = 60
 PORT: Final = 8082
 OPEN_FILES: Final = 1024
 USER: Final = "nobody"  # where root runs this
@@ -135,6 +137,8 @@ def machines() -> Iterator[Machine]:
 
 def main(names: Sequence[str]) -> int:
     """Run the machines of these names, or all. Returns the exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     LOGS.mkdir(parents=True, exist_ok=True)
     WHEELS.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
@@ -249,14 +253,18 @@ def _is_ready(process: subprocess.Popen[bytes], said: Path, until: float) -> boo
 
 
 def _ended(process: subprocess.Popen[bytes], until: float) -> int | str:
-    """The exit code of a program; it and its children are killed when the time is over."""
+    """The exit code of a program. When the time is over, or at a signal, it is asked to end, then killed."""
     try:
         return process.wait(max(0.0, until - time.monotonic()))
     except subprocess.TimeoutExpired:
         return "no end in time"
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGTERM)  # what scripts/test runs is in a group of its own
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(END_S)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 

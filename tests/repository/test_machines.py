@@ -114,6 +114,17 @@ def test_what_fails_is_told_and_its_folder_stays(
     shutil.rmtree(folder)
 
 
+def test_what_takes_too_long_may_end_what_it_started(machines: SimpleNamespace, tmp_path: Path) -> None:
+    script = """trap 'touch "$0"; exit' TERM; echo; sleep 60 & wait"""
+    argv = ["sh", "-c", script, str(tmp_path / "ended")]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout
+        process.stdout.readline()
+        assert machines._ended(process, float("-inf")) == "no end in time"  # noqa: SLF001 -- of a script
+
+    assert (tmp_path / "ended").exists()
+
+
 def test_pythons_are_found_on_the_path_the_oldest_first(tmp_path: Path) -> None:
     for name, said in (
         ("a/python3", "echo 3.13.0 /a"),
