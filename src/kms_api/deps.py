@@ -127,10 +127,16 @@ class Service:
             await anyio.sleep(after_s)
             return await self.run(pool, begun)
 
+        def settle(ended: asyncio.Task[R]) -> None:
+            if self.looks.get(key) is ended:  # it could not begin, for want of a thread
+                del self.looks[key]
+            if not ended.cancelled():
+                ended.exception()  # if all have gone
+
         task = self.looks.get(key)
         if task is None:
             task = self.looks[key] = asyncio.create_task(called())
-            task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # if all have gone
+            task.add_done_callback(settle)
         return cast("R", await asyncio.shield(task))
 
 

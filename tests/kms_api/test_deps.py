@@ -1,5 +1,6 @@
 """Which calls into the core the event loop runs itself."""
 
+import os
 import threading
 from types import SimpleNamespace
 from typing import Any, cast
@@ -91,6 +92,14 @@ async def test_a_look_goes_on_for_the_others_if_the_first_who_asked_has_gone() -
         go.set()
 
     assert found == [True]
+
+
+async def test_a_look_that_finds_no_thread_fails_no_later_one() -> None:
+    service = threads_only()
+    with pytest.raises(ValueError, match="tokens"):
+        await service.run_shared(Pool("none", -1), 0.0, os.getpid)
+
+    assert await service.run_shared(THREADS, 0.0, os.getpid) == os.getpid()
 
 
 async def test_one_tenant_takes_half_of_the_threads_of_long_reads() -> None:
