@@ -36,11 +36,11 @@ class Attendance:
 
     ``stops_at`` is when attempts that still run are handed back; infinite if it was not set. ``wanted_at`` is
     when the last message came that is no wake-up. ``misplaced_at`` is finite while the spool is that of
-    another install.
+    another install, and until that was first looked at.
     """
 
     def __init__(self) -> None:
-        self.stops_at, self.wanted_at, self.misplaced_at = SharedTime(math.inf), SharedTime(), SharedTime()
+        self.stops_at, self.wanted_at, self.misplaced_at = SharedTime(math.inf), SharedTime(), SharedTime(0.0)
         self._reads, self._writes = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def announce(self, stall: Stall) -> None:
@@ -88,12 +88,12 @@ def want() -> None:
 
 
 def tell_misplaced(is_so: bool) -> None:
-    """Tell the other processes whether the spool is that of another install: none of them asks it."""
+    """Report to the other processes whether the spool is that of another install: none looks itself."""
     _shared[0].misplaced_at.set(0.0 if is_so else -math.inf)
 
 
 def is_misplaced() -> bool:
-    """Return whether it may be: it was told, or there is nothing by which to tell."""
+    """Return whether it may be: then this process compares by itself before it takes jobs."""
     return not _shared or not math.isinf(_shared[0].misplaced_at.at)
 
 

@@ -258,7 +258,7 @@ class Install:
                 return
             self._notes.offer_install_id(own or os.urandom(16).hex())
             stored = self._notes.install_id()
-        elif not own and not self.condition.others:
+        elif not own and (self.condition.wrong or not self.condition.others):  # no host makes it right
             jobs = self._notes.jobs()
         if jobs:
             wrong = _LOST.format(jobs=jobs, other=stored)
@@ -342,7 +342,10 @@ class Install:
 
 
 class InstallWatch(PeriodicThread):
-    """Calls ``Install.round`` every two seconds, and ``tell`` with whether no job may be run."""
+    """Calls ``Install.round`` every two seconds, and ``tell`` with whether no job may be run.
+
+    Nothing is told before Redis has answered: until then each process compares by itself.
+    """
 
     def __init__(self, install: Install, tell: Callable[[bool], None] = lambda _: None) -> None:
         super().__init__("install", EVERY_S, failed="install.round_failed")
@@ -353,7 +356,7 @@ class InstallWatch(PeriodicThread):
     def round(self) -> None:
         with suppress(JobsUnavailable):
             self._install.round()
-        self._tell(bool(self._install.condition.wrong))
+            self._tell(bool(self._install.condition.wrong))
 
 
 def differences(facts: Facts, note: HostNote) -> list[str]:

@@ -12,8 +12,10 @@ import msgspec
 import pytest
 import redis
 
+from kms_core.jobs.execution import attendance
+from kms_core.jobs.execution.attendance import Attendance
 from kms_core.jobs.hosts import notes as notes_module
-from kms_core.jobs.hosts.install import Facts, Install
+from kms_core.jobs.hosts.install import Facts, Install, InstallWatch
 from kms_core.jobs.hosts.notes import LIVE_S, Host, HostNote, HostNotes, SpoolMarks
 from kms_core.jobs.storage.blob_store import SpoolNote
 from kms_core.jobs.storage.spool_folder import DiskSync, SpoolFolder
@@ -255,6 +257,28 @@ def test_spool_that_takes_no_writes_gets_its_id_later_although_jobs_wait(
 
     found.round()
     assert (found.condition.wrong, len(found.condition.install_id)) == ("", 32)
+
+
+def test_an_empty_spool_is_not_adopted_because_other_hosts_live(machine: Make, client: redis.Redis) -> None:
+    """Of a process that began while Redis did not answer."""
+    machine("a").started()
+    client.zadd("kms:open", JOBS)
+    found = machine("b", "elsewhere").process()
+
+    for _ in range(3):
+        found.round()
+        assert found.condition.wrong
+
+
+def test_jobs_are_taken_unlooked_once_redis_has_answered_and_not_before(
+    machine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attendance, "_shared", [Attendance()])
+    away = machine("a")
+    away.url = AWAY
+    for host, is_sure in ((away, False), (machine("a"), True)):
+        InstallWatch(host.process(), attendance.tell_misplaced).round()
+        assert attendance.is_misplaced() is not is_sure
 
 
 # -- the proof of a shared spool -----------------------------------------------------------------------------
