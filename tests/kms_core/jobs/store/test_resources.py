@@ -257,6 +257,15 @@ def test_what_is_to_be_tidied_there_is_left_to_another_worker(store: JobStore) -
     assert store.next("another/1", BULK, QUEUES, woken=False) == job_id
 
 
+def test_what_is_to_be_tidied_there_hides_nothing_behind_it(store: JobStore) -> None:
+    other, left = submit(store, []), [submit(store, [NAS]) for _ in range(20)]
+    store.cancel(other, TENANT)
+    store.redis.zadd("kms:chores", dict.fromkeys(left, 1.0) | {other: 2.0})
+    store.stuck("w", 1, 60, [NAS])
+
+    assert [store.next("w/1", BULK, QUEUES, woken=False) for _ in range(2)] == [None, other]
+
+
 def test_a_commit_that_hangs_is_finished_by_another_worker(store: JobStore) -> None:
     job_id = submit(store, [NAS])
     held = attempt(store)

@@ -170,6 +170,7 @@ for _, name in ipairs(redis.call('ZRANGE', P .. 'chores', 0, 15)) do
   if not is_stalled(f[2] or '') then
     redis.call('ZREM', P .. 'chores', name)
     if f[1] then return {'chore', name} end  -- else its record is gone
+  else redis.call('ZADD', P .. 'chores', now, name)  -- behind those that come next
   end
 end
 for i = 11, #ARGV do
