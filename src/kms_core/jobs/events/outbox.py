@@ -200,10 +200,10 @@ def _due(endpoint: str) -> str:
     return f"kms:webhooks:due:{endpoint}"
 
 
-# Webhook dispatcher: a thread of the worker's parent. A lock lets one process deliver at a time.
+# Webhook dispatcher: a thread of the maintenance process. A lock lets one process deliver at a time.
 #
 # Requests run in a small pool and touch only the network. All else (Redis, metrics, logs) happens in the
-# one thread, round by round, and between forks.
+# one thread, round by round.
 
 EVERY_S: Final = 0.5
 PER_ENDPOINT: Final = 4  # requests at a time: a slow receiver must not hold up the others
@@ -226,7 +226,7 @@ class WebhookDispatcher(PeriodicThread):
     def run(self) -> None:
         super().run()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        wait(self._in_hand, webhook.TOTAL_S)  # without the fork lock: a receiver may be slow
+        wait(self._in_hand, webhook.TOTAL_S)
         self.attempt(self.round)
 
     def round(self) -> None:

@@ -234,9 +234,11 @@ def _parts(claim: Attempt, worker_context: WorkerContext) -> Sequence[JobSpec]:
     """The parts to split the job into; none if it is small, is a part itself, or names no file."""
     job = claim.accepted
     if isinstance(job, ItemsJob) and len(job.starts) > 1:
+        worker_context.store.require_share(job.tenant)
         return one_file.item_parts(job)
     if not isinstance(job, TreeJob) or isinstance(job, TreePart):
         return []
+    worker_context.store.require_share(job.tenant)
     listed = worker_context.places.files(Tree.parse(job.source))
     with Lease(worker_context.store, claim) as lease:
         return tree.plan(lease, job, worker_context.spool, listed, worker_context.store.rules.fanout_files)

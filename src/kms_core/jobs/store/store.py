@@ -227,6 +227,24 @@ class AttemptStore(JobReader):
             )[0]
         raise_for(word)
 
+    def require_share(self, tenant: str) -> None:
+        """Raise TenantShare where a job is not to be split now, for other tenants to have room.
+
+        The jobs of its tenant then take twice as much memory as is free, or no more than a twentieth of
+        ``open_jobs`` is left. Raises JobsUnavailable.
+        """
+        if not self.has_several_tenants():
+            return
+        with redis_errors():
+            pipeline = self.redis.pipeline(transaction=False)
+            pipeline.hget(f"{PREFIX}held:{tenant}", "sum")
+            pipeline.get(f"{PREFIX}room")
+            pipeline.zcard(f"{PREFIX}open")
+            held, room, open_jobs = pipeline.execute()
+            is_spent = bool(room) and int(held or 0) > 2 * int(room)
+        if is_spent or open_jobs > self.rules.open_jobs * _OPEN_SHARE:
+            raise TenantShare(retry_after_s=SHARE_S)
+
     def split(self, claim: Attempt, parts: Sequence[JobSpec]) -> None:
         """Turn the job into the parent of these parts in one step, and notify workers for each."""
         job_id = claim.accepted.job_id
@@ -343,6 +361,7 @@ class AttemptStore(JobReader):
 SHED_S: Final = 10.0
 SHARE_S: Final = 60.0
 """Seconds to wait for room: records are forgotten hours after their jobs ended."""
+_OPEN_SHARE: Final = 0.95
 _NO_RECORD: Final = (
     "The job that this Idempotency-Key was used for is not there any more: look for its effect, "
     "then submit again with another key"

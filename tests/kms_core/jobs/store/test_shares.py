@@ -11,6 +11,7 @@ import pytest
 from kms_core.container import Core
 from kms_core.jobs.events.outbox import Outbox
 from kms_core.jobs.events.webhook import WebhookEndpoint
+from kms_core.jobs.execution.runner import run_claimed
 from kms_core.jobs.model import part_id
 from kms_core.jobs.spec import AnyJob, JobSpec, SmallBlob, Work
 from kms_core.jobs.store.store import JobStore
@@ -18,7 +19,7 @@ from kms_core.settings.model import TenantSection
 from kms_protocol.errors import SpoolQuota, TenantShare
 from kms_protocol.wire import STATES
 from support.embedded_valkey import EmbeddedValkey
-from support.job_stores import TENANT, accepted, attempt, claimed, store_of, with_jobs
+from support.job_stores import TENANT, accepted, attempt, claimed, record, store_of, take, with_jobs
 from support.service import Service, core_of
 from support.webhooks import changed
 
@@ -197,6 +198,43 @@ def test_parts_count_for_the_tenant_of_the_whole_once(small: Core) -> None:
         store.finish(attempt(store), "succeeded", "", DONE)
 
     assert used(store) - before < held(store) - counted < 1.6 * (used(store) - before)
+
+
+@pytest.mark.parametrize(
+    ("open_jobs", "items"), [(100_000, 50_000), (300, 5_000)], ids=["memory", "open jobs"]
+)
+def test_jobs_that_are_split_leave_room_for_others(small: Core, open_jobs: int, items: int) -> None:
+    store = store_of(small, with_jobs(open_jobs=open_jobs), several_tenants=True)
+    context, starts = replace(small.worker_context, store=store), tuple(range(0, items, 500))
+    jobs = [store.submit(accepted(items=items, starts=starts)).job_id for _ in range(50)]
+    store.ping(write=True)
+    for job_id in jobs:
+        run_claimed(take(store, job_id), context)
+    store.ping(write=True)
+
+    split = [job_id for job_id in jobs if b"split" in record(store, job_id)]
+    assert 5 < len(split) < len(jobs)
+    last = record(store, jobs[-1])
+    assert (last[b"state"], last[b"attempt"], last[b"deferrals"]) == (b"queued", b"0", b"1")
+    for _ in range(5):
+        one_item(store, "quiet")
+
+
+def test_a_job_that_begins_again_and_again_fills_no_outbox(
+    core: Core, webhook_endpoint: WebhookEndpoint
+) -> None:
+    """What each job is once is an event however many wait, and so is its end."""
+    store = store_of(core, with_jobs())
+    outbox = Outbox(store, {"ci": changed(webhook_endpoint, events=STATES)})
+    claim = claimed(store, callback="ci")
+    for _ in range(600):
+        store.defer(claim, 0, counts=False)
+        claim = take(store, claim.accepted.job_id)
+    waiting = outbox.waiting().total()
+    store.finish(claim, "failed", "x")
+    store.finish(claimed(store, callback="ci"), "failed", "x")
+
+    assert (waiting, outbox.waiting().total()) == (1000, 1004)
 
 
 def test_deliveries_that_wait_count_for_the_tenant_of_their_job(

@@ -154,7 +154,7 @@ local function try(key, name, named)
     redis.call('ZADD', large, lease_until, name)
     redis.call('EXPIRE', large, 3600)
   end
-  f.attempt = string.format('%.0f', attempt)
+  f.attempt, f.again = string.format('%.0f', attempt), attempt > 1 or number(g[6]) > 0
   if not is_commit then event(f, name, 'running', '') end
   return {'claimed', name, fence, attempt, g[4], is_commit and g[5] or '', tostring(now - number(f.created_at)),
     g[6] or 0, g[7] or '', size == 'large' and 1 or 0, 1 - redis.call('EXISTS', P .. 'half'),

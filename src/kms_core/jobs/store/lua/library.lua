@@ -80,8 +80,10 @@ end
 
 -- An end has one id, however often Redis comes to it: after a fail-over a job may end again.
 local ENDED = { succeeded = true, failed = true, cancelled = true, ended = true }
+local MOST_AGAIN = 1000
 -- `what` is job, or group for the end of the group that a job was the last of. An endpoint that the job names gets
--- an entry in its set; what no worker has sent for a week leaves that.
+-- an entry in its set; what no worker has sent for a week leaves that. While a thousand wait, a job that is queued or
+-- begun again (`f.again`) adds none: SUBMIT counts for its tenant what it adds once.
 local function event(f, name, state, code, what)
   if f.parent then return end  -- of a job in parts, only the parent is told
   local generation = string.format('%.0f', number(f.generation))
@@ -95,6 +97,7 @@ local function event(f, name, state, code, what)
   if not endpoint then return end
   local due = P .. 'webhooks:due:' .. endpoint
   redis.call('ZREMRANGEBYSCORE', due, 0, now - 604800)
+  if not ENDED[state] and (f.again or code ~= '') and redis.call('ZCARD', due) >= MOST_AGAIN then return end
   redis.call('ZADD', due, now, cjson.encode(fields))
   redis.call('SADD', P .. 'webhooks:endpoints', endpoint)
 end

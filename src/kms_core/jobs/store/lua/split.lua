@@ -38,6 +38,7 @@ add_all(P .. 'open', now, names)
 add_all(P .. 'expiring', expires, names)
 for class, members in pairs(classes) do offer_all(members, f, class) end
 hold(f.tenant, id, memory)
+if redis.call('EXISTS', P .. 'room') == 1 then redis.call('DECRBY', P .. 'room', string.format('%d', memory)) end
 charge_lease(job, f)
 redis.call('HSET', job, 'split', ARGV[3], 'parts', #names, 'parts_left', #names, 'lease_until', expires,
   'items', string.format('%.0f', items), 'bytes', string.format('%.0f', bytes))
