@@ -169,9 +169,10 @@ class TokenFile(Tokens):
                     log_change(known, reading.result())
                     known = self._read = reading.result()
         except FileNotFoundError:
-            known = self._read = KnownTokens(None)
+            self._reading, known = None, KnownTokens(None)
+            self._read = known
         except (OSError, ConfigurationError) as exc:
-            self._read = KnownTokens(())
+            self._reading, self._read = None, KnownTokens(())
             _log.error("tokens.unreadable", path=str(self._path), reason=reason_of(exc))
             raise Unavailable("The token file cannot be read; the service's log says why") from exc
         return known

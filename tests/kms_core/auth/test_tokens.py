@@ -271,6 +271,31 @@ def test_callers_do_not_wait_while_a_large_file_is_read(
     assert lets_in(file, text), "a small one is read at once"
 
 
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.chmod(0o666)], ids=["gone", "open"])
+def test_what_was_read_of_an_earlier_file_lets_nobody_in(
+    path: Path, text: str, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None]
+) -> None:
+    """A thread has read it, and nobody asked before it was removed."""
+    file, read, reads = TokenFile(path), tokens.read, list[tokens.TokensBody]()
+
+    def noting(path: Path) -> tokens.TokensBody:
+        reads.append(read(path))
+        return reads[-1]
+
+    assert lets_in(file, text)
+    monkeypatch.setattr(tokens, "read", noting)
+    path.write_bytes(path.read_bytes() + LARGE)
+    assert lets_in(file, text)
+    until(lambda: reads, "it is read")
+    spoil(path)
+    assert is_unreadable(file) or not file.tenants()
+
+    path.unlink(missing_ok=True)
+    path.write_bytes(b'{"tokens": []}')
+    path.chmod(0o600)
+    assert reason(file, text) == "unknown"
+
+
 def is_unreadable(file: TokenFile) -> bool:
     try:
         file.tenants()
