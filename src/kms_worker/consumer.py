@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import msgspec
 import structlog
@@ -30,8 +30,8 @@ from kms_worker.tasks import QUEUE as SUBMIT_QUEUE
 # Checks of broker messages before Celery acts on them: Malformed is raised for any other message.
 #
 # A producer chooses task, arguments and options. Of a message only a task name, a task id, one argument and
-# bounded links are kept. All other options of Celery (eta, expires, timelimit, chain, chord, group,
-# retries, shadow, reply_to and the like) are dropped and have no effect.
+# bounded links are kept. Of kms.submit, options that change what is done, or when, are refused; all others
+# (group, retries, shadow, reply_to and the like) are dropped and have no effect.
 
 Reason = Literal[
     "too_large",  # above the bound of its queue; not parsed
@@ -42,6 +42,12 @@ Reason = Literal[
     "body",  # not JSON, or not the arguments of the task
     "invalid_request",  # on kms.submit: an argument that is not base64
     "not_a_ciphertext",  # on kms.submit: an argument that is no age file
+    "chain_unsupported",  # these on kms.submit: an option of Celery that would have no effect
+    "chord_unsupported",
+    "eta_unsupported",
+    "expires_unsupported",
+    "timelimit_unsupported",
+    "link_unsupported",
     "worker_died",  # came back twice from a worker that died or lost its connection
     "crashed",  # it passed the checks, and handling it failed all the same
 ]
@@ -58,6 +64,16 @@ _MOST_EMBED: Final = 262_144  # bytes of Celery's options, of which links are re
 _MOST_LINKS: Final = 8
 _MOST_LINK_BYTES: Final = 8192
 _MOST_DEPTH: Final = 16
+_IN_BODY: Final[Mapping[str, Reason]] = {"chain": "chain_unsupported", "chord": "chord_unsupported"}
+_IN_HEADERS: Final[Mapping[str, Reason]] = {
+    "eta": "eta_unsupported",  # and countdown
+    "expires": "expires_unsupported",
+    "timelimit": "timelimit_unsupported",
+}
+_OF_LINKS: Final = frozenset(
+    {"eta", "countdown", "expires", "time_limit", "soft_time_limit", "link", "link_error", "chain", "chord"}
+)
+"""Options of a link that would have no effect."""
 _NAME: Final = re.compile(r"[\w.:@-]{1,200}", re.ASCII)
 _OURS: Final = ("kms.", "celery.")
 
@@ -79,11 +95,14 @@ class CeleryMessage(msgspec.Struct):
     callbacks: list[dict[str, object]]
     errbacks: list[dict[str, object]]
     resends: int
+    unsupported: Reason | None
+    """The option of Celery for which it is refused."""
 
     def headers(self) -> dict[str, object]:
         """Celery's headers. Without ``argsrepr`` Celery would log the argument."""
         named = {"task": self.task, "id": self.task_id, "resends": self.resends}
-        return {"lang": "py", **named, "argsrepr": "-", "kwargsrepr": "-"}
+        refused = {"unsupported": self.unsupported} if self.unsupported else {}
+        return {"lang": "py", **named, **refused, "argsrepr": "-", "kwargsrepr": "-"}
 
     def body(self) -> bytes:
         """Celery's body, as JSON."""
@@ -119,16 +138,20 @@ def read_message(
     callbacks, errbacks = (_links(embed, name) for name in ("callbacks", "errbacks"))
     resends = headers.get("resends")
     count = resends if isinstance(resends, int) and 0 < resends < MOST_RESENDS else 0
-    return CeleryMessage(task, task_id, args, callbacks, errbacks, count + redelivered)
+    is_ours = task != SUBMIT_TASK
+    unsupported = None if is_ours else _unsupported(headers, embed, len(callbacks) + len(errbacks))
+    return CeleryMessage(task, task_id, args, callbacks, errbacks, count + redelivered, unsupported)
 
 
 def check_sealed(message: CeleryMessage) -> None:
-    """Refuse a kms.submit that cannot be an age file, unless the pool is to send its ``link_error``.
+    """Refuse a kms.submit with an option that has no effect, or without an age file.
 
-    Raises Malformed.
+    Nothing is raised if the pool is to send its ``link_error``. Raises Malformed.
     """
     if message.errbacks:
         return
+    if message.unsupported:
+        raise Malformed(message.unsupported)
     try:
         content = msgspec.convert(message.args[0], bytes)
     except msgspec.ValidationError:
@@ -160,19 +183,42 @@ def _arguments(task: str, body: object) -> tuple[list[str], object]:
     return args, options
 
 
+def _unsupported(headers: Mapping[object, object], embed: object, kept: int) -> Reason | None:
+    """The first option of Celery that would have no effect; ``kept`` is the number of links that are sent.
+
+    A copy of a message has only the reason left, in its headers.
+    """
+    options = embed if isinstance(embed, dict) else {}
+    asked = [
+        *(reason for name, reason in _IN_BODY.items() if options.get(name)),
+        *(reason for name, reason in _IN_HEADERS.items() if _is_set(headers.get(name))),
+    ]
+    if sum(len(_given(embed, name)) for name in ("callbacks", "errbacks")) > kept:
+        asked.append("link_unsupported")
+    noted = (reason for reason in get_args(Reason) if reason == headers.get("unsupported"))
+    return next(iter(asked), None) or next(noted, None)
+
+
+def _is_set(option: object) -> bool:
+    """Whether an option is given; limits of time are a pair, of soft and hard."""
+    return any(option) if isinstance(option, list | tuple) else option is not None
+
+
 # -- links of kms.submit: Celery sends them, so they are rebuilt from fields known to be harmless ---------
 
 
 def _links(embed: object, name: str) -> list[dict[str, object]]:
-    """The links that docs/celery.md allows; others are left out.
+    """The links that docs/celery.md allows; others are left out, and the message is refused.
 
     Of eight, those to a task and queue that are not the service's, with at most 8 KiB of arguments.
     """
+    return [made for raw in _given(embed, name)[:_MOST_LINKS] if (made := _link(raw)) is not None]
+
+
+def _given(embed: object, name: str) -> list[object]:
+    """The links of a kind, none of them checked."""
     found = embed.get(name) if isinstance(embed, dict) else None
-    found = [found] if isinstance(found, dict) else found
-    if not isinstance(found, list):
-        return []
-    return [made for raw in found[:_MOST_LINKS] if (made := _link(raw)) is not None]
+    return found if isinstance(found, list) else [found] if found else []
 
 
 def _link(raw: object) -> dict[str, object] | None:
@@ -181,12 +227,16 @@ def _link(raw: object) -> dict[str, object] | None:
     options = raw.get("options")
     queue = options.get("queue") if isinstance(options, dict) else None
     args, named = raw.get("args") or [], raw.get("kwargs") or {}
-    known = _is_theirs(raw.get("task")) and _is_theirs(queue)
+    known = _is_theirs(raw.get("task")) and _is_theirs(queue) and _has_effect(options)
     if not known or not isinstance(args, list) or not isinstance(named, dict) or not _is_flat([args, named]):
         return None
     immutable = raw.get("immutable") is True
     made = {"task": raw["task"], "args": args, "kwargs": named, "options": {"queue": queue}}
     return {**made, "subtask_type": None, "immutable": immutable}
+
+
+def _has_effect(options: object) -> bool:
+    return isinstance(options, dict) and not any(options.get(name) for name in _OF_LINKS)
 
 
 def _is_theirs(name: object) -> bool:
@@ -373,7 +423,8 @@ class CheckedConsumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery
 
     def _drop(self, message: Any, reason: Reason) -> None:  # noqa: ANN401 -- as above
         task_id = message.headers.get("id") if isinstance(message.headers, Mapping) else ""
-        event = "submit.refused" if reason in {"invalid_request", "not_a_ciphertext"} else "message.refused"
+        is_read = reason in {"invalid_request", "not_a_ciphertext"} or reason.endswith("_unsupported")
+        event = "submit.refused" if is_read else "message.refused"
         self._refusals.refuse(_queue(message), reason, task_id, event)
         if not message.acknowledged:
             message.ack()

@@ -121,6 +121,9 @@ def register_submit(
     def submit(task: Task, *args: object, **named: object) -> str:
         """The job's id, for ``link``; raises, for ``link_error``, where the message is refused for good."""
         pulse.note()
+        if reason := task.request.get("unsupported"):
+            refusals.refuse(QUEUE, reason, task.request.id, "submit.refused")
+            raise InvalidRequest
         try:
             return accept(intake(), args, named, f"{worker}/{os.getpid()}")
         except (Unavailable, ConfigurationError) as exc:

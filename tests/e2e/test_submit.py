@@ -87,16 +87,23 @@ def test_link_fires_with_the_job_id_when_the_message_is_taken(service: Service) 
     assert received(service, queue) == [asked["job_id"]]
 
 
-@pytest.mark.parametrize("sealed", [True, False])
-def test_link_error_fires_with_the_task_id_when_it_is_refused(service: Service, *, sealed: bool) -> None:
+@pytest.mark.parametrize(
+    ("sealed", "options"),
+    [(True, {}), (False, {}), (True, {"chain": [Celery(set_as_current=False).signature("workflow.after")]})],
+)
+def test_link_error_fires_with_the_task_id_when_it_is_refused(
+    service: Service, options: dict[str, object], *, sealed: bool
+) -> None:
     queue = f"workflow-{uuid.uuid4()}"
     app = Celery(set_as_current=False)
     link = app.signature("workflow.taken", queue=queue)
     error = app.signature("workflow.not", queue=queue)
-    message = seal(intake_recipient(service), body(version=2)) if sealed else "%"
-    task_id = send(service, message, link=link, link_error=error)
+    asked = body() if options else body(version=2)
+    message = seal(intake_recipient(service), asked) if sealed else "%"
+    task_id = send(service, message, link=link, link_error=error, **options)
 
     assert received(service, queue) == [task_id]
+    assert service.get(f"/jobs/{asked['job_id']}").status_code == 404
 
 
 def test_intake_serves_the_recipient_and_nothing_else(service: Service) -> None:

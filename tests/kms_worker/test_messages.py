@@ -6,19 +6,29 @@ import tracemalloc
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import pytest
 import redis
-from celery import Celery
+from celery import Celery, chord, group
 from kombu.connection import Connection
 from kombu.entity import Exchange, Queue
 from structlog.testing import capture_logs
 
 from kms_core.jobs.spec import BULK, FILES, MAINTENANCE
 from kms_core.jobs.store import redis_keys
-from kms_worker.consumer import AcknowledgingQoS, CeleryMessage, Malformed, most_bytes, read_message
+from kms_worker.consumer import (
+    AcknowledgingQoS,
+    CeleryMessage,
+    Malformed,
+    check_sealed,
+    most_bytes,
+    read_message,
+)
 from kms_worker.tasks import Refusals
 from support import job_stores, malformed_messages
 from support.celery_messages import OPTIONS
@@ -108,20 +118,89 @@ BAD_LINKS: Final = {
 }
 
 
-def test_links_of_the_contract_are_sent_without_their_options() -> None:
-    """And few of them."""
-    options = {"queue": "workflow", "eta": "2999-01-01", "link": [LINK], "serializer": "pickle"}
-    links = {"callbacks": [LINK | {"options": options}] * 100, "errbacks": [LINK], "chain": [LINK]}
-    found = read("kms.submit", submission(links))
+@pytest.mark.parametrize("given", [LINK, [LINK], [LINK] * 8])
+def test_links_of_the_contract_are_sent_without_their_options(given: dict[str, object] | list[Any]) -> None:
+    options: dict[str, object] = {"queue": "workflow", "serializer": "pickle", "link": [], "eta": None}
+    links = json.loads(json.dumps(given).replace('{"queue": "workflow"}', json.dumps(options)))
+    found = read("kms.submit", submission({"callbacks": links, "errbacks": [LINK], "chain": None}))
 
     clean = LINK | {"subtask_type": None, "immutable": False}
-    assert (found.callbacks, found.errbacks) == ([clean] * 8, [clean])
-    assert json.loads(found.body())[2]["chain"] is None
+    assert (found.callbacks, found.errbacks) == ([clean] * (len(given) if given != LINK else 1), [clean])
+    assert found.unsupported is None
+
+
+SOON: Final = datetime(2999, 1, 1, tzinfo=UTC)
+SENDER: Final = Celery(set_as_current=False, broker="memory://", backend="cache+memory://")
+AFTER: Final = SENDER.signature("workflow.after", queue="workflow")
+LATE: Final = AFTER.clone().set(countdown=1)
+LINKED: Final = AFTER.clone().set(link=AFTER)
+SUBMIT: Final = SENDER.signature("kms.submit", ("x",), queue="kms.submit")
+UNSUPPORTED: Final[dict[str, tuple[str, Callable[[], Any]]]] = {
+    "a step after it": ("chain_unsupported", lambda: SUBMIT | AFTER),
+    "an end of a group": ("chord_unsupported", lambda: chord([SUBMIT, SUBMIT], AFTER)),
+    "a time": ("eta_unsupported", lambda: SUBMIT.clone().set(eta=SOON)),
+    "a delay": ("eta_unsupported", lambda: SUBMIT.clone().set(countdown=1)),
+    "an end of its time": ("expires_unsupported", lambda: SUBMIT.clone().set(expires=60)),
+    "a limit": ("timelimit_unsupported", lambda: SUBMIT.clone().set(time_limit=1)),
+    "a soft limit": ("timelimit_unsupported", lambda: SUBMIT.clone().set(soft_time_limit=1)),
+    "a link that is a chain": ("link_unsupported", lambda: SUBMIT.clone().set(link=AFTER | AFTER)),
+    "a link with a delay": (
+        "link_unsupported",
+        lambda: SUBMIT.clone().set(link=LATE),
+    ),
+    "a link with a link": (
+        "link_unsupported",
+        lambda: SUBMIT.clone().set(link=LINKED),
+    ),
+    "a ninth link": ("link_unsupported", lambda: SUBMIT.clone().set(link=[AFTER] * 9)),
+    **{
+        f"a link with {name}": ("link_unsupported", partial(SUBMIT.clone().set, link_error=[link]))
+        for name, link in BAD_LINKS.items()
+        if isinstance(link, dict) and link["args"] != "x"
+    },
+}
+
+
+def sent_by_celery(signature: Any) -> list[malformed_messages.RawMessage]:  # noqa: ANN401 -- Celery ships no types
+    """The messages to kms.submit that Celery makes of a signature."""
+    made = []
+
+    def publish(_producer: object, name: str, message: Any, **_: object) -> None:  # noqa: ANN401 -- as above
+        if name == "kms.submit":
+            headers = json.loads(json.dumps(message.headers))
+            made.append(malformed_messages.RawMessage(json.dumps(message.body).encode(), headers))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SENDER.amqp, "send_task_message", publish)
+        SENDER.signature(signature).apply_async()
+    return made
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_option_that_would_have_no_effect_refuses_its_message(name: str) -> None:
+    """Also the copy of it that is sent when its worker has died."""
+    reason, signature = UNSUPPORTED[name]
+    messages = [read("kms.submit", made) for made in sent_by_celery(signature())]
+    copies = [malformed_messages.RawMessage(each.body(), each.headers(), *JSON) for each in messages]
+
+    assert [each.unsupported for each in messages] == [reason] * len(messages) != []
+    assert [read("kms.submit", each).unsupported for each in copies] == [reason] * len(messages)
+    without = msgspec.structs.replace(messages[0], errbacks=[])
+    with pytest.raises(Malformed, match=reason):
+        check_sealed(without)
+
+
+def test_message_that_celery_makes_without_options_has_all_it_asks_for() -> None:
+    (plain,), group_of = sent_by_celery(SUBMIT), sent_by_celery(group([SUBMIT, SUBMIT]))
+
+    assert [read("kms.submit", each).unsupported for each in (plain, *group_of)] == [None] * 3
 
 
 @pytest.mark.parametrize("name", BAD_LINKS)
 def test_other_links_are_left_out(name: str) -> None:
-    assert read("kms.submit", submission({"callbacks": [BAD_LINKS[name]]})).callbacks == []
+    found = read("kms.submit", submission({"callbacks": [BAD_LINKS[name]]}))
+
+    assert (found.callbacks, found.unsupported) == ([], "link_unsupported")
 
 
 @pytest.mark.parametrize(
