@@ -13,11 +13,14 @@ from fastapi.routing import APIRouter
 from kms_api import app
 from kms_api.openapi import describe
 from kms_api.openapi.describe import EVERYWHERE, HEADERS, Json
+from kms_api.routes import operations
 from kms_api.routing import METRICS, ScopedRoute, routes_of
 from kms_protocol import __version__, admin, errors, wire
 from kms_protocol.context import MAX_BYTES, MAX_PAIRS
 
 VERSION: Final = "3.1.0"
+DOCUMENTED: Final = {wire.PREFIX: app.ROUTERS, "": (operations.probes,)}
+"""The routers of the document, by the prefix of their paths."""
 _REF: Final = "#/components/{}/{}"
 _ANYONE: Final = (errors.Forbidden, errors.AuditUnavailable, errors.KmsError)
 _CALLERS: Final = (*_ANYONE, errors.Unauthenticated, errors.RateLimited, errors.Unavailable)
@@ -242,4 +245,4 @@ def _context() -> Json:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(page(app.DOCUMENTED), indent=1, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(page(DOCUMENTED), indent=1, ensure_ascii=False) + "\n")

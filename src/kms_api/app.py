@@ -50,8 +50,6 @@ ROUTERS: Final = (
 )
 UI: Final = (overview.router, views.router)
 REFERENCE: Final = (views.docs,)
-DOCUMENTED: Final = {wire.PREFIX: ROUTERS, "": (operations.probes,)}
-"""The routers of the OpenAPI document, by prefix."""
 RULES: Final = routing.rules_of((*ROUTERS, operations.probes))
 """The access rule of each route of the API, by method and path; only probes have no prefix."""
 UI_RULES: Final = routing.rules_of((*UI, *REFERENCE))
