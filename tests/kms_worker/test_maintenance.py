@@ -86,6 +86,22 @@ def test_it_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     until(lambda: not runs(tmp_path), "it has ended")
 
 
+def test_no_group_is_signalled_where_the_process_could_not_be_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process 0 of a signal is the whole group of its sender."""
+
+    def refuse() -> int:
+        raise BlockingIOError
+
+    signalled: list[tuple[int, ...]] = []
+    monkeypatch.setattr(os, "kill", lambda *given: signalled.append(given))
+    monkeypatch.setattr(os, "fork", refuse)
+    made = Maintenance(lambda: None, list)
+    made.attempt(made.round)
+    made.end(10)
+
+    assert signalled == []
+
+
 @pytest.mark.parametrize("fails", ["prepare", "build"])
 def test_one_that_cannot_begin_ends(tmp_path: Path, fails: str) -> None:
     def step(name: str) -> list[PeriodicThread]:

@@ -195,6 +195,20 @@ def test_bucket_that_is_away_is_asked_by_no_other_process_of_its_parent(
     blob_stores.close(other)
 
 
+def test_calls_that_were_under_way_when_it_went_away_have_no_other_process_ask(
+    bucket: TestBucket, s3_proxy: S3Proxy, store: SpoolBucket, written_before: Label
+) -> None:
+    del written_before
+    other = blob_stores.spool_bucket(bucket, s3_proxy.url, away=store.away)
+
+    with pytest.raises(SpoolUnavailable), other.errors(goes_on=True):
+        raise connection.StoreAway("no answer", 0)
+
+    assert [each.name for each in threading.enumerate()].count("spool-away") == 1
+    blob_stores.close(store)
+    blob_stores.close(other)
+
+
 def of_job(s3_proxy: S3Proxy) -> list[str]:
     """The requests that name the job."""
     return [seen.operation for seen in s3_proxy.seen if JOB in seen.path]
