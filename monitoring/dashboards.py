@@ -273,7 +273,7 @@ JOBS: Final = Board(
             tells="requeued: a lease ran out; committing: another finished it; stalled: an attempt hung.",
         ),
         Panel(
-            "Attempts that hung, and processes that cannot be ended",
+            "Attempts that hung, and processes without progress",
             [
                 (per("reason", "kms_job_resumes_total", 'reason="stalled"'), "{{reason}}"),
                 ("max(kms_worker_stuck_processes)", "stuck processes"),

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 import structlog
 from celery.concurrency.prefork import TaskPool
 from celery.worker.consumer import Consumer
@@ -34,19 +35,17 @@ _log = structlog.get_logger(__name__)
 
 
 @dataclass
-class _Stuck:
+class _Watched:
+    """A process that makes no progress ``since`` a time, and reported so at ``seen``.
+
+    One that was killed has a ``pidfd``; ``rounds`` counts since then.
+    """
+
     stall: Stall
-    pidfd: int
+    since: float = 0.0
+    seen: float = 0.0
+    pidfd: int = -1
     rounds: int = 0
-    replaced: bool = False
-
-
-@dataclass
-class _Slow:
-    job_id: str
-    resources: list[str]
-    since: float
-    seen: float
     replaced: bool = False
     is_told: bool = False
 
@@ -65,8 +64,8 @@ class Slots(PeriodicThread):
         self._in_loop: Callable[[Callable[[], None]], object] = consumer.hub.call_soon
         """Calls a function in the thread that owns the pool."""
         self._most = self._pool.num_processes
-        self._stuck: list[_Stuck] = []
-        self._slow: dict[int, _Slow] = {}
+        self._stuck: list[_Watched] = []
+        self._slow: dict[int, _Watched] = {}
         self._surplus = 0
         self._told = 0
 
@@ -81,7 +80,7 @@ class Slots(PeriodicThread):
         self._drop_fast(now)
         for one in self._stuck:
             one.rounds += 1
-            if one.rounds > 1 and not one.replaced:  # it had time to end
+            if one.rounds > 1:  # it had time to end
                 self._replace(one)
         is_blocked = self._is_blocked()
         if is_blocked:
@@ -108,12 +107,13 @@ class Slots(PeriodicThread):
 
     def _note_slow(self, stall: Stall, now: float) -> None:
         one = self._slow.get(stall.pid)
-        if one is None or one.job_id != stall.job_id:
+        if one is None or one.stall.job_id != stall.job_id:
             try:
                 resources = self._store.resources(stall.job_id)
             except JobsUnavailable:  # it waits for Redis, as any other process would
                 return
-            one = _Slow(stall.job_id, resources, now, now, replaced=bool(one and one.replaced))
+            stall = msgspec.structs.replace(stall, resources=resources)
+            one = _Watched(stall, now, replaced=bool(one and one.replaced))
             self._slow[stall.pid] = one
         one.seen = now
 
@@ -123,21 +123,19 @@ class Slots(PeriodicThread):
             self._surplus += one.replaced
 
     def _stand_in(self) -> None:
-        """Start another process, since none makes progress, unless there are enough of them."""
-        one = next((one for one in self._slow.values() if not one.replaced), None)
-        if one and self._replaced < self._most:
-            one.replaced = True
-            self._in_loop(lambda: self._pool.grow(1))
+        """Start another process, since none makes progress."""
+        if one := next((one for one in self._slow.values() if not one.replaced), None):
+            self._replace(one)
 
     @property
     def _replaced(self) -> int:
-        watched: list[_Stuck | _Slow] = [*self._stuck, *self._slow.values()]
-        return sum(each.replaced for each in watched)
+        return sum(each.replaced for each in (*self._stuck, *self._slow.values()))
 
     def _end(self, stall: Stall) -> None:
         slow = self._slow.pop(stall.pid, None)
         with suppress(ProcessLookupError):
-            self._stuck.append(_Stuck(stall, os.pidfd_open(stall.pid), replaced=bool(slow and slow.replaced)))
+            pidfd, replaced = os.pidfd_open(stall.pid), bool(slow and slow.replaced)
+            self._stuck.append(_Watched(stall, pidfd=pidfd, replaced=replaced))
             os.kill(stall.pid, signal.SIGKILL)
 
     def _drop_ended(self) -> None:
@@ -148,11 +146,9 @@ class Slots(PeriodicThread):
                 _log.info("worker.process_ended", pid=one.stall.pid, job_id=one.stall.job_id)
             self._surplus += one.replaced
 
-    def _replace(self, one: _Stuck) -> None:
-        if one.rounds == 2:  # noqa: PLR2004 -- the first time
-            pid, job_id, resources = one.stall.pid, one.stall.job_id, one.stall.resources
-            _log.error("worker.process_stuck", pid=pid, job_id=job_id, resources=resources)
-        if self._replaced < self._most:
+    def _replace(self, one: _Watched) -> None:
+        """Start another process in its place, unless there is one, or there are enough of them."""
+        if not one.replaced and self._replaced < self._most:
             one.replaced = True
             self._in_loop(lambda: self._pool.grow(1))
 
@@ -164,18 +160,20 @@ class Slots(PeriodicThread):
             self._pool.shrink(1)
             self._surplus -= 1
 
-    def _tell(self, slow: Sequence[_Slow]) -> None:
+    def _tell(self, slow: Sequence[_Watched]) -> None:
         """Note the processes that hang, and those that are slow, and have none other touch their roots."""
-        for one in slow:
-            if not one.is_told:
-                one.is_told = True
-                _log.warning("worker.process_slow", job_id=one.job_id, resources=one.resources)
-        hanging = [one.stall for one in self._stuck if one.rounds > 1]
-        if hanging or slow or self._told:
-            watched: list[Stall | _Slow] = [*hanging, *slow]
-            resources = {name for one in watched for name in one.resources}
+        hanging = [one for one in self._stuck if one.rounds > 1]
+        watched = [*hanging, *slow]
+        for one in [one for one in watched if not one.is_told]:
+            one.is_told = True
+            log, event = _log.error, "worker.process_stuck"
+            if one.stall.is_slow:
+                log, event = _log.warning, "worker.process_slow"
+            log(event, pid=one.stall.pid, job_id=one.stall.job_id, resources=one.stall.resources)
+        if watched or self._told:
+            resources = {name for one in watched for name in one.stall.resources}
             held_s = _HELD_S if hanging else _SLOW_HELD_S
-            self._told = len(hanging) + len(slow)
+            self._told = len(watched)
             self._store.stuck(self._owner, self._told, held_s, sorted(resources))
 
 

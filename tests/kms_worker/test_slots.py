@@ -4,10 +4,12 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
 import pytest
+from structlog.testing import capture_logs
 
 from kms_core.container import Core
 from kms_core.jobs.execution.attendance import Attendance, Stall
@@ -16,7 +18,7 @@ from kms_core.jobs.spec import BULK, QUEUES
 from kms_core.jobs.store import activity
 from kms_core.jobs.store.store import JobStore
 from kms_worker.slots import Slots
-from support.job_stores import LASTING_LEASES, accepted, store_of
+from support.job_stores import LASTING_LEASES, accepted, connect, store_of
 
 NAS: Final = "root:/srv/nas"
 GOES_ON: Final = 9  # the status of a process that ends by itself
@@ -196,6 +198,17 @@ def test_while_all_processes_are_slow_another_one_takes_jobs_elsewhere(
     assert (pool.asked, stuck(store)) == (["grow", "shrink"], 0)
 
 
+def test_processes_that_wait_for_redis_are_not_slow(store: JobStore, tmp_path: Path) -> None:
+    """Others in their place would wait for it as well."""
+    away = JobStore(connect(f"unix://{tmp_path}/none?db=0"), store.record_key, None, LASTING_LEASES)
+    shared, pool = Attendance(), Pool(1, 2)
+    crawl(shared, (1, "some job"), (2, "another job"))
+
+    watch(shared, away, pool).round()
+
+    assert pool.asked == []
+
+
 def test_one_that_is_slow_beside_others_is_told_after_ten_seconds(
     store: JobStore, clock: list[float]
 ) -> None:
@@ -217,13 +230,16 @@ def test_a_slow_process_that_hangs_at_last_is_replaced_once(
     pid, shared = hanging.start(), Attendance()
     pool = Pool(pid)
     slots = watch(shared, store, pool)
-    crawl(shared, (pid, "some job"))
-    slots.round()
-    hang(shared, pid)
-    for _ in range(3):
-        clock[0] += 1
+    with capture_logs() as logs:
+        crawl(shared, (pid, "some job"))
         slots.round()
+        hang(shared, pid)
+        for _ in range(3):
+            clock[0] += 1
+            slots.round()
     assert (pool.asked, stuck(store)) == (["grow"], 1)
+    said = [(line["event"], line["pid"]) for line in logs]
+    assert said == [("worker.process_slow", pid), ("worker.process_stuck", pid)], "each once"
 
     hanging.let_go(pid)
     for _ in range(2):

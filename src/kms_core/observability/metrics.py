@@ -249,7 +249,7 @@ QUEUE_DEPTH: Final = _latest(
 )
 STUCK_PROCESSES: Final = _latest(
     "kms_worker_stuck_processes",
-    "Processes of workers that hang and cannot be ended: new ones have taken their place",
+    "Processes of workers that hang, or have made no progress in a job for some seconds",
 )
 RESOURCE_LEASES: Final = _latest(
     "kms_job_resource_leases",
