@@ -18,6 +18,8 @@ from typing import Final
 from benchmarks import report
 from benchmarks.figures import Figures, Find, Goal, Row, at_most, ratio, reached, table, value
 
+from support.script_bounds import BOUNDS
+
 _MIB: Final = 1024 * 1024
 _LARGEST_MIB: Final = 16 * 1024
 _OURS: Final = "envelope, driver"
@@ -428,6 +430,11 @@ ROWS: Final = (
         "RSS of an API process with 16 uploads to the bucket under way, less `buffer_bytes`",
         "-",
         [at_most("", 90, 90, [value("spool", "memory", "API", "beyond", 1 / _MIB)], "MiB")],
+    ),
+    Row(
+        "a script of Redis where its work is largest, least of five runs",
+        "-",
+        [at_most("", 50, 10, [value("scripts", "scripts", bound.name, "ms") for bound in BOUNDS], "ms")],
     ),
     Row(
         "RSS: API idle, worker idle; Redis per queued job",

@@ -353,6 +353,7 @@ def clear_queue_gauges() -> None:
 
 
 EVERY_S: Final = 2.0
+_AT_ONCE: Final = 1_000  # counts: a millisecond, in which Redis does nothing else
 _KEY: Final = f"{PREFIX}tally"
 
 
@@ -431,13 +432,15 @@ class UsageFlush(PeriodicThread):
         self._client = client
 
     def round(self) -> None:
-        if not (counts := self._counters.take()):
-            return
-        try:
-            with redis_errors():
-                self._client.register_script(SCRIPTS["add_counts"])([_KEY], flat(counts))
-        except JobsUnavailable:
-            self._counters.put_back(counts)
+        counts = list(self._counters.take().items())
+        add = self._client.register_script(SCRIPTS["add_counts"])
+        for start in range(0, len(counts), _AT_ONCE):
+            try:
+                with redis_errors():
+                    add([_KEY], flat(dict(counts[start : start + _AT_ONCE])))
+            except JobsUnavailable:
+                self._counters.put_back(dict(counts[start:]))
+                return
 
     def finish(self) -> None:
         self.round()

@@ -16,7 +16,7 @@ from kms_core.jobs.model import part_id
 from kms_core.jobs.spec import AnyJob, JobSpec, SmallBlob, Work
 from kms_core.jobs.store.store import JobStore
 from kms_core.settings.model import TenantSection
-from kms_protocol.errors import SpoolQuota, TenantShare
+from kms_protocol.errors import RateLimited, SpoolQuota, TenantShare
 from kms_protocol.wire import STATES
 from support.embedded_valkey import EmbeddedValkey
 from support.job_stores import TENANT, accepted, attempt, claimed, record, store_of, take, with_jobs
@@ -172,6 +172,23 @@ def test_a_tenant_has_as_many_open_jobs_as_are_left_for_others(core: Core) -> No
         store.submit(accepted(tenant="noisy"))
     for tenant in ("first", "second"):
         store.submit(accepted(tenant=tenant))
+
+
+def test_what_is_over_counts_for_nothing_and_leaves_a_thousand_at_a_time(core: Core) -> None:
+    """Jobs that expired while no worker ran, and events that none sent for a week: they leave in steps."""
+    quota = {TENANT: TenantSection(open_jobs=2)}
+    store = store_of(core, msgspec.structs.replace(with_jobs(), tenants=quota))
+    over = {f"{number:036}": 1 for number in range(1_500)}
+    for key in (f"kms:open:{TENANT}", "kms:webhooks:due:hook"):
+        store.redis.zadd(key, over)
+    left = []
+    for _ in range(2):
+        store.submit(accepted(callback="hook"))
+        left += [store.redis.zcard(f"kms:open:{TENANT}"), store.redis.zcard("kms:webhooks:due:hook")]
+
+    assert left == [501, 501, 2, 2]
+    with pytest.raises(RateLimited):
+        store.submit(accepted())
 
 
 def test_a_tenant_without_a_quota_has_half_of_the_spool(core: Core) -> None:

@@ -38,7 +38,6 @@ from support.job_stores import (
     accepted,
     alone,
     claimed,
-    commands,
     events,
     expire_leases,
     forge,
@@ -470,18 +469,6 @@ def test_job_that_is_split_twice_is_split_once(store: JobStore) -> None:
 
     store.renew(held, {})
     store.finish(held, "succeeded")
-
-
-def test_a_split_is_few_commands_for_each_part(store: JobStore, tmp_path: Path) -> None:
-    """400 parts, the most that a caller can have made of a job: Redis does nothing else in between."""
-    with alone(store, tmp_path / "own") as own:
-        claim = claimed(own, source="items", items=400)
-        parts = parts_of(claim, 400)
-        before = commands(own)
-        own.split(claim, parts)
-
-        assert commands(own) - before < 2 * 400 + 50
-        assert {own.part(each.job_id).job.state for each in parts} == {"queued"}
 
 
 def test_expired_records_are_forgotten_some_hundred_at_a_time(store: JobStore, tmp_path: Path) -> None:

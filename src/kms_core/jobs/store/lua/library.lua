@@ -46,6 +46,14 @@ local function add(key, field, more)
   return redis.call('HINCRBY', key, field, string.format('%d', number(more)))
 end
 
+-- Remove members of a set that is by time, those of until then: a thousand at most, in a millisecond, since there
+-- may be any number. Answers how many there were.
+local function drop(key, until_s)
+  local over = redis.call('ZCOUNT', key, '-inf', until_s)
+  if over > 0 then redis.call('ZREMRANGEBYRANK', key, 0, math.min(over, 1000) - 1) end
+  return over
+end
+
 local FIELDS = { 'state', 'tenant', 'queue', 'priority', 'created_at', 'parent', 'kind', 'generation', 'attempt',
   'expires_at', 'work_bytes', 'labels', 'group', 'start_by', 'run_by', 'keep_for', 'started_at', 'resources',
   'needs', 'callback', 'group_callback', 'attempt_id', 'cancel', 'worker', 'paid_until', 'waits_for', 'spooled' }
@@ -96,7 +104,7 @@ local function event(f, name, state, code, what)
   local endpoint = what == 'group' and f.group_callback or not what and f.callback
   if not endpoint then return end
   local due = P .. 'webhooks:due:' .. endpoint
-  redis.call('ZREMRANGEBYSCORE', due, 0, now - 604800)
+  drop(due, now - 604800)
   if not ENDED[state] and (f.again or code ~= '') and redis.call('ZCARD', due) >= MOST_AGAIN then return end
   redis.call('ZADD', due, now, cjson.encode(fields))
   redis.call('SADD', P .. 'webhooks:endpoints', endpoint)
@@ -344,8 +352,7 @@ end
 
 -- The number of members that last, of a set that is by when they end.
 local function lasting(key)
-  redis.call('ZREMRANGEBYSCORE', key, '-inf', now)
-  return redis.call('ZCARD', key)
+  return redis.call('ZCARD', key) - drop(key, now)
 end
 
 -- -- wake-ups ------------------------------------------------------------------------------------------

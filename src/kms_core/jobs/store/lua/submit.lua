@@ -21,9 +21,7 @@ end
 local tenant, shares = ARGV[6], ARGV[13] == '1'
 local free = tonumber(ARGV[2]) - redis.call('ZCARD', P .. 'open')
 if free <= 0 then return {'full'} end
-redis.call('ZREMRANGEBYSCORE', quota_key(tenant), 0, now)
-local most = tonumber(ARGV[7])
-local open = (shares or most > 0) and redis.call('ZCARD', quota_key(tenant)) or 0
+local most, open = tonumber(ARGV[7]), lasting(quota_key(tenant))
 if most > 0 and open >= most then return {'quota'} end
 local first, f, memory = 15 + tonumber(ARGV[14]), {}, JOB_BYTES
 for i = first, #ARGV, 2 do
