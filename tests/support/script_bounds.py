@@ -43,6 +43,8 @@ PARTS: Final = 400
 """Of 100,000 files above 100 GiB in all (``[kms.jobs] fanout_files``)."""
 TALLIES: Final = 1_000
 """Counts of a part over 500 files, each of another version that was found, and left."""
+ALL_TALLIES: Final = 5_000
+"""Of a whole: an Age key has some 2,500 versions at most."""
 OPEN_JOBS: Final = 100_000
 LABELS: Final = 16
 BACKEND: Final = "backend:bounded"
@@ -170,8 +172,8 @@ def _split(store: JobStore) -> tuple[str, list[str]]:
     return claim.accepted.job_id, [part.job_id for part in parts]
 
 
-def _tallied(store: JobStore, job_id: str) -> None:
-    forge(store, job_id, **{f"tally:found:key/{number}": "1" for number in range(TALLIES)})
+def _tallied(store: JobStore, job_id: str, count: int) -> None:
+    forge(store, job_id, **{f"tally:found:key/{number}": "1" for number in range(count)})
 
 
 # -- what is prepared ------------------------------------------------------------------------------------
@@ -260,7 +262,7 @@ def _end_parent(store: JobStore) -> Callable[[], object]:
     claim = _crowded(store)
     job_id = claim.accepted.job_id
     forge(store, job_id, parts=str(PARTS), parts_left="0")
-    tallies = {f"found:key/{number}": 1 for number in range(TALLIES)}
+    tallies = {f"found:key/{number}": 1 for number in range(ALL_TALLIES)}
     end = SignedEnd(fence=1, attempt=1, state="succeeded", tallies=tallies, kept_until=time.time() + 1e5)
     job = store.get(job_id, TENANT)
     return lambda: store.end_parent(job, end, claim.spec)
@@ -274,7 +276,7 @@ def _finish(store: JobStore) -> Callable[[], object]:
 def _finish_part(store: JobStore) -> Callable[[], object]:
     _, parts = _split(store)
     claim = take(store, parts[0])
-    _tallied(store, parts[0])
+    _tallied(store, parts[0], TALLIES)
     return lambda: store.finish(claim, "succeeded")
 
 
@@ -360,7 +362,7 @@ def _retry(store: JobStore) -> Callable[[], object]:
     claim = take(store, _submitted(store))
     job_id = claim.accepted.job_id
     store.finish(claim, "failed", "attempts_exhausted")
-    _tallied(store, job_id)
+    _tallied(store, job_id, ALL_TALLIES)
     return lambda: store.retry(job_id, TENANT)
 
 
@@ -469,7 +471,7 @@ BOUNDS: Final = (
     Bound("reap", "expired, tenants that wait", 8_200, _reap_expired),
     Bound("release", "-", 12, _release),
     Bound("renew", "resources", 25, _renew),
-    Bound("retry", "tallies", 560, _retry),
+    Bound("retry", "tallies", 2_550, _retry),
     Bound("split", "parts, tenants that wait", 9_000, _split_all),
     Bound("split", "parts of an earlier generation", 4_200, _split_again),
     Bound("stalled", "tenants that wait", 8_200, _stalled),

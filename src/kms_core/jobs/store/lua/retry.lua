@@ -1,5 +1,5 @@
 #!lua
--- Give a dead job all its attempts again. O(log n).
+-- Give a dead job all its attempts again. O(log n), and O(t) in its tallies.
 -- KEYS: job   ARGV: id, sealed record of the job that is meant, new sealed record, the attempt of an end that
 --   was found unproven, or '-', tenant, bytes of a large job, field, value, ... of its new times and generation
 -- A job that was split into parts is split again.
