@@ -10,9 +10,9 @@ from typing import Any, Final
 import msgspec
 from fastapi.routing import APIRouter
 
-from kms_api import app
+from kms_api import app, problems
 from kms_api.openapi import describe
-from kms_api.openapi.describe import EVERYWHERE, HEADERS, Json
+from kms_api.openapi.describe import STRING, Json, choice
 from kms_api.routes import operations
 from kms_api.routing import METRICS, ScopedRoute, routes_of
 from kms_protocol import __version__, admin, errors, wire
@@ -52,6 +52,46 @@ _METHODS: Final = {
     "vaultToken": {"type": "apiKey", "in": "header", "name": "X-Vault-Token", "description": _TOKEN},
 }
 
+_HEADERS: Final[Json] = {
+    "X-Request-Id": {
+        "description": "From the request if it is 1 to 64 of `A-Za-z0-9_.-`, else a new one",
+        "required": True,
+        "schema": {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"},
+    },
+    "X-KMS-Audit-Id": {
+        "description": "The audit record of this call, if any: `kms audit receipt` proves it",
+        "schema": STRING,
+    },
+    "Cache-Control": {"description": "Always `no-store`", "required": True, "schema": STRING},
+    "Idempotency-Replayed": {
+        "description": "`true` if the job was submitted before, with the same Idempotency-Key",
+        "schema": choice(("true",)),
+    },
+    "Retry-After": {
+        "description": "Seconds until the next attempt",
+        "schema": {"type": "integer", "minimum": 1},
+    },
+    "Location": {
+        "description": "The path of the job",
+        "required": True,
+        "schema": {"type": "string", "format": "uri-reference"},
+    },
+    "WWW-Authenticate": {
+        "description": "Always `Bearer`",
+        "required": True,
+        "schema": choice(("Bearer",)),
+    },
+    "ETag": {"description": "Identifies the bytes of the result, for `If-Range`", "schema": STRING},
+    "Accept-Ranges": {"description": "Byte ranges are supported", "schema": choice(("bytes",))},
+    "Content-Range": {"description": "The range and the total size in bytes", "schema": STRING},
+    "Content-Disposition": {
+        "description": "Browsers save the result",
+        "schema": choice(("attachment",)),
+    },
+    "X-KMS-File-Id": {"description": "The id of the one file of an upload", "schema": STRING},
+    "X-Accel-Buffering": {"description": "Proxies do not buffer events", "schema": choice(("no",))},
+}
+_EVERYWHERE: Final = ("X-Request-Id", "X-KMS-Audit-Id", "Cache-Control")
 _SECURITY: Final[list[dict[str, list[str]]]] = [{method: []} for method in _METHODS]
 
 
@@ -88,7 +128,7 @@ def page(routers: Mapping[str, Iterable[APIRouter]]) -> Json:
         "components": {
             "schemas": {name: schema for name, schema in made.items() if name in used},
             "responses": dict(sorted(shared.items())),
-            "headers": HEADERS,
+            "headers": _HEADERS,
             "securitySchemes": _METHODS,
         },
     }
@@ -119,6 +159,14 @@ def _operation(route: ScopedRoute, shared: dict[str, Json]) -> Json:
     return {name: value for name, value in made.items() if value or name == "security"}
 
 
+def _codes(refuses: Iterable[type[errors.KmsError]]) -> dict[int, dict[str, str]]:
+    """Error codes and their summaries, by status."""
+    by_status: dict[int, dict[str, str]] = {}
+    for kind in refuses:
+        by_status.setdefault(problems.answer_of(kind).status, {})[kind.code] = kind.summary
+    return by_status
+
+
 def _of_path(path: str) -> Iterator[Json]:
     for part in path.split("/"):
         if part.startswith("{"):
@@ -128,12 +176,12 @@ def _of_path(path: str) -> Iterator[Json]:
 
 def _responses(route: ScopedRoute, extra: Json, shared: dict[str, Json]) -> Json:
     """Answers of a route by status. Errors refer to the ``shared`` components, which are extended."""
-    everywhere = {name: describe.header_ref(name) for name in EVERYWHERE}
+    everywhere = {name: describe.header_ref(name) for name in _EVERYWHERE}
     made = {
         status: {**answer, "headers": everywhere | answer["headers"]}
         for status, answer in extra["responses"].items()
     }
-    found = describe.codes([*extra["x-kms-refuses"], *(_ANYONE if route.rule.open else _CALLERS)])
+    found = _codes([*extra["x-kms-refuses"], *(_ANYONE if route.rule.open else _CALLERS)])
     if "{" in route.path:
         found.setdefault(404, {}).update(_NOT_FOUND)
     for status, means in sorted(found.items()):
@@ -145,7 +193,7 @@ def _responses(route: ScopedRoute, extra: Json, shared: dict[str, Json]) -> Json
             }
             continue
         name = ".".join((str(status), *sorted(means)))
-        headers = (*EVERYWHERE, *_OF_STATUS.get(status, ()))
+        headers = (*_EVERYWHERE, *_OF_STATUS.get(status, ()))
         shared.setdefault(name, describe.refusal(status, dict(sorted(means.items())), *headers))
         made[str(status)] = {"$ref": _REF.format("responses", name)}
     return dict(sorted(made.items()))

@@ -1,6 +1,6 @@
 """Parts of the OpenAPI document that several routes share: parameters, bodies, answers and errors.
 
-``document.py`` builds the document from them, and from what each route declares.
+``scripts/openapi_document.py`` builds the document from them, and from what each route declares.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,6 @@ from typing import Any, Final, get_args
 from kms_api import problems
 from kms_protocol import errors, wire
 from kms_protocol.context import MAX_BYTES
-from kms_protocol.errors import KmsError
 
 Json = dict[str, Any]
 JSON: Final = "application/json"
@@ -90,7 +89,7 @@ def gives(shape: type[wire.Answer], text: str, *headers: str) -> Json:
 
 
 def raw(text: str, content: Json, *headers: str) -> Json:
-    """An answer with any media types; ``headers`` are names in ``HEADERS``."""
+    """An answer with any media types; ``headers`` are names that ``openapi_document.py`` describes."""
     return {"description": text, "headers": {name: header_ref(name) for name in headers}, "content": content}
 
 
@@ -121,14 +120,6 @@ Generated clients take all good answers of an operation for one type: it is that
 
 
 # -- errors --------------------------------------------------------------------------------------------
-
-
-def codes(refuses: Iterable[type[KmsError]]) -> dict[int, dict[str, str]]:
-    """Error codes and their summaries, by status."""
-    by_status: dict[int, dict[str, str]] = {}
-    for kind in refuses:
-        by_status.setdefault(problems.answer_of(kind).status, {})[kind.code] = kind.summary
-    return by_status
 
 
 def refusal(status: int, summaries: Mapping[str, str], *headers: str) -> Json:
@@ -242,36 +233,3 @@ LABEL: Final = query(
     {"type": "array", "items": STRING, "maxItems": wire.MOST_LABELS},
     "Only jobs with this label, as `name=value`; repeat it for jobs that have them all",
 )
-
-
-_SECONDS: Final = {"type": "integer", "minimum": 1}
-HEADERS: Final[dict[str, Json]] = {
-    "X-Request-Id": {
-        "description": "From the request if it is 1 to 64 of `A-Za-z0-9_.-`, else a new one",
-        "required": True,
-        "schema": {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"},
-    },
-    "X-KMS-Audit-Id": {
-        "description": "The audit record of this call, if any: `kms audit receipt` proves it",
-        "schema": STRING,
-    },
-    "Cache-Control": {"description": "Always `no-store`", "required": True, "schema": STRING},
-    "Idempotency-Replayed": {
-        "description": "`true` if the job was submitted before, with the same Idempotency-Key",
-        "schema": choice(("true",)),
-    },
-    "Retry-After": {"description": "Seconds until the next attempt", "schema": _SECONDS},
-    "Location": {
-        "description": "The path of the job",
-        "required": True,
-        "schema": {"type": "string", "format": "uri-reference"},
-    },
-    "WWW-Authenticate": {"description": "Always `Bearer`", "required": True, "schema": choice(("Bearer",))},
-    "ETag": {"description": "Identifies the bytes of the result, for `If-Range`", "schema": STRING},
-    "Accept-Ranges": {"description": "Byte ranges are supported", "schema": choice(("bytes",))},
-    "Content-Range": {"description": "The range and the total size in bytes", "schema": STRING},
-    "Content-Disposition": {"description": "Browsers save the result", "schema": choice(("attachment",))},
-    "X-KMS-File-Id": {"description": "The id of the one file of an upload", "schema": STRING},
-    "X-Accel-Buffering": {"description": "Proxies do not buffer events", "schema": choice(("no",))},
-}
-EVERYWHERE: Final = ("X-Request-Id", "X-KMS-Audit-Id", "Cache-Control")
