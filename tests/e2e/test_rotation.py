@@ -8,9 +8,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx2 as httpx
 import pytest
+import redis
 
 from kms_core import key_rotation
 from kms_core.age import x25519
@@ -19,6 +22,7 @@ from kms_core.backends.age import AgeBackend
 from kms_core.container import Core
 from kms_core.jobs.store import activity
 from kms_core.jobs.store.activity import UsageFlush
+from kms_core.jobs.store.redis_keys import SCRIPTS
 from kms_core.key_selection import SelectionRules
 from kms_core.keyring import Key, Keyring
 from kms_core.observability.metrics import UsageCounters
@@ -295,3 +299,21 @@ def test_counts_wait_while_redis_is_away(redis_url: str) -> None:
 
     assert activity.shared_usage(connect(redis_url)) == {"operations encrypt ok": 2}
     assert not tally.peek()
+
+
+def test_counts_that_were_added_before_redis_went_away_are_not_added_again(redis_url: str) -> None:
+    added, script = list[object](), connect(redis_url).register_script(SCRIPTS["add_counts"])
+
+    def add(keys: list[str], words: list[str | int]) -> None:
+        if added:
+            raise redis.ConnectionError
+        added.append(script(keys, words))
+
+    client: Any = SimpleNamespace(register_script=lambda _: add)
+    tally = UsageCounters()
+    tally.put_back({f"messages key {number} age": 1 for number in range(1_500)})
+    UsageFlush(tally, client).round()
+    assert len(tally.peek()) == 500
+    UsageFlush(tally, connect(redis_url)).round()
+
+    assert list(activity.shared_usage(connect(redis_url)).values()) == [1] * 1_500

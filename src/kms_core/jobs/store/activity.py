@@ -353,7 +353,7 @@ def clear_queue_gauges() -> None:
 
 
 EVERY_S: Final = 2.0
-_AT_ONCE: Final = 1_000  # counts: a millisecond, in which Redis does nothing else
+_AT_ONCE: Final = 1_000  # counts: some milliseconds, in which Redis does nothing else
 _KEY: Final = f"{PREFIX}tally"
 
 
