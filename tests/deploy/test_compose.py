@@ -8,7 +8,6 @@ from typing import Any, Final
 import pytest
 import redis
 
-from kms_core.settings import lint
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.validation import check_exposure
 from kms_worker.app import CONFIGURATION
@@ -140,9 +139,3 @@ def test_its_settings_are_ones_that_the_service_takes_but_for_the_files() -> Non
 
     check_exposure(loaded)
     assert loaded.kms.redis.url == "redis://kms@valkey:6379/0"
-
-
-def test_what_is_weak_is_accepted_and_nothing_else() -> None:
-    loaded = load_settings(DEPLOY / "compose/kms.toml", {"KMS_STATE_DIR": "/var/lib/kms-service"})
-
-    assert {each.setting for each in lint.weaknesses(loaded)} == set(loaded.kms.accept_weak)

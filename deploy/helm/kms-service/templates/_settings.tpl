@@ -46,6 +46,10 @@ jobs:
     {{ . }}:
       {{- include "kms.bucket" $ | nindent 6 }}
   {{- end }}
+{{- if ne .Values.environment "dev" }}
+audit:
+  durability: fsync
+{{- end }}
 log:
   format: json
 {{- end }}
