@@ -171,6 +171,7 @@ def _lifespan_of(core: Core, monitor: AuditMonitor) -> Callable[[FastAPI], Abstr
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
+        core.audit_maintenance.begun = monitor.wake
         threads: list[PeriodicThread] = [
             *map(CopyPoll, core.copies),
             monitor,

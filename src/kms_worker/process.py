@@ -113,14 +113,17 @@ def _maintenance(loaded: Settings, name: str) -> list[PeriodicThread]:
     app = worker_app.build(loaded, name, SharedTime())
     core = build_core(loaded, "worker", broker.notify_through(app, loaded.kms.redis))
     store, install, endpoints = core.worker_context.store, core.install, webhook.endpoints(loaded)
+    monitor = build_monitor(loaded, store.redis)
+    core.audit_maintenance.begun = monitor.wake
     return [
         InstallWatch(install, attendance.tell_misplaced),
         Reaper(store, name, install.require),
         SpoolCleanup(store, core.worker_context.spool, name, install.require, install.may_sweep),
         tasks.Clock(app, store, name),
-        build_monitor(loaded, store.redis),
+        monitor,
         *(CopyPoll(copy) for copy in core.copies),
         *([WebhookDispatcher(Outbox(store, endpoints), endpoints, name)] if endpoints else []),
+        core.audit_maintenance,
     ]
 
 

@@ -208,11 +208,12 @@ def test_a_clean_stop_closes_the_chains_of_all_processes(own: Service) -> None:
     own.encrypt(b"x")
     own.wait(own.submit({"kind": "encrypt", "items": [{"plaintext": ""}], "context": CONTEXT}))
 
-    assert states(own) == {"api": ["open"], "worker": ["open"]}
+    is_open = {"api": ["open"], "worker": ["open"] * 2}  # of the pool process, and of the maintenance process
+    until(lambda: states(own) == is_open, "the maintenance process has begun its chain")
     own.stop("worker")
     own.stop("api")
     found = verified(own)
-    assert states(own) == {"api": ["closed"], "worker": ["closed"]}
+    assert states(own) == {"api": ["closed"], "worker": ["closed"] * 2}
     assert all(chain["signed_seq"] == chain["last_seq"] for chain in found["chains"])
     assert found["verdict"] == "intact"
 

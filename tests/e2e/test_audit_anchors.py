@@ -4,13 +4,15 @@ import json
 import os
 import pwd
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from support.audit_logs import AuditFolder
+from kms_core.audit import AuditLog
+from kms_core.audit.keys import Concealer, Signer
+from support.audit_logs import AuditFolder, hours_ago, record
 from support.service import Service
 from support.waiting import until
 
@@ -81,7 +83,7 @@ def test_a_log_put_back_while_nothing_runs_is_found_by_all(own: Service) -> None
 
     own.start("api")
     until(lambda: "audit_anchors" in own.degraded, "the service says so")
-    assert anchors_lack_lines(own, own.port)
+    assert place_is(own, own.port, 0.0)
     assert "audit.anchor_ahead" in own.output("api")
     assert "KmsAuditOlderThanAnchors" in own.http.get("/ui").text
     assert own.http.get("/readyz").status_code == 200, "it still takes records"
@@ -90,13 +92,12 @@ def test_a_log_put_back_while_nothing_runs_is_found_by_all(own: Service) -> None
 def test_a_log_that_is_too_young_to_be_compared_is_not_called_compared(
     tmp_path: Path, redis_url: str
 ) -> None:
-    with Service(tmp_path, "[kms.audit]\ncheckpoint_s = 3600\n", redis=redis_url) as own:
-        own.start("api")
-        own.encrypt(b"first")
+    with Service(tmp_path, redis=redis_url) as own:
+        command_log(own).append(record())
         level, text = doctor(own)
         assert (level, "nothing was compared with anchors yet" in text) == ("ok", True)
-        own.stop("api")
-        assert "it has all lines that the anchors" in doctor(own)[1]
+        own.start("api")
+        until(lambda: "it has all lines that the anchors" in doctor(own)[1], "the first anchor")
 
 
 def test_a_log_put_back_while_the_service_runs_is_found(own: Service) -> None:
@@ -113,14 +114,34 @@ def test_a_worker_tells_too(own: Service) -> None:
     older_copy(own).put_back()
     own.start("worker")
 
-    until(lambda: anchors_lack_lines(own, own.port + 1), "it says so")
+    until(lambda: place_is(own, own.port + 1, 0.0), "it says so")
 
 
-def anchors_lack_lines(own: Service, port: int) -> bool:
-    """What the metrics of the process on a port say of the place that has the anchors."""
+def test_processes_that_nobody_calls_begin_their_chains_and_are_not_degraded(own: Service) -> None:
+    """A command has recorded a change a day ago, when no place of anchors was there."""
+    log = command_log(own, clock=hours_ago(24))
+    log.append(record())
+    log.close()
+    own.start()
+
+    roles = {"api", "cli", "worker"}
+    until(lambda: {path.name.partition("-")[0] for path in log.folder.iterdir()} == roles, "chains of all")
+    until(lambda: own.degraded == [], "its first anchors are compared")
+    until(lambda: place_is(own, own.port + 1, 1.0), "the worker compared them")
+    assert (verified(own)[0], doctor(own)[0]) == (0, "ok")
+
+
+def command_log(own: Service, **clock: Callable[[], int]) -> AuditLog:
+    """The log of a command that reaches no place of anchors."""
+    log = own.settings.kms.audit
+    return AuditLog(log, "cli", Concealer.at(log.key_path), Signer.at(log.signing_key_path), **clock)
+
+
+def place_is(own: Service, port: int, value: float) -> bool:
+    """Whether the metrics of the process on a port say this of the place that has the anchors."""
     place = "directory" if (own.state.parent / "second").exists() else "redis"
     text = own.http.get(f"http://127.0.0.1:{port}/metrics").text
-    return f'kms_audit_ok{{what="{place}"}} 0.0' in text
+    return f'kms_audit_ok{{what="{place}"}} {value}' in text
 
 
 def test_a_loss_is_acknowledged_on_record(own: Service) -> None:

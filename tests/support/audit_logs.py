@@ -48,6 +48,11 @@ def record(number: int = 0, **fields: Any) -> AuditRecord:  # noqa: ANN401 -- th
     )
 
 
+def hours_ago(hours: int) -> Callable[[], int]:
+    """A clock of a trail that stands, so many hours ago."""
+    return partial(int, time.time_ns() - hours * DAY_NS // 24)
+
+
 def audit_section(path: Path = Path(), **values: Any) -> AuditSection:  # noqa: ANN401 -- of the settings
     return AuditSection(path=path, key_path=Path(), signing_key_path=Path(), **values)
 
@@ -104,7 +109,7 @@ class AuditFolder:
         """A closed chain of so many days ago each; the last one."""
         trails: list[AuditLog] = []
         for ago in days:
-            trails.append(self.trail(clock=partial(int, time.time_ns() - ago * DAY_NS)))
+            trails.append(self.trail(clock=hours_ago(24 * ago)))
             trails[-1].append(record(ago))
             trails[-1].close()
         return trails[-1]

@@ -459,7 +459,7 @@ _DEGRADED: Final[dict[str, tuple[Level, str, str]]] = {
     "audit": ("FAIL", "its audit log cannot be written, so calls are refused", "free space on its disk"),
     "audit_chain": ("FAIL", "its audit log was changed", _VERIFY),
     "audit_anchors": ("FAIL", "its audit log lacks records that anchors name", _VERIFY),
-    "audit_anchors_away": ("warn", "its audit log is not compared with its anchors", "its log says why"),
+    "audit_anchors_away": ("warn", "its anchors are not compared", "audit.anchors_away in its log says why"),
     "audit_unread": ("warn", "it cannot read its audit log", _VERIFY),
     "redis": ("warn", "it reaches no Redis, so jobs and files wait", "start it, or kms up"),
     "redis_full": ("FAIL", "Redis is full, so no job is accepted", _FREE),

@@ -185,6 +185,14 @@ class AuditLog:
     def _is_due(self) -> bool:
         return self._unsigned > 0 and time.monotonic() - self._unsigned_since >= self._section.checkpoint_s
 
+    def begin(self) -> None:
+        """Begin the chain before its first record. Its signed line vouches for the ends of all other chains.
+
+        Raises AuditUnavailable.
+        """
+        with _writing(), self._lock:
+            self._sign(self._ready(), chain.CHECKPOINT, {})
+
     def record_removal(self, before: str, files: int) -> None:
         """Record that segments opened up to a time will be removed now. Raises AuditUnavailable."""
         fields = {"kind": chain.RETIRED, "before": before, "files": files}

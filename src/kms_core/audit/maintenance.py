@@ -7,7 +7,7 @@ earlier ones.
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -221,6 +221,9 @@ _log = structlog.get_logger(__name__)
 class AuditMaintenance(PeriodicThread):
     """Maintains the log of this process every second. ``stop`` closes its chain."""
 
+    begun: Callable[[], object] | None = None
+    """If set, the first round begins the chain and calls this: then an install without calls has anchors."""
+
     def __init__(
         self,
         audit_log: AuditLog,
@@ -240,6 +243,11 @@ class AuditMaintenance(PeriodicThread):
         super().stop(wait_s)
 
     def round(self) -> None:
+        if self.begun:
+            self._audit_log.begin()
+            self.finish()
+            self.begun()
+            self.begun = None
         self._audit_log.checkpoint_if_due()
         self.finish()
         if self._keep_days and time.monotonic() - self._removed_at >= _REMOVE_EVERY_S:

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-import structlog
-
 from kms_core.audit import chain, segments
 from kms_core.audit.chain import ChainLine
 from kms_core.audit.keys import PublicKeys
@@ -28,7 +26,6 @@ _EFFECT: Final = re.compile(r"(.+):([0-9]{1,19})-([0-9]{1,19})-[0-9a-f]+")  # nu
 _FIRST_READ: Final = 10_000  # entries of a stream, when a process starts; ``kms audit verify`` reads all
 Losses = Mapping[str, tuple[int, int]]
 """Lines whose loss was acknowledged: of each chain, the first and the last."""
-_log = structlog.get_logger(__name__)
 
 
 def effect_of(name: str, first: int, last: int) -> str:
@@ -144,15 +141,12 @@ class AnchorReader:
         return self._away or self._source.damaged
 
     def read(self, keys: PublicKeys) -> None:
-        """Read new anchors; logs when the sink begins or ceases to fail."""
+        """Read new anchors."""
         try:
             lines, lost = self._source.news(keys)
             why = ""
         except AuditUnavailable as exc:
             lines, lost, why = [], False, exc.detail
-        if bool(why) != bool(self._away):
-            log, event = (_log.warning, "audit.anchors_away") if why else (_log.info, "audit.anchors_back")
-            log(event, place=self.name, reason=why)
         self._away, self.lost = why, self.lost or lost
         done: set[str] = set()
         for raw in reversed(lines):  # of each chain, one signature is checked

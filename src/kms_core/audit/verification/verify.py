@@ -302,6 +302,7 @@ class AuditMonitor(PeriodicThread):
             is_older = any(problem.anchor == each.text for problem in proven)
             value = 0 if is_older else _NAN if each.name in not_compared else 1
             metrics.AUDIT_OK.labels(each.name).set(value)
+            _log_compared(each.name, before.not_compared.get(each.name, ""), not_compared.get(each.name, ""))
         if unread:
             _log.warning("audit.not_read_back", reason=unread)
         else:
@@ -331,6 +332,13 @@ def _why(anchors: AnchorReader, report: VerificationReport | None, unread: str) 
         return anchors.unread or unread
     is_signed = any(each.signed_seq >= 0 and each.first_time < due for each in report.chains)
     return anchors.unread or (report.not_compared.get(anchors.text, "") if is_signed else "")
+
+
+def _log_compared(place: str, before: str, why: str) -> None:
+    """Log that the log is no longer compared with the anchors of a sink, or is again."""
+    if bool(why) != bool(before):
+        log, event = (_log.warning, "audit.anchors_away") if why else (_log.info, "audit.anchors_back")
+        log(event, place=place, reason=why)
 
 
 def _log_older(problem: ChainProblem) -> None:

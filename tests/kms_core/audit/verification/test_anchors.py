@@ -10,6 +10,7 @@ from typing import Final, cast
 
 import pytest
 import redis
+from structlog.testing import capture_logs
 
 from kms_core import audit
 from kms_core.audit import AuditLog, chain, maintenance, segments
@@ -25,6 +26,7 @@ from support.audit_logs import (
     audit_ok,
     audit_section,
     chain_name,
+    hours_ago,
     notes,
     problem_codes,
     record,
@@ -501,6 +503,28 @@ def test_without_anchors_only_a_young_log_counts_as_compared(
     assert (found(watch), list(watch.condition.not_compared)) == ([], [kept.name])
     report = verified(audit_folder, kept)
     assert (report.verdict, list(report.not_compared)) == ("not compared", ["there"])
+
+
+def test_a_log_without_calls_has_an_anchor_once_a_service_begins_its_chain(
+    audit_folder: AuditFolder, kept: AnchorPlace, redis_url: str
+) -> None:
+    """A command recorded a change while no place was there; an hour passed since the service began."""
+    emptied(audit_folder, redis_url)
+    audit_folder.aged(1)
+    watch = audit_folder.monitor(kept)
+    with capture_logs() as said:
+        assert (found(watch), list(watch.condition.not_compared)) == ([], [kept.name])
+        keeper = AuditMaintenance(audit_folder.trail(clock=hours_ago(1)), [kept])
+        keeper.begun = watch.wake
+        keeper.round()
+        assert (found(watch), watch.condition.not_compared, audit_ok(kept.name)) == ([], {}, 1)
+
+    events = [(each["event"], each["place"]) for each in said if "place" in each]
+    assert events == [("audit.anchors_away", kept.name), ("audit.anchors_back", kept.name)]
+    assert "no anchor of this log" in next(each["reason"] for each in said if "reason" in each)
+    (begun,) = kept.lines()
+    keeper.round()
+    assert kept.lines() == [begun], "once"
 
 
 # -- at what cost ------------------------------------------------------------------------------------
