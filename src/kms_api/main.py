@@ -32,7 +32,7 @@ def main() -> int:
         file = load.for_server(arguments.config, os.environ)
         loaded = load.load(file, os.environ)
         logs.configure(loaded.kms.log.level, json=loaded.kms.log.as_json(terminal=sys.stderr.isatty()))
-        check_exposure(loaded)
+        check_exposure(loaded, file or load.MACHINE)
         if arguments.listener is None:  # else the leader has warned
             lint.warn(loaded)
             load.write_note(file, os.environ)

@@ -25,7 +25,7 @@ from kms_core.audit.keys import CONCEALING, SIGNING
 from kms_core.backends import NATIVE, Backend, KeyMissing
 from kms_core.backends.age import AgeBackend, parts_of
 from kms_core.backends.age_settings import AgeSection
-from kms_core.backends.key_files import KeyFiles
+from kms_core.backends.key_files import KeyFiles, make_identity
 from kms_core.envelope.sealed_files import (
     FileSealer,
     KeySource,
@@ -37,6 +37,7 @@ from kms_core.envelope.sealed_files import (
 from kms_core.key_documents import KeyDocument
 from kms_core.periodic import PeriodicThread, jittered_wait_s
 from kms_core.secure_memory import SharedSecrets
+from kms_core.settings.lint import leaves_host
 from kms_core.settings.model import Settings
 from kms_core.signed_documents import LocalCopy
 from kms_protocol import small_files
@@ -252,9 +253,11 @@ _memory: list[SharedSecrets] = []  # of this process: its own or its parent's; e
 def begin(settings: Settings) -> int | None:
     """Open the sealed files of a program that runs several processes, and go on in a thread.
 
-    Returns the descriptor that children started by an exec pass to ``inherit``; None without sealed files.
-    Blocks while a root of the service's own keys is away. Raises ConfigurationError.
+    Makes a missing spool key in dev. Returns the descriptor that children started by an exec pass to
+    ``inherit``; None without sealed files. Blocks while a root of the service's own keys is away. Raises
+    ConfigurationError.
     """
+    _make_spool_key(settings)
     paths = sealed_files(settings)
     if not paths and not any(isinstance(place, str) for place in places(settings).values()):
         return None
@@ -269,6 +272,17 @@ def begin(settings: Settings) -> int | None:
     opener.open_all()
     opener.start()
     return memory.fd
+
+
+def _make_spool_key(settings: Settings) -> None:
+    """Make the spool key of a new install in dev that no other host can share. Raises ConfigurationError.
+
+    Hosts that each made their own could not read the jobs of each other.
+    """
+    jobs, redis = settings.kms.jobs, settings.kms.redis
+    is_shared = jobs.spool_bucket or leaves_host(redis.url) or (jobs.spool_dir / "hosts").exists()
+    if settings.environment == "dev" and not is_shared and make_identity(jobs.spool_identity_path):
+        _log.info("key.made", name=SPOOL, path=str(jobs.spool_identity_path))
 
 
 def inherit(fd: int) -> None:

@@ -1,15 +1,20 @@
 """The process that opens sealed key files: when it asks a root, and what the other processes see."""
 
+import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Final
 
+import pyrage
 import pytest
 
 from kms_core import key_opening, keyring
 from kms_core.age import x25519
 from kms_core.envelope.sealed_files import FileSealer, NotOpenedYet
 from kms_core.key_opening import KeyOpener
+from kms_core.secure_files import in_shell
 from kms_core.secure_memory import SharedSecrets
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, UnknownKey
 from support.age_kms import age_backend, write_identities
@@ -147,6 +152,49 @@ def test_no_repr_shows_content(tmp_path: Path, sealer: FaultySealer) -> None:
 
     assert "SECRET" not in repr(thread.found)
     assert "SECRET" not in repr(sealer)
+
+
+# -- the spool key -----------------------------------------------------------------------------------
+
+
+def test_a_new_install_in_dev_has_one_spool_key_however_many_processes_begin(tmp_path: Path) -> None:
+    settings = read(tmp_path, "", {"HOME": str(tmp_path)})
+    path, together = settings.kms.jobs.spool_identity_path, Barrier(8)
+
+    def begin(_: int) -> bytes:
+        together.wait()
+        assert key_opening.begin(settings) is None
+        return path.read_bytes()
+
+    with ThreadPoolExecutor(8) as threads:
+        (content,) = set(threads.map(begin, range(8)))
+
+    assert pyrage.x25519.Identity.from_str(content.decode().split()[-1])
+    assert [each.name for each in path.parent.iterdir()] == ["spool.key"]
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[kms]\nenvironment = 'prod'\nprod_backend = 'age'\nallow_age_in_prod = true\n",
+        "[kms]\nenvironment = 'staging'\n[kms.environments.staging]\nbackend = 'age'\n",
+        "[kms.redis]\nurl = 'redis://queue:6379/0'\n",
+        "[kms.jobs.spool_bucket]\nurl = 's3://spool/dev'\n",
+        "[kms.jobs]\nspool_dir = '{used}'\n",
+    ],
+    ids=["prod", "staging", "a Redis of several hosts", "a bucket", "a spool in use"],
+)
+def test_no_host_makes_a_spool_key_of_its_own_where_others_may_have_one(tmp_path: Path, text: str) -> None:
+    used = tmp_path / "used"
+    (used / "hosts").mkdir(parents=True)
+    settings = read(tmp_path, text.format(used=used), {"HOME": str(tmp_path)})
+    path = settings.kms.jobs.spool_identity_path
+
+    assert key_opening.begin(settings) is None
+    assert not path.exists()
+    with pytest.raises(ConfigurationError, match=re.escape(f"make it with `kms keygen -o {in_shell(path)}`")):
+        key_opening.own_key(settings, key_opening.SPOOL)
 
 
 # -- settings ----------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def _own_keys(settings: Settings) -> Iterator[Finding]:
     path = own[key_opening.SPOOL]
     if not path.exists():
         level: Level = "warn" if settings.environment == "dev" else "FAIL"
-        make = f"kms keygen -o {in_shell(path)} (in dev kms up creates it)"
+        make = f"kms keygen -o {in_shell(path)} (in dev the service makes it)"
         yield Finding(level, "own keys", f"{path} does not exist", make)
     opener = key_opening.of_process(settings)
     for name in own.keys() & sealed.keys():

@@ -25,9 +25,9 @@ from kms_cli import audited, terminal
 from kms_cli.local import installation
 from kms_cli.session import session
 from kms_core import secure_files
-from kms_core.age.mlkem768x25519 import Recipient, identity_file, parse_identity
-from kms_core.age.x25519 import X25519Identity
+from kms_core.age.mlkem768x25519 import Recipient, parse_identity
 from kms_core.backends.age_settings import AgeSection
+from kms_core.backends.key_files import make_identity
 from kms_core.programs.supervisor import Child, say, supervise
 from kms_core.secure_files import in_shell
 from kms_core.settings.load import for_server, origins
@@ -210,19 +210,6 @@ def make_dev_keys(settings: Settings) -> None:
         secure_files.create(age.public_key_path, f"{_recipient(age.private_key_path)}\n".encode())
     make_identity(settings.kms.jobs.spool_identity_path)
     make_identity(settings.kms.jobs.intake_identity_path)
-
-
-def make_identity(path: Path) -> bool:
-    """Write a new X25519 identity to ``path`` (0600), as age-keygen. Return False if it exists."""
-    if path.exists():
-        return False
-    try:
-        path.parent.mkdir(mode=installation.DIR_MODE, parents=True, exist_ok=True)
-        return secure_files.create(path, identity_file(X25519Identity.generate()))
-    except OSError as exc:
-        raise ConfigurationError(
-            f"Cannot write the key {path}: {exc.strerror}. --state-dir changes its directory"
-        ) from exc
 
 
 def _recipient(path: Path) -> Recipient:

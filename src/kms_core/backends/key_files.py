@@ -1,4 +1,4 @@
-"""The identities of an Age key in two files of this host, read and rotated."""
+"""The identities of an Age key in two files of this host: made, read and rotated."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +9,11 @@ from typing import Final
 import structlog
 
 from kms_core.age.header import is_age_file
+from kms_core.age.mlkem768x25519 import identity_file
+from kms_core.age.x25519 import X25519Identity
 from kms_core.envelope.sealed_files import SealedFiles, StoredKeys
 from kms_core.reload import stamp_of
-from kms_core.secure_files import check_secret, in_shell, lock, replace_kept
+from kms_core.secure_files import check_secret, create, in_shell, lock, make_folders, replace_kept
 from kms_protocol import small_files
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, TooManyVersions
 
@@ -23,6 +25,7 @@ MOST_BYTES: Final = small_files.MAX_BYTES // 2
 The other half is for the sealing and for what operators add by hand: what was written is always read.
 """
 _MAKE_KEYS: Final = "make a pair with `kms keygen -o {0}` and `kms keygen -y {0} > {1}`"
+_MAKE_KEY: Final = "make it with `kms keygen -o {0}` as the user of the service; all hosts have the same file"
 _log = structlog.get_logger(__name__)
 
 
@@ -57,7 +60,8 @@ class KeyFiles:
             stamp = stamp_of(self._paths)
             contents = [small_files.read(path) for path in self._paths]
         except OSError as exc:
-            hint = _MAKE_KEYS.format(in_shell(self.private), in_shell(self.public or "public_key.txt"))
+            make = _MAKE_KEYS if self.public else _MAKE_KEY
+            hint = make.format(in_shell(self.private), in_shell(self.public))
             raise ConfigurationError(
                 f"Cannot read the age key file {exc.filename} ({exc.strerror}): {hint}"
             ) from exc
@@ -109,6 +113,20 @@ class KeyFiles:
     def behind(self, stamp: object) -> str:
         del stamp
         return ""
+
+
+def make_identity(path: Path) -> bool:
+    """Write a new X25519 identity to ``path`` (0600), as age-keygen. Return False if it exists.
+
+    Of two processes that do so at once, one succeeds. Raises ConfigurationError.
+    """
+    if path.exists():
+        return False
+    try:
+        make_folders(path.parent)
+        return create(path, identity_file(X25519Identity.generate()))
+    except OSError as exc:
+        raise ConfigurationError(f"Cannot write the key {path}: {exc.strerror}") from exc
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def _has_wide_proxies(settings: Settings) -> bool:
     )
 
 
-def _leaves_host(url: str) -> bool:
+def leaves_host(url: str) -> bool:
     """Return whether a server of ``[kms.redis]`` is on another machine."""
     parts = split_url("kms.redis.url", url)
     if parts.scheme in SENTINELS | CLUSTERS:
@@ -105,13 +105,13 @@ def _leaves_host(url: str) -> bool:
 
 
 def _is_clear_queue(url: str) -> bool:
-    return not is_tls(url) and _leaves_host(url)
+    return not is_tls(url) and leaves_host(url)
 
 
 def _is_open_redis(settings: Settings) -> bool:
     section = settings.kms.redis
     has_password = section.password_file or "@" in split_url("kms.redis.url", section.url).netloc
-    return _leaves_host(section.url) and not has_password and section.client_cert_file is None
+    return leaves_host(section.url) and not has_password and section.client_cert_file is None
 
 
 def _spool_store(settings: Settings) -> StoreSection:

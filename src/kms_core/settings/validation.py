@@ -14,6 +14,7 @@ from kms_core import proxies, scopes
 from kms_core.backends import SCHEMES, table_of
 from kms_core.backends.age_settings import AgeSection, document_of
 from kms_core.sections import check_address, check_https, check_pair, is_loopback
+from kms_core.secure_files import in_shell
 from kms_core.settings.model import (
     CertificateSection,
     IssuerSection,
@@ -199,10 +200,14 @@ _PRIVATE: Final = (
 )
 
 
-def check_exposure(settings: Settings) -> None:
+_REQUIRE: Final = """ (`mkdir -p {} && printf '\\n[kms.auth]\\nmode = "required"\\n' >> {}`)"""
+
+
+def check_exposure(settings: Settings, file: Path | None = None) -> None:
     """Refuse to serve prod, or an address off loopback, while authentication is undecided.
 
-    Raises ConfigurationError. ``localhost`` and loopback addresses count as loopback, other names do not.
+    Raises ConfigurationError, with a command that requires it in ``file``. ``localhost`` and loopback
+    addresses count as loopback, other names do not.
     """
     if settings.kms.auth.mode is not None:
         return
@@ -212,10 +217,11 @@ def check_exposure(settings: Settings) -> None:
         reason = "kms.bind is not a loopback address"
     else:
         return
+    require = _REQUIRE.format(in_shell(file.parent), in_shell(file)) if file else ""
     raise ConfigurationError(
-        f'{reason}, and callers are not authenticated: write mode = "required" under [kms.auth] and make '
-        "tokens with kms token create; if something in front of the service authenticates callers, write "
-        'mode = "none" under [kms.auth]; if neither, bind to 127.0.0.1 and leave prod'
+        f'{reason}, and callers are not authenticated: write mode = "required" under [kms.auth]{require} and '
+        "make tokens with kms token create; if something in front of the service authenticates callers, "
+        'write mode = "none" under [kms.auth]; if neither, bind to 127.0.0.1 and leave prod'
     )
 
 

@@ -145,7 +145,7 @@ def test_what_is_away_is_not_a_wrong_setting(
 @pytest.mark.parametrize(
     ("environment", "level", "weak", "missing"),
     [
-        ("dev", "warn", "audit.signing_key_path", "kms up creates it"),
+        ("dev", "warn", "audit.signing_key_path", "in dev the service makes it"),
         ("prod", "FAIL", "chmod 600", "kms keygen -o"),
     ],
 )

@@ -140,7 +140,7 @@ def test_neither_a_directory_nor_a_binary_file_is_a_key_file(tmp_path: Path) -> 
 
     assert refusal(files).endswith("are not text")
     assert "(Is a directory)" in refusal(KeyFiles(tmp_path))
-    assert "kms keygen -y" in refusal(KeyFiles(tmp_path / "gone")), "without a public file, too"
+    assert f"make it with `kms keygen -o '{tmp_path}/gone'` as" in refusal(KeyFiles(tmp_path / "gone"))
 
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "\n\n"], ids=["empty", "comment", "blank"])

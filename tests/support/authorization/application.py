@@ -21,10 +21,10 @@ from starlette.types import Receive, Scope, Send
 
 from kms_api import app
 from kms_api.deps import Service
-from kms_cli.local.up import make_identity
 from kms_core.auth import tokens
 from kms_core.auth.client_certificates import PresentedCertificate, authority_of, key_of
 from kms_core.auth.policy import Principal
+from kms_core.backends.key_files import make_identity
 from kms_core.http_protocol import CERTIFICATE, HttpProtocol
 from kms_core.jobs.events.outbox import MOST_ATTEMPTS, Delivery, Outbox
 from kms_core.jobs.store.redis_keys import job_key
