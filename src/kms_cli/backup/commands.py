@@ -4,7 +4,8 @@ import os
 import shlex
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,14 @@ from kms_cli import age_files, terminal
 from kms_cli.age_files import RequiredBinding
 from kms_cli.backup.files import SETTINGS, ArchiveWriter, InstalledFiles, KeepFile, Manifest, read_archive
 from kms_cli.commands.offline import recipient_option, recipients_file_option
+from kms_cli.local import installation
 from kms_cli.options import FILE, STDIO, OutputExists, force_option
 from kms_cli.session import meter, printed_as_json, session
+from kms_core.audit import segments
 from kms_core.secure_files import make_folders, sync_folder
+from kms_core.settings import load
 from kms_protocol import __version__, small_files
-from kms_protocol.errors import DecryptFailed, TargetExists
+from kms_protocol.errors import ConfigurationError, Conflict, DecryptFailed, TargetExists
 from kms_protocol.units import size_text, time_text
 
 _MOUNTED: Final = frozenset({"lost+found"})
@@ -60,7 +64,6 @@ def backup_command(
     The service may run. The file decrypts all that the keys of the service do: keep its identity elsewhere.
     """
     from kms_cli import audited  # noqa: PLC0415 -- the rest of the service, which takes a second
-    from kms_cli.local import installation  # noqa: PLC0415 -- as above
 
     if not recipients and not recipients_files:
         raise click.UsageError("name who can restore it: -r age1…, or -R FILE (`kms keygen` makes a key)")
@@ -164,7 +167,7 @@ def restore_command(
 def _place(read: Callable[[KeepFile], Manifest], folder: Path, *, force: bool) -> Manifest:
     """Write all of an archive beside ``folder``, and rename it once it is verified.
 
-    A mount point cannot be renamed: there each name is, from a folder within. Raises NotEmpty.
+    A mount point cannot be renamed: there each name is, from a folder within. Raises NotEmpty, Conflict.
     """
     is_mount = folder.is_mount()
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
@@ -174,8 +177,8 @@ def _place(read: Callable[[KeepFile], Manifest], folder: Path, *, force: bool) -
     make_folders(folder.parent)
     beside = folder if is_mount else folder.parent
     prefix = f".{folder.name}.restoring-"
-    with TemporaryDirectory(prefix=prefix, dir=beside, ignore_cleanup_errors=True) as temporary:
-        made = Path(temporary)
+    with _stopped(folder), TemporaryDirectory(prefix=prefix, dir=beside, ignore_cleanup_errors=True) as name:
+        made = Path(name)
         manifest = read(partial(_write, made))
         if owner is not None and os.geteuid() == 0:
             for path in (made, *made.rglob("*")):
@@ -186,12 +189,42 @@ def _place(read: Callable[[KeepFile], Manifest], folder: Path, *, force: bool) -
                 path.rename(folder / path.name)
         else:
             if names:
+                _check_stopped(folder)
+                own = _install_id(folder / "spool")
                 kept = folder.with_name(f"{folder.name}.replaced-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
                 folder.rename(kept)
-                terminal.say(f"kept what was there as {kept}")
+                other = f", of another install ({own})" if own not in {"", manifest.install_id} else ""
+                terminal.say(f"kept what was there as {kept}{other}")
             made.rename(folder)
     sync_folder(beside)
     return manifest
+
+
+@contextmanager
+def _stopped(folder: Path) -> Iterator[None]:
+    """Keep ``kms up`` from starting with a state directory. Raises Conflict while a service runs with it."""
+    lock = folder / "run/lock"
+    with installation.locked(lock, f"kms up runs with {folder}") if lock.exists() else nullcontext():
+        _check_stopped(folder)
+        yield
+
+
+def _check_stopped(folder: Path) -> None:
+    """Raise Conflict while a process writes an audit log of a state directory."""
+    for audit in _audit_logs(folder):
+        live = [each.chain.split("-") for each in segments.listed(audit) if segments.is_live(each.path)]
+        if live:
+            programs = ", ".join(f"{role} (process {pid})" for role, *_, pid in live)
+            raise Conflict(f"{programs} of a service runs with {folder} and writes {audit}: stop it first")
+
+
+def _audit_logs(folder: Path) -> Iterator[Path]:
+    """The audit log in a state directory, and the one elsewhere that its settings name, if they are read."""
+    yield folder / "audit"
+    with suppress(ConfigurationError):
+        found = load.load(load.for_command(session().config, os.environ, folder, lambda _: None), os.environ)
+        if found.state_dir.resolve() == folder.resolve():
+            yield found.kms.audit.path
 
 
 def _write(folder: Path, entry: TarInfo, content: Iterable[bytes]) -> None:

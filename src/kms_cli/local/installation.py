@@ -35,6 +35,7 @@ from kms_core.settings.load import DEFAULT_REDIS_URL
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import RedisSection, Settings
 from kms_core.settings.redis_urls import for_celery, is_shared
+from kms_protocol import small_files
 from kms_protocol.errors import AuditUnavailable, ConfigurationError, Conflict
 
 # Runs an embedded Valkey server on a private Unix socket.
@@ -176,12 +177,20 @@ def _cut_zeros(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, taken: str) -> Iterator[int]:
-    """Hold the lock file at ``path``. Raises Conflict with the text ``taken`` if another process holds it."""
+    """Hold the lock file at ``path``, which then has the id of this process.
+
+    Raises Conflict with the text ``taken`` and the id of the holder if another process holds it.
+    """
     with ExitStack() as stack:
         try:
             handle = stack.enter_context(secure_files.lock(path, wait=False))
         except BlockingIOError as exc:
-            raise Conflict(f"{taken}: stop it, or name another state directory") from exc
+            pid = small_files.read(path).decode("ascii", "replace").strip()
+            raise Conflict(
+                f"{taken} (process {pid or '?'}): stop it, or name another state directory"
+            ) from exc
+        os.ftruncate(handle, 0)
+        secure_files.write_all(handle, b"%d\n" % os.getpid())
         yield handle
 
 

@@ -5,12 +5,18 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from kms_cli.local import installation
 from kms_cli.local.up import make_dev_keys
-from kms_core.settings.load import load
+from kms_core.audit import AuditLog
+from kms_core.audit.keys import Concealer, Signer
+from kms_core.settings import load
+from kms_core.settings.model import AuditSection
 from support.cli.at_terminal import at_terminal
 from support.cli.fixtures import environment
 from support.cli.offline import Done, Workspace, workspace
@@ -22,7 +28,7 @@ from support.small_disk import small_disk
 def place(tmp_path: Path) -> Workspace:
     """A workspace with an install in ``state`` and a file of 3 MB in its spool."""
     made = workspace(tmp_path)
-    make_dev_keys(load(None, {"KMS_STATE_DIR": str(tmp_path / "state"), "HOME": str(tmp_path)}))
+    make_dev_keys(load.load(None, {"KMS_STATE_DIR": str(tmp_path / "state"), "HOME": str(tmp_path)}))
     (tmp_path / "state/spool/job").mkdir(parents=True)
     made.write("state/spool/job/input", os.urandom(3_000_000))
     return made
@@ -137,6 +143,79 @@ def test_root_restores_for_the_owner_of_the_folder(place: Workspace) -> None:
     assert place.kms("restore", "b.age", "-i", "key.txt", "--to", "new").returncode == 0
     found = [place.folder / "new", *(place.folder / "new").rglob("*")]
     assert {(path.stat().st_uid, path.stat().st_gid) for path in found} == {(4711, 4712)}
+
+
+# -- over what is there ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def writing_log(audit: AuditSection) -> Iterator[None]:
+    """A process of a service that has begun its chain, and serves no call."""
+    keys = Concealer.at(audit.key_path), Signer.at(audit.signing_key_path)
+    log = AuditLog(audit, "api", *keys)
+    log.begin()
+    yield
+    log.close()
+
+
+@contextmanager
+def serving(place: Workspace, how: str) -> Iterator[None]:
+    """What a service that runs with the state directory ``state`` holds in this process."""
+    state = place.folder / "state"
+    if how == "kms up":
+        (state / "run").mkdir()
+        with installation.locked(state / "run/lock", ""):
+            yield
+        return
+    if how == "log elsewhere":
+        log = f'[kms]\nstate_dir = "{state}"\n[kms.audit]\npath = "{place.path("elsewhere")}"\n'
+        place.write("kms.toml", log.encode())
+        load.write_note(Path(place.path("kms.toml")), {"KMS_STATE_DIR": str(state)})
+    file = Path(place.path("kms.toml")) if how == "log elsewhere" else None
+    settings = load.load(file, {"KMS_STATE_DIR": str(state), "HOME": str(place.folder)})
+    with writing_log(settings.kms.audit):
+        yield
+
+
+@pytest.mark.parametrize("how", ["kms up", "log", "log elsewhere"])
+def test_the_state_of_a_service_that_runs_is_not_replaced(place: Workspace, how: str) -> None:
+    assert backup(place).returncode == 0
+    words = ("restore", "b.age", "-i", "key.txt", "--to", "state", "--force")
+    with serving(place, how):
+        names, before = place.names(), digests(place.folder / "state")
+        done = place.kms(*words)
+
+        assert (done.returncode, done.stdout) == (73, b"")
+        assert f"(process {os.getpid()})".encode() in done.stderr
+        assert b": stop it" in done.stderr
+        assert (place.names(), digests(place.folder / "state")) == (names, before)
+
+    assert place.kms(*words).returncode == 0
+
+
+def test_a_cut_archive_replaces_nothing(place: Workspace) -> None:
+    assert backup(place).returncode == 0
+    whole, before = place.read("b.age"), digests(place.folder / "state")
+    names = place.names()
+    for size in (0, 100, len(whole) // 2, len(whole) - 1):
+        place.write("b.age", whole[:size])
+        done = place.kms("restore", "b.age", "-i", "key.txt", "--to", "state", "--force")
+
+        assert (done.returncode, b"kms: error: " in done.stderr) == (65, True), done.stderr
+        assert (place.names(), digests(place.folder / "state")) == (names, before)
+
+
+def test_the_state_of_another_install_is_kept_and_named(place: Workspace) -> None:
+    assert backup(place).returncode == 0
+    (place.folder / "other/spool/hosts").mkdir(parents=True)
+    place.write("other/spool/hosts/install", b"4711")
+
+    done = place.kms("restore", "b.age", "-i", "key.txt", "--to", "other", "--force")
+
+    (kept,) = place.folder.glob("other.replaced-*")
+    assert (done.returncode, (kept / "spool/hosts/install").read_bytes()) == (0, b"4711")
+    assert f"kept what was there as {kept}, of another install (4711)".encode() in done.stderr
+    assert digests(place.folder / "other") == digests(place.folder / "state")
 
 
 def at(place: Workspace, folder: str, *words: str, code: int = 0) -> bytes:

@@ -269,7 +269,9 @@ def test_second_up_on_one_state_is_refused(start: Start) -> None:
     second = start()
 
     assert second.process.wait(WAIT_S) == 73
-    assert f"kms up already runs with {first.state}" in second.stderr
+    holder = int((first.state / "run/lock").read_text())
+    assert f"kms up already runs with {first.state} (process {holder}): stop it" in second.stderr
+    assert os.getpgid(holder) == os.getpgid(first.process.pid)
     assert up.is_alive("127.0.0.1", first.port)
 
 
