@@ -18,7 +18,7 @@ from kms_core.programs.supervisor import Child, supervise
 from kms_core.settings import lint, load
 from kms_core.settings.model import KmsSection, Settings
 from kms_core.settings.validation import check_exposure
-from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_UNAVAILABLE, ConfigurationError
+from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_OTHER, EXIT_UNAVAILABLE, ConfigurationError
 
 _BACKLOG: Final = 2048
 _GRACE_S: Final = 25  # more than a process gives the calls that it is answering
@@ -54,9 +54,9 @@ def main() -> int:
         return process.serve(
             loaded, lambda: listen(loaded.kms) if given is None else socket.socket(fileno=given)
         )
-    except ConfigurationError as exc:
-        sys.stderr.write(f"kms-service: error: {exc.detail}\n")
-        return EXIT_CONFIGURATION
+    except (ConfigurationError, OSError) as exc:  # a full disk, a directory of another user
+        sys.stderr.write(f"kms-service: error: {getattr(exc, 'detail', exc)}\n")
+        return EXIT_CONFIGURATION if isinstance(exc, ConfigurationError) else EXIT_OTHER
 
 
 def listen(kms: KmsSection) -> socket.socket | None:

@@ -40,9 +40,9 @@ from kms_core.payload.files import FileRange, FileWriter, source_changed_error
 from kms_core.payload.parallel import ParallelOptions
 from kms_core.payload.streaming import RangeReader
 from kms_core.secure_files import in_shell, open_to_others
+from kms_protocol import small_files
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed, InvalidRequest, NotACiphertext, SpoolFull, TooLarge
-from kms_protocol.units import size_text
 from kms_protocol.wire import KEY_ID_PATTERN
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def source(path: Path) -> Iterator[InputStream]:
     """Open an input; ``-`` is stdin. An empty file is read as a pipe, since files in /proc have size 0."""
     if path == STDIO and sys.stdin.isatty():
         terminal.say("reading from the terminal, end with Ctrl-D")
-    with io.FileIO(sys.stdin.fileno(), closefd=False) if path == STDIO else io.FileIO(path) as stream:
+    with io.FileIO(sys.stdin.fileno(), closefd=False) if path == STDIO else io.FileIO(str(path)) as stream:
         status = os.fstat(stream.fileno())
         at = stream.tell() if stat.S_ISREG(status.st_mode) else 0
         whole = stat.S_ISREG(status.st_mode) and status.st_size > at
@@ -169,7 +169,6 @@ def with_progress(meter: terminal.Meter, label: str, total_bytes: int | None) ->
     return ParallelOptions(progress=advance)
 
 
-LIMIT_BYTES: Final = 1024 * 1024
 BACKEND: Final = "age"
 _PEM: Final = "-----BEGIN "
 _PLUGIN_RECIPIENT: Final = re.compile(
@@ -253,12 +252,8 @@ def check_key_id(key_id: str | None) -> None:
 
 
 def _text(path: Path) -> str:
-    with path.open("rb") as file:
-        data = file.read(LIMIT_BYTES + 1)
-    if len(data) > LIMIT_BYTES:
-        raise InvalidRequest(f"{path} exceeds {size_text(LIMIT_BYTES)} and is not a key file")
     try:
-        return data.decode("utf-8")
+        return small_files.text(path)
     except UnicodeDecodeError as exc:
         raise InvalidRequest(f"{path} is not text") from exc
 

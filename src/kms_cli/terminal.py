@@ -66,10 +66,11 @@ WITH_NOTES: Final = frozenset({"internal", "unexpected_answer"})  # the operator
 
 
 def say(text: str) -> None:
-    """Print a message on stderr, on one line: it may quote what others wrote."""
-    Meter.erase()
-    sys.stderr.write(f"kms: {printable(text)}\n")
-    sys.stderr.flush()
+    """Print a message on stderr, if that can be written, on one line: it may quote what others wrote."""
+    with contextlib.suppress(OSError):  # as on a full disk: it ends no work
+        Meter.erase()
+        sys.stderr.write(f"kms: {printable(text)}\n")
+        sys.stderr.flush()
 
 
 def result(text: str) -> None:

@@ -11,7 +11,7 @@ from msgspec.structs import force_setattr
 from kms_client.requests import Hidden
 from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError
-from kms_protocol.tls_client import client_context
+from kms_protocol.tls_client import client_context, load_pair
 
 DEFAULT_URL: Final = "http://localhost:8082"
 _ADDRESS: Final = "The service address must look like http://host:port or https://host"
@@ -116,7 +116,7 @@ class ClientSettings(Hidden, frozen=True):
         context = client_context(Path(self.ca_file) if self.ca_file else None, "ca_file")
         if self.cert_file:
             try:
-                context.load_cert_chain(self.cert_file, self.key_file, password=lambda: "")  # never ask
+                load_pair(context, self.cert_file, self.key_file)
             except OSError as exc:  # SSLError is one
                 raise ConfigurationError(f"Cannot use the certificate {self.cert_file}") from exc
         return context

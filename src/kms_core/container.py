@@ -170,9 +170,9 @@ def facts_of(settings: Settings, keyring_: keyring.Keyring, record_key: RecordKe
     shared["key ids"] = " ".join(sorted(keyring_.keys))
     shared["[kms.jobs.buckets]"] = " ".join(sorted(settings.kms.jobs.buckets)) or "none"
     shared["[kms.tenants]"] = " ".join(sorted(settings.kms.tenants)) or "none"
-    with suppress(OSError):  # a file that only the service may read
+    with suppress(OSError, ValueError):  # a file that only the service may read
         file = settings.kms.auth.tokens_path
-        tokens_ = f"a file {digest(file.read_text())}" if file.exists() else "no file"
+        tokens_ = f"a file {digest(file.read_text())}" if file.is_file() else "no file"
         shared["[kms.auth] tokens"] = settings.kms.auth.tokens or tokens_
     for key_id, native in natives.items():
         with suppress(BackendUnavailable):

@@ -30,7 +30,7 @@ import msgspec
 from kms_core.observability import tracing
 from kms_protocol import __version__
 from kms_protocol.errors import BackendUnavailable, ConfigurationError
-from kms_protocol.tls_client import client_context
+from kms_protocol.tls_client import client_context, load_pair
 
 ANSWER_BYTES: Final = 1024 * 1024
 CONNECTIONS: Final = 64
@@ -311,18 +311,13 @@ def _tls_context(server: PeerServer) -> ssl.SSLContext:
         context.verify_mode = ssl.CERT_NONE
     if tls.client_cert:
         try:
-            context.load_cert_chain(tls.client_cert, tls.client_key, password=_no_password)
-        except (OSError, ValueError) as exc:
+            load_pair(context, tls.client_cert, tls.client_key)
+        except OSError as exc:
             raise ConfigurationError(
                 f"{section}: {tls.client_cert} is no certificate in PEM with its key, in {tls.client_key}, "
                 "without a password"
             ) from exc
     return context
-
-
-def _no_password() -> str:
-    """Refuse an encrypted key, for which OpenSSL would otherwise prompt on the terminal."""
-    raise ValueError
 
 
 def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes | str, bytes | str]]:

@@ -103,16 +103,14 @@ def sealed_files(settings: Settings) -> Mapping[str, Path]:
     """The key files that are sealed now, by name. Raises ConfigurationError for a wrong URI."""
     paths = {**places(settings), **own_files(settings)}
     files = {name: path for name, path in paths.items() if isinstance(path, Path)}
-    return {name: path for name, path in files.items() if is_age_file(_start_of(path))}
+    return {name: path for name, path in files.items() if is_age_file(_content_of(path))}
 
 
-def _start_of(path: Path) -> bytes:
-    """The first bytes of a file; empty if it cannot be read, which its user reports."""
-    try:
-        with path.open("rb") as file:
-            return file.read(64)
-    except OSError:
-        return b""
+def _content_of(path: Path) -> bytes:
+    """The content of a file; empty if it cannot be read, which its user reports."""
+    with suppress(OSError):
+        return small_files.read(path)
+    return b""
 
 
 # -- what the parent shares --------------------------------------------------------------------------

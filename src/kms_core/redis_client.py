@@ -18,6 +18,7 @@ from redis.crc import key_slot
 from redis.exceptions import MovedError
 from redis.retry import Retry
 
+from kms_core.secure_files import secret_text
 from kms_core.settings.model import RedisSection
 from kms_core.settings.redis_urls import (
     AMQP,
@@ -31,7 +32,6 @@ from kms_core.settings.redis_urls import (
     sentinels,
     split_url,
 )
-from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError
 from kms_protocol.tls_client import STRICT
 
@@ -246,12 +246,7 @@ def _with_password(section: RedisSection, url: str) -> str:
     file, parts = section.password_file, split_url("kms.redis.url", url)
     if file is None or parts.scheme not in PASSWORDS:
         return url
-    try:
-        password = small_files.text(file).strip()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigurationError(f"kms.redis.password_file: cannot read {file}; check path and mode") from exc
-    if not password:
-        raise ConfigurationError(f"kms.redis.password_file: {file} is empty")
+    password = secret_text(file, "kms.redis.password_file")
     user, _, hosts = parts.netloc.rpartition("@")
     return parts._replace(netloc=f"{user.rstrip(':')}:{quote(password, '')}@{hosts}").geturl()
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError
 
 OTHERS: Final = stat.S_IRWXO
@@ -115,6 +116,17 @@ def make_folders(path: Path) -> None:
     for folder in reversed([each for each in (path, *path.parents) if not each.exists()]):
         folder.mkdir(mode=0o700, exist_ok=True)
         sync_folder(folder.parent)
+
+
+def secret_text(path: Path, setting: str) -> str:
+    """The text of a small file, without white space around it. Raises ConfigurationError for ``setting``."""
+    try:
+        found = small_files.text(path).strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigurationError(f"{setting}: cannot read {path}; check the path and its mode") from exc
+    if not found:
+        raise ConfigurationError(f"{setting}: {path} is empty")
+    return found
 
 
 # -- permissions ---------------------------------------------------------------------------------------

@@ -505,17 +505,17 @@ class LocalCopy:
         asked = self._clock()
         try:
             found = self._document.read(known)
+            if found is not known:
+                tag = msgspec.json.encode(found.tag)
+                content = self._document.encode(found) if found.generation else b""
+                secure_files.write(self._path, tag + b"\n" + content, locked=True)
+                _log.info("document.read", document=self._document.name, generation=found.generation)
+            os.utime(self._path, (asked, asked))
         except (OSError, KmsError) as exc:
             _log.error("document.not_read", document=self._document.name, reason=reason_of(exc))
             raise Unavailable(
                 f"The document {self._document.name} cannot be read; the service's log says why"
             ) from exc
-        if found is not known:
-            tag = msgspec.json.encode(found.tag)
-            content = self._document.encode(found) if found.generation else b""
-            secure_files.write(self._path, tag + b"\n" + content, locked=True)
-            _log.info("document.read", document=self._document.name, generation=found.generation)
-        os.utime(self._path, (asked, asked))
 
     def _load(self, found: os.stat_result) -> Version:
         """The copy. A process reads and verifies it again when another one has replaced it.
@@ -526,7 +526,7 @@ class LocalCopy:
         stamp, held = self._loaded
         now = stamp_of_stat(found)
         if stamp != now:
-            with self._path.open("rb") as file:
+            with open(self._path, "rb", opener=small_files.at_once) as file:
                 try:
                     tag = msgspec.json.decode(file.readline(), type=str)
                     if stamp[:3] != now[:3] or tag != held.tag:
@@ -537,11 +537,10 @@ class LocalCopy:
         return held
 
     def _age_s(self) -> float:
-        try:
+        with suppress(OSError):
             age_s = self._clock() - self._path.stat().st_mtime
-        except OSError:
-            return self._max_stale_s
-        return age_s if age_s >= -_AHEAD_S else self._max_stale_s
+            return age_s if age_s >= -_AHEAD_S else self._max_stale_s
+        return self._max_stale_s
 
 
 class CopyPoll(PeriodicThread):

@@ -20,7 +20,7 @@ class ReadyOut(Answer, frozen=True, kw_only=True):
     """Readiness, and whether jobs can be submitted, audit records written and all local keys used.
 
     ``jobs`` is ``full`` while Redis has no memory left, ``read_only`` while it takes no writes. ``spool`` is
-    ``nearly_full`` from 90 % on, ``unavailable`` while its bucket does not answer or refuses calls, and
+    ``nearly_full`` from 90 % on, ``unavailable`` while its disk or bucket is away or refuses calls, and
     ``not_shared`` while another host has another spool.
     """
 

@@ -11,6 +11,18 @@ STRICT: Final = ssl.VERIFY_X509_STRICT
 ``openssl req -x509``, which lack the extension keyUsage (RFC 5280 section 4.2.1.3)."""
 
 
+def load_pair(context: ssl.SSLContext, cert: str | Path, key: str | Path | None) -> None:
+    """Load a certificate and its key in PEM. Raises OSError, also for a key with a password."""
+    _refuse_pipes(cert, key)
+    context.load_cert_chain(cert, key, password=lambda: "")
+
+
+def _refuse_pipes(*paths: str | Path | None) -> None:
+    """Raise OSError for a pipe, in which OpenSSL would wait for a program that writes to it."""
+    if any(path and Path(path).is_fifo() for path in paths):
+        raise OSError(0, "a pipe in place of a file")
+
+
 def client_context(ca_file: Path | None, setting: str) -> ssl.SSLContext:
     """Return a context that verifies servers by the PEM file ``ca_file``, or by the system's authorities.
 
@@ -19,6 +31,7 @@ def client_context(ca_file: Path | None, setting: str) -> ssl.SSLContext:
     unusable file.
     """
     try:
+        _refuse_pipes(ca_file)
         context = ssl.create_default_context(cafile=ca_file)  # noqa: TID251 -- the one place
     except OSError as exc:  # SSLError is one
         raise ConfigurationError(f"{setting}: {ca_file} holds no certificates in PEM") from exc

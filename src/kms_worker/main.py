@@ -13,7 +13,7 @@ from kms_core.observability import logs, multiprocess_metrics
 from kms_core.settings import lint, load
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import Settings
-from kms_protocol.errors import EXIT_CONFIGURATION, ConfigurationError
+from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_OTHER, ConfigurationError
 
 
 def main() -> int:
@@ -45,9 +45,9 @@ def main() -> int:
         key_opening.check(loaded)
         container.check(loaded)
         return process.run(loaded)
-    except ConfigurationError as exc:
-        sys.stderr.write(f"kms-worker: error: {exc.detail}\n")
-        return EXIT_CONFIGURATION
+    except (ConfigurationError, OSError) as exc:  # a full disk, a directory of another user
+        sys.stderr.write(f"kms-worker: error: {getattr(exc, 'detail', exc)}\n")
+        return EXIT_CONFIGURATION if isinstance(exc, ConfigurationError) else EXIT_OTHER
 
 
 def _metrics_folder(loaded: Settings) -> Path:

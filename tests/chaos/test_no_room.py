@@ -62,6 +62,21 @@ def test_wrong_configuration_does_not_start(tmp_path: Path, program: str, settin
     assert not up.is_alive("127.0.0.1", service.port)
 
 
+@pytest.mark.parametrize("program", ["api", "worker"])
+@pytest.mark.parametrize("place", ["spool", "run"])
+def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path, program: str, place: str) -> None:
+    processes = 2 if place == "run" else 1  # of several each has a file of metrics
+    server = f"[kms.server]\nprocesses = {processes}\n"
+    service = Service(tmp_path, f'[kms.jobs]\nspool_dir = "{tmp_path}/spool"\n{server}')
+    (tmp_path / "spool" if place == "spool" else service.state / "run").symlink_to("nowhere/below")
+    argv = [sys.executable, "-P", "-m", PROGRAMS[program]]
+    done = subprocess.run(argv, env=service.environ, capture_output=True, text=True, timeout=60, check=False)
+
+    assert done.returncode == 1
+    assert f"kms-{'service' if program == 'api' else 'worker'}: error: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Service]:
     """A service whose spool is a disk of 8 MiB."""

@@ -6,7 +6,7 @@ import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -218,18 +218,27 @@ def test_what_cannot_be_sealed_needs_no_pool_process(poisoned: Service) -> None:
     assert work(poisoned) < 10
 
 
+writers: list[int] = []
+"""The descriptor that keeps the FIFO of a held message open for writing."""
+
+
 @contextmanager
 def held_message(service: Service) -> Iterator[str]:
-    """The task id of a submission that whichever child has it holds: its intake key is a FIFO."""
+    """The task id of a submission that whichever child has it holds: its intake key is a FIFO.
+
+    A program has it open for writing, or reading it would be an error.
+    """
     recipient, path = intake_recipient(service), service.settings.kms.jobs.intake_identity_path
     kept = path.rename(path.with_suffix(".kept"))
     os.mkfifo(path, 0o600)
+    writers.append(os.open(path, os.O_RDWR))
     task_id = str(uuid.uuid4())
     text = json.dumps([[seal(recipient, body())], {}, None]).encode()
     publish(service, "kms.submit", [RawMessage(text, malformed_messages.headers("kms.submit", id=task_id))])
     try:
         yield task_id
     finally:
+        os.close(writers.pop())
         path.unlink()
         kept.rename(path)
 
@@ -273,12 +282,15 @@ def test_message_in_hand_when_all_of_a_worker_was_killed_twice_is_dropped(poison
 
 
 def stuck_children(service: Service) -> list[int]:
-    """Pool processes that wait in an open of a FIFO."""
-    return [pid for pid in service.pool_pids() if is_stuck(pid)]
+    """Pool processes that read the FIFO."""
+    return [pid for pid in service.pool_pids() if is_stuck(service, pid)]
 
 
-def is_stuck(pid: int) -> bool:
-    return "partner" in Path(f"/proc/{pid}/wchan").read_text()
+def is_stuck(service: Service, pid: int) -> bool:
+    pipe = str(service.settings.kms.jobs.intake_identity_path)
+    with suppress(OSError):  # of a descriptor that was closed meanwhile, or a process that ended
+        return any(str(each.readlink()) == pipe for each in Path(f"/proc/{pid}/fd").iterdir())
+    return False
 
 
 def start_through_fifo(service: Service) -> None:
@@ -288,8 +300,12 @@ def start_through_fifo(service: Service) -> None:
     service.spawn("worker")
 
     def is_ready() -> bool:
-        if is_stuck(service.pid("worker")):
-            path.write_bytes(key)
+        parent = service.pid("worker")
+        if writers and is_stuck(service, parent):
+            os.write(writers[0], key)
+            os.close(writers.pop())  # the end of what it reads
+        if not writers and not is_stuck(service, parent):
+            writers.append(os.open(path, os.O_RDWR))  # for its children
         return service.output("worker").count(" ready.") > before
 
     until(is_ready, "the worker is ready")

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -244,3 +245,14 @@ def test_a_wait_is_shown_before_the_service_answers(stand_in: ContractServer, tm
     code, shown = at_terminal(words, tmp_path, env, columns=40)
 
     assert (code, drawn(shown)[0]) == (0, "waiting")
+
+
+def test_a_message_that_cannot_be_written_ends_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where stderr is a file of a full disk: the token that was made is still printed."""
+    said = False
+    with suppress(OSError), Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        terminal.say("created")
+        said = True
+
+    assert said

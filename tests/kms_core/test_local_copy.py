@@ -178,3 +178,11 @@ def test_a_poll_goes_on_while_the_place_is_away(host: Host) -> None:
         assert copy.current().body == b"[1]"
     finally:
         poll.stop(5)
+
+
+def test_a_copy_that_cannot_be_written_is_unavailable_and_no_crash(host: Host) -> None:
+    """As on a full disk."""
+    (host.folder / "state" / "tokens.copy").mkdir(parents=True)
+
+    with pytest.raises(Unavailable):
+        host.copy.reread()

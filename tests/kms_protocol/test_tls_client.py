@@ -1,6 +1,7 @@
 """TLS of outgoing connections: what is accepted of a server, on every Python."""
 
 import ipaddress
+import os
 import ssl
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from cryptography import x509
 
 from kms_client.settings import ClientSettings
 from kms_protocol.errors import ConfigurationError
-from kms_protocol.tls_client import client_context
+from kms_protocol.tls_client import client_context, load_pair
 from support.credentials import Authority, CertAndKey
 
 LOCALHOST = x509.DNSName("localhost")
@@ -83,3 +84,22 @@ def test_a_file_that_cannot_be_used_is_told_by_its_setting(tmp_path: Path, text:
 
     with pytest.raises(ConfigurationError, match=r"kms\.x\.ca_file: .*/ca\.pem holds no certificates in PEM"):
         of_the_core(file)
+
+
+@pytest.mark.parametrize("made", [of_the_core, of_the_client])
+def test_a_pipe_in_place_of_authorities_is_not_waited_for(
+    tmp_path: Path, made: Callable[[Path], ssl.SSLContext]
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+
+    with pytest.raises(ConfigurationError, match="ca_file"):
+        made(tmp_path / "pipe")
+
+
+def test_a_pipe_in_place_of_a_certificate_or_its_key_is_not_waited_for(tmp_path: Path) -> None:
+    pair = Authority(tmp_path).issue("server", LOCALHOST, server=True)
+    os.mkfifo(pipe := tmp_path / "pipe")
+
+    for cert, key in ((pipe, pair.key), (pair.cert, pipe)):
+        with pytest.raises(OSError, match="a pipe in place of a file"):
+            load_pair(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), cert, key)

@@ -14,7 +14,7 @@ from kms_core.audit.chain import text_of
 from kms_core.audit.query import EventFilter, RecordedOperation
 from kms_core.audit.segments import HostLogs
 from kms_protocol import admin
-from kms_protocol.errors import InvalidRequest
+from kms_protocol.errors import AuditUnavailable, InvalidRequest
 from kms_protocol.units import parse_time
 
 router: Final = Router("audit")
@@ -80,7 +80,10 @@ def audit(call: Call[None]) -> admin.AuditOut:
         until=time_of("until", given.get("until")),
     )
     logs, unread = logs_of(service, given.get("host", ""))
-    page = query.page(logs, wanted, given.get("after"), call.number("limit", *_PAGE))
+    try:
+        page = query.page(logs, wanted, given.get("after"), call.number("limit", *_PAGE))
+    except OSError as exc:
+        raise AuditUnavailable("The audit log cannot be read") from exc
     filters = {name: value for name, value in given.items() if name in _FILTERS}
     records.read(service.kms.audit_log, who, filters, len(page.events))
     events = [shape(event) for event in page.events]

@@ -24,6 +24,7 @@ from kms_core.reload import Reloaded
 from kms_core.secure_files import OTHERS, in_shell
 from kms_core.settings.model import ServerSection, Settings
 from kms_protocol.errors import EXIT_UNAVAILABLE, ConfigurationError
+from kms_protocol.tls_client import load_pair
 
 _WARN_S: Final = 60.0
 _VERIFY: Final = {"optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}
@@ -90,8 +91,7 @@ def _context(server: ServerSection) -> ssl.SSLContext:
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     made.minimum_version = ssl.TLSVersion.TLSv1_2 if server.client_ca is None else ssl.TLSVersion.TLSv1_3
     made.set_alpn_protocols(["http/1.1"])
-    no_passphrase = lambda: ""  # noqa: E731 -- refuses an encrypted key, without a question on the terminal
-    made.load_cert_chain(str(server.tls_cert), str(server.tls_key), no_passphrase)
+    load_pair(made, str(server.tls_cert), str(server.tls_key))
     if server.client_ca is not None:
         made.load_verify_locations(server.client_ca)
         made.verify_mode = _VERIFY[server.client_cert]

@@ -190,7 +190,7 @@ class InstalledFiles:
     ) -> Iterator[Source]:
         """Open a plain file; ``link``: also by a symbolic link. Raises OSError."""
         if not is_safe_name(name):
-            self.notes.append(f"{path}, whose name an archive may not have")
+            self.notes.append(f"{str(path)!a}, whose name an archive may not have")
             return
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if link else os.O_NOFOLLOW)
         with open(os.open(path, flags), "rb") as file:  # noqa: PTH123 -- a descriptor, not a path

@@ -29,7 +29,7 @@ from kms_core.audit.verification.receipt import BadReceipt, Receipt
 from kms_core.audit.verification.scan import ChainReport, Note, VerificationReport
 from kms_core.audit.verification.verify import verify
 from kms_core.envelope.binding import DEFAULT_TENANT
-from kms_protocol import wire
+from kms_protocol import small_files, wire
 from kms_protocol.context import Context
 from kms_protocol.errors import (
     EXIT_BAD_DATA,
@@ -135,9 +135,7 @@ def check_receipt_command(file: Path, public_key: Path | None) -> None:
             "There is no public key on this machine: name one with --public-key (see: kms audit key)"
         )
     try:
-        if file.stat().st_size > _MAX_RECEIPT_BYTES:
-            raise BadReceipt("The file is larger than any receipt")
-        found = msgspec.json.decode(file.read_bytes(), type=Receipt)
+        found = msgspec.json.decode(small_files.read(file, _MAX_RECEIPT_BYTES), type=Receipt)
     except wire.NOT_JSON:
         raise BadReceipt("The file is not a receipt") from None
     receipt.check(found, keys)

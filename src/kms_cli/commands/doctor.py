@@ -202,7 +202,8 @@ def _audit_log(settings: Settings) -> Iterator[Finding]:
     section, own = settings.kms.audit, public_path(settings.kms.audit.signing_key_path)
     if not section.path.exists() and not own.exists():
         return
-    size_bytes = sum(path.stat().st_size for path in section.path.glob("*.jsonl*"))
+    files = filter(Path.is_file, section.path.glob("*.jsonl*"))  # no link that leads nowhere
+    size_bytes = sum(path.stat().st_size for path in files)
     if size_bytes > MAX_VERIFIED_BYTES:
         text = f"it has {size_text(size_bytes)}: `kms audit verify` checks it, and the service its ends"
         yield Finding("ok", "audit log", text)
@@ -295,10 +296,9 @@ def _redis(client: redis.Redis, section: RedisSection) -> Iterator[Finding]:
 
 def _fsync(client: redis.Redis) -> str:
     """Return the setting appendfsync; empty if this user may not read it."""
-    try:
+    with suppress(redis.ResponseError):
         return str(client.config_get("appendfsync").get("appendfsync", ""))
-    except redis.ResponseError:
-        return ""
+    return ""
 
 
 def _replicas(following: int, section: RedisSection) -> Finding:
@@ -468,7 +468,7 @@ _DEGRADED: Final[dict[str, tuple[Level, str, str]]] = {
         "Redis takes no writes, so no job runs",
         "it is a replica, has fewer replicas than min-replicas-to-write, or cannot save: see its log",
     ),
-    "spool": ("warn", "the spool is nearly full, or its bucket does not answer or refuses calls", _SPOOL),
+    "spool": ("warn", "the spool is nearly full, or its disk or bucket is away or refuses calls", _SPOOL),
     "spool_not_shared": ("FAIL", "another host uses another spool", "kms doctor on each host (line hosts)"),
     "install": ("FAIL", "another install uses its Redis or its spool", "line install on its machine"),
     "clock": ("warn", "clocks of its hosts differ", "use NTP on all hosts and on that of Redis"),
@@ -506,8 +506,7 @@ def exit_code(findings: Iterable[Finding]) -> int:
 
 
 def _show(finding: Finding) -> None:
-    shown = asdict(finding)
-    del shown["away"]
+    shown = {name: value for name, value in asdict(finding).items() if name != "away"}
     if printed_as_json(shown):
         return
     then = f": {finding.next}" if finding.next else ""

@@ -115,6 +115,8 @@ def continued(path: Path) -> Iterator[Lines]:
 
     Raises InvalidRequest for a file of something else, Conflict while another run writes it.
     """
+    if path.exists() and not path.is_file():
+        raise InvalidRequest(f"{path} is no plain file: name another, or leave out --output for stdout")
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -62,6 +62,8 @@ def sops_command(
         for given in files:
             report.lines += 1
             file = given.resolve()
+            if not file.is_file():
+                raise errors.InvalidRequest(f"{given} is no plain file")
             try:
                 if str(added[0]).encode() in file.read_bytes():
                     report.already_there += 1

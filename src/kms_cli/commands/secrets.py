@@ -17,8 +17,9 @@ from kms_cli import terminal
 from kms_cli.options import FILE, context_of, context_option, force_option, key_option, output_option, writing
 from kms_cli.session import connect, printed_as_json
 from kms_core.age import armor
+from kms_protocol import small_files
 from kms_protocol.errors import InvalidRequest, NotACiphertext, TooLarge
-from kms_protocol.units import MiB, size_text
+from kms_protocol.units import MiB
 from kms_protocol.wire import ContextIn
 
 READ_LIMIT_BYTES: Final = 8 * MiB  # above what any setting allows in a single call
@@ -310,7 +311,7 @@ def _values(given: RunOptions, decrypt: _Decrypt) -> Iterator[tuple[str, str]]:
 
 def _of_file(path: Path, decrypt: _Decrypt) -> Mapping[str, str]:
     """Return the decrypted values of an environment file."""
-    data = _read(path)
+    data = small_files.read(path, LIMIT_BYTES)
     sealed = ciphertext_in(data)
     if sealed is not None:
         return parse(decrypt(sealed, str(path)), str(path))
@@ -337,20 +338,12 @@ def _decrypted(name: str, value: str, path: Path, decrypt: _Decrypt) -> str:
 
 def _content(path: Path, decrypt: _Decrypt) -> str:
     """Return the decrypted content of a file, without its final newline."""
-    sealed = ciphertext_in(_read(path))
+    sealed = ciphertext_in(small_files.read(path, LIMIT_BYTES))
     if sealed is None:
         raise InvalidRequest(
             f"{path} is not an encrypted file: encrypt it with kms encrypt or kms encrypt-file"
         )
     return decrypt(sealed, str(path)).removesuffix("\n")
-
-
-def _read(path: Path) -> bytes:
-    with path.open("rb") as file:
-        data = file.read(LIMIT_BYTES + 1)
-    if len(data) > LIMIT_BYTES:
-        raise TooLarge(f"{path} exceeds {size_text(LIMIT_BYTES)}, more than an environment can hold")
-    return data
 
 
 def _exec(command: tuple[str, ...], values: Mapping[str, str]) -> NoReturn:

@@ -117,7 +117,7 @@ def find_binary(environ: Mapping[str, str]) -> Path:
 
 def runtime_dir(state_dir: Path, environ: Mapping[str, str]) -> Path:
     """Return the directory of the socket: a short path, always the same for a state directory."""
-    tag = hashlib.sha256(os.fsencode(state_dir.absolute().resolve())).hexdigest()[:8]
+    tag = hashlib.sha256(os.fsencode(os.path.realpath(state_dir))).hexdigest()[:8]
     session = Path(environ.get("XDG_RUNTIME_DIR", ""))
     mine = session / f"kms-{tag}"
     is_ours = session.is_absolute() and is_private(session, {os.geteuid()})  # under sudo it may not be
@@ -359,7 +359,7 @@ def _fits(note: Running, environ: Mapping[str, str]) -> bool:
     given = session()
     return (
         (
-            given.state_dir.resolve() == Path(note.state_dir).resolve()
+            os.path.realpath(given.state_dir) == os.path.realpath(note.state_dir)
             if given.state_dir
             else note.environ.get("HOME") == environ.get("HOME")
         )
@@ -493,7 +493,7 @@ def settings() -> Settings:
     """
     loaded = load_settings(settings_file(os.environ), os.environ, overrides=overrides())
     others = [each.state_dir for each in running(os.environ)]
-    if others and loaded.state_dir.resolve() not in {Path(each).resolve() for each in others}:
+    if others and os.path.realpath(loaded.state_dir) not in map(os.path.realpath, others):
         text = f"kms up runs with another: --state-dir {in_shell(others[0])}"
         _say_once(f"warning: this is about {loaded.state_dir}, and {text}")
     return loaded

@@ -244,11 +244,10 @@ def _from(files: list[Segment], time: str) -> list[Segment]:
 
 def _last_time(segment: Segment) -> str:
     """The time of the last line; later than any time if it is not known."""
-    try:
+    with suppress(OSError):
         found = segment.path.stat()
-    except OSError:
-        return _LATEST
-    return _last_time_of(segment, found.st_size, found.st_mtime_ns)
+        return _last_time_of(segment, found.st_size, found.st_mtime_ns)
+    return _LATEST
 
 
 @lru_cache(maxsize=4096)

@@ -20,6 +20,7 @@ from typing import Final, NamedTuple
 from kms_core.audit import chain
 from kms_core.audit.chain import ChainHead, ChainLine, text_of
 from kms_core.audit.keys import PublicKeys
+from kms_protocol.small_files import at_once
 from kms_protocol.units import time_or_none
 
 
@@ -206,12 +207,10 @@ def by_chain(folder: Path) -> dict[str, list[Segment]]:
 def is_live(path: Path) -> bool:
     """Return whether a process of this machine holds the file open for writing."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=at_once) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # gone, or a file system without locks
-        return False
+    except OSError as exc:  # else it is gone, or a file system without locks
+        return isinstance(exc, BlockingIOError)
     return False
 
 
@@ -282,7 +281,7 @@ def backwards(path: Path) -> Iterator[bytes]:
     rest: bytes | None = None  # the end of a line that begins before the block
     while begin:
         begin, end = max(0, begin - max(_BLOCK_BYTES, len(rest or b""))), begin  # doubled in a long line
-        with path.open("rb") as file:  # each time: there may be many chains
+        with open(path, "rb", opener=at_once) as file:  # each time: there may be many chains
             block = os.pread(file.fileno(), end - begin, begin)
         if rest is None:
             block, newline, _ = block.rpartition(b"\n")
@@ -304,7 +303,7 @@ def lines_of(path: Path, begin: int = 0) -> Iterator[bytes]:
     """
     rest = b""
     while len(rest) <= LONGEST_LINE_BYTES:
-        with path.open("rb") as file:  # each time: there may be many chains
+        with open(path, "rb", opener=at_once) as file:  # each time: there may be many chains
             block = os.pread(file.fileno(), _BLOCK_BYTES, begin)
         if not block:
             break
@@ -321,7 +320,7 @@ def offset_of(path: Path, begins: Callable[[ChainLine], bool]) -> int:
     The end of the last whole line if there is none. An unreadable line counts as the line before it. Raises
     OSError.
     """
-    with path.open("rb") as file:
+    with open(path, "rb", opener=at_once) as file:
         low, high = 0, file.seek(0, os.SEEK_END)  # lines that begin in between are undecided
         while low < high:
             middle = (low + high) // 2 if low else 0  # often all lines follow: the first is looked at first

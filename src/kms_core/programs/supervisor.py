@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -49,9 +49,10 @@ class Child:
 
 
 def say(text: str) -> None:
-    """Print a line for the user on standard error."""
-    sys.stderr.write(f"kms: {text}\n")
-    sys.stderr.flush()
+    """Print a line for the user on standard error, unless that cannot be written."""
+    with suppress(OSError):
+        sys.stderr.write(f"kms: {text}\n")
+        sys.stderr.flush()
 
 
 @contextmanager
@@ -135,7 +136,8 @@ class Supervisor:
             if output != tether.OUR_STDERR:
                 os.close(output)
         self._started_at = time.monotonic()
-        secure_files.write(self._pid_path, b"%d\n" % self._process.pid, locked=True)
+        with suppress(OSError):  # without room for it the child works all the same
+            secure_files.write(self._pid_path, b"%d\n" % self._process.pid, locked=True)
 
     @staticmethod
     def _ended(process: subprocess.Popen[bytes]) -> bool:

@@ -30,8 +30,8 @@ from xml.sax.saxutils import unescape  # nosec B406  # text to text: nothing is 
 import structlog
 
 from kms_core.periodic import jittered_wait_s
-from kms_core.secure_files import check_secret
-from kms_protocol import __version__, small_files
+from kms_core.secure_files import check_secret, secret_text
+from kms_protocol import __version__
 from kms_protocol.errors import ConfigurationError, Unavailable
 
 _log = structlog.get_logger(__name__)
@@ -118,14 +118,8 @@ def credentials_from_file(access_key_id: str, path: Path, setting: str, *, stric
 
     A file that others can read is logged, and refused if ``strict``. Raises ConfigurationError.
     """
-    try:
-        secret = small_files.text(path).strip()
-        check_secret(path, _log.warning, "s3.secret_open_to_others", strict=strict, setting=setting)
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigurationError(f"{setting}: cannot read {path}; check the path and its mode") from exc
-    if not secret:
-        raise ConfigurationError(f"{setting}: {path} is empty")
-    found = Credentials(access_key_id, secret)
+    found = Credentials(access_key_id, secret_text(path, setting))
+    check_secret(path, _log.warning, "s3.secret_open_to_others", strict=strict, setting=setting)
     return lambda: found
 
 

@@ -4,6 +4,7 @@ Reads no files except symlinks.
 """
 
 import ipaddress
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -389,10 +390,11 @@ def check_roots(settings: Settings) -> None:
 
     A root of its own within the state directory is what ``kms up`` makes.
     """
-    state = settings.state_dir.resolve()
-    files = [(name, path.resolve()) for name, path in private(settings)]
+    # before Python 3.13 Path.resolve raises RuntimeError for a link to itself
+    state = Path(os.path.realpath(settings.state_dir))
+    files = [(name, Path(os.path.realpath(path))) for name, path in private(settings)]
     for index, root in enumerate(settings.kms.jobs.roots):
-        where, found = f"kms.jobs.roots[{index}]", root.resolve()
+        where, found = f"kms.jobs.roots[{index}]", Path(os.path.realpath(root))
         if not root.is_absolute():
             raise ConfigurationError(f"{where}: expected an absolute path")
         names = ["kms.state_dir"] if state.is_relative_to(found) else []

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import pytest
 
 from kms_cli.backup.files import FilesKeepChanging, InstalledFiles, Source
@@ -193,9 +194,12 @@ def test_links_and_pipes_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "state/spool/job-1/link").symlink_to(tmp_path / "other")
     (tmp_path / "state/spool/linked").symlink_to(tmp_path)
     (tmp_path / "state/spool/job-1/a\nb").write_text("x")
+    (tmp_path / "state/spool/job-1" / os.fsdecode(b"caf\xe9")).write_text("x")
 
     found = taken(files)
 
     assert "of another user" not in found.values()
     assert [name for name in found if name.startswith("spool/job-1")] == ["spool/job-1/input"]
-    assert any("whose name" in note for note in files.notes)
+    notes = [note for note in files.notes if "whose name" in note]
+    assert len(notes) == 2
+    assert msgspec.json.decode(msgspec.json.encode(notes)) == notes  # in the manifest

@@ -180,7 +180,7 @@ def recorded(install: Service) -> Path:
 
 
 def test_a_closed_trail_is_verified_to_its_newest_checkpoint(install: Service) -> None:
-    recorded(install)
+    recorded(install).with_name("link.jsonl").symlink_to("nowhere")
 
     told = doctor(install).at("audit log", "warn")
     assert "lines are intact, 0 of them newer than the last checkpoint" in told

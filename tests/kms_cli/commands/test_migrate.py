@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,6 +267,17 @@ def test_an_output_of_something_else_is_left_alone(transit: Transit, notes: str)
 
     assert transit.moved(["vault:v1:AAAA"]).returncode == 65
     assert (transit.workspace.folder / "out").read_text() == notes
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"]
+)
+def test_an_output_that_is_no_file_is_refused_at_once(
+    transit: Transit, make: Callable[[Path], object]
+) -> None:
+    make(transit.workspace.folder / "out")
+
+    assert transit.moved(["vault:v1:AAAA"]).returncode == 65
 
 
 # -- a service that lies or gives up in the middle: what is not proven is not kept -----------------------

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from kombu.connection import Connection
 
 from kms_cli.local import installation, up
 from kms_cli.main import run
+from kms_core.programs import supervisor
+from kms_core.programs.supervisor import Child, Supervisor
 from support.audit_logs import AuditFolder
 from support.ports import free_port
 from support.programs import tethered
@@ -324,3 +327,18 @@ def test_state_is_for_the_user_alone(start: Start) -> None:
 
     made = [service.state, *(path for path in service.state.rglob("*") if not path.is_symlink())]
     assert [path.name for path in made if path.stat().st_mode & 0o077] == ["audit-signing.pub"]
+
+
+def test_a_child_runs_although_its_pid_and_messages_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a full disk."""
+    child = Supervisor(Child("api", ["/bin/sleep", "60"], lambda: True), tmp_path / "gone")
+    with suppress(OSError), Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        supervisor.say("it does not fit")
+        child.tick()
+
+    assert (child.alive, child.was_ready) == (True, True)
+    child.kill()
+    assert not child.alive

@@ -110,6 +110,13 @@ def test_a_root_over_or_in_private_directories_is_refused(tmp_path: Path, root: 
     assert "kms.jobs.roots[1] overlaps" in refusal(tmp_path, text, state_dir=str(state))
 
 
+def test_a_link_to_itself_is_left_to_what_opens_it(tmp_path: Path) -> None:
+    (link := tmp_path / "link").symlink_to("link")
+    text = f"[kms.jobs]\nspool_dir = '{link}'\nroots = ['{link}/root']"
+
+    assert "kms.jobs.roots[0] overlaps" in refusal(tmp_path, text, state_dir=str(tmp_path / "state"))
+
+
 def test_a_root_of_its_own_in_the_state_directory_is_allowed(tmp_path: Path) -> None:
     settings = load(None, HOME, overrides={"state_dir": tmp_path, "jobs.roots": [tmp_path / "files"]})
 

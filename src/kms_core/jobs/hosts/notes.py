@@ -80,18 +80,16 @@ def key_place(private: Path | str) -> str:
 
 def _place(folder: Path) -> str:
     """Device and inode of a directory, the same in all containers that mount it; empty if it is missing."""
-    try:
+    with suppress(OSError):
         found = folder.stat()
-    except OSError:
-        return ""
-    return f"{found.st_dev:x}.{found.st_ino:x}"
+        return f"{found.st_dev:x}.{found.st_ino:x}"
+    return ""
 
 
 def _boot_id() -> str:
-    try:
+    with suppress(OSError):  # not Linux
         return _BOOT_ID.read_text().strip()
-    except OSError:  # not Linux
-        return ""
+    return ""
 
 
 class HostNotes:

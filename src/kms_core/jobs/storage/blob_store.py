@@ -94,7 +94,7 @@ class BlobStore(Protocol):
         """Bytes of all blobs."""
 
     def free_bytes(self) -> int:
-        """Bytes for which there is room."""
+        """Bytes for which there is room. Raises SpoolUnavailable if that cannot be asked."""
 
 
 class BlobWriter:

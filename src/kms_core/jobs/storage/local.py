@@ -164,7 +164,7 @@ class Roots:
         That is a root which is relative, missing, no directory or ``/``, or which contains or lies in one
         of ``forbidden`` (keys, spool, audit, run directory), symbolic links followed.
         """
-        private = [path.resolve() for path in forbidden]
+        private = [Path(os.path.realpath(path)) for path in forbidden]
         # A link in the operator's own path is followed here, once; callers may write either form.
         self._roots = [(PurePosixPath(root), _checked_root(root, private)) for root in roots]
 
@@ -452,10 +452,9 @@ def _is_ours(name: str) -> bool:
 
 
 def _size(entry: "os.DirEntry[str]") -> int:
-    try:
+    with suppress(OSError):  # opening it will raise the error
         return entry.stat(follow_symlinks=False).st_size
-    except FileNotFoundError:  # opening it will raise the error
-        return 0
+    return 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -280,8 +280,10 @@ class Spool:
     def use(self) -> SpoolUse:
         """The bytes that the spool has and may have. Does not wait for a bucket: it has the last count."""
         used = self._used_bytes(wait=not self.store.is_remote)
-        is_away = self.store.is_away or self.store.is_refused
-        return SpoolUse(used, min(self._max_bytes, used + self.store.free_bytes()), is_away)
+        with suppress(SpoolUnavailable):
+            is_away = self.store.is_away or self.store.is_refused
+            return SpoolUse(used, min(self._max_bytes, used + self.store.free_bytes()), is_away)
+        return SpoolUse(used, used, is_away=True)
 
     def _used_bytes(self, *, wait: bool) -> int:
         """The spool's size in bytes: the last count, plus our writes since then.

@@ -241,8 +241,9 @@ class SpoolFolder:
         limit = time.time() - older_than_s
         with os.scandir(self.path) as entries:
             for entry in entries:
-                if entry.stat(follow_symlinks=False).st_mtime < limit:
-                    yield entry.name
+                with suppress(FileNotFoundError):  # another process has removed it
+                    if entry.stat(follow_symlinks=False).st_mtime < limit:
+                        yield entry.name
 
     def sweep(self) -> None:
         """Nothing: each file has its name from the beginning."""
@@ -257,4 +258,5 @@ class SpoolFolder:
         return total
 
     def free_bytes(self) -> int:
-        return shutil.disk_usage(self.path).free
+        with disk_errors():
+            return shutil.disk_usage(self.path).free

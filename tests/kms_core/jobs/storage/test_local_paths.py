@@ -1,8 +1,9 @@
-"""Paths of jobs: what may be named and opened. Permission bits play no part: root runs this too."""
+"""Paths of jobs: what may be named and opened. Root runs this too, as another user if modes count."""
 
 import errno
 import os
 import socket
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kms_core.jobs.file_patterns import parse_file_url
-from kms_core.jobs.storage.local import Roots, file_errors
+from kms_core.jobs.file_patterns import Tree, parse_file_url
+from kms_core.jobs.storage.local import ListedFile, Roots, file_errors, walk
 from kms_protocol.errors import ConfigurationError, InvalidRequest, PathRefused, SpoolFull, Unavailable
 from support.file_tree import (
     a_directory,
@@ -311,3 +312,21 @@ def test_what_the_kernel_says_is_an_error_of_ours(number: int, expected: type[Ex
         raise OSError(number, os.strerror(number), "/home/other/secret")
 
     assert "/home/other" not in str(raised.value)
+
+
+def test_a_directory_that_may_be_listed_and_not_entered_ends_no_listing() -> None:
+    """Opening its files gives the error of each."""
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/tmp")) as folder:  # not that of pytest
+        Path(folder).chmod(0o755)
+        write_file_uri(root := Path(folder, "root"), "closed/file")
+        (root / "closed").chmod(0o444)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            found = [*walk(Roots([root]), Tree.parse(f"{root.as_uri()}/**"))]
+        finally:
+            os.seteuid(user)
+            (root / "closed").chmod(0o700)
+
+    assert found == [ListedFile("closed/file", 0)]

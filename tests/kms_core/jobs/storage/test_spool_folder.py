@@ -104,6 +104,25 @@ def test_note_that_the_disk_refuses_is_an_error_of_the_spool(spool: Spool, folde
     assert content(folder) in ([], [JOB])
 
 
+def test_a_directory_that_is_gone_is_a_spool_that_is_away(spool: Spool, folder: Path) -> None:
+    assert not spool.use().is_away
+    shutil.rmtree(folder)
+
+    assert spool.use().is_away
+    with pytest.raises(SpoolUnavailable):
+        write(spool, label(), bytes(5000))
+
+
+def test_a_folder_that_another_process_removes_hides_no_other(folder: Path) -> None:
+    for name in (JOB, OTHER):
+        (folder / name).mkdir()
+    found = SpoolFolder(folder, DiskSync(folder)).folders(older_than_s=-60)
+    gone = ({JOB, OTHER} - {next(found)}).pop()
+    (folder / gone).rmdir()
+
+    assert list(found) == []
+
+
 # -- names, links and folders of others --------------------------------------------------------------------
 
 
