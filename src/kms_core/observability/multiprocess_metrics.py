@@ -3,10 +3,12 @@
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from prometheus_client import multiprocess, values
+from prometheus_client.mmap_dict import MmapedDict
 
 FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"
 """The environment variable in which prometheus_client finds the folder of the files."""
@@ -29,7 +31,39 @@ def share(environ: Mapping[str, str]) -> None:
     os.environ[FOLDER] = folder
     if slot:
         multiprocess.mark_process_dead(slot, folder)  # type: ignore[no-untyped-call]  # untyped there
+    values.MmapedDict = _WholeFile  # type: ignore[attr-defined,assignment]  # no parameter is for that
     values.ValueClass = values.MultiProcessValue(lambda: slot) if slot else values.MultiProcessValue()  # type: ignore[no-untyped-call]  # as above
+
+
+class _WholeFile(MmapedDict):
+    """The values of one process in a file, whose blocks are allocated before they are written.
+
+    A write to a hole of a full disk would end the process (SIGBUS, mmap(2)). A value without room is kept in
+    memory, and written once there is room. All of a file that cannot be made stays in memory.
+    """
+
+    def __init__(self, filename: str) -> None:
+        try:
+            with open(filename, "ab") as file:  # noqa: PTH123 -- as its parent opens it
+                os.posix_fallocate(file.fileno(), 0, 4096)
+        except OSError:
+            Path(filename).unlink(missing_ok=True)  # an empty one fails each scrape
+            filename = f"/proc/self/fd/{os.memfd_create('kms-metrics')}"
+        super().__init__(filename)  # type: ignore[no-untyped-call]  # untyped there
+
+    def read_value(self, key: str) -> tuple[float, float]:
+        return super().read_value(key) if self._has_room(key) else (0.0, 0.0)  # type: ignore[no-untyped-call]  # as above
+
+    def write_value(self, key: str, value: float, timestamp: float) -> None:
+        if self._has_room(key):
+            super().write_value(key, value, timestamp)  # type: ignore[no-untyped-call]  # as above
+
+    def _has_room(self, key: str) -> bool:
+        with suppress(OSError):
+            if key not in self._positions:
+                os.posix_fallocate(self._f.fileno(), 0, self._used + len(key) + 64)  # of a value 28 at most
+            return True
+        return False
 
 
 def forget_dead(folder: str) -> None:

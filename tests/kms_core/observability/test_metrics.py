@@ -8,6 +8,7 @@ from typing import Final
 from prometheus_client import Gauge
 
 from kms_core.observability import metrics, multiprocess_metrics
+from support.small_disk import small_disk
 
 IMPORT: Final = """
 import os, threading
@@ -36,6 +37,30 @@ metrics.JOBS.labels("encrypt", "failed").inc()
 """
 READ: Final = f"{BEGIN}print(metrics.exposition().decode())"
 SHARE: Final = f"{BEGIN}{COUNT}print(metrics.exposition().decode())"
+FULL: Final = f"""{BEGIN}
+from pathlib import Path
+ballast = Path(os.environ[multiprocess_metrics.FOLDER], "ballast")
+with ballast.open("wb", buffering=0) as file:
+    try:
+        while True:
+            file.write(bytes(4096))
+    except OSError:
+        pass
+
+def count():
+    for number in range(300):
+        metrics.JOBS.labels("encrypt", f"state-{{number}}").inc()
+
+count()
+if not (child := os.fork()):
+    count()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+metrics.exposition()
+ballast.unlink()
+count()
+print(metrics.exposition().decode())
+"""
 LATE: Final = """
 import os
 from kms_core.observability import metrics, multiprocess_metrics
@@ -100,3 +125,14 @@ def test_gauges_of_several_processes_are_one_figure() -> None:
 
 def test_metrics_that_are_declared_already_cannot_be_shared_any_more(tmp_path: Path) -> None:
     assert "metrics are declared already" in run(LATE, tmp_path).stderr
+
+
+def test_a_full_disk_ends_no_process_and_loses_no_count(tmp_path: Path) -> None:
+    """A write to a hole of a file that is mapped into memory is a signal, not an error."""
+    with small_disk(tmp_path / "disk", 256 * 1024) as disk:
+        done = run(FULL, disk)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    counts = [line for line in done.stdout.splitlines() if 'state="state-' in line]
+    assert len(counts) == 300
+    assert all(line.endswith("} 2.0") for line in counts)
