@@ -142,14 +142,19 @@ class OutputExists(TargetExists):
 
 
 @contextlib.contextmanager
-def placed(target: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
-    """Open ``secure_files.replacing``. Raises OutputExists, and UsageError if its directory is missing."""
+def placed(target: Path, *, overwrite: bool, room_bytes: int = 0) -> Iterator[BinaryIO]:
+    """Open ``secure_files.replacing``, with room for so many bytes, all of which the caller writes.
+
+    Raises OutputExists, UsageError if its directory is missing, OSError.
+    """
     if target.exists() and not overwrite:
         raise OutputExists(f"{terminal.printable(str(target))} exists")
     if not target.parent.is_dir():
         raise click.UsageError(f'there is no directory "{target.parent}"')
     try:
         with replacing(target, overwrite=overwrite) as file:
+            file.write(bytes(room_bytes))
+            file.seek(0)  # which writes them
             yield file
     except FileExistsError as exc:
         raise OutputExists(f"{terminal.printable(str(target))} exists") from exc

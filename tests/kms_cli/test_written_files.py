@@ -9,6 +9,7 @@ import pytest
 from kms_cli.commands.migrate import Lines, MovedRecord
 from kms_cli.options import OutputExists, placed
 from kms_core import secure_files
+from support.audit_logs import room_for
 from support.disk_trace import recorded
 
 
@@ -52,6 +53,16 @@ def test_an_output_that_exists_is_refused_before_the_work(tmp_path: Path) -> Non
     with pytest.raises(OutputExists), placed(path, overwrite=False):
         pytest.fail("the work has begun")
     assert path.read_bytes() == b"older"
+
+
+def test_an_output_without_room_is_refused_before_the_work(tmp_path: Path) -> None:
+    with (
+        room_for(58),
+        pytest.raises(OSError, match="File too large"),
+        placed(tmp_path / "out.txt", overwrite=False, room_bytes=59),
+    ):
+        pytest.fail("the work has begun")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_records_of_a_migration_are_on_the_disk_before_it_goes_on(

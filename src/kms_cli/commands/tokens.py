@@ -1,21 +1,23 @@
 """``kms token``: creates, lists, rotates and revokes API tokens, in the service's token file or document."""
 
+import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import BinaryIO
 
 import click
 
 from kms_cli import audited, terminal
 from kms_cli.local import installation
-from kms_cli.options import PATH, duration
+from kms_cli.options import PATH, duration, placed
 from kms_cli.session import printed_as_json, session
 from kms_core import scopes
 from kms_core.auth import tokens
 from kms_core.auth.tokens import Token, TokenRequest
 from kms_core.observability import logs
-from kms_core.secure_files import create
 from kms_core.settings.model import Settings
 from kms_protocol.errors import InvalidRequest, TargetExists
 from kms_protocol.units import time_text
@@ -50,8 +52,8 @@ def create_command(  # noqa: PLR0913, PLR0917 -- one for each option
             raise InvalidRequest(f"{label} takes at most 80 letters, digits, _ . and -")
     granted = [_scope(line) for line in lines]
     wish, here = TokenRequest(name, tenant, lines, _ttl(ttl)), _token_file(file)
-    _check_free(output)
-    _print_token("created", *tokens.create(here.where, wish, here.recorded("create")), output)
+    with _placed(output) as written:
+        _print_token("created", *tokens.create(here.where, wish, here.recorded("create")), written)
     _note_excluded(granted)
 
 
@@ -84,8 +86,9 @@ def rotate_command(which: str, overlap: str, ttl: str | None, output: Path | Non
     kept = timedelta() if overlap == "0" else duration("--overlap", overlap)
     renewed = None if ttl is None else _ttl(ttl)
     here = _token_file(file)
-    _check_free(output)
-    _print_token("rotated", *tokens.rotate(here.where, which, kept, renewed, here.recorded("rotate")), output)
+    with _placed(output) as written:
+        made = tokens.rotate(here.where, which, kept, renewed, here.recorded("rotate"))
+        _print_token("rotated", *made, written)
 
 
 @click.command("revoke")
@@ -150,17 +153,20 @@ class TokenFileExists(TargetExists):
     hint = "name another file with --output"
 
 
-def _check_free(output: Path | None) -> None:
-    """Raise TokenFileExists before a token is created, whose text cannot be shown again."""
-    if output is not None and output.exists():
+def _placed(output: Path | None) -> AbstractContextManager[BinaryIO | None]:
+    """Open the output before a token is made, with room for its text, which cannot be shown again.
+
+    Raises TokenFileExists.
+    """
+    if output is not None and os.path.lexists(output):
         raise TokenFileExists(f"{output} exists")
+    return nullcontext() if output is None else placed(output, overwrite=False, room_bytes=59)
 
 
-def _print_token(done: str, token: Token, text: str, output: Path | None) -> None:
+def _print_token(done: str, token: Token, text: str, written: BinaryIO | None) -> None:
     _report(done, token)
-    if output is not None:
-        if not create(output, f"{text}\n".encode()):
-            raise TargetExists(f"{output} was created by another program, so the token is lost: rotate it")
+    if written is not None:
+        written.write(f"{text}\n".encode())
     elif not printed_as_json({**_described(token), "token": text}):
         terminal.result(text)
 
