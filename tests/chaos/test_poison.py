@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 import uuid
@@ -218,10 +219,6 @@ def test_what_cannot_be_sealed_needs_no_pool_process(poisoned: Service) -> None:
     assert work(poisoned) < 10
 
 
-writers: list[int] = []
-"""The descriptor that keeps the FIFO of a held message open for writing."""
-
-
 @contextmanager
 def held_message(service: Service) -> Iterator[str]:
     """The task id of a submission that whichever child has it holds: its intake key is a FIFO.
@@ -231,14 +228,14 @@ def held_message(service: Service) -> Iterator[str]:
     recipient, path = intake_recipient(service), service.settings.kms.jobs.intake_identity_path
     kept = path.rename(path.with_suffix(".kept"))
     os.mkfifo(path, 0o600)
-    writers.append(os.open(path, os.O_RDWR))
+    writer = os.open(path, os.O_RDWR)
     task_id = str(uuid.uuid4())
     text = json.dumps([[seal(recipient, body())], {}, None]).encode()
     publish(service, "kms.submit", [RawMessage(text, malformed_messages.headers("kms.submit", id=task_id))])
     try:
         yield task_id
     finally:
-        os.close(writers.pop())
+        os.close(writer)
         path.unlink()
         kept.rename(path)
 
@@ -269,7 +266,7 @@ def test_message_in_hand_when_all_of_a_worker_was_killed_twice_is_dropped(poison
             poisoned.kill("worker")
             for tag in cast("list[bytes]", redis.zrange("kms:unacked_index", 0, -1)):
                 redis.zadd("kms:unacked_index", {tag: 1})  # as if ten minutes had gone by
-            start_through_fifo(poisoned)
+            start_beside_fifo(poisoned)
         until(lambda: refused(poisoned, "worker_died"), "it is dropped")
     time.sleep(1)  # a second copy would be refused, too, or taken
 
@@ -293,22 +290,16 @@ def is_stuck(service: Service, pid: int) -> bool:
     return False
 
 
-def start_through_fifo(service: Service) -> None:
-    """Start the worker, whose parent reads the intake key before it forks: it comes through the FIFO."""
-    path = service.settings.kms.jobs.intake_identity_path
-    key, before = path.with_suffix(".kept").read_bytes(), service.output("worker").count(" ready.")
+def start_beside_fifo(service: Service) -> None:
+    """Start the worker, whose parent reads the intake key before it forks: the FIFO comes back then."""
+    path, before = service.settings.kms.jobs.intake_identity_path, service.output("worker").count(" ready.")
+    fifo = path.rename(path.with_suffix(".fifo"))
+    shutil.copy2(path.with_suffix(".kept"), path)
     service.spawn("worker")
-
-    def is_ready() -> bool:
-        parent = service.pid("worker")
-        if writers and is_stuck(service, parent):
-            os.write(writers[0], key)
-            os.close(writers.pop())  # the end of what it reads
-        if not writers and not is_stuck(service, parent):
-            writers.append(os.open(path, os.O_RDWR))  # for its children
-        return service.output("worker").count(" ready.") > before
-
-    until(is_ready, "the worker is ready")
+    pid = service.pid("worker")
+    until(Path(f"/proc/{pid}/task/{pid}/children").read_text, "the worker forks", poll_s=0.002)
+    fifo.rename(path)
+    until(lambda: service.output("worker").count(" ready.") > before, "the worker is ready")
 
 
 # -- many messages on Redis -----------------------------------------------------------

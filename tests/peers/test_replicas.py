@@ -86,6 +86,7 @@ def test_job_that_no_replica_has_is_taken_back(tmp_path: Path, pair: ReplicatedR
             check_problem(service.get(f"/jobs/{job_id}"), 404, "unknown_job")
         sums = {b"kms:spooled:default", b"kms:held:default"}
         left = {
+            b"kms:audit:anchors",
             b"kms:events",
             b"kms:inputs",
             b"kms:tenants",
