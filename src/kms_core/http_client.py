@@ -60,6 +60,34 @@ class Busy(BackendUnavailable):
         super().__init__(detail, retry_after_s=retry_after_s)
 
 
+# -- the time of a thread ----------------------------------------------------------------------------
+
+
+class _Bound(threading.local):
+    ends = math.inf
+
+
+_bound: Final = _Bound()
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Bound all calls of this thread to peers within the block, with their retries, by so many seconds.
+
+    An enclosing block that ends earlier counts.
+    """
+    before, _bound.ends = _bound.ends, min(_bound.ends, time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _bound.ends = before
+
+
+def left_s() -> float:
+    """Seconds that ``within`` leaves to this thread: infinite outside of it, 0 or less once they are over."""
+    return _bound.ends - time.monotonic()
+
+
 # -- connections -------------------------------------------------------------------------------------
 
 
@@ -268,8 +296,8 @@ class Peer:
         return answer
 
     def one_timeout(self) -> AbstractContextManager[None]:
-        """Bound the calls of this thread within the block by one timeout."""
-        return self._network.until(time.monotonic() + self.server.timeout_s)
+        """Bound the calls of this thread within the block by one timeout, and by ``within``."""
+        return self._network.until(time.monotonic() + min(self.server.timeout_s, left_s()))
 
     def close(self) -> None:
         """Close all connections. A later call connects again."""
@@ -285,6 +313,16 @@ class Peer:
                 return wait(self._network.left())
             except TimeoutError:
                 raise httpcore2.ReadTimeout from None
+
+    @contextmanager
+    def holding(self, lock: threading.Lock) -> Iterator[None]:
+        """Hold a lock, for which the thread waits within ``one_timeout``. Raises Unreachable."""
+        if not self.in_time(lambda left_s: lock.acquire(timeout=left_s)):
+            raise Unreachable(f"Another call waits for {self.server.where}")
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _own_pool(self) -> httpcore2.ConnectionPool:
         if self._owner != os.getpid():  # two processes on one connection would read each other's answers

@@ -1,25 +1,21 @@
 """Selects the key of an operation: by the name in the file, then by policy, and only then with a backend."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final, TypeVar
+from typing import Final
 
 from kms_core.age import header
 from kms_core.age.header import Header, HeaderLimits
-from kms_core.age.x25519 import NoMatch
 from kms_core.audit import AuditWriter
 from kms_core.auth.policy import Policy, allows
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
-from kms_core.http_client import Unreachable
 from kms_core.keyring import BackendKey, Key, Keyring
-from kms_core.observability import metrics
 from kms_core.operation import Operation, Origin, Unwrapped
 from kms_protocol.context import Context
 from kms_protocol.errors import ContextRequired, DecryptFailed, ForeignRefused, InvalidRequest, KmsError
 
-R = TypeVar("R")
 _ORIGIN_UNPROVEN: Final = (
     "The origin of the file cannot be proven without its payload, and this key accepts no such file: "
     "open it with kms decrypt or kms decrypt-file, which read all of it"
@@ -101,8 +97,9 @@ class KeySelector:
         key = self.permitted(call, bound.key_id, permission, (bound.key_version, ""))
         if call.key_id not in {None, bound.key_id}:
             raise DecryptFailed
-        found, ref = _first_answer(
-            key.unwrapping(call.who.tenant, bound),
+        found, ref = key.first_answer(
+            call.who.tenant,
+            bound,
             lambda backend, ref: sealing.unwrap_file(head, backend, ref, context=call.context, bound=bound),
         )
         call.note_key(ref, "service")
@@ -122,8 +119,9 @@ class KeySelector:
         if bound is None or call.key_id not in {None, bound.key_id}:
             raise DecryptFailed
         key = self.permitted(call, bound.key_id, None, (bound.key_version, ""))
-        found, ref = _first_answer(
-            key.unwrapping(call.who.tenant, bound),
+        found, ref = key.first_answer(
+            call.who.tenant,
+            bound,
             lambda backend, ref: sealing.unwrap_for_plugin(
                 stanzas, backend, ref, context=call.context, bound=bound, nonce=nonce
             ),
@@ -182,22 +180,3 @@ def _check_not_after(context: Context) -> None:
     limit = context.not_after()
     if limit is not None and datetime.now(UTC) > limit:
         raise DecryptFailed
-
-
-def _first_answer(
-    keys: Iterable[BackendKey], unwrap: Callable[[sealing.Wrapper, KeyRef], R]
-) -> tuple[R, KeyRef]:
-    """Unwrap with the first backend that answers; only an unreachable one passes on to the next.
-
-    Raises DecryptFailed without a matching key, and else what the last backend raised.
-    """
-    unreachable: Unreachable | None = None
-    for backend, ref in keys:
-        try:
-            return unwrap(backend, ref), ref
-        except NoMatch:
-            continue
-        except Unreachable as exc:
-            metrics.BACKEND_FAILOVERS.labels(ref.backend).inc()
-            unreachable = exc
-    raise unreachable or DecryptFailed

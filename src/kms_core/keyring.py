@@ -1,17 +1,21 @@
 """Maps key ids to backends, as settings say. Callers and ciphertexts name a key id, never a URI."""
 
 import importlib
+import math
 import re
 from binascii import a2b_base64
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Final
+from typing import Final, TypeVar
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 import structlog
 
+from kms_core import http_client
 from kms_core.age.header import BUNDLE, BUNDLE_VERSION, b64decode
+from kms_core.age.x25519 import NoMatch
 from kms_core.backends import NATIVE, SCHEMES, Backend, KeyVersion, age
 from kms_core.backends.age import AgeBackend
 from kms_core.backends.age_settings import AgeSection
@@ -27,8 +31,10 @@ from kms_core.envelope.binding import (
     Wrap,
 )
 from kms_core.envelope.sealed_files import SealedFiles
+from kms_core.http_client import Unreachable
+from kms_core.observability import metrics
 from kms_core.settings.model import Settings
-from kms_protocol.errors import ConfigurationError, DecryptFailed, UnknownKey
+from kms_protocol.errors import BackendUnavailable, ConfigurationError, DecryptFailed, UnknownKey
 from kms_protocol.units import parse_duration
 
 _NAMED: Final = re.compile(rf"(?:\A|\n)-> {CONTEXT} 1 ([A-Za-z0-9_.-]{{1,80}}) ".encode("ascii"))
@@ -40,6 +46,7 @@ _SHARED: Final = re.compile(
 LONGEST_SHARE_S: Final = 3600.0
 _OPTIONS: Final = frozenset({"seal", "share"})
 _SCANNED_BYTES: Final = 32 * 1024
+R = TypeVar("R")
 _log = structlog.get_logger(__name__)
 
 
@@ -83,22 +90,62 @@ class Key:
         natives = any(backend.native for backend, _ in keys)
         return bound.key_version == keys[0][1].version and found == wanted and native == natives
 
-    def unwrapping(self, tenant: str, bound: BoundStanzas) -> Iterator[BackendKey]:
-        """The backends and versions that may unwrap a file of ours, in the order of the settings.
+    def first_answer(
+        self,
+        tenant: str,
+        bound: BoundStanzas,
+        unwrap: Callable[[Backend, KeyRef], R],
+        passed_over: type[BackendUnavailable] = Unreachable,
+    ) -> tuple[R, KeyRef]:
+        """The result of ``unwrap`` with the first backend that answers, and the version that opened the file.
+
+        They are asked in the order of the settings, those that were silent lately last, all within the
+        largest ``timeout_s``. A try has half of what is left of it while another backend could open the file.
+        An error of the class ``passed_over``, or the end of that time, passes on to the next. Raises
+        DecryptFailed without a matching key, and else the last such error.
+        """
+        if not (self.others or self.retired or self.backend.server):  # one on this host: no time to share out
+            with suppress(NoMatch):
+                return self._unwrapped(self.backend, tenant, bound, unwrap)
+            raise DecryptFailed
+        named = {wrap.backend for wrap in bound.wraps} | ({NATIVE} if bound.origin else set())
+        backends = [each for each in self.backends if each.name in {*named, NATIVE}]
+        backends.sort(key=lambda each: each.was_silent())
+        away: BackendUnavailable | None = None
+        timeouts = [each.server.timeout_s for each in backends if each.server]
+        with http_client.within(max(timeouts, default=math.inf)):
+            for position, backend in enumerate(backends, start=1):
+                others = any(each.name in named for each in backends[position:])
+                with http_client.within(http_client.left_s() / (1 + others)):
+                    try:
+                        return self._unwrapped(backend, tenant, bound, unwrap)
+                    except NoMatch:
+                        continue
+                    except BackendUnavailable as exc:
+                        if not isinstance(exc, passed_over) and http_client.left_s() > 0:
+                            raise
+                        metrics.BACKEND_FAILOVERS.labels(backend.name).inc()
+                        away = exc
+        raise away or DecryptFailed
+
+    def _unwrapped(
+        self, backend: Backend, tenant: str, bound: BoundStanzas, unwrap: Callable[[Backend, KeyRef], R]
+    ) -> tuple[R, KeyRef]:
+        """Raises NoMatch if no version of the backend opens the file.
 
         Native stanzas name no version, so each identity is tried if the context stanza names the version of
         another backend.
         """
-        for backend in self.backends:
-            versions = [
-                wrap.version
-                for wrap in bound.wraps
-                if (wrap.backend, wrap.key_id) == (backend.name, self.key_id)
-            ]
-            if isinstance(backend, AgeBackend) and not versions:
-                versions = _native_versions(backend, bound)
-            for version in versions:
-                yield backend, KeyRef(tenant, self.key_id, version, backend.name)
+        versions = [
+            wrap.version for wrap in bound.wraps if (wrap.backend, wrap.key_id) == (backend.name, self.key_id)
+        ]
+        if isinstance(backend, AgeBackend) and not versions:
+            versions = _native_versions(backend, bound)
+        for version in versions:
+            ref = KeyRef(tenant, self.key_id, version, backend.name)
+            with suppress(NoMatch):
+                return unwrap(backend, ref), ref
+        raise NoMatch
 
     def is_ready(self, tenant: str, wrap: Wrap | None = None) -> bool:
         """True if a call needs no network to seal a file, or to open one whose only wrap is ``wrap``."""

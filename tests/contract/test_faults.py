@@ -2,10 +2,12 @@
 
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import pytest
 
+from kms_core import http_client
 from kms_core.backends.aws.backend import AwsCipher
 from kms_core.backends.remote import Cipher
 from kms_core.backends.vault.kv import KvCipher
@@ -17,6 +19,7 @@ from support.aws_servers import calls_to
 from support.contract import faults
 from support.contract.cosmian_faults import cosmian_makers
 from support.contract.faults import CANARY, Fault, answer, faulty
+from support.waiting import WAIT_S, until
 
 TOKEN: Final = "s.canary-of-ours"
 SECRET: Final = b"canary of a file"
@@ -134,6 +137,22 @@ def test_a_slow_server_gets_no_more_than_the_timeout(make: Maker, fault: str, ca
         if server.connections:  # the time may be over before there is one, on a busy machine
             assert server.hung_up.wait(LONG_S)
             assert len(server.requests) == 1
+
+
+def test_a_call_waits_no_longer_than_its_thread_may_also_for_another_call(make: Maker) -> None:
+    """For an answer, and for one that another thread waits for with more time."""
+
+    def shorter(cipher: Cipher) -> BackendUnavailable:
+        with http_client.within(SHORT_S):
+            return failure("decrypt", cipher)
+
+    with ThreadPoolExecutor(2) as threads, faulty(faults.silent) as server:
+        cipher = make(server.url, 2 * WAIT_S)
+        longer = threads.submit(failure, "decrypt", cipher)
+        until(lambda: server.requests, "the first call waits")
+
+        assert kind(threads.submit(shorter, cipher).result(WAIT_S)) is Unreachable
+        assert not longer.done()
 
 
 @pytest.mark.parametrize("fault", ["floods", "resets", "cuts"])

@@ -18,6 +18,7 @@ from kms_core.backends.key_files import KeyFiles
 from kms_core.backends.remote import RemoteBackend
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
+from kms_core.http_client import PeerServer
 from kms_core.jobs.events.webhook import WebhookRequest, sign
 from kms_core.jobs.model import Checkpoint, Commit, RecordKey
 from kms_core.jobs.spec import ItemsJob, SignedEnd, SignedSplit, UploadJob, spec_digest
@@ -38,12 +39,16 @@ SECRET: Final = bytes(range(32))
 JOB_ID: Final = "00000000-0000-4000-8000-0000000000ff"
 
 
+SERVER: Final = PeerServer("http://seen.test", "seen", "kms.seen.address", 5.0)
+
+
 @dataclass
 class RecordingPeer:
     """A peer that hands back what it was asked to wrap, and keeps the AAD."""
 
     name: str = "seen"
     token: None = None
+    server: PeerServer = SERVER
     asked: list[tuple[bytes, str, bytes]] = field(default_factory=list)
 
     def encrypt(self, secret: bytes, version: str, aad: bytes) -> bytes:

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from kms_core.backends import KeyVersion
 from kms_core.backends.circuit_breaker import RetryPolicy
 from kms_core.backends.remote import FileToken, RemoteBackend
-from kms_core.http_client import Unreachable
+from kms_core.http_client import PeerServer, Unreachable
 from kms_protocol.errors import DecryptFailed, KmsError
 
 NO_RETRIES = RetryPolicy(attempts=1, failures=1_000_000)
@@ -21,6 +21,7 @@ class MemoryCipher:
 
     def __init__(self, name: str = "memory") -> None:
         self.name, self.token = name, FileToken("memory", None, strict=False)
+        self.server = PeerServer(f"http://{name}.test", name, "kms.memory.address", 5.0)
         self.keys: dict[str, AESGCM] = {}
         self.calls: Counter[str] = Counter()
         self.trouble: KmsError | None = None

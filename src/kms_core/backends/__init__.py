@@ -21,6 +21,7 @@ from kms_protocol.errors import BackendUnavailable
 if TYPE_CHECKING:
     from kms_core.age.header import Stanza
     from kms_core.envelope.binding import KeyRef, Wrap
+    from kms_core.http_client import PeerServer
 
 SCHEMES: Final[Mapping[str, type[BackendSection]]] = {
     "age": AgeSection,
@@ -47,11 +48,15 @@ class KeyMissing(BackendUnavailable):
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """The outcome of a real wrap and unwrap. ``detail`` is for the operator's log, not for callers."""
+    """The outcome of a real wrap and unwrap. ``detail`` is for the operator's log, not for callers.
+
+    ``answered``: the server answered, so its other keys may work.
+    """
 
     healthy: bool
     checked_at: datetime
     detail: str = ""
+    answered: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,10 @@ class Backend(Protocol):
     """Return whether plaintext data keys may be handed out."""
     native: bool
     """Return whether ``wrap`` returns native stanzas of the age format, which carry no name."""
+
+    @property
+    def server(self) -> "PeerServer | None":
+        """The server of the key, whose ``timeout_s`` bounds a call; None for keys on this host."""
 
     def wrap(self, file_key: bytes, key: "KeyRef", aad: bytes) -> "Stanza":
         """Wrap a 16-byte file key. See ``envelope.sealing.Wrapper``, of which every backend is one."""
@@ -97,6 +106,9 @@ class Backend(Protocol):
 
     def for_job(self) -> "Backend":
         """Return this key for one run of a bulk job: a few calls to a server, not one for each item."""
+
+    def was_silent(self) -> bool:
+        """Return whether the last call had no answer: other backends of the key are then asked first."""
 
     def health_check(self) -> Health:
         """Wrap and unwrap a random file key. Never raises."""

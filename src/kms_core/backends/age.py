@@ -80,6 +80,7 @@ class AgeBackend:
 
     name = "age"
     blocks = False
+    server = None
 
     def __init__(
         self,
@@ -136,6 +137,10 @@ class AgeBackend:
 
     def versions(self) -> Sequence[KeyVersion]:
         return self._fresh().versions
+
+    def was_silent(self) -> bool:
+        """False: no call waits for a network."""
+        return False
 
     def health_check(self) -> Health:
         """Wrap and unwrap with the current version; unhealthy while changed key files cannot be read."""

@@ -10,7 +10,8 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from typing import Final, Generic, TypeVar
 
-from kms_core.http_client import Busy
+from kms_core import http_client
+from kms_core.http_client import Busy, Unreachable
 from kms_protocol.errors import KmsError
 
 MOST_ITEMS: Final = 64
@@ -111,12 +112,18 @@ class SingleFlight(Generic[Outcome]):
         self._running: dict[Hashable, Future[Outcome]] = {}
 
     def run(self, name: Hashable, function: Callable[[], Outcome]) -> Outcome:
-        """The result of ``function``, or of the call of this name that is running. Raises its error."""
+        """The result of ``function``, or of the call of this name that is running. Raises its error.
+
+        Raises Unreachable if that call takes longer than ``http_client.within`` allows this thread.
+        """
         mine: Future[Outcome] = Future()
         with self._lock:
             running = self._running.setdefault(name, mine)
         if running is not mine:
-            return running.result()
+            try:
+                return running.result(min(http_client.left_s(), threading.TIMEOUT_MAX))
+            except TimeoutError:
+                raise Unreachable("Another call waits for the same answer") from None
         error: KmsError = Busy("The request of several calls was interrupted")
         try:
             outcome = function()

@@ -16,6 +16,7 @@ from weakref import WeakSet
 import structlog
 from opentelemetry.trace import SpanKind
 
+from kms_core import http_client
 from kms_core.http_client import Busy, Unreachable
 from kms_core.observability import metrics, tracing
 from kms_core.periodic import jittered_wait_s
@@ -23,6 +24,8 @@ from kms_protocol.errors import BackendUnavailable, KmsError
 
 T = TypeVar("T")
 _LONGEST_WAIT_S: Final = 1.0
+SILENT_S: Final = 30.0
+"""Seconds after a call without an answer in which other backends of the key are asked first."""
 _log = structlog.get_logger(__name__)
 
 
@@ -56,7 +59,16 @@ class Breaker:
         self._failures = 0
         self._pause_s = 0.0  # above zero: not closed
         self._until = 0.0
+        self._silent_until = 0.0  # above zero: the last call had no answer
         self._probing = False
+
+    def was_silent(self) -> bool:
+        """Return whether the last call had no answer, within 30 s; later False once, for one call to try."""
+        with self._lock:
+            now, until = self._clock(), self._silent_until
+            if 0 < until <= now:
+                self._silent_until = now + SILENT_S
+            return now < until
 
     def enter(self) -> None:
         """Begin a call. Raises Unreachable while the breaker is open."""
@@ -77,14 +89,14 @@ class Breaker:
         """Record an answer, whatever its content."""
         with self._lock:
             closed, self._pause_s = bool(self._pause_s), 0.0
-            self._failures, self._probing = 0, False
+            self._failures, self._silent_until, self._probing = 0, 0.0, False
         if closed:
             self._report(is_open=False)
 
     def failed(self) -> None:
         """Record a call without an answer."""
         with self._lock:
-            self._failures += 1
+            self._failures, self._silent_until = self._failures + 1, self._clock() + SILENT_S
             opened = not self._pause_s and self._failures >= self._policy.failures
             if opened:
                 self._pause_s = self._policy.open_s
@@ -113,14 +125,17 @@ class RetryingCaller:
     def __init__(self, name: str, policy: RetryPolicy) -> None:
         self._name = name
         self._policy = policy
-        self._breaker = Breaker(name, policy)
+        self.breaker = Breaker(name, policy)
         self._lock = threading.Lock()
         self._tokens = policy.most_tokens
         self._counted: WeakSet[BackendUnavailable] = WeakSet()
         self._retried: WeakSet[BackendUnavailable] = WeakSet()
 
     def call(self, operation: str, function: Callable[[], T]) -> T:
-        """Call ``function``, with retries. Raises its errors, and Unreachable while the breaker is open."""
+        """Call ``function``, with retries while ``http_client.within`` leaves time for them.
+
+        Raises its errors, and Unreachable while the breaker is open.
+        """
         with self._lock:
             self._tokens = min(self._tokens + self._policy.budget, self._policy.most_tokens)
         for attempt in range(1, self._policy.attempts):
@@ -137,7 +152,9 @@ class RetryingCaller:
     def once(self, operation: str, function: Callable[[], T]) -> T:
         """Call ``function`` once, for calls that must not be repeated. Raises as ``call`` does."""
         with tracing.span(f"{self._name} {operation}", SpanKind.CLIENT):
-            self._breaker.enter()
+            if http_client.left_s() <= 0:
+                raise Unreachable(f"The {self._name} backend did not answer in time")
+            self.breaker.enter()
             started = time.perf_counter()
             result = "error"
             try:
@@ -146,17 +163,17 @@ class RetryingCaller:
             except Unreachable as exc:
                 result = "unreachable"
                 if self._is_first(exc):
-                    self._breaker.failed()
+                    self.breaker.failed()
                 raise
             except KmsError as exc:
                 result = "unavailable" if isinstance(exc, BackendUnavailable) else "refused"
-                self._breaker.answered()
+                self.breaker.answered()
                 raise
             except BaseException:
-                self._breaker.left()
+                self.breaker.left()
                 raise
             else:
-                self._breaker.answered()
+                self.breaker.answered()
                 return answer
             finally:
                 seconds = time.perf_counter() - started
@@ -173,11 +190,11 @@ class RetryingCaller:
     def _wait(self, attempt: int, exc: BackendUnavailable) -> float | None:
         """Seconds until the next attempt. Calls of one request, which have one error, cost one token.
 
-        None without budget, or if the server asks for more than a second.
+        None without budget, if the server asks for more than a second, or if no time is left.
         """
         first = self._policy.first_wait_s
         asked = exc.retry_after_s if isinstance(exc, Busy) else 0.0
-        if max(first * 2.0 ** (attempt - 1), asked) > _LONGEST_WAIT_S:
+        if max(first * 2.0 ** (attempt - 1), asked) > min(_LONGEST_WAIT_S, http_client.left_s()):
             return None
         with self._lock:
             if exc not in self._retried:

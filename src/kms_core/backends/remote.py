@@ -19,17 +19,18 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 import structlog
 
+from kms_core import http_client
 from kms_core.age.header import FILE_KEY_BYTES, Stanza
 from kms_core.backends import Health, KeyMissing, KeyVersion
 from kms_core.backends.batching import SingleFlight
 from kms_core.backends.circuit_breaker import RetryingCaller, RetryPolicy
 from kms_core.envelope import binding
 from kms_core.envelope.binding import WRAP_KEY_INFO, KeyRef, Wrap
-from kms_core.http_client import Unreachable
+from kms_core.http_client import PeerServer, Unreachable
 from kms_core.reload import Reloaded
 from kms_core.secure_files import check_secret
 from kms_protocol import small_files
@@ -52,6 +53,7 @@ from kms_protocol.errors import (
 # One that this process made opens no file until the server has unwrapped it: credentials that may only
 # encrypt stay such.
 
+T = TypeVar("T")
 KEY_BYTES: Final = 32
 MOST_FILES: Final = 2**20
 MOST_OPENED: Final = 4096
@@ -279,6 +281,10 @@ class Cipher(Protocol):
     def token(self) -> FileToken | None:
         """Our credential, if a change of it ends the wrap keys."""
 
+    @property
+    def server(self) -> PeerServer:
+        """The server, whose ``timeout_s`` bounds a call with its retries."""
+
     def encrypt(self, secret: bytes, version: str, aad: bytes) -> bytes:
         """Encrypt ``secret`` under exactly this version, with ``aad`` authenticated."""
 
@@ -304,7 +310,7 @@ class RemoteBackend:
 
     def __init__(self, cipher: Cipher, *, policy: RetryPolicy | None = None) -> None:
         """Make no call: a server that is down degrades the service and does not stop its start."""
-        self.name = cipher.name
+        self.name, self.server = cipher.name, cipher.server
         self._cipher = cipher
         self._caller = RetryingCaller(cipher.name, policy or RetryPolicy())
         self._health: tuple[float, Health] | None = None
@@ -350,7 +356,7 @@ class RemoteBackend:
     def _ask(self) -> tuple[KeyVersion, ...]:
         known, asked_at = self._known, time.monotonic()
         try:
-            found = tuple(self._caller.call("versions", self._cipher.versions))
+            found = tuple(self._call("versions", self._cipher.versions))
         except Unreachable:
             if not known.versions:
                 raise
@@ -388,8 +394,11 @@ class RemoteBackend:
         self._known = _ListedVersions()
         return made
 
+    def was_silent(self) -> bool:
+        return self._caller.breaker.was_silent()
+
     def health_check(self) -> Health:
-        """Wrap and unwrap, without retries. Concurrent checks share one result."""
+        """Wrap and unwrap within ``timeout_s``. Concurrent checks share one result."""
         with self._health_lock:
             if self._health is None or time.monotonic() - self._health[0] > HEALTH_FRESH_S:
                 found = self._probe()
@@ -399,11 +408,13 @@ class RemoteBackend:
     def _probe(self) -> Health:
         now, probe = datetime.now(UTC), os.urandom(FILE_KEY_BYTES)
         try:
-            version = self.current_version()
-            wrapped = self._caller.once("health", lambda: self._cipher.encrypt(probe, version, b"health"))
-            again = self._caller.once("health", lambda: self._cipher.decrypt(wrapped, version, b"health"))
+            with http_client.within(self.server.timeout_s):
+                version = self.current_version()
+                wrapped = self._caller.once("health", lambda: self._cipher.encrypt(probe, version, b"health"))
+                again = self._caller.once("health", lambda: self._cipher.decrypt(wrapped, version, b"health"))
         except KmsError as exc:
-            return Health(healthy=False, checked_at=now, detail=exc.detail)
+            answered = not isinstance(exc, Unreachable)
+            return Health(healthy=False, checked_at=now, detail=exc.detail, answered=answered)
         return Health(healthy=again == probe, checked_at=now, detail="" if again == probe else "wrong answer")
 
     def for_job(self) -> "SharingBackend":
@@ -418,14 +429,19 @@ class RemoteBackend:
     def encrypt(self, secret: bytes, key: KeyRef, aad: bytes) -> bytes:
         """Encrypt a file key or a wrap key. Raises BackendUnavailable."""
         try:
-            return self._caller.call("wrap", lambda: self._cipher.encrypt(secret, key.version, aad))
+            return self._call("wrap", lambda: self._cipher.encrypt(secret, key.version, aad))
         except BackendUnavailable:  # this version may no longer encrypt: ask before the next wrap
             self._known = replace(self._known, asked_at=-math.inf)
             raise
 
     def decrypt(self, wrapped: bytes, key: KeyRef, aad: bytes) -> bytes:
         """Decrypt a file key or a wrap key. Raises DecryptFailed, BackendUnavailable."""
-        return self._caller.call("unwrap", lambda: self._cipher.decrypt(wrapped, key.version, aad))
+        return self._call("unwrap", lambda: self._cipher.decrypt(wrapped, key.version, aad))
+
+    def _call(self, operation: str, function: Callable[[], T]) -> T:
+        """Call the server, with retries, all within ``timeout_s``."""
+        with http_client.within(self.server.timeout_s):
+            return self._caller.call(operation, function)
 
 
 class SharingBackend:
@@ -437,7 +453,7 @@ class SharingBackend:
 
     def __init__(self, remote: RemoteBackend, keys: WrapKeys, life_s: float) -> None:
         """``life_s``: seconds that a wrap key serves after the server wrapped or unwrapped it."""
-        self.name = remote.name
+        self.name, self.server = remote.name, remote.server
         self._remote = remote
         self._keys, self._owner, self._life_s = keys, keys.owner(), life_s
         self._seen_changes = remote.changes
@@ -473,6 +489,9 @@ class SharingBackend:
 
     def rotate(self) -> KeyVersion:
         return self._remote.rotate()
+
+    def was_silent(self) -> bool:
+        return self._remote.was_silent()
 
     def health_check(self) -> Health:
         return self._remote.health_check()

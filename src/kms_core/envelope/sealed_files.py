@@ -7,7 +7,7 @@ one file, native ones or those of age plugins: then any age tool can make and op
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
@@ -18,8 +18,8 @@ from kms_core.age.mlkem768x25519 import Identity, Recipient, key_lines, parse_id
 from kms_core.age.plugin_identity import PREFIX, PluginIdentity
 from kms_core.age.x25519 import NoMatch
 from kms_core.envelope import binding, sealing
-from kms_core.envelope.binding import BoundStanzas
-from kms_core.envelope.sealing import WrappingKey
+from kms_core.envelope.binding import BoundStanzas, KeyRef
+from kms_core.envelope.sealing import Wrapper, WrappingKey
 from kms_protocol import small_files
 from kms_protocol.context import Context
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, DecryptFailed, TooLarge
@@ -103,7 +103,13 @@ class RootKey(Protocol):
     """A key that seals files (see ``keyring.Key``)."""
 
     def wrapping(self, tenant: str) -> Sequence[WrappingKey]: ...
-    def unwrapping(self, tenant: str, bound: BoundStanzas) -> Iterator[WrappingKey]: ...
+    def first_answer(
+        self,
+        tenant: str,
+        bound: BoundStanzas,
+        unwrap: Callable[[Wrapper, KeyRef], bytes],
+        passed_over: type[BackendUnavailable],
+    ) -> tuple[bytes, KeyRef]: ...
 
 
 SealingIdentity = Identity | PluginIdentity
@@ -205,30 +211,29 @@ class FileSealer:
             ) from None
 
     def _unwrapped(self, name: str, head: Header, bound: BoundStanzas) -> bytes:
-        """The file key, from the first backend of the root that answers."""
-        keys = self._root(bound.key_id).unwrapping(TENANT, bound)
+        """The file key, from the first backend of the root that answers and does not refuse us."""
         unwrap = partial(sealing.file_key_of, head, context=_context(name), bound=bound)
-        return _first_answer((partial(unwrap, backend, ref) for backend, ref in keys), DecryptFailed)
-
-    def _opened(self, head: Header) -> bytes:
-        """The file key, from the first identity that opens a stanza."""
-        opens = (partial(_first, identity, head.stanzas) for identity in self._identities())
-        file_key = _first_answer(opens, NoMatch)
-        head.check_mac(file_key)
+        root = self._root(bound.key_id)
+        file_key, _ = root.first_answer(TENANT, bound, unwrap, BackendUnavailable)
         return file_key
 
+    def _opened(self, head: Header) -> bytes:
+        """The file key, from the first identity that opens a stanza.
 
-def _first_answer(opens: Iterable[Callable[[], bytes]], none: type[DecryptFailed]) -> bytes:
-    """The first answer. Raises BackendUnavailable if none matches and one is away, else ``none``."""
-    away: BackendUnavailable | None = None
-    for each in opens:
-        try:
-            return each()
-        except NoMatch:
-            continue
-        except BackendUnavailable as exc:
-            away = exc
-    raise away or none
+        Raises BackendUnavailable if none does and a plugin did not answer, else NoMatch.
+        """
+        away: BackendUnavailable | None = None
+        for identity in self._identities():
+            try:
+                file_key = _first(identity, head.stanzas)
+            except NoMatch:
+                continue
+            except BackendUnavailable as exc:
+                away = exc
+            else:
+                head.check_mac(file_key)
+                return file_key
+        raise away or NoMatch
 
 
 def root_of(sealed: bytes) -> str | None:

@@ -7,7 +7,8 @@ from typing import Final
 
 import pytest
 
-from kms_core.backends.batching import MOST_ITEMS, Batcher
+from kms_core import http_client
+from kms_core.backends.batching import MOST_ITEMS, Batcher, SingleFlight
 from kms_core.http_client import Busy, Unreachable
 from kms_protocol.errors import DecryptFailed, KmsError
 from support.waiting import WAIT_S, until
@@ -165,3 +166,22 @@ def test_many_threads_all_get_their_own(sender: GatedSender, threads: ThreadPool
     assert list(threads.map(lambda item: coalescer.call(item, WAIT_S), items)) == [i.upper() for i in items]
     assert sorted(item for batch in sender.batches for item in batch) == sorted(items)
     assert max(map(len, sender.batches)) <= MOST_ITEMS
+
+
+def test_one_who_waits_for_the_call_of_another_waits_no_longer_than_it_may(
+    threads: ThreadPoolExecutor,
+) -> None:
+    flights, begun, go = SingleFlight[str](), threading.Event(), threading.Event()
+
+    def asked() -> str:
+        begun.set()
+        assert go.wait(WAIT_S)
+        return "late"
+
+    first = threads.submit(flights.run, "versions", asked)
+    assert begun.wait(WAIT_S)
+    with http_client.within(SHORT_S), pytest.raises(Unreachable):
+        flights.run("versions", asked)
+    go.set()
+
+    assert first.result(WAIT_S) == "late"

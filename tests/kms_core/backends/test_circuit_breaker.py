@@ -5,6 +5,7 @@ from typing import Final
 
 import pytest
 
+from kms_core import http_client
 from kms_core.backends.circuit_breaker import Breaker, RetryingCaller, RetryPolicy
 from kms_core.http_client import Busy, Unreachable
 from kms_protocol.errors import BackendUnavailable, DecryptFailed, KmsError
@@ -139,6 +140,33 @@ def test_a_call_that_is_broken_off_while_it_probes_does_not_close_the_peer_for_e
         guard.once("wrap", broken_off)
 
     assert guard.once("wrap", Peer()) == "ok"
+
+
+# -- the time of a caller, and which backend is asked first --------------------------------------------
+
+
+def test_no_retry_is_made_for_which_no_time_is_left() -> None:
+    caller, peer = RetryingCaller("peer", RetryPolicy(first_wait_s=0.9)), Peer(Unreachable("gone"))
+    with http_client.within(0.8), pytest.raises(Unreachable):
+        caller.call("wrap", peer)
+    assert peer.calls == 1
+    with http_client.within(0), pytest.raises(Unreachable, match="in time"):
+        caller.call("wrap", peer)
+
+    assert peer.calls == 1
+
+
+def test_a_peer_that_was_silent_counts_as_such_for_a_while_and_then_one_call_tries() -> None:
+    clock = Clock()
+    breaker = Breaker("peer", QUICK, clock)
+    assert not breaker.was_silent()
+    breaker.failed()
+    assert breaker.was_silent()
+    clock.now += 30
+    assert [breaker.was_silent() for _ in range(3)] == [False, True, True]
+    breaker.answered()
+
+    assert not breaker.was_silent()
 
 
 # -- calls that went in one request ------------------------------------------------------------------

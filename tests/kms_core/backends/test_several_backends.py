@@ -1,17 +1,21 @@
 """One key id, several backends: files that any of them opens, failover, moves, job keys, what headers say."""
 
 import subprocess
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import pytest
 
+from kms_core import http_client
 from kms_core.age import x25519
 from kms_core.age.header import Stanza
 from kms_core.auth.policy import AllowAll
 from kms_core.backends import Backend
+from kms_core.backends.remote import RemoteBackend
 from kms_core.envelope import binding
-from kms_core.http_client import Unreachable
+from kms_core.http_client import Busy, Unreachable
 from kms_core.key_selection import SelectionRules
 from kms_core.keyring import Key, Keyring
 from kms_core.service import Kms
@@ -28,8 +32,9 @@ from support.age_kms import (
     resigned,
     types_of,
 )
-from support.memory_kms import memory_backend
+from support.memory_kms import NO_RETRIES, MemoryCipher, memory_backend
 from support.programs import program
+from support.waiting import monotonic_ahead
 
 IDENTITY: Final = x25519.X25519Identity.generate()
 SALARY: Final = b"salary"
@@ -81,9 +86,92 @@ def test_a_backend_that_is_silent_is_passed_over_and_one_that_refuses_is_not(age
 
     opened = kms.decrypt(ADA, file, ROW_7)
     assert (opened.plaintext, opened.key.backend) == (SALARY, "age")
+    refusing, peer = memory_backend()
+    file = sealed_by(service(refusing, age))
     peer.trouble = DecryptFailed()
     with pytest.raises(DecryptFailed):
-        opened_by(kms, file)
+        opened_by(service(refusing, age), file)
+
+
+class Hanging(MemoryCipher):
+    """A peer that never answers, and notes the seconds that each call on it had."""
+
+    hangs = False
+
+    def __init__(self, name: str, timeout_s: float) -> None:
+        super().__init__(name)
+        self.server = replace(self.server, timeout_s=timeout_s)
+        self.had_s: list[float] = []
+
+    def _called(self, name: str) -> None:
+        super()._called(name)
+        if self.hangs:
+            self.had_s.append(http_client.left_s())
+            raise Unreachable("no answer")
+
+
+def hanging(**timeouts_s: float) -> tuple[list[RemoteBackend], list[Hanging]]:
+    peers = [Hanging(name, timeout_s) for name, timeout_s in timeouts_s.items()]
+    return [RemoteBackend(peer, policy=NO_RETRIES) for peer in peers], peers
+
+
+@pytest.mark.parametrize("by_job", [False, True], ids=["call", "job"])
+def test_a_try_has_half_of_what_is_left_while_another_backend_remains(*, by_job: bool) -> None:
+    """Of the largest timeout; the last one has all the rest."""
+    backends, peers = hanging(one=2.0, two=8.0, three=8.0)
+    whole = service(*backends)
+    kms = whole.for_job() if by_job else whole
+    file = sealed_by(kms)
+    for peer in peers:
+        peer.hangs = True
+    with pytest.raises(Unreachable):
+        opened_by(whole.for_job() if by_job else kms, file)
+
+    first, second, third = (peer.had_s[0] for peer in peers)  # of which they take none
+    assert first <= 2.0 < second <= 4.0 < third <= 8.0
+
+
+def test_a_file_that_one_backend_opens_leaves_it_all_the_time(age: Backend) -> None:
+    (remote,), (peer,) = hanging(memory=5.0)
+    file = sealed_by(service(remote))
+    peer.hangs = True
+    with pytest.raises(Unreachable):
+        opened_by(service(remote, retired=(age, memory_backend("other")[0])), file)
+
+    assert peer.had_s[0] > 2.5
+
+
+def test_a_backend_that_was_silent_is_asked_last(age: Backend) -> None:
+    (remote,), (peer,) = hanging(memory=5.0)
+    kms = service(remote, age)
+    file = sealed_by(kms)
+    peer.hangs = True
+    for _ in range(3):
+        assert opened_by(kms, file) == SALARY
+
+    assert len(peer.had_s) == 1
+    assert kms.decrypt(ADA, file, ROW_7).key.backend == "age"
+
+
+class Crowded(MemoryCipher):
+    """A peer whose connections are all held by calls that hang, until the time of the next one is over."""
+
+    def _called(self, name: str) -> None:
+        super()._called(name)
+        if name == "decrypt":
+            self.passed.enter_context(monotonic_ahead(3.0))
+            raise Busy("All connections are in use")
+
+    def __init__(self, passed: ExitStack) -> None:
+        super().__init__()
+        self.passed = passed
+
+
+def test_one_that_used_up_its_time_is_passed_over_whatever_it_says(age: Backend) -> None:
+    with ExitStack() as passed:
+        kms = service(RemoteBackend(Crowded(passed), policy=NO_RETRIES), age)
+
+        assert opened_by(kms, sealed_by(kms)) == SALARY
 
 
 def test_encrypt_writes_for_all_or_fails(age: Backend) -> None:

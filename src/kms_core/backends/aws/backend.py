@@ -393,7 +393,7 @@ class AwsCipher:
 
     def __init__(self, calls: AwsKmsClient, key: str, clock: Callable[[], float] = time.monotonic) -> None:
         """``key`` is an alias (``alias/…``), a key id, or the ARN of either. Makes no call."""
-        self._calls = calls
+        self._calls, self.server = calls, calls.peer.server
         self._key = key
         self._alias = parsed(key)["alias"]
         self._clock = clock
@@ -483,7 +483,7 @@ class AwsCipher:
         """
         came = self._clock()
         if not self._keys.settle(version, came):
-            with self._lock:
+            with self._calls.peer.holding(self._lock):
                 if not self._keys.settle(version, came):
                     self._ask_again(version)
         keys = self._keys

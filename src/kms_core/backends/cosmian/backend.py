@@ -221,7 +221,7 @@ class CosmianCipher:
     name = "cosmian"
 
     def __init__(self, key: CosmianKey) -> None:
-        self.key, self.token = key, key.server.token
+        self.key, self.token, self.server = key, key.server.token, key.server.peer.server
 
     def encrypt(self, secret: bytes, version: str, aad: bytes) -> bytes:
         plaintext = MARK + secret

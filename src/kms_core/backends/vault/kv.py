@@ -82,7 +82,7 @@ class KvCipher:
         cache_s: float = 60.0,
     ) -> None:
         """``mount`` and ``path`` as the operator writes them. Raises ConfigurationError; makes no call."""
-        self._vault, self.token = vault, vault.token
+        self._vault, self.token, self.server = vault, vault.token, vault.server
         self._mount = path_of(mount, "The mount of a vault-kv key")
         self._path = path_of(path, "The path of a vault-kv key")
         self._checks = kv_version == 2  # noqa: PLR2004 -- the version that can check and set
@@ -150,7 +150,7 @@ class KvCipher:
 
         One thread asks; threads that wait for it share its result.
         """
-        with self._vault.peer.one_timeout(), self._lock:
+        with self._vault.peer.one_timeout(), self._vault.peer.holding(self._lock):
             document = self._document
             if document is None or document.read_at < since:
                 document = self._ask()

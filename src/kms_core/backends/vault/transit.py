@@ -106,7 +106,7 @@ class TransitCipher:
 
     def __init__(self, vault: VaultClient, mount: str, key: str) -> None:
         """``mount`` and ``key`` as the operator writes them. Raises ConfigurationError; makes no call."""
-        self._vault, self.token = vault, vault.token
+        self._vault, self.token, self.server = vault, vault.token, vault.server
         self._mount = path_of(mount, "The mount of a transit key")
         if not _NAME.fullmatch(key):
             raise ConfigurationError(
