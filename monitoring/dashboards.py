@@ -133,9 +133,9 @@ OVERVIEW: Final = Board(
         ),
         figure(
             "Backends that work",
-            "sum(kms_backend_up) / count(kms_backend_up)",
+            "sum(kms_backend_up == bool 1) / count(kms_backend_up)",
             "percentunit",
-            tells="Key backends that a process could use at its last check. Below 100 %: KmsBackendDown.",
+            tells="Backends of keys that worked at the last check. Below 100 %: KmsBackendDown, KmsRootDown.",
         ),
         figure("Workers", "max(kms_workers)", tells="Worker processes seen in the last 5 seconds."),
         figure(
@@ -176,10 +176,17 @@ OVERVIEW: Final = Board(
         ),
         Panel(
             "Backends",
-            [("min by (backend) (kms_backend_up)", "{{backend}}")],
+            [('min by (key_id, backend) (kms_backend_up{use!="seal"})', "{{key_id}} {{backend}}")],
             "short",
             "timeline",
-            tells="1: a wrap and an unwrap worked.",
+            tells="Of each key. 1: a wrap and an unwrap worked.",
+        ),
+        Panel(
+            "Roots",
+            [('min by (key_id, backend) (kms_backend_up{use="seal"})', "{{key_id}} {{backend}}")],
+            "short",
+            "timeline",
+            tells="Keys that seal key files. 0: calls go on, a restart waits, a rotation fails.",
         ),
         Panel(
             "Payload",

@@ -102,6 +102,7 @@ def build(settings: Settings) -> ASGIApp:
         core.install,
         StoreProbe(core.worker_context.store.condition),
         monitor,
+        core.watch,
         time.monotonic(),
         {},
         Requests(_request_rates(settings)),
@@ -166,7 +167,7 @@ def _request_rates(settings: Settings) -> dict[str, Rate]:
 
 
 def _lifespan_of(core: Core, monitor: AuditMonitor) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
-    """Run the periodic threads with the application: usage counts, audit log, and install."""
+    """Run the periodic threads with the application: usage counts, audit log, backends, and install."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -175,6 +176,7 @@ def _lifespan_of(core: Core, monitor: AuditMonitor) -> Callable[[FastAPI], Abstr
         threads: list[PeriodicThread] = [
             *map(CopyPoll, core.copies),
             monitor,
+            core.watch,
             InstallWatch(core.install),
             UsageFlush(core.kms.usage, core.worker_context.store.redis),
             core.audit_maintenance,

@@ -15,6 +15,7 @@ from kms_core.audit.verification.verify import AuditMonitor
 from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.policy import Principal
 from kms_core.auth.rate_limit import Requests
+from kms_core.backend_watch import BackendWatch
 from kms_core.jobs.hosts.install import Install
 from kms_core.jobs.store.condition import StoreProbe
 from kms_core.jobs.submission.submitter import JobSubmitter
@@ -72,6 +73,7 @@ class Service:
     install: Install
     store_probe: StoreProbe
     audit_monitor: AuditMonitor
+    watch: BackendWatch
     started: float
     limiters: dict[str, anyio.CapacityLimiter]
     requests: Requests

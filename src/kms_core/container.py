@@ -8,12 +8,13 @@ from typing import Final
 
 import redis
 
-from kms_core import key_opening, keyring, stores
+from kms_core import backend_watch, key_opening, keyring, stores
 from kms_core.audit.maintenance import AuditMaintenance, anchor_sinks, build_audit
 from kms_core.audit.verification.verify import AuditMonitor
 from kms_core.auth import authenticator, logins, tokens
 from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.policy import AllowAll, ByScopes, Policy
+from kms_core.backend_watch import BackendWatch
 from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.hosts.install import Facts, Install
 from kms_core.jobs.hosts.notes import Host, HostNotes, SpoolMarks, digest, key_place
@@ -66,7 +67,7 @@ class Core:
     """The objects of one process. ``authenticator`` is None where requests need no credentials.
 
     ``copies`` are this host's copies of signed documents: of the tokens, and of keys. The API and the
-    maintenance process of a worker poll them.
+    maintenance process of a worker poll them, and run ``watch``.
     """
 
     kms: Kms
@@ -75,6 +76,7 @@ class Core:
     audit_maintenance: AuditMaintenance
     authenticator: Authenticator | None
     install: Install
+    watch: BackendWatch
     copies: tuple[LocalCopy, ...] = ()
 
 
@@ -119,6 +121,7 @@ def build(settings: Settings, process: str, notify: NotifyWorker | None) -> Core
         maintenance,
         authenticator_,
         install,
+        backend_watch.build(settings, keyring_),
         (*([token_copy] if token_copy else ()), *_key_copies(keyring_)),
     )
 

@@ -15,7 +15,6 @@ from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
 from kms_core.key_selection import KeySelector, SelectionRules
 from kms_core.keyring import Keyring
-from kms_core.observability import metrics
 from kms_core.observability.metrics import UsageCounters
 from kms_core.operation import (
     DataKey,
@@ -334,10 +333,7 @@ class Kms:
 
     def health_check(self) -> Health:
         """Wrap and unwrap once with the backend of the default key."""
-        backend = self.keyring.default.backend
-        health = backend.health_check()
-        metrics.BACKEND_UP.labels(backend.name).set(health.healthy)
-        return health
+        return self.keyring.default.backend.health_check()
 
     def for_job(self) -> "Kms":
         """Return this service for a batch or one run of a job: few calls to remote backends and policy."""

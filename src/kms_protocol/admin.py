@@ -122,10 +122,23 @@ class SpoolOut(Answer, frozen=True, kw_only=True):
     limit_bytes: int | None
 
 
+class BackendDown(Answer, frozen=True, kw_only=True):
+    """A backend of a key that did not wrap and unwrap since that time, or of which nothing is known since.
+
+    ``root``: the key seals key files. Roots are shown to callers that may read the metrics.
+    """
+
+    key_id: str
+    backend: str
+    root: bool
+    since: str
+
+
 class StatusOut(Answer, frozen=True, kw_only=True):
     """Status of the service. ``jobs`` counts by state; it is null, as is all else unknown, without Redis.
 
-    ``degraded`` names the parts that do not work as they should. A service of 0.1 has no ``spool``.
+    ``degraded`` names the parts that do not work as they should, ``backend`` for the default key;
+    ``backends_down`` has each backend, asked every 30 seconds. A service of 0.1 has no ``spool``.
     ``install`` is the id of the install, for callers that may read the metrics.
     """
 
@@ -141,6 +154,7 @@ class StatusOut(Answer, frozen=True, kw_only=True):
         "spool": {"full": 0.25, "used_bytes": 2684354560, "limit_bytes": 10737418240},
         "install": "9f86d081884c7d659a2feaa0c55ad015",
         "degraded": [],
+        "backends_down": [],
     }
     backend: str
     environment: str
@@ -153,6 +167,7 @@ class StatusOut(Answer, frozen=True, kw_only=True):
     spool: SpoolOut | None = None
     install: str | None = None
     degraded: list[str]
+    backends_down: list[BackendDown] = field(default_factory=list)
 
 
 # -- webhooks ----------------------------------------------------------------------------------------

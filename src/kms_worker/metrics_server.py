@@ -62,13 +62,20 @@ class MetricsServer:
 
 
 class MetricsApp:
-    """The ASGI application: three paths, GET and HEAD. ``/readyz`` answers 503 until ``is_ready``."""
+    """The ASGI application: three paths, GET and HEAD. ``/readyz`` answers 503 until ``is_ready``.
+
+    ``refresh`` sets the metrics that are read when they are asked for.
+    """
 
     def __init__(
-        self, scraping: MetricsAccess, allowed_hosts: Sequence[str], is_ready: Callable[[], bool]
+        self,
+        scraping: MetricsAccess,
+        allowed_hosts: Sequence[str],
+        is_ready: Callable[[], bool],
+        refresh: Callable[[], None] = lambda: None,
     ) -> None:
         self._scraping = scraping
-        self._is_ready = is_ready
+        self._is_ready, self._refresh = is_ready, refresh
         self._hosts = HostCheck(allowed_hosts)
         self._reading = asyncio.Semaphore()
         self._next: asyncio.Task[bytes] | None = None
@@ -107,7 +114,7 @@ class MetricsApp:
     async def _read_when_free(self) -> bytes:
         async with self._reading:
             self._next = None  # what is asked from here on is for the next reading
-            return await asyncio.to_thread(metrics.exposition)
+            return await asyncio.to_thread(metrics.exposition, self._refresh)
 
     async def _may_scrape(self, scope: Scope, headers: Mapping[bytes, bytes]) -> bool:
         address = scope["client"][0] if scope["client"] else None

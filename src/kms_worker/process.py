@@ -116,6 +116,7 @@ def _maintenance(loaded: Settings, name: str) -> list[PeriodicThread]:
     monitor = build_monitor(loaded, store.redis)
     core.audit_maintenance.begun = monitor.wake
     return [
+        core.watch,
         InstallWatch(install, attendance.tell_misplaced),
         Reaper(store, name, install.require),
         SpoolCleanup(store, core.worker_context.spool, name, install.require, install.may_sweep),
@@ -139,7 +140,7 @@ def _serve_metrics(loaded: Settings, core: Core, is_ready: Callable[[], bool]) -
     scraping = MetricsAccess(
         settings.metrics, core.authenticator, policy, Proxies.of(settings.trusted_proxies)
     )
-    app = MetricsApp(scraping, settings.allowed_hosts, is_ready)
+    app = MetricsApp(scraping, settings.allowed_hosts, is_ready, core.watch.export)
     return metrics_server.serve(loaded.kms.bind, loaded.kms.port + 1, app)
 
 

@@ -14,7 +14,7 @@ from support import programs
 from support.openbao import Bao, bao
 from support.ports import free_port
 from support.sealed_keys import age_file, current_version, ok, root_settings, seal
-from support.service import PROGRAMS, Service, b64, check_problem, unb64
+from support.service import PROGRAMS, Service, b64, check_problem, unb64, without_checks
 from support.waiting import until
 
 
@@ -37,7 +37,7 @@ def test_a_sealed_key_is_opened_once_and_then_used_without_calls(
 ) -> None:
     trail = tmp_path / "bao" / "trail"
     settings = root_settings(server) + "[kms.server]\nprocesses = 2\n"
-    with Service(tmp_path, settings, redis_url) as service:
+    with Service(tmp_path, settings, redis_url) as service, without_checks(service):
         jobs = service.settings.kms.jobs
         seal(service, "default", age_file(service))
         seal(service, "kms:spool", jobs.spool_identity_path)

@@ -50,7 +50,7 @@ def test_scrapes_that_wait_share_one_reading_that_began_after_them(monkeypatch: 
     readings = 0
     begun, free = threading.Event(), threading.Event()
 
-    def exposition() -> bytes:
+    def exposition(_: object) -> bytes:
         nonlocal readings
         readings += 1
         number = readings

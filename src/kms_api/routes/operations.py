@@ -12,6 +12,7 @@ from kms_api.deps import PROBES, Service
 from kms_api.openapi import describe
 from kms_api.routing import LISTS, METRICS, OPEN, READ, WRITE, Call, Router, Rule, no_body
 from kms_core.auth.policy import Principal, allows
+from kms_core.backend_watch import ROOT
 from kms_core.jobs.events.outbox import Delivery, Outbox
 from kms_core.jobs.store import activity
 from kms_core.jobs.store.redis_keys import redis_errors
@@ -101,8 +102,7 @@ def metrics(call: Call[None]) -> Response:
         REDIS_OK.labels("answers").set(0)
         activity.clear_queue_gauges()
     STORAGE_USED.labels("spool").set(service.submitter.spool.use().ratio)
-    service.kms.health_check()
-    return Response(exposition(), media_type=CONTENT_TYPE_LATEST)
+    return Response(exposition(service.watch.export), media_type=CONTENT_TYPE_LATEST)
 
 
 def condition(service: Service, who: Principal) -> admin.StatusOut:
@@ -134,7 +134,18 @@ def condition(service: Service, who: Principal) -> admin.StatusOut:
             *service.install.condition.degraded,
             *(name for name, is_so in (states | _states(service)).items() if is_so),
         ],
+        backends_down=_backends_down(service, who, sees_roots=tenant is None),
     )
+
+
+def _backends_down(service: Service, who: Principal, *, sees_roots: bool) -> list[admin.BackendDown]:
+    """The backends that do not work, of the keys that a principal may know of."""
+    sees, down = service.kms.policy.sees, [(*each.of, time_text(each.since)) for each in service.watch.down()]
+    return [
+        admin.BackendDown(key_id=key_id, backend=backend, root=use == ROOT, since=since)
+        for key_id, backend, use, since in down
+        if (sees_roots if use == ROOT else sees(who, key_id))
+    ]
 
 
 def _answering(service: Service) -> str:

@@ -32,6 +32,7 @@ from kms_core.jobs.hosts.notes import Host, HostNote, HostNotes
 from kms_core.jobs.storage import spool_bucket
 from kms_core.jobs.store import maintenance
 from kms_core.jobs.store.redis_keys import PREFIX
+from kms_core.keyring import Key
 from kms_core.observability import logs
 from kms_core.s3.bucket import If, StoreRefused
 from kms_core.secure_files import in_shell
@@ -50,9 +51,8 @@ from kms_protocol.errors import (
 )
 from kms_protocol.units import size_text
 
-# Checks of this machine and of its peers, before the service is asked: what a start of it would meet.
-#
-# They read and change nothing, except a probe object in a bucket of the spool.
+# Checks of this machine and of its peers, before the service is asked: what a start of it would meet. They
+# read and change nothing, except a probe object in a bucket of the spool.
 
 Level = Literal["ok", "warn", "FAIL"]
 LOW_DISK_BYTES: Final = 1024**3
@@ -127,22 +127,24 @@ def _own_keys(settings: Settings) -> Iterator[Finding]:
 
 
 def _keys(settings: Settings) -> Iterator[Finding]:
-    """Wrap and unwrap with each key that the settings name."""
+    """Wrap and unwrap with each backend of each key that the settings name, then of each root."""
     ring = keyring.build(settings, key_opening.of_process(settings))
     sealed, places = key_opening.sealed_files(settings), key_opening.places(settings)
     for key in ring.keys.values():
-        place, how = places.get(key.key_id), ""
-        if isinstance(place, str):
+        how = f", sealed by {_root(sealed[key.key_id])}" if key.key_id in sealed else ""
+        if isinstance(place := places.get(key.key_id), str):
             how = f", in {place}"
-        elif key.key_id in sealed:
-            how = f", sealed by {_root(sealed[key.key_id])}"
-        name, health = f"{key.key_id} ({key.backend.name}{how})", key.backend.health_check()
-        if health.healthy:
-            yield Finding("ok", "self-test", f"{name} wraps and unwraps")
-        else:
-            is_away = key.backend.name != NATIVE or bool(how)
-            text = f"{name} does not wrap and unwrap"
-            yield Finding("FAIL", "self-test", text, health.detail, away=is_away)
+        yield from _self_tests(key, how)
+    for key in keyring.roots(settings).values():
+        yield from _self_tests(key, ", a root")
+
+
+def _self_tests(key: Key, how: str) -> Iterator[Finding]:
+    for backend in key.backends:
+        health, away = backend.health_check(), backend.name != NATIVE or bool(how)
+        does = "wraps and unwraps" if health.healthy else "does not wrap and unwrap"
+        text = f"{key.key_id} ({backend.name}{how}) {does}"
+        yield Finding("ok" if health.healthy else "FAIL", "self-test", text, health.detail, away=away)
 
 
 def _root(path: Path) -> str:
@@ -447,9 +449,8 @@ TIMEOUT_S: Final = 5.0
 _VERIFY: Final = "kms audit verify on its machine"
 _FREE: Final = "raise maxmemory of Redis, or let results expire sooner"
 _SPOOL: Final = "release fetched results (kms job release), raise spool_max_bytes; or line spool bucket"
-_DOCUMENT: Final = (
-    "document.not_read in its log says why; if it was put back: kms keys adopt, kms token adopt"
-)
+_DOCUMENT: Final = "its log says why (document.not_read); if it was put back: kms keys adopt, kms token adopt"
+_READ_ONLY: Final = "it is a replica, lacks replicas (min-replicas-to-write), or cannot save: see its log"
 _DEGRADED: Final[dict[str, tuple[Level, str, str]]] = {
     "backend": ("FAIL", "its default key does not wrap and unwrap", "its log says why"),
     "keys": ("FAIL", "a sealed key is not open", "key.not_opened in its log says why"),
@@ -463,11 +464,7 @@ _DEGRADED: Final[dict[str, tuple[Level, str, str]]] = {
     "audit_unread": ("warn", "it cannot read its audit log", _VERIFY),
     "redis": ("warn", "it reaches no Redis, so jobs and files wait", "start it, or kms up"),
     "redis_full": ("FAIL", "Redis is full, so no job is accepted", _FREE),
-    "redis_read_only": (
-        "FAIL",
-        "Redis takes no writes, so no job runs",
-        "it is a replica, has fewer replicas than min-replicas-to-write, or cannot save: see its log",
-    ),
+    "redis_read_only": ("FAIL", "Redis takes no writes, so no job runs", _READ_ONLY),
     "spool": ("warn", "the spool is nearly full, or its disk or bucket is away or refuses calls", _SPOOL),
     "spool_not_shared": ("FAIL", "another host uses another spool", "kms doctor on each host (line hosts)"),
     "install": ("FAIL", "another install uses its Redis or its spool", "line install on its machine"),
@@ -550,7 +547,7 @@ def _service(own_id: str | None) -> Iterator[Finding]:
     """Ask the service how it is. ``own_id`` is the install id of the settings that were checked."""
     url = session().url
     try:
-        with connect(retries=0, timeout_s=TIMEOUT_S) as kms:
+        with connect(retries=0, timeout_s=2 * TIMEOUT_S) as kms:  # it may wait for a backend itself
             status = kms.status()
     except KmsError as exc:
         yield Finding("FAIL", "service", exc.detail, terminal.hint_of(exc), away=True)
@@ -565,6 +562,9 @@ def _service(own_id: str | None) -> Iterator[Finding]:
     for name in status.degraded:
         level, text, then = _DEGRADED.get(name, ("warn", f"it says that {name} is degraded", "kms status"))
         yield Finding(level, "service", text, then, away=True)
+    for each in status.backends_down:
+        text = f"{'root' if each.root else 'key'} {each.key_id} ({each.backend}) is down since {each.since}"
+        yield Finding("FAIL", "service", text, "backend.down in its log says why", away=True)
     if status.jobs is not None:
         room = f", spool {status.spool.full:.0%} full" if status.spool else ""
         yield Finding("ok", "jobs", f"{status.workers} workers, {status.queue_depth} jobs waiting{room}")

@@ -33,6 +33,9 @@ def status_command() -> None:
             **_jobs(status),
             "spool": _spool(status.spool) if status.spool else "unknown",
             "degraded": ", ".join(status.degraded) or "nothing",
+            **{
+                f"down: {each.key_id}": f"{each.backend}, since {each.since}" for each in status.backends_down
+            },
         },
     )
 

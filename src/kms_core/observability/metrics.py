@@ -3,7 +3,7 @@
 import collections
 import os
 import threading
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import product
 from typing import Final, Protocol, get_args
@@ -180,8 +180,10 @@ WEBHOOK_DELIVERIES: Final = Counter(
     ["endpoint", "result"],
 )
 WEBHOOK_OUTBOX: Final = _latest("kms_webhook_outbox", "Webhook deliveries that wait")
-BACKEND_UP: Final = Gauge(
-    "kms_backend_up", "1 if the last health check passed", ["backend"], multiprocess_mode="livemin"
+BACKEND_UP: Final = _latest(
+    "kms_backend_up",
+    "1 if the last health check passed, every 30 seconds; NaN without one for 90. use is seal for a root",
+    ["key_id", "backend", "use"],
 )
 BACKEND_SECONDS: Final = Histogram(
     "kms_backend_duration_seconds",
@@ -191,7 +193,7 @@ BACKEND_SECONDS: Final = Histogram(
 )
 BACKEND_RETRIES: Final = Counter("kms_backend_retries_total", "Calls to a peer made again", ["backend"])
 BACKEND_FAILOVERS: Final = Counter(
-    "kms_backend_failovers_total", "Files that another backend had to open, or none could", ["backend"]
+    "kms_backend_failovers_total", "Tries to open a file that a backend did not answer in time", ["backend"]
 )
 BREAKER_OPEN: Final = Gauge(
     "kms_backend_breaker_open",
@@ -313,8 +315,12 @@ def show_weak(settings: Iterable[str], weak: Container[str]) -> None:
         WEAK_SETTING.labels(setting).set(setting in weak)
 
 
-def exposition() -> bytes:
-    """All metrics in Prometheus's text format: of this process, or of all that are scraped together."""
+def exposition(refresh: Callable[[], None] = lambda: None) -> bytes:
+    """All metrics in Prometheus's text format: of this process, or of all that are scraped together.
+
+    ``refresh`` is called first, to set those that are read when they are asked for.
+    """
+    refresh()
     folder = os.environ.get(multiprocess_metrics.FOLDER)
     if not folder:
         return generate_latest(REGISTRY)

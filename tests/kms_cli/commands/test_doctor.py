@@ -333,19 +333,28 @@ def test_a_clock_that_differs_from_that_of_redis(tmp_path: Path, weak: int) -> N
 # -- what the service says of itself -----------------------------------------------------------------
 
 
+ROOT_DOWN: Final = {"key_id": "root", "backend": "transit", "root": True, "since": "2027-01-31T12:00:00Z"}
+
+
 @pytest.mark.parametrize(
-    ("name", "level", "said"),
+    ("told", "level", "said"),
     [
-        ("spool", "warn", "kms job release"),
-        ("install", "FAIL", "another install uses"),
-        ("named_in_a_later_version", "warn", "named_in_a_later_version is degraded"),
+        ({"degraded": ["spool"]}, "warn", "kms job release"),
+        ({"degraded": ["install"]}, "FAIL", "another install uses"),
+        ({"degraded": ["named_in_a_later_version"]}, "warn", "named_in_a_later_version is degraded"),
+        ({"backends_down": [ROOT_DOWN]}, "FAIL", "root root (transit) is down since 2027-01-31T12:00:00Z"),
+        (
+            {"backends_down": [ROOT_DOWN | {"key_id": "pay", "root": False}]},
+            "FAIL",
+            "key pay (transit) is down since",
+        ),
     ],
 )
 def test_what_the_service_calls_degraded_is_a_line(
-    monkeypatch: pytest.MonkeyPatch, name: str, level: str, said: str
+    monkeypatch: pytest.MonkeyPatch, told: dict[str, object], level: str, said: str
 ) -> None:
     client = MagicMock()
-    status = msgspec.convert(StatusOut.EXAMPLE | {"degraded": [name]}, StatusOut)
+    status = msgspec.convert(StatusOut.EXAMPLE | told, StatusOut)
     client.__enter__.return_value.status.return_value = status
     monkeypatch.setattr(doctor_command, "connect", lambda **_: client)
     with click.Context(click.Command("kms")):
