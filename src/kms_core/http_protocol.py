@@ -177,6 +177,8 @@ class Connections:
 CERTIFICATE: Final = "kms.certificate"
 BODY: Final = "kms.body"
 """The key in ``scope["state"]`` of a pair: the protocol and the cycle of the request."""
+KEEP_ALIVE_S: Final = 75
+"""Seconds after a response for which a connection is kept: longer than proxies keep theirs, usually 60."""
 HEAD_BYTES: Final = 64 * 1024
 HEADERS: Final = 100
 PIPELINED: Final = 16
@@ -213,6 +215,7 @@ class HttpProtocol(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._bound = Connections() if connections is None else connections
+        self.timeout_keep_alive = KEEP_ALIVE_S
         self._shown: PresentedCertificate | None = None
         self.inlet: Callable[[bytes], None] | None = None
         """Takes the bytes of a body in place of uvicorn's own buffer."""
@@ -260,7 +263,8 @@ class HttpProtocol(HttpToolsProtocol):
         """Close a connection where no request begins, no head is completed, or no response is read.
 
         Runs every ``timeout_s`` seconds, so requests cost nothing. uvicorn has a timeout only for silence
-        after a response: clients that send a byte every few seconds, or never any, escape it (slowloris).
+        after a response, which applies there: clients that send a byte every few seconds, or never any,
+        escape it (slowloris).
         """
         progress = self._progress()
         if progress is not None and progress == self._seen:
@@ -283,9 +287,12 @@ class HttpProtocol(HttpToolsProtocol):
         return EvictionClass.UNREAD if self.flow.write_paused else None
 
     def _progress(self) -> Hashable:
-        """A value that changes as requests arrive and responses are read; None during a request."""
+        """A value that changes as requests arrive and responses are read; None during a request.
+
+        Also None while uvicorn's timeout runs.
+        """
         if self._is_idle():
-            return self._requests
+            return self._requests if self.timeout_keep_alive_task is None else None
         if self.flow.write_paused and self._bound.limits.ends_unread:
             return self._requests, self.transport.get_write_buffer_size()
         return None

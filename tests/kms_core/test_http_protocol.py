@@ -329,6 +329,27 @@ async def test_a_connection_without_a_request_ends_and_one_with_a_slow_answer_do
     assert status == 200
 
 
+@pytest.mark.parametrize("sent", [b"\r\n", BEGUN, b"LIS"], ids=["empty lines", "dripping", "list"])
+async def test_a_connection_is_kept_after_a_response_and_ends_once_bytes_make_no_request(sent: bytes) -> None:
+    """Proxies keep theirs for 60 s: one that the service closes before is a failed call of a client."""
+    async with served(echo, Connections(ConnectionLimits(timeout_s=0.01))) as server:
+        kept, other = await server.connect(), await server.connect()
+        for each in (kept, other):
+            each.writer.write(INNER)
+            await each.answer()
+        other.writer.write(sent)
+        with suppress(ConnectionResetError):
+            assert await other.reader.read() == b""
+        rounds = [await server.connect() for _ in range(3)]  # each ends after two checks of its own
+        for each in rounds:
+            with suppress(ConnectionResetError):
+                await each.reader.read()
+        kept.writer.write(INNER)
+        status, _, _ = await kept.answer()
+
+    assert status == 200
+
+
 async def test_a_head_is_held_up_to_a_bound() -> None:
     async with served() as server:
         client = await server.connect()
