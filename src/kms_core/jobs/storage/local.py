@@ -116,34 +116,6 @@ class OpenSource:
             raise source_changed_error()
 
 
-@dataclass(frozen=True, slots=True)
-class TemporaryFile:
-    """A temporary file (0600) beside its target, open for writing."""
-
-    name: str
-    dir_fd: int
-    fd: int
-
-    def settle(self, mark: Callable[[int], object]) -> FileIdentity:
-        """Make what was written durable; nothing may be written afterwards.
-
-        ``mark`` marks the open file as it is; again if making it durable has changed its time, as on NFS.
-        """
-        with file_errors():
-            marked = None
-            while marked != (found := os.fstat(self.fd)).st_mtime_ns:
-                marked = found.st_mtime_ns
-                mark(self.fd)
-                os.fsync(self.fd)
-            os.fsync(self.dir_fd)
-        return FileIdentity.of(found)
-
-    def discard(self) -> None:
-        """Remove the temporary file, if it is still there."""
-        with file_errors(), suppress(FileNotFoundError):
-            os.unlink(self.name, dir_fd=self.dir_fd)
-
-
 def temporary_name(tag: str) -> str:
     """``tag`` (letters, digits, ``_``, ``-``; at most 64) differs in every attempt of every job.
 
@@ -186,7 +158,7 @@ class Roots:
 
     def check_room(self, url: str, size_bytes: int) -> None:
         """Raise SpoolFull if the file system of a target has no room for so much, PathRefused."""
-        with self._parent(url) as (dir_fd, _):
+        with self.parent(url) as (dir_fd, _):
             _check_room(dir_fd, size_bytes)
 
     def make_parents(self, url: str) -> None:
@@ -200,7 +172,7 @@ class Roots:
     @contextmanager
     def open_source(self, url: str) -> Iterator[OpenSource]:
         """Open for reading. Raises PathRefused unless it is a regular file with one link, by no symlink."""
-        with self._parent(url) as (dir_fd, name):
+        with self.parent(url) as (dir_fd, name):
             fd = os.open(name, _SOURCE, dir_fd=dir_fd)
         try:
             found = os.fstat(fd)
@@ -210,69 +182,9 @@ class Roots:
         finally:
             os.close(fd)
 
-    @contextmanager
-    def prepare(self, url: str, tag: str, *, overwrite: bool, room_bytes: int = 0) -> Iterator[TemporaryFile]:
-        """Make the temporary file of a target, which stays when the block ends.
-
-        A target may be its job's source with ``overwrite`` only. Raises TargetExists, PathRefused (also where
-        ``overwrite`` would replace anything but a regular file), SpoolFull, also where there is no room for
-        ``room_bytes``.
-        """
-        temporary = temporary_name(tag)
-        with ExitStack() as stack:
-            with self._parent(url) as (dir_fd, name):
-                _check_free(name, dir_fd, overwrite=overwrite)
-                _check_room(dir_fd, room_bytes)
-                kept = os.dup(dir_fd)
-                stack.callback(os.close, kept)
-                fd = os.open(temporary, _TEMPORARY, 0o600, dir_fd=kept)
-                stack.callback(os.close, fd)
-            yield TemporaryFile(temporary, kept, fd)
-
-    def finish(self, url: str, tag: str, commit: Commit, *, overwrite: bool) -> None:
-        """Put the temporary file in place; once it is there, doing it again changes nothing.
-
-        Raises TargetExists if something else took the name, CommitGone if the temporary file is gone or
-        another and the target is not the file of the commit, PathRefused.
-        """
-        temporary = temporary_name(tag)
-        with self._parent(url) as (dir_fd, name):
-            if _is(commit, temporary, dir_fd):
-                _place(commit, temporary, name, dir_fd, overwrite=overwrite)
-            if not _is(commit, name, dir_fd):
-                raise CommitGone
-            os.fsync(dir_fd)
-
-    def is_placed(self, url: str, commit: Commit) -> bool:
-        """Return whether the target is the file of the commit. Raises PathRefused, Unavailable."""
-        with self._parent(url) as (dir_fd, name):
-            return _is(commit, name, dir_fd)
-
-    def is_marked(self, url: str, is_on: Callable[[int], bool]) -> FileIdentity | None:
-        """The target, if it is a regular file and ``is_on`` says of it, open, that it is marked.
-
-        None also if it may not be read. Raises PathRefused, Unavailable.
-        """
-        with self._parent(url) as (dir_fd, name):
-            try:
-                fd = os.open(name, _SOURCE, dir_fd=dir_fd)
-            except OSError:
-                return None
-            try:
-                found = os.fstat(fd)
-                return FileIdentity.of(found) if stat.S_ISREG(found.st_mode) and is_on(fd) else None
-            finally:
-                os.close(fd)
-
-    def discard(self, url: str, tag: str) -> None:
-        """Remove the temporary file of a target, if it is there."""
-        temporary = temporary_name(tag)
-        with self._parent(url) as (dir_fd, _), suppress(FileNotFoundError):
-            os.unlink(temporary, dir_fd=dir_fd)
-
     def sweep(self, url: str, is_left: Callable[[str, str], bool]) -> None:
         """Remove temporary files beside a target: old ones, and those that ``is_left`` (job id, attempt)."""
-        with self._parent(url) as (dir_fd, _):
+        with self.parent(url) as (dir_fd, _):
             for name in os.listdir(dir_fd):  # noqa: PTH208 -- a descriptor
                 if name.startswith(_BEGIN) and TEMPORARY.fullmatch(name):
                     job_id, _, attempt = name.removeprefix(_BEGIN).removesuffix(_END).rpartition("-")
@@ -290,7 +202,8 @@ class Roots:
         raise PathRefused("The path is not beneath an allowed root; [kms.jobs] roots names them")
 
     @contextmanager
-    def _parent(self, url: str) -> Iterator[tuple[int, str]]:
+    def parent(self, url: str) -> Iterator[tuple[int, str]]:
+        """The directory above a path, open, and the last name of the path. Raises as ``file_errors``."""
         root, (*parents, name) = self._locate(url)
         with _directory(root, parents) as dir_fd:
             yield dir_fd, name
@@ -459,20 +372,22 @@ def _size(entry: "os.DirEntry[str]") -> int:
 
 @dataclass(frozen=True, slots=True)
 class RootedPending:
-    """A temporary file beside its target."""
+    """A temporary file (0600) beside its target, open for writing."""
 
-    file: TemporaryFile
+    name: str
+    dir_fd: int
+    fd: int
     target: "RootedTarget"
     attempt_id: str
 
     @property
     def writer(self) -> FileWriter:
-        return FileWriter(self.file.fd)
+        return FileWriter(self.fd)
 
     def copy(self, reader: RangeSource, at: int, options: ParallelOptions) -> None:
         """Put the rest of a target, from ``at`` on; by reflink or in the kernel, where that can be."""
         if isinstance(reader, FileRange):
-            for copied in copied_in_kernel(reader, self.file.fd, at):
+            for copied in copied_in_kernel(reader, self.fd, at):
                 options.progress(copied)
                 options.check()
                 reader, at = reader.tail(copied), at + copied
@@ -481,17 +396,24 @@ class RootedPending:
     def settle(self, source: object, *, in_place: bool) -> Commit:
         """Make what was written durable and describe it; nothing may be written afterwards.
 
-        ``in_place``: the result takes the place of its source, and of nothing that came after it.
+        ``in_place``: the result takes the place of its source, and of nothing that came after it. The file is
+        marked as it is; again if making it durable has changed its time, as on NFS.
         """
         replaced = source if in_place and isinstance(source, OpenSource) else None
-        if replaced:
-            _keep_access(replaced.fd, self.file.fd)
-        found = self.file.settle(lambda fd: self.target.marks.put(fd, self.attempt_id, self.target.url))
+        with file_errors():
+            if replaced:
+                _keep_access(replaced.fd, self.fd)
+            marked = None
+            while marked != (found := os.fstat(self.fd)).st_mtime_ns:
+                marked = found.st_mtime_ns
+                self.target.marks.put(self.fd, self.attempt_id, self.target.url)
+                os.fsync(self.fd)
+            os.fsync(self.dir_fd)
         return Commit(
             attempt_id=self.attempt_id,
-            inode=found.inode,
-            size_bytes=found.size_bytes,
-            mtime_ns=found.mtime_ns,
+            inode=found.st_ino,
+            size_bytes=found.st_size,
+            mtime_ns=found.st_mtime_ns,
             replaces=replaced.identity.name if replaced else None,
         )
 
@@ -500,13 +422,14 @@ class RootedPending:
         self.target.finish(commit)
 
     def discard(self) -> None:
-        """Leave nothing of it behind."""
-        self.file.discard()
+        """Remove the temporary file, if it is still there."""
+        with file_errors(), suppress(FileNotFoundError):
+            os.unlink(self.name, dir_fd=self.dir_fd)
 
 
 @dataclass(frozen=True, slots=True)
 class RootedTarget:
-    """The target file of a job."""
+    """The target file of a job. Methods raise PathRefused, Unavailable."""
 
     url: str
     job_id: str
@@ -515,32 +438,72 @@ class RootedTarget:
     marks: CommitMarks
 
     def recognised(self) -> PlacedTarget | None:
-        """Return what this job has put in place, if that is there now. Raises Unavailable."""
-        with suppress(PathRefused):  # the attempt itself will say what is wrong
-            if found := self.roots.is_marked(self.url, lambda fd: self.marks.is_on(fd, self.url)):
-                return PlacedTarget(size_bytes=found.size_bytes, inode=found.inode, mtime_ns=found.mtime_ns)
+        """Return what this job has put in place, if that is there now.
+
+        None for a target that is no regular file or may not be read: the attempt itself says what is wrong.
+        """
+        with suppress(PathRefused), self.roots.parent(self.url) as (dir_fd, name):
+            try:
+                fd = os.open(name, _SOURCE, dir_fd=dir_fd)
+            except OSError:
+                return None
+            try:
+                found = os.fstat(fd)
+                if stat.S_ISREG(found.st_mode) and self.marks.is_on(fd, self.url):
+                    return PlacedTarget(
+                        size_bytes=found.st_size, inode=found.st_ino, mtime_ns=found.st_mtime_ns
+                    )
+            finally:
+                os.close(fd)
         return None
 
     @contextmanager
     def prepare(self, attempt_id: str, room_bytes: int = 0) -> Iterator[RootedPending]:
-        """Begin an attempt. Raises TargetExists, PathRefused, SpoolFull if there is no room for so much."""
-        name = tag(self.job_id, attempt_id)
-        with self.roots.prepare(self.url, name, overwrite=self.overwrite, room_bytes=room_bytes) as file:
-            yield RootedPending(file, self, attempt_id)
+        """Make the temporary file of an attempt, which stays when the block ends.
+
+        The target may be its job's source with ``overwrite`` only. Raises TargetExists, PathRefused (also
+        where ``overwrite`` would replace anything but a regular file), SpoolFull, also where there is no room
+        for ``room_bytes``.
+        """
+        temporary = self._temporary(attempt_id)
+        with ExitStack() as stack:
+            with self.roots.parent(self.url) as (dir_fd, name):
+                _check_free(name, dir_fd, overwrite=self.overwrite)
+                _check_room(dir_fd, room_bytes)
+                kept = os.dup(dir_fd)
+                stack.callback(os.close, kept)
+                fd = os.open(temporary, _TEMPORARY, 0o600, dir_fd=kept)
+                stack.callback(os.close, fd)
+            yield RootedPending(temporary, kept, fd, self, attempt_id)
 
     def finish(self, commit: Commit) -> bool:
-        """Put the file in place; doing it again changes nothing. Raises as ``Roots.finish``."""
-        name = tag(self.job_id, commit.attempt_id)
-        self.roots.finish(self.url, name, commit, overwrite=self.overwrite)
+        """Put the temporary file in place; once it is there, doing it again changes nothing.
+
+        Raises TargetExists if something else took the name, CommitGone if the temporary file is gone or
+        another and the target is not the file of the commit.
+        """
+        temporary = self._temporary(commit.attempt_id)
+        with self.roots.parent(self.url) as (dir_fd, name):
+            if _is(commit, temporary, dir_fd):
+                _place(commit, temporary, name, dir_fd, overwrite=self.overwrite)
+            if not _is(commit, name, dir_fd):
+                raise CommitGone
+            os.fsync(dir_fd)
         return True
 
     def is_placed(self, commit: Commit) -> bool:
-        """Return whether the file of this commit is in place. Raises PathRefused, Unavailable."""
-        return self.roots.is_placed(self.url, commit)
+        """Return whether the target is the file of this commit."""
+        with self.roots.parent(self.url) as (dir_fd, name):
+            return _is(commit, name, dir_fd)
 
     def give_up(self, commit: Commit) -> None:
-        """Remove the temporary file of a refused commit."""
-        self.roots.discard(self.url, tag(self.job_id, commit.attempt_id))
+        """Remove the temporary file of a refused commit, if it is there."""
+        temporary = self._temporary(commit.attempt_id)
+        with self.roots.parent(self.url) as (dir_fd, _), suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=dir_fd)
+
+    def _temporary(self, attempt_id: str) -> str:
+        return temporary_name(f"{self.job_id}-{attempt_id}")
 
 
 def sweep(roots: Roots, targets: Mapping[str, str], keep: Collection[str]) -> None:
@@ -554,15 +517,9 @@ def sweep(roots: Roots, targets: Mapping[str, str], keep: Collection[str]) -> No
             roots.sweep(url, lambda job_id, attempt: job_id in targets and attempt not in keep)
 
 
-def tag(job_id: str, attempt: str) -> str:
-    """A text that differs in every attempt of every job."""
-    return f"{job_id}-{attempt}"
-
-
 def _keep_access(source_fd: int, target_fd: int) -> None:
-    """Owner and mode of a file for the one that takes its place. PathRefused if that is not allowed."""
+    """Give a file the owner and mode of the one whose place it takes. Raises OSError."""
     found, made = os.fstat(source_fd), os.fstat(target_fd)
-    with file_errors():
-        if (found.st_uid, found.st_gid) != (made.st_uid, made.st_gid):
-            os.fchown(target_fd, found.st_uid, found.st_gid)
-        os.fchmod(target_fd, found.st_mode & 0o777)
+    if (found.st_uid, found.st_gid) != (made.st_uid, made.st_gid):
+        os.fchown(target_fd, found.st_uid, found.st_gid)
+    os.fchmod(target_fd, found.st_mode & 0o777)

@@ -11,7 +11,8 @@ from typing import IO, cast
 import pytest
 
 from kms_core.jobs.model import Commit
-from kms_core.jobs.storage.local import RootedPending, RootedTarget, Roots, TemporaryFile, temporary_name
+from kms_core.jobs.storage.blob_store import CommitMarks
+from kms_core.jobs.storage.local import RootedPending, RootedTarget, Roots, temporary_name
 from kms_core.payload.files import FileRange
 from kms_core.payload.parallel import ParallelOptions
 from kms_protocol.errors import PathRefused, SpoolFull, TargetExists, Unavailable
@@ -31,33 +32,41 @@ from support.file_tree import (
 )
 
 
+class Unmarked:
+    """Marks nothing."""
+
+    def put(self, fd: int, attempt_id: str, url: str) -> None:
+        pass
+
+
+def target(roots: Roots, url: str, *, overwrite: bool = False) -> RootedTarget:
+    return RootedTarget(url, "job", overwrite, roots, cast("CommitMarks", Unmarked()))
+
+
 @dataclass(frozen=True)
 class Settled:
     """A temporary file that is ready to be put in place."""
 
     roots: Roots
     url: str
-    tag: str
     commit: Commit
 
     @property
     def temporary(self) -> str:
-        return temporary_name(self.tag)
+        return temporary_name(f"job-{self.commit.attempt_id}")
 
     def finish(self, *, overwrite: bool) -> None:
-        self.roots.finish(self.url, self.tag, self.commit, overwrite=overwrite)
+        target(self.roots, self.url, overwrite=overwrite).finish(self.commit)
 
 
-def settled(roots: Roots, url: str, tag: str = "job-1", *, overwrite: bool = False) -> Settled:
-    with roots.prepare(url, tag, overwrite=overwrite) as pending:
+def settled(roots: Roots, url: str, attempt_id: str = "1", *, overwrite: bool = False) -> Settled:
+    with target(roots, url, overwrite=overwrite).prepare(attempt_id) as pending:
         os.write(pending.fd, b"sealed")
-        found = pending.settle(lambda _: None)
-    commit = Commit(attempt_id="1", inode=found.inode, size_bytes=found.size_bytes, mtime_ns=found.mtime_ns)
-    return Settled(roots, url, tag, commit)
+        return Settled(roots, url, pending.settle(None, in_place=False))
 
 
-def prepared(roots: Roots, url: str, tag: str = "job-1", *, overwrite: bool = False) -> None:
-    with roots.prepare(url, tag, overwrite=overwrite):
+def prepared(roots: Roots, url: str, attempt_id: str = "1", *, overwrite: bool = False) -> None:
+    with target(roots, url, overwrite=overwrite).prepare(attempt_id):
         pass
 
 
@@ -212,36 +221,41 @@ def test_another_temporary_file_is_not_put_in_place(root: Path, roots: Roots, ch
 def test_a_description_that_names_another_file_moves_nothing(root: Path, roots: Roots) -> None:
     write_file_uri(root)
     found, url = (root / "plain.txt").stat(), (root / "out").as_uri()
-    forged = Commit(attempt_id="1", inode=found.st_ino, size_bytes=found.st_size, mtime_ns=found.st_mtime_ns)
 
-    for tag in ("plain.txt", "/../plain.txt"):
+    for attempt_id in ("plain.txt", "/../plain.txt"):
+        forged = Commit(
+            attempt_id=attempt_id,
+            inode=found.st_ino,
+            size_bytes=found.st_size,
+            mtime_ns=found.st_mtime_ns,
+        )
         with pytest.raises(PathRefused):
-            roots.finish(url, tag, forged, overwrite=True)
+            target(roots, url, overwrite=True).finish(forged)
         with pytest.raises(PathRefused):
-            roots.discard(url, tag)
+            target(roots, url).give_up(forged)
 
     assert names(root) == ["plain.txt"]
 
 
 def test_a_temporary_file_is_discarded_once_or_twice(root: Path, roots: Roots) -> None:
     url = (root / "out").as_uri()
-    with roots.prepare(url, "job-1", overwrite=False) as pending:
+    with target(roots, url).prepare("1") as pending:
         pending.discard()
         pending.discard()
-    settled(roots, url)
-    roots.discard(url, "job-1")
-    roots.discard(url, "job-1")
+    placement = settled(roots, url)
+    target(roots, url).give_up(placement.commit)
+    target(roots, url).give_up(placement.commit)
 
     assert names(root) == []
 
 
 def test_two_attempts_do_not_share_a_temporary_file(root: Path, roots: Roots) -> None:
     url = (root / "out").as_uri()
-    settled(roots, url, "job-1")
+    settled(roots, url, "1")
 
     with pytest.raises(PathRefused):
         prepared(roots, url)
-    settled(roots, url, "job-2")
+    settled(roots, url, "2")
 
     assert len(names(root)) == 2
 
@@ -265,7 +279,7 @@ def test_no_descriptor_outlives_its_block(root: Path, roots: Roots) -> None:
     before = len(names(Path("/dev/fd")))
     settled(roots, (root / "out").as_uri()).finish(overwrite=False)
     with pytest.raises(TargetExists):
-        prepared(roots, (root / "out").as_uri(), "job-2")
+        prepared(roots, (root / "out").as_uri(), "2")
 
     assert len(names(Path("/dev/fd"))) == before
 
@@ -296,10 +310,10 @@ def test_each_new_directory_survives_a_power_cut(
 # -- a payload that is moved as it is ------------------------------------------------------------------
 
 
-def move(source: Path, target: IO[bytes], at: int) -> int:
+def move(source: Path, into: IO[bytes], at: int) -> int:
     """Copy all but the first seven bytes of a file to ``at`` of another; the bytes that were reported."""
     told: list[int] = []
-    pending = RootedPending(TemporaryFile("", -1, target.fileno()), cast("RootedTarget", None), "1")
+    pending = RootedPending("", -1, into.fileno(), cast("RootedTarget", None), "1")
     with source.open("rb") as file:
         payload = FileRange(file.fileno(), source.stat().st_size).tail(7)
         pending.copy(payload, at, ParallelOptions(progress=told.append))
@@ -311,9 +325,9 @@ def test_payload_is_moved_to_a_position_on_any_file_system(tmp_path: Path, *, is
     """A memfd is on a file system of its own, to which the kernel copies nothing."""
     (tmp_path / "in").write_bytes(data := os.urandom(20_000_003))
     fd = os.memfd_create("out") if is_elsewhere else os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
-    with os.fdopen(fd, "r+b", buffering=0) as target:
-        assert move(tmp_path / "in", target, 100) == len(data) - 7
-        assert target.read() == bytes(100) + data[7:]
+    with os.fdopen(fd, "r+b", buffering=0) as into:
+        assert move(tmp_path / "in", into, 100) == len(data) - 7
+        assert into.read() == bytes(100) + data[7:]
 
 
 def test_payload_that_finds_no_room_is_the_error_of_a_full_disk(tmp_path: Path) -> None:
