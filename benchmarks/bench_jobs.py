@@ -24,15 +24,14 @@ from benchmarks.report import Scale
 
 from kms_core.auth.policy import Principal
 from kms_core.jobs.submission.submitter import SubmissionOptions
-from kms_protocol.context import Context
-from kms_protocol.wire import JobItem
+from kms_protocol.wire import JobIn, JobItem
 
 WHO: Final = Principal("local")
 CONTEXT: Final = "env=prod,service=api"
 ITEM_BYTES: Final = drive_kms.ITEM_BYTES
 PROCESSES: Final = 2
 _WORKER: Final = "worker of 2"
-TERMS: Final = SubmissionOptions(WHO, "encrypt", Context.parse(CONTEXT))
+TERMS: Final = SubmissionOptions.of(WHO, JobIn(kind="encrypt", context=CONTEXT))
 _SENDERS: Final = 4
 _MIB: Final = 1024 * 1024
 _QUEUED_S: Final = 300.0

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
 
@@ -30,7 +30,7 @@ from kms_core.container import build as build_core
 from kms_core.jobs.model import Job
 from kms_core.jobs.store import broker as job_broker
 from kms_core.jobs.store.redis_keys import job_key
-from kms_core.jobs.submission.submitter import Reference, SubmissionOptions, new_id
+from kms_core.jobs.submission.submitter import SubmissionOptions, new_id
 from kms_core.programs import tether
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import Settings
@@ -208,8 +208,9 @@ def long_files(install: Install, options: SubmissionOptions, count: int, size_by
     targets = [folder / f"target{number}" for number in range(count)]
     for target in targets:
         target.unlink(missing_ok=True)
-    asked = [Reference((folder / "source").as_uri(), target.as_uri()) for target in targets]
-    return [install.core.submitter.files(options, each) for each in asked]
+    source = (folder / "source").as_uri()
+    asked = [msgspec.structs.replace(options.job, source=source, target=each.as_uri()) for each in targets]
+    return [install.core.submitter.files(replace(options, job=each)) for each in asked]
 
 
 def wait(fact: Callable[[], object], seconds: float = START_S, what: str = "a process that is ready") -> None:

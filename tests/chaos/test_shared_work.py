@@ -17,17 +17,16 @@ import redis
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.container import build as build_core
-from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
 from kms_core.programs import tether
-from kms_protocol.context import Context
 from kms_protocol.wire import JobItem
+from support.job_options import job_options
 from support.job_stores import connect
 from support.network_hosts import Host, hosts_or_local
 from support.ports import free_port
 from support.service import CONTEXT, Service
 from support.waiting import until
 
-BIG: Final = SubmissionOptions(Principal("big", "big"), "encrypt", Context.parse(CONTEXT))
+BIG: Final = job_options(Principal("big", "big"), "encrypt", CONTEXT)
 SMALL: Final = replace(BIG, who=Principal("small", "small"))
 QUEUED: Final = 400
 SMALL_JOBS: Final = 3
@@ -157,7 +156,9 @@ def test_an_idle_service_leaves_redis_alone(tmp_path: Path) -> None:
         (source := service.files / "source").write_bytes(b"x")
         for number in range(IDLE_JOBS // 2):
             target = f"file://{service.files}/{number}"
-            core.submitter.files(SMALL, Reference(f"file://{source}", target))
+            core.submitter.files(
+                job_options(SMALL.who, "encrypt", CONTEXT, source=f"file://{source}", target=target)
+            )
         service.start()
         _pass(client, IDLE_S)  # what a start asks for
 

@@ -22,13 +22,12 @@ from kms_core.audit.verification.verify import verify
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
-from kms_protocol.context import Context
 from kms_protocol.errors import AuditUnavailable, KmsError
 from kms_protocol.wire import JobItem
 from support.audit_logs import AuditFolder, InterceptedLog, fail, record, unresolved
 from support.credentials import REQUIRED, SecuredService, bearer
 from support.failing_store import Killed
+from support.job_options import job_options
 from support.job_stores import forge
 from support.programs import tethered
 from support.service import CANARY, CONTEXT, Service, b64, check_problem, core_of
@@ -256,9 +255,9 @@ def job(tmp_path: Path, redis_url: str) -> FileJob:
     service = Service(tmp_path, redis=redis_url)
     made = FileJob(service, core_of(service))
     (service.files / "in").write_bytes(b"data")
-    reference = Reference((service.files / "in").as_uri(), made.target.as_uri(), overwrite=False)
-    options = SubmissionOptions(WHO, "encrypt", Context.parse(CONTEXT))
-    made.job_id = made.core.submitter.files(options, reference).job_id
+    source, target = (service.files / "in").as_uri(), made.target.as_uri()
+    options = job_options(WHO, "encrypt", CONTEXT, source=source, target=target)
+    made.job_id = made.core.submitter.files(options).job_id
     return made
 
 
@@ -299,7 +298,7 @@ def test_items_of_a_job_whose_records_cannot_be_written_have_no_result(
 ) -> None:
     service = Service(tmp_path, redis=redis_url)
     core = core_of(service)
-    terms = SubmissionOptions(WHO, "encrypt", Context.parse(CONTEXT))
+    terms = job_options(WHO, "encrypt", CONTEXT)
     job_id = core.submitter.items(terms, [JobItem(plaintext=b"x")]).job_id
     assert (service.state / "audit").is_dir()
     shutil.rmtree(service.state / "audit")

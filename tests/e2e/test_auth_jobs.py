@@ -17,7 +17,6 @@ from kms_core.auth.tokens import Token
 from kms_core.container import Core, build_intake
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.submission import celery_intake
-from kms_core.jobs.submission.submitter import Reference, SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import Forbidden, KmsError, RateLimited, SpoolQuota, Unauthenticated, UnknownKey
@@ -25,6 +24,7 @@ from kms_protocol.units import GiB
 from support.celery_messages import body as submission
 from support.celery_messages import seal
 from support.credentials import REQUIRED, Issuer, SecuredService, bearer, required_with_issuer
+from support.job_options import job_options
 from support.job_stores import accepted, remove_inputs
 from support.service import CANARY, b64, check_problem, core_of
 
@@ -62,9 +62,7 @@ def edit(install: SecuredService, who: Principal, **changes: object) -> None:
 
 
 def bulk(core: Core, who: Principal, items: list[wire.JobItem] | None = None, context: str = "row=1") -> str:
-    return core.submitter.items(
-        SubmissionOptions(who, "encrypt", Context.parse(context)), items or ITEMS
-    ).job_id
+    return core.submitter.items(job_options(who, "encrypt", context), items or ITEMS).job_id
 
 
 def end(core: Core, job_id: str, tenant: str = "default") -> tuple[str, str]:
@@ -212,10 +210,8 @@ def test_a_job_of_a_jwt_runs_with_the_scopes_of_its_acceptance(trusting: Secured
 
 
 def reference(core: Core, who: Principal, source: Path, target: Path) -> str:
-    terms = SubmissionOptions(who, "encrypt", Context.parse("a=b"))
-    return core.submitter.files(
-        terms, Reference(f"file://{source}", f"file://{target}", overwrite=False)
-    ).job_id
+    terms = job_options(who, "encrypt", "a=b", source=f"file://{source}", target=f"file://{target}")
+    return core.submitter.files(terms).job_id
 
 
 @pytest.fixture
@@ -271,9 +267,9 @@ def test_the_key_of_a_file_must_be_in_the_scope_that_names_the_files(
         "decrypt key=default",
         "jobs:write",
     )
-    terms = SubmissionOptions(who, "decrypt", Context.parse("a=b"))
     source, target = f"file://{files}/in/sealed", f"file://{files}/out/plain-again"
-    job_id = core.submitter.files(terms, Reference(source, target, overwrite=False)).job_id
+    terms = job_options(who, "decrypt", "a=b", source=source, target=target)
+    job_id = core.submitter.files(terms).job_id
 
     assert end(core, job_id)[0] == "failed"
     assert not (files / "out/plain-again").exists()
@@ -384,7 +380,7 @@ def test_items_above_the_quota_are_refused_while_they_arrive(install: SecuredSer
     """Not once they are in the spool: a stream of items has no end that is known beforehand."""
     taken = itertools.count()
     items = (wire.JobItem(plaintext=bytes(30)) for _ in zip(range(1000), taken, strict=False))
-    terms = SubmissionOptions(caller(install, "*", tenant="narrow"), "encrypt", Context.parse("row=1"))
+    terms = job_options(caller(install, "*", tenant="narrow"), "encrypt", "row=1")
     with pytest.raises(SpoolQuota, match="in the spool"):
         core.submitter.items(terms, items)
 
@@ -394,7 +390,7 @@ def test_items_above_the_quota_are_refused_while_they_arrive(install: SecuredSer
 
 def test_an_upload_above_the_quota_is_refused_while_it_arrives(install: SecuredService, core: Core) -> None:
     """Or before, if it tells its size."""
-    terms = SubmissionOptions(caller(install, "*", tenant="narrow"), "encrypt", Context.parse("row=1"))
+    terms = job_options(caller(install, "*", tenant="narrow"), "encrypt", "row=1")
     with pytest.raises(SpoolQuota, match="in the spool"):
         next(core.submitter.receive_upload(terms, 151))
     receiving = core.submitter.receive_upload(terms, 0)

@@ -14,13 +14,12 @@ from kms_core.auth import client_certificates
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_core.settings.model import ServerSection
 from kms_protocol import wire
-from kms_protocol.context import Context
 from kms_protocol.errors import ConfigurationError, Unauthenticated, Unavailable
 from kms_protocol.wire import PREFIX
 from support.credentials import Authority, CertAndKey, authenticator_of, bearer, shown
+from support.job_options import job_options
 from support.revocation import EXPIRED, NAME, Revoking
 from support.service import check_problem, core_of
 from support.waiting import until
@@ -227,9 +226,7 @@ def holder(
 
 def submit(core: Core, who: Principal) -> Callable[[], tuple[str, str]]:
     """Submit a job; the result runs it and tells state and error."""
-    job_id = core.submitter.items(
-        SubmissionOptions(who, "encrypt", Context.parse("row=1")), [wire.JobItem(plaintext=b"x")]
-    ).job_id
+    job_id = core.submitter.items(job_options(who, "encrypt", "row=1"), [wire.JobItem(plaintext=b"x")]).job_id
 
     def end() -> tuple[str, str]:
         run_job(job_id, core.worker_context, "w")

@@ -11,11 +11,11 @@ from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.store import maintenance
-from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import RedisFull
 from support.embedded_valkey import EmbeddedValkey
+from support.job_options import job_options
 from support.job_stores import TENANT, accepted, connect, reap
 from support.service import Service, b64, check_problem, core_of
 from support.waiting import until
@@ -114,7 +114,7 @@ def own(tmp_path: Path, valkey_url: str) -> Core:
 
 
 def bulk(core: Core, count: int = 1) -> str:
-    options = SubmissionOptions(Principal("local"), "encrypt", Context())
+    options = job_options(Principal("local"), "encrypt", Context())
     items = [wire.JobItem(plaintext=b"x")] * count
     return core.submitter.items(options, items).job_id
 

@@ -14,12 +14,12 @@ from kms_core.auth.policy import Principal
 from kms_core.jobs.hosts.notes import HostNotes
 from kms_core.jobs.spec import BULK
 from kms_core.jobs.store import redis_keys
-from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.wire import JobItem
 from support.age_kms import write_recipient
 from support.chaos.cluster import Clock
 from support.embedded_valkey import EmbeddedValkey
+from support.job_options import job_options
 from support.service import CONTEXT, PROGRAMS, Service, b64, check_problem, core_of
 from support.waiting import until
 
@@ -134,7 +134,7 @@ def test_worker_takes_no_job_of_another_install(tmp_path: Path, redis_url: str) 
         until(lambda: "install.mismatch" in only.output("worker"), "the worker notices")
         submitter = core_of(only).submitter
         submitter._require_install = lambda: None  # noqa: SLF001 -- as before it noticed
-        options = SubmissionOptions(Principal("local"), "encrypt", Context())
+        options = job_options(Principal("local"), "encrypt", Context())
         job_id = submitter.items(options, [JobItem(plaintext=b"a")]).job_id
         client.lpush(redis_keys.list_key(BULK), redis_keys.encode_message(BULK))
         until(lambda: "job.left_to_lease" in only.output("worker"), "the worker refuses it")

@@ -13,10 +13,10 @@ import pytest
 
 from kms_core.auth.policy import Principal
 from kms_core.jobs.storage.spool import ITEMS
-from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import RedisReadOnly
 from kms_protocol.wire import ENDED
+from support.job_options import job_options
 from support.long_form import IS_LONG, RUNS
 from support.redis_servers import Server, sentinel, server
 from support.service import Json, Service, b64, check_problem, core_of, unb64
@@ -270,7 +270,7 @@ def test_input_of_a_submission_that_redis_refuses_is_removed(tmp_path: Path) -> 
     with server(tmp_path / "redis", None) as found:
         core = core_of(Service(tmp_path / "kms", "", found.url()))
         spool = core.worker_context.spool
-        upload = core.submitter.receive_upload(SubmissionOptions(Principal("local"), "encrypt", Context()), 0)
+        upload = core.submitter.receive_upload(job_options(Principal("local"), "encrypt", Context()), 0)
         next(upload)
         upload.send((memoryview(b"x" * 100_000), True))
         assert list(spool.folders(-1)) != []

@@ -10,9 +10,9 @@ from kms_core.container import Core
 from kms_core.jobs.execution import results
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Job, part_id
-from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
+from support.job_options import job_options
 from support.job_stores import TENANT, expire_leases
 
 WHO = Principal("local")
@@ -28,12 +28,11 @@ def submit(  # noqa: PLR0913 -- what a job may name
     *,
     context: Context = CONTEXT,
     new: Context | None = None,
-    **more: object,
+    **more: Any,  # noqa: ANN401 -- fields of ``JobIn``
 ) -> str:
     """The id of a job over files or objects, which go by path or URL."""
-    urls = {"source": _url(source)} | ({} if target is None else {"target": _url(target)})
-    body = wire.JobIn(kind=kind, **urls, **more)  # type: ignore[arg-type]  # fields by name
-    return core.submitter.submit(SubmissionOptions(WHO, kind, context, new_context=new), body).job_id
+    more |= {"source": _url(source)} | ({} if target is None else {"target": _url(target)})
+    return core.submitter.submit(job_options(WHO, kind, context, new_context=new, **more)).job_id
 
 
 def _url(place: str | Path) -> str:
@@ -46,7 +45,7 @@ def submit_items(core: Core, count: int = 1, bad: Collection[int] = ()) -> str:
         wire.JobItem(plaintext=b"%d" % number, context="no equals sign" if number in bad else None)
         for number in range(count)
     )
-    return core.submitter.items(SubmissionOptions(WHO, "encrypt", CONTEXT), items).job_id
+    return core.submitter.items(job_options(WHO, "encrypt", CONTEXT), items).job_id
 
 
 def now(core: Core, job_id: str) -> Job:

@@ -24,9 +24,8 @@ from kms_core.jobs import authorization, bulk_lines
 from kms_core.jobs.execution import results
 from kms_core.jobs.execution.results import Result
 from kms_core.jobs.model import Job
-from kms_core.jobs.submission.submitter import Deadlines, SubmissionOptions
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
-from kms_protocol.context import Context
 from kms_protocol.errors import (
     DecryptFailed,
     InvalidRequest,
@@ -148,20 +147,22 @@ def submission_options(call: Call[None], kind: wire.JobKind) -> SubmissionOption
     headers, context = call.headers, _unquoted(call, "X-KMS-Context")
     if headers.get("x-kms-callback") == "":
         raise InvalidRequest("X-KMS-Callback names an endpoint of the settings: leave it out for none")
-    return SubmissionOptions(
-        call.caller,
-        kind,
-        Context.parse(_object(call, "X-KMS-Context", dict[str, str]) if context.startswith("{") else context),
-        headers.get("x-kms-key-id"),
-        deadlines=_deadlines(call),
-        idempotency=idempotency(call),
-        callback=headers.get("x-kms-callback", ""),
+    times = _deadlines(call)
+    job = wire.JobIn(
+        kind=kind,
+        context=_object(call, "X-KMS-Context", dict[str, str]) if context.startswith("{") else context,
+        key_id=headers.get("x-kms-key-id"),
+        start_by=times.start_by,
+        run_by=times.run_by,
+        keep_for=times.keep_for,
+        callback=headers.get("x-kms-callback"),
         priority=one_of("X-KMS-Priority", headers.get("x-kms-priority", "normal"), wire.PRIORITIES),
-        release=one_of("X-KMS-Release", headers.get("x-kms-release", ""), ("", *_RELEASES)),
+        release=one_of("X-KMS-Release", headers.get("x-kms-release") or None, (None, *_RELEASES)),
         labels=labels_of(part for part in _unquoted(call, "X-KMS-Labels").split(",") if part),
-        metadata=_object(call, "X-KMS-Metadata", wire.Metadata) or {},
+        metadata=_object(call, "X-KMS-Metadata", wire.Metadata),
         group=_object(call, "X-KMS-Group", wire.GroupIn),
     )
+    return SubmissionOptions.of(call.caller, job, idempotency=idempotency(call))
 
 
 class _DeadlineHeaders(msgspec.Struct):
@@ -172,16 +173,15 @@ class _DeadlineHeaders(msgspec.Struct):
     keep_for: wire.KeepFor | None = msgspec.field(name="x-kms-keep-for", default=None)
 
 
-def _deadlines(call: Call[None]) -> Deadlines:
+def _deadlines(call: Call[None]) -> _DeadlineHeaders:
     names = _DeadlineHeaders.__struct_encode_fields__
     asked = {name: call.headers[name] for name in names if name in call.headers}
     try:
-        found = msgspec.convert(asked, _DeadlineHeaders, strict=False)
+        return msgspec.convert(asked, _DeadlineHeaders, strict=False)
     except msgspec.ValidationError:
         raise InvalidRequest(
             "X-KMS-Start-By and X-KMS-Run-By are RFC 3339 times, X-KMS-Keep-For is seconds, 60 or more"
         ) from None
-    return Deadlines(found.start_by, found.run_by, found.keep_for)
 
 
 def idempotency(call: Call[None]) -> str:

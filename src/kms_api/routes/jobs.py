@@ -24,7 +24,7 @@ from kms_core.jobs.events.transitions import group_of
 from kms_core.jobs.execution import results
 from kms_core.jobs.model import Job
 from kms_core.jobs.submission import celery_intake
-from kms_core.jobs.submission.submitter import JSON_BYTES, Deadlines, SubmissionOptions
+from kms_core.jobs.submission.submitter import JSON_BYTES, SubmissionOptions
 from kms_protocol import errors, wire
 from kms_protocol.errors import BackendUnavailable, InvalidRequest, JobsUnavailable, UnknownKey
 
@@ -339,6 +339,5 @@ def withdraw(service: Service, who: Principal, job_id: str) -> Job:
 
 def _submit(call: Call[None], body: wire.JobIn) -> Job:
     service, who = call.service, call.caller
-    deadlines = Deadlines(body.start_by, body.run_by, body.keep_for, body.ttl_s)
-    options = SubmissionOptions.of(who, body, deadlines, idempotency=idempotency(call))
-    return service.submitter.submit(options, body, partial(service.requests.take_items, who.tenant))
+    options = SubmissionOptions.of(who, body, idempotency=idempotency(call))
+    return service.submitter.submit(options, partial(service.requests.take_items, who.tenant))

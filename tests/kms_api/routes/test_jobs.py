@@ -7,11 +7,10 @@ import pytest
 
 from kms_core.auth.policy import Principal
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
-from kms_protocol.context import Context
 from kms_protocol.wire import PREFIX
 from support.authorization.application import Application
+from support.job_options import job_options
 from support.waiting import WAIT_S, until
 
 JOBS: Final = 50
@@ -21,7 +20,7 @@ WAITS: Final = 8
 def submitted(application: Application, group: wire.GroupIn | None = None) -> str:
     """The id of a new job of one item, which waits."""
     who = Principal(application.master.name, "default", application.master.credential)
-    options = SubmissionOptions(who, "encrypt", Context.parse("env=prod"), group=group)
+    options = job_options(who, "encrypt", "env=prod", group=group)
     return application.core.submitter.items(options, [wire.JobItem(plaintext=b"salary")]).job_id
 
 

@@ -28,11 +28,10 @@ from kms_core.backends.key_files import make_identity
 from kms_core.http_protocol import CERTIFICATE, HttpProtocol
 from kms_core.jobs.events.outbox import MOST_ATTEMPTS, Delivery, Outbox
 from kms_core.jobs.store.redis_keys import job_key
-from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
-from kms_protocol.context import Context
 from support.authorization.permissions import OPERATIONS
 from support.credentials import AUDIENCE, ISSUER, Authority, Issuer, SecuredService, bearer
+from support.job_options import job_options
 from support.service import b64, core_of, unb64
 
 CONTEXT: Final = "env=prod"
@@ -301,7 +300,7 @@ class Application:
         name = uuid.uuid4().hex
         group = wire.GroupIn(name=name, jobs=1)
         who = Principal(self.master.name, "default", "token:x")
-        options = SubmissionOptions(who, "encrypt", Context.parse(CONTEXT), group=group)
+        options = job_options(who, "encrypt", CONTEXT, group=group)
         self.core.submitter.items(options, [wire.JobItem(plaintext=b"seventeen")])
         return name
 
@@ -320,9 +319,7 @@ class Application:
             item = wire.JobItem(plaintext=b"seventeen")
         else:
             item = wire.JobItem(ciphertext=self.sealed("pay-1"))
-        terms = SubmissionOptions(
-            Principal(by.name, "default", by.credential), kind, Context.parse(CONTEXT), key_id
-        )
+        terms = job_options(Principal(by.name, "default", by.credential), kind, CONTEXT, key_id=key_id)
         job_id = desk.items(terms, [item]).job_id
         if dead:
             store.redis.hset(job_key(job_id), mapping={"state": "failed", "error": "attempts_exhausted"})

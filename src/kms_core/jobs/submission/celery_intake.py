@@ -24,7 +24,6 @@ from kms_core.envelope.binding import KeyRef
 from kms_core.jobs.submission.submitter import (
     JSON_BYTES,
     ClientJobId,
-    Deadlines,
     JobSubmitter,
     SubmissionOptions,
 )
@@ -87,7 +86,7 @@ class Intake:
             if not store.lock(f"submit:{asked.job_id}", worker, _LOCK_S):
                 raise JobsUnavailable("Another worker has this message in hand", retry_after_s=1.0)
             if not self._is_taken(named, who):  # the spool is written under the lock, or two would write it
-                self._submitter.submit(self._terms(asked, named, who), asked.job)
+                self._submitter.submit(self._terms(asked, named, who))
         return asked.job_id
 
     def _who(self, asked: wire.Submission) -> Principal:
@@ -141,13 +140,12 @@ class Intake:
 
     def _terms(self, asked: wire.Submission, named: ClientJobId, who: Principal) -> SubmissionOptions:
         """The record must outlive the message, else a late replay would run the job again."""
-        job = asked.job
-        needed_s = math.ceil(_left_s(asked)) + _SKEW_S - self._submitter.store.rules.result_ttl_s
-        keep_for_s = max(job.keep_for or self._submitter.store.rules.result_ttl_s, needed_s)
-        deadlines = Deadlines(job.start_by, job.run_by, keep_for_s)
+        job, result_ttl_s = asked.job, self._submitter.store.rules.result_ttl_s
+        needed_s = math.ceil(_left_s(asked)) + _SKEW_S - result_ttl_s
+        kept = {"keep_for": max(job.keep_for or result_ttl_s, needed_s)}
         if job.ttl_s:
-            deadlines = Deadlines(ttl_s=max(job.ttl_s, needed_s))
-        return SubmissionOptions.of(who, job, deadlines, named=named)
+            kept = {"ttl_s": max(job.ttl_s, needed_s)}
+        return SubmissionOptions.of(who, msgspec.structs.replace(job, **kept), named=named)
 
 
 def recipient(path: Path) -> Recipient:

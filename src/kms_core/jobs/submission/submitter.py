@@ -6,10 +6,9 @@ context, a path outside the roots, a deadline that a job of its size cannot keep
 
 import hmac
 import uuid
-from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Final, Literal, Self, TypeVar
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from typing import Final, Self, TypeVar
 
 import msgspec
 
@@ -47,54 +46,37 @@ WITHIN_S: Final = 86_400
 _MOST_S: Final = 30 * 86_400  # between now and a time that a job names, and for which its result is kept
 
 
-@dataclass(frozen=True, slots=True)
-class Deadlines:
-    """Deadlines that a submission asks for; None takes the default.
+def deadlines(job: wire.JobIn, now: float, result_ttl_s: float) -> dict[str, float]:
+    """Times of a ``JobSpec`` submitted at ``now`` (seconds since the epoch). Raises InvalidDeadline.
 
-    ``ttl_s`` says all three: start, end and deletion within so many seconds.
+    Without ``keep_for`` its result is kept for ``result_ttl_s``. ``ttl_s`` says all three: start, end and
+    deletion within so many seconds.
     """
-
-    start_by: datetime | None = None
-    run_by: datetime | None = None
-    keep_for_s: float | None = None
-    ttl_s: float | None = None
-
-    @property
-    def text(self) -> str:
-        """All of it, to tell one request from another."""
-        times = [time_text(at, "microseconds") if at else "" for at in (self.start_by, self.run_by)]
-        return f"{times} {self.keep_for_s} {self.ttl_s}"
-
-    def fields(self, now: float, result_ttl_s: float) -> dict[str, float]:
-        """Times of a ``JobSpec`` submitted at ``now`` (seconds since the epoch). Raises InvalidDeadline.
-
-        Without ``keep_for_s`` its result is kept for ``result_ttl_s``.
-        """
-        if self.ttl_s:
-            if self.start_by or self.run_by or self.keep_for_s:
-                raise InvalidDeadline("ttl_s stands for start_by, run_by and keep_for: give it, or those")
-            until = now + self.ttl_s
-            return {"start_by": until, "run_by": until, "expires_at": until}
-        start_by, run_by = (at.timestamp() if at else None for at in (self.start_by, self.run_by))
-        last = now + _MOST_S
-        for name, at in (("start_by", start_by), ("run_by", run_by)):
-            if at is not None and at <= now:
-                raise InvalidDeadline(f"{name} is in the past: the service has {time_text(now)}")
-            if at is not None and at > last:
-                raise InvalidDeadline(f"{name} is after {time_text(last)}: name an earlier one")
-        if start_by and run_by and run_by < start_by:
-            raise InvalidDeadline("run_by is before start_by: a job cannot end before it starts")
-        keep_for_s = self.keep_for_s or result_ttl_s
-        if keep_for_s > _MOST_S:
-            raise InvalidDeadline(f"keep_for is above {_MOST_S} s: name a shorter time")
-        run_by = run_by or max(now + WITHIN_S, start_by or 0)
-        start_by = start_by or min(now + WITHIN_S, run_by)
-        return {
-            "start_by": start_by,
-            "run_by": run_by,
-            "keep_for_s": keep_for_s,
-            "expires_at": run_by + keep_for_s,
-        }
+    if job.ttl_s:
+        if job.start_by or job.run_by or job.keep_for:
+            raise InvalidDeadline("ttl_s stands for start_by, run_by and keep_for: give it, or those")
+        until = now + job.ttl_s
+        return {"start_by": until, "run_by": until, "expires_at": until}
+    start_by, run_by = (at.timestamp() if at else None for at in (job.start_by, job.run_by))
+    last = now + _MOST_S
+    for name, at in (("start_by", start_by), ("run_by", run_by)):
+        if at is not None and at <= now:
+            raise InvalidDeadline(f"{name} is in the past: the service has {time_text(now)}")
+        if at is not None and at > last:
+            raise InvalidDeadline(f"{name} is after {time_text(last)}: name an earlier one")
+    if start_by and run_by and run_by < start_by:
+        raise InvalidDeadline("run_by is before start_by: a job cannot end before it starts")
+    keep_for_s = job.keep_for or result_ttl_s
+    if keep_for_s > _MOST_S:
+        raise InvalidDeadline(f"keep_for is above {_MOST_S} s: name a shorter time")
+    run_by = run_by or max(now + WITHIN_S, start_by or 0)
+    start_by = start_by or min(now + WITHIN_S, run_by)
+    return {
+        "start_by": start_by,
+        "run_by": run_by,
+        "keep_for_s": keep_for_s,
+        "expires_at": run_by + keep_for_s,
+    }
 
 
 JSON_BYTES: Final = 16 * MiB
@@ -104,53 +86,40 @@ _NOTHING: Final = "Give items, or source and target; to upload a file use /files
 _Spec = TypeVar("_Spec", bound=JobSpec)
 
 
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """One file, or many (``tree``). ``target`` is the source itself for files that are replaced."""
+def urls_of(job: wire.JobIn) -> dict[str, object]:
+    """The fields of a ``FileJob`` or, with ``dry_run``, of a ``TreeJob``.
 
-    source: str
-    target: str
-    overwrite: bool = False
-    dry_run: bool = False
+    ``target`` is the source itself for files that are replaced. Raises InvalidRequest for fields that do not
+    go together.
+    """
+    source = job.source or ""
+    target = source if job.target is None else job.target
+    found: dict[str, object] = {"source": source, "target": target, "overwrite": bool(job.overwrite)}
+    if is_tree(source):
+        _check_many(job, target)
+        found["dry_run"] = bool(job.dry_run)
+    elif job.dry_run:
+        raise InvalidRequest("dry_run is for a source that names many files, with *")
+    if job.target is None:
+        _check_in_place(job)
+    return found
 
-    @classmethod
-    def of(cls, body: wire.JobIn) -> Self:
-        """Raises InvalidRequest for fields that do not go together."""
-        source = body.source or ""
-        target = source if body.target is None else body.target
-        found = cls(source, target, bool(body.overwrite), bool(body.dry_run))
-        if is_tree(source):
-            found.check_many(body.kind)
-        elif found.dry_run:
-            raise InvalidRequest("dry_run is for a source that names many files, with *")
-        if body.target is None:
-            found.check_in_place(body.kind)
-        return found
 
-    @property
-    def form(self) -> Callable[..., FileJob | TreeJob]:
-        return TreeJob if is_tree(self.source) else FileJob
+def _check_many(job: wire.JobIn, target: str) -> None:
+    Tree.parse(job.source or "")
+    if job.dry_run and job.kind not in MOVING:
+        raise InvalidRequest("dry_run is for rewrap and reseal")
+    if target == job.source:
+        _check_in_place(job)
+    elif not target.endswith("/") or "*" in target:
+        raise InvalidRequest("The target of many files is a directory: end it with a slash, and no star")
 
-    @property
-    def fields(self) -> dict[str, object]:
-        """Fields of a specification that say the same."""
-        found: dict[str, object] = {"source": self.source, "target": self.target, "overwrite": self.overwrite}
-        return found | {"dry_run": self.dry_run} if is_tree(self.source) else found
 
-    def check_many(self, kind: wire.JobKind) -> None:
-        Tree.parse(self.source)
-        if self.dry_run and kind not in MOVING:
-            raise InvalidRequest("dry_run is for rewrap and reseal")
-        if self.target == self.source:
-            self.check_in_place(kind)
-        elif not self.target.endswith("/") or "*" in self.target:
-            raise InvalidRequest("The target of many files is a directory: end it with a slash, and no star")
-
-    def check_in_place(self, kind: wire.JobKind) -> None:
-        if kind not in MOVING:
-            raise InvalidRequest(_NOTHING)
-        if not self.overwrite and not self.dry_run:
-            raise InvalidRequest("A job without a target replaces its source: say so with overwrite")
+def _check_in_place(job: wire.JobIn) -> None:
+    if job.kind not in MOVING:
+        raise InvalidRequest(_NOTHING)
+    if not job.overwrite and not job.dry_run:
+        raise InvalidRequest("A job without a target replaces its source: say so with overwrite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,62 +132,31 @@ class ClientJobId:
 
 @dataclass(frozen=True, slots=True)
 class SubmissionOptions:
-    """Options that every kind of job has."""
+    """A job as ``POST /jobs`` describes it, its submitter, and its contexts, parsed."""
 
     who: Principal
-    kind: wire.JobKind
+    job: wire.JobIn
     context: Context
-    key_id: str | None = None
-    new_context: Context | None = None
-    deadlines: Deadlines = field(default_factory=Deadlines)
+    new_context: Context | None
     idempotency: str = ""
     named: ClientJobId | None = None
-    callback: str = ""
-    priority: wire.Priority = "normal"
-    release: wire.Release | Literal[""] = ""
-    labels: Mapping[str, str] = field(default_factory=dict)
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    group: wire.GroupIn | None = None
 
     @classmethod
     def of(
-        cls,
-        who: Principal,
-        job: wire.JobIn,
-        deadlines: Deadlines,
-        *,
-        idempotency: str = "",
-        named: ClientJobId | None = None,
+        cls, who: Principal, job: wire.JobIn, *, idempotency: str = "", named: ClientJobId | None = None
     ) -> Self:
-        """The options of a job as ``POST /jobs`` describes it. Raises InvalidContext."""
-        return cls(
-            who,
-            job.kind,
-            Context.parse(job.context),
-            job.key_id,
-            None if job.new_context is None else Context.parse(job.new_context),
-            deadlines,
-            idempotency,
-            named,
-            callback=job.callback or "",
-            priority=job.priority or "normal",
-            release=job.release or "",
-            labels=job.labels or {},
-            metadata=job.metadata or {},
-            group=job.group,
-        )
+        """Raises InvalidContext."""
+        new_context = None if job.new_context is None else Context.parse(job.new_context)
+        return cls(who, job, Context.parse(job.context), new_context, idempotency, named)
 
     @property
     def told(self) -> dict[str, object]:
         """Options that workers do not go by, as fields of a ``JobSpec``, as far as they were given."""
-        found: dict[str, object] = {
-            "release": self.release,
-            "labels": dict(self.labels),
-            "metadata": dict(self.metadata),
-        }
-        if self.group:
-            found |= {"group": self.group.name, "group_jobs": self.group.jobs}
-            found["group_callback"] = self.group.callback or ""
+        job = self.job
+        found: dict[str, object] = {"release": job.release, "labels": job.labels, "metadata": job.metadata}
+        if job.group:
+            found |= {"group": job.group.name, "group_jobs": job.group.jobs}
+            found["group_callback"] = job.group.callback
         return {name: value for name, value in found.items() if value}
 
     def job_id(self) -> str:
@@ -262,20 +200,19 @@ class JobSubmitter:
 
         Items of a bulk job may bring contexts of their own, so there each is asked for its own, later.
         """
-        asked = JobAccess(
-            options.kind, options.key_id, None if bulk else options.context, options.new_context
-        )
+        job = options.job
+        asked = JobAccess(job.kind, job.key_id, None if bulk else options.context, options.new_context)
         authorization.check(self._kms, options.who, asked)
-        self._kms.keyring.named(options.key_id)
-        sealing = options.kind == "encrypt" or options.new_context is not None
+        self._kms.keyring.named(job.key_id)
+        sealing = job.kind == "encrypt" or options.new_context is not None
         context = options.context if options.new_context is None else options.new_context
         if self._section.require_context and sealing and not context and not bulk:
             raise ContextRequired
-        group = options.group.callback if options.group else None
-        for callback in filter(None, (options.callback, group)):
+        group = job.group.callback if job.group else None
+        for callback in filter(None, (job.callback, group)):
             if not self._knows(callback, options.who.tenant):
                 raise InvalidRequest("callback names no endpoint for your tenant: see [kms.jobs.endpoints]")
-        options.deadlines.fields(self.store.now(), self.store.rules.result_ttl_s)
+        deadlines(job, self.store.now(), self.store.rules.result_ttl_s)
         self.store.ping()
         self._require_install()
 
@@ -302,21 +239,18 @@ class JobSubmitter:
     def hasher(self, options: SubmissionOptions) -> hmac.HMAC:
         """A keyed digest of the request; the body is fed to it arrives."""
         new = b"-" if options.new_context is None else b"+" + options.new_context.canonical()
-        told = msgspec.json.encode(options.told, order="sorted")
-        texts = (options.kind, options.key_id or "", options.callback, options.priority)
-        encoded = (text.encode() for text in (*texts, options.deadlines.text))
+        job, told = options.job, msgspec.json.encode(options.told, order="sorted")
+        times = [time_text(at, "microseconds") if at else "" for at in (job.start_by, job.run_by)]
+        texts = (job.kind, job.key_id or "", job.callback or "", job.priority or "normal")
+        encoded = (text.encode() for text in (*texts, f"{times} {job.keep_for} {job.ttl_s}"))
         return self.store.record_key.hasher(options.context.canonical(), new, told, *encoded)
 
-    def submit(
-        self,
-        options: SubmissionOptions,
-        body: wire.JobIn,
-        charge: Callable[[int], object] | None = None,
-    ) -> Job:
-        """A job as ``POST /jobs`` describes it: items, or a reference. Raises as ``check`` and these do.
+    def submit(self, options: SubmissionOptions, charge: Callable[[int], object] | None = None) -> Job:
+        """Submit a job of items, or one from URL to URL. Raises as ``check`` and these do.
 
         ``charge`` gets the number of items once the caller may submit them, and may raise.
         """
+        body = options.job
         self.check(options, bulk=body.items is not None)
         if body.items is not None and body.source is None and body.target is None:
             if len(body.items) > _JSON_ITEMS:
@@ -327,7 +261,7 @@ class JobSubmitter:
                 charge(len(body.items))
             return self.items(options, body.items)
         if body.items is None and body.source is not None:
-            return self.files(options, Reference.of(body))
+            return self.files(options)
         raise InvalidRequest(_NOTHING)
 
     def receive_upload(
@@ -347,7 +281,7 @@ class JobSubmitter:
             more = True
             while more:
                 slab, more = yield
-                if not out.size and options.kind != "encrypt":
+                if not out.size and options.job.kind != "encrypt":
                     header.check_start(slab)
                 out.write(slab, more=more)
                 check_room(out.size)
@@ -368,7 +302,7 @@ class JobSubmitter:
         check_room = self.meter(options)
         with self.spool.writing(Label(options.who.tenant, job_id, ITEMS), may_be_small=True) as out:
             for count, item in enumerate(items, start=1):
-                bulk_lines.check_item(options.kind, count - 1, item)
+                bulk_lines.check_item(options.job.kind, count - 1, item)
                 if len(starts) * bulk_lines.RUN_ITEMS < count:
                     starts.append(out.size)
                 line = wire.encode(item) + b"\n"
@@ -382,14 +316,15 @@ class JobSubmitter:
         job = self._spec(ItemsJob, options, job_id, hasher.digest() if hasher else b"", **fields)
         return self._store(options, job, out.small)
 
-    def files(self, options: SubmissionOptions, asked: Reference) -> Job:
+    def files(self, options: SubmissionOptions) -> Job:
         """A job over one file, or over all that a pattern names: a worker lists those.
 
         Raises Forbidden, PathRefused, TargetExists, ….
         """
-        hasher = self.hasher(options)
-        hasher.update(repr(asked).encode())
-        job = self._spec(asked.form, options, options.job_id(), hasher.digest(), **asked.fields)
+        hasher, urls = self.hasher(options), urls_of(options.job)
+        hasher.update(repr(urls).encode())
+        form: Callable[..., FileJob | TreeJob] = TreeJob if "dry_run" in urls else FileJob
+        job = self._spec(form, options, options.job_id(), hasher.digest(), **urls)
         authorization.check(self._kms, job.who, authorization.of(job))
         return self._store(options, msgspec.structs.replace(job, size_bytes=self._places.admit(job)))
 
@@ -402,9 +337,9 @@ class JobSubmitter:
         **fields: object,
     ) -> _Spec:
         """The accepted specification; ``fields`` are those that this kind of job has."""
-        now, who, new_context = self.store.now(), options.who, options.new_context
+        now, who, job, new_context = self.store.now(), options.who, options.job, options.new_context
         try:
-            times = options.deadlines.fields(now, self.store.rules.result_ttl_s)
+            times = deadlines(job, now, self.store.rules.result_ttl_s)
         except InvalidDeadline:  # it passed while the input arrived
             self.spool.delete(job_id)
             raise
@@ -415,12 +350,12 @@ class JobSubmitter:
             credential=who.credential,
             scopes=who.grant.scopes if who.grant else (),
             authorized_until=who.grant.until if who.grant else 0.0,
-            kind=options.kind,
-            key_id=options.key_id,
+            kind=job.kind,
+            key_id=job.key_id,
             context=options.context.pairs,
             new_context=None if new_context is None else new_context.pairs,
-            callback=options.callback,
-            priority=options.priority,
+            callback=job.callback or "",
+            priority=job.priority or "normal",
             request_id=audit.request_id.get(),
             traceparent=tracing.parent(),
             digest=options.named.digest if options.named else digest,
@@ -432,7 +367,7 @@ class JobSubmitter:
 
     def _store(self, options: SubmissionOptions, accepted: JobSpec, blob: SmallBlob | None = None) -> Job:
         job_id = accepted.job_id
-        route = f"files/{options.kind}" if isinstance(accepted, UploadJob) else "jobs"
+        route = f"files/{options.job.kind}" if isinstance(accepted, UploadJob) else "jobs"
         scope = options.idempotency_scope(route) if options.idempotency else ""
         try:
             with audit.recorded(self._kms.audit_log, options.who, "job.submit", job_id):

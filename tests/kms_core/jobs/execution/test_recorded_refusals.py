@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from kms_core.container import Core
-from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import NotACiphertext
 from support.core_jobs import WHO, done, run
+from support.job_options import job_options
 from support.job_stores import uploaded
 
 JUNK = {"not_a_ciphertext": b"no age file", "decrypt_failed": b"age-encryption.org/v1\njunk"}
@@ -47,7 +47,7 @@ def test_file_whose_header_cannot_be_read(
 
 @pytest.mark.parametrize("kind", ["rewrap", "decrypt"])
 def test_upload_whose_header_cannot_be_read(core: Core, tmp_path: Path, kind: wire.JobKind) -> None:
-    job_id = uploaded(core, SubmissionOptions(WHO, kind, Context()), JUNK["decrypt_failed"])
+    job_id = uploaded(core, job_options(WHO, kind, Context()), JUNK["decrypt_failed"])
 
     assert run(core, job_id).error == "decrypt_failed"
     found = [line for line in recorded(tmp_path) if line.get("operation") == kind]
@@ -59,7 +59,7 @@ def test_upload_whose_header_cannot_be_read(core: Core, tmp_path: Path, kind: wi
 )
 @pytest.mark.parametrize("kind", ["rewrap", "decrypt"])
 def test_upload_that_is_no_ciphertext_leaves_nothing(core: Core, kind: wire.JobKind, body: bytes) -> None:
-    receiving = core.submitter.receive_upload(SubmissionOptions(WHO, kind, Context()), len(body))
+    receiving = core.submitter.receive_upload(job_options(WHO, kind, Context()), len(body))
     next(receiving)
 
     with pytest.raises(NotACiphertext):

@@ -15,13 +15,13 @@ from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import LeaseLost
 from kms_core.jobs.storage.blob_store import ATTRIBUTE
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.context import Context
 from kms_protocol.errors import Forbidden
 from support.core_jobs import CONTEXT, NEW, WHO, done, opened, result, run, submit, submit_items
 from support.embedded_valkey import unrestricted
 from support.failing_store import worker_calling_at
 from support.file_tree import names
+from support.job_options import job_options
 from support.job_stores import (
     COMMIT,
     TENANT,
@@ -318,7 +318,7 @@ def test_ends_of_two_generations_have_different_ids(store: JobStore) -> None:
 
 
 def upload(core: Core) -> str:
-    return uploaded(core, SubmissionOptions(WHO, "encrypt", CONTEXT), DATA)
+    return uploaded(core, job_options(WHO, "encrypt", CONTEXT), DATA)
 
 
 @pytest.mark.parametrize("make", [submit_items, upload], ids=["items", "upload"])

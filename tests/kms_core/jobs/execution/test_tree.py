@@ -10,7 +10,7 @@ from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.execution.tree import PART_BYTES, PART_FILES, cut_into_parts
 from kms_core.jobs.model import part_id
-from kms_core.jobs.submission.submitter import Reference
+from kms_core.jobs.submission.submitter import urls_of
 from kms_protocol import wire
 from kms_protocol.errors import InvalidRequest, JobsUnavailable, PathRefused
 from support.core_jobs import WHO, done, lines, now, opened, run, run_after_lease_expiry, submit
@@ -410,7 +410,7 @@ def test_fields_that_do_not_go_together_are_refused(kind: wire.JobKind, fields: 
     asked |= {"target": asked["source"]} if fields.get("target") == "SOURCE" else {}
 
     with pytest.raises(InvalidRequest):
-        Reference.of(wire.JobIn(kind=kind, **asked))  # type: ignore[arg-type]  # fields by name
+        urls_of(wire.JobIn(kind=kind, **asked))  # type: ignore[arg-type]  # fields by name
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import httpx2 as httpx
 import pytest
@@ -20,13 +20,14 @@ from kms_core.container import Core
 from kms_core.envelope import sealing
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Job, part_id
-from kms_core.jobs.submission.submitter import ClientJobId, Reference, SubmissionOptions
+from kms_core.jobs.submission.submitter import ClientJobId, SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.wire import PREFIX
 from support.core_jobs import run_after_lease_expiry
 from support.embedded_valkey import EmbeddedValkey
 from support.failing_store import run_until_killed
+from support.job_options import job_options
 from support.job_stores import forge, uploaded
 from support.service import Service, b64, check_problem, core_of
 
@@ -79,8 +80,8 @@ KINDS: Final = ("encrypt", "decrypt", "rewrap", "items", "parts")
 LINES: Final = {"items": 2, "parts": 501}
 
 
-def options(who: Principal, kind: str) -> SubmissionOptions:
-    return SubmissionOptions(who, cast("wire.JobKind", kind), Context.parse(CONTEXT))
+def options(who: Principal, kind: str, **urls: Any) -> SubmissionOptions:  # noqa: ANN401 -- of ``JobIn``
+    return job_options(who, cast("wire.JobKind", kind), CONTEXT, **urls)
 
 
 def sealed(install: Install, who: Principal, document: bytes) -> bytes:
@@ -110,8 +111,8 @@ def tree(install: Install, document: bytes) -> str:
         (root / "in").mkdir(parents=True, exist_ok=True)
         (root / f"in/{document.decode()}-{number}").write_bytes(document)
     (root / "out").mkdir()
-    asked = Reference(f"file://{root}/in/*", f"file://{root}/out/", overwrite=False)
-    return install.core.submitter.files(options(MINE, "encrypt"), asked).job_id
+    asked = options(MINE, "encrypt", source=f"file://{root}/in/*", target=f"file://{root}/out/")
+    return install.core.submitter.files(asked).job_id
 
 
 # -- what is exchanged ---------------------------------------------------------------------------------
@@ -219,9 +220,7 @@ def test_an_earlier_life_of_a_job_id_is_refused(install: Install, tmp_path: Path
     core, job_id = install.core, str(uuid.uuid4())
 
     def live(document: bytes) -> None:
-        terms = SubmissionOptions(
-            MINE, "decrypt", Context.parse(CONTEXT), named=ClientJobId(job_id, document * 8)
-        )
+        terms = job_options(MINE, "decrypt", Context.parse(CONTEXT), named=ClientJobId(job_id, document * 8))
         core.submitter.items(terms, [wire.JobItem(ciphertext=sealed(install, MINE, document))])
 
     live(b"past")

@@ -10,9 +10,8 @@ from kms_core.jobs.bulk_lines import RUN_ITEMS
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.spec import BULK
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.submitter import SubmissionOptions
-from kms_protocol.context import Context
 from kms_protocol.wire import PRIORITIES, JobItem
+from support.job_options import job_options
 from support.job_stores import TENANT, accepted, attempt, depths, forge
 from support.service import Service, check_problem, core_of
 
@@ -50,7 +49,7 @@ def test_streamed_job_has_its_priority_in_a_header(no_worker: Service, path: str
 
 def test_parts_inherit_the_priority_and_so_does_a_retry(core: Core, store: JobStore) -> None:
     items = [JobItem(plaintext=b"x")] * (RUN_ITEMS + 1)
-    terms = SubmissionOptions(Principal("local"), "encrypt", Context.parse("a=1"), priority="low")
+    terms = job_options(Principal("local"), "encrypt", "a=1", priority="low")
     job_id = core.submitter.items(terms, items).job_id
     assert depths(store)[BULK, "low"] == 1
 

@@ -17,10 +17,11 @@ from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import RecordRefused, ResultExpired, ResultReleased
 from support.core_jobs import WHO, end_of, lines, result, run
+from support.job_options import job_options
 from support.job_stores import TENANT, reap, remove_inputs, spool_folder, take, uploaded
 from support.service import CANARY, Service, core_of, unb64
 
-OPTIONS: Final = SubmissionOptions(WHO, "encrypt", Context())
+OPTIONS: Final = job_options(WHO, "encrypt", Context())
 LIMIT: Final = 16 * 1024
 NONE: Final = "[kms.jobs]\ninline_bytes = 0\n"
 
@@ -183,7 +184,7 @@ def test_damaged_result_is_refused(core: Core, damage: str) -> None:
     ids=["items", "upload", "failed upload"],
 )
 def test_inputs_outlive_the_end_by_the_grace(core: Core, kind: str, data: bytes, kept: set[str]) -> None:
-    options = replace(OPTIONS, kind=kind)  # type: ignore[arg-type]  # or none
+    options = job_options(WHO, cast("wire.JobKind", kind), Context())  # or none
     job_id = bulk(core, data) if kind == "items" else uploaded(core, options, data)
     (given,) = roles(core, job_id)
     assert run(core, job_id).ended

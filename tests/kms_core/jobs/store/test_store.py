@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from copy import copy
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
@@ -17,7 +16,7 @@ from kms_core.jobs.model import Attempt, Checkpoint, Job, LeaseLost, RecordKey, 
 from kms_core.jobs.spec import JobSpec, Work
 from kms_core.jobs.store import reader
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.submitter import Deadlines, SubmissionOptions, new_id
+from kms_core.jobs.submission.submitter import SubmissionOptions, new_id
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import (
@@ -31,6 +30,7 @@ from kms_protocol.errors import (
     UnknownJob,
 )
 from support.embedded_valkey import EmbeddedValkey
+from support.job_options import job_options
 from support.job_stores import (
     COMMIT,
     LASTING_LEASES,
@@ -169,9 +169,9 @@ def test_so_many_jobs_may_be_open_and_no_more(core: Core) -> None:
         {"priority": "low"},
         {"new_context": Context.parse("b=1")},
         {"new_context": Context()},
-        {"deadlines": Deadlines(ttl_s=60)},
-        {"deadlines": Deadlines(keep_for_s=60)},
-        {"deadlines": Deadlines(run_by=datetime(2999, 1, 1, tzinfo=UTC))},
+        {"ttl_s": 60},
+        {"keep_for": 60},
+        {"run_by": datetime(2999, 1, 1, tzinfo=UTC)},
         {"callback": "ci"},
         {"labels": {"a": "b"}},
         {"metadata": {"a": "b"}},
@@ -180,18 +180,21 @@ def test_so_many_jobs_may_be_open_and_no_more(core: Core) -> None:
     ids="-".join,
 )
 def test_whatever_is_asked_for_tells_requests_apart(core: Core, change: dict[str, object]) -> None:
-    terms = SubmissionOptions(Principal("local"), "encrypt", Context.parse("a=1"), idempotency="key")
+    asked = {"kind": "encrypt", "context": "a=1", "idempotency": "key"}
 
-    same, other = core.submitter.hasher(replace(terms)), core.submitter.hasher(replace(terms, **change))  # type: ignore[arg-type]  # any field
+    one, same, other = (
+        core.submitter.hasher(job_options(Principal("local"), **more)).digest()
+        for more in (asked, asked, asked | change)
+    )
 
-    assert core.submitter.hasher(terms).digest() == same.digest() != other.digest()
+    assert one == same != other
 
 
 ITEM = wire.JobItem(plaintext=b"x")
 
 
 def terms_of(name: str, key: str) -> SubmissionOptions:
-    return SubmissionOptions(Principal(name), "encrypt", Context.parse("a=1"), idempotency=key)
+    return job_options(Principal(name), "encrypt", Context.parse("a=1"), idempotency=key)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import time
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import pytest
@@ -12,11 +12,11 @@ from kms_core.jobs.execution.lease import Lease
 from kms_core.jobs.model import Checkpoint, Job, LeaseLost, part_id
 from kms_core.jobs.spec import BULK, QUEUES
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.submission.submitter import Deadlines, SubmissionOptions
-from kms_protocol.context import Context
+from kms_core.jobs.submission.submitter import deadlines
 from kms_protocol.errors import InvalidDeadline, JobExpired
-from kms_protocol.wire import JobItem
+from kms_protocol.wire import JobIn, JobItem
 from support.core_jobs import WHO
+from support.job_options import job_options
 from support.job_stores import COMMIT, LASTING_LEASES, TENANT, accepted, attempt, expire_leases, record
 from support.waiting import monotonic_ahead, until
 
@@ -27,6 +27,10 @@ KEEP_S: Final = 7_200
 
 def at(seconds: float) -> datetime:
     return datetime.fromtimestamp(NOW + seconds, UTC)
+
+
+def job_in(**asked: Any) -> JobIn:  # noqa: ANN401 -- fields of it
+    return JobIn(kind="encrypt", **asked)
 
 
 def fields(start_by: float, run_by: float, keep_for_s: float) -> dict[str, float]:
@@ -41,41 +45,43 @@ def fields(start_by: float, run_by: float, keep_for_s: float) -> dict[str, float
 @pytest.mark.parametrize(
     ("asked", "found"),
     [
-        (Deadlines(), fields(DAY, DAY, KEEP_S)),
-        (Deadlines(start_by=at(60)), fields(60, DAY, KEEP_S)),
-        (Deadlines(start_by=at(2 * DAY)), fields(2 * DAY, 2 * DAY, KEEP_S)),
-        (Deadlines(run_by=at(60)), fields(60, 60, KEEP_S)),
-        (Deadlines(run_by=at(2 * DAY)), fields(DAY, 2 * DAY, KEEP_S)),
-        (Deadlines(start_by=at(10), run_by=at(20), keep_for_s=60), fields(10, 20, 60)),
-        (Deadlines(keep_for_s=60), fields(DAY, DAY, 60)),
+        ({}, fields(DAY, DAY, KEEP_S)),
+        ({"start_by": at(60)}, fields(60, DAY, KEEP_S)),
+        ({"start_by": at(2 * DAY)}, fields(2 * DAY, 2 * DAY, KEEP_S)),
+        ({"run_by": at(60)}, fields(60, 60, KEEP_S)),
+        ({"run_by": at(2 * DAY)}, fields(DAY, 2 * DAY, KEEP_S)),
+        ({"start_by": at(10), "run_by": at(20), "keep_for": 60}, fields(10, 20, 60)),
+        ({"keep_for": 60}, fields(DAY, DAY, 60)),
         # the term of old clients is all three
-        (Deadlines(ttl_s=60), {"start_by": NOW + 60, "run_by": NOW + 60, "expires_at": NOW + 60}),
+        ({"ttl_s": 60}, {"start_by": NOW + 60, "run_by": NOW + 60, "expires_at": NOW + 60}),
     ],
     ids=str,
 )
-def test_what_is_not_asked_for_has_a_default(asked: Deadlines, found: dict[str, float]) -> None:
-    assert asked.fields(NOW, KEEP_S) == found
+def test_what_is_not_asked_for_has_a_default(asked: dict[str, Any], found: dict[str, float]) -> None:
+    assert deadlines(job_in(**asked), NOW, KEEP_S) == found
 
 
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        (Deadlines(start_by=at(-1)), "start_by is in the past"),
-        (Deadlines(run_by=at(0)), "run_by is in the past"),
-        (Deadlines(start_by=at(20), run_by=at(10)), "run_by is before start_by"),
-        (Deadlines(run_by=at(31 * DAY)), "name an earlier one"),
-        (Deadlines(start_by=at(31 * DAY)), "name an earlier one"),
-        (Deadlines(keep_for_s=30 * DAY + 1), "name a shorter time"),
-        (Deadlines(ttl_s=60, keep_for_s=60), "ttl_s stands for"),
-        (Deadlines(ttl_s=60, run_by=at(60)), "ttl_s stands for"),
+        ({"start_by": at(-1)}, "start_by is in the past"),
+        ({"run_by": at(0)}, "run_by is in the past"),
+        ({"start_by": at(20), "run_by": at(10)}, "run_by is before start_by"),
+        ({"run_by": at(31 * DAY)}, "name an earlier one"),
+        ({"start_by": at(31 * DAY)}, "name an earlier one"),
+        ({"keep_for": 30 * DAY + 1}, "name a shorter time"),
+        ({"ttl_s": 60, "keep_for": 60}, "ttl_s stands for"),
+        ({"ttl_s": 60, "run_by": at(60)}, "ttl_s stands for"),
     ],
     ids=lambda each: each if isinstance(each, str) else "",
 )
-def test_wrong_deadlines_are_refused_and_nothing_is_stored(core: Core, asked: Deadlines, told: str) -> None:
+def test_wrong_deadlines_are_refused_and_nothing_is_stored(
+    core: Core, asked: dict[str, Any], told: str
+) -> None:
     with pytest.raises(InvalidDeadline, match=told):
-        asked.fields(NOW, KEEP_S)
+        deadlines(job_in(**asked), NOW, KEEP_S)
 
-    past = Deadlines(run_by=datetime.now(UTC) - timedelta(seconds=5))
+    past = datetime.now(UTC) - timedelta(seconds=5)
     with pytest.raises(InvalidDeadline):
         submitted(core, past)
     assert list(core.worker_context.spool.folders(0)) == []
@@ -85,8 +91,8 @@ def test_wrong_deadlines_are_refused_and_nothing_is_stored(core: Core, asked: De
 # -- while a job waits and runs --------------------------------------------------------------------------
 
 
-def submitted(core: Core, asked: Deadlines) -> Job:
-    terms = SubmissionOptions(WHO, "encrypt", Context.parse("a=1"), deadlines=asked)
+def submitted(core: Core, run_by: datetime) -> Job:
+    terms = job_options(WHO, "encrypt", "a=1", run_by=run_by)
     return core.submitter.items(terms, [JobItem(plaintext=b"x")])
 
 
@@ -302,4 +308,4 @@ def test_a_submission_goes_by_the_clock_of_redis(core: Core, monkeypatch: pytest
     run_by = datetime.now(UTC) + timedelta(minutes=5)
     monkeypatch.setattr(time, "time", lambda real=time.time: real() + 86_400)
 
-    assert submitted(core, Deadlines(run_by=run_by)).state == "queued"
+    assert submitted(core, run_by).state == "queued"

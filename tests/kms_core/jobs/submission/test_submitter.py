@@ -3,10 +3,10 @@
 import pytest
 
 from kms_core.container import Core
-from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.errors import InvalidRequest, NotACiphertext
 from kms_protocol.wire import JobKind
 from support.core_jobs import CONTEXT, WHO
+from support.job_options import job_options
 from support.job_stores import TENANT, spool_folder
 
 
@@ -17,7 +17,7 @@ from support.job_stores import TENANT, spool_folder
 def test_an_upload_that_is_cut_or_no_ciphertext_leaves_nothing(
     core: Core, kind: JobKind, missing: int, error: type[Exception], size: int
 ) -> None:
-    receiving = core.submitter.receive_upload(SubmissionOptions(WHO, kind, CONTEXT), size + missing)
+    receiving = core.submitter.receive_upload(job_options(WHO, kind, CONTEXT), size + missing)
     next(receiving)
 
     with pytest.raises(error):
