@@ -19,11 +19,13 @@ from kms_core.jobs.spec import (
     FILES,
     AnyJob,
     JobSpec,
+    PlacedTarget,
     RecordTooNew,
     Seconds,
     SignedEnd,
     SignedSplit,
     Work,
+    WorkResult,
     check_needs,
     unreadable_error,
 )
@@ -144,7 +146,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         return not self.ended and self.parts > 0 and self.parts_left <= 0
 
 
-class Commit(msgspec.Struct, frozen=True, kw_only=True):
+class Commit(PlacedTarget, frozen=True, kw_only=True, omit_defaults=False):
     """A target about to appear: with the accepted part, enough for any worker to finish it after a crash.
 
     ``replaces`` is inode, size in bytes and mtime in ns of the file whose place it takes, where that was the
@@ -157,12 +159,8 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     attempt_id: str
-    size_bytes: int
-    inode: int = 0
-    mtime_ns: int = 0
     replaces: tuple[int, int, int] | None = None
     upload: str = ""
-    parts: str = ""
     over: str = ""
     mark: str = ""
     file_id: str = ""
@@ -226,24 +224,16 @@ class Attempt:
 
     def end(self, state: JobState, error: str, work: Work, kept_until: float) -> SignedEnd:
         """The outcome of this attempt, to be signed; its record is kept until ``kept_until``."""
-        job = self.accepted
         return SignedEnd(
             fence=self.fence,
             attempt=self.attempt,
             attempt_id=self.attempt_id,
             state=state,
             error=error,
-            items=job.items,
-            items_done=work.items_done,
-            items_failed=work.items_failed,
-            size_bytes=job.size_bytes,
-            bytes_done=work.bytes_done,
-            tallies=dict(work.tallies),
-            failures=tuple(work.failures),
-            target=work.target,
-            result_digest=work.result_digest,
-            file_id=work.file_id,
+            items=self.accepted.items,
+            size_bytes=self.accepted.size_bytes,
             kept_until=kept_until,
+            **{name: getattr(work, name) for name in WorkResult.__struct_fields__},
         )
 
 

@@ -5,8 +5,7 @@ A worker signs how the work ended (``SignedEnd``), since Redis could claim any e
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Annotated, ClassVar, Final, Literal, get_args
 
 import msgspec
@@ -57,19 +56,28 @@ SmallBlob = tuple[str, bytes]
 """A sealed blob that rests in Redis: its name, and the bytes that its file in the spool would have."""
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """The work of an attempt, in items and bytes, and its result; ``blob`` is that, where it is small."""
+class WorkResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The work of an attempt, in items and bytes, and its result.
+
+    ``result_digest`` is the random id of the writing of the result (``BlobWriter.ref``), or SHA-256 over the
+    ends of its parts. ``failures`` are the first items or files that failed. ``file_id``
+    (``binding.file_id``) is that of the one file of the job, which it made, moved or opened.
+    """
 
     items_done: int = 0
     items_failed: int = 0
     bytes_done: int = 0
-    tallies: Mapping[str, int] = field(default_factory=dict)
-    failures: Sequence[Failure] = ()
+    tallies: dict[str, int] = {}
+    failures: tuple[Failure, ...] = ()
     target: PlacedTarget | None = None
     result_digest: bytes = b""
-    blob: SmallBlob | None = None
     file_id: str = ""
+
+
+class Work(WorkResult, frozen=True, kw_only=True):
+    """The work of this process, with its result as a ``blob``, where that is small."""
+
+    blob: SmallBlob | None = None
 
     @property
     def progress(self) -> dict[str, int]:
@@ -81,15 +89,12 @@ class Work:
         }
 
 
-class SignedEnd(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class SignedEnd(WorkResult, frozen=True, kw_only=True, omit_defaults=True):
     """The outcome of one attempt at a job.
 
     Its MAC is also over the digest of the sealed record, so it counts for no other record of the same id.
-    ``result_digest`` is the random id of the writing of the result (``BlobWriter.ref``), or SHA-256 over the
-    ends of its parts. ``failures`` are the first items or files
-    that failed. ``file_id`` (``binding.file_id``) is that of the one file of the job, which it made, moved or
-    opened. ``kept_until`` (seconds since the epoch) is when the record has left Redis by itself: from then on
-    it proves nothing.
+    ``kept_until`` (seconds since the epoch) is when the record has left Redis by itself: from then on it
+    proves nothing.
     """
 
     fence: int
@@ -98,16 +103,8 @@ class SignedEnd(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     state: JobState
     error: str = ""
     items: int = 0
-    items_done: int = 0
-    items_failed: int = 0
     size_bytes: int = 0
-    bytes_done: int = 0
     parts: int = 0
-    tallies: dict[str, int] = {}
-    failures: tuple[Failure, ...] = ()
-    target: PlacedTarget | None = None
-    result_digest: bytes = b""
-    file_id: str = ""
     kept_until: float
 
 

@@ -9,9 +9,10 @@ import os
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Protocol, Self
 
+import msgspec
 import structlog
 
 from kms_core.jobs.execution import attendance
@@ -145,12 +146,12 @@ class Lease(Renewed):
     def work(self) -> Work:
         """The work done so far."""
         items, failed, size_bytes = self._before
-        return replace(
+        return msgspec.structs.replace(
             self.made,
             items_done=items + self._items,
             items_failed=failed + self._failed,
             bytes_done=size_bytes + self._bytes,
-            failures=self.failures,
+            failures=tuple(self.failures),
         )
 
     def renew(self) -> None:

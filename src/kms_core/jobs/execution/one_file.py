@@ -249,10 +249,8 @@ class FileWork:
 
 
 def _placed(commit: Commit) -> Work:
-    target = PlacedTarget(
-        size_bytes=commit.size_bytes, inode=commit.inode, mtime_ns=commit.mtime_ns, parts=commit.parts
-    )
-    return Work(target=target, file_id=commit.file_id)
+    target = {name: getattr(commit, name) for name in PlacedTarget.__struct_fields__}
+    return Work(target=PlacedTarget(**target), file_id=commit.file_id)
 
 
 def _options(lease: Lease, job: FileJob) -> ParallelOptions:
