@@ -17,7 +17,8 @@ from uuid import uuid4
 import boto3
 from botocore.session import Session
 
-from kms_core.backends.aws.backend import AwsCipher, AwsEndpoint, AwsKmsClient
+from kms_core.backends.aws.backend import AwsCipher, AwsKmsClient
+from kms_core.backends.aws.settings import AwsKmsSection
 from kms_core.programs.tether import spawn
 from support.ports import free_port, listens
 from support.waiting import until_up
@@ -73,7 +74,7 @@ def _session() -> Session:
 
 
 def calls_to(url: str, *, timeout_s: float = 10.0) -> AwsKmsClient:
-    return AwsKmsClient(AwsEndpoint(REGION, url, None, None, timeout_s), _session())
+    return AwsKmsClient(AwsKmsSection(region=REGION, endpoint_url=url, timeout_s=timeout_s), _session())
 
 
 @functools.cache

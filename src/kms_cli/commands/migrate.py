@@ -31,7 +31,7 @@ from kms_cli.session import connect, meter, session
 from kms_client import Client
 from kms_client.requests import failure
 from kms_client.settings import check_encrypted
-from kms_core.backends.aws.settings import check_endpoint
+from kms_core.backends.aws.settings import AwsKmsSection, check_endpoint
 from kms_core.backends.circuit_breaker import RetryingCaller, RetryPolicy
 from kms_core.backends.vault import client as vault
 from kms_core.backends.vault.settings import TransitSection
@@ -483,7 +483,7 @@ def aws_command(**given: Any) -> int:  # noqa: ANN401 -- click's own
     EncryptionContext, KeyId, reference, new_context, new_key_id. Without --context or new_context, the
     encryption context of AWS becomes the context in the service.
     """
-    from kms_core.backends.aws.backend import AwsEndpoint, AwsKmsClient  # noqa: PLC0415 -- botocore is optional
+    from kms_core.backends.aws.backend import AwsKmsClient  # noqa: PLC0415 -- botocore is optional
 
     _show_warnings()
     Context.parse(given["context"])
@@ -492,7 +492,11 @@ def aws_command(**given: Any) -> int:  # noqa: ANN401 -- click's own
         check_endpoint("--endpoint-url", given["endpoint_url"], in_prod=False)
     names = ("region", "endpoint_url", "profile", "aws_ca_file")
     region, url, profile, ca_file = (given[name] for name in names)
-    kms = AwsKmsClient(AwsEndpoint(region, url, profile, ca_file, AWS_TIMEOUT_S))
+    kms = AwsKmsClient(
+        AwsKmsSection(
+            region=region, endpoint_url=url, profile=profile, ca_file=ca_file, timeout_s=AWS_TIMEOUT_S
+        )
+    )
 
     def decrypt(line: AwsLine) -> bytes:
         asked = line.parameters("CiphertextBlob", "EncryptionContext", "KeyId")

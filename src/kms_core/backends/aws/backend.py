@@ -135,17 +135,6 @@ _IAM_REFUSAL: Final = "not authorized to perform"  # IAM User Guide, "access den
 _CODE: Final = re.compile(r"[A-Za-z0-9.]{1,80}")
 
 
-@dataclass(frozen=True, slots=True)
-class AwsEndpoint:
-    """Address and credentials; None leaves a choice to AWS's own configuration."""
-
-    region: str | None
-    endpoint_url: str | None
-    profile: str | None
-    ca_file: Path | None
-    timeout_s: float
-
-
 class _Problem(msgspec.Struct):
     """Smithy, AWS JSON 1.1, "operation error serialization": ``__type`` may carry a namespace and a URI."""
 
@@ -160,8 +149,11 @@ class _Problem(msgspec.Struct):
 class AwsKmsClient:
     """AWS KMS in one region with one set of credentials; safe for several threads."""
 
-    def __init__(self, endpoint: AwsEndpoint, session: Session | None = None) -> None:
-        """Read AWS's configuration files, without a call. Raises ConfigurationError."""
+    def __init__(self, endpoint: AwsKmsSection, session: Session | None = None) -> None:
+        """Read AWS's configuration files, without a call. Raises ConfigurationError.
+
+        ``endpoint`` has the address and the credentials.
+        """
         try:
             self._session = session or _session(endpoint)
             url, self._region = _address(self._session, endpoint)
@@ -230,7 +222,7 @@ class AwsKmsClient:
         )
 
 
-def _session(endpoint: AwsEndpoint) -> Session:
+def _session(endpoint: AwsKmsSection) -> Session:
     session = Session(profile=endpoint.profile)
     limits = Config(
         connect_timeout=endpoint.timeout_s, read_timeout=endpoint.timeout_s, retries={"total_max_attempts": 1}
@@ -240,7 +232,7 @@ def _session(endpoint: AwsEndpoint) -> Session:
     return session
 
 
-def _address(session: Session, endpoint: AwsEndpoint) -> tuple[str, str]:
+def _address(session: Session, endpoint: AwsKmsSection) -> tuple[str, str]:
     """URL and region, from botocore's list of partitions. ``AWS_ENDPOINT_URL`` is ignored."""
     client = session.create_client(
         "kms",
@@ -515,7 +507,7 @@ def parsed(key: str) -> re.Match[str]:
 
 # -- opening -----------------------------------------------------------------------------------------
 
-_open: Final[WeakValueDictionary[AwsEndpoint, AwsKmsClient]] = WeakValueDictionary()
+_open: Final[WeakValueDictionary[AwsKmsSection, AwsKmsClient]] = WeakValueDictionary()
 
 
 def open_key(uri: SplitResult | None, section: AwsKmsSection, *, strict: bool) -> Backend:
@@ -528,13 +520,9 @@ def open_key(uri: SplitResult | None, section: AwsKmsSection, *, strict: bool) -
     key = uri.path if uri else section.key_id
     if key is None:
         raise ConfigurationError("kms.awskms.key_id is missing: name an alias, a key id or an ARN")
-    endpoint = AwsEndpoint(
-        region=parsed(key)["region"] or options.get("region") or section.region,
-        endpoint_url=section.endpoint_url,
-        profile=options.get("profile") or section.profile,
-        ca_file=section.ca_file,
-        timeout_s=section.timeout_s,
-    )
+    region = parsed(key)["region"] or options.get("region") or section.region
+    profile = options.get("profile") or section.profile
+    endpoint = msgspec.structs.replace(section, key_id=None, region=region, profile=profile)
     calls = _open.get(endpoint) or AwsKmsClient(endpoint)  # keys of one endpoint share its connections
     _open[endpoint] = calls
     return RemoteBackend(AwsCipher(calls, key))

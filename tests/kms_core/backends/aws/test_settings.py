@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import CredentialRetrievalError
 
-from kms_core.backends.aws.backend import AwsCipher, AwsEndpoint, AwsKmsClient, open_key
+from kms_core.backends.aws.backend import AwsCipher, AwsKmsClient, open_key
 from kms_core.backends.aws.settings import AwsKmsSection
 from kms_core.http_client import Unreachable
 from kms_core.keyring import build
@@ -34,7 +34,7 @@ def no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_credentials")
 def test_credentials_that_come_later_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     with scripted(working) as (url, script):
-        cipher = AwsCipher(AwsKmsClient(AwsEndpoint(REGION, url, None, None, 5.0)), KEY)
+        cipher = AwsCipher(AwsKmsClient(AwsKmsSection(region=REGION, endpoint_url=url)), KEY)
         with pytest.raises(BackendUnavailable, match=r"kms\.awskms\.profile"):
             cipher.versions()
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
@@ -51,7 +51,9 @@ def test_a_failing_source_of_credentials_is_told(tmp_path: Path, monkeypatch: py
     config = tmp_path / "config"
     config.write_text("[profile broken]\ncredential_process = false\n")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
-    cipher = AwsCipher(AwsKmsClient(AwsEndpoint(REGION, "http://127.0.0.1:9", "broken", None, 5.0)), KEY)
+    cipher = AwsCipher(
+        AwsKmsClient(AwsKmsSection(region=REGION, endpoint_url="http://127.0.0.1:9", profile="broken")), KEY
+    )
 
     with pytest.raises(BackendUnavailable, match=CredentialRetrievalError.__name__):
         cipher.versions()
@@ -67,7 +69,7 @@ def test_a_source_of_credentials_that_does_not_answer_is_unreachable(
     monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::111122223333:role/kms")
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(token))
     monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://127.0.0.1:{port}")
-    cipher = AwsCipher(AwsKmsClient(AwsEndpoint(REGION, "http://127.0.0.1:9", None, None, 5.0)), KEY)
+    cipher = AwsCipher(AwsKmsClient(AwsKmsSection(region=REGION, endpoint_url="http://127.0.0.1:9")), KEY)
 
     with pytest.raises(Unreachable):
         cipher.versions()
