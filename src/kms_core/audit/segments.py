@@ -49,8 +49,7 @@ class SegmentFile:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         found = os.fstat(self._fd)
         self._identity = (found.st_dev, found.st_ino)
-        self._turn = threading.Condition()
-        self._syncing = False
+        self._turn = threading.Lock()
         self._synced = 0
         self._closed = False
 
@@ -93,25 +92,17 @@ class SegmentFile:
         Raises OSError. After a failed sync the kernel may mark lost pages as clean, so the file is given up.
         """
         with self._turn:
-            while self._syncing and self._synced < size:
-                self._turn.wait()
             if self._synced >= size:
                 return
             if self.trouble == "unsynced" or self._closed:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
-            self._syncing, target = True, self.size
-        done = False
-        try:
-            os.fdatasync(self._fd)
-            done = True
-        finally:
-            with self._turn:
-                self._syncing = False
-                if done:
-                    self._synced = target
-                else:
-                    self.trouble = "unsynced"
-                self._turn.notify_all()
+            target = self.size
+            try:
+                os.fdatasync(self._fd)
+            except BaseException:
+                self.trouble = "unsynced"
+                raise
+            self._synced = target
 
     def finish(self, *, sync: bool) -> None:
         """Close the file after its last line. Raises OSError if lines may not be on disk."""
@@ -124,8 +115,6 @@ class SegmentFile:
     def abandon(self) -> None:
         """Close the file as it is; waiting calls of ``sync`` fail."""
         with self._turn:
-            while self._syncing:
-                self._turn.wait()
             if not self._closed:
                 self._closed = True
                 with suppress(OSError):
