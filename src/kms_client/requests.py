@@ -3,8 +3,6 @@
 Does no I/O. Paths are those below the prefix of the API. Contexts are checked before a request is sent.
 """
 
-import email.utils
-import time
 import uuid
 from collections.abc import Mapping
 from datetime import datetime
@@ -14,7 +12,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from kms_protocol import admin, errors, wire
+from kms_protocol import admin, errors, units, wire
 from kms_protocol.context import Context
 from kms_protocol.errors import EXIT_OTHER, InvalidRequest, KmsError, Unavailable
 from kms_protocol.units import time_text
@@ -76,14 +74,8 @@ class Reply(Hidden, frozen=True):
     body: bytes
 
     def retry_after_s(self) -> float | None:
-        """Return the seconds of Retry-After (RFC 9110 §10.2.3: a number or a date); None if unusable."""
-        value = self.headers.get("retry-after", "").strip()
-        if value.isdecimal():
-            return float(value)
-        try:
-            return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-        except ValueError:
-            return None
+        """Return the seconds of Retry-After; None if unusable."""
+        return units.retry_after_s(self.headers.get("retry-after", "").strip())
 
 
 def decoded(data: bytes, shape: type[T], what: str) -> T:

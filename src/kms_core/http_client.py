@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Final, TypeVar
@@ -31,6 +30,7 @@ from kms_core.observability import tracing
 from kms_protocol import __version__
 from kms_protocol.errors import BackendUnavailable, ConfigurationError
 from kms_protocol.tls_client import client_context, load_pair
+from kms_protocol.units import retry_after_s
 
 ANSWER_BYTES: Final = 1024 * 1024
 CONNECTIONS: Final = 64
@@ -390,12 +390,7 @@ def _raise_for_status(answer: PeerAnswer, response: httpcore2.Response) -> None:
 def _retry_after(response: httpcore2.Response) -> float:
     """Seconds of a Retry-After header (RFC 9110 §10.2.3), at most five minutes; 0 without one."""
     given = next((value for name, value in response.headers if name.lower() == b"retry-after"), b"")
-    text = given.decode("ascii", "replace").strip()
-    try:
-        seconds = float(text) if text.isdecimal() else parsedate_to_datetime(text).timestamp() - time.time()
-    except (ValueError, OverflowError):
-        return 0.0
-    return min(max(seconds, 0.0), MAX_RETRY_AFTER_S)
+    return min(retry_after_s(given.decode("ascii", "replace").strip()) or 0.0, MAX_RETRY_AFTER_S)
 
 
 _ERRORS: Final = (  # the first that fits; the text of the last two may quote what came

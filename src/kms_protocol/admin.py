@@ -4,7 +4,7 @@ from typing import ClassVar, Final, Literal
 
 from msgspec import UNSET, UnsetType, field
 
-from kms_protocol.wire import KEY_EXAMPLE, Answer, JobState
+from kms_protocol.wire import KEY_EXAMPLE, Answer, JobState, UsedKey
 
 
 class HealthOut(Answer, frozen=True, kw_only=True):
@@ -77,13 +77,10 @@ class KeyOut(Answer, frozen=True, kw_only=True):
     budget: float | None = None
 
 
-class RotateOut(Answer, frozen=True, kw_only=True):
+class RotateOut(UsedKey, frozen=True, kw_only=True):
     """The new version of a key."""
 
     EXAMPLE: ClassVar = KEY_EXAMPLE
-    key_id: str
-    key_version: str
-    backend: str
 
 
 class KeysOut(Answer, frozen=True, kw_only=True):

@@ -5,7 +5,9 @@ written with binary units. A duration that is read is a number and s, m, h or d.
 """
 
 import re
+import time
 from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import Final
 
 KiB: Final = 1024
@@ -48,6 +50,16 @@ def time_or_none(text: str) -> datetime | None:
 def age_s(text: str) -> float:
     """Return the seconds since a time, negative before it. Raises ValueError."""
     return (datetime.now(UTC) - parse_time(text)).total_seconds()
+
+
+def retry_after_s(text: str) -> float | None:
+    """Read the seconds of a Retry-After header (RFC 9110 §10.2.3: a number or a date); None if unusable."""
+    if text.isdecimal():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
 
 
 def size_text(size_bytes: float) -> str:
