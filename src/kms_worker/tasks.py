@@ -7,7 +7,6 @@ import os
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 import structlog
@@ -46,11 +45,18 @@ class LogBound:
     """Lets few lines of a kind into the log, whatever the rate of events. One for each process."""
 
     def __init__(self) -> None:
-        self._windows: dict[tuple[str, ...], _Window] = {}
+        self._windows: dict[tuple[str, ...], tuple[float, int, int]] = {}
+        """By kind: when its window began, the lines since then, the events that got no line."""
 
     def passes(self, *kind: str) -> int:
         """Count an event; returns the number of events for a log line, 0 for none."""
-        return self._windows.setdefault(kind, _Window()).passes(time.monotonic())
+        now = time.monotonic()
+        begin, lines, unsaid = self._windows.get(kind, (-math.inf, 0, 0))
+        if now - begin >= LOG_WINDOW_S:
+            begin, lines = now, 0
+        told = unsaid + 1 if lines < LOG_LINES else 0
+        self._windows[kind] = (begin, lines + bool(told), 0 if told else unsaid + 1)
+        return told
 
 
 class Refusals:
@@ -71,25 +77,6 @@ class Refusals:
         if count := self._bound.passes(queue, code):
             named = task_id if isinstance(task_id, str) and TASK_ID.fullmatch(task_id) else ""
             _log.warning(event, queue=queue, code=code, count=count, task_id=named)
-
-
-@dataclass(slots=True)
-class _Window:
-    """Counts of lines of one kind since ``begin``, and of events that got no line."""
-
-    begin: float = -math.inf
-    lines: int = 0
-    unsaid: int = 0
-
-    def passes(self, now: float) -> int:
-        self.unsaid += 1
-        if now - self.begin >= LOG_WINDOW_S:
-            self.begin, self.lines = now, 0
-        if self.lines >= LOG_LINES:
-            return 0
-        self.lines += 1
-        told, self.unsaid = self.unsaid, 0
-        return told
 
 
 SUBMIT_TASK: Final = "kms.submit"
