@@ -44,7 +44,8 @@ export def encrypt-file [
 
 # Decrypt a file of any size into its name without .age or --output, for you alone to read.
 #
-# It goes as `kms encrypt-file` does; nothing is written before the last byte has proven genuine.
+# It goes as `kms encrypt-file` does; nothing is written before the last byte has proven genuine. Where NAME.enc is not
+# there and NAME.age is, it takes that, and says so.
 @category kms
 @search-terms open
 @example "into config.yaml" { kms decrypt-file config.yaml.age }

@@ -131,7 +131,7 @@ export def "job result" [
 # Items are text or bytes, or records with `plaintext` or `ciphertext` and a `context` of their own, up to 10,000 and
 # 16 MiB. Without them the job reads SOURCE and writes TARGET: file:///path or s3://bucket/key, or an absolute path
 # there. A source with * in it names many files, and the target is then a directory, ending in a slash. Returns the
-# job's id, or with --wait the job.
+# job's id, or with --wait the job; Ctrl-C ends the wait, not the job.
 @category kms
 @example "many secrets at once" { [alpha beta] | kms job submit encrypt --context env=prod --wait }
 @example "a directory where the service runs" { kms job submit encrypt /srv/in/** /srv/out/ --context env=prod }
@@ -183,7 +183,13 @@ export def "job submit" [
         callback: $callback
     }
     let id = call $at POST /jobs --body $body --headers {Idempotency-Key: (random uuid)} | get job_id
-    if $wait { ended $at $id --progress $progress } else { $id }
+    if not $wait {
+        return $id
+    }
+    if (is-terminal --stderr) {
+        print --stderr $"kms: job ($id)"
+    }
+    ended $at $id --progress $progress
 }
 
 # An item as the service takes it.

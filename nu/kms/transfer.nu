@@ -15,6 +15,7 @@ const ARMOR = "-----BEGIN AGE ENCRYPTED FILE-----"
 # Encrypt or decrypt one file. `given` holds source, output, context, key_id, priority, callback and force.
 # Returns source, output, bytes and job_id, which is null after a single call.
 export def convert [at: record, kind: string, given: record]: nothing -> record {
+    let given = if $kind == decrypt { $given | update source (found $given.source) } else { $given }
     let source = $given.source | path expand
     if not ($source | path exists) {
         fail $at no_such_file $"There is no file ($given.source)" --blame source
@@ -25,6 +26,16 @@ export def convert [at: record, kind: string, given: record]: nothing -> record 
     let target = named $at $kind $given
     let job_id = written $at $target $given.force {|draft| fill $at $kind ($given | update source $source) $draft }
     {source: $source, output: $target, bytes: (size $target), job_id: $job_id}
+}
+
+# The name of the file to decrypt. In place of a missing NAME.enc, the older name, it is NAME.age.
+def found [name: string]: nothing -> string {
+    let other = $name | str replace --regex '\.enc$' $SUFFIX
+    if ($name | path exists --no-symlink) or ($other | path expand | path type) != file {
+        return $name
+    }
+    print --stderr $"kms: note: there is no ($name), so this decrypts ($other)"
+    $other
 }
 
 def named [at: record, kind: string, given: record]: nothing -> string {

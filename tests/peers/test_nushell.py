@@ -137,10 +137,10 @@ def test_the_commands_of_the_first_document_run_as_they_are(nu: Nu, secured: Sec
     for name in ("config.yaml", "secrets.json", "temp_key", "workspace/config/secrets.yaml"):
         nu.file(name, name)
 
-    script = SEED.replace("config.yaml.enc", "config.yaml.age")  # the suffix is that of age now
-    ran = nu.run(script, KMS_SERVICE_URL="http://127.0.0.1:1", ADDRESS=secured.url)
+    ran = nu.run(SEED, KMS_SERVICE_URL="http://127.0.0.1:1", ADDRESS=secured.url)
 
     assert ran.returncode == 0, ran.stderr
+    assert "there is no config.yaml.enc, so this decrypts config.yaml.age" in ran.stderr
     assert (nu.folder / "config.yaml").read_text() == "config.yaml"
     assert (nu.folder / "secrets.json").read_text() == "secrets.json"
     sealed = (nu.folder / "temp_key.age").read_bytes()
@@ -285,6 +285,16 @@ def test_the_suffix_of_older_versions_is_taken_off_too(nu: Nu) -> None:
     for name in (".age", ".enc"):
         nu.file(name, (nu.folder / "older.enc").read_bytes())
         assert "no_output" in nu.fails(f"kms decrypt-file {name}")
+
+
+def test_an_older_name_that_is_missing_stands_for_the_one_of_age(nu: Nu) -> None:
+    nu.file("note", "note")
+    script = "kms encrypt-file note; cd ..; kms decrypt-file $'($env.HOME)/note.enc' --force | get source"
+    assert nu.gives(script) == str(nu.folder / "note.age")
+    nu.file("note.enc", "what is there is taken")
+    assert "not_a_ciphertext" in nu.fails("kms decrypt-file note.enc --force")
+    assert "no_such_file" in nu.fails("kms decrypt-file absent.enc")
+    assert "no_such_file" in nu.fails("kms encrypt-file absent.enc")
 
 
 def test_a_large_file_streams_through_a_job(nu: Nu) -> None:
