@@ -46,7 +46,7 @@ USER_FOLDERS: Final = "Ana María/my code"
 USER_ENVIRON: Final = {"LC_ALL": "C", "TZ": "Asia/Kolkata"}
 KEPT: Final = re.compile(r"PATH|PIP_\w+|\w+_(?:CERT|CERT_FILE|CERT_DIR|CA_BUNDLE|CA_CERTS|PROXY)|\w+_proxy")
 BLOCK: Final = re.compile(r"^<!-- run -->\n```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
-TOOLS: Final = ("age", "curl")
+TOOLS: Final = ("curl",)
 
 
 @dataclass(frozen=True)

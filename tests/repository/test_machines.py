@@ -1,6 +1,7 @@
 """``scripts/test --machines``: what each machine is, over a small project; which Python ``.ci/run`` takes."""
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ from types import SimpleNamespace
 from typing import Final
 
 import pytest
+
+from support import pages
 
 ROOT: Final = Path(__file__).parents[2]
 UP: Final = """#!/bin/sh
@@ -39,6 +42,14 @@ word=said
 test "$word" = said && {last}
 ```
 """
+
+
+def test_the_blocks_of_the_readme_need_curl_alone() -> None:
+    """A new machine has it, git and Python: the README says so."""
+    text = "\n".join(pages.blocks_to_run("README.md", "sh"))
+    called = set(re.findall(r"(?:^|\||&&|\$\()[ \t]*([a-z][\w-]*)(?![\w=-])", text, re.MULTILINE))
+
+    assert called == {"kms", "curl", "cmp", "echo", "head", "mktemp", "rm", "sed"}
 
 
 @pytest.fixture

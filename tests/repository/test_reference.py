@@ -2,6 +2,8 @@
 
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +82,26 @@ def test_the_page_shows_options_variables_defaults_codes_and_examples() -> None:
     assert "- `78`: wrong configuration." in top
     assert "--listener" not in PAGE
     assert "\nExample: `kms backup -r age1… -o kms-backup.age`\n" in PAGE
+
+
+def test_the_reference_needs_what_the_service_needs_and_no_tools_of_the_tests(tmp_path: Path) -> None:
+    """As a user has it who installed by ``scripts/up``: ``ready`` says what would be installed."""
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    shutil.copy(ROOT / "scripts/docs", scripts)
+    (scripts / "venv.sh").write_text(
+        f"root={shlex.quote(str(tmp_path))} venv=$root; say() {{ :; }}; ready() {{ echo $1; }}\n"
+    )
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").symlink_to("/bin/true")
+
+    assert ran(scripts / "docs", "--reference").stdout == "runtime\n"
+    assert ran(scripts / "docs").stdout == "dev\n"
+    code = (
+        "import runpy, sys; runpy.run_path(sys.argv[1]); print(*{m.partition('.')[0] for m in sys.modules})"
+    )
+    loaded = set(ran(sys.executable, "-c", code, ROOT / "scripts/reference.py").stdout.split())
+    assert not loaded & {"pytest", "yaml", "zensical", "pyrage", "boto3", "httpx2"}
 
 
 def test_each_heading_is_a_man_page(pages: list[Path]) -> None:
