@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 import click
 
 from kms_cli import terminal
-from kms_cli.options import STDIO, writing
+from kms_cli.options import STDIO
 from kms_core.age import armor, header, mlkem768x25519, stream
 from kms_core.age.armor import ArmorWriter
 from kms_core.age.header import FILE_KEY_BYTES, FILE_LIMITS, VERSION_LINE, Header, Stanza, is_age_file
@@ -42,19 +42,13 @@ from kms_core.payload.streaming import RangeReader
 from kms_core.secure_files import in_shell, open_to_others
 from kms_protocol import small_files
 from kms_protocol.context import Context
-from kms_protocol.errors import DecryptFailed, InvalidRequest, NotACiphertext, SpoolFull, TooLarge
+from kms_protocol.errors import DecryptFailed, InvalidRequest, NotACiphertext, TooLarge
 from kms_protocol.wire import KEY_ID_PATTERN
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 LOOK_BYTES: Final = 2048
-
-
-class NoRoom(SpoolFull):
-    """The disk of the output is full."""
-
-    hint = "name another output with --output"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,23 +110,6 @@ def unarmored(given: InputStream) -> InputStream:
     if not start.lstrip().startswith(armor.BEGIN):
         raise NotACiphertext("Neither an age file nor an armored one")
     return InputStream(armor.ArmorReader(rest), None)
-
-
-@contextlib.contextmanager
-def target(path: Path | None, *, force: bool) -> Iterator[BinaryIO]:
-    """Open an output as ``options.writing``. A file appears complete or not at all; a device is written to.
-
-    Raises TargetExists for an existing file, unless ``force`` is set.
-    """
-    if path and path != STDIO and path.exists() and not path.is_file() and not path.is_dir():
-        with path.open("wb") as writer:
-            yield writer
-        return
-    try:
-        with writing(path, overwrite=force) as writer:
-            yield writer
-    except SpoolFull as exc:
-        raise NoRoom(exc.detail) from exc
 
 
 def new_file(target: BinaryIO) -> FileWriter | None:

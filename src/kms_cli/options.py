@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeVar
@@ -12,7 +13,7 @@ import msgspec
 from kms_cli import terminal
 from kms_cli.session import complete_keys, printed_as_json
 from kms_core.secure_files import replacing
-from kms_protocol.errors import InvalidContext, InvalidRequest, TargetExists
+from kms_protocol.errors import InvalidContext, InvalidRequest, SpoolFull, TargetExists
 from kms_protocol.units import parse_duration, parse_time, size_text
 from kms_protocol.wire import PRIORITIES, ContextIn
 
@@ -114,18 +115,19 @@ class IsDirectory(click.UsageError):
     hint = "give one file or, on stdin, what tar writes; `kms job submit` takes all files of a directory"
 
 
-class _Source(click.Path):
+class SourceName(click.Path):
+    """The name of a file that is read, or - for stdin."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401  # click's own
         if Path(value).is_dir():
             raise IsDirectory(f'"{value}" is a directory', ctx)
         return super().convert(value, param, ctx)
 
 
-source_argument = click.argument(
-    "source",
-    metavar="SOURCE",
-    type=_Source(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
-)
+source_argument = click.argument("source", metavar="SOURCE", type=SourceName())
 output_option = click.option(
     "-o",
     "--output",
@@ -145,7 +147,7 @@ class OutputExists(TargetExists):
 def placed(target: Path, *, overwrite: bool, room_bytes: int = 0) -> Iterator[BinaryIO]:
     """Open ``secure_files.replacing``, with room for so many bytes, all of which the caller writes.
 
-    Raises OutputExists, UsageError if its directory is missing, OSError.
+    Raises OutputExists, UsageError if its directory is missing, OSError, which names a target that is full.
     """
     if target.exists() and not overwrite:
         raise OutputExists(f"{terminal.printable(str(target))} exists")
@@ -158,10 +160,13 @@ def placed(target: Path, *, overwrite: bool, room_bytes: int = 0) -> Iterator[Bi
             yield file
     except FileExistsError as exc:
         raise OutputExists(f"{terminal.printable(str(target))} exists") from exc
-    except OSError as exc:  # of the temporary file, by its name or, once it is open, by none
-        if exc.errno in terminal.OS_HINTS or f"/.{target.name}." in f"/{exc.filename}":
-            exc.filename = str(target)
-        raise
+    except (SpoolFull, OSError) as exc:
+        error = exc.__cause__ if isinstance(exc, SpoolFull) else exc  # threads raise it of a full disk
+        if not isinstance(error, OSError):  # the service has no room
+            raise
+        if error.errno in terminal.OS_HINTS or f"/.{target.name}." in f"/{error.filename}":
+            error.filename = str(target)  # in place of the temporary file, which has no name once it is open
+        raise error from None
 
 
 def name_of(source: Path) -> str:
@@ -174,18 +179,16 @@ def is_stdout(target: Path | None) -> bool:
     return target is None or target == STDIO
 
 
-@contextlib.contextmanager
-def writing(target: Path | None, *, overwrite: bool) -> Iterator[BinaryIO]:
-    """Open an output: a file as ``placed``, stdout for ``-`` and None. For None a terminal gets only text.
+def writing(target: Path | None, *, overwrite: bool) -> AbstractContextManager[BinaryIO]:
+    """Open an output: a file as ``placed``, a device or named pipe as it is, stdout for ``-`` and None.
 
-    Raises OutputExists, BinaryOutput, UsageError.
+    For None a terminal gets only text. Raises OutputExists, BinaryOutput, UsageError, OSError.
     """
     if target is None or target == STDIO:
-        with terminal.stdout(forced=target is not None) as writer:
-            yield writer
-    else:
-        with placed(target, overwrite=overwrite) as file:
-            yield file
+        return terminal.stdout(forced=target is not None)
+    if target.exists() and not target.is_file() and not target.is_dir():
+        return target.open("wb")
+    return placed(target, overwrite=overwrite)
 
 
 def report_written(done: str, source: Path, output: Path | None, **more: str) -> None:

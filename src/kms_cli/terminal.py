@@ -30,7 +30,7 @@ HINTS: Final[Mapping[str, str]] = {  # by error code
     "ask the operator for a new one",
     "forbidden": "ask the operator for a token whose scope allows this operation, key, context and path",
     "path_refused": "name plain files beneath [kms.jobs] roots, as `kms config show` on that host lists them",
-    "unknown_key": "check --key-id, or leave it out to use the default key",
+    "unknown_key": "`kms keys list` shows the keys that you may use",
     "unknown_job": "`kms job list` shows your jobs",
     "result_expired": "`kms job show` says how the job ended; to have a result again, submit it again",
     "job_not_finished": "wait for it with `kms job wait`",
@@ -90,7 +90,7 @@ def record(values: Mapping[str, object], *, as_json: bool = False) -> None:
         return
     width = max(map(len, values))
     for name, value in values.items():
-        result(f"{name.replace('_', ' '):<{width}}  {printable(str(value))}")
+        row((name.replace("_", " "), str(value)), (width, 0))
 
 
 def in_json(text: str) -> None:
@@ -112,11 +112,44 @@ def _escaped(text: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows in aligned columns on stdout."""
-    rows = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in (head, *rows):
-        result("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    """Print rows in aligned columns on stdout, each as ``row``."""
+    shown = [[printable(cell) for cell in cells] for cells in (head, *rows)]
+    widths = [max(map(columns_of, column)) for column in zip(*shown, strict=True)]
+    for cells in shown:
+        row(cells, widths)
+
+
+_GAP: Final = "  "  # between columns, and before the further lines of a row
+
+
+def row(cells: Sequence[str], widths: Sequence[int]) -> None:
+    """Print cells on stdout, in columns of at least these widths.
+
+    On a terminal, columns for which a line has no room follow on further lines. A cell whose column has the
+    width 0, or one that is wider than the terminal, is broken at its spaces. No word is cut.
+    """
+    import shutil  # noqa: PLC0415 -- not needed by commands that print no rows
+
+    room, line = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize, ""
+    for cell, width in zip(map(printable, cells), widths, strict=True):
+        used = columns_of(cell)
+        fits = columns_of(_GAP if width else line) + used <= room
+        padded = used if width + len(_GAP) > room else max(width, used)
+        for part in [cell + " " * (padded - used)] if fits else cell.split():
+            if line.strip() and cell and columns_of(line + part) > room:
+                result(line.rstrip())
+                line = _GAP
+            line += part + (_GAP if fits else " ")
+    result(line.rstrip())
+
+
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes: two for each wide character of East Asia."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import combining, east_asian_width  # noqa: PLC0415 -- as above
+
+    return len(text) + sum((east_asian_width(char) in "WF") - (combining(char) > 0) for char in text)
 
 
 def printable(text: str) -> str:

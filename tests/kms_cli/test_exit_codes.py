@@ -14,7 +14,7 @@ from kms_cli import terminal
 from kms_cli.main import run
 from kms_client.requests import BY_CODE
 from support.cli.fixtures import BIN, environment
-from support.contract_server import ContractServer
+from support.contract_server import ContractServer, Job
 from support.ports import free_port
 from support.waiting import WAIT_S, until
 
@@ -22,23 +22,39 @@ KMS = str(BIN / "kms")
 
 
 @contextmanager
-def encrypting(stand_in: ContractServer, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """``kms encrypt-file file`` of some megabytes."""
-    (folder / "file").write_bytes(b"x" * 4_000_000)
-    command, env = [KMS, "encrypt-file", "file"], environment(folder, KMS_SERVICE_URL=stand_in.url)
-    with subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True) as running:
+def running_kms(stand_in: ContractServer, folder: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+    env = environment(folder, KMS_SERVICE_URL=stand_in.url)
+    with subprocess.Popen([KMS, *words], cwd=folder, env=env, stderr=subprocess.PIPE, text=True) as running:
         yield running
 
 
-@pytest.mark.parametrize(
+@contextmanager
+def encrypting(stand_in: ContractServer, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """``kms encrypt-file file`` of some megabytes."""
+    (folder / "file").write_bytes(b"x" * 4_000_000)
+    with running_kms(stand_in, folder, "encrypt-file", "file") as running:
+        yield running
+
+
+def until_followed(stand_in: ContractServer) -> None:
+    until(lambda: any("/jobs/job-1?wait=" in seen.path for seen in stand_in.seen), "it follows the job")
+
+
+SIGNALS = pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"]
 )
+GOES_ON = (
+    "kms: the wait ended, not job job-1: `kms job wait job-1` waits on, `kms job cancel job-1` cancels it"
+)
+
+
+@SIGNALS
 def test_interrupted_transfer_leaves_no_file_and_no_job(
     stand_in: ContractServer, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     stand_in.faults.steps_s = 100
     with encrypting(stand_in, tmp_path) as running:
-        until(lambda: any("/jobs/job-1?wait=" in seen.path for seen in stand_in.seen), "it follows the job")
+        until_followed(stand_in)
         running.send_signal(number)
         _, said = running.communicate(timeout=WAIT_S)
 
@@ -46,6 +62,37 @@ def test_interrupted_transfer_leaves_no_file_and_no_job(
     assert "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert stand_in.jobs["job-1"].cancelled
+    assert said.splitlines()[0] == "kms: cancelled job job-1"
+
+
+def test_a_transfer_whose_job_cannot_be_cancelled_says_that_it_goes_on(
+    stand_in: ContractServer, tmp_path: Path
+) -> None:
+    stand_in.faults.steps_s = 100
+    with encrypting(stand_in, tmp_path) as running:
+        until_followed(stand_in)
+        stand_in.faults.token = "another"
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=WAIT_S)
+
+    assert said.splitlines() == [GOES_ON, "kms: interrupted"]
+
+
+@SIGNALS
+@pytest.mark.parametrize("words", [("wait", "job-1"), ("submit", "encrypt", "/a", "/b", "--wait")], ids=str)
+def test_an_interrupted_wait_leaves_the_job_and_says_how_to_go_on(
+    stand_in: ContractServer, tmp_path: Path, words: tuple[str, ...], number: signal.Signals, code: int
+) -> None:
+    stand_in.faults.steps_s = 100
+    if words[0] == "wait":
+        stand_in.jobs["job-1"] = Job("encrypt", b"")
+    with running_kms(stand_in, tmp_path, "job", *words) as running:
+        until_followed(stand_in)
+        running.send_signal(number)
+        _, said = running.communicate(timeout=WAIT_S)
+
+    assert (running.returncode, said.splitlines()[0]) == (code, GOES_ON)
+    assert not stand_in.jobs["job-1"].cancelled
 
 
 def test_a_result_whose_transfer_is_interrupted_is_kept(stand_in: ContractServer, tmp_path: Path) -> None:

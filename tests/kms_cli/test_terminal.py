@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from kms_cli import terminal
 from kms_cli.commands import audit
 from kms_cli.commands.files import shown_in
 from kms_cli.commands.migrate import Lines, Migration, TransitLine, read_line
+from kms_cli.main import BROKEN_PIPE
 from kms_cli.terminal import Step
 from kms_core.age.x25519 import X25519Identity
 from kms_core.audit.query import RecordedOperation
@@ -27,7 +29,7 @@ from kms_protocol.wire import JobOut
 from support.audit_logs import AuditFolder
 from support.cli.at_terminal import at_terminal
 from support.cli.fixtures import environment
-from support.contract_server import ContractServer
+from support.contract_server import ContractServer, Job
 
 HOSTILE = "\x1b]0;owned\x07\x9b2J\r\u202e"
 
@@ -77,6 +79,88 @@ def test_json_has_escapes_for_what_a_terminal_would_obey(capsys: pytest.CaptureF
     assert all(line.isprintable() and "größe" in line for line in lines)
     assert [json.loads(line) for line in lines[:2]] == [answer] * 2
     assert json.loads(lines[2])["error"]["detail"] == answer["name"]
+
+
+# -- rows --------------------------------------------------------------------------------------------
+
+ID: Final = "0b7c1d2e-4f5a-4b6c-8d7e-9f0a1b2c3d4e"
+HEAD: Final = ("JOB", "KIND", "STATE")
+WORDS: Final = "and so on until the end of the line is reached"
+LONG: Final = "failed attempts_exhausted after a long time"
+
+
+@pytest.fixture
+def print_rows(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], list[str]]:
+    """A table of two rows and a record, on a terminal whose width COLUMNS gives."""
+
+    def printed(columns: str) -> list[str]:
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        monkeypatch.setattr(
+            os, "get_terminal_size", lambda _: os.terminal_size((0, 0))
+        )  # as one that hides it
+        monkeypatch.setenv("COLUMNS", columns)
+        terminal.table(HEAD, [(ID, "encrypt", LONG), (ID[::-1], "漢字", "")])
+        terminal.record({"state": f"queued {WORDS}", "labels": f"owner={'x' * 200}, run=漢字"})
+        return capsys.readouterr().out.splitlines()
+
+    return printed
+
+
+@pytest.mark.parametrize("columns", ["1", "10", "36", "40", "57", "60", "80", "94", "95", "300"])
+def test_rows_fit_the_terminal_and_no_word_is_cut(
+    print_rows: Callable[[str], list[str]], columns: str
+) -> None:
+    lines = print_rows(columns)
+
+    words = [*HEAD, ID, "encrypt", *LONG.split(), ID[::-1], "漢字", "state", "queued", *WORDS.split()]
+    assert " ".join(lines).split() == [*words, "labels", f"owner={'x' * 200},", "run=漢字"]
+    wide = [line for line in lines if len(line) + line.count("漢字") * 2 > int(columns)]
+    assert [line for line in wide if len(line.split()) > 1] == []
+
+
+def test_columns_without_room_go_on_in_the_next_line(print_rows: Callable[[str], list[str]]) -> None:
+    assert print_rows("60") == [
+        f"{'JOB':<36}  KIND",
+        "  STATE",
+        f"{ID}  encrypt",
+        f"  {LONG}",
+        f"{ID[::-1]}  漢字",
+        "state   queued and so on until the end of the line is",
+        "  reached",
+        "labels",
+        f"  owner={'x' * 200},",
+        "  run=漢字",
+    ]
+
+
+@pytest.mark.parametrize("columns", ["0", "-1", "junk", "1e3", ""])
+def test_the_width_is_that_of_the_terminal_unless_columns_is_one(
+    print_rows: Callable[[str], list[str]], columns: str
+) -> None:
+    """One that hides its width counts as 80 columns."""
+    assert print_rows(columns) == print_rows("80")
+
+
+def test_wide_characters_take_two_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.table(("A", "B"), [("漢字", "1"), ("größe", "2"), ("e\u0301", "3")])
+
+    assert capsys.readouterr().out.splitlines() == ["A      B", "漢字   1", "größe  2", "e\u0301      3"]
+
+
+def test_a_row_in_a_pipe_is_one_line(stand_in: ContractServer, tmp_path: Path) -> None:
+    name = "n" * 500
+    stand_in.jobs[name] = Job("encrypt", b"")
+    env = environment(tmp_path, KMS_SERVICE_URL=stand_in.url, COLUMNS="40")
+    code, shown = at_terminal("kms job list | cat", tmp_path, env, columns=40)
+
+    assert (code, shown.splitlines()[1].split()[:2]) == (0, [name, "encrypt"])
+    assert len(shown.splitlines()) == 2
+    code, shown = at_terminal("kms job list", tmp_path, {**env, "COLUMNS": ""}, columns=40)
+    assert (code, "".join(shown.split())[:500]) == (0, "JOBKINDAGESTATE" + name[:485])
+    code, _ = at_terminal("kms job list | head -c 1; exit ${PIPESTATUS[0]}", tmp_path, env)
+    assert code in {0, BROKEN_PIPE}
 
 
 # -- progress ----------------------------------------------------------------------------------------
@@ -241,7 +325,7 @@ def test_a_verification_shows_bytes_in_the_width_there_is(tmp_path: Path, column
 def test_a_wait_is_shown_before_the_service_answers(stand_in: ContractServer, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     env = environment(tmp_path, KMS_SERVICE_URL=stand_in.url)
-    words = "kms encrypt-file file --json > report; kms job wait job-1 > job"
+    words = "kms encrypt-file file --json --priority normal > report; kms job wait job-1 > job"
     code, shown = at_terminal(words, tmp_path, env, columns=40)
 
     assert (code, drawn(shown)[0]) == (0, "waiting")

@@ -9,8 +9,11 @@ import pytest
 from kms_cli.commands.migrate import Lines, MovedRecord
 from kms_cli.options import OutputExists, placed
 from kms_core import secure_files
+from kms_core.payload.files import FileWriter
+from kms_protocol.errors import SpoolFull
 from support.audit_logs import room_for
 from support.disk_trace import recorded
+from support.small_disk import small_disk
 
 
 def create(path: Path) -> None:
@@ -63,6 +66,23 @@ def test_an_output_without_room_is_refused_before_the_work(tmp_path: Path) -> No
     ):
         pytest.fail("the work has begun")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named_by_the_output_on_it(tmp_path: Path) -> None:
+    """Threads that write a file raise the error of the spool, whose hint is about the service."""
+    with small_disk(tmp_path / "disk", 1024 * 1024) as disk:
+        with (
+            pytest.raises(OSError, match="No space left") as raised,
+            placed(disk / "out", overwrite=False) as file,
+        ):
+            FileWriter(file.fileno()).write_at(memoryview(bytes(2 * 1024 * 1024)), 0)
+
+        assert (raised.value.filename, list(disk.iterdir())) == (str(disk / "out"), [])
+
+
+def test_a_full_spool_of_the_service_is_no_full_disk_of_the_output(tmp_path: Path) -> None:
+    with pytest.raises(SpoolFull), placed(tmp_path / "out", overwrite=False):
+        raise SpoolFull
 
 
 def test_records_of_a_migration_are_on_the_disk_before_it_goes_on(

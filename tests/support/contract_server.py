@@ -10,7 +10,7 @@ import ssl
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Final
@@ -28,6 +28,7 @@ from support.http_servers import QuietHandler, served
 
 KEY: Final = {"key_id": "default", "key_version": "0a1b2c3d", "backend": "age"}
 SYNC_LIMIT_BYTES: Final = 1024 * 1024
+FRAME_BYTES: Final = 64 * 1024
 STATUS: Final[dict[type[KmsError], int]] = {
     errors.DecryptFailed: 400,
     errors.InvalidContext: 422,
@@ -63,6 +64,7 @@ class Faults:
     foreign_answer: bool = False
     data_keys: bool = True
     steps_s: float = 0.05
+    single_bytes: int = SYNC_LIMIT_BYTES
 
 
 @dataclass
@@ -213,7 +215,7 @@ class Handler(QuietHandler):
     def post_encrypt(self, seen: RecordedRequest) -> None:
         given = json.loads(seen.body)
         plaintext = b64decode(given["plaintext"])
-        if len(plaintext) > SYNC_LIMIT_BYTES:
+        if len(plaintext) > self.service.faults.single_bytes:
             raise errors.TooLarge
         if given.get("key_id") not in {None, "default"}:
             raise errors.UnknownKey
@@ -221,7 +223,10 @@ class Handler(QuietHandler):
 
     def post_decrypt(self, seen: RecordedRequest) -> None:
         given = json.loads(seen.body)
-        plaintext = self.service.open(b64decode(given["ciphertext"]), given.get("context"))
+        ciphertext = b64decode(given["ciphertext"])
+        if len(ciphertext) > self.service.faults.single_bytes + FRAME_BYTES:
+            raise errors.TooLarge
+        plaintext = self.service.open(ciphertext, given.get("context"))
         self.json({"plaintext": text(plaintext), "origin": "service", **KEY})
 
     def post_wrap(self, seen: RecordedRequest) -> None:
@@ -277,7 +282,7 @@ class Handler(QuietHandler):
     def post_jobs(self, seen: RecordedRequest) -> None:
         given = json.loads(seen.body)
         lines = []
-        for index, item in enumerate(given["items"]):
+        for index, item in enumerate(given.get("items") or ()):
             sealed = self.service.seal(b64decode(item["plaintext"]), item.get("context"))
             lines.append(json.dumps({"index": index, "ciphertext": text(sealed)}))
         self.accepted(Job(given["kind"], "".join(f"{line}\n" for line in lines).encode()))
@@ -375,8 +380,9 @@ class Handler(QuietHandler):
             self.send_header(name, value)
         if "Content-Length" not in headers and "Connection" not in headers:
             self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        with suppress(ConnectionError):  # the caller may be gone
+            self.end_headers()
+            self.wfile.write(body)
 
 
 def text(data: bytes) -> str:

@@ -20,7 +20,7 @@ from kms_cli.age_files import RequiredBinding
 from kms_cli.backup.files import SETTINGS, ArchiveWriter, InstalledFiles, KeepFile, Manifest, read_archive
 from kms_cli.commands.offline import recipient_option, recipients_file_option
 from kms_cli.local import installation
-from kms_cli.options import FILE, STDIO, OutputExists, force_option
+from kms_cli.options import FILE, STDIO, OutputExists, force_option, writing
 from kms_cli.session import meter, printed_as_json, session
 from kms_core.audit import segments
 from kms_core.secure_files import make_folders, sync_folder
@@ -77,7 +77,7 @@ def backup_command(
     files = InstalledFiles(settings, os.environ, config, with_spool=not without_spool)
     with (
         audited.effect(settings, "backup.create", str(output)),
-        age_files.target(output, force=force) as target,
+        writing(output, overwrite=force) as target,
         meter(on_stdout=output == STDIO) as line,
     ):
         began, made_at = time.monotonic(), datetime.now(UTC)

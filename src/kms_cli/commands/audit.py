@@ -101,6 +101,8 @@ def tail_command(  # noqa: PLR0913 -- one for each option
     own = _record_read(asked, len(shown)) if any(is_own(each.folder) for each in logs) else ""
     for event in shown:
         _line(event)
+    if not shown and lines:
+        terminal.say(f"found no operation in {', '.join(str(each.folder) for each in logs)}")
     if follow:
         _follow(logs, replace(wanted, since=beginning), {own, *(event.id for event in shown)})
 
@@ -224,10 +226,9 @@ def _line(event: RecordedOperation) -> None:
     if session().as_json:
         terminal.in_json(msgspec.json.encode({"id": event.id, **query.fields(event)}).decode())
         return
-    result = event.result or event.stage
-    names = f"{event.key_id or '-'}  {event.principal or '-'}"
-    host = f"{event.host:<12}  " if event.host else ""
-    terminal.shown(f"{event.time}  {host}{event.operation:<17}  {result:<16}  {names}  {event.id}")
+    host = (event.host,) if event.host else ()
+    names = event.operation, event.result or event.stage, event.key_id or "-", event.principal or "-"
+    terminal.row((event.time, *host, *names, event.id), (0, *(12 for _ in host), 17, 16, 0, 0, 0))
 
 
 def _follow(logs: Sequence[HostLog], wanted: EventFilter, shown: set[str]) -> None:

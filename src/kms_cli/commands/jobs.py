@@ -10,7 +10,7 @@ import click
 from msgspec import UNSET, UnsetType
 
 from kms_cli import terminal
-from kms_cli.commands.files import followed, require_success, shown_in
+from kms_cli.commands.files import followed, require_success
 from kms_cli.options import (
     callback_option,
     context_of,
@@ -26,6 +26,7 @@ from kms_cli.options import (
     writing,
 )
 from kms_cli.session import complete_jobs, connect, meter, printed_as_json, session
+from kms_client import Client
 from kms_protocol.errors import ItemsFailed
 from kms_protocol.units import age_s, duration_text, size_text
 from kms_protocol.wire import (
@@ -79,13 +80,16 @@ def retry_command(job_id: str) -> None:
 def _rows(page: JobList, if_empty: str) -> None:
     if printed_as_json(page):
         return
-    for job in page.jobs:  # at most 80 columns
-        count, unit = duration_text(max(0.0, age_s(job.created_at))).split()
-        terminal.shown(
-            f"{job.job_id}  {job.kind:<7}  {count + unit[0]:>4}  {job.state} {_brief(job)}".rstrip()
-        )
     if not page.jobs:
         terminal.say(if_empty)
+        return
+    rows = [(job.job_id, job.kind, _age(job.created_at), f"{job.state} {_brief(job)}") for job in page.jobs]
+    terminal.table(("JOB", "KIND", "AGE", "STATE"), rows)
+
+
+def _age(created_at: str) -> str:
+    count, unit = duration_text(max(0.0, age_s(created_at))).split()
+    return count + unit[0]
 
 
 def _brief(job: JobOut) -> str:
@@ -116,9 +120,15 @@ def show_command(job_id: str) -> None:
 @click.option("--timeout", type=click.FloatRange(min=0), help="Maximum number of seconds to wait.")
 def wait_command(job_id: str, timeout: float | None) -> None:
     """Wait until the job ends, show it, and fail if it failed. Ctrl-C ends the wait, not the job."""
-    with connect() as kms, meter() as line:
+    with connect() as kms:
+        _show_end(kms, job_id, timeout)
+
+
+def _show_end(kms: Client, job_id: str, timeout_s: float | None = None) -> None:
+    """Wait until a job ends and show it. Raises the error of a job that does not succeed."""
+    with meter() as line:
         line.show("waiting", 0, None)
-        job = kms.wait(job_id, timeout_s=timeout, progress=shown_in(line))
+        job = followed(kms, job_id, line, timeout_s)
     show_job(job)
     require_success(job)
 
@@ -281,7 +291,7 @@ WAIT_S: Final = 30
     type=click.IntRange(60, 30 * 24 * 3600),
     help="Seconds until the job and its result expire, in place of the deadlines.",
 )
-@click.option("--wait", is_flag=True, help="Wait until the job ends; Ctrl-C cancels it.")
+@click.option("--wait", is_flag=True, help="Wait until the job ends; Ctrl-C ends the wait only.")
 @context_option
 @key_option
 @priority_option
@@ -310,10 +320,7 @@ def submit_command(
     with connect() as kms:
         accepted = kms.submit(job)
         if wait:
-            with meter() as line:
-                found = followed(kms, accepted.job_id, line)
-            show_job(found)
-            require_success(found)
+            _show_end(kms, accepted.job_id)
         elif not printed_as_json(accepted):
             terminal.shown(accepted.job_id)
 

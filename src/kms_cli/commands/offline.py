@@ -11,7 +11,16 @@ import click
 
 from kms_cli import age_files, terminal
 from kms_cli.age_files import InputStream, RequiredBinding
-from kms_cli.options import FILE, context_option, force_option, is_stdout, output_option, report_written
+from kms_cli.options import (
+    FILE,
+    SourceName,
+    context_option,
+    force_option,
+    is_stdout,
+    output_option,
+    report_written,
+    writing,
+)
 from kms_cli.session import meter, session
 from kms_core.age import mlkem768x25519, stream, x25519
 from kms_core.age.header import Header, Stanza
@@ -34,12 +43,7 @@ recipients_file_option = click.option(
     type=FILE,
     help="File of recipients, one a line.",
 )
-source_argument = click.argument(
-    "source",
-    metavar="[IN]",
-    type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path),
-    default="-",
-)
+source_argument = click.argument("source", metavar="[IN]", type=SourceName(), default="-")
 
 
 class InOut(TypedDict):
@@ -95,7 +99,7 @@ def seal_command(**given: Unpack[SealOptions]) -> None:
         terminal.refuse_binary("use -a for ASCII armor, name a file with -o, or force it with `-o -`")
     with (
         age_files.source(given["source"]) as opened,
-        age_files.target(given["output"], force=given["force"]) as target,
+        writing(given["output"], overwrite=given["force"]) as target,
         meter(on_stdout=is_stdout(given["output"])) as line,
     ):
         begun, source = _sealing(given, opened)
@@ -129,7 +133,7 @@ def open_command(**given: Unpack[OpenOptions]) -> None:
     identities = age_files.identities(given["identities"])
     with (
         age_files.source(given["source"]) as source,
-        age_files.target(given["output"], force=given["force"]) as target,
+        writing(given["output"], overwrite=given["force"]) as target,
         meter(on_stdout=is_stdout(given["output"])) as line,
     ):
         sealed = age_files.read(source)

@@ -100,6 +100,96 @@ def test_a_pipe_of_any_size_takes_constant_memory_and_no_disk(
     assert [process.wait(WAIT_S) for process in (sealing, opening)] == [0, 0]
 
 
+# -- small files: one call -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, len(BINARY), MIB])
+def test_a_small_file_takes_one_call_and_is_a_file_of_the_service(
+    here: dict[str, str], real_service: RunningService, tmp_path: Path, size: int
+) -> None:
+    (tmp_path / "file").write_bytes(BINARY * (size // len(BINARY)))
+    before = jobs_of(here)
+    kms(here, "encrypt-file", "file", "--context", "env=prod")
+    opened = kms(here, "decrypt-file", "file.age", "-o", "out", "--context=env=prod")
+
+    assert (opened.returncode, (tmp_path / "out").read_bytes()) == (0, (tmp_path / "file").read_bytes())
+    assert jobs_of(here) == before
+    assert {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("file.age", "out")} == {0o600}
+    shown = json.loads(kms(here, "inspect", "--json", "file.age").stdout)
+    padded = ["kms-service/pad"] if size >= MIB else []
+    assert shown["stanzas"].split(", ") == ["X25519", "kms-service/context", "kms-service/origin", *padded]
+    key = real_service.state_dir / "age" / "private_key.txt"
+    identity = pyrage.x25519.Identity.from_str(key.read_text().split()[-1])
+    assert (
+        pyrage.decrypt((tmp_path / "file.age").read_bytes(), [identity]) == (tmp_path / "file").read_bytes()
+    )
+
+
+def asked(stand_in: ContractServer) -> list[str]:
+    return [seen.path.removeprefix("/api/v1/kms/") for seen in stand_in.seen if seen.method == "POST"]
+
+
+@pytest.mark.parametrize(
+    ("size", "words", "path"),
+    [
+        (MIB, "", "encrypt"),
+        (MIB + 1, "", "files/encrypt"),
+        (1, BY_JOB, "files/encrypt"),
+        (1, "--keep-for 1d", "files/encrypt"),
+    ],
+)
+def test_a_larger_file_and_one_with_options_of_jobs_takes_a_job(
+    env: dict[str, str], stand_in: ContractServer, size: int, words: str, path: str
+) -> None:
+    file = Path(env["HOME"]) / "file"
+    file.write_bytes(b"x" * size)
+
+    assert kms(env, "encrypt-file", "file", *words.split()).returncode == 0
+    assert asked(stand_in) == [path]
+    assert stand_in.open(file.with_name("file.age").read_bytes(), None) == b"x" * size
+
+
+@pytest.mark.parametrize("armored", [False, True])
+def test_a_service_that_takes_less_in_one_call_gets_all_of_the_file_for_a_job(
+    env: dict[str, str], stand_in: ContractServer, tmp_path: Path, *, armored: bool
+) -> None:
+    plaintext = BINARY * 1000
+    (tmp_path / "file").write_bytes(plaintext)
+    stand_in.faults.single_bytes = len(plaintext) // 2
+    kms(env, "encrypt-file", "file")
+    if armored:
+        opened = pyrage.decrypt((tmp_path / "file.age").read_bytes(), [stand_in.identity])
+        public = [stand_in.identity.to_public()]
+        (tmp_path / "file.age").write_bytes(pyrage.encrypt(opened, public, armored=True))
+
+    assert kms(env, "decrypt-file", "file.age", "-o", "out").returncode == 0
+    assert asked(stand_in) == ["encrypt", "files/encrypt", "decrypt", "files/decrypt"]
+    assert (tmp_path / "out").read_bytes() == plaintext
+
+
+def test_a_pipe_by_name_is_sent_for_a_job(
+    env: dict[str, str], stand_in: ContractServer, tmp_path: Path
+) -> None:
+    command = [f"{KMS} encrypt-file <(printf x) -o out"]
+    subprocess.run(["bash", "-c", *command], cwd=tmp_path, env=env, check=True)
+
+    assert asked(stand_in) == ["files/encrypt"]
+
+
+def test_a_small_file_that_fails_leaves_what_is_there(
+    env: dict[str, str], stand_in: ContractServer, tmp_path: Path
+) -> None:
+    (tmp_path / "file.age").write_bytes(stand_in.seal(BINARY, "env=prod"))
+    (tmp_path / "file").write_bytes(b"older")
+    refused = kms(env, "decrypt-file", "file.age", "--force", "--context=env=dev")
+    kept = kms(env, "decrypt-file", "file.age", "--context=env=prod")
+
+    assert (refused.returncode, kept.returncode) == (65, 73)
+    assert (tmp_path / "file").read_bytes() == b"older"
+    assert asked(stand_in) == ["decrypt"]
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["file", "file.age"]
+
+
 # -- pipes by file keys --------------------------------------------------------------------------------
 
 
@@ -128,15 +218,15 @@ def test_a_pipe_is_a_file_of_the_service_and_no_job(
     padded = ["kms-service/pad"] if size >= MIB else []
     assert shown["stanzas"].split(", ") == ["X25519", "kms-service/context", "kms-service/origin", *padded]
     assert not padded or shown["header_bytes"] % 4096 == 0
-    by_job = kms(here, "decrypt-file", "sealed", "-o", "out", "--context=env=prod")
-    assert (by_job.returncode, (tmp_path / "out").read_bytes()) == (0, plaintext)
+    sent = kms(here, "decrypt-file", "sealed", "-o", "out", "--context=env=prod", BY_JOB)
+    assert (sent.returncode, (tmp_path / "out").read_bytes()) == (0, plaintext)
     key = str(real_service.state_dir / "age" / "private_key.txt")
     assert kms(here, "open", "-i", key, "--context=env=prod", given=sealed).stdout == plaintext
 
 
 def test_a_pipe_opens_what_a_job_sealed(here: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(BINARY)
-    kms(here, "encrypt-file", "file", "--context", "env=prod")
+    kms(here, "encrypt-file", "file", "--context", "env=prod", BY_JOB)
     sealed = (tmp_path / "file.age").read_bytes()
 
     assert kms(here, "decrypt-file", "-", "--context=env=prod", given=sealed).stdout == BINARY
@@ -293,7 +383,7 @@ def test_a_file_name_cannot_forge_a_message(
     report = "kms: encrypted in?kms: forged to in?kms: forged.age"
     assert done.stderr.decode().startswith(report)
     assert again.stderr.decode().startswith("kms: error: in?kms: forged.age exists\n")
-    assert stand_in.jobs
+    assert len(stand_in.seen) == 1
 
 
 @pytest.mark.parametrize("words", [(), ("--json",)], ids=" ".join)
@@ -401,5 +491,5 @@ def test_binary_data_goes_to_a_terminal_if_asked(
 ) -> None:
     (tmp_path / "sealed").write_bytes(stand_in.seal(b"\x1b[1m\0", None))
 
-    for command in ("decrypt -o -", "decrypt-file - -o -", "job result job-1 -o -"):
+    for command in ("decrypt -o -", f"decrypt-file - -o - {BY_JOB}", "job result job-1 -o -"):
         assert at_terminal(f"kms {command} < sealed", tmp_path, env) == (0, "\x1b[1m\0")

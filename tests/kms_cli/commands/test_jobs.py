@@ -28,7 +28,7 @@ def failed(code: str, **error: object) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "state"),
     [
         ({"state": "queued"}, "queued 5 B"),
         ({"state": "committing", "progress": MOST}, "committing 100%"),
@@ -41,14 +41,15 @@ def failed(code: str, **error: object) -> dict[str, object]:
     ],
 )
 def test_a_listed_job_fits_a_terminal_of_80_columns(
-    capsys: pytest.CaptureFixture[str], changes: dict[str, object], told: str
+    capsys: pytest.CaptureFixture[str], changes: dict[str, object], state: str
 ) -> None:
     created = time_text(datetime.now(UTC) - timedelta(days=400), "milliseconds")
     with click.Context(jobs.list_command):
         jobs._rows(JobList(jobs=[job(created_at=created, kind="encrypt", **changes)]), "")  # noqa: SLF001 -- what the command prints with
 
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line == f"{JOB_ID}  encrypt  400d  {told}"
+    head, line = capsys.readouterr().out.splitlines()
+    assert head == f"{'JOB':<36}  KIND     AGE   STATE"
+    assert line == f"{JOB_ID}  encrypt  400d  {state}"
     assert len(line) <= 80
 
 
