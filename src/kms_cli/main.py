@@ -51,10 +51,7 @@ KEYS_COMMANDS: Final = {
     "list": ("commands.service", "List keys, with the age and use of their current version."),
     "usage": ("commands.service", "Show how much each version of a key has encrypted."),
     "rotate": ("commands.service", "Create a new version of a key."),
-    "adopt": (
-        "commands.keygen",
-        "Take sealed key files into a document, or go on with one that was put back.",
-    ),
+    "adopt": ("commands.keygen", "Take sealed key files into a document, or accept one put back."),
 }
 
 MIGRATE_COMMANDS: Final = {
@@ -90,8 +87,8 @@ COMMANDS: Final[Commands] = {
     "rewrap": ("commands.secrets", "Rewrap a ciphertext under the current key, or another."),
     "encrypt-file": ("commands.files", "Encrypt a file of any size."),
     "decrypt-file": ("commands.files", "Decrypt a file of any size."),
-    "job": (JOB_COMMANDS, "Submit, list, follow and cancel jobs."),
-    "keys": (KEYS_COMMANDS, "List, show and rotate keys."),
+    "job": (JOB_COMMANDS, "Submit, list, wait for and cancel jobs."),
+    "keys": (KEYS_COMMANDS, "List and rotate keys, and see their use."),
     "status": ("commands.service", "Show the state and the counters of the service."),
     "health": ("commands.service", "Check that the key backend works."),
     "rewrap-file": ("commands.rewrap_file", "Rewrap a file under the current key, or another."),
@@ -105,7 +102,7 @@ COMMANDS: Final[Commands] = {
     "token": (TOKEN_COMMANDS, "Create, list, rotate and revoke API tokens."),
     "migrate": (MIGRATE_COMMANDS, "Migrate ciphertexts from Vault, AWS KMS or SOPS."),
     "audit": (AUDIT_COMMANDS, "Verify and read the audit log of this machine."),
-    "cosmian": (COSMIAN_COMMANDS, "Create the keys of the service on a Cosmian KMS server."),
+    "cosmian": (COSMIAN_COMMANDS, "Set up the keys of the service on a Cosmian KMS server."),
     "backup": ("backup.commands", "Back up the service of this machine to one encrypted file."),
     "restore": ("backup.commands", "Verify a backup and put it in place."),
     "config": (CONFIG_COMMANDS, "Show, check and begin the settings."),

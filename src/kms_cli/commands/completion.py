@@ -128,5 +128,8 @@ def help_command(words: tuple[str, ...]) -> None:
     """Show the help of a command, as COMMAND --help does, or a text on a topic."""
     if len(words) == 1 and words[0] in main.topics():
         terminal.result(topic(words[0]))
+    elif len(words) == 1 and words[0] not in main.COMMANDS:
+        known = (*main.COMMANDS, *main.topics())
+        raise main.UnknownCommand(words[0], known, click.get_current_context().find_root())
     else:
         main.invoke([*words, "--help"])

@@ -51,8 +51,8 @@ from kms_protocol.errors import (
 )
 from kms_protocol.units import size_text
 
-# Checks of this machine and of its peers, before the service is asked: what a start of it would meet. They
-# read and change nothing, except a probe object in a bucket of the spool.
+# Checks of this machine and of its peers, before the service is asked: what a start of it would meet.
+# They read and change nothing, except a probe object in a bucket of the spool.
 
 Level = Literal["ok", "warn", "FAIL"]
 LOW_DISK_BYTES: Final = 1024**3
@@ -449,7 +449,7 @@ TIMEOUT_S: Final = 5.0
 _VERIFY: Final = "kms audit verify on its machine"
 _FREE: Final = "raise maxmemory of Redis, or let results expire sooner"
 _SPOOL: Final = "release fetched results (kms job release), raise spool_max_bytes; or line spool bucket"
-_DOCUMENT: Final = "its log says why (document.not_read); if it was put back: kms keys adopt, kms token adopt"
+_DOCUMENT: Final = "document.not_read in its log says why; if put back: kms keys adopt, kms token adopt"
 _READ_ONLY: Final = "it is a replica, lacks replicas (min-replicas-to-write), or cannot save: see its log"
 _DEGRADED: Final[dict[str, tuple[Level, str, str]]] = {
     "backend": ("FAIL", "its default key does not wrap and unwrap", "its log says why"),
@@ -472,6 +472,7 @@ _DEGRADED: Final[dict[str, tuple[Level, str, str]]] = {
     "workers": ("warn", "no worker runs, so jobs wait", "start kms-worker, or kms up"),
     "worker_processes": ("warn", "worker processes hang", "worker.process_slow in its log says where"),
 }
+_CALLER: Final = Finding("ok", "target", "nothing of a service is found here, so it is only asked")
 
 
 @click.command("doctor")
@@ -507,7 +508,7 @@ def _show(finding: Finding) -> None:
     if printed_as_json(shown):
         return
     then = f": {finding.next}" if finding.next else ""
-    terminal.shown(f"{finding.level:<4}  {finding.subject:<12}  {terminal.plain(finding.text)}{then}")
+    terminal.row((finding.level, finding.subject, f"{terminal.plain(finding.text)}{then}"), (4, 12, 0))
 
 
 def _findings() -> Iterator[Finding]:
@@ -537,10 +538,16 @@ def _findings() -> Iterator[Finding]:
     except ConfigurationError as exc:
         yield Finding("FAIL", "settings", exc.detail)
     else:
-        yield from findings(settings)
+        yield from findings(settings) if _has_service(settings, file) else [_CALLER]
         with suppress(KmsError, OSError):
             own_id = container.marks(settings, makes=False).install_id()
     yield from _service(own_id)
+
+
+def _has_service(settings: Settings, file: Path | None) -> bool:
+    """Return whether settings, state or keys of a service are here. Without them it is a caller's machine."""
+    named = {"": settings.state_dir, **key_opening.places(settings), **key_opening.own_files(settings)}
+    return bool(file) or settings.is_prod or any(os.access(each, os.F_OK) for each in named.values())
 
 
 def _service(own_id: str | None) -> Iterator[Finding]:

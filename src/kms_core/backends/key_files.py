@@ -62,6 +62,8 @@ class KeyFiles:
         except OSError as exc:
             make = _MAKE_KEYS if self.public else _MAKE_KEY
             hint = make.format(in_shell(self.private), in_shell(self.public))
+            if not isinstance(exc, FileNotFoundError):
+                hint = "check the path and its mode, and run this as the user of the service"
             raise ConfigurationError(
                 f"Cannot read the age key file {exc.filename} ({exc.strerror}): {hint}"
             ) from exc

@@ -196,6 +196,17 @@ def test_what_a_service_names_is_no_command_of_a_terminal(
     assert answered(env, "kms", "job", "show", "''")[0] == "plain,?[2Jjob-2\n"
 
 
+@pytest.mark.parametrize(
+    "name", [name for name, (place, _) in COMMANDS.items() if not isinstance(place, str)]
+)
+def test_the_help_of_a_group_promises_what_it_has(name: str) -> None:
+    groups = {group: place for group, (place, _) in COMMANDS.items() if not isinstance(place, str)}
+    known = {inner for table in groups.values() for inner in table}
+    words = set(re.findall(r"[a-z-]+", COMMANDS[name][1].lower()))
+
+    assert words & known <= groups[name].keys()
+
+
 # -- help --------------------------------------------------------------------------------------------
 
 

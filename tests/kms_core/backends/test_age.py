@@ -139,7 +139,10 @@ def test_neither_a_directory_nor_a_binary_file_is_a_key_file(tmp_path: Path) -> 
     files.private.write_bytes(b"\xff\xfe" + os.urandom(40))
 
     assert refusal(files).endswith("are not text")
-    assert "(Is a directory)" in refusal(KeyFiles(tmp_path))
+    assert refusal(KeyFiles(tmp_path)) == (
+        f"Cannot read the age key file {tmp_path} (Is a directory): check the path and its mode, and run "
+        "this as the user of the service"
+    )
     assert f"make it with `kms keygen -o '{tmp_path}/gone'` as" in refusal(KeyFiles(tmp_path / "gone"))
 
 
