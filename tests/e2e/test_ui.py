@@ -190,7 +190,7 @@ def test_changed_audit_log_is_reported_on_pages_in_status_and_in_metrics(
         assert "Broken: records of the audit log were changed" in words(page)
         assert "a line was changed after it was written" in words(page)
         assert 'href="/ui/runbooks#kmsauditbroken"' in page.text
-        assert "audit chain: records were changed" in words(service.http.get("/ui"))
+        assert "audit chain: its audit log was changed" in words(service.http.get("/ui"))
         assert 'kms_audit_ok{what="chain"} 0.0' in service.http.get("/metrics").text
 
 
@@ -209,7 +209,7 @@ def test_without_redis_the_overview_says_so_and_a_list_of_jobs_is_a_503_page(no_
     listing = no_redis.http.get("/ui/jobs")
 
     assert overview.status_code == 200
-    assert "Degraded: redis: does not answer" in words(overview)
+    assert "Degraded: redis: Redis does not answer" in words(overview)
     assert "Redis does not answer" in words(overview)
     assert listing.status_code == 503
     assert "jobs_unavailable" in words(listing)

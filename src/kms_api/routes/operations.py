@@ -15,6 +15,7 @@ from kms_core.auth.policy import Principal, allows
 from kms_core.backend_watch import ROOT
 from kms_core.jobs.events.outbox import Delivery, Outbox
 from kms_core.jobs.store import activity
+from kms_core.jobs.store.activity import QueueStats
 from kms_core.jobs.store.redis_keys import redis_errors
 from kms_core.observability.metrics import REDIS_OK, STORAGE_USED, added_usage, exposition, operations_used
 from kms_protocol import __version__, admin
@@ -108,16 +109,15 @@ def metrics(call: Call[None]) -> Response:
 def condition(service: Service, who: Principal) -> admin.StatusOut:
     """Return the status of the service, limited to the tenant of a principal without ``metrics``."""
     tenant = None if allows(service.kms.policy, who, "metrics") else who.tenant
-    jobs, depth, workers, stuck, spooled = None, None, None, 0, None
+    jobs, depth, workers, found, spooled = None, None, None, None, None
     counts, store = service.kms.usage.peek(), service.submitter.store
     with suppress(JobsUnavailable):
         _answering(service)
         counts = added_usage(activity.shared_usage(store.redis), counts)
         spooled = store.spooled_bytes(tenant) if tenant else None
         found = activity.survey_queues(store, tenant)
-        jobs, workers, stuck = found.jobs, found.workers, found.stuck
+        jobs, workers = found.jobs, found.workers
         depth = found.jobs["queued"] if tenant else sum(found.depths.values())
-    states = {"workers": workers == 0, "worker_processes": stuck > 0}
     return admin.StatusOut(
         backend=service.kms.keyring.default.backend.name,
         environment=service.settings.environment,
@@ -129,11 +129,7 @@ def condition(service: Service, who: Principal) -> admin.StatusOut:
         workers=workers,
         spool=_spool(service, tenant, spooled),
         install=service.install.condition.install_id or None if tenant is None else None,
-        degraded=[
-            *(["redis"] if jobs is None else []),
-            *service.install.condition.degraded,
-            *(name for name, is_so in (states | _states(service)).items() if is_so),
-        ],
+        degraded=[name for name, is_so in parts(service, found).items() if is_so],
         backends_down=_backends_down(service, who, sees_roots=tenant is None),
     )
 
@@ -155,13 +151,17 @@ def _answering(service: Service) -> str:
     return known
 
 
-def _states(service: Service) -> dict[str, bool]:
-    """The parts that may be degraded, and whether they are."""
+def parts(service: Service, queues: QueueStats | None) -> dict[str, bool]:
+    """Return whether each part is degraded. ``queues`` is None while Redis does not answer."""
     keyring, audit = service.kms.keyring, service.audit_monitor.condition
     store, use = service.store_probe.condition(), service.submitter.spool.use()
     authenticator = service.authenticator
     revocations = authenticator.revocations if authenticator else None
     return {
+        "redis": queues is None,
+        **service.install.condition.states,
+        "workers": queues is not None and queues.workers == 0,
+        "worker_processes": queues is not None and queues.stuck > 0,
         "redis_full": store == "full",
         "redis_read_only": store == "read_only",
         "spool": use.is_away or use.ratio >= NEARLY_FULL,

@@ -25,6 +25,7 @@ from kms_core.auth.policy import Principal, allows
 from kms_core.jobs.store import activity
 from kms_core.jobs.store.activity import SAMPLE, Activity, Interval, OperationInterval, survey_queues
 from kms_core.jobs.store.store import JobStore
+from kms_core.observability.degraded import DEGRADED
 from kms_core.settings.lint import unaccepted
 from kms_protocol.errors import AuditUnavailable, JobsUnavailable
 from kms_protocol.units import duration_text
@@ -198,6 +199,7 @@ def overview(call: Call[None]) -> Response:
         call.request,
         "overview.html",
         status=operations.condition(service, caller) if may["status"] else None,
+        known=DEGRADED,
         found=found,
         notices=[*_notices_of_jobs(found), *_notices_of_keys(keys), *_weak(service, is_told=may["metrics"])],
         period=period,

@@ -34,6 +34,7 @@ from kms_core.jobs.store import maintenance
 from kms_core.jobs.store.redis_keys import PREFIX
 from kms_core.keyring import Key
 from kms_core.observability import logs
+from kms_core.observability.degraded import DEGRADED, DegradedPart
 from kms_core.s3.bucket import If, StoreRefused
 from kms_core.secure_files import in_shell
 from kms_core.settings.lint import unaccepted, weaknesses
@@ -446,32 +447,6 @@ _CHECKS: Final[Mapping[str, Callable[[Settings], Iterator[Finding]]]] = {
 
 
 TIMEOUT_S: Final = 5.0
-_VERIFY: Final = "kms audit verify on its machine"
-_FREE: Final = "raise maxmemory of Redis, or let results expire sooner"
-_SPOOL: Final = "release fetched results (kms job release), raise spool_max_bytes; or line spool bucket"
-_DOCUMENT: Final = "document.not_read in its log says why; if put back: kms keys adopt, kms token adopt"
-_READ_ONLY: Final = "it is a replica, lacks replicas (min-replicas-to-write), or cannot save: see its log"
-_DEGRADED: Final[dict[str, tuple[Level, str, str]]] = {
-    "backend": ("FAIL", "its default key does not wrap and unwrap", "its log says why"),
-    "keys": ("FAIL", "a sealed key is not open", "key.not_opened in its log says why"),
-    "key_documents": ("warn", "a document with keys is not read, or is older than before", _DOCUMENT),
-    "tokens": ("warn", "the document of tokens is not read, or is older than before", _DOCUMENT),
-    "client_crl": ("warn", "the revocation list is expired or not read again", "replace the file"),
-    "audit": ("FAIL", "its audit log cannot be written, so calls are refused", "free space on its disk"),
-    "audit_chain": ("FAIL", "its audit log was changed", _VERIFY),
-    "audit_anchors": ("FAIL", "its audit log lacks records that anchors name", _VERIFY),
-    "audit_anchors_away": ("warn", "its anchors are not compared", "audit.anchors_away in its log says why"),
-    "audit_unread": ("warn", "it cannot read its audit log", _VERIFY),
-    "redis": ("warn", "it reaches no Redis, so jobs and files wait", "start it, or kms up"),
-    "redis_full": ("FAIL", "Redis is full, so no job is accepted", _FREE),
-    "redis_read_only": ("FAIL", "Redis takes no writes, so no job runs", _READ_ONLY),
-    "spool": ("warn", "the spool is nearly full, or its disk or bucket is away or refuses calls", _SPOOL),
-    "spool_not_shared": ("FAIL", "another host uses another spool", "kms doctor on each host (line hosts)"),
-    "install": ("FAIL", "another install uses its Redis or its spool", "line install on its machine"),
-    "clock": ("warn", "clocks of its hosts differ", "use NTP on all hosts and on that of Redis"),
-    "workers": ("warn", "no worker runs, so jobs wait", "start kms-worker, or kms up"),
-    "worker_processes": ("warn", "worker processes hang", "worker.process_slow in its log says where"),
-}
 _CALLER: Final = Finding("ok", "target", "nothing of a service is found here, so it is only asked")
 
 
@@ -567,8 +542,9 @@ def _service(own_id: str | None) -> Iterator[Finding]:
         text = f"{url} is of another install ({status.install}) than the state and spool above ({own_id})"
         yield Finding("FAIL", "target", text, "name its --state-dir and --config, or another --url")
     for name in status.degraded:
-        level, text, then = _DEGRADED.get(name, ("warn", f"it says that {name} is degraded", "kms status"))
-        yield Finding(level, "service", text, then, away=True)
+        unknown = DegradedPart("warn", "", f"it says that {name} is degraded", "kms status")
+        part = DEGRADED.get(name, unknown)
+        yield Finding(part.level, "service", part.text, part.then, away=True)
     for each in status.backends_down:
         text = f"{'root' if each.root else 'key'} {each.key_id} ({each.backend}) is down since {each.since}"
         yield Finding("FAIL", "service", text, "backend.down in its log says why", away=True)

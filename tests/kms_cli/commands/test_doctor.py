@@ -91,7 +91,7 @@ def test_a_service_without_workers_and_one_without_redis_say_so(
 ) -> None:
     assert "start kms-worker" in str(doctor(no_worker).all("service", "warn"))
     told = doctor(no_redis)
-    assert "reaches no Redis" in str(told.all("service", "warn"))
+    assert "Redis does not answer" in str(told.all("service", "warn"))
     assert "nothing answers at /nonexistent/valkey.sock" in told.at("redis", "FAIL")
     assert told.exit_code == 69
 

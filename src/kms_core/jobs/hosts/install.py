@@ -87,13 +87,17 @@ class InstallCondition:
     @property
     def degraded(self) -> list[str]:
         """The names for ``degraded`` of the status."""
+        return [name for name, is_so in self.states.items() if is_so]
+
+    @property
+    def states(self) -> dict[str, bool]:
+        """Whether each part that all hosts share is degraded."""
         ahead = (self.ahead_s, *(each.clock_s for each in self.others.values()))
-        states = {
+        return {
             "install": bool(self.wrong or self.strangers),
             "spool_not_shared": not self.is_shared,
             "clock": any(abs(one) > CLOCK_BOUND_S for one in ahead),
         }
-        return [name for name, is_so in states.items() if is_so]
 
 
 class Install:
