@@ -22,7 +22,7 @@ from kms_api.transport.admission import Admitted, budgets_of
 from kms_api.transport.authentication import AuthenticationLayer, RequestAuthenticator, Sessions
 from kms_api.transport.request_context import ClientAddress, RequestContext
 from kms_api.ui import overview, views
-from kms_api.ui.render import STATIC_FILES, Screen
+from kms_api.ui.render import STATIC_FILES, PageLayer, Screen
 from kms_api.vault_api import sys, transit
 from kms_api.vault_api.routing import LOGIN, Routes, VaultApi
 from kms_core.audit.verification.verify import AuditMonitor
@@ -128,7 +128,9 @@ def build(settings: Settings) -> ASGIApp:
     if settings.kms.facade.enabled:
         layer = VaultApi(layer, app, VAULT_ROUTES)
     layer = ServerErrorMiddleware(layer, problems.unknown)
-    layer = AuthenticationLayer(layer, authenticator, sessions, service, open_paths(settings.kms.auth.logins))
+    public = open_paths(settings.kms.auth.logins)
+    layer = AuthenticationLayer(layer, authenticator, sessions, service, public)
+    layer = PageLayer(layer, app, public, core.worker_context.store.condition)
     layer = RequestContext(
         layer, settings.kms.server.allowed_hosts, core.kms.audit_log, settings.kms.server.codec_origins
     )

@@ -18,10 +18,11 @@ from kms_core.auth.rate_limit import Requests
 from kms_core.backend_watch import BackendWatch
 from kms_core.jobs.hosts.install import Install
 from kms_core.jobs.store.condition import StoreProbe
+from kms_core.jobs.store.maintenance import StoreCondition
 from kms_core.jobs.submission.submitter import JobSubmitter
 from kms_core.service import Kms
 from kms_core.settings.model import Settings
-from kms_protocol.errors import AuditUnavailable
+from kms_protocol.errors import AuditUnavailable, JobsUnavailable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -92,6 +93,12 @@ class Service:
         except AuditUnavailable:
             return False
         return True
+
+    def answering(self) -> StoreCondition:
+        """Return the condition of the job store. Raises JobsUnavailable, at once where that is known."""
+        if (known := self.store_probe.condition()) == "unavailable":
+            raise JobsUnavailable
+        return known
 
     def batch_pool(self, who: Principal, key_ids: Iterable[str | None], files: Iterable[bytes] = ()) -> Pool:
         """The threads for many calls at once: those of a backend whose keys they name, or the local ones."""

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from typing import Any, Final, Generic, TypeAlias, TypeVar, get_type_hints
+from urllib.parse import quote, urlencode
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute, APIRouter
 from starlette.datastructures import Headers, QueryParams
 from starlette.exceptions import HTTPException
-from starlette.responses import StreamingResponse
+from starlette.responses import RedirectResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from kms_api import json_body, problems
@@ -191,17 +192,16 @@ class ScopedRoute(APIRoute):
 class Router(APIRouter):
     """The routes of one part of the API; ``tag`` names its section of the OpenAPI document."""
 
-    def __init__(self, tag: str, *, prefix: str = "", kind: type[ScopedRoute] = ScopedRoute) -> None:
-        """Routes of another ``kind`` than ScopedRoute are not in the OpenAPI document."""
-        super().__init__(prefix=prefix, tags=[tag], include_in_schema=kind is ScopedRoute)
-        self._kind = kind
+    def __init__(self, tag: str, *, prefix: str = "", is_described: bool = True) -> None:
+        """``is_described``: the OpenAPI document has the routes."""
+        super().__init__(prefix=prefix, tags=[tag], include_in_schema=is_described)
 
     def endpoint(self, method: str, path: str, rule: Rule, **described: Any) -> Callable[[E], E]:  # noqa: ANN401 -- FastAPI's
         """Declare a coroutine that takes a request, and parameters as FastAPI reads them."""
 
         def declared(endpoint: E) -> E:
             shown = {"tags": self.tags, "include_in_schema": self.include_in_schema, **described}
-            self.routes.append(self._kind(method, self.prefix + path, endpoint, rule, **shown))
+            self.routes.append(ScopedRoute(method, self.prefix + path, endpoint, rule, **shown))
             return endpoint
 
         return declared
@@ -307,6 +307,14 @@ async def _without_stream(request: Request, response: Response) -> Response:
 def is_ui(path: str) -> bool:
     """Return whether a path is a page for people."""
     return path in {UI, DOCS} or path.startswith(f"{UI}/")
+
+
+def to_login(scope: Scope) -> Response:
+    """A redirect to the login, which leads back to the page that this request asks for."""
+    query, page = scope["query_string"].decode("latin-1"), quote(scope["path"])
+    then = {"next": f"{page}?{query}" if query else page}
+    is_plain = page == UI or scope["method"] not in {"GET", "HEAD"}  # the overview, or a form that was sent
+    return RedirectResponse(f"{UI}/login" + ("" if is_plain else f"?{urlencode(then)}"), HTTPStatus.SEE_OTHER)
 
 
 def is_vault(path: str) -> bool:

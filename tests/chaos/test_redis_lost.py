@@ -1,6 +1,7 @@
 """Redis is late, away or never there: what was accepted is done, and what needs no Redis goes on."""
 
 import os
+import re
 import signal
 import threading
 import uuid
@@ -10,6 +11,7 @@ from pathlib import Path
 import httpx2 as httpx
 
 from kms_cli.local.installation import runtime_dir
+from support.credentials import SecuredService, bearer
 from support.frozen_disk import state_of
 from support.service import Json, Service, b64, check_problem
 from support.waiting import until
@@ -108,6 +110,27 @@ def test_probes_do_not_wait_for_a_redis_that_hangs(tmp_path: Path) -> None:
         until(lambda: service.http.get("/readyz").json()["jobs"] == "available", "Redis is found")
         assert service.get("/status").json()["jobs"] is not None
         assert [each.result() for each in waiting] == [None] * 60
+
+
+def test_pages_say_that_redis_hangs_without_waiting_for_it_and_come_back(tmp_path: Path) -> None:
+    with SecuredService(tmp_path) as service, httpx.Client(base_url=service.url, trust_env=False) as browser:
+        service.start("api")
+        token = service.new_token("*,metrics")[1]
+        stamp = re.search(r'name="stamp" value="(\w+)"', browser.get("/ui/login").text)
+        assert stamp
+        browser.post("/ui/login", data={"stamp": stamp[1], "token": token})
+        assert browser.get("/ui").status_code == 200
+        os.kill(service.valkey.pid, signal.SIGSTOP)
+        try:
+            for path in ("/ui", "/ui/jobs", "/ui/workers", "/ui/keys", "/ui/audit", "/ui/runbooks"):
+                away = browser.get(path, timeout=4)  # calls to Redis end after five
+                assert (away.status_code, away.headers["content-type"]) == (503, "text/html; charset=utf-8")
+                assert "Redis does not answer" in away.text
+            by_token = service.http.get("/ui", headers=bearer(token), timeout=4)
+            assert (by_token.status_code, "Degraded" in by_token.text) == (200, True)
+        finally:
+            os.kill(service.valkey.pid, signal.SIGCONT)
+        until(lambda: browser.get("/ui").status_code == 200, "the session is found")
 
 
 def test_worker_outlives_a_redis_that_is_away_for_longer_than_connecting_may_take(tmp_path: Path) -> None:

@@ -46,9 +46,10 @@ def outcome(row: Row, ask: GoodRequest, answer: httpx.Response) -> Outcome:
     """The kind of an answer. Raises AssertionError for one that is none of those that the page names."""
     if row.is_vault:
         return _of_vault(ask, answer)
-    if row.is_page and answer.headers.get("location") == "/ui/login" and "logout" not in row.path:
+    led_to = answer.headers.get("location", "").partition("?")[0]
+    if row.is_page and led_to == "/ui/login" and "logout" not in row.path:
         return "unauthenticated"
-    if "logout" in row.path and answer.headers.get("location") == "/ui/login":
+    if "logout" in row.path and led_to == "/ui/login":
         return "passes" if "set-cookie" in answer.headers else "unauthenticated"
     code = _code(row, answer)
     if not code or code in ask.allowed_codes:

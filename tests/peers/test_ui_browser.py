@@ -1,6 +1,7 @@
 """The page for operators in a real browser: its policy holds, its script runs, its colours can be read."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -336,3 +337,60 @@ def test_folded_failures_are_opened_searched_and_charted(
     assert set(browser.evaluate(f"Array.from({kinds}, (cell) => cell.textContent)")) == {"encrypt"}
     seen(browser, "jobs-by-kind")
     assert browser.complaints == []
+
+
+# -- pages that refresh themselves ------------------------------------------------------------------------
+
+REFRESH: Final = "document.getElementById('main').dataset.live = '0.1'; void refresh()"
+
+
+def test_a_page_left_open_refreshes_itself_unless_a_form_is_half_filled_in(
+    secured: SecuredService, browser: Chromium
+) -> None:
+    token, admin = (
+        secured.new_token("*", tenant="left-open")[1],
+        secured.token_header("*", tenant="left-open"),
+    )
+    job = {"kind": "encrypt", "items": ITEMS[:1]}
+    log_in(browser, secured.url, token)
+    browser.open(f"{secured.url}/ui/jobs")
+    browser.evaluate("window.loaded = 'once'")
+    browser.evaluate("document.querySelector('[name=search]').value = 'half'")
+    browser.evaluate(REFRESH)
+    first = secured.post("/jobs", job, headers=admin).json()["job_id"]
+    browser.evaluate("new Promise((resume) => setTimeout(resume, 500))")
+    assert not browser.evaluate(f"document.body.textContent.includes('{first}')")
+    assert browser.evaluate("document.querySelector('[name=search]').value") == "half"
+
+    browser.evaluate("document.querySelector('[name=search]').value = ''")
+    until(lambda: browser.evaluate(f"document.body.textContent.includes('{first}')"), "the new job appears")
+    assert browser.evaluate("window.loaded") == "once"
+    assert browser.complaints == []
+
+
+def test_a_page_left_open_says_that_the_service_is_gone_and_what_is_open_stays_open(
+    tmp_path: Path, redis_url: str, browser: Chromium
+) -> None:
+    with Service(tmp_path, redis=redis_url) as own:
+        own.start("api")
+        own.encrypt(b"an operation, whose table can be opened")
+        browser.open(f"{own.url}/ui")
+        as_of = "document.querySelector('.as-of').textContent"
+        before = browser.evaluate(as_of)
+        browser.evaluate("document.querySelector('summary').parentElement.open = true")
+        browser.evaluate(REFRESH)
+        until(lambda: browser.evaluate(as_of) != before, "it is refreshed")
+        assert browser.evaluate("document.querySelector('summary').parentElement.open")
+        assert browser.evaluate("!!document.getElementById('refused')")
+        browser.evaluate(REFRESH)
+    until(lambda: browser.evaluate(as_of).startswith("The service does not answer"), "it is noticed")
+
+
+def test_a_link_to_a_runbook_is_followed_after_the_login(secured: SecuredService, browser: Chromium) -> None:
+    browser.open(f"{secured.url}/ui/runbooks#kmsredisdown")
+    assert browser.evaluate("location.pathname") == "/ui/login"
+
+    browser.evaluate(f"document.getElementById('token').value = {secured.new_token('*')[1]!r}")
+    browser.submit("form.login")
+
+    assert browser.evaluate("location.pathname + location.hash") == "/ui/runbooks#kmsredisdown"

@@ -67,6 +67,7 @@ def _counts(service: Service, who: Principal) -> dict[str, int] | None:
     if not allows(service.kms.policy, who, "metrics"):
         return None
     try:
+        service.answering()
         return metrics.added_usage(
             activity.shared_usage(service.submitter.store.redis), service.kms.usage.peek()
         )

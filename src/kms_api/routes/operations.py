@@ -96,7 +96,7 @@ def metrics(call: Call[None]) -> Response:
     """Prometheus text format. The state of jobs is read from Redis at each request."""
     service, store = call.service, call.service.submitter.store
     try:
-        REDIS_OK.labels("writes").set(_answering(service) == "available")
+        REDIS_OK.labels("writes").set(service.answering() == "available")
         activity.set_queue_gauges(activity.survey_queues(store), service.settings.kms.tenants)
         REDIS_OK.labels("answers").set(1)
     except JobsUnavailable:
@@ -112,7 +112,7 @@ def condition(service: Service, who: Principal) -> admin.StatusOut:
     jobs, depth, workers, found, spooled = None, None, None, None, None
     counts, store = service.kms.usage.peek(), service.submitter.store
     with suppress(JobsUnavailable):
-        _answering(service)
+        service.answering()
         counts = added_usage(activity.shared_usage(store.redis), counts)
         spooled = store.spooled_bytes(tenant) if tenant else None
         found = activity.survey_queues(store, tenant)
@@ -142,13 +142,6 @@ def _backends_down(service: Service, who: Principal, *, sees_roots: bool) -> lis
         for key_id, backend, use, since in down
         if (sees_roots if use == ROOT else sees(who, key_id))
     ]
-
-
-def _answering(service: Service) -> str:
-    """The condition of the job store. Raises JobsUnavailable, at once where that is known."""
-    if (known := service.store_probe.condition()) == "unavailable":
-        raise JobsUnavailable
-    return known
 
 
 def parts(service: Service, queues: QueueStats | None) -> dict[str, bool]:

@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from http import HTTPStatus
 from itertools import islice
 from typing import Final, TypeVar, cast
 from weakref import WeakValueDictionary
@@ -24,12 +23,12 @@ import anyio.to_thread
 import msgspec
 import redis
 import structlog
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kms_api import problems
 from kms_api.deps import ANONYMOUS, LOCAL_CALLER, PRINCIPAL, Service
-from kms_api.routing import METRICS, UI, is_ui, is_vault
+from kms_api.routing import METRICS, is_ui, is_vault, to_login
 from kms_core import audit
 from kms_core.audit import AuditWriter
 from kms_core.auth.authenticator import Authenticator, MetricsAccess
@@ -343,7 +342,7 @@ class AuthenticationLayer:
 def _refusal(scope: Scope, error: KmsError) -> Response:
     """A redirect to the login for a browser without a session, else the answer to the error."""
     if isinstance(error, Unauthenticated) and error.reason == "missing" and is_ui(scope["path"]):
-        return RedirectResponse(f"{UI}/login", HTTPStatus.SEE_OTHER)
+        return to_login(scope)
     answer = problems.vault_answer(error) if is_vault(scope["path"]) else problems.answer(error)
     if isinstance(error, Unauthenticated) and error.ends_connection:
         answer.headers["Connection"] = "close"

@@ -16,7 +16,7 @@ from fastapi import Response
 from kms_api.deps import Service
 from kms_api.routes import audit, files, operations
 from kms_api.routing import CALLER, UI, Call, Router, Rule
-from kms_api.ui.render import PageRoute, number, render, took
+from kms_api.ui.render import number, render, took
 from kms_api.ui.views import DAY, JobRow, Row, folded, job_row, newest_events, rows_of
 from kms_core import audit as records
 from kms_core.audit.chain import text_of
@@ -163,7 +163,7 @@ def _parts(row: Mapping[str, float], top: float) -> list[Part]:
     return made
 
 
-router: Final = Router("pages", prefix=UI, kind=PageRoute)
+router: Final = Router("pages", prefix=UI, is_described=False)
 _FEW: Final = 8
 _MANY: Final = 50
 _MOST_FAILED: Final = 200
@@ -183,13 +183,14 @@ def overview(call: Call[None]) -> Response:
     may = {name: allows(service.kms.policy, caller, name) for name in _OF_OVERVIEW}
     found = _Jobs()
     with suppress(JobsUnavailable):
+        service.answering()
         found = _jobs_of(service, caller, period) if may["jobs:read"] else found
         if may["metrics"]:
             found.activity = activity.read(store)
             every_s, count, words = PERIODS[period]
             found.charts.insert(1, operations_chart(activity.operations(store, every_s, count), words))
     refusals, is_log_unreadable = None, False
-    if may["audit:read"]:
+    if may["audit:read"] and "x-kms-refresh" not in call.headers:  # of page.js: each search is recorded
         try:
             refusals = _refusals(service, caller)
         except AuditUnavailable:
@@ -320,6 +321,7 @@ def worker_list(call: Call[None]) -> Response:
 
     Jobs of other tenants are counted only. Raises JobsUnavailable.
     """
+    call.service.answering()
     store, spool = call.service.submitter.store, call.service.submitter.spool
     found, stats = activity.read(store), survey_queues(store)
     named = {job_id for worker in found.workers for job_id in worker.jobs}

@@ -3,30 +3,37 @@
 ``runbooks.md`` is Markdown with sections, paragraphs and inline code only.
 """
 
+import asyncio
 import re
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+import time
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Final, Self, TypeAlias
+from typing import Final, Self, TypeAlias
 from urllib.parse import parse_qsl, urlencode
 
 import jinja2
 import msgspec
-from fastapi import Request, Response
+from fastapi import FastAPI, Request, Response
 from markupsafe import Markup, escape
+from starlette.datastructures import Headers
 from starlette.responses import HTMLResponse, RedirectResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kms_api import json_body, problems
-from kms_api.deps import PRINCIPAL, service
-from kms_api.routing import UI, ScopedRoute
-from kms_api.transport.authentication import SESSION, VISITOR, RequestAuthenticator, Sessions, cookies
+from kms_api.deps import ANONYMOUS, PRINCIPAL, Pool, Service, service
+from kms_api.routing import UI, is_ui, to_login
+from kms_api.transport.authentication import COOKIE, SESSION, VISITOR, RequestAuthenticator, Sessions, cookies
 from kms_core import audit
 from kms_core.auth.policy import Principal, allows
+from kms_core.jobs.store.condition import StoreProbe
+from kms_core.jobs.store.maintenance import StoreCondition
+from kms_core.observability.degraded import DEGRADED
 from kms_protocol import __version__, wire
-from kms_protocol.errors import Forbidden, InvalidRequest, KmsError
+from kms_protocol.errors import Forbidden, InvalidRequest, JobsUnavailable, KmsError
 from kms_protocol.units import age_s, duration_text, parse_time, size_text, time_text
 
 
@@ -119,7 +126,11 @@ def prose(text: str, alerts: Sequence[str] = ()) -> Markup:
 
 Fields: TypeAlias = dict[str, str]
 _FORM_BYTES: Final = 16 * 1024
-_KEPT: Final = ("retry-after", "www-authenticate")
+_KEPT: Final = ("retry-after", "www-authenticate", "allow", "connection")
+_LOOK_S: Final = 0.25
+THREADS: Final = Pool("page")
+_PROBES: Final = Pool("page probe", 4)
+"""Looks at the condition of Redis, which wait for half a second at most, also while all ``THREADS`` hang."""
 _ENDED: Final = "The session has expired: log in again"
 _FORGED: Final = "The form is not from this page or was open for too long: load the page again"
 
@@ -147,19 +158,77 @@ class Screen:
         return cls(templates, load_runbooks(), sessions, entry)
 
 
-class PageRoute(ScopedRoute):
-    """A route whose errors are pages."""
+class PageLayer:
+    """ASGI middleware that answers problems of pages with pages, within a second if Redis hangs.
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
+    Redis holds the sessions. What waits for it goes on in its thread and ends with its timeouts.
+    """
 
-        async def answer(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except KmsError as exc:
-                return refusal(request, exc)
+    def __init__(
+        self, app: ASGIApp, pages: FastAPI, open_paths: Container[str], look: Callable[[], StoreCondition]
+    ) -> None:
+        """``pages`` has the templates in its state; ``open_paths`` need neither credentials nor Redis.
 
-        return answer
+        ``look`` asks Redis, and may block.
+        """
+        self._app, self._pages, self._open_paths = app, pages, open_paths
+        self._probe = StoreProbe(look, 2 * _LOOK_S, _LOOK_S)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not is_ui(scope["path"]):
+            is_root = scope.get("path") == "/" and "text/html" in Headers(scope=scope).get("accept", "")
+            await (RedirectResponse(UI) if is_root else self._app)(scope, receive, send)
+            return
+        sent: list[Message] = []
+
+        async def collect(message: Message) -> None:
+            sent.append(message)
+
+        try:
+            await self._call(scope, receive, collect)
+        except JobsUnavailable as exc:
+            sent.clear()
+            await problems.answer(exc)(scope, receive, collect)
+        finally:  # also after a fault, which goes on to the log of the server
+            if sent and Headers(raw=sent[0]["headers"]).get("content-type") == problems.MEDIA_TYPE:
+                page, sent = self._page_of(scope, sent), []
+                await page(scope, receive, send)
+            for message in sent:
+                await send(message)
+
+    async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Call the application. Raises JobsUnavailable if Redis is away and holds the session, or hangs."""
+        if scope["path"] in self._open_paths:
+            await self._app(scope, receive, send)
+            return
+        is_away = await self._is_redis_away()
+        if is_away and any(cookies(scope["headers"], COOKIE)):
+            raise JobsUnavailable
+        called = asyncio.ensure_future(self._app(scope, receive, send))
+        called.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # also if none waits
+        pause_s = None if is_away or scope["method"] not in {"GET", "HEAD"} else _LOOK_S
+        while not (await asyncio.wait([called], timeout=pause_s))[0]:
+            if await self._is_redis_away():
+                raise JobsUnavailable
+        await called
+
+    async def _is_redis_away(self) -> bool:
+        pages: Service = self._pages.state.service
+        return await pages.run(_PROBES, self._probe.condition) == "unavailable"
+
+    def _page_of(self, scope: Scope, sent: Sequence[Message]) -> Response:
+        """The page of a problem, or a redirect to the login if the session has expired."""
+        request = Request({**scope, "app": self._pages, PRINCIPAL: scope.get(PRINCIPAL, ANONYMOUS)})
+        if _has_ended(request):
+            return to_login(scope)
+        start, *parts = sent
+        problem = msgspec.json.decode(b"".join(part["body"] for part in parts), type=wire.Problem)
+        part = DEGRADED["redis"] if problem.code == JobsUnavailable.code else None
+        texts = screen(request).runbooks
+        page = render(request, "refused.html", start["status"], problem=problem, part=part, runbooks=texts)
+        given = Headers(raw=start["headers"])
+        page.headers.update({name: given[name] for name in _KEPT if name in given})
+        return page
 
 
 def screen(request: Request) -> Screen:
@@ -176,6 +245,8 @@ def render(request: Request, name: str, status: int = 200, /, **facts: object) -
         "has_session": SESSION in request.scope,
         "stamp": screen(request).sessions.stamp(_holder(request)),
         "path": request.url.path,
+        "method": request.method,
+        "as_of": time_text(time.time()),
         "environment": service(request).settings.environment,
         "version": __version__,
         "request_id": audit.request_id.get(),
@@ -189,17 +260,6 @@ def _may(request: Request, operation: str) -> bool:
         return allows(service(request).kms.policy, request.scope[PRINCIPAL], operation)
     except KmsError:
         return True
-
-
-def refusal(request: Request, error: KmsError) -> Response:
-    """The problem of an error as a page; a redirect to the login if the session has expired."""
-    if _has_ended(request):
-        return to("/login")
-    made = problems.answer(error)
-    problem = msgspec.json.decode(made.body, type=wire.Problem)
-    page = render(request, "refused.html", made.status_code, problem=problem)
-    page.headers.update({name: made.headers[name] for name in _KEPT if name in made.headers})
-    return page
 
 
 def _has_ended(request: Request) -> bool:

@@ -9,20 +9,28 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from http import HTTPStatus
 from itertools import groupby
 from typing import Final, get_args
 from urllib.parse import quote, urlencode
 
 import msgspec
 from fastapi import Request, Response
-from starlette.responses import FileResponse
+from starlette.responses import FileResponse, RedirectResponse
 
 from kms_api import problems
-from kms_api.deps import Pool, Service, service
+from kms_api.deps import Service, service
 from kms_api.routes import audit, files, job_answers, jobs, keys
-from kms_api.routing import CALLER, DOCS, OPEN, READ, UI, WRITE, Call, Router
-from kms_api.transport.authentication import COOKIE, LASTS_S, SESSION, VISITOR, RequestAuthenticator, new_id
-from kms_api.ui.render import STATIC, STATIC_FILES, Fields, PageRoute, form, percent, render, screen, to
+from kms_api.routing import CALLER, DOCS, OPEN, READ, UI, WRITE, Call, Router, is_ui
+from kms_api.transport.authentication import (
+    COOKIE,
+    LASTS_S,
+    SESSION,
+    VISITOR,
+    RequestAuthenticator,
+    new_id,
+)
+from kms_api.ui.render import STATIC, STATIC_FILES, THREADS, Fields, form, percent, render, screen, to
 from kms_core import audit as records
 from kms_core.audit import query
 from kms_core.audit.chain import text_of
@@ -35,13 +43,19 @@ from kms_core.jobs.model import DEAD, Job
 from kms_core.jobs.spec import FilesJob, UploadJob
 from kms_core.jobs.store import reader
 from kms_protocol import admin, wire
-from kms_protocol.errors import AuditUnavailable, KmsError, Missing, RateLimited, Unauthenticated, UnknownKey
+from kms_protocol.errors import (
+    AuditUnavailable,
+    KmsError,
+    Missing,
+    RateLimited,
+    Unauthenticated,
+    UnknownKey,
+)
 from kms_protocol.units import parse_time
 
-router: Final = Router("pages", prefix=UI, kind=PageRoute)
+router: Final = Router("pages", prefix=UI, is_described=False)
 FILTERS: Final = ("operation", "result", "principal", "source", "key_id", "job_id", "request_id")
 PERIODS: Final = {"1h": timedelta(hours=1), "24h": timedelta(days=1), "7d": timedelta(days=7), "all": None}
-THREADS: Final = Pool("page")
 _JOBS: Final = 50
 _BATCHES: Final = 4
 _KINDS: Final = get_args(wire.JobKind)
@@ -113,7 +127,9 @@ def job_list(call: Call[None]) -> Response:
     files.one_of("kind", kind, ("", *_KINDS))
     if search and "=" not in search:
         return to(f"/jobs/{quote(search, safe='')}")
-    labels, counts = files.labels_of([search] if search else []), store.states(tenant)
+    labels = files.labels_of([search] if search else [])
+    call.service.answering()
+    counts = store.states(tenant)
     if state == "dead":
         dead = [job for job in store.dead(tenant, _JOBS) if kind in {"", job.kind}]
         rows, following = [job_row(job) for job in dead if labels.items() <= job.labels.items()], None
@@ -153,6 +169,7 @@ def _rows(
 @router.read("/jobs/{job_id}", READ, THREADS)
 def job(call: Call[None]) -> Response:
     """State and progress of a job, and forms to cancel or retry it."""
+    call.service.answering()
     row = job_row(call.service.submitter.store.get(call.path("job_id"), call.caller.tenant))
     return render(
         call.request,
@@ -311,7 +328,7 @@ async def static(name: str) -> Response:
     return FileResponse(STATIC / name, headers=headers, media_type=STATIC_FILES[name])
 
 
-docs: Final = Router("pages", kind=PageRoute)
+docs: Final = Router("pages", is_described=False)
 
 
 @docs.endpoint("GET", DOCS, OPEN)
@@ -345,7 +362,7 @@ async def login(request: Request) -> Response:
         session = await _begin(request, entry, token)
     except (Unauthenticated, RateLimited) as exc:
         return _login_page(request, exc)
-    answer = to("")
+    answer: Response = RedirectResponse(_page_after(request), HTTPStatus.SEE_OTHER)
     _set_cookie(request, answer, COOKIE, session, LASTS_S)
     answer.delete_cookie(VISITOR, UI)
     return answer
@@ -367,6 +384,7 @@ async def _begin(request: Request, entry: RequestAuthenticator, token: str) -> s
     service(request).requests.take(who.tenant)  # the tenant was not known before
 
     def begin() -> str:
+        service(request).answering()
         with records.recorded(service(request).kms.audit_log, who, "session.begin", ""):
             return screen(request).sessions.begin(who)
 
@@ -377,11 +395,18 @@ def _login_page(request: Request, error: KmsError | None = None) -> Response:
     visitor = new_id()
     status = 200 if error is None else problems.answer_of(type(error)).status
     stamp = screen(request).sessions.stamp(f"visitor {visitor}")
-    answer = render(request, "login.html", status, error=error, stamp=stamp)
+    after = _page_after(request)
+    answer = render(request, "login.html", status, error=error, stamp=stamp, after=after, overview=UI)
     if isinstance(error, RateLimited):
         answer.headers["Retry-After"] = problems.retry_after(error)
     _set_cookie(request, answer, VISITOR, visitor, _FORM_S)
     return answer
+
+
+def _page_after(request: Request) -> str:
+    """The page to show after a login: the one that led there, if it is ours, else the overview."""
+    page = request.query_params.get("next", "")
+    return page if is_ui(page.partition("?")[0]) and not page.startswith(f"{UI}/login") else UI
 
 
 def _set_cookie(request: Request, answer: Response, name: str, value: str, lasts_s: int) -> None:

@@ -1,19 +1,28 @@
 """Pages of an application in this process, and templates with values that no install has on demand."""
 
+import asyncio
+import html
+import re
 from functools import cache
 from typing import Final
+from urllib.parse import parse_qs, urlsplit
 
+import httpx2 as httpx
 import jinja2
 import msgspec
+import pytest
+from starlette.types import Receive, Scope, Send
 
 from kms_api.routes import operations
 from kms_api.ui import overview
-from kms_api.ui.render import Screen
+from kms_api.ui.render import PageLayer, Screen
 from kms_core.auth.policy import Principal
 from kms_core.jobs.store.activity import survey_queues
+from kms_core.jobs.store.maintenance import StoreCondition
 from kms_core.observability.degraded import DEGRADED
 from kms_protocol.admin import StatusOut
-from support.authorization.application import Application
+from kms_protocol.wire import PREFIX
+from support.authorization.application import Application, Caller
 
 FRAME: Final = {
     "who": Principal("ada", "acme", "token:1"),
@@ -24,6 +33,8 @@ FRAME: Final = {
     "environment": "prod",
     "version": "",
     "request_id": "",
+    "as_of": "2027-01-31T12:00:00Z",
+    "method": "GET",
 }
 
 
@@ -32,14 +43,14 @@ def templates() -> jinja2.Environment:
     return Screen.load(None, None).templates  # type: ignore[arg-type]  # templates need no sessions
 
 
-def overview_of(**known: object) -> str:
+def overview_of(found: object = None, **known: object) -> str:
     """The overview of a status; while Redis does not answer, but for what is ``known``."""
     unknown = dict.fromkeys(("jobs", "queue_depth", "workers", "spool", "install"))
     status = msgspec.convert(StatusOut.EXAMPLE | unknown | known, StatusOut)
     facts = {
         "status": status,
         "known": DEGRADED,
-        "found": overview._Jobs(),  # noqa: SLF001 -- as it is while Redis does not answer
+        "found": found or overview._Jobs(),  # noqa: SLF001 -- as it is while Redis does not answer
         "notices": [],
         "period": "6h",
         "periods": overview.PERIODS,
@@ -75,3 +86,96 @@ def test_a_backend_that_is_down_is_shown_where_the_status_has_it() -> None:
 
     assert "Degraded" not in overview_of()
     assert "root payroll</strong>: transit does not wrap and unwrap, since" in macro([], {}, [down])
+
+
+# -- what cannot be shown, and who may not see it -------------------------------------------------------
+
+
+BROWSER: Final = {"Accept": "text/html,application/xhtml+xml;q=0.9,*/*;q=0.8"}
+
+
+def test_a_browser_gets_pages_for_the_root_and_for_unknown_addresses(application: Application) -> None:
+    root = application.ask(Caller(), "GET", "/", headers=BROWSER)
+    unknown = application.ask(application.master, "GET", "/ui/nosuch", headers=BROWSER)
+    other_method = application.ask(application.master, "DELETE", "/ui/jobs")
+
+    assert (root.status_code, root.headers["location"]) == (307, "/ui")
+    assert application.ask(Caller(), "GET", "/").json()["code"] == "unauthenticated"
+    for answer, status in ((unknown, 404), (other_method, 405)):
+        assert answer.status_code == status
+        assert answer.headers["content-type"].startswith("text/html")
+        assert "<main" in answer.text
+    assert other_method.headers["allow"] == "GET, HEAD"
+
+
+def words(answer: httpx.Response) -> str:
+    """The text of a page, with single spaces."""
+    return " ".join(html.unescape(re.sub("<[^>]*>", " ", answer.text)).split())
+
+
+@pytest.mark.parametrize(
+    ("page", "shown"),
+    [
+        ("/ui/runbooks", "/ui/runbooks"),
+        ("/ui/jobs?state=failed&search=a%3Db", "/ui/jobs?state=failed&search=a%3Db"),
+        ("/ui/login", "/ui"),
+        ("//example.org/ui/", "/ui"),
+        ("https://example.org/ui/jobs", "/ui"),
+        ("", "/ui"),
+    ],
+)
+def test_a_login_leads_to_the_page_that_was_asked_for_if_it_is_ours(
+    application: Application, page: str, shown: str
+) -> None:
+    stamp, cookie = application.visitor()
+    login = httpx.URL("/ui/login", params={"next": page})
+    form = {"token": application.everything, "stamp": stamp}
+    answer = application.ask(Caller(), "POST", str(login), data=form, headers={"Cookie": cookie})
+
+    assert (answer.status_code, answer.headers["location"]) == (303, shown)
+    if page == shown:
+        led = application.ask(Caller(), "GET", page).headers["location"]
+        assert (urlsplit(led).path, parse_qs(urlsplit(led).query)) == ("/ui/login", {"next": [page]})
+
+
+# -- while Redis hangs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("knows", [True, False], ids=["before", "while it waits"])
+async def test_a_page_of_a_session_does_not_wait_for_a_redis_that_hangs(
+    application: Application, *, knows: bool
+) -> None:
+    is_over, begun = asyncio.Event(), []
+    found: list[StoreCondition] = ["unavailable"] if knows else ["available", "unavailable"]
+
+    async def hanging(scope: Scope, receive: Receive, send: Send) -> None:
+        del scope, receive, send
+        begun.append(1)
+        await is_over.wait()
+
+    def look() -> StoreCondition:
+        return found.pop(0) if len(found) > 1 else found[0]
+
+    layer = PageLayer(hanging, application.pages, {"/ui/login"}, look)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(layer), base_url="http://kms") as http:
+        answer = await http.get("/ui/jobs", headers={"Cookie": "kms_session=" + "A" * 43})
+    is_over.set()
+
+    assert (answer.status_code, len(begun)) == (503, 0 if knows else 1)
+    assert answer.headers["content-type"].startswith("text/html")
+    assert int(answer.headers["retry-after"]) >= 1
+    assert "Away: Redis. Redis does not answer" in words(answer)
+    assert '<meta http-equiv="refresh" content="10">' in answer.text
+
+
+def test_pages_say_as_of_when_they_are_and_a_refresh_searches_no_audit_log(application: Application) -> None:
+    page = application.ask(application.master, "GET", "/ui")
+    fresh = application.ask(application.master, "GET", "/ui", headers={"X-KMS-Refresh": "1"})
+
+    assert re.search(r"As of \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC Refresh", words(page))
+    assert 'data-live="30"' in page.text
+    assert ('id="refused"' in page.text, 'id="refused"' in fresh.text) == (True, False)
+    reads = application.ask(application.master, "GET", f"{PREFIX}/audit?operation=audit.read&limit=1000")
+    ids = {event["request_id"] for event in reads.json()["events"]}
+    assert {page.headers["x-request-id"] in ids, fresh.headers["x-request-id"] in ids} == {True, False}

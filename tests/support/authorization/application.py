@@ -16,6 +16,7 @@ import httpx2 as httpx
 import uvicorn
 from anyio.from_thread import BlockingPortal
 from cryptography import x509
+from fastapi import FastAPI
 from pyrage import x25519
 from starlette.types import Receive, Scope, Send
 
@@ -159,12 +160,18 @@ class Application:
         self._served.result()
 
     @property
-    def service(self) -> Service:
-        """The state that its routes share."""
+    def pages(self) -> FastAPI:
+        """The application within its layers, whose state has the templates."""
         layer: Any = self._app
         while not hasattr(layer, "state"):
             layer = getattr(layer, "_app", None) or layer.app
-        found: Service = layer.state.service
+        found: FastAPI = layer
+        return found
+
+    @property
+    def service(self) -> Service:
+        """The state that its routes share."""
+        found: Service = self.pages.state.service
         return found
 
     def streams(self) -> int:

@@ -12,23 +12,25 @@ EVERY_S: Final = 1.0
 
 
 class StoreProbe:
-    """Asks Redis in a thread, at a probe and once a second at most; all probes share the answer.
+    """Asks Redis in a thread, at a probe and once in ``every_s`` at most; all probes share the answer.
 
     A Redis that does not answer for ``patience_s`` is unavailable: probes do not wait for it longer. Once it
     has failed a probe waits for 0.1 s at most, in which a Redis that is back answers.
     """
 
-    def __init__(self, look: Callable[[], StoreCondition], patience_s: float = EVERY_S) -> None:
-        """``look`` asks Redis, and may block."""
-        self._look, self._patience_s = look, patience_s
+    def __init__(
+        self, look: Callable[[], StoreCondition], patience_s: float = EVERY_S, every_s: float = EVERY_S
+    ) -> None:
+        """``look`` asks Redis, and may block. The times are in seconds."""
+        self._look, self._patience_s, self._every_s = look, patience_s, every_s
         self._lock, self._asking = threading.Lock(), threading.Thread()
         self._began = -math.inf
         self._known: StoreCondition = "available"
 
     def condition(self) -> StoreCondition:
-        """Return whether jobs can be submitted, as Redis said within the last second."""
+        """Return whether jobs can be submitted, as Redis said within the last ``every_s``."""
         with self._lock:
-            if not self._asking.is_alive() and time.monotonic() - self._began >= EVERY_S:
+            if not self._asking.is_alive() and time.monotonic() - self._began >= self._every_s:
                 self._began = time.monotonic()
                 self._asking = threading.Thread(target=self._ask, name="store-probe", daemon=True)
                 self._asking.start()
