@@ -4,12 +4,11 @@ As in ``views``, a page runs as a whole in one thread, and leaves out what the c
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final
-from urllib.parse import quote
 
 from fastapi import Response
 
@@ -17,18 +16,17 @@ from kms_api.deps import Service
 from kms_api.routes import audit, files, operations
 from kms_api.routing import CALLER, UI, Call, Router, Rule
 from kms_api.ui.render import number, render, took
-from kms_api.ui.views import DAY, JobRow, Row, folded, job_row, newest_events, rows_of
+from kms_api.ui.views import DAY, JobRow, folded, job_row, newest_events, rows_of
 from kms_core import audit as records
 from kms_core.audit.chain import text_of
 from kms_core.audit.query import EventFilter, RecordedOperation
 from kms_core.auth.policy import Principal, allows
 from kms_core.jobs.store import activity
-from kms_core.jobs.store.activity import SAMPLE, Activity, Interval, OperationInterval, survey_queues
+from kms_core.jobs.store.activity import SAMPLE, Activity, Interval, OperationInterval, TenantJobs
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability.degraded import DEGRADED
 from kms_core.settings.lint import unaccepted
 from kms_protocol.errors import AuditUnavailable, JobsUnavailable
-from kms_protocol.units import duration_text
 
 # Charts of the jobs and operations of the last hours: stacked bars as SVG, and the same figures as a table.
 #
@@ -38,9 +36,9 @@ PERIODS: Final = {"1h": (300, 12, "hour"), "6h": (900, 24, "6 hours"), "24h": (3
 """Seconds of one interval, the number of intervals, and the period in words."""
 HEIGHT: Final = 100
 """Of the picture, in which an interval is 10 wide."""
+_END: Final = "ffffffff-ffff-ffff-ffff-ffffffffffff"
 _OPEN: Final = ("queued", "running", "committing")
 _TOPS: Final = (0.002, 0.01, 0.02, 0.1, 0.2, 1, 2, 10, 20, 60, 120, 600, 1200, 3600, 7200, 36_000, 86_400)
-_END: Final = "ffffffff-ffff-ffff-ffff-ffffffffffff"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +126,9 @@ def durations_chart(intervals: Sequence[Interval], words: str) -> Chart:
         f"{took(means['ran'])} on average, of up to {SAMPLE} jobs of each interval."
     )
     summary = summary if found else f"No job of the last {words} has succeeded."
-    return _chart(("durations", "Time from submission to end", summary), labels, intervals, rows, (top, took))
+    return _chart(
+        ("durations", "Time from submission to end", summary), labels, intervals, rows, (float(top), took)
+    )
 
 
 def _chart(
@@ -187,6 +187,7 @@ def overview(call: Call[None]) -> Response:
         found = _jobs_of(service, caller, period) if may["jobs:read"] else found
         if may["metrics"]:
             found.activity = activity.read(store)
+            found.tenants = activity.by_tenant(store, store.now() - _HOUR_S)
             every_s, count, words = PERIODS[period]
             found.charts.insert(1, operations_chart(activity.operations(store, every_s, count), words))
     refusals, is_log_unreadable = None, False
@@ -195,17 +196,20 @@ def overview(call: Call[None]) -> Response:
             refusals = _refusals(service, caller)
         except AuditUnavailable:
             is_log_unreadable = True
-    keys = rows_of(service, caller)
     return render(
         call.request,
         "overview.html",
         status=operations.condition(service, caller) if may["status"] else None,
         known=DEGRADED,
         found=found,
-        notices=[*_notices_of_jobs(found), *_notices_of_keys(keys), *_weak(service, is_told=may["metrics"])],
+        due=[row for row in rows_of(service, caller) if row.problem],
+        weak=sorted(unaccepted(service.settings)) if may["metrics"] else (),
+        old_s=_OLD_S,
+        most_failed=activity.MOST_FAILED,
         period=period,
         periods=PERIODS,
         few=_FEW,
+        many=_MANY,
         audit_log=service.audit_monitor.condition if may["audit:read"] else None,
         events=refusals,
         is_log_unreadable=is_log_unreadable,
@@ -216,25 +220,19 @@ def overview(call: Call[None]) -> Response:
 class _Jobs:
     """Jobs as the overview shows them; None if the caller may not see them, or Redis is unreachable.
 
-    ``failed`` is the number of jobs that failed in the last hour, and ``failures`` a sentence about them.
+    ``failed`` is the number of jobs that failed in the last hour, ``causes`` those of each, and ``submitted``
+    the number of jobs of that hour. ``tenants`` are all, with the failures of that hour.
     """
 
     newest: list[list[JobRow]] | None = None
     dead: list[list[JobRow]] | None = None
     dead_count: str = ""
     failed: str = ""
-    failures: str = ""
+    causes: Mapping[str, int] = field(default_factory=dict)
+    submitted: int = 0
     charts: list[Chart] = field(default_factory=list)
     activity: Activity | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Notice:
-    """Something that wants a decision, the page that helps, and the words of the link to it."""
-
-    text: str
-    page: str
-    label: str
+    tenants: Sequence[TenantJobs] = ()
 
 
 def _jobs_of(service: Service, caller: Principal, period: str) -> _Jobs:
@@ -256,51 +254,16 @@ def _count_text(count: int, most: int) -> str:
     return f"{count}{' or more' * (count == most)}"
 
 
-def _failures(store: JobStore, tenant: str) -> tuple[str, str]:
-    """``failed`` and ``failures`` of ``_Jobs``, of the newest 200 failed jobs. Raises JobsUnavailable."""
+def _failures(store: JobStore, tenant: str) -> tuple[str, Counter[str], int]:
+    """``failed``, ``causes`` and ``submitted`` of ``_Jobs``, of the newest 200 failed jobs.
+
+    Raises JobsUnavailable.
+    """
     since = store.now() - _HOUR_S
     newest, _ = store.page(tenant, state="failed", limit=_MOST_FAILED, before=None)
     found = [job_row(job) for job in newest if job.ended_at >= since]
-    count, jobs = _count_text(len(found), _MOST_FAILED), "job" if len(found) == 1 else "jobs"
-    counts = Counter((row.causes or ("unknown",))[-1] for row in found)
-    causes = ", ".join(f"{cause} {number(times)}" for cause, times in counts.most_common())
-    submitted = f"in which {number(activity.submitted_since(store, tenant, since))} were submitted"
-    return count, f"{count} {jobs} failed in the last hour, {submitted} ({causes})" if found else ""
-
-
-def _notices_of_jobs(found: _Jobs) -> Iterator[Notice]:
-    if found.failures:
-        yield Notice(found.failures, f"{UI}/jobs?state=failed", "failed jobs")
-    if found.dead:
-        text = f"Dead letters: {found.dead_count}. They wait to be retried"
-        yield Notice(text, f"{UI}/jobs?state=dead", "dead letters")
-    for queue in found.activity.queues if found.activity else ():
-        if queue.is_unserved:
-            count = "1 job waits" if queue.count == 1 else f"{number(queue.count)} jobs wait"
-            text = f"{count} in {queue.name}, which no worker serves"
-            yield Notice(text, f"{UI}/workers", "workers")
-        elif queue.oldest_s > _OLD_S:
-            text = f"The oldest job in {queue.name} has waited for {duration_text(queue.oldest_s)}"
-            yield Notice(text, f"{UI}/runbooks#kmsqueueold", "KmsQueueOld")
-    for worker in found.activity.workers if found.activity else ():
-        if worker.state == "not seen" and worker.silent_s is not None:
-            text = f"Worker {worker.name} ended without a word, {duration_text(worker.silent_s)} ago"
-            yield Notice(text, f"{UI}/runbooks#kmsworkerlost", "KmsWorkerLost")
-
-
-def _notices_of_keys(rows: Sequence[Row]) -> Iterator[Notice]:
-    for row in rows:
-        if row.problem and row.may_rotate and row.key.current_version:
-            page = f"{UI}/keys/{quote(row.key.id, safe='')}/rotate"
-            yield Notice(f"Key {row.key.id}, {row.problem}", page, f"rotate {row.key.id}")
-        elif row.problem:
-            yield Notice(f"Key {row.key.id}, {row.problem}", f"{UI}/keys", "keys")
-
-
-def _weak(service: Service, *, is_told: bool) -> Iterator[Notice]:
-    weak = sorted(unaccepted(service.settings)) if is_told else ()
-    if weak:
-        yield Notice(f"Weak settings: {', '.join(weak)}", f"{UI}/runbooks#kmsweaksetting", "KmsWeakSetting")
+    causes = Counter((row.causes or ("unknown",))[-1] for row in found)
+    return _count_text(len(found), _MOST_FAILED), causes, activity.submitted_since(store, tenant, since)
 
 
 def _refusals(service: Service, caller: Principal) -> list[RecordedOperation]:
@@ -323,7 +286,7 @@ def worker_list(call: Call[None]) -> Response:
     """
     call.service.answering()
     store, spool = call.service.submitter.store, call.service.submitter.spool
-    found, stats = activity.read(store), survey_queues(store)
+    found, stats = activity.read(store), activity.survey_queues(store)
     named = {job_id for worker in found.workers for job_id in worker.jobs}
     may_read = allows(call.service.kms.policy, call.caller, "jobs:read")
     seen = store.many(sorted(named), call.caller.tenant) if may_read else []

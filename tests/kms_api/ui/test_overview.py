@@ -60,7 +60,12 @@ def test_axis_of_jobs_ends_at_a_round_count(most: int, ticks: tuple[str, str]) -
 
 @pytest.mark.parametrize(
     ("seconds", "ticks"),
-    [(0.004, ("10 ms", "5 ms")), (7, ("10 seconds", "5 seconds")), (5_000, ("2 hours", "60 minutes"))],
+    [
+        (0.004, ("10 ms", "5 ms")),
+        (0.7, ("1 second", "500 ms")),
+        (7, ("10 seconds", "5 seconds")),
+        (5_000, ("2 hours", "60 minutes")),
+    ],
 )
 def test_axis_of_durations_ends_at_a_round_time(seconds: float, ticks: tuple[str, str]) -> None:
     assert overview.durations_chart([interval(waited_s=0, ran_s=seconds), interval(1)], "hour").ticks == ticks

@@ -4,7 +4,7 @@ import asyncio
 import html
 import re
 from functools import cache
-from typing import Final
+from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
 import httpx2 as httpx
@@ -17,12 +17,15 @@ from kms_api.routes import operations
 from kms_api.ui import overview
 from kms_api.ui.render import PageLayer, Screen
 from kms_core.auth.policy import Principal
-from kms_core.jobs.store.activity import survey_queues
+from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.store import activity
+from kms_core.jobs.store.activity import TenantJobs, survey_queues
 from kms_core.jobs.store.maintenance import StoreCondition
 from kms_core.observability.degraded import DEGRADED
 from kms_protocol.admin import StatusOut
 from kms_protocol.wire import PREFIX
 from support.authorization.application import Application, Caller
+from support.service import b64
 
 FRAME: Final = {
     "who": Principal("ada", "acme", "token:1"),
@@ -51,10 +54,14 @@ def overview_of(found: object = None, **known: object) -> str:
         "status": status,
         "known": DEGRADED,
         "found": found or overview._Jobs(),  # noqa: SLF001 -- as it is while Redis does not answer
-        "notices": [],
+        "due": [],
+        "weak": [],
+        "old_s": 600,
+        "most_failed": 20,
         "period": "6h",
         "periods": overview.PERIODS,
         "few": 8,
+        "many": 50,
         "audit_log": None,
         "events": None,
         "is_log_unreadable": False,
@@ -86,6 +93,20 @@ def test_a_backend_that_is_down_is_shown_where_the_status_has_it() -> None:
 
     assert "Degraded" not in overview_of()
     assert "root payroll</strong>: transit does not wrap and unwrap, since" in macro([], {}, [down])
+
+
+def test_nothing_is_healthy_while_jobs_of_others_fail() -> None:
+    jobs = {"jobs": {"queued": 1, "running": 2, "committing": 0}, "degraded": []}
+    calm, failing = TenantJobs("acme", 1, 2, 0, 0), TenantJobs("beta", 0, 0, 20, 3)
+    idle = activity.Activity([], [], has_more=False, results=0, expires=0.0)
+
+    healthy = overview_of(overview._Jobs([], [], "0", "0", activity=idle, tenants=[calm]), **jobs)  # noqa: SLF001 -- as above
+    wrong = overview_of(overview._Jobs([], [], "0", "0", activity=idle, tenants=[failing, calm]), **jobs)  # noqa: SLF001 -- as above
+
+    assert ("Healthy" in healthy, "no job failed in the last hour, of any tenant" in healthy) == (True, True)
+    assert ("Healthy" in wrong, "Nothing:" in wrong) == (False, False)
+    assert "Running, but jobs fail of other tenants" in wrong
+    assert "20 or more" in wrong
 
 
 # -- what cannot be shown, and who may not see it -------------------------------------------------------
@@ -179,3 +200,38 @@ def test_pages_say_as_of_when_they_are_and_a_refresh_searches_no_audit_log(appli
     reads = application.ask(application.master, "GET", f"{PREFIX}/audit?operation=audit.read&limit=1000")
     ids = {event["request_id"] for event in reads.json()["events"]}
     assert {page.headers["x-request-id"] in ids, fresh.headers["x-request-id"] in ids} == {True, False}
+
+
+# -- jobs ----------------------------------------------------------------------------------------------
+
+
+def submitted(application: Application, who: Caller, *, run: bool = True, **more: Any) -> str:  # noqa: ANN401 -- JSON
+    """A job of a file that is none, which has failed if it is run."""
+    body = {"kind": "decrypt", "items": [{"ciphertext": b64(b"no age file")}]} | more
+    answer = application.ask(who, "POST", f"{PREFIX}/jobs", json=body)
+    assert answer.status_code == 202, answer.text
+    job_id = str(answer.json()["job_id"])
+    if run:
+        run_job(job_id, application.core.worker_context, "host-7:aa/71")
+    return job_id
+
+
+def test_who_may_read_metrics_sees_whose_jobs_fail_and_others_only_their_own(
+    application: Application,
+) -> None:
+    everyone = ("*",)
+    operator = application.with_token("*,metrics", tenant="watching")
+    caller = application.with_token(*everyone, tenant="watching")
+    failing = application.with_token(*everyone, tenant="failing")
+    ids = [submitted(application, failing) for _ in range(3)]
+
+    page = application.ask(operator, "GET", "/ui")
+    told = words(page)
+    assert "failing 0 0 3 0" in told
+    assert re.search(r"Jobs of \d+ other tenants? failed in the last hour", told)
+    assert "Jobs and operations are those of all tenants" in told
+    assert not [job_id for job_id in ids if job_id in page.text]
+    own = words(application.ask(caller, "GET", "/ui"))
+    assert "failing" not in own
+    assert "Jobs and operations are those of tenant watching" in own
+    assert "no job failed in the last hour, of tenant watching" in own

@@ -252,6 +252,47 @@ def submitted_since(store: JobStore, tenant: str, since: float) -> int:
         return int(store.redis.zcount(f"{PREFIX}tenant:{tenant}", since, "+inf"))
 
 
+MOST_FAILED: Final = 20
+"""The newest failed jobs of each tenant that are looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class TenantJobs:
+    """Jobs of a tenant, as Redis says, by state; ``failed`` are those that ended since a time."""
+
+    tenant: str
+    queued: int
+    running: int
+    failed: int
+    dead: int
+
+
+def by_tenant(store: JobStore, since: float) -> list[TenantJobs]:
+    """The jobs of each tenant, those with the most failures since ``since`` (seconds since the epoch) first.
+
+    Raises JobsUnavailable.
+    """
+    names, width = store.tenants(), len(OPEN_STATES) + 2
+    with redis_errors():
+        pipeline = store.redis.pipeline(transaction=False)
+        for name in names:
+            for state in OPEN_STATES:
+                pipeline.zcard(f"{PREFIX}state:{name}:{state}")
+            pipeline.zcard(f"{PREFIX}dead:{name}")
+            pipeline.zrevrange(f"{PREFIX}state:{name}:failed", 0, MOST_FAILED - 1)
+        found = pipeline.execute()
+        rows = [found[at : at + width] for at in range(0, len(found), width)]
+        pipeline = store.redis.pipeline(transaction=False)
+        for job_id in (job_id for row in rows for job_id in row[-1]):
+            pipeline.hget(job_key(named(job_id)), "ended_at")
+        ended = map(number, pipeline.execute())
+    jobs = [
+        TenantJobs(name, queued, running + committing, sum(next(ended) >= since for _ in failed), dead)
+        for name, (queued, running, committing, dead, failed) in zip(names, rows, strict=True)
+    ]
+    return sorted(jobs, key=lambda each: (-each.failed, -each.dead, -each.queued, each.tenant))
+
+
 OTHER: Final = "other"
 OPEN_STATES: Final = ("queued", "running", "committing")
 NEWER: Final = "for_newer_workers"
