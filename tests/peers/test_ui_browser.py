@@ -331,7 +331,7 @@ def test_folded_failures_are_opened_searched_and_charted(
 
     browser.evaluate("document.querySelector('[name=kind]').value = 'encrypt'")
     browser.submit("form.filter")
-    assert browser.evaluate("location.search") == "?state=failed&kind=encrypt&search="
+    assert browser.evaluate("location.search") == "?state=failed&kind=encrypt&cause=&key=&by=&before=&search="
     assert "No jobs of kind encrypt that are failed." in browser.evaluate(TEXT)
     follow(browser, "all", "/ui/jobs?kind=encrypt")
     assert set(browser.evaluate(f"Array.from({kinds}, (cell) => cell.textContent)")) == {"encrypt"}
@@ -355,14 +355,14 @@ def test_a_page_left_open_refreshes_itself_unless_a_form_is_half_filled_in(
     log_in(browser, secured.url, token)
     browser.open(f"{secured.url}/ui/jobs")
     browser.evaluate("window.loaded = 'once'")
-    browser.evaluate("document.querySelector('[name=search]').value = 'half'")
+    browser.evaluate("document.querySelector('[name=cause]').value = 'half'")
     browser.evaluate(REFRESH)
     first = secured.post("/jobs", job, headers=admin).json()["job_id"]
     browser.evaluate("new Promise((resume) => setTimeout(resume, 500))")
     assert not browser.evaluate(f"document.body.textContent.includes('{first}')")
-    assert browser.evaluate("document.querySelector('[name=search]').value") == "half"
+    assert browser.evaluate("document.querySelector('[name=cause]').value") == "half"
 
-    browser.evaluate("document.querySelector('[name=search]').value = ''")
+    browser.evaluate("document.querySelector('[name=cause]').value = ''")
     until(lambda: browser.evaluate(f"document.body.textContent.includes('{first}')"), "the new job appears")
     assert browser.evaluate("window.loaded") == "once"
     assert browser.complaints == []

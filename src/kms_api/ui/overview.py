@@ -16,7 +16,7 @@ from kms_api.deps import Service
 from kms_api.routes import audit, files, operations
 from kms_api.routing import CALLER, UI, Call, Router, Rule
 from kms_api.ui.render import number, render, took
-from kms_api.ui.views import DAY, JobRow, folded, job_row, newest_events, rows_of
+from kms_api.ui.views import DAY, END, JobRow, folded, job_row, newest_events, rows_of
 from kms_core import audit as records
 from kms_core.audit.chain import text_of
 from kms_core.audit.query import EventFilter, RecordedOperation
@@ -36,7 +36,6 @@ PERIODS: Final = {"1h": (300, 12, "hour"), "6h": (900, 24, "6 hours"), "24h": (3
 """Seconds of one interval, the number of intervals, and the period in words."""
 HEIGHT: Final = 100
 """Of the picture, in which an interval is 10 wide."""
-_END: Final = "ffffffff-ffff-ffff-ffff-ffffffffffff"
 _OPEN: Final = ("queued", "running", "committing")
 _TOPS: Final = (0.002, 0.01, 0.02, 0.1, 0.2, 1, 2, 10, 20, 60, 120, 600, 1200, 3600, 7200, 36_000, 86_400)
 
@@ -142,7 +141,7 @@ def _chart(
     bars = tuple(
         Bar(
             f"{datetime.fromtimestamp(each.start, UTC):%H:%M}",
-            f"{each.start + every_s:.0f}-{_END}",
+            f"{each.start + every_s:.0f}-{END}",
             {series: text(value) for series, value in row.items() if value},
             tuple(_parts(row, top)),
         )

@@ -4,13 +4,13 @@ A page or form runs as a whole in one thread. It leaves out what the caller may 
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from http import HTTPStatus
-from itertools import groupby
 from typing import Final, get_args
 from urllib.parse import quote, urlencode
 
@@ -22,14 +22,7 @@ from kms_api import problems
 from kms_api.deps import Service, service
 from kms_api.routes import audit, files, job_answers, jobs, keys
 from kms_api.routing import CALLER, DOCS, OPEN, READ, UI, WRITE, Call, Router, is_ui
-from kms_api.transport.authentication import (
-    COOKIE,
-    LASTS_S,
-    SESSION,
-    VISITOR,
-    RequestAuthenticator,
-    new_id,
-)
+from kms_api.transport.authentication import COOKIE, LASTS_S, SESSION, VISITOR, RequestAuthenticator, new_id
 from kms_api.ui.render import STATIC, STATIC_FILES, THREADS, Fields, form, percent, render, screen, to
 from kms_core import audit as records
 from kms_core.audit import query
@@ -41,22 +34,20 @@ from kms_core.audit.verification.receipt import Receipt, UnknownRecord
 from kms_core.auth.policy import Principal, allows
 from kms_core.jobs.model import DEAD, Job
 from kms_core.jobs.spec import FilesJob, UploadJob
-from kms_core.jobs.store import reader
-from kms_protocol import admin, wire
-from kms_protocol.errors import (
-    AuditUnavailable,
-    KmsError,
-    Missing,
-    RateLimited,
-    Unauthenticated,
-    UnknownKey,
-)
+from kms_core.jobs.store import activity, reader
+from kms_protocol import admin, errors, wire
+from kms_protocol.errors import AuditUnavailable, KmsError, Missing, RateLimited, Unauthenticated, UnknownKey
 from kms_protocol.units import parse_time
 
 router: Final = Router("pages", prefix=UI, is_described=False)
 FILTERS: Final = ("operation", "result", "principal", "source", "key_id", "job_id", "request_id")
 PERIODS: Final = {"1h": timedelta(hours=1), "24h": timedelta(days=1), "7d": timedelta(days=7), "all": None}
 _JOBS: Final = 50
+_DEAD: Final = 500
+"""The newest dead jobs that are looked at, and retried at once."""
+_JOB_FILTERS: Final = ("state", "kind", "cause", "key", "by", "before", "search")
+END: Final = "ffffffff-ffff-ffff-ffff-ffffffffffff"
+"""Of the cursor of a time in a list of jobs."""
 _BATCHES: Final = 4
 _KINDS: Final = get_args(wire.JobKind)
 _EVENTS: Final = 100
@@ -75,11 +66,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class JobRow:
-    """A job, what it writes (empty for items), and for how long it has run, in seconds; None before."""
+    """A job, what it writes (empty for items), and for how long it has run, in seconds; None before.
+
+    ``record``: what else is known of it.
+    """
 
     job: wire.JobOut
     target: str
     took_s: float | None
+    record: Job | None = None
 
     @property
     def causes(self) -> tuple[str, ...]:
@@ -94,20 +89,19 @@ def job_row(job: Job) -> JobRow:
     if isinstance(job.accepted, FilesJob):
         target = job.accepted.target
     until = job.ended_at or time.time()
-    return JobRow(job_answers.shape(job), target, until - job.started_at if job.started_at else None)
+    return JobRow(job_answers.shape(job), target, until - job.started_at if job.started_at else None, job)
 
 
 def folded(rows: Iterable[JobRow]) -> list[list[JobRow]]:
-    """The rows in their order, with consecutive equal failures together.
+    """The rows in their order, with equal failures together where the first of them is.
 
     Failures are equal if kind, key and causes are.
     """
-
-    def likeness(row: JobRow) -> object:
+    found = defaultdict[object, list[JobRow]](list)
+    for row in rows:
         job = row.job
-        return (job.kind, job.key_id, row.causes) if job.state == "failed" else job.job_id
-
-    return [list(equal) for _, equal in groupby(rows, likeness)]
+        found[(job.kind, job.key_id, row.causes) if job.state == "failed" else job.job_id].append(row)
+    return list(found.values())
 
 
 # -- jobs ----------------------------------------------------------------------------------------------
@@ -115,31 +109,33 @@ def folded(rows: Iterable[JobRow]) -> list[list[JobRow]]:
 
 @router.read("/jobs", READ, audit.SEARCHES)
 def job_list(call: Call[None]) -> Response:
-    """Jobs of this tenant, newest first, by state, kind and label; equal failures are folded.
+    """Jobs of this tenant, newest first, by the filters of the page; equal failures are folded.
 
     State ``dead``: failed, without attempts left. ``search`` is a label as name=value, or the id of a job,
-    whose page is shown.
+    whose page is shown. ``before`` is a time of submission, in UTC without an offset.
     """
-    given = {name: call.query.get(name, "").strip() for name in ("state", "kind", "search")}
-    state, kind, search = given.values()
+    given = _given(call.query)
+    state, before, search = given["state"], given["before"], given["search"]
     store, tenant, cursor = call.service.submitter.store, call.caller.tenant, call.query.get("cursor", "")
     files.one_of("state", state, ("", "dead", *wire.STATES))
-    files.one_of("kind", kind, ("", *_KINDS))
+    files.one_of("kind", given["kind"], ("", *_KINDS))
     if search and "=" not in search:
         return to(f"/jobs/{quote(search, safe='')}")
-    labels = files.labels_of([search] if search else [])
+    labels, is_first = files.labels_of([search] if search else []), not cursor
+    if before and is_first:
+        cursor = f"{parse_time(audit.time_of('before', f'{before}Z')).timestamp():.0f}-{END}"
     call.service.answering()
-    counts = store.states(tenant)
+    counts, matches = store.states(tenant), partial(_is_sought, given, labels)
     if state == "dead":
-        dead = [job for job in store.dead(tenant, _JOBS) if kind in {"", job.kind}]
-        rows, following = [job_row(job) for job in dead if labels.items() <= job.labels.items()], None
+        rows, following = [job_row(job) for job in store.dead(tenant, _DEAD) if matches(job)], None
     else:
-        page = partial(store.page, tenant, state=state or None, limit=_JOBS, labels=labels, kind=kind or None)
+        page = partial(store.page, tenant, state=state or None, limit=_JOBS, labels=labels, matches=matches)
         rows, following = _rows(page, cursor or None)
     return render(
         call.request,
         "jobs.html",
         jobs=folded(rows),
+        given=given,
         **given,
         kinds=_KINDS,
         sought=urlencode({name: value for name, value in given.items() if value and name != "state"}),
@@ -148,9 +144,21 @@ def job_list(call: Call[None]) -> Response:
         counts=counts,
         total=sum(counts[name] for name in wire.STATES),
         following=following,
-        is_first=not cursor,
+        is_first=is_first,
         done=call.query.get("done", ""),
     )
+
+
+def _given(fields: Mapping[str, str]) -> dict[str, str]:
+    return {name: fields.get(name, "").strip() for name in _JOB_FILTERS}
+
+
+def _is_sought(given: Fields, labels: wire.Labels, job: Job) -> bool:
+    """Return whether a job is one that the filters of the list want, whatever its state."""
+    row, before = job_row(job), given["before"]
+    own = {"kind": (job.kind,), "cause": row.causes, "key": (row.job.key_id,), "by": (row.job.submitter,)}
+    is_sought = labels.items() <= job.labels.items() and (not before or row.job.created_at < before)
+    return is_sought and all(given[name] in {"", *own[name]} for name in own)
 
 
 def _rows(
@@ -170,12 +178,18 @@ def _rows(
 def job(call: Call[None]) -> Response:
     """State and progress of a job, and forms to cancel or retry it."""
     call.service.answering()
-    row = job_row(call.service.submitter.store.get(call.path("job_id"), call.caller.tenant))
+    store, waits = call.service.submitter.store, None
+    row = job_row(store.get(call.path("job_id"), call.caller.tenant))
+    if row.job.state == "queued":
+        waits = activity.read(store), activity.survey_queues(store, call.caller.tenant)
     return render(
         call.request,
         "job.html",
         job=row.job,
         row=row,
+        waits=waits,
+        resources=store.resources(row.job.job_id) if waits else (),
+        store=store,
         is_dead=row.job.error is not None and row.job.error.code in DEAD,
         has_ended=row.job.state in wire.ENDED,
         done=call.query.get("done", ""),
@@ -430,6 +444,18 @@ def retry(call: Call[Fields]) -> Response:
     """Retry a job: ``POST /jobs/{id}/retry`` for the page."""
     job = jobs.revive(call.service, call.caller, call.path("job_id"))
     return to(f"/jobs/{job.job_id}", done="retried")
+
+
+@router.call("POST", "/jobs/retry", WRITE, form, THREADS)
+def retry_all(call: Call[Fields]) -> Response:
+    """Retry the dead jobs that the filters of a list want: ``POST /jobs/{id}/retry`` of each."""
+    given, store = _given(call.body), call.service.submitter.store
+    labels = files.labels_of([given["search"]] if given["search"] else [])
+    for job in store.dead(call.caller.tenant, _DEAD):
+        if _is_sought(given, labels, job):
+            with suppress(errors.JobNotDead, errors.UnknownJob):  # another one retried it, or it has expired
+                jobs.revive(call.service, call.caller, job.job_id)
+    return to("/jobs", **{name: value for name, value in given.items() if value}, done="retried_all")
 
 
 @router.call(

@@ -75,8 +75,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     ``end`` is the verified end of a job that succeeded, or failed with ``items_failed``; its counts are those
     told here. None before the end, and for other ends.
     ``accepted`` is the opened record; None if this service did not seal it. ``released`` is the time from
-    which on the result is gone because its reader released it, 0 for never. ``is_replayed``: it answers a
-    submission with an Idempotency-Key that was used before.
+    which on the result is gone because its reader released it, 0 for never. ``worker`` made the last attempt:
+    ``host:id/pid``. ``is_replayed``: it answers a submission with an Idempotency-Key that was used before.
     """
 
     job_id: str
@@ -105,6 +105,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     cancel: Count = 0
     error: Code = ""
     waits_for: Feature = ""
+    worker: Annotated[str, Meta(max_length=600)] = ""
     purged: Count = 0
     parts: Count = 0
     parts_left: Count = 0

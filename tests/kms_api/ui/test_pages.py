@@ -235,3 +235,84 @@ def test_who_may_read_metrics_sees_whose_jobs_fail_and_others_only_their_own(
     assert "failing" not in own
     assert "Jobs and operations are those of tenant watching" in own
     assert "no job failed in the last hour, of tenant watching" in own
+
+
+@pytest.fixture(scope="module")
+def causes(application: Application) -> tuple[Caller, list[str], str]:
+    """A tenant with jobs of two causes in turn, and the ids of the first and of one of the second."""
+    who = application.with_token("*,metrics", tenant="causes")
+    first = [submitted(application, who)]
+    second = submitted(application, who, items=[{"ciphertext": b64(application.sealed("pay-1"))}])
+    first.append(submitted(application, who))
+    return who, first, second
+
+
+def test_jobs_are_found_by_cause_key_submitter_and_time(
+    application: Application, causes: tuple[Caller, list[str], str]
+) -> None:
+    who, first, second = causes
+    every = {*first, second}
+
+    def found(query: str) -> set[str]:
+        page = application.ask(who, "GET", f"/ui/jobs?{query}")
+        assert page.status_code == 200, page.text
+        return {job_id for job_id in every if job_id in page.text}
+
+    assert found("cause=not_a_ciphertext") == set(first)
+    assert found("cause=items_failed&state=failed") == every
+    assert found("cause=nosuch") == found("key=nosuch") == found("by=nosuch") == set()
+    assert found(f"by={who.name}") == every
+    assert found("before=2020-01-31T12:00") == set()
+    assert found("before=2099-01-31T12:00") == every
+    assert application.ask(who, "GET", "/ui/jobs?before=odd").status_code == 422
+
+
+def test_a_failed_job_tells_operators_which_worker_made_the_last_attempt(
+    application: Application, causes: tuple[Caller, list[str], str]
+) -> None:
+    who, (job_id, _), _ = causes
+    caller = application.with_token("*", tenant="causes")
+
+    assert "by worker host-7 aa , process 71" in words(application.ask(who, "GET", f"/ui/jobs/{job_id}"))
+    assert "host-7" not in application.ask(caller, "GET", f"/ui/jobs/{job_id}").text
+
+
+def test_all_dead_jobs_of_a_filter_are_retried_and_no_others(application: Application) -> None:
+    who = application.with_token("*", tenant="dead")
+    store = application.core.worker_context.store
+    dead = {kind: submitted(application, who, run=False, labels={"run": kind}) for kind in ("a", "b")}
+    for job_id in dead.values():
+        attempt = store.claim(job_id, "host-7:aa/71")
+        assert attempt
+        store.finish(attempt, "failed", "attempts_exhausted")
+    sender, stamp = application.in_form(who)
+    assert "Retry all (2)" in words(application.ask(sender, "GET", "/ui/jobs?state=dead"))
+    early = application.ask(sender, "GET", "/ui/jobs?state=dead&before=2020-01-31T12:00")
+    assert "No jobs among the dead letters before 2020-01-31T12:00 UTC." in words(early)
+
+    form = {"stamp": stamp, "state": "dead", "search": "run=a"}
+    answer = application.ask(sender, "POST", "/ui/jobs/retry", data=form)
+
+    assert answer.headers["location"] == "/ui/jobs?state=dead&search=run%3Da&done=retried_all"
+    states = {kind: store.get(job_id, "dead").state for kind, job_id in dead.items()}
+    assert states == {"a": "queued", "b": "failed"}
+
+
+def test_a_queued_job_says_why_it_waits_and_a_job_over_files_has_its_source(application: Application) -> None:
+    who = application.with_token(f"*,metrics {application.files_rules}")
+    body = {
+        "kind": "encrypt",
+        "source": application.url("in/one"),
+        "target": application.new_target(is_folder=False),
+    }
+    made = application.ask(who, "POST", f"{PREFIX}/jobs", json=body)
+    job_id = made.json()["job_id"]
+
+    told = words(application.ask(who, "GET", f"/ui/jobs/{job_id}"))
+    assert "Why it waits No worker runs." in told
+    assert f"Source {application.url('in/one')} Target" in told
+    store = application.core.worker_context.store
+    store.worker_seen("host-7:aa", 4, ("kms.bulk",))
+    told = words(application.ask(who, "GET", f"/ui/jobs/{job_id}"))
+    assert "No worker serves its queue, kms.files." in told
+    store.worker_left("host-7:aa")

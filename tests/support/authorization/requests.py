@@ -214,6 +214,7 @@ CALLS: Final[dict[tuple[str, str, str], Make]] = {
     ("GET", "/ui/jobs/{job_id}/state", ""): _job("/ui/jobs/{job_id}/state"),
     ("POST", "/ui/jobs/{job_id}/cancel", ""): _job("/ui/jobs/{job_id}/cancel", form=True),
     ("POST", "/ui/jobs/{job_id}/retry", ""): _job("/ui/jobs/{job_id}/retry", dead=True, form=True),
+    ("POST", "/ui/jobs/retry", ""): _plain("/ui/jobs/retry", form={}),
     ("GET", "/ui/audit/{audit_id}/receipt", ""): lambda application: GoodRequest(
         f"/ui/audit/{application.audit_id()}/receipt"
     ),

@@ -8,7 +8,7 @@ reported as stored.
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import repeat
@@ -142,12 +142,13 @@ class JobReader(StoreMaintenance):
         before: str | None,
         labels: Mapping[str, str] | None = None,
         kind: str | None = None,
+        matches: Callable[[Job], bool] = lambda _: True,
     ) -> tuple[list[Job], str | None]:
         """Newest first. The cursor names the last one seen: jobs that come or go between pages move nothing.
 
-        ``state``, ``kind`` and ``labels`` are those that each job has. A page has fewer jobs than ``limit``
-        at the end of the list, and where ``MOST_SEEN`` jobs were looked at. Raises InvalidRequest for a
-        cursor that is not one.
+        ``state``, ``kind`` and ``labels`` are those that each job has, and ``matches`` accepts it. A page has
+        fewer jobs than ``limit`` at the end of the list, and where ``MOST_SEEN`` jobs were looked at. Raises
+        InvalidRequest for a cursor that is not one.
         """
         at = Cursor.parse(before) if before else Cursor(math.inf, "")
         wanted = (labels or {}).items()
@@ -158,7 +159,7 @@ class JobReader(StoreMaintenance):
             for at, raw in zip(older, self._records([at.job_id for at in older]), strict=True):
                 job = self._listed(at.job_id, tenant, raw)
                 is_sought = job and state in {None, job.state} and kind in {None, job.kind}
-                if job and is_sought and wanted <= job.labels.items():
+                if job and is_sought and wanted <= job.labels.items() and matches(job):
                     found.append(job)
                 if len(found) == limit:
                     return found, str(at)
