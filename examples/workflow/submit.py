@@ -27,8 +27,8 @@ from celery import Celery
 
 PREFIX: Final = "/api/v1/kms"
 ENDED: Final = {"succeeded", "failed", "cancelled"}
-TERM_S: Final = 600  # the service takes the message within this time or not at all
 RESEND_S: Final = 30  # a broker may lose a message; sending the same one again is harmless
+LATE_S: Final = 3  # a job that was accepted in the last moment is seen by then
 News = tuple[str, str]
 """A state and an error code."""
 
@@ -37,26 +37,34 @@ def main() -> int:
     options = arguments()
     job_id = str(uuid.uuid4())
     recipient = options.recipient or ask(options.service, "/intake")["recipient"]
-    message = seal(json.load(options.job), job_id, recipient)
+    message = seal(json.load(options.job), job_id, recipient, options.accept_within)
     look = events(options.events, job_id) if options.events else polls(options.service, job_id)
     app = Celery("workflow", broker=options.broker, set_as_current=False)
     app.conf.broker_transport_options = {"global_keyprefix": "kms:"}
 
-    state, code = bring_to_end(lambda: send(app, message, job_id), look)
-
+    news = bring_to_end(lambda: send(app, message, job_id), look, options.accept_within)
+    if news is None:
+        raise SystemExit(
+            f"{job_id} was not accepted within {options.accept_within:g} s, and is not run later: its "
+            "message was refused, or no worker took it. The log of the workers says why, beside this id"
+        )
+    state, code = news
     sys.stderr.write(f"{job_id} {state} {code}\n")
     if options.service:
         show_result(options.service, job_id)
     return 0 if state == "succeeded" else 1
 
 
-def seal(job: object, job_id: str, recipient: str) -> str:
-    """The argument of ``kms.submit``. The job id is ours: it makes this message harmless to repeat."""
+def seal(job: object, job_id: str, recipient: str, term_s: float) -> str:
+    """The argument of ``kms.submit``, taken within ``term_s`` seconds or not at all.
+
+    The job id is ours: it makes this message harmless to repeat.
+    """
     body = {
         "version": 1,
         "token": None,
         "job_id": job_id,
-        "expires_at": (datetime.now(UTC) + timedelta(seconds=TERM_S)).isoformat(),
+        "expires_at": (datetime.now(UTC) + timedelta(seconds=term_s)).isoformat(),
         "job": job,
     }
     sealed = pyrage.encrypt(json.dumps(body).encode(), [pyrage.x25519.Recipient.from_str(recipient)])
@@ -75,14 +83,14 @@ def send(app: Celery, message: str, job_id: str) -> None:
     )
 
 
-def bring_to_end(send: Callable[[], None], look: Callable[[], News | None]) -> News:
-    """Send until there is a sign of the job, then wait for its end."""
-    give_up, send_again = time.monotonic() + TERM_S, 0.0
+def bring_to_end(send: Callable[[], None], look: Callable[[], News | None], term_s: float) -> News | None:
+    """Send until there is a sign of the job, then wait for its end. None without a sign after ``term_s``."""
+    give_up, send_again = time.monotonic() + term_s + LATE_S, 0.0
     news: News | None = None
     while news is None or news[0] not in ENDED:
         now = time.monotonic()
         if news is None and now > give_up:
-            raise SystemExit("The message was refused or lost: the worker's log says submit.refused and why")
+            return None
         if news is None and now >= send_again:
             send()
             send_again = now + RESEND_S
@@ -150,6 +158,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--broker", required=True, help="Celery's URL of the service's broker")
     parser.add_argument("--service", help="base URL: whom to seal to, waiting by GET, and the result")
     parser.add_argument("--recipient", help="whom to seal to, if not to be asked of the service")
+    parser.add_argument(
+        "--accept-within",
+        type=float,
+        default=60,
+        metavar="SECONDS",
+        help="how long the message is valid (60)",
+    )
     parser.add_argument("--events", help="redis-py's URL of the service's Redis: waiting without HTTP")
     options = parser.parse_args()
     if not options.service and not (options.recipient and options.events):

@@ -67,3 +67,15 @@ def test_the_example_tells_a_failure(service: Service) -> None:
     assert ran.returncode == 1
     assert "failed items_failed" in ran.stderr
     assert json.loads(ran.stdout)["error"]["code"] == "not_a_ciphertext"
+
+
+def test_the_example_ends_soon_after_a_refusal_and_names_the_job(service: Service) -> None:
+    job = {"kind": "encrypt", "key_id": "no-such-key", "items": [{"plaintext": b64(b"x")}]}
+    ran = run_example(service, job, "--service", service.url, "--accept-within", "1")
+
+    assert (ran.returncode, ran.stdout) == (1, "")
+    job_id, _, said = ran.stderr.partition(" ")
+    assert said.startswith("was not accepted within 1 s, and is not run later: ")
+    assert job_id in "".join(
+        line for line in service.output("worker").splitlines() if "submit.refused" in line
+    )
