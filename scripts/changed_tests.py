@@ -2,8 +2,9 @@
 
 A module is tested by the files of its folder in ``tests`` that carry its name or import it, and by those that
 ``tests/modules.txt`` names for it; by its folder if none of these is of the first tier; a test by itself.
-Other files are judged by ``tests/repository``. ``--own`` prints no folder, and nothing for other files.
-``scripts/test --changed`` runs the first tier of what this prints, then the second of what ``--own`` prints.
+Other files are judged by ``tests/repository``, and by unit tests that name their path. ``--own`` prints no
+folder, and nothing for other files. ``scripts/test --changed`` runs the first tier of what this prints, then
+the second of what ``--own`` prints.
 """
 
 import re
@@ -36,7 +37,7 @@ def affected_by(path: Path) -> set[Path]:
         return {path.parent}
     if path.parts[0] == "tests" and path.suffix == ".py":
         return set(_importing(path))
-    return {REPOSITORY}
+    return {REPOSITORY, *_reading(path)}
 
 
 def own_tests(path: Path) -> set[Path]:
@@ -84,6 +85,18 @@ def _importing(helper: Path) -> Iterator[Path]:
         for each in ROOT.glob(f"tests/{package}/**/test_*.py"):
             if imports.search(each.read_text("utf-8")):
                 yield each.relative_to(ROOT)
+
+
+def _reading(path: Path) -> Iterator[Path]:
+    """Unit tests with the path of a file in quotes, and those of the helpers that have it."""
+    for each in sorted((ROOT / TESTS).glob("**/*.py")):
+        test = each.relative_to(ROOT)
+        if f'"{path}"' not in each.read_text("utf-8"):
+            continue
+        if test.parts[1] == "support":
+            yield from _importing(test)
+        elif test.parts[1].startswith("kms_") and test.match("test_*.py"):
+            yield test
 
 
 def _is_named(test: Path, module: str) -> bool:

@@ -157,11 +157,22 @@ MODULES: Final = sorted(path.relative_to(ROOT) for path in (ROOT / "src").rglob(
         ("tests/kms_client/conftest.py", "tests/kms_client"),
         ("tests/support/ports.py", "tests/support/test_ports.py"),
         ("docs/security.md", "tests/repository"),
+        ("docs/kms.example.toml", "tests/kms_core/settings/test_load.py"),
+        ("docs/authorization.md", "tests/kms_api/test_permissions.py"),
         ("scripts/lint", "tests/repository"),
     ],
 )
 def test_a_change_has_its_tests(changed: str, expected: str) -> None:
     assert Path(expected) in affected_by(Path(changed))
+
+
+def test_a_new_backend_has_the_tests_that_walk_all_backends() -> None:
+    walk = re.compile(r"^from kms_core\.backends import .*\bSCHEMES\b", re.MULTILINE)
+    tests = (ROOT / "tests").rglob("test_*.py")
+    walking = {each.relative_to(ROOT) for each in tests if walk.search(each.read_text("utf-8"))}
+
+    assert walking
+    assert walking <= affected_by(Path("src/kms_core/backends/__init__.py"))
 
 
 def test_a_module_does_not_run_the_tests_of_its_neighbours() -> None:
