@@ -126,6 +126,22 @@ def test_a_fetch_that_breaks_off_at_its_end_is_not_complete(service: Service) ->
     until(lambda: "released_at" in service.job(job_id), "the release")
 
 
+def test_a_result_without_a_byte_goes_after_its_fetch_and_not_after_a_look(service: Service) -> None:
+    job_id = service.upload(
+        "decrypt", service.encrypt(b"", "env=prod"), "env=prod", X_KMS_Release="after_fetch"
+    )
+    service.wait(job_id, "succeeded")
+    looked = service.http.head(f"{PREFIX}/jobs/{job_id}/result")
+    before = service.job(job_id)
+
+    assert (looked.status_code, looked.headers["content-length"]) == (200, "0")
+    assert service.audited(operation="job.result", job_id=job_id) == [], "nothing was read"
+    assert service.result(job_id) == b""
+    until(lambda: "released_at" in service.job(job_id), "the release")
+    assert "released_at" not in before
+    assert len(service.audited(operation="job.result", job_id=job_id)) == 1
+
+
 def test_job_that_did_not_ask_for_it_keeps_its_result(service: Service) -> None:
     job_id = uploaded(service)
     service.result(job_id)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import islice
 from typing import Final, TypeVar, get_args
@@ -235,7 +235,8 @@ def _result(call: Call[None], job: Job) -> Response:
     service, who = call.service, call.caller
     submitter = service.submitter
     check_reader(call, job)
-    with audit.recorded(service.kms.audit_log, who, "job.result", job.job_id):
+    is_read = call.request.method != "HEAD"
+    with audit.recorded(service.kms.audit_log, who, "job.result", job.job_id) if is_read else nullcontext():
         return _ranged(call, job, results.of(job, submitter.store, submitter.spool))
 
 
@@ -264,9 +265,11 @@ def _ranged(call: Call[None], job: Job, body: Result) -> Response:
         status = 206
     media_type = "application/x-ndjson" if body.lines else "application/octet-stream"
     headers["Content-Length"] = str(stop - start)
-    sending = bodies.send(_begun(body.slabs(start, stop)), call.service.threads)
+    slabs = body.slabs(start, stop)
+    begun = slabs if call.request.method == "HEAD" else _begun(slabs)
+    sending = bodies.send(begun, call.service.threads)
     made = bodies.WatchedResponse(sending, status, headers, media_type)
-    if job.accepted and job.accepted.release and stop > start:
+    if job.accepted and job.accepted.release and (stop > start or not size):
         made.told = partial(_fetched, call, job, start, size)
     return made
 

@@ -230,7 +230,7 @@ class WatchedResponse(StreamingResponse):
             with watch:
                 await super().__call__(scope, receive, written)
         finally:
-            if self.told is not None and sent:
+            if self.told is not None and (sent or is_whole):
                 with anyio.CancelScope(shield=True):
                     await self.told(sent if is_whole else sent - 1)
 

@@ -320,8 +320,10 @@ def test_a_connection_with_tls_keeps_its_transport() -> None:
     assert isinstance(plain.transport, DownloadWriter)
 
 
-@pytest.mark.parametrize(("waits", "sent"), [(False, 3), (True, 2)])
-async def test_a_reader_that_closes_once_it_has_all_bytes_was_sent_all(*, waits: bool, sent: int) -> None:
+@pytest.mark.parametrize(("data", "waits", "sent"), [(b"abc", False, 3), (b"abc", True, 2), (b"", False, 0)])
+async def test_a_reader_that_closes_once_it_has_all_bytes_was_sent_all(
+    data: bytes, *, waits: bool, sent: int
+) -> None:
     """Before the end of the answer is processed, and unless bytes still wait in the transport."""
     told: list[int] = []
     gone = asyncio.Event()
@@ -329,7 +331,8 @@ async def test_a_reader_that_closes_once_it_has_all_bytes_was_sent_all(*, waits:
     cycle = SimpleNamespace(disconnected=False, flow=SimpleNamespace(write_paused=False), transport=transport)
 
     async def body() -> AsyncIterator[bytes]:
-        yield b"abc"
+        if data:
+            yield data
         cycle.disconnected = True
         gone.set()
         await asyncio.sleep(WAIT_S)
@@ -344,7 +347,7 @@ async def test_a_reader_that_closes_once_it_has_all_bytes_was_sent_all(*, waits:
     async def note(count: int) -> None:
         told.append(count)
 
-    answer = bodies.WatchedResponse(body(), headers={"Content-Length": "3"})
+    answer = bodies.WatchedResponse(body(), headers={"Content-Length": str(len(data))})
     answer.told = note
     await answer({"type": "http", "state": {BODY: (None, cycle)}}, receive, send)
 

@@ -49,6 +49,8 @@ def group_of(store: JobStore, tenant: str, name: str) -> wire.GroupOut:
 _IDS: Final = uuid.UUID("0b3f4c1e-7f0e-5d51-9d0e-6b6d73686f6b")  # a namespace of our own (RFC 9562 §5.5)
 GROUP_ENDED: Final = "kms.group.ended"
 """The event of a group whose jobs have all ended; its subject in Redis is the last of them."""
+_NOTHING_DONE: Final = {"items_done": 0, "items_failed": 0, "bytes_done": 0}
+"""The progress at the beginning of an attempt; the record of the job has that of later."""
 _log = structlog.get_logger(__name__)
 
 
@@ -134,7 +136,9 @@ def _told(store: JobStore, job: Job, transition: Transition) -> ToldEvent | None
     is_refused = job.ended and job.error == REFUSED
     if not transition.is_claim:
         code = transition.code if transition.state in wire.ENDED else ""  # other codes are no errors
-        job = msgspec.structs.replace(job, state=transition.state, attempt=transition.attempt, error=code)
+        changed = {"state": transition.state, "attempt": transition.attempt, "error": code}
+        begun = _NOTHING_DONE if transition.state in {"queued", "running"} else {}
+        job = msgspec.structs.replace(job, **changed, **begun)
     elif is_refused or (job.state, job.error) == (transition.state, transition.code):
         transition = msgspec.structs.replace(transition, state=job.state, generation=str(job.generation))
     else:
