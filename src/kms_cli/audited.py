@@ -39,9 +39,11 @@ def open_sealed(settings: Settings, name: str, sealed: bytes) -> bytes:
 def effect(settings: Settings, operation: str, what: str, tenant: str = DEFAULT_TENANT) -> Iterator[None]:
     """Record the intent before a change and its outcome after it. ``what`` names the target, never a secret.
 
-    Raises AuditUnavailable (before the change if the intent cannot be written) and ConfigurationError.
+    Any exception is an outcome, Ctrl-C too: no other process finishes the work of a command. Raises
+    AuditUnavailable (before the change if the intent cannot be written) and ConfigurationError.
     """
-    with log_of(settings) as log, audit.effect(log, operator(tenant), operation, audit.effect_name(what)):
+    name = audit.effect_name(what)
+    with log_of(settings) as log, audit.effect(log, operator(tenant), operation, name, BaseException):
         yield
 
 

@@ -316,7 +316,7 @@ def test_the_command_verifies_shows_and_proves(own: Service) -> None:
     answer = own.post("/encrypt", {"plaintext": "", "context": "row=7"})
     own.encrypt(b"another", "row=8")
     own.stop("api")
-    name = answer.headers["x-kms-audit-id"]
+    name, file_id = answer.headers["x-kms-audit-id"], answer.json()["file_id"]
 
     whole = own.run_kms("audit", "verify")
     shown = own.run_kms("audit", "tail", "--context", "row=7")
@@ -324,7 +324,9 @@ def test_the_command_verifies_shows_and_proves(own: Service) -> None:
     (own.state / "receipt.json").write_text(proof.stdout)
     checked = own.run_kms("audit", "check-receipt", str(own.state / "receipt.json"))
     assert (whole.returncode, whole.stdout.splitlines()[-1].partition(":")[0]) == (0, "intact")
-    assert [line.rpartition("  ")[2] for line in shown.stdout.splitlines()] == [name]
+    found = own.run_kms("audit", "tail", "--file-id", file_id)
+    assert [line.split("  ")[-2:] for line in shown.stdout.splitlines()] == [[name, file_id]]
+    assert found.stdout == shown.stdout
     assert checked.returncode == 0
     assert json.loads(checked.stdout)["request_id"] == answer.headers["x-request-id"]
 

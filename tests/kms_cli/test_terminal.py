@@ -37,6 +37,7 @@ HOSTILE = "\x1b]0;owned\x07\x9b2J\r\u202e"
 def test_records_that_others_wrote_are_shown_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     """A program that can write to an audit folder, or to a copy, chooses all texts of its lines."""
     event = RecordedOperation(seq=1, chain=HOSTILE, time=HOSTILE, principal=HOSTILE, operation=HOSTILE)
+    event.file_id = event.new_file_id = HOSTILE
     problem, note = ChainProblem("misplaced", HOSTILE, HOSTILE), Note("late", HOSTILE, HOSTILE)
     with click.Context(audit.tail_command):
         audit._line(event)  # noqa: SLF001 -- what the commands print with

@@ -64,6 +64,8 @@ keys_option = click.option(
 @click.option("--principal")
 @click.option("--tenant")
 @click.option("--key-id")
+@click.option("--file-id", help="The id of a file, as `kms inspect` shows it.")
+@click.option("--new-file-id", help="The id of a file that a reseal made.")
 @click.option("--request-id")
 @click.option("--job-id")
 @click.option("--context", help="Pairs that the context contains, as key=value,key=value.")
@@ -228,7 +230,9 @@ def _line(event: RecordedOperation) -> None:
         return
     host = (event.host,) if event.host else ()
     names = event.operation, event.result or event.stage, event.key_id or "-", event.principal or "-"
-    terminal.row((event.time, *host, *names, event.id), (0, *(12 for _ in host), 17, 16, 0, 0, 0))
+    files = tuple(name for name in (event.file_id, event.new_file_id) if name)
+    widths = (0, *(12 for _ in host), 17, 16, 0, 0, 0, *(0 for _ in files))
+    terminal.row((event.time, *host, *names, event.id, *files), widths)
 
 
 def _follow(logs: Sequence[HostLog], wanted: EventFilter, shown: set[str]) -> None:

@@ -148,15 +148,17 @@ def begin_effect(log: AuditWriter, record: AuditRecord, name: str) -> None:
 
 
 @contextmanager
-def effect(log: AuditWriter, who: Principal, operation: str, name: str) -> Iterator[None]:
+def effect(
+    log: AuditWriter, who: Principal, operation: str, name: str, failures: type[BaseException] = KmsError
+) -> Iterator[None]:
     """Record the intent of an effect before the block, and its outcome after it.
 
-    A process that finishes the work of a killed one uses the same ``name``. Only success and a KmsError are
+    A process that finishes the work of a killed one uses the same ``name``. Only success and ``failures`` are
     outcomes. Raises AuditUnavailable, before the effect if the intent cannot be written.
     """
     record = record_of(who, operation)
     begin_effect(log, record, name)
-    with _ending(log, record):
+    with _ending(log, record, failures):
         yield
 
 
@@ -171,13 +173,15 @@ def recorded(log: AuditWriter, who: Principal, operation: str, job: str) -> Iter
 
 
 @contextmanager
-def _ending(log: AuditWriter, record: AuditRecord) -> Iterator[None]:
-    """Append the record at the end of the block, with ``ok`` or the code of the KmsError as its result."""
+def _ending(
+    log: AuditWriter, record: AuditRecord, failures: type[BaseException] = KmsError
+) -> Iterator[None]:
+    """Append the record at the end of the block, with ``ok`` or the code of a failure as its result."""
     record.result = OK
     try:
         yield
-    except KmsError as exc:
-        record.result = exc.code
+    except failures as exc:
+        record.result = exc.code if isinstance(exc, KmsError) else KmsError.code
         append(log, record)
         raise
     append(log, record)

@@ -17,6 +17,7 @@ from kms_core.audit import AuditLog
 from kms_core.audit.keys import Concealer, Signer
 from kms_core.settings import load
 from kms_core.settings.model import AuditSection
+from support.audit_logs import AuditFolder
 from support.cli.at_terminal import at_terminal
 from support.cli.fixtures import environment
 from support.cli.offline import Done, Workspace, workspace
@@ -105,12 +106,15 @@ def test_a_backup_needs_a_recipient_and_a_place_elsewhere_and_a_restore_a_target
     assert b"--to DIR" in nowhere.stderr
 
 
-def test_a_backup_that_fails_leaves_no_file(place: Workspace) -> None:
+def test_a_backup_that_fails_leaves_no_file_and_its_outcome_on_record(place: Workspace) -> None:
     with small_disk(place.folder / "disk", 1_000_000):
         done = backup(place, "-o", place.path("disk/b.age"))
 
         assert done.returncode != 0
         assert list((place.folder / "disk").iterdir()) == []
+    lines = AuditFolder(place.folder / "state").operations()
+    found = [(line["operation"], line["stage"], line.get("result")) for line in lines]
+    assert found == [("backup.create", "intent", None), ("backup.create", "outcome", "internal")]
 
 
 def test_a_restore_to_a_full_disk_leaves_nothing(place: Workspace) -> None:

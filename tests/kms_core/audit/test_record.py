@@ -276,21 +276,25 @@ def stages(trail: MemoryTrail) -> list[tuple[object, object]]:
 
 
 @pytest.mark.parametrize(
-    ("raised", "outcome"),
+    ("raised", "outcome", "of_command"),
     [
-        (None, [("outcome", "ok")]),
-        (TargetExists, [("outcome", "target_exists")]),
-        (KeyboardInterrupt, []),
-        (SystemExit, []),
-        (OSError, []),
+        (None, [("outcome", "ok")], "ok"),
+        (TargetExists, [("outcome", "target_exists")], "target_exists"),
+        (KeyboardInterrupt, [], "internal"),
+        (SystemExit, [], "internal"),
+        (OSError, [], "internal"),
     ],
 )
+@pytest.mark.parametrize("is_command", [False, True])
 def test_an_effect_has_its_intent_before_and_its_outcome_after_it(
-    raised: type[BaseException] | None, outcome: list[tuple[str, str]]
+    raised: type[BaseException] | None, outcome: list[tuple[str, str]], of_command: str, *, is_command: bool
 ) -> None:
-    """After anything but a refusal nobody knows the outcome."""
+    """After anything but a refusal the outcome is unknown. A command failed: no other process finishes it."""
     trail, seen = MemoryTrail(), []
-    with pytest.raises(raised) if raised else nullcontext(), audit.effect(trail, ADA, "commit", "job-1"):
+    failures: type[BaseException] = BaseException if is_command else KmsError
+    outcome = [("outcome", of_command)] if is_command else outcome
+    effect = audit.effect(trail, ADA, "commit", "job-1", failures)
+    with pytest.raises(raised) if raised else nullcontext(), effect:
         seen = stages(trail)
         if raised:
             raise raised
