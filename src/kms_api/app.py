@@ -39,7 +39,7 @@ from kms_core.settings.lint import SETTINGS, unaccepted
 from kms_core.settings.model import Settings
 from kms_core.settings.redis_urls import is_shared
 from kms_core.signed_documents import CopyPoll
-from kms_protocol import __version__, wire
+from kms_protocol import wire
 
 _SLAB_THREADS = 8  # a separate pool: slow disks must not take the threads of other calls
 
@@ -113,7 +113,6 @@ def build(settings: Settings) -> ASGIApp:
     routing.include(app, ROUTERS, wire.PREFIX)
     routing.include(app, (operations.probes, *UI, *(REFERENCE if settings.kms.server.docs else ())))
     problems.install(app)
-    metrics.BUILD_INFO.labels(__version__).set(1)
     metrics.show_weak(SETTINGS, unaccepted(settings))
     failures = Failures(settings.kms.auth.failures_per_minute / settings.kms.server.processes)
     authenticator = (

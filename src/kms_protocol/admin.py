@@ -134,6 +134,7 @@ class BackendDown(Answer, frozen=True, kw_only=True):
 class StatusOut(Answer, frozen=True, kw_only=True):
     """Status of the service. ``jobs`` counts by state; it is null, as is all else unknown, without Redis.
 
+    ``version`` is that of the process that answers; ``worker_versions`` counts workers by theirs.
     ``degraded`` names the parts that do not work as they should, ``backend`` for the default key;
     ``backends_down`` has each backend, asked every 30 seconds. A service of 0.1 has no ``spool``.
     ``install`` is the id of the install, for callers that may read the metrics.
@@ -148,6 +149,7 @@ class StatusOut(Answer, frozen=True, kw_only=True):
         "jobs": {"queued": 0, "running": 1, "committing": 0},
         "queue_depth": 0,
         "workers": 2,
+        "worker_versions": {"0.2.0": 2},
         "spool": {"full": 0.25, "used_bytes": 2684354560, "limit_bytes": 10737418240},
         "install": "9f86d081884c7d659a2feaa0c55ad015",
         "degraded": [],
@@ -161,6 +163,7 @@ class StatusOut(Answer, frozen=True, kw_only=True):
     jobs: dict[str, int] | None
     queue_depth: int | None
     workers: int | None
+    worker_versions: dict[str, int] | None = None
     spool: SpoolOut | None = None
     install: str | None = None
     degraded: list[str]

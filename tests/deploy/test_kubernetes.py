@@ -168,6 +168,7 @@ def test_every_value_is_in_the_schema_and_no_other_is_taken() -> None:
         ("store.spool=", "store.spool and store.state are required"),
         ("store.state=", "store.spool and store.state are required"),
         ("secrets.bucket=", "secrets.bucket is required with store.accessKeyId"),
+        ("secrets.keys=", "secrets.keys is required"),
         ("ingress.tlsSecret=", "ingress.tlsSecret is required"),
         ("ingress.host=", "ingress.host is required"),
         ("firstKey.recovery=", "firstKey.recovery is required"),

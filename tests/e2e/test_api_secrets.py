@@ -7,6 +7,7 @@ from typing import Final
 
 import pytest
 
+from kms_protocol import __version__
 from kms_protocol.wire import PREFIX
 from support.programs import program
 from support.service import CONTEXT, Json, Service, b64, unb64
@@ -83,6 +84,7 @@ def test_documented_status_counts_operations(service: Service) -> None:
     assert after["uptime_s"] > before["uptime_s"]
     assert after["jobs"].keys() == {"queued", "running", "committing"}
     assert after["queue_depth"] >= 0
+    assert after["worker_versions"] == {__version__: after["workers"]}
     assert "redis" not in after["degraded"]
 
 

@@ -109,7 +109,7 @@ def metrics(call: Call[None]) -> Response:
 def condition(service: Service, who: Principal) -> admin.StatusOut:
     """Return the status of the service, limited to the tenant of a principal without ``metrics``."""
     tenant = None if allows(service.kms.policy, who, "metrics") else who.tenant
-    jobs, depth, workers, found, spooled = None, None, None, None, None
+    jobs, depth, workers, versions, found, spooled = None, None, None, None, None, None
     counts, store = service.kms.usage.peek(), service.submitter.store
     with suppress(JobsUnavailable):
         service.answering()
@@ -117,6 +117,7 @@ def condition(service: Service, who: Principal) -> admin.StatusOut:
         spooled = store.spooled_bytes(tenant) if tenant else None
         found = activity.survey_queues(store, tenant)
         jobs, workers = found.jobs, found.workers
+        versions = dict(found.versions) if workers else {}
         depth = found.jobs["queued"] if tenant else sum(found.depths.values())
     return admin.StatusOut(
         backend=service.kms.keyring.default.backend.name,
@@ -127,6 +128,7 @@ def condition(service: Service, who: Principal) -> admin.StatusOut:
         jobs=jobs,
         queue_depth=depth,
         workers=workers,
+        worker_versions=versions,
         spool=_spool(service, tenant, spooled),
         install=service.install.condition.install_id or None if tenant is None else None,
         degraded=[name for name, is_so in parts(service, found).items() if is_so],

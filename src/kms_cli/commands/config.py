@@ -29,7 +29,7 @@ _URL: Final = re.compile(
     r"((?:/(?:[\w.,~+:*/ -]|%2f)*)?)(\?[^#@]*)?(#[^@]*)?"
 )
 _KEY: Final = re.compile(rf"(?i)((?:{'|'.join(SCHEMES)}):)()()((?!//)[\w.,~+:*/ -]*)(\?[^#@]*)?()")
-_HOLDS_URL: Final = re.compile(r"keys\..*|(.*[._])?(url|uri|endpoint|address)")
+_HOLDS_URL: Final = re.compile(r'keys\.(".*"|[^.]*)|(.*[._])?(url|uri|endpoint|address)')
 _HARMLESS: Final = re.compile(
     r"(db|virtual_host|master|public|native|mount|share|seal|region|profile)=[\w.,~+:/-]*"
     r"|([a-z_]*timeout|[a-z_]*interval|heartbeat|max_connections|protocol)=[\d.]*"
@@ -102,7 +102,7 @@ def _settings(settings: Settings) -> Iterator[tuple[Sequence[str], object]]:
     for scheme, section in settings.backends.items():
         tables[table_of(scheme)] = msgspec.to_builtins(section, enc_hook=str)
     for names, value in _flat(tables):
-        yield names, _HIDDEN if ".".join(names) in hidden else _redacted(".".join(names), value)
+        yield names, _HIDDEN if _dotted(*names) in hidden else _redacted(_dotted(*names), value)
 
 
 def _flat(tables: Mapping[str, object], *above: str) -> Iterator[tuple[Sequence[str], object]]:

@@ -61,7 +61,10 @@ def _jobs(status: StatusOut) -> dict[str, object]:
     if status.jobs is None:
         return {"jobs": "unavailable"}
     counts = ", ".join(f"{count} {state}" for state, count in status.jobs.items() if count)
-    return {"jobs": counts or "none", "queue": status.queue_depth, "workers": status.workers}
+    workers = str(status.workers)
+    if (versions := status.worker_versions or {}).keys() - {status.version}:
+        workers += f": {', '.join(f'{count} of {version}' for version, count in sorted(versions.items()))}"
+    return {"jobs": counts or "none", "queue": status.queue_depth, "workers": workers}
 
 
 # -- keys ---------------------------------------------------------------------------------------------

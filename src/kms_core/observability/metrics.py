@@ -20,7 +20,7 @@ from prometheus_client import (
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from kms_core.observability import multiprocess_metrics
-from kms_protocol import wire
+from kms_protocol import __version__, wire
 
 # Usage counters: operations by result, and messages and bytes sealed by each key version.
 #
@@ -290,7 +290,8 @@ _KINDS: Final = get_args(wire.JobKind)
 
 
 def announce(backends: Collection[str], endpoints: Collection[str]) -> None:
-    """Start metrics of rare events at zero, so that an alert sees the first event as an increase."""
+    """Set the version, and start metrics of rare events at zero: an alert sees the first as an increase."""
+    BUILD_INFO.labels(__version__).set(1)
     values: Mapping[Counter | Gauge, Sequence[Collection[str]]] = {  # of each label
         AUDIT_EVENTS: [("ok", "failed")],
         BACKEND_FAILOVERS: [backends],

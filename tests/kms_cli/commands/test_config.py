@@ -176,6 +176,13 @@ other = [
     "awskms:arn:aws:kms:eu-1:111122223333:key/1?region=x&token=hunter2",
 ]
 third = "age:file:///srv/keys/invoices"
+"a.use" = "transit:orders?token=hunter2"
+[kms.keys.root]
+uri = "transit:root?token=hunter2"
+use = "seal"
+[kms.keys."b.c"]
+uri = "age:/srv/keys/c"
+use = "data"
 [kms.transit]
 address = "https://vault.invalid"
 token = "hunter2"
@@ -205,6 +212,9 @@ def test_addresses_of_all_kinds_are_shown_without_credentials(
         "awskms:arn:aws:kms:eu-1:111122223333:key/1?region=x&(hidden)",
     ]
     assert shown["keys.third"] == "age:file:///srv/keys/invoices"
+    assert shown['keys."a.use"'] == "transit:orders?(hidden)"
+    assert (shown["keys.root.uri"], shown["keys.root.use"]) == ("transit:root?(hidden)", "seal")
+    assert (shown['keys."b.c".uri'], shown['keys."b.c".use']) == ("age:/srv/keys/c", "data")
     assert shown["cosmian.server_url"] == "https://(hidden)@cosmian.invalid"
     assert shown["jobs.endpoints.chat.url"] == "https://hooks.invalid/(hidden)?(hidden)"
     assert shown["tenants.a.keys"] == ["ci@example.com"]

@@ -1,9 +1,10 @@
-"""``kms status``: how full the spool is."""
+"""``kms status``: how full the spool is, and versions of workers."""
 
+import msgspec
 import pytest
 
 from kms_cli.commands import service
-from kms_protocol.admin import SpoolOut
+from kms_protocol.admin import SpoolOut, StatusOut
 
 
 @pytest.mark.parametrize(
@@ -16,3 +17,19 @@ from kms_protocol.admin import SpoolOut
 )
 def test_status_says_how_much_of_the_spool_is_used(used: int | None, limit: int | None, told: str) -> None:
     assert service._spool(SpoolOut(full=0.25, used_bytes=used, limit_bytes=limit)) == told  # noqa: SLF001 -- what the command prints
+
+
+@pytest.mark.parametrize(
+    ("versions", "told"),
+    [
+        ({"0.2.0": 2}, "2"),
+        ({"0.2.0": 1, "0.1.9": 1}, "2: 1 of 0.1.9, 1 of 0.2.0"),
+        ({"0.3.0": 2}, "2: 2 of 0.3.0"),
+        (None, "2"),
+    ],
+)
+def test_status_names_versions_of_workers_that_differ(versions: dict[str, int] | None, told: str) -> None:
+    """None: of a service that does not say them."""
+    status = msgspec.convert({**StatusOut.EXAMPLE, "worker_versions": versions}, StatusOut)
+
+    assert service._jobs(status)["workers"] == told  # noqa: SLF001 -- what the command prints

@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 from typing import Final
 
+import pytest
 from prometheus_client import Gauge
 
 from kms_core.observability import metrics, multiprocess_metrics
+from kms_protocol import __version__
 from support.small_disk import small_disk
 
 IMPORT: Final = """
@@ -136,3 +138,9 @@ def test_a_full_disk_ends_no_process_and_loses_no_count(tmp_path: Path) -> None:
     counts = [line for line in done.stdout.splitlines() if 'state="state-' in line]
     assert len(counts) == 300
     assert all(line.endswith("} 2.0") for line in counts)
+
+
+@pytest.mark.usefixtures("core")
+def test_each_process_with_a_core_says_its_version() -> None:
+    """Those of workers, too."""
+    assert f'kms_build_info{{version="{__version__}"}} 1.0' in metrics.exposition().decode()

@@ -308,7 +308,7 @@ class QueueStats:
     ``spooled`` are bytes of uploads and items by tenant. ``oldest_queued_s`` is the age in seconds of the
     oldest job that could run; ``memory`` is the share of its limit that Redis uses (0 without a limit).
     ``stuck`` processes of workers hang; ``leases`` are of the resources that have a bound.
-    ``newer`` jobs wait for a worker of a newer version.
+    ``newer`` jobs wait for a worker of a newer version; ``versions`` counts workers by their version.
     """
 
     jobs: dict[str, int]
@@ -321,6 +321,7 @@ class QueueStats:
     stuck: int = 0
     leases: Mapping[str, int] = field(default_factory=dict)
     newer: int = 0
+    versions: Mapping[str, int] = field(default_factory=dict)
 
 
 def survey_queues(store: JobStore, tenant: str | None = None) -> QueueStats:
@@ -338,10 +339,12 @@ def survey_queues(store: JobStore, tenant: str | None = None) -> QueueStats:
         pipeline.zcard(f"{PREFIX}dead")
         pipeline.info("memory")
         pipeline.hgetall(f"{PREFIX}stuck")
-        *counts, dead, memory, stuck = pipeline.execute()
+        pipeline.hgetall(f"{PREFIX}slots")
+        *counts, dead, memory, stuck, slots = pipeline.execute()
         rows = [counts[at : at + width] for at in range(0, width * len(tenants), width)]
         spooled = {name: int(number(row[-1])) for name, row in zip(tenants, rows, strict=True)}
         hanging = sum(int(number(count)) for count in stuck.values())
+        noted = Counter(_worker("", 0.0, [note, None, ()], {}).version for note in slots.values())
     waiting = store.waiting()
     oldest = min((since for count, since in waiting.values() if count), default=now)
     return QueueStats(
@@ -355,6 +358,7 @@ def survey_queues(store: JobStore, tenant: str | None = None) -> QueueStats:
         hanging,
         dict(zip(bounded, counts[width * len(tenants) :], strict=True)),
         store.for_newer_workers(),
+        {version: count for version, count in noted.items() if version},
     )
 
 

@@ -463,6 +463,14 @@ def test_a_killed_worker_is_forgotten(store: JobStore) -> None:
     assert store.redis.hkeys("kms:stuck") == []
 
 
+def test_workers_are_counted_by_their_version(store: JobStore) -> None:
+    for name, about in (("a", "0.2.0 1"), ("b", "0.1.9 2"), ("c", "0.2.0 3"), ("d", "")):
+        store.worker_seen(name, 4, QUEUES, about)
+    store.worker_seen("starting", 4, (), "0.3.0 4")
+
+    assert activity.survey_queues(store).versions == {"0.1.9": 1, "0.2.0": 2, "0.3.0": 1}
+
+
 def test_a_lost_wake_up_is_sent_again(pushing: JobStore) -> None:
     submit(pushing, 2)
     pushing.redis.delete("kms:kms.bulk")
