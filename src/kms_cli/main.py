@@ -18,12 +18,11 @@ import click
 from kms_cli import session, terminal
 from kms_core import secure_memory
 from kms_protocol import __version__
-from kms_protocol.errors import EXIT_OTHER, EXIT_USAGE, ConfigurationError, KmsError
+from kms_protocol.errors import EXIT_USAGE, ConfigurationError, KmsError
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
-INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141  # the exit code that a shell reports for SIGPIPE
 TERMINATED: Final = 143
 COMPLETION_VARIABLE: Final = "_KMS_COMPLETE"  # set by the completion scripts
@@ -176,6 +175,8 @@ class LazyGroup(click.Group):
         ctx = click.get_current_context()
         if ctx.invoked_subcommand is not None:
             return 0
+        if session.session().as_json:
+            raise click.UsageError("a command is missing", ctx)
         sys.stderr.write(ctx.get_help() + "\n")
         return EXIT_USAGE
 
@@ -213,36 +214,40 @@ def group() -> click.Group:
 
 def run(args: Sequence[str] | None = None) -> int:
     """Run one command line (default: ``sys.argv``). Return its exit code."""
-    line = sys.argv[1:] if args is None else list(args)
+    line, meta = sys.argv[1:] if args is None else list(args), dict[str, object]()
     try:
-        code = invoke(line)
+        code = invoke(line, meta)
         sys.stdout.flush()
-    except click.UsageError as exc:
-        return terminal.misused(exc)
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        terminal.say("interrupted")
-        return INTERRUPTED
-    except KmsError as exc:
-        return terminal.failed(exc, as_json="--json" in line)
     except BrokenPipeError:
         _drop_stdout()
         return BROKEN_PIPE
-    except OSError as exc:
-        terminal.failed_os(exc)
+    except (click.UsageError, click.Abort, KeyboardInterrupt, KmsError, OSError) as exc:
+        is_read = isinstance(exc, click.BadParameter) or getattr(getattr(exc, "ctx", None), "params", True)
+        code = terminal.failed(exc, as_json=session.AS_JSON in meta or (not is_read and _asks_json(line)))
         try:
             sys.stdout.flush()
         except OSError:
             _drop_stdout()
-        return EXIT_OTHER
     return code if isinstance(code, int) else 0
 
 
-def invoke(line: list[str]) -> object:
-    """Run one command line as ``Group.main`` does, but leave broken pipes and Ctrl-C to the caller."""
+def _asks_json(line: Sequence[str]) -> bool:
+    """Return whether --json is in a command line, before the ``--`` after which other programs are named."""
+    return "--json" in (line[: line.index("--")] if "--" in line else line)
+
+
+def invoke(line: Sequence[str], meta: dict[str, object]) -> object:
+    """Run one command line as ``Group.main`` does, but leave broken pipes and Ctrl-C to the caller.
+
+    ``meta`` receives the global options, also if it fails.
+    """
     top = group()
     try:
         with top.make_context("kms", list(line)) as ctx:
-            return top.invoke(ctx)
+            try:
+                return top.invoke(ctx)
+            finally:
+                meta.update(ctx.meta)
     except click.exceptions.Exit as end:
         return end.exit_code
 
@@ -254,7 +259,7 @@ def main() -> NoReturn:
     try:
         secure_memory.forbid_dumps()
     except ConfigurationError as exc:
-        sys.exit(terminal.failed(exc, as_json=False))
+        sys.exit(terminal.failed(exc, as_json=_asks_json(sys.argv)))
     code = _completed() if COMPLETION_VARIABLE in os.environ else run()
     gc.freeze()  # no collection of all loaded modules at exit, which takes a fifth of a short command
     sys.exit(code)

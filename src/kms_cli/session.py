@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kms_protocol.wire import Answer
 
 META: Final = "kms_cli."
+AS_JSON: Final = f"{META}as_json"
 DEFAULT_URL: Final = "http://localhost:8082"  # the client's; known here without loading it
 
 
@@ -154,7 +155,7 @@ def options(*, after_command: bool) -> list[click.Option]:
         option(
             "state-dir", "State directory of the service on this machine.", envvar="KMS_STATE_DIR", type=path
         ),
-        option("as-json", "Print results as JSON.", is_flag=True, default=None),
+        option("as-json", "Print results and errors as JSON.", is_flag=True, default=None, is_eager=True),
     ]
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, BinaryIO, ClassVar, Final, NamedTuple, Self, cast
 
-from kms_protocol.errors import EXIT_UNAVAILABLE, EXIT_USAGE, InvalidRequest, KmsError
+from kms_protocol.errors import EXIT_OTHER, EXIT_UNAVAILABLE, EXIT_USAGE, InvalidRequest, KmsError
 from kms_protocol.units import size_text
 
 if TYPE_CHECKING:
@@ -62,14 +62,19 @@ OS_HINTS: Final[Mapping[int, str]] = {  # of outputs, by errno
     errno.EFBIG: "write to another disk, or raise the limit of `ulimit -f`",
 }
 
+INTERRUPTED: Final = 130  # the exit code of a shell after Ctrl-C
 WITH_NOTES: Final = frozenset({"internal", "unexpected_answer"})  # the operator will ask for the request id
 
 
 def say(text: str) -> None:
     """Print a message on stderr, if that can be written, on one line: it may quote what others wrote."""
+    _write(f"kms: {printable(text)}")
+
+
+def _write(line: str) -> None:
     with contextlib.suppress(OSError):  # as on a full disk: it ends no work
         Meter.erase()
-        sys.stderr.write(f"kms: {printable(text)}\n")
+        sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
 
 
@@ -170,40 +175,41 @@ def hint_of(error: KmsError) -> str:
     return error.hint or HINTS.get(error.code, "")
 
 
-def failed(error: KmsError, *, as_json: bool = False) -> int:
-    """Print an error, its hint and its notes on stderr. Return the exit code."""
-    hint = hint_of(error)
-    with_notes = error.exit_code == EXIT_UNAVAILABLE or error.code in WITH_NOTES
+def failed(error: BaseException, *, as_json: bool = False) -> int:
+    """Print why the command failed on stderr, with hint and notes. Return the exit code.
+
+    It is a KmsError, a UsageError, an OSError, or else Ctrl-C. ``as_json``: print one object.
+    """
+    code, detail, hint, exit_code = _described(error)
+    with_notes = exit_code == EXIT_UNAVAILABLE or code in WITH_NOTES
     notes = [n for n in getattr(error, "__notes__", []) if with_notes or n == INCOMPLETE]
     if as_json:
-        shown = {"code": error.code, "detail": error.detail, "hint": hint, "notes": notes}
-        sys.stderr.write(_json({"error": shown}) + "\n")
-        return error.exit_code
-    say(f"error: {plain(error.detail)}")
-    for label, text in (("hint", hint), *(("note", note) for note in notes)):
-        if text:
-            say(f"{label}: {text}")
-    return error.exit_code
+        _write(_json({"error": {"code": code, "detail": detail, "hint": hint, "notes": notes}}))
+        return exit_code
+    text = detail if isinstance(error, OSError) else plain(detail)  # a file is named as it is
+    say(text if exit_code == INTERRUPTED else f"error: {text}")
+    for label, more in (("hint", hint), *(("note", note) for note in notes)):
+        if more:
+            say(f"{label}: {more}")
+    return exit_code
 
 
-def misused(error: "click.UsageError") -> int:
-    """Print what is wrong with the command line, and the most similar name or a hint. Return 2."""
-    command = error.ctx.command_path if error.ctx else "kms"
-    similar = getattr(error, "possibilities", None)
-    text = error.message if similar else error.format_message()
-    say(f"error: {plain(text).replace(chr(39), chr(34))}")
+def _described(error: BaseException) -> tuple[str, str, str, int]:
+    """Return the code, the detail, the hint and the exit code of an error."""
+    if isinstance(error, KmsError):
+        return error.code, error.detail, hint_of(error), error.exit_code
+    if isinstance(error, OSError):
+        path = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        text = "stdin or stdout is closed" if error.errno == errno.EBADF else error.strerror
+        hint = OS_HINTS.get(error.errno or 0, "")
+        return "os_error", f"{path}{plain(text or type(error).__name__)}", hint, EXIT_OTHER
+    if not hasattr(error, "format_message"):
+        return "interrupted", "interrupted", "", INTERRUPTED
+    usage, similar = cast("click.UsageError", error), getattr(error, "possibilities", None)
+    text = (usage.message if similar else usage.format_message()).replace("'", '"')
+    command = usage.ctx.command_path if usage.ctx else "kms"
     hint = getattr(error, "hint", "") or f"`{command} --help` shows how to use it"
-    say(f'hint: did you mean "{similar[0]}"?' if similar else f"hint: {hint}")
-    return EXIT_USAGE
-
-
-def failed_os(error: OSError) -> None:
-    """Print an error of the operating system, with the file it names."""
-    path = f"{printable(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""
-    text = "stdin or stdout is closed" if error.errno == errno.EBADF else error.strerror
-    say(f"error: {path}{plain(text or type(error).__name__)}")
-    if hint := OS_HINTS.get(error.errno or 0):
-        say(f"hint: {hint}")
+    return "usage", text, f'did you mean "{similar[0]}"?' if similar else hint, EXIT_USAGE
 
 
 # -- bytes on stdout ---------------------------------------------------------------------------------

@@ -1,3 +1,4 @@
+import json
 import os
 import resource
 import signal
@@ -7,13 +8,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import pytest
 
 from kms_cli import terminal
 from kms_cli.main import run
 from kms_client.requests import BY_CODE
-from support.cli.fixtures import BIN, environment
+from support.cli.fixtures import BIN, environment, kms
 from support.contract_server import ContractServer, Job
 from support.ports import free_port
 from support.waiting import WAIT_S, until
@@ -29,10 +31,10 @@ def running_kms(stand_in: ContractServer, folder: Path, *words: str) -> Iterator
 
 
 @contextmanager
-def encrypting(stand_in: ContractServer, folder: Path) -> Iterator[subprocess.Popen[str]]:
+def encrypting(stand_in: ContractServer, folder: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
     """``kms encrypt-file file`` of some megabytes."""
     (folder / "file").write_bytes(b"x" * 4_000_000)
-    with running_kms(stand_in, folder, "encrypt-file", "file") as running:
+    with running_kms(stand_in, folder, *options, "encrypt-file", "file") as running:
         yield running
 
 
@@ -166,6 +168,59 @@ def test_a_command_that_is_missing_is_an_error_and_lists_them(
     shown = capsys.readouterr()
     assert "\nCommands:\n" in shown.err
     assert not shown.out
+
+
+BY_JSON: Final = {
+    "an unknown command": ("encrpt --json", 2, "usage"),
+    "an unknown option": ("encrypt --contxt x --json", 2, "usage"),
+    "an unknown global option": ("--nosuch --json", 2, "usage"),
+    "a value": ("job list --state done --json", 2, "usage"),
+    "a source": ("encrypt-file . --json", 2, "usage"),
+    "what the command refuses": ("run --json -- true", 2, "usage"),
+    "no command": ("--json", 2, "usage"),
+    "no command of a group": ("job --json", 2, "usage"),
+    "a file": ("--json run --env-file plain.env -- /nonexistent/program", 127, "program_not_found"),
+    "a folder": ("--json run --env-file plain.env -- /", 126, "not_executable"),
+    "an operating system": ("--json keygen -o nosuch/key", 1, "os_error"),
+    "a context": ("encrypt --context nonsense --json", 65, "invalid_context"),
+}
+
+
+@pytest.mark.parametrize(("line", "exit_code", "code"), BY_JSON.values(), ids=BY_JSON)
+def test_each_error_is_an_object_with_json(tmp_path: Path, line: str, exit_code: int, code: str) -> None:
+    (tmp_path / "plain.env").write_text("NAME=value\n")
+    done = kms(tmp_path, *line.split())
+
+    assert (done.returncode, done.stdout) == (exit_code, b"")
+    found = json.loads(done.stderr)["error"]
+    assert (found["code"], found.keys()) == (code, {"code", "detail", "hint", "notes"})
+
+
+def test_ctrl_c_is_an_object_with_json(stand_in: ContractServer, tmp_path: Path) -> None:
+    stand_in.faults.steps_s = 100
+    with encrypting(stand_in, tmp_path, "--json") as running:
+        until(lambda: any("/jobs/job-1?wait=" in seen.path for seen in stand_in.seen), "it follows the job")
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=WAIT_S)
+
+    assert running.returncode == 130
+    assert json.loads(said.splitlines()[-1])["error"]["code"] == "interrupted"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "run -- ls --json",
+        "run ls --json",
+        "run --env-file nosuch ls --json",
+        "run --nosuch -- ls --json",
+        "run --env-file plain.env /nonexistent/program --json",
+    ],
+)
+def test_json_of_a_program_is_not_that_of_kms(tmp_path: Path, line: str) -> None:
+    (tmp_path / "plain.env").write_text("NAME=value\n")
+
+    assert kms(tmp_path, *line.split()).stderr.startswith(b"kms: error: ")
 
 
 def test_every_hint_is_for_a_code_that_exists() -> None:

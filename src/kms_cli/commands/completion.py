@@ -132,4 +132,4 @@ def help_command(words: tuple[str, ...]) -> None:
         known = (*main.COMMANDS, *main.topics())
         raise main.UnknownCommand(words[0], known, click.get_current_context().find_root())
     else:
-        main.invoke([*words, "--help"])
+        main.invoke([*words, "--help"], {})

@@ -18,7 +18,7 @@ from kms_cli.options import FILE, context_of, context_option, force_option, key_
 from kms_cli.session import connect, printed_as_json
 from kms_core.age import armor
 from kms_protocol import small_files
-from kms_protocol.errors import InvalidRequest, NotACiphertext, TooLarge
+from kms_protocol.errors import InvalidRequest, KmsError, NotACiphertext, TooLarge
 from kms_protocol.units import MiB
 from kms_protocol.wire import ContextIn
 
@@ -225,8 +225,20 @@ def check(
         raise InvalidRequest(f"The value of {name} in {where} contains a NUL, which an environment cannot")
 
 
-NOT_EXECUTABLE: Final = 126  # the exit codes of a shell
-NOT_FOUND: Final = 127
+class NotExecutable(KmsError):
+    """A program that cannot be run. Its exit code is that of a shell, as those of its kinds."""
+
+    code = "not_executable"
+    exit_code = 126
+
+
+class ProgramNotFound(NotExecutable):
+    """A program that does not exist."""
+
+    code = "program_not_found"
+    exit_code = 127
+
+
 LIMIT_BYTES: Final = 2 * 1024 * 1024
 _SEALED_TEXT: Final = "YWdlLWVuY3J5cHRpb24ub3JnL3Yx"  # the start of an age file in base64
 _Decrypt = Callable[[bytes, str], str]  # takes a ciphertext, and what messages call it
@@ -354,9 +366,7 @@ def _exec(command: tuple[str, ...], values: Mapping[str, str]) -> NoReturn:
     except OSError as exc:  # EACCES also where a folder of the PATH may not be entered
         import shutil  # noqa: PLC0415 -- for an error alone
 
-        is_name = "/" not in command[0]
+        is_name, name = "/" not in command[0], f'"{terminal.printable(command[0])}"'
         if isinstance(exc, FileNotFoundError) or (is_name and not shutil.which(command[0], os.F_OK)):
-            terminal.say(f"error: {command[0]} is not on the PATH")
-            raise SystemExit(NOT_FOUND) from None
-        terminal.say(f"error: {command[0]}: {terminal.plain(exc.strerror or '')}")
-        raise SystemExit(NOT_EXECUTABLE) from None
+            raise ProgramNotFound(f"{name} is not on the PATH") from None
+        raise NotExecutable(f"{name}: {terminal.plain(exc.strerror or '')}") from None
