@@ -20,6 +20,7 @@ from msgspec.structs import replace
 
 from kms_cli import terminal
 from kms_cli.local import installation
+from kms_cli.local.up import without_status
 from kms_cli.session import connect, is_given, printed_as_json, session, use_url
 from kms_client.settings import is_loopback
 from kms_core import container, key_opening, keyring, redis_client
@@ -251,6 +252,9 @@ def _queue(settings: Settings) -> Iterator[Finding]:
         text = f"{_where(section.url)} answers with an error: {str(exc).partition('. ')[0]}"
         then = "check user and password of [kms.redis], and protected-mode of the server"
         yield Finding("FAIL", "redis", text, then, away=isinstance(exc, redis.ResponseError))
+    except redis.TimeoutError:
+        text = f"{_where(section.url)} does not answer in time, so jobs and files wait"
+        yield Finding("FAIL", "redis", text, "it hangs, or is overloaded: see its log", away=True)
     except redis.RedisError:
         is_named = installation.is_named(settings.kms.redis)
         text = f"nothing answers at {_where(section.url)}, so jobs and files wait"
@@ -445,7 +449,6 @@ _CHECKS: Final[Mapping[str, Callable[[Settings], Iterator[Finding]]]] = {
     "redis": _queue,
 }
 
-
 TIMEOUT_S: Final = 5.0
 _CALLER: Final = Finding("ok", "target", "nothing of a service is found here, so it is only asked")
 
@@ -532,11 +535,10 @@ def _service(own_id: str | None) -> Iterator[Finding]:
         with connect(retries=0, timeout_s=2 * TIMEOUT_S) as kms:  # it may wait for a backend itself
             status = kms.status()
     except KmsError as exc:
-        yield Finding("FAIL", "service", exc.detail, terminal.hint_of(exc), away=True)
+        yield Finding("FAIL", "service", *without_status(url, exc), away=True)
         return
     yield Finding("ok", "service", f"{url} answers")
-    own = version("kms-service")
-    if status.version != own:
+    if status.version != (own := version("kms-service")):
         yield Finding("warn", "version", f"it is {status.version}, this command {own}", "install the same")
     if own_id and status.install and own_id != status.install:
         text = f"{url} is of another install ({status.install}) than the state and spool above ({own_id})"

@@ -18,12 +18,14 @@ from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 import click
 
 from kms_cli import audited, terminal
 from kms_cli.local import installation
 from kms_cli.session import session
+from kms_client.requests import START_HINT
 from kms_core import secure_files
 from kms_core.age.mlkem768x25519 import Recipient, parse_identity
 from kms_core.backends.age_settings import AgeSection
@@ -37,7 +39,7 @@ from kms_core.settings.model import Settings
 from kms_core.settings.redis_urls import for_celery
 from kms_core.settings.validation import check_exposure
 from kms_protocol import small_files
-from kms_protocol.errors import ConfigurationError, Unavailable
+from kms_protocol.errors import ConfigurationError, KmsError, Unavailable
 from kms_protocol.wire import PREFIX
 
 RULES: Final = Path(__file__).parents[3] / "monitoring" / "rules"  # in a checkout, from which scripts/up runs
@@ -242,6 +244,15 @@ def is_alive(host: str, port: int, *, tls: bool = False, path: str = "/livez") -
         return False
     finally:
         connection.close()
+
+
+def without_status(url: str, error: KmsError) -> tuple[str, str]:
+    """Return what it means that a service gives no status, and what to do: it may be alive."""
+    parts, hint = urlsplit(url), terminal.hint_of(error)
+    if hint != START_HINT or not is_alive(parts.hostname or "", parts.port or 0, tls=parts.scheme == "https"):
+        return error.detail, hint
+    text = f"{url} runs, but gives no status: {terminal.plain(error.detail)}"
+    return text, "a peer that it asks may hang, as Redis: see the lines above and its log"
 
 
 def _announce(settings: Settings, embedded: Mapping[str, str], *, monitoring: bool) -> None:

@@ -21,6 +21,7 @@ import redis
 from kms_cli.commands import doctor as doctor_command
 from kms_cli.commands.doctor import MAX_VERIFIED_BYTES, Finding
 from kms_cli.local import installation
+from kms_cli.session import META
 from kms_core.settings.load import load
 from kms_protocol.admin import StatusOut
 from support.cli.doctor import DoctorReport, told_by
@@ -362,6 +363,29 @@ def test_what_the_service_calls_degraded_is_a_line(
 
     (line,) = [each for each in found if each.subject == "service" and each.level != "ok"]
     assert (line.level, said in f"{line.text}: {line.next}") == (level, True)
+
+
+def test_a_service_that_is_alive_and_gives_no_status_is_called_running() -> None:
+    """As one whose Redis has just begun to hang: to start it would not help."""
+
+    def answer(connection: socket.socket) -> None:
+        if b"/livez" in connection.recv(65536):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok\n")
+
+    with scripted(answer) as service, click.Context(click.Command("kms")) as ctx:
+        ctx.meta[f"{META}url"] = service.url
+        (line,) = doctor_command._service(None)  # noqa: SLF001 -- without the checks of this machine
+
+    assert (line.level, line.away) == ("FAIL", True)
+    assert line.text.startswith(f"{service.url} runs, but gives no status: ")
+    assert "kms up" not in line.next
+
+
+def test_a_redis_that_hangs_is_not_called_absent(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        told = doctor(configured(tmp_path, "", f"redis://127.0.0.1:{silent.getsockname()[1]}/0"))
+
+    assert "does not answer in time" in told.at("redis", "FAIL")
 
 
 # -- this machine, as a user who may not see all of it -----------------------------------------------
