@@ -4,6 +4,7 @@ export const PREFIX = "/api/v1/kms"
 const DEFAULT_URL = "http://localhost:8082"
 const LOOPBACK = [localhost "[::1]"]
 const LOOPBACK_ADDRESS = '^127(\.(25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])){3}$'
+const ALIVE_WITHIN = 5sec
 const ANSWER_WITHIN = 30sec # from the end of a request to the head of its answer; a transfer may take longer
 const KNOWS_NO_PROXY = 114 # the minor version of nu that heeds $env.NO_PROXY; one before it takes no exception
 const PROXIES = [http_proxy HTTP_PROXY https_proxy HTTPS_PROXY all_proxy ALL_PROXY]
@@ -53,7 +54,7 @@ const NEXT = {
     attempts_exhausted: "ask the operator for the log of the worker, then `kms job retry`"
     record_refused: "ask the operator: the record was changed, or a worker has another spool key"
     target_exists: "--force overwrites it, --output names another"
-    unexpected_answer: "check $env.KMS_SERVICE_URL: is it this service, of the same version?"
+    unexpected_answer: "name its address with --url or $env.KMS_SERVICE_URL: is it this service, of the same version?"
     service_unreachable: "is the service up? $env.KMS_SERVICE_URL or --url names its address"
     in_clear: "use an https:// address, or allow it with $env.KMS_ALLOW_HTTP = 1"
     proxied: "start nu without http_proxy and the like, or take nu 0.114 or later"
@@ -62,11 +63,12 @@ const NEXT = {
 
 # Where the service is, who asks, and where the arguments of the command were written.
 #
-# An option goes before a variable, and a variable before the default, http://localhost:8082. `secret` is what no error
-# may show, not even in a line of source that nu would quote.
+# An option goes before a variable, and a variable before the default, http://localhost:8082, which must answer as this
+# service. `secret` is what no error may show, not even in a line of source that nu would quote.
 export def reach [url?: string, token_file?: string, arguments: record = {}, --secret: binary]: nothing -> record {
     let at = {spans: (spots $arguments), secret: $secret}
-    let address = $url | default $env.KMS_SERVICE_URL? | default $DEFAULT_URL
+    let named = $url | default $env.KMS_SERVICE_URL?
+    let address = $named | default $DEFAULT_URL
     let parts = try { $address | url parse } catch { {scheme: ""} }
     if $parts.scheme not-in [http https] or ($parts.host | is-empty) {
         fail $at bad_address "The service address must look like http://host:port or https://host"
@@ -79,6 +81,7 @@ export def reach [url?: string, token_file?: string, arguments: record = {}, --s
     if $is_local and ($proxies | is-not-empty) and (version).minor < $KNOWS_NO_PROXY {
         fail $at proxied "This nu would send the request to the proxy of its environment"
     }
+    if $named == null { recognize $at $address }
     let token = bearer $at $token_file
     if $parts.scheme == http and not $is_local and not (allows-http) {
         fail $at in_clear $"Tokens, keys and plaintexts would be sent unencrypted to ($address)"
@@ -88,6 +91,21 @@ export def reach [url?: string, token_file?: string, arguments: record = {}, --s
         url: ($address | str trim --right --char "/")
         is_local: $is_local
         headers: (if $token == null { {} } else { {Authorization: $"Bearer ($token)"} })
+    }
+}
+
+# Ask whether a service of ours, of any version, has the default address: another program there must hear no secret.
+def recognize [at: record, address: string]: nothing -> nothing {
+    let id = random uuid
+    $env.NO_PROXY = "*"
+    let answer = try {
+        http get -fer -R manual -m $ALIVE_WITHIN -H {X-Request-ID: $id} $"($address)/livez"
+    } catch {|error|
+        lost {...$at, url: $address} $error
+    }
+    let same = understood $answer | get headers | get --optional x-request-id
+    if $answer.status != 200 or $same != $id or ($answer.body | into binary) != ("ok\n" | into binary) {
+        fail $at unexpected_answer $"What answers at ($address) is not this service, so no secret was sent there"
     }
 }
 

@@ -4,6 +4,7 @@ Global options are accepted before and after the name of a command; the later on
 by the first ``connect``: commands that need no service start without it.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 META: Final = "kms_cli."
 AS_JSON: Final = f"{META}as_json"
 DEFAULT_URL: Final = "http://localhost:8082"  # the client's; known here without loading it
+_ADDRESS: Final = f"Address of the service [default: that of kms up, else {DEFAULT_URL}]."
 
 
 class Session(NamedTuple):
@@ -35,34 +37,58 @@ class Session(NamedTuple):
     state_dir: Path | None = None
     as_json: bool = False
     allow_http: bool = False
+    check_service: bool = False
 
 
 def session() -> Session:
-    """Return the global options of the running command."""
-    meta = click.get_current_context().meta
-    given = {key.removeprefix(META): value for key, value in meta.items() if key.startswith(META)}
+    """Return the global options of the running command; none outside of one, as in the age plugin."""
+    given = {key.removeprefix(META): value for key, value in _meta().items() if key.startswith(META)}
     return Session(**given)
+
+
+def _meta() -> dict[str, Any]:
+    ctx = click.get_current_context(silent=True)
+    return ctx.meta if ctx else {}
+
+
+def is_completion() -> bool:
+    """Return whether a shell asks for completions, which prints nothing else."""
+    ctx = click.get_current_context(silent=True)
+    return bool(ctx and ctx.resilient_parsing)
 
 
 def is_given(option: str) -> bool:
     """Return whether a global option was given, or set by its variable."""
-    return META + option in click.get_current_context().meta
+    return META + option in _meta()
 
 
 def use_url(url: str) -> None:
-    """Use this address of the service for the rest of the command."""
-    click.get_current_context().meta[META + "url"] = url
+    """Use this address, which no option names, for the rest of the command. Its service is checked first."""
+    _meta().update({META + "url": url, META + "check_service": True})
+
+
+def service_url() -> str:
+    """Return the address that an option names, else ``instances.address``. Raises ConfigurationError."""
+    if not is_given("url"):
+        from kms_cli.local import instances  # noqa: PLC0415 -- not needed where an address is named
+
+        use_url(instances.address(os.environ))
+    return session().url
 
 
 def connect(*, retries: int = 2, timeout_s: float = 30.0) -> "Client":
-    """Return a client of the service. Raises ConfigurationError on a wrong or unencrypted address."""
+    """Return a client of the service. Raises ConfigurationError on a wrong or unencrypted address.
+
+    An address that no option names is asked first whether it answers as this service.
+    """
     from kms_client import Client  # noqa: PLC0415 -- see above
 
-    given = session()
+    url, given = service_url(), session()
     return Client(
-        given.url,
+        url,
         token_file=given.token_file,
         allow_http=given.allow_http,
+        check_service=given.check_service,
         retries=retries,
         timeout_s=timeout_s,
     )
@@ -142,7 +168,7 @@ def options(*, after_command: bool) -> list[click.Option]:
 
     path = click.Path(path_type=Path)
     return [
-        option("url", f"Address of the service [default: {DEFAULT_URL}].", envvar="KMS_SERVICE_URL"),
+        option("url", _ADDRESS, envvar="KMS_SERVICE_URL"),
         option("token-file", "File that holds the bearer token.", envvar="KMS_TOKEN_FILE", type=path),
         option(
             "allow-http",

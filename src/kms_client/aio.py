@@ -12,7 +12,7 @@ from msgspec import Struct
 from kms_client import requests
 from kms_client.http_client import Download, Engine, Progress, Transport, Upload
 from kms_client.requests import ServiceUnreachable, UploadOptions, decoded
-from kms_client.settings import DEFAULT_URL, ClientSettings, Options
+from kms_client.settings import ClientSettings, Options
 from kms_protocol import admin, wire
 from kms_protocol.errors import ConfigurationError, JobNotFinished, Unavailable
 from kms_protocol.wire import ContextIn
@@ -91,13 +91,16 @@ class AsyncClient:
     ...     sealed = await kms.encrypt(b"secret-data", context={"env": "prod"})      # doctest: +SKIP
     """
 
-    def __init__(self, url: str = DEFAULT_URL, **options: Unpack[Options]) -> None:
-        """Raises ConfigurationError for wrong settings, and without the extra ``async``."""
+    def __init__(self, url: str | None = None, **options: Unpack[Options]) -> None:
+        """Without an address it is DEFAULT_URL, whose service is checked first.
+
+        Raises ConfigurationError for wrong settings, and without the extra ``async``.
+        """
         try:
             from kms_client.async_transport import AsyncTransport  # noqa: PLC0415 -- Client works without it
         except ImportError as exc:
             raise ConfigurationError(_NO_EXTRA) from exc
-        settings = ClientSettings(url, **options)
+        settings = ClientSettings.of(url, options)
         self._engine = Engine(settings, AsyncTransport(settings))
 
     @classmethod

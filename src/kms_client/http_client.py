@@ -13,6 +13,7 @@ import math
 import random
 import re
 import time
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from http import HTTPStatus
 from typing import BinaryIO, Final, Protocol, TypeVar
@@ -22,6 +23,7 @@ from kms_client.requests import (
     RETRYABLE,
     ClientRequest,
     Hidden,
+    NotThisService,
     Reply,
     ServiceUnreachable,
     UnexpectedAnswer,
@@ -225,6 +227,7 @@ class Download:
 LONGEST_WAIT_S: Final = 10.0
 SPREAD: Final = 1.5  # waits are up to this much longer: callers that were refused together come apart
 _SHORTEST_SILENCE_S: Final = 0.05
+_CHECK_S: Final = 5.0  # for the answer of /livez, which depends on nothing
 
 
 class Engine:
@@ -239,6 +242,7 @@ class Engine:
             "User-Agent": f"kms-client/{__version__}",
         }
         self.transport = transport
+        self._is_checked = not settings.check_service
 
     async def send(self, call: ClientRequest[T], upload: Upload | None = None) -> T:
         """Return the answer, after up to ``retries`` further attempts within ``deadline_s``."""
@@ -275,12 +279,37 @@ class Engine:
     async def responding(
         self, call: ClientRequest[T], *, upload: Upload | None = None, silence_s: float | None = None
     ) -> AsyncIterator[HttpAnswer]:
-        """Make one attempt and yield its answer, whose body is not read yet."""
+        """Make one attempt and yield its answer, whose body is not read yet.
+
+        Before the first one the service is checked, if the settings say so. Raises UnexpectedAnswer.
+        """
+        if not self._is_checked:
+            await self._check_service(min(_CHECK_S, silence_s or self._settings.timeout_s))
         answer = await self.transport.open(self._request(call, upload, silence_s))
         try:
             yield answer
         finally:
             await answer.close()
+
+    async def _check_service(self, silence_s: float) -> None:
+        """Ask whether the address answers as this service, within ``silence_s`` and without a credential.
+
+        Raises NotThisService, ServiceUnreachable, Unavailable.
+        """
+        named = {"X-Request-ID": uuid.uuid4().hex}  # this service answers with the same
+        probe = ClientRequest("GET", "/livez", bytes, headers=named)
+        answer = await self.transport.open(self._request(probe, None, silence_s))
+        try:
+            is_ours = answer.headers.get("x-request-id") == named["X-Request-ID"]
+            reply = await self._reply(answer) if is_ours else Reply(answer.status, {}, b"")
+        finally:
+            await answer.close()
+        if reply.status in RETRYABLE:  # it has no room for another request
+            raise error_of(reply)
+        if reply.body != b"ok\n":
+            text = f"What answers at {self._settings.url} is not this service, so no secret was sent there"
+            raise NotThisService(text)
+        self._is_checked = True
 
     @contextlib.asynccontextmanager
     async def answering(self, call: ClientRequest[T]) -> AsyncIterator[HttpAnswer]:
@@ -318,10 +347,11 @@ class Engine:
 
     def _request(self, call: ClientRequest[T], upload: Upload | None, silence_s: float | None) -> HttpRequest:
         settings = self._settings
+        credential = settings.authorization() if self._is_checked else {}
         return HttpRequest(
             call.method,
             settings.url + call.path,
-            {**self._always, **call.headers, **_length(call, upload), **settings.authorization()},
+            {**self._always, **call.headers, **_length(call, upload), **credential},
             call.body if upload is None else self.transport.body(upload.parts()),
             timeout_s=settings.timeout_s,
             silence_s=(silence_s or settings.timeout_s) + call.wait_s,

@@ -56,6 +56,12 @@ class UnexpectedAnswer(KmsError):
     exit_code = EXIT_OTHER
 
 
+class NotThisService(UnexpectedAnswer):
+    """Another program has the port of the default address."""
+
+    hint = "start it with `kms up --port 8090`, or name its address with --url or KMS_SERVICE_URL"
+
+
 class Hidden(msgspec.Struct, frozen=True):
     """Base of values that may hold secrets: ``repr`` shows none of their fields."""
 

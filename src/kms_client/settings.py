@@ -3,7 +3,7 @@
 import re
 import ssl
 from pathlib import Path
-from typing import Final, TypedDict
+from typing import Final, Self, TypedDict
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from msgspec.structs import force_setattr
@@ -35,7 +35,8 @@ class Options(TypedDict, total=False):
     transfer. ``retries`` is the number of attempts after the first; none begins later than ``deadline_s``
     after the call. ``ca_file`` replaces the certificate authorities of the system. ``cert_file`` and
     ``key_file`` (PEM) are a client certificate. ``allow_http`` allows sending tokens, keys and plaintexts
-    unencrypted over ``http://`` to another machine and through proxies.
+    unencrypted over ``http://`` to another machine and through proxies. ``check_service`` asks the address,
+    before the first request and without a credential, whether it answers as this service (``GET /livez``).
     """
 
     token: str | None
@@ -47,6 +48,7 @@ class Options(TypedDict, total=False):
     cert_file: str | Path | None
     key_file: str | Path | None
     allow_http: bool
+    check_service: bool
 
 
 class ClientSettings(Hidden, frozen=True):
@@ -65,6 +67,14 @@ class ClientSettings(Hidden, frozen=True):
     cert_file: str | Path | None = None
     key_file: str | Path | None = None
     allow_http: bool = False
+    check_service: bool = False
+
+    @classmethod
+    def of(cls, url: str | None, options: Options) -> Self:
+        """Return the settings for an address, or for DEFAULT_URL, whose service is checked: None."""
+        if url is None:
+            options = {"check_service": True, **options}
+        return cls(DEFAULT_URL if url is None else url, **options)
 
     def __post_init__(self) -> None:
         if bool(self.cert_file) != bool(self.key_file):

@@ -28,7 +28,7 @@ from kms_client.http_client import (
     connect_error,
     timeout_error,
 )
-from kms_client.settings import DEFAULT_URL, ClientSettings, Options, credentials_of
+from kms_client.settings import ClientSettings, Options, credentials_of
 from kms_protocol import admin
 from kms_protocol.errors import ConfigurationError, InvalidRequest
 from kms_protocol.tls_client import client_context
@@ -282,12 +282,14 @@ def _iterating(
 class Client:
     """A blocking client of the service, with the methods of AsyncClient.
 
+    Without an address it is DEFAULT_URL, whose service is checked first.
+
     >>> with Client("https://kms.example.com", token_file="/run/secrets/kms") as kms:  # doctest: +SKIP
     ...     sealed = kms.encrypt(b"secret-data", context={"env": "prod"})
     """
 
-    def __init__(self, url: str = DEFAULT_URL, **options: Unpack[Options]) -> None:
-        settings = ClientSettings(url, **options)
+    def __init__(self, url: str | None = None, **options: Unpack[Options]) -> None:
+        settings = ClientSettings.of(url, options)
         self._api = AsyncClient.over(settings, SyncTransport(settings))
 
     @classmethod

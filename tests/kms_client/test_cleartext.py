@@ -12,9 +12,11 @@ import pytest
 from kms_cli.main import run
 from kms_cli.plugin.main import KeysOfTargets
 from kms_cli.plugin.names import PluginTarget
-from kms_client import AsyncClient, Client, UnexpectedAnswer
+from kms_client import AsyncClient, Client, Options, UnexpectedAnswer
+from kms_client.settings import ClientSettings
 from kms_protocol.context import Context
-from kms_protocol.errors import ConfigurationError, KmsError
+from kms_protocol.errors import ConfigurationError, KmsError, Unavailable
+from support.contract_server import running
 from support.scripted_servers import scripted
 
 TOKEN = "canary-77aa"
@@ -161,6 +163,76 @@ def test_no_byte_leaves_without_a_token_either(
             assert send("http://kms.invalid", token_file) == 78
 
     assert proxy.requests == []
+
+
+# -- an address that is only the default -------------------------------------------------------------
+
+SECRET = b"canary-3c1f"
+STRANGERS = {
+    "another service": b"HTTP/1.0 404 File not found\r\nContent-Length: 5\r\n\r\n<html",
+    "one that is alive": b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok\n",
+    "another request id": b"HTTP/1.1 200 OK\r\nX-Request-ID: 1\r\nContent-Length: 3\r\n\r\nok\n",
+    "an answer without an end": b"HTTP/1.1 200 OK\r\n\r\n" + bytes(100_000),
+    "a redirect": b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 0\r\n\r\n",
+    "a proxy": b"HTTP/1.1 503 Busy\r\nContent-Length: 4\r\n\r\nbusy",
+    "SSH": b"SSH-2.0-OpenSSH_9.2\r\n",
+}
+
+
+def encrypt(kind: Make, url: str) -> None:
+    """One call with a secret and a token, to an address whose service is checked."""
+    options = Options(token=TOKEN, retries=0, timeout_s=0.5, check_service=True)
+    if kind is Client:
+        with Client(url, **options) as kms:
+            kms.encrypt(SECRET)
+        return
+
+    async def call() -> None:
+        async with AsyncClient(url, **options) as kms:
+            await kms.encrypt(SECRET)
+
+    anyio.run(call)
+
+
+@both
+@pytest.mark.parametrize("answer", STRANGERS.values(), ids=STRANGERS)
+def test_a_stranger_at_the_default_address_hears_no_secret(kind: Make, answer: bytes) -> None:
+    with recording_server(answer) as stranger, pytest.raises((UnexpectedAnswer, Unavailable)):
+        encrypt(kind, stranger.url)
+
+    assert [request.split(b"\r\n")[0] for request in stranger.requests] == [b"GET /livez HTTP/1.1"]
+    assert TOKEN.encode() not in stranger.requests[0]
+
+
+@both
+def test_a_silent_one_hears_no_secret(kind: Make) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with pytest.raises(Unavailable):
+            encrypt(kind, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        connection, _ = silent.accept()
+        with connection:
+            heard = connection.recv(65536)
+
+    assert heard.startswith(b"GET /livez HTTP/1.1\r\n")
+    assert TOKEN.encode() not in heard
+
+
+@both
+def test_the_service_is_asked_once_by_each_client(kind: Make) -> None:
+    """Without the credential."""
+    with running() as service:
+        encrypt(kind, service.url)
+        probe, call = service.seen
+
+    assert (probe.path, call.path) == ("/livez", "/api/v1/kms/encrypt")
+    assert "authorization" not in probe.headers
+    assert call.headers["authorization"] == f"Bearer {TOKEN}"
+
+
+def test_a_named_address_is_trusted() -> None:
+    assert ClientSettings.of(None, {}) == ClientSettings("http://localhost:8082", check_service=True)
+    assert ClientSettings.of("http://localhost:8082", {}).check_service is False
+    assert ClientSettings.of(None, {"check_service": False}).check_service is False
 
 
 # -- command, plugin, migration ----------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from support.http_servers import QuietHandler, served
 from support.job_stores import forge
 from support.nushell import MODULE, ROOT, TIMEOUT_S, Nu, fetched, unframed
 from support.ports import free_port
+from support.scripted_servers import scripted
 from support.service import CANARY, Service, b64, core_of, unb64
 
 EXAMPLES: Final = pages.blocks_to_run("docs/nushell.md", "nu")
@@ -484,6 +486,35 @@ def test_the_tab_key_offers_what_the_service_has(nu: Nu) -> None:
     assert offered(nu, "kms generate-key --key-spec ") == ["AES_128", "AES_256"]
     assert "committing" in offered(nu, "kms job list --state ")
     assert offered(nu, "kms job cancel ") == []
+
+
+def by_default(nu: Nu, url: str) -> Nu:
+    """The same, with a module whose default address is this one, and no other address."""
+    folder = nu.folder / "nu" / "kms"
+    folder.mkdir(parents=True)
+    for file in MODULE.glob("*.nu"):
+        (folder / file.name).write_text(file.read_text().replace("http://localhost:8082", url))
+    return Nu(nu.program, nu.folder, {name: nu.environ[name] for name in ("KMS_TOKEN_FILE",)})
+
+
+def test_a_default_address_is_that_of_the_service(nu: Nu, secured: SecuredService) -> None:
+    assert by_default(nu, secured.url).gives("'hunter2' | kms encrypt | kms decrypt") == "hunter2"
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 404 No\r\n", b"HTTP/1.1 200 OK\r\nX-Request-ID: 1\r\n"])
+def test_another_program_at_the_default_address_hears_no_secret(nu: Nu, answer: bytes) -> None:
+    heard = []
+
+    def serve(connection: socket.socket) -> None:
+        heard.append(connection.recv(65536))
+        connection.sendall(answer + b"Content-Length: 3\r\nConnection: close\r\n\r\nok\n")
+
+    with scripted(serve) as stranger:
+        said = by_default(nu, stranger.url).fails("'hunter2' | kms encrypt")
+
+    assert "is not this service, so no secret was sent there" in said
+    assert [request.split(b"\r\n")[0] for request in heard] == [b"GET /livez HTTP/1.1"]
+    assert b"uthorization" not in heard[0]
 
 
 def test_the_tab_key_is_silent_without_a_service(bare: Nu) -> None:

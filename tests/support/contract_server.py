@@ -259,6 +259,9 @@ class Handler(QuietHandler):
                 results.append({"index": index, "error": {"code": exc.code}})
         self.json({"results": results, "failed": sum("error" in result for result in results)})
 
+    def get_livez(self, seen: RecordedRequest) -> None:
+        self.answer(200, b"ok\n", {"X-Request-ID": seen.headers.get("x-request-id", "")})
+
     def get_health(self, seen: RecordedRequest) -> None:
         del seen
         status, code = ("unhealthy", 503) if self.service.faults.unhealthy else ("healthy", 200)

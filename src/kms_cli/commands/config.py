@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from kms_cli import terminal
-from kms_cli.local import installation
+from kms_cli.local import installation, instances
 from kms_cli.session import printed_as_json
 from kms_core.backends import SCHEMES, table_of
 from kms_core.settings.lint import Weakness, unaccepted, weaknesses
@@ -48,12 +48,12 @@ def show_command(setting: str | None, *, changed: bool) -> None:
     that name another, the settings are those of the kms up of this user that runs. A default may depend on
     the environment and the state directory. Settings that are not set are left out.
     """
-    running = installation.running(os.environ)
-    environ = installation.environ_of(running, os.environ)
+    running = instances.running(os.environ)
+    environ = instances.environ_of(running, os.environ)
     file = installation.settings_file(environ)
     origin = origins(file, environ, overrides=installation.overrides())
     loaded = load_settings(file, environ, overrides=installation.overrides())
-    for text, advice in installation.doubts(running):
+    for text, advice in instances.doubts(running):
         terminal.say(f"warning: {terminal.plain(text)}: {terminal.plain(advice)}")
     redis = installation.redis_section(loaded, environ)
     embedded = {

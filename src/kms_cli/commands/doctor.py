@@ -19,7 +19,7 @@ from cryptography import x509
 from msgspec.structs import replace
 
 from kms_cli import terminal
-from kms_cli.local import installation
+from kms_cli.local import installation, instances
 from kms_cli.local.up import without_status
 from kms_cli.session import connect, is_given, printed_as_json, session, use_url
 from kms_client.settings import is_loopback
@@ -495,8 +495,8 @@ def _findings() -> Iterator[Finding]:
         yield Finding("ok", "target", f"{url}, on another machine: this one is not checked")
         yield from _service(None)
         return
-    running = installation.running(os.environ)
-    environ, own_id = installation.environ_of(running, os.environ), None
+    running = instances.running(os.environ)
+    environ, own_id = instances.environ_of(running, os.environ), None
     try:
         file = installation.settings_file(environ)
         settings = load_settings(file, environ, overrides=installation.overrides())
@@ -508,7 +508,7 @@ def _findings() -> Iterator[Finding]:
             use_url(installation.url_of(settings))
         how = "kms up runs it" if running else "kms up does not run it"
         yield Finding("ok", "target", f"{session().url}, state {settings.state_dir.absolute()}: {how}")
-        for text, advice in installation.doubts(running):
+        for text, advice in instances.doubts(running):
             yield Finding("warn", "target", text, advice)
         source = f"read from {file}" if file else "defaults, no file"
         yield Finding("ok", "settings", f"{source}, environment {settings.environment}")

@@ -17,7 +17,7 @@ from kms_cli import terminal
 from kms_cli.age_files import check_key_id, parse_identities
 from kms_cli.options import FILE, context_option, key_option
 from kms_cli.plugin.names import PluginTarget
-from kms_cli.session import DEFAULT_URL, printed_as_json, session
+from kms_cli.session import printed_as_json, service_url
 from kms_client.settings import checked_address
 from kms_core.age import mlkem768x25519, x25519
 from kms_core.age.header import is_age_file
@@ -293,7 +293,7 @@ def identity_command(context: ContextIn, key_id: str | None, *, in_process: bool
 def _target(context: ContextIn, key_id: str | None, *, in_process: bool, with_url: bool) -> PluginTarget:
     if in_process and with_url:
         raise click.UsageError("--in-process uses no service: leave out --with-url")
-    url = checked_address(session().url or DEFAULT_URL) if with_url else None
+    url = checked_address(service_url()) if with_url else None
     check_key_id(key_id)
     return PluginTarget(key_id, Context.parse(context), url, in_process)
 

@@ -3,7 +3,6 @@
 Its Redis is the server of the settings, or the embedded Valkey, which ``kms up`` runs.
 """
 
-import fcntl
 import hashlib
 import importlib.util
 import os
@@ -16,13 +15,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import click
 import msgspec
 
 from kms_cli import terminal
-from kms_cli.session import DEFAULT_URL, is_given, session
+from kms_cli.local.instances import NOTE, PATHS, SETTLED, Running, is_private, place, running
+from kms_cli.session import session
 from kms_core import secure_files
 from kms_core.audit import segments
 from kms_core.audit.maintenance import FolderSink, RedisSink
@@ -46,7 +46,6 @@ from kms_protocol.errors import AuditUnavailable, ConfigurationError, Conflict
 # plain commands, which both Valkey and Redis load). The server itself holds the lock of its data directory,
 # so a second one cannot start.
 
-MAX_SOCKET_PATH_BYTES: Final = 107  # sun_path is 108 with its final zero, unix(7)
 DIR_MODE: Final = 0o700
 MAXMEMORY: Final = "256mb"  # a full server refuses writes and never drops data
 LOG_ROTATE_BYTES: Final = 1024 * 1024
@@ -118,22 +117,8 @@ def find_binary(environ: Mapping[str, str]) -> Path:
 def runtime_dir(state_dir: Path, environ: Mapping[str, str]) -> Path:
     """Return the directory of the socket: a short path, always the same for a state directory."""
     tag = hashlib.sha256(os.fsencode(os.path.realpath(state_dir))).hexdigest()[:8]
-    session = Path(environ.get("XDG_RUNTIME_DIR", ""))
-    mine = session / f"kms-{tag}"
-    is_ours = session.is_absolute() and is_private(session, {os.geteuid()})  # under sudo it may not be
-    if is_ours and len(os.fsencode(mine / "valkey.sock")) <= MAX_SOCKET_PATH_BYTES:
-        return mine
-    return Path("/tmp") / f"kms-{os.geteuid()}-{tag}"  # noqa: S108  # made 0700 and its owner checked
-
-
-def is_private(folder: Path, owners: set[int]) -> bool:
-    """Return whether it is a directory in which only these users can have created files."""
-    try:
-        found = folder.lstat()
-    except OSError:
-        return False
-    others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return stat.S_ISDIR(found.st_mode) and found.st_uid in owners and not others
+    parent, prefix = place(environ)
+    return parent / f"{prefix}-{tag}"
 
 
 @contextmanager
@@ -255,33 +240,15 @@ def url_of(settings: Settings) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.kms.port}"
 
 
-_NOTE: Final = "up.json"
-_LONGEST_BYTES: Final = 64 * 1024
-_SETTLED: Final = ("HOME", "XDG_STATE_HOME", "PROVISIONING_ENV", "KMS_BIND", "KMS_PORT")
-_PATHS: Final = ("KMS_CONFIG", "KMS_STATE_DIR")
 _UNTOLD: Final = ("KMS_REDIS_URL", "KMS_BROKER_URL", "COSMIAN_KMS_URL", "COSMIAN_API_KEY")  # may be secret
-
-
-class Running(msgspec.Struct, frozen=True):
-    """The note of a ``kms up`` that runs. It holds no secret.
-
-    ``environ`` are variables with which a command reads the same settings, ``others`` the names of the
-    further ones that it has.
-    """
-
-    started: float
-    url: str
-    state_dir: str
-    environ: dict[str, str]
-    others: list[str]
 
 
 @contextmanager
 def noted(settings: Settings, environ: Mapping[str, str]) -> Iterator[None]:
     """Keep a note of this ``kms up`` where its embedded server has its socket, locked while it runs."""
     folder = private_directory(runtime_dir(settings.state_dir, environ))
-    told = {name: environ[name] for name in _SETTLED if environ.get(name)}
-    told |= {name: str(Path(environ[name]).absolute()) for name in _PATHS if environ.get(name)}
+    told = {name: environ[name] for name in SETTLED if environ.get(name)}
+    told |= {name: str(Path(environ[name]).absolute()) for name in PATHS if environ.get(name)}
     note = Running(
         time.time(),
         url_of(settings),
@@ -290,95 +257,14 @@ def noted(settings: Settings, environ: Mapping[str, str]) -> Iterator[None]:
         [name for name in _UNTOLD if environ.get(name)],
     )
     try:
-        with secure_files.lock(folder / _NOTE) as handle:
+        with secure_files.lock(folder / NOTE) as handle:
             os.ftruncate(handle, 0)
             secure_files.write_all(handle, msgspec.json.encode(note))
             yield
     finally:
-        (folder / _NOTE).unlink(missing_ok=True)
+        (folder / NOTE).unlink(missing_ok=True)
         with suppress(OSError):
             folder.rmdir()
-
-
-def running(environ: Mapping[str, str]) -> list[Running]:
-    """Return each ``kms up`` that runs and fits the global options, the likeliest first.
-
-    It is of this user, and has this HOME or the named state directory. The likeliest is the one with the
-    default port, else the newest.
-    """
-    mine = runtime_dir(Path("/"), environ)
-    prefix = mine.name.rpartition("-")[0]
-    folders = [*_folders(mine.parent, prefix)]
-    if prefix != "kms":  # this command has no XDG_RUNTIME_DIR; a terminal of the user may have one
-        folders += _folders(Path(f"/run/user/{os.geteuid()}"), "kms")
-    notes = [note for folder in folders if (note := _read(folder)) and _fits(note, environ)]
-    return sorted(notes, key=lambda note: (_port(note.url) != _port(DEFAULT_URL), -note.started))
-
-
-def doubts(running: Sequence[Running]) -> Iterator[tuple[str, str]]:
-    """Yield reasons why the settings of this command may not be those of ``kms up``, each with a remedy."""
-    if len(running) > 1:
-        others = " or ".join(f"--state-dir {in_shell(each.state_dir)}" for each in running[1:])
-        yield f"kms up runs {len(running)} times, this is {running[0].state_dir}", f"for another: {others}"
-    for each in running[:1]:
-        if unset := [name for name in each.others if not os.environ.get(name)]:
-            yield f"kms up runs with {', '.join(unset)}, this command without", "set the same here"
-
-
-def _folders(parent: Path, prefix: str) -> Iterator[Path]:
-    """The folders where notes may be. No link is followed: in /tmp anyone makes some."""
-    with suppress(OSError), os.scandir(parent) as entries:
-        for entry in entries:
-            if entry.name.startswith(f"{prefix}-") and entry.is_dir(follow_symlinks=False):
-                yield Path(entry.path)
-
-
-def _read(folder: Path) -> Running | None:
-    """Return a note, if it is this user's, and locked by its ``kms up``."""
-    if not is_private(folder, {os.geteuid()}):
-        return None
-    with suppress(OSError, msgspec.DecodeError), open(folder / _NOTE, "rb", opener=_own) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return msgspec.json.decode(file.read(_LONGEST_BYTES), type=Running)
-    return None
-
-
-def _own(path: str, flags: int) -> int:
-    """Open a plain file of this user: the folder may be another one by now. Raises OSError."""
-    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
-    found = os.fstat(handle)
-    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
-        os.close(handle)
-        raise PermissionError
-    return handle
-
-
-def _fits(note: Running, environ: Mapping[str, str]) -> bool:
-    given = session()
-    return (
-        (
-            os.path.realpath(given.state_dir) == os.path.realpath(note.state_dir)
-            if given.state_dir
-            else note.environ.get("HOME") == environ.get("HOME")
-        )
-        and (given.config is None or str(given.config.absolute()) == note.environ.get("KMS_CONFIG"))
-        and (not is_given("url") or _port(given.url) == _port(note.url))
-        and environ.get("KMS_PORT") in {None, "", str(_port(note.url))}
-    )
-
-
-def _port(url: str) -> int | None:
-    return urlsplit(url).port
-
-
-def environ_of(found: Sequence[Running], environ: Mapping[str, str]) -> Mapping[str, str]:
-    """Return the environment for reading the settings of the first one; ``environ`` if there is none."""
-    if not found:
-        return environ
-    told = {name: found[0].environ.get(name, "") for name in (*_SETTLED, *_PATHS)}
-    return {name: value for name, value in {**environ, **told}.items() if value or name not in told}
 
 
 def redis_section(settings: Settings, environ: Mapping[str, str]) -> RedisSection:

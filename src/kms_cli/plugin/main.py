@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from kms_cli import terminal
+from kms_cli.local.instances import address
 from kms_cli.plugin.names import PluginTarget
 from kms_cli.plugin.state_machines import PluginKeys, identity_v1, recipient_v1
-from kms_client import DEFAULT_URL, Client
+from kms_client import Client
 from kms_core import key_opening, keyring, secure_memory
 from kms_core.age.header import FILE_LIMITS
 from kms_core.age.plugin_identity import Broken, PluginConnection
@@ -45,8 +46,8 @@ LOCAL_USER: Final = Principal("local")
 class KeysOfTargets:
     """Keys of the service, or of the settings file in this process, as a target says.
 
-    Address and token of the service are from the environment, as for the ``kms`` command. A recipient may
-    name another address, but the token is never sent there: the author of a recipient must not obtain tokens.
+    Address and token of the service are found as by the ``kms`` command. A recipient may name another
+    address, but the token is never sent there: the author of a recipient must not obtain tokens.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
@@ -65,7 +66,8 @@ class KeysOfTargets:
             return kms.unwrap(stanzas, context=dict(target.context.pairs), key_id=target.key_id).file_key
 
     def _client(self, target: PluginTarget) -> Client:
-        own = (self._environ.get("KMS_SERVICE_URL") or DEFAULT_URL).rstrip("/")
+        named = self._environ.get("KMS_SERVICE_URL")
+        own = (named or address(self._environ)).rstrip("/")
         token_file = self._environ.get("KMS_TOKEN_FILE")
         url = target.url or own
         if token_file and url != own:
@@ -74,7 +76,9 @@ class KeysOfTargets:
                 f"if the token may go there, set KMS_SERVICE_URL={url}"
             )
         allow_http = self._environ.get("KMS_ALLOW_HTTP", "").lower() in _YES
-        return Client(url, token_file=token_file, allow_http=allow_http)
+        return Client(
+            url, token_file=token_file, allow_http=allow_http, check_service=not (target.url or named)
+        )
 
     @cached_property
     def _own(self) -> Kms:

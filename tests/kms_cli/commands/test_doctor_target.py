@@ -78,10 +78,12 @@ def test_without_options_it_is_the_kms_up_that_runs(user: User) -> None:
     port, state = free_port(), user.home / "elsewhere"
     with user.up(state, port):
         told, shown = user.doctor(), user.kms("config", "show", "--changed")
+        asked = user.kms("health")
         url = user.kms("config", "show", "redis.url")
     after, none = user.doctor(), user.kms("config", "show", "redis.url")
 
     assert told.lines[0]["subject"] == "target"
+    assert asked.stdout.startswith("healthy (age, ")
     assert told.all("target", "ok") == [f"http://127.0.0.1:{port}, state {state}: kms up runs it: "]
     assert told.exit_code == 0
     assert f"http://127.0.0.1:{port} answers" in told.all("service", "ok")[0]
