@@ -103,7 +103,6 @@ async def job_result(call: Call[None]) -> Response:
     service = call.service
     job = await service.run(STORE, service.submitter.store.get, call.path("job_id"), call.caller.tenant)
     reservation_of(call.request.scope).take("downloads")
-    bodies.write_without_lock(call.request)
     return await service.run(STORE, _result, call, job)
 
 

@@ -6,14 +6,12 @@ A slow or silent peer holds no thread.
 import asyncio
 import contextvars
 import mmap
-import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from concurrent.futures import Executor
 from functools import partial
 from typing import Any, Final, ParamSpec, TypeVar
 
 import anyio
-from cryptography.utils import Buffer
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
@@ -183,9 +181,6 @@ class UploadReader:
             raise BodyTimeout(_SLOW)
 
 
-_LARGE_BYTES: Final = 64 * 1024
-
-
 async def send(slabs: Generator[T], threads: Executor) -> AsyncGenerator[T]:
     """Yield what ``slabs`` yields, each made in a thread while the one before is sent.
 
@@ -233,46 +228,3 @@ class WatchedResponse(StreamingResponse):
             if self.told is not None and (sent or is_whole):
                 with anyio.CancelScope(shield=True):
                     await self.told(sent if is_whole else sent - 1)
-
-
-def write_without_lock(request: Request) -> None:
-    """Write the answer to a request without the interpreter's lock; over TLS it is written as usual.
-
-    uvloop holds the lock while it writes, and writing a slab of 1 MiB takes half as long as opening one.
-    """
-    cycle = cycle_of(request.scope)
-    if cycle is not None and cycle.transport.get_extra_info("sslcontext") is None:
-        cycle.transport = DownloadWriter(cycle.transport)
-
-
-class DownloadWriter(asyncio.Transport):
-    """Replaces the transport of uvicorn's cycle for one answer."""
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        super().__init__()
-        self._transport = transport
-
-    def write(self, data: Buffer) -> None:
-        """Write what the socket takes of large data at once; the transport writes the rest."""
-        transport = self._transport
-        rest = memoryview(data)
-        if len(rest) >= _LARGE_BYTES and not transport.is_closing() and not transport.get_write_buffer_size():
-            rest = rest[self._taken(rest) :]
-        if rest:
-            transport.write(rest)
-
-    def close(self) -> None:
-        self._transport.close()
-
-    def abort(self) -> None:
-        self._transport.abort()
-
-    def get_write_buffer_size(self) -> int:
-        return self._transport.get_write_buffer_size()
-
-    def _taken(self, data: memoryview) -> int:
-        """The number of bytes taken. Asks for the descriptor each time: a closed one may be reused."""
-        try:
-            return os.write(self._transport.get_extra_info("socket").fileno(), data)
-        except OSError:  # full, or broken, which the transport will notice
-            return 0

@@ -1,12 +1,11 @@
-"""Bodies over real connections: uploads into slabs, slabs made ahead of a reader, and slabs to the socket."""
+"""Bodies over real connections: uploads into slabs, and slabs made ahead of a reader."""
 
 import asyncio
 import contextvars
 import hashlib
 import os
-import ssl
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -16,12 +15,12 @@ import pytest
 import uvicorn
 from fastapi import Request
 from starlette.requests import ClientDisconnect
-from starlette.responses import PlainTextResponse, StreamingResponse
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from kms_api.transport import admission, bodies
-from kms_api.transport.bodies import DownloadWriter, UploadReader
+from kms_api.transport.bodies import UploadReader
 from kms_core.http_protocol import BODY, HttpProtocol
 from kms_protocol.errors import BodyTimeout, DecryptFailed
 from support.waiting import WAIT_S
@@ -218,106 +217,7 @@ async def test_a_sender_keeps_the_pace_or_is_given_up(
         assert await answered(reader) == (expected(bytes(count * size)) if is_taken else "too slow")
 
 
-# -- slabs to the socket -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How much of each piece went straight to the socket."""
-    sizes = []
-    honest = DownloadWriter._taken  # noqa: SLF001 -- what is looked at
-
-    def counted(self: DownloadWriter, piece: memoryview) -> int:
-        sizes.append(honest(self, piece))
-        return sizes[-1]
-
-    monkeypatch.setattr(DownloadWriter, "_taken", counted)
-    return sizes
-
-
-@asynccontextmanager
-async def giving(slabs: Sequence[bytes], **headers: str) -> AsyncIterator[Connection]:
-    """A connection on which these slabs were asked for."""
-
-    async def body() -> AsyncIterator[bytes]:
-        for slab in slabs:
-            yield slab
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        bodies.write_without_lock(Request(scope, receive))
-        await StreamingResponse(body(), headers=headers)(scope, receive, send)
-
-    async with connected(app) as (reader, writer):
-        writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        yield reader, writer
-
-
-@pytest.mark.parametrize("pause_s", [0, 0.002], ids=["a quick reader", "a slow reader"])
-async def test_every_byte_arrives_in_order(pause_s: float, taken: list[int]) -> None:
-    whole = b"".join(SLABS)
-    got = bytearray()
-    async with giving(SLABS, **{"Content-Length": str(len(whole))}) as (reader, _):
-        await reader.readuntil(b"\r\n\r\n")
-        while len(got) < len(whole):
-            got += await reader.read(100_000)
-            await asyncio.sleep(pause_s)
-
-    assert got == whole
-    assert sum(taken) > 0
-
-
-async def test_small_pieces_and_chunked_ones_stay_in_order_beside_large_ones(taken: list[int]) -> None:
-    slabs = [b"small", SLABS[0], b"x" * 70_000, b"end"]
-    async with giving(slabs) as (reader, _):
-        await reader.readuntil(b"\r\n\r\n")
-        got = bytearray()
-        while size := int((await reader.readuntil(b"\r\n")), 16):
-            got += (await reader.readexactly(size + 2))[:-2]
-
-    assert got == b"".join(slabs)
-    assert sum(taken) > 0
-
-
-async def test_a_reader_that_goes_away_ends_the_answer_and_a_later_connection_gets_its_own(
-    taken: list[int],
-) -> None:
-    async with giving(SLABS * 4, **{"Content-Length": str(96 * 1024 * 1024)}) as (reader, writer):
-        await reader.readuntil(b"\r\n\r\n")
-        writer.transport.abort()
-        async with giving([SLABS[1]], **{"Content-Length": str(len(SLABS[1]))}) as (other, _):
-            await other.readuntil(b"\r\n\r\n")
-            assert await other.readexactly(len(SLABS[1])) == SLABS[1]
-
-    assert sum(taken) > 0
-
-
-@pytest.mark.parametrize(
-    ("closing", "waiting", "size"),
-    [(True, 0, 1 << 20), (False, 1, 1 << 20), (False, 0, 100)],
-    ids=["a closing transport", "bytes that wait before it", "a small piece"],
-)
-def test_what_must_not_overtake_goes_the_usual_way(*, closing: bool, waiting: int, size: int) -> None:
-    written: list[memoryview] = []
-    transport = SimpleNamespace(
-        is_closing=lambda: closing, get_write_buffer_size=lambda: waiting, write=written.append
-    )
-
-    DownloadWriter(transport).write(bytes(size))  # type: ignore[arg-type]  # would fail if it asked for the socket
-
-    assert [len(piece) for piece in written] == [size]
-
-
-def test_a_connection_with_tls_keeps_its_transport() -> None:
-    def with_context(context: ssl.SSLContext | None) -> SimpleNamespace:
-        return SimpleNamespace(transport=SimpleNamespace(get_extra_info={"sslcontext": context}.get))
-
-    over_tls, plain = with_context(ssl.create_default_context()), with_context(None)
-    before = over_tls.transport
-    for cycle in (over_tls, plain):
-        bodies.write_without_lock(Request({"type": "http", "state": {BODY: (None, cycle)}}))
-
-    assert over_tls.transport is before
-    assert isinstance(plain.transport, DownloadWriter)
+# -- answers -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("data", "waits", "sent"), [(b"abc", False, 3), (b"abc", True, 2), (b"", False, 0)])

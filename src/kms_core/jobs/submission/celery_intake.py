@@ -21,12 +21,7 @@ from kms_core.auth.policy import Principal
 from kms_core.backends.age import AgeBackend
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
-from kms_core.jobs.submission.submitter import (
-    JSON_BYTES,
-    ClientJobId,
-    JobSubmitter,
-    SubmissionOptions,
-)
+from kms_core.jobs.submission.submitter import JSON_BYTES, ClientJobId, JobSubmitter, SubmissionOptions
 from kms_core.observability import metrics
 from kms_protocol import small_files, wire
 from kms_protocol.errors import (
