@@ -104,7 +104,7 @@ def test_what_counts_for_a_tenant_is_what_its_jobs_take(
     assert used(store) - before < held(store) - counted < 2.5 * (used(store) - before)
     for _ in range(count):
         blob = ("result", os.urandom(blob_bytes))
-        store.finish(attempt(store), "succeeded", "", replace(DONE, blob=blob))
+        store.finish(attempt(store), "succeeded", "", msgspec.structs.replace(DONE, blob=blob))
     assert used(store) - before < held(store) - counted < 2 * (used(store) - before)
 
 
@@ -285,7 +285,7 @@ def test_a_result_that_is_released_counts_no_more(core: Core) -> None:
     store = store_of(core, with_jobs())
     claim = claimed(store, source="items", items=1, starts=(0,))
     before = held(store)
-    store.finish(claim, "succeeded", "", replace(DONE, blob=("result", bytes(1000))))
+    store.finish(claim, "succeeded", "", msgspec.structs.replace(DONE, blob=("result", bytes(1000))))
     assert held(store) == before + 1000
 
     store.purged(claim.accepted.job_id)
