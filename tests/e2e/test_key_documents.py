@@ -178,7 +178,7 @@ def test_an_old_document_that_is_put_back_loses_no_version(hosts: tuple[Host, Ho
     assert current_version(two) == new
     check_problem(two.post("/keys/default/rotate"), 503, "backend_unavailable")
     told = two.run_kms("doctor").stdout
-    assert "a document with keys is not read, or is older than before" in told
+    assert "a document with keys cannot be read again, or is older than before" in told
 
     ok(one, "keys", "adopt", "default", "--yes")
     until(lambda: "key_documents" not in two.degraded, "it is read again")

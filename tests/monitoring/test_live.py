@@ -102,6 +102,7 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
             f'endpoint = "http://127.0.0.1:1"\nallow_http = true\naccess_key_id = "x"\n'
             f'secret_key_file = "{secret}"\n'
             f'[kms.keys]\npayroll = "transit:{server.new_key()}"\n'
+            f'root = {{ uri = "transit:{server.new_key()}", use = "seal" }}\n'
             f"{server.settings(url=relay.url)}"
         ) + toml("ci", receiver, authority, secret_file(folder), "allow_private = true\n")
         with Service(folder, settings) as service:

@@ -95,7 +95,10 @@ def test_without_options_it_is_the_kms_up_that_runs(user: User) -> None:
     ]
     assert url.stdout.startswith(f"unix://{user.home}/r/kms-")
     default = user.home / ".local/state/kms-service"
-    assert after.all("target", "ok") == [f"http://127.0.0.1:8082, state {default}: kms up does not run it: "]
+    assert after.all("target", "ok") == [
+        f"http://127.0.0.1:8082, state {default}: kms up does not run it: ",
+        "nothing of a service is found here, so it is only asked: ",
+    ]
     assert none.stdout == "redis://127.0.0.1:6379/0\n"
     assert list((user.home / "r").iterdir()) == []
 
