@@ -214,7 +214,10 @@ class PageLayer:
 
     async def _is_redis_away(self) -> bool:
         pages: Service = self._pages.state.service
-        return await pages.run(_PROBES, self._probe.condition) == "unavailable"
+        is_away = await pages.run(_PROBES, self._probe.condition) == "unavailable"
+        if is_away:
+            pages.store_probe.failed()  # so that no page waits for a Redis that answered that probe before
+        return is_away
 
     def _page_of(self, scope: Scope, sent: Sequence[Message]) -> Response:
         """The page of a problem, or a redirect to the login if the session has expired."""

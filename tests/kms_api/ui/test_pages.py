@@ -3,6 +3,7 @@
 import asyncio
 import html
 import re
+from dataclasses import replace
 from functools import cache
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
@@ -20,6 +21,7 @@ from kms_core.auth.policy import Principal
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.store import activity
 from kms_core.jobs.store.activity import TenantJobs, survey_queues
+from kms_core.jobs.store.condition import StoreProbe
 from kms_core.jobs.store.maintenance import StoreCondition
 from kms_core.observability.degraded import DEGRADED
 from kms_protocol.admin import StatusOut
@@ -165,9 +167,12 @@ def test_a_login_leads_to_the_page_that_was_asked_for_if_it_is_ours(
 @pytest.mark.anyio
 @pytest.mark.parametrize("knows", [True, False], ids=["before", "while it waits"])
 async def test_a_page_of_a_session_does_not_wait_for_a_redis_that_hangs(
-    application: Application, *, knows: bool
+    application: Application, monkeypatch: pytest.MonkeyPatch, *, knows: bool
 ) -> None:
     is_over, begun = asyncio.Event(), []
+    probe, state = StoreProbe(lambda: "available"), application.pages.state
+    assert probe.condition() == "available"
+    monkeypatch.setitem(state._state, "service", replace(state.service, store_probe=probe))  # noqa: SLF001 -- undone whole
     found: list[StoreCondition] = ["unavailable"] if knows else ["available", "unavailable"]
 
     async def hanging(scope: Scope, receive: Receive, send: Send) -> None:
@@ -188,6 +193,7 @@ async def test_a_page_of_a_session_does_not_wait_for_a_redis_that_hangs(
     assert int(answer.headers["retry-after"]) >= 1
     assert "Away: Redis. Redis does not answer" in words(answer)
     assert '<meta http-equiv="refresh" content="10">' in answer.text
+    assert probe.condition() == "unavailable", "no page waits for what was known a moment ago"
 
 
 def test_pages_say_as_of_when_they_are_and_a_refresh_searches_no_audit_log(application: Application) -> None:

@@ -39,5 +39,9 @@ class StoreProbe:
         asking.join(max(0.0, left_s))
         return "unavailable" if asking.is_alive() else self._known
 
+    def failed(self) -> None:
+        """Report that Redis did not answer another probe: it is unavailable until this one asks again."""
+        self._known = "unavailable"
+
     def _ask(self) -> None:
         self._known = self._look()

@@ -73,3 +73,14 @@ def test_a_redis_that_has_failed_is_waited_for_shortly(looks: Looks) -> None:
     with monotonic_ahead(EVERY_S):
         assert probe.condition() == "unavailable", "it would wait for 90 s else"
     looks.answers.set()
+
+
+def test_a_failure_of_another_probe_counts_until_the_next_look(looks: Looks) -> None:
+    probe = StoreProbe(looks, WAIT_S)
+    assert probe.condition() == "available"
+
+    probe.failed()
+    assert probe.condition() == "unavailable"
+    with monotonic_ahead(EVERY_S):
+        until(lambda: probe.condition() == "available", "it answers")
+    assert looks.count == 2
