@@ -1,9 +1,9 @@
 """Selects the key of an operation: by the name in the file, then by policy, and only then with a backend."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, TypeVar
 
 from kms_core.age import header
 from kms_core.age.header import Header, HeaderLimits
@@ -20,6 +20,7 @@ _ORIGIN_UNPROVEN: Final = (
     "The origin of the file cannot be proven without its payload, and this key accepts no such file: "
     "open it with kms decrypt or kms decrypt-file, which read all of it"
 )
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +44,32 @@ class KeySelector:
     _audit_log: AuditWriter
     _rules: SelectionRules
 
-    def for_sealing(self, call: Operation, permission: str | None = None) -> Sequence[BackendKey]:
-        """Select the backends and versions that wrap a new file key.
+    def seal(
+        self, call: Operation, wrap: Callable[[Sequence[BackendKey]], R], permission: str | None = None
+    ) -> tuple[R, KeyRef]:
+        """Select the backends and versions that wrap a new file key, and have ``wrap`` wrap one with them.
 
-        ``permission`` is the operation that policy must allow, by default that of ``call``. Raises
-        ContextRequired, and InvalidContext for a wrong ``not_after``.
+        Returns its result and the version that names the file. ``permission`` is the operation that policy
+        must allow, by default that of ``call``. Raises ContextRequired, and InvalidContext for a wrong
+        ``not_after``.
         """
         if self._rules.require_context and not call.context:
             raise ContextRequired
         call.context.not_after()
-        keys = self.permitted(call, call.key_id, permission).wrapping(call.who.tenant)
-        call.note_key(keys[0][1])
-        return keys
+        key = self.permitted(call, call.key_id, permission)
+        with key.timeout():
+            keys = key.wrapping(call.who.tenant)
+            call.note_key(keys[0][1])
+            return wrap(keys), keys[0][1]
 
     def for_moving(
         self, call: Operation, head: Header, new_context: Context | None, key_id: str | None
-    ) -> tuple[Unwrapped, Sequence[BackendKey]]:
-        """Unwrap the file key of a rewrap or reseal, and select the keys that wrap the result.
+    ) -> tuple[Unwrapped, str]:
+        """Unwrap the file key of a rewrap or reseal.
 
-        Without a new context or key id the result keeps those of the file. Raises as ``unwrap`` and
-        ``for_sealing``, and InvalidRequest for the rewrap of a foreign file.
+        Returns also the operation that policy must allow for ``seal``. Without a new context or key id the
+        result keeps those of the file. Raises as ``unwrap``, and InvalidRequest for the rewrap of a foreign
+        file.
         """
         operation, bound = call.record.operation, binding.read(head)
         if bound is None and operation == "reseal":
@@ -83,7 +90,7 @@ class KeySelector:
             call.context = new_context
             call.record.new_context = self._audit_log.conceal(call.who.tenant, new_context)
         call.key_id = key_id or found.key.key_id
-        return found, self.for_sealing(call, closing)
+        return found, closing
 
     def unwrap(self, call: Operation, head: Header, permission: str | None = None) -> Unwrapped:
         """Unwrap the file key of a header and verify its MAC, context and origin.

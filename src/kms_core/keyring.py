@@ -1,11 +1,10 @@
 """Maps key ids to backends, as settings say. Callers and ciphertexts name a key id, never a URI."""
 
 import importlib
-import math
 import re
 from binascii import a2b_base64
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final, TypeVar
@@ -46,6 +45,7 @@ _SHARED: Final = re.compile(
 LONGEST_SHARE_S: Final = 3600.0
 _OPTIONS: Final = frozenset({"seal", "share"})
 _SCANNED_BYTES: Final = 32 * 1024
+_UNBOUNDED: Final = nullcontext()
 R = TypeVar("R")
 _log = structlog.get_logger(__name__)
 
@@ -78,6 +78,11 @@ class Key:
             (backend, KeyRef(tenant, self.key_id, backend.current_version(), backend.name))
             for backend in self.sealing
         ]
+
+    def timeout(self) -> AbstractContextManager[None]:
+        """Bound all calls to backends within the block by their largest ``timeout_s``."""
+        timeouts = [each.server.timeout_s for each in self.backends if each.server]
+        return http_client.within(max(timeouts)) if timeouts else _UNBOUNDED
 
     def seals_as(self, tenant: str, bound: BoundStanzas, *, native: bool) -> bool:
         """Return whether a new file would name the same version and have the same wraps as this header.
@@ -112,8 +117,7 @@ class Key:
         backends = [each for each in self.backends if each.name in {*named, NATIVE}]
         backends.sort(key=lambda each: each.was_silent())
         away: BackendUnavailable | None = None
-        timeouts = [each.server.timeout_s for each in backends if each.server]
-        with http_client.within(max(timeouts, default=math.inf)):
+        with self.timeout():
             for position, backend in enumerate(backends, start=1):
                 others = any(each.name in named for each in backends[position:])
                 with http_client.within(http_client.left_s() / (1 + others)):

@@ -4,6 +4,7 @@ Backends wrap file keys, ``envelope`` makes the format, ``payload`` moves the by
 """
 
 import os
+from collections.abc import Sequence
 from typing import NoReturn
 
 from kms_core.age import header, stream
@@ -13,8 +14,9 @@ from kms_core.auth.policy import Policy, Principal, Remembered
 from kms_core.backends import Health, table_of
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
+from kms_core.envelope.sealing import Sealing
 from kms_core.key_selection import KeySelector, SelectionRules
-from kms_core.keyring import Keyring
+from kms_core.keyring import BackendKey, Keyring
 from kms_core.observability.metrics import UsageCounters
 from kms_core.operation import (
     DataKey,
@@ -69,12 +71,10 @@ class Kms:
         """Seal a plaintext into an age file."""
         data = _data(plaintext)
         with self._recorder.recorded("encrypt", who, context, key_id, bytes_in=data.size) as call:
-            keys = self._selector.for_sealing(call)
-            started = sealing.begin(keys, context, padded=data.size >= sealing.PAD_FROM_BYTES)
-            call.note_wraps(started.wrap_keys)
+            started, key = self._begin(call, padded=data.size >= sealing.PAD_FROM_BYTES)
             ciphertext = data.seal(started.head, started.payload_key)
             call.record.bytes_out = len(started.head) + stream.sealed_size(data.size)
-            return Sealed(ciphertext, keys[0][1], call.note_file(started.nonce))
+            return Sealed(ciphertext, key, call.note_file(started.nonce))
 
     def decrypt(
         self, who: Principal, ciphertext: bytes | FileToFile, context: Context, *, key_id: str | None = None
@@ -128,16 +128,15 @@ class Kms:
         with self._recorder.recorded("reseal", who, context, None, bytes_in=data.size) as call:
             head = data.read_header(self._rules.limits)
             call.note_file(head.nonce)
-            found, keys = self._selector.for_moving(call, head, new_context, key_id)
+            found, permission = self._selector.for_moving(call, head, new_context, key_id)
             payload_bytes = data.size - head.payload_offset
             padded = stream.plaintext_size(payload_bytes) >= sealing.PAD_FROM_BYTES
-            started = sealing.begin(keys, call.context, padded=padded)
-            call.note_wraps(started.wrap_keys)
+            started, key = self._begin(call, permission, padded=padded)
             payload_keys = found.payload_key, started.payload_key
             resealed = data.reseal(head.payload_offset, payload_keys, started.head)
             call.record.bytes_out = len(started.head) + payload_bytes
             call.record.new_file_id = binding.file_id(started.nonce)
-            return Sealed(resealed, keys[0][1], call.record.new_file_id)
+            return Sealed(resealed, key, call.record.new_file_id)
 
     def run(  # noqa: PLR0913 -- the parameters of every operation
         self,
@@ -162,19 +161,12 @@ class Kms:
     ) -> DataKey:
         """Random bytes in clear and sealed. Raises DataKeysUnsupported where settings refuse them."""
         with self._recorder.recorded("generate_data_key", who, context, key_id) as call:
-            keys = self._selector.for_sealing(call)
-            backend, ref = keys[0]
-            if not backend.data_keys:
-                raise DataKeysUnsupported(
-                    f"The {backend.name} backend gives no data keys: set `data_keys = true` under "
-                    f"`[kms.{table_of(backend.name)}]` in the service's kms.toml and restart it"
-                )
-            plaintext = os.urandom(size_bytes)
-            started = sealing.begin(keys, context)
+            started, key = self._selector.seal(call, lambda keys: _begin_data_key(keys, context))
             call.note_wraps(started.wrap_keys)
+            plaintext = os.urandom(size_bytes)
             ciphertext = started.head + stream.seal(started.payload_key, plaintext)
             call.record.bytes_out = len(ciphertext)
-            return DataKey(plaintext, ciphertext, ref, call.note_file(started.nonce))
+            return DataKey(plaintext, ciphertext, key, call.note_file(started.nonce))
 
     # -- file keys: the caller writes and reads header and payload -------------------------------------
 
@@ -188,14 +180,15 @@ class Kms:
         with self._recorder.recorded("wrap", who, context, key_id, bytes_in=len(file_key)) as call:
             if len(file_key) != header.FILE_KEY_BYTES:
                 raise InvalidRequest(f"A file key has {header.FILE_KEY_BYTES} bytes")
-            keys = self._selector.for_sealing(call)
-            bundle = sealing.wrap_for_plugin(file_key, keys, context)
+            bundle, key = self._selector.seal(
+                call, lambda keys: sealing.wrap_for_plugin(file_key, keys, context)
+            )
             stanzas = header.unbundled([bundle], header.FILE_LIMITS)
             call.record.stanzas = binding.stanzas_digest(stanzas)
             call.note_wraps(binding.wrap_keys_in(stanzas))
             text = header.render_stanza(bundle)
             call.record.bytes_out = len(text)
-            return WrappedFileKey(text, keys[0][1])
+            return WrappedFileKey(text, key)
 
     def unwrap(
         self,
@@ -237,10 +230,8 @@ class Kms:
         ``size_bytes`` is the size of the plaintext.
         """
         with self._recorder.recorded("encrypt", who, context, key_id, bytes_in=size_bytes) as call:
-            keys = self._selector.for_sealing(call)
             padded = size_bytes >= sealing.PAD_FROM_BYTES
-            started = sealing.begin(keys, context, padded=padded, payload=payload)
-            call.note_wraps(started.wrap_keys)
+            started, _ = self._begin(call, padded=padded, payload=payload)
             call.note_file(started.nonce)
             return started.header
 
@@ -344,14 +335,39 @@ class Kms:
         self, call: Operation, head: Header, new_context: Context | None, key_id: str | None
     ) -> Sealed:
         file_id = call.note_file(head.nonce)
-        found, keys = self._selector.for_moving(call, head, new_context, key_id)
+        found, permission = self._selector.for_moving(call, head, new_context, key_id)
         padded = any(stanza.type == binding.PAD for stanza in head.stanzas)
-        payload = found.file_key, found.nonce
-        started = sealing.begin(keys, call.context, padded=padded, payload=payload)
-        call.note_wraps(started.wrap_keys)
+        started, key = self._begin(call, permission, padded=padded, payload=(found.file_key, found.nonce))
         made = started.header
         call.record.bytes_out = call.record.bytes_in - head.size + len(made)
-        return Sealed(made, keys[0][1], file_id)
+        return Sealed(made, key, file_id)
+
+    def _begin(
+        self,
+        call: Operation,
+        permission: str | None = None,
+        *,
+        padded: bool,
+        payload: tuple[bytes, bytes] | None = None,
+    ) -> tuple[Sealing, KeyRef]:
+        """Write a header under the key and context of ``call``: ``sealing.begin``, ``KeySelector.seal``."""
+
+        def begin(keys: Sequence[BackendKey]) -> Sealing:
+            return sealing.begin(keys, call.context, padded=padded, payload=payload)
+
+        started, key = self._selector.seal(call, begin, permission)
+        call.note_wraps(started.wrap_keys)
+        return started, key
+
+
+def _begin_data_key(keys: Sequence[BackendKey], context: Context) -> Sealing:
+    backend = keys[0][0]
+    if not backend.data_keys:
+        raise DataKeysUnsupported(
+            f"The {backend.name} backend gives no data keys: set `data_keys = true` under "
+            f"`[kms.{table_of(backend.name)}]` in the service's kms.toml and restart it"
+        )
+    return sealing.begin(keys, context)
 
 
 def _data(given: bytes | FileToFile) -> InMemory | FileToFile:

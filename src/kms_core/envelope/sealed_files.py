@@ -8,6 +8,7 @@ one file, native ones or those of age plugins: then any age tool can make and op
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
@@ -102,6 +103,7 @@ class SealedFiles(Protocol):
 class RootKey(Protocol):
     """A key that seals files (see ``keyring.Key``)."""
 
+    def timeout(self) -> AbstractContextManager[None]: ...
     def wrapping(self, tenant: str) -> Sequence[WrappingKey]: ...
     def first_answer(
         self,
@@ -189,7 +191,9 @@ class FileSealer:
             stanzas += _wraps(self._identities()[0], file_key)
             made = sealing.with_stanzas(stanzas, file_key, nonce, padded=False)
             return made.head + stream.seal(made.payload_key, content)
-        return sealing.seal(content, self._root(root).wrapping(TENANT), _context(name), recovery)
+        key = self._root(root)
+        with key.timeout():
+            return sealing.seal(content, key.wrapping(TENANT), _context(name), recovery)
 
     def seal_again(self, name: str, content: bytes, sealed: bytes) -> bytes:
         """Seal a file under the current root: ``SealedFiles.seal_again``."""

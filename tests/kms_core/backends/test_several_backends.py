@@ -15,6 +15,7 @@ from kms_core.auth.policy import AllowAll
 from kms_core.backends import Backend
 from kms_core.backends.remote import RemoteBackend
 from kms_core.envelope import binding
+from kms_core.envelope.sealed_files import FileSealer
 from kms_core.http_client import Busy, Unreachable
 from kms_core.key_selection import SelectionRules
 from kms_core.keyring import Key, Keyring
@@ -129,6 +130,44 @@ def test_a_try_has_half_of_what_is_left_while_another_backend_remains(*, by_job:
 
     first, second, third = (peer.had_s[0] for peer in peers)  # of which they take none
     assert first <= 2.0 < second <= 4.0 < third <= 8.0
+
+
+class Slow(MemoryCipher):
+    """A peer that takes 3 seconds for each answer, and notes the seconds that each call on it had."""
+
+    def __init__(self, name: str, timeout_s: float, passed: ExitStack) -> None:
+        super().__init__(name)
+        self.server = replace(self.server, timeout_s=timeout_s)
+        self.passed, self.had_s = passed, list[float]()
+
+    def _called(self, name: str) -> None:
+        super()._called(name)
+        if name != "rotate":
+            self.had_s.append(http_client.left_s())
+            self.passed.enter_context(monotonic_ahead(3.0))
+
+
+@pytest.mark.parametrize("operation", ["encrypt", "generate_data_key", "wrap", "seal a key file"])
+def test_the_list_of_versions_and_each_wrap_share_one_timeout(operation: str) -> None:
+    """Else an encryption takes one more timeout for the list, and one for each backend."""
+    with ExitStack() as passed:
+        peers = [Slow("one", 4.0, passed), Slow("two", 8.0, passed)]
+        kms = service(*(RemoteBackend(peer, policy=NO_RETRIES) for peer in peers))
+        calls = {
+            "encrypt": lambda: kms.encrypt(ADA, SALARY, ROW_7),
+            "generate_data_key": lambda: kms.generate_data_key(ADA, 32, ROW_7),
+            "wrap": lambda: kms.wrap(ADA, bytes(16), ROW_7),
+            "seal a key file": lambda: FileSealer(lambda: kms.keyring.keys, list).seal(
+                "kms:spool", SALARY, "payroll"
+            ),
+        }
+        with pytest.raises(Unreachable):
+            calls[operation]()
+
+    (listed, wrapped), (other_listed,) = (peer.had_s for peer in peers)
+    assert 3 < listed <= 4, "its own timeout"
+    assert 4 < other_listed <= 5, "what is left of the largest one"
+    assert 1 < wrapped <= 2, "no more than that"
 
 
 def test_a_file_that_one_backend_opens_leaves_it_all_the_time(age: Backend) -> None:
