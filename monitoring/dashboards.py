@@ -414,11 +414,11 @@ TRUST: Final = Board(
     "Who is refused, what does not open, and is every operation on record?",
     (
         Panel(
-            "Audit trail holds",
+            "Audit log holds",
             [("min by (what) (kms_audit_ok)", "{{what}}")],
             kind="stat",
             tells="chain is 0: lines were changed, cut or removed by another hand (KmsAuditBroken). redis or "
-            "directory is 0: anchors there name lines that the trail lacks (KmsAuditOlderThanAnchors).",
+            "directory is 0: anchors there name lines that the log lacks (KmsAuditOlderThanAnchors).",
         ),
         figure(
             "Audit failures",
@@ -501,10 +501,10 @@ TRUST: Final = Board(
             tells="Records a second. Where one fails, the operation is refused.",
         ),
         Panel(
-            "Audit trail read back",
+            "Audit log read back",
             [("time() - kms_audit_read_timestamp_seconds", "{{job}} {{instance}}")],
             "s",
-            tells="How long ago each process last checked what is new in the trail.",
+            tells="How long ago each process last checked what is new in the log.",
         ),
         Panel(
             "What could be stronger",

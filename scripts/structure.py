@@ -3,7 +3,8 @@
 
 The bounds stand in pyproject.toml. Modules are files that hold code; code lines are lines without blanks,
 comments and docstrings. A class name must mean one thing in the whole project. Docstrings and comments use
-none of ``words``, and no docstring begins with an indirect question.
+none of ``words``, and no docstring begins with an indirect question. Nor does the text that users and
+operators read use them: ``pages``.
 """
 
 import ast
@@ -45,9 +46,9 @@ class SourceFile:
     prose: tuple[tuple[int, str], ...]
 
 
-def read(path: Path) -> SourceFile:
-    """Parse one file below ``src``."""
-    parts = path.relative_to(SOURCE).with_suffix("").parts
+def read(path: Path, below: Path = SOURCE) -> SourceFile:
+    """Parse one module, whose dotted name begins below a folder."""
+    parts = path.relative_to(below).with_suffix("").parts
     tree = ast.parse(path.read_text("utf-8"))
     docstrings = dict(_docstrings(tree))
     documented = {line for start, (end, _) in docstrings.items() for line in range(start, end + 1)}
@@ -87,7 +88,17 @@ def problems(files: list[SourceFile], bounds: dict[str, Any]) -> Iterator[str]:
         if (length := len(file.path.read_text("utf-8").splitlines())) > bounds["module_lines"]
     )
     yield from _shared_class_names(files)
-    yield from _words(files, bounds["words"])
+    unwanted = re.compile(rf"\b(?:{'|'.join(bounds['words'])})\b", re.IGNORECASE)
+    for file in files:
+        for line, text in file.prose:
+            if not text.startswith("#") and _QUESTION.match(text):
+                yield f"{file.path.relative_to(ROOT)}:{line}: a docstring begins with a verb or a noun"
+            yield from _words(file.path, line, text, unwanted)
+    for pattern in bounds["pages"]:
+        for path in sorted(ROOT.glob(pattern)):
+            prose = read(path, ROOT).prose if path.suffix == ".py" else ((1, path.read_text("utf-8")),)
+            for line, text in prose:
+                yield from _words(path, line, text, unwanted)
 
 
 def _shared_class_names(files: list[SourceFile]) -> Iterator[str]:
@@ -97,15 +108,10 @@ def _shared_class_names(files: list[SourceFile]) -> Iterator[str]:
     yield from (f"class {name}: {count} classes have this name" for name, count in names.items() if count > 1)
 
 
-def _words(files: list[SourceFile], words: list[str]) -> Iterator[str]:
-    unwanted = re.compile(rf"\b(?:{'|'.join(words)})\b", re.IGNORECASE)
-    for file in files:
-        for line, text in file.prose:
-            if not text.startswith("#") and _QUESTION.match(text):
-                yield f"{file.path.relative_to(ROOT)}:{line}: a docstring begins with a verb or a noun"
-            for found in unwanted.finditer(text):
-                at = line + text.count("\n", 0, found.start())
-                yield f"{file.path.relative_to(ROOT)}:{at}: {found[0]!r} is no word of this project"
+def _words(path: Path, line: int, text: str, unwanted: re.Pattern[str]) -> Iterator[str]:
+    for found in unwanted.finditer(text):
+        at = line + text.count("\n", 0, found.start())
+        yield f"{path.relative_to(ROOT)}:{at}: {found[0]!r} is no word of this project"
 
 
 def main() -> int:

@@ -27,8 +27,8 @@ export def written [at: record, target: string, force: bool, make: closure]: not
     }
 }
 
-# On disk first. Without --force never over what is there: a link takes nobody's place, where a rename would take
-# the place of a file that came up meanwhile.
+# On disk first. Without --force never over what is there: a link replaces no file, where a rename would replace
+# one that was made at the same time.
 def place [at: record, draft: string, target: string, force: bool]: nothing -> nothing {
     if $nu.os-info.family == windows {
         if $force { mv --force $draft $target } else { mv --no-clobber $draft $target }

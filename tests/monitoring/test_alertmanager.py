@@ -114,7 +114,7 @@ def test_a_changed_audit_log_wakes_somebody(
 
     (told, *_) = came(receiver, "critical")
     assert (told["status"], told["labels"]["alertname"]) == ("firing", "KmsAuditBroken")
-    assert "found lines of the audit trail changed" in told["annotations"]["summary"]
+    assert "found lines of the audit log changed" in told["annotations"]["summary"]
     assert told["annotations"]["runbook_url"] == "http://localhost:8082/ui/runbooks#kmsauditbroken"
     assert told["labels"]["kms_url"] == "http://localhost:8082"
 
