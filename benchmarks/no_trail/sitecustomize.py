@@ -3,7 +3,8 @@
 No setting allows that: it is the floor of a benchmark, and nothing else should run with it.
 """
 
-from kms_core.audit import AuditLog, AuditRecord
+from kms_core.audit import AuditRecord
+from kms_core.audit.log import AuditLog
 
 
 def _nothing(trail: AuditLog, record: AuditRecord) -> str:

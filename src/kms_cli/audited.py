@@ -16,7 +16,7 @@ from redis.retry import Retry
 
 from kms_cli.local import installation
 from kms_core import audit
-from kms_core.audit import AuditLog
+from kms_core.audit.log import AuditLog
 from kms_core.audit.maintenance import build_audit
 from kms_core.auth.policy import Principal
 from kms_core.envelope.binding import DEFAULT_TENANT

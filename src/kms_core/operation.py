@@ -8,8 +8,7 @@ from typing import Literal, Self
 
 from kms_core import audit
 from kms_core.age import stream
-from kms_core.audit import AuditRecord, AuditWriter
-from kms_core.audit.record import record_of
+from kms_core.audit import AuditRecord, AuditWriter, record_of
 from kms_core.auth.policy import Principal
 from kms_core.backends.remote import name_of
 from kms_core.envelope import binding

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import pytest
 
-from kms_core.audit import AuditLog
+from kms_core.audit.log import AuditLog
 from kms_core.audit.keys import Concealer, Signer
 from support.audit_logs import AuditFolder, hours_ago, record
 from support.service import Service

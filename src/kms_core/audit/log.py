@@ -15,10 +15,9 @@ from typing import Final
 import msgspec
 import structlog
 
-from kms_core.audit import chain, segments
+from kms_core.audit import COUNTED, AuditRecord, FailedItems, chain, noted, segments
 from kms_core.audit.chain import ChainHead, LineClock
 from kms_core.audit.keys import Concealer, Signer
-from kms_core.audit.record import COUNTED, AuditRecord, FailedItems, noted
 from kms_core.audit.segments import SegmentFile
 from kms_core.observability import metrics
 from kms_core.secure_files import sync_folder

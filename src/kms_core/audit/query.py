@@ -19,9 +19,8 @@ from typing import Final, TypeAlias
 
 import msgspec
 
-from kms_core.audit import segments
+from kms_core.audit import AuditRecord, segments
 from kms_core.audit.chain import text_of
-from kms_core.audit.record import AuditRecord
 from kms_core.audit.segments import HostLog, Segment
 from kms_protocol.errors import InvalidRequest
 from kms_protocol.wire import NOT_JSON

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kms_core.audit import AuditLog
+from kms_core.audit.log import AuditLog
 from kms_core.audit.keys import Concealer, PublicKeys, Signer
 from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import verify

@@ -8,7 +8,8 @@ from typing import Final
 
 import pytest
 
-from kms_core.audit import AuditLog, query, segments
+from kms_core.audit import query, segments
+from kms_core.audit.log import AuditLog
 from kms_core.audit.query import EventFilter
 from kms_core.audit.segments import HostLog
 from support.audit_logs import AuditFolder, record

@@ -13,8 +13,9 @@ import redis
 from structlog.testing import capture_logs
 
 from kms_core import audit
-from kms_core.audit import AuditLog, chain, maintenance, segments
+from kms_core.audit import chain, maintenance, segments
 from kms_core.audit.keys import Signer
+from kms_core.audit.log import AuditLog
 from kms_core.audit.maintenance import ANCHORS, AuditMaintenance, FolderSink, RedisSink
 from kms_core.audit.verification import anchors
 from kms_core.audit.verification.scan import VerificationReport

@@ -9,7 +9,8 @@ from typing import Final
 
 import pytest
 
-from kms_core.audit import AuditLog, chain
+from kms_core.audit import chain
+from kms_core.audit.log import AuditLog
 from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import verify
 from support.audit_logs import AuditFolder, audit_section, notes, problem_codes, record, rewrite

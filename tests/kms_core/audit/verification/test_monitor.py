@@ -8,8 +8,9 @@ from typing import Final
 import pytest
 from prometheus_client import REGISTRY
 
-from kms_core.audit import AuditLog, chain
+from kms_core.audit import chain
 from kms_core.audit.keys import PublicKeys
+from kms_core.audit.log import AuditLog
 from kms_core.audit.segments import Segment
 from kms_core.audit.verification import verify
 from kms_core.audit.verification.scan import ScannedSpan, scan
