@@ -32,6 +32,7 @@ from kms_core.jobs.store import broker as job_broker
 from kms_core.jobs.store.redis_keys import job_key
 from kms_core.jobs.submission.submitter import SubmissionOptions, new_id
 from kms_core.programs import tether
+from kms_core.programs.liveness import is_alive
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import Settings
 from kms_core.settings.redis_urls import for_celery, is_shared
@@ -85,14 +86,14 @@ class Install:
     def api(self) -> int:
         """One API process, answering; its pid."""
         pid = self.run("api", "kms_api.main", KMS_PORT=str(self.port))
-        wait(lambda: up.is_alive("127.0.0.1", self.port))
+        wait(lambda: is_alive("127.0.0.1", self.port))
         return pid
 
     def worker(self, name: str, **jobs: object) -> int:
         """A worker that consumes, with ``[kms.jobs]`` of the install and these; its pid."""
         port = free_port()
         pid = self.run(name, "kms_worker.main", **self.worker_environ(name, port, jobs))
-        wait(lambda: up.is_alive("127.0.0.1", port + 1))
+        wait(lambda: is_alive("127.0.0.1", port + 1))
         return pid
 
     def worker_environ(self, name: str, port: int, jobs: Mapping[str, object]) -> Mapping[str, str]:

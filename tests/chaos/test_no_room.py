@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kms_cli.local import up
+from kms_core.programs.liveness import is_alive
 from support.service import PROGRAMS, Service, b64, check_problem
 from support.small_disk import small_disk
 from support.waiting import until
@@ -59,7 +59,7 @@ def test_wrong_configuration_does_not_start(tmp_path: Path, program: str, settin
     errors = [line for line in told.splitlines() if '"memory.protected"' not in line]
     assert len(errors) == 1
     assert "Traceback" not in told
-    assert not up.is_alive("127.0.0.1", service.port)
+    assert not is_alive("127.0.0.1", service.port)
 
 
 @pytest.mark.parametrize("program", ["api", "worker"])

@@ -16,7 +16,7 @@ from typing import Final, Self
 import httpx2 as httpx
 import pytest
 
-from kms_cli.local import up
+from kms_core.programs.liveness import is_alive
 from kms_protocol.wire import PREFIX
 from support.ports import free_port
 from support.programs import program, running
@@ -169,7 +169,7 @@ def haproxy(folder: Path, authority: LocalhostTls, one: Host, two: Host) -> Iter
         text = text.replace(old, new)
     (folder / "haproxy.cfg").write_text(text)
     argv = [program("haproxy"), "-f", folder / "haproxy.cfg", "-db"]
-    with running(argv, folder / "haproxy.log", lambda: up.is_alive("localhost", port, tls=True)):
+    with running(argv, folder / "haproxy.log", lambda: is_alive("localhost", port, tls=True)):
         yield f"https://localhost:{port}"
 
 

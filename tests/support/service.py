@@ -30,6 +30,7 @@ from kms_core.container import Core
 from kms_core.container import build as build_core
 from kms_core.jobs.model import NotifyWorker
 from kms_core.programs import tether
+from kms_core.programs.liveness import is_alive
 from kms_core.redis_client import connect
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import Settings
@@ -159,8 +160,8 @@ class Service:
         is_worker = name == "worker"
         path = self.worker_probe if is_worker else "/livez"
         tls = not is_worker and self.settings.kms.server.tls_cert is not None
-        is_alive = up.is_alive("127.0.0.1", port, tls=tls, path=path)
-        return is_alive and is_of(port, self._processes[name].pid)
+        answers = is_alive("127.0.0.1", port, tls=tls, path=path)
+        return answers and is_of(port, self._processes[name].pid)
 
     def pid(self, name: str) -> int:
         return self._processes[name].pid

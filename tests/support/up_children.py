@@ -16,9 +16,9 @@ from pathlib import Path
 from types import FrameType
 from unittest.mock import patch
 
-from kms_cli.local import up
 from kms_cli.main import run
 from kms_core.programs import supervisor
+from kms_core.programs.liveness import is_alive
 from kms_core.programs.supervisor import Child
 from kms_core.settings.model import Settings
 
@@ -26,7 +26,7 @@ from kms_core.settings.model import Settings
 def programs(settings: Settings, env: Mapping[str, str]) -> Sequence[Child]:
     this = [sys.executable, __file__]
     return (
-        Child("api", [*this, "api"], lambda: up.is_alive("127.0.0.1", settings.kms.port), env, grace_s=2),
+        Child("api", [*this, "api"], lambda: is_alive("127.0.0.1", settings.kms.port), env, grace_s=2),
         Child("worker", [*this, "worker"], lambda: True, env, grace_s=2),
     )
 

@@ -4,19 +4,18 @@ Exit code 0 if it does. It checks ``/livez`` only: backends or Redis that do not
 reason to restart a container.
 """
 
-import http.client
 import os
 import socket
-import ssl
 import sys
+from contextlib import suppress
 from typing import Final
 
+from kms_core.programs.liveness import is_alive, reachable
 from kms_core.settings import load
 from kms_core.settings.model import KmsSection
 from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_UNAVAILABLE, ConfigurationError
 
 _TIMEOUT_S: Final = 4.0
-_WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 -- compared with, not bound to
 
 
 def main(words: list[str]) -> int:
@@ -26,11 +25,7 @@ def main(words: list[str]) -> int:
     except ConfigurationError as exc:
         _say(f"error: {exc.detail}")
         return EXIT_CONFIGURATION
-    try:
-        alive = _answers(kms, worker="worker" in words)
-    except (OSError, http.client.HTTPException):
-        alive = False
-    return 0 if alive else EXIT_UNAVAILABLE
+    return 0 if _answers(kms, worker="worker" in words) else EXIT_UNAVAILABLE
 
 
 def _say(text: str) -> None:
@@ -38,19 +33,11 @@ def _say(text: str) -> None:
 
 
 def _answers(kms: KmsSection, *, worker: bool) -> bool:
-    host, port = _WILDCARDS.get(kms.bind, kms.bind), kms.port + 1 if worker else kms.port
-    if kms.server.tls_cert is None or worker:  # the worker's metrics are plain HTTP
-        return _livez(http.client.HTTPConnection(host, port, timeout=_TIMEOUT_S))
-    if kms.server.client_cert == "required":  # a probe has no certificate: an open port is enough
-        with socket.create_connection((host, port), timeout=_TIMEOUT_S):
-            return True
-    context = ssl._create_unverified_context()  # noqa: S323, SLF001 -- its name is not that of the loopback
-    return _livez(http.client.HTTPSConnection(host, port, timeout=_TIMEOUT_S, context=context))
-
-
-def _livez(connection: http.client.HTTPConnection) -> bool:
-    connection.request("GET", "/livez", headers={"Host": "localhost"})
-    return connection.getresponse().status == http.HTTPStatus.OK
+    host, port = reachable(kms.bind), kms.port + 1 if worker else kms.port
+    with suppress(OSError):  # as Host a server accepts its address, and a name if the settings have it
+        host = socket.gethostbyname(host)
+    tls = kms.server.tls_cert is not None and not worker  # the worker's metrics are plain HTTP
+    return is_alive(host, port, tls=tls, timeout_s=_TIMEOUT_S)
 
 
 if __name__ == "__main__":

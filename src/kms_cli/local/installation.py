@@ -27,6 +27,7 @@ from kms_core import secure_files
 from kms_core.audit import segments
 from kms_core.audit.maintenance import FolderSink, RedisSink
 from kms_core.audit.verification.scan import Note, VerificationReport
+from kms_core.programs.liveness import reachable
 from kms_core.programs.supervisor import Child, say
 from kms_core.redis_client import connect
 from kms_core.secure_files import in_shell
@@ -226,11 +227,6 @@ def child(files: ValkeyFiles, environ: Mapping[str, str]) -> Child:
         log_path=files.log_path,
         pass_fds=(files.lock,),
     )
-
-
-def reachable(bind: str) -> str:
-    """Return the address for connections from this machine to a server bound to ``bind``."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bind, bind)  # noqa: S104  # not for binding
 
 
 def url_of(settings: Settings) -> str:

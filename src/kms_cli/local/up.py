@@ -5,17 +5,14 @@ server if no Redis is named, and Prometheus from the PATH with ``--monitoring``.
 by their environment.
 """
 
-import http.client
 import json
 import os
 import shutil
 import socket
-import ssl
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from http import HTTPStatus
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -30,6 +27,7 @@ from kms_core import secure_files
 from kms_core.age.mlkem768x25519 import Recipient, parse_identity
 from kms_core.backends.age_settings import AgeSection
 from kms_core.backends.key_files import make_identity
+from kms_core.programs.liveness import is_alive, reachable
 from kms_core.programs.supervisor import Child, say, supervise
 from kms_core.secure_files import in_shell
 from kms_core.settings.load import for_server, origins
@@ -92,14 +90,13 @@ def _configuration(settings: Settings, host: str) -> dict[str, object]:
 
 API_GRACE_S: Final = 25.0  # its open requests end within 20 s
 WORKER_GRACE_S: Final = 40.0  # a warm shutdown of Celery's pool may take 30 s
-PROBE_TIMEOUT_S: Final = 0.5
 _ADDRESSES: Final[Sequence[str]] = ("KMS_REDIS_URL", "KMS_BROKER_URL")
 EXAMPLE: Final = '{"plaintext": "c2VjcmV0", "context": "env=dev"}'
 
 
 def service_programs(settings: Settings, env: Mapping[str, str]) -> Sequence[Child]:
     """Return the API and a worker, which answers probes on the next port."""
-    host, port = installation.reachable(settings.kms.bind), settings.kms.port
+    host, port = reachable(settings.kms.bind), settings.kms.port
     tls = settings.kms.server.tls_cert is not None
     api, worker = ([sys.executable, "-P", "-m", f"{name}.main"] for name in ("kms_api", "kms_worker"))
     return (
@@ -117,7 +114,7 @@ def up_command(bind: str | None, port: int | None, *, monitoring: bool) -> int:
     env = _environment(bind, port)
     settings = load_settings(None, env)
     check_exposure(settings)
-    host = installation.reachable(settings.kms.bind)
+    host = reachable(settings.kms.bind)
     with ExitStack() as stack:
         run_dir = _make_directories(settings.state_dir)
         stack.enter_context(
@@ -227,25 +224,6 @@ def _recipient(path: Path) -> Recipient:
 # -- readiness ---------------------------------------------------------------------------------------
 
 
-def is_alive(host: str, port: int, *, tls: bool = False, path: str = "/livez") -> bool:
-    """Return whether GET of the path answers 200. A server that requires a client certificate is alive."""
-    connection = http.client.HTTPConnection(host, port, timeout=PROBE_TIMEOUT_S)
-    if tls:
-        unverified = ssl._create_unverified_context()  # noqa: S323, SLF001 -- no secret is sent
-        connection = http.client.HTTPSConnection(host, port, timeout=PROBE_TIMEOUT_S, context=unverified)
-    try:
-        connection.request("GET", path)
-        return connection.getresponse().status == HTTPStatus.OK
-    except http.client.RemoteDisconnected:  # after the handshake: the server requires a certificate
-        return tls
-    except ssl.SSLError as exc:
-        return "CERTIFICATE_REQUIRED" in str(exc)
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
-
-
 def without_status(url: str, error: KmsError) -> tuple[str, str]:
     """Return what it means that a service gives no status, and what to do: it may be alive."""
     parts, hint = urlsplit(url), terminal.hint_of(error)
@@ -270,6 +248,6 @@ def _announce(settings: Settings, embedded: Mapping[str, str], *, monitoring: bo
     if embedded:
         say("for Celery: export " + " ".join(f"{name}='{value}'" for name, value in embedded.items()))
     if monitoring:
-        host = installation.reachable(settings.kms.bind)
+        host = reachable(settings.kms.bind)
         say(f"Prometheus: http://{host}:{prometheus_port(settings)}/alerts")
     say("stop with Ctrl-C")

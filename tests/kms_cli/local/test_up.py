@@ -14,9 +14,10 @@ import pytest
 import redis
 from kombu.connection import Connection
 
-from kms_cli.local import installation, up
+from kms_cli.local import installation
 from kms_cli.main import run
 from kms_core.programs import supervisor
+from kms_core.programs.liveness import is_alive
 from kms_core.programs.supervisor import Child, Supervisor
 from support.audit_logs import AuditFolder
 from support.ports import free_port
@@ -180,7 +181,7 @@ def test_child_that_dies_is_started_again(start: Start, name: str) -> None:
 
     until(lambda: service.pid(name) != first, f"another {name}")
     assert f"{name} ended with SIGKILL" in service.stderr
-    until(lambda: up.is_alive("127.0.0.1", service.port), "the API is there")
+    until(lambda: is_alive("127.0.0.1", service.port), "the API is there")
 
 
 def test_valkey_that_cannot_read_its_data_says_why(start: Start) -> None:
@@ -275,7 +276,7 @@ def test_second_up_on_one_state_is_refused(start: Start) -> None:
     holder = int((first.state / "run/lock").read_text())
     assert f"kms up already runs with {first.state} (process {holder}): stop it" in second.stderr
     assert os.getpgid(holder) == os.getpgid(first.process.pid)
-    assert up.is_alive("127.0.0.1", first.port)
+    assert is_alive("127.0.0.1", first.port)
 
 
 def test_named_redis_is_used_and_none_is_started(start: Start, redis_url: str) -> None:

@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Self
 
-from kms_cli.local import up
 from kms_core.programs import tether
+from kms_core.programs.liveness import is_alive
 from support.chaos.job_mix import REMOTE
 from support.frozen_disk import FrozenDisk
 from support.openbao import Bao
@@ -131,7 +131,7 @@ class Cluster(SupervisedByTest):
 
         def is_up() -> bool:
             self.restart_dead()
-            return up.is_alive("127.0.0.1", self.port)
+            return is_alive("127.0.0.1", self.port)
 
         until(is_up, "the API is up")
         return self

@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 import httpx2 as httpx
 from redis import Redis
 
-from kms_cli.local import up
 from kms_core.programs import tether
+from kms_core.programs.liveness import is_alive
 from support import object_stores, redis_servers
 from support.blob_stores import PREFIX
 from support.canary.secrets import Search
@@ -119,7 +119,7 @@ class Machine(Service):
 
     @property
     def is_up(self) -> bool:
-        return self.program == "worker" or up.is_alive(self.address, self.port)
+        return self.program == "worker" or is_alive(self.address, self.port)
 
     @property
     def status(self) -> int | None:
