@@ -18,44 +18,6 @@ if TYPE_CHECKING:
     import click
     from _typeshed import ReadableBuffer
 
-HINTS: Final[Mapping[str, str]] = {  # by error code
-    "decrypt_failed": "give the --context it was encrypted with; `kms inspect FILE` shows the key it names",
-    "not_a_ciphertext": "give what `kms encrypt` or `kms encrypt-file` wrote",
-    "invalid_context": 'write it as --context "env=prod,service=api"',
-    "invalid_deadline": "give --start-by and --run-by as durations, 30m or 12h, --run-by the longer one",
-    "context_required": 'add one, as --context "env=prod,service=api"',
-    "body_timeout": "send the body without pauses, or over a faster connection",
-    "too_large": "use `kms encrypt-file` or `kms decrypt-file`, which take files of any size",
-    "unauthenticated": "name the file that holds your token with --token-file or KMS_TOKEN_FILE; if you did, "
-    "ask the operator for a new one",
-    "forbidden": "ask the operator for a token whose scope allows this operation, key, context and path",
-    "path_refused": "name plain files beneath [kms.jobs] roots, as `kms config show` on that host lists them",
-    "unknown_key": "`kms keys list` shows the keys that you may use",
-    "unknown_job": "`kms job list` shows your jobs",
-    "result_expired": "`kms job show` says how the job ended; to have a result again, submit it again",
-    "job_not_finished": "wait for it with `kms job wait`",
-    "backend_unavailable": "try again later; `kms status` and `kms doctor` show more",
-    "jobs_unavailable": "start Redis and a worker, or all of it with `kms up`",
-    "durability_unconfirmed": "try again with the same job id or Idempotency-Key",
-    "audit_unavailable": "free space on the disk of the audit log, or run this as the user of the service",
-    "spool_unavailable": "try again later, and ask the operator: `kms doctor` shows the disk or bucket",
-    "document_outdated": "see docs/hosts.md, and ask who put an older document there",
-    "unavailable": "try again later",
-    "rate_limited": "try again later",
-    "tenant_share": "wait until jobs of your tenant expire, or ask the operator to raise maxmemory of Redis",
-    "redis_full": "wait until jobs expire, or ask the operator to raise maxmemory of Redis",
-    "redis_read_only": "ask the operator: `kms doctor` shows the state of Redis",
-    "install_mismatch": "ask the operator: `kms doctor` compares Redis and the spool",
-    "rotation_refused": "ask the operator: docs/hosts.md says how to rotate a key on several hosts",
-    "too_many_versions": "ask the operator: docs/backends.md says how versions are removed (Rotation)",
-    "group_complete": "choose another name for the group, or give its full number from the first job on",
-    "result_released": "submit the job again",
-    "spool_quota": "release results with `kms job release`, or wait until they expire",
-    "spool_full": "wait until results expire, or ask the operator for a larger spool",
-    "record_refused": "ask the operator: the stored record of the job was changed, or the keys differ",
-    "unexpected_answer": "check --url and KMS_SERVICE_URL: is it this service, of the same version",
-}
-
 OS_HINTS: Final[Mapping[int, str]] = {  # of outputs, by errno
     errno.ENOSPC: "free space on that disk, or write to another",
     errno.EDQUOT: "free space of your quota, or write to another disk",
@@ -172,7 +134,9 @@ def plain(text: str) -> str:
 
 def hint_of(error: KmsError) -> str:
     """Return what to do about an error: its own ``hint``, or that of its code, or an empty text."""
-    return error.hint or HINTS.get(error.code, "")
+    from kms_protocol.error_texts import NO_TEXT, TEXTS  # noqa: PLC0415 -- for an error alone
+
+    return error.hint or TEXTS.get(error.code, NO_TEXT).hint
 
 
 def failed(error: BaseException, *, as_json: bool = False) -> int:

@@ -15,6 +15,7 @@ import pytest
 from kms_cli import terminal
 from kms_cli.main import run
 from kms_client.requests import BY_CODE
+from kms_protocol.error_texts import TEXTS
 from support.cli.fixtures import BIN, environment, kms
 from support.contract_server import ContractServer, Job
 from support.ports import free_port
@@ -224,7 +225,7 @@ def test_json_of_a_program_is_not_that_of_kms(tmp_path: Path, line: str) -> None
 
 
 def test_every_hint_is_for_a_code_that_exists() -> None:
-    assert terminal.HINTS.keys() <= BY_CODE.keys() | {"unexpected_answer"}
+    assert {code for code, text in TEXTS.items() if text.hint} <= BY_CODE.keys() | {"unexpected_answer"}
 
 
 @pytest.mark.parametrize(

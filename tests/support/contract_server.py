@@ -16,12 +16,11 @@ from hashlib import sha256
 from typing import Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import msgspec
 import pyrage
 
-from kms_api.routes.job_answers import ENDS
 from kms_protocol import errors
 from kms_protocol.context import Context
+from kms_protocol.error_texts import TEXTS
 from kms_protocol.errors import KmsError
 from kms_protocol.wire import ENDED, PREFIX, ContextIn
 from support.http_servers import QuietHandler, served
@@ -141,9 +140,7 @@ class ContractServer:
             },
             "created_at": "2026-11-24T15:40:00Z",
             "expires_at": "2026-11-25T15:40:00Z",
-            "error": {"code": job.error, **msgspec.to_builtins(ENDS[job.error])}
-            if job.error and done
-            else None,
+            "error": error_of(job.error) if job.error and done else None,
             "links": links(job_id),
         }
 
@@ -156,6 +153,11 @@ class ContractServer:
         if job_id not in self.jobs:
             raise errors.UnknownJob
         return self.jobs[job_id]
+
+
+def error_of(code: str) -> dict[str, str]:
+    text = TEXTS[code]
+    return {"code": code, "detail": text.job_detail, "hint": text.job_hint}
 
 
 def links(job_id: str) -> dict[str, str]:

@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Final
 
 import anyio
-import msgspec
 from fastapi import Response
 from msgspec import UNSET, UnsetType
 
@@ -19,6 +17,7 @@ from kms_core.jobs.execution import tree
 from kms_core.jobs.model import Job
 from kms_core.jobs.spec import ITEMS_FAILED, Failure
 from kms_protocol import wire
+from kms_protocol.error_texts import NO_TEXT, TEXTS
 from kms_protocol.errors import Unavailable, UnknownJob
 from kms_protocol.units import time_text
 
@@ -111,39 +110,28 @@ def _time(at: float) -> str | UnsetType:
     return time_text(at, "milliseconds") if at else UNSET
 
 
-class JobEnd(msgspec.Struct, frozen=True):
-    """The end of a job or item that failed: what happened, and what to do."""
-
-    detail: str
-    hint: str
-
-
-ENDS: Final = msgspec.toml.decode(
-    Path(__file__).with_name("job_ends.toml").read_bytes(), type=dict[str, JobEnd]
-)
-"""By error code."""
-
-
 def _error(job: Job) -> wire.JobError | None:
     """The error of a job. Where items failed, it explains the first of them."""
     if not job.error:
         return None
     failures = job.end.failures if job.end else ()
-    found = ENDS.get(job.error)
+    text = TEXTS.get(job.error, NO_TEXT)
+    detail, hint = text.job_detail, text.job_hint
     if job.error == ITEMS_FAILED:
-        found = _items_failed(f"{job.items_failed} of {job.items} items failed", failures)
+        detail, hint = _items_failed(f"{job.items_failed} of {job.items} items failed", failures)
     return wire.JobError(
         code=job.error,
-        detail=found.detail if found else UNSET,
-        hint=found.hint if found else UNSET,
+        detail=detail or UNSET,
+        hint=hint or UNSET,
         items=[wire.FailedItem(index=index, code=code) for index, code in failures] or UNSET,
     )
 
 
-def _items_failed(count: str, failures: Sequence[Failure]) -> JobEnd:
+def _items_failed(count: str, failures: Sequence[Failure]) -> tuple[str, str]:
     results = "`kms job result` shows which and why"
     for index, code in failures:
-        if first := ENDS.get(code):
-            why = f"{first.detail[0].lower()}{first.detail[1:]}"
-            return JobEnd(f"{count}, the first at index {index}: {why}", f"{first.hint}; {results}")
-    return JobEnd(count, results)
+        first = TEXTS.get(code, NO_TEXT)
+        if first.job_detail:
+            why = f"{first.job_detail[0].lower()}{first.job_detail[1:]}"
+            return f"{count}, the first at index {index}: {why}", f"{first.job_hint}; {results}"
+    return count, results

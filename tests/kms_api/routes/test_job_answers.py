@@ -3,10 +3,11 @@
 import msgspec
 import pytest
 
-from kms_api.routes.job_answers import ENDS, shape
+from kms_api.routes.job_answers import shape
 from kms_core.jobs.model import Job
 from kms_core.jobs.spec import SignedEnd
 from kms_protocol import wire
+from kms_protocol.error_texts import TEXTS
 
 CODES = [
     "attempts_exhausted",
@@ -60,7 +61,8 @@ def test_a_failed_job_says_what_happened_and_what_to_do(code: str) -> None:
 
 
 def test_there_are_no_words_for_a_code_that_does_not_exist() -> None:
-    assert sorted(ENDS) == CODES
+    assert [code for code, text in TEXTS.items() if text.job_detail] == CODES
+    assert [code for code, text in TEXTS.items() if text.job_hint] == CODES
 
 
 def test_failed_items_are_explained_by_the_first_of_them() -> None:
