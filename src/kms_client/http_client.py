@@ -22,7 +22,6 @@ from urllib.parse import urlsplit
 from kms_client.requests import (
     RETRYABLE,
     ClientRequest,
-    Hidden,
     NotThisService,
     Reply,
     ServiceUnreachable,
@@ -32,6 +31,7 @@ from kms_client.requests import (
 from kms_client.settings import ClientSettings
 from kms_protocol import __version__
 from kms_protocol.errors import InvalidRequest, KmsError
+from kms_protocol.wire import Hidden
 
 T = TypeVar("T")
 P = TypeVar("P")

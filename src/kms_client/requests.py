@@ -16,7 +16,7 @@ from kms_protocol import admin, errors, units, wire
 from kms_protocol.context import Context
 from kms_protocol.errors import EXIT_OTHER, InvalidRequest, KmsError, Unavailable
 from kms_protocol.units import time_text
-from kms_protocol.wire import PREFIX, ContextIn
+from kms_protocol.wire import PREFIX, ContextIn, Hidden
 
 T = TypeVar("T")
 
@@ -60,16 +60,6 @@ class NotThisService(UnexpectedAnswer):
     """Another program has the port of the default address."""
 
     hint = "start it with `kms up --port 8090`, or name its address with --url or KMS_SERVICE_URL"
-
-
-class Hidden(msgspec.Struct, frozen=True):
-    """Base of values that may hold secrets: ``repr`` shows none of their fields."""
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(…)"
-
-    def __rich_repr__(self) -> list[tuple[str, object]]:  # msgspec's own lists all fields
-        return []
 
 
 class Reply(Hidden, frozen=True):

@@ -8,10 +8,10 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from msgspec.structs import force_setattr
 
-from kms_client.requests import Hidden
 from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError
 from kms_protocol.tls_client import client_context, load_pair
+from kms_protocol.wire import Hidden
 
 DEFAULT_URL: Final = "http://localhost:8082"
 _ADDRESS: Final = "The service address must look like http://host:port or https://host"

@@ -7,23 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 from urllib.parse import SplitResult, urlsplit
 
-from msgspec import Meta, Struct
+from msgspec import Meta
 
 from kms_protocol.errors import ConfigurationError
+from kms_protocol.wire import Hidden
 
-KeyId = Annotated[str, Meta(pattern="^[A-Za-z0-9_.-]{1,80}(?!\\s)$")]
 Positive = Annotated[int, Meta(ge=1)]
 Timeout = Annotated[float, Meta(gt=0, le=120)]
 
 
-class Section(Struct, frozen=True, kw_only=True):
-    """A table of the file. Immutable, and without values in ``repr``, since URLs and API keys are secrets."""
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(…)"
-
-    def __rich_repr__(self) -> list[tuple[str, object]]:  # msgspec would otherwise list every field to rich
-        return []
+class Section(Hidden, frozen=True, kw_only=True):
+    """A table of the file, whose URLs and API keys are secrets."""
 
 
 @dataclass(frozen=True, slots=True)

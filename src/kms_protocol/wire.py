@@ -37,17 +37,21 @@ Moment = Annotated[datetime, Meta(tz=True)]
 """An RFC 3339 time with an offset."""
 
 
-class Shape(Struct, frozen=True, kw_only=True):
-    """Base of all shapes: immutable, with no value in ``repr``."""
-
-    EXAMPLE: ClassVar[Mapping[str, Any]] = {}
-    """A JSON object of this shape for the OpenAPI document; empty for none."""
+class Hidden(Struct, frozen=True):
+    """Base of values that may hold secrets: immutable, and ``repr`` shows none of their fields."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(…)"
 
-    def __rich_repr__(self) -> list[tuple[str, Any]]:  # msgspec's own lists all fields
+    def __rich_repr__(self) -> list[tuple[str, object]]:  # msgspec's own lists all fields
         return []
+
+
+class Shape(Hidden, frozen=True, kw_only=True):
+    """Base of all shapes."""
+
+    EXAMPLE: ClassVar[Mapping[str, Any]] = {}
+    """A JSON object of this shape for the OpenAPI document; empty for none."""
 
 
 class Body(Shape, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -11,9 +11,9 @@ from msgspec import Meta, field
 
 from kms_core.backends import SCHEMES
 from kms_core.backends.age_settings import AgeSection
-from kms_core.sections import BackendSection, KeyId, Positive, Section, Timeout
+from kms_core.sections import BackendSection, Positive, Section, Timeout
 from kms_protocol.units import GiB, KiB, MiB
-from kms_protocol.wire import JobState
+from kms_protocol.wire import JobState, KeyId
 
 if TYPE_CHECKING:
     BackendName = str

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 from kms_core import sections
 from kms_core.sections import BackendSection, Timeout, WeakValue
 from kms_protocol.errors import ConfigurationError
+from kms_protocol.wire import KeyId
 
 
 def _has_no_credential(section: "CosmianSection") -> bool:
@@ -45,7 +46,7 @@ class CosmianSection(BackendSection, frozen=True, kw_only=True):
     server_url: str | None = None
     api_key: str | None = None
     api_key_file: Path | None = None
-    default_key_id: sections.KeyId = "provisioning-master-key"
+    default_key_id: KeyId = "provisioning-master-key"
     protocol: Literal["auto", "kmip", "jose"] = "auto"
     tls_verify: bool = True
     ca_file: Path | None = None
