@@ -1,6 +1,5 @@
 """Settings of a client: the address of the service, credentials, timeouts, TLS and proxy."""
 
-import re
 import ssl
 from pathlib import Path
 from typing import Final, Self, TypedDict
@@ -9,6 +8,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from msgspec.structs import force_setattr
 
 from kms_protocol import small_files
+from kms_protocol.addresses import is_loopback
 from kms_protocol.errors import ConfigurationError
 from kms_protocol.tls_client import client_context, load_pair
 from kms_protocol.wire import Hidden
@@ -19,12 +19,6 @@ _UNENCRYPTED: Final = (
     "Tokens, keys and plaintexts would be sent unencrypted to {url}: use an https:// address, or allow it "
     "with allow_http=True (kms --allow-http, KMS_ALLOW_HTTP=1)"
 )
-_LOOPBACK: Final = re.compile(r"localhost|::1|127(?:\.(?:25[0-5]|2[0-4]\d|1?\d?\d)){3}", re.ASCII)
-
-
-def is_loopback(host: str | None) -> bool:
-    """Return whether a host is 127.0.0.0/8, ::1 or ``localhost``. Other names may resolve to any address."""
-    return host is not None and _LOOPBACK.fullmatch(host) is not None
 
 
 class Options(TypedDict, total=False):

@@ -1,6 +1,5 @@
 """Building blocks for the tables of ``kms.toml``: base classes, shared types, and checks of addresses."""
 
-import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from msgspec import Meta
 
+from kms_protocol.addresses import is_loopback
 from kms_protocol.errors import ConfigurationError
 from kms_protocol.wire import Hidden
 
@@ -79,7 +79,7 @@ def check_https(where: str, address: str, *, in_dev: bool, query: bool = False) 
     ``query``: it may also have a query.
     """
     url = _split(where, address, query=query)
-    if url.scheme == "http" and not (in_dev and is_loopback(url.hostname or "")):
+    if url.scheme == "http" and not (in_dev and is_loopback(url.hostname)):
         raise ConfigurationError(f"{where}: expected https://; http:// is for loopback in dev only")
 
 
@@ -116,12 +116,4 @@ def is_cleartext(url: str | None) -> bool:
         parts = urlsplit(url or "")
     except ValueError:  # of OpenTelemetry's variables, which are not checked: nothing is sent there
         return False
-    return parts.scheme == "http" and not is_loopback(parts.hostname or "")
-
-
-def is_loopback(host: str) -> bool:
-    """True if ``host`` is a loopback address or ``localhost``; other names may resolve to any address."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return parts.scheme == "http" and not is_loopback(parts.hostname)

@@ -22,7 +22,6 @@ from kms_cli import terminal
 from kms_cli.local import installation, instances
 from kms_cli.local.up import without_status
 from kms_cli.session import connect, is_given, printed_as_json, session, use_url
-from kms_client.settings import is_loopback
 from kms_core import container, key_opening, keyring, redis_client
 from kms_core.audit.keys import PublicKeys, public_path
 from kms_core.audit.verification.verify import verify
@@ -44,6 +43,7 @@ from kms_core.settings.model import RedisSection, Settings
 from kms_core.settings.redis_urls import AMQP, CLUSTERS, split_url
 from kms_core.settings.validation import check_exposure
 from kms_protocol import small_files
+from kms_protocol.addresses import is_loopback
 from kms_protocol.errors import (
     EXIT_CONFIGURATION,
     EXIT_UNAVAILABLE,

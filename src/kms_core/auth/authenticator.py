@@ -23,8 +23,8 @@ from kms_core.auth.tokens import Tokens, UnknownToken
 from kms_core.observability import metrics
 from kms_core.proxies import Proxies
 from kms_core.scopes import Scope
-from kms_core.sections import is_loopback
 from kms_core.settings.model import CertificateSection, IssuerSection, Settings
+from kms_protocol.addresses import is_loopback
 from kms_protocol.errors import Forbidden, Unauthenticated, Unavailable
 from kms_protocol.tls_client import client_context
 

@@ -10,12 +10,13 @@ import structlog
 from kms_core import proxies
 from kms_core.backends import SCHEMES, table_of
 from kms_core.backends.age_settings import AgeSection
-from kms_core.sections import WeakValue, is_cleartext, is_loopback
+from kms_core.sections import WeakValue, is_cleartext
 from kms_core.secure_files import open_to_others
 from kms_core.settings.model import Settings, StoreSection
 from kms_core.settings.redis_urls import CLUSTERS, SENTINELS, cluster_nodes, is_tls, sentinels, split_url
 from kms_core.settings.toml_reader import nearest
 from kms_core.settings.validation import SECRETS, paths
+from kms_protocol.addresses import is_loopback
 from kms_protocol.errors import ConfigurationError
 
 _WIDEST: Final = {4: 8, 6: 7}  # bits of 10.0.0.0/8 and of fc00::/7, the largest private networks

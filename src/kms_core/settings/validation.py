@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from kms_core import proxies, scopes
 from kms_core.backends import SCHEMES, table_of
 from kms_core.backends.age_settings import AgeSection, document_of
-from kms_core.sections import check_address, check_https, check_pair, is_loopback
+from kms_core.sections import check_address, check_https, check_pair
 from kms_core.secure_files import in_shell
 from kms_core.settings.model import (
     CertificateSection,
@@ -27,6 +27,7 @@ from kms_core.settings.model import (
 )
 from kms_core.settings.redis_urls import check_redis
 from kms_core.settings.toml_reader import nearest
+from kms_protocol.addresses import is_loopback
 from kms_protocol.errors import ConfigurationError
 
 SUBJECTS: Final = ("DNS:", "URI:", "email:", "subject:")
@@ -359,7 +360,7 @@ def _check_http(where: str, section: StoreSection, *, in_dev: bool) -> None:
         return
     if not section.allow_http:
         raise ConfigurationError(f"{where}: the endpoint is http://; use https://, or set this to true")
-    if not in_dev and not is_loopback(url.hostname or ""):
+    if not in_dev and not is_loopback(url.hostname):
         raise ConfigurationError(f"{where}: http:// is for loopback, and for dev; use https://")
 
 

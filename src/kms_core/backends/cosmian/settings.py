@@ -6,12 +6,13 @@ from urllib.parse import urlsplit
 
 from kms_core import sections
 from kms_core.sections import BackendSection, Timeout, WeakValue
+from kms_protocol.addresses import is_loopback
 from kms_protocol.errors import ConfigurationError
 from kms_protocol.wire import KeyId
 
 
 def _has_no_credential(section: "CosmianSection") -> bool:
-    is_local = sections.is_loopback(urlsplit(section.server_url or "").hostname or "")
+    is_local = is_loopback(urlsplit(section.server_url or "").hostname)
     return not (is_local or section.api_key or section.api_key_file or section.client_cert_file)
 
 

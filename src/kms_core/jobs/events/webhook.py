@@ -28,11 +28,11 @@ import structlog
 
 from kms_core.http_client import DeadlineTransport
 from kms_core.jobs.model import Job
-from kms_core.sections import is_loopback
 from kms_core.secure_files import check_secret
 from kms_core.settings.model import EndpointSection as Section
 from kms_core.settings.model import Settings
 from kms_protocol import __version__, small_files, wire
+from kms_protocol.addresses import is_loopback
 from kms_protocol.errors import ConfigurationError
 from kms_protocol.tls_client import client_context
 from kms_protocol.units import time_text
@@ -208,7 +208,7 @@ def _endpoint(section: Section, settings: Settings, name: str) -> WebhookEndpoin
     check_secret(section.secret_file, _log.warning, event, strict=settings.is_prod)
     ca_setting = f"kms.jobs.endpoints.{name}.ca_file"
     tls = client_context(section.ca_file, ca_setting) if url.scheme == "https" else None
-    return WebhookEndpoint(section, settings.environment == "dev" and is_loopback(url.hostname or ""), tls)
+    return WebhookEndpoint(section, settings.environment == "dev" and is_loopback(url.hostname), tls)
 
 
 def read_secret(path: Path) -> bytes:
