@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -21,6 +22,8 @@ from kms_protocol.context import MAX_BYTES, MAX_PAIRS
 VERSION: Final = "3.1.0"
 DOCUMENTED: Final = {wire.PREFIX: app.ROUTERS, "": (operations.probes,)}
 """The routers of the document, by the prefix of their paths."""
+EXAMPLES: Final[Mapping[str, Json]] = json.loads(Path(__file__).with_name("openapi_examples.json").read_text())
+"""A JSON object of a shape, by its name. Not each shape has one."""
 _REF: Final = "#/components/{}/{}"
 _ANYONE: Final = (errors.Forbidden, errors.AuditUnavailable, errors.KmsError)
 _CALLERS: Final = (*_ANYONE, errors.Unauthenticated, errors.RateLimited, errors.Unavailable)
@@ -204,22 +207,22 @@ def _responses(route: ScopedRoute, extra: Json, shared: dict[str, Json]) -> Json
 
 def schemas() -> Json:
     """JSON Schemas of all shapes by name, with examples and the grammars of contexts and base64."""
-    named = {
-        shape.__name__: shape
+    shapes = {
+        shape
         for module in (admin, wire)
         for shape in vars(module).values()
         if isinstance(shape, type) and issubclass(shape, wire.Shape)
     }
     template = _REF.format("schemas", "{name}")
-    _, found = msgspec.json.schema_components(named.values(), ref_template=template)
+    _, found = msgspec.json.schema_components(shapes, ref_template=template)
     made: Json = _context()
     for name, schema in sorted(found.items()):
         fields = {key: _property(name, key, text) for key, text in schema["properties"].items()}
         made[name] = {**schema, "properties": fields}
         if "description" in schema:  # Python before 3.13 leaves docstrings indented
             made[name]["description"] = inspect.cleandoc(schema["description"])
-        if example := named[name].EXAMPLE:
-            made[name]["examples"] = [example]
+        if name in EXAMPLES:
+            made[name]["examples"] = [EXAMPLES[name]]
     return made
 
 

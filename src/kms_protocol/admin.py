@@ -1,16 +1,15 @@
 """JSON shapes of the REST API for operators: health, status, keys, undelivered webhooks and the audit log."""
 
-from typing import ClassVar, Final, Literal
+from typing import Literal
 
 from msgspec import UNSET, UnsetType, field
 
-from kms_protocol.wire import KEY_EXAMPLE, Answer, JobState, UsedKey
+from kms_protocol.wire import Answer, JobState, UsedKey
 
 
 class HealthOut(Answer, frozen=True, kw_only=True):
     """Result of a wrap and an unwrap with the default key, at most some seconds old."""
 
-    EXAMPLE: ClassVar = {"status": "healthy", "backend": "age", "checked_at": "2027-01-31T12:00:00Z"}
     status: Literal["healthy", "unhealthy"]
     backend: str
     checked_at: str
@@ -24,13 +23,6 @@ class ReadyOut(Answer, frozen=True, kw_only=True):
     ``not_shared`` while another host has another spool.
     """
 
-    EXAMPLE: ClassVar = {
-        "status": "ready",
-        "jobs": "available",
-        "audit": "available",
-        "keys": "available",
-        "spool": "available",
-    }
     status: Literal["ready", "not ready"]
     jobs: Literal["available", "unavailable", "full", "read_only"]
     audit: Literal["available", "unavailable"]
@@ -57,16 +49,6 @@ class KeyOut(Answer, frozen=True, kw_only=True):
     next version. ``budget`` is the used part of the encryptions allowed for the current version: 1.0 is all.
     """
 
-    EXAMPLE: ClassVar = {
-        "id": "default",
-        "backend": "age",
-        "current_version": "1f0c52b7",
-        "versions": [{"version": "1f0c52b7", "created_at": None, "operations": 12, "bytes": 4096}],
-        "default": True,
-        "others": [],
-        "rotate_at": None,
-        "budget": 0.0,
-    }
     id: str
     backend: str
     current_version: str | None
@@ -80,13 +62,10 @@ class KeyOut(Answer, frozen=True, kw_only=True):
 class RotateOut(UsedKey, frozen=True, kw_only=True):
     """The new version of a key."""
 
-    EXAMPLE: ClassVar = KEY_EXAMPLE
-
 
 class KeysOut(Answer, frozen=True, kw_only=True):
     """The keys that the caller may use."""
 
-    EXAMPLE: ClassVar = {"keys": [KeyOut.EXAMPLE]}
     keys: list[KeyOut]
 
 
@@ -140,21 +119,6 @@ class StatusOut(Answer, frozen=True, kw_only=True):
     ``install`` is the id of the install, for callers that may read the metrics.
     """
 
-    EXAMPLE: ClassVar = {
-        "backend": "age",
-        "environment": "prod",
-        "version": "0.2.0",
-        "uptime_s": 86400.5,
-        "operations": {"total": 13, "by": {"encrypt": {"ok": 12, "failed": 1}}},
-        "jobs": {"queued": 0, "running": 1, "committing": 0},
-        "queue_depth": 0,
-        "workers": 2,
-        "worker_versions": {"0.2.0": 2},
-        "spool": {"full": 0.25, "used_bytes": 2684354560, "limit_bytes": 10737418240},
-        "install": "9f86d081884c7d659a2feaa0c55ad015",
-        "degraded": [],
-        "backends_down": [],
-    }
     backend: str
     environment: str
     version: str
@@ -176,14 +140,6 @@ class StatusOut(Answer, frozen=True, kw_only=True):
 class DeliveryOut(Answer, frozen=True, kw_only=True):
     """A webhook delivery that failed for good."""
 
-    EXAMPLE: ClassVar = {
-        "delivery_id": "5f0d6a9c1b7e4d2f8a3c0e9b7d6f5a41",
-        "job_id": "0192f0c1-7a3e-4c55-9d0a-1f2e3d4c5b6a",
-        "endpoint": "orchestrator",
-        "state": "succeeded",
-        "attempts": 20,
-        "created_at": "2027-01-31T12:00:00.000Z",
-    }
     delivery_id: str
     job_id: str
     endpoint: str
@@ -195,25 +151,10 @@ class DeliveryOut(Answer, frozen=True, kw_only=True):
 class DeliveryList(Answer, frozen=True, kw_only=True):
     """Webhook deliveries that failed for good, newest first."""
 
-    EXAMPLE: ClassVar = {"deliveries": [DeliveryOut.EXAMPLE]}
     deliveries: list[DeliveryOut]
 
 
 # -- audit log ---------------------------------------------------------------------------------------
-
-_EVENT: Final = {
-    "id": "5b1d2c3a-api:42",
-    "time": "2027-01-31T12:00:00.000000Z",
-    "operation": "encrypt",
-    "principal": "ada",
-    "credential": "token:7f3a",
-    **KEY_EXAMPLE,
-    "context": {"env": "c0ffee"},
-    "bytes_in": 5,
-    "bytes_out": 420,
-    "result": "ok",
-    "duration_us": 180,
-}
 
 
 class AuditEvent(Answer, frozen=True, kw_only=True):
@@ -260,7 +201,6 @@ class AuditOut(Answer, frozen=True, kw_only=True):
     ``unread`` has the hosts whose logs could not be read, each with the reason.
     """
 
-    EXAMPLE: ClassVar = {"events": [_EVENT], "next": "5b1d2c3a-api:42", "more": False}
     events: list[AuditEvent]
     next: str
     more: bool

@@ -5,9 +5,8 @@ means the same as an absent field. ``repr`` shows no value, which keeps the cont
 Messages to ``kms.submit`` and the pieces of group results are here too.
 """
 
-from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated, Any, ClassVar, Final, Literal, get_args
+from typing import Annotated, Final, Literal, get_args
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType, field
@@ -50,9 +49,6 @@ class Hidden(Struct, frozen=True):
 class Shape(Hidden, frozen=True, kw_only=True):
     """Base of all shapes."""
 
-    EXAMPLE: ClassVar[Mapping[str, Any]] = {}
-    """A JSON object of this shape for the OpenAPI document; empty for none."""
-
 
 class Body(Shape, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A request body. Unknown fields are refused."""
@@ -88,21 +84,12 @@ class Payload(Body, frozen=True, kw_only=True):
 class CodecIn(Body, frozen=True, kw_only=True):
     """Payloads for the codec server."""
 
-    EXAMPLE: ClassVar = {"payloads": [{"metadata": {"encoding": "anNvbi9wbGFpbg=="}, "data": "IkhlbGxvIg=="}]}
     payloads: Annotated[list[Payload], Meta(max_length=1000)] = field(default_factory=list)
 
 
 class CodecOut(Answer, frozen=True, kw_only=True):
     """Payloads of the codec server."""
 
-    EXAMPLE: ClassVar = {
-        "payloads": [
-            {
-                "metadata": {"encoding": "YmluYXJ5L2VuY3J5cHRlZA=="},
-                "data": "YWdlLWVuY3J5cHRpb24ub3JnL3YxCg==",
-            }
-        ]
-    }
     payloads: list[Payload]
 
 
@@ -124,14 +111,6 @@ class GroupOut(Answer, frozen=True, kw_only=True):
     did not succeed.
     """
 
-    EXAMPLE: ClassVar = {
-        "name": "payroll-2027-01",
-        "jobs": 3,
-        "submitted": 3,
-        "states": {"succeeded": 2, "failed": 1},
-        "ended": True,
-        "failed": ["0192f0c1-7a3e-4c55-9d0a-1f2e3d4c5b6a"],
-    }
     name: str
     jobs: int
     submitted: int
@@ -154,17 +133,8 @@ STATES: Final[tuple[JobState, ...]] = get_args(JobState)
 ENDED: Final = frozenset({"succeeded", "failed", "cancelled"})
 KEY_SPEC_BYTES: Final[dict[str, int]] = {"AES_128": 16, "AES_256": 32}
 
-_CONTEXT: Final = "env=prod,service=api"
-_PLAINTEXT: Final = {"plaintext": "SGVsbG8sIFdvcmxkIQ=="}
-_FILE_KEY: Final = {"file_key": "AAECAwQFBgcICQoLDA0ODw=="}
-_STANZAS: Final = "LT4ga21zLXNlcnZpY2UvYnVuZGxlIDEK"
-_CIPHERTEXT: Final = {"ciphertext": "YWdlLWVuY3J5cHRpb24ub3JnL3YxCg=="}  # the first line of an age file
-_FILE_ID: Final = {"file_id": "5f2c8e0b7a914d36a1c07be2f4d95308"}
-KEY_EXAMPLE: Final = {"key_id": "default", "key_version": "1f0c52b7", "backend": "age"}
-
 
 class EncryptIn(Body, frozen=True, kw_only=True):
-    EXAMPLE: ClassVar = {**_PLAINTEXT, "context": _CONTEXT}
     plaintext: bytes
     context: ContextIn = None
     key_id: KeyId | None = None
@@ -181,20 +151,17 @@ class UsedKey(Answer, frozen=True, kw_only=True):
 class EncryptOut(UsedKey, frozen=True, kw_only=True):
     """``file_id`` names the file in audit records; a rewrap keeps it."""
 
-    EXAMPLE: ClassVar = {**_CIPHERTEXT, **KEY_EXAMPLE, **_FILE_ID}
     ciphertext: bytes
     file_id: str = ""
 
 
 class DecryptIn(Body, frozen=True, kw_only=True):
-    EXAMPLE: ClassVar = {**_CIPHERTEXT, "context": _CONTEXT}
     ciphertext: bytes
     context: ContextIn = None
     key_id: KeyId | None = None
 
 
 class DecryptOut(UsedKey, frozen=True, kw_only=True):
-    EXAMPLE: ClassVar = {**_PLAINTEXT, **KEY_EXAMPLE, "origin": "service", **_FILE_ID}
     plaintext: bytes
     origin: Origin
     file_id: str = ""
@@ -203,7 +170,6 @@ class DecryptOut(UsedKey, frozen=True, kw_only=True):
 class GenerateKeyIn(Body, frozen=True, kw_only=True):
     """A data key: random bytes, encrypted like any other plaintext."""
 
-    EXAMPLE: ClassVar = {"key_spec": "AES_256"}
     key_spec: KeySpec | None = None
     number_of_bytes: Annotated[int, Meta(ge=1, le=1024)] | None = None
     context: ContextIn = None
@@ -212,13 +178,6 @@ class GenerateKeyIn(Body, frozen=True, kw_only=True):
 
 
 class GenerateKeyOut(UsedKey, frozen=True, kw_only=True):
-    EXAMPLE: ClassVar = {
-        "plaintext": "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=",
-        **_CIPHERTEXT,
-        **KEY_EXAMPLE,
-        "key_spec": "AES_256",
-        **_FILE_ID,
-    }
     plaintext: bytes | UnsetType = UNSET
     ciphertext: bytes
     key_spec: str
@@ -228,7 +187,6 @@ class GenerateKeyOut(UsedKey, frozen=True, kw_only=True):
 class RewrapIn(Body, frozen=True, kw_only=True):
     """``new_context`` replaces the context; absent keeps it. ``key_id`` is the new key, else the old."""
 
-    EXAMPLE: ClassVar = {**_CIPHERTEXT, "key_id": "default"}
     ciphertext: bytes
     context: ContextIn = None
     new_context: ContextIn = None
@@ -238,7 +196,6 @@ class RewrapIn(Body, frozen=True, kw_only=True):
 class WrapIn(Body, frozen=True, kw_only=True):
     """``file_key``: the 16-byte file key of an age file, made by the caller."""
 
-    EXAMPLE: ClassVar = {**_FILE_KEY, "context": _CONTEXT}
     file_key: bytes
     context: ContextIn = None
     key_id: KeyId | None = None
@@ -247,7 +204,6 @@ class WrapIn(Body, frozen=True, kw_only=True):
 class WrapOut(UsedKey, frozen=True, kw_only=True):
     """``stanza``: one recipient stanza as header text, with a line feed at its end."""
 
-    EXAMPLE: ClassVar = {"stanza": _STANZAS, **KEY_EXAMPLE}
     stanza: bytes
 
 
@@ -257,7 +213,6 @@ class UnwrapIn(Body, frozen=True, kw_only=True):
     ``nonce``: the 16 bytes between header and payload. With them the origin of every file is proven.
     """
 
-    EXAMPLE: ClassVar = {"stanzas": _STANZAS, "context": _CONTEXT}
     stanzas: bytes
     nonce: bytes | None = None
     context: ContextIn = None
@@ -267,7 +222,6 @@ class UnwrapIn(Body, frozen=True, kw_only=True):
 class UnwrapOut(UsedKey, frozen=True, kw_only=True):
     """``origin`` is ``foreign`` unless the stanzas prove that this service wrapped the key."""
 
-    EXAMPLE: ClassVar = {**_FILE_KEY, **KEY_EXAMPLE, "origin": "service"}
     file_key: bytes
     origin: Origin
 
@@ -291,10 +245,6 @@ class BatchItem(JobItem, frozen=True, kw_only=True):
 
 
 class BatchIn(Body, frozen=True, kw_only=True):
-    EXAMPLE: ClassVar = {
-        "operation": "encrypt",
-        "items": [{**_PLAINTEXT, "context": "row=7", "reference": "salary"}],
-    }
     operation: JobKind
     items: Annotated[list[BatchItem], Meta(min_length=1, max_length=1000)]
 
@@ -322,23 +272,12 @@ class BatchOut(Answer, frozen=True, kw_only=True):
     ``retry_after_s``: the batch used up the requests of the tenant, whose next one is refused for so long.
     """
 
-    EXAMPLE: ClassVar = {
-        "results": [
-            {"index": 0, "reference": "salary", **_CIPHERTEXT, **KEY_EXAMPLE, **_FILE_ID},
-            {"index": 1, "error": {"code": "unknown_key"}},
-        ],
-        "failed": 1,
-    }
     results: list[BatchResult]
     failed: int
     retry_after_s: float | UnsetType = UNSET
 
 
 # -- jobs --------------------------------------------------------------------------------------------
-
-_JOB: Final = "0192f0c1-7a3e-4c55-9d0a-1f2e3d4c5b6a"
-_JOB_PATH: Final = f"{PREFIX}/jobs/{_JOB}"
-_LINKS: Final = {"self": _JOB_PATH, "result": f"{_JOB_PATH}/result"}
 
 
 class JobIn(Body, frozen=True, kw_only=True):
@@ -362,7 +301,6 @@ class JobIn(Body, frozen=True, kw_only=True):
     for secrets.
     """
 
-    EXAMPLE: ClassVar = {"kind": "encrypt", "items": [_PLAINTEXT]}
     kind: JobKind
     items: list[JobItem] | None = None
     source: str | None = None
@@ -390,7 +328,6 @@ class JobLinks(Answer, frozen=True, kw_only=True, rename={"self_": "self"}):
 
 
 class JobAccepted(Answer, frozen=True, kw_only=True):
-    EXAMPLE: ClassVar = {"job_id": _JOB, "state": "queued", "links": _LINKS}
     job_id: str
     state: JobState
     links: JobLinks
@@ -456,18 +393,6 @@ class JobOut(Answer, frozen=True, kw_only=True):
     ``expires_at`` is the time at which the result is deleted; before the end, the latest such time.
     """
 
-    EXAMPLE: ClassVar = {
-        "job_id": _JOB,
-        "kind": "encrypt",
-        "state": "succeeded",
-        "priority": "normal",
-        "attempt": 1,
-        "progress": {"items": 1, "items_done": 1, "items_failed": 0, "bytes": 5, "bytes_done": 5},
-        "created_at": "2027-01-31T12:00:00.000Z",
-        "expires_at": "2027-02-01T12:00:00.000Z",
-        "error": None,
-        "links": _LINKS,
-    }
     job_id: str
     kind: JobKind
     state: JobState
@@ -496,20 +421,17 @@ class JobOut(Answer, frozen=True, kw_only=True):
 
 
 class JobList(Answer, frozen=True, kw_only=True):
-    EXAMPLE: ClassVar = {"jobs": [JobOut.EXAMPLE], "next": None}
     jobs: list[JobOut]
     next: str | None = None
 
 
 class JobsIn(Body, frozen=True, kw_only=True):
-    EXAMPLE: ClassVar = {"job_ids": [_JOB]}
     job_ids: Annotated[list[Annotated[str, Meta(max_length=64)]], Meta(min_length=1, max_length=1000)]
 
 
 class JobsOut(Answer, frozen=True, kw_only=True):
     """The jobs asked for. ``unknown`` are ids of jobs that do not exist for this caller."""
 
-    EXAMPLE: ClassVar = {"jobs": [JobOut.EXAMPLE], "unknown": []}
     jobs: list[JobOut]
     unknown: list[str]
 
@@ -520,7 +442,6 @@ class ItemResult(Answer, frozen=True, kw_only=True):
     ``outcome`` is that of a rewrap or reseal; a refused file has an ``error`` instead.
     """
 
-    EXAMPLE: ClassVar = {"index": 0, **_CIPHERTEXT, **_FILE_ID}
     index: int
     file_id: str | UnsetType = UNSET
     source: str | UnsetType = UNSET
@@ -563,11 +484,6 @@ class Submission(Body, frozen=True, kw_only=True):
 class IntakeOut(Answer, frozen=True, kw_only=True):
     """Recipient for the encryption of ``kms.submit`` messages, and the accepted version of the message."""
 
-    EXAMPLE: ClassVar = {
-        "recipient": "age1cy0su9fwf3gf9mw868g5yut09p6nytfmmnktexz2ya5uqg9vl9sss4euqm",
-        "key_version": "1f0c52b7",
-        "version": 1,
-    }
     recipient: str
     key_version: str
     version: int

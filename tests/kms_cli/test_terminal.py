@@ -30,6 +30,7 @@ from support.audit_logs import AuditFolder
 from support.cli.at_terminal import at_terminal
 from support.cli.fixtures import environment
 from support.contract_server import ContractServer, Job
+from support.openapi_check import example_of
 
 HOSTILE = "\x1b]0;owned\x07\x9b2J\r\u202e"
 
@@ -288,7 +289,7 @@ def test_a_job_of_several_items_shows_items(
 ) -> None:
     make_terminal(monkeypatch)
     progress = {"items": items, "items_done": items - 1, "items_failed": 0, "bytes": 10, "bytes_done": 5}
-    job = msgspec.convert(JobOut.EXAMPLE | {"state": "running", "progress": progress}, JobOut)
+    job = msgspec.convert(example_of(JobOut) | {"state": "running", "progress": progress}, JobOut)
     with terminal.Meter() as line:
         shown_in(line)(job)
 

@@ -23,7 +23,7 @@ from support.openapi_check import FILE
 ROOT: Final = Path(__file__).parents[2]
 Json = dict[str, Any]
 SCRIPT: Final = runpy.run_path(str(ROOT / "scripts/openapi_document.py"))
-page, DOCUMENTED = SCRIPT["page"], SCRIPT["DOCUMENTED"]
+page, DOCUMENTED, EXAMPLES = SCRIPT["page"], SCRIPT["DOCUMENTED"], SCRIPT["EXAMPLES"]
 PAGE: Json = page(DOCUMENTED)
 OPERATIONS = [
     (method.upper(), path, operation)
@@ -97,15 +97,22 @@ def test_descriptions_of_shapes_are_not_indented_on_any_python() -> None:
     assert [name for name, text in said.items() if re.search(r"^ ", text, re.MULTILINE)] == []
 
 
+def test_each_example_is_that_of_a_shape() -> None:
+    assert EXAMPLES.keys() <= {shape.__name__ for shape in EVERY}
+
+
 @pytest.mark.parametrize(
-    "shape", sorted((shape for shape in EVERY if shape.EXAMPLE), key=str), ids=lambda shape: shape.__name__
+    "shape",
+    sorted((shape for shape in EVERY if shape.__name__ in EXAMPLES), key=str),
+    ids=lambda shape: shape.__name__,
 )
 def test_example_of_a_shape_has_that_shape(shape: type[wire.Shape]) -> None:
-    decoded = msgspec.json.decode(json.dumps(shape.EXAMPLE), type=shape)
+    example = EXAMPLES[shape.__name__]
+    decoded = msgspec.json.decode(json.dumps(example), type=shape)
 
     if issubclass(shape, wire.Answer):
-        assert shape.EXAMPLE.items() <= json.loads(wire.encode(decoded)).items()
-    assert PAGE["components"]["schemas"][shape.__name__]["examples"] == [shape.EXAMPLE]
+        assert example.items() <= json.loads(wire.encode(decoded)).items()
+    assert PAGE["components"]["schemas"][shape.__name__]["examples"] == [example]
 
 
 def test_answers_of_operations_have_examples() -> None:

@@ -26,6 +26,12 @@ def document() -> Json:
     return found
 
 
+def example_of(shape: type) -> Json:
+    """The example of a shape of the API, as JSON."""
+    found: Json = document()["components"]["schemas"][shape.__name__]["examples"][0]
+    return found
+
+
 @cache
 def paths() -> list[tuple[re.Pattern[str], str]]:
     """Templates as expressions, those without parameters first."""

@@ -27,6 +27,7 @@ from kms_core.observability.degraded import DEGRADED
 from kms_protocol.admin import StatusOut
 from kms_protocol.wire import PREFIX
 from support.authorization.application import Application, Caller
+from support.openapi_check import example_of
 from support.service import b64
 
 FRAME: Final = {
@@ -51,7 +52,7 @@ def templates() -> jinja2.Environment:
 def overview_of(found: object = None, **known: object) -> str:
     """The overview of a status; while Redis does not answer, but for what is ``known``."""
     unknown = dict.fromkeys(("jobs", "queue_depth", "workers", "spool", "install"))
-    status = msgspec.convert(StatusOut.EXAMPLE | unknown | known, StatusOut)
+    status = msgspec.convert(example_of(StatusOut) | unknown | known, StatusOut)
     facts = {
         "status": status,
         "known": DEGRADED,

@@ -26,6 +26,7 @@ from kms_core.settings.load import load
 from kms_protocol.admin import StatusOut
 from support.cli.doctor import DoctorReport, told_by
 from support.credentials import Authority
+from support.openapi_check import example_of
 from support.ports import free_port, listens
 from support.programs import running
 from support.scripted_servers import scripted
@@ -355,7 +356,7 @@ def test_what_the_service_calls_degraded_is_a_line(
     monkeypatch: pytest.MonkeyPatch, told: dict[str, object], level: str, said: str
 ) -> None:
     client = MagicMock()
-    status = msgspec.convert(StatusOut.EXAMPLE | told, StatusOut)
+    status = msgspec.convert(example_of(StatusOut) | told, StatusOut)
     client.__enter__.return_value.status.return_value = status
     monkeypatch.setattr(doctor_command, "connect", lambda **_: client)
     with click.Context(click.Command("kms")):

@@ -13,6 +13,7 @@ from kms_cli.commands.files import require_success
 from kms_protocol.errors import KmsError
 from kms_protocol.units import GiB, time_text
 from kms_protocol.wire import JobList, JobOut
+from support.openapi_check import example_of
 
 JOB_ID: Final = "0b7c1d2e-4f5a-4b6c-8d7e-9f0a1b2c3d4e"
 MOST: Final = {"items": 0, "items_done": 0, "items_failed": 0, "bytes": 1023 * GiB, "bytes_done": 1021 * GiB}
@@ -20,7 +21,7 @@ MANY: Final = {"items": 100_000, "items_done": 99_999, "items_failed": 99_998, "
 
 
 def job(**changes: object) -> JobOut:
-    return msgspec.convert(JobOut.EXAMPLE | {"job_id": JOB_ID} | changes, JobOut)
+    return msgspec.convert(example_of(JobOut) | {"job_id": JOB_ID} | changes, JobOut)
 
 
 def failed(code: str, **error: object) -> dict[str, object]:

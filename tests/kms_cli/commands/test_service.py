@@ -5,6 +5,7 @@ import pytest
 
 from kms_cli.commands import service
 from kms_protocol.admin import SpoolOut, StatusOut
+from support.openapi_check import example_of
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,6 @@ def test_status_says_how_much_of_the_spool_is_used(used: int | None, limit: int 
 )
 def test_status_names_versions_of_workers_that_differ(versions: dict[str, int] | None, told: str) -> None:
     """None: of a service that does not say them."""
-    status = msgspec.convert({**StatusOut.EXAMPLE, "worker_versions": versions}, StatusOut)
+    status = msgspec.convert({**example_of(StatusOut), "worker_versions": versions}, StatusOut)
 
     assert service._jobs(status)["workers"] == told  # noqa: SLF001 -- what the command prints
