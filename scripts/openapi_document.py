@@ -27,6 +27,7 @@ EXAMPLES: Final[Mapping[str, Json]] = json.loads(Path(__file__).with_name("opena
 _REF: Final = "#/components/{}/{}"
 _ANYONE: Final = (errors.Forbidden, errors.AuditUnavailable, errors.KmsError)
 _CALLERS: Final = (*_ANYONE, errors.Unauthenticated, errors.RateLimited, errors.Unavailable)
+_NO_RANGE: Final = {"invalid_request": "No byte in that range"}
 _NOT_FOUND: Final = {"not_found": "No such endpoint: a value in the path contains a slash"}
 _OF_STATUS: Final = {401: ("WWW-Authenticate",), **dict.fromkeys((429, 503, 507), ("Retry-After",))}
 _BASE64: Final = "^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
@@ -180,26 +181,47 @@ def _of_path(path: str) -> Iterator[Json]:
 def _responses(route: ScopedRoute, extra: Json, shared: dict[str, Json]) -> Json:
     """Answers of a route by status. Errors refer to the ``shared`` components, which are extended."""
     everywhere = {name: describe.header_ref(name) for name in _EVERYWHERE}
+    answers = dict(extra["responses"])
+    if any(each["name"] == "Range" for each in extra["parameters"]):
+        answers["416"] = _refusal(416, _NO_RANGE, "Content-Range")
     made = {
-        status: {**answer, "headers": everywhere | answer["headers"]}
-        for status, answer in extra["responses"].items()
+        status: {**answer, "headers": everywhere | answer["headers"]} for status, answer in answers.items()
     }
     found = _codes([*extra["x-kms-refuses"], *(_ANYONE if route.rule.open else _CALLERS)])
     if "{" in route.path:
         found.setdefault(404, {}).update(_NOT_FOUND)
     for status, means in sorted(found.items()):
         if str(status) in made:  # the 503 of a health check is an answer or an error
-            refusal = describe.refusal(status, means)
+            refused = _refusal(status, means)
             made[str(status)] |= {
-                "content": made[str(status)]["content"] | refusal["content"],
-                "x-kms-codes": refusal["x-kms-codes"],
+                "content": made[str(status)]["content"] | refused["content"],
+                "x-kms-codes": refused["x-kms-codes"],
             }
             continue
         name = ".".join((str(status), *sorted(means)))
         headers = (*_EVERYWHERE, *_OF_STATUS.get(status, ()))
-        shared.setdefault(name, describe.refusal(status, dict(sorted(means.items())), *headers))
+        shared.setdefault(name, _refusal(status, dict(sorted(means.items())), *headers))
         made[str(status)] = {"$ref": _REF.format("responses", name)}
     return dict(sorted(made.items()))
+
+
+def _refusal(status: int, summaries: Mapping[str, str], *headers: str) -> Json:
+    """The answer for the errors of one status; ``x-kms-codes`` lists their codes."""
+    examples = {code: {"summary": text, "value": _problem(status, code)} for code, text in summaries.items()}
+    text = ". ".join(f"`{code}`: {text}" for code, text in summaries.items())
+    content = {problems.MEDIA_TYPE: {"schema": describe.ref(wire.Problem), "examples": examples}}
+    return {**describe.raw(text, content, *headers), "x-kms-codes": list(summaries)}
+
+
+def _problem(status: int, code: str) -> Json:
+    return {
+        "type": f"urn:kms-service:problem:{code}",
+        "title": "A short summary",
+        "status": status,
+        "detail": "The cause and the next step",
+        "code": code,
+        "request_id": "5f0d6a9c1b7e4d2f8a3c0e9b7d6f5a41",
+    }
 
 
 # -- shapes --------------------------------------------------------------------------------------------

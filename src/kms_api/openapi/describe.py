@@ -6,7 +6,6 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, get_args
 
-from kms_api import problems
 from kms_protocol import errors, wire
 from kms_protocol.context import MAX_BYTES
 
@@ -117,28 +116,6 @@ SUBMITTED: Final[Mapping[int, Json]] = {
 
 Generated clients take all good answers of an operation for one type: it is that of 202.
 """
-
-
-# -- errors --------------------------------------------------------------------------------------------
-
-
-def refusal(status: int, summaries: Mapping[str, str], *headers: str) -> Json:
-    """The answer for the errors of one status; ``x-kms-codes`` lists their codes."""
-    examples = {code: {"summary": text, "value": _problem(status, code)} for code, text in summaries.items()}
-    text = ". ".join(f"`{code}`: {text}" for code, text in summaries.items())
-    content = {problems.MEDIA_TYPE: {"schema": ref(wire.Problem), "examples": examples}}
-    return {**raw(text, content, *headers), "x-kms-codes": list(summaries)}
-
-
-def _problem(status: int, code: str) -> Json:
-    return {
-        "type": f"urn:kms-service:problem:{code}",
-        "title": "A short summary",
-        "status": status,
-        "detail": "The cause and the next step",
-        "code": code,
-        "request_id": "5f0d6a9c1b7e4d2f8a3c0e9b7d6f5a41",
-    }
 
 
 # -- parameters and headers ----------------------------------------------------------------------------

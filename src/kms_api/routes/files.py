@@ -94,7 +94,6 @@ async def decrypt_file(call: Call[None]) -> Response:
     answers={
         200: describe.raw("The whole result", _RESULT, *_OF_RESULT),
         206: describe.raw("The bytes of the range", _RESULT, *_OF_RESULT, "Content-Range"),
-        416: describe.refusal(416, {"invalid_request": "No byte in that range"}, "Content-Range"),
     },
     refuses=(*describe.ONE_RESULT, UnknownKey, DecryptFailed, RecordRefused),
 )
