@@ -56,10 +56,22 @@ def replace_kept(path: Path, content: bytes) -> None:
     path = path.resolve(strict=True)
     old = path.stat()
     with replacing(path, locked=True) as file:
-        if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
-            os.fchown(file.fileno(), old.st_uid, old.st_gid)
-        os.fchmod(file.fileno(), old.st_mode & 0o777)
+        keep_access(file.fileno(), old)
         file.write(content)
+
+
+def keep_access(fd: int, old: os.stat_result) -> None:
+    """Give an open file the owner and the mode of the one whose place it takes.
+
+    The mode comes last, so that it lets no group in that is not to have it. Raises OSError if the owner
+    cannot be changed; the mode is set then too.
+    """
+    made = os.fstat(fd)
+    try:
+        if (made.st_uid, made.st_gid) != (old.st_uid, old.st_gid):
+            os.fchown(fd, old.st_uid, old.st_gid)
+    finally:
+        os.fchmod(fd, old.st_mode & 0o777)
 
 
 @contextmanager

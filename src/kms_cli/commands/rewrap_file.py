@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import stat
 from pathlib import Path
 from typing import BinaryIO, Final, TypedDict, Unpack
 
@@ -31,6 +30,7 @@ from kms_core.age.armor import BEGIN
 from kms_core.age.header import FILE_LIMITS, Header
 from kms_core.envelope import binding
 from kms_core.payload.files import FileRange, copied_in_kernel
+from kms_core.secure_files import keep_access
 from kms_protocol.errors import BadInput, DecryptFailed, InvalidRequest, NotACiphertext
 from kms_protocol.wire import ContextIn, EncryptOut
 
@@ -83,7 +83,8 @@ def rewrap_file_command(
             meter(on_stdout=is_stdout(output)) as line,
         ):
             if in_place:
-                _keep_access(opened.stream.fileno(), target.fileno())
+                with contextlib.suppress(PermissionError):  # this user may not be its owner
+                    keep_access(target.fileno(), os.fstat(opened.stream.fileno()))
             target.write(answer.ciphertext[: new.size])
             copy_payload(opened, start[old.size :], target, line)
     if output and output != STDIO:
@@ -135,14 +136,6 @@ def copy_payload(source: InputStream, ahead: bytes, target: BinaryIO, line: term
     after = os.fstat(fd)
     if source.file_range and (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise InvalidRequest("The source changed while it was copied; try again when no program writes to it")
-
-
-def _keep_access(fd: int, target_fd: int) -> None:
-    """Give the file the owner and mode of the file that it replaces."""
-    old = os.fstat(fd)
-    with contextlib.suppress(PermissionError):
-        os.fchown(target_fd, old.st_uid, old.st_gid)
-    os.fchmod(target_fd, stat.S_IMODE(old.st_mode))
 
 
 def _report(source: Path, target: Path, answer: EncryptOut) -> None:

@@ -29,6 +29,7 @@ from kms_core.payload.files import (
     source_changed_error,
 )
 from kms_core.payload.parallel import ParallelOptions, copy_run
+from kms_core.secure_files import keep_access
 from kms_protocol.errors import (
     ConfigurationError,
     KmsError,
@@ -402,7 +403,7 @@ class RootedPending:
         replaced = source if in_place and isinstance(source, OpenSource) else None
         with file_errors():
             if replaced:
-                _keep_access(replaced.fd, self.fd)
+                keep_access(self.fd, os.fstat(replaced.fd))
             marked = None
             while marked != (found := os.fstat(self.fd)).st_mtime_ns:
                 marked = found.st_mtime_ns
@@ -515,11 +516,3 @@ def sweep(roots: Roots, targets: Mapping[str, str], keep: Collection[str]) -> No
     for url in beside.values():
         with suppress(KmsError):  # the attempt itself will say what is wrong with the directory
             roots.sweep(url, lambda job_id, attempt: job_id in targets and attempt not in keep)
-
-
-def _keep_access(source_fd: int, target_fd: int) -> None:
-    """Give a file the owner and mode of the one whose place it takes. Raises OSError."""
-    found, made = os.fstat(source_fd), os.fstat(target_fd)
-    if (found.st_uid, found.st_gid) != (made.st_uid, made.st_gid):
-        os.fchown(target_fd, found.st_uid, found.st_gid)
-    os.fchmod(target_fd, found.st_mode & 0o777)
