@@ -188,21 +188,15 @@ def run_next(worker_context: WorkerContext, following: Following, *, woken: bool
 def run_claimed(claim: Attempt, worker_context: WorkerContext) -> None:
     """Bring a claimed job to an end. Raises as ``run_job``."""
     job = claim.accepted
-    with audit.identified(job.request_id, job.owner):
-        _run(claim, worker_context)
-
-
-def _run(claim: Attempt, worker_context: WorkerContext) -> None:
-    job = claim.accepted
     if claim.attempt == 1 and not claim.deferrals:
         metrics.JOB_WAIT_SECONDS.labels(job.kind).observe(max(0.0, claim.waited_s))
-    _log.info(
-        "job.claimed", job_id=job.job_id, kind=job.kind, attempt=claim.attempt, attempt_id=claim.attempt_id
-    )
-    with tracing.span(f"job {job.kind}", SpanKind.CONSUMER, job.traceparent):
-        tracing.note(kind=job.kind, attempt=claim.attempt)
-        with metrics.JOB_SECONDS.labels(job.kind).time():
-            _attempt(claim, worker_context)
+    with audit.identified(job.request_id, job.owner):
+        attempt, attempt_id = claim.attempt, claim.attempt_id
+        _log.info("job.claimed", job_id=job.job_id, kind=job.kind, attempt=attempt, attempt_id=attempt_id)
+        with tracing.span(f"job {job.kind}", SpanKind.CONSUMER, job.traceparent):
+            tracing.note(kind=job.kind, attempt=attempt)
+            with metrics.JOB_SECONDS.labels(job.kind).time():
+                _attempt(claim, worker_context)
 
 
 def _attempt(claim: Attempt, worker_context: WorkerContext) -> None:
