@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 import click
@@ -18,7 +19,7 @@ from kms_core.settings.lint import Weakness, unaccepted, weaknesses
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.load import origins
 from kms_core.settings.model import Settings
-from kms_core.settings.validation import check_exposure
+from kms_core.settings.validation import BUILT_IN_ENVIRONMENTS, check_exposure
 from kms_protocol.errors import EXIT_OTHER, ConfigurationError
 
 _HIDDEN: Final = "(hidden)"
@@ -144,48 +145,14 @@ def _option(text: str) -> str:
     return f"{named[1] if named else ''}{_HIDDEN}"
 
 
-_BEGINNING: Final = {
-    "dev": """\
-# Settings of the service on this machine, for development. `kms config show` prints all of them.
-[kms]
-environment = "dev"       # keys are Age files, made by kms up; authentication is off
-port = 8082
-""",
-    "prod": """\
-# Settings of the service in production. `kms config lint` says what is weak, `kms doctor` what does not work,
-# `kms config show` prints all settings.
-[kms]
-environment = "prod"      # authentication and a context are required
-prod_backend = "transit"  # or cosmian, vault_kv, awskms; age needs allow_age_in_prod = true
-bind = "127.0.0.1"        # behind a proxy on this host; elsewhere set [kms.server] tls_cert and tls_key
-
-[kms.transit]
-address = "https://openbao.example:8200"
-token_file = "/etc/kms-service/transit-token"
-
-[kms.auth]
-mode = "required"         # kms token create makes the first token
-
-[kms.redis]
-url = "rediss://kms@redis.example:6379/0"
-password_file = "/etc/kms-service/redis-password"
-
-[kms.audit]
-durability = "fsync"      # records survive a power cut
-
-[kms.jobs]
-roots = []                # directories that jobs may read and write, such as "/srv/files"
-""",
-}
-
-
 @click.command("init")
 @click.option(
-    "--environment", type=click.Choice(list(_BEGINNING)), default="dev", show_default=True, help="Its use."
+    "--environment", type=click.Choice(BUILT_IN_ENVIRONMENTS), default="dev", show_default=True, help="Its use."
 )
 def init_command(environment: str) -> None:
     """Print a settings file to begin with: ``kms config init > kms.toml``."""
-    terminal.result(_BEGINNING[environment].rstrip("\n"))
+    file = Path(__file__).with_name(f"kms.{environment}.toml")
+    terminal.result(file.read_text("utf-8").rstrip("\n"))
 
 
 @click.command("lint")
