@@ -26,8 +26,8 @@ from benchmarks.report import Scale
 from kms_core.age import header, stream
 from kms_core.age.header import FILE_LIMITS, SYNC_LIMITS, HeaderLimits
 from kms_core.age.x25519 import X25519Identity
-from kms_core.audit.log import AuditLog
 from kms_core.audit.keys import Concealer, Signer
+from kms_core.audit.log import AuditLog
 from kms_core.auth.policy import AllowAll, Principal
 from kms_core.backends.age import AgeBackend
 from kms_core.backends.key_files import KeyFiles

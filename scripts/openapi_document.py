@@ -22,7 +22,9 @@ from kms_protocol.context import MAX_BYTES, MAX_PAIRS
 VERSION: Final = "3.1.0"
 DOCUMENTED: Final = {wire.PREFIX: app.ROUTERS, "": (operations.probes,)}
 """The routers of the document, by the prefix of their paths."""
-EXAMPLES: Final[Mapping[str, Json]] = json.loads(Path(__file__).with_name("openapi_examples.json").read_text())
+EXAMPLES: Final[Mapping[str, Json]] = json.loads(
+    Path(__file__).with_name("openapi_examples.json").read_text()
+)
 """A JSON object of a shape, by its name. Not each shape has one."""
 _REF: Final = "#/components/{}/{}"
 _ANYONE: Final = (errors.Forbidden, errors.AuditUnavailable, errors.KmsError)

@@ -7,7 +7,7 @@ import msgspec
 
 
 class ErrorText(msgspec.Struct, frozen=True):
-    """What to do about an error; and of one that ends a job or item what happened, and what to do then."""
+    """The next step after an error; of one that ends a job or item also the cause, and the next step then."""
 
     hint: str = ""
     job_detail: str = ""

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import pytest
 
-from kms_core.audit.log import AuditLog
 from kms_core.audit.keys import Concealer, Signer
+from kms_core.audit.log import AuditLog
 from support.audit_logs import AuditFolder, hours_ago, record
 from support.service import Service
 from support.waiting import until

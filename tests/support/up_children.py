@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from unittest.mock import patch
 
+from kms_cli.local import up
 from kms_cli.main import run
 from kms_core.programs import supervisor
 from kms_core.programs.liveness import is_alive

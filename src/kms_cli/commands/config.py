@@ -147,7 +147,11 @@ def _option(text: str) -> str:
 
 @click.command("init")
 @click.option(
-    "--environment", type=click.Choice(BUILT_IN_ENVIRONMENTS), default="dev", show_default=True, help="Its use."
+    "--environment",
+    type=click.Choice(BUILT_IN_ENVIRONMENTS),
+    default="dev",
+    show_default=True,
+    help="Its use.",
 )
 def init_command(environment: str) -> None:
     """Print a settings file to begin with: ``kms config init > kms.toml``."""

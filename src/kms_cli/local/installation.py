@@ -200,16 +200,21 @@ def command(binary: Path, files: ValkeyFiles) -> list[str]:
     return [str(binary), *(word for name, value in options.items() for word in (f"--{name}", value))]
 
 
-def is_ready(socket_path: Path) -> bool:
-    """Return whether the server has loaded its data and answers PING."""
+def answer(socket_path: Path) -> bytes:
+    """Return the first line of the answer to PING; empty without one."""
     try:
         with socket.socket(socket.AF_UNIX) as peer:
             peer.settimeout(ANSWER_TIMEOUT_S)
             peer.connect(str(socket_path))
             peer.sendall(b"PING\r\n")
-            return peer.recv(256).startswith(b"+PONG")
+            return peer.recv(256)
     except OSError:
-        return False
+        return b""
+
+
+def is_ready(socket_path: Path) -> bool:
+    """Return whether the server has loaded its data and answers."""
+    return answer(socket_path).startswith(b"+PONG")
 
 
 def child(files: ValkeyFiles, environ: Mapping[str, str]) -> Child:

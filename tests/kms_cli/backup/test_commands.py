@@ -13,8 +13,8 @@ import pytest
 
 from kms_cli.local import installation
 from kms_cli.local.up import make_dev_keys
-from kms_core.audit.log import AuditLog
 from kms_core.audit.keys import Concealer, Signer
+from kms_core.audit.log import AuditLog
 from kms_core.settings import load
 from kms_core.settings.model import AuditSection
 from support.audit_logs import AuditFolder

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kms_core.audit.log import AuditLog
 from kms_core.audit.keys import Concealer, PublicKeys, Signer
+from kms_core.audit.log import AuditLog
 from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import verify
 from kms_core.settings.model import AuditSection

@@ -1,6 +1,7 @@
 """One key id, several backends: files that any of them opens, failover, moves, job keys, what headers say."""
 
 import subprocess
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -153,7 +154,7 @@ def test_the_list_of_versions_and_each_wrap_share_one_timeout(operation: str) ->
     with ExitStack() as passed:
         peers = [Slow("one", 4.0, passed), Slow("two", 8.0, passed)]
         kms = service(*(RemoteBackend(peer, policy=NO_RETRIES) for peer in peers))
-        calls = {
+        calls: dict[str, Callable[[], object]] = {
             "encrypt": lambda: kms.encrypt(ADA, SALARY, ROW_7),
             "generate_data_key": lambda: kms.generate_data_key(ADA, 32, ROW_7),
             "wrap": lambda: kms.wrap(ADA, bytes(16), ROW_7),
