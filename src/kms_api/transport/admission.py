@@ -261,9 +261,6 @@ class Admitted:
         self._budgets = budgets
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         held = scope[RESERVATION] = Reservation(self._budgets, scope)
         cycle = cycle_of(scope)
         if cycle is not None and cycle.more_body:
