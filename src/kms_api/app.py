@@ -64,9 +64,15 @@ _DOCUMENT: Final = Path(__file__).with_name("openapi") / "openapi.json"
 
 
 class Application(FastAPI):
-    """Answers requests by ``layers``, and serves our OpenAPI document instead of FastAPI's."""
+    """Answers requests by ``layers``, and serves our OpenAPI document instead of FastAPI's.
+
+    ``entry`` None: requests need no credentials.
+    """
 
     layers: ASGIApp
+    service: Service
+    screen: Screen
+    entry: RequestAuthenticator | None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # the start and the end of the service
@@ -104,7 +110,7 @@ def build(settings: Settings) -> Application:
         redoc_url=None,
         redirect_slashes=False,  # a redirected POST would send its secret twice
     )
-    service = app.state.service = Service(
+    service = app.service = Service(
         settings,
         core.kms,
         core.submitter,
@@ -126,8 +132,8 @@ def build(settings: Settings) -> Application:
         else RequestAuthenticator(core.authenticator, core.kms.audit_log, failures)
     )
     sessions = Sessions(core.worker_context.store.redis, core.worker_context.store.record_key)
-    app.state.entry = authenticator
-    app.state.screen = Screen.load(sessions, authenticator)
+    app.entry = authenticator
+    app.screen = Screen.load(sessions, authenticator)
     reference = REFERENCE if settings.kms.server.docs else ()
     vault = VAULT if settings.kms.facade.enabled else ()
     parts = {wire.PREFIX: ROUTERS, "": (operations.probes, *UI, *reference, *vault)}

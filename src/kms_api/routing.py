@@ -20,7 +20,7 @@ from starlette.responses import RedirectResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from kms_api import json_body
-from kms_api.deps import ANONYMOUS, INLINE_BYTES, PRINCIPAL, Pool, Service, has_many_stanzas, service
+from kms_api.deps import ANONYMOUS, INLINE_BYTES, PRINCIPAL, Pool, Service, has_many_stanzas
 from kms_core import audit
 from kms_core.auth.policy import Principal
 from kms_protocol import wire
@@ -38,7 +38,6 @@ _NO_MOUNTS: Final = (f"{VAULT}sys/", f"{VAULT}auth/")
 _TRUE: Final = frozenset({"1", "t", "T", "true", "TRUE", "True"})  # as Go reads booleans (strconv.ParseBool)
 _DIGITS: Final = 16  # of a number in a query string
 _PARAMETER: Final = re.compile(r"\{(\w+)\}")
-_NO_NAMES: Final[Mapping[str, str]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,8 @@ class Call(Generic[B_co]):
 
     @property
     def service(self) -> Service:
-        return service(self.request)
+        found: Service = self.request.scope["app"].service
+        return found
 
     @property
     def caller(self) -> Principal:
@@ -88,9 +88,10 @@ class Call(Generic[B_co]):
         whether the call makes one.
         """
         is_large = max(size_bytes, len(file)) > INLINE_BYTES
-        waits_for_disk = self.service.settings.kms.audit.durability == "fsync"
-        keyring = self.service.kms.keyring
-        if not (is_large or waits_for_disk or has_many_stanzas(file)) and (
+        service = self.service
+        waits_for_disk = service.settings.kms.audit.durability == "fsync"
+        keyring = service.kms.keyring
+        if not (is_large or waits_for_disk or (file and has_many_stanzas(file))) and (
             not keyring.blocks or keyring.is_ready(self.caller.tenant, key_id, file, seals=seals)
         ):
             return None
@@ -144,7 +145,7 @@ def endpoint_of(
     async def endpoint(request: Request) -> Response:
         call = Call(request, await read(request))
         pool = threads(call) if callable(threads) else threads
-        made = await call.service.run(pool, handler, call)
+        made = handler(call) if pool is None else await call.service.run(pool, handler, call)
         return made if isinstance(made, Response) else encode(made)
 
     return endpoint
@@ -177,9 +178,9 @@ class Route:
     def check_scope(self, scope: Scope) -> None:
         """Raise Forbidden, which is recorded, for a caller without a scope for this route."""
         who: Principal = scope[PRINCIPAL]
-        if self.rule.operation is None or who is ANONYMOUS:
+        if who is ANONYMOUS:
             return
-        kms = scope["app"].state.service.kms
+        kms = scope["app"].service.kms
         try:
             kms.policy.require(who, self.rule.operation)
         except Forbidden as exc:
@@ -189,6 +190,7 @@ class Route:
 
 Methods: TypeAlias = dict[str, Route]
 """The routes of one template, by method."""
+_NONE: Final[Methods] = {}
 
 
 class Routes:
@@ -345,19 +347,18 @@ class Dispatcher:
 
         Of the templates that fit, those with the most segments count, and of these the first with the method.
         """
-        methods = self._fixed.get(path)
-        if methods is not None and method in methods:
-            return methods, _NO_NAMES
         for templates in self._sizes:
             fit = [(each, found) for pattern, each in templates if (found := pattern.fullmatch(path))]
             if fit:
                 methods, found = next((pair for pair in fit if method in pair[0]), fit[0])
                 return methods, found.groupdict()
-        return {}, _NO_NAMES
+        return _NONE, {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         method = scope["method"]
-        methods, scope["path_params"] = self.find(method, path_of(scope))
+        methods = self._fixed.get(scope["path"], _NONE)
+        if method not in methods:
+            methods, scope["path_params"] = self.find(method, path_of(scope))
         if not methods:
             await self._app.router(scope, receive, send)
             return
@@ -365,6 +366,7 @@ class Dispatcher:
         scope["route"] = route or next(iter(methods.values()))
         if route is None:
             raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, headers={"Allow": ", ".join(sorted(methods))})
-        route.check_scope(scope)
+        if route.rule.operation is not None:
+            route.check_scope(scope)
         response = await route.endpoint(Request(scope, receive, send))
         await (response if method != "HEAD" else await _without_stream(response))(scope, receive, send)

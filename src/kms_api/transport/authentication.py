@@ -299,9 +299,8 @@ class AuthenticationLayer:
             return ANONYMOUS
         who = LOCAL_CALLER
         if self._authenticator is not None:
-            who = await self._of_session(scope, self._authenticator) or (
-                await self._authenticator.authenticate(scope)
-            )
+            in_session = await self._of_session(scope, self._authenticator) if is_ui(path) else None
+            who = in_session or await self._authenticator.authenticate(scope)
         elif scope["path"] == METRICS:
             raise Forbidden("Metrics are for callers on this machine: see [kms.server] metrics")
         self._requests.take(who.tenant)
@@ -309,7 +308,7 @@ class AuthenticationLayer:
 
     async def _of_session(self, scope: Scope, authenticator: RequestAuthenticator) -> Principal | None:
         """The principal of a session, which is valid only for pages. Raises Unavailable."""
-        given = filter(is_id, cookies(scope["headers"], COOKIE)) if is_ui(scope["path"]) else ()
+        given = filter(is_id, cookies(scope["headers"], COOKIE))
         if not (ids := list(islice(given, _COOKIES))):
             return None
         found = await self._look_ups.run(scope, self._sessions, partial(self._valid, ids, authenticator))

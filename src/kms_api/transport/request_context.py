@@ -3,6 +3,7 @@
 Audit records, limits, logs and metrics read the client's address from ``scope["client"]`` and no header.
 """
 
+import logging
 import os
 import re
 import time
@@ -67,7 +68,8 @@ _PREFLIGHT: Final = {
     "access-control-allow-headers": "Content-Type, X-Namespace, Authorization, Authorization-Extras",
     "access-control-max-age": "600",
 }
-_log = structlog.get_logger("kms_api.access")
+_access = logging.getLogger("kms_api.access")
+_log = structlog.get_logger(_access.name)
 Refusal: TypeAlias = Callable[[Scope, Exception], Response]
 
 
@@ -102,7 +104,7 @@ class RequestContext:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = by_name(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
+        request_id = given if given and _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
         audit.request_id.set(request_id)
         noted = self._noting(scope)
         is_named, cors = self._cors(scope)
@@ -178,7 +180,7 @@ def _marked(
     marked = [*headers, (b"x-request-id", request_id.encode())]
     if audit_id:
         marked.append((b"x-kms-audit-id", audit_id.encode()))
-    if not any(name == b"cache-control" for name, _ in marked):
+    if b"cache-control" not in dict(marked):
         marked.append((b"cache-control", b"no-store"))
     if not is_ui(scope["path"]):
         return [*marked, *_HEADERS]
@@ -196,7 +198,9 @@ def _count(scope: Scope, status: int, seconds: float) -> None:
     route, method = _route(scope), scope["method"]
     tracing.note(f"{method} {route}", method=method, route=route, status=status)
     metrics.answer_seconds(route, method, str(status)).observe(seconds)
-    _log.debug("http.request", method=method, route=route, status=status, duration_us=round(seconds * 1e6))
+    if _access.isEnabledFor(logging.DEBUG):  # structlog asks only after ten calls
+        took_us = round(seconds * 1e6)
+        _log.debug("http.request", method=method, route=route, status=status, duration_us=took_us)
 
 
 class _MinuteLimit:

@@ -196,7 +196,7 @@ class PageLayer:
         await called
 
     async def _is_redis_away(self, scope: Scope) -> bool:
-        pages: Service = scope["app"].state.service
+        pages: Service = scope["app"].service
         is_away = await pages.run(_PROBES, self._probe.condition) == "unavailable"
         if is_away:
             pages.store_probe.failed()  # so that no page waits for a Redis that answered that probe before
@@ -220,7 +220,7 @@ def refused(scope: Scope, error: Exception) -> Response:
 
 def screen(request: Request) -> Screen:
     """Return the templates and texts of the pages."""
-    found: Screen = request.app.state.screen
+    found: Screen = request.app.screen
     return found
 
 

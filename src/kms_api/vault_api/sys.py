@@ -336,7 +336,7 @@ async def _login(request: Request) -> Response:
     if logins is None or mount not in logins.sections:
         raise HTTPException(HTTPStatus.NOT_FOUND)
     body = await body_of(request, LoginIn)
-    entry: RequestAuthenticator = request.app.state.entry
+    entry: RequestAuthenticator = request.app.entry
     issued = await entry.verified(request.scope, partial(_issue, logins, mount, body))
     check_headers(request.scope["headers"], issued.who)
     service(request).requests.take(issued.who.tenant)  # the tenant was not known before

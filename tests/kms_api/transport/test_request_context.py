@@ -1,10 +1,11 @@
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import httpx2 as httpx
 import pytest
 from fastapi import Request, Response
 from prometheus_client import REGISTRY
+from starlette.responses import StreamingResponse
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -42,9 +43,19 @@ async def crash(request: Request) -> Response:
     raise ZeroDivisionError
 
 
+async def broken(request: Request) -> Response:
+    async def parts() -> AsyncIterator[bytes]:
+        yield b"one"
+        raise UnknownJob
+
+    del request
+    return StreamingResponse(parts())
+
+
 def application() -> ASGIApp:
     """Starlette's router, which answers no exception but its own."""
     things = {"/things/{thing}": thing, "/cached": cached, "/refused": refused, "/crash": crash}
+    things |= {"/v1/refused": refused, "/v1/crash": crash, "/broken": broken}
     return Router([Route(path, endpoint) for path, endpoint in things.items()])
 
 
@@ -197,6 +208,23 @@ async def test_requests_are_counted_by_template_never_by_path(path: str, route: 
 
     assert REGISTRY.get_sample_value("kms_http_request_duration_seconds_count", labels) == before + 1
     assert REGISTRY.get_sample_value("kms_inflight") == 0
+
+
+@pytest.mark.parametrize(("path", "status"), [("/v1/refused", 404), ("/v1/crash", 500)])
+async def test_clients_of_vault_read_errors_in_their_form(path: str, status: int) -> None:
+    answer = await get(path)
+
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json().keys() == {"errors"}
+
+
+@pytest.mark.parametrize(("path", "error"), [("/crash", ZeroDivisionError), ("/broken", UnknownJob)])
+async def test_the_server_logs_faults_and_errors_within_an_answer(path: str, error: type[Exception]) -> None:
+    transport = httpx.ASGITransport(RequestContext(application(), []))
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8082") as client:
+        with pytest.raises(error):
+            await client.get(path)
 
 
 # -- what callers without a credential can have written to the audit log: 60 denials a minute

@@ -171,9 +171,9 @@ async def test_a_page_of_a_session_does_not_wait_for_a_redis_that_hangs(
     application: Application, monkeypatch: pytest.MonkeyPatch, *, knows: bool
 ) -> None:
     is_over, begun = asyncio.Event(), []
-    probe, state = StoreProbe(lambda: "available"), application.pages.state
+    probe, pages = StoreProbe(lambda: "available"), application.pages
     assert probe.condition() == "available"
-    monkeypatch.setitem(state._state, "service", replace(state.service, store_probe=probe))  # noqa: SLF001 -- undone whole
+    monkeypatch.setattr(pages, "service", replace(pages.service, store_probe=probe))
     found: list[StoreCondition] = ["unavailable"] if knows else ["available", "unavailable"]
 
     async def hanging(scope: Scope, receive: Receive, send: Send) -> None:
@@ -187,7 +187,7 @@ async def test_a_page_of_a_session_does_not_wait_for_a_redis_that_hangs(
     layer = RequestContext(PageLayer(hanging, {"/ui/login"}, look), ["kms"], pages=refused)
 
     async def served(scope: Scope, receive: Receive, send: Send) -> None:
-        await layer({**scope, "app": application.pages}, receive, send)
+        await layer({**scope, "app": pages}, receive, send)
 
     async with httpx.AsyncClient(transport=httpx.ASGITransport(served), base_url="http://kms") as http:
         answer = await http.get("/ui/jobs", headers={"Cookie": "kms_session=" + "A" * 43})

@@ -166,8 +166,7 @@ class Application:
     @property
     def service(self) -> Service:
         """The state that its routes share."""
-        found: Service = self.pages.state.service
-        return found
+        return self._app.service
 
     def streams(self) -> int:
         """The number of event streams and waits that are open."""
