@@ -5,22 +5,22 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_type_hints
 
 import msgspec
-from fastapi.routing import APIRouter
 
-from kms_api import app, problems
+from kms_api import app, json_body, problems
 from kms_api.openapi import describe
 from kms_api.openapi.describe import STRING, Json, choice
 from kms_api.routes import operations
-from kms_api.routing import METRICS, ScopedRoute, routes_of
+from kms_api.routing import METRICS, Route, Routes, RouteSource
 from kms_protocol import __version__, admin, errors, wire
 from kms_protocol.context import MAX_BYTES, MAX_PAIRS
 
 VERSION: Final = "3.1.0"
-DOCUMENTED: Final = {wire.PREFIX: app.ROUTERS, "": (operations.probes,)}
+DOCUMENTED: Final[Mapping[str, Iterable[Routes]]] = {wire.PREFIX: app.ROUTERS, "": (operations.probes,)}
 """The routers of the document, by the prefix of their paths."""
 EXAMPLES: Final[Mapping[str, Json]] = json.loads(
     Path(__file__).with_name("openapi_examples.json").read_text()
@@ -101,18 +101,16 @@ _EVERYWHERE: Final = ("X-Request-Id", "X-KMS-Audit-Id", "Cache-Control")
 _SECURITY: Final[list[dict[str, list[str]]]] = [{method: []} for method in _METHODS]
 
 
-def page(routers: Mapping[str, Iterable[APIRouter]]) -> Json:
+def page(routers: Mapping[str, Iterable[Routes]]) -> Json:
     """The OpenAPI document of routers, which are given by the prefix of their paths.
 
-    Raises TypeError for a documented route without a description.
+    Raises TypeError for a route without a description.
     """
     shared: dict[str, Json] = {}
     paths: dict[str, Json] = {}
     for prefix, parts in routers.items():
-        for route in routes_of(parts):
-            if route.include_in_schema:
-                operation = _operation(route, shared)
-                paths.setdefault(prefix + route.path_format, {})[route.method.lower()] = operation
+        for route in (route for part in parts for route in part.declared):
+            paths.setdefault(prefix + route.path, {})[route.method.lower()] = _operation(route, shared)
     made = schemas()
     used = _used(made, json.dumps([paths, shared]))
     return {
@@ -140,14 +138,51 @@ def page(routers: Mapping[str, Iterable[APIRouter]]) -> Json:
     }
 
 
-def _operation(route: ScopedRoute, shared: dict[str, Json]) -> Json:
-    rule, extra = route.rule, route.openapi_extra
-    if not extra or "x-kms-refuses" not in extra:
+@dataclass(frozen=True)
+class Description:
+    """What the document says of a route. ``answers`` are by status, success first."""
+
+    name: str
+    text: str
+    body: Json | None
+    answers: Mapping[int, Json]
+    parameters: Iterable[Json]
+    refuses: Iterable[type[errors.KmsError]]
+
+
+def described(  # noqa: PLR0913 -- the parts of an operation
+    source: RouteSource,
+    *,
+    body: Json | None = None,
+    gives: str = "",
+    answers: Mapping[int, Json] | None = None,
+    parameters: Iterable[Json] = (),
+    refuses: Iterable[type[errors.KmsError]] = (),
+) -> Description:
+    """The description of an operation of the handler's name.
+
+    A JSON ``body`` is that of ``source.read``. ``gives`` describes the one answer, of status 200, whose shape
+    is the return annotation. ``refuses`` are the errors of this route only.
+    """
+    if isinstance(source.read, json_body.JsonBody):
+        required = any(field.required for field in msgspec.structs.fields(source.read.shape))
+        body = describe.takes(source.read.shape, required=required)
+        refuses = (*describe.BODY, *refuses)
+    if answers is None:
+        answers = {200: describe.gives(get_type_hints(source.handler)["return"], gives)}
+    text = inspect.getdoc(source.handler) or ""
+    return Description(source.handler.__name__, text, body, answers, parameters, refuses)
+
+
+def _operation(route: Route, shared: dict[str, Json]) -> Json:
+    rule = route.rule
+    if route.source is None or not route.source.more:
         raise TypeError(f"{route.path} has no description: see describe.py")
-    summary, _, text = route.description.partition("\n\n")
+    says = described(route.source, **route.source.more)
+    summary, _, text = says.text.partition("\n\n")
     made: Json = {
-        "operationId": route.operation_id,
-        "tags": list(route.tags),
+        "operationId": says.name,
+        "tags": [route.source.tag],
         "summary": " ".join(summary.replace("`", "").split()),
     }
     scope = f"Requires the scope `{rule.operation}`." if rule.operation else ""
@@ -158,9 +193,9 @@ def _operation(route: ScopedRoute, shared: dict[str, Json]) -> Json:
         made["security"] = [*_SECURITY, {}]
     made |= {
         "x-kms-scope": rule.operation,
-        "parameters": [*_of_path(route.path_format), *extra["parameters"]],
-        "requestBody": extra["requestBody"],
-        "responses": _responses(route, extra, shared),
+        "parameters": [*_of_path(route.path), *says.parameters],
+        "requestBody": says.body,
+        "responses": _responses(route, says, shared),
     }
     return {name: value for name, value in made.items() if value or name == "security"}
 
@@ -180,16 +215,18 @@ def _of_path(path: str) -> Iterator[Json]:
             yield {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 
 
-def _responses(route: ScopedRoute, extra: Json, shared: dict[str, Json]) -> Json:
+def _responses(route: Route, says: Description, shared: dict[str, Json]) -> Json:
     """Answers of a route by status. Errors refer to the ``shared`` components, which are extended."""
     everywhere = {name: describe.header_ref(name) for name in _EVERYWHERE}
-    answers = dict(extra["responses"])
-    if any(each["name"] == "Range" for each in extra["parameters"]):
-        answers["416"] = _refusal(416, _NO_RANGE, "Content-Range")
+    answers = dict(says.answers)
+    if any(each["name"] == "Range" for each in says.parameters):
+        answers[416] = _refusal(416, _NO_RANGE, "Content-Range")
     made = {
-        status: {**answer, "headers": everywhere | answer["headers"]} for status, answer in answers.items()
+        str(status): {**answer, "headers": everywhere | answer["headers"]}
+        for status, answer in answers.items()
     }
-    found = _codes([*extra["x-kms-refuses"], *(_ANYONE if route.rule.open else _CALLERS)])
+    refuses = sorted({*says.refuses}, key=lambda kind: kind.code)
+    found = _codes([*refuses, *(_ANYONE if route.rule.open else _CALLERS)])
     if "{" in route.path:
         found.setdefault(404, {}).update(_NOT_FOUND)
     for status, means in sorted(found.items()):

@@ -11,20 +11,19 @@ from typing import Any, Final
 import anyio
 import anyio.to_thread
 from fastapi import FastAPI
-from starlette.middleware.errors import ServerErrorMiddleware
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kms_api import problems, routing
+from kms_api import routing
 from kms_api.deps import Service
 from kms_api.routes import audit, batch, files, jobs, keys, operations, secrets
-from kms_api.routing import DOCS, FastPath
+from kms_api.routing import DOCS, Dispatcher, rules_of
 from kms_api.transport.admission import Admitted, budgets_of
 from kms_api.transport.authentication import AuthenticationLayer, RequestAuthenticator, Sessions
 from kms_api.transport.request_context import ClientAddress, RequestContext
 from kms_api.ui import overview, views
-from kms_api.ui.render import STATIC_FILES, PageLayer, Screen
+from kms_api.ui.render import STATIC_FILES, PageLayer, Screen, refused
 from kms_api.vault_api import sys, transit
-from kms_api.vault_api.routing import LOGIN, Routes, VaultApi
+from kms_api.vault_api.routing import LOGIN
 from kms_core.audit.verification.verify import AuditMonitor
 from kms_core.auth.rate_limit import Failures, Rate, Requests
 from kms_core.container import Core, build_monitor
@@ -50,11 +49,12 @@ ROUTERS: Final = (
 )
 UI: Final = (overview.router, views.router)
 REFERENCE: Final = (views.docs,)
-RULES: Final = routing.rules_of((*ROUTERS, operations.probes))
+RULES: Final = rules_of((*ROUTERS, operations.probes))
 """The access rule of each route of the API, by method and path; only probes have no prefix."""
-UI_RULES: Final = routing.rules_of((*UI, *REFERENCE))
+UI_RULES: Final = rules_of((*UI, *REFERENCE))
 """Those of the pages."""
-VAULT_ROUTES: Final = Routes((transit.routes, sys.routes))
+VAULT: Final = (transit.routes, sys.routes)
+VAULT_RULES: Final = rules_of(VAULT)
 PAGES: Final = frozenset({DOCS, "/openapi.json"})
 """The public documentation, which ``[kms.server] docs`` turns off."""
 
@@ -63,8 +63,23 @@ _DOCUMENT: Final = Path(__file__).with_name("openapi") / "openapi.json"
 """Written by ``scripts/openapi``."""
 
 
-class _App(FastAPI):
-    """Serves our OpenAPI document instead of FastAPI's."""
+class Application(FastAPI):
+    """Answers requests by ``layers``, and serves our OpenAPI document instead of FastAPI's.
+
+    ``entry`` None: requests need no credentials.
+    """
+
+    layers: ASGIApp
+    service: Service
+    screen: Screen
+    entry: RequestAuthenticator | None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":  # the start and the end of the service
+            await super().__call__(scope, receive, send)
+            return
+        scope["app"] = self
+        await self.layers(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
@@ -81,13 +96,13 @@ def _core(settings: Settings) -> Core:
     return build_core(settings, "api", broker.connect(settings.kms.redis))
 
 
-def build(settings: Settings) -> ASGIApp:
+def build(settings: Settings) -> Application:
     """The application for these settings. Reads key files, calls no peer. Raises ConfigurationError."""
     traced = settings.kms.traces
     tracing.configure("kms-service", enabled=traced.enabled, endpoint=traced.endpoint)
     core = _core(settings)
     monitor = build_monitor(settings, core.worker_context.store.redis)
-    app = _App(
+    app = Application(
         title="kms-service",
         lifespan=_lifespan_of(core, monitor),
         openapi_url="/openapi.json" if settings.kms.server.docs else None,
@@ -95,7 +110,7 @@ def build(settings: Settings) -> ASGIApp:
         redoc_url=None,
         redirect_slashes=False,  # a redirected POST would send its secret twice
     )
-    service = app.state.service = Service(
+    service = app.service = Service(
         settings,
         core.kms,
         core.submitter,
@@ -109,10 +124,6 @@ def build(settings: Settings) -> ASGIApp:
         ThreadPoolExecutor(_SLAB_THREADS, "slab"),
         core.authenticator,
     )
-    app.state.methods = {}
-    routing.include(app, ROUTERS, wire.PREFIX)
-    routing.include(app, (operations.probes, *UI, *(REFERENCE if settings.kms.server.docs else ())))
-    problems.install(app)
     metrics.show_weak(SETTINGS, unaccepted(settings))
     failures = Failures(settings.kms.auth.failures_per_minute / settings.kms.server.processes)
     authenticator = (
@@ -121,37 +132,31 @@ def build(settings: Settings) -> ASGIApp:
         else RequestAuthenticator(core.authenticator, core.kms.audit_log, failures)
     )
     sessions = Sessions(core.worker_context.store.redis, core.worker_context.store.record_key)
-    app.state.entry = authenticator
-    app.state.screen = Screen.load(sessions, authenticator)
-    layer: ASGIApp = FastPath(app, ROUTERS, wire.PREFIX)
-    if settings.kms.facade.enabled:
-        layer = VaultApi(layer, app, VAULT_ROUTES)
-    layer = ServerErrorMiddleware(layer, problems.unknown)
+    app.entry = authenticator
+    app.screen = Screen.load(sessions, authenticator)
+    reference = REFERENCE if settings.kms.server.docs else ()
+    vault = VAULT if settings.kms.facade.enabled else ()
+    parts = {wire.PREFIX: ROUTERS, "": (operations.probes, *UI, *reference, *vault)}
+    layer: ASGIApp = Dispatcher(app, parts)
     public = open_paths(settings.kms.auth.logins)
     layer = AuthenticationLayer(layer, authenticator, sessions, service, public)
-    layer = PageLayer(layer, app, public, core.worker_context.store.condition)
-    layer = RequestContext(
-        layer, settings.kms.server.allowed_hosts, core.kms.audit_log, settings.kms.server.codec_origins
-    )
+    layer = PageLayer(layer, public, core.worker_context.store.condition)
+    server = settings.kms.server
+    layer = RequestContext(layer, server.allowed_hosts, core.kms.audit_log, server.codec_origins, refused)
     layer = Admitted(layer, budgets_of(settings.kms.server))
     if settings.kms.server.trusted_proxies:
         layer = ClientAddress(layer, Proxies.of(settings.kms.server.trusted_proxies))
-    return layer
+    app.layers = layer
+    return app
 
 
 def open_paths(logins: Iterable[str] = ()) -> frozenset[str]:
     """The paths that need no credential; ``logins`` are the mounts of logins."""
-    api = {f"{wire.PREFIX}{path}" for (_, path), rule in routing.rules_of(ROUTERS).items() if rule.open}
-    probes = {path for (_, path), rule in routing.rules_of([operations.probes]).items() if rule.open}
-    pages = {
-        path.replace("{name}", name)
-        for (_, path), rule in UI_RULES.items()
-        if rule.open
-        for name in STATIC_FILES
-    }
-    vault = {route.path for route in VAULT_ROUTES.declared.values() if route.rule.open}
-    vault = vault - {LOGIN} | {LOGIN.replace("{mount}", mount) for mount in logins}
-    return PAGES.union(api, probes, pages, vault)
+    parts = ((wire.PREFIX, ROUTERS), ("", (operations.probes, *UI, *REFERENCE, *VAULT)))
+    rules = ((prefix + path, rule) for prefix, each in parts for (_, path), rule in rules_of(each).items())
+    fixed = {path for path, rule in rules if rule.open and "{" not in path}
+    static = {f"{routing.UI}/static/{name}" for name in STATIC_FILES}
+    return PAGES.union(fixed, static, (LOGIN.replace("{mount}", mount) for mount in logins))
 
 
 def _request_rates(settings: Settings) -> dict[str, Rate]:

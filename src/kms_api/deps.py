@@ -159,7 +159,7 @@ def _limiter(limiters: dict[str, anyio.CapacityLimiter], name: str, threads: int
 
 def service(request: Request) -> Service:
     """The service that answers a request."""
-    found: Service = request.app.state.service
+    found: Service = request.app.service
     return found
 
 

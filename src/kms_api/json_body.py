@@ -13,7 +13,7 @@ from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
 from kms_api.deps import PRINCIPAL
-from kms_api.transport.admission import Reservation, cycle_of, reservation_of
+from kms_api.transport.admission import Reservation, reservation_of
 from kms_api.transport.bodies import refuse_encoding
 from kms_protocol import wire
 from kms_protocol.errors import BodyTimeout, InvalidRequest, TooLarge
@@ -55,8 +55,8 @@ async def read_bytes(request: Request, limit_bytes: int) -> bytes:
     the body does not arrive in time, RateLimited or Unavailable while the budget has no room for it.
     """
     refuse_encoding(request)
-    held, cycle = reservation_of(request.scope), cycle_of(request.scope)
-    if cycle is not None and not cycle.more_body:
+    held = reservation_of(request.scope)
+    if held.cycle is not None and not held.cycle.more_body:
         return await _whole(request, held, limit_bytes)
     declared = int(request.headers.get("content-length", 0))
     if declared > limit_bytes:

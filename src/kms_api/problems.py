@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import structlog
-from fastapi import FastAPI, Request, Response
+from fastapi import Response
 from msgspec import UNSET
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -25,6 +25,7 @@ EXPECTED: Final = (KmsError, HTTPException, ClientDisconnect)
 """Errors that are no fault of the service."""
 AWAY: Final = "The key backend is not available; the log of the service says why, by this request id"
 _NO_KEY: Final = "no such key for this caller; encrypting makes none here, the operator adds it to [kms.keys]"
+_OF_VAULT: Final = frozenset({"Retry-After", "Connection"})
 _WRONG_INPUT: Final = "wrong key, version prefix, context or associated_data, or a damaged ciphertext"
 _log = structlog.get_logger(__name__)
 
@@ -69,9 +70,13 @@ ANSWERS: Final[Mapping[type[KmsError], ErrorStatus]] = {
     errors.AttemptsExhausted: ErrorStatus(409),
 }
 """By kind of error; one that is not here has the answer of its parent."""
+_NO_ROUTE: Final = (
+    "no handler for route: below a mount there are encrypt, decrypt, rewrap, datakey and keys, and below sys "
+    "and auth what docs/vault-api.md lists; keys do not leave this service"
+)
 _ROUTING: Final = {
-    404: ("not_found", "No such endpoint; see /docs"),
-    405: ("method_not_allowed", "This endpoint has other methods; see /docs"),
+    404: ("not_found", "No such endpoint; see /docs", _NO_ROUTE),
+    405: ("method_not_allowed", "This endpoint has other methods; see /docs", "unsupported operation"),
 }
 
 
@@ -88,21 +93,14 @@ class ErrorReply:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-def install(app: FastAPI) -> None:
-    """Answer every error of the application as a problem."""
-    for kind in EXPECTED:
-        app.add_exception_handler(kind, _expected)
-    app.add_exception_handler(Exception, unknown)
-
-
 def answer_of(kind: type[KmsError]) -> ErrorStatus:
     """The answer to a kind of error, which may be one that a backend added; 500 for an unknown one."""
     return next((ANSWERS[each] for each in kind.__mro__ if each in ANSWERS), ErrorStatus(500))
 
 
 def answer(error: Exception) -> Response:
-    """The problem for one of ``EXPECTED``, with its headers."""
-    return _problem(_recorded(_refusal(error)))
+    """The problem for an error, with its headers."""
+    return _problem(reply_to(error))
 
 
 def problem(status: int, code: str, detail: str) -> Response:
@@ -110,14 +108,18 @@ def problem(status: int, code: str, detail: str) -> Response:
     return _problem(_recorded(ErrorReply(ErrorStatus(status), code, detail)))
 
 
+def reply_to(error: Exception) -> ErrorReply:
+    """The content of the answer to an error, once a denial is recorded."""
+    return _recorded(_refusal(error))
+
+
 def vault_answer(error: Exception, status: int = 0) -> Response:
-    """The answer of the Vault API to one of ``EXPECTED``; ``status`` replaces the usual one."""
-    return _vault(_recorded(_refusal(error)), status)
-
-
-def vault_error(status: int, text: str) -> Response:
-    """An answer of the Vault API that concerns no caller, and is not recorded."""
-    return Response(wire.encode({"errors": [text]}), status, media_type="application/json")
+    """The answer of the Vault API to an error; ``status`` replaces the usual one."""
+    reply = reply_to(error)
+    body = wire.encode({"errors": [_vault_text(reply.answer, reply.detail)]})
+    headers = {name: value for name, value in reply.headers.items() if name in _OF_VAULT}
+    status = status or reply.answer.vault_status or reply.answer.status
+    return Response(body, status, headers, media_type="application/json")
 
 
 def vault_text(error: KmsError) -> str:
@@ -131,27 +133,23 @@ def retry_after(error: errors.Unavailable) -> str:
     return str(max(1, math.ceil(error.retry_after_s)))
 
 
-async def unknown(request: Request, exc: Exception) -> Response:
-    """The problem for a fault of the service, which is logged."""
-    del request
-    _log.error("request.crashed", error=type(exc).__name__)
-    return problem(500, KmsError.code, KmsError.summary)
-
-
-async def _expected(request: Request, exc: Exception) -> Response:
-    del request
-    return answer(exc)
-
-
 def _refusal(error: Exception) -> ErrorReply:
     if isinstance(error, HTTPException):
-        code, detail = _ROUTING.get(error.status_code, (errors.InvalidRequest.code, "Refused"))
-        return ErrorReply(ErrorStatus(error.status_code), code, detail, headers=error.headers or {})
+        refused = (errors.InvalidRequest.code, "Refused", "")
+        code, detail, vault = _ROUTING.get(error.status_code, refused)
+        status = ErrorStatus(error.status_code, vault_detail=vault)
+        return ErrorReply(status, code, detail, headers=error.headers or {})
     if isinstance(error, ClientDisconnect):  # the caller is gone and reads no answer
         return ErrorReply(
             ErrorStatus(400), errors.InvalidRequest.code, "The connection ended before the body did"
         )
-    known = error if isinstance(error, KmsError) else KmsError()
+    if not isinstance(error, KmsError):
+        _log.error("request.crashed", error=type(error).__name__)
+        return ErrorReply(ErrorStatus(500), KmsError.code, KmsError.summary)
+    return _refusal_of(error)
+
+
+def _refusal_of(known: KmsError) -> ErrorReply:
     _log.debug("request.refused", code=known.code)
     links, headers, detail = None, {}, known.detail
     if isinstance(known, errors.TooLarge):
@@ -163,6 +161,8 @@ def _refusal(error: Exception) -> ErrorReply:
         headers["Retry-After"] = retry_after(known)
     if isinstance(known, errors.Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
+        if known.ends_connection:
+            headers["Connection"] = "close"
     job_id = known.job_id if isinstance(known, errors.DurabilityUnconfirmed) else ""
     return ErrorReply(answer_of(type(known)), known.code, detail, known.summary, links, job_id, headers)
 
@@ -176,9 +176,10 @@ def _recorded(refusal: ErrorReply) -> ErrorReply:
     return refusal
 
 
-def _problem(refusal: ErrorReply) -> Response:
+def body_of(refusal: ErrorReply) -> wire.Problem:
+    """The problem of a reply."""
     status = refusal.answer.status
-    body = wire.Problem(
+    return wire.Problem(
         type=f"urn:kms-service:problem:{refusal.code}",
         title=refusal.title or http.HTTPStatus(status).phrase,
         status=status,
@@ -188,16 +189,11 @@ def _problem(refusal: ErrorReply) -> Response:
         links=dict(refusal.links) if refusal.links else UNSET,
         job_id=refusal.job_id or UNSET,
     )
-    return Response(wire.encode(body), status, refusal.headers, media_type=MEDIA_TYPE)
 
 
-def _vault(refusal: ErrorReply, status: int = 0) -> Response:
-    made = refusal.answer
-    shown = vault_error(status or made.vault_status or made.status, _vault_text(made, refusal.detail))
-    shown.headers.update(
-        {name: value for name, value in refusal.headers.items() if name in {"Retry-After", "Allow"}}
-    )
-    return shown
+def _problem(refusal: ErrorReply) -> Response:
+    body = wire.encode(body_of(refusal))
+    return Response(body, refusal.answer.status, refusal.headers, media_type=MEDIA_TYPE)
 
 
 def _vault_text(made: ErrorStatus, detail: str) -> str:

@@ -1,46 +1,43 @@
-"""Routes: what each declares, how it is called, and the fast path to those with a fixed path (ADR 12).
+"""Routes: what each declares, how it is found, and how it is called (ADR 78).
 
-A route states its path, scope, body and threads once, beside its handler. The scope check, the fast path, the
-public paths and the OpenAPI document derive from that. Permissions that depend on a key, a context or a path
-are checked in the core, where these are known: such routes are for any ``CALLER``.
-
-FastAPI answers what the fast path does not hold: a path with parameters, another method, an unknown path.
+A route states its path, scope, body and threads once, beside its handler. The scope check, the public paths
+and the OpenAPI document derive from that. Permissions that depend on a key, a context or a path are checked
+in the core, where these are known: such routes are for any ``CALLER``.
 """
 
-import inspect
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+import re
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
-from typing import Any, Final, Generic, TypeAlias, TypeVar, get_type_hints
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 from urllib.parse import quote, urlencode
 
-import msgspec
 from fastapi import FastAPI, Request, Response
-from fastapi.routing import APIRoute, APIRouter
 from starlette.datastructures import Headers, QueryParams
 from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from kms_api import json_body, problems
-from kms_api.deps import ANONYMOUS, INLINE_BYTES, PRINCIPAL, Pool, Service, has_many_stanzas, service
-from kms_api.openapi import describe
+from kms_api import json_body
+from kms_api.deps import ANONYMOUS, INLINE_BYTES, PRINCIPAL, Pool, Service, has_many_stanzas
 from kms_core import audit
 from kms_core.auth.policy import Principal
 from kms_protocol import wire
-from kms_protocol.errors import Forbidden, InvalidRequest, KmsError
+from kms_protocol.errors import Forbidden, InvalidRequest
 
 B = TypeVar("B")
 B_co = TypeVar("B_co", covariant=True)
 A = TypeVar("A")
-E = TypeVar("E", bound=Callable[..., Awaitable[Response]])
 R = TypeVar("R", bound=wire.Answer | Response)
 UI: Final = "/ui"
 DOCS: Final = "/docs"
 METRICS: Final = "/metrics"
 VAULT: Final = "/v1/"
+_NO_MOUNTS: Final = (f"{VAULT}sys/", f"{VAULT}auth/")
+_TRUE: Final = frozenset({"1", "t", "T", "true", "TRUE", "True"})  # as Go reads booleans (strconv.ParseBool)
 _DIGITS: Final = 16  # of a number in a query string
+_PARAMETER: Final = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +63,8 @@ class Call(Generic[B_co]):
 
     @property
     def service(self) -> Service:
-        return service(self.request)
+        found: Service = self.request.scope["app"].service
+        return found
 
     @property
     def caller(self) -> Principal:
@@ -90,9 +88,10 @@ class Call(Generic[B_co]):
         whether the call makes one.
         """
         is_large = max(size_bytes, len(file)) > INLINE_BYTES
-        waits_for_disk = self.service.settings.kms.audit.durability == "fsync"
-        keyring = self.service.kms.keyring
-        if not (is_large or waits_for_disk or has_many_stanzas(file)) and (
+        service = self.service
+        waits_for_disk = service.settings.kms.audit.durability == "fsync"
+        keyring = service.kms.keyring
+        if not (is_large or waits_for_disk or (file and has_many_stanzas(file))) and (
             not keyring.blocks or keyring.is_ready(self.caller.tenant, key_id, file, seals=seals)
         ):
             return None
@@ -146,42 +145,42 @@ def endpoint_of(
     async def endpoint(request: Request) -> Response:
         call = Call(request, await read(request))
         pool = threads(call) if callable(threads) else threads
-        made = await call.service.run(pool, handler, call)
+        made = handler(call) if pool is None else await call.service.run(pool, handler, call)
         return made if isinstance(made, Response) else encode(made)
 
     return endpoint
 
 
-class ScopedRoute(APIRoute):
-    """A route that checks the caller's scope before it reads the body."""
+@dataclass(frozen=True, slots=True)
+class RouteSource:
+    """The source of a route's description; ``more`` are arguments of ``described`` in openapi_document.py."""
 
-    def __init__(self, method: str, path: str, endpoint: Callable[..., Any], rule: Rule, **more: Any) -> None:  # noqa: ANN401 -- FastAPI's
-        super().__init__(path, endpoint, methods=[method], response_model=None, **more)
-        self.method, self.rule = method, rule
-        self.methods = {method, "HEAD"} if method == "GET" else {method}  # RFC 9110 §9.3.2
+    tag: str
+    handler: Callable[..., object]
+    read: object
+    more: Mapping[str, Any]
 
-    def get_route_handler(self) -> Endpoint:
-        """FastAPI's handler, behind the check of the scope; of a stream only the headers for HEAD."""
-        handler = super().get_route_handler()
 
-        async def answered(request: Request) -> Response:
-            self.check_scope(request.scope)
-            return await _without_stream(request, await handler(request))
+@dataclass(frozen=True, slots=True)
+class Route:
+    """``path`` is a template below a prefix, by which requests are counted and denials recorded.
 
-        return answered
+    ``pattern`` is a regular expression of the paths that it stands for, with a group for each parameter.
+    """
 
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["method"] not in (self.methods or ()):
-            allowed = ", ".join(sorted(scope["app"].state.methods[self.path]))
-            raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, headers={"Allow": allowed})
-        await super().handle(scope, receive, send)
+    method: str
+    path: str
+    pattern: str
+    rule: Rule
+    endpoint: Endpoint
+    source: RouteSource | None = None
 
     def check_scope(self, scope: Scope) -> None:
         """Raise Forbidden, which is recorded, for a caller without a scope for this route."""
         who: Principal = scope[PRINCIPAL]
-        if self.rule.operation is None or who is ANONYMOUS:
+        if who is ANONYMOUS:
             return
-        kms = scope["app"].state.service.kms
+        kms = scope["app"].service.kms
         try:
             kms.policy.require(who, self.rule.operation)
         except Forbidden as exc:
@@ -189,35 +188,41 @@ class ScopedRoute(APIRoute):
             raise
 
 
-class Router(APIRouter):
-    """The routes of one part of the API; ``tag`` names its section of the OpenAPI document."""
+Methods: TypeAlias = dict[str, Route]
+"""The routes of one template, by method."""
+_NONE: Final[Methods] = {}
 
-    def __init__(self, tag: str, *, prefix: str = "", is_described: bool = True) -> None:
-        """``is_described``: the OpenAPI document has the routes."""
-        super().__init__(prefix=prefix, tags=[tag], include_in_schema=is_described)
 
-    def endpoint(self, method: str, path: str, rule: Rule, **described: Any) -> Callable[[E], E]:  # noqa: ANN401 -- FastAPI's
-        """Declare a coroutine that takes a request, and parameters as FastAPI reads them."""
+class Routes:
+    """List of the routes that one part of the service declares."""
 
-        def declared(endpoint: E) -> E:
-            shown = {"tags": self.tags, "include_in_schema": self.include_in_schema, **described}
-            self.routes.append(ScopedRoute(method, self.prefix + path, endpoint, rule, **shown))
-            return endpoint
+    def __init__(self) -> None:
+        self.declared: list[Route] = []
 
-        return declared
 
-    def stream(self, method: str, path: str, rule: Rule, **described: Any) -> Callable[[Stream], Stream]:  # noqa: ANN401 -- FastAPI's
+class Router(Routes):
+    """Declares the routes of one part of the API; ``tag`` names its section of the OpenAPI document."""
+
+    def __init__(self, tag: str, *, prefix: str = "") -> None:
+        super().__init__()
+        self._tag, self._prefix = tag, prefix
+
+    def _add(self, method: str, path: str, rule: Rule, endpoint: Endpoint, *source: Any) -> None:  # noqa: ANN401 -- of ``RouteSource``
+        template = self._prefix + path
+        made = RouteSource(self._tag, *source)
+        self.declared.append(Route(method, template, pattern_of(template), rule, endpoint, made))
+
+    def stream(self, method: str, path: str, rule: Rule, **described: Any) -> Callable[[Stream], Stream]:  # noqa: ANN401 -- of ``RouteSource``
         """Declare a coroutine that reads or writes a stream, in threads of its choice.
 
-        ``described`` has arguments of ``_description``.
+        ``described`` is of ``RouteSource``.
         """
 
         def declared(handler: Stream) -> Stream:
             async def endpoint(request: Request) -> Response:
                 return await handler(Call(request, None))
 
-            shown = _description(handler, **described) if self.include_in_schema else {}
-            self.endpoint(method, path, rule, **shown)(endpoint)
+            self._add(method, path, rule, endpoint, handler, no_body, described)
             return handler
 
         return declared
@@ -227,7 +232,7 @@ class Router(APIRouter):
         path: str,
         rule: Rule,
         threads: Threads[None],
-        **described: Any,  # noqa: ANN401 -- FastAPI's
+        **described: Any,  # noqa: ANN401 -- of ``RouteSource``
     ) -> Callable[[Callable[[Call[None]], R]], Callable[[Call[None]], R]]:
         """As ``call``, for a GET, which has no body."""
         return self.call("GET", path, rule, no_body, threads, **described)
@@ -239,63 +244,29 @@ class Router(APIRouter):
         rule: Rule,
         read: Reader[B],
         threads: Threads[B],
-        **described: Any,  # noqa: ANN401 -- FastAPI's
+        **described: Any,  # noqa: ANN401 -- of ``RouteSource``
     ) -> Callable[[Callable[[Call[B]], R]], Callable[[Call[B]], R]]:
         """Declare a function that takes a call and returns an answer, encoded under the first status.
 
-        ``described`` has arguments of ``_description``.
+        ``described`` is of ``RouteSource``.
         """
+        status = next(iter(described.get("answers", ())), 200)
+        encode = partial(json_body.answer, status=status)
 
         def declared(handler: Callable[[Call[B]], R]) -> Callable[[Call[B]], R]:
-            shown = _description(handler, read, **described) if self.include_in_schema else {}
-            encode = partial(json_body.answer, status=shown.get("status_code", 200))
-            self.endpoint(method, path, rule, **shown)(endpoint_of(handler, read, threads, encode))
+            endpoint = endpoint_of(handler, read, threads, encode)
+            self._add(method, path, rule, endpoint, handler, read, described)
             return handler
 
         return declared
 
 
-def _description(  # noqa: PLR0913 -- the parts of an operation
-    handler: Callable[..., object],
-    read: object = no_body,
-    *,
-    body: describe.Json | None = None,
-    gives: str = "",
-    answers: Mapping[int, describe.Json] | None = None,
-    parameters: Iterable[describe.Json] = (),
-    refuses: Iterable[type[KmsError]] = (),
-) -> dict[str, Any]:
-    """Arguments of a FastAPI route, of which ``document.page`` makes an operation of the handler's name.
-
-    A JSON ``body`` is that of ``read``. ``answers`` are by status, success first; ``gives`` describes one of
-    status 200 whose shape is the return annotation. ``refuses`` are the errors of this route only.
-    """
-    if isinstance(read, json_body.JsonBody):
-        required = any(field.required for field in msgspec.structs.fields(read.shape))
-        body = describe.takes(read.shape, required=required)
-        refuses = (*describe.BODY, *refuses)
-    if answers is None:
-        answers = {200: describe.gives(get_type_hints(handler)["return"], gives)}
-    extra = {
-        "responses": {str(status): answer for status, answer in answers.items()},
-        "parameters": list(parameters),
-        "requestBody": body,
-        "x-kms-refuses": sorted({*refuses}, key=lambda kind: kind.code),
-    }
-    return {
-        "openapi_extra": extra,
-        "operation_id": handler.__name__,
-        "status_code": next(iter(answers)),
-        "description": inspect.getdoc(handler),
-    }
-
-
-async def _without_stream(request: Request, response: Response) -> Response:
-    """The response; to HEAD one with the status and headers of a stream, which is closed unread.
+async def _without_stream(response: Response) -> Response:
+    """The answer to HEAD: of a stream only the status and the headers, and it is closed unread.
 
     A stream need not end, and until it does its connection serves no other request.
     """
-    if request.method != "HEAD" or not isinstance(response, StreamingResponse):
+    if not isinstance(response, StreamingResponse):
         return response
     if isinstance(response.body_iterator, AsyncGenerator):
         await response.body_iterator.aclose()
@@ -322,52 +293,80 @@ def is_vault(path: str) -> bool:
     return path.startswith(VAULT)
 
 
-def routes_of(routers: Iterable[APIRouter]) -> list[ScopedRoute]:
-    """Their routes. Raises TypeError for one that states no rule."""
-    found = []
-    for route in (route for router in routers for route in router.routes):
-        if not isinstance(route, ScopedRoute):
-            raise TypeError(f"{route}: declare it by a method of routing.Router")
-        found.append(route)
-    return found
+def path_of(scope: Scope) -> str:
+    """The path by which a route is found. A list of the Vault API ends in a slash, and nothing else does.
+
+    Clients may write the method LIST as GET with ``list=true``.
+    """
+    path: str = scope["path"]
+    if not is_vault(path) or path.startswith(_NO_MOUNTS):
+        return path
+    below = path.removesuffix("/") if path.endswith("/keys/") else path
+    method, query = scope["method"], scope["query_string"]
+    lists = method == "LIST" or (method == "GET" and QueryParams(query).get("list") in _TRUE)
+    return f"{below}/" if lists else below
 
 
-def rules_of(routers: Iterable[APIRouter]) -> dict[tuple[str, str], Rule]:
+def pattern_of(template: str, **parameters: str) -> str:
+    """A regular expression of the paths of a template; a parameter is one segment, or what is given."""
+    return _PARAMETER.sub(lambda found: f"(?P<{found[1]}>{parameters.get(found[1], '[^/]+')})", template)
+
+
+def rules_of(parts: Iterable[Routes]) -> dict[tuple[str, str], Rule]:
     """The rule of each method and path."""
-    return {(route.method, route.path): route.rule for route in routes_of(routers)}
+    return {(route.method, route.path): route.rule for part in parts for route in part.declared}
 
 
-def include(app: FastAPI, routers: Sequence[APIRouter], prefix: str = "") -> None:
-    """Add the routes of routers. Raises TypeError for one that states no rule."""
-    methods: dict[str, set[str]] = app.state.methods
-    for route in routes_of(routers):
-        methods.setdefault(route.path, set()).update(route.methods or ())
-    for router in routers:
-        app.include_router(router, prefix=prefix)
+class Dispatcher:
+    """Finds the route of a request, checks its rule and calls it. FastAPI answers what is not in a route.
 
+    Raises what the routes raise, and HTTPException: 404, or 405 with ``Allow``.
+    """
 
-class FastPath:
-    """Wraps the application: calls the handlers of routes with a fixed path below ``prefix`` directly."""
-
-    def __init__(self, app: FastAPI, routers: Iterable[APIRouter], prefix: str) -> None:
+    def __init__(self, app: FastAPI, parts: Mapping[str, Iterable[Routes]]) -> None:
+        """``parts`` are by the prefix of their paths."""
         self._app = app
-        self._routes = {
-            (method, prefix + route.path): route
-            for route in routes_of(routers)
-            if "{" not in route.path
-            for method in route.methods or ()
-        }
+        self._fixed: dict[str, Methods] = {}
+        templates: dict[str, tuple[int, Methods]] = {}
+        for prefix, routes in parts.items():
+            for route in (route for part in routes for route in part.declared):
+                _, methods = templates.setdefault(prefix + route.pattern, (route.path.count("/"), {}))
+                methods[route.method] = route
+                if route.method == "GET":
+                    methods.setdefault("HEAD", route)  # RFC 9110 §9.3.2
+                if "{" not in route.path:
+                    self._fixed[prefix + route.path] = methods
+        compiled = [(size, re.compile(text, re.DOTALL), each) for text, (size, each) in templates.items()]
+        self._sizes = [
+            [(pattern, methods) for each, pattern, methods in compiled if each == size]
+            for size in sorted({size for size, *_ in compiled}, reverse=True)
+        ]
+
+    def find(self, method: str, path: str) -> tuple[Methods, Mapping[str, str]]:
+        """The routes of a template by method, and the parameters of the path; nothing for an unknown path.
+
+        Of the templates that fit, those with the most segments count, and of these the first with the method.
+        """
+        for templates in self._sizes:
+            fit = [(each, found) for pattern, each in templates if (found := pattern.fullmatch(path))]
+            if fit:
+                methods, found = next((pair for pair in fit if method in pair[0]), fit[0])
+                return methods, found.groupdict()
+        return _NONE, {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        route = self._routes.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
-        if route is None:
-            await self._app(scope, receive, send)
+        method = scope["method"]
+        methods = self._fixed.get(scope["path"], _NONE)
+        if method not in methods:
+            methods, scope["path_params"] = self.find(method, path_of(scope))
+        if not methods:
+            await self._app.router(scope, receive, send)
             return
-        scope["app"], scope["route"] = self._app, route
-        try:
+        route = methods.get(method)
+        scope["route"] = route or next(iter(methods.values()))
+        if route is None:
+            raise HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, headers={"Allow": ", ".join(sorted(methods))})
+        if route.rule.operation is not None:
             route.check_scope(scope)
-            request = Request(scope, receive, send)
-            answer: Response = await _without_stream(request, await route.endpoint(request))
-        except problems.EXPECTED as exc:
-            answer = problems.answer(exc)
-        await answer(scope, receive, send)
+        response = await route.endpoint(Request(scope, receive, send))
+        await (response if method != "HEAD" else await _without_stream(response))(scope, receive, send)

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, Final, cast
 from urllib.parse import urlsplit
@@ -63,13 +64,19 @@ class HostCheck:
             return False
         named, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin")
         try:
-            address = urlsplit(f"//{named}")
-            host = (address.hostname or "") if address.port != 0 and "@" not in named else ""
+            host = _host_of(named)
             foreign = origin is not None and urlsplit(origin.decode("latin-1")).netloc != named
         except ValueError:  # a wrong IPv6 address in brackets, or a wrong port
             return True
         known = host in self._hosts or (server is not None and host == server[0])
         return not known or foreign or headers.get(b"sec-fetch-site", b"none") not in _OWN_SITES
+
+
+@lru_cache(maxsize=64)
+def _host_of(named: str) -> str:
+    """The name in a Host header without the port, empty for an invalid one. Raises ValueError."""
+    address = urlsplit(f"//{named}")
+    return (address.hostname or "") if address.port != 0 and "@" not in named else ""
 
 
 def by_name(headers: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:

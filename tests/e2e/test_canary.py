@@ -18,7 +18,7 @@ import httpx2 as httpx
 import pyrage
 import pytest
 
-from kms_api.app import RULES, UI_RULES, VAULT_ROUTES
+from kms_api.app import RULES, UI_RULES, VAULT_RULES
 from kms_cli.main import group
 from kms_core.auth import tokens
 from kms_core.programs.liveness import is_alive
@@ -45,7 +45,7 @@ from support.waiting import until
 
 def test_every_route_has_a_call_with_secrets() -> None:
     assert CALLS.keys() == RULES.keys()
-    assert VAULT_CALLS.keys() == VAULT_ROUTES.declared.keys()
+    assert VAULT_CALLS.keys() == VAULT_RULES.keys()
     assert set(UI_CALLS) == UI_RULES.keys()
 
 

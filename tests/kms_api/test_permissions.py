@@ -5,15 +5,13 @@ The tables in the code are compared with the page only for what they name, never
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Final, Literal
 
 import httpx2 as httpx
 import pytest
 
 from kms_api import app
-from kms_api.routes.operations import probes
-from kms_api.routing import Router, ScopedRoute
 from kms_protocol.wire import PREFIX
 from support.authorization.application import Application, Caller
 from support.authorization.permissions import OPERATIONS, PAGE, Row, Term, not_in_star, rows
@@ -232,7 +230,7 @@ def test_the_page_names_every_route_and_no_other() -> None:
             for method, path in app.RULES
         ),
         *app.UI_RULES,
-        *app.VAULT_ROUTES.declared,
+        *app.VAULT_RULES,
         *(("GET", path) for path in app.PAGES),
     }
     on_page = {(row.method, row.path) for row in ROWS}
@@ -241,19 +239,6 @@ def test_the_page_names_every_route_and_no_other() -> None:
     assert in_code - heads == on_page - heads
     assert {(row.method, row.path, row.case) for row in ROWS} == CALLS.keys()
     assert len(set(map(str, ROWS))) == len(ROWS)
-
-
-@pytest.mark.parametrize(
-    ("routers", "rules"),
-    [((*app.ROUTERS, probes), app.RULES), ((*app.UI, *app.REFERENCE), app.UI_RULES)],
-    ids=["API", "pages"],
-)
-def test_every_route_states_its_scope(routers: Sequence[Router], rules: Mapping[object, object]) -> None:
-    routes = [route for router in routers for route in router.routes]
-    scoped = {(route.method, route.path) for route in routes if isinstance(route, ScopedRoute)}
-
-    assert all(isinstance(route, ScopedRoute) for route in routes)
-    assert scoped == rules.keys()
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.is_public], ids=str)

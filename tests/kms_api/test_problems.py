@@ -3,8 +3,8 @@ from collections.abc import Iterator
 import httpx2 as httpx
 import msgspec
 import pytest
-from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from kms_api import problems
 from kms_core import audit
@@ -54,14 +54,10 @@ PUBLIC = [kind for kind in tree(KmsError) if kind.__module__ == errors.__name__]
 
 
 async def failing(error: Exception) -> httpx.Response:
-    app = FastAPI()
-    problems.install(app)
+    async def fail(scope: Scope, receive: Receive, send: Send) -> None:
+        await problems.answer(error)(scope, receive, send)
 
-    @app.get("/")
-    async def fail() -> None:
-        raise error
-
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    transport = httpx.ASGITransport(fail)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         return await client.get("/")
 

@@ -229,17 +229,17 @@ def budgets_of(server: ServerSection) -> dict[Kind, Budget]:
 class Reservation:
     """The amounts that one request holds of ``budgets``."""
 
-    __slots__ = ("_amounts", "_scope", "budgets")
+    __slots__ = ("_amounts", "_scope", "budgets", "cycle")
 
     def __init__(self, budgets: Mapping[Kind, Budget], scope: Scope) -> None:
-        self.budgets = budgets
+        self.budgets, self.cycle = budgets, cycle_of(scope)
         self._scope = scope
-        self._amounts = Counter[Kind]()
+        self._amounts: dict[Kind, int] = {}
 
     def take(self, kind: Kind, amount: int = 1) -> None:
         """Take an amount until the request ends. Raises RateLimited, Unavailable."""
         self.budgets[kind].take(holder_of(self._scope), amount)
-        self._amounts[kind] += amount
+        self._amounts[kind] = self._amounts.get(kind, 0) + amount
 
     def release(self) -> None:
         """Give back all amounts."""
@@ -261,11 +261,8 @@ class Admitted:
         self._budgets = budgets
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         held = scope[RESERVATION] = Reservation(self._budgets, scope)
-        cycle = cycle_of(scope)
+        cycle = held.cycle
         if cycle is not None and cycle.more_body:
             send = UnreadBody(scope, receive, send, held.release).send
         try:

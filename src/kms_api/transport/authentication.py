@@ -23,12 +23,10 @@ import anyio.to_thread
 import msgspec
 import redis
 import structlog
-from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kms_api import problems
 from kms_api.deps import ANONYMOUS, LOCAL_CALLER, PRINCIPAL, Service
-from kms_api.routing import METRICS, is_ui, is_vault, to_login
+from kms_api.routing import METRICS, is_ui
 from kms_core import audit
 from kms_core.audit import AuditWriter
 from kms_core.auth.authenticator import Authenticator, MetricsAccess
@@ -41,7 +39,7 @@ from kms_core.jobs.model import RecordKey
 from kms_core.jobs.store.redis_keys import PREFIX, SCRIPTS
 from kms_core.observability import metrics
 from kms_core.proxies import Proxies
-from kms_protocol.errors import Forbidden, KmsError, RateLimited, Unauthenticated, Unavailable
+from kms_protocol.errors import Forbidden, RateLimited, Unauthenticated, Unavailable
 
 # Sessions of the pages for people: sealed records in Redis, found by a random cookie.
 #
@@ -266,6 +264,7 @@ class RequestAuthenticator:
 class AuthenticationLayer:
     """Wraps the application. Without an ``authenticator`` every request is of the local caller.
 
+    Raises as ``RequestAuthenticator.authenticate``, and Forbidden.
     Requests of a tenant count in those of ``service``, whose settings say who may read the metrics.
     """
 
@@ -291,12 +290,7 @@ class AuthenticationLayer:
         self._look_ups = LookUps()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            try:
-                scope[PRINCIPAL] = await self._caller(scope)
-            except KmsError as exc:
-                await _refusal(scope, exc)(scope, receive, send)
-                return
+        scope[PRINCIPAL] = await self._caller(scope)
         await self._app(scope, receive, send)
 
     async def _caller(self, scope: Scope) -> Principal:
@@ -305,9 +299,8 @@ class AuthenticationLayer:
             return ANONYMOUS
         who = LOCAL_CALLER
         if self._authenticator is not None:
-            who = await self._of_session(scope, self._authenticator) or (
-                await self._authenticator.authenticate(scope)
-            )
+            in_session = await self._of_session(scope, self._authenticator) if is_ui(path) else None
+            who = in_session or await self._authenticator.authenticate(scope)
         elif scope["path"] == METRICS:
             raise Forbidden("Metrics are for callers on this machine: see [kms.server] metrics")
         self._requests.take(who.tenant)
@@ -315,7 +308,7 @@ class AuthenticationLayer:
 
     async def _of_session(self, scope: Scope, authenticator: RequestAuthenticator) -> Principal | None:
         """The principal of a session, which is valid only for pages. Raises Unavailable."""
-        given = filter(is_id, cookies(scope["headers"], COOKIE)) if is_ui(scope["path"]) else ()
+        given = filter(is_id, cookies(scope["headers"], COOKIE))
         if not (ids := list(islice(given, _COOKIES))):
             return None
         found = await self._look_ups.run(scope, self._sessions, partial(self._valid, ids, authenticator))
@@ -337,16 +330,6 @@ class AuthenticationLayer:
     def _may_scrape(self, scope: Scope) -> bool:
         address = scope["client"][0] if scope["client"] else None
         return self._metrics.is_open_to(address, (name.decode("latin-1") for name, _ in scope["headers"]))
-
-
-def _refusal(scope: Scope, error: KmsError) -> Response:
-    """A redirect to the login for a browser without a session, else the answer to the error."""
-    if isinstance(error, Unauthenticated) and error.reason == "missing" and is_ui(scope["path"]):
-        return to_login(scope)
-    answer = problems.vault_answer(error) if is_vault(scope["path"]) else problems.answer(error)
-    if isinstance(error, Unauthenticated) and error.ends_connection:
-        answer.headers["Connection"] = "close"
-    return answer
 
 
 def token_of(headers: Iterable[tuple[bytes, bytes]]) -> str:

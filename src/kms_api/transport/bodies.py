@@ -33,7 +33,8 @@ _SLOW: Final = "The body came too slowly, or stopped arriving"
 
 def refuse_encoding(request: Request) -> None:
     """Raise InvalidRequest for a compressed body, which would make size limits meaningless."""
-    if request.headers.get("content-encoding", "identity") != "identity":
+    headers = dict(reversed(request.scope["headers"]))  # of headers of one name the first counts
+    if headers.get(b"content-encoding", b"identity") != b"identity":
         raise InvalidRequest("Content-Encoding is not accepted: send the bytes as they are")
 
 

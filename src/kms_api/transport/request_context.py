@@ -3,11 +3,12 @@
 Audit records, limits, logs and metrics read the client's address from ``scope["client"]`` and no header.
 """
 
+import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
-from typing import Final
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, TypeAlias
 
 import structlog
 from opentelemetry.trace import SpanKind
@@ -34,7 +35,7 @@ class ClientAddress:
         self._proxies = proxies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["client"] and self._proxies.trust(scope["client"][0]):
+        if scope["client"] and self._proxies.trust(scope["client"][0]):
             lines = [
                 value.decode("latin-1") for name, value in scope["headers"] if name == b"x-forwarded-for"
             ]
@@ -67,11 +68,16 @@ _PREFLIGHT: Final = {
     "access-control-allow-headers": "Content-Type, X-Namespace, Authorization, Authorization-Extras",
     "access-control-max-age": "600",
 }
-_log = structlog.get_logger("kms_api.access")
+_access = logging.getLogger("kms_api.access")
+_log = structlog.get_logger(_access.name)
+Refusal: TypeAlias = Callable[[Scope, Exception], Response]
 
 
 class RequestContext:
     """Gives each request an id and a span, checks Host and Origin, counts and logs answers, records denials.
+
+    It is here alone that an error becomes an answer. One that is a fault of the service is raised again, for
+    the log of the server, and so is one that comes after the beginning of an answer.
 
     The span is within the caller's trace if the request names one.
     """
@@ -82,28 +88,27 @@ class RequestContext:
         hosts: Sequence[str],
         audit_log: AuditWriter | None = None,
         codec_origins: Sequence[str] = (),
+        pages: Refusal | None = None,
     ) -> None:
-        """``hosts`` are the accepted host names; ``*`` accepts any.
+        """``hosts`` are the accepted host names; ``*`` accepts any. ``pages`` answers the errors of pages.
 
         Pages of ``codec_origins`` may call the codec server (CORS, Fetch §3.3), without cookies.
         """
         self._app = app
+        self._pages = pages
         self._audit_log = audit_log
         self._anonymous = _MinuteLimit()
         self._hosts = HostCheck(hosts)
         self._codec_origins = frozenset(origin.encode() for origin in codec_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         headers = by_name(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
+        request_id = given if given and _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
         audit.request_id.set(request_id)
         noted = self._noting(scope)
         is_named, cors = self._cors(scope)
-        started, status = time.perf_counter(), 500
+        started, status = time.perf_counter(), 0
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -117,9 +122,23 @@ class RequestContext:
             try:
                 layer = self._own_answer(scope, headers, is_named=is_named) or self._app
                 await layer(scope, receive, answer)
+            except Exception as exc:
+                has_begun = bool(status)
+                if not has_begun:
+                    await self._refused(scope, exc)(scope, receive, answer)
+                if has_begun or not isinstance(exc, problems.EXPECTED):
+                    raise
             finally:
                 metrics.INFLIGHT.dec()
-                _count(scope, status, time.perf_counter() - started)
+                _count(scope, status or 500, time.perf_counter() - started)
+
+    def _refused(self, scope: Scope, error: Exception) -> Response:
+        """The answer to an error, in the form that the clients of this path read."""
+        if is_vault(scope["path"]):
+            return problems.vault_answer(error)
+        if self._pages is not None and is_ui(scope["path"]):
+            return self._pages(scope, error)
+        return problems.answer(error)
 
     def _own_answer(self, scope: Scope, headers: dict[bytes, bytes], *, is_named: bool) -> Response | None:
         """The refusal of a Host or an Origin, or the answer to a preflight; None for all other requests."""
@@ -161,7 +180,7 @@ def _marked(
     marked = [*headers, (b"x-request-id", request_id.encode())]
     if audit_id:
         marked.append((b"x-kms-audit-id", audit_id.encode()))
-    if not any(name == b"cache-control" for name, _ in marked):
+    if b"cache-control" not in dict(marked):
         marked.append((b"cache-control", b"no-store"))
     if not is_ui(scope["path"]):
         return [*marked, *_HEADERS]
@@ -179,7 +198,9 @@ def _count(scope: Scope, status: int, seconds: float) -> None:
     route, method = _route(scope), scope["method"]
     tracing.note(f"{method} {route}", method=method, route=route, status=status)
     metrics.answer_seconds(route, method, str(status)).observe(seconds)
-    _log.debug("http.request", method=method, route=route, status=status, duration_us=round(seconds * 1e6))
+    if _access.isEnabledFor(logging.DEBUG):  # structlog asks only after ten calls
+        took_us = round(seconds * 1e6)
+        _log.debug("http.request", method=method, route=route, status=status, duration_us=took_us)
 
 
 class _MinuteLimit:

@@ -162,7 +162,7 @@ def _parts(row: Mapping[str, float], top: float) -> list[Part]:
     return made
 
 
-router: Final = Router("pages", prefix=UI, is_described=False)
+router: Final = Router("pages", prefix=UI)
 _FEW: Final = 8
 _MANY: Final = 50
 _MOST_FAILED: Final = 200

@@ -16,8 +16,7 @@ from typing import Final, Self, TypeAlias
 from urllib.parse import parse_qsl, urlencode
 
 import jinja2
-import msgspec
-from fastapi import FastAPI, Request, Response
+from fastapi import Request, Response
 from markupsafe import Markup, escape
 from starlette.datastructures import Headers
 from starlette.responses import HTMLResponse, RedirectResponse
@@ -33,7 +32,7 @@ from kms_core.jobs.store.condition import StoreProbe
 from kms_core.jobs.store.maintenance import StoreCondition
 from kms_core.observability.degraded import DEGRADED
 from kms_protocol import __version__, wire
-from kms_protocol.errors import Forbidden, InvalidRequest, JobsUnavailable, KmsError
+from kms_protocol.errors import Forbidden, InvalidRequest, JobsUnavailable, KmsError, Unauthenticated
 from kms_protocol.units import age_s, duration_text, parse_time, size_text, time_text
 
 
@@ -126,7 +125,6 @@ def prose(text: str, alerts: Sequence[str] = ()) -> Markup:
 
 Fields: TypeAlias = dict[str, str]
 _FORM_BYTES: Final = 16 * 1024
-_KEPT: Final = ("retry-after", "www-authenticate", "allow", "connection")
 _LOOK_S: Final = 0.25
 THREADS: Final = Pool("page")
 _PROBES: Final = Pool("page probe", 4)
@@ -159,24 +157,20 @@ class Screen:
 
 
 class PageLayer:
-    """ASGI middleware that answers problems of pages with pages, within a second if Redis hangs.
+    """ASGI middleware that raises JobsUnavailable for a page within a second if Redis hangs.
 
     Redis holds the sessions. What waits for it goes on in its thread and ends with its timeouts.
     """
 
-    def __init__(
-        self, app: ASGIApp, pages: FastAPI, open_paths: Container[str], look: Callable[[], StoreCondition]
-    ) -> None:
-        """``pages`` has the templates in its state; ``open_paths`` need neither credentials nor Redis.
-
-        ``look`` asks Redis, and may block.
-        """
-        self._app, self._pages, self._open_paths = app, pages, open_paths
+    def __init__(self, app: ASGIApp, open_paths: Container[str], look: Callable[[], StoreCondition]) -> None:
+        """``open_paths`` need neither credentials nor Redis. ``look`` asks Redis, and may block."""
+        self._app, self._open_paths = app, open_paths
         self._probe = StoreProbe(look, 2 * _LOOK_S, _LOOK_S)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not is_ui(scope["path"]):
-            is_root = scope.get("path") == "/" and "text/html" in Headers(scope=scope).get("accept", "")
+        path = scope["path"]
+        if not is_ui(path) or path in self._open_paths:
+            is_root = path == "/" and "text/html" in Headers(scope=scope).get("accept", "")
             await (RedirectResponse(UI) if is_root else self._app)(scope, receive, send)
             return
         sent: list[Message] = []
@@ -184,59 +178,49 @@ class PageLayer:
         async def collect(message: Message) -> None:
             sent.append(message)
 
-        try:
-            await self._call(scope, receive, collect)
-        except JobsUnavailable as exc:
-            sent.clear()
-            await problems.answer(exc)(scope, receive, collect)
-        finally:  # also after a fault, which goes on to the log of the server
-            if sent and Headers(raw=sent[0]["headers"]).get("content-type") == problems.MEDIA_TYPE:
-                page, sent = self._page_of(scope, sent), []
-                await page(scope, receive, send)
-            for message in sent:
-                await send(message)
+        await self._call(scope, receive, collect)
+        for message in sent:
+            await send(message)
 
     async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Call the application. Raises JobsUnavailable if Redis is away and holds the session, or hangs."""
-        if scope["path"] in self._open_paths:
-            await self._app(scope, receive, send)
-            return
-        is_away = await self._is_redis_away()
+        is_away = await self._is_redis_away(scope)
         if is_away and any(cookies(scope["headers"], COOKIE)):
             raise JobsUnavailable
         called = asyncio.ensure_future(self._app(scope, receive, send))
         called.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # also if none waits
         pause_s = None if is_away or scope["method"] not in {"GET", "HEAD"} else _LOOK_S
         while not (await asyncio.wait([called], timeout=pause_s))[0]:
-            if await self._is_redis_away():
+            if await self._is_redis_away(scope):
                 raise JobsUnavailable
         await called
 
-    async def _is_redis_away(self) -> bool:
-        pages: Service = self._pages.state.service
+    async def _is_redis_away(self, scope: Scope) -> bool:
+        pages: Service = scope["app"].service
         is_away = await pages.run(_PROBES, self._probe.condition) == "unavailable"
         if is_away:
             pages.store_probe.failed()  # so that no page waits for a Redis that answered that probe before
         return is_away
 
-    def _page_of(self, scope: Scope, sent: Sequence[Message]) -> Response:
-        """The page of a problem, or a redirect to the login if the session has expired."""
-        request = Request({**scope, "app": self._pages, PRINCIPAL: scope.get(PRINCIPAL, ANONYMOUS)})
-        if _has_ended(request):
-            return to_login(scope)
-        start, *parts = sent
-        problem = msgspec.json.decode(b"".join(part["body"] for part in parts), type=wire.Problem)
-        part = DEGRADED["redis"] if problem.code == JobsUnavailable.code else None
-        texts = screen(request).runbooks
-        page = render(request, "refused.html", start["status"], problem=problem, part=part, runbooks=texts)
-        given = Headers(raw=start["headers"])
-        page.headers.update({name: given[name] for name in _KEPT if name in given})
-        return page
+
+def refused(scope: Scope, error: Exception) -> Response:
+    """The page of an error; a redirect to the login if there is no session, or if it has ended."""
+    if isinstance(error, Unauthenticated) and error.reason == "missing":
+        return to_login(scope)
+    reply = problems.reply_to(error)
+    request = Request({**scope, PRINCIPAL: scope.get(PRINCIPAL, ANONYMOUS)})
+    if _has_ended(request):
+        return to_login(scope)
+    problem, texts = problems.body_of(reply), screen(request).runbooks
+    part = DEGRADED["redis"] if reply.code == JobsUnavailable.code else None
+    page = render(request, "refused.html", problem.status, problem=problem, part=part, runbooks=texts)
+    page.headers.update(reply.headers)
+    return page
 
 
 def screen(request: Request) -> Screen:
     """Return the templates and texts of the pages."""
-    found: Screen = request.app.state.screen
+    found: Screen = request.app.screen
     return found
 
 

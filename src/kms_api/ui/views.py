@@ -39,7 +39,7 @@ from kms_protocol import admin, errors, wire
 from kms_protocol.errors import AuditUnavailable, KmsError, Missing, RateLimited, Unauthenticated, UnknownKey
 from kms_protocol.units import parse_time
 
-router: Final = Router("pages", prefix=UI, is_described=False)
+router: Final = Router("pages", prefix=UI)
 FILTERS: Final = ("operation", "result", "principal", "source", "key_id", "job_id", "request_id")
 PERIODS: Final = {"1h": timedelta(hours=1), "24h": timedelta(days=1), "7d": timedelta(days=7), "all": None}
 _JOBS: Final = 50
@@ -333,21 +333,23 @@ def runbook_list(call: Call[None]) -> Response:
 # -- files ---------------------------------------------------------------------------------------------
 
 
-@router.endpoint("GET", "/static/{name}", OPEN)
-async def static(name: str) -> Response:
+@router.stream("GET", "/static/{name}", OPEN)
+async def static(call: Call[None]) -> Response:
     """Styles, scripts and the icon; ``.gz`` files are sent compressed. Raises Missing."""
+    name = call.path("name")
     if name not in STATIC_FILES:
         raise Missing
     headers = {"Content-Encoding": "gzip"} if name.endswith(".gz") else None
     return FileResponse(STATIC / name, headers=headers, media_type=STATIC_FILES[name])
 
 
-docs: Final = Router("pages", is_described=False)
+docs: Final = Router("pages")
 
 
-@docs.endpoint("GET", DOCS, OPEN)
-async def api() -> Response:
+@docs.stream("GET", DOCS, OPEN)
+async def api(call: Call[None]) -> Response:
     """The API in Swagger UI."""
+    del call
     return FileResponse(STATIC / "docs.html")
 
 
@@ -357,18 +359,18 @@ _FORM_S: Final = 3600
 # -- sessions ------------------------------------------------------------------------------------------
 
 
-@router.endpoint("GET", "/login", OPEN)
-async def login_page(request: Request) -> Response:
+@router.stream("GET", "/login", OPEN)
+async def login_page(call: Call[None]) -> Response:
     """The form for a token; the overview if requests need no credentials."""
-    if screen(request).entry is None:
+    if screen(call.request).entry is None:
         return to("")
-    return _login_page(request)
+    return _login_page(call.request)
 
 
-@router.endpoint("POST", "/login", OPEN)
-async def login(request: Request) -> Response:
+@router.stream("POST", "/login", OPEN)
+async def login(call: Call[None]) -> Response:
     """Begin a session with a new id for the holder of a token."""
-    entry = screen(request).entry
+    request, entry = call.request, screen(call.request).entry
     if entry is None:
         return to("")
     token = (await form(request)).get("token", "").strip()

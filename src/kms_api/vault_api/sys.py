@@ -6,10 +6,12 @@ The keys are those that the settings name. This API makes none and exports none.
 import time
 from collections.abc import Mapping
 from functools import partial
+from http import HTTPStatus
 from typing import Any, Final
 
 import msgspec
 from fastapi import Request, Response
+from starlette.exceptions import HTTPException
 
 from kms_api import problems
 from kms_api.deps import KEYS, Pool, service
@@ -27,7 +29,7 @@ from kms_api.vault_api.models import (
     answer,
     bare,
 )
-from kms_api.vault_api.routing import LOGIN, NO_ROUTE, WRITES, Routes, body_of, check_headers
+from kms_api.vault_api.routing import LOGIN, WRITES, VaultRoutes, body_of, check_headers
 from kms_api.vault_api.transit import TYPES
 from kms_core import audit
 from kms_core.auth.logins import PREFIX, Issued, Logins
@@ -37,7 +39,7 @@ from kms_protocol import __version__
 from kms_protocol.errors import InvalidRequest, UnknownKey
 from kms_protocol.units import time_text
 
-routes: Final = Routes()
+routes: Final = VaultRoutes()
 _DIGITS: Final = 9  # of a number of keys
 _ALWAYS_FALSE: Final = (
     "derived",
@@ -332,9 +334,9 @@ async def _login(request: Request) -> Response:
     known, mount = service(request).authenticator, request.path_params["mount"]
     logins = known.logins if known else None
     if logins is None or mount not in logins.sections:
-        return problems.vault_error(404, NO_ROUTE)
+        raise HTTPException(HTTPStatus.NOT_FOUND)
     body = await body_of(request, LoginIn)
-    entry: RequestAuthenticator = request.app.state.entry
+    entry: RequestAuthenticator = request.app.entry
     issued = await entry.verified(request.scope, partial(_issue, logins, mount, body))
     check_headers(request.scope["headers"], issued.who)
     service(request).requests.take(issued.who.tenant)  # the tenant was not known before

@@ -25,7 +25,7 @@ from kms_api.vault_api.models import (
     VaultPlaintext,
     answer,
 )
-from kms_api.vault_api.routing import Routes
+from kms_api.vault_api.routing import VaultRoutes
 from kms_core.age import header
 from kms_core.auth.policy import Principal
 from kms_core.envelope import binding
@@ -174,7 +174,7 @@ TYPES: Final = frozenset({"chacha20-poly1305", "aes256-gcm96"})
 _NOTHING: Final = Extra()
 _BITS: Final = frozenset({128, 256, 512})
 _CODES: Final = frozenset(range(200, 600)) - {204, 205, 304}  # answers that have no body
-routes: Final = Routes()
+routes: Final = VaultRoutes()
 
 
 Work = Callable[[Call[TransitIn], Kms, TransitItem], VaultCiphertext | VaultPlaintext]

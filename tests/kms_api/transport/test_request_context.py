@@ -1,11 +1,13 @@
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import httpx2 as httpx
 import pytest
-from fastapi import FastAPI, Response
+from fastapi import Request, Response
 from prometheus_client import REGISTRY
-from starlette.types import Message, Receive, Scope, Send
+from starlette.responses import StreamingResponse
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kms_api import problems
 from kms_api.deps import PRINCIPAL
@@ -21,28 +23,40 @@ CANARY = "kanarienvogel"
 pytestmark = pytest.mark.anyio
 
 
-def application() -> FastAPI:
-    app = FastAPI()
-    problems.install(app)
+async def thing(request: Request) -> Response:
+    del request
+    return Response(audit.request_id.get())
 
-    @app.get("/things/{thing}")
-    async def thing(thing: str) -> Response:
-        del thing
-        return Response(audit.request_id.get())
 
-    @app.get("/cached")
-    async def cached() -> Response:
-        return Response(headers={"Cache-Control": "max-age=60"})
+async def cached(request: Request) -> Response:
+    del request
+    return Response(headers={"Cache-Control": "max-age=60"})
 
-    @app.get("/refused")
-    async def refused() -> Response:
+
+async def refused(request: Request) -> Response:
+    del request
+    raise UnknownJob
+
+
+async def crash(request: Request) -> Response:
+    del request
+    raise ZeroDivisionError
+
+
+async def broken(request: Request) -> Response:
+    async def parts() -> AsyncIterator[bytes]:
+        yield b"one"
         raise UnknownJob
 
-    @app.get("/crash")
-    async def crash() -> Response:
-        raise ZeroDivisionError
+    del request
+    return StreamingResponse(parts())
 
-    return app
+
+def application() -> ASGIApp:
+    """Starlette's router, which answers no exception but its own."""
+    things = {"/things/{thing}": thing, "/cached": cached, "/refused": refused, "/crash": crash}
+    things |= {"/v1/refused": refused, "/v1/crash": crash, "/broken": broken}
+    return Router([Route(path, endpoint) for path, endpoint in things.items()])
 
 
 async def get(
@@ -196,22 +210,21 @@ async def test_requests_are_counted_by_template_never_by_path(path: str, route: 
     assert REGISTRY.get_sample_value("kms_inflight") == 0
 
 
-async def test_other_protocols_pass_untouched() -> None:
-    seen: list[str] = []
+@pytest.mark.parametrize(("path", "status"), [("/v1/refused", 404), ("/v1/crash", 500)])
+async def test_clients_of_vault_read_errors_in_their_form(path: str, status: int) -> None:
+    answer = await get(path)
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        del receive, send
-        seen.append(scope["type"])
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json().keys() == {"errors"}
 
-    async def receive() -> Message:
-        return {"type": "lifespan.startup"}
 
-    async def send(message: Message) -> None:
-        del message
-
-    await RequestContext(app, ())({"type": "lifespan"}, receive, send)
-
-    assert seen == ["lifespan"]
+@pytest.mark.parametrize(("path", "error"), [("/crash", ZeroDivisionError), ("/broken", UnknownJob)])
+async def test_the_server_logs_faults_and_errors_within_an_answer(path: str, error: type[Exception]) -> None:
+    transport = httpx.ASGITransport(RequestContext(application(), []))
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8082") as client:
+        with pytest.raises(error):
+            await client.get(path)
 
 
 # -- what callers without a credential can have written to the audit log: 60 denials a minute

@@ -15,8 +15,9 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from kms_api.routes import operations
+from kms_api.transport.request_context import RequestContext
 from kms_api.ui import overview
-from kms_api.ui.render import PageLayer, Screen
+from kms_api.ui.render import PageLayer, Screen, refused
 from kms_core.auth.policy import Principal
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.store import activity
@@ -171,9 +172,9 @@ async def test_a_page_of_a_session_does_not_wait_for_a_redis_that_hangs(
     application: Application, monkeypatch: pytest.MonkeyPatch, *, knows: bool
 ) -> None:
     is_over, begun = asyncio.Event(), []
-    probe, state = StoreProbe(lambda: "available"), application.pages.state
+    probe, pages = StoreProbe(lambda: "available"), application.pages
     assert probe.condition() == "available"
-    monkeypatch.setitem(state._state, "service", replace(state.service, store_probe=probe))  # noqa: SLF001 -- undone whole
+    monkeypatch.setattr(pages, "service", replace(pages.service, store_probe=probe))
     found: list[StoreCondition] = ["unavailable"] if knows else ["available", "unavailable"]
 
     async def hanging(scope: Scope, receive: Receive, send: Send) -> None:
@@ -184,8 +185,12 @@ async def test_a_page_of_a_session_does_not_wait_for_a_redis_that_hangs(
     def look() -> StoreCondition:
         return found.pop(0) if len(found) > 1 else found[0]
 
-    layer = PageLayer(hanging, application.pages, {"/ui/login"}, look)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(layer), base_url="http://kms") as http:
+    layer = RequestContext(PageLayer(hanging, {"/ui/login"}, look), ["kms"], pages=refused)
+
+    async def served(scope: Scope, receive: Receive, send: Send) -> None:
+        await layer({**scope, "app": pages}, receive, send)
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(served), base_url="http://kms") as http:
         answer = await http.get("/ui/jobs", headers={"Cookie": "kms_session=" + "A" * 43})
     is_over.set()
 

@@ -16,7 +16,6 @@ import httpx2 as httpx
 import uvicorn
 from anyio.from_thread import BlockingPortal
 from cryptography import x509
-from fastapi import FastAPI
 from pyrage import x25519
 from starlette.types import Receive, Scope, Send
 
@@ -160,23 +159,18 @@ class Application:
         self._served.result()
 
     @property
-    def pages(self) -> FastAPI:
-        """The application within its layers, whose state has the templates."""
-        layer: Any = self._app
-        while not hasattr(layer, "state"):
-            layer = getattr(layer, "_app", None) or layer.app
-        found: FastAPI = layer
-        return found
+    def pages(self) -> app.Application:
+        """The application, whose state has the templates."""
+        return self._app
 
     @property
     def service(self) -> Service:
         """The state that its routes share."""
-        found: Service = self.pages.state.service
-        return found
+        return self._app.service
 
     def streams(self) -> int:
         """The number of event streams and waits that are open."""
-        return self._app._budgets["streams"].held  # type: ignore[attr-defined, no-any-return]  # noqa: SLF001 -- nothing else shows it
+        return self._app.layers._budgets["streams"].held  # type: ignore[attr-defined, no-any-return]  # noqa: SLF001 -- nothing else shows it
 
     # -- callers -----------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
-from kms_api.app import RULES, UI_RULES, VAULT_ROUTES
+from kms_api.app import RULES, UI_RULES, VAULT_RULES
 from support.canary.service import CanaryService
 from support.service import b64
 
@@ -114,7 +114,7 @@ VAULT_CALLS: Final[dict[Route, Body]] = {
         "auth/{mount}/login",
         "sys/capabilities-self",
     )
-} | without_body(VAULT_ROUTES.declared)
+} | without_body(VAULT_RULES)
 _LOGIN: Final = (("GET", "/ui/login"), ("POST", "/ui/login"))
 _LOGOUT: Final = ("POST", "/ui/logout")
 UI_CALLS: Final[tuple[Route, ...]] = (*_LOGIN, *sorted(UI_RULES.keys() - {*_LOGIN, _LOGOUT}), _LOGOUT)
