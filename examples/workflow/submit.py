@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["celery[redis]>=5.4", "pyrage>=1.2"]
+# dependencies = ["celery[redis]>=5.6", "pyrage>=1.2"]
 # ///
 """Hands a job to the service as a sealed Celery message, waits for its end and prints its result.
 
@@ -40,7 +40,8 @@ def main() -> int:
     message = seal(json.load(options.job), job_id, recipient, options.accept_within)
     look = events(options.events, job_id) if options.events else polls(options.service, job_id)
     app = Celery("workflow", broker=options.broker, set_as_current=False)
-    app.conf.broker_transport_options = {"global_keyprefix": "kms:"}
+    app.conf.broker_transport_options = {"global_keyprefix": "kms:"}  # of Redis and Valkey
+    app.conf.task_create_missing_queue_type = options.queue_type  # of RabbitMQ, as the service declares it
 
     news = bring_to_end(lambda: send(app, message, job_id), look, options.accept_within)
     if news is None:
@@ -156,6 +157,12 @@ def arguments() -> argparse.Namespace:
         "job", type=argparse.FileType("rb"), help="a job as POST /jobs takes it (JSON; - is stdin)"
     )
     parser.add_argument("--broker", required=True, help="Celery's URL of the service's broker")
+    parser.add_argument(
+        "--queue-type",
+        choices=("quorum", "classic"),
+        default="quorum",
+        help="the service's [kms.redis] broker_queue_type, for RabbitMQ (quorum)",
+    )
     parser.add_argument("--service", help="base URL: whom to seal to, waiting by GET, and the result")
     parser.add_argument("--recipient", help="whom to seal to, if not to be asked of the service")
     parser.add_argument(

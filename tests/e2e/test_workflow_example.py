@@ -1,32 +1,12 @@
 """The example in examples/workflow, as its README runs it, against a real service."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Final
 
 import pytest
 
 from kms_core.jobs.submission import celery_intake
-from support.celery_messages import JOB, broker_of, decrypted
+from support.celery_messages import EXAMPLE, JOB, decrypted, run_example
 from support.service import CANARY, Service, b64
-
-ROOT: Final = Path(__file__).parents[2]
-EXAMPLE: Final = ROOT / "examples/workflow/submit.py"
-
-
-def run_example(service: Service, job: object, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-P", str(EXAMPLE), "-", "--broker", broker_of(service), *options],
-        input=json.dumps(job),
-        env={"PATH": os.environ["PATH"]},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 def test_the_example_stands_alone() -> None:

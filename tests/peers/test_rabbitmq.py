@@ -12,7 +12,7 @@ from celery import Celery
 from kombu.connection import Connection
 
 from kms_core.jobs.spec import QUEUES
-from support.celery_messages import body, intake_recipient, seal
+from support.celery_messages import JOB, body, intake_recipient, run_example, seal
 from support.rabbitmq import OnRabbit
 from support.service import Json, Service, b64, core_of
 from support.waiting import until
@@ -63,6 +63,17 @@ def test_jobs_outlive_a_killed_worker(tmp_path: Path, rabbit: str, queue_type: s
         pytest.raises(connection.channel_errors, match="x-queue-type"),
     ):
         connection.default_channel.queue_declare(QUEUES[0], durable=True, auto_delete=False, arguments=other)
+
+
+@pytest.mark.parametrize("queue_type", ["quorum", "classic"])
+def test_the_example_hands_a_job_to_rabbitmq(tmp_path: Path, rabbit: str, queue_type: str) -> None:
+    options = [] if queue_type == "quorum" else ["--queue-type", queue_type]
+    with OnRabbit(tmp_path, rabbit, f'[kms.redis]\nbroker_queue_type = "{queue_type}"\n') as service:
+        service.start()
+        ran = run_example(service, JOB, "--service", service.url, *options)
+
+    assert ran.returncode == 0, ran.stderr
+    assert "ciphertext" in json.loads(ran.stdout)
 
 
 @pytest.mark.parametrize("how", ["queue", "exclusive", "exchange", "consumer"])

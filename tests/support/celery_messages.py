@@ -2,9 +2,13 @@
 
 import base64
 import json
+import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Final
 
 import pyrage
@@ -12,6 +16,7 @@ from celery import Celery
 
 from support.service import CANARY, Service, b64, unb64
 
+EXAMPLE: Final = Path(__file__).parents[2] / "examples/workflow/submit.py"
 OPTIONS: Final = {"global_keyprefix": "kms:"}  # of the broker: the service's prefix
 JOB: Final = {"kind": "encrypt", "context": "env=prod", "items": [{"plaintext": b64(CANARY.encode())}]}
 PLAIN: Final = [f"{CANARY} {number}" for number in range(1200)]
@@ -61,3 +66,16 @@ def decrypted(service: Service, ciphertexts: list[str], context: str) -> list[st
     job_id = service.submit({"kind": "decrypt", "context": context, "items": items})
     service.wait(job_id, "succeeded")
     return [unb64(line["plaintext"]).decode() for line in service.lines(job_id)]
+
+
+def run_example(service: Service, job: object, *options: str) -> subprocess.CompletedProcess[str]:
+    """examples/workflow/submit.py with this job, as its README runs it."""
+    return subprocess.run(
+        [sys.executable, "-P", str(EXAMPLE), "-", "--broker", broker_of(service), *options],
+        input=json.dumps(job),
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
