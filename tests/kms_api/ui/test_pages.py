@@ -27,8 +27,10 @@ from kms_core.observability.degraded import DEGRADED
 from kms_protocol.admin import StatusOut
 from kms_protocol.wire import PREFIX
 from support.authorization.application import Application, Caller
+from support.job_stores import forge
 from support.service import b64
 
+TIME: Final = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
 FRAME: Final = {
     "who": Principal("ada", "acme", "token:1"),
     "may": lambda _: True,
@@ -273,14 +275,55 @@ def test_jobs_are_found_by_cause_key_submitter_and_time(
     assert application.ask(who, "GET", "/ui/jobs?before=odd").status_code == 422
 
 
-def test_a_failed_job_tells_operators_which_worker_made_the_last_attempt(
+def test_a_failed_job_tells_operators_which_worker_made_each_attempt(
     application: Application, causes: tuple[Caller, list[str], str]
 ) -> None:
     who, (job_id, _), _ = causes
     caller = application.with_token("*", tenant="causes")
 
-    assert "by worker host-7 aa , process 71" in words(application.ask(who, "GET", f"/ui/jobs/{job_id}"))
+    told = words(application.ask(who, "GET", f"/ui/jobs/{job_id}"))
+    assert re.search(rf"1 host-7 aa , process 71 {TIME} {TIME} failed not_a_ciphertext", told)
     assert "host-7" not in application.ask(caller, "GET", f"/ui/jobs/{job_id}").text
+
+
+@pytest.mark.parametrize(
+    ("how", "cause", "expected"),
+    [
+        ("deferred", "backend_unavailable", "Put off 3 times in a row: the backend of its key did not"),
+        ("deferred", "a_new_cause", "what it needs was not available a_new_cause ."),
+        ("stalled", "", "gave up : it hung, without progress for"),
+        ("retried", "record_refused", "failed record_refused ; then the job was retried"),
+        ("lease_lost", "signal_9", "died : its process was killed by signal 9 (SIGKILL)"),
+        ("lease_lost", "signal_64", "died : its process was killed by signal 64. The lease"),
+        ("lease_lost", "status_3", "died : its process ended with status 3."),
+        ("lease_lost", "worker_gone", "died : its worker was gone:"),
+        ("lease_lost", "", "died : its worker stopped renewing the lease"),
+        ("a_new_word", "", "died : its worker stopped renewing the lease"),
+    ],
+)
+def test_a_job_tells_operators_how_each_attempt_ended(
+    application: Application, how: str, cause: str, expected: str
+) -> None:
+    who = application.with_token("*,metrics", tenant="attempts")
+    job_id = submitted(application, who)
+    line = f'[4,"{how}","{cause}",3,1764685481.500,1764685512.250,"<i>:bb/8",0]'
+    forge(application.core.worker_context.store, job_id, history=line)
+
+    page = application.ask(who, "GET", f"/ui/jobs/{job_id}")
+    assert expected in words(page)
+    assert "4 <i> bb , process 8 2025-12-02 14:24:41 UTC 2025-12-02 14:25:12 UTC" in words(page)
+    assert "&lt;i&gt; <span" in page.text
+    caller = application.with_token("*", tenant="attempts")
+    assert "process 8" not in words(application.ask(caller, "GET", f"/ui/jobs/{job_id}"))
+
+
+def test_a_job_of_an_older_version_shows_the_process_of_its_last_attempt(application: Application) -> None:
+    who = application.with_token("*,metrics", tenant="attempts")
+    job_id = submitted(application, who, run=False)
+    forge(application.core.worker_context.store, job_id, worker="host-7:aa/71", attempt_id="")
+
+    told = words(application.ask(who, "GET", f"/ui/jobs/{job_id}"))
+    assert "host-7 aa , process 71 It did not end the job." in told
 
 
 def test_all_dead_jobs_of_a_filter_are_retried_and_no_others(application: Application) -> None:
