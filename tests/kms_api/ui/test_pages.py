@@ -27,7 +27,7 @@ from kms_core.observability.degraded import DEGRADED
 from kms_protocol.admin import StatusOut
 from kms_protocol.wire import PREFIX
 from support.authorization.application import Application, Caller
-from support.job_stores import forge
+from support.job_stores import forge, take
 from support.service import b64
 
 TIME: Final = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
@@ -235,7 +235,7 @@ def test_who_may_read_metrics_sees_whose_jobs_fail_and_others_only_their_own(
 
     page = application.ask(operator, "GET", "/ui")
     told = words(page)
-    assert "failing 0 0 3 0" in told
+    assert "failing 0 0 3 0 items_failed 3" in told
     assert re.search(r"Jobs of \d+ other tenants? failed in the last hour", told)
     assert "Jobs and operations are those of all tenants" in told
     assert not [job_id for job_id in ids if job_id in page.text]
@@ -315,6 +315,40 @@ def test_a_job_tells_operators_how_each_attempt_ended(
     assert "&lt;i&gt; <span" in page.text
     caller = application.with_token("*", tenant="attempts")
     assert "process 8" not in words(application.ask(caller, "GET", f"/ui/jobs/{job_id}"))
+
+
+def test_a_job_that_is_put_off_tells_its_submitter_what_is_away(application: Application) -> None:
+    who = application.with_token("*", tenant="attempts")
+    job_id = submitted(application, who, run=False)
+    store = application.core.worker_context.store
+    store.defer(take(store, job_id, "host-7:aa/71"), 600, "backend_unavailable")
+
+    page = application.ask(who, "GET", f"/ui/jobs/{job_id}")
+    expected = "when it is tried again: the backend of its key did not answer backend_unavailable"
+    assert re.search(rf"Why it waits Until {TIME} \( in [^)]*\), {expected}", words(page))
+    assert "host-7" not in page.text
+    assert "Took" not in words(page), "it is not at work"
+
+
+def test_a_job_that_workers_leave_alone_tells_how_many_do(application: Application) -> None:
+    who = application.with_token(f"*,metrics {application.files_rules}", tenant="attempts")
+    source, target = application.url("in/one"), application.new_target(is_folder=False)
+    body = {"kind": "encrypt", "source": source, "target": target}
+    job_id = application.ask(who, "POST", f"{PREFIX}/jobs", json=body).json()["job_id"]
+    store = application.core.worker_context.store
+    names = ("host-7:aa", "host-8:bb", "host-9:cc")
+    for name in names:
+        store.worker_seen(name, 4, ("kms.files",))
+    for name in names[:2]:
+        store.stuck(name, 1, 60, store.resources(job_id))
+
+    told = words(application.ask(who, "GET", f"/ui/jobs/{job_id}"))
+    for name in names:
+        store.stuck(name, 0, 0, [])
+        store.worker_left(name)
+        store.redis.delete(f"kms:stalls:{name}")
+    assert re.search("2 of 3 workers leave root:[^ ]* alone, since .*: host-7:aa, host-8:bb. Runbook", told)
+    assert told.count("alone, since") == 1
 
 
 def test_a_job_of_an_older_version_shows_the_process_of_its_last_attempt(application: Application) -> None:
