@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -68,6 +68,7 @@ class Slots(PeriodicThread):
         self._slow: dict[int, _Watched] = {}
         self._surplus = 0
         self._told = 0
+        self._processes: dict[int, Any] = {}
 
     def round(self) -> None:
         now = time.monotonic()
@@ -76,6 +77,7 @@ class Slots(PeriodicThread):
                 self._note_slow(stall, now)
             else:
                 self._end(stall)
+        self._note_ended()
         self._drop_ended()
         self._drop_fast(now)
         for one in self._stuck:
@@ -97,6 +99,15 @@ class Slots(PeriodicThread):
         """No process is left. One that could not be ended ended this thread, too: see ``round``."""
         if self._told:
             self._store.stuck(self._owner, 0, 0.0, [])
+
+    def _note_ended(self) -> None:
+        """Note how processes ended that are in the pool no more."""
+        with suppress(AttributeError):  # as below
+            found = {each.pid: each for each in self._pool._pool._pool}  # noqa: SLF001 -- Celery shows pids alone
+            for pid in self._processes.keys() - found.keys():
+                if code := self._processes[pid].exitcode:
+                    self._store.process_ended(f"{self._owner}/{pid}", code)
+            self._processes = found
 
     def _is_blocked(self) -> bool:
         """Return whether no process makes progress."""

@@ -65,7 +65,10 @@ def test_decryption_outlives_its_process_and_its_worker(tmp_path: Path) -> None:
         service.start("worker")
 
         service.wait(job_id, "succeeded")
-        assert store_of(service).get(job_id, "default").fence >= 2
+        ended = store_of(service).get(job_id, "default")
+        assert (ended.past[0].how, ended.past[0].cause) == ("lease_lost", "signal_9")
+        assert ended.past[0].worker != ended.worker
+        assert ended.fence >= 2
         assert came_back(service)
         assert {path.name for path in service.files.iterdir()} == {"large", "large.age", "back"}
         assert successes(store_of(service))[job_id] == 1

@@ -133,7 +133,7 @@ def test_a_queued_event_of_a_deferred_job_is_no_error(
 ) -> None:
     chatty = changed(webhook_endpoint, events=("queued",))
     claim = claimed(store, callback="ci")
-    store.defer(claim, 60, counts=False)
+    store.defer(claim, 60)
     deliver(store, {"ci": chatty})
 
     assert len(set(ids(receiver))) == 2

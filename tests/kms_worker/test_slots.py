@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
+import billiard
 import pytest
 from structlog.testing import capture_logs
 
@@ -30,6 +31,7 @@ class Pool:
     def __init__(self, *pids: int) -> None:
         self.info = {"processes": list(pids)}
         self.num_processes = len(pids)
+        self._pool = SimpleNamespace(_pool=[])
         self.is_busy = False
         self.asked: list[str] = []
 
@@ -245,6 +247,25 @@ def test_a_slow_process_that_hangs_at_last_is_replaced_once(
     for _ in range(2):
         slots.round()
     assert (pool.asked, stuck(store)) == (["grow", "shrink"], 0)
+
+
+def test_how_a_process_of_the_pool_ended_is_noted_for_its_attempt(store: JobStore) -> None:
+    """By a signal, or with a status; one that was told to end left no attempt."""
+    statuses = {"exit 3": "status_3", "kill -9 $$": "signal_9", "exit 0": None}
+    pool = Pool()
+    started = [billiard.Process(target=os.execvp, args=("sh", ["sh", "-c", each])) for each in statuses]
+    pool._pool = SimpleNamespace(_pool=list(started))  # noqa: SLF001 -- as that of Celery has it
+    slots = watch(Attendance(), store, pool)
+    for process in started:
+        process.start()
+    slots.round()
+    for process in started:
+        process.join()
+    pool._pool._pool.clear()  # noqa: SLF001 -- as above
+    slots.round()
+
+    noted = [store.redis.get(f"kms:died:w/{process.pid}") for process in started]
+    assert noted == [cause and cause.encode() for cause in statuses.values()]
 
 
 def test_a_surplus_process_waits_for_an_idle_moment(store: JobStore, hanging: Hanging) -> None:

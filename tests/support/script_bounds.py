@@ -201,7 +201,7 @@ def _cancel_queued(store: JobStore) -> Callable[[], object]:
 def _cancel_parts(store: JobStore) -> Callable[[], object]:
     whole, parts = _split(store)
     for part in parts:
-        store.defer(take(store, part), 600, counts=False)
+        store.defer(take(store, part), 600)
     return lambda: store.cancel(whole, TENANT)
 
 
@@ -255,7 +255,7 @@ def _committing(store: JobStore) -> Callable[[], object]:
 
 def _defer(store: JobStore) -> Callable[[], object]:
     claim = _crowded(store)
-    return lambda: store.defer(claim, 0.0, counts=True)
+    return lambda: store.defer(claim, 0.0)
 
 
 def _end_parent(store: JobStore) -> Callable[[], object]:

@@ -40,7 +40,7 @@ from kms_protocol.errors import AuditUnavailable, KmsError, Missing, RateLimited
 from kms_protocol.units import parse_time
 
 router: Final = Router("pages", prefix=UI)
-FILTERS: Final = ("operation", "result", "principal", "source", "key_id", "job_id", "request_id")
+FILTERS: Final = ("operation", "result", "principal", "source", "key_id", "file_id", "job_id", "request_id")
 PERIODS: Final = {"1h": timedelta(hours=1), "24h": timedelta(days=1), "7d": timedelta(days=7), "all": None}
 _JOBS: Final = 50
 _DEAD: Final = 500

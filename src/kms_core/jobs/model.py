@@ -67,6 +67,29 @@ class CommitGone(PathRefused):
         super().__init__("The result was removed or replaced before it was in place: run the job again")
 
 
+class PastAttempt(msgspec.Struct, frozen=True, array_like=True):
+    """Attempts that ended before the job did, as the scripts note them in its record.
+
+    ``how``: ``lease_lost``, ``deferred``, ``stalled``, or ``retried`` for the end that a retry undid.
+    ``cause`` is a code, or how a process ended (``signal_9``, ``status_1``, ``worker_gone``), or empty. So
+    many ``times`` in a row, the first from ``began_at`` on, the last until ``ended_at`` (in seconds since the
+    epoch). ``is_part`` is 1 for attempts at a part of the job.
+    """
+
+    number: Count
+    how: Code
+    cause: Code
+    times: Count
+    began_at: Seconds
+    ended_at: Seconds
+    worker: str
+    is_part: Count
+
+
+_decode_past: Final = msgspec.json.Decoder(PastAttempt).decode_lines
+_MOST_PAST_BYTES: Final = 3200  # as the scripts write at most
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """The visible state of a job: plain fields of its record; those of ``JobSpec.plain`` as sealed.
 
@@ -76,7 +99,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     told here. None before the end, and for other ends.
     ``accepted`` is the opened record; None if this service did not seal it. ``released`` is the time from
     which on the result is gone because its reader released it, 0 for never. ``worker`` made the last attempt:
-    ``host:id/pid``. ``is_replayed``: it answers a submission with an Idempotency-Key that was used before.
+    ``host:id/pid``. That began at ``began_at``, or at ``started_at`` if this is 0, and its ``attempt_id`` is
+    empty once it has ended without the job; ``history`` has a line for each before it (``past``).
+    ``is_replayed``: it answers a submission with an Idempotency-Key that was used before.
     """
 
     job_id: str
@@ -106,6 +131,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     error: Code = ""
     waits_for: Feature = ""
     worker: Annotated[str, Meta(max_length=600)] = ""
+    began_at: Seconds = 0.0
+    history: Annotated[str, Meta(max_length=_MOST_PAST_BYTES)] = ""
     purged: Count = 0
     parts: Count = 0
     parts_left: Count = 0
@@ -115,6 +142,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     end: SignedEnd | None = None
     accepted: AnyJob | None = None
     is_replayed: bool = False
+
+    @property
+    def past(self) -> list[PastAttempt]:
+        """Earlier attempts, oldest first; none where others wrote what is no history."""
+        with suppress(msgspec.DecodeError):
+            return _decode_past(self.history)
+        return []
 
     @property
     def progress(self) -> JobProgress:

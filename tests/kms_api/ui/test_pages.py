@@ -28,9 +28,11 @@ from kms_core.observability.degraded import DEGRADED
 from kms_protocol.admin import StatusOut
 from kms_protocol.wire import PREFIX
 from support.authorization.application import Application, Caller
+from support.job_stores import forge, take
 from support.openapi_check import example_of
 from support.service import b64
 
+TIME: Final = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
 FRAME: Final = {
     "who": Principal("ada", "acme", "token:1"),
     "may": lambda _: True,
@@ -239,7 +241,7 @@ def test_who_may_read_metrics_sees_whose_jobs_fail_and_others_only_their_own(
 
     page = application.ask(operator, "GET", "/ui")
     told = words(page)
-    assert "failing 0 0 3 0" in told
+    assert "failing 0 0 3 0 items_failed 3" in told
     assert re.search(r"Jobs of \d+ other tenants? failed in the last hour", told)
     assert "Jobs and operations are those of all tenants" in told
     assert not [job_id for job_id in ids if job_id in page.text]
@@ -279,14 +281,89 @@ def test_jobs_are_found_by_cause_key_submitter_and_time(
     assert application.ask(who, "GET", "/ui/jobs?before=odd").status_code == 422
 
 
-def test_a_failed_job_tells_operators_which_worker_made_the_last_attempt(
+def test_a_failed_job_tells_operators_which_worker_made_each_attempt(
     application: Application, causes: tuple[Caller, list[str], str]
 ) -> None:
     who, (job_id, _), _ = causes
     caller = application.with_token("*", tenant="causes")
 
-    assert "by worker host-7 aa , process 71" in words(application.ask(who, "GET", f"/ui/jobs/{job_id}"))
+    told = words(application.ask(who, "GET", f"/ui/jobs/{job_id}"))
+    assert re.search(rf"1 host-7 aa , process 71 {TIME} {TIME} failed not_a_ciphertext", told)
     assert "host-7" not in application.ask(caller, "GET", f"/ui/jobs/{job_id}").text
+
+
+@pytest.mark.parametrize(
+    ("how", "cause", "expected"),
+    [
+        ("deferred", "backend_unavailable", "Put off 3 times in a row: the backend of its key did not"),
+        ("deferred", "a_new_cause", "what it needs was not available a_new_cause ."),
+        ("stalled", "", "gave up : it hung, without progress for"),
+        ("retried", "record_refused", "failed record_refused ; then the job was retried"),
+        ("lease_lost", "signal_9", "died : its process was killed by signal 9 (SIGKILL)"),
+        ("lease_lost", "signal_64", "died : its process was killed by signal 64. The lease"),
+        ("lease_lost", "status_3", "died : its process ended with status 3."),
+        ("lease_lost", "worker_gone", "died : its worker was gone:"),
+        ("lease_lost", "", "died : its worker stopped renewing the lease"),
+        ("a_new_word", "", "died : its worker stopped renewing the lease"),
+    ],
+)
+def test_a_job_tells_operators_how_each_attempt_ended(
+    application: Application, how: str, cause: str, expected: str
+) -> None:
+    who = application.with_token("*,metrics", tenant="attempts")
+    job_id = submitted(application, who)
+    line = f'[4,"{how}","{cause}",3,1764685481.500,1764685512.250,"<i>:bb/8",0]'
+    forge(application.core.worker_context.store, job_id, history=line)
+
+    page = application.ask(who, "GET", f"/ui/jobs/{job_id}")
+    assert expected in words(page)
+    assert "4 <i> bb , process 8 2025-12-02 14:24:41 UTC 2025-12-02 14:25:12 UTC" in words(page)
+    assert "&lt;i&gt; <span" in page.text
+    caller = application.with_token("*", tenant="attempts")
+    assert "process 8" not in words(application.ask(caller, "GET", f"/ui/jobs/{job_id}"))
+
+
+def test_a_job_that_is_put_off_tells_its_submitter_what_is_away(application: Application) -> None:
+    who = application.with_token("*", tenant="attempts")
+    job_id = submitted(application, who, run=False)
+    store = application.core.worker_context.store
+    store.defer(take(store, job_id, "host-7:aa/71"), 600, "backend_unavailable")
+
+    page = application.ask(who, "GET", f"/ui/jobs/{job_id}")
+    expected = "when it is tried again: the backend of its key did not answer backend_unavailable"
+    assert re.search(rf"Why it waits Until {TIME} \( in [^)]*\), {expected}", words(page))
+    assert "host-7" not in page.text
+    assert "Took" not in words(page), "it is not at work"
+
+
+def test_a_job_that_workers_leave_alone_tells_how_many_do(application: Application) -> None:
+    who = application.with_token(f"*,metrics {application.files_rules}", tenant="attempts")
+    source, target = application.url("in/one"), application.new_target(is_folder=False)
+    body = {"kind": "encrypt", "source": source, "target": target}
+    job_id = application.ask(who, "POST", f"{PREFIX}/jobs", json=body).json()["job_id"]
+    store = application.core.worker_context.store
+    names = ("host-7:aa", "host-8:bb", "host-9:cc")
+    for name in names:
+        store.worker_seen(name, 4, ("kms.files",))
+    for name in names[:2]:
+        store.stuck(name, 1, 60, store.resources(job_id))
+
+    told = words(application.ask(who, "GET", f"/ui/jobs/{job_id}"))
+    for name in names:
+        store.stuck(name, 0, 0, [])
+        store.worker_left(name)
+        store.redis.delete(f"kms:stalls:{name}")
+    assert re.search("2 of 3 workers leave root:[^ ]* alone, since .*: host-7:aa, host-8:bb. Runbook", told)
+    assert told.count("alone, since") == 1
+
+
+def test_a_job_of_an_older_version_shows_the_process_of_its_last_attempt(application: Application) -> None:
+    who = application.with_token("*,metrics", tenant="attempts")
+    job_id = submitted(application, who, run=False)
+    forge(application.core.worker_context.store, job_id, worker="host-7:aa/71", attempt_id="")
+
+    told = words(application.ask(who, "GET", f"/ui/jobs/{job_id}"))
+    assert "host-7 aa , process 71 It did not end the job." in told
 
 
 def test_all_dead_jobs_of_a_filter_are_retried_and_no_others(application: Application) -> None:

@@ -190,7 +190,7 @@ class Lease(Renewed):
         """The work does not look at ``check``. A commit that has begun is finished by any worker."""
         _log.warning("job.handed_back", job_id=self.claim.accepted.job_id, heard=False)
         with suppress(LeaseLost, JobsUnavailable):
-            self._store.defer(self.claim, 0, counts=False, away=False)
+            self._store.defer(self.claim, 0, HandedBack.code, away=False)
         attendance.leave(None)
 
 

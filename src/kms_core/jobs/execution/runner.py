@@ -297,16 +297,16 @@ def _defer(claim: Attempt, store: JobStore, exc: Unavailable) -> None:
         raise exc
     if isinstance(exc, HandedBack):
         with suppress(LeaseLost):
-            store.defer(claim, 0, counts=False, away=False)
+            store.defer(claim, 0, exc.code, away=False)
         _log.info("job.handed_back", job_id=claim.accepted.job_id, heard=True)
         return
     if isinstance(exc, FoundLarge):
-        store.defer(claim, 0, counts=False, away=False, work_bytes=exc.work_bytes)
+        store.defer(claim, 0, exc.code, away=False, work_bytes=exc.work_bytes)
         return
     first = max(exc.retry_after_s, _FIRST_DELAY_S)
     delay = jittered_wait_s(first, claim.deferrals + 1, at_most_s=_LONGEST_DELAY_S)
     try:
-        store.defer(claim, delay, counts=False)
+        store.defer(claim, delay, exc.code)
     except LeaseLost:
         _log.warning("job.lease_lost", job_id=claim.accepted.job_id, attempt_id=claim.attempt_id)
     else:

@@ -26,6 +26,7 @@ from kms_protocol.wire import STATES, Priority
 
 MOST_WORKERS: Final = 100
 MOST_LEASES: Final = 200
+_CAUSE_CHARS: Final = 64
 SAMPLE: Final = 5
 """The jobs of each interval whose durations are looked at."""
 
@@ -258,13 +259,14 @@ MOST_FAILED: Final = 20
 
 @dataclass(frozen=True, slots=True)
 class TenantJobs:
-    """Jobs of a tenant, as Redis says, by state; ``failed`` are those that ended since a time."""
+    """Jobs of a tenant, as Redis says, by state; ``failed`` ended since a time, for these ``causes``."""
 
     tenant: str
     queued: int
     running: int
     failed: int
     dead: int
+    causes: Counter[str] = field(default_factory=Counter)
 
 
 def by_tenant(store: JobStore, since: float) -> list[TenantJobs]:
@@ -284,12 +286,13 @@ def by_tenant(store: JobStore, since: float) -> list[TenantJobs]:
         rows = [found[at : at + width] for at in range(0, len(found), width)]
         pipeline = store.redis.pipeline(transaction=False)
         for job_id in (job_id for row in rows for job_id in row[-1]):
-            pipeline.hget(job_key(named(job_id)), "ended_at")
-        ended = map(number, pipeline.execute())
-    jobs = [
-        TenantJobs(name, queued, running + committing, sum(next(ended) >= since for _ in failed), dead)
-        for name, (queued, running, committing, dead, failed) in zip(names, rows, strict=True)
-    ]
+            pipeline.hmget(job_key(named(job_id)), "ended_at", "error")
+        ended = iter(pipeline.execute())
+    jobs = []
+    for name, (queued, running, committing, dead, failed) in zip(names, rows, strict=True):
+        ends = [next(ended) for _ in failed]
+        causes = Counter(named(code or b"")[:_CAUSE_CHARS] for at, code in ends if number(at) >= since)
+        jobs.append(TenantJobs(name, queued, running + committing, causes.total(), dead, causes))
     return sorted(jobs, key=lambda each: (-each.failed, -each.dead, -each.queued, each.tenant))
 
 

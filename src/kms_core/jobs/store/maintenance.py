@@ -216,6 +216,7 @@ UNBOUNDED: Final = 2 * GiB
 StoreCondition = Literal["available", "unavailable", "full", "read_only"]
 _CONDITIONS: Final[Mapping[type, StoreCondition]] = {RedisFull: "full", RedisReadOnly: "read_only"}
 _CLOCK_KEPT_S: Final = 10.0
+_ENDED_KEPT_S: Final = 600  # for how a process ended, after the end of its lease
 _AT_ONCE: Final = 200  # some milliseconds, in which Redis does nothing else
 _TENANTS: Final = f"{PREFIX}tenants"
 _WORKERS: Final = f"{PREFIX}workers"
@@ -522,6 +523,15 @@ class StoreMaintenance:
     def stuck(self, worker: str, processes: int, seconds: float, resources: Sequence[str]) -> None:
         """Note the processes of a worker that hang, and keep it off these resources."""
         self._call("stuck", "", worker, processes, seconds, *resources)
+
+    def process_ended(self, process: str, exit_code: int) -> None:
+        """Note how a process (``host:id/pid``) ended: its exit status, or minus the number of a signal.
+
+        Its attempt ends so once its lease runs out.
+        """
+        cause = f"status_{exit_code}" if exit_code > 0 else f"signal_{-exit_code}"
+        with redis_errors():
+            self.redis.set(f"{PREFIX}died:{process}", cause, ex=math.ceil(self.rules.lease_s) + _ENDED_KEPT_S)
 
     def workers(self) -> int:
         """The number of live workers; a killed one counts for ``WORKER_SEEN_S``."""

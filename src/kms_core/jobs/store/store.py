@@ -46,6 +46,7 @@ from kms_protocol.errors import (
     RateLimited,
     SpoolQuota,
     TenantShare,
+    Unavailable,
     UnknownJob,
 )
 from kms_protocol.wire import JobState
@@ -185,7 +186,7 @@ class AttemptStore(JobReader):
             self._close(job_id, claim.attempt_id, exc.code)
         except ClocksApart as exc:
             _log.error("job.clocks_apart", job_id=job_id, ahead_s=round(time.time() - self.now()))
-            self.defer(claim, exc.retry_after_s, counts=False, away=False)
+            self.defer(claim, exc.retry_after_s, exc.code, away=False)
         else:
             return True
         return False
@@ -341,12 +342,12 @@ class AttemptStore(JobReader):
         self,
         claim: Attempt,
         delay_s: float,
+        code: str = Unavailable.code,
         *,
-        counts: bool,
         away: bool = True,
         work_bytes: int | None = None,
     ) -> None:
-        """Back to the queue, not before ``delay_s`` seconds; ``counts`` says whether the attempt counts.
+        """Back to the queue because of ``code``, not before ``delay_s`` seconds. The attempt does not count.
 
         A job that is committing keeps its commit, which the next attempt finishes. Raises LeaseLost.
 
@@ -354,7 +355,7 @@ class AttemptStore(JobReader):
         job turned out to read, for the next claim.
         """
         found = "" if work_bytes is None else work_bytes
-        given = (claim.attempt_id, delay_s, int(not counts), int(away), found, self.large_job_bytes)
+        given = (claim.attempt_id, delay_s, int(away), found, self.large_job_bytes, code)
         raise_for(self._call("defer", claim.accepted.job_id, *given)[0])
 
 

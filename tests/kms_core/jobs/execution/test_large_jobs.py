@@ -103,7 +103,7 @@ def test_share_of_a_job_is_free_when_its_lease_ends(core: Core, size: int, end: 
     if end == "finish":
         store.finish(claim, "failed", "path_refused")
     elif end == "defer":
-        store.defer(claim, 600, counts=False)
+        store.defer(claim, 600)
     elif end == "reap":
         forge(store, first, lease_until="0")
         assert store.reap_all([first]) == ["requeued"]
@@ -256,7 +256,7 @@ def test_job_that_turned_out_large_waits_among_large_ones(store: JobStore) -> No
     take(store, made(store))
     grown = take(store, made(store, SMALL), "w/2")
 
-    store.defer(grown, 0, counts=False, away=False, work_bytes=LARGE)
+    store.defer(grown, 0, away=False, work_bytes=LARGE)
 
     assert chosen(store) is None
 

@@ -109,7 +109,7 @@ def test_commit_that_is_taken_back_leaves_a_running_job(store: JobStore) -> None
         store.withdraw(claim)
 
     assert store.get(claim.accepted.job_id, TENANT).state == "running"
-    store.defer(claim, 0, counts=False)
+    store.defer(claim, 0)
     assert take(store, claim.accepted.job_id).commit is None
 
 

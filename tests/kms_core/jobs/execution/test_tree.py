@@ -180,7 +180,7 @@ def test_parts_count_as_running_jobs(
     assert first
     assert second
     assert third is None
-    store.defer(first, 0, counts=False, away=False)
+    store.defer(first, 0, away=False)
     assert store.claim(part_id(job_id, 2), "w")
 
 

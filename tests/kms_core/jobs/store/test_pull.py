@@ -255,7 +255,7 @@ def test_jobs_of_the_queue_that_has_work_come_first(store: JobStore) -> None:
 def test_a_job_is_ready_when_its_time_has_come(store: JobStore, why: str) -> None:
     (job_id,) = submit(store)
     if why == "it was deferred":
-        store.defer(attempt(store), 0.3, counts=False)
+        store.defer(attempt(store), 0.3)
         assert sum(depths(store).values()) == 0
     else:
         forge(store, job_id, not_before=str(time.time() + 0.3))

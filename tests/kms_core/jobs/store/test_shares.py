@@ -245,7 +245,7 @@ def test_a_job_that_begins_again_and_again_fills_no_outbox(
     outbox = Outbox(store, {"ci": changed(webhook_endpoint, events=STATES)})
     claim = claimed(store, callback="ci")
     for _ in range(600):
-        store.defer(claim, 0, counts=False)
+        store.defer(claim, 0)
         claim = take(store, claim.accepted.job_id)
     waiting = outbox.waiting().total()
     store.finish(claim, "failed", "x")
@@ -269,6 +269,22 @@ def test_deliveries_that_wait_count_for_the_tenant_of_their_job(
 
     assert outbox.waiting().total() == 150
     assert used(store) - before < held(store) - counted
+
+
+@pytest.mark.parametrize("count", [1, 10])
+def test_earlier_attempts_count_for_the_tenant_of_their_job(small: Core, count: int) -> None:
+    store = store_of(small, with_jobs())
+    warmed(store)
+    claims = [claimed(store) for _ in range(100)]
+    before, counted = used(store), held(store)
+    for claim in claims:
+        for number in range(count):
+            store.defer(claim, 0, f"cause_{number}")
+            claim = take(store, claim.accepted.job_id, "a-host-of-some-cluster.example:deadbeef/12345")  # noqa: PLW2901 -- the next one
+
+    assert used(store) - before < held(store) - counted < 3 * (used(store) - before)
+    for claim in claims:
+        store.redis.delete(f"kms:job:{claim.accepted.job_id}")
 
 
 @pytest.mark.parametrize("blob", [None, ("items", b"sealed")], ids=["spool", "redis"])

@@ -141,7 +141,7 @@ def test_job_that_has_begun_is_not_taken_back(store: JobStore) -> None:
     """Also where it waits again: half a target may be there."""
     claim = claimed(store)
     job_id = claim.accepted.job_id
-    store.defer(claim, 0, counts=False)
+    store.defer(claim, 0)
     keys = [f"kms:job:{job_id}", f"kms:tenant:{TENANT}"]
 
     refused = store.unconfirmed_error(None, keys, job_id, record(store, job_id)[b"sealed"])
@@ -361,7 +361,7 @@ def test_lapsed_lease_is_taken_over_and_the_old_fence_is_powerless(store: JobSto
         lambda: store.committing(old, COMMIT),
         lambda: store.withdraw(old),
         lambda: store.finish(old, "succeeded"),
-        lambda: store.defer(old, 1, counts=True),
+        lambda: store.defer(old, 1),
         lambda: store.split(old, []),
     ]
 
@@ -412,18 +412,14 @@ def test_attempts_are_counted_and_end(store: JobStore) -> None:
 
 
 def test_deferral_costs_time_and_no_attempt(store: JobStore) -> None:
-    """Unless it counts."""
     claim = claimed(store)
     job_id = claim.accepted.job_id
     for number in range(3):
-        store.defer(claim, 0, counts=False)
+        store.defer(claim, 0)
         claim = again(store, claim)
         assert (claim.attempt, claim.deferrals) == (1, number + 1)
-    store.defer(claim, 0, counts=True)
-    claim = again(store, claim)
-    assert claim.attempt == 2
 
-    store.defer(claim, 600, counts=False)
+    store.defer(claim, 600)
     assert store.claim(job_id, "w") is None
     assert job_id not in store.due()
     found = store.get(job_id, TENANT)
@@ -434,7 +430,7 @@ def test_deferral_costs_time_and_no_attempt(store: JobStore) -> None:
 def test_each_return_to_the_queue_is_told_with_its_reason(store: JobStore) -> None:
     claim = claimed(store)
     job_id = claim.accepted.job_id
-    store.defer(claim, 0, counts=False)
+    store.defer(claim, 0)
     again(store, claim)
     expire_leases(store)
     store.reap_all([job_id])
@@ -594,7 +590,7 @@ def test_commit_of_an_attempt_that_is_handed_back_is_for_any_worker(store: JobSt
     claim = claimed(store)
     store.committing(claim, COMMIT)
 
-    store.defer(claim, delay_s, counts=False, away=bool(delay_s))
+    store.defer(claim, delay_s, away=bool(delay_s))
     with pytest.raises(LeaseLost):
         store.renew(claim, {})  # of a thread that has not heard
     if delay_s:

@@ -128,7 +128,7 @@ def test_a_job_whose_time_is_over_ends_without_a_worker(
     """A worker tidies."""
     job_id = job(store, **times)
     if is_given_back:
-        store.defer(attempt(store), 600, counts=False)
+        store.defer(attempt(store), 600)
 
     until(store.due, "its time is over")
     assert store.reap_all(store.due()) == ["expired"]
@@ -152,7 +152,7 @@ def test_a_job_that_has_started_may_go_on(store: JobStore) -> None:
     started_at = store.get(job_id, TENANT).started_at
     over(store, store.accepted(job_id).start_by)
     assert store.due() == []
-    store.defer(first, 0, counts=False)
+    store.defer(first, 0)
 
     assert store.due() == []
     store.finish(attempt(store), "succeeded")

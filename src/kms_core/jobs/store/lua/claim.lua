@@ -118,6 +118,7 @@ local function try(key, name, named)
     elseif expiry(f) then code = expiry(f)
     elseif attempt >= tonumber(ARGV[4]) then code = 'attempts_exhausted' end
     if code ~= '' then
+      note_lost(f)
       redis.call('HSET', key, 'fence', fence)
       finish(f, final, code, tonumber(ARGV[5]))
       return {'closed', name, final, code}
@@ -127,12 +128,17 @@ local function try(key, name, named)
     if named and (full_resource(f.resources) or is_stalled(f.resources)) then return {'capped'} end
     attempt = attempt + 1
   end
+  note_lost(f)
   local is_commit = f.state == 'committing'
   local lease_until = is_commit and now + tonumber(ARGV[3]) or lease_end(f, tonumber(ARGV[3]))
   if named then unready(name, f) else redis.call('ZREM', waiting_key(f), name) end  -- it was chosen out of its set
   redis.call('ZREM', P .. 'expiring', name)
   local lease = { 'attempt_id', attempt_id, 'fence', fence, 'attempt', attempt, 'lease_until', lease_until,
     'worker', worker, 'paid_until', now + 0.01 }
+  if f.started_at then
+    table.insert(lease, 'began_at')  -- of the first attempt it is started_at
+    table.insert(lease, now)
+  end
   if is_commit then
     redis.call('HSET', key, unpack(lease))
   else

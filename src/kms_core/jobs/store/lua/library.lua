@@ -28,6 +28,7 @@
 --   chores                      jobs that want a worker's hand: to be tidied, or to be ended after their parts
 --   slots                       processes of each worker, and the queues that they serve
 --   newer                       open jobs that a worker put aside for one of a newer version, by when
+--   died:<w>/<pid>              how a process of a worker ended, for a while
 --   events                      a stream with one record for each transition
 --   operations                  a stream with the sums of all operations, a point a minute for a day
 --   webhooks:due:<endpoint>     events for an endpoint by when to send them; webhooks:endpoints names all that have any
@@ -38,6 +39,7 @@ local now = tonumber(clock[1]) + tonumber(clock[2]) / 1000000
 local job, id = KEYS[1], ARGV[1]
 
 local PENALTY_S = { high = 0, normal = 600, low = 3600 }
+local SEEN_S = 5  -- a worker that is silent for longer is gone: see WORKER_SEEN_S
 local EXPIRY_S = 3  -- in which a worker ends an attempt that runs for too long, before others may
 
 local function number(text) return tonumber(text) or 0 end  -- of a field that may be missing
@@ -406,11 +408,58 @@ local function release(f, name)  -- the lease of a job is over
   if capped[1] then redis.call('DEL', capped_key(f.tenant)) end
 end
 
+-- -- attempts that are over ----------------------------------------------------------------------------
+
+-- Attempts that `history` of a record keeps, the newest last. Each is a line of JSON, of at most so many bytes: number,
+-- how it ended and why, how many ended so in a row, when the first of them began and the last one ended, its process, and
+-- 1 for an attempt at a part of the job. NAMED_BYTES of memory are those of the field itself.
+local MOST_PAST, PAST_BYTES, NAMED_BYTES = 10, 300, 120
+
+-- Note how an attempt at a job ended that did not end the job; of a part in the record of the whole, which people see.
+local function note_past(f, how, cause)
+  local key, name = job, id
+  local began = number(redis.call('HGET', job, 'began_at') or f.started_at)
+  redis.call('HSET', job, 'attempt_id', '')  -- whatever that attempt asks for now changes nothing
+  if f.parent then
+    key, name = P .. 'job:' .. f.parent, f.parent
+    if redis.call('HGET', key, 'state') ~= 'running' then return end
+  end
+  local old, lines, times = redis.call('HGET', key, 'history') or '', {}, 1
+  if #old <= MOST_PAST * PAST_BYTES then
+    for line in string.gmatch(old, '[^\n]+') do table.insert(lines, line) end
+  end
+  local head = string.format('[%d,"%s","%s",', number(f.attempt), how, string.sub(string.gsub(cause, '[^%w_]', '_'), 1, 64))
+  local last = lines[#lines] or ''
+  if how == 'deferred' and string.sub(last, 1, #head) == head then  -- what is away for long is one line
+    local count, since = string.match(string.sub(last, #head + 1), '^(%d+),([%d.]+),')
+    times, began = number(count) + 1, number(since)
+    table.remove(lines)
+  end
+  local process = string.sub(string.gsub(f.worker or '', '[^%w:/._-]', '_'), 1, 120)
+  table.insert(lines, head .. string.format('%d,%.3f,%.3f,"%s",%d]', times, began, now, process, f.parent and 1 or 0))
+  while #lines > MOST_PAST do table.remove(lines, 1) end
+  local text = table.concat(lines, '\n')
+  redis.call('HSET', key, 'history', text)
+  hold(f.tenant, name, #text - #old + (old == '' and NAMED_BYTES or 0))
+end
+
+-- Note the attempt that held a job until its lease ran out: it ended as its process did, where the parent of that saw it.
+-- A job in parts runs without an attempt.
+local function note_lost(f)
+  if f.state == 'queued' or (f.attempt_id or '') == '' or redis.call('HEXISTS', job, 'parts') == 1 then return end
+  local cause = redis.call('GET', P .. 'died:' .. (f.worker or ''))
+  if not cause then
+    local seen = number(redis.call('ZSCORE', P .. 'workers', worker_of(f.worker)))
+    cause = seen < now - SEEN_S and 'worker_gone' or ''
+  end
+  note_past(f, 'lease_lost', cause)
+end
+
 -- Take the lease from a job; one that runs is queued again. The caller puts it into a set.
 local function give_back(f, delay_s)
   charge_lease(job, f)
   release(f, id)
-  redis.call('HSET', job, 'lease_until', 0, 'attempt_id', '')  -- a late renewal changes nothing
+  redis.call('HSET', job, 'lease_until', 0)
   if f.state ~= 'running' then return end
   become(job, id, f, 'queued', 'not_before', now + delay_s)
   redis.call('ZADD', P .. 'expiring', waits_until(f), id)

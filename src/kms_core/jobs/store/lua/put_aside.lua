@@ -5,6 +5,7 @@
 local f = record(job)
 if not held(f, ARGV[2]) then return {'lost'} end
 local state = f.state
+note_past(f, 'deferred', 'newer_worker')
 give_back(f, 0)
 redis.call('HSET', job, 'needs', ARGV[3])
 if state == 'running' then add(job, 'attempt', -1) end

@@ -15,6 +15,7 @@ if parts_ended(job) then
   redis.call('ZADD', P .. 'chores', now, id)
   return {'parts_ended'}
 end
+if f.state == 'running' then note_lost(f) end
 if f.state == 'running' and (g[3] == '1' or parent_stopped(f.parent)) then
   end_unheld(f, 'cancelled', 'cancelled', tonumber(ARGV[3]))
   return {'cancelled'}

@@ -8,10 +8,13 @@ local dead = g[1] == 'failed' and (g[2] == 'attempts_exhausted' or g[2] == 'reco
 local signs = g[1] == 'succeeded' or (g[1] == 'failed' and g[2] == 'items_failed')
 local unproven = signs and ARGV[4] == (g[4] or '')
 if g[3] ~= ARGV[2] or g[5] or not (dead or unproven) then return {'not dead'} end
+local before = record(job)
+if before.attempt_id == '' then before.worker = '' end  -- its last attempt is noted already
+note_past(before, 'retried', g[2] or '')
 for _, name in ipairs(redis.call('HKEYS', job)) do
   if string.sub(name, 1, 6) == 'tally:' then redis.call('HDEL', job, name) end
 end
-redis.call('HDEL', job, 'parts', 'parts_left', 'split', 'end', 'cancel', 'purged', 'started_at', 'ended_at')
+redis.call('HDEL', job, 'parts', 'parts_left', 'split', 'end', 'cancel', 'purged', 'started_at', 'began_at', 'ended_at')
 redis.call('HSET', job, 'tenant', ARGV[5], unpack(ARGV, 7))
 local f = record(job)
 f.attempt = nil

@@ -8,6 +8,7 @@ local ours, cancel = held(f, ARGV[2])
 local state = f.state
 leave_alone(ARGV[3], resources_of(f.resources), ARGV[4])
 if not ours or redis.call('HEXISTS', job, 'parts') == 1 then return {'lost', f.resources or ''} end
+note_past(f, 'stalled', '')
 if state == 'running' and cancel then
   end_unheld(f, 'cancelled', 'cancelled', tonumber(ARGV[6]))
   return {'cancelled', f.resources or ''}
