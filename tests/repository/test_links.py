@@ -91,7 +91,7 @@ def test_the_table_of_integrations_names_tests_that_exist() -> None:
 def test_the_table_of_integrations_has_the_versions_that_tests_run() -> None:
     """In the page that a row links to, or in the lock file of the development group."""
     folder = ROOT / "docs/integrations"
-    locked = (ROOT / "requirements-dev.lock").read_text("utf-8")
+    locked = (ROOT / "requirements/dev.lock").read_text("utf-8")
     rows = [row for row in (folder / "README.md").read_text("utf-8").splitlines() if "`peers/" in row]
     found = 0
     for row in rows:
