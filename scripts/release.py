@@ -194,7 +194,9 @@ def contract_problems(version: str, sections: Sequence[Section], told: Sequence[
         yield Problem("the history is cut, so changes of the contract are not seen", "git fetch --unshallow")
         return
     earlier = [section.name for section in sections if section.date and section.name != version]
-    span = since(earlier[0]) if earlier else "HEAD"
+    if not earlier:  # the first version: no user has a contract that it could change
+        return
+    span = since(earlier[0])
     known = {git("rev-parse", "--verify", f"{commit}^{{commit}}") for commit in told}
     known.update(commits(span, CHANGELOG.name))
     for commit in commits(span, *CONTRACT):

@@ -222,6 +222,17 @@ def test_without_a_tag_the_contract_is_compared_since_the_last_heading(small: Pa
     assert refusal.endswith(" Change the contract")
 
 
+def test_the_first_version_changes_no_contract(small: Path) -> None:
+    replace(small / "CHANGELOG.md", " - 2026-01-01", "")
+    commit(small, "Take the date from the version before")
+    (small / "docs/contract.md").write_text("None.\n")
+    commit(small, "Change the contract")
+
+    refused = refusals(small, "--key", "/no/such/key")
+    assert "there is no key /no/such/key" in refused
+    assert [each for each in refused if "contract" in each] == []
+
+
 def test_a_cut_history_shows_no_changes_of_the_contract(small: Path, tmp_path: Path) -> None:
     git(small, "commit", "--quiet", "--allow-empty", "--message", "Change nothing")
     git(tmp_path, "clone", "--quiet", "--depth=1", small.as_uri(), "cut")
