@@ -1,8 +1,8 @@
 """Builds the site of the documents with Zensical, strictly: a link or an anchor that leads nowhere fails.
 
 ``scripts/docs`` runs it, with the folder for the site as its only argument. The site has every page and
-picture that README.md leads to; other files that a page links to become pages. Its navigation is the table of
-documents in README.md.
+picture that README.md leads to; other files that a page links to become pages. Its navigation is that of
+docs/README.md.
 """
 
 import gzip
@@ -21,15 +21,16 @@ from typing import Any, Final
 ROOT: Final = Path(__file__).parents[1]
 STATIC: Final = ROOT / "src/kms_api/ui/static"
 HOME: Final = Path("README.md")
+INDEX: Final = Path("docs/README.md")
 DOCUMENT: Final = Path("src/kms_api/openapi/openapi.json")
 VIEWER: Final = Path("docs/viewer")
 LINK: Final = re.compile(r"(?<=\]\()([^)\s#:]+)((?:#[^)\s]*)?)(?=\))")
+SHOWN: Final = re.compile(r'\bsrc(?:set)?="([^":]+)"')
 ROW: Final = re.compile(r"^\| (\[.*?) \| .* \|$", re.MULTILINE)
-READERS: Final = {"docs/recipes.md": "Users", "docs/backends.md": "Operators", "docs/design.md": "Developers"}
-"""The page with which the rows for each reader begin."""
+PART: Final = re.compile(r"^## (.+)\n", re.MULTILINE)
 CODE: Final = re.compile(r"`[^`\n]+`")
 LANGUAGES: Final = {".py": "python", ".toml": "toml", ".json": "json"}
-AS_THEY_ARE: Final = {".md", ".svg"}
+AS_THEY_ARE: Final = {".md", ".png", ".svg"}
 """Suffixes of files that keep their name on the site."""
 STYLE: Final = ".md-typeset table code { word-break: normal; }\n"  # no names cut in two: tables scroll
 CONFIG: Final[dict[str, Any]] = {
@@ -59,6 +60,11 @@ def stage(pages: Path) -> None:
     """Write the pages, as the site has them, and what the viewer of the API needs."""
     found = [HOME]
     for source in found:  # grows: each page adds those that it links to
+        target = pages / staged(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.suffix == ".png":
+            shutil.copy(ROOT / source, target)
+            continue
         text = (ROOT / source).read_text("utf-8")
         if source == DOCUMENT:
             text = api_page(json.loads(text))
@@ -71,16 +77,14 @@ def stage(pages: Path) -> None:
                 lambda span: span[0].replace(r"\|", "|"), text
             )  # in tables GitHub wants \|, Zensical |
             text = LINK.sub(partial(rewritten, source), text)
-        target = pages / staged(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, "utf-8")
     (pages / "site.css").write_text(STYLE, "utf-8")
     stage_viewer(pages / VIEWER)
 
 
 def linked(page: Path, text: str) -> Iterator[Path]:
-    """The files of the repository that a page links to. What is not there is Zensical's to report."""
-    for name, _ in LINK.findall(text):
+    """The files of the repository that a page links to or shows. Zensical reports what is missing."""
+    for name in [*(name for name, _ in LINK.findall(text)), *SHOWN.findall(text)]:
         path = Path(os.path.normpath(page.parent / name))
         if (ROOT / path).is_file():
             yield path
@@ -142,15 +146,12 @@ def stage_viewer(folder: Path) -> None:
 
 
 def navigation() -> list[Any]:
-    """The pages of the table, below the readers that they are for."""
-    table = (ROOT / HOME).read_text("utf-8").partition("\n## Documentation\n")[2]
-    nav: list[Any] = [{"Overview": str(HOME)}]
-    section: list[Any] = nav
-    for page in linked(HOME, "\n".join(ROW.findall(table))):
-        if reader := READERS.get(str(page)):
-            section = []
-            nav.append({reader: section})
-        section.append(entry(page))
+    """The parts of the table of documents, each with its pages."""
+    _, *parts = PART.split((ROOT / INDEX).read_text("utf-8"))
+    nav: list[Any] = [{"Overview": str(HOME)}, {"Documents": str(INDEX)}]
+    for name, text in zip(parts[::2], parts[1::2], strict=True):
+        pages = linked(INDEX, "\n".join(ROW.findall(text)))
+        nav.append({name: [entry(page) for page in dict.fromkeys(pages)]})
     return nav
 
 
@@ -164,7 +165,7 @@ def entry(page: Path) -> str | dict[str, list[str]]:
 
 def companions(page: Path) -> Iterator[Path]:
     """The other pages of a folder of documents, for its README.md."""
-    if page.parts[0] == "docs" and page.name == HOME.name:
+    if page.parts[0] == "docs" and page.name == HOME.name and page != INDEX:
         found = sorted((ROOT / page).parent.glob("*.md"))
         yield from (each.relative_to(ROOT) for each in found if each.name != HOME.name)
 

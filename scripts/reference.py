@@ -9,6 +9,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import dedent
@@ -233,12 +234,13 @@ def main(page: Path, folder: Path) -> None:
     made = entries()
     page.write_text(markdown(made), "utf-8")
     dated = re.search(r"^## \[[\d.]+\] - (\S+)", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    day = dated[1] if dated else datetime.now(UTC).date().isoformat()  # no version has been published
     target = folder / "man1"
     target.mkdir(parents=True, exist_ok=True)
     for old in target.glob("*kms*.1"):
         old.unlink()
     for each in made:
-        text = man(each, [other.name for other in made], dated[1] if dated else "")
+        text = man(each, [other.name for other in made], day)
         (target / f"{hyphened(each.name)}.1").write_text(text, "utf-8")
 
 

@@ -22,20 +22,20 @@ from typing import Any, Final, NamedTuple
 
 ROOT: Final = Path(__file__).parents[1]
 CHANGELOG: Final = ROOT / "CHANGELOG.md"
-SIGNERS: Final = ROOT / "release/allowed_signers"
+SIGNERS: Final = ROOT / "scripts/allowed_signers"
 SUMS: Final = "SHA256SUMS"
 NAMESPACE: Final = "kms-service-release"
-"""The namespace of signatures, and the name of the signer in ``release/allowed_signers``."""
+"""The namespace of signatures, and the name of the signer in ``scripts/allowed_signers``."""
 CONTRACT: Final = ("docs/contract.md", "src/kms_api/openapi/openapi.json")
 DISTRIBUTIONS: Final = ("client", ".")
 COPIED: Final = {
     "src/kms_api/openapi/openapi.json": "openapi.json",
-    "requirements.lock": "requirements.lock",
-    "requirements-image.lock": "requirements-image.lock",
+    "requirements/runtime.lock": "requirements.lock",
+    "requirements/image.lock": "requirements-image.lock",
 }
 SBOMS: Final = {
-    "requirements.lock": "sbom.cdx.json",
-    "requirements-image.lock": "image-sbom.cdx.json",
+    "requirements/runtime.lock": "sbom.cdx.json",
+    "requirements/image.lock": "image-sbom.cdx.json",
 }
 IN_PATCHES: Final = {"Changed", "Fixed", "Security"}
 _VERSION: Final = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)")
@@ -194,7 +194,9 @@ def contract_problems(version: str, sections: Sequence[Section], told: Sequence[
         yield Problem("the history is cut, so changes of the contract are not seen", "git fetch --unshallow")
         return
     earlier = [section.name for section in sections if section.date and section.name != version]
-    span = since(earlier[0]) if earlier else "HEAD"
+    if not earlier:  # the first version: no user has a contract that it could change
+        return
+    span = since(earlier[0])
     known = {git("rev-parse", "--verify", f"{commit}^{{commit}}") for commit in told}
     known.update(commits(span, CHANGELOG.name))
     for commit in commits(span, *CONTRACT):

@@ -58,7 +58,7 @@ make_venv() {
 
 locked() { # prints what .venv should hold: a checksum of the lock files, of its Python and of where it is
     {
-        cat -- "$root"/requirements*.lock
+        cat -- "$root"/requirements/*.lock
         "$venv/bin/python" -VV
         echo "$root"
     } | cksum
@@ -137,8 +137,8 @@ is_ready() {
 }
 
 make_ready() {
-    local set=$1 lock=$root/requirements.lock size='' now
-    [[ $set == runtime ]] || lock=$root/requirements-dev.lock
+    local set=$1 lock=$root/requirements/runtime.lock size='' now
+    [[ $set == runtime ]] || lock=$root/requirements/dev.lock
     now=$(locked 2>/dev/null) || true
     if ! suits "$venv/bin/python" || { ! stamped runtime "$now" && ! stamped dev "$now"; }; then
         # none, half made, of other lock files, or one that does not start
@@ -149,7 +149,7 @@ make_ready() {
         [[ $set == runtime ]] || size=' (1.4 GB with the tools of the tests)'
         say "installing into .venv$size; this is done once and takes a minute or two"
         rm -f -- "$venv"/.kms-* "$venv/install.log"
-        install_locked -r "$lock" -r "$root/requirements-build.lock"
+        install_locked -r "$lock" -r "$root/requirements/build.lock"
         printf '%s\n' "$now" >"$venv/.kms-$set"
     fi
     rm -f -- "$venv/.kms-project"

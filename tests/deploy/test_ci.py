@@ -9,7 +9,7 @@ from support.programs import SAME_PACKAGE
 ROOT: Final = Path(__file__).parents[2]
 TESTS: Final = ROOT / "tests"
 ASKED: Final = re.compile(r'\b(?:program|which)\(f?"([a-z-]+)')
-OF_PYTHON: Final = {"bao", "sops", "weed"}  # packages of requirements-dev.lock bring these
+OF_PYTHON: Final = {"bao", "sops", "weed"}  # packages of requirements/dev.lock bring these
 OPTIONAL: Final = {
     "minio",  # built by hand: tests of stores take it along where it is
     "terraform",  # in no package of Debian: its recipe is tested where it is

@@ -161,7 +161,7 @@ def test_the_image_builds_both_from_what_is_copied(wheels: dict[str, Path], tmp_
 @pytest.fixture(scope="module")
 def needed() -> Iterator[Path]:
     """Wheels of all that the client needs, as locked; fetched once from the configured index."""
-    pins = re.findall(r"^(\S+==\S+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    pins = re.findall(r"^(\S+==\S+)", (ROOT / "requirements/runtime.lock").read_text(), re.MULTILINE)
     wanted = [*CLIENT["dependencies"], *CLIENT["optional-dependencies"]["async"]]
     with locked_cache("client-wheels") as folder:
         constraints = folder / "constraints"

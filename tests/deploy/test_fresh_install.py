@@ -130,8 +130,8 @@ def test_a_file_whose_hash_is_not_locked_is_refused(
 
 
 def test_the_runtime_and_the_project_install_with_the_oldest_pip(venv: Path) -> None:
-    install = f'{SOURCED} venv=$2; install_locked -r "$1/requirements.lock" -r "$1/requirements-build.lock"'
-    code = f'{install}; install_project; check_complete "$1/requirements.lock"'
+    locked = 'locks=$1/requirements; install_locked -r "$locks/runtime.lock" -r "$locks/build.lock"'
+    code = f'{SOURCED} venv=$2; {locked}; install_project; check_complete "$locks/runtime.lock"'
     done = bash(code, ROOT, venv, env=dict(os.environ))
 
     if done.returncode != 0 and "connection" in done.stderr.lower():
@@ -164,6 +164,7 @@ class Project:
         shutil.copy(ROOT / "scripts/venv.sh", folder / "scripts")
         settings = 'requires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
         (folder / "src").mkdir()
+        (folder / "requirements").mkdir()
         (folder / "src/ours.py").touch()
         needs = ("Requires-Dist: c", "Requires-Dist: kms-service-client")
         for each, name, count in ((folder, "kms_service", 2), (folder / "client", "kms_service_client", 1)):
@@ -171,13 +172,13 @@ class Project:
             (each / "backend.py").write_text(BACKEND)
             (each / "pyproject.toml").write_text(f"[build-system]\n{settings}")
             make_wheel(each / "built", name, "1.0", *needs[:count], source=folder / "src")
-        self.lock("", "a", "c")
-        self.lock("-build")
-        self.lock("-dev", "a", "b", "c")
+        self.lock("runtime", "a", "c")
+        self.lock("build")
+        self.lock("dev", "a", "b", "c")
 
     def lock(self, name: str, *projects: str) -> None:
         newest = [max((self.packages / each).iterdir()) for each in projects]
-        lock(self.root / f"requirements{name}.lock", *newest)
+        lock(self.root / f"requirements/{name}.lock", *newest)
 
     def ready(self, what: str = "runtime") -> str:
         """Run ``ready``; what was said."""
@@ -246,7 +247,7 @@ def test_an_interrupted_installation_is_begun_again(project: Project) -> None:
 
 def test_what_is_no_longer_locked_is_no_longer_installed(project: Project) -> None:
     project.ready("dev")
-    project.lock("-dev", "a", "c")
+    project.lock("dev", "a", "c")
 
     project.ready("dev")
 

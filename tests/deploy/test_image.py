@@ -98,7 +98,7 @@ def test_no_password_of_a_mirror_is_in_the_base(tmp_path: Path) -> None:
 
 
 def test_the_image_has_the_pins_of_the_service_and_every_optional_backend() -> None:
-    image, runtime = pins("requirements-image.lock"), pins("requirements.lock")
+    image, runtime = pins("requirements/image.lock"), pins("requirements/runtime.lock")
 
     assert image.items() >= runtime.items()
     wanted = {

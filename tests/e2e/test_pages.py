@@ -59,20 +59,24 @@ def test_a_page_works_from_top_to_bottom(workspace: Service, page: str, tmp_path
         assert left == []
 
 
-def test_the_readme_is_one_screen_to_the_first_job() -> None:
+def test_the_readme_shows_the_service_and_is_short() -> None:
     lines = (ROOT / "README.md").read_text("utf-8").splitlines()
     headings = [line for line in lines if line.startswith("## ")]
 
-    assert headings[:5] == [
+    assert headings == [
         "## When to take something else",
         "## Start",
         "## A secret",
         "## A file",
         "## A job",
+        "## Documentation",
     ]
     assert len(blocks_to_run("README.md", "sh")) >= 3
-    assert lines.index(headings[5]) <= 75
+    assert lines.index("```console") < lines.index(headings[0])
     assert len(lines) <= 110
+    assert len([line for line in lines[lines.index(headings[-1]) :] if line.startswith("| ")]) == len(
+        ["to", "fits", "use", "run", "trust", "change", "rest"]
+    )
 
 
 @pytest.mark.parametrize("page", PAGES)

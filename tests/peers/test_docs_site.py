@@ -71,12 +71,13 @@ def url(site: Path) -> Iterator[str]:
 def test_every_document_is_a_page_in_the_navigation(site: Path) -> None:
     home = (site / "index.html").read_text("utf-8")
     expected = {path.with_suffix(".html").name for path in ROOT.glob("docs/*.md")}
+    expected = (expected - {"README.html"}) | {"index.html"}
     expected |= {f"adr/{path.stem}.html" for path in ROOT.glob("docs/adr/0*.md")}
 
     assert len(expected) > 60
     assert {name for name in expected if f'docs/{name}"' not in home} == set()
-    for reader in ("Users", "Operators", "Developers"):
-        assert re.search(rf"^\s*{reader}\s*$", home, re.MULTILINE)
+    for part in ("Use", "Run", "Understand", "Compare"):
+        assert re.search(rf"^\s*{part}\s*$", home, re.MULTILINE)
 
 
 def test_no_page_loads_anything_of_another_host(site: Path) -> None:
@@ -102,12 +103,13 @@ def test_a_dead_link_fails_the_build(tmp_path: Path, link: str) -> None:
     (copy / "src/kms_api/openapi").mkdir()
     (copy / "src/kms_api/openapi/openapi.json").write_text('{"paths": {}}')
     (copy / "docs/auth.md").write_text("# Authentication\n")
-    text = "# Home\n\n## Documentation\n\n| page | |\n|---|---|\n| [a](docs/auth.md) | [b](docs/LINK) |\n"
+    (copy / "README.md").write_text("# Home\n\n[All pages](docs/README.md)\n")
+    text = "# Documents\n\n## Use\n\n| page | |\n|---|---|\n| [a](auth.md) | [b](LINK) |\n"
 
-    (copy / "README.md").write_text(text.replace("LINK", "auth.md#authentication"))
+    (copy / "docs/README.md").write_text(text.replace("LINK", "auth.md#authentication"))
     good = build(tmp_path / "site", copy)
     assert good.returncode == 0, good.stdout + good.stderr
-    (copy / "README.md").write_text(text.replace("LINK", link))
+    (copy / "docs/README.md").write_text(text.replace("LINK", link))
     assert build(tmp_path / "site", copy).returncode != 0
 
 
@@ -145,18 +147,19 @@ def test_the_search_finds_pages_without_another_host(url: str, browser: Chromium
     assert browser.complaints == []
 
 
-def test_the_picture_of_the_architecture_is_drawn_in_both_colours(url: str, browser: Chromium) -> None:
+@pytest.mark.parametrize(("name", "page"), [("architecture", "docs/design"), ("overview", "index")])
+def test_a_picture_is_drawn_in_both_colours(url: str, browser: Chromium, name: str, page: str) -> None:
     colours = set()
     for scheme in SCHEMES:
         browser.appear(scheme)
         browser.resize(1280, 900)
-        browser.open(f"{url}/docs/architecture.svg")
-        browser.picture(f"architecture-{scheme}")
+        browser.open(f"{url}/docs/{name}.svg")
+        browser.picture(f"{name}-{scheme}")
         assert browser.evaluate(CUT) == []
-        page = "getComputedStyle(document.querySelector('.page')).fill"
+        ground = "getComputedStyle(document.querySelector('.page')).fill"
         text = "getComputedStyle(document.querySelector('text')).fill"
-        colours |= {browser.evaluate(page), browser.evaluate(text)}
-        browser.open(f"{url}/docs/design.html")
-        browser.picture(f"design-{scheme}")
-        assert browser.evaluate("document.querySelector('img[src$=\"architecture.svg\"]').naturalWidth") > 0
-    assert len(colours) == len({"page", "text"}) * len(SCHEMES)
+        colours |= {browser.evaluate(ground), browser.evaluate(text)}
+        browser.open(f"{url}/{page}.html")
+        browser.picture(f"{page.replace('/', '-')}-{scheme}")
+        assert browser.evaluate(f"document.querySelector('img[src$=\"{name}.svg\"]').naturalWidth") > 0
+    assert len(colours) == len({"ground", "text"}) * len(SCHEMES)

@@ -18,6 +18,7 @@ PAGES: Final = sorted(
 ELSEWHERE: Final = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 FENCED: Final = re.compile(r"^( *)```.*?^\1```$", re.MULTILINE | re.DOTALL)
 LINK: Final = re.compile(r"!?\[[^\]\n]*(?:\n[^\]\n]*)?\]\(([^)\s]+)\)")
+SHOWN: Final = re.compile(r'\bsrc(?:set)?="([^"]+)"')
 CODE: Final = re.compile(r"`[^`\n]*`")
 
 
@@ -40,9 +41,10 @@ def anchors(path: Path) -> frozenset[str]:
 
 
 def targets(page: Path) -> list[str]:
-    """Where the relative links of a page lead."""
+    """Where the relative links and pictures of a page lead."""
     text = CODE.sub("`", prose(ROOT / page))
-    return [target for target in LINK.findall(text) if not ELSEWHERE.match(target)]
+    found = [*LINK.findall(text), *SHOWN.findall(text)]
+    return [target for target in found if not ELSEWHERE.match(target)]
 
 
 def is_dead(page: Path, target: str) -> bool:
@@ -66,11 +68,12 @@ def test_a_dead_link_is_noticed(target: str) -> None:
     assert not is_dead(Path("README.md"), "docs/auth.md#scopes")
 
 
-def test_the_readme_leads_to_every_page_of_docs() -> None:
-    led_to = {target.partition("#")[0] for target in targets(Path("README.md"))}
+def test_the_table_of_documents_leads_to_every_page_of_docs() -> None:
+    led_to = {target.partition("#")[0] for target in targets(Path("docs/README.md"))}
 
-    assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} - led_to == set()
-    assert "docs/integrations/README.md" in led_to
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} - led_to == {"README.md"}
+    assert {"integrations/README.md", "adr/README.md", "../deploy/README.md"} <= led_to
+    assert "docs/README.md" in targets(Path("README.md"))
 
 
 def test_the_table_of_integrations_leads_to_every_page_beside_it() -> None:
@@ -91,7 +94,7 @@ def test_the_table_of_integrations_names_tests_that_exist() -> None:
 def test_the_table_of_integrations_has_the_versions_that_tests_run() -> None:
     """In the page that a row links to, or in the lock file of the development group."""
     folder = ROOT / "docs/integrations"
-    locked = (ROOT / "requirements-dev.lock").read_text("utf-8")
+    locked = (ROOT / "requirements/dev.lock").read_text("utf-8")
     rows = [row for row in (folder / "README.md").read_text("utf-8").splitlines() if "`peers/" in row]
     found = 0
     for row in rows:

@@ -24,10 +24,9 @@ ROOT: Final = Path(__file__).parents[2]
 PAGE: Final = "docs/releases.md"
 VERIFY, VERIFY_TAG = blocks_to_run(PAGE, "sh")
 VERSION: Final = "7.8.0"
-CHECKED: Final = ("pyproject.toml", "CHANGELOG.md", "client", "docs", "release", "scripts")
+CHECKED: Final = ("pyproject.toml", "CHANGELOG.md", "client", "docs", "scripts")
 SMALL: Final = (*CHECKED, "src/kms_protocol/__init__.py", "src/kms_api/openapi/openapi.json")
-LOCKS: Final = tuple(f"requirements{kind}.lock" for kind in ("", "-image", "-build", "-dev"))
-WHOLE: Final = (*CHECKED, ".gitignore", "README.md", "NOTICE", "src", *LOCKS)
+WHOLE: Final = (*CHECKED, ".gitignore", "README.md", "NOTICE", "requirements", "src")
 CHANGELOG: Final = """# Changelog
 
 ## [Unreleased]
@@ -105,7 +104,7 @@ def make_key(folder: Path, name: str) -> Path:
 
 
 def allow(tree: Path, key: Path) -> None:
-    with (tree / "release/allowed_signers").open("a") as signers:
+    with (tree / "scripts/allowed_signers").open("a") as signers:
         signers.write(SIGNER + key.with_suffix(".pub").read_text())
 
 
@@ -142,7 +141,7 @@ def refusals(tree: Path, *words: object) -> list[str]:
     ("words", "told"),
     [
         ("git switch --create other", "this is branch other, and releases are made on main"),
-        (">new; echo >>release/allowed_signers", "the tree is not clean: M release/allowed_signers; ?? new"),
+        (">new; echo >>scripts/allowed_signers", "the tree is not clean: M scripts/allowed_signers; ?? new"),
         ("git tag v7.8.0", "the tag v7.8.0 is there already"),
     ],
 )
@@ -223,6 +222,17 @@ def test_without_a_tag_the_contract_is_compared_since_the_last_heading(small: Pa
     assert refusal.endswith(" Change the contract")
 
 
+def test_the_first_version_changes_no_contract(small: Path) -> None:
+    replace(small / "CHANGELOG.md", " - 2026-01-01", "")
+    commit(small, "Take the date from the version before")
+    (small / "docs/contract.md").write_text("None.\n")
+    commit(small, "Change the contract")
+
+    refused = refusals(small, "--key", "/no/such/key")
+    assert "there is no key /no/such/key" in refused
+    assert [each for each in refused if "contract" in each] == []
+
+
 def test_a_cut_history_shows_no_changes_of_the_contract(small: Path, tmp_path: Path) -> None:
     git(small, "commit", "--quiet", "--allow-empty", "--message", "Change nothing")
     git(tmp_path, "clone", "--quiet", "--depth=1", small.as_uri(), "cut")
@@ -233,7 +243,7 @@ def test_a_cut_history_shows_no_changes_of_the_contract(small: Path, tmp_path: P
 def test_a_key_that_users_cannot_know_is_refused_before_the_build(small: Path, tmp_path: Path) -> None:
     refused = refusals(small, "--key", make_key(tmp_path, "unknown"))
 
-    assert refused == ["release/allowed_signers names no key, so that nobody could verify the signature"]
+    assert refused == ["scripts/allowed_signers names no key, so that nobody could verify the signature"]
 
 
 # -- CHANGELOG.md -----------------------------------------------------------------------------------------
@@ -537,7 +547,7 @@ def test_a_key_that_is_not_named_signs_nothing(tree: Path, keys: Path, tmp_path:
     with pytest.raises(script["ReleaseError"]) as caught:
         script["sign"](tmp_path, keys / "foreign")
     (problem,) = caught.value.problems
-    assert problem.error.startswith("release/allowed_signers does not allow this key to sign")
+    assert problem.error.startswith("scripts/allowed_signers does not allow this key to sign")
 
 
 def test_builds_that_differ_are_refused(tree: Path, tmp_path: Path) -> None:
@@ -608,7 +618,7 @@ def test_a_user_verifies_the_tag_of_a_clone(
 
 
 def test_keys_that_sign_are_for_releases_only() -> None:
-    lines = (ROOT / "release/allowed_signers").read_text("utf-8").splitlines()
+    lines = (ROOT / "scripts/allowed_signers").read_text("utf-8").splitlines()
     keys = [line for line in lines if line and not line.startswith("#")]
 
     allowed = re.compile(re.escape(SIGNER) + r"(?:sk-)?ssh-ed25519\S* AAAA\S+( .+)?")

@@ -23,7 +23,7 @@ def sbom(lock: str) -> bytes:
     return done.stdout
 
 
-@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-image.lock"])
+@pytest.mark.parametrize("lock", ["requirements/runtime.lock", "requirements/image.lock"])
 def test_the_sbom_names_exactly_what_is_locked_with_its_hashes(lock: str) -> None:
     text = (ROOT / lock).read_text()
     found: dict[str, Any] = json.loads(sbom(lock))
@@ -40,7 +40,7 @@ def hashes_of(component: dict[str, Any]) -> set[str]:
 
 
 def test_the_sbom_of_a_lock_file_is_the_same_bytes_each_time() -> None:
-    assert sbom("requirements.lock") == sbom("requirements.lock")
+    assert sbom("requirements/runtime.lock") == sbom("requirements/runtime.lock")
 
 
 GOOD: Final = {"name": "a", "version": "1", "vulns": []}
