@@ -23,17 +23,10 @@ from kms_cli.options import STDIO
 from kms_core.age import armor, header, mlkem768x25519, stream
 from kms_core.age.armor import ArmorWriter
 from kms_core.age.header import FILE_KEY_BYTES, FILE_LIMITS, VERSION_LINE, Header, Stanza, is_age_file
-from kms_core.age.mlkem768x25519 import (
-    Identity,
-    Recipient,
-    key_lines,
-    parse_identity,
-    parse_recipient,
-    version_of,
-)
+from kms_core.age.recipients import Identity, Recipient, key_lines, parse_identity, parse_recipient
 from kms_core.age.x25519 import NoMatch
 from kms_core.envelope import binding, sealing
-from kms_core.envelope.binding import DEFAULT_KEY_ID, DEFAULT_TENANT, KeyRef
+from kms_core.envelope.binding import DEFAULT_KEY_ID, DEFAULT_TENANT, KeyRef, version_of
 from kms_core.envelope.sealing import PAD_FROM_BYTES, Sealing
 from kms_core.payload import parallel, streaming
 from kms_core.payload.files import FileRange, FileWriter, source_changed_error

@@ -21,7 +21,7 @@ from kms_cli.session import printed_as_json, service_url
 from kms_client.settings import checked_address
 from kms_core.age import mlkem768x25519, x25519
 from kms_core.age.header import is_age_file
-from kms_core.age.mlkem768x25519 import identity_file
+from kms_core.age.recipients import identity_file
 from kms_core.envelope.sealed_files import RECOVERY
 from kms_core.observability import logs
 from kms_core.secure_files import create, in_shell, open_to_others

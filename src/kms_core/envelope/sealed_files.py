@@ -15,8 +15,8 @@ from typing import Final, NamedTuple, Protocol
 
 from kms_core.age import armor, header, stream
 from kms_core.age.header import FILE_KEY_BYTES, SYNC_LIMITS, Header, Stanza
-from kms_core.age.mlkem768x25519 import Identity, Recipient, key_lines, parse_identity, parse_recipient
 from kms_core.age.plugin_identity import PREFIX, PluginIdentity
+from kms_core.age.recipients import Identity, Recipient, key_lines, parse_identity, parse_recipient
 from kms_core.age.x25519 import NoMatch
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import BoundStanzas, KeyRef
