@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from kms_cli import terminal
-from kms_cli.session import complete_keys, printed_as_json
+from kms_cli.connection import complete_keys
 from kms_core.secure_files import replacing
 from kms_protocol.errors import InvalidContext, InvalidRequest, SpoolFull, TargetExists
 from kms_protocol.units import parse_duration, parse_time, size_text
@@ -196,5 +196,7 @@ def report_written(done: str, source: Path, output: Path | None, **more: str) ->
     if output is None or is_stdout(output) or not output.is_file():
         return
     size_bytes = output.stat().st_size
-    if not printed_as_json({"source": name_of(source), "output": str(output), "bytes": size_bytes, **more}):
+    if not terminal.printed_as_json(
+        {"source": name_of(source), "output": str(output), "bytes": size_bytes, **more}
+    ):
         terminal.say(f"{done} {name_of(source)} to {output} ({size_text(size_bytes)})")

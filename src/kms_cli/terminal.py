@@ -11,12 +11,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, BinaryIO, ClassVar, Final, NamedTuple, Self, cast
 
+from kms_cli.session import session
 from kms_protocol.errors import EXIT_OTHER, EXIT_UNAVAILABLE, EXIT_USAGE, InvalidRequest, KmsError
 from kms_protocol.units import size_text
 
 if TYPE_CHECKING:
     import click
     from _typeshed import ReadableBuffer
+
+    from kms_protocol.wire import Answer
 
 HINTS: Final[Mapping[str, str]] = {  # by error code
     "decrypt_failed": "give the --context it was encrypted with; `kms inspect FILE` shows the key it names",
@@ -377,3 +380,21 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def meter(*, on_stdout: bool = False) -> Meter:
+    """Return a progress line; hidden with --json, and where results go to the terminal as well."""
+    return Meter(hidden=session().as_json or (on_stdout and sys.stdout.isatty()))
+
+
+def printed_as_json(answer: "Answer | Mapping[str, object]") -> bool:
+    """Print an answer as one line of JSON if --json is given. Return whether it was printed."""
+    if not session().as_json:
+        return False
+    if isinstance(answer, Mapping):
+        record(answer, as_json=True)
+    else:
+        from kms_protocol import wire  # noqa: PLC0415 -- most commands print no answer
+
+        in_json(wire.encode(answer).decode())
+    return True

@@ -19,8 +19,8 @@ import pyrage
 import pytest
 
 from kms_api.app import RULES, UI_RULES, VAULT_ROUTES
+from kms_cli.command_line import group
 from kms_cli.local.up import is_alive
-from kms_cli.main import group
 from kms_core.auth import tokens
 from kms_protocol.wire import PREFIX, JobKind
 from support.canary.commands import CommandLine, Given, leaves, lines

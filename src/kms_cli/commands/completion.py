@@ -13,8 +13,8 @@ from typing import ClassVar, Final
 import click
 from click.shell_completion import CompletionItem, ShellComplete, add_completion_class, shell_complete
 
-from kms_cli import main, session, terminal
-from kms_cli.main import COMPLETION_VARIABLE, LazyGroup, group
+from kms_cli import command_line, connection, session, terminal
+from kms_cli.command_line import COMPLETION_VARIABLE, LazyGroup, group
 from kms_protocol import errors
 
 SHELLS: Final = ("bash", "zsh", "fish", "nushell")
@@ -75,7 +75,7 @@ def _names(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> l
     for word in words:
         command = command.get_command(ctx, word) if isinstance(command, click.Group) else None
     found = command.commands_from(incomplete) if isinstance(command, LazyGroup) else []
-    return found if words else found + session.completions(main.summaries(), incomplete)
+    return found if words else found + connection.completions(command_line.summaries(), incomplete)
 
 
 WIDTH: Final = 80
@@ -94,7 +94,7 @@ EXIT_CODES: Final[Mapping[int, str]] = {
 
 def topic(name: str) -> str:
     """Return the text of a topic, with exit codes and variables as they are declared."""
-    text = main.topics()[name].rstrip("\n")
+    text = command_line.topics()[name].rstrip("\n")
     if "{codes}" in text:
         return text.replace("{codes}", _rows((str(code), means) for code, means in EXIT_CODES.items()))
     if "{settings}" in text:
@@ -126,10 +126,10 @@ def _rows(pairs: Iterable[tuple[str, str]]) -> str:
 @click.argument("words", nargs=-1, metavar="[COMMAND | TOPIC]...", shell_complete=_names)
 def help_command(words: tuple[str, ...]) -> None:
     """Show the help of a command, as COMMAND --help does, or a text on a topic."""
-    if len(words) == 1 and words[0] in main.topics():
+    if len(words) == 1 and words[0] in command_line.topics():
         terminal.result(topic(words[0]))
-    elif len(words) == 1 and words[0] not in main.COMMANDS:
-        known = (*main.COMMANDS, *main.topics())
-        raise main.UnknownCommand(words[0], known, click.get_current_context().find_root())
+    elif len(words) == 1 and words[0] not in command_line.COMMANDS:
+        known = (*command_line.COMMANDS, *command_line.topics())
+        raise command_line.UnknownCommand(words[0], known, click.get_current_context().find_root())
     else:
-        main.invoke([*words, "--help"], {})
+        command_line.invoke([*words, "--help"], {})

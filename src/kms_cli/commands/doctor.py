@@ -19,9 +19,10 @@ from cryptography import x509
 from msgspec.structs import replace
 
 from kms_cli import terminal
+from kms_cli.connection import connect
 from kms_cli.local import installation, instances
 from kms_cli.local.up import without_status
-from kms_cli.session import connect, is_given, printed_as_json, session, use_url
+from kms_cli.session import is_given, session, use_url
 from kms_client.settings import is_loopback
 from kms_core import container, key_opening, keyring, redis_client
 from kms_core.audit.keys import PublicKeys, public_path
@@ -483,7 +484,7 @@ def exit_code(findings: Iterable[Finding]) -> int:
 
 def _show(finding: Finding) -> None:
     shown = {name: value for name, value in asdict(finding).items() if name != "away"}
-    if printed_as_json(shown):
+    if terminal.printed_as_json(shown):
         return
     then = f": {finding.next}" if finding.next else ""
     terminal.row((finding.level, finding.subject, f"{terminal.plain(finding.text)}{then}"), (4, 12, 0))

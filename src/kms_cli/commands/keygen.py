@@ -15,9 +15,9 @@ import msgspec
 
 from kms_cli import terminal
 from kms_cli.age_files import check_key_id, parse_identities
+from kms_cli.connection import service_url
 from kms_cli.options import FILE, context_option, key_option
 from kms_cli.plugin.names import PluginTarget
-from kms_cli.session import printed_as_json, service_url
 from kms_client.settings import checked_address
 from kms_core.age import mlkem768x25519, x25519
 from kms_core.age.header import is_age_file
@@ -265,7 +265,7 @@ def recipient_command(context: ContextIn, key_id: str | None, *, in_process: boo
     It contains the key id, the context and the address. It is not secret: using it requires a token.
     """
     target = _target(context, key_id, in_process=in_process, with_url=with_url)
-    if not printed_as_json({"recipient": target.recipient()}):
+    if not terminal.printed_as_json({"recipient": target.recipient()}):
         terminal.result(target.recipient())
 
 
@@ -284,7 +284,7 @@ def identity_command(context: ContextIn, key_id: str | None, *, in_process: bool
     any key.
     """
     target = _target(context, key_id, in_process=in_process, with_url=with_url)
-    if printed_as_json({"identity": target.identity(), "recipient": target.recipient()}):
+    if terminal.printed_as_json({"identity": target.identity(), "recipient": target.recipient()}):
         return
     terminal.result(f"# recipient: {target.recipient()}")
     terminal.result(target.identity())
@@ -321,7 +321,7 @@ def init_key_command() -> None:
         key = key_of(name, section, strict=settings.is_prod)
         with audited.effect(settings, "key.create", name), key.call():
             version, is_new = key.init()
-        if not printed_as_json({"name": name, "version": version.version, "made": is_new}):
+        if not terminal.printed_as_json({"name": name, "version": version.version, "made": is_new}):
             done = f"created {name}" if is_new else f"{name} exists"
             terminal.shown(f"{done}, version {version.version}, on {key.server.where}")
 

@@ -26,8 +26,9 @@ from msgspec import UNSET
 from msgspec.structs import fields, replace
 
 from kms_cli import terminal
+from kms_cli.connection import connect
 from kms_cli.options import PATH, STDIO, context_of, context_option, key_option, placed
-from kms_cli.session import connect, meter, session
+from kms_cli.session import session
 from kms_client import Client
 from kms_client.requests import failure
 from kms_client.settings import check_encrypted
@@ -345,7 +346,7 @@ def migrate(shape: type[L], decrypt: Callable[[L], bytes], given: Mapping[str, A
             target = stack.enter_context(continued(output))
         read = functools.partial(read_line, shape=shape, options=given)
         with_report = bool(dry_run or output or folder)
-        line = stack.enter_context(meter(on_stdout=not with_report))
+        line = stack.enter_context(terminal.meter(on_stdout=not with_report))
         moving = Migration(
             read, lambda each: caller.call("unwrap", lambda: decrypt(each)), client, target, line
         )

@@ -21,7 +21,7 @@ from kms_cli.options import (
     report_written,
     writing,
 )
-from kms_cli.session import meter, session
+from kms_cli.session import session
 from kms_core.age import mlkem768x25519, stream, x25519
 from kms_core.age.header import Header, Stanza
 from kms_core.backends import remote
@@ -100,7 +100,7 @@ def seal_command(**given: Unpack[SealOptions]) -> None:
     with (
         age_files.source(given["source"]) as opened,
         writing(given["output"], overwrite=given["force"]) as target,
-        meter(on_stdout=is_stdout(given["output"])) as line,
+        terminal.meter(on_stdout=is_stdout(given["output"])) as line,
     ):
         begun, source = _sealing(given, opened)
         seal = age_files.seal_armored if given["armored"] else age_files.seal
@@ -134,7 +134,7 @@ def open_command(**given: Unpack[OpenOptions]) -> None:
     with (
         age_files.source(given["source"]) as source,
         writing(given["output"], overwrite=given["force"]) as target,
-        meter(on_stdout=is_stdout(given["output"])) as line,
+        terminal.meter(on_stdout=is_stdout(given["output"])) as line,
     ):
         sealed = age_files.read(source)
         offset, length, file_range = given["offset"], given["length"], sealed.file_range

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Final, cast
 
-from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, StoreRefused, UploadedPart
+from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, ObjectReader, StoreRefused, UploadedPart
 from kms_core.s3.connection import TRIES, S3Body, StoreAway
-from kms_core.s3.multipart import PART_BYTES, ObjectReader
+from kms_core.s3.multipart import PART_BYTES
 from kms_protocol.errors import KmsError, Unavailable
 
 GROW_EVERY: Final = 1000
