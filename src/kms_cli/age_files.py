@@ -42,6 +42,11 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 LOOK_BYTES: Final = 2048
+BACKEND: Final = "age"
+_PEM: Final = "-----BEGIN "
+_PLUGIN_RECIPIENT: Final = re.compile(
+    r"age1[^1]+1"
+)  # Bech32 data has no 1, so the name of a plugin precedes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +142,6 @@ def with_progress(meter: terminal.Meter, label: str, total_bytes: int | None) ->
             meter.show(label, done_bytes, total_bytes)
 
     return ParallelOptions(progress=advance)
-
-
-BACKEND: Final = "age"
-_PEM: Final = "-----BEGIN "
-_PLUGIN_RECIPIENT: Final = re.compile(
-    r"age1[^1]+1"
-)  # Bech32 data has no 1, so the name of a plugin precedes it
 
 
 @dataclass(frozen=True, slots=True)

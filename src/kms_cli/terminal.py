@@ -67,6 +67,12 @@ OS_HINTS: Final[Mapping[int, str]] = {  # of outputs, by errno
 
 INTERRUPTED: Final = 130  # the exit code of a shell after Ctrl-C
 WITH_NOTES: Final = frozenset({"internal", "unexpected_answer"})  # the operator will ask for the request id
+INCOMPLETE: Final = "the output is incomplete: discard what was written"
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_AGE_START: Final = b"age-encryption.org/"
+BAR_COLUMNS: Final = 24
+REDRAW_EVERY_S: Final = 0.1
+_SMALL: Final = 10  # rates below it are shown with a decimal
 
 
 def say(text: str) -> None:
@@ -217,10 +223,6 @@ def _described(error: BaseException) -> tuple[str, str, str, int]:
 
 # -- bytes on stdout ---------------------------------------------------------------------------------
 
-INCOMPLETE: Final = "the output is incomplete: discard what was written"
-_CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-_AGE_START: Final = b"age-encryption.org/"
-
 
 class BinaryOutput(InvalidRequest):
     """Binary data would be written to a terminal, which may obey it."""
@@ -285,10 +287,6 @@ def refuse_binary(hint: str = BinaryOutput.hint) -> None:
 
 
 # -- progress ----------------------------------------------------------------------------------------
-
-BAR_COLUMNS: Final = 24
-REDRAW_EVERY_S: Final = 0.1
-_SMALL: Final = 10  # rates below it are shown with a decimal
 
 
 class Step(NamedTuple):

@@ -30,6 +30,18 @@ $env.config.completions.external.completer = {|spans: list<string>|
     }
 }
 """
+WIDTH: Final = 80
+EXIT_CODES: Final[Mapping[int, str]] = {
+    0: "success",
+    errors.EXIT_OTHER: "another error; findings of `kms config lint`; an open end in `kms audit verify`",
+    errors.EXIT_USAGE: "wrong usage",
+    errors.EXIT_BAD_DATA: "bad data, `decrypt_failed`, a damaged audit log",
+    errors.EXIT_UNAVAILABLE: "service, backend or another peer unavailable; `document_outdated`: a signed "
+    "document is older than one seen before",
+    errors.EXIT_EXISTS: "the target exists, or another conflict",
+    errors.EXIT_REFUSED: "refused: authentication, permission, path",
+    errors.EXIT_CONFIGURATION: "wrong configuration",
+}
 
 
 @add_completion_class
@@ -76,20 +88,6 @@ def _names(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> l
         command = command.get_command(ctx, word) if isinstance(command, click.Group) else None
     found = command.commands_from(incomplete) if isinstance(command, LazyGroup) else []
     return found if words else found + connection.completions(command_line.summaries(), incomplete)
-
-
-WIDTH: Final = 80
-EXIT_CODES: Final[Mapping[int, str]] = {
-    0: "success",
-    errors.EXIT_OTHER: "another error; findings of `kms config lint`; an open end in `kms audit verify`",
-    errors.EXIT_USAGE: "wrong usage",
-    errors.EXIT_BAD_DATA: "bad data, `decrypt_failed`, a damaged audit log",
-    errors.EXIT_UNAVAILABLE: "service, backend or another peer unavailable; `document_outdated`: a signed "
-    "document is older than one seen before",
-    errors.EXIT_EXISTS: "the target exists, or another conflict",
-    errors.EXIT_REFUSED: "refused: authentication, permission, path",
-    errors.EXIT_CONFIGURATION: "wrong configuration",
-}
 
 
 def topic(name: str) -> str:

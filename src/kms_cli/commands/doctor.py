@@ -69,6 +69,7 @@ _TIMEOUT_S: Final = 2.0
 _AMQP_PORTS: Final = {"amqp": 5672, "amqps": 5671}
 _AS_OWNER: Final = "run as the user of the service"
 _HOSTS: Final = "see docs/hosts.md"
+TIMEOUT_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,7 +451,6 @@ _CHECKS: Final[Mapping[str, Callable[[Settings], Iterator[Finding]]]] = {
     "redis": _queue,
 }
 
-TIMEOUT_S: Final = 5.0
 _CALLER: Final = Finding("ok", "target", "nothing of a service is found here, so it is only asked")
 
 

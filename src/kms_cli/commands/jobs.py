@@ -44,6 +44,7 @@ from kms_protocol.wire import (
 )
 
 id_argument = click.argument("job_id", metavar="ID", shell_complete=complete_jobs)
+WAIT_S: Final = 30
 
 
 @click.command("list")
@@ -272,9 +273,6 @@ def group_in(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     if not name or not count.isdecimal():
         raise click.BadParameter(f'"{value}" is not NAME=3', param=parameter)
     return GroupIn(name=name, jobs=int(count))
-
-
-WAIT_S: Final = 30
 
 
 @click.command("submit")

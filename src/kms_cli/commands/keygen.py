@@ -38,6 +38,12 @@ if TYPE_CHECKING:
 IDENTITY: Final = "kms:identity"
 DOCUMENTS: Final = ("s3://", "file://")
 AUDIT_KEYS: Final = ("kms:audit", "kms:audit-signing")
+in_process_option = click.option(
+    "--in-process", is_flag=True, help="Use the keys of KMS_CONFIG on this machine, without a service."
+)
+with_url_option = click.option(
+    "--with-url", is_flag=True, help="Include --url; otherwise the plugin uses KMS_SERVICE_URL."
+)
 
 
 class KeyFileExists(TargetExists):
@@ -241,14 +247,6 @@ def _new_identity(*, post_quantum: bool) -> tuple[bytes, str]:
     """Return the content of a key file, and its recipient."""
     identity = mlkem768x25519.HybridIdentity.generate() if post_quantum else x25519.X25519Identity.generate()
     return identity_file(identity), str(identity.recipient)
-
-
-in_process_option = click.option(
-    "--in-process", is_flag=True, help="Use the keys of KMS_CONFIG on this machine, without a service."
-)
-with_url_option = click.option(
-    "--with-url", is_flag=True, help="Include --url; otherwise the plugin uses KMS_SERVICE_URL."
-)
 
 
 @click.command(

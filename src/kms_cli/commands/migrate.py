@@ -49,6 +49,11 @@ from kms_protocol.wire import KeyId
 MAX_REPORTED: Final = 50
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _RECORD_START: Final = b'{"line":'
+BATCH_LINES: Final = 100
+LINE_BYTES: Final = 64 * 1024 * 1024
+GIVE_UP_AFTER: Final = 20  # failures of the other system in a row
+AWS_TIMEOUT_S: Final = 10.0
+C = TypeVar("C", bound=Callable[..., object])
 
 
 @dataclass(slots=True)
@@ -166,12 +171,6 @@ class Folder:
         return self._folder / f"{name}.age"
 
 
-BATCH_LINES: Final = 100
-LINE_BYTES: Final = 64 * 1024 * 1024
-GIVE_UP_AFTER: Final = 20  # failures of the other system in a row
-AWS_TIMEOUT_S: Final = 10.0
-
-
 class NotTheSame(KmsError):
     """A ciphertext that the service decrypts to another plaintext."""
 
@@ -199,7 +198,6 @@ class SourceLine(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 L = TypeVar("L", bound=SourceLine)
-C = TypeVar("C", bound=Callable[..., object])
 
 
 def read_line(text: bytes, shape: type[L], options: Mapping[str, object]) -> L:

@@ -44,6 +44,8 @@ recipients_file_option = click.option(
     help="File of recipients, one a line.",
 )
 source_argument = click.argument("source", metavar="[IN]", type=SourceName(), default="-")
+NATIVE: Final = frozenset({x25519.STANZA_TYPE, mlkem768x25519.STANZA_TYPE})
+READ_BYTES: Final = 1024 * 1024
 
 
 class InOut(TypedDict):
@@ -187,9 +189,6 @@ def _required(given: OpenOptions) -> RequiredBinding:
 
 
 # -- inspect -----------------------------------------------------------------------------------------
-
-NATIVE: Final = frozenset({x25519.STANZA_TYPE, mlkem768x25519.STANZA_TYPE})
-READ_BYTES: Final = 1024 * 1024
 
 
 @click.command("inspect")

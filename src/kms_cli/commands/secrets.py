@@ -23,6 +23,10 @@ from kms_protocol.units import MiB
 from kms_protocol.wire import ContextIn
 
 READ_LIMIT_BYTES: Final = 8 * MiB  # above what any setting allows in a single call
+LIMIT_BYTES: Final = 2 * 1024 * 1024
+_SEALED_TEXT: Final = "YWdlLWVuY3J5cHRpb24ub3JnL3Yx"  # the start of an age file in base64
+_Decrypt = Callable[[bytes, str], str]  # takes a ciphertext, and what messages call it
+_IGNORED: Final = ("SIGPIPE", "SIGXFSZ")  # ignored by Python, which a program would inherit
 
 
 class FromStdin(click.Command):
@@ -237,12 +241,6 @@ class ProgramNotFound(NotExecutable):
 
     code = "program_not_found"
     exit_code = 127
-
-
-LIMIT_BYTES: Final = 2 * 1024 * 1024
-_SEALED_TEXT: Final = "YWdlLWVuY3J5cHRpb24ub3JnL3Yx"  # the start of an age file in base64
-_Decrypt = Callable[[bytes, str], str]  # takes a ciphertext, and what messages call it
-_IGNORED: Final = ("SIGPIPE", "SIGXFSZ")  # ignored by Python, which a program would inherit
 
 
 class RunOptions(TypedDict):

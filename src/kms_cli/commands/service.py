@@ -10,6 +10,8 @@ from kms_protocol.admin import KeyOut, SpoolOut, StatusOut
 from kms_protocol.errors import EXIT_UNAVAILABLE
 from kms_protocol.units import age_s, duration_text, parse_time, size_text
 
+key_argument = click.argument("key_id", metavar="KEY", shell_complete=complete_keys)
+
 
 @click.command("status")
 def status_command() -> None:
@@ -68,8 +70,6 @@ def _jobs(status: StatusOut) -> dict[str, object]:
 
 
 # -- keys ---------------------------------------------------------------------------------------------
-
-key_argument = click.argument("key_id", metavar="KEY", shell_complete=complete_keys)
 
 
 @click.command("list")

@@ -32,6 +32,7 @@ NAME: Final = "kms:sealed"
 RECOVERY: Final = "# recovery: "
 """Begins a line of the content that names a recipient, for which the file is sealed as well."""
 _RECOVERY_LINE: Final = re.compile(rb"^# recovery: ([!-~]+)$", re.MULTILINE)
+SealingIdentity = Identity | PluginIdentity
 
 
 class NotOpenedYet(BackendUnavailable):
@@ -112,9 +113,6 @@ class RootKey(Protocol):
         unwrap: Callable[[Wrapper, KeyRef], bytes],
         passed_over: type[BackendUnavailable],
     ) -> tuple[bytes, KeyRef]: ...
-
-
-SealingIdentity = Identity | PluginIdentity
 
 
 def read_identities(path: Path) -> list[SealingIdentity]:
