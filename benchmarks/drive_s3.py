@@ -21,9 +21,9 @@ from kms_core.envelope import sealing
 from kms_core.jobs.execution.one_file import REMOTE_SLAB_CHUNKS, REMOTE_THREADS
 from kms_core.payload import parallel
 from kms_core.payload.parallel import ParallelOptions
-from kms_core.s3.bucket import ALWAYS, Bucket
+from kms_core.s3.bucket import ALWAYS, Bucket, ObjectReader
 from kms_core.s3.connection import Credentials, S3Connection, S3Endpoint
-from kms_core.s3.multipart import PART_BYTES, Assembly, ObjectReader
+from kms_core.s3.multipart import PART_BYTES, Assembly
 
 BUCKET: Final = "bench"
 ACCESS_KEY: Final = "AKIDBENCH"

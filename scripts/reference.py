@@ -18,8 +18,8 @@ from typing import Final, NamedTuple
 import click
 
 from kms_api.main import parser as service_parser
+from kms_cli.command_line import LazyGroup, group, topics
 from kms_cli.commands.completion import EXIT_CODES, topic
-from kms_cli.main import LazyGroup, group, topics
 from kms_cli.plugin.main import USAGE as PLUGIN_USAGE
 from kms_protocol import __version__
 from kms_worker.main import parser as worker_parser

@@ -4,7 +4,10 @@
 The bounds stand in pyproject.toml. Modules are files that hold code; code lines are lines without blanks,
 comments and docstrings. A class name must mean one thing in the whole project. Docstrings and comments use
 none of ``words``, and no docstring begins with an indirect question. Nor does the text that users and
-operators read use them: ``pages``.
+operators read use them: ``pages``. No two modules import one another, directly or by way of others: imports
+inside functions count, those for type checkers do not. Loggers, type variables and public constants stand
+above the first class or function of a module, unless they are made of names that are defined above them;
+modules in ``late_constants`` may break that rule, and stand there only while they do.
 """
 
 import ast
@@ -15,6 +18,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +26,7 @@ ROOT: Final = Path(__file__).parents[1]
 SOURCE: Final = ROOT / "src"
 _DOCUMENTED: Final = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _QUESTION: Final = re.compile(r"\s*(?:What|Who|Whom|Whose|How|Where|Which|When|Why)\b")
+_MAKER: Final = re.compile(r"= (?:\w+\.)*(?:TypeVar|ParamSpec|get_logger|getLogger)\(")
 _NO_CODE: Final = frozenset(
     {
         tokenize.COMMENT,
@@ -46,9 +51,9 @@ class SourceFile:
     prose: tuple[tuple[int, str], ...]
 
 
-def read(path: Path, below: Path = SOURCE) -> SourceFile:
-    """Parse one module, whose dotted name begins below a folder."""
-    parts = path.relative_to(below).with_suffix("").parts
+def read(path: Path, below: Path | None = None) -> SourceFile:
+    """Parse one module, whose dotted name begins below a folder (``src``)."""
+    parts = path.relative_to(below or SOURCE).with_suffix("").parts
     tree = ast.parse(path.read_text("utf-8"))
     docstrings = dict(_docstrings(tree))
     documented = {line for start, (end, _) in docstrings.items() for line in range(start, end + 1)}
@@ -88,6 +93,8 @@ def problems(files: list[SourceFile], bounds: dict[str, Any]) -> Iterator[str]:
         if (length := len(file.path.read_text("utf-8").splitlines())) > bounds["module_lines"]
     )
     yield from _shared_class_names(files)
+    yield from _circles(files)
+    yield from _late_constants(files, bounds["late_constants"])
     unwanted = re.compile(rf"\b(?:{'|'.join(bounds['words'])})\b", re.IGNORECASE)
     for file in files:
         for line, text in file.prose:
@@ -106,6 +113,65 @@ def _shared_class_names(files: list[SourceFile]) -> Iterator[str]:
         node.name for file in files for node in ast.walk(file.tree) if isinstance(node, ast.ClassDef)
     )
     yield from (f"class {name}: {count} classes have this name" for name, count in names.items() if count > 1)
+
+
+def _circles(files: list[SourceFile]) -> Iterator[str]:
+    """One circle of imports, if there is one."""
+    names = {file.name for file in files}
+    graph = {file.name: set(_imported(file, names)) - {file.name} for file in files}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as exc:
+        yield f"modules import each other: {' <- '.join(exc.args[1])}"
+
+
+def _imported(file: SourceFile, names: set[str]) -> Iterator[str]:
+    """The modules of these names that a module imports, in functions too, but not for type checkers."""
+    waiting: list[ast.AST] = [file.tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            waiting.extend(node.orelse)
+            continue
+        waiting.extend(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Import):
+            yield from names.intersection(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parent = node.module or ""
+            modules = names.intersection(f"{parent}.{alias.name}" for alias in node.names)
+            yield from modules
+            if parent in names and len(modules) < len(node.names):
+                yield parent
+
+
+def _late_constants(files: list[SourceFile], allowed: list[str]) -> Iterator[str]:
+    """Each late constant of the modules that may have none; each allowed module that has none any more."""
+    late = {file.name: found for file in files if (found := list(_late(file)))}
+    for name in sorted(late.keys() - allowed):
+        yield from (
+            f"{name}:{line}: {names} stands above classes and functions" for line, names in late[name]
+        )
+    yield from (
+        f"{name} has no late constants: remove it from the list" for name in set(allowed) - late.keys()
+    )
+
+
+def _late(file: SourceFile) -> Iterator[tuple[int, str]]:
+    """Line and names of loggers, type variables and public constants below the first class or function.
+
+    Those that are made of such a class or function may stand there.
+    """
+    above: set[str] = set()
+    for node in file.tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            above.add(node.name)
+        elif above and isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            made = [each.id for each in targets if isinstance(each, ast.Name)]
+            if not above.isdisjoint(each.id for each in ast.walk(node) if isinstance(each, ast.Name)):
+                above.update(made)
+            elif _MAKER.search(ast.unparse(node)) or not all(name.startswith("_") for name in made):
+                yield node.lineno, ", ".join(made)
 
 
 def _words(path: Path, line: int, text: str, unwanted: re.Pattern[str]) -> Iterator[str]:

@@ -23,17 +23,10 @@ from kms_cli.options import STDIO
 from kms_core.age import armor, header, mlkem768x25519, stream
 from kms_core.age.armor import ArmorWriter
 from kms_core.age.header import FILE_KEY_BYTES, FILE_LIMITS, VERSION_LINE, Header, Stanza, is_age_file
-from kms_core.age.mlkem768x25519 import (
-    Identity,
-    Recipient,
-    key_lines,
-    parse_identity,
-    parse_recipient,
-    version_of,
-)
+from kms_core.age.recipients import Identity, Recipient, key_lines, parse_identity, parse_recipient
 from kms_core.age.x25519 import NoMatch
 from kms_core.envelope import binding, sealing
-from kms_core.envelope.binding import DEFAULT_KEY_ID, DEFAULT_TENANT, KeyRef
+from kms_core.envelope.binding import DEFAULT_KEY_ID, DEFAULT_TENANT, KeyRef, version_of
 from kms_core.envelope.sealing import PAD_FROM_BYTES, Sealing
 from kms_core.payload import parallel, streaming
 from kms_core.payload.files import FileRange, FileWriter, source_changed_error
@@ -49,6 +42,11 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 LOOK_BYTES: Final = 2048
+BACKEND: Final = "age"
+_PEM: Final = "-----BEGIN "
+_PLUGIN_RECIPIENT: Final = re.compile(
+    r"age1[^1]+1"
+)  # Bech32 data has no 1, so the name of a plugin precedes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +142,6 @@ def with_progress(meter: terminal.Meter, label: str, total_bytes: int | None) ->
             meter.show(label, done_bytes, total_bytes)
 
     return ParallelOptions(progress=advance)
-
-
-BACKEND: Final = "age"
-_PEM: Final = "-----BEGIN "
-_PLUGIN_RECIPIENT: Final = re.compile(
-    r"age1[^1]+1"
-)  # Bech32 data has no 1, so the name of a plugin precedes it
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from kms_cli import terminal
-from kms_cli.session import complete_keys, printed_as_json
+from kms_cli.connection import complete_keys
 from kms_core.secure_files import replacing
 from kms_protocol.errors import InvalidContext, InvalidRequest, SpoolFull, TargetExists
 from kms_protocol.units import parse_duration, parse_time, size_text
@@ -23,6 +23,23 @@ FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
 """A file that is read."""
 PATH: Final = click.Path(path_type=Path)
 """Any path."""
+key_option = click.option(
+    "--key-id", shell_complete=complete_keys, help="Key to use instead of the default one."
+)
+priority_option = click.option(
+    "--priority", type=click.Choice(PRIORITIES), help="Run before (high) or after (low) other queued jobs."
+)
+callback_option = click.option(
+    "--callback", help="Webhook endpoint, from the settings of the service, to notify at the end."
+)
+STDIO: Final = Path("-")  # stdin or stdout
+output_option = click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    help="Output file (0600); - is stdout.",
+)
+force_option = click.option("--force", "-f", is_flag=True, help="Overwrite the output if it exists.")
 
 
 def duration(option: str, text: str) -> timedelta:
@@ -54,15 +71,6 @@ def pairs_of(ctx: click.Context, parameter: click.Parameter, given: tuple[str, .
 
 context_option = click.option(
     "--context", callback=context_of, help="Encryption context, as env=prod,service=api, or a JSON object."
-)
-key_option = click.option(
-    "--key-id", shell_complete=complete_keys, help="Key to use instead of the default one."
-)
-priority_option = click.option(
-    "--priority", type=click.Choice(PRIORITIES), help="Run before (high) or after (low) other queued jobs."
-)
-callback_option = click.option(
-    "--callback", help="Webhook endpoint, from the settings of the service, to notify at the end."
 )
 label_option = click.option(
     "--label", "labels", multiple=True, callback=pairs_of, help="Label, as name=value; may be repeated."
@@ -106,9 +114,6 @@ def deadline_options(command: C) -> C:
     return command
 
 
-STDIO: Final = Path("-")  # stdin or stdout
-
-
 class IsDirectory(click.UsageError):
     """A directory where a file is needed."""
 
@@ -128,13 +133,6 @@ class SourceName(click.Path):
 
 
 source_argument = click.argument("source", metavar="SOURCE", type=SourceName())
-output_option = click.option(
-    "-o",
-    "--output",
-    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
-    help="Output file (0600); - is stdout.",
-)
-force_option = click.option("--force", "-f", is_flag=True, help="Overwrite the output if it exists.")
 
 
 class OutputExists(TargetExists):
@@ -196,5 +194,7 @@ def report_written(done: str, source: Path, output: Path | None, **more: str) ->
     if output is None or is_stdout(output) or not output.is_file():
         return
     size_bytes = output.stat().st_size
-    if not printed_as_json({"source": name_of(source), "output": str(output), "bytes": size_bytes, **more}):
+    if not terminal.printed_as_json(
+        {"source": name_of(source), "output": str(output), "bytes": size_bytes, **more}
+    ):
         terminal.say(f"{done} {name_of(source)} to {output} ({size_text(size_bytes)})")

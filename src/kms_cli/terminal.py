@@ -11,12 +11,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, BinaryIO, ClassVar, Final, NamedTuple, Self, cast
 
+from kms_cli.session import session
 from kms_protocol.errors import EXIT_OTHER, EXIT_UNAVAILABLE, EXIT_USAGE, InvalidRequest, KmsError
 from kms_protocol.units import size_text
 
 if TYPE_CHECKING:
     import click
     from _typeshed import ReadableBuffer
+
+    from kms_protocol.wire import Answer
 
 OS_HINTS: Final[Mapping[int, str]] = {  # of outputs, by errno
     errno.ENOSPC: "free space on that disk, or write to another",
@@ -26,6 +29,12 @@ OS_HINTS: Final[Mapping[int, str]] = {  # of outputs, by errno
 
 INTERRUPTED: Final = 130  # the exit code of a shell after Ctrl-C
 WITH_NOTES: Final = frozenset({"internal", "unexpected_answer"})  # the operator will ask for the request id
+INCOMPLETE: Final = "the output is incomplete: discard what was written"
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_AGE_START: Final = b"age-encryption.org/"
+BAR_COLUMNS: Final = 24
+REDRAW_EVERY_S: Final = 0.1
+_SMALL: Final = 10  # rates below it are shown with a decimal
 
 
 def say(text: str) -> None:
@@ -178,10 +187,6 @@ def _described(error: BaseException) -> tuple[str, str, str, int]:
 
 # -- bytes on stdout ---------------------------------------------------------------------------------
 
-INCOMPLETE: Final = "the output is incomplete: discard what was written"
-_CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-_AGE_START: Final = b"age-encryption.org/"
-
 
 class BinaryOutput(InvalidRequest):
     """Binary data would be written to a terminal, which may obey it."""
@@ -246,10 +251,6 @@ def refuse_binary(hint: str = BinaryOutput.hint) -> None:
 
 
 # -- progress ----------------------------------------------------------------------------------------
-
-BAR_COLUMNS: Final = 24
-REDRAW_EVERY_S: Final = 0.1
-_SMALL: Final = 10  # rates below it are shown with a decimal
 
 
 class Step(NamedTuple):
@@ -341,3 +342,21 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def meter(*, on_stdout: bool = False) -> Meter:
+    """Return a progress line; hidden with --json, and where results go to the terminal as well."""
+    return Meter(hidden=session().as_json or (on_stdout and sys.stdout.isatty()))
+
+
+def printed_as_json(answer: "Answer | Mapping[str, object]") -> bool:
+    """Print an answer as one line of JSON if --json is given. Return whether it was printed."""
+    if not session().as_json:
+        return False
+    if isinstance(answer, Mapping):
+        record(answer, as_json=True)
+    else:
+        from kms_protocol import wire  # noqa: PLC0415 -- most commands print no answer
+
+        in_json(wire.encode(answer).decode())
+    return True

@@ -40,6 +40,13 @@ SILENCE_S: Final = 60.0  # the wait after a timeout: the service did not answer 
 KEPT_S: Final = 5.0  # for an idle connection
 MOST_KEPT: Final = 20
 CA_HINT: Final = "name the authority that signed the server's certificate with SSL_CERT_FILE or ca_file"
+Progress = Callable[[int, int | None], None]
+PART_BYTES: Final = 1024 * 1024
+CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-\d+/(\d+)", re.ASCII)
+LONGEST_WAIT_S: Final = 10.0
+SPREAD: Final = 1.5  # waits are up to this much longer: callers that were refused together come apart
+_SHORTEST_SILENCE_S: Final = 0.05
+_CHECK_S: Final = 5.0  # for the answer of /livez, which depends on nothing
 
 
 class HttpRequest(Hidden, frozen=True):
@@ -111,11 +118,6 @@ def broken_error(url: str) -> ServiceUnreachable:
 
 
 # -- streamed bodies ---------------------------------------------------------------------------------
-
-Progress = Callable[[int, int | None], None]
-
-PART_BYTES: Final = 1024 * 1024
-CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-\d+/(\d+)", re.ASCII)
 
 
 class Upload:
@@ -222,12 +224,6 @@ class Download:
 
 
 # -- requests and retries -----------------------------------------------------------------------------
-
-
-LONGEST_WAIT_S: Final = 10.0
-SPREAD: Final = 1.5  # waits are up to this much longer: callers that were refused together come apart
-_SHORTEST_SILENCE_S: Final = 0.05
-_CHECK_S: Final = 5.0  # for the answer of /livez, which depends on nothing
 
 
 class Engine:

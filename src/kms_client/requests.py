@@ -35,6 +35,10 @@ RETRYABLE: Final = frozenset(
         HTTPStatus.GATEWAY_TIMEOUT,
     }
 )
+BY_CODE: Final[Mapping[str, type[KmsError]]] = {  # a subclass comes later, and replaces its parent
+    kind.code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, KmsError)
+}
+JSON: Final = "application/json"
 
 
 class ServiceUnreachable(Unavailable):
@@ -82,11 +86,6 @@ def decoded(data: bytes, shape: type[T], what: str) -> T:
         raise UnexpectedAnswer(f"{what} does not have the shape of this API") from exc
 
 
-BY_CODE: Final[Mapping[str, type[KmsError]]] = {  # a subclass comes later, and replaces its parent
-    kind.code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, KmsError)
-}
-
-
 def failure(code: str) -> KmsError:
     """Return the error of a code, as in a failed item or a failed job."""
     kind = BY_CODE.get(code)
@@ -111,9 +110,6 @@ def _not_ours(reply: Reply) -> KmsError:
     if reply.status in RETRYABLE:
         return Unavailable(f"A proxy answered {reply.status}: is the service running")
     return UnexpectedAnswer(f"The address answered {reply.status} without a problem document of this service")
-
-
-JSON: Final = "application/json"
 
 
 class JobOptions(TypedDict, total=False):

@@ -15,7 +15,7 @@ import msgspec
 
 from kms_core import stores
 from kms_core.age.header import hkdf, is_age_file
-from kms_core.age.mlkem768x25519 import key_lines, parse_identity
+from kms_core.age.recipients import key_lines, parse_identity
 from kms_core.backends.key_files import appended
 from kms_core.envelope.sealed_files import FileSealer, SealedFiles, StoredKeys, root_of
 from kms_core.secure_files import in_shell

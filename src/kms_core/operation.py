@@ -18,6 +18,8 @@ from kms_core.observability.metrics import UsageCounters
 from kms_protocol.context import Context
 from kms_protocol.errors import AuditUnavailable, KmsError
 
+Origin = Literal["service", "foreign"]
+
 
 class Operation:
     """A running operation and its audit record; as a context manager it records its end.
@@ -117,9 +119,6 @@ class OperationRecorder:
                 bytes_out=record.bytes_out,
                 result=counted,
             )
-
-
-Origin = Literal["service", "foreign"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,13 @@ _KEYS_ONLY: Final = frozenset({"DEL", "EXISTS", "MGET", "SUNION", "TOUCH", "UNLI
 _SCRIPTS: Final = frozenset({"EVAL", "EVALSHA"})
 Host = tuple[str, int]
 Command = tuple[Any, ...]
+_TIMEOUT_S: Final = 5.0
+_CHECK_EVERY_S: Final = 25
+_ASK_S: Final = 1.0
+_ASKED: Final = frozenset({"redis", "rediss", *CLUSTERS})
+_STATE: Final = "kms.redis.url (or KMS_REDIS_URL)"
+_BROKER: Final = "kms.redis.broker_url (or KMS_BROKER_URL)"
+Options = dict[str, object]
 
 
 def tagged(command: Command) -> Command:
@@ -140,15 +147,6 @@ def cluster_client(hosts: Sequence[Host], options: Mapping[str, Any]) -> redis.R
         **options,
     )
     return redis.Redis(connection_pool=pool)
-
-
-_TIMEOUT_S: Final = 5.0
-_CHECK_EVERY_S: Final = 25
-_ASK_S: Final = 1.0
-_ASKED: Final = frozenset({"redis", "rediss", *CLUSTERS})
-_STATE: Final = "kms.redis.url (or KMS_REDIS_URL)"
-_BROKER: Final = "kms.redis.broker_url (or KMS_BROKER_URL)"
-Options = dict[str, object]
 
 
 def connect(section: RedisSection, timeout_s: float = _TIMEOUT_S) -> redis.Redis:

@@ -27,6 +27,12 @@ ADVICE: Final[Mapping[Obstacle, str]] = {
     "refused": "allow mlockall in its seccomp profile, on Linux 4.4 or later; or have no swap",
     "platform": "run it on Linux, or encrypt the swap",
 }
+SIZE_BYTES: Final = 64 * 1024 * 1024  # 100 keys with as many versions as they may have
+"""Pages that are not written take no memory."""
+_HEAD: Final = struct.Struct("=QQ32s")  # generation, length, SHA-256 of the content
+_FUTURE_WRITE: Final = 0x10  # F_SEAL_FUTURE_WRITE, fcntl(2)
+_TRIES: Final = 100
+_AGAIN_S: Final = 0.001
 
 
 def forbid_dumps() -> None:
@@ -90,13 +96,6 @@ def protect(*, strict: bool) -> None:
 # A memfd (memfd_create(2)) whose size is fixed and which only the mapping of its creator can change
 # (F_SEAL_FUTURE_WRITE, Linux 5.1). Children get its descriptor by fork or across an exec. Other processes
 # cannot open it, since the processes that hold it are not dumpable (``secure_memory``).
-
-SIZE_BYTES: Final = 64 * 1024 * 1024  # 100 keys with as many versions as they may have
-"""Pages that are not written take no memory."""
-_HEAD: Final = struct.Struct("=QQ32s")  # generation, length, SHA-256 of the content
-_FUTURE_WRITE: Final = 0x10  # F_SEAL_FUTURE_WRITE, fcntl(2)
-_TRIES: Final = 100
-_AGAIN_S: Final = 0.001
 
 
 class SharedSecrets:

@@ -29,7 +29,8 @@ from kms_core import secure_files
 from kms_core.observability import metrics
 from kms_core.periodic import PeriodicThread
 from kms_core.reload import reason_of, stamp_of_stat
-from kms_core.s3.bucket import PROBE, PROBE_MARK, Bucket, If, ignored_conditions
+from kms_core.s3.bucket import Bucket, If
+from kms_core.s3.conditions import PROBE, PROBE_MARK, ignored_conditions
 from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError, DocumentOutdated, InvalidRequest, KmsError, Unavailable
 from kms_protocol.wire import NOT_JSON

@@ -34,6 +34,30 @@ KeepFor = Annotated[int, Meta(ge=60)]
 """Seconds for which a result is kept."""
 Moment = Annotated[datetime, Meta(tz=True)]
 """An RFC 3339 time with an offset."""
+PREFIX: Final = "/api/v1/kms"
+ContextIn = str | dict[str, str] | None
+KeySpec = Literal["AES_128", "AES_256"]
+JobKind = Literal["encrypt", "decrypt", "rewrap", "reseal"]
+JobState = Literal["queued", "running", "committing", "succeeded", "failed", "cancelled"]
+Priority = Literal["high", "normal", "low"]
+Release = Literal["after_fetch"]
+Outcome = Literal["changed", "newest", "foreign", "would_change"]
+Origin = Literal["service", "foreign"]
+PRIORITIES: Final[tuple[Priority, ...]] = get_args(Priority)
+STATES: Final[tuple[JobState, ...]] = get_args(JobState)
+ENDED: Final = frozenset({"succeeded", "failed", "cancelled"})
+KEY_SPEC_BYTES: Final[dict[str, int]] = {"AES_128": 16, "AES_256": 32}
+encode: Final = msgspec.json.encode
+NOT_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""Exceptions raised for bytes that are not JSON of a shape, not text, or nested too deeply."""
+# A UUID (RFC 9562) in lower case. Version 5 is reserved for the parts of a job.
+JobId = Annotated[
+    str,
+    Meta(
+        pattern="^[0-9a-f]{8}-[0-9a-f]{4}-[1-46-8][0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$",
+        max_length=36,  # without it, $ accepts a line feed at the end
+    ),
+]
 
 
 class Hidden(Struct, frozen=True):
@@ -117,21 +141,6 @@ class GroupOut(Answer, frozen=True, kw_only=True):
     states: dict[str, int]
     ended: bool
     failed: list[str]
-
-
-PREFIX: Final = "/api/v1/kms"
-ContextIn = str | dict[str, str] | None
-KeySpec = Literal["AES_128", "AES_256"]
-JobKind = Literal["encrypt", "decrypt", "rewrap", "reseal"]
-JobState = Literal["queued", "running", "committing", "succeeded", "failed", "cancelled"]
-Priority = Literal["high", "normal", "low"]
-Release = Literal["after_fetch"]
-Outcome = Literal["changed", "newest", "foreign", "would_change"]
-Origin = Literal["service", "foreign"]
-PRIORITIES: Final[tuple[Priority, ...]] = get_args(Priority)
-STATES: Final[tuple[JobState, ...]] = get_args(JobState)
-ENDED: Final = frozenset({"succeeded", "failed", "cancelled"})
-KEY_SPEC_BYTES: Final[dict[str, int]] = {"AES_128": 16, "AES_256": 32}
 
 
 class EncryptIn(Body, frozen=True, kw_only=True):
@@ -450,21 +459,6 @@ class ItemResult(Answer, frozen=True, kw_only=True):
     ciphertext: bytes | UnsetType = UNSET
     plaintext: bytes | UnsetType = UNSET
     error: ErrorCode | UnsetType = UNSET
-
-
-encode: Final = msgspec.json.encode
-NOT_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""Exceptions raised for bytes that are not JSON of a shape, not text, or nested too deeply."""
-
-
-# A UUID (RFC 9562) in lower case. Version 5 is reserved for the parts of a job.
-JobId = Annotated[
-    str,
-    Meta(
-        pattern="^[0-9a-f]{8}-[0-9a-f]{4}-[1-46-8][0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$",
-        max_length=36,  # without it, $ accepts a line feed at the end
-    ),
-]
 
 
 class Submission(Body, frozen=True, kw_only=True):

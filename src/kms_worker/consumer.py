@@ -76,6 +76,13 @@ _OF_LINKS: Final = frozenset(
 """Options of a link that would have no effect."""
 _NAME: Final = re.compile(r"[\w.:@-]{1,200}", re.ASCII)
 _OURS: Final = ("kms.", "celery.")
+Handler = Callable[[Any], object]
+_DIFFERS_S: Final = 5.0
+_PASS_ON_S: Final = 0.02
+_SHOWN_CHARS: Final = 200
+_CALLS: Final = frozenset({amqp.spec.Exchange.Declare, amqp.spec.Queue.Declare, amqp.spec.Basic.Consume})
+"""By which the worker begins with a queue."""
+_log = structlog.get_logger(__name__)
 
 
 class Malformed(Exception):
@@ -285,15 +292,6 @@ def install() -> None:
 
 def _no_decoder(_body: object) -> bytes:
     raise Malformed("compressed")
-
-
-Handler = Callable[[Any], object]
-_DIFFERS_S: Final = 5.0
-_PASS_ON_S: Final = 0.02
-_SHOWN_CHARS: Final = 200
-_CALLS: Final = frozenset({amqp.spec.Exchange.Declare, amqp.spec.Queue.Declare, amqp.spec.Basic.Consume})
-"""By which the worker begins with a queue."""
-_log = structlog.get_logger(__name__)
 
 
 class CheckedConsumer(celery_consumer.Consumer):  # type: ignore[misc]  # Celery ships no types

@@ -31,6 +31,8 @@ _HELD_S: Final = 15.0  # what hangs is left alone for so long after each round
 _SLOW_HELD_S: Final = 3.0  # and what is slow
 _SEEN_S: Final = 2.5  # a process that reports itself no more makes progress, or has ended
 _TOLD_S: Final = 7.0  # after the first report, one that is slow is told
+EXIT_DEAF: Final = 70  # EX_SOFTWARE
+_LOOK_EVERY_S: Final = 5.0
 _log = structlog.get_logger(__name__)
 
 
@@ -198,9 +200,6 @@ def _has_ended(pidfd: int) -> bool:
 #
 # kombu and Celery have several ways to end up so after a broker restart, none of which raises. The cure is
 # to leave: the supervisor starts the worker again, and its jobs are in their records.
-
-EXIT_DEAF: Final = 70  # EX_SOFTWARE
-_LOOK_EVERY_S: Final = 5.0
 
 
 class Watchdog(PeriodicThread):

@@ -38,6 +38,12 @@ TASK_ID: Final = re.compile(r"[\x21-\x7e]{1,255}", re.ASCII)
 LOG_WINDOW_S: Final = 60.0
 LOG_LINES: Final = 3
 """Lines of a kind in a window; the next line after says how many were left out."""
+SUBMIT_TASK: Final = "kms.submit"
+QUEUE: Final = "kms.submit"
+_PAUSE_S: Final = 2.0
+KEYS_TASK: Final = "kms.keys"
+EVERY_S: Final = 60.0
+_ATTEMPT_EVERY_S: Final = 3600.0
 _log = structlog.get_logger(__name__)
 
 
@@ -77,11 +83,6 @@ class Refusals:
         if count := self._bound.passes(queue, code):
             named = task_id if isinstance(task_id, str) and TASK_ID.fullmatch(task_id) else ""
             _log.warning(event, queue=queue, code=code, count=count, task_id=named)
-
-
-SUBMIT_TASK: Final = "kms.submit"
-QUEUE: Final = "kms.submit"
-_PAUSE_S: Final = 2.0
 
 
 def queues(intake: Intake | None) -> tuple[str, ...]:
@@ -177,10 +178,6 @@ def _above_debug(record: logging.LogRecord) -> bool:
 #
 # The message is lost or late without harm: the next one comes within a minute, and a short lock in Redis
 # lets one attempt an hour happen for a key.
-
-KEYS_TASK: Final = "kms.keys"
-EVERY_S: Final = 60.0
-_ATTEMPT_EVERY_S: Final = 3600.0
 
 
 def register_keys(app: Celery, core: Callable[[], Core], settings: Settings, name: str) -> None:

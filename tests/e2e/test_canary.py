@@ -19,7 +19,7 @@ import pyrage
 import pytest
 
 from kms_api.app import RULES, UI_RULES, VAULT_RULES
-from kms_cli.main import group
+from kms_cli.command_line import group
 from kms_core.auth import tokens
 from kms_core.programs.liveness import is_alive
 from kms_protocol.wire import PREFIX, JobKind

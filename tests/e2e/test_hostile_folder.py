@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kms_cli.main import group
+from kms_cli.command_line import group
 from support.canary.commands import Given, leaves, lines
 
 CANARY = "canary-0f1e2d3c"

@@ -11,7 +11,8 @@ from typing import Final
 import httpx2 as httpx
 import pytest
 
-from kms_core.age.mlkem768x25519 import parse_recipient, version_of
+from kms_core.age.recipients import parse_recipient
+from kms_core.envelope.binding import version_of
 from support import object_stores
 from support.object_stores import S3Proxy, S3Request, TestBucket
 from support.openbao import Bao

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from kms_core import key_opening
-from kms_core.age.mlkem768x25519 import parse_recipient, version_of
+from kms_core.age.recipients import parse_recipient
+from kms_core.envelope.binding import version_of
 from support import programs
 from support.openbao import Bao, bao
 from support.ports import free_port

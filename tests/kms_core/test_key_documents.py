@@ -15,10 +15,9 @@ import pytest
 from kms_core import key_documents
 from kms_core.age import x25519
 from kms_core.age.header import Stanza
-from kms_core.age.mlkem768x25519 import version_of
 from kms_core.age.x25519 import NoMatch
 from kms_core.backends.age import RECHECK_S, AgeBackend
-from kms_core.envelope.binding import KeyRef
+from kms_core.envelope.binding import KeyRef, version_of
 from kms_core.envelope.sealed_files import NotOpenedYet
 from kms_core.http_client import Unreachable
 from kms_core.key_documents import PUBLISH_S, KeyBody, KeyDocument

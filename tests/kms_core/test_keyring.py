@@ -7,13 +7,12 @@ import pytest
 
 from kms_core import keyring
 from kms_core.age import header, x25519
-from kms_core.age.mlkem768x25519 import version_of
 from kms_core.backends import SCHEMES
 from kms_core.backends.age import AgeBackend, open_key
 from kms_core.backends.age_settings import AgeSection
 from kms_core.backends.remote import RemoteBackend, SharingBackend, WrapKeys
 from kms_core.envelope import binding
-from kms_core.envelope.binding import KeyRef
+from kms_core.envelope.binding import KeyRef, version_of
 from kms_core.keyring import Keyring
 from kms_core.settings.model import Settings
 from kms_protocol.context import Context

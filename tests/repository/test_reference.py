@@ -11,8 +11,8 @@ from typing import Final
 
 import pytest
 
+from kms_cli.command_line import topics
 from kms_cli.commands.completion import EXIT_CODES
-from kms_cli.main import topics
 from support.programs import program
 
 ROOT: Final = Path(__file__).parents[2]

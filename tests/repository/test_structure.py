@@ -13,7 +13,11 @@ BOUNDS: Final[dict[str, Any]] = {
     "code_lines": 99,
     "module_lines": 40,
     "words": ["anew", "nudges?"],
+    "pages": [],
+    "late_constants": [],
 }
+IN_A_FUNCTION: Final = "def f():\n    from p import b\n"
+FOR_TYPES: Final = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p import b\n"
 
 
 @pytest.fixture
@@ -44,8 +48,17 @@ def found(structure: ModuleType, files: dict[str, str], **bounds: object) -> lis
     [
         {"a": '"""Reads files."""\n\nX = 1\n', "p/__init__": '"""Empty."""\n'},
         {"a": 'X = "anew, What?"\n'},
+        {"p/__init__": "", "p/a": FOR_TYPES, "p/b": "from p import a\n"},
+        {"p/__init__": "", "p/a": "from p import b\n", "p/b": "from typing import a\n"},
+        {"a": "def f() -> int: ...\n_X = 1\nY = f()\nZ = [Y]\nA = (f | None)\n"},
     ],
-    ids=["plain", "a text that is no docstring"],
+    ids=[
+        "plain",
+        "a text that is no docstring",
+        "an import for type checkers",
+        "a name of another package",
+        "late constants of what is above",
+    ],
 )
 def test_a_good_tree_has_no_problem(structure: ModuleType, files: dict[str, str]) -> None:
     assert found(structure, files) == []
@@ -68,6 +81,14 @@ def test_code_lines_are_those_without_blanks_comments_and_docstrings(structure: 
         ({"a": 'def f():\n    """One.\n\n    Two nudges."""\n'}, {}, "a.py:4: 'nudges' is no word"),
         ({"a": "X = 1  # anew\n"}, {}, "a.py:1: 'anew' is no word"),
         ({"a": 'def f():\n    """What it does."""\n'}, {}, "a.py:2: a docstring begins with"),
+        ({"p/a": "from p import b\n", "p/b": "import p.a\n"}, {}, "modules import each other: p."),
+        ({"p/a": IN_A_FUNCTION, "p/b": "from p.a import f\n"}, {}, "modules import each other: p."),
+        ({"a": "import b\n", "b": "import c\n", "c": "import a\n"}, {}, "modules import each other: "),
+        ({"a": "class A: ...\nX = 1\n"}, {}, "a:2: X stands above"),
+        ({"a": "def f(): ...\nX: int = 1\n_Y = {name: 1 for name in X}\n"}, {}, "a:2: X stands above"),
+        ({"a": 'def f(): ...\n_T = TypeVar("_T")\n'}, {}, "a:2: _T stands above"),
+        ({"a": "def f(): ...\n_log = structlog.get_logger(__name__)\n"}, {}, "a:2: _log stands above"),
+        ({"a": "X = 1\n"}, {"late_constants": ["a"]}, "a has no late constants"),
     ],
     ids=str,
 )  # fmt: skip

@@ -16,7 +16,7 @@ from kms_core import scopes
 from kms_core.age import header, mlkem768x25519, stream, x25519
 from kms_core.age.armor import ArmorWriter
 from kms_core.age.header import FILE_LIMITS, VERSION_LINE, Header, Stanza
-from kms_core.age.mlkem768x25519 import Identity
+from kms_core.age.recipients import Identity
 from kms_core.audit import AuditRecord, AuditWriter
 from kms_core.auth.policy import AllowAll, ByScopes, Policy, Principal
 from kms_core.backends import Backend

@@ -17,8 +17,8 @@ from kms_api.routing import LISTS, READ, WRITE, Call, Router, no_body
 from kms_api.transport.admission import reservation_of, should_end
 from kms_api.transport.bodies import WatchedResponse
 from kms_core import audit
-from kms_core.age.mlkem768x25519 import version_of
 from kms_core.auth.policy import Principal
+from kms_core.envelope.binding import version_of
 from kms_core.jobs.events import transitions
 from kms_core.jobs.events.transitions import group_of
 from kms_core.jobs.execution import results

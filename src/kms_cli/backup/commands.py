@@ -21,7 +21,7 @@ from kms_cli.backup.files import SETTINGS, ArchiveWriter, InstalledFiles, KeepFi
 from kms_cli.commands.offline import recipient_option, recipients_file_option
 from kms_cli.local import installation
 from kms_cli.options import FILE, STDIO, OutputExists, force_option, writing
-from kms_cli.session import meter, printed_as_json, session
+from kms_cli.session import session
 from kms_core.audit import segments
 from kms_core.secure_files import make_folders, sync_folder
 from kms_core.settings import load
@@ -78,7 +78,7 @@ def backup_command(
     with (
         audited.effect(settings, "backup.create", str(output)),
         writing(output, overwrite=force) as target,
-        meter(on_stdout=output == STDIO) as line,
+        terminal.meter(on_stdout=output == STDIO) as line,
     ):
         began, made_at = time.monotonic(), datetime.now(UTC)
         shown = age_files.with_progress(line, "backing up", None)
@@ -145,7 +145,7 @@ def restore_command(
     if folder is None and not only_check:
         raise click.UsageError("name the new state directory with --to DIR, or verify only with --check")
     known = age_files.identities(identities)
-    with age_files.source(file) as source, meter() as line:
+    with age_files.source(file) as source, terminal.meter() as line:
         sealed = age_files.read(source)
         key = age_files.by_identities(sealed.head, known, RequiredBinding())
         shown = age_files.with_progress(line, "verifying", file.stat().st_size)
@@ -242,7 +242,7 @@ def _origin(manifest: Manifest) -> str:
 
 
 def _report(done: str, manifest: Manifest) -> None:
-    if printed_as_json(
+    if terminal.printed_as_json(
         {
             "made_at": time_text(manifest.made_at),
             "host": manifest.host,

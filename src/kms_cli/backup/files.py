@@ -46,6 +46,15 @@ _TRIES: Final = 50
 
 
 Change = Literal["never", "append", "any"]
+VERSION: Final = 1
+_MODE: Final = 0o600
+_LAST_TIME: Final = 2**33  # seconds since the epoch: the year 2242
+_READ_BYTES: Final = 1024 * 1024
+_MANIFEST_BYTES: Final = 256 * 1024 * 1024
+Advance = Callable[[int], object]
+"""Takes the size in bytes of each part that was written or read, to show progress."""
+KeepFile = Callable[[tarfile.TarInfo, Iterator[bytes]], object]
+"""Takes the entry of a file, and its content in parts."""
 
 
 class FilesKeepChanging(Unavailable):
@@ -265,12 +274,6 @@ def _paths_of(settings: Settings) -> Sequence[Path]:
 # Its last member is a manifest with size and SHA-256 of each file before it. Memory is constant but for the
 # manifest. It holds plain files only: no link, no device, no path out of the folder that it is read into.
 
-VERSION: Final = 1
-_MODE: Final = 0o600
-_LAST_TIME: Final = 2**33  # seconds since the epoch: the year 2242
-_READ_BYTES: Final = 1024 * 1024
-_MANIFEST_BYTES: Final = 256 * 1024 * 1024
-
 
 class NotABackup(BadInput):
     """A damaged archive, or one that ``kms backup`` did not write."""
@@ -303,10 +306,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     def size(self) -> int:
         """The sizes of all files in bytes."""
         return sum(file.size for file in self.files)
-
-
-Advance = Callable[[int], object]
-"""Takes the size in bytes of each part that was written or read, to show progress."""
 
 
 class ArchiveWriter:
@@ -366,10 +365,6 @@ def _stamp(source: Source) -> tuple[int, int]:
     """Size in bytes and time of the last change in nanoseconds."""
     found = os.fstat(source.file.fileno())
     return found.st_size, found.st_mtime_ns
-
-
-KeepFile = Callable[[tarfile.TarInfo, Iterator[bytes]], object]
-"""Takes the entry of a file, and its content in parts."""
 
 
 def read_archive(sealed: AgeFile, key: bytes, keep: KeepFile, advance: Advance = lambda _: None) -> Manifest:

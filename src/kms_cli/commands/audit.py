@@ -17,7 +17,7 @@ from kms_cli import audited, options, terminal
 from kms_cli.local import installation
 from kms_cli.local.installation import AnchorLines
 from kms_cli.options import FILE
-from kms_cli.session import meter, printed_as_json, session
+from kms_cli.session import session
 from kms_core import audit
 from kms_core.audit import chain, query, segments
 from kms_core.audit.keys import Concealer, PublicKeys, pem, public_path
@@ -153,7 +153,7 @@ def key_command() -> None:
     keys = keys_of(None)
     if keys is None:
         raise ConfigurationError("There is no key yet: the first start of the service creates it")
-    if printed_as_json({"keys": {name: pem(raw) for name, raw in keys.keys.items()}}):
+    if terminal.printed_as_json({"keys": {name: pem(raw) for name, raw in keys.keys.items()}}):
         return
     for name, raw in keys.keys.items():
         terminal.say(f"key {name}")
@@ -448,7 +448,7 @@ def _show_hosts(hosts: Sequence[_Host], unknown: Mapping[str, str]) -> int:
         | (asdict(each.report) | {"last_time": each.last_time} if each.report else {})
         for each in hosts
     ]
-    if printed_as_json({"verdict": worst, "hosts": shapes, "unknown_keys": dict(unknown)}):
+    if terminal.printed_as_json({"verdict": worst, "hosts": shapes, "unknown_keys": dict(unknown)}):
         return _EXITS[worst]
     terminal.table(
         ("HOST", "VERDICT", "CHAINS", "LINES", "LAST RECORD", "LATE"), [each.row for each in hosts]
@@ -489,7 +489,7 @@ def _verified(
     found: AnchorLines,
     max_late: timedelta | None = None,
 ) -> VerificationReport:
-    with meter() as line:
+    with terminal.meter() as line:
         progress = partial(line.show, "verifying")
         report = verify(where, keys, found.lines, progress=progress, max_late=max_late)
     found.note_in(report)
@@ -497,7 +497,7 @@ def _verified(
 
 
 def _show(report: VerificationReport) -> None:
-    if printed_as_json({"verdict": report.verdict, **asdict(report)}):
+    if terminal.printed_as_json({"verdict": report.verdict, **asdict(report)}):
         return
     terminal.table(
         ("CHAIN", "LINES", "FILES", "FROM", "TO", "END", "SIGNED"), [_row(each) for each in report.chains]

@@ -13,8 +13,8 @@ from typing import ClassVar, Final
 import click
 from click.shell_completion import CompletionItem, ShellComplete, add_completion_class, shell_complete
 
-from kms_cli import main, session, terminal
-from kms_cli.main import COMPLETION_VARIABLE, LazyGroup, group
+from kms_cli import command_line, connection, session, terminal
+from kms_cli.command_line import COMPLETION_VARIABLE, LazyGroup, group
 from kms_protocol import errors
 
 SHELLS: Final = ("bash", "zsh", "fish", "nushell")
@@ -30,6 +30,18 @@ $env.config.completions.external.completer = {|spans: list<string>|
     }
 }
 """
+WIDTH: Final = 80
+EXIT_CODES: Final[Mapping[int, str]] = {
+    0: "success",
+    errors.EXIT_OTHER: "another error; findings of `kms config lint`; an open end in `kms audit verify`",
+    errors.EXIT_USAGE: "wrong usage",
+    errors.EXIT_BAD_DATA: "bad data, `decrypt_failed`, a damaged audit log",
+    errors.EXIT_UNAVAILABLE: "service, backend or another peer unavailable; `document_outdated`: a signed "
+    "document is older than one seen before",
+    errors.EXIT_EXISTS: "the target exists, or another conflict",
+    errors.EXIT_REFUSED: "refused: authentication, permission, path",
+    errors.EXIT_CONFIGURATION: "wrong configuration",
+}
 
 
 @add_completion_class
@@ -75,26 +87,12 @@ def _names(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> l
     for word in words:
         command = command.get_command(ctx, word) if isinstance(command, click.Group) else None
     found = command.commands_from(incomplete) if isinstance(command, LazyGroup) else []
-    return found if words else found + session.completions(main.summaries(), incomplete)
-
-
-WIDTH: Final = 80
-EXIT_CODES: Final[Mapping[int, str]] = {
-    0: "success",
-    errors.EXIT_OTHER: "another error; findings of `kms config lint`; an open end in `kms audit verify`",
-    errors.EXIT_USAGE: "wrong usage",
-    errors.EXIT_BAD_DATA: "bad data, `decrypt_failed`, a damaged audit log",
-    errors.EXIT_UNAVAILABLE: "service, backend or another peer unavailable; `document_outdated`: a signed "
-    "document is older than one seen before",
-    errors.EXIT_EXISTS: "the target exists, or another conflict",
-    errors.EXIT_REFUSED: "refused: authentication, permission, path",
-    errors.EXIT_CONFIGURATION: "wrong configuration",
-}
+    return found if words else found + connection.completions(command_line.summaries(), incomplete)
 
 
 def topic(name: str) -> str:
     """Return the text of a topic, with exit codes and variables as they are declared."""
-    text = main.topics()[name].rstrip("\n")
+    text = command_line.topics()[name].rstrip("\n")
     if "{codes}" in text:
         return text.replace("{codes}", _rows((str(code), means) for code, means in EXIT_CODES.items()))
     if "{settings}" in text:
@@ -126,10 +124,10 @@ def _rows(pairs: Iterable[tuple[str, str]]) -> str:
 @click.argument("words", nargs=-1, metavar="[COMMAND | TOPIC]...", shell_complete=_names)
 def help_command(words: tuple[str, ...]) -> None:
     """Show the help of a command, as COMMAND --help does, or a text on a topic."""
-    if len(words) == 1 and words[0] in main.topics():
+    if len(words) == 1 and words[0] in command_line.topics():
         terminal.result(topic(words[0]))
-    elif len(words) == 1 and words[0] not in main.COMMANDS:
-        known = (*main.COMMANDS, *main.topics())
-        raise main.UnknownCommand(words[0], known, click.get_current_context().find_root())
+    elif len(words) == 1 and words[0] not in command_line.COMMANDS:
+        known = (*command_line.COMMANDS, *command_line.topics())
+        raise command_line.UnknownCommand(words[0], known, click.get_current_context().find_root())
     else:
-        main.invoke([*words, "--help"], {})
+        command_line.invoke([*words, "--help"], {})

@@ -13,7 +13,6 @@ import msgspec
 
 from kms_cli import terminal
 from kms_cli.local import installation, instances
-from kms_cli.session import printed_as_json
 from kms_core.backends import SCHEMES, table_of
 from kms_core.settings.lint import Weakness, unaccepted, weaknesses
 from kms_core.settings.load import load as load_settings
@@ -75,7 +74,7 @@ def show_command(setting: str | None, *, changed: bool) -> None:
             source = "kms up, which runs"
         if changed and source == "default":
             continue
-        if printed_as_json({"setting": key, "value": value, "from": source}):
+        if terminal.printed_as_json({"setting": key, "value": value, "from": source}):
             continue
         if table != place:
             terminal.shown(f"[{table}]")
@@ -178,7 +177,7 @@ def lint_command() -> int:
 
 def _show(weakness: Weakness, *, is_accepted: bool) -> None:
     shown = {"setting": weakness.setting, "risk": weakness.risk, "advice": weakness.advice}
-    if printed_as_json({**shown, "accepted": is_accepted}):
+    if terminal.printed_as_json({**shown, "accepted": is_accepted}):
         return
     if is_accepted:
         terminal.say(f"accepted: {weakness.setting}: {weakness.risk}")

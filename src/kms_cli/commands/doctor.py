@@ -19,9 +19,10 @@ from cryptography import x509
 from msgspec.structs import replace
 
 from kms_cli import terminal
+from kms_cli.connection import connect
 from kms_cli.local import installation, instances
 from kms_cli.local.up import without_status
-from kms_cli.session import connect, is_given, printed_as_json, session, use_url
+from kms_cli.session import is_given, session, use_url
 from kms_core import container, key_opening, keyring, redis_client
 from kms_core.audit.keys import PublicKeys, public_path
 from kms_core.audit.verification.verify import verify
@@ -68,6 +69,7 @@ _TIMEOUT_S: Final = 2.0
 _AMQP_PORTS: Final = {"amqp": 5672, "amqps": 5671}
 _AS_OWNER: Final = "run as the user of the service"
 _HOSTS: Final = "see docs/hosts.md"
+TIMEOUT_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -449,7 +451,6 @@ _CHECKS: Final[Mapping[str, Callable[[Settings], Iterator[Finding]]]] = {
     "redis": _queue,
 }
 
-TIMEOUT_S: Final = 5.0
 _CALLER: Final = Finding("ok", "target", "nothing of a service is found here, so it is only asked")
 
 
@@ -483,7 +484,7 @@ def exit_code(findings: Iterable[Finding]) -> int:
 
 def _show(finding: Finding) -> None:
     shown = {name: value for name, value in asdict(finding).items() if name != "away"}
-    if printed_as_json(shown):
+    if terminal.printed_as_json(shown):
         return
     then = f": {finding.next}" if finding.next else ""
     terminal.row((finding.level, finding.subject, f"{terminal.plain(finding.text)}{then}"), (4, 12, 0))

@@ -16,6 +16,7 @@ import click
 
 from kms_cli import age_files, terminal
 from kms_cli.age_files import InputStream
+from kms_cli.connection import connect
 from kms_cli.options import (
     STDIO,
     C,
@@ -32,7 +33,6 @@ from kms_cli.options import (
     source_argument,
     writing,
 )
-from kms_cli.session import connect, meter
 from kms_client import Client
 from kms_client.requests import JobOptions, UnexpectedAnswer, failure
 from kms_core.age import stream
@@ -113,7 +113,7 @@ def decrypt_file_command(
 def _run(kind: Kind, source: Path, target: Path | None, options: TransferOptions, *, force: bool) -> None:
     """Convert one file. A target of None is stdout by default."""
     on_stdout, job = is_stdout(target), None
-    with connect() as kms, meter(on_stdout=on_stdout) as line:
+    with connect() as kms, terminal.meter(on_stdout=on_stdout) as line:
         with age_files.source(source) as opened, writing(target, overwrite=force) as file:
             left: InputStream | None = opened
             by_job = any(map(options.get, JobOptions.__annotations__))

@@ -11,6 +11,7 @@ from msgspec import UNSET, UnsetType
 
 from kms_cli import terminal
 from kms_cli.commands.files import followed, require_success
+from kms_cli.connection import complete_jobs, connect
 from kms_cli.options import (
     callback_option,
     context_of,
@@ -25,7 +26,7 @@ from kms_cli.options import (
     priority_option,
     writing,
 )
-from kms_cli.session import complete_jobs, connect, meter, printed_as_json, session
+from kms_cli.session import session
 from kms_client import Client
 from kms_protocol.errors import ItemsFailed
 from kms_protocol.units import age_s, duration_text, size_text
@@ -43,6 +44,7 @@ from kms_protocol.wire import (
 )
 
 id_argument = click.argument("job_id", metavar="ID", shell_complete=complete_jobs)
+WAIT_S: Final = 30
 
 
 @click.command("list")
@@ -78,7 +80,7 @@ def retry_command(job_id: str) -> None:
 
 
 def _rows(page: JobList, if_empty: str) -> None:
-    if printed_as_json(page):
+    if terminal.printed_as_json(page):
         return
     if not page.jobs:
         terminal.say(if_empty)
@@ -126,7 +128,7 @@ def wait_command(job_id: str, timeout: float | None) -> None:
 
 def _show_end(kms: Client, job_id: str, timeout_s: float | None = None) -> None:
     """Wait until a job ends and show it. Raises the error of a job that does not succeed."""
-    with meter() as line:
+    with terminal.meter() as line:
         line.show("waiting", 0, None)
         job = followed(kms, job_id, line, timeout_s)
     show_job(job)
@@ -146,13 +148,13 @@ def cancel_command(job_id: str) -> None:
 @click.option("--wait", is_flag=True, help="Wait until all jobs of the group have ended.")
 def group_command(name: str, *, wait: bool) -> None:
     """Show how many jobs of a group are in which state; with --wait once all have ended."""
-    with connect() as kms, meter() as line:
+    with connect() as kms, terminal.meter() as line:
         found = kms.group(name)
         while wait and not found.ended:
             ended = sum(count for state, count in found.states.items() if state in ENDED)
             line.show("waiting", ended, found.jobs, "jobs")
             found = kms.group(name, wait_s=WAIT_S)
-    if printed_as_json(found):
+    if terminal.printed_as_json(found):
         return
     terminal.record(
         {
@@ -180,7 +182,7 @@ def release_command(job_id: str) -> None:
 @click.option("--release", is_flag=True, help="Delete the result from the service once it is written.")
 def result_command(job_id: str, output: Path | None, *, force: bool, release: bool) -> None:
     """Write the result to stdout or --output: the bytes of a file, or a line of JSON for each item."""
-    with connect() as kms, meter(on_stdout=is_stdout(output)) as line:
+    with connect() as kms, terminal.meter(on_stdout=is_stdout(output)) as line:
         with writing(output, overwrite=force) as target:
             kms.download(job_id, target, progress=partial(line.show, "receiving"))
         if release:  # the file is in place
@@ -189,7 +191,7 @@ def result_command(job_id: str, output: Path | None, *, force: bool, release: bo
 
 def show_job(job: JobOut) -> None:
     """Print a job as named values, or as JSON with --json."""
-    if printed_as_json(job):
+    if terminal.printed_as_json(job):
         return
     waiting = job.state not in ENDED
     shown = {
@@ -273,9 +275,6 @@ def group_in(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     return GroupIn(name=name, jobs=int(count))
 
 
-WAIT_S: Final = 30
-
-
 @click.command("submit")
 @click.argument("kind", type=click.Choice(get_args(JobKind)))
 @click.argument("source")
@@ -321,7 +320,7 @@ def submit_command(
         accepted = kms.submit(job)
         if wait:
             _show_end(kms, accepted.job_id)
-        elif not printed_as_json(accepted):
+        elif not terminal.printed_as_json(accepted):
             terminal.shown(accepted.job_id)
 
 

@@ -15,13 +15,13 @@ import msgspec
 
 from kms_cli import terminal
 from kms_cli.age_files import check_key_id, parse_identities
+from kms_cli.connection import service_url
 from kms_cli.options import FILE, context_option, key_option
 from kms_cli.plugin.names import PluginTarget
-from kms_cli.session import printed_as_json, service_url
 from kms_client.settings import checked_address
 from kms_core.age import mlkem768x25519, x25519
 from kms_core.age.header import is_age_file
-from kms_core.age.mlkem768x25519 import identity_file
+from kms_core.age.recipients import identity_file
 from kms_core.envelope.sealed_files import RECOVERY
 from kms_core.observability import logs
 from kms_core.secure_files import create, in_shell, open_to_others
@@ -38,6 +38,12 @@ if TYPE_CHECKING:
 IDENTITY: Final = "kms:identity"
 DOCUMENTS: Final = ("s3://", "file://")
 AUDIT_KEYS: Final = ("kms:audit", "kms:audit-signing")
+in_process_option = click.option(
+    "--in-process", is_flag=True, help="Use the keys of KMS_CONFIG on this machine, without a service."
+)
+with_url_option = click.option(
+    "--with-url", is_flag=True, help="Include --url; otherwise the plugin uses KMS_SERVICE_URL."
+)
 
 
 class KeyFileExists(TargetExists):
@@ -243,14 +249,6 @@ def _new_identity(*, post_quantum: bool) -> tuple[bytes, str]:
     return identity_file(identity), str(identity.recipient)
 
 
-in_process_option = click.option(
-    "--in-process", is_flag=True, help="Use the keys of KMS_CONFIG on this machine, without a service."
-)
-with_url_option = click.option(
-    "--with-url", is_flag=True, help="Include --url; otherwise the plugin uses KMS_SERVICE_URL."
-)
-
-
 @click.command(
     "recipient",
     epilog='Example: age -r "$(kms recipient --context env=prod)" -o backup.age backup.tar',
@@ -265,7 +263,7 @@ def recipient_command(context: ContextIn, key_id: str | None, *, in_process: boo
     It contains the key id, the context and the address. It is not secret: using it requires a token.
     """
     target = _target(context, key_id, in_process=in_process, with_url=with_url)
-    if not printed_as_json({"recipient": target.recipient()}):
+    if not terminal.printed_as_json({"recipient": target.recipient()}):
         terminal.result(target.recipient())
 
 
@@ -284,7 +282,7 @@ def identity_command(context: ContextIn, key_id: str | None, *, in_process: bool
     any key.
     """
     target = _target(context, key_id, in_process=in_process, with_url=with_url)
-    if printed_as_json({"identity": target.identity(), "recipient": target.recipient()}):
+    if terminal.printed_as_json({"identity": target.identity(), "recipient": target.recipient()}):
         return
     terminal.result(f"# recipient: {target.recipient()}")
     terminal.result(target.identity())
@@ -321,7 +319,7 @@ def init_key_command() -> None:
         key = key_of(name, section, strict=settings.is_prod)
         with audited.effect(settings, "key.create", name), key.call():
             version, is_new = key.init()
-        if not printed_as_json({"name": name, "version": version.version, "made": is_new}):
+        if not terminal.printed_as_json({"name": name, "version": version.version, "made": is_new}):
             done = f"created {name}" if is_new else f"{name} exists"
             terminal.shown(f"{done}, version {version.version}, on {key.server.where}")
 

@@ -26,8 +26,9 @@ from msgspec import UNSET
 from msgspec.structs import fields, replace
 
 from kms_cli import terminal
+from kms_cli.connection import connect
 from kms_cli.options import PATH, STDIO, context_of, context_option, key_option, placed
-from kms_cli.session import connect, meter, session
+from kms_cli.session import session
 from kms_client import Client
 from kms_client.requests import failure
 from kms_client.settings import check_encrypted
@@ -48,6 +49,11 @@ from kms_protocol.wire import KeyId
 MAX_REPORTED: Final = 50
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _RECORD_START: Final = b'{"line":'
+BATCH_LINES: Final = 100
+LINE_BYTES: Final = 64 * 1024 * 1024
+GIVE_UP_AFTER: Final = 20  # failures of the other system in a row
+AWS_TIMEOUT_S: Final = 10.0
+C = TypeVar("C", bound=Callable[..., object])
 
 
 @dataclass(slots=True)
@@ -165,12 +171,6 @@ class Folder:
         return self._folder / f"{name}.age"
 
 
-BATCH_LINES: Final = 100
-LINE_BYTES: Final = 64 * 1024 * 1024
-GIVE_UP_AFTER: Final = 20  # failures of the other system in a row
-AWS_TIMEOUT_S: Final = 10.0
-
-
 class NotTheSame(KmsError):
     """A ciphertext that the service decrypts to another plaintext."""
 
@@ -198,7 +198,6 @@ class SourceLine(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 L = TypeVar("L", bound=SourceLine)
-C = TypeVar("C", bound=Callable[..., object])
 
 
 def read_line(text: bytes, shape: type[L], options: Mapping[str, object]) -> L:
@@ -345,7 +344,7 @@ def migrate(shape: type[L], decrypt: Callable[[L], bytes], given: Mapping[str, A
             target = stack.enter_context(continued(output))
         read = functools.partial(read_line, shape=shape, options=given)
         with_report = bool(dry_run or output or folder)
-        line = stack.enter_context(meter(on_stdout=not with_report))
+        line = stack.enter_context(terminal.meter(on_stdout=not with_report))
         moving = Migration(
             read, lambda each: caller.call("unwrap", lambda: decrypt(each)), client, target, line
         )

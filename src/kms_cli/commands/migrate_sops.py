@@ -17,8 +17,8 @@ import click
 
 from kms_cli.age_files import recipients
 from kms_cli.commands.migrate import MigrationReport
+from kms_cli.connection import connect
 from kms_cli.options import FILE, PATH, key_option
-from kms_cli.session import connect
 from kms_client import Client
 from kms_core.age import armor
 from kms_protocol import errors

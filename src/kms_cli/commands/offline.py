@@ -21,7 +21,7 @@ from kms_cli.options import (
     report_written,
     writing,
 )
-from kms_cli.session import meter, session
+from kms_cli.session import session
 from kms_core.age import mlkem768x25519, stream, x25519
 from kms_core.age.header import Header, Stanza
 from kms_core.backends import remote
@@ -44,6 +44,8 @@ recipients_file_option = click.option(
     help="File of recipients, one a line.",
 )
 source_argument = click.argument("source", metavar="[IN]", type=SourceName(), default="-")
+NATIVE: Final = frozenset({x25519.STANZA_TYPE, mlkem768x25519.STANZA_TYPE})
+READ_BYTES: Final = 1024 * 1024
 
 
 class InOut(TypedDict):
@@ -100,7 +102,7 @@ def seal_command(**given: Unpack[SealOptions]) -> None:
     with (
         age_files.source(given["source"]) as opened,
         writing(given["output"], overwrite=given["force"]) as target,
-        meter(on_stdout=is_stdout(given["output"])) as line,
+        terminal.meter(on_stdout=is_stdout(given["output"])) as line,
     ):
         begun, source = _sealing(given, opened)
         seal = age_files.seal_armored if given["armored"] else age_files.seal
@@ -134,7 +136,7 @@ def open_command(**given: Unpack[OpenOptions]) -> None:
     with (
         age_files.source(given["source"]) as source,
         writing(given["output"], overwrite=given["force"]) as target,
-        meter(on_stdout=is_stdout(given["output"])) as line,
+        terminal.meter(on_stdout=is_stdout(given["output"])) as line,
     ):
         sealed = age_files.read(source)
         offset, length, file_range = given["offset"], given["length"], sealed.file_range
@@ -187,9 +189,6 @@ def _required(given: OpenOptions) -> RequiredBinding:
 
 
 # -- inspect -----------------------------------------------------------------------------------------
-
-NATIVE: Final = frozenset({x25519.STANZA_TYPE, mlkem768x25519.STANZA_TYPE})
-READ_BYTES: Final = 1024 * 1024
 
 
 @click.command("inspect")

@@ -10,6 +10,7 @@ import click
 
 from kms_cli import age_files, terminal
 from kms_cli.age_files import InputStream
+from kms_cli.connection import connect
 from kms_cli.options import (
     STDIO,
     OutputExists,
@@ -23,7 +24,6 @@ from kms_cli.options import (
     source_argument,
     writing,
 )
-from kms_cli.session import connect, meter, printed_as_json
 from kms_client.requests import UnexpectedAnswer
 from kms_core.age import header
 from kms_core.age.armor import BEGIN
@@ -80,7 +80,7 @@ def rewrap_file_command(
         new = _checked(answer, old)
         with (
             writing(output, overwrite=force) as target,
-            meter(on_stdout=is_stdout(output)) as line,
+            terminal.meter(on_stdout=is_stdout(output)) as line,
         ):
             if in_place:
                 with contextlib.suppress(PermissionError):  # this user may not be its owner
@@ -140,7 +140,7 @@ def copy_payload(source: InputStream, ahead: bytes, target: BinaryIO, line: term
 
 def _report(source: Path, target: Path, answer: EncryptOut) -> None:
     key = {"key_id": answer.key_id, "key_version": answer.key_version, "backend": answer.backend}
-    if not printed_as_json({"source": name_of(source), "output": str(target), **key}):
+    if not terminal.printed_as_json({"source": name_of(source), "output": str(target), **key}):
         terminal.say(
             f"rewrapped {name_of(source)} to {target} (key {answer.key_id}, version {answer.key_version})"
         )

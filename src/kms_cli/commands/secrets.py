@@ -14,8 +14,8 @@ import click
 import msgspec
 
 from kms_cli import terminal
+from kms_cli.connection import connect
 from kms_cli.options import FILE, context_of, context_option, force_option, key_option, output_option, writing
-from kms_cli.session import connect, printed_as_json
 from kms_core.age import armor
 from kms_protocol import small_files
 from kms_protocol.errors import InvalidRequest, KmsError, NotACiphertext, TooLarge
@@ -23,6 +23,10 @@ from kms_protocol.units import MiB
 from kms_protocol.wire import ContextIn
 
 READ_LIMIT_BYTES: Final = 8 * MiB  # above what any setting allows in a single call
+LIMIT_BYTES: Final = 2 * 1024 * 1024
+_SEALED_TEXT: Final = "YWdlLWVuY3J5cHRpb24ub3JnL3Yx"  # the start of an age file in base64
+_Decrypt = Callable[[bytes, str], str]  # takes a ciphertext, and what messages call it
+_IGNORED: Final = ("SIGPIPE", "SIGXFSZ")  # ignored by Python, which a program would inherit
 
 
 class FromStdin(click.Command):
@@ -49,7 +53,7 @@ def encrypt_command(context: ContextIn, key_id: str | None) -> None:
     plaintext = _stdin()
     with connect() as kms:
         sealed = kms.encrypt(plaintext, context=context, key_id=key_id)
-    if not printed_as_json(sealed):
+    if not terminal.printed_as_json(sealed):
         terminal.result(_base64(sealed.ciphertext))
 
 
@@ -68,7 +72,7 @@ def decrypt_command(output: Path | None, context: ContextIn, key_id: str | None,
     ciphertext = _ciphertext()
     with connect() as kms:
         opened = kms.decrypt(ciphertext, context=context, key_id=key_id)
-    if output is not None or not printed_as_json(opened):
+    if output is not None or not terminal.printed_as_json(opened):
         with writing(output, overwrite=force) as target:
             target.write(opened.plaintext)
 
@@ -90,7 +94,7 @@ def generate_key_command(
         made = kms.generate_data_key(
             key_spec, context=context, key_id=key_id, without_plaintext=without_plaintext
         )
-    if printed_as_json(made):
+    if terminal.printed_as_json(made):
         return
     plain = {"plaintext": _base64(made.plaintext)} if isinstance(made.plaintext, bytes) else {}
     terminal.record({**plain, "ciphertext": _base64(made.ciphertext), "key_spec": made.key_spec})
@@ -108,7 +112,7 @@ def rewrap_command(context: ContextIn, new_context: ContextIn, key_id: str | Non
     ciphertext = _ciphertext()
     with connect() as kms:
         sealed = kms.rewrap(ciphertext, context=context, new_context=new_context, key_id=key_id)
-    if not printed_as_json(sealed):
+    if not terminal.printed_as_json(sealed):
         terminal.result(_base64(sealed.ciphertext))
 
 
@@ -237,12 +241,6 @@ class ProgramNotFound(NotExecutable):
 
     code = "program_not_found"
     exit_code = 127
-
-
-LIMIT_BYTES: Final = 2 * 1024 * 1024
-_SEALED_TEXT: Final = "YWdlLWVuY3J5cHRpb24ub3JnL3Yx"  # the start of an age file in base64
-_Decrypt = Callable[[bytes, str], str]  # takes a ciphertext, and what messages call it
-_IGNORED: Final = ("SIGPIPE", "SIGXFSZ")  # ignored by Python, which a program would inherit
 
 
 class RunOptions(TypedDict):

@@ -5,10 +5,12 @@ from datetime import UTC, datetime
 import click
 
 from kms_cli import terminal
-from kms_cli.session import complete_keys, connect, printed_as_json
+from kms_cli.connection import complete_keys, connect
 from kms_protocol.admin import KeyOut, SpoolOut, StatusOut
 from kms_protocol.errors import EXIT_UNAVAILABLE
 from kms_protocol.units import age_s, duration_text, parse_time, size_text
+
+key_argument = click.argument("key_id", metavar="KEY", shell_complete=complete_keys)
 
 
 @click.command("status")
@@ -19,7 +21,7 @@ def status_command() -> None:
     """
     with connect() as kms:
         status = kms.status()
-    if printed_as_json(status):
+    if terminal.printed_as_json(status):
         return
     counts = {f"- {name}": f"{by.ok} ok, {by.failed} failed" for name, by in status.operations.by.items()}
     terminal.record(
@@ -45,7 +47,7 @@ def health_command() -> int:
     """Have the key backend wrap and unwrap a key. Exit code 0 if that works, else 69."""
     with connect() as kms:
         health = kms.health()
-    if not printed_as_json(health):
+    if not terminal.printed_as_json(health):
         terminal.shown(f"{health.status} ({health.backend}, {health.checked_at})")
     return 0 if health.status == "healthy" else EXIT_UNAVAILABLE
 
@@ -69,15 +71,13 @@ def _jobs(status: StatusOut) -> dict[str, object]:
 
 # -- keys ---------------------------------------------------------------------------------------------
 
-key_argument = click.argument("key_id", metavar="KEY", shell_complete=complete_keys)
-
 
 @click.command("list")
 def list_command() -> None:
     """List the keys: backend, current version, its age, and when its rotation is due."""
     with connect() as kms:
         found = kms.keys()
-    if printed_as_json(found):
+    if terminal.printed_as_json(found):
         return
     terminal.table(
         ("KEY", "BACKEND", "VERSION", "AGE", "ROTATE", "ENCRYPTED"), [_row(key) for key in found.keys]
@@ -90,7 +90,7 @@ def usage_command(key_id: str) -> None:
     """Show the encryptions of each version of a key. Counts may lack the last seconds of a process."""
     with connect() as kms:
         key = kms.key(key_id)
-    if printed_as_json(key):
+    if terminal.printed_as_json(key):
         return
     if key.current_version is None:
         terminal.say("the backend does not answer: its versions are unknown")
@@ -116,7 +116,7 @@ def rotate_command(key_id: str) -> None:
     """Create a new version of a key. It encrypts from now on."""
     with connect() as kms:
         made = kms.rotate(key_id)
-    if printed_as_json(made):
+    if terminal.printed_as_json(made):
         return
     terminal.shown(f"{made.key_id} now encrypts with version {made.key_version} ({made.backend})")
 

@@ -13,7 +13,7 @@ import click
 from kms_cli import audited, terminal
 from kms_cli.local import installation
 from kms_cli.options import PATH, duration, placed
-from kms_cli.session import printed_as_json, session
+from kms_cli.session import session
 from kms_core import scopes
 from kms_core.auth import tokens
 from kms_core.auth.tokens import Token, TokenRequest
@@ -167,7 +167,7 @@ def _print_token(done: str, token: Token, text: str, written: BinaryIO | None) -
     _report(done, token)
     if written is not None:
         written.write(f"{text}\n".encode())
-    elif not printed_as_json({**_described(token), "token": text}):
+    elif not terminal.printed_as_json({**_described(token), "token": text}):
         terminal.result(text)
 
 

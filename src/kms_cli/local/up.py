@@ -24,7 +24,7 @@ from kms_cli.local import installation
 from kms_cli.session import session
 from kms_client.requests import START_HINT
 from kms_core import secure_files
-from kms_core.age.mlkem768x25519 import Recipient, parse_identity
+from kms_core.age.recipients import Recipient, parse_identity
 from kms_core.backends.age_settings import AgeSection
 from kms_core.backends.key_files import make_identity
 from kms_core.programs.liveness import is_alive, reachable

@@ -24,6 +24,11 @@ from kms_core.age.plugin_identity import Broken, PluginConnection
 from kms_core.envelope import binding
 from kms_protocol.errors import DecryptFailed, KmsError, TooLarge, UnknownKey
 
+POSTQUANTUM: Final = "postquantum"
+MAX_ATTEMPTS: Final = 100
+"""The maximum for one file, since the author of its header determines the number of calls."""
+_INDEX_DIGITS: Final = 9
+
 
 class PluginKeys(Protocol):
     """Wraps and unwraps file keys. Stanzas are text, as in a header. Methods raise KmsError."""
@@ -33,12 +38,6 @@ class PluginKeys(Protocol):
 
     def unwrap(self, stanzas: bytes, target: PluginTarget) -> bytes:
         """Return the 16 bytes."""
-
-
-POSTQUANTUM: Final = "postquantum"
-MAX_ATTEMPTS: Final = 100
-"""The maximum for one file, since the author of its header determines the number of calls."""
-_INDEX_DIGITS: Final = 9
 
 
 class PluginError(Exception):

@@ -20,13 +20,6 @@ from kms_protocol.errors import DecryptFailed, NotACiphertext, TooLarge
 
 KEY_BYTES: Final = 32
 _SHA256: Final = SHA256()
-
-
-def hkdf(secret: bytes, *, salt: bytes, info: bytes) -> bytes:
-    """Derive 32 bytes. An empty salt means 32 zero bytes."""
-    return HKDF(_SHA256, KEY_BYTES, salt, info).derive(secret)
-
-
 VERSION_LINE: Final = armor.VERSION_LINE
 BUNDLE: Final = "kms-service/bundle"
 BUNDLE_VERSION: Final = "1"
@@ -41,6 +34,11 @@ _ENDS: Final = ((b"", _BASE64), (b"", b""), (b"==", _BASE64[::16]), (b"=", _BASE
 _ARGUMENTS: Final = re.compile(rb"-> [!-~]+(?: [!-~]+)*")
 _FIRST_READ_BYTES: Final = 4096 + NONCE_BYTES
 _FOOT_BYTES: Final = _MAC_LINE_BYTES + NONCE_BYTES
+
+
+def hkdf(secret: bytes, *, salt: bytes, info: bytes) -> bytes:
+    """Derive 32 bytes. An empty salt means 32 zero bytes."""
+    return HKDF(_SHA256, KEY_BYTES, salt, info).derive(secret)
 
 
 def check_start(content: memoryview) -> None:

@@ -8,7 +8,6 @@ a stanza beside a classic one is only as strong as the classic one.
 import hashlib
 import os
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Final, Self
 
 from cryptography.exceptions import InvalidTag
@@ -18,9 +17,8 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 
 from kms_core.age import bech32
 from kms_core.age.header import Stanza, b64encode
-from kms_core.age.x25519 import NoMatch, X25519Identity, X25519Recipient, share_of
+from kms_core.age.x25519 import NoMatch, share_of
 from kms_protocol.errors import DecryptFailed
-from kms_protocol.units import time_text
 
 STANZA_TYPE: Final = "mlkem768x25519"
 RECIPIENT_PREFIX: Final = "age1pq"
@@ -122,40 +120,3 @@ class HybridIdentity:
             self._x25519.exchange(X25519PublicKey.from_public_bytes(x25519_share))
         except ValueError as exc:
             raise DecryptFailed from exc
-
-
-Identity = X25519Identity | HybridIdentity
-"""A private key that unwraps file keys."""
-Recipient = X25519Recipient | HybridRecipient
-"""A public key that wraps file keys."""
-
-
-def key_lines(text: str) -> list[tuple[int, str]]:
-    """The stripped lines of a file of identities or recipients, without comments; their numbers from 1."""
-    lines = enumerate(map(str.strip, text.splitlines()), start=1)
-    return [(number, line) for number, line in lines if line and not line.startswith("#")]
-
-
-def identity_file(identity: Identity) -> bytes:
-    """Return the content of a file with a new identity, as age-keygen writes it."""
-    created = time_text(datetime.now(UTC))
-    return f"# created: {created}\n# public key: {identity.recipient}\n{identity.export()}\n".encode()
-
-
-def version_of(recipient: Recipient) -> str:
-    """The key version: the first 8 hexadecimal digits of SHA-256 over the recipient string."""
-    return hashlib.sha256(str(recipient).encode("ascii")).hexdigest()[:8]
-
-
-def parse_identity(text: str) -> Identity:
-    """Parse an identity of either native type. Raises ValueError, without the text, if it is neither."""
-    if text.upper().startswith(IDENTITY_PREFIX):
-        return HybridIdentity.parse(text)
-    return X25519Identity.parse(text)
-
-
-def parse_recipient(text: str) -> Recipient:
-    """Parse a recipient of either native type. Raises ValueError, without the text, if it is neither."""
-    if text.lower().startswith(RECIPIENT_PREFIX + "1"):
-        return HybridRecipient.parse(text)
-    return X25519Recipient.parse(text)

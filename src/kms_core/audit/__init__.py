@@ -26,6 +26,27 @@ request_id: Final[ContextVar[str]] = ContextVar("request_id", default="")
 job_id: Final[ContextVar[str]] = ContextVar("job_id", default="")
 source: Final[ContextVar[str]] = ContextVar("source", default="")
 logs.identify(request_id=request_id, job_id=job_id)
+DENIED: Final = "denied"
+READ: Final = "audit.read"
+_MOST_FILTER: Final = 500
+OK: Final = "ok"
+COUNTED: Final = "counted"
+DENIALS: Final = frozenset({"unauthenticated", "forbidden", "path_refused", "foreign_refused", "unknown_key"})
+MOST_FAILED: Final = 10
+"""The number of failed items of one batch, or of one part of a bulk job, that have a record each."""
+_OF_ITEMS: Final[dict[str, object]] = {
+    "key_id": "",
+    "key_version": "",
+    "backend": "",
+    "origin": "",
+    "wrap_key": "",
+    "file_id": "",
+    "new_file_id": "",
+    "stanzas": "",
+    "context": {},
+    "new_context": {},
+}
+"""The fields in which items of one batch may differ, and their values in a summary where they do."""
 
 
 @contextmanager
@@ -37,14 +58,6 @@ def identified(request: str, job: str = "") -> Iterator[None]:
     finally:
         request_id.reset(tokens[0])
         job_id.reset(tokens[1])
-
-
-DENIED: Final = "denied"
-READ: Final = "audit.read"
-_MOST_FILTER: Final = 500
-OK: Final = "ok"
-COUNTED: Final = "counted"
-DENIALS: Final = frozenset({"unauthenticated", "forbidden", "path_refused", "foreign_refused", "unknown_key"})
 
 
 class Noted:
@@ -239,22 +252,6 @@ def record_of(
 
 
 # -- bounds --------------------------------------------------------------------------------------------
-
-MOST_FAILED: Final = 10
-"""The number of failed items of one batch, or of one part of a bulk job, that have a record each."""
-_OF_ITEMS: Final[dict[str, object]] = {
-    "key_id": "",
-    "key_version": "",
-    "backend": "",
-    "origin": "",
-    "wrap_key": "",
-    "file_id": "",
-    "new_file_id": "",
-    "stanzas": "",
-    "context": {},
-    "new_context": {},
-}
-"""The fields in which items of one batch may differ, and their values in a summary where they do."""
 
 
 class FailedItems:

@@ -16,6 +16,24 @@ from kms_protocol.units import time_text
 from kms_protocol.wire import NOT_JSON
 
 _SECOND_NS: Final = 1_000_000_000
+ZERO: Final = bytes(32)
+HEAD: Final = b',"head":"'
+END: Final = b'"}'
+TAIL_BYTES: Final = len(HEAD) + 64 + len(END)
+SIGNATURE: Final = b',"signature":"'
+_SIGNATURE_CHARS: Final = 88  # base64 of 64 bytes
+_SIGNED_TAIL: Final = len(SIGNATURE) + _SIGNATURE_CHARS + 1
+LABEL: Final = b"kms-service/audit-checkpoint/1\n"
+OPEN: Final = "open"
+CHECKPOINT: Final = "checkpoint"
+ROTATED: Final = "rotated"
+CLOSED: Final = "closed"
+RESUMED: Final = "resumed"
+RETIRED: Final = "retired"
+SIGNED: Final = frozenset({CHECKPOINT, ROTATED, CLOSED})
+ENDS: Final = frozenset({ROTATED, CLOSED})
+"""Kinds of the last line of a segment: its process writes nothing after it."""
+LineNumber = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class LineClock:
@@ -40,29 +58,6 @@ class LineClock:
 def _moment(at_ns: int) -> datetime:
     second, rest = divmod(at_ns, _SECOND_NS)
     return datetime.fromtimestamp(second, UTC).replace(microsecond=rest // 1000)
-
-
-ZERO: Final = bytes(32)
-HEAD: Final = b',"head":"'
-END: Final = b'"}'
-TAIL_BYTES: Final = len(HEAD) + 64 + len(END)
-SIGNATURE: Final = b',"signature":"'
-_SIGNATURE_CHARS: Final = 88  # base64 of 64 bytes
-_SIGNED_TAIL: Final = len(SIGNATURE) + _SIGNATURE_CHARS + 1
-LABEL: Final = b"kms-service/audit-checkpoint/1\n"
-
-OPEN: Final = "open"
-CHECKPOINT: Final = "checkpoint"
-ROTATED: Final = "rotated"
-CLOSED: Final = "closed"
-RESUMED: Final = "resumed"
-RETIRED: Final = "retired"
-SIGNED: Final = frozenset({CHECKPOINT, ROTATED, CLOSED})
-ENDS: Final = frozenset({ROTATED, CLOSED})
-"""Kinds of the last line of a segment: its process writes nothing after it."""
-
-
-LineNumber = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class ChainHead(msgspec.Struct, frozen=True, array_like=True):

@@ -32,6 +32,10 @@ _PAGE: Final = 1_000
 _FIELD: Final = "line"
 ANCHORS_SUFFIX: Final = ".anchors.jsonl"
 Entry = tuple[bytes, dict[bytes, bytes]]
+EVERY_S: Final = 1.0
+_STOP_S: Final = 2.0
+_REMOVE_EVERY_S: Final = 3600.0
+_log = structlog.get_logger(__name__)
 
 
 class AuditSink(Protocol):
@@ -210,12 +214,6 @@ def _signed_removal(before: bytes, line: bytes, following: bytes, keys: PublicKe
     if signed is None or head is None or head_before is None or not chain.is_sound(head_before, line):
         return None
     return chain.read(line) if chain.from_hex(signed.previous) == head else None
-
-
-EVERY_S: Final = 1.0
-_STOP_S: Final = 2.0
-_REMOVE_EVERY_S: Final = 3600.0
-_log = structlog.get_logger(__name__)
 
 
 class AuditMaintenance(PeriodicThread):

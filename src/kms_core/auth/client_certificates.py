@@ -28,6 +28,12 @@ _LABELS: Final[Mapping[str, type[x509.DNSName | x509.UniformResourceIdentifier |
     "URI": x509.UniformResourceIdentifier,
     "email": x509.RFC822Name,
 }
+_MOST_BYTES: Final = 32 * 1024 * 1024
+_BEGIN: Final = b"-----BEGIN X509 CRL-----"
+_END: Final = b"-----END X509 CRL-----"
+_HOW: Final = "write the PEM lists of every authority in client_ca there, or leave client_crl out"
+_reading = threading.Lock()
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +117,6 @@ def _subjects(certificate: x509.Certificate) -> Iterator[str]:
 # TLS checks both in each handshake (``kms_api/server/process.py``). This module checks certificates of open
 # connections and of jobs, and logs when a list (``client_crl``; RFC 5280 §5) has expired. It identifies
 # authorities by their keys, since a re-keyed authority keeps its name.
-
-_MOST_BYTES: Final = 32 * 1024 * 1024
-_BEGIN: Final = b"-----BEGIN X509 CRL-----"
-_END: Final = b"-----END X509 CRL-----"
-_HOW: Final = "write the PEM lists of every authority in client_ca there, or leave client_crl out"
-_reading = threading.Lock()
-_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

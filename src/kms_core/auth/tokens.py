@@ -40,6 +40,12 @@ _SECRET_BYTES: Final = 32
 _NOBODY: Final = bytes(32)
 _MOST_BYTES: Final = 64 * 1024 * 1024
 _WRITABLE: Final = 0o022
+NONE: Final = b"{}"
+"""The body of a signed document before its first version."""
+Where: TypeAlias = Path | SignedDocument
+"""The token file, or the signed document that has the tokens."""
+DOCUMENT_NAME: Final = "tokens"
+DOCUMENT_INFO: Final = b"kms-service/document/1/tokens"
 _log = structlog.get_logger(__name__)
 
 
@@ -255,12 +261,6 @@ class TokensBody(msgspec.Struct, kw_only=True):
             raise ConfigurationError("The tokens are damaged, or were written by a later version") from exc
 
 
-NONE: Final = b"{}"
-"""The body of a signed document before its first version."""
-
-
-Where: TypeAlias = Path | SignedDocument
-"""The token file, or the signed document that has the tokens."""
 Recorder = Callable[[Token], AbstractContextManager[object]]
 """Makes a context that is entered while the tokens change, which records the change in the audit log."""
 
@@ -428,10 +428,6 @@ def several_tenants(settings: Settings, known: Tokens) -> Callable[[], bool]:
             return True
 
     return answer
-
-
-DOCUMENT_NAME: Final = "tokens"
-DOCUMENT_INFO: Final = b"kms-service/document/1/tokens"
 
 
 class DocumentTokens(Tokens):

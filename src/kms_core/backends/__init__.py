@@ -31,15 +31,13 @@ SCHEMES: Final[Mapping[str, type[BackendSection]]] = {
     "awskms": AwsKmsSection,
 }
 """Scheme of a key URI → the backend's table in ``kms.toml``, which names the module with its code."""
+NATIVE: Final = "age"
+"""The backend that unwraps native stanzas of the age format."""
 
 
 def table_of(scheme: str) -> str:
     """The name of a backend's table below ``[kms]``."""
     return scheme.replace("-", "_")
-
-
-NATIVE: Final = "age"
-"""The backend that unwraps native stanzas of the age format."""
 
 
 class KeyMissing(BackendUnavailable):

@@ -27,21 +27,20 @@ import structlog
 
 from kms_core.age import mlkem768x25519, x25519
 from kms_core.age.header import FILE_KEY_BYTES, Stanza
-from kms_core.age.mlkem768x25519 import (
+from kms_core.age.recipients import (
     Identity,
     Recipient,
     identity_file,
     key_lines,
     parse_identity,
     parse_recipient,
-    version_of,
 )
 from kms_core.age.x25519 import NoMatch
 from kms_core.backends import Health, KeyVersion
 from kms_core.backends.age_settings import AgeSection, document_of
 from kms_core.backends.key_files import KeyFiles
 from kms_core.envelope import binding
-from kms_core.envelope.binding import DEFAULT_KEY_ID, KeyRef, Wrap
+from kms_core.envelope.binding import DEFAULT_KEY_ID, KeyRef, Wrap, version_of
 from kms_core.envelope.sealed_files import KeySource, NotOpenedYet, SealedFiles
 from kms_core.http_client import Unreachable
 from kms_core.secure_files import in_shell

@@ -9,7 +9,7 @@ from typing import Final
 import structlog
 
 from kms_core.age.header import is_age_file
-from kms_core.age.mlkem768x25519 import identity_file
+from kms_core.age.recipients import identity_file
 from kms_core.age.x25519 import X25519Identity
 from kms_core.envelope.sealed_files import SealedFiles, StoredKeys
 from kms_core.reload import stamp_of

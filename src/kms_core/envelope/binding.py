@@ -26,6 +26,7 @@ from kms_core.age.header import (
     hkdf,
     render_stanza,
 )
+from kms_core.age.recipients import Recipient
 from kms_core.age.x25519 import NoMatch
 from kms_protocol.context import Context, length_prefixed
 from kms_protocol.errors import DecryptFailed
@@ -72,6 +73,11 @@ class KeyRef:
     key_id: str
     version: str
     backend: str
+
+
+def version_of(recipient: Recipient) -> str:
+    """The key version: the first 8 hexadecimal digits of SHA-256 over the recipient string."""
+    return hashlib.sha256(str(recipient).encode("ascii")).hexdigest()[:8]
 
 
 @dataclass(frozen=True, slots=True)

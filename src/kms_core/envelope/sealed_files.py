@@ -15,8 +15,8 @@ from typing import Final, NamedTuple, Protocol
 
 from kms_core.age import armor, header, stream
 from kms_core.age.header import FILE_KEY_BYTES, SYNC_LIMITS, Header, Stanza
-from kms_core.age.mlkem768x25519 import Identity, Recipient, key_lines, parse_identity, parse_recipient
 from kms_core.age.plugin_identity import PREFIX, PluginIdentity
+from kms_core.age.recipients import Identity, Recipient, key_lines, parse_identity, parse_recipient
 from kms_core.age.x25519 import NoMatch
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import BoundStanzas, KeyRef
@@ -32,6 +32,7 @@ NAME: Final = "kms:sealed"
 RECOVERY: Final = "# recovery: "
 """Begins a line of the content that names a recipient, for which the file is sealed as well."""
 _RECOVERY_LINE: Final = re.compile(rb"^# recovery: ([!-~]+)$", re.MULTILINE)
+SealingIdentity = Identity | PluginIdentity
 
 
 class NotOpenedYet(BackendUnavailable):
@@ -112,9 +113,6 @@ class RootKey(Protocol):
         unwrap: Callable[[Wrapper, KeyRef], bytes],
         passed_over: type[BackendUnavailable],
     ) -> tuple[bytes, KeyRef]: ...
-
-
-SealingIdentity = Identity | PluginIdentity
 
 
 def read_identities(path: Path) -> list[SealingIdentity]:

@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 from kms_core.age import header, stream
 from kms_core.age.header import FILE_KEY_BYTES, Header, Stanza
-from kms_core.age.mlkem768x25519 import Recipient
+from kms_core.age.recipients import Recipient
 from kms_core.age.x25519 import NoMatch
 from kms_core.envelope import binding
 from kms_core.envelope.binding import BoundStanzas, KeyRef

@@ -24,6 +24,31 @@ MOST_FAILURES: Final = 10
 ITEMS_FAILED: Final = "items_failed"
 CLOCK_LEEWAY_S: Final = 60.0
 """So far the clocks of machines may be apart where a worker or the API goes by its own."""
+Failure = tuple[int, str]
+"""The index of an item or file that failed, and its error code."""
+SmallBlob = tuple[str, bytes]
+"""A sealed blob that rests in Redis: its name, and the bytes that its file in the spool would have."""
+BULK: Final = "kms.bulk"
+FILES: Final = "kms.files"
+MAINTENANCE: Final = "kms.maintenance"
+QUEUES: Final = (BULK, FILES, MAINTENANCE)
+"""Queues by what a job costs, so that a worker may serve some of them: items, payloads, headers."""
+MOVING: Final[frozenset[JobKind]] = frozenset({"rewrap", "reseal"})
+"""Kinds that make one ciphertext of another."""
+FEATURES: Final[frozenset[str]] = frozenset()
+"""Names of what a job may need that this version knows and earlier ones did not (``JobSpec.needs``)."""
+Seconds = Annotated[float, Meta(ge=0, lt=1e11)]
+"""Since the epoch; no NaN, and what a date can show."""
+NOT_OF_PARTS: Final[Mapping[str, object]] = {
+    "digest": b"",
+    "labels": {},
+    "metadata": {},
+    "release": "",
+    "group": "",
+}
+"""Fields of a job's specification that its parts lack."""
+Fields = Mapping[str, str | int | float | bytes]
+FORMS: Final = frozenset({"upload", "items", "file", "tree", "tree_part"})
 
 
 class PlacedTarget(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -39,10 +64,6 @@ class PlacedTarget(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     parts: str = ""
 
 
-Failure = tuple[int, str]
-"""The index of an item or file that failed, and its error code."""
-
-
 class FirstFailures(list[Failure]):
     """The first ``MOST_FAILURES`` failures of a job."""
 
@@ -50,10 +71,6 @@ class FirstFailures(list[Failure]):
         """Add a failure, unless there are enough."""
         if len(self) < MOST_FAILURES:
             self.append((index, code))
-
-
-SmallBlob = tuple[str, bytes]
-"""A sealed blob that rests in Redis: its name, and the bytes that its file in the spool would have."""
 
 
 class WorkResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -123,28 +140,6 @@ def needs_proof(state: str, error: str) -> bool:
 def spec_digest(*sealed: bytes) -> bytes:
     """SHA-256 of sealed records, which binds an end to the work that was done."""
     return hashlib.sha256(b"".join(sealed)).digest()
-
-
-BULK: Final = "kms.bulk"
-FILES: Final = "kms.files"
-MAINTENANCE: Final = "kms.maintenance"
-QUEUES: Final = (BULK, FILES, MAINTENANCE)
-"""Queues by what a job costs, so that a worker may serve some of them: items, payloads, headers."""
-MOVING: Final[frozenset[JobKind]] = frozenset({"rewrap", "reseal"})
-"""Kinds that make one ciphertext of another."""
-FEATURES: Final[frozenset[str]] = frozenset()
-"""Names of what a job may need that this version knows and earlier ones did not (``JobSpec.needs``)."""
-Seconds = Annotated[float, Meta(ge=0, lt=1e11)]
-"""Since the epoch; no NaN, and what a date can show."""
-NOT_OF_PARTS: Final[Mapping[str, object]] = {
-    "digest": b"",
-    "labels": {},
-    "metadata": {},
-    "release": "",
-    "group": "",
-}
-"""Fields of a job's specification that its parts lack."""
-Fields = Mapping[str, str | int | float | bytes]
 
 
 class ClocksApart(Unavailable):
@@ -401,7 +396,6 @@ class TreePart(TreeJob, frozen=True, kw_only=True, tag="tree_part"):
         return 0 if self.dry_run else self.size_bytes
 
 
-FORMS: Final = frozenset({"upload", "items", "file", "tree", "tree_part"})
 AnyJob = UploadJob | ItemsJob | FileJob | TreeJob | TreePart
 
 

@@ -8,12 +8,11 @@ InvalidRequest for an object that changed. Sizes are in bytes.
 import hashlib
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import Enum
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 from urllib.parse import quote, unquote_plus
 from xml.sax.saxutils import escape  # nosec B406  # text to text: nothing is parsed
 
@@ -23,9 +22,6 @@ from kms_core.payload.files import source_changed_error
 from kms_core.s3.connection import Ask, S3Answer, S3Body, S3Connection, elements, tag
 from kms_protocol.errors import KmsError, PathRefused, SpoolFull, Unavailable
 
-if TYPE_CHECKING:
-    from kms_core.s3.multipart import ObjectReader
-
 MOST_PARTS: Final = 10_000
 MARK: Final = "x-amz-meta-kms-job"
 """User metadata with the job that wrote an object, so that a later attempt recognises it."""
@@ -33,6 +29,19 @@ MARK: Final = "x-amz-meta-kms-job"
 _CHANGED: Final = frozenset({HTTPStatus.PRECONDITION_FAILED, HTTPStatus.NOT_FOUND})
 _TAKEN: Final = frozenset({HTTPStatus.PRECONDITION_FAILED, HTTPStatus.CONFLICT})
 _CANNOT: Final = frozenset({HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.METHOD_NOT_ALLOWED})
+_FULL: Final = frozenset({"QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"})
+_OTHER: Final = "The object store answers {said} for bucket {bucket}"
+_MOVED: Final = (
+    "Bucket {bucket} is elsewhere ({said}): check endpoint and region in [kms.jobs.buckets.{bucket}]"
+)
+_ADVICE: Final[Mapping[int, str]] = {
+    HTTPStatus.FORBIDDEN: "The object store refuses this for bucket {bucket} ({said}): "
+    "check credentials and policy of [kms.jobs.buckets.{bucket}]",
+    HTTPStatus.NOT_FOUND: "No such object, or no bucket {bucket}",
+    HTTPStatus.MOVED_PERMANENTLY: _MOVED,
+    HTTPStatus.TEMPORARY_REDIRECT: _MOVED,
+    HTTPStatus.PERMANENT_REDIRECT: _MOVED,
+}
 _log = structlog.get_logger(__name__)
 
 
@@ -378,19 +387,46 @@ class Bucket:
         return StoreRefused(detail, answer.status, status)
 
 
-_FULL: Final = frozenset({"QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"})
-_OTHER: Final = "The object store answers {said} for bucket {bucket}"
-_MOVED: Final = (
-    "Bucket {bucket} is elsewhere ({said}): check endpoint and region in [kms.jobs.buckets.{bucket}]"
-)
-_ADVICE: Final[Mapping[int, str]] = {
-    HTTPStatus.FORBIDDEN: "The object store refuses this for bucket {bucket} ({said}): "
-    "check credentials and policy of [kms.jobs.buckets.{bucket}]",
-    HTTPStatus.NOT_FOUND: "No such object, or no bucket {bucket}",
-    HTTPStatus.MOVED_PERMANENTLY: _MOVED,
-    HTTPStatus.TEMPORARY_REDIRECT: _MOVED,
-    HTTPStatus.PERMANENT_REDIRECT: _MOVED,
-}
+@dataclass(frozen=True, slots=True)
+class ObjectReader:
+    """A range of one version of an object; reads fail once the object has changed."""
+
+    bucket: Bucket
+    key: str
+    etag: str
+    size: int
+    offset: int = 0
+
+    def read_at(self, position: int, length: int) -> bytes:
+        data = bytearray(max(0, min(length, self.size - position)))
+        self.bucket.read_into(self.key, self.etag, self.offset + position, [memoryview(data)])
+        return bytes(data)
+
+    def read_into(self, views: Sequence[memoryview], position: int) -> bool:
+        if position + sum(map(len, views)) > self.size:
+            return False
+        self.bucket.read_into(self.key, self.etag, self.offset + position, views)
+        return True
+
+    def stream(self, position: int, size: int) -> S3Body:
+        """A range, unread; the caller closes it."""
+        return self.bucket.stream(self.key, self.etag, self.offset + position, size)
+
+    def stamp(self) -> str:
+        return self.etag
+
+    def tail(self, position: int) -> "ObjectReader":
+        return replace(self, size=self.size - position, offset=self.offset + position)
+
+    def head(self, size: int) -> "ObjectReader":
+        """The first ``size`` bytes of the range."""
+        return replace(self, size=size)
+
+    def check(self) -> None:
+        """Raise InvalidRequest if the object has changed, for copies made by the store."""
+        found = self.bucket.head(self.key)
+        if found is None or found.etag != self.etag:
+            raise source_changed_error()
 
 
 def _not_held(answer: S3Answer, condition: If) -> bool:
@@ -406,36 +442,3 @@ def _age_s(written: str, now: float) -> float:
         return max(0.0, now - datetime.fromisoformat(written).timestamp()) if now else 0.0
     except ValueError:
         return 0.0
-
-
-PROBE: Final = b"This object shows that the store honours conditions of writes.\n"
-PROBE_MARK: Final = "probe"
-_NO_ETAG: Final = '"00000000000000000000000000000000"'
-
-
-def ignored_conditions(bucket: Bucket, key: str, *, uploads: bool) -> Sequence[str]:
-    """The conditions that a bucket ignores, with ``uploads`` those of completed uploads too.
-
-    Writes to the object ``key`` must fail, since it exists by then. It stays, so that this needs no right to
-    delete. Raises what ``Bucket`` raises.
-    """
-    bucket.put(key, PROBE, If(absent=True), PROBE_MARK)
-    found = [
-        name
-        for name, condition in (("If-None-Match", If(absent=True)), ("If-Match", If(etag=_NO_ETAG)))
-        if bucket.put(key, PROBE, condition, PROBE_MARK)
-    ]
-    if uploads and _completes(bucket, key):
-        found.append("If-None-Match of multipart uploads")
-    return found
-
-
-def _completes(bucket: Bucket, key: str) -> bool:
-    """Return whether an upload to an object that exists is completed although it must not be."""
-    upload = bucket.begin(key, PROBE_MARK)
-    try:
-        parts = [bucket.put_part(key, upload, 1, memoryview(PROBE))]
-        return bucket.complete(key, upload, parts, If(absent=True)) is Completion.DONE
-    finally:
-        with suppress(KmsError):
-            bucket.abort(key, upload)

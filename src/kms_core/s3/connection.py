@@ -43,6 +43,12 @@ _log = structlog.get_logger(__name__)
 ALGORITHM: Final = "AWS4-HMAC-SHA256"
 _SERVICE: Final = "s3"
 _END: Final = "aws4_request"
+TRIES: Final = 4
+FIRST_WAIT_S: Final = 0.1
+SILENCES: Final = 2  # a connection that was kept may be dead: so a new one is tried once
+_SLOW: Final = 10  # times the timeout
+ANSWER_BYTES: Final = 8 * 1024 * 1024
+"""Above the size of a page of 1,000 keys of 1 KiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +159,6 @@ def credentials_from_environment(setting: str) -> Source:
 
     return current
 
-
-TRIES: Final = 4
-FIRST_WAIT_S: Final = 0.1
-SILENCES: Final = 2  # a connection that was kept may be dead: so a new one is tried once
-_SLOW: Final = 10  # times the timeout
-ANSWER_BYTES: Final = 8 * 1024 * 1024
-"""Above the size of a page of 1,000 keys of 1 KiB."""
 
 _SEND_BYTES: Final = 1024 * 1024
 _NO_LINGER: Final = struct.pack("ii", 1, 0)

@@ -1,15 +1,13 @@
-"""Objects as sources and targets of payloads: ranges of one version, and multipart uploads."""
+"""Objects as targets of payloads: multipart uploads whose parts are written in any order."""
 
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final
 
-from kms_core.payload.files import source_changed_error
-from kms_core.s3.bucket import MOST_PARTS, Bucket, UploadAborted, UploadedPart
-from kms_core.s3.connection import S3Body
+from kms_core.s3.bucket import MOST_PARTS, Bucket, ObjectReader, UploadAborted, UploadedPart
 from kms_protocol.errors import InvalidRequest, PathRefused
 
 PART_BYTES: Final = 8 * 1024 * 1024
@@ -18,48 +16,6 @@ PART_BYTES: Final = 8 * 1024 * 1024
 COPY_BYTES: Final = 256 * 1024 * 1024
 _COPIES: Final = 4  # concurrent; the store does the work
 _MIB: Final = 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectReader:
-    """A range of one version of an object; reads fail once the object has changed."""
-
-    bucket: Bucket
-    key: str
-    etag: str
-    size: int
-    offset: int = 0
-
-    def read_at(self, position: int, length: int) -> bytes:
-        data = bytearray(max(0, min(length, self.size - position)))
-        self.bucket.read_into(self.key, self.etag, self.offset + position, [memoryview(data)])
-        return bytes(data)
-
-    def read_into(self, views: Sequence[memoryview], position: int) -> bool:
-        if position + sum(map(len, views)) > self.size:
-            return False
-        self.bucket.read_into(self.key, self.etag, self.offset + position, views)
-        return True
-
-    def stream(self, position: int, size: int) -> S3Body:
-        """A range, unread; the caller closes it."""
-        return self.bucket.stream(self.key, self.etag, self.offset + position, size)
-
-    def stamp(self) -> str:
-        return self.etag
-
-    def tail(self, position: int) -> "ObjectReader":
-        return replace(self, size=self.size - position, offset=self.offset + position)
-
-    def head(self, size: int) -> "ObjectReader":
-        """The first ``size`` bytes of the range."""
-        return replace(self, size=size)
-
-    def check(self) -> None:
-        """Raise InvalidRequest if the object has changed, for copies made by the store."""
-        found = self.bucket.head(self.key)
-        if found is None or found.etag != self.etag:
-            raise source_changed_error()
 
 
 @dataclass(slots=True)

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Final, cast
 
-from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, StoreRefused, UploadedPart
+from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, ObjectReader, StoreRefused, UploadedPart
 from kms_core.s3.connection import TRIES, S3Body, StoreAway
-from kms_core.s3.multipart import PART_BYTES, ObjectReader
+from kms_core.s3.multipart import PART_BYTES
 from kms_protocol.errors import KmsError, Unavailable
 
 GROW_EVERY: Final = 1000
@@ -32,6 +32,8 @@ _WAIT_S: Final = 30.0
 _CLOCK_S: Final = 2.0  # times of a store are whole seconds
 _CANNOT: Final = 501
 _MIB: Final = 1024 * 1024
+STREAM_BYTES: Final = 64 * 1024 * 1024
+"""The most that one request reads in order."""
 
 
 class BufferPool:
@@ -233,9 +235,6 @@ class StreamedObject:
         if self._senders:
             self._senders.shutdown()
 
-
-STREAM_BYTES: Final = 64 * 1024 * 1024
-"""The most that one request reads in order."""
 
 _GROWTH: Final = 4
 _FIRST_SPAN_BYTES: Final = 256 * 1024

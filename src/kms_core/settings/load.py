@@ -56,6 +56,13 @@ _LINK: Final = re.compile(
     rf"|PORT={_URL}"
     rf"|PORT_\d+_\w+=(?:\d+|tcp|udp|sctp|[0-9A-Fa-f.:]+|{_URL}))"
 )
+HERE: Final = Path("provisioning/config/kms.toml")
+"""In the working directory of a server."""
+MACHINE: Final = Path("/etc/kms-service/kms.toml")
+_NOTE: Final = Path("run/config")  # in the state directory
+_LONGEST_PATH_BYTES: Final = 4096
+_OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
+_MOST_LINKS: Final = 40  # as Linux: path_resolution(7)
 
 
 def load(
@@ -226,14 +233,6 @@ def _traces_endpoint(environ: Mapping[str, str]) -> str | None:
 # Servers (``kms-service``, ``kms-worker``, ``kms up``) look in their working directory, and note in the
 # state directory which file they read. Commands read the file of that note: they may run in a foreign
 # repository, and ignore the settings there.
-
-HERE: Final = Path("provisioning/config/kms.toml")
-"""In the working directory of a server."""
-MACHINE: Final = Path("/etc/kms-service/kms.toml")
-_NOTE: Final = Path("run/config")  # in the state directory
-_LONGEST_PATH_BYTES: Final = 4096
-_OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
-_MOST_LINKS: Final = 40  # as Linux: path_resolution(7)
 
 
 def for_server(path: Path | None, environ: Mapping[str, str]) -> Path | None:

@@ -23,6 +23,10 @@ else:
 Algorithm = Literal[  # of JWTs: signatures by a private key, nothing else
     "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"
 ]
+BucketName = Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{2,62}(?!\\s)$")]
+_Table = TypeVar("_Table", bound=BackendSection)
+Queue = Literal["kms.bulk", "kms.files", "kms.maintenance"]
+Port = Annotated[int, Meta(ge=1, le=65534)]  # the worker's metrics are on port + 1
 
 
 class ClaimGrant(Section, frozen=True, kw_only=True):
@@ -94,9 +98,6 @@ class AuthSection(Section, frozen=True, kw_only=True):
     logins: dict[KeyId, LoginSection] = field(default_factory=dict)
 
 
-BucketName = Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{2,62}(?!\\s)$")]
-
-
 class StoreSection(Section, frozen=True, kw_only=True):
     """The address of an object store, and the credentials for a bucket.
 
@@ -144,11 +145,6 @@ class SpoolBucketSection(StoreSection, frozen=True, kw_only=True):
         """The beginning of all keys: empty, or with a slash at its end."""
         path = self.url.split("/", 3)[3:]
         return f"{path[0].rstrip('/')}/" if path and path[0] else ""
-
-
-_Table = TypeVar("_Table", bound=BackendSection)
-Queue = Literal["kms.bulk", "kms.files", "kms.maintenance"]
-Port = Annotated[int, Meta(ge=1, le=65534)]  # the worker's metrics are on port + 1
 
 
 class EnvironmentSection(Section, frozen=True, kw_only=True):

@@ -32,6 +32,41 @@ from kms_protocol.errors import ConfigurationError
 
 SUBJECTS: Final = ("DNS:", "URI:", "email:", "subject:")
 _NO_MOUNTS: Final = frozenset({"token", ".", ".."})  # of auth/token/lookup-self, and what clients shorten
+BUILT_IN_ENVIRONMENTS: Final = ("dev", "prod")
+_ORIGIN: Final = re.compile(
+    r"(?:https://(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:]+\])(?!:443$)"
+    r"|http://(?:localhost|127\.0\.0\.1|\[::1\])(?!:80$))"
+    r"(?::(?:[1-5][0-9]{0,4}|[6-9][0-9]{0,3}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?"
+)
+"""Origins as browsers send them (RFC 6454 §6.2): in lower case, without the default port."""
+SECRETS: Final = (
+    "server.tls_key",
+    "auth.tokens_path",
+    "auth.issuers.review_token_file",
+    "redis.password_file",
+    "redis.client_key_file",
+    *(f"{table_of(scheme)}.{key}" for scheme, shape in SCHEMES.items() for key in shape.SECRET_FILES),
+    "jobs.buckets.secret_key_file",
+    "jobs.spool_bucket.secret_key_file",
+    "jobs.endpoints.secret_file",
+    "jobs.spool_identity_path",
+    "jobs.intake_identity_path",
+    "audit.key_path",
+    "audit.signing_key_path",
+)
+"""Settings of secret files, without the names of buckets and similar entries."""
+_PRIVATE: Final = (
+    *SECRETS,
+    "server.tls_cert",
+    "server.client_ca",
+    "server.client_crl",
+    "auth.issuers.jwks_file",  # a writer of this file could authenticate as any caller
+    "age.public_key_path",
+    "jobs.spool_dir",
+    "audit.path",
+    "audit.anchor_dir",
+    "audit.copies",
+)
 
 
 def check_auth(settings: Settings) -> None:
@@ -163,43 +198,6 @@ def _check_scopes(where: str, lines: Sequence[str]) -> None:
             scopes.parse(line)
         except ValueError as exc:
             raise ConfigurationError(f"{where}[{index}]: {exc}") from exc
-
-
-BUILT_IN_ENVIRONMENTS: Final = ("dev", "prod")
-_ORIGIN: Final = re.compile(
-    r"(?:https://(?:[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[[0-9a-f:]+\])(?!:443$)"
-    r"|http://(?:localhost|127\.0\.0\.1|\[::1\])(?!:80$))"
-    r"(?::(?:[1-5][0-9]{0,4}|[6-9][0-9]{0,3}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?"
-)
-"""Origins as browsers send them (RFC 6454 §6.2): in lower case, without the default port."""
-SECRETS: Final = (
-    "server.tls_key",
-    "auth.tokens_path",
-    "auth.issuers.review_token_file",
-    "redis.password_file",
-    "redis.client_key_file",
-    *(f"{table_of(scheme)}.{key}" for scheme, shape in SCHEMES.items() for key in shape.SECRET_FILES),
-    "jobs.buckets.secret_key_file",
-    "jobs.spool_bucket.secret_key_file",
-    "jobs.endpoints.secret_file",
-    "jobs.spool_identity_path",
-    "jobs.intake_identity_path",
-    "audit.key_path",
-    "audit.signing_key_path",
-)
-"""Settings of secret files, without the names of buckets and similar entries."""
-_PRIVATE: Final = (
-    *SECRETS,
-    "server.tls_cert",
-    "server.client_ca",
-    "server.client_crl",
-    "auth.issuers.jwks_file",  # a writer of this file could authenticate as any caller
-    "age.public_key_path",
-    "jobs.spool_dir",
-    "audit.path",
-    "audit.anchor_dir",
-    "audit.copies",
-)
 
 
 _REQUIRE: Final = """ (`mkdir -p {} && printf '\\n[kms.auth]\\nmode = "required"\\n' >> {}`)"""

@@ -13,8 +13,9 @@ from typing import Final
 
 import pytest
 
+from kms_cli.command_line import COMMANDS, JOB_COMMANDS, KEYS_COMMANDS, topics
 from kms_cli.commands.completion import topic
-from kms_cli.main import BROKEN_PIPE, COMMANDS, JOB_COMMANDS, KEYS_COMMANDS, TERMINATED, topics
+from kms_cli.main import BROKEN_PIPE, TERMINATED
 from kms_cli.terminal import INTERRUPTED
 from kms_client import Client
 from support.cli.fixtures import BIN, environment

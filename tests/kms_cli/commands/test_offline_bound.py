@@ -5,12 +5,11 @@ import pytest
 from kms_client import Client
 from kms_core.age import mlkem768x25519, x25519
 from kms_core.age.header import FILE_LIMITS, parse
-from kms_core.age.mlkem768x25519 import version_of
 from kms_core.auth.policy import Principal
 from kms_core.backends.age import AgeBackend
 from kms_core.backends.key_files import KeyFiles
 from kms_core.envelope import binding
-from kms_core.envelope.binding import KeyRef
+from kms_core.envelope.binding import KeyRef, version_of
 from kms_protocol.context import Context
 from support.age_kms import forged, kms_over
 from support.cli.fixtures import RunningService

@@ -10,7 +10,7 @@ from typing import Final
 import click
 import pytest
 
-from kms_cli import session
+from kms_cli import connection
 from kms_cli.local import installation, instances
 from kms_cli.plugin.main import KeysOfTargets
 from kms_cli.plugin.names import PluginTarget
@@ -158,7 +158,7 @@ def test_a_named_state_directory_is_not_that_of_the_default_address(
 
 def by_command(environ: dict[str, str]) -> object:
     del environ
-    with session.connect(retries=0) as kms:
+    with connection.connect(retries=0) as kms:
         return kms.encrypt(SECRET)
 
 

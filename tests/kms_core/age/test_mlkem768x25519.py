@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from kms_core.age import bech32, mlkem768x25519
-from kms_core.age.mlkem768x25519 import HybridIdentity, HybridRecipient, parse_identity, parse_recipient
+from kms_core.age.mlkem768x25519 import HybridIdentity, HybridRecipient
+from kms_core.age.recipients import parse_identity, parse_recipient
 from kms_core.age.x25519 import NoMatch, X25519Identity
 from kms_protocol.errors import DecryptFailed
 

@@ -13,11 +13,10 @@ from prometheus_client import REGISTRY
 from kms_core import audit
 from kms_core.age import stream, x25519
 from kms_core.age.header import Stanza, render
-from kms_core.age.mlkem768x25519 import version_of
 from kms_core.auth.policy import Principal
 from kms_core.backends.age import AgeBackend
 from kms_core.envelope import binding
-from kms_core.envelope.binding import KeyRef
+from kms_core.envelope.binding import KeyRef, version_of
 from kms_core.key_selection import SelectionRules
 from kms_core.payload.files import FileRange, FileWriter
 from kms_core.payload.streaming import FileToFile

@@ -12,12 +12,11 @@ import pytest
 from structlog.testing import capture_logs
 
 from kms_core.age import mlkem768x25519, x25519
-from kms_core.age.mlkem768x25519 import version_of
 from kms_core.age.x25519 import NoMatch
 from kms_core.backends import age
 from kms_core.backends.age import AgeBackend
 from kms_core.backends.key_files import KeyFiles
-from kms_core.envelope.binding import KeyRef
+from kms_core.envelope.binding import KeyRef, version_of
 from kms_core.http_client import Unreachable
 from kms_protocol.errors import ConfigurationError, RotationRefused
 from support.age_kms import NativeIdentity, age_backend, write_identities, write_pair, write_recipient

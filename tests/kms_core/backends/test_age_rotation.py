@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from kms_core.age import mlkem768x25519, x25519
-from kms_core.age.mlkem768x25519 import version_of
 from kms_core.backends.age import AgeBackend
 from kms_core.backends.key_files import KeyFiles
-from kms_core.envelope.binding import KeyRef
+from kms_core.envelope.binding import KeyRef, version_of
 from kms_protocol.errors import BackendUnavailable, TooManyVersions
 from support.age_kms import age_backend, write_identities
 from support.disk_trace import recorded

@@ -17,12 +17,11 @@ from hypothesis import strategies as st
 
 from kms_core.age import header, mlkem768x25519, stream, x25519
 from kms_core.age.header import Stanza
-from kms_core.age.mlkem768x25519 import version_of
 from kms_core.auth.policy import AllowAll
 from kms_core.backends import Backend
 from kms_core.backends.age import AgeBackend
 from kms_core.envelope import binding, sealing
-from kms_core.envelope.binding import KeyRef
+from kms_core.envelope.binding import KeyRef, version_of
 from kms_core.key_selection import SelectionRules
 from kms_core.keyring import Key, Keyring
 from kms_core.service import Kms

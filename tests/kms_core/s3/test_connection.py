@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, UploadedPart
+from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, ObjectReader, UploadedPart
 from kms_core.s3.connection import SILENCES, TRIES, Ask, Credentials, S3Connection, S3Endpoint
-from kms_core.s3.multipart import ObjectReader
 from kms_protocol.errors import PathRefused, Unavailable
 from support.http_servers import QuietHandler, served
 from support.webhooks import make_localhost_tls

@@ -12,8 +12,8 @@ from kms_core.age import stream
 from kms_core.payload import parallel
 from kms_core.payload.parallel import ParallelOptions
 from kms_core.s3 import multipart
-from kms_core.s3.bucket import MOST_PARTS, ObjectHead, UploadedPart
-from kms_core.s3.multipart import COPY_BYTES, PART_BYTES, Assembly, ObjectReader, digest
+from kms_core.s3.bucket import MOST_PARTS, ObjectHead, ObjectReader, UploadedPart
+from kms_core.s3.multipart import COPY_BYTES, PART_BYTES, Assembly, digest
 from kms_protocol.errors import InvalidRequest, JobCancelled, PathRefused
 
 MiB = 1024 * 1024

@@ -14,8 +14,7 @@ from typing import Any, Final, Self, cast
 import pytest
 
 from kms_core.s3 import streams
-from kms_core.s3.bucket import Bucket, Completion, If, UploadedPart
-from kms_core.s3.multipart import ObjectReader
+from kms_core.s3.bucket import Bucket, Completion, If, ObjectReader, UploadedPart
 from kms_core.s3.streams import BufferPool, ReadAhead, StreamedObject
 from kms_protocol.errors import InvalidRequest, Unavailable
 from support import blob_stores, object_stores

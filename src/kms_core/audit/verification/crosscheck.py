@@ -29,6 +29,13 @@ from kms_core.audit.verification.scan import (
     VerificationReport,
 )
 
+_INTERVAL_LINES: Final = 1_100
+"""Lines between two signed ones with the default settings: 1,000, and those that one batch adds."""
+Anchors = Mapping[str, Sequence[bytes]]
+"""Signed lines by the name of their sink."""
+Files = Sequence[tuple[Segment, ScannedSpan]]
+"""The segments of one chain, in order, each with its scan."""
+
 
 @dataclass(frozen=True, slots=True)
 class Claim:
@@ -123,14 +130,6 @@ def _unsigned(made: ChainReport) -> str:
         return ""
     doubt = "any program that can write to the folder may have changed, removed or added some"
     return f"; its last {count} lines are not signed: {doubt}"
-
-
-_INTERVAL_LINES: Final = 1_100
-"""Lines between two signed ones with the default settings: 1,000, and those that one batch adds."""
-Anchors = Mapping[str, Sequence[bytes]]
-"""Signed lines by the name of their sink."""
-Files = Sequence[tuple[Segment, ScannedSpan]]
-"""The segments of one chain, in order, each with its scan."""
 
 
 @dataclass(slots=True)

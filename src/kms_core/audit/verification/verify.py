@@ -42,6 +42,12 @@ _UNFINISHED: Final = re.compile(rf"\.{segments.NAME.pattern}\.[A-Za-z0-9]{{6}}")
 _LASTING: Final = frozenset({chain.OPEN, chain.RETIRED, *chain.ENDS})
 """Kinds of lines that count for as long as their segment exists."""
 _MOST_PROBLEMS: Final = 100
+EVERY_S: Final = 30.0
+_TAIL_BYTES: Final = segments.LONGEST_LINE_BYTES + 1  # of each segment: some 2,500 lines, in 15 ms
+_MOST_LOGGED: Final = 20
+_ANCHORED_WITHIN: Final = timedelta(minutes=1)
+_NAN: Final = float("nan")
+_log = structlog.get_logger(__name__)
 
 
 def verify(
@@ -217,13 +223,6 @@ def _condensed(found: ScannedSpan) -> ScannedSpan:
 # service runs is detected within half a minute, even by a holder of the signing key. Earlier changes, those
 # far from the end of a segment, and those among thousands of lines in that time are left to ``kms audit
 # verify``.
-
-EVERY_S: Final = 30.0
-_TAIL_BYTES: Final = segments.LONGEST_LINE_BYTES + 1  # of each segment: some 2,500 lines, in 15 ms
-_MOST_LOGGED: Final = 20
-_ANCHORED_WITHIN: Final = timedelta(minutes=1)
-_NAN: Final = float("nan")
-_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

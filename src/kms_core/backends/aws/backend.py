@@ -133,6 +133,20 @@ ADVICE: Final[Mapping[str, str]] = MappingProxyType(
 
 _IAM_REFUSAL: Final = "not authorized to perform"  # IAM User Guide, "access denied error messages"
 _CODE: Final = re.compile(r"[A-Za-z0-9.]{1,80}")
+ALGORITHM: Final = "SYMMETRIC_DEFAULT"  # others do not authenticate a context
+CONTEXT_KEY: Final = "kms-service"
+CIPHERTEXT_BYTES: Final = 6144  # what Decrypt takes
+KEYS_FRESH_S: Final = 60.0
+MOST_PAGES: Final = 200
+_PAGE: Final = 100  # the most that AWS gives
+_KEY_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,80}")  # as KeyRef.version
+_NAME: Final = re.compile(
+    r"(?:arn:[a-z0-9-]+:kms:(?P<region>[a-z0-9-]+):[0-9]{12}:)?"
+    r"(?:(?P<alias>alias/[A-Za-z0-9/_-]{1,250})|(?(region)key/)[A-Za-z0-9-]{1,80})"
+)
+_USAGE: Final = (
+    "A key in AWS KMS is awskms:alias/name, awskms:<key id> or awskms:<ARN>, with ?region= and &profile="
+)
 
 
 class _Problem(msgspec.Struct):
@@ -260,9 +274,6 @@ def _call_error(operation: str, key: object, problem: _Problem) -> KmsError:
     return kind(f"{text}: {advice.format(call=f'kms:{operation}')}")
 
 
-ALGORITHM: Final = "SYMMETRIC_DEFAULT"  # others do not authenticate a context
-
-
 class Described(msgspec.Struct, rename="pascal"):
     """``KeyMetadata`` of DescribeKey and CreateKey; ``creation_date`` in seconds since the epoch."""
 
@@ -316,21 +327,6 @@ def to_new_key(calls: AwsKmsClient, alias: str, old: Described) -> KeyVersion:
             f"{exc.detail}. The new key is {new.key_id}: move {alias} to it, or schedule its deletion"
         ) from exc
     return KeyVersion(new.key_id, datetime.fromtimestamp(new.creation_date, UTC))
-
-
-CONTEXT_KEY: Final = "kms-service"
-CIPHERTEXT_BYTES: Final = 6144  # what Decrypt takes
-KEYS_FRESH_S: Final = 60.0
-MOST_PAGES: Final = 200
-_PAGE: Final = 100  # the most that AWS gives
-_KEY_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,80}")  # as KeyRef.version
-_NAME: Final = re.compile(
-    r"(?:arn:[a-z0-9-]+:kms:(?P<region>[a-z0-9-]+):[0-9]{12}:)?"
-    r"(?:(?P<alias>alias/[A-Za-z0-9/_-]{1,250})|(?(region)key/)[A-Za-z0-9-]{1,80})"
-)
-_USAGE: Final = (
-    "A key in AWS KMS is awskms:alias/name, awskms:<key id> or awskms:<ARN>, with ?region= and &profile="
-)
 
 
 class _Alias(msgspec.Struct, rename="pascal"):

@@ -41,6 +41,14 @@ _TRIES: Final = 4
 _ACTIVE: Final = frozenset({"Active", ""})  # 4.x may not tell
 _RESTING: Final = "PreActive"
 _OPENING: Final = _ACTIVE | {"Deactivated", "Compromised"}
+FORM: Final = b"\x01"
+MARK: Final = b"\x01"
+BULK: Final = b"\x87\x87"
+"""The first bytes of BulkData: the server treats a ciphertext or plaintext that begins so as several."""
+NONCE_BYTES: Final = 12
+TAG_BYTES: Final = 16
+LENGTHS: Final = tuple(len(FORM) + NONCE_BYTES + len(MARK) + secret + TAG_BYTES for secret in (16, 32))
+_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 _log = structlog.get_logger(__name__)
 
 
@@ -202,17 +210,6 @@ class CosmianKey:
 
     def __str__(self) -> str:
         return f"The key {self.name} on {self.server.where}"
-
-
-FORM: Final = b"\x01"
-MARK: Final = b"\x01"
-BULK: Final = b"\x87\x87"
-"""The first bytes of BulkData: the server treats a ciphertext or plaintext that begins so as several."""
-
-NONCE_BYTES: Final = 12
-TAG_BYTES: Final = 16
-LENGTHS: Final = tuple(len(FORM) + NONCE_BYTES + len(MARK) + secret + TAG_BYTES for secret in (16, 32))
-_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 
 
 class CosmianCipher:

@@ -27,6 +27,11 @@ from kms_protocol.errors import KmsError
 # either case.
 
 _REASONS: Final = r"^(?:Operation_Not_Supported: )?"
+PATH: Final = "/kmip/2_1"
+_USAGE: Final = 4 + 8  # encrypt and decrypt
+_LONG_AGO: Final = "2020-01-01T00:00:00Z"  # from 5.13 on a key without a past activation date stays PreActive
+Post = Callable[[str, bytes, Sequence[int]], PeerAnswer]
+"""Sends a body to a path of the server (``CosmianServer.post``)."""
 
 
 class Kind(Enum):
@@ -139,9 +144,6 @@ def octets(tag: str, value: bytes) -> Node:
     return Node(tag, "ByteString", value.hex().upper())
 
 
-PATH: Final = "/kmip/2_1"
-_USAGE: Final = 4 + 8  # encrypt and decrypt
-_LONG_AGO: Final = "2020-01-01T00:00:00Z"  # from 5.13 on a key without a past activation date stays PreActive
 _GCM: Final = structure(
     "CryptographicParameters", name("BlockCipherMode", "GCM"), name("CryptographicAlgorithm", "AES")
 )
@@ -158,8 +160,6 @@ _HEADER: Final = (
 )
 
 
-Post = Callable[[str, bytes, Sequence[int]], PeerAnswer]
-"""Sends a body to a path of the server (``CosmianServer.post``)."""
 Ask = Callable[[Node], Node]
 """Sends an operation; returns the fields of the answer. Raises Refusal, and the errors of ``Peer.call``."""
 

@@ -26,6 +26,10 @@ from kms_protocol.errors import BackendUnavailable
 ENCRYPT: Final = "/v1/crypto/encrypt"
 DECRYPT: Final = "/v1/crypto/decrypt"
 _ENCRYPTION: Final = "A256GCM"
+Protocol = Literal["auto", "kmip", "jose"]
+_VERSION: Final = re.compile(r"(\d+)\.(\d+)\.")
+_MESSAGES_FROM: Final = (5, 0)
+_JOSE_FROM: Final = (5, 23)
 
 
 class _EncryptIn(msgspec.Struct):
@@ -131,12 +135,6 @@ def _octets(text: str, answer: PeerAnswer) -> bytes:
     if _b64(octets) != text:  # the decoder ignores invalid characters
         raise answer.unexpected_error()
     return octets
-
-
-Protocol = Literal["auto", "kmip", "jose"]
-_VERSION: Final = re.compile(r"(\d+)\.(\d+)\.")
-_MESSAGES_FROM: Final = (5, 0)
-_JOSE_FROM: Final = (5, 23)
 
 
 class CosmianServer:

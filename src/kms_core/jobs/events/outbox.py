@@ -43,6 +43,10 @@ _GIVEN_UP: Final = "kms:webhooks:given_up"
 _GIVEN_UP_KEPT: Final = 1000
 _EVENT: Final = b"["  # how an event in JSON begins, and no sealed delivery
 _INFO: Final = b"kms-service/webhook-delivery/1"
+EVERY_S: Final = 0.5
+PER_ENDPOINT: Final = 4  # requests at a time: a slow receiver must not hold up the others
+_MOST_THREADS: Final = 32
+_LOCK_S: Final = 5.0
 _log = structlog.get_logger(__name__)
 
 
@@ -204,11 +208,6 @@ def _due(endpoint: str) -> str:
 #
 # Requests run in a small pool and touch only the network. All else (Redis, metrics, logs) happens in the
 # one thread, round by round.
-
-EVERY_S: Final = 0.5
-PER_ENDPOINT: Final = 4  # requests at a time: a slow receiver must not hold up the others
-_MOST_THREADS: Final = 32
-_LOCK_S: Final = 5.0
 
 
 class WebhookDispatcher(PeriodicThread):

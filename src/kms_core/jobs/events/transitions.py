@@ -30,6 +30,19 @@ from kms_protocol.errors import InvalidRequest, UnknownJob
 # signed.
 
 _MOST_FAILED: Final = 10
+_IDS: Final = uuid.UUID("0b3f4c1e-7f0e-5d51-9d0e-6b6d73686f6b")  # a namespace of our own (RFC 9562 §5.5)
+GROUP_ENDED: Final = "kms.group.ended"
+"""The event of a group whose jobs have all ended; its subject in Redis is the last of them."""
+_NOTHING_DONE: Final = {"items_done": 0, "items_failed": 0, "bytes_done": 0}
+"""The progress at the beginning of an attempt; the record of the job has that of later."""
+FEED_START: Final = "0-0"
+_EVENTS: Final = f"{PREFIX}events"
+_AT_ONCE: Final = 500
+_STREAM_ID: Final = re.compile(rb"([0-9]{1,20})-([0-9]{1,20})")
+Fields = Mapping[bytes, bytes]
+Entries = list[tuple[bytes, Fields]]
+"""Ids and fields of events in the stream."""
+_log = structlog.get_logger(__name__)
 
 
 def group_of(store: JobStore, tenant: str, name: str) -> wire.GroupOut:
@@ -44,14 +57,6 @@ def group_of(store: JobStore, tenant: str, name: str) -> wire.GroupOut:
         ended=len(jobs) >= most and all(job.ended for job in jobs),
         failed=[job.job_id for job in jobs if job.ended and job.state != "succeeded"][:_MOST_FAILED],
     )
-
-
-_IDS: Final = uuid.UUID("0b3f4c1e-7f0e-5d51-9d0e-6b6d73686f6b")  # a namespace of our own (RFC 9562 §5.5)
-GROUP_ENDED: Final = "kms.group.ended"
-"""The event of a group whose jobs have all ended; its subject in Redis is the last of them."""
-_NOTHING_DONE: Final = {"items_done": 0, "items_failed": 0, "bytes_done": 0}
-"""The progress at the beginning of an attempt; the record of the job has that of later."""
-_log = structlog.get_logger(__name__)
 
 
 class Transition(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,14 +169,6 @@ def _group_told(store: JobStore, job: Job, transition: Transition) -> ToldEvent 
 #
 # Each event is the one that webhooks send: an end that needs a proof is given as it was signed. An id is
 # that of the stream, so that a reader goes on behind the last one it has.
-
-FEED_START: Final = "0-0"
-_EVENTS: Final = f"{PREFIX}events"
-_AT_ONCE: Final = 500
-_STREAM_ID: Final = re.compile(rb"([0-9]{1,20})-([0-9]{1,20})")
-Fields = Mapping[bytes, bytes]
-Entries = list[tuple[bytes, Fields]]
-"""Ids and fields of events in the stream."""
 
 
 class FeedEvent(NamedTuple):

@@ -38,6 +38,13 @@ from kms_protocol.tls_client import client_context
 from kms_protocol.units import time_text
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+CONTENT_TYPE: Final = "application/cloudevents+json"
+SOURCE: Final = f"{wire.PREFIX}/jobs"
+SECRET_BYTES: Final = 32
+CONNECT_S: Final = 2.0
+TOTAL_S: Final = 10.0
+_MAKE: Final = "make one with `(umask 077; openssl rand -hex 32 > {path})`"
+_log = structlog.get_logger(__name__)
 
 
 def _networks(*texts: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
@@ -107,15 +114,6 @@ def _unmapped(address: Address) -> Address:
     if isinstance(address, ipaddress.IPv6Address):
         return address.ipv4_mapped or ipaddress.IPv6Address(int(address))
     return address
-
-
-CONTENT_TYPE: Final = "application/cloudevents+json"
-SOURCE: Final = f"{wire.PREFIX}/jobs"
-SECRET_BYTES: Final = 32
-CONNECT_S: Final = 2.0
-TOTAL_S: Final = 10.0
-_MAKE: Final = "make one with `(umask 077; openssl rand -hex 32 > {path})`"
-_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

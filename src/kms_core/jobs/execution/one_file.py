@@ -49,6 +49,10 @@ from kms_protocol.errors import (
 # file.
 
 HEAD: Final = "head"
+REMOTE_THREADS: Final = 4
+REMOTE_SLAB_CHUNKS: Final = 32
+"""2 MiB: each costs a request, and each thread holds one or two of them."""
+RESULT: Final = "result"
 
 
 def run_upload(lease: Lease, job: UploadJob, kms: Kms, spool: Spool) -> None:
@@ -128,10 +132,6 @@ def _rewrap(lease: Lease, job: UploadJob, kms: Kms, blob: Blob) -> bytes:
     lease.advance(blob.content.size)
     return moved.ciphertext + nonce
 
-
-REMOTE_THREADS: Final = 4
-REMOTE_SLAB_CHUNKS: Final = 32
-"""2 MiB: each costs a request, and each thread holds one or two of them."""
 
 _REFUSED: Final = (JobExpired, TargetExists, PathRefused)
 
@@ -258,9 +258,6 @@ def _options(lease: Lease, job: FileJob) -> ParallelOptions:
     if is_remote(job.source) or is_remote(job.target):
         return replace(options, threads=REMOTE_THREADS, slab_chunks=REMOTE_SLAB_CHUNKS)
     return options
-
-
-RESULT: Final = "result"
 
 
 def run_items(lease: Lease, job: ItemsJob, kms: Kms, spool: Spool) -> None:

@@ -54,6 +54,10 @@ from kms_protocol.errors import (
 )
 from kms_protocol.wire import JobState
 
+_FIRST_DELAY_S: Final = 1.0
+_LONGEST_DELAY_S: Final = 60.0
+_log = structlog.get_logger(__name__)
+
 
 def end_parent(job: Job, store: JobStore) -> Job:
     """End a job whose parts have all ended, and return it in its new state.
@@ -145,11 +149,6 @@ class _Sums:
             result_digest=parts_digest(self._marks),
             kept_until=kept_until,
         )
-
-
-_FIRST_DELAY_S: Final = 1.0
-_LONGEST_DELAY_S: Final = 60.0
-_log = structlog.get_logger(__name__)
 
 
 def run_job(job_id: str, worker_context: WorkerContext, worker: str) -> None:

@@ -41,6 +41,13 @@ _REFUSED: Final = "!"
 _FOUND: Final = "found "
 _LEFT: Final = "left "
 _SHOWN: Final[tuple[wire.Outcome, ...]] = get_args(wire.Outcome)
+MANIFEST: Final = "files"
+PART_FILES: Final = 500
+PART_BYTES: Final = 1024**3
+MOST_BY_BYTES: Final = 100
+"""Times ``PART_BYTES`` that the files of a job may have before its parts are larger."""
+PATIENCE: Final = 8  # deferrals, some minutes, until a file that cannot be read is given up
+_decode: Final = msgspec.json.Decoder(ListedFile).decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,15 +144,6 @@ def _older(version: str, tallies: dict[str, int]) -> wire.OlderVersion:
         found=tallies[_FOUND + version],
         left=tallies.get(_LEFT + version, 0),
     )
-
-
-MANIFEST: Final = "files"
-PART_FILES: Final = 500
-PART_BYTES: Final = 1024**3
-MOST_BY_BYTES: Final = 100
-"""Times ``PART_BYTES`` that the files of a job may have before its parts are larger."""
-PATIENCE: Final = 8  # deferrals, some minutes, until a file that cannot be read is given up
-_decode: Final = msgspec.json.Decoder(ListedFile).decode
 
 
 # -- the whole -------------------------------------------------------------------------------------------

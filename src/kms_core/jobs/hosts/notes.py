@@ -30,6 +30,12 @@ _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _ID_CHARS: Final = 16
 _IDS: Final = re.compile(r"[A-Za-z0-9-]{1,64}")  # in the names of marks
 _SHOWN_CHARS: Final = 80
+ID: Final = "install"
+_FOLDER: Final = "hosts"
+_HOST: Final = "host-"
+_MOST_BYTES: Final = 256
+_MOST_USERS: Final = 100
+_FAILS: Final = (OSError, RecordRefused, SpoolFull, SpoolUnavailable)
 
 
 class HostNote(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -179,13 +185,6 @@ def _decoded(raw: bytes) -> HostNote | None:
 
 
 # -- marks in the spool ------------------------------------------------------------------------------------
-
-ID: Final = "install"
-_FOLDER: Final = "hosts"
-_HOST: Final = "host-"
-_MOST_BYTES: Final = 256
-_MOST_USERS: Final = 100
-_FAILS: Final = (OSError, RecordRefused, SpoolFull, SpoolUnavailable)
 
 
 class SpoolMarks:

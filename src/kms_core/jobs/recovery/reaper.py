@@ -18,6 +18,8 @@ from kms_protocol import __version__
 
 HEARTBEAT_EVERY_S: Final = 1.0
 _IN_FULL_EVERY: Final = 3
+EVERY_S: Final = 1.0
+_TAKEN_UP: Final = frozenset({"requeued", "committing", "due", "parts_ended"})
 _log = structlog.get_logger(__name__)
 
 
@@ -112,10 +114,6 @@ class LockedSteps(PeriodicThread):
             self._failing.add(step.__name__)
         else:
             self._failing.discard(step.__name__)
-
-
-EVERY_S: Final = 1.0
-_TAKEN_UP: Final = frozenset({"requeued", "committing", "due", "parts_ended"})
 
 
 class Reaper(LockedSteps):

@@ -29,6 +29,14 @@ The caller may change them afterwards. Raises SpoolFull.
 """
 CreateBlob = Callable[[], tuple[WriteBlob, int]]
 """Begins a blob in a store, and says how many bytes it may take from then on."""
+ATTRIBUTE: Final = "user.kms.commit"
+NOTE: Final = "commit"
+_LABEL: Final = b"commit-mark"
+_LONGEST: Final = 512
+_NO_ATTRIBUTES: Final = frozenset(
+    (errno.ENOTSUP, errno.ENOSYS, errno.ENOSPC, errno.EDQUOT, errno.E2BIG, errno.ERANGE, errno.EPERM)
+)
+"""Errors of setxattr(2) where the file system, or its settings, take no attribute."""
 
 
 class SpoolNote(NamedTuple):
@@ -163,15 +171,6 @@ class BlobWriter:
 # for no copy and no later version. A file has it as the extended attribute ``user.kms.commit``; where the
 # file system has none, it is a note in the job's folder of the spool. An object has it in its metadata from
 # the beginning of its upload.
-
-ATTRIBUTE: Final = "user.kms.commit"
-NOTE: Final = "commit"
-_LABEL: Final = b"commit-mark"
-_LONGEST: Final = 512
-_NO_ATTRIBUTES: Final = frozenset(
-    (errno.ENOTSUP, errno.ENOSYS, errno.ENOSPC, errno.EDQUOT, errno.E2BIG, errno.ERANGE, errno.EPERM)
-)
-"""Errors of setxattr(2) where the file system, or its settings, take no attribute."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,7 @@ _REFUSALS: Final = {
     **dict.fromkeys((errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.EMLINK), _NOT_PLAIN),
     **dict.fromkeys((errno.EPERM, errno.ENOTSUP, errno.ENOSYS), _NO_LINKS),
 }
+MOST_DEPTH: Final = 128  # a descriptor is open for each
 
 
 @contextmanager
@@ -296,9 +297,6 @@ def _give_name(commit: Commit, temporary: str, name: str, dir_fd: int, *, overwr
     except FileExistsError as exc:
         if not _is(commit, name, dir_fd):
             raise TargetExists from exc
-
-
-MOST_DEPTH: Final = 128  # a descriptor is open for each
 
 
 class ListedFile(msgspec.Struct, frozen=True, omit_defaults=True):

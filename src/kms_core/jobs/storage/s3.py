@@ -22,9 +22,10 @@ from kms_core.jobs.spec import PlacedTarget
 from kms_core.jobs.storage.blob_store import BlobStore, CommitMarks
 from kms_core.payload.files import RangeSource
 from kms_core.payload.parallel import ParallelOptions, copy_run
-from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, ObjectHead, UploadedPart, ignored_conditions
+from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, ObjectHead, ObjectReader, UploadedPart
+from kms_core.s3.conditions import ignored_conditions
 from kms_core.s3.connection import S3Connection
-from kms_core.s3.multipart import Assembly, ObjectReader, digest
+from kms_core.s3.multipart import Assembly, digest
 from kms_core.settings.model import Settings
 from kms_core.stores import line_of
 from kms_protocol.errors import KmsError, PathRefused, RecordRefused, ResultExpired, TargetExists, Unavailable

@@ -21,9 +21,8 @@ import structlog
 
 from kms_core.jobs.storage.blob_store import SpoolNote, WriteBlob
 from kms_core.periodic import SharedTime
-from kms_core.s3.bucket import ALWAYS, Bucket, ObjectHead, StoreRefused
+from kms_core.s3.bucket import ALWAYS, Bucket, ObjectHead, ObjectReader, StoreRefused
 from kms_core.s3.connection import SILENCES, StoreAway
-from kms_core.s3.multipart import ObjectReader
 from kms_core.s3.streams import BufferPool, ReadAhead, StreamedObject
 from kms_core.settings.model import Settings
 from kms_core.settings.model import SpoolBucketSection as Section

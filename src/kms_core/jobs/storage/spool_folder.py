@@ -33,6 +33,11 @@ _IN_PLACE: Final = frozenset(
     (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENXIO, errno.EACCES, errno.EPERM)
 )
 """The errors of the kernel where a name holds no plain file of the service."""
+_UNSYNCED: Final = (
+    "The disk of uploads and results failed ({}), so what was sent is not kept: send it again; the operator "
+    "finds more in the log of the kernel"
+)
+_log = structlog.get_logger(__name__)
 
 
 class NewFile(NamedTuple):
@@ -105,12 +110,6 @@ def _refusing() -> Iterator[None]:
 #
 # A file survives a power cut once its content, its folder and each new folder above it were synced
 # (fsync(2)).
-
-_UNSYNCED: Final = (
-    "The disk of uploads and results failed ({}), so what was sent is not kept: send it again; the operator "
-    "finds more in the log of the kernel"
-)
-_log = structlog.get_logger(__name__)
 
 
 class DiskSync:

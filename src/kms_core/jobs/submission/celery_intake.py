@@ -15,7 +15,7 @@ import msgspec
 from kms_core import audit
 from kms_core.age import header, stream
 from kms_core.age.header import SYNC_LIMITS
-from kms_core.age.mlkem768x25519 import Recipient, key_lines, parse_identity
+from kms_core.age.recipients import Recipient, key_lines, parse_identity
 from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.policy import Principal
 from kms_core.backends.age import AgeBackend

@@ -44,6 +44,11 @@ from kms_protocol.units import MiB, time_text
 WITHIN_S: Final = 86_400
 """Seconds in which a job starts, and in which it ends, unless it names other times."""
 _MOST_S: Final = 30 * 86_400  # between now and a time that a job names, and for which its result is kept
+JSON_BYTES: Final = 16 * MiB
+"""The largest items of a job in JSON, not in NDJSON; in base64 they are a third larger."""
+_JSON_ITEMS: Final = 10_000
+_NOTHING: Final = "Give items, or source and target; to upload a file use /files/encrypt or /files/decrypt"
+_Spec = TypeVar("_Spec", bound=JobSpec)
 
 
 def deadlines(job: wire.JobIn, now: float, result_ttl_s: float) -> dict[str, float]:
@@ -77,13 +82,6 @@ def deadlines(job: wire.JobIn, now: float, result_ttl_s: float) -> dict[str, flo
         "keep_for_s": keep_for_s,
         "expires_at": run_by + keep_for_s,
     }
-
-
-JSON_BYTES: Final = 16 * MiB
-"""The largest items of a job in JSON, not in NDJSON; in base64 they are a third larger."""
-_JSON_ITEMS: Final = 10_000
-_NOTHING: Final = "Give items, or source and target; to upload a file use /files/encrypt or /files/decrypt"
-_Spec = TypeVar("_Spec", bound=JobSpec)
 
 
 def urls_of(job: wire.JobIn) -> dict[str, object]:

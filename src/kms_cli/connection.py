@@ -1,0 +1,79 @@
+"""Connections to the service that the global options name, and completions that it lists.
+
+The client is imported by the first ``connect``: commands that need no service start without it.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from kms_cli import terminal
+from kms_cli.session import is_given, session, use_url
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+    from kms_client import Client
+
+COMPLETION_S: Final = 1.0
+
+
+def service_url() -> str:
+    """Return the address that an option names, else ``instances.address``. Raises ConfigurationError."""
+    if not is_given("url"):
+        from kms_cli.local import instances  # noqa: PLC0415 -- not needed where an address is named
+
+        use_url(instances.address(os.environ))
+    return session().url
+
+
+def connect(*, retries: int = 2, timeout_s: float = 30.0) -> "Client":
+    """Return a client of the service. Raises ConfigurationError on a wrong or unencrypted address.
+
+    An address that no option names is asked first whether it answers as this service.
+    """
+    from kms_client import Client  # noqa: PLC0415 -- see above
+
+    url, given = service_url(), session()
+    return Client(
+        url,
+        token_file=given.token_file,
+        allow_http=given.allow_http,
+        check_service=given.check_service,
+        retries=retries,
+        timeout_s=timeout_s,
+    )
+
+
+def completions(pairs: Iterable[tuple[str, str]], incomplete: str) -> "list[CompletionItem[str]]":
+    """Return the values that begin so, of pairs of a value and its help, for a shell."""
+    from click.shell_completion import CompletionItem  # noqa: PLC0415 -- only shells ask
+
+    return [
+        CompletionItem(terminal.printable(value), help=terminal.printable(text))
+        for value, text in pairs
+        if value.startswith(incomplete)
+    ]
+
+
+def _offered(
+    listed: "Callable[[Client], list[tuple[str, str]]]",
+    ctx: click.Context,
+    parameter: click.Parameter,
+    incomplete: str,
+) -> "list[CompletionItem[str]]":
+    """Return what a service lists and begins so; nothing without one that answers soon."""
+    del parameter
+    with suppress(Exception), ctx.scope(cleanup=False), connect(retries=0, timeout_s=COMPLETION_S) as kms:
+        return completions(listed(kms), incomplete)
+    return []
+
+
+complete_keys: Final = partial(_offered, lambda kms: [(key.id, key.backend) for key in kms.keys().keys])
+complete_jobs: Final = partial(
+    _offered, lambda kms: [(job.job_id, f"{job.kind} {job.state}") for job in kms.jobs().jobs]
+)
