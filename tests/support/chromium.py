@@ -129,11 +129,10 @@ class Chromium:
 
         It is taken in any case: the page has been drawn at its size then, and can be measured.
         """
-        self.call("Emulation.setScrollbarsHidden", hidden=True)  # or the picture is as much too narrow
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+        width = max(size["width"], self.evaluate("innerWidth"))  # it is drawn without the bar to scroll
+        clip = {"x": 0, "y": 0, "width": width, "height": size["height"], "scale": 1}
         taken = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
-        self.call("Emulation.setScrollbarsHidden", hidden=False)
         if folder := os.environ.get("KMS_TEST_PICTURES"):
             Path(folder).mkdir(parents=True, exist_ok=True)
             Path(folder, f"{name}.png").write_bytes(b64decode(taken["data"]))
