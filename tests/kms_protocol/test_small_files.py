@@ -133,10 +133,10 @@ SOURCE = Path(small_files.__file__).parents[1]
 OPENS = re.compile(r"""\.open\("r|\.read_bytes\(\)|\.read_text\(""")
 OTHERS = {
     "kms_api/app.py": "its own package",
-    "kms_api/routes/job_answers.py": "its own package",
     "kms_api/ui/render.py": "its own package",
     "kms_cli/backup/files.py": "the private directory of the embedded server",
     "kms_cli/command_line.py": "its own package",
+    "kms_cli/commands/config.py": "its own package",
     "kms_cli/commands/migrate.py": "the input of the user, which may be a pipe that is written to later",
     "kms_cli/commands/migrate_sops.py": "checked to be a file",
     "kms_cli/local/installation.py": "the private directory of the embedded server",
@@ -147,6 +147,7 @@ OTHERS = {
     "kms_core/jobs/store/redis_keys.py": "its own package",
     "kms_core/observability/degraded.py": "its own package",
     "kms_core/payload/files.py": "/proc",
+    "kms_protocol/error_texts.py": "its own package",
     "kms_core/programs/supervisor.py": "a log that it opened itself",
 }
 """Modules that open a file by another way, and what it is."""

@@ -271,16 +271,21 @@ def test_deliveries_that_wait_count_for_the_tenant_of_their_job(
     assert used(store) - before < held(store) - counted
 
 
-@pytest.mark.parametrize("count", [1, 10])
-def test_earlier_attempts_count_for_the_tenant_of_their_job(small: Core, count: int) -> None:
+def test_earlier_attempts_count_for_the_tenant_of_their_job(small: Core) -> None:
+    """From the second on: what the first adds to a record is within the bytes that each job counts."""
     store = store_of(small, with_jobs())
     warmed(store)
     claims = [claimed(store) for _ in range(100)]
-    before, counted = used(store), held(store)
-    for claim in claims:
-        for number in range(count):
+    before, counted = 0, 0
+    for number in range(10):
+        for claim in claims:
             store.defer(claim, 0, f"cause_{number}")
-            claim = take(store, claim.accepted.job_id, "a-host-of-some-cluster.example:deadbeef/12345")  # noqa: PLW2901 -- the next one
+        claims = [
+            take(store, claim.accepted.job_id, "a-host-of-some-cluster.example:deadbeef/12345")
+            for claim in claims
+        ]
+        if number == 0:
+            before, counted = used(store), held(store)
 
     assert used(store) - before < held(store) - counted < 3 * (used(store) - before)
     for claim in claims:

@@ -440,7 +440,8 @@ local function note_past(f, how, cause)
   while #lines > MOST_PAST do table.remove(lines, 1) end
   local text = table.concat(lines, '\n')
   redis.call('HSET', key, 'history', text)
-  hold(f.tenant, name, #text - #old + (old == '' and NAMED_BYTES or 0))
+  local more = math.ceil((#text - #old) * 3 / 2)  -- Redis rounds up to the sizes of its allocator
+  hold(f.tenant, name, more + (old == '' and NAMED_BYTES or 0))
 end
 
 -- Note the attempt that held a job until its lease ran out: it ended as its process did, where the parent of that saw it.
