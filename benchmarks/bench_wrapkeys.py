@@ -29,7 +29,8 @@ from benchmarks.wrapping import AAD, COLUMNS, SECRET, TITLE, cells, wraps
 from kms_api.routes import batch
 from kms_core.age.x25519 import X25519Identity
 from kms_core.auth.policy import Principal
-from kms_core.backends.remote import RemoteBackend, SharingBackend, WrapKeys
+from kms_core.backends.remote import RemoteBackend, SharingBackend
+from kms_core.backends.wrap_keys import WrapKeys
 from kms_core.envelope import sealing
 from kms_core.envelope.binding import KeyRef
 from kms_core.service import Kms

@@ -18,7 +18,8 @@ from kms_core.age.x25519 import NoMatch
 from kms_core.backends import NATIVE, SCHEMES, Backend, KeyVersion, age
 from kms_core.backends.age import AgeBackend
 from kms_core.backends.age_settings import AgeSection
-from kms_core.backends.remote import RemoteBackend, SharingBackend, WrapKeys
+from kms_core.backends.remote import RemoteBackend, SharingBackend
+from kms_core.backends.wrap_keys import WrapKeys
 from kms_core.envelope.binding import (
     CONTEXT,
     DEFAULT_KEY_ID,

@@ -10,7 +10,7 @@ from kms_core import audit
 from kms_core.age import stream
 from kms_core.audit import AuditRecord, AuditWriter, record_of
 from kms_core.auth.policy import Principal
-from kms_core.backends.remote import name_of
+from kms_core.backends.wrap_keys import name_of
 from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef
 from kms_core.observability import metrics, tracing

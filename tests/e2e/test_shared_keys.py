@@ -9,7 +9,7 @@ from typing import Final
 
 import pytest
 
-from kms_core.backends.remote import name_of
+from kms_core.backends.wrap_keys import name_of
 from kms_core.envelope import binding
 from support.age_kms import head_of
 from support.openbao import Bao

@@ -10,7 +10,8 @@ from kms_core.age import header, x25519
 from kms_core.backends import SCHEMES
 from kms_core.backends.age import AgeBackend, open_key
 from kms_core.backends.age_settings import AgeSection
-from kms_core.backends.remote import RemoteBackend, SharingBackend, WrapKeys
+from kms_core.backends.remote import RemoteBackend, SharingBackend
+from kms_core.backends.wrap_keys import WrapKeys
 from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef, version_of
 from kms_core.keyring import Keyring

@@ -9,7 +9,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from kms_core.backends import KeyVersion
 from kms_core.backends.circuit_breaker import RetryPolicy
-from kms_core.backends.remote import FileToken, RemoteBackend
+from kms_core.backends.file_token import FileToken
+from kms_core.backends.remote import RemoteBackend
 from kms_core.http_client import PeerServer, Unreachable
 from kms_protocol.errors import DecryptFailed, KmsError
 

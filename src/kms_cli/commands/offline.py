@@ -24,7 +24,7 @@ from kms_cli.options import (
 from kms_cli.session import session
 from kms_core.age import mlkem768x25519, stream, x25519
 from kms_core.age.header import Header, Stanza
-from kms_core.backends import remote
+from kms_core.backends import wrap_keys
 from kms_core.envelope import binding
 from kms_core.envelope.binding import DEFAULT_KEY_ID, DEFAULT_TENANT
 from kms_core.envelope.sealing import Sealing
@@ -211,7 +211,7 @@ def inspect(path: Path) -> dict[str, object]:
             raise DecryptFailed(f"The header of {path} is damaged") from exc
         payload_bytes = sealed.file_range.size if sealed.file_range else _size_bytes(sealed.payload)
     head = sealed.head
-    shared = ", ".join(remote.name_of(wrap.job) for wrap in bound.wraps if wrap.job) if bound else ""
+    shared = ", ".join(wrap_keys.name_of(wrap.job) for wrap in bound.wraps if wrap.job) if bound else ""
     named = {"key_id": bound.key_id, "key_version": bound.key_version} if bound else {}
     return {
         "format": "age v1" if sealed.file_range else "age v1, armored",

@@ -16,7 +16,7 @@ from kms_cli.plugin.state_machines import PluginKeys, identity_v1, recipient_v1
 from kms_client import Client
 from kms_core import key_opening, keyring, secure_memory
 from kms_core.age.header import FILE_LIMITS
-from kms_core.age.plugin_identity import Broken, PluginConnection
+from kms_core.age.plugin_protocol import Broken, PluginConnection
 from kms_core.audit import AuditRecord
 from kms_core.auth.policy import AllowAll, Principal
 from kms_core.key_selection import SelectionRules

@@ -20,7 +20,7 @@ from kms_core.age.header import (
     render_stanza,
     unbundled,
 )
-from kms_core.age.plugin_identity import Broken, PluginConnection
+from kms_core.age.plugin_protocol import Broken, PluginConnection
 from kms_core.envelope import binding
 from kms_protocol.errors import DecryptFailed, KmsError, TooLarge, UnknownKey
 

@@ -85,7 +85,7 @@ class AuditRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     log (``audit.read``) it is the number of records returned, and ``filter`` the filter of the read.
     ``file_id`` is the id of the file, ``new_file_id`` that of the result of a reseal, and ``stanzas`` the
     digest of stanzas without their file (see ``envelope.binding``). ``wrap_key`` names the shared key of the
-    file (see ``backends.remote``), several with a comma between.
+    file (see ``backends.wrap_keys``), several with a comma between.
     ``context`` and ``new_context`` hold keyed hashes of the values. An operation with an effect outside the
     service has two records with one ``effect``: the ``intent`` before it and the ``outcome`` after it.
     """

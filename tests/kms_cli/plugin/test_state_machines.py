@@ -19,7 +19,7 @@ from kms_cli.plugin.names import PluginTarget
 from kms_cli.plugin.state_machines import MAX_ATTEMPTS, PluginKeys, identity_v1, recipient_v1
 from kms_core.age import bech32, header, mlkem768x25519, x25519
 from kms_core.age.header import Stanza, parse_stanzas, render_stanza
-from kms_core.age.plugin_identity import Broken, PluginConnection
+from kms_core.age.plugin_protocol import Broken, PluginConnection
 from kms_core.age.recipients import Recipient
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef, version_of

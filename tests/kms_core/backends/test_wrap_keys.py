@@ -9,15 +9,8 @@ from typing import Final
 import pytest
 
 from kms_core.age.header import Stanza
-from kms_core.backends.remote import (
-    MOST_FILES,
-    MOST_OPENED,
-    VERSIONS_FRESH_S,
-    RemoteBackend,
-    SharingBackend,
-    WrapKeys,
-    name_of,
-)
+from kms_core.backends.remote import VERSIONS_FRESH_S, RemoteBackend, SharingBackend
+from kms_core.backends.wrap_keys import MOST_FILES, MOST_OPENED, WrapKeys, name_of
 from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef, Wrap
 from kms_core.http_client import Unreachable

@@ -8,7 +8,8 @@ from functools import partial
 
 from kms_core.backends.cosmian.backend import FORM, LENGTHS, CosmianCipher, CosmianKey
 from kms_core.backends.cosmian.server import CosmianServer, Protocol
-from kms_core.backends.remote import Cipher, FileToken
+from kms_core.backends.file_token import FileToken
+from kms_core.backends.remote import Cipher
 from kms_core.http_client import PeerServer
 
 

@@ -16,7 +16,8 @@ import pytest
 from kms_core.backends import Backend
 from kms_core.backends.cosmian.backend import CosmianCipher, CosmianKey
 from kms_core.backends.cosmian.server import CosmianServer
-from kms_core.backends.remote import FileToken, RemoteBackend
+from kms_core.backends.file_token import FileToken
+from kms_core.backends.remote import RemoteBackend
 from kms_core.http_client import PeerServer
 from support.contract.cosmian_double import NEW, CosmianDouble
 from support.tcp_proxy import TcpProxy

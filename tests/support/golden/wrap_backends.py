@@ -3,7 +3,8 @@
 from typing import Final, cast
 
 from kms_core.backends.age import AgeBackend
-from kms_core.backends.remote import RemoteBackend, SharingBackend, WrapKeys
+from kms_core.backends.remote import RemoteBackend, SharingBackend
+from kms_core.backends.wrap_keys import WrapKeys
 from support.golden import backends, golden_set
 
 PATH: Final = golden_set.V1.parent / "v2/age-wraps.json"

@@ -30,7 +30,8 @@ from kms_core.backends import KeyMissing, KeyVersion
 from kms_core.backends.cosmian.kmip import GcmResult, Kind, Refusal
 from kms_core.backends.cosmian.server import CosmianServer
 from kms_core.backends.cosmian.settings import CosmianSection as Section
-from kms_core.backends.remote import FileToken, RemoteBackend
+from kms_core.backends.file_token import FileToken
+from kms_core.backends.remote import RemoteBackend
 from kms_core.http_client import Busy, PeerServer, Tls
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, DecryptFailed
 from kms_protocol.units import time_or_none

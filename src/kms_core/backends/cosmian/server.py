@@ -19,7 +19,7 @@ from urllib.parse import quote
 import msgspec
 
 from kms_core.backends.cosmian.kmip import GcmResult, Kind, Kmip, Messages, Post, Refusal, ask_alone, refusal
-from kms_core.backends.remote import FileToken
+from kms_core.backends.file_token import FileToken
 from kms_core.http_client import Busy, Peer, PeerAnswer, PeerServer, Unreachable
 from kms_protocol.errors import BackendUnavailable
 

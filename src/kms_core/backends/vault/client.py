@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 import msgspec
 import structlog
 
-from kms_core.backends.remote import FileToken
+from kms_core.backends.file_token import FileToken
 from kms_core.backends.vault.settings import VaultSection as Section
 from kms_core.http_client import Busy, Peer, PeerAnswer, PeerServer, Tls, Unreachable
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, KmsError

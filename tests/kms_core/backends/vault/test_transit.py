@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from kms_core import keyring
 from kms_core.backends import KeyMissing
-from kms_core.backends.remote import FileToken
+from kms_core.backends.file_token import FileToken
 from kms_core.backends.vault.client import VaultClient
 from kms_core.backends.vault.transit import TransitCipher
 from kms_core.envelope import sealing
