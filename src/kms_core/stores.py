@@ -9,12 +9,16 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from kms_core.age.header import hkdf
+from kms_core.documents.anchors import Anchors
+from kms_core.documents.document import SignedDocument
+from kms_core.documents.key_document import INFO
+from kms_core.documents.places import FilePlace, ObjectPlace, Place
 from kms_core.redis_client import connect
 from kms_core.s3 import connection
 from kms_core.s3.bucket import Bucket
 from kms_core.s3.connection import S3Connection, S3Endpoint
 from kms_core.settings.model import Settings, StoreSection
-from kms_core.signed_documents import FilePlace, ObjectPlace, Place
 from kms_protocol.tls_client import client_context
 
 _TIMEOUT_S: Final = 2.0
@@ -58,3 +62,12 @@ def anchor_client(settings: Settings) -> redis.Redis:
     client = connect(settings.kms.redis, timeout_s=_REDIS_S)
     client.set_retry(Retry(NoBackoff(), 0))
     return client
+
+
+def key_document(settings: Settings, secret: bytes, name: str, url: str) -> SignedDocument:
+    """The document of a key, authenticated by a key of this ``secret``. Raises ConfigurationError."""
+    key, document = hkdf(secret, salt=b"", info=INFO), f"key-{name}"
+    anchor_key = hkdf(secret, salt=b"", info=INFO + b"/anchor/" + name.encode())  # of this document only
+    client = anchor_client(settings)
+    anchors = Anchors(document, documents_folder(settings), client, anchor_key, f"kms keys adopt {name}")
+    return SignedDocument(document, place_of(settings, url), key, anchors)

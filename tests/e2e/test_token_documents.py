@@ -16,8 +16,9 @@ import pytest
 from kms_core import container, redis_client
 from kms_core.auth import tokens
 from kms_core.auth.tokens import Token, TokenRequest
+from kms_core.documents.document import SignedDocument
+from kms_core.documents.places import ObjectPlace
 from kms_core.s3.connection import S3Connection
-from kms_core.signed_documents import ObjectPlace, SignedDocument
 from support import object_stores
 from support.credentials import DAY, SecuredService, bearer
 from support.object_stores import S3Proxy, S3Request, TestBucket

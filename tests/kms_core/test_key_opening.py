@@ -19,8 +19,8 @@ from kms_core.secure_memory import SharedSecrets
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, UnknownKey
 from support.age_kms import age_backend, write_identities
 from support.clock import Clock
+from support.documents import FaultySealer
 from support.settings_files import read, refusal
-from support.signed_documents import FaultySealer
 
 CONTENT: Final = b"AGE-SECRET-KEY-1TEST\n"
 

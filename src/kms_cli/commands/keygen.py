@@ -32,7 +32,7 @@ from kms_protocol.wire import ContextIn
 
 if TYPE_CHECKING:
     from kms_core.envelope.sealed_files import FileSealer
-    from kms_core.key_documents import KeyDocument
+    from kms_core.documents.key_document import KeyDocument
     from kms_core.settings.model import Settings
 
 IDENTITY: Final = "kms:identity"

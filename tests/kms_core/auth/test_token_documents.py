@@ -11,7 +11,10 @@ import pytest
 
 from kms_core.auth import tokens
 from kms_core.auth.tokens import DocumentTokens, TokenRequest, UnknownToken
-from kms_core.signed_documents import Anchors, FilePlace, LocalCopy, SignedDocument
+from kms_core.documents.anchors import Anchors
+from kms_core.documents.document import SignedDocument
+from kms_core.documents.local_copy import LocalCopy
+from kms_core.documents.places import FilePlace
 from kms_protocol.errors import Unauthenticated, Unavailable
 from support.job_stores import connect
 

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Final
 
 from kms_core.auth.tokens import DOCUMENT_INFO, DOCUMENT_NAME
+from kms_core.documents.anchors import Anchors
+from kms_core.documents.document import SignedDocument
+from kms_core.documents.places import FilePlace
 from kms_core.jobs.model import RecordKey
-from kms_core.signed_documents import Anchors, FilePlace, SignedDocument
 from support.golden import golden_set
 from support.golden.jobs import SECRET
 

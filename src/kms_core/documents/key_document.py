@@ -13,14 +13,14 @@ from typing import Final
 
 import msgspec
 
-from kms_core import stores
-from kms_core.age.header import hkdf, is_age_file
+from kms_core.age.header import is_age_file
 from kms_core.age.recipients import key_lines, parse_identity
 from kms_core.backends.key_files import appended
+from kms_core.documents.document import Edit, SignedDocument, Version
+from kms_core.documents.local_copy import LocalCopy
+from kms_core.documents.places import FilePlace
 from kms_core.envelope.sealed_files import FileSealer, SealedFiles, StoredKeys, root_of
 from kms_core.secure_files import in_shell
-from kms_core.settings.model import Settings
-from kms_core.signed_documents import Anchors, Edit, FilePlace, LocalCopy, SignedDocument, Version
 from kms_protocol.errors import (
     BackendUnavailable,
     ConfigurationError,
@@ -211,15 +211,6 @@ class KeyDocument:
             raise BackendUnavailable(f"The key in {self.private} was not changed: {exc}") from exc
         with suppress(Unavailable):  # else the next poll reads it
             self.copy.reread()
-
-
-def signed(settings: Settings, secret: bytes, name: str, url: str) -> SignedDocument:
-    """The document of a key, authenticated by a key of this ``secret``. Raises ConfigurationError."""
-    key, document = hkdf(secret, salt=b"", info=INFO), f"key-{name}"
-    folder, client = stores.documents_folder(settings), stores.anchor_client(settings)
-    anchor_key = hkdf(secret, salt=b"", info=INFO + b"/anchor/" + name.encode())  # of this document only
-    anchors = Anchors(document, folder, client, anchor_key, f"kms keys adopt {name}")
-    return SignedDocument(document, stores.place_of(settings, url), key, anchors)
 
 
 def _recipients(content: bytes) -> list[str]:

@@ -10,9 +10,11 @@ from typing import Final
 import pytest
 import redis
 
+from kms_core.documents.anchors import Anchors
+from kms_core.documents.document import SignedDocument, Version
+from kms_core.documents.places import FilePlace, ObjectPlace, Place
 from kms_core.s3.bucket import Bucket
 from kms_core.s3.connection import S3Connection
-from kms_core.signed_documents import Anchors, FilePlace, ObjectPlace, Place, SignedDocument, Version
 from kms_protocol.errors import ConfigurationError, DocumentOutdated, InvalidRequest, Unavailable
 from support import blob_stores, object_stores
 from support.job_stores import connect

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kms_core.age import x25519
+from kms_core.documents.places import FilePlace
 from kms_core.envelope.sealed_files import FileSealer
 from kms_core.keyring import Key
-from kms_core.signed_documents import FilePlace
 from kms_protocol.errors import KmsError, Unavailable
 from support.age_kms import age_backend
 

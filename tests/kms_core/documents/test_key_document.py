@@ -12,18 +12,20 @@ from typing import Final, cast
 import msgspec
 import pytest
 
-from kms_core import key_documents
+from kms_core import stores
 from kms_core.age import x25519
 from kms_core.age.header import Stanza
 from kms_core.age.x25519 import NoMatch
 from kms_core.backends.age import RECHECK_S, AgeBackend
+from kms_core.documents.anchors import Anchors
+from kms_core.documents.document import SignedDocument
+from kms_core.documents.key_document import PUBLISH_S, KeyBody, KeyDocument
+from kms_core.documents.local_copy import POLL_S, LocalCopy
 from kms_core.envelope.binding import KeyRef, version_of
 from kms_core.envelope.sealed_files import NotOpenedYet
 from kms_core.http_client import Unreachable
-from kms_core.key_documents import PUBLISH_S, KeyBody, KeyDocument
 from kms_core.key_opening import LOOK_S, InheritedFiles, KeyOpener
 from kms_core.secure_memory import SharedSecrets
-from kms_core.signed_documents import POLL_S, Anchors, LocalCopy, SignedDocument
 from kms_protocol.errors import (
     BackendUnavailable,
     ConfigurationError,
@@ -31,9 +33,9 @@ from kms_protocol.errors import (
     TooManyVersions,
     Unavailable,
 )
+from support.documents import FaultyPlace, FaultySealer
 from support.job_stores import connect
 from support.service import Service
-from support.signed_documents import FaultyPlace, FaultySealer
 
 KEY: Final = b"d" * 32
 NAME: Final = "orders"
@@ -312,7 +314,7 @@ def test_the_anchor_of_another_key_counts_as_none(tmp_path: Path, redis_url: str
     """Others may copy it: a higher generation would stop rotations, a lower one let an old document pass."""
     settings, client = Service(tmp_path, "", redis_url).settings, connect(redis_url)
     orders, bills = (
-        key_documents.signed(settings, KEY, name, f"file://{tmp_path}/{name}") for name in (NAME, "bills")
+        stores.key_document(settings, KEY, name, f"file://{tmp_path}/{name}") for name in (NAME, "bills")
     )
     for _ in range(2):
         orders.write(orders.read(), lambda _: b"{}")
@@ -325,7 +327,7 @@ def test_the_anchor_of_another_key_counts_as_none(tmp_path: Path, redis_url: str
 def test_the_url_of_a_document_is_decoded_once(tmp_path: Path, redis_url: str) -> None:
     """As that of a job's file, and of a key file."""
     settings, url = Service(tmp_path, "", redis_url).settings, f"file://{tmp_path}/of%20orders%2520/ö+"
-    document = key_documents.signed(settings, KEY, NAME, url)
+    document = stores.key_document(settings, KEY, NAME, url)
     document.write(document.read(), lambda _: b"{}")
 
     assert (tmp_path / "of orders%20" / "ö+").is_file()

@@ -8,11 +8,13 @@ from typing import Final
 
 import pytest
 
-from kms_core.signed_documents import Anchors, CopyPoll, LocalCopy, SignedDocument
+from kms_core.documents.anchors import Anchors
+from kms_core.documents.document import SignedDocument
+from kms_core.documents.local_copy import CopyPoll, LocalCopy
 from kms_protocol.errors import Unavailable
 from support.clock import Clock
+from support.documents import FaultyPlace
 from support.job_stores import connect
-from support.signed_documents import FaultyPlace
 from support.waiting import WAIT_S, RealTime, until
 
 KEY: Final = b"d" * 32
