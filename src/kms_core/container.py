@@ -206,8 +206,8 @@ def token_document(settings: Settings, client: redis.Redis | None) -> SignedDocu
     """The document of ``[kms.auth] tokens``. Raises ConfigurationError."""
     key = RecordKey(key_opening.own_key(settings, key_opening.SPOOL).secrets()).derived(tokens.DOCUMENT_INFO)
     anchors = Anchors(tokens.DOCUMENT_NAME, stores.documents_folder(settings), client, key)
-    place = stores.place_of(settings, settings.kms.auth.tokens or "")
-    return SignedDocument(tokens.DOCUMENT_NAME, place, key, anchors)
+    storage = stores.document_storage(settings, settings.kms.auth.tokens or "")
+    return SignedDocument(tokens.DOCUMENT_NAME, storage, key, anchors)
 
 
 def token_source(settings: Settings, copy: LocalCopy | None) -> tokens.Tokens:
@@ -235,12 +235,12 @@ def check_documents(settings: Settings) -> None:
 
     A host that may only read the document changes nothing in it.
     """
-    places = [key.document.place for key in key_opening.documents(settings).values()]
+    storages = [key.document.storage for key in key_opening.documents(settings).values()]
     if settings.kms.auth.tokens and settings.kms.auth.mode == "required":
-        places.append(token_document(settings, None).place)
-    for place in places:
+        storages.append(token_document(settings, None).storage)
+    for storage in storages:
         with suppress(Unavailable, PathRefused):
-            place.check()
+            storage.check()
 
 
 def _policy(settings: Settings, authenticator_: Authenticator | None) -> Policy:

@@ -13,7 +13,7 @@ from kms_core.age.header import hkdf
 from kms_core.documents.anchors import Anchors
 from kms_core.documents.document import SignedDocument
 from kms_core.documents.key_document import INFO
-from kms_core.documents.places import FilePlace, ObjectPlace, Place
+from kms_core.documents.storage import FileStorage, ObjectStorage, Storage
 from kms_core.redis_client import connect
 from kms_core.s3 import connection
 from kms_core.s3.bucket import Bucket
@@ -43,18 +43,18 @@ def documents_folder(settings: Settings) -> Path:
     return settings.state_dir.absolute() / "documents"
 
 
-def place_of(settings: Settings, url: str) -> Place:
-    """The place at ``file:///path`` or ``s3://bucket/key``, which settings have checked.
+def document_storage(settings: Settings, url: str) -> Storage:
+    """The storage at ``file:///path`` or ``s3://bucket/key``, which settings have checked.
 
     Each answer of a store may take two seconds at most. Raises ConfigurationError.
     """
     parts = urlsplit(url)
     if parts.scheme != "s3":
-        return FilePlace(Path(unquote(parts.path)))
+        return FileStorage(Path(unquote(parts.path)))
     section = settings.kms.jobs.buckets[parts.netloc]
     section = msgspec.structs.replace(section, timeout_s=min(_TIMEOUT_S, section.timeout_s))
     line = line_of(f"kms.jobs.buckets.{parts.netloc}", section, strict=settings.is_prod)
-    return ObjectPlace(Bucket(parts.netloc, line, path_style=section.path_style), parts.path.lstrip("/"))
+    return ObjectStorage(Bucket(parts.netloc, line, path_style=section.path_style), parts.path.lstrip("/"))
 
 
 def anchor_client(settings: Settings) -> redis.Redis:
@@ -70,4 +70,4 @@ def key_document(settings: Settings, secret: bytes, name: str, url: str) -> Sign
     anchor_key = hkdf(secret, salt=b"", info=INFO + b"/anchor/" + name.encode())  # of this document only
     client = anchor_client(settings)
     anchors = Anchors(document, documents_folder(settings), client, anchor_key, f"kms keys adopt {name}")
-    return SignedDocument(document, place_of(settings, url), key, anchors)
+    return SignedDocument(document, document_storage(settings, url), key, anchors)

@@ -41,7 +41,7 @@ class Anchors:
     ) -> None:
         """``client`` None: Redis cannot be asked, which is so for some commands.
 
-        ``adopt`` is the command that makes what lies at the place the newest version.
+        ``adopt`` is the command that makes what is in the storage the newest version.
         """
         self._name, self._key, self._adopt = name, key, adopt
         self._path = folder / f"{name}.anchor"

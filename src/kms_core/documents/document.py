@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 
 from kms_core.documents.anchors import Anchor, Anchors
-from kms_core.documents.places import MOST_BYTES, Place
+from kms_core.documents.storage import MOST_BYTES, Storage
 from kms_protocol.errors import ConfigurationError, DocumentOutdated, InvalidRequest, Unavailable
 from kms_protocol.wire import NOT_JSON
 
@@ -29,7 +29,7 @@ Edit = Callable[[bytes], bytes]
 
 
 class Version(msgspec.Struct, frozen=True, kw_only=True):
-    """A version of a document; generation 0 is one that does not exist. ``tag`` is that of its place.
+    """A version of a document; generation 0 is one that does not exist. ``tag`` is that of its storage.
 
     ``earlier`` are the write ids of the versions before it, newest first.
     """
@@ -57,11 +57,11 @@ class _Line(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SignedDocument:
-    """One document. Raises what its place raises, and ConfigurationError for one that is not signed here."""
+    """One document. Raises as its storage, and ConfigurationError for one that is not signed here."""
 
-    def __init__(self, name: str, place: Place, key: bytes, anchors: Anchors) -> None:
+    def __init__(self, name: str, storage: Storage, key: bytes, anchors: Anchors) -> None:
         self.name = name
-        self.place = place
+        self.storage = storage
         self._key = key
         self._anchors = anchors
 
@@ -90,39 +90,39 @@ class SignedDocument:
         Unavailable if the outcome is unknown or others keep changing the document; InvalidRequest above
         4 MiB.
         """
-        self.place.check()
+        self.storage.check()
         mine: set[str] = set()
         for number in range(_TRIES):
             made = self._next(before, before.generation, edit(before.body))
             mine.add(made.write_id)
             try:
-                is_written = self.place.write(self.encode(made), before.tag)
+                is_written = self.storage.write(self.encode(made), before.tag)
             except Unavailable:
                 is_written = False
             before = self.read(follows=True)
             if mine.intersection((before.write_id, *before.earlier)):
                 return before
             if is_written:
-                raise Unavailable(f"{self.place} does not have what was written to it")
+                raise Unavailable(f"{self.storage} does not have what was written to it")
             time.sleep(random.uniform(0, _PAUSE_S * (number + 1)))  # noqa: S311 -- jitter, no secret
-        raise Unavailable(f"{self.place} is changed by others all the time, or takes no writes")
+        raise Unavailable(f"{self.storage} is changed by others all the time, or takes no writes")
 
     def adopt(self, edit: Edit) -> Version:
-        """Make what lies at the place the newest version, also if it is older than an anchor.
+        """Make what is in the storage the newest version, also if it is older than an anchor.
 
         Its generation becomes higher than each that this host or Redis has seen. Raises Unavailable if others
         change the document at the same time.
         """
-        self.place.check()
+        self.storage.check()
         before = self.verified()
         made = self._next(before, max(before.generation, self._anchors.highest()), edit(before.body))
-        if not self.place.write(self.encode(made), before.tag):
-            raise Unavailable(f"{self.place} was changed at the same time: try again")
+        if not self.storage.write(self.encode(made), before.tag):
+            raise Unavailable(f"{self.storage} was changed at the same time: try again")
         self._anchors.note(made.anchor)
         return made
 
     def encode(self, version: Version) -> bytes:
-        """The bytes of a version at its place."""
+        """The bytes of a version in its storage."""
         line = msgspec.json.encode(
             _Line(
                 name=self.name,
@@ -134,7 +134,7 @@ class SignedDocument:
             )
         )
         if len(line) > MOST_BYTES - 100:
-            raise InvalidRequest(f"{self.place} would have more than 4 MiB: remove what is not needed")
+            raise InvalidRequest(f"{self.storage} would have more than 4 MiB: remove what is not needed")
         return line + b"\n" + self._tag(line) + b"\n"
 
     def open(self, data: bytes, tag: str) -> Version:
@@ -144,15 +144,15 @@ class SignedDocument:
         line, _, mac = data.partition(b"\n")
         if not hmac.compare_digest(mac.strip(), self._tag(line)):
             raise ConfigurationError(
-                f"{self.place} was changed by others, or written with another spool key than this host's"
+                f"{self.storage} was changed by others, or written with another spool key than this host's"
             )
         try:
             found = msgspec.json.decode(line, type=_Line)
         except NOT_JSON as exc:
-            raise ConfigurationError(f"{self.place} was written by a later version") from exc
+            raise ConfigurationError(f"{self.storage} was written by a later version") from exc
         if found.name != self.name or found.version != _VERSION:
             raise ConfigurationError(
-                f"{self.place} is another document, {found.name} and not {self.name}, or was written by a "
+                f"{self.storage} is another document, {found.name} and not {self.name}, or was written by a "
                 "later version"
             )
         return Version(
@@ -165,8 +165,8 @@ class SignedDocument:
         )
 
     def verified(self, known: Version | None = None) -> Version:
-        """Read what lies at the place, which may be old: anchors are neither compared nor changed."""
-        data, tag = self.place.read(known.tag if known else "")
+        """Read what is in the storage, which may be old: anchors are neither compared nor changed."""
+        data, tag = self.storage.read(known.tag if known else "")
         if data is None and known:
             return known
         return self.open(data or b"", tag)

@@ -18,7 +18,7 @@ from kms_core.age.recipients import key_lines, parse_identity
 from kms_core.backends.key_files import appended
 from kms_core.documents.document import Edit, SignedDocument, Version
 from kms_core.documents.local_copy import LocalCopy
-from kms_core.documents.places import FilePlace
+from kms_core.documents.storage import FileStorage
 from kms_core.envelope.sealed_files import FileSealer, SealedFiles, StoredKeys, root_of
 from kms_core.secure_files import in_shell
 from kms_protocol.errors import (
@@ -61,8 +61,8 @@ class KeyDocument:
     ) -> None:
         """``opened``: what a parent process has opened; None if this process asks the root itself."""
         self.name, self.document, self.copy = name, document, copy
-        place = str(document.place)
-        self.private: Path | str = Path(place) if isinstance(document.place, FilePlace) else place
+        storage = str(document.storage)
+        self.private: Path | str = Path(storage) if isinstance(document.storage, FileStorage) else storage
         """The path of a file, which is of one host, or the URL of an object."""
         self.public = self.private
         self._sealer, self._opened = sealer, opened
@@ -148,7 +148,7 @@ class KeyDocument:
         return self.document.write(before, lambda body: body or made).body == made
 
     def adopt(self, files: Iterable[bytes]) -> int:
-        """Make what lies at the place the newest version, with all identities that are known.
+        """Make what is in the storage the newest version, with all identities that are known.
 
         Those are in the document, in this host's copy and in sealed key ``files``. Returns their number.
         Raises as ``SignedDocument.adopt``, and as the root.
@@ -188,13 +188,13 @@ class KeyDocument:
             if self._opened is not None or not self.copy.is_late:
                 return self.copy.current()
             if time.monotonic() - self._read_at >= _AGAIN_S:
-                self._held = self._from_place()
+                self._held = self._from_storage()
                 self._read_at = time.monotonic()
         except (Unavailable, OSError) as exc:
             raise BackendUnavailable(f"The key {self.name} is in {self.private}: {exc}") from exc
         return self._held
 
-    def _from_place(self) -> Version:
+    def _from_storage(self) -> Version:
         try:
             return self.document.verified(self._held if self._held.generation else None)
         except (Unavailable, OSError):

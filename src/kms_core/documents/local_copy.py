@@ -34,9 +34,9 @@ _log = structlog.get_logger(__name__)
 
 
 class LocalCopy:
-    """The copy in ``<folder>/<name>.copy``: the tag of its place (JSON), then the stored document.
+    """The copy in ``<folder>/<name>.copy``: the tag of its storage (JSON), then the stored document.
 
-    Its time of change says when the place answered last. Safe in several threads and processes.
+    Its time of change says when the storage answered last. Safe in several threads and processes.
     """
 
     def __init__(
@@ -69,23 +69,23 @@ class LocalCopy:
 
     @property
     def is_late(self) -> bool:
-        """True if the place has not answered for ten seconds, or ``max_stale_s`` if that is less."""
+        """True if the storage has not answered for ten seconds, or ``max_stale_s`` if that is less."""
         return self._age_s() >= min(LATE_S, self._max_stale_s)
 
     @property
     def age_s(self) -> float:
-        """Seconds since the place answered last; those for which a copy is used at most, if it never did."""
+        """Seconds since the storage answered last; if it never did, the longest use of a copy."""
         return max(0.0, self._age_s())
 
     def poll(self) -> None:
-        """Ask the place, unless a process of this host just did or is doing so. Raises as ``reread``."""
+        """Ask the storage, unless a process of this host just did or is doing so. Raises as ``reread``."""
         if self._age_s() >= _JUST_S:
             with suppress(BlockingIOError), self._locked(wait=False):
                 if self._age_s() >= _JUST_S:
                     self._update()
 
     def reread(self) -> None:
-        """Ask the place after this call has begun; threads that wait share an answer, two a second at most.
+        """Ask the storage after this call has begun; threads that wait share an answer, two a second at most.
 
         Raises Unavailable if it cannot be read, or what it holds is refused; the log says why.
         """
@@ -130,7 +130,7 @@ class LocalCopy:
         """The copy. A process reads and verifies it again when another one has replaced it.
 
         A new copy may have size and inode of the one before. Its times also change with each answer of the
-        place: then the tag says whether it is another one.
+        storage: then the tag says whether it is another one.
         """
         stamp, held = self._loaded
         now = stamp_of_stat(found)

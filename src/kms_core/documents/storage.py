@@ -1,4 +1,4 @@
-"""Places of documents: a file that processes of one host share, or an object that hosts share."""
+"""Storage of documents: a file that processes of one host share, or an object that hosts share."""
 
 import hashlib
 from pathlib import Path
@@ -13,10 +13,10 @@ from kms_protocol.errors import ConfigurationError
 MOST_BYTES: Final = 4 * 1024 * 1024
 
 
-class FilePlace:
+class FileStorage:
     """A file (0600) that processes of one host share, written under a lock.
 
-    A tag names what lies at a place and changes with each write; it is empty if nothing does.
+    A tag names what is stored and changes with each write; it is empty if nothing does.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,7 +54,7 @@ class FilePlace:
         """A file has a lock."""
 
 
-class ObjectPlace:
+class ObjectStorage:
     """An object, written with ``If-Match`` by its ETag, the first time with ``If-None-Match``."""
 
     def __init__(self, bucket: Bucket, key: str) -> None:
@@ -66,11 +66,11 @@ class ObjectPlace:
         return f"s3://{self.bucket.name}/{self._key}"
 
     def read(self, unless: str = "") -> tuple[bytes | None, str]:
-        """As ``FilePlace.read``."""
+        """As ``FileStorage.read``."""
         return self.bucket.get(self._key, unless)
 
     def write(self, data: bytes, tag: str) -> bool:
-        """As ``FilePlace.write``."""
+        """As ``FileStorage.write``."""
         return self.bucket.put(self._key, data, If(etag=tag) if tag else If(absent=True), "document")
 
     def check(self) -> None:
@@ -93,4 +93,4 @@ class ObjectPlace:
         self._is_checked = True
 
 
-Place: TypeAlias = FilePlace | ObjectPlace
+Storage: TypeAlias = FileStorage | ObjectStorage
