@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from kms_core.age.header import is_age_file
-from kms_core.age.recipients import key_lines, parse_identity
+from kms_core.age.recipients import identities_of, parse_identity
 from kms_core.backends.key_files import appended
 from kms_core.documents.document import Edit, SignedDocument, Version
 from kms_core.documents.local_copy import LocalCopy
@@ -140,7 +140,7 @@ class KeyDocument:
         Raises as ``SignedDocument.write``, and as the root.
         """
         made = msgspec.json.encode(
-            KeyBody(self._sealer.seal(self.name, content, root), _recipients(content)[-1])
+            KeyBody(self._sealer.seal(self.name, content, root), self._recipients(content)[-1])
         )
         before = self.document.read()
         if before.generation:
@@ -174,13 +174,18 @@ class KeyDocument:
                         f"--sealed-by KEY --for {self.name} --from FILE -o {in_shell(self.private)}`"
                     )
                 content = _merged(content, self._sealer.open(self.name, each))
-            number = len(_recipients(content))
-            recipient = bodies[0].recipient if bodies else _recipients(content)[-1]
+            number = len(self._recipients(content))
+            recipient = bodies[0].recipient if bodies else self._recipients(content)[-1]
             again = self._sealer.seal(self.name, content, root_of(sealed[0]))
             return msgspec.json.encode(KeyBody(again, recipient))
 
         self.document.adopt(edit)
         return number
+
+    def _recipients(self, content: bytes) -> list[str]:
+        """The recipients of identities. Raises ConfigurationError if there are none."""
+        found = identities_of(content, self.private, parse_identity, remedy="add one")
+        return [str(identity.recipient) for identity, _ in found]
 
     def _version(self) -> Version:
         """Raises BackendUnavailable."""
@@ -211,17 +216,6 @@ class KeyDocument:
             raise BackendUnavailable(f"The key in {self.private} was not changed: {exc}") from exc
         with suppress(Unavailable):  # else the next poll reads it
             self.copy.reread()
-
-
-def _recipients(content: bytes) -> list[str]:
-    """The recipients of identities. Raises ConfigurationError if there are none."""
-    try:
-        found = [str(parse_identity(line).recipient) for _, line in key_lines(content.decode())]
-    except ValueError as exc:
-        raise ConfigurationError(f"a line is not an age identity ({exc})") from exc
-    if not found:
-        raise ConfigurationError("it holds no age identity")
-    return found
 
 
 def _merged(first: bytes, second: bytes) -> bytes:
