@@ -276,7 +276,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def eviction_class(self) -> EvictionClass | None:
-        """The reason to close it to make room; None while a request is in progress."""
+        """The eviction class of this connection; None while it serves a request."""
         if self._is_idle():
             return EvictionClass.IDLE if self._requests else EvictionClass.SILENT
         return EvictionClass.UNREAD if self.flow.write_paused else None

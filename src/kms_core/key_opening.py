@@ -73,7 +73,7 @@ def own_key(settings: Settings, name: str) -> AgeBackend:
     return AgeBackend(KeyFiles(path, strict=settings.is_prod, name=name, sealed=sealed), native=name != SPOOL)
 
 
-def places(settings: Settings) -> Mapping[str, Path | str]:
+def key_locations(settings: Settings) -> Mapping[str, Path | str]:
     """The private files of Age keys that take calls, or the URLs of their documents, by key id.
 
     Raises ConfigurationError.
@@ -94,14 +94,14 @@ def documents(settings: Settings) -> Mapping[str, KeyDocument]:
     sealer, opened = direct(settings), _inherited(settings)
     return {
         name: _document(settings, name, place, sealer, opened)
-        for name, place in places(settings).items()
+        for name, place in key_locations(settings).items()
         if isinstance(place, str)
     }
 
 
 def sealed_files(settings: Settings) -> Mapping[str, Path]:
     """The key files that are sealed now, by name. Raises ConfigurationError for a wrong URI."""
-    paths = {**places(settings), **own_files(settings)}
+    paths = {**key_locations(settings), **own_files(settings)}
     files = {name: path for name, path in paths.items() if isinstance(path, Path)}
     return {name: path for name, path in files.items() if is_age_file(_content_of(path))}
 
@@ -257,7 +257,7 @@ def begin(settings: Settings) -> int | None:
     """
     _make_spool_key(settings)
     paths = sealed_files(settings)
-    if not paths and not any(isinstance(place, str) for place in places(settings).values()):
+    if not paths and not any(isinstance(place, str) for place in key_locations(settings).values()):
         return None
     memory = SharedSecrets.create()
     opener = KeyOpener(paths, direct(settings), memory)

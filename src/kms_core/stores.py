@@ -25,8 +25,8 @@ _TIMEOUT_S: Final = 2.0
 _REDIS_S: Final = 1.0
 
 
-def line_of(where: str, section: StoreSection, *, strict: bool) -> S3Connection:
-    """The line to the store of a section, ``where`` in the settings. Raises ConfigurationError."""
+def s3_connection(where: str, section: StoreSection, *, strict: bool) -> S3Connection:
+    """The connection to the store of a section, ``where`` in the settings. Raises ConfigurationError."""
     endpoint = section.endpoint or f"https://s3.{section.region}.amazonaws.com"
     if section.access_key_id and section.secret_key_file:
         credentials = connection.credentials_from_file(
@@ -53,8 +53,8 @@ def document_storage(settings: Settings, url: str) -> Storage:
         return FileStorage(Path(unquote(parts.path)))
     section = settings.kms.jobs.buckets[parts.netloc]
     section = msgspec.structs.replace(section, timeout_s=min(_TIMEOUT_S, section.timeout_s))
-    line = line_of(f"kms.jobs.buckets.{parts.netloc}", section, strict=settings.is_prod)
-    return ObjectStorage(Bucket(parts.netloc, line, path_style=section.path_style), parts.path.lstrip("/"))
+    store = s3_connection(f"kms.jobs.buckets.{parts.netloc}", section, strict=settings.is_prod)
+    return ObjectStorage(Bucket(parts.netloc, store, path_style=section.path_style), parts.path.lstrip("/"))
 
 
 def anchor_client(settings: Settings) -> redis.Redis:

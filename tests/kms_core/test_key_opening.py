@@ -208,7 +208,7 @@ def test_the_files_that_may_be_sealed_have_names(tmp_path: Path) -> None:
     )
     found = read(tmp_path, text, state_dir=tmp_path / "state")
 
-    assert {str(path) for path in key_opening.places(found).values()} == {
+    assert {str(path) for path in key_opening.key_locations(found).values()} == {
         "/p",
         "/h",
         f"{tmp_path}/state/age/private_key.txt",

@@ -186,7 +186,7 @@ def _sealed(  # noqa: PLR0913 -- the options of the command
 
     settings, sealer, name = _sealer(name)
     own = key_opening.own_files(settings)
-    known = (*key_opening.places(settings), *own)
+    known = (*key_opening.key_locations(settings), *own)
     public = ""
     if name not in known:
         raise InvalidRequest(f"The settings have no Age key {name}: --for names one of {', '.join(known)}")

@@ -144,7 +144,7 @@ def _algorithms(key: PublicKeyType) -> frozenset[str]:
             return frozenset({"EdDSA"})
 
 
-def _fitting(keys: Sequence[IssuerKey], kid: str | None, algorithm: str) -> Sequence[IssuerKey]:
+def _candidates(keys: Sequence[IssuerKey], kid: str | None, algorithm: str) -> Sequence[IssuerKey]:
     """The keys to try for a token, at most 8: those with its key id, if it has one, and its algorithm."""
     return [key for key in keys if algorithm in key.algorithms and kid in {None, key.kid}][:_MOST_TRIED]
 
@@ -160,7 +160,7 @@ class FileKeys:
         except (OSError, ValueError) as exc:
             raise ConfigurationError(f"The issuer's key set {path} cannot be used: {exc}") from exc
 
-    def fitting(self, kid: str | None, algorithm: str) -> Sequence[IssuerKey]:
+    def candidate_keys(self, kid: str | None, algorithm: str) -> Sequence[IssuerKey]:
         """The keys that may have made a signature. Raises Unavailable if they cannot be read."""
         try:
             if stamp_of([self._path]) != self._stamp:
@@ -168,7 +168,7 @@ class FileKeys:
         except (OSError, ValueError) as exc:
             _log.error("jwks.unreadable", path=str(self._path), reason=str(exc))
             raise Unavailable("The keys of the token's issuer cannot be read") from exc
-        return _fitting(self._keys, kid, algorithm)
+        return _candidates(self._keys, kid, algorithm)
 
     def _read(self) -> tuple[Stamp, tuple[IssuerKey, ...]]:
         stamp = stamp_of([self._path])
@@ -201,12 +201,12 @@ class RemoteKeys:
         self._fetched = self._began = self._ended = float("-inf")
         self._is_failing = False
 
-    def fitting(self, kid: str | None, algorithm: str) -> Sequence[IssuerKey]:
+    def candidate_keys(self, kid: str | None, algorithm: str) -> Sequence[IssuerKey]:
         """The keys that may have made a signature. Does no network access.
 
         Raises KeysPending while keys are being fetched; Unavailable while none are known.
         """
-        found, now = _fitting(self._keys, kid, algorithm), self._clock()
+        found, now = _candidates(self._keys, kid, algorithm), self._clock()
         age_s = now - self._fetched
         if found and age_s <= KEEP_S / 2:
             return found
@@ -214,7 +214,7 @@ class RemoteKeys:
         is_late = is_fetching and now - self._began >= WAIT_S
         if is_fetching and not is_late and (not found or (age_s > KEEP_S and not self._is_failing)):
             raise KeysPending(partial(self._wait, now + WAIT_S), self)
-        found = _fitting(self._keys, kid, algorithm)  # a fetch may have ended since the first lookup
+        found = _candidates(self._keys, kid, algorithm)  # a fetch may have ended since the first lookup
         if self._clock() - self._fetched > STALE_S or (not found and (is_late or self._is_failing)):
             raise Unavailable(NO_KEYS, retry_after_s=AGAIN_S)
         return found

@@ -143,7 +143,7 @@ def _claims(text: str, header: Claims, issuer: Trusted) -> Claims:
         claims = _decoded(text, None, algorithm, section)
         issuer.keys.check(text, claims.get("sub"))
         return claims
-    keys = issuer.keys.fitting(kid if isinstance(kid, str) else None, algorithm)
+    keys = issuer.keys.candidate_keys(kid if isinstance(kid, str) else None, algorithm)
     for key in keys:
         with suppress(InvalidSignatureError):
             return _decoded(text, key, algorithm, section)

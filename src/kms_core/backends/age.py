@@ -64,7 +64,7 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _KeyFiles:
-    """The content of the source at one moment."""
+    """The keys of the source, as last read."""
 
     identities: dict[str, Identity] = field(repr=False)
     origin_keys: dict[str, bytes] = field(repr=False)

@@ -101,7 +101,7 @@ class Anchors:
     def _note_for_all(self, found: Anchor) -> None:
         if self._client:
             try:
-                self._client.transaction(lambda pipe: self._raise(pipe, found), self._redis_key)
+                self._client.transaction(lambda pipe: self._raise_shared(pipe, found), self._redis_key)
             except redis.RedisError as exc:
                 _log.warning("document.not_anchored", document=self._name, error=type(exc).__name__)
 
@@ -129,7 +129,7 @@ class Anchors:
             return None
         return msgspec.json.decode(body, type=Anchor)
 
-    def _raise(self, pipe: Any, found: Anchor) -> None:  # noqa: ANN401 -- as above
+    def _raise_shared(self, pipe: Any, found: Anchor) -> None:  # noqa: ANN401 -- as above
         """In a transaction: no other host has written in between."""
         before = self._opened(pipe.get(self._redis_key))
         pipe.multi()
