@@ -19,9 +19,9 @@ from benchmarks.report import Scale
 
 from kms_core.age.x25519 import X25519Identity
 from kms_core.audit import AuditRecord, query
+from kms_core.audit.hosts import HostLog
 from kms_core.audit.keys import Concealer, PublicKeys, Signer, public_path
 from kms_core.audit.log import AuditLog
-from kms_core.audit.segments import HostLog
 from kms_core.audit.verification import receipt
 from kms_core.audit.verification.verify import verify
 from kms_core.auth.policy import AllowAll, Principal

@@ -28,6 +28,7 @@ from kms_core.audit.verification.verify import AuditMonitor
 from kms_core.auth.rate_limit import Failures, Rate, Requests
 from kms_core.container import Core, build_monitor
 from kms_core.container import build as build_core
+from kms_core.documents.local_copy import CopyPoll
 from kms_core.jobs.hosts.install import InstallWatch
 from kms_core.jobs.store.activity import UsageFlush
 from kms_core.jobs.store.condition import StoreProbe
@@ -37,7 +38,6 @@ from kms_core.proxies import Proxies
 from kms_core.settings.lint import SETTINGS, unaccepted
 from kms_core.settings.model import Settings
 from kms_core.settings.redis_urls import is_shared
-from kms_core.signed_documents import CopyPoll
 from kms_protocol import wire
 
 _SLAB_THREADS = 8  # a separate pool: slow disks must not take the threads of other calls

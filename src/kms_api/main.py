@@ -15,7 +15,7 @@ from typing import Final
 from kms_core import secure_memory
 from kms_core.observability import logs
 from kms_core.programs.supervisor import Child, supervise
-from kms_core.settings import lint, load
+from kms_core.settings import files, lint, load
 from kms_core.settings.model import KmsSection, Settings
 from kms_core.settings.validation import check_exposure
 from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_OTHER, EXIT_UNAVAILABLE, ConfigurationError
@@ -29,13 +29,13 @@ def main() -> int:
     arguments = parser().parse_args()
     try:
         secure_memory.forbid_dumps()
-        file = load.for_server(arguments.config, os.environ)
+        file = files.for_server(arguments.config, os.environ)
         loaded = load.load(file, os.environ)
         logs.configure(loaded.kms.log.level, json=loaded.kms.log.as_json(terminal=sys.stderr.isatty()))
-        check_exposure(loaded, file or load.MACHINE)
+        check_exposure(loaded, file or files.MACHINE)
         if arguments.listener is None:  # else the leader has warned
             lint.warn(loaded)
-            load.write_note(file, os.environ)
+            files.write_note(file, os.environ)
         if loaded.kms.server.processes > 1 and arguments.listener is None:
             return _lead(loaded, file)
         from kms_core.observability import multiprocess_metrics  # noqa: PLC0415 -- the leader has no metrics

@@ -15,6 +15,10 @@ from kms_core.auth import authenticator, logins, tokens
 from kms_core.auth.authenticator import Authenticator
 from kms_core.auth.policy import AllowAll, ByScopes, Policy
 from kms_core.backend_watch import BackendWatch
+from kms_core.documents.anchors import Anchors
+from kms_core.documents.document import SignedDocument
+from kms_core.documents.key_document import KeyDocument
+from kms_core.documents.local_copy import LocalCopy
 from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.hosts.install import Facts, Install
 from kms_core.jobs.hosts.notes import Host, HostNotes, SpoolMarks, digest, key_place
@@ -29,7 +33,6 @@ from kms_core.jobs.store.maintenance import verify_replicas
 from kms_core.jobs.store.store import JobStore, SmallBlobs
 from kms_core.jobs.submission.celery_intake import Intake
 from kms_core.jobs.submission.submitter import JobSubmitter
-from kms_core.key_documents import KeyDocument
 from kms_core.key_selection import SelectionRules
 from kms_core.observability import metrics
 from kms_core.patterns import Pattern
@@ -38,7 +41,6 @@ from kms_core.secure_files import make_folders
 from kms_core.service import Kms
 from kms_core.settings.model import Settings
 from kms_core.settings.validation import private
-from kms_core.signed_documents import Anchors, LocalCopy, SignedDocument
 from kms_protocol.errors import BackendUnavailable, JobsUnavailable, PathRefused, Unavailable
 
 
@@ -204,8 +206,8 @@ def token_document(settings: Settings, client: redis.Redis | None) -> SignedDocu
     """The document of ``[kms.auth] tokens``. Raises ConfigurationError."""
     key = RecordKey(key_opening.own_key(settings, key_opening.SPOOL).secrets()).derived(tokens.DOCUMENT_INFO)
     anchors = Anchors(tokens.DOCUMENT_NAME, stores.documents_folder(settings), client, key)
-    place = stores.place_of(settings, settings.kms.auth.tokens or "")
-    return SignedDocument(tokens.DOCUMENT_NAME, place, key, anchors)
+    storage = stores.document_storage(settings, settings.kms.auth.tokens or "")
+    return SignedDocument(tokens.DOCUMENT_NAME, storage, key, anchors)
 
 
 def token_source(settings: Settings, copy: LocalCopy | None) -> tokens.Tokens:
@@ -233,12 +235,12 @@ def check_documents(settings: Settings) -> None:
 
     A host that may only read the document changes nothing in it.
     """
-    places = [key.document.place for key in key_opening.documents(settings).values()]
+    storages = [key.document.storage for key in key_opening.documents(settings).values()]
     if settings.kms.auth.tokens and settings.kms.auth.mode == "required":
-        places.append(token_document(settings, None).place)
-    for place in places:
+        storages.append(token_document(settings, None).storage)
+    for storage in storages:
         with suppress(Unavailable, PathRefused):
-            place.check()
+            storage.check()
 
 
 def _policy(settings: Settings, authenticator_: Authenticator | None) -> Policy:

@@ -8,6 +8,7 @@
 - Request heads are bounded in size and time, and the connections of a port in number.
 - ``scope["state"]`` of a request has the client certificate of its connection, and the objects for reading
   its body without a copy.
+- ``HostCheck`` refuses DNS rebinding, and requests by pages of other sites (RFC 9110 §7.2, Fetch §3.2).
 """
 
 import asyncio
@@ -34,17 +35,32 @@ from kms_core.auth import client_certificates
 from kms_core.auth.client_certificates import PresentedCertificate
 from kms_core.auth.rate_limit import source_of
 
-# Bounds on the connections of a port.
-#
-# Also checks of Host and Origin, against DNS rebinding and requests by pages of other sites (RFC 9110 §7.2,
-# Fetch §3.2).
-
 LOCAL_HOSTS: Final = ("localhost", "127.0.0.1", "::1")
 REFUSED: Final = (
     "This Host or Origin is not one that the service is configured for: "
     "add the name to [kms.server] allowed_hosts, or call it as localhost"
 )
 _OWN_SITES: Final = frozenset({b"same-origin", b"none"})
+_EVICTED_PART: Final = 16  # a full port closes this part of its connections at once
+_RETRY_S: Final = 0.01
+CERTIFICATE: Final = "kms.certificate"
+BODY: Final = "kms.body"
+"""The key in ``scope["state"]`` of a pair: the protocol and the cycle of the request."""
+KEEP_ALIVE_S: Final = 75
+"""Seconds after a response for which a connection is kept: longer than proxies keep theirs, usually 60."""
+HEAD_BYTES: Final = 64 * 1024
+HEADERS: Final = 100
+PIPELINED: Final = 16
+"""The most bytes and headers of a head, and the most requests that wait for an earlier response."""
+_VERSIONS: Final = frozenset({"1.1", "1.0"})
+_LIST: Final = b"LIST "
+_AS_GET: Final = b"GET "
+_HOP_BY_HOP: Final = (b"upgrade", b"connection")
+NO_HEADERS: Final[Mapping[bytes, bytes]] = {}
+_MALFORMED: Final = (400, "invalid_request", "The request is malformed (RFC 9112)")
+_LONG_HEAD: Final = (431, "invalid_request", "The head of the request exceeds 64 KiB or 100 headers")
+_PIPELINED: Final = (429, "rate_limited", "Too many requests wait for their responses on this connection")
+_NO_ROOM: Final = (429, "rate_limited", "This port has no room for another connection: try again in a second")
 
 
 class HostCheck:
@@ -88,10 +104,6 @@ def by_name(headers: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     if len(found) < len(headers) and sum(name == b"host" for name, _ in headers) > 1:
         found[b"host"] = b""
     return found
-
-
-_EVICTED_PART: Final = 16  # a full port closes this part of its connections at once
-_RETRY_S: Final = 0.01
 
 
 class EvictionClass(IntEnum):
@@ -181,30 +193,6 @@ class Connections:
         return bool(found)
 
 
-CERTIFICATE: Final = "kms.certificate"
-BODY: Final = "kms.body"
-"""The key in ``scope["state"]`` of a pair: the protocol and the cycle of the request."""
-KEEP_ALIVE_S: Final = 75
-"""Seconds after a response for which a connection is kept: longer than proxies keep theirs, usually 60."""
-HEAD_BYTES: Final = 64 * 1024
-HEADERS: Final = 100
-PIPELINED: Final = 16
-"""The most bytes and headers of a head, and the most requests that wait for an earlier response."""
-_VERSIONS: Final = frozenset({"1.1", "1.0"})
-_LIST: Final = b"LIST "
-_AS_GET: Final = b"GET "
-_HOP_BY_HOP: Final = (b"upgrade", b"connection")
-NO_HEADERS: Final[Mapping[bytes, bytes]] = {}
-_MALFORMED: Final = (400, "invalid_request", "The request is malformed (RFC 9112)")
-_LONG_HEAD: Final = (
-    431,
-    "invalid_request",
-    "The head of the request exceeds 64 KiB or 100 headers",
-)
-_PIPELINED: Final = (429, "rate_limited", "Too many requests wait for their responses on this connection")
-_NO_ROOM: Final = (429, "rate_limited", "This port has no room for another connection: try again in a second")
-
-
 class HttpProtocol(HttpToolsProtocol):
     """One connection, created by uvicorn; all connections of a port share ``connections``."""
 
@@ -288,7 +276,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def eviction_class(self) -> EvictionClass | None:
-        """The reason to close it to make room; None while a request is in progress."""
+        """The eviction class of this connection; None while it serves a request."""
         if self._is_idle():
             return EvictionClass.IDLE if self._requests else EvictionClass.SILENT
         return EvictionClass.UNREAD if self.flow.write_paused else None

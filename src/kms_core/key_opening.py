@@ -19,13 +19,15 @@ from urllib.parse import urlsplit
 import msgspec
 import structlog
 
-from kms_core import key_documents, keyring, stores
+from kms_core import keyring, stores
 from kms_core.age.header import is_age_file
 from kms_core.audit.keys import CONCEALING, SIGNING
 from kms_core.backends import NATIVE, Backend, KeyMissing
 from kms_core.backends.age import AgeBackend, parts_of
 from kms_core.backends.age_settings import AgeSection
 from kms_core.backends.key_files import KeyFiles, make_identity
+from kms_core.documents.key_document import KeyDocument
+from kms_core.documents.local_copy import LocalCopy
 from kms_core.envelope.sealed_files import (
     FileSealer,
     KeySource,
@@ -34,12 +36,10 @@ from kms_core.envelope.sealed_files import (
     SealingIdentity,
     read_identities,
 )
-from kms_core.key_documents import KeyDocument
 from kms_core.periodic import PeriodicThread, jittered_wait_s
 from kms_core.secure_memory import SharedSecrets
 from kms_core.settings.lint import leaves_host
 from kms_core.settings.model import Settings
-from kms_core.signed_documents import LocalCopy
 from kms_protocol import small_files
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, KmsError, Unavailable
 
@@ -73,7 +73,7 @@ def own_key(settings: Settings, name: str) -> AgeBackend:
     return AgeBackend(KeyFiles(path, strict=settings.is_prod, name=name, sealed=sealed), native=name != SPOOL)
 
 
-def places(settings: Settings) -> Mapping[str, Path | str]:
+def key_locations(settings: Settings) -> Mapping[str, Path | str]:
     """The private files of Age keys that take calls, or the URLs of their documents, by key id.
 
     Raises ConfigurationError.
@@ -94,14 +94,14 @@ def documents(settings: Settings) -> Mapping[str, KeyDocument]:
     sealer, opened = direct(settings), _inherited(settings)
     return {
         name: _document(settings, name, place, sealer, opened)
-        for name, place in places(settings).items()
+        for name, place in key_locations(settings).items()
         if isinstance(place, str)
     }
 
 
 def sealed_files(settings: Settings) -> Mapping[str, Path]:
     """The key files that are sealed now, by name. Raises ConfigurationError for a wrong URI."""
-    paths = {**places(settings), **own_files(settings)}
+    paths = {**key_locations(settings), **own_files(settings)}
     files = {name: path for name, path in paths.items() if isinstance(path, Path)}
     return {name: path for name, path in files.items() if is_age_file(_content_of(path))}
 
@@ -257,7 +257,7 @@ def begin(settings: Settings) -> int | None:
     """
     _make_spool_key(settings)
     paths = sealed_files(settings)
-    if not paths and not any(isinstance(place, str) for place in places(settings).values()):
+    if not paths and not any(isinstance(place, str) for place in key_locations(settings).values()):
         return None
     memory = SharedSecrets.create()
     opener = KeyOpener(paths, direct(settings), memory)
@@ -309,7 +309,7 @@ def _document(
 ) -> KeyDocument:
     """Its MAC key is derived from the oldest secret of the spool key, which all hosts have."""
     secret = own_key(settings, SPOOL).secrets()[0]
-    document = key_documents.signed(settings, secret, name, url)
+    document = stores.key_document(settings, secret, name, url)
     folder = stores.documents_folder(settings)
     copy = LocalCopy(document, folder, math.inf)  # however old it is: identities are not revoked
     return KeyDocument(name, document, copy, sealer, opened)

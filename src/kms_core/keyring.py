@@ -241,7 +241,7 @@ class Keyring:
         """Return whether any key waits on a network."""
         return any(key.blocks for key in self.keys.values())
 
-    def closed(self) -> list[str]:
+    def unusable_key_ids(self) -> list[str]:
         """The ids of keys whose key files cannot be used now: the root that sealed them is away."""
         return [key_id for key_id, native in self.natives.items() if not native.health_check().healthy]
 

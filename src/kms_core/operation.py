@@ -10,7 +10,7 @@ from kms_core import audit
 from kms_core.age import stream
 from kms_core.audit import AuditRecord, AuditWriter, record_of
 from kms_core.auth.policy import Principal
-from kms_core.backends.wrap_keys import name_of
+from kms_core.backends.wrap_keys import wrap_key_name
 from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef
 from kms_core.observability import metrics, tracing
@@ -51,7 +51,7 @@ class Operation:
 
     def note_wraps(self, wrapped: Iterable[bytes]) -> None:
         """Name the shared wrap keys that opened the file, or that sealed the result."""
-        self.record.wrap_key = ",".join(map(name_of, filter(None, wrapped)))
+        self.record.wrap_key = ",".join(map(wrap_key_name, filter(None, wrapped)))
 
     def __enter__(self) -> Self:
         self._span.__enter__()

@@ -87,8 +87,8 @@ def protect(*, strict: bool) -> None:
     if obstacle is None:
         log.info("memory.protected", dumpable=False, locked=True)
         return
-    tell = log.warning if strict else log.info
-    tell("memory.protected", dumpable=False, locked=False, reason=obstacle, advice=ADVICE[obstacle])
+    report = log.warning if strict else log.info
+    report("memory.protected", dumpable=False, locked=False, reason=obstacle, advice=ADVICE[obstacle])
 
 
 # Secrets that one process writes and its children read, in memory that has no name and no file.

@@ -9,20 +9,24 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from kms_core.age.header import hkdf
+from kms_core.documents.anchors import Anchors
+from kms_core.documents.document import SignedDocument
+from kms_core.documents.key_document import INFO
+from kms_core.documents.storage import FileStorage, ObjectStorage, Storage
 from kms_core.redis_client import connect
 from kms_core.s3 import connection
 from kms_core.s3.bucket import Bucket
 from kms_core.s3.connection import S3Connection, S3Endpoint
 from kms_core.settings.model import Settings, StoreSection
-from kms_core.signed_documents import FilePlace, ObjectPlace, Place
 from kms_protocol.tls_client import client_context
 
 _TIMEOUT_S: Final = 2.0
 _REDIS_S: Final = 1.0
 
 
-def line_of(where: str, section: StoreSection, *, strict: bool) -> S3Connection:
-    """The line to the store of a section, ``where`` in the settings. Raises ConfigurationError."""
+def s3_connection(where: str, section: StoreSection, *, strict: bool) -> S3Connection:
+    """The connection to the store of a section, ``where`` in the settings. Raises ConfigurationError."""
     endpoint = section.endpoint or f"https://s3.{section.region}.amazonaws.com"
     if section.access_key_id and section.secret_key_file:
         credentials = connection.credentials_from_file(
@@ -39,18 +43,18 @@ def documents_folder(settings: Settings) -> Path:
     return settings.state_dir.absolute() / "documents"
 
 
-def place_of(settings: Settings, url: str) -> Place:
-    """The place at ``file:///path`` or ``s3://bucket/key``, which settings have checked.
+def document_storage(settings: Settings, url: str) -> Storage:
+    """The storage at ``file:///path`` or ``s3://bucket/key``, which settings have checked.
 
     Each answer of a store may take two seconds at most. Raises ConfigurationError.
     """
     parts = urlsplit(url)
     if parts.scheme != "s3":
-        return FilePlace(Path(unquote(parts.path)))
+        return FileStorage(Path(unquote(parts.path)))
     section = settings.kms.jobs.buckets[parts.netloc]
     section = msgspec.structs.replace(section, timeout_s=min(_TIMEOUT_S, section.timeout_s))
-    line = line_of(f"kms.jobs.buckets.{parts.netloc}", section, strict=settings.is_prod)
-    return ObjectPlace(Bucket(parts.netloc, line, path_style=section.path_style), parts.path.lstrip("/"))
+    store = s3_connection(f"kms.jobs.buckets.{parts.netloc}", section, strict=settings.is_prod)
+    return ObjectStorage(Bucket(parts.netloc, store, path_style=section.path_style), parts.path.lstrip("/"))
 
 
 def anchor_client(settings: Settings) -> redis.Redis:
@@ -58,3 +62,12 @@ def anchor_client(settings: Settings) -> redis.Redis:
     client = connect(settings.kms.redis, timeout_s=_REDIS_S)
     client.set_retry(Retry(NoBackoff(), 0))
     return client
+
+
+def key_document(settings: Settings, secret: bytes, name: str, url: str) -> SignedDocument:
+    """The document of a key, authenticated by a key of this ``secret``. Raises ConfigurationError."""
+    key, document = hkdf(secret, salt=b"", info=INFO), f"key-{name}"
+    anchor_key = hkdf(secret, salt=b"", info=INFO + b"/anchor/" + name.encode())  # of this document only
+    client = anchor_client(settings)
+    anchors = Anchors(document, documents_folder(settings), client, anchor_key, f"kms keys adopt {name}")
+    return SignedDocument(document, document_storage(settings, url), key, anchors)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kms_core import secure_memory
 from kms_core.observability import logs, multiprocess_metrics
-from kms_core.settings import lint, load
+from kms_core.settings import files, lint
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import Settings
 from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_OTHER, ConfigurationError
@@ -27,11 +27,11 @@ def main() -> int:
     signal.signal(signal.SIGTERM, stop)  # until Celery has its own handler: no job is in hand
     try:
         secure_memory.forbid_dumps()
-        file = load.for_server(parser().parse_args().config, os.environ)
+        file = files.for_server(parser().parse_args().config, os.environ)
         loaded = load_settings(file, os.environ)
         logs.configure(loaded.kms.log.level, json=loaded.kms.log.as_json(terminal=sys.stderr.isatty()))
         lint.warn(loaded)
-        load.write_note(file, os.environ)
+        files.write_note(file, os.environ)
         multiprocess_metrics.share({multiprocess_metrics.FOLDER: str(_metrics_folder(loaded))})
         from celery import signals  # noqa: PLC0415 -- takes long to import
 

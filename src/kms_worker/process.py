@@ -26,6 +26,7 @@ from kms_core import secure_memory
 from kms_core.auth.authenticator import MetricsAccess
 from kms_core.container import Core, build_intake, build_monitor
 from kms_core.container import build as build_core
+from kms_core.documents.local_copy import CopyPoll
 from kms_core.jobs.events import webhook
 from kms_core.jobs.events.outbox import Outbox, WebhookDispatcher
 from kms_core.jobs.execution import attendance
@@ -39,9 +40,8 @@ from kms_core.proxies import Proxies
 from kms_core.redis_client import check_servers
 from kms_core.settings.lint import SETTINGS, unaccepted
 from kms_core.settings.model import Settings
-from kms_core.signed_documents import CopyPoll
-from kms_worker import app as worker_app
 from kms_worker import consumer, metrics_server, tasks
+from kms_worker import app as worker_app
 from kms_worker.maintenance import Maintenance
 from kms_worker.metrics_server import MetricsApp, MetricsServer
 from kms_worker.slots import Slots, Watchdog

@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 
-from kms_core.settings.load import MACHINE
+from kms_core.settings.files import MACHINE
 from kms_protocol.errors import EXIT_CONFIGURATION
 from support.pages import bash, said
 from support.ports import free_port, listens

@@ -16,8 +16,9 @@ import pytest
 from kms_core import container, redis_client
 from kms_core.auth import tokens
 from kms_core.auth.tokens import Token, TokenRequest
+from kms_core.documents.document import SignedDocument
+from kms_core.documents.storage import ObjectStorage
 from kms_core.s3.connection import S3Connection
-from kms_core.signed_documents import ObjectPlace, SignedDocument
 from support import object_stores
 from support.credentials import DAY, SecuredService, bearer
 from support.object_stores import S3Proxy, S3Request, TestBucket
@@ -66,7 +67,7 @@ class Host(SecuredService):
     def document(self) -> SignedDocument:
         settings = self.settings
         made = container.token_document(settings, redis_client.connect(settings.kms.redis))
-        LINES.append(cast("ObjectPlace", made.place).bucket.line)
+        LINES.append(cast("ObjectStorage", made.storage).bucket.line)
         return made
 
     def make(self, *scopes: str, tenant: str = "default", ttl: timedelta | None = DAY) -> tuple[Token, str]:

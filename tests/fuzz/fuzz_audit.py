@@ -13,8 +13,8 @@ from typing import Final
 import msgspec
 
 from kms_core.audit import chain, query, segments
+from kms_core.audit.hosts import HostLog
 from kms_core.audit.keys import PublicKeys
-from kms_core.audit.segments import HostLog
 from kms_core.audit.verification import receipt
 from kms_core.audit.verification.receipt import BadReceipt, Receipt
 from kms_core.audit.verification.verify import verify

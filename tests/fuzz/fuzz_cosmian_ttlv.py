@@ -17,7 +17,6 @@ from kms_core.backends.cosmian.kmip import (
     ask_alone,
     name,
     octets,
-    refusal,
     structure,
     text,
 )
@@ -118,7 +117,7 @@ def _reasons(body: bytes) -> None:
     """Words of a server are judged, and never said again, but for the name of a state."""
     reason, _ = parts(body, 2)
     words = reason.decode("utf-8", "replace")
-    found = refusal(words)
+    found = Refusal.of(words)
     assert found.kind in Kind
     assert found.state in words
     assert found.detail == found.kind.value

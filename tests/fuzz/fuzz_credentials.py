@@ -18,9 +18,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from kms_api.transport.authentication import token_of
 from kms_core import scopes
-from kms_core.auth import jwt_verifier, tokens
+from kms_core.auth import jwks, tokens
 from kms_core.auth.authenticator import Authenticator
-from kms_core.auth.jwt_verifier import IssuerKey, Jwts, RemoteKeys, Trusted
+from kms_core.auth.jwks import IssuerKey, RemoteKeys
+from kms_core.auth.jwt_verifier import Jwts, Trusted
 from kms_core.auth.tokens import TokenFile
 from kms_core.scopes import Access
 from kms_core.settings.model import IssuerSection
@@ -178,7 +179,7 @@ def _signed(data: bytes) -> None:
 
 def _key_set(data: bytes) -> None:
     try:
-        keys = jwt_verifier.parse(data)
+        keys = jwks.parse(data)
     except ValueError:
         return
     assert keys

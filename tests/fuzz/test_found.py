@@ -12,8 +12,8 @@ from kms_client.requests import ClientRequest, Reply, UnexpectedAnswer
 from kms_core.audit import query
 from kms_core.audit.verification import receipt
 from kms_core.audit.verification.receipt import UnknownRecord
-from kms_core.auth import jwt_verifier, tokens
-from kms_core.auth.jwt_verifier import discover
+from kms_core.auth import jwks, tokens
+from kms_core.auth.jwks import discover
 from kms_core.settings.load import load as load_settings
 from kms_protocol import admin, wire
 from kms_protocol.errors import ConfigurationError
@@ -95,7 +95,7 @@ def test_a_token_file_that_is_nested_without_end_is_none_of_ours(tmp_path: Path)
 @pytest.mark.parametrize("data", [NESTED, b'{"\xff":1}'], ids=["nested", "no text"])
 def test_a_strange_key_set_is_none(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"key set|Key Set"):
-        jwt_verifier.parse(data)
+        jwks.parse(data)
 
 
 def test_a_discovery_document_that_is_nested_without_end_is_none() -> None:

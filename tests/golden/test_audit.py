@@ -14,16 +14,16 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from kms_core.audit import query
+from kms_core.audit.hosts import HostLog
 from kms_core.audit.keys import Concealer, PublicKeys, Signer
 from kms_core.audit.maintenance import FolderSink, RedisSink
-from kms_core.audit.segments import HostLog
 from kms_core.audit.verification import receipt
 from kms_core.audit.verification.receipt import Receipt
 from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import verify
 from kms_protocol.context import Context
-from support.golden import expected_service as expected
 from support.golden import golden_set, install, make_service
+from support.golden import expected_service as expected
 from support.golden.reference import hmac_sha256, prefixed_texts, sha256
 from support.job_stores import connect
 

@@ -11,7 +11,7 @@ import pytest
 
 from kms_core.auth import tokens
 from kms_core.auth.tokens import DocumentTokens, TokenRequest
-from kms_core.signed_documents import LocalCopy
+from kms_core.documents.local_copy import LocalCopy
 from kms_protocol.errors import Unauthenticated
 from support.golden import golden_set, key_document, reference, tokens_document
 from support.golden.jobs import SECRET

@@ -19,8 +19,8 @@ from kms_core.secure_memory import SharedSecrets
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, UnknownKey
 from support.age_kms import age_backend, write_identities
 from support.clock import Clock
+from support.documents import FaultySealer
 from support.settings_files import read, refusal
-from support.signed_documents import FaultySealer
 
 CONTENT: Final = b"AGE-SECRET-KEY-1TEST\n"
 
@@ -208,7 +208,7 @@ def test_the_files_that_may_be_sealed_have_names(tmp_path: Path) -> None:
     )
     found = read(tmp_path, text, state_dir=tmp_path / "state")
 
-    assert {str(path) for path in key_opening.places(found).values()} == {
+    assert {str(path) for path in key_opening.key_locations(found).values()} == {
         "/p",
         "/h",
         f"{tmp_path}/state/age/private_key.txt",

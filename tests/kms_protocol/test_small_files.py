@@ -16,7 +16,7 @@ from kms_client import Client
 from kms_core.audit import segments
 from kms_core.audit.keys import PublicKeys
 from kms_core.auth import tokens
-from kms_core.auth.jwt_verifier import FileKeys
+from kms_core.auth.jwks import FileKeys
 from kms_core.backends.key_files import KeyFiles
 from kms_core.envelope.sealed_files import read_identities
 from kms_core.jobs.events.webhook import read_secret

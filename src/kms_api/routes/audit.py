@@ -9,10 +9,10 @@ from kms_api.deps import Pool, Service
 from kms_api.openapi import describe
 from kms_api.routing import Call, Router, Rule, of_tenant
 from kms_core import audit as records
-from kms_core.audit import query, segments
+from kms_core.audit import query
 from kms_core.audit.chain import text_of
+from kms_core.audit.hosts import HostLogs, host_logs
 from kms_core.audit.query import EventFilter, RecordedOperation
-from kms_core.audit.segments import HostLogs
 from kms_protocol import admin
 from kms_protocol.errors import AuditUnavailable, InvalidRequest
 from kms_protocol.units import parse_time
@@ -94,7 +94,7 @@ def audit(call: Call[None]) -> admin.AuditOut:
 def logs_of(service: Service, host: str = "") -> HostLogs:
     """The logs that the service reads, of one host if ``host`` names it. Raises InvalidRequest."""
     section = service.settings.kms.audit
-    logs, unread = found = segments.host_logs(section.path, section.copies)
+    logs, unread = found = host_logs(section.path, section.copies)
     if not host:
         return found
     if host not in {*unread, *(each.host for each in logs)}:

@@ -85,7 +85,7 @@ def readyz(call: Call[None]) -> Response:
         status="ready" if ready else "not ready",
         jobs=service.store_probe.condition(),
         audit="available" if can_record else "unavailable",
-        keys="unavailable" if service.kms.keyring.closed() else "available",
+        keys="unavailable" if service.kms.keyring.unusable_key_ids() else "available",
         spool=_spool_state(service),
     )
     return json_body.answer(shape, 200 if ready else 503)
@@ -161,7 +161,7 @@ def parts(service: Service, queues: QueueStats | None) -> dict[str, bool]:
         "redis_read_only": store == "read_only",
         "spool": use.is_away or use.ratio >= NEARLY_FULL,
         "backend": not service.kms.health_check().healthy,
-        "keys": bool(keyring.closed()),
+        "keys": bool(keyring.unusable_key_ids()),
         "key_documents": keyring.is_late,
         "audit": not service.can_record(),
         "audit_chain": bool(audit.problems),

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Final
 
 from kms_core.programs.liveness import is_alive, reachable
-from kms_core.settings import load
+from kms_core.settings import files, load
 from kms_core.settings.model import KmsSection
 from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_UNAVAILABLE, ConfigurationError
 
@@ -21,7 +21,7 @@ _TIMEOUT_S: Final = 4.0
 def main(words: list[str]) -> int:
     """Return 0 if it answers, 69 if not, 78 for wrong settings."""
     try:
-        kms = load.load(load.for_command(None, os.environ, None, _say), os.environ).kms
+        kms = load.load(files.for_command(None, os.environ, None, _say), os.environ).kms
     except ConfigurationError as exc:
         _say(f"error: {exc.detail}")
         return EXIT_CONFIGURATION

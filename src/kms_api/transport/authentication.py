@@ -30,7 +30,7 @@ from kms_api.routing import METRICS, is_ui
 from kms_core import audit
 from kms_core.audit import AuditWriter
 from kms_core.auth.authenticator import Authenticator, MetricsAccess
-from kms_core.auth.jwt_verifier import KeysPending
+from kms_core.auth.jwks import KeysPending
 from kms_core.auth.policy import Principal
 from kms_core.auth.rate_limit import Failures, source_of
 from kms_core.auth.tokens import UnknownToken

@@ -27,8 +27,8 @@ from kms_api.ui.render import STATIC, STATIC_FILES, THREADS, Fields, form, perce
 from kms_core import audit as records
 from kms_core.audit import query
 from kms_core.audit.chain import text_of
+from kms_core.audit.hosts import HostLog
 from kms_core.audit.query import EventFilter, RecordedOperation
-from kms_core.audit.segments import HostLog
 from kms_core.audit.verification import receipt
 from kms_core.audit.verification.receipt import Receipt, UnknownRecord
 from kms_core.auth.policy import Principal, allows

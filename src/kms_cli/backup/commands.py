@@ -25,6 +25,7 @@ from kms_cli.session import session
 from kms_core.audit import segments
 from kms_core.secure_files import make_folders, sync_folder
 from kms_core.settings import load
+from kms_core.settings.files import for_command
 from kms_protocol import __version__, small_files
 from kms_protocol.errors import ConfigurationError, Conflict, DecryptFailed, TargetExists
 from kms_protocol.units import size_text, time_text
@@ -222,7 +223,7 @@ def _audit_logs(folder: Path) -> Iterator[Path]:
     """The audit log in a state directory, and the one elsewhere that its settings name, if they are read."""
     yield folder / "audit"
     with suppress(ConfigurationError):
-        found = load.load(load.for_command(session().config, os.environ, folder, lambda _: None), os.environ)
+        found = load.load(for_command(session().config, os.environ, folder, lambda _: None), os.environ)
         if found.state_dir.resolve() == folder.resolve():
             yield found.kms.audit.path
 

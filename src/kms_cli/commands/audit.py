@@ -19,10 +19,10 @@ from kms_cli.local.installation import AnchorLines
 from kms_cli.options import FILE
 from kms_cli.session import session
 from kms_core import audit
-from kms_core.audit import chain, query, segments
+from kms_core.audit import chain, query
+from kms_core.audit.hosts import HostLog, copy_trouble, host_logs
 from kms_core.audit.keys import Concealer, PublicKeys, pem, public_path
 from kms_core.audit.query import EventFilter, RecordedOperation
-from kms_core.audit.segments import HostLog
 from kms_core.audit.verification import receipt
 from kms_core.audit.verification.anchors import ACKNOWLEDGED, CUT, MISSING_CHAIN, effect_of
 from kms_core.audit.verification.receipt import BadReceipt, Receipt
@@ -178,7 +178,7 @@ def logs_of(folders: Sequence[Path]) -> tuple[Sequence[HostLog], Mapping[str, st
     """
     if not folders:
         section = installation.settings().kms.audit
-        return segments.host_logs(section.path, section.copies)
+        return host_logs(section.path, section.copies)
     logs, names = [], [folder.absolute().name for folder in folders]
     for name, folder in zip(names, folders, strict=True):
         log = HostLog(name if names.count(name) == 1 else str(folder), folder.absolute())
@@ -405,10 +405,10 @@ def _known_hosts() -> Sequence[str]:
     return ()
 
 
-def _checked(log: segments.HostLog, trusted: Path | None, found: AnchorLines, late: timedelta) -> _Host:
+def _checked(log: HostLog, trusted: Path | None, found: AnchorLines, late: timedelta) -> _Host:
     """Verify the log of one host. ``trusted``: a file of keys in place of that beside the copy."""
     path = trusted or (log.keys_path if log.is_copy else None)
-    why = segments.copy_trouble(log.folder) if log.is_copy else ""
+    why = copy_trouble(log.folder) if log.is_copy else ""
     if path and not path.exists():
         why = f"{path.name} is missing: it takes what `kms audit key` prints on that host"
     if why:

@@ -133,7 +133,7 @@ def _own_keys(settings: Settings) -> Iterator[Finding]:
 def _keys(settings: Settings) -> Iterator[Finding]:
     """Wrap and unwrap with each backend of each key that the settings name, then of each root."""
     ring = keyring.build(settings, key_opening.of_process(settings))
-    sealed, places = key_opening.sealed_files(settings), key_opening.places(settings)
+    sealed, places = key_opening.sealed_files(settings), key_opening.key_locations(settings)
     for key in ring.keys.values():
         how = f", sealed by {_root(sealed[key.key_id])}" if key.key_id in sealed else ""
         if isinstance(place := places.get(key.key_id), str):
@@ -525,7 +525,7 @@ def _findings() -> Iterator[Finding]:
 
 def _has_service(settings: Settings, file: Path | None) -> bool:
     """Return whether settings, state or keys of a service are here. Without them it is a caller's machine."""
-    named = {"": settings.state_dir, **key_opening.places(settings), **key_opening.own_files(settings)}
+    named = {"": settings.state_dir, **key_opening.key_locations(settings), **key_opening.own_files(settings)}
     return bool(file) or settings.is_prod or any(os.access(each, os.F_OK) for each in named.values())
 
 

@@ -32,7 +32,7 @@ from kms_protocol.wire import ContextIn
 
 if TYPE_CHECKING:
     from kms_core.envelope.sealed_files import FileSealer
-    from kms_core.key_documents import KeyDocument
+    from kms_core.documents.key_document import KeyDocument
     from kms_core.settings.model import Settings
 
 IDENTITY: Final = "kms:identity"
@@ -186,7 +186,7 @@ def _sealed(  # noqa: PLR0913 -- the options of the command
 
     settings, sealer, name = _sealer(name)
     own = key_opening.own_files(settings)
-    known = (*key_opening.places(settings), *own)
+    known = (*key_opening.key_locations(settings), *own)
     public = ""
     if name not in known:
         raise InvalidRequest(f"The settings have no Age key {name}: --for names one of {', '.join(known)}")

@@ -211,7 +211,7 @@ def inspect(path: Path) -> dict[str, object]:
             raise DecryptFailed(f"The header of {path} is damaged") from exc
         payload_bytes = sealed.file_range.size if sealed.file_range else _size_bytes(sealed.payload)
     head = sealed.head
-    shared = ", ".join(wrap_keys.name_of(wrap.job) for wrap in bound.wraps if wrap.job) if bound else ""
+    shared = ", ".join(wrap_keys.wrap_key_name(wrap.job) for wrap in bound.wraps if wrap.job) if bound else ""
     named = {"key_id": bound.key_id, "key_version": bound.key_version} if bound else {}
     return {
         "format": "age v1" if sealed.file_range else "age v1, armored",

@@ -128,7 +128,7 @@ class _TokenFile:
     settings: Settings
 
     def __str__(self) -> str:
-        return str(self.where if isinstance(self.where, Path) else self.where.place)
+        return str(self.where if isinstance(self.where, Path) else self.where.storage)
 
     def recorded(self, change: str) -> tokens.Recorder:
         return lambda token: audited.effect(self.settings, f"token.{change}", token.id, token.tenant)

@@ -31,7 +31,7 @@ from kms_core.programs.liveness import reachable
 from kms_core.programs.supervisor import Child, say
 from kms_core.redis_client import connect
 from kms_core.secure_files import in_shell
-from kms_core.settings import load
+from kms_core.settings.files import for_command
 from kms_core.settings.load import DEFAULT_REDIS_URL
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import RedisSection, Settings
@@ -390,7 +390,7 @@ def overrides() -> Mapping[str, object]:
 def settings_file(environ: Mapping[str, str]) -> Path | None:
     """Return the settings file of this command, and print once which others are skipped."""
     given = session()
-    return load.for_command(given.config, environ, given.state_dir, _say_once)
+    return for_command(given.config, environ, given.state_dir, _say_once)
 
 
 def _say_once(text: str) -> None:

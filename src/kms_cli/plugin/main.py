@@ -21,7 +21,7 @@ from kms_core.audit import AuditRecord
 from kms_core.auth.policy import AllowAll, Principal
 from kms_core.key_selection import SelectionRules
 from kms_core.service import Kms
-from kms_core.settings import load
+from kms_core.settings import files
 from kms_core.settings.load import load as load_settings
 from kms_protocol.context import Context
 from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_OTHER, EXIT_USAGE, ConfigurationError
@@ -89,7 +89,7 @@ class KeysOfTargets:
         named = self._environ.get("KMS_CONFIG")
         if named and not Path(named).is_absolute():
             raise ConfigurationError("An age plugin requires an absolute path in KMS_CONFIG")
-        settings = load_settings(load.for_command(None, self._environ, None, _say), self._environ)
+        settings = load_settings(files.for_command(None, self._environ, None, _say), self._environ)
         rules = SelectionRules(settings.kms.require_context, FILE_LIMITS)
         keys = keyring.build(settings, key_opening.of_process(settings))
         return Kms(keys, AllowAll(), _NoAudit(), rules)

@@ -43,6 +43,17 @@ def decode(text: str) -> tuple[str, bytes]:
     return text[: len(prefix)], data
 
 
+def decode_key(text: str, prefix: str, size: int, kind: str) -> bytes:
+    """The ``size`` bytes of a key with this prefix, which may be in lower case.
+
+    Raises ValueError as ``decode``, and for another key; it says that the text is not ``kind``.
+    """
+    found, data = decode(text)
+    if found not in {prefix, prefix.lower()} or len(data) != size:
+        raise ValueError(f"not {kind}: it should look like {prefix}1…")
+    return data
+
+
 def _polymod(values: Iterable[int]) -> int:
     checksum = 1
     for value in values:

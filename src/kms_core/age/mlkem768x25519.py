@@ -51,10 +51,7 @@ class HybridRecipient:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read ``age1pq1…``; ValueError (without the text) if it is not one."""
-        prefix, data = bech32.decode(text)
-        if prefix != RECIPIENT_PREFIX or len(data) != _PUBLIC_BYTES:
-            raise ValueError("not a post-quantum recipient: it should look like age1pq1…")
-        return cls(data)
+        return cls(bech32.decode_key(text, RECIPIENT_PREFIX, _PUBLIC_BYTES, "a post-quantum recipient"))
 
     def __str__(self) -> str:
         return self.text
@@ -91,10 +88,7 @@ class HybridIdentity:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read ``AGE-SECRET-KEY-PQ-1…``; ValueError (without the text) if it is not one."""
-        prefix, data = bech32.decode(text)
-        if prefix.upper() != IDENTITY_PREFIX or len(data) != _SEED_BYTES:
-            raise ValueError("not a post-quantum identity: it should look like AGE-SECRET-KEY-PQ-1…")
-        return cls(data)
+        return cls(bech32.decode_key(text, IDENTITY_PREFIX, _SEED_BYTES, "a post-quantum identity"))
 
     def export(self) -> str:
         """The secret as text, only for a key file."""

@@ -63,51 +63,51 @@ class PluginIdentity:
         hangs for ``timeout_s`` seconds, asks for a PIN, reports an error or breaks the protocol.
         """
         found = _PluginAnswer()
-        with self._running("identity-v1") as line:
-            line.send("add-identity", self.text)
+        with self._running("identity-v1") as connection:
+            connection.send("add-identity", self.text)
             for stanza in stanzas:
-                line.send("recipient-stanza", "0", *stanza.args, body=stanza.body)
-            line.done()
-            self._hear(line, found)
+                connection.send("recipient-stanza", "0", *stanza.args, body=stanza.body)
+            connection.done()
+            self._receive(connection, found)
         if len(found.file_key) == FILE_KEY_BYTES:
             return found.file_key
-        self._raise(found)
+        self._raise_refused(found)
         raise NoMatch
 
     def wrap(self, file_key: bytes) -> list[Stanza]:
         """The stanzas that wrap a file key for this identity. Raises BackendUnavailable."""
         made = _PluginAnswer()
-        with self._running("recipient-v1") as line:
-            line.send("add-identity", self.text)
-            line.send("wrap-file-key", body=file_key)
-            line.done()
-            self._hear(line, made)
+        with self._running("recipient-v1") as connection:
+            connection.send("add-identity", self.text)
+            connection.send("wrap-file-key", body=file_key)
+            connection.done()
+            self._receive(connection, made)
         if not made.stanzas or made.errors:
-            self._raise(made)
+            self._raise_refused(made)
             raise BackendUnavailable(f"age-plugin-{self.name} sealed nothing: {_BY_HAND}")
         return made.stanzas
 
     @staticmethod
-    def _hear(line: PluginConnection, heard: _PluginAnswer) -> None:
+    def _receive(connection: PluginConnection, received: _PluginAnswer) -> None:
         """Answer each command of the plugin's phase."""
-        for stanza in line.phase():
+        for stanza in connection.phase():
             answer = "ok"
             match stanza.args:
                 case ("file-key", _):
-                    heard.file_key = stanza.body
+                    received.file_key = stanza.body
                 case ("recipient-stanza", _, *args) if args:
-                    heard.stanzas.append(Stanza(tuple(args), stanza.body))
+                    received.stanzas.append(Stanza(tuple(args), stanza.body))
                 case ("error", *_):
-                    heard.errors.append(stanza.body.decode("utf-8", "replace"))
+                    received.errors.append(stanza.body.decode("utf-8", "replace"))
                 case ("request-secret" | "request-public" | "confirm", *_):
-                    heard.asked, answer = True, "fail"
+                    received.asked, answer = True, "fail"
                 case ("msg" | "labels", *_):
                     pass
                 case _:  # grease, and commands of later versions
                     answer = "unsupported"
-            line.send(answer)
+            connection.send(answer)
 
-    def _raise(self, found: _PluginAnswer) -> None:
+    def _raise_refused(self, found: _PluginAnswer) -> None:
         """Raise BackendUnavailable if the plugin asked for something or reported an error."""
         if found.asked:
             raise BackendUnavailable(

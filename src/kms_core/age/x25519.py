@@ -42,10 +42,7 @@ class X25519Recipient:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read ``age1…``; ValueError (without the text) if it is not one."""
-        prefix, data = bech32.decode(text)
-        if prefix != RECIPIENT_PREFIX or len(data) != _KEY_BYTES:
-            raise ValueError("not an X25519 recipient: it should look like age1…")
-        return cls(data)
+        return cls(bech32.decode_key(text, RECIPIENT_PREFIX, _KEY_BYTES, "an X25519 recipient"))
 
     def __str__(self) -> str:
         return self.text
@@ -79,10 +76,7 @@ class X25519Identity:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read ``AGE-SECRET-KEY-1…``; ValueError (without the text) if it is not one."""
-        prefix, data = bech32.decode(text)
-        if prefix.upper() != IDENTITY_PREFIX or len(data) != _KEY_BYTES:
-            raise ValueError("not an X25519 identity: it should look like AGE-SECRET-KEY-1…")
-        return cls(data)
+        return cls(bech32.decode_key(text, IDENTITY_PREFIX, _KEY_BYTES, "an X25519 identity"))
 
     def export(self) -> str:
         """The secret as text, only for a key file."""

@@ -18,7 +18,7 @@ import structlog
 from kms_core.audit import COUNTED, AuditRecord, FailedItems, chain, noted, segments
 from kms_core.audit.chain import ChainHead, LineClock
 from kms_core.audit.keys import Concealer, Signer
-from kms_core.audit.segments import SegmentFile
+from kms_core.audit.segment_writer import SegmentFile
 from kms_core.observability import metrics
 from kms_core.secure_files import sync_folder
 from kms_core.settings.model import AuditSection

@@ -21,7 +21,8 @@ import msgspec
 
 from kms_core.audit import AuditRecord, segments
 from kms_core.audit.chain import text_of
-from kms_core.audit.segments import HostLog, Segment
+from kms_core.audit.hosts import HostLog, complete_to
+from kms_core.audit.segments import Segment
 from kms_protocol.errors import InvalidRequest
 from kms_protocol.wire import NOT_JSON
 
@@ -198,7 +199,7 @@ def _settled(log: HostLog, chains: Sequence[tuple[HostLog, list[Segment]]]) -> s
     """The time before which no record will appear any more."""
     if not log.is_copy:
         return text_of(datetime.now(UTC) - timedelta(seconds=SETTLED_S))
-    return segments.complete_to(_last_time(files[-1]) for each, files in chains if each is log)
+    return complete_to(_last_time(files[-1]) for each, files in chains if each is log)
 
 
 def _bounded(position: _Position) -> _Position:

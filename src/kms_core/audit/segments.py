@@ -1,130 +1,23 @@
-"""Segments: the files ``<chain>.<number>.jsonl`` of an audit log, each written by one process.
+"""Segments: the files ``<chain>.<number>.jsonl`` of an audit log, listed and read.
 
-The segments of a chain follow each other, and a chain belongs to one process. A host also has copies of the
-logs of others. Functions that read segments check nothing: ``verification`` does.
+The segments of a chain follow each other, and a chain belongs to one process. Functions that read segments
+check nothing: ``verification`` does.
 """
 
 import errno
 import fcntl
 import os
 import re
-import socket
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from kms_core.audit import chain
-from kms_core.audit.chain import ChainHead, ChainLine, text_of
+from kms_core.audit.chain import ChainHead, ChainLine
 from kms_core.audit.keys import PublicKeys
 from kms_protocol.small_files import at_once
-from kms_protocol.units import time_or_none
-
-
-class SegmentFile:
-    """A new segment, written by this process only: whole lines, one sync for the lines of several threads.
-
-    ``trouble`` is the reason why no further line may be written. Lines are written where the previous line of
-    this process ended, so bytes that another program or a full disk left there never begin a line.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Create the file. A lock on it shows readers that its process lives.
-
-        A file that root creates belongs to the owner of the folder, since the service reads all chains.
-        Raises OSError; FileExistsError if the name exists.
-        """
-        self.path = path
-        self.size = 0
-        self.trouble = ""
-        self._name = str(path)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        if os.geteuid() == 0:
-            owner = path.parent.stat()
-            os.fchown(self._fd, owner.st_uid, owner.st_gid)
-        with suppress(OSError):  # a file system without locks: readers then take this process for dead
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        found = os.fstat(self._fd)
-        self._identity = (found.st_dev, found.st_ino)
-        self._turn = threading.Lock()
-        self._synced = 0
-        self._closed = False
-
-    def is_ours(self) -> bool:
-        """True if the name still leads to the file, with the size that it should have. One system call."""
-        if self.trouble:
-            return False
-        try:
-            found = os.stat(self._name)  # noqa: PTH116 -- for every record: pathlib doubles the cost
-        except OSError:
-            self.trouble = "vanished"
-            return False
-        if (found.st_dev, found.st_ino) != self._identity:
-            self.trouble = "vanished"
-        elif found.st_size != self.size:
-            self.trouble = "disturbed"
-        return not self.trouble
-
-    def append(self, line: bytes) -> None:
-        """Append a line. Raises OSError, and removes the part that was written, or sets ``trouble``."""
-        whole = False
-        try:
-            whole = os.pwrite(self._fd, line, self.size) == len(line)
-        finally:
-            if not whole:
-                self._take_back()
-        if not whole:  # the disk filled up in the middle of the line
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.size += len(line)
-
-    def _take_back(self) -> None:
-        try:
-            os.ftruncate(self._fd, self.size)
-        except OSError:
-            self.trouble = "torn"
-
-    def sync(self, size: int) -> None:
-        """Return once the first ``size`` bytes are on disk. Threads that wait share one call of the kernel.
-
-        Raises OSError. After a failed sync the kernel may mark lost pages as clean, so the file is given up.
-        """
-        with self._turn:
-            if self._synced >= size:
-                return
-            if self.trouble == "unsynced" or self._closed:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            target = self.size
-            try:
-                os.fdatasync(self._fd)
-            except BaseException:
-                self.trouble = "unsynced"
-                raise
-            self._synced = target
-
-    def finish(self, *, sync: bool) -> None:
-        """Close the file after its last line. Raises OSError if lines may not be on disk."""
-        try:
-            if sync:
-                self.sync(self.size)
-        finally:
-            self.abandon()
-
-    def abandon(self) -> None:
-        """Close the file as it is; waiting calls of ``sync`` fail."""
-        with self._turn:
-            if not self._closed:
-                self._closed = True
-                with suppress(OSError):
-                    os.close(self._fd)
-            self.trouble = self.trouble or "closed"
-
-    def leave_to_parent(self) -> None:
-        """Close the descriptor in a forked process, where the lock may be held by a thread of the parent."""
-        os.close(self._fd)
-
 
 CHAIN: Final = re.compile(r"[a-z][a-z0-9_]{0,31}-\d{8}T\d{6}\.\d{6}Z-\d{1,10}")
 NAME: Final = re.compile(rf"({CHAIN.pattern})\.(\d{{4,9}})\.jsonl")
@@ -334,80 +227,3 @@ def line_of(path: Path, seq: int) -> bytes:
     line = next(lines_of(path, offset_of(path, lambda line: line.seq >= seq)), b"")
     found = chain.read(line)
     return line if found is not None and found.seq == seq else b""
-
-
-# Logs of several hosts: the log of this host, and copies of the logs of others below one directory.
-#
-# ``<copies>/<host>/`` has the files of a host, ``<copies>/<host>.pub`` the public keys that sign its lines.
-# The program that makes the copies may write to the first, never to the second. A copy is a little older
-# than its log, and its files were copied one after the other.
-
-RUN: Final = timedelta(minutes=10)
-"""The longest run of the program that copies: two files of one copy differ in age by at most this."""
-KEYS_SUFFIX: Final = ".pub"
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
-_PLACE: Final = "copies"
-
-
-@dataclass(frozen=True, slots=True)
-class HostLog:
-    """The log of a host. ``host`` is empty where only one log is read."""
-
-    host: str
-    folder: Path
-    is_copy: bool = False
-
-    @property
-    def keys_path(self) -> Path:
-        """The file with the public keys of a copy."""
-        return self.folder.with_name(self.folder.name + KEYS_SUFFIX)
-
-
-class HostLogs(NamedTuple):
-    """The logs that can be read, this host's first; and the reason for each that cannot, by host."""
-
-    logs: Sequence[HostLog]
-    unread: dict[str, str]
-
-
-def local_log() -> str:
-    """The name of this host."""
-    return socket.gethostname()[:80]
-
-
-def host_logs(own: Path, copies: Path | None) -> HostLogs:
-    """The log in ``own``, and the copies of other hosts; a copy of this host's log is left out."""
-    if copies is None:
-        return HostLogs([HostLog("", own)], {})
-    logs, unread = [HostLog(local_log(), own)], {}
-    try:
-        names = sorted(path.name for path in copies.iterdir() if path.is_dir())
-    except OSError as exc:
-        return HostLogs(logs, {_PLACE: f"the directory of copies cannot be read ({exc.strerror})"})
-    for name in names:
-        if name == local_log() or not _NAME.fullmatch(name):
-            continue
-        if why := copy_trouble(copies / name):
-            unread[name] = why
-        else:
-            logs.append(HostLog(name, copies / name, is_copy=True))
-    return HostLogs(logs, unread)
-
-
-def copy_trouble(folder: Path) -> str:
-    """The reason why a copy cannot be read; empty if it can. A link could lead to files of this host."""
-    try:
-        with os.scandir(folder) as entries:
-            link = next((entry.name for entry in entries if entry.is_symlink()), "")
-    except OSError as exc:
-        return f"the copy cannot be read ({exc.strerror})"
-    return f"the copy has a link, which is not followed: {link[:80]!r}" if link else ""
-
-
-def complete_to(times: Iterable[str]) -> str:
-    """The time up to which a copy has all lines, given the times of its last lines; empty for none.
-
-    The last line of a file may have any text as its time, since no key signed it.
-    """
-    found = [at for at in map(time_or_none, times) if at is not None and at.year > 1]
-    return text_of(min(max(found), datetime.now(UTC)) - RUN) if found else ""

@@ -14,11 +14,13 @@ from functools import partial
 from typing import Final, Literal
 
 from kms_core import scopes
-from kms_core.auth import client_certificates, jwt_verifier, logins, tokens
+from kms_core.auth import client_certificates, jwks, logins, tokens
 from kms_core.auth.client_certificates import PresentedCertificate, Revocations
-from kms_core.auth.jwt_verifier import FileKeys, IssuerKeys, Jwts, KeysPending, RemoteKeys, Reviews, Trusted
+from kms_core.auth.jwks import FileKeys, IssuerKeys, KeysPending, RemoteKeys
+from kms_core.auth.jwt_verifier import Jwts, Trusted
 from kms_core.auth.logins import Logins
 from kms_core.auth.policy import Grant, Policy, Principal, allows
+from kms_core.auth.token_review import Reviews
 from kms_core.auth.tokens import Tokens, UnknownToken
 from kms_core.observability import metrics
 from kms_core.proxies import Proxies
@@ -193,16 +195,16 @@ def _keys(name: str, section: IssuerSection, *, in_dev: bool) -> IssuerKeys | Re
     """The keys of an issuer: from a file, from a URL, or by OpenID Connect Discovery; or its reviews."""
     where = f"kms.auth.issuers.{name}"
     if section.review_url is not None and section.review_token_file is not None:
-        server = jwt_verifier.issuer_at(section.review_url, section.ca_file, f"{where}.review_url")
+        server = jwks.issuer_at(section.review_url, section.ca_file, f"{where}.review_url")
         return Reviews(server, section.review_token_file, section.audience)
     if section.jwks_file is not None:
         return FileKeys(section.jwks_file)
     client_context(section.ca_file, f"{where}.ca_file")  # an unusable file is refused at the start
     setting = f"{where}.{'issuer' if section.jwks_url is None else 'jwks_url'}"
-    fetch = partial(jwt_verifier.fetch, ca_file=section.ca_file, setting=setting)
+    fetch = partial(jwks.fetch, ca_file=section.ca_file, setting=setting)
     if section.jwks_url is not None:
         return RemoteKeys(partial(fetch, section.jwks_url))
-    return RemoteKeys(partial(jwt_verifier.discover, section.issuer, fetch, in_dev=in_dev))
+    return RemoteKeys(partial(jwks.discover, section.issuer, fetch, in_dev=in_dev))
 
 
 _FORWARDED: Final = frozenset({"forwarded", "x-forwarded-for", "x-real-ip", "via"})

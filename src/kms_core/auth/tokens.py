@@ -23,10 +23,11 @@ import msgspec
 import structlog
 
 from kms_core import secure_files
+from kms_core.documents.document import SignedDocument, Version
+from kms_core.documents.local_copy import LocalCopy
 from kms_core.reload import SMALL_BYTES, reason_of, stamp_of_stat
 from kms_core.secure_files import OTHERS, is_open
 from kms_core.settings.model import Settings
-from kms_core.signed_documents import LocalCopy, SignedDocument, Version
 from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError, Conflict, Missing, Unauthenticated, Unavailable
 from kms_protocol.wire import NOT_JSON

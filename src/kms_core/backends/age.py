@@ -16,7 +16,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +30,7 @@ from kms_core.age.header import FILE_KEY_BYTES, Stanza
 from kms_core.age.recipients import (
     Identity,
     Recipient,
+    identities_of,
     identity_file,
     key_lines,
     parse_identity,
@@ -45,7 +46,6 @@ from kms_core.envelope.sealed_files import KeySource, NotOpenedYet, SealedFiles
 from kms_core.http_client import Unreachable
 from kms_core.secure_files import in_shell
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, RotationRefused
-from kms_protocol.units import time_or_none
 
 RECHECK_S: Final = 0.5
 SOUGHT_EVERY_S: Final = 1.0
@@ -53,7 +53,6 @@ SOUGHT_EVERY_S: Final = 1.0
 OPEN_S: Final = 60.0
 """The longest wait of a rotation for the parent process to open the new identity (s)."""
 _POLL_S: Final = 0.05
-_CREATED: Final = "# created: "
 _VERSION: Final = re.compile("[0-9a-f]{8}")
 _SEVERAL_HOSTS: Final = (
     "The hosts {} have files of their own for this key, and would not know its new version: append a new "
@@ -65,7 +64,7 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _KeyFiles:
-    """The content of the source at one moment."""
+    """The keys of the source, as last read."""
 
     identities: dict[str, Identity] = field(repr=False)
     origin_keys: dict[str, bytes] = field(repr=False)
@@ -253,17 +252,17 @@ class AgeBackend:
 
 
 def _load(source: KeySource) -> _KeyFiles:
-    stamp, identities_, recipient = source.read()
-    identities_text = _text(source, identities_)
+    stamp, content, recipient = source.read()
+    remedy = f"make one with `kms keygen -o {in_shell(source.private)}`"
     identities: dict[str, Identity] = {}
     versions: dict[str, KeyVersion] = {}  # a repeated identity is one version
     current = ""
-    for identity, created in _identities(identities_text, source.private):
+    for identity, created in identities_of(content, source.private, parse_identity, remedy=remedy):
         current = version_of(identity.recipient)
         identities[current] = identity
         versions[current] = KeyVersion(current, created)
     if recipient is not None:
-        current = version_of(_recipient(_text(source, recipient), source.public))
+        current = version_of(_recipient(recipient, source.public))
         if current not in identities:
             raise ConfigurationError(
                 f"The recipient in {source.public} has no identity in {source.private}: "
@@ -274,38 +273,11 @@ def _load(source: KeySource) -> _KeyFiles:
     return _KeyFiles(identities, origin_keys, tuple(in_order), current, stamp)
 
 
-def _text(source: KeySource, content: bytes) -> str:
+def _recipient(content: bytes, path: Path | str | None) -> Recipient:
     try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as exc:
-        raise ConfigurationError(f"The age key files {source.private}, {source.public} are not text") from exc
-
-
-def _identities(text: str, path: Path | str) -> Iterator[tuple[Identity, datetime | None]]:
-    created: datetime | None = None
-    count = 0
-    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
-        if line.startswith(_CREATED):
-            created = time_or_none(line.removeprefix(_CREATED))
-        if not line or line.startswith("#"):
-            continue
-        try:
-            yield parse_identity(line), created
-        except ValueError as exc:
-            raise ConfigurationError(f"Line {number} of {path} is not an age identity ({exc})") from exc
-        created = None
-        count += 1
-    if not count:
-        raise ConfigurationError(
-            f"{path} holds no age identity: make one with `kms keygen -o {in_shell(path)}`"
-        )
-
-
-def _recipient(text: str, path: Path | str | None) -> Recipient:
-    lines = key_lines(text)
-    if len(lines) != 1:
-        raise ConfigurationError(f"{path} must hold one recipient (age1…), it holds {len(lines)}")
-    try:
+        lines = key_lines(content.decode("utf-8"))
+        if len(lines) != 1:
+            raise ConfigurationError(f"{path} must hold one recipient (age1…), it holds {len(lines)}")
         return parse_recipient(lines[0][1])
     except ValueError as exc:
         raise ConfigurationError(f"{path} does not hold an age recipient ({exc})") from exc

@@ -170,7 +170,7 @@ class RemoteBackend:
         return found
 
     def listed(self, for_s: float) -> Sequence[str]:
-        """The versions of the server's last answer if it is in use for ``for_s`` more, else none. No call."""
+        """The versions listed last, if they are valid for ``for_s`` seconds more; else none. No call."""
         known = self._known
         is_fresh = known.age_s() + for_s < VERSIONS_FRESH_S
         return [each.version for each in known.versions] if is_fresh else []

@@ -39,7 +39,7 @@ def boot_time_s() -> float:
 
 
 @lru_cache(maxsize=MOST_OPENED)
-def name_of(wrapped: bytes) -> str:
+def wrap_key_name(wrapped: bytes) -> str:
     """The name of a wrap key in audit records: the first 32 hex digits of SHA-256 of its wrapped form."""
     return hashlib.sha256(wrapped).hexdigest()[:_NAME_HEX]
 

@@ -16,7 +16,7 @@ from typing import Final, NamedTuple, Protocol
 from kms_core.age import armor, header, stream
 from kms_core.age.header import FILE_KEY_BYTES, SYNC_LIMITS, Header, Stanza
 from kms_core.age.plugin_identity import PREFIX, PluginIdentity
-from kms_core.age.recipients import Identity, Recipient, key_lines, parse_identity, parse_recipient
+from kms_core.age.recipients import Identity, Recipient, identities_of, parse_identity, parse_recipient
 from kms_core.age.x25519 import NoMatch
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import BoundStanzas, KeyRef
@@ -118,25 +118,18 @@ class RootKey(Protocol):
 def read_identities(path: Path) -> list[SealingIdentity]:
     """The identities of a file, native or of plugins. Raises ConfigurationError, which names the line."""
     try:
-        lines = key_lines(small_files.text(path))
+        content = small_files.read(path)
     except OSError as exc:
         raise ConfigurationError(
             f"The identity that opens sealed keys, {path}, cannot be read ({exc.strerror}): "
             "check kms.age.seal_identity_path"
         ) from exc
-    except UnicodeDecodeError as exc:
-        raise ConfigurationError(
-            f"{path} is not text: kms.age.seal_identity_path names age identities"
-        ) from exc
-    found: list[SealingIdentity] = []
-    for number, line in lines:
-        try:
-            found.append(PluginIdentity.parse(line) if line.startswith(PREFIX) else parse_identity(line))
-        except ValueError as exc:
-            raise ConfigurationError(f"Line {number} of {path} is not an age identity ({exc})") from exc
-    if not found:
-        raise ConfigurationError(f"{path} holds no age identity: kms.age.seal_identity_path needs one")
-    return found
+    found = identities_of(content, path, _parsed_identity, remedy="kms.age.seal_identity_path needs one")
+    return [identity for identity, _ in found]
+
+
+def _parsed_identity(text: str) -> SealingIdentity:
+    return PluginIdentity.parse(text) if text.startswith(PREFIX) else parse_identity(text)
 
 
 Documents = Callable[[str, str, "FileSealer", SealedFiles | None], KeySource]

@@ -4,7 +4,7 @@ import collections
 import os
 import threading
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from typing import Final, Protocol, get_args
 
@@ -22,96 +22,15 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from kms_core.observability import multiprocess_metrics
 from kms_protocol import __version__, wire
 
-# Usage counters: operations by result, and messages and bytes sealed by each key version.
-#
-# They are counted in memory and flushed to Redis every 2 seconds (``UsageFlush``), so
-# a call needs no round trip. A killed process loses the counts of the last seconds: the sums are lower
-# bounds.
-
 SEALING: Final = frozenset({"encrypt", "generate_data_key", "rewrap", "reseal", "wrap"})
 OPERATIONS: Final = "operations"
 OF_TENANT: Final = "tenant"
 MESSAGES: Final = "messages"
 BYTES: Final = "bytes"
-
-
-class Counted(Protocol):
-    """The fields of an audit record that are counted."""
-
-    operation: str
-    tenant: str
-    backend: str
-    key_id: str
-    key_version: str
-    job_id: str
-    bytes_in: int
-    bytes_out: int
-
-
-class UsageCounters:
-    """The counts of this process that are not flushed yet. Safe in several threads."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts: collections.Counter[str] = collections.Counter()
-
-    def note(self, record: Counted, result: str) -> None:
-        """Count an operation. A message is one seal under a key version; bytes are those of its plaintext."""
-        with self._lock:
-            self._counts[f"{OPERATIONS} {record.operation} {result}"] += 1
-            self._counts[f"{OF_TENANT} {record.tenant} {record.operation} {result}"] += 1
-            if result == "ok" and record.operation in SEALING:
-                version = f"{record.key_id} {record.key_version} {record.backend}"
-                self._counts[f"{MESSAGES} {version}"] += 1
-                self._counts[f"{BYTES} {version}"] += record.bytes_in
-
-    def take(self) -> dict[str, int]:
-        """Remove and return the counts; ``put_back`` returns them if they could not be flushed."""
-        with self._lock:
-            taken, self._counts = dict(self._counts), collections.Counter()
-        return taken
-
-    def put_back(self, counts: Mapping[str, int]) -> None:
-        with self._lock:
-            self._counts.update(counts)
-
-    def peek(self) -> dict[str, int]:
-        """The counts that are not flushed yet."""
-        with self._lock:
-            return dict(self._counts)
-
-
-def operations_used(counts: Mapping[str, int], tenant: str | None = None) -> dict[str, list[int]]:
-    """The numbers of successful and of failed calls by operation, of one tenant or of all."""
-    start = f"{OPERATIONS} " if tenant is None else f"{OF_TENANT} {tenant} "
-    found: dict[str, list[int]] = {}
-    for field, count in counts.items():
-        if field.startswith(start):
-            operation, _, result = field.removeprefix(start).partition(" ")
-            found.setdefault(operation, [0, 0])[result != "ok"] += count
-    return found
-
-
-def usage_of_version(counts: Mapping[str, int], key_id: str, version: str, backend: str) -> tuple[int, int]:
-    """The messages and the plaintext bytes that a key version has sealed."""
-    name = f"{key_id} {version} {backend}"
-    return counts.get(f"{MESSAGES} {name}", 0), counts.get(f"{BYTES} {name}", 0)
-
-
-def added_usage(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
-    """The sums of the counts of two sources."""
-    return dict(collections.Counter(first) + collections.Counter(second))
-
-
 _FAST: Final = (2e-4, 5e-4, 1e-3, 2.5e-3, 1e-2, 5e-2, 0.25, 0.5, 1.0, 5.0)  # 0.5 and 1.0 are bounds of alerts
 _SLOW: Final = (5e-3, 2e-2, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0)
-
-
-def _latest(name: str, documentation: str, labels: Sequence[str] = ()) -> Gauge:
-    """A gauge with the value that any process set last."""
-    return Gauge(name, documentation, labels, multiprocess_mode="livemostrecent")
-
-
+_latest: Final = partial(Gauge, multiprocess_mode="livemostrecent")
+"""Makes a gauge with the value that any process set last."""
 OPERATION_SECONDS: Final = Histogram(
     "kms_operation_duration_seconds",
     "Time of an operation in the core; result is ok or an error code",
@@ -287,6 +206,78 @@ answer_seconds: Final = lru_cache(maxsize=1024)(HTTP_SECONDS.labels)
 _operation_seconds: Final = lru_cache(maxsize=1024)(OPERATION_SECONDS.labels)
 _payload_bytes: Final = lru_cache(maxsize=1024)(PAYLOAD_BYTES.labels)
 _KINDS: Final = get_args(wire.JobKind)
+
+
+class Counted(Protocol):
+    """The fields of an audit record that are counted."""
+
+    operation: str
+    tenant: str
+    backend: str
+    key_id: str
+    key_version: str
+    job_id: str
+    bytes_in: int
+    bytes_out: int
+
+
+class UsageCounters:
+    """Operations by result, and messages and bytes sealed by each key version. Safe in several threads.
+
+    They are counted in memory and flushed to Redis every 2 seconds (``UsageFlush``), so a call needs no round
+    trip. A killed process loses the counts of the last seconds: the sums are lower bounds.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: collections.Counter[str] = collections.Counter()
+
+    def note(self, record: Counted, result: str) -> None:
+        """Count an operation. A message is one seal under a key version; bytes are those of its plaintext."""
+        with self._lock:
+            self._counts[f"{OPERATIONS} {record.operation} {result}"] += 1
+            self._counts[f"{OF_TENANT} {record.tenant} {record.operation} {result}"] += 1
+            if result == "ok" and record.operation in SEALING:
+                version = f"{record.key_id} {record.key_version} {record.backend}"
+                self._counts[f"{MESSAGES} {version}"] += 1
+                self._counts[f"{BYTES} {version}"] += record.bytes_in
+
+    def take(self) -> dict[str, int]:
+        """Remove and return the counts; ``put_back`` returns them if they could not be flushed."""
+        with self._lock:
+            taken, self._counts = dict(self._counts), collections.Counter()
+        return taken
+
+    def put_back(self, counts: Mapping[str, int]) -> None:
+        with self._lock:
+            self._counts.update(counts)
+
+    def peek(self) -> dict[str, int]:
+        """The counts that are not flushed yet."""
+        with self._lock:
+            return dict(self._counts)
+
+
+def operations_used(counts: Mapping[str, int], tenant: str | None = None) -> dict[str, list[int]]:
+    """The numbers of successful and of failed calls by operation, of one tenant or of all."""
+    start = f"{OPERATIONS} " if tenant is None else f"{OF_TENANT} {tenant} "
+    found: dict[str, list[int]] = {}
+    for field, count in counts.items():
+        if field.startswith(start):
+            operation, _, result = field.removeprefix(start).partition(" ")
+            found.setdefault(operation, [0, 0])[result != "ok"] += count
+    return found
+
+
+def usage_of_version(counts: Mapping[str, int], key_id: str, version: str, backend: str) -> tuple[int, int]:
+    """The messages and the plaintext bytes that a key version has sealed."""
+    name = f"{key_id} {version} {backend}"
+    return counts.get(f"{MESSAGES} {name}", 0), counts.get(f"{BYTES} {name}", 0)
+
+
+def added_usage(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
+    """The sums of the counts of two sources."""
+    return dict(collections.Counter(first) + collections.Counter(second))
 
 
 def announce(backends: Collection[str], endpoints: Collection[str]) -> None:

@@ -68,7 +68,7 @@ def stop_signals() -> Iterator[Callable[[float], bool]]:
         wanted = STOP_SIGNALS | {signal.SIGCHLD}
         if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
             wanted -= {signal.SIGHUP}
-        old = {number: signal.signal(number, _heard) for number in wanted}
+        old = {number: signal.signal(number, _ignore_signal) for number in wanted}
         try:
             yield partial(_wait, reader)
         finally:
@@ -82,7 +82,7 @@ def _wait(reader: socket.socket, timeout_s: float) -> bool:
     return bool(readable) and not STOP_SIGNALS.isdisjoint(reader.recv(4096))
 
 
-def _heard(number: int, frame: FrameType | None) -> None:
+def _ignore_signal(number: int, frame: FrameType | None) -> None:
     """Do nothing: the signal is read from the wakeup socket."""
 
 
@@ -105,7 +105,7 @@ class Supervisor:
 
     def tick(self) -> None:
         """Reap, start or check the child, as is due."""
-        if self._process is not None and self._ended(self._process):
+        if self._process is not None and self._has_ended(self._process):
             self._plan_restart(self._reap(self._process))
         elif self._process is None and time.monotonic() >= self.start_at:
             self._start()
@@ -118,7 +118,7 @@ class Supervisor:
 
     def gone(self) -> bool:
         """Return whether the child has ended; reaps it and kills its process group."""
-        if self._process is not None and self._ended(self._process):
+        if self._process is not None and self._has_ended(self._process):
             self._reap(self._process)
         return self._process is None
 
@@ -140,7 +140,7 @@ class Supervisor:
             secure_files.write(self._pid_path, b"%d\n" % self._process.pid, locked=True)
 
     @staticmethod
-    def _ended(process: subprocess.Popen[bytes]) -> bool:
+    def _has_ended(process: subprocess.Popen[bytes]) -> bool:
         """True if the process has ended; it is not reaped, so that its process group's number stays taken."""
         return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 

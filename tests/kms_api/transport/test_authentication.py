@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from kms_api.transport.authentication import RequestAuthenticator
-from kms_core.auth.jwt_verifier import KeysPending
+from kms_core.auth.jwks import KeysPending
 from kms_core.auth.policy import Principal
 from support.waiting import WAIT_S
 

@@ -15,7 +15,7 @@ from kms_cli.local import installation
 from kms_cli.local.up import make_dev_keys
 from kms_core.audit.keys import Concealer, Signer
 from kms_core.audit.log import AuditLog
-from kms_core.settings import load
+from kms_core.settings import files, load
 from kms_core.settings.model import AuditSection
 from support.audit_logs import AuditFolder
 from support.cli.at_terminal import at_terminal
@@ -174,7 +174,7 @@ def serving(place: Workspace, how: str) -> Iterator[None]:
     if how == "log elsewhere":
         log = f'[kms]\nstate_dir = "{state}"\n[kms.audit]\npath = "{place.path("elsewhere")}"\n'
         place.write("kms.toml", log.encode())
-        load.write_note(Path(place.path("kms.toml")), {"KMS_STATE_DIR": str(state)})
+        files.write_note(Path(place.path("kms.toml")), {"KMS_STATE_DIR": str(state)})
     file = Path(place.path("kms.toml")) if how == "log elsewhere" else None
     settings = load.load(file, {"KMS_STATE_DIR": str(state), "HOME": str(place.folder)})
     with writing_log(settings.kms.audit):

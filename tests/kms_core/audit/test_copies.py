@@ -8,10 +8,10 @@ from typing import Final
 
 import pytest
 
-from kms_core.audit import query, segments
+from kms_core.audit import query
+from kms_core.audit.hosts import HostLog, host_logs, local_log
 from kms_core.audit.log import AuditLog
 from kms_core.audit.query import EventFilter
-from kms_core.audit.segments import HostLog
 from support.audit_logs import AuditFolder, record
 
 ALL: Final = EventFilter()
@@ -52,8 +52,8 @@ def other(tmp_path: Path) -> Host:
 
 
 def logs(own: Host, other: Host) -> Sequence[HostLog]:
-    found, unread = segments.host_logs(own.audit_folder.folder, other.copy.parent)
-    assert ([each.host for each in found], unread) == ([segments.local_log(), "kms-2"], {})
+    found, unread = host_logs(own.audit_folder.folder, other.copy.parent)
+    assert ([each.host for each in found], unread) == ([local_log(), "kms-2"], {})
     return found
 
 
@@ -70,7 +70,7 @@ def test_events_of_hosts_are_merged_by_time(own: Host, other: Host) -> None:
 
     page = query.page(logs(own, other), ALL, None, 10)
     assert [(event.host, event.principal) for event in page.events] == [
-        ((segments.local_log(), "kms-2")[number % 2], f"ada-{number}") for number in range(6)
+        ((local_log(), "kms-2")[number % 2], f"ada-{number}") for number in range(6)
     ]
     newest = query.newest(logs(own, other), ALL, 3)
     assert [event.principal for event in newest] == ["ada-3", "ada-4", "ada-5"]
@@ -162,20 +162,20 @@ def test_a_link_in_a_copy_is_not_followed(own: Host, other: Host) -> None:
     target = next(own.audit_folder.folder.iterdir())
     (other.copy / target.name).symlink_to(target)
 
-    found = segments.host_logs(own.audit_folder.folder, other.copy.parent)
+    found = host_logs(own.audit_folder.folder, other.copy.parent)
     assert "has a link" in found.unread["kms-2"]
     assert "kms-2" not in [each.host for each in found.logs]
 
 
 def test_names_that_are_no_hosts_are_left_out_and_a_directory_that_is_away_is_told(own: Host) -> None:
     copies = own.copy.parent
-    for name in (".hidden", "a b", "x" * 81, segments.local_log(), "-f"):
+    for name in (".hidden", "a b", "x" * 81, local_log(), "-f"):
         (copies / name).mkdir()
     (copies / "kms-2.pub").touch()
 
     for folder, unread in ((copies, []), (copies / "gone", ["copies"])):
-        found = segments.host_logs(own.audit_folder.folder, folder)
-        assert ([each.host for each in found.logs], [*found.unread]) == ([segments.local_log()], unread)
+        found = host_logs(own.audit_folder.folder, folder)
+        assert ([each.host for each in found.logs], [*found.unread]) == ([local_log()], unread)
 
 
 def test_a_copy_that_shrinks_repeats_nothing(own: Host, other: Host) -> None:

@@ -17,7 +17,7 @@ from typing import Final
 
 import pytest
 
-from kms_core.audit.segments import SegmentFile
+from kms_core.audit.segment_writer import SegmentFile
 from kms_core.settings.model import AuditSection
 from kms_protocol.errors import AuditUnavailable
 from support.audit_logs import (

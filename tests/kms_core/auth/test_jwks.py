@@ -1,22 +1,15 @@
 """Keys of an issuer are fetched once for all who need them, and only those wait who do."""
 
+import json
 import threading
 from collections.abc import Iterator
 
 import jwt
 import pytest
 
-from kms_core.auth import jwt_verifier
-from kms_core.auth.jwt_verifier import (
-    AGAIN_S,
-    KEEP_S,
-    STALE_S,
-    WAIT_S,
-    Jwts,
-    KeysPending,
-    RemoteKeys,
-    Trusted,
-)
+from kms_core.auth import jwks
+from kms_core.auth.jwks import AGAIN_S, KEEP_S, STALE_S, WAIT_S, KeysPending, RemoteKeys
+from kms_core.auth.jwt_verifier import Jwts, Trusted
 from kms_core.settings.model import IssuerSection as Section
 from kms_protocol.errors import Unauthenticated, Unavailable
 from support.clock import Clock
@@ -214,13 +207,34 @@ def test_no_caller_with_a_known_key_waits_for_an_issuer_that_is_away(known: Trus
     until(lambda: known.corp.asked == 3, "another fetch in the background")
 
 
+def test_keys_for_other_things_are_passed_over() -> None:
+    issuer = Issuer()
+    issuer.rollover("two", "RS256")
+    known = json.loads(issuer.jwks)["keys"]
+    odd = [
+        {"kty": "oct", "k": "AAAA", "kid": "shared"},
+        {**known[0], "use": "enc", "kid": "enc"},
+        {**known[0], "alg": "ES384", "kid": "wrong"},
+        {"kty": "EC", "crv": "secp256k1", "x": known[0]["x"], "y": known[0]["y"], "kid": "curve"},
+        {"kty": "EC", "crv": "P-256", "x": "AA", "y": "AA", "kid": "point"},
+        {"kty": "AKP", "alg": "ML-DSA-65", "pub": "AA", "kid": "later"},
+        {},
+    ]
+    found = jwks.parse(json.dumps({"keys": [*odd, *known]}).encode())
+
+    usable = {key.kid: key.algorithms for key in found if key.algorithms}
+    assert usable["one"] == {"ES256"}
+    assert usable["two"] >= {"RS256", "PS512"}
+    assert usable.keys() <= {"one", "two"}
+
+
 # -- junk ------------------------------------------------------------------------------------------------
 
 
 def test_an_error_that_is_not_foreseen_begins_no_flood_of_fetches(
     issuers: TrustedIssuers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jwt_verifier, "parse", lambda _: 1 / 0)
+    monkeypatch.setattr(jwks, "parse", lambda _: 1 / 0)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     for number in range(20):
         with pytest.raises(Unavailable):

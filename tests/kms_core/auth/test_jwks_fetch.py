@@ -6,7 +6,7 @@ from typing import Final
 
 import pytest
 
-from kms_core.auth import jwt_verifier
+from kms_core.auth import jwks
 from kms_protocol.errors import BackendUnavailable
 from support.contract.faults import Fault, answer, faulty, floods
 from support.waiting import RealTime
@@ -16,7 +16,7 @@ GOOD: Final = answer(200, b"{}")
 
 
 def fetch(url: str) -> bytes:
-    return jwt_verifier.fetch(url, None, "kms.auth.issuers.corp.jwks_url")
+    return jwks.fetch(url, None, "kms.auth.issuers.corp.jwks_url")
 
 
 def dripping(head: bytes, piece: bytes) -> Fault:
@@ -43,7 +43,7 @@ def dripping(head: bytes, piece: bytes) -> Fault:
 def test_an_answer_that_drips_ends_in_time(
     head: bytes, piece: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jwt_verifier, "_WITHIN_S", 1.0)
+    monkeypatch.setattr(jwks, "_WITHIN_S", 1.0)
     with faulty(dripping(head, piece)) as server:
         begun = RealTime.now_s()
         with pytest.raises(BackendUnavailable):
@@ -58,7 +58,7 @@ def test_an_answer_that_was_compressed_is_not_unpacked() -> None:
         assert fetch(server.url) == bomb
 
     with pytest.raises(ValueError, match="not a JSON Web Key Set"):
-        jwt_verifier.parse(bomb)
+        jwks.parse(bomb)
 
 
 @pytest.mark.parametrize(

@@ -15,24 +15,16 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from kms_core.auth import jwt_verifier
 from kms_core.auth.authenticator import Authenticator
-from kms_core.auth.jwt_verifier import FileKeys, Jwts, RemoteKeys, Trusted
+from kms_core.auth.jwks import FileKeys, RemoteKeys
+from kms_core.auth.jwt_verifier import Jwts, Trusted
 from kms_core.auth.policy import ByScopes, Principal, allows
 from kms_core.auth.tokens import TokenFile
 from kms_core.scopes import NOT_IN_STAR
 from kms_core.settings.model import CertificateSection, ClaimGrant
 from kms_core.settings.model import IssuerSection as Section
 from kms_protocol.errors import ConfigurationError, Unauthenticated, Unavailable
-from support.credentials import (
-    AUDIENCE,
-    ISSUER,
-    Issuer,
-    claims,
-    counted_signatures,
-    public_jwk,
-    verified,
-)
+from support.credentials import AUDIENCE, ISSUER, Issuer, claims, counted_signatures, public_jwk, verified
 
 LEEWAY_S: Final = 5
 MOST_CHARS: Final = 8192
@@ -398,23 +390,3 @@ def test_a_key_file_without_keys_is_refused_at_the_start(tmp_path: Path, content
 
     with pytest.raises(ConfigurationError):
         FileKeys(file)
-
-
-def test_keys_for_other_things_are_passed_over(issuer: Issuer) -> None:
-    issuer.rollover("two", "RS256")
-    known = json.loads(issuer.jwks)["keys"]
-    odd = [
-        {"kty": "oct", "k": "AAAA", "kid": "shared"},
-        {**known[0], "use": "enc", "kid": "enc"},
-        {**known[0], "alg": "ES384", "kid": "wrong"},
-        {"kty": "EC", "crv": "secp256k1", "x": known[0]["x"], "y": known[0]["y"], "kid": "curve"},
-        {"kty": "EC", "crv": "P-256", "x": "AA", "y": "AA", "kid": "point"},
-        {"kty": "AKP", "alg": "ML-DSA-65", "pub": "AA", "kid": "later"},
-        {},
-    ]
-    found = jwt_verifier.parse(json.dumps({"keys": [*odd, *known]}).encode())
-
-    usable = {key.kid: key.algorithms for key in found if key.algorithms}
-    assert usable["one"] == {"ES256"}
-    assert usable["two"] >= {"RS256", "PS512"}
-    assert usable.keys() <= {"one", "two"}

@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 from kms_core.auth.authenticator import Authenticator
-from kms_core.auth.jwt_verifier import FileKeys, Jwts, Trusted
+from kms_core.auth.jwks import FileKeys
+from kms_core.auth.jwt_verifier import Jwts, Trusted
 from kms_core.auth.logins import Issued, Logins
 from kms_core.auth.policy import ByScopes, allows
 from kms_core.auth.tokens import TokenFile

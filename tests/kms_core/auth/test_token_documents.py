@@ -11,7 +11,10 @@ import pytest
 
 from kms_core.auth import tokens
 from kms_core.auth.tokens import DocumentTokens, TokenRequest, UnknownToken
-from kms_core.signed_documents import Anchors, FilePlace, LocalCopy, SignedDocument
+from kms_core.documents.anchors import Anchors
+from kms_core.documents.document import SignedDocument
+from kms_core.documents.local_copy import LocalCopy
+from kms_core.documents.storage import FileStorage
 from kms_protocol.errors import Unauthenticated, Unavailable
 from support.job_stores import connect
 
@@ -25,7 +28,7 @@ def wish(name: str = "ci", tenant: str = "acme", ttl: timedelta | None = HOUR) -
 @pytest.fixture
 def document(tmp_path: Path, redis_url: str) -> SignedDocument:
     anchors = Anchors("tokens", tmp_path / "state", connect(redis_url), b"k" * 32)
-    return SignedDocument("tokens", FilePlace(tmp_path / "document"), b"k" * 32, anchors)
+    return SignedDocument("tokens", FileStorage(tmp_path / "document"), b"k" * 32, anchors)
 
 
 @pytest.fixture

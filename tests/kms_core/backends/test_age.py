@@ -137,7 +137,7 @@ def test_neither_a_directory_nor_a_binary_file_is_a_key_file(tmp_path: Path) -> 
     files = write_pair(tmp_path, FIRST)
     files.private.write_bytes(b"\xff\xfe" + os.urandom(40))
 
-    assert refusal(files).endswith("are not text")
+    assert refusal(files).startswith(f"{files.private} is not text: ")
     assert refusal(KeyFiles(tmp_path)) == (
         f"Cannot read the age key file {tmp_path} (Is a directory): check the path and its mode, and run "
         "this as the user of the service"

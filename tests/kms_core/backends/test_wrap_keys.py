@@ -10,7 +10,7 @@ import pytest
 
 from kms_core.age.header import Stanza
 from kms_core.backends.remote import VERSIONS_FRESH_S, RemoteBackend, SharingBackend
-from kms_core.backends.wrap_keys import MOST_FILES, MOST_OPENED, WrapKeys, name_of
+from kms_core.backends.wrap_keys import MOST_FILES, MOST_OPENED, WrapKeys, wrap_key_name
 from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef, Wrap
 from kms_core.http_client import Unreachable
@@ -367,7 +367,7 @@ def test_each_record_names_the_wrap_key(shared: Shared) -> None:
     trail = MemoryTrail()
     kms = kms_over(shared.backend, trail=trail)
     sealed = kms.encrypt(ADA, b"salary", ROW_7).ciphertext
-    name = name_of(binding.read_wrap(head_of(sealed).stanzas[0]).job)
+    name = wrap_key_name(binding.read_wrap(head_of(sealed).stanzas[0]).job)
     kms.decrypt(ADA, sealed, ROW_7)
     kms.wrap(ADA, FILE_KEY, ROW_7)
     kms.unwrap(ADA, kms.wrap(ADA, FILE_KEY, ROW_7).stanza, ROW_7)

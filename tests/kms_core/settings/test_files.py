@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kms_core.settings.load import for_command, for_server, load, write_note
+from kms_core.settings.files import for_command, for_server, write_note
+from kms_core.settings.load import load
 from kms_protocol.errors import ConfigurationError
 
 FOUND = Path("provisioning/config/kms.toml")
@@ -23,7 +24,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     cwd = tmp_path / "repository"
     cwd.mkdir(mode=0o755)
     monkeypatch.chdir(cwd)
-    monkeypatch.setattr("kms_core.settings.load.MACHINE", tmp_path / "etc.toml")
+    monkeypatch.setattr("kms_core.settings.files.MACHINE", tmp_path / "etc.toml")
     FOUND.parent.mkdir(parents=True)
     FOUND.write_text("[kms]\nport = 9001\n")
     return cwd

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Final
 
 from kms_core.auth.tokens import DOCUMENT_INFO, DOCUMENT_NAME
+from kms_core.documents.anchors import Anchors
+from kms_core.documents.document import SignedDocument
+from kms_core.documents.storage import FileStorage
 from kms_core.jobs.model import RecordKey
-from kms_core.signed_documents import Anchors, FilePlace, SignedDocument
 from support.golden import golden_set
 from support.golden.jobs import SECRET
 
@@ -16,4 +18,4 @@ def document_at(path: Path) -> SignedDocument:
     """The document in a file, with the keys of the golden set; without Redis."""
     key = RecordKey((SECRET,)).derived(DOCUMENT_INFO)
     anchors = Anchors(DOCUMENT_NAME, path.parent, None, key)
-    return SignedDocument(DOCUMENT_NAME, FilePlace(path), key, anchors)
+    return SignedDocument(DOCUMENT_NAME, FileStorage(path), key, anchors)

@@ -10,6 +10,7 @@ from typing import Final
 
 from kms_core.audit import chain, segments
 from kms_core.audit.chain import ChainLine
+from kms_core.audit.hosts import complete_to
 from kms_core.audit.keys import PublicKeys
 from kms_core.audit.segments import Segment
 from kms_core.audit.verification.anchors import (
@@ -176,7 +177,7 @@ def crosscheck(  # noqa: PLR0913 -- a log, its keys and anchors; and what is kno
     signed_to = {name: max(each.signed_seq for _, each in files) for name, files in chains.items()}
     witnesses = _seen(line for line in lines if line.seq <= signed_to.get(line.chain, -1))
     times = (*(each.last_time for each in found.values()), *(line.time for line in lines))
-    log = _log_of(chains, removals, segments.complete_to(times) if is_copy else None)
+    log = _log_of(chains, removals, complete_to(times) if is_copy else None)
     for name, files in chains.items():
         if name not in unread:
             report.problems += _joints(files, removals)

@@ -194,7 +194,7 @@ class AwsKmsClient:
         """
         return self._send(operation, parameters).read(shape)
 
-    def tell(self, operation: str, parameters: Parameters, *, done: str = "") -> None:
+    def send(self, operation: str, parameters: Parameters, *, done: str = "") -> None:
         """Make a call without an answer; the error code ``done`` means success too. Raises as ``ask``."""
         self._send(operation, parameters, done)
 
@@ -320,8 +320,8 @@ def to_new_key(calls: AwsKmsClient, alias: str, old: Described) -> KeyVersion:
     try:
         for key_id in (old.key_id, new.key_id):
             named = {"AliasName": f"{alias}/{key_id}", "TargetKeyId": key_id}
-            calls.tell("CreateAlias", named, done="AlreadyExistsException")
-        calls.tell("UpdateAlias", {"AliasName": alias, "TargetKeyId": new.key_id})
+            calls.send("CreateAlias", named, done="AlreadyExistsException")
+        calls.send("UpdateAlias", {"AliasName": alias, "TargetKeyId": new.key_id})
     except BackendUnavailable as exc:
         raise BackendUnavailable(
             f"{exc.detail}. The new key is {new.key_id}: move {alias} to it, or schedule its deletion"

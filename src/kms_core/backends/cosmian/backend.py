@@ -98,7 +98,7 @@ class CosmianKey:
             made = self._if_current(number)
             if made:
                 return made
-        raise self._taken()
+        raise self._taken_error()
 
     def init(self) -> tuple[KeyVersion, bool]:
         """The version in use, and whether this call made it."""
@@ -108,7 +108,7 @@ class CosmianKey:
             is_new = self._create(1)
         made = self._if_current(1)
         if made is None:
-            raise self._taken()
+            raise self._taken_error()
         return made, is_new
 
     def made_uid(self, number: int) -> str:
@@ -124,7 +124,7 @@ class CosmianKey:
         known = sorted((each for each in found if each), key=attrgetter("number"))
         self._uids = {str(each.number): each.uid for each in known}
         if not known:
-            raise self.missing()
+            raise self.missing_error()
         return known
 
     def _is_ours(self, uid: str) -> bool:
@@ -144,7 +144,7 @@ class CosmianKey:
                 return None
             raise
         if found.keyset:
-            raise self.is_keyset()
+            raise self.keyset_error()
         if found.state == _RESTING and uid == self.name:  # its creator has to activate it
             raise Refusal(Kind.STATE, found.state)
         if found.state not in _OPENING:
@@ -180,15 +180,15 @@ class CosmianKey:
         except Refusal as exc:
             raise self._error(exc) from exc
 
-    def missing(self) -> KeyMissing:
+    def missing_error(self) -> KeyMissing:
         return KeyMissing(f"{self} is not there: make it with `kms cosmian init-key`")
 
-    def is_keyset(self) -> BackendUnavailable:
+    def keyset_error(self) -> BackendUnavailable:
         return BackendUnavailable(
             f"{self} is a key set, which rotates by itself: name a key without RotateName, or a new one"
         )
 
-    def _taken(self) -> BackendUnavailable:
+    def _taken_error(self) -> BackendUnavailable:
         return BackendUnavailable(
             f"{self} gets no new version: the identifiers are taken, by destroyed keys or by other users'; "
             "name another key"
@@ -197,7 +197,7 @@ class CosmianKey:
     def _error(self, exc: Refusal) -> BackendUnavailable:
         match exc.kind:
             case Kind.MISSING:
-                return self.missing()
+                return self.missing_error()
             case Kind.STATE:
                 return BackendUnavailable(f"{self} is {exc.state.lower()}, which does not allow this")
             case Kind.DENIED:
@@ -230,12 +230,12 @@ class CosmianCipher:
             for _ in range(_TRIES):
                 sealed = self.key.server.seal(uid, plaintext, aad)
                 if sealed is None:
-                    raise self.key.is_keyset()
+                    raise self.key.keyset_error()
                 if not _has_lengths(sealed, len(plaintext)):
                     break
                 if not sealed.ciphertext.startswith(BULK):  # one in 65,536; another nonce avoids it
                     return FORM + sealed.nonce + sealed.ciphertext + sealed.tag
-        raise self._odd()
+        raise self._impossible_answer_error()
 
     def decrypt(self, wrapped: bytes, version: str, aad: bytes) -> bytes:
         sealed = _read(wrapped)
@@ -245,7 +245,7 @@ class CosmianCipher:
                 raise DecryptFailed
             plaintext = self._open(uid, sealed, aad)
         if len(plaintext) != len(sealed.ciphertext):
-            raise self._odd()
+            raise self._impossible_answer_error()
         if not plaintext.startswith(MARK):
             raise DecryptFailed
         return plaintext.removeprefix(MARK)
@@ -269,10 +269,10 @@ class CosmianCipher:
                 raise DecryptFailed from exc
             raise
         if plaintext is None:
-            raise self.key.is_keyset()
+            raise self.key.keyset_error()
         return plaintext
 
-    def _odd(self) -> BackendUnavailable:
+    def _impossible_answer_error(self) -> BackendUnavailable:
         server = self.key.server
         return BackendUnavailable(
             f"{server.where} answers with what AES-GCM cannot have made: check {server.section}.server_url"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from http import HTTPStatus
-from typing import Final
+from typing import Final, Self
 
 import msgspec
 
@@ -68,13 +68,13 @@ class Refusal(KmsError):
         self.kind = kind
         self.state = state
 
-
-def refusal(words: str) -> Refusal:
-    """The refusal for a text of the server: ``<reason>: <message>`` of an item, or the body of an error."""
-    for pattern, kind in _KINDS:
-        if found := pattern.search(words):
-            return Refusal(kind, found.groupdict().get("state") or "")
-    return Refusal(Kind.OTHER)
+    @classmethod
+    def of(cls, words: str) -> Self:
+        """The refusal in a text of the server: ``<reason>: <message>`` of an item, or the body of an error."""
+        for pattern, kind in _KINDS:
+            if found := pattern.search(words):
+                return cls(kind, found.groupdict().get("state") or "")
+        return cls(Kind.OTHER)
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -218,14 +218,14 @@ def _outcome(item: Node) -> Node | Refusal:
     payload = item.find("ResponsePayload")
     if item.text("ResultStatus") == "Success" and payload is not None:
         return payload
-    return refusal(f"{item.text('ResultReason')}: {item.text('ResultMessage')}")
+    return Refusal.of(f"{item.text('ResultReason')}: {item.text('ResultMessage')}")
 
 
 def ask_alone(post: Post, operation: Node) -> Node:
     """As ``Ask``, for 4.x: one operation in each request."""
     answer = post(PATH, msgspec.json.encode(operation), _REFUSING)
     if answer.status in _REFUSING:
-        found = refusal(answer.body.decode("utf-8", "replace"))
+        found = Refusal.of(answer.body.decode("utf-8", "replace"))
         within = answer.status == HTTPStatus.INTERNAL_SERVER_ERROR
         raise Refusal(Kind.BUSY) if within and found.kind is Kind.OTHER else found
     fields = answer.read(Node) if answer.ok else None

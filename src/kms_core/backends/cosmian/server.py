@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from kms_core.backends.cosmian.kmip import GcmResult, Kind, Kmip, Messages, Post, Refusal, ask_alone, refusal
+from kms_core.backends.cosmian.kmip import GcmResult, Kind, Kmip, Messages, Post, Refusal, ask_alone
 from kms_core.backends.file_token import FileToken
 from kms_core.http_client import Busy, Peer, PeerAnswer, PeerServer, Unreachable
 from kms_protocol.errors import BackendUnavailable
@@ -94,11 +94,11 @@ class Jose:
     def _post(self, path: str, body: msgspec.Struct) -> PeerAnswer:
         answer = self._send(path, msgspec.json.encode(body), ())
         if not answer.ok:
-            raise _refusal(answer)
+            raise _answer_error(answer)
         return answer
 
 
-def _refusal(answer: PeerAnswer) -> Refusal:
+def _answer_error(answer: PeerAnswer) -> Refusal:
     """The meaning of an error code. The text of ``crypto_failure`` tells whether it is a state of the key.
 
     Raises BackendUnavailable for a body of another shape, such as the 404 of a server without these calls.
@@ -114,7 +114,7 @@ def _refusal(answer: PeerAnswer) -> Refusal:
         case "crypto_failure" if found.description.startswith("CRYPTO"):
             return Refusal(Kind.CRYPTO)
         case _:
-            return refusal(found.description)
+            return Refusal.of(found.description)
 
 
 @lru_cache(maxsize=1024)

@@ -95,7 +95,7 @@ class VaultClient:
             token = self.token.current()
             answer = self._send(token, method, path, document)
             if answer.status == HTTPStatus.FORBIDDEN:
-                raise self._forbidden(answer, path)
+                raise self._forbidden_error(answer, path)
             self._renew_when_due(token)
         return answer
 
@@ -123,7 +123,7 @@ class VaultClient:
             raise Unreachable(f"{self.server.where} answers {answer.status}")
         return answer
 
-    def _forbidden(self, answer: PeerAnswer, path: str) -> BackendUnavailable:
+    def _forbidden_error(self, answer: PeerAnswer, path: str) -> BackendUnavailable:
         said(answer)
         return BackendUnavailable(
             f"{self.server.where} refuses our token: renew the one in {self.section}.token_file, "

@@ -194,7 +194,7 @@ class TransitCipher:
             return answer.read(EngineAnswer[_ItemOutcome]).data
         if answer.status != HTTPStatus.BAD_REQUEST:
             self._refused(answer)
-        raise self._refusal(operation, said(answer))
+        raise self._refusal_error(operation, said(answer))
 
     def _send_batch(self, operation: str, items: Sequence[Item]) -> Sequence[_ItemOutcome | KmsError] | None:
         """The outcome of each item; None for an answer without outcomes."""
@@ -209,9 +209,9 @@ class TransitCipher:
         same = [each.reference in {"", item.reference} for each, item in zip(found, numbered, strict=False)]
         if len(found) != len(numbered) or not all(same):
             raise answer.unexpected_error()  # the outcome of another item would make an unreadable file
-        return [self._refusal(operation, each.error.lower()) if each.error else each for each in found]
+        return [self._refusal_error(operation, each.error.lower()) if each.error else each for each in found]
 
-    def _refusal(self, operation: str, words: str) -> KmsError:
+    def _refusal_error(self, operation: str, words: str) -> KmsError:
         """The meaning of the text of a 400."""
         if operation == "decrypt" and any(word in words for word in DAMAGED):
             return DecryptFailed()
@@ -247,7 +247,7 @@ class TransitCipher:
             raise self._vault.engine_error(answer, self._mount, enable) or self._error(_ABSENT)
         if answer.status != HTTPStatus.BAD_REQUEST:
             raise answer.unexpected_error()
-        raise self._refusal("", words)
+        raise self._refusal_error("", words)
 
     def _raw(self, ciphertext: str, version: str) -> bytes:
         """The bytes after the prefix of exactly this version. Raises BackendUnavailable for another text."""

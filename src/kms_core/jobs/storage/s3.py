@@ -27,7 +27,7 @@ from kms_core.s3.conditions import ignored_conditions
 from kms_core.s3.connection import S3Connection
 from kms_core.s3.multipart import Assembly, digest
 from kms_core.settings.model import Settings
-from kms_core.stores import line_of
+from kms_core.stores import s3_connection
 from kms_protocol.errors import KmsError, PathRefused, RecordRefused, ResultExpired, TargetExists, Unavailable
 
 # Objects that jobs name by ``s3://``: the buckets of the settings, and where jobs may read and write there.
@@ -129,7 +129,7 @@ def build_buckets(settings: Settings) -> Buckets:
         same = (section.endpoint, section.region, section.access_key_id, section.secret_key_file)
         line = lines.setdefault(
             (*same, section.ca_file, section.timeout_s),
-            line_of(f"kms.jobs.buckets.{name}", section, strict=settings.is_prod),
+            s3_connection(f"kms.jobs.buckets.{name}", section, strict=settings.is_prod),
         )
         bucket = Bucket(name, line, path_style=section.path_style)
         allowed[name] = Allowed(bucket, section.read, section.write)

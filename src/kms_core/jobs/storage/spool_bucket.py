@@ -26,7 +26,7 @@ from kms_core.s3.connection import SILENCES, StoreAway
 from kms_core.s3.streams import BufferPool, ReadAhead, StreamedObject
 from kms_core.settings.model import Settings
 from kms_core.settings.model import SpoolBucketSection as Section
-from kms_core.stores import line_of
+from kms_core.stores import s3_connection
 from kms_protocol.errors import (
     InvalidRequest,
     KmsError,
@@ -252,7 +252,7 @@ def build(settings: Settings, section: Section) -> SpoolBucket:
 
     Raises ConfigurationError.
     """
-    line = line_of(WHERE, section, strict=settings.is_prod)
+    line = s3_connection(WHERE, section, strict=settings.is_prod)
     bucket = Bucket(section.bucket, line, path_style=section.path_style)
     away = _away.setdefault(f"{section.endpoint} {section.url}", SharedTime())
     return SpoolBucket(bucket, section.prefix, BufferPool(section.buffer_bytes), away=away)

@@ -13,7 +13,8 @@ import pytest
 from prometheus_client import REGISTRY
 
 from kms_cli.local import installation
-from kms_core.audit import chain, maintenance, query, segments
+from kms_core.audit import chain, maintenance, query
+from kms_core.audit.hosts import host_logs, local_log
 from kms_core.audit.maintenance import AuditMaintenance, FolderSink
 from kms_core.audit.verification.crosscheck import Removals
 from kms_core.audit.verification.verify import AuditMonitor
@@ -249,7 +250,7 @@ def test_a_copy_that_cannot_be_read_is_told_and_read_once_it_can(audit_folder: A
     own.written(1)
     other.written(1)
     shutil.copytree(other.folder, copies / "kms-2")
-    logs = segments.host_logs(own.folder, copies).logs
+    logs = host_logs(own.folder, copies).logs
     (hidden,) = (copies / "kms-2").iterdir()
     hidden.chmod(0)
     unread: dict[str, str] = {}
@@ -259,7 +260,7 @@ def test_a_copy_that_cannot_be_read_is_told_and_read_once_it_can(audit_folder: A
         hidden.chmod(0o600)
         later = query.page(logs, query.EventFilter(), page.following, 10)
 
-    assert ([event.host for event in page.events], [*page.unread]) == ([segments.local_log()], ["kms-2"])
+    assert ([event.host for event in page.events], [*page.unread]) == ([local_log()], ["kms-2"])
     assert [*unread] == ["kms-2"]
     assert ([event.host for event in later.events], [*later.unread]) == (["kms-2"], [])
 

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from kms_core.backends.cosmian.kmip import Kind, Node, octets, refusal, structure, text
+from kms_core.backends.cosmian.kmip import Kind, Node, Refusal, octets, structure, text
 
 WORDS = {
     "Item_Not_Found: Encrypt: key id: pay, not found": Kind.MISSING,
@@ -35,13 +35,13 @@ WORDS = {
 
 @pytest.mark.parametrize(("words", "kind"), WORDS.items())
 def test_words_are_of_a_kind(words: str, kind: Kind) -> None:
-    assert refusal(words).kind is kind
+    assert Refusal.of(words).kind is kind
 
 
 def test_a_state_is_told() -> None:
     words = "Encrypt: key pay is in state PreActive but operation requires one of [Active]"
 
-    assert (refusal(words).kind, refusal(words).state) == (Kind.STATE, "PreActive")
+    assert (Refusal.of(words).kind, Refusal.of(words).state) == (Kind.STATE, "PreActive")
 
 
 def test_a_type_stands_before_its_value() -> None:

@@ -1,4 +1,4 @@
-"""Signed documents at each place: changes by several hosts, lost answers, old and forged documents."""
+"""Signed documents at each storage: changes by several hosts, lost answers, old and forged documents."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -10,9 +10,11 @@ from typing import Final
 import pytest
 import redis
 
+from kms_core.documents.anchors import Anchors
+from kms_core.documents.document import SignedDocument, Version
+from kms_core.documents.storage import FileStorage, ObjectStorage, Storage
 from kms_core.s3.bucket import Bucket
 from kms_core.s3.connection import S3Connection
-from kms_core.signed_documents import Anchors, FilePlace, ObjectPlace, Place, SignedDocument, Version
 from kms_protocol.errors import ConfigurationError, DocumentOutdated, InvalidRequest, Unavailable
 from support import blob_stores, object_stores
 from support.job_stores import connect
@@ -25,9 +27,9 @@ STORES: Final = {"weed": object_stores.weed, "moto": object_stores.moto}
 
 @dataclass
 class SharedDocument:
-    """A place that hosts share, and a way to put other bytes there."""
+    """A storage that hosts share, and a way to put other bytes there."""
 
-    place: Callable[[], Place]
+    storage: Callable[[], Storage]
     get: Callable[[], bytes]
     put: Callable[[bytes], object]
     remove: Callable[[], object]
@@ -44,20 +46,20 @@ def _closed() -> Iterator[None]:
         LINES.pop().close()
 
 
-def object_place(store: ObjectStore, bucket: str, url: str = "") -> ObjectPlace:
+def object_storage(store: ObjectStore, bucket: str, url: str = "") -> ObjectStorage:
     LINES.append(blob_stores.connection(url or store.url))
-    return ObjectPlace(Bucket(bucket, LINES[-1], path_style=True), "state/tokens")
+    return ObjectStorage(Bucket(bucket, LINES[-1], path_style=True), "state/tokens")
 
 
 @pytest.fixture(params=["file", *STORES])
 def shared(request: pytest.FixtureRequest, tmp_path: Path) -> SharedDocument:
     if request.param == "file":
         path = tmp_path / "shared/document"
-        return SharedDocument(lambda: FilePlace(path), path.read_bytes, path.write_bytes, path.unlink)
+        return SharedDocument(lambda: FileStorage(path), path.read_bytes, path.write_bytes, path.unlink)
     store = STORES[request.param]()
     bucket = store.new()
     return SharedDocument(
-        lambda: object_place(store, bucket.name),
+        lambda: object_storage(store, bucket.name),
         lambda: bucket.get("state/tokens"),
         lambda data: bucket.put("state/tokens", data),
         lambda: store.admin.delete_object(Bucket=bucket.name, Key="state/tokens"),
@@ -65,14 +67,14 @@ def shared(request: pytest.FixtureRequest, tmp_path: Path) -> SharedDocument:
 
 
 class Hosts:
-    """Hosts that share a place and Redis; each has its own state directory."""
+    """Hosts that share a storage and Redis; each has its own state directory."""
 
     def __init__(self, folder: Path, client: redis.Redis) -> None:
         self.folder, self.client = folder, client
 
-    def host(self, name: str, place: Place, client: redis.Redis | None = None) -> SignedDocument:
+    def host(self, name: str, storage: Storage, client: redis.Redis | None = None) -> SignedDocument:
         anchors = Anchors("tokens", self.folder / name, client or self.client, KEY)
-        return SignedDocument("tokens", place, KEY, anchors)
+        return SignedDocument("tokens", storage, KEY, anchors)
 
 
 @pytest.fixture
@@ -93,13 +95,13 @@ def words(version: Version) -> list[str]:
 @pytest.fixture
 def one(shared: SharedDocument, hosts: Hosts) -> SignedDocument:
     """The first host, which has written a."""
-    document = hosts.host("one", shared.place())
+    document = hosts.host("one", shared.storage())
     document.write(document.read(), added("a"))
     return document
 
 
 def test_what_one_host_writes_others_read(shared: SharedDocument, hosts: Hosts) -> None:
-    one, two = hosts.host("one", shared.place()), hosts.host("two", shared.place())
+    one, two = hosts.host("one", shared.storage()), hosts.host("two", shared.storage())
     empty = one.read()
     assert (empty.generation, words(empty)) == (0, [])
 
@@ -114,7 +116,7 @@ def test_what_one_host_writes_others_read(shared: SharedDocument, hosts: Hosts) 
 
 
 def test_a_change_of_an_old_version_is_made_again_on_the_newest(shared: SharedDocument, hosts: Hosts) -> None:
-    one, two = hosts.host("one", shared.place()), hosts.host("two", shared.place())
+    one, two = hosts.host("one", shared.storage()), hosts.host("two", shared.storage())
     old = one.read()
     two.write(two.read(), added("two"))
 
@@ -123,13 +125,13 @@ def test_a_change_of_an_old_version_is_made_again_on_the_newest(shared: SharedDo
 
 def test_of_concurrent_changes_none_is_lost(shared: SharedDocument, hosts: Hosts) -> None:
     def work(name: str) -> None:
-        document = hosts.host(name, shared.place())
+        document = hosts.host(name, shared.storage())
         for number in range(5):
             document.write(document.read(), added(f"{name}-{number}"))
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(work, [f"h{number}" for number in range(4)]))
-    final = hosts.host("h0", shared.place()).read()
+    final = hosts.host("h0", shared.storage()).read()
     assert sorted(words(final)) == sorted(f"h{host}-{number}" for host in range(4) for number in range(5))
     assert final.generation == 20
 
@@ -137,9 +139,9 @@ def test_of_concurrent_changes_none_is_lost(shared: SharedDocument, hosts: Hosts
 def test_a_version_that_was_overtaken_while_it_was_read_is_read_again(
     shared: SharedDocument, hosts: Hosts, one: SignedDocument
 ) -> None:
-    """Others write between the answer of the place and that of Redis."""
-    two = hosts.host("two", shared.place())
-    read, overtaken = two.place.read, list[Version]()
+    """Others write between the answer of the storage and that of Redis."""
+    two = hosts.host("two", shared.storage())
+    read, overtaken = two.storage.read, list[Version]()
 
     def slow(unless: str = "") -> tuple[bytes | None, str]:
         found = read(unless)
@@ -147,14 +149,14 @@ def test_a_version_that_was_overtaken_while_it_was_read_is_read_again(
             overtaken.append(one.write(one.read(), added("b")))
         return found
 
-    two.place.read = slow  # type: ignore[method-assign]
+    two.storage.read = slow  # type: ignore[method-assign]
     assert words(two.read()) == ["a", "b"]
 
 
 def test_an_old_document_that_is_put_back_is_refused_on_every_host(
     shared: SharedDocument, hosts: Hosts, one: SignedDocument
 ) -> None:
-    two = hosts.host("two", shared.place())
+    two = hosts.host("two", shared.storage())
     two.read()
     past = shared.get()
     two.write(two.read(), added("b"))
@@ -164,8 +166,8 @@ def test_an_old_document_that_is_put_back_is_refused_on_every_host(
     for document in (
         one,
         two,
-        hosts.host("new", shared.place()),
-        hosts.host("one", shared.place(), connect(NOWHERE)),
+        hosts.host("new", shared.storage()),
+        hosts.host("one", shared.storage(), connect(NOWHERE)),
     ):
         with pytest.raises(DocumentOutdated, match=r"generation 1,.*generation 2,.*kms token adopt"):
             document.read()
@@ -181,18 +183,18 @@ def test_a_document_that_is_deleted_is_refused(
     with pytest.raises(DocumentOutdated):
         one.read()
     with pytest.raises(DocumentOutdated):
-        hosts.host("new", shared.place()).read()
+        hosts.host("new", shared.storage()).read()
 
 
 def test_another_document_of_the_same_generation_is_refused(shared: SharedDocument, hosts: Hosts) -> None:
     """Two histories, as after a restore: neither is the newest."""
-    one = hosts.host("one", shared.place())
+    one = hosts.host("one", shared.storage())
     first = one.write(one.read(), added("a"))
     past = shared.get()
     one.write(first, added("b"))
     shared.put(past)
     hosts.client.delete("kms:document:tokens")
-    elsewhere = hosts.host("two", shared.place())
+    elsewhere = hosts.host("two", shared.storage())
     elsewhere.adopt(added())
     assert elsewhere.read().generation == 2
 
@@ -202,15 +204,15 @@ def test_another_document_of_the_same_generation_is_refused(shared: SharedDocume
 
 @pytest.mark.usefixtures("one")
 def test_a_new_host_asks_the_operator_where_redis_knows_nothing(shared: SharedDocument, hosts: Hosts) -> None:
-    assert words(hosts.host("two", shared.place()).read()) == ["a"], "Redis vouches for it"
+    assert words(hosts.host("two", shared.storage()).read()) == ["a"], "Redis vouches for it"
     hosts.client.delete("kms:document:tokens")
 
-    new = hosts.host("three", shared.place())
+    new = hosts.host("three", shared.storage())
     with pytest.raises(DocumentOutdated, match="kms token adopt"):
         new.read()
     assert new.adopt(added()).generation == 2
     for name in ("one", "two", "three", "four"):
-        assert words(hosts.host(name, shared.place()).read()) == ["a"]
+        assert words(hosts.host(name, shared.storage()).read()) == ["a"]
 
 
 def test_an_old_document_is_adopted_above_all_that_was_seen(
@@ -222,14 +224,14 @@ def test_an_old_document_is_adopted_above_all_that_was_seen(
     shared.put(past)
 
     assert one.adopt(added()).generation == 5
-    assert words(hosts.host("two", shared.place()).read()) == words(one.read()) == ["a"]
+    assert words(hosts.host("two", shared.storage()).read()) == words(one.read()) == ["a"]
 
 
 @pytest.mark.usefixtures("one")
 def test_a_host_that_knows_no_generation_waits_for_redis(shared: SharedDocument, hosts: Hosts) -> None:
     with pytest.raises(Unavailable, match="Redis"):
-        hosts.host("new", shared.place(), connect(NOWHERE)).read()
-    assert words(hosts.host("one", shared.place(), connect(NOWHERE)).read()) == ["a"]
+        hosts.host("new", shared.storage(), connect(NOWHERE)).read()
+    assert words(hosts.host("one", shared.storage(), connect(NOWHERE)).read()) == ["a"]
 
 
 def test_an_anchor_in_redis_that_others_wrote_counts_as_none(
@@ -238,7 +240,7 @@ def test_an_anchor_in_redis_that_others_wrote_counts_as_none(
     for forged in (b"", b"x", b"0" * 64 + b' {"generation":999,"write_id":"x"}'):
         hosts.client.set("kms:document:tokens", forged)
         assert words(one.read()) == ["a"]
-        assert words(hosts.host(f"new-{len(forged)}", shared.place()).read()) == ["a"], (
+        assert words(hosts.host(f"new-{len(forged)}", shared.storage()).read()) == ["a"], (
             "host one raised it again"
         )
 
@@ -256,18 +258,18 @@ def test_a_document_that_others_changed_is_refused(
 
 
 def test_a_document_is_signed_for_one_name_and_one_key(hosts: Hosts, tmp_path: Path) -> None:
-    place = FilePlace(tmp_path / "document")
-    one = hosts.host("one", place)
+    storage = FileStorage(tmp_path / "document")
+    one = hosts.host("one", storage)
     one.write(one.read(), added("a"))
 
     with pytest.raises(ConfigurationError, match="another document"):
-        SignedDocument("states", place, KEY, Anchors("states", tmp_path, None, KEY)).read()
+        SignedDocument("states", storage, KEY, Anchors("states", tmp_path, None, KEY)).read()
     with pytest.raises(ConfigurationError, match="another spool key"):
-        SignedDocument("tokens", place, b"e" * 32, Anchors("tokens", tmp_path, None, KEY)).read()
+        SignedDocument("tokens", storage, b"e" * 32, Anchors("tokens", tmp_path, None, KEY)).read()
 
 
 def test_a_document_has_a_bound(hosts: Hosts, tmp_path: Path) -> None:
-    one = hosts.host("one", FilePlace(tmp_path / "document"))
+    one = hosts.host("one", FileStorage(tmp_path / "document"))
 
     with pytest.raises(InvalidRequest, match="4 MiB"):
         one.write(one.read(), added("x" * 5_000_000))
@@ -294,7 +296,7 @@ def test_a_lost_answer_is_settled_by_the_write_id(store: ObjectStore, hosts: Hos
         return 0 if len(puts) <= lost else None
 
     with S3Proxy(store, intercept) as s3_proxy:
-        one = hosts.host("one", object_place(store, bucket.name, s3_proxy.url))
+        one = hosts.host("one", object_storage(store, bucket.name, s3_proxy.url))
         made = one.write(one.read(), added("a"))
         assert (made.generation, words(made)) == (1, ["a"])
         puts.clear()
@@ -307,7 +309,7 @@ def test_a_large_object_in_place_of_the_probe_stops_no_change(store: ObjectStore
     """Or one write to the bucket would keep a token from being revoked."""
     bucket = store.new()
     bucket.put("state/tokens.probe", bytes(9 * 1024 * 1024))
-    one = hosts.host("one", object_place(store, bucket.name))
+    one = hosts.host("one", object_storage(store, bucket.name))
 
     assert words(one.write(one.read(), added("a"))) == ["a"]
 
@@ -315,7 +317,7 @@ def test_a_large_object_in_place_of_the_probe_stops_no_change(store: ObjectStore
 def test_a_store_that_is_away_changes_nothing(store: ObjectStore, hosts: Hosts) -> None:
     bucket = store.new()
     with S3Proxy(store, lambda seen: 503 if seen.operation == "PutObject" else None) as s3_proxy:
-        one = hosts.host("one", object_place(store, bucket.name, s3_proxy.url))
+        one = hosts.host("one", object_storage(store, bucket.name, s3_proxy.url))
         with pytest.raises(Unavailable):
             one.write(one.read(), added("a"))
     assert bucket.keys() == set()
@@ -337,9 +339,9 @@ def test_a_bucket_that_ignores_conditions_is_refused(hosts: Hosts, header: str) 
     store = object_stores.moto()  # which checks no signature
     bucket = store.new()
     with S3Proxy(store, stripped(header)) as s3_proxy:
-        one = hosts.host("one", object_place(store, bucket.name, s3_proxy.url))
+        one = hosts.host("one", object_storage(store, bucket.name, s3_proxy.url))
         with pytest.raises(ConfigurationError, match=f"(?i)ignores {header} on writes"):
-            one.place.check()
+            one.storage.check()
         with pytest.raises(ConfigurationError, match=r"docs/hosts\.md"):
             one.write(one.read(), added("a"))
     assert bucket.keys() == {"state/tokens.probe"}
@@ -348,8 +350,8 @@ def test_a_bucket_that_ignores_conditions_is_refused(hosts: Hosts, header: str) 
 def test_a_bucket_that_holds_conditions_is_probed_once_for_a_process(store: ObjectStore) -> None:
     bucket = store.new()
     with S3Proxy(store) as s3_proxy:
-        place = object_place(store, bucket.name, s3_proxy.url)
-        place.check()
+        storage = object_storage(store, bucket.name, s3_proxy.url)
+        storage.check()
         before = len(s3_proxy.seen)
-        place.check()
+        storage.check()
         assert len(s3_proxy.seen) == before > 0

@@ -13,14 +13,14 @@ from typing import Final
 
 import msgspec
 
-from kms_core import stores
-from kms_core.age.header import hkdf, is_age_file
-from kms_core.age.recipients import key_lines, parse_identity
+from kms_core.age.header import is_age_file
+from kms_core.age.recipients import identities_of, parse_identity
 from kms_core.backends.key_files import appended
+from kms_core.documents.document import Edit, SignedDocument, Version
+from kms_core.documents.local_copy import LocalCopy
+from kms_core.documents.storage import FileStorage
 from kms_core.envelope.sealed_files import FileSealer, SealedFiles, StoredKeys, root_of
 from kms_core.secure_files import in_shell
-from kms_core.settings.model import Settings
-from kms_core.signed_documents import Anchors, Edit, FilePlace, LocalCopy, SignedDocument, Version
 from kms_protocol.errors import (
     BackendUnavailable,
     ConfigurationError,
@@ -61,8 +61,8 @@ class KeyDocument:
     ) -> None:
         """``opened``: what a parent process has opened; None if this process asks the root itself."""
         self.name, self.document, self.copy = name, document, copy
-        place = str(document.place)
-        self.private: Path | str = Path(place) if isinstance(document.place, FilePlace) else place
+        storage = str(document.storage)
+        self.private: Path | str = Path(storage) if isinstance(document.storage, FileStorage) else storage
         """The path of a file, which is of one host, or the URL of an object."""
         self.public = self.private
         self._sealer, self._opened = sealer, opened
@@ -140,7 +140,7 @@ class KeyDocument:
         Raises as ``SignedDocument.write``, and as the root.
         """
         made = msgspec.json.encode(
-            KeyBody(self._sealer.seal(self.name, content, root), _recipients(content)[-1])
+            KeyBody(self._sealer.seal(self.name, content, root), self._recipients(content)[-1])
         )
         before = self.document.read()
         if before.generation:
@@ -148,7 +148,7 @@ class KeyDocument:
         return self.document.write(before, lambda body: body or made).body == made
 
     def adopt(self, files: Iterable[bytes]) -> int:
-        """Make what lies at the place the newest version, with all identities that are known.
+        """Make what is in the storage the newest version, with all identities that are known.
 
         Those are in the document, in this host's copy and in sealed key ``files``. Returns their number.
         Raises as ``SignedDocument.adopt``, and as the root.
@@ -174,13 +174,18 @@ class KeyDocument:
                         f"--sealed-by KEY --for {self.name} --from FILE -o {in_shell(self.private)}`"
                     )
                 content = _merged(content, self._sealer.open(self.name, each))
-            number = len(_recipients(content))
-            recipient = bodies[0].recipient if bodies else _recipients(content)[-1]
+            number = len(self._recipients(content))
+            recipient = bodies[0].recipient if bodies else self._recipients(content)[-1]
             again = self._sealer.seal(self.name, content, root_of(sealed[0]))
             return msgspec.json.encode(KeyBody(again, recipient))
 
         self.document.adopt(edit)
         return number
+
+    def _recipients(self, content: bytes) -> list[str]:
+        """The recipients of identities. Raises ConfigurationError if there are none."""
+        found = identities_of(content, self.private, parse_identity, remedy="add one")
+        return [str(identity.recipient) for identity, _ in found]
 
     def _version(self) -> Version:
         """Raises BackendUnavailable."""
@@ -188,13 +193,13 @@ class KeyDocument:
             if self._opened is not None or not self.copy.is_late:
                 return self.copy.current()
             if time.monotonic() - self._read_at >= _AGAIN_S:
-                self._held = self._from_place()
+                self._held = self._from_storage()
                 self._read_at = time.monotonic()
         except (Unavailable, OSError) as exc:
             raise BackendUnavailable(f"The key {self.name} is in {self.private}: {exc}") from exc
         return self._held
 
-    def _from_place(self) -> Version:
+    def _from_storage(self) -> Version:
         try:
             return self.document.verified(self._held if self._held.generation else None)
         except (Unavailable, OSError):
@@ -211,26 +216,6 @@ class KeyDocument:
             raise BackendUnavailable(f"The key in {self.private} was not changed: {exc}") from exc
         with suppress(Unavailable):  # else the next poll reads it
             self.copy.reread()
-
-
-def signed(settings: Settings, secret: bytes, name: str, url: str) -> SignedDocument:
-    """The document of a key, authenticated by a key of this ``secret``. Raises ConfigurationError."""
-    key, document = hkdf(secret, salt=b"", info=INFO), f"key-{name}"
-    folder, client = stores.documents_folder(settings), stores.anchor_client(settings)
-    anchor_key = hkdf(secret, salt=b"", info=INFO + b"/anchor/" + name.encode())  # of this document only
-    anchors = Anchors(document, folder, client, anchor_key, f"kms keys adopt {name}")
-    return SignedDocument(document, stores.place_of(settings, url), key, anchors)
-
-
-def _recipients(content: bytes) -> list[str]:
-    """The recipients of identities. Raises ConfigurationError if there are none."""
-    try:
-        found = [str(parse_identity(line).recipient) for _, line in key_lines(content.decode())]
-    except ValueError as exc:
-        raise ConfigurationError(f"a line is not an age identity ({exc})") from exc
-    if not found:
-        raise ConfigurationError("it holds no age identity")
-    return found
 
 
 def _merged(first: bytes, second: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""The copy of a document on a host: who asks the place, how old it may be, and when it is read again."""
+"""The copy of a document on a host: who asks the storage, how old it may be, and when it is read again."""
 
 import os
 import time
@@ -8,11 +8,13 @@ from typing import Final
 
 import pytest
 
-from kms_core.signed_documents import Anchors, CopyPoll, LocalCopy, SignedDocument
+from kms_core.documents.anchors import Anchors
+from kms_core.documents.document import SignedDocument
+from kms_core.documents.local_copy import CopyPoll, LocalCopy
 from kms_protocol.errors import Unavailable
 from support.clock import Clock
+from support.documents import FaultyStorage
 from support.job_stores import connect
-from support.signed_documents import FaultyPlace
 from support.waiting import WAIT_S, RealTime, until
 
 KEY: Final = b"d" * 32
@@ -23,9 +25,9 @@ class Host:
 
     def __init__(self, folder: Path, redis_url: str) -> None:
         self.folder, self.clock = folder, Clock(time.time())
-        self.place = FaultyPlace(folder / "shared")
+        self.storage = FaultyStorage(folder / "shared")
         self.document = SignedDocument(
-            "tokens", self.place, KEY, Anchors("tokens", folder / "state", connect(redis_url), KEY)
+            "tokens", self.storage, KEY, Anchors("tokens", folder / "state", connect(redis_url), KEY)
         )
         self.copy = self.process()
 
@@ -34,7 +36,7 @@ class Host:
 
     def write(self, body: bytes) -> None:
         self.document.write(self.document.read(), lambda _: body)
-        self.place.asked = 0
+        self.storage.asked = 0
 
 
 @pytest.fixture
@@ -49,13 +51,13 @@ def test_nothing_is_known_before_the_first_answer(tmp_path: Path, redis_url: str
     host = Host(tmp_path, redis_url)
     with pytest.raises(Unavailable, match="not read yet"):
         host.copy.current()
-    host.place.is_away = True
+    host.storage.is_away = True
     with pytest.raises(Unavailable):
         host.copy.poll()
     with pytest.raises(Unavailable):
         host.copy.current()
 
-    host.place.is_away = False
+    host.storage.is_away = False
     host.copy.poll()
     assert host.copy.current().body == b""
 
@@ -66,7 +68,7 @@ def test_processes_of_a_host_ask_once_a_second(host: Host) -> None:
         for process in processes:
             process.poll()
         host.clock.now += 1
-    assert host.place.asked == 10
+    assert host.storage.asked == 10
     assert [process.current().body for process in processes] == [b"[1]"] * 5
 
 
@@ -105,7 +107,7 @@ def test_a_copy_with_the_inode_and_the_size_of_the_one_before_is_seen(host: Host
 def test_a_copy_is_used_for_so_long_without_an_answer(host: Host, age_s: float, *, fits: bool) -> None:
     """A clock that was set back makes it too old, not too young."""
     host.copy.poll()
-    host.place.is_away = True
+    host.storage.is_away = True
     host.clock.now += age_s
 
     if fits:
@@ -113,7 +115,7 @@ def test_a_copy_is_used_for_so_long_without_an_answer(host: Host, age_s: float, 
     else:
         with pytest.raises(Unavailable, match="too long"):
             host.copy.current()
-    host.place.is_away = False
+    host.storage.is_away = False
     host.copy.reread()
     assert host.copy.current().body == b"[1]"
 
@@ -122,21 +124,21 @@ def test_an_answer_counts_from_when_it_was_asked_for(host: Host) -> None:
     def slow() -> None:
         host.clock.now += 30
 
-    host.place.before_read = slow
+    host.storage.before_read = slow
     host.copy.poll()
-    host.place.before_read = lambda: None
+    host.storage.before_read = lambda: None
     host.clock.now += 31
     with pytest.raises(Unavailable):
         host.copy.current()
 
 
 def test_callers_that_wait_share_an_answer_that_was_asked_for_after_they_came(host: Host) -> None:
-    host.place.before_read = lambda: RealTime.sleep(0.3)
+    host.storage.before_read = lambda: RealTime.sleep(0.3)
     with ThreadPoolExecutor(10) as threads:
         for call in [threads.submit(host.copy.reread) for _ in range(10)]:
             call.result(WAIT_S)
 
-    assert host.place.asked <= 2
+    assert host.storage.asked <= 2
     host.write(b"[2]")
     begun = RealTime.now_s()
     host.copy.reread()
@@ -146,8 +148,8 @@ def test_callers_that_wait_share_an_answer_that_was_asked_for_after_they_came(ho
 
 def test_a_failure_is_shared_too(host: Host) -> None:
     """A token that could not be looked for is not unknown."""
-    host.place.is_away = True
-    host.place.before_read = lambda: RealTime.sleep(0.3)
+    host.storage.is_away = True
+    host.storage.before_read = lambda: RealTime.sleep(0.3)
     with ThreadPoolExecutor(5) as threads:
         calls = [threads.submit(host.copy.reread) for _ in range(5)]
 
@@ -166,14 +168,14 @@ def test_a_damaged_copy_is_replaced(host: Host) -> None:
         assert host.process().current().body == b"[1]"
 
 
-def test_a_poll_goes_on_while_the_place_is_away(host: Host) -> None:
+def test_a_poll_goes_on_while_the_storage_is_away(host: Host) -> None:
     copy = LocalCopy(host.document, host.folder / "state", 60)
     poll = CopyPoll(copy)
-    host.place.is_away = True
+    host.storage.is_away = True
     poll.start()
     try:
-        until(lambda: host.place.asked > 1, "it asks again")
-        host.place.is_away = False
+        until(lambda: host.storage.asked > 1, "it asks again")
+        host.storage.is_away = False
         until((host.folder / "state/tokens.copy").exists, "it has an answer")
         assert copy.current().body == b"[1]"
     finally:

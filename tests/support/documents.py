@@ -4,14 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kms_core.age import x25519
+from kms_core.documents.storage import FileStorage
 from kms_core.envelope.sealed_files import FileSealer
 from kms_core.keyring import Key
-from kms_core.signed_documents import FilePlace
 from kms_protocol.errors import KmsError, Unavailable
 from support.age_kms import age_backend
 
 
-class FaultyPlace(FilePlace):
+class FaultyStorage(FileStorage):
     """A file that counts what it is asked, and may be away; others may act before it answers."""
 
     def __init__(self, path: Path) -> None:

@@ -12,18 +12,20 @@ from typing import Final, cast
 import msgspec
 import pytest
 
-from kms_core import key_documents
+from kms_core import stores
 from kms_core.age import x25519
 from kms_core.age.header import Stanza
 from kms_core.age.x25519 import NoMatch
 from kms_core.backends.age import RECHECK_S, AgeBackend
+from kms_core.documents.anchors import Anchors
+from kms_core.documents.document import SignedDocument
+from kms_core.documents.key_document import PUBLISH_S, KeyBody, KeyDocument
+from kms_core.documents.local_copy import POLL_S, LocalCopy
 from kms_core.envelope.binding import KeyRef, version_of
 from kms_core.envelope.sealed_files import NotOpenedYet
 from kms_core.http_client import Unreachable
-from kms_core.key_documents import PUBLISH_S, KeyBody, KeyDocument
 from kms_core.key_opening import LOOK_S, InheritedFiles, KeyOpener
 from kms_core.secure_memory import SharedSecrets
-from kms_core.signed_documents import POLL_S, Anchors, LocalCopy, SignedDocument
 from kms_protocol.errors import (
     BackendUnavailable,
     ConfigurationError,
@@ -31,9 +33,9 @@ from kms_protocol.errors import (
     TooManyVersions,
     Unavailable,
 )
+from support.documents import FaultySealer, FaultyStorage
 from support.job_stores import connect
 from support.service import Service
-from support.signed_documents import FaultyPlace, FaultySealer
 
 KEY: Final = b"d" * 32
 NAME: Final = "orders"
@@ -45,11 +47,11 @@ class Host:
     """A host with a state directory of its own: the process that opens keys, and one that uses them."""
 
     def __init__(
-        self, folder: Path, place: FaultyPlace, redis_url: str, root: FaultySealer, name: str = NAME
+        self, folder: Path, storage: FaultyStorage, redis_url: str, root: FaultySealer, name: str = NAME
     ) -> None:
         self.folder = folder
         anchors = Anchors(f"key-{name}", folder, connect(redis_url), KEY, f"kms keys adopt {name}")
-        self.document = SignedDocument(f"key-{name}", place, KEY, anchors)
+        self.document = SignedDocument(f"key-{name}", storage, KEY, anchors)
         self.copy = LocalCopy(self.document, folder, math.inf)
         memory = SharedSecrets.create()
         self.source = KeyDocument(name, self.document, self.copy, root, InheritedFiles(memory, root))
@@ -77,8 +79,8 @@ def _no_publish_delay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> FaultyPlace:
-    return FaultyPlace(tmp_path / "shared" / "document")
+def storage(tmp_path: Path) -> FaultyStorage:
+    return FaultyStorage(tmp_path / "shared" / "document")
 
 
 @pytest.fixture
@@ -92,9 +94,11 @@ def first() -> x25519.X25519Identity:
 
 
 @pytest.fixture
-def host_of(tmp_path: Path, place: FaultyPlace, redis_url: str, root: FaultySealer) -> Callable[[str], Host]:
-    """A host by its name, at the shared place."""
-    return lambda name: Host(tmp_path / name, place, redis_url, root)
+def host_of(
+    tmp_path: Path, storage: FaultyStorage, redis_url: str, root: FaultySealer
+) -> Callable[[str], Host]:
+    """A host by its name, with the shared storage."""
+    return lambda name: Host(tmp_path / name, storage, redis_url, root)
 
 
 @pytest.fixture
@@ -174,12 +178,12 @@ def test_a_rotation_waits_for_twice_the_time_in_which_hosts_read_a_change(
 
 
 def test_two_hosts_that_rotate_at_once_lose_no_version(
-    hosts: tuple[Host, Host], place: FaultyPlace, first: x25519.X25519Identity
+    hosts: tuple[Host, Host], storage: FaultyStorage, first: x25519.X25519Identity
 ) -> None:
     one, two = hosts
     ours, theirs = one.backend(), two.backend()
     with ThreadPoolExecutor(1) as pool:
-        place.before_write = lambda: pool.submit(theirs.rotate).result(30)
+        storage.before_write = lambda: pool.submit(theirs.rotate).result(30)
         made = ours.rotate()
     two.follow()
 
@@ -191,39 +195,39 @@ def test_two_hosts_that_rotate_at_once_lose_no_version(
 
 
 def test_no_rotation_makes_more_identities_than_processes_share(
-    host_of: Callable[[str], Host], place: FaultyPlace, first: x25519.X25519Identity
+    host_of: Callable[[str], Host], storage: FaultyStorage, first: x25519.X25519Identity
 ) -> None:
     """Those of all keys are in memory of a fixed size."""
     host = host_of("one")
     assert host.source.make(b"#" * 2**19 + f"\n{first.export()}\n".encode(), "root")
     host.follow()
-    before = place.path.read_bytes()
+    before = storage.path.read_bytes()
 
     with pytest.raises(TooManyVersions):
         host.backend().rotate()
-    assert place.path.read_bytes() == before
+    assert storage.path.read_bytes() == before
 
 
 def test_a_root_that_is_away_at_a_rotation_changes_nothing(
-    hosts: tuple[Host, Host], place: FaultyPlace, root: FaultySealer
+    hosts: tuple[Host, Host], storage: FaultyStorage, root: FaultySealer
 ) -> None:
     backend = hosts[0].backend()
-    before, version = place.path.read_bytes(), backend.current_version()
+    before, version = storage.path.read_bytes(), backend.current_version()
     root.trouble = BackendUnavailable("the root is away")
 
     with pytest.raises(BackendUnavailable, match="the root is away"):
         backend.rotate()
-    assert place.path.read_bytes() == before
+    assert storage.path.read_bytes() == before
     assert backend.current_version() == version
     assert backend.health_check().healthy
 
 
 def test_a_store_that_is_away_stops_rotations_and_nothing_else(
-    hosts: tuple[Host, Host], place: FaultyPlace
+    hosts: tuple[Host, Host], storage: FaultyStorage
 ) -> None:
     one, _ = hosts
     backend = one.backend()
-    place.is_away = True
+    storage.is_away = True
     one.asked(YEAR_S)
 
     assert one.source.is_late
@@ -231,18 +235,18 @@ def test_a_store_that_is_away_stops_rotations_and_nothing_else(
     assert backend.unwrap(*sealed_by(backend), AAD) == bytes(16)
     with pytest.raises(BackendUnavailable, match="the store is away"):
         backend.rotate()
-    place.is_away = False
+    storage.is_away = False
     one.copy.poll()
     assert not one.source.is_late
 
 
 @pytest.mark.parametrize("age_s", [YEAR_S, -YEAR_S], ids=["old", "of a clock that was ahead"])
 def test_a_start_without_the_store_uses_the_copy(
-    hosts: tuple[Host, Host], host_of: Callable[[str], Host], place: FaultyPlace, age_s: float
+    hosts: tuple[Host, Host], host_of: Callable[[str], Host], storage: FaultyStorage, age_s: float
 ) -> None:
     one, _ = hosts
     stanza, key = sealed_by(one.backend())
-    place.is_away = True
+    storage.is_away = True
     one.asked(age_s)
     started = host_of("one")
     started.opener.round()
@@ -251,23 +255,23 @@ def test_a_start_without_the_store_uses_the_copy(
     new = host_of("new")
     backend = new.backend()
     for call in (backend.current_version, partial(backend.unwrap, stanza, key, AAD)):
-        with pytest.raises(BackendUnavailable, match=str(place)):
+        with pytest.raises(BackendUnavailable, match=str(storage)):
             call()
     assert not backend.health_check().healthy
-    place.is_away = False
+    storage.is_away = False
     new.follow()
     assert backend.unwrap(stanza, key, AAD) == bytes(16)
     assert backend.health_check().healthy
 
 
 def test_an_old_document_is_refused_and_adopted_with_every_version(
-    hosts: tuple[Host, Host], place: FaultyPlace
+    hosts: tuple[Host, Host], storage: FaultyStorage
 ) -> None:
     one, two = hosts
-    old = place.path.read_bytes()
+    old = storage.path.read_bytes()
     backend = one.backend()
     made = backend.rotate()
-    place.path.write_bytes(old)
+    storage.path.write_bytes(old)
 
     for host in hosts:
         with pytest.raises(Unavailable):
@@ -284,15 +288,15 @@ def test_an_old_document_is_refused_and_adopted_with_every_version(
 
 
 def test_the_document_of_another_key_is_refused(
-    hosts: tuple[Host, Host], tmp_path: Path, place: FaultyPlace, redis_url: str, root: FaultySealer
+    hosts: tuple[Host, Host], tmp_path: Path, storage: FaultyStorage, redis_url: str, root: FaultySealer
 ) -> None:
     """Also its content, in a document that is signed for this key."""
     one, _ = hosts
     backend = one.backend()
     version = backend.current_version()
-    other = Host(tmp_path / "other", FaultyPlace(tmp_path / "elsewhere"), redis_url, root, "invoices")
+    other = Host(tmp_path / "other", FaultyStorage(tmp_path / "elsewhere"), redis_url, root, "invoices")
     other.source.make(f"{x25519.X25519Identity.generate().export()}\n".encode(), "root")
-    place.path.write_bytes((tmp_path / "elsewhere").read_bytes())
+    storage.path.write_bytes((tmp_path / "elsewhere").read_bytes())
 
     with pytest.raises(ConfigurationError, match="another document, key-invoices and not key-orders"):
         one.document.read()
@@ -301,7 +305,7 @@ def test_the_document_of_another_key_is_refused(
     assert backend.current_version() == version
 
     body = other.document.read().body
-    place.path.unlink()
+    storage.path.unlink()
     one.document.adopt(lambda _: body)
     one.follow()
     assert backend.current_version() == version
@@ -312,7 +316,7 @@ def test_the_anchor_of_another_key_counts_as_none(tmp_path: Path, redis_url: str
     """Others may copy it: a higher generation would stop rotations, a lower one let an old document pass."""
     settings, client = Service(tmp_path, "", redis_url).settings, connect(redis_url)
     orders, bills = (
-        key_documents.signed(settings, KEY, name, f"file://{tmp_path}/{name}") for name in (NAME, "bills")
+        stores.key_document(settings, KEY, name, f"file://{tmp_path}/{name}") for name in (NAME, "bills")
     )
     for _ in range(2):
         orders.write(orders.read(), lambda _: b"{}")
@@ -325,7 +329,7 @@ def test_the_anchor_of_another_key_counts_as_none(tmp_path: Path, redis_url: str
 def test_the_url_of_a_document_is_decoded_once(tmp_path: Path, redis_url: str) -> None:
     """As that of a job's file, and of a key file."""
     settings, url = Service(tmp_path, "", redis_url).settings, f"file://{tmp_path}/of%20orders%2520/ö+"
-    document = key_documents.signed(settings, KEY, NAME, url)
+    document = stores.key_document(settings, KEY, NAME, url)
     document.write(document.read(), lambda _: b"{}")
 
     assert (tmp_path / "of orders%20" / "ö+").is_file()
@@ -333,9 +337,9 @@ def test_the_url_of_a_document_is_decoded_once(tmp_path: Path, redis_url: str) -
 
 @pytest.mark.parametrize("content", [b"", b"# empty\n"], ids=["an identity", "a comment"])
 def test_a_document_with_a_plain_key_is_refused(
-    tmp_path: Path, place: FaultyPlace, redis_url: str, root: FaultySealer, content: bytes
+    tmp_path: Path, storage: FaultyStorage, redis_url: str, root: FaultySealer, content: bytes
 ) -> None:
-    host = Host(tmp_path / "one", place, redis_url, root)
+    host = Host(tmp_path / "one", storage, redis_url, root)
     identity = x25519.X25519Identity.generate()
     plain = content or f"{identity.export()}\n".encode()
     body = msgspec.json.encode(KeyBody(plain, str(identity.recipient)))
@@ -345,15 +349,15 @@ def test_a_document_with_a_plain_key_is_refused(
     with pytest.raises(ConfigurationError, match="plain key, which no document may hold"):
         host.backend()
     with pytest.raises(ConfigurationError, match="plain key file"):
-        Host(tmp_path / "two", FaultyPlace(tmp_path / "new"), redis_url, root).source.adopt([plain])
+        Host(tmp_path / "two", FaultyStorage(tmp_path / "new"), redis_url, root).source.adopt([plain])
     assert not (tmp_path / "new").exists()
 
 
 def test_readers_of_the_store_learn_the_recipient_only(
-    hosts: tuple[Host, Host], place: FaultyPlace, first: x25519.X25519Identity
+    hosts: tuple[Host, Host], storage: FaultyStorage, first: x25519.X25519Identity
 ) -> None:
     hosts[0].backend().rotate()
-    stored = place.path.read_bytes()
+    stored = storage.path.read_bytes()
     body = msgspec.json.decode(hosts[0].document.read().body)
 
     assert body.keys() == {"sealed", "recipient"}
@@ -396,20 +400,20 @@ def test_a_version_that_is_not_open_here_yet_is_worth_a_retry(hosts: tuple[Host,
     assert theirs.unwrap(stanza, key, AAD) == bytes(16)
 
 
-def test_a_missing_document_names_the_command(host_of: Callable[[str], Host], place: FaultyPlace) -> None:
+def test_a_missing_document_names_the_command(host_of: Callable[[str], Host], storage: FaultyStorage) -> None:
     host = host_of("one")
     host.follow()
 
-    with pytest.raises(ConfigurationError, match=f"kms keygen --sealed-by KEY --for {NAME} -o '{place}'"):
+    with pytest.raises(ConfigurationError, match=f"kms keygen --sealed-by KEY --for {NAME} -o '{storage}'"):
         host.backend()
 
 
-def test_a_first_version_is_made_once(hosts: tuple[Host, Host], place: FaultyPlace) -> None:
-    before = place.path.read_bytes()
+def test_a_first_version_is_made_once(hosts: tuple[Host, Host], storage: FaultyStorage) -> None:
+    before = storage.path.read_bytes()
     other = f"{x25519.X25519Identity.generate().export()}\n".encode()
 
     assert not hosts[1].source.make(other, "root")
-    assert place.path.read_bytes() == before
+    assert storage.path.read_bytes() == before
 
 
 def test_key_files_are_adopted_and_the_last_identity_is_in_use(
@@ -433,13 +437,13 @@ def test_key_files_are_adopted_and_the_last_identity_is_in_use(
 
 
 def test_a_command_reads_the_document_itself_if_no_service_polls(
-    hosts: tuple[Host, Host], tmp_path: Path, place: FaultyPlace, redis_url: str, root: FaultySealer
+    hosts: tuple[Host, Host], tmp_path: Path, storage: FaultyStorage, redis_url: str, root: FaultySealer
 ) -> None:
     """It changes no anchor and no copy, which belong to the user of the service."""
     version = hosts[0].backend().current_version()
     folder = tmp_path / "command"
     anchors = Anchors("key-orders", folder, connect(redis_url), KEY)
-    document = SignedDocument("key-orders", place, KEY, anchors)
+    document = SignedDocument("key-orders", storage, KEY, anchors)
     source = KeyDocument(NAME, document, LocalCopy(document, folder, math.inf), root)
 
     assert AgeBackend(source).current_version() == version

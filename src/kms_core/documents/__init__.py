@@ -1,0 +1,1 @@
+"""Signed documents: small state that hosts share, changed by compare-and-set."""
