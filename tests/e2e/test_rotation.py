@@ -22,7 +22,7 @@ from kms_core.backends.age import AgeBackend
 from kms_core.container import Core
 from kms_core.jobs.store import activity
 from kms_core.jobs.store.activity import UsageFlush
-from kms_core.jobs.store.redis_keys import SCRIPTS
+from kms_core.jobs.store.scripts import SCRIPTS
 from kms_core.key_selection import SelectionRules
 from kms_core.keyring import Key, Keyring
 from kms_core.observability.metrics import UsageCounters

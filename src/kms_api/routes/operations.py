@@ -16,7 +16,7 @@ from kms_core.backend_watch import ROOT
 from kms_core.jobs.events.outbox import Delivery, Outbox
 from kms_core.jobs.store import activity
 from kms_core.jobs.store.activity import QueueStats
-from kms_core.jobs.store.redis_keys import redis_errors
+from kms_core.jobs.store.errors import redis_errors
 from kms_core.observability.metrics import REDIS_OK, STORAGE_USED, added_usage, exposition, operations_used
 from kms_protocol import __version__, admin
 from kms_protocol.errors import JobsUnavailable, Missing

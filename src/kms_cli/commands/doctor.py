@@ -32,7 +32,7 @@ from kms_core.jobs.hosts.install import CLOCK_BOUND_S, YOUNG_S, Facts, differenc
 from kms_core.jobs.hosts.notes import Host, HostNote, HostNotes
 from kms_core.jobs.storage import spool_bucket
 from kms_core.jobs.store import maintenance
-from kms_core.jobs.store.redis_keys import PREFIX
+from kms_core.jobs.store.keys import PREFIX
 from kms_core.keyring import Key
 from kms_core.observability import logs
 from kms_core.observability.degraded import DEGRADED, DegradedPart

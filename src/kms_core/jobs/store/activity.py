@@ -15,8 +15,11 @@ import redis
 
 from kms_core.jobs.model import QueuePriority
 from kms_core.jobs.spec import QUEUES
+from kms_core.jobs.store.errors import redis_errors
+from kms_core.jobs.store.keys import PREFIX, job_key
 from kms_core.jobs.store.maintenance import WORKER_SEEN_S
-from kms_core.jobs.store.redis_keys import PREFIX, SCRIPTS, flat, job_key, named, number, redis_errors
+from kms_core.jobs.store.records import named, number
+from kms_core.jobs.store.scripts import SCRIPTS, flat
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
 from kms_core.observability.metrics import UsageCounters, operations_used

@@ -15,17 +15,11 @@ import structlog
 
 from kms_core.jobs.model import Attempt, Job, NotifyWorker, QueuePriority, RecordKey
 from kms_core.jobs.spec import QUEUES
-from kms_core.jobs.store import redis_keys
-from kms_core.jobs.store.redis_keys import (
-    PREFIX,
-    SCRIPTS,
-    busy_key,
-    is_unreadable,
-    job_key,
-    named,
-    raise_for,
-    redis_errors,
-)
+from kms_core.jobs.store.errors import is_unreadable, redis_errors
+from kms_core.jobs.store.keys import PREFIX, busy_key, job_key
+from kms_core.jobs.store.records import named
+from kms_core.jobs.store.scripts import SCRIPTS, raise_for
+from kms_core.jobs.store.wake_ups import encode_message, list_key
 from kms_core.observability import metrics
 from kms_core.redis_client import connect, connect_to
 from kms_core.settings.model import KmsSection, RedisSection
@@ -344,7 +338,7 @@ class StoreMaintenance:
         """The list for a wake-up, and the wake-up; both empty if the broker is elsewhere."""
         if self._notify is not None:
             return "", b""
-        return redis_keys.list_key(queue), redis_keys.encode_message(queue)
+        return list_key(queue), encode_message(queue)
 
     def notify(self, queue: str, count: int) -> None:
         """Send wake-ups where the broker is elsewhere. A lost one costs seconds: the reaper sends another."""

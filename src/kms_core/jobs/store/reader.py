@@ -7,12 +7,13 @@ reported as stored.
 
 import hashlib
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Final, cast
+from typing import Final, NamedTuple, Self, cast
 
 import msgspec
 import structlog
@@ -29,10 +30,12 @@ from kms_core.jobs.spec import (
     needs_proof,
     spec_digest,
 )
+from kms_core.jobs.store.errors import redis_errors
+from kms_core.jobs.store.keys import PREFIX, job_key
 from kms_core.jobs.store.maintenance import StoreMaintenance
-from kms_core.jobs.store.redis_keys import PREFIX, Cursor, job_key, named, number, reading, redis_errors
+from kms_core.jobs.store.records import named, number, reading
 from kms_core.settings.model import TenantSection
-from kms_protocol.errors import JobNotFinished, RecordRefused, SpoolQuota, UnknownJob
+from kms_protocol.errors import InvalidRequest, JobNotFinished, RecordRefused, SpoolQuota, UnknownJob
 from kms_protocol.units import size_text
 from kms_protocol.wire import STATES
 
@@ -42,6 +45,7 @@ MOST_GROUPED: Final = 10_000
 _LIST_NAME_BYTES: Final = 16
 FETCHED_S: Final = 60.0
 """So long a fetched result stays: its reader resumes, if the last bytes that were sent did not arrive."""
+_CURSOR: Final = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)-([0-9a-f-]{36})")
 _AT_ONCE: Final = 20
 """Records in one look. Threads that wait for Redis this often leave the interpreter to the other calls."""
 _log = structlog.get_logger(__name__)
@@ -60,6 +64,24 @@ class PartRecord:
     log: Checkpoint
     mark: bytes
     is_unproven: bool
+
+
+class Cursor(NamedTuple):
+    """A place in a tenant's list of jobs: the age and id of one of them. Later ones are greater."""
+
+    created_at: float
+    job_id: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises InvalidRequest unless it is what ``str`` gave."""
+        found = _CURSOR.fullmatch(text)
+        if not found:
+            raise InvalidRequest("cursor is what the page before gave as next")
+        return cls(float(found[1]), found[2])
+
+    def __str__(self) -> str:
+        return f"{self.created_at!r}-{self.job_id}"
 
 
 class JobReader(StoreMaintenance):

@@ -31,9 +31,12 @@ from kms_core.jobs.spec import (
     needs_proof,
     spec_digest,
 )
+from kms_core.jobs.store.errors import redis_errors
+from kms_core.jobs.store.keys import PREFIX, busy_key, job_key
 from kms_core.jobs.store.maintenance import ANY_KEY
 from kms_core.jobs.store.reader import JobReader
-from kms_core.jobs.store.redis_keys import PREFIX, TALLY, busy_key, flat, job_key, raise_for, redis_errors
+from kms_core.jobs.store.records import TALLY
+from kms_core.jobs.store.scripts import flat, raise_for
 from kms_core.observability import metrics
 from kms_core.settings.model import TenantSection
 from kms_protocol.errors import (

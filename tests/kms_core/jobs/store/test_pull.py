@@ -12,7 +12,7 @@ import pytest
 from kms_core.container import Core
 from kms_core.jobs.recovery.reaper import Heartbeat, Reaper
 from kms_core.jobs.spec import BULK, FILES, QUEUES
-from kms_core.jobs.store import activity, redis_keys
+from kms_core.jobs.store import activity, wake_ups
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import new_id
 from kms_protocol.errors import JobsUnavailable
@@ -358,7 +358,7 @@ def test_a_submission_sends_a_wake_up_whatever_is_known_of_workers(pushing: JobS
     submit(pushing, 3)
 
     pushed = cast("list[bytes]", pushing.redis.lrange("kms:kms.bulk", 0, -1))
-    assert pushed == [redis_keys.encode_message(BULK)] * 3
+    assert pushed == [wake_ups.encode_message(BULK)] * 3
     assert json.loads(pushed[0])["body"] == "[[],{},null]", "no job is named"
     assert wake_ups(pushing, FILES) == 0
 
