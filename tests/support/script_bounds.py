@@ -18,9 +18,9 @@ from kms_core.auth.policy import Principal
 from kms_core.jobs.events.outbox import Delivery, Outbox
 from kms_core.jobs.model import Attempt, Checkpoint, RecordKey, part_id
 from kms_core.jobs.spec import BULK, QUEUES, AnyJob, JobSpec, SignedEnd
-from kms_core.jobs.store.activity import UsageFlush
 from kms_core.jobs.store.scripts import SCRIPTS
 from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.store.usage import UsageFlush
 from kms_core.observability.metrics import UsageCounters
 from support.embedded_valkey import unrestricted
 from support.job_stores import (

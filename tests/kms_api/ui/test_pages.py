@@ -20,10 +20,11 @@ from kms_api.ui import overview
 from kms_api.ui.render import PageLayer, Screen, refused
 from kms_core.auth.policy import Principal
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.store import activity
-from kms_core.jobs.store.activity import TenantJobs, survey_queues
+from kms_core.jobs.store import workers
 from kms_core.jobs.store.condition import StoreProbe
+from kms_core.jobs.store.gauges import survey_queues
 from kms_core.jobs.store.maintenance import StoreCondition
+from kms_core.jobs.store.tenants import TenantJobs
 from kms_core.observability.degraded import DEGRADED
 from kms_protocol.admin import StatusOut
 from kms_protocol.wire import PREFIX
@@ -104,7 +105,7 @@ def test_a_backend_that_is_down_is_shown_where_the_status_has_it() -> None:
 def test_nothing_is_healthy_while_jobs_of_others_fail() -> None:
     jobs = {"jobs": {"queued": 1, "running": 2, "committing": 0}, "degraded": []}
     calm, failing = TenantJobs("acme", 1, 2, 0, 0), TenantJobs("beta", 0, 0, 20, 3)
-    idle = activity.Activity([], [], has_more=False, results=0, expires=0.0)
+    idle = workers.Activity([], [], has_more=False, results=0, expires=0.0)
 
     healthy = overview_of(overview._Jobs([], [], "0", "0", activity=idle, tenants=[calm]), **jobs)  # noqa: SLF001 -- as above
     wrong = overview_of(overview._Jobs([], [], "0", "0", activity=idle, tenants=[failing, calm]), **jobs)  # noqa: SLF001 -- as above

@@ -10,7 +10,7 @@ from typing import Final
 import structlog
 
 from kms_core.jobs.storage.spool import Spool
-from kms_core.jobs.store import activity
+from kms_core.jobs.store import charts
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
 from kms_core.periodic import PeriodicThread
@@ -142,7 +142,7 @@ class Reaper(LockedSteps):
                 _log.info("job.taken_up", job_id=job_id, reason=found)
 
     def _count_operations(self) -> None:
-        activity.add_point(self._store)
+        charts.add_point(self._store)
 
     def _tell_of_newer(self) -> None:
         count = self._store.for_newer_workers()

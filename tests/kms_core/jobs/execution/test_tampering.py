@@ -13,7 +13,7 @@ from kms_core.container import Core
 from kms_core.jobs.execution import results
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import RecordKey
-from kms_core.jobs.store.activity import survey_queues
+from kms_core.jobs.store.gauges import survey_queues
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import JobsUnavailable, UnknownJob
 from support.core_jobs import submit_items

@@ -12,7 +12,7 @@ import pytest
 from kms_core.container import Core
 from kms_core.jobs.recovery.reaper import Heartbeat, Reaper
 from kms_core.jobs.spec import BULK, FILES, QUEUES
-from kms_core.jobs.store import activity, wake_ups
+from kms_core.jobs.store import gauges, wake_ups
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import new_id
 from kms_protocol.errors import JobsUnavailable
@@ -291,10 +291,10 @@ def test_depth_and_age_are_of_ready_jobs(store: JobStore) -> None:
 
     assert depths(store)[BULK, "low"] == 2
     assert sum(depths(store).values()) == 2
-    found = activity.survey_queues(store)
+    found = gauges.survey_queues(store)
     assert found.jobs == {"queued": 2, "running": 1, "committing": 0}
     assert 0 <= found.oldest_queued_s < 60
-    assert activity.survey_queues(store, "other").jobs == {"queued": 0, "running": 0, "committing": 0}
+    assert gauges.survey_queues(store, "other").jobs == {"queued": 0, "running": 0, "committing": 0}
 
 
 def test_a_list_by_state_finds_an_old_job_behind_many(store: JobStore) -> None:
@@ -468,7 +468,7 @@ def test_workers_are_counted_by_their_version(store: JobStore) -> None:
         store.worker_seen(name, 4, QUEUES, about)
     store.worker_seen("starting", 4, (), "0.3.0 4")
 
-    assert activity.survey_queues(store).versions == {"0.1.9": 1, "0.2.0": 2, "0.3.0": 1}
+    assert gauges.survey_queues(store).versions == {"0.1.9": 1, "0.2.0": 2, "0.3.0": 1}
 
 
 def test_a_lost_wake_up_is_sent_again(pushing: JobStore) -> None:

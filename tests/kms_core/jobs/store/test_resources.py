@@ -9,7 +9,7 @@ import pytest
 from kms_core.container import Core
 from kms_core.jobs.model import Attempt, LeaseLost
 from kms_core.jobs.spec import BULK, FILES, QUEUES, JobSpec
-from kms_core.jobs.store import activity
+from kms_core.jobs.store import gauges
 from kms_core.jobs.store.store import JobStore
 from support.job_stores import (
     COMMIT,
@@ -112,7 +112,7 @@ def test_a_job_holds_each_resource_that_it_uses(core: Core) -> None:
     attempt(store)
 
     assert [taken(store), taken(store)] == [last, None]
-    assert activity.survey_queues(store).leases == {BUCKET: 1, "backend:aws": 2}
+    assert gauges.survey_queues(store).leases == {BUCKET: 1, "backend:aws": 2}
 
 
 def test_the_reaper_wakes_nobody_for_what_waits_for_a_bound(core: Core) -> None:
@@ -223,12 +223,12 @@ def test_what_a_process_hangs_on_is_left_alone(store: JobStore) -> None:
     store.stuck("w", 1, 60, [NAS, BUCKET])
 
     assert taken(store) is None
-    assert activity.survey_queues(store).stuck == 1
+    assert gauges.survey_queues(store).stuck == 1
     store.stuck("w", 0, 60, [])
-    assert activity.survey_queues(store).stuck == 0
+    assert gauges.survey_queues(store).stuck == 0
     store.stuck("w", 2, 60, [])
     store.worker_left("w")
-    assert activity.survey_queues(store).stuck == 0
+    assert gauges.survey_queues(store).stuck == 0
 
 
 def test_a_short_time_does_not_shorten_a_long_one(store: JobStore) -> None:
