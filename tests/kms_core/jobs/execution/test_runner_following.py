@@ -10,7 +10,7 @@ from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_next
 from kms_core.jobs.model import Following
 from kms_core.jobs.spec import BULK, QUEUES
-from kms_core.jobs.store.maintenance import ReplicaWait
+from kms_core.jobs.store.replicas import ReplicaWait
 from kms_core.settings.model import RedisSection
 from kms_protocol.errors import JobsUnavailable
 from support.core_jobs import end_of, now, submit_items
