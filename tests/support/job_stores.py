@@ -14,7 +14,8 @@ from kms_core import redis_client
 from kms_core.container import Core
 from kms_core.jobs.file_patterns import is_tree
 from kms_core.jobs.model import Attempt, Commit, Job, QueuePriority
-from kms_core.jobs.recovery.reaper import Reaper, SpoolCleanup
+from kms_core.jobs.recovery.reaper import Reaper
+from kms_core.jobs.recovery.spool_cleanup import SpoolCleanup
 from kms_core.jobs.spec import BULK, QUEUES, AnyJob
 from kms_core.jobs.storage.spool import Spool
 from kms_core.jobs.storage.spool_folder import SpoolFolder

@@ -9,7 +9,7 @@ import pytest
 from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Job
-from kms_core.jobs.recovery import reaper
+from kms_core.jobs.recovery import spool_cleanup
 from kms_core.jobs.storage.spool_bucket import SpoolBucket
 from support import object_stores
 from support.blob_stores import PREFIX
@@ -209,7 +209,7 @@ def test_orphans_are_swept_and_objects_of_jobs_stay(
 
     reap(context.store, context.spool)
     assert ORPHAN in install.bucket.keys()  # noqa: SIM118 -- no dict
-    monkeypatch.setattr(reaper, "_ORPHAN_AGE_S", 1.0)
+    monkeypatch.setattr(spool_cleanup, "_ORPHAN_AGE_S", 1.0)
     reap(context.store, context.spool)
 
     keys = install.bucket.keys()

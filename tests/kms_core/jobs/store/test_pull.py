@@ -10,9 +10,10 @@ from typing import cast
 import pytest
 
 from kms_core.container import Core
-from kms_core.jobs.recovery.reaper import Heartbeat, Reaper
+from kms_core.jobs.recovery.reaper import Reaper
 from kms_core.jobs.spec import BULK, FILES, QUEUES
 from kms_core.jobs.store import gauges, wake_ups
+from kms_core.jobs.store.heartbeats import Heartbeat
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import new_id
 from kms_protocol.errors import JobsUnavailable

@@ -10,7 +10,7 @@ import pytest
 from kms_core.container import Core
 from kms_core.jobs.execution import results
 from kms_core.jobs.execution.runner import run_claimed, run_job
-from kms_core.jobs.recovery.reaper import SpoolCleanup
+from kms_core.jobs.recovery.spool_cleanup import SpoolCleanup
 from kms_core.jobs.submission import submitter
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
