@@ -6,8 +6,10 @@ from typing import Final
 
 import structlog
 
-from kms_core.jobs.recovery.reaper import LockedSteps
+from kms_core.jobs.recovery.reaper import LockedSteps, past
 from kms_core.jobs.storage.spool import Spool
+from kms_core.jobs.store.errors import redis_errors
+from kms_core.jobs.store.keys import job_key
 from kms_core.jobs.store.store import JobStore
 
 _STEP_S: Final = 1.0
@@ -42,17 +44,25 @@ class SpoolCleanup(LockedSteps):
         return (1, self._delete_inputs), (1, self._delete_expired), (150, self._sweep)
 
     def _delete_inputs(self) -> None:
-        found = self._store.with_input(_MOST)
-        self._store.inputs_removed(list(self._removed(found, self._spool.discard_input)))
+        found = past(self._store, "inputs", _MOST, self._store.rules.input_grace_s)
+        self._store.call_each("input_removed", list(self._removed(found, self._spool.discard_input)))
 
     def _delete_expired(self) -> None:
-        found = self._store.expired(_MOST)
-        in_redis = self._store.small(found)  # all that they have, which ``purged`` deletes
+        found = expired(self._store)
+        in_redis = self._small(found)  # all that they have, which ``purged`` deletes
 
         def delete(job_id: str) -> bool:
             return job_id in in_redis or self._spool.delete(job_id, in_redis=False)
 
         self._store.purged(*self._removed(found, delete))
+
+    def _small(self, job_ids: Sequence[str]) -> set[str]:
+        """Return those of these jobs whose blobs are all in Redis."""
+        with redis_errors():
+            pipeline = self._store.redis.pipeline(transaction=False)
+            for job_id in job_ids:
+                pipeline.hexists(job_key(job_id), "small")
+            return {job_id for job_id, is_so in zip(job_ids, pipeline.execute(), strict=True) if is_so}
 
     def _removed(self, job_ids: Sequence[str], remove: Callable[[str], bool]) -> Iterator[str]:
         """Jobs whose files were removed, for a second, or until the bucket of the spool does not answer."""
@@ -74,3 +84,8 @@ class SpoolCleanup(LockedSteps):
             if not self._store.exists(job_id) and self._spool.delete(job_id):
                 _log.info("spool.swept", job_id=job_id)
         self._spool.sweep()
+
+
+def expired(store: JobStore) -> list[str]:
+    """Ended jobs whose results are to be deleted. Raises JobsUnavailable."""
+    return past(store, "ended", _MOST)

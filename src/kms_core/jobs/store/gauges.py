@@ -7,11 +7,12 @@ from typing import Final
 
 from kms_core.jobs.model import QueuePriority
 from kms_core.jobs.store.errors import redis_errors
+from kms_core.jobs.store.heartbeats import live_workers
 from kms_core.jobs.store.keys import PREFIX
 from kms_core.jobs.store.records import number
 from kms_core.jobs.store.store import JobStore
-from kms_core.jobs.store.tenants import OPEN_STATES
-from kms_core.jobs.store.workers import version_and_start
+from kms_core.jobs.store.tenants import OPEN_STATES, tenants
+from kms_core.jobs.store.workers import version_and_start, waiting
 from kms_core.observability import metrics
 
 OTHER: Final = "other"
@@ -46,11 +47,11 @@ class QueueStats:
 
 def survey_queues(store: JobStore, tenant: str | None = None) -> QueueStats:
     """Statistics of all jobs; ``jobs`` of one tenant, if one is named. Raises JobsUnavailable."""
-    tenants = [tenant] if tenant is not None else store.tenants()
+    names = [tenant] if tenant is not None else tenants(store)
     now, bounded, width = store.now(), list(store.resource_leases), len(OPEN_STATES) + 1
     with redis_errors():
         pipeline = store.redis.pipeline(transaction=False)
-        for name in tenants:
+        for name in names:
             for state in OPEN_STATES:
                 pipeline.zcard(f"{PREFIX}state:{name}:{state}")
             pipeline.hget(f"{PREFIX}spooled:{name}", "sum")
@@ -61,25 +62,31 @@ def survey_queues(store: JobStore, tenant: str | None = None) -> QueueStats:
         pipeline.hgetall(f"{PREFIX}stuck")
         pipeline.hgetall(f"{PREFIX}slots")
         *counts, dead, memory, stuck, slots = pipeline.execute()
-        rows = [counts[at : at + width] for at in range(0, width * len(tenants), width)]
-        spooled = {name: int(number(row[-1])) for name, row in zip(tenants, rows, strict=True)}
+        rows = [counts[at : at + width] for at in range(0, width * len(names), width)]
+        spooled = {name: int(number(row[-1])) for name, row in zip(names, rows, strict=True)}
         hanging = sum(int(number(count)) for count in stuck.values())
         noted = Counter(version_and_start(note)[0] for note in slots.values())
-    waiting = store.waiting()
-    oldest = min((since for count, since in waiting.values() if count), default=now)
+    ready = waiting(store)
+    oldest = min((since for count, since in ready.values() if count), default=now)
     return QueueStats(
         {state: sum(row[at] for row in rows) for at, state in enumerate(OPEN_STATES)},
-        {lane: count for lane, (count, _) in waiting.items()},
+        {lane: count for lane, (count, _) in ready.items()},
         max(0.0, now - oldest),
         dead,
-        store.workers(),
+        live_workers(store),
         memory["used_memory"] / memory["maxmemory"] if memory.get("maxmemory") else 0.0,
         spooled,
         hanging,
-        dict(zip(bounded, counts[width * len(tenants) :], strict=True)),
-        store.for_newer_workers(),
+        dict(zip(bounded, counts[width * len(names) :], strict=True)),
+        for_newer_workers(store),
         {version: count for version, count in noted.items() if version},
     )
+
+
+def for_newer_workers(store: JobStore) -> int:
+    """The number of open jobs that wait for a worker of a newer version. Raises JobsUnavailable."""
+    with redis_errors():
+        return int(store.redis.zcard(f"{PREFIX}newer"))
 
 
 def set_queue_gauges(found: QueueStats, tenants: Container[str]) -> None:

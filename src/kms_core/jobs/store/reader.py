@@ -31,8 +31,8 @@ from kms_core.jobs.spec import (
     spec_digest,
 )
 from kms_core.jobs.store.errors import redis_errors
+from kms_core.jobs.store.job_redis import JobRedis
 from kms_core.jobs.store.keys import PREFIX, job_key
-from kms_core.jobs.store.maintenance import StoreMaintenance
 from kms_core.jobs.store.records import named, number, reading
 from kms_core.settings.model import TenantSection
 from kms_protocol.errors import InvalidRequest, JobNotFinished, RecordRefused, SpoolQuota, UnknownJob
@@ -84,7 +84,7 @@ class Cursor(NamedTuple):
         return f"{self.created_at!r}-{self.job_id}"
 
 
-class JobReader(StoreMaintenance):
+class JobReader(JobRedis):
     """One job, a tenant's list, sealed parts, results. JobStore inherits it; all raise JobsUnavailable."""
 
     def get(self, job_id: str, tenant: str) -> Job:
@@ -123,10 +123,24 @@ class JobReader(StoreMaintenance):
 
     def _let_go(self, job: Job, delay_s: float, *sent: int) -> bytes:
         _, sealed = self.seen(job.job_id, job.tenant)
-        (word,) = self._call("release", job.job_id, sealed, delay_s, *sent)
+        (word,) = self.call("release", job.job_id, sealed, delay_s, *sent)
         if word == b"gone":
             raise UnknownJob
         return word
+
+    def purged(self, *job_ids: str) -> None:
+        """Note that the results are gone, and remove small blobs; the records themselves expire later."""
+        self.call_each("purged", job_ids)
+
+    def exists(self, job_id: str) -> bool:
+        with redis_errors():
+            return bool(self.redis.exists(job_key(job_id)))
+
+    def resources(self, job_id: str) -> list[str]:
+        """Return the roots, buckets and backends that a job uses and that are watched or bounded."""
+        with redis_errors():
+            found = cast("bytes | None", self.redis.hget(job_key(job_id), "resources"))
+        return (found or b"").decode(errors="replace").split()
 
     def part(self, job_id: str) -> PartRecord:
         """A part of a job, internal to the service: clients cannot get, cancel or retry it by itself."""

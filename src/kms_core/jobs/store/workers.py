@@ -4,18 +4,20 @@ All reads are bounded: none costs more where there are more jobs. A job is told 
 verified whose it is.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from kms_core.jobs.model import QueuePriority
 from kms_core.jobs.spec import QUEUES
 from kms_core.jobs.store.errors import redis_errors
+from kms_core.jobs.store.heartbeats import WORKER_SEEN_S
 from kms_core.jobs.store.keys import PREFIX, job_key
-from kms_core.jobs.store.maintenance import WORKER_SEEN_S
 from kms_core.jobs.store.records import named, number
 from kms_core.jobs.store.store import JobStore
-from kms_protocol.wire import Priority
+from kms_protocol.wire import PRIORITIES, Priority
 
 MOST_WORKERS: Final = 100
 MOST_LEASES: Final = 200
@@ -173,7 +175,7 @@ def version_and_start(note: bytes) -> tuple[str, float]:
 def _queues(
     store: JobStore, workers: Sequence[WorkerActivity], running: Mapping[str, int]
 ) -> list[QueueActivity]:
-    now, ready = store.now(), store.waiting()
+    now, ready = store.now(), waiting(store)
     return [
         QueueActivity(
             queue,
@@ -187,3 +189,19 @@ def _queues(
         )
         for queue in QUEUES
     ]
+
+
+def waiting(store: JobStore) -> Mapping[QueuePriority, tuple[int, float]]:
+    """The number of ready jobs, and since when the oldest waits. Raises JobsUnavailable."""
+    lanes: list[QueuePriority] = [(queue, priority) for queue in QUEUES for priority in PRIORITIES]
+    with redis_errors():
+        pipeline = store.redis.pipeline(transaction=False)
+        for queue, priority in lanes:
+            pipeline.zcard(f"{PREFIX}waiting:{queue}:{priority}")
+            pipeline.zrange(f"{PREFIX}waiting:{queue}:{priority}", 0, 0, withscores=True)
+        found = pipeline.execute()
+    counts, firsts = found[::2], found[1::2]
+    return {
+        lane: (int(count), first[0][1] if first else math.inf)
+        for lane, count, first in zip(lanes, counts, firsts, strict=True)
+    }

@@ -7,9 +7,11 @@ from structlog.testing import capture_logs
 
 from kms_core.container import Core
 from kms_core.jobs.model import LeaseLost
-from kms_core.jobs.recovery.reaper import Reaper
+from kms_core.jobs.recovery import reaper
+from kms_core.jobs.recovery.reaper import Reaper, reap_all
 from kms_core.jobs.spec import FILES, QUEUES
 from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.store.tenants import tenants
 from kms_protocol.errors import JobsUnavailable, WrongInstall
 from support.job_stores import TENANT, alone, claimed, expire_leases, reap, state, store_of, take, with_jobs
 
@@ -35,14 +37,14 @@ def test_job_that_ends_while_the_reaper_looks_at_it_stays_ended(store: JobStore)
 
     store.finish(claim, "succeeded")  # after it was seen as due
 
-    assert store.reap_all([job_id]) == ["succeeded"]
+    assert reap_all(store, [job_id]) == ["succeeded"]
     assert store.redis.zscore("kms:open", job_id) is None
 
 
 def test_cancelled_job_that_had_an_attempt_is_tidied_by_a_worker(store: JobStore) -> None:
     job_id = claimed(store).accepted.job_id
     expire_leases(store)
-    store.reap_all([job_id])
+    reap_all(store, [job_id])
 
     store.cancel(job_id, TENANT)
 
@@ -89,7 +91,7 @@ def test_the_ids_of_expired_records_leave_all_lists(core: Core, store: JobStore)
     assert lists_with(store, gone) == []
     assert len(lists_with(store, kept)) == 5
     assert store.redis.zrange("kms:records", 0, -1) == store.redis.hkeys("kms:lists") == [kept.encode()]
-    assert store.tenants() == [TENANT]
+    assert tenants(store) == [TENANT]
 
 
 def test_a_tenant_without_records_is_forgotten(core: Core, store: JobStore) -> None:
@@ -97,7 +99,7 @@ def test_a_tenant_without_records_is_forgotten(core: Core, store: JobStore) -> N
 
     reap(store, core.worker_context.spool)
 
-    assert store.tenants() == []
+    assert tenants(store) == []
 
 
 def test_the_lists_keep_a_job_for_as_long_as_its_record_is_kept(store: JobStore) -> None:
@@ -148,20 +150,20 @@ def test_one_reaper_at_a_time(store: JobStore) -> None:
 # -- what others wrote stops nothing ---------------------------------------------------------------------
 
 
-def failing() -> list[str]:
+def failing(_store: JobStore) -> list[str]:
     raise JobsUnavailable
 
 
 def test_a_step_that_fails_again_after_a_good_round_is_told_again(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reaper = Reaper(store, "r")
+    steps = Reaper(store, "r")
     with capture_logs() as logs:
         for _ in range(2):
             with monkeypatch.context() as patched:
-                patched.setattr(store, "due", failing)
-                reaper.step()
-            reaper.step()
+                patched.setattr(reaper, "due", failing)
+                steps.step()
+            steps.step()
 
     assert [line["step"] for line in logs if line["event"] == "caretaker.step_failed"] == ["take_up_due"] * 2
 

@@ -9,9 +9,11 @@ import pytest
 from structlog.testing import capture_logs
 
 from kms_core.container import Core
+from kms_core.jobs.recovery import reaper
 from kms_core.jobs.recovery.reaper import Reaper
-from kms_core.jobs.recovery.spool_cleanup import SpoolCleanup
+from kms_core.jobs.recovery.spool_cleanup import SpoolCleanup, expired
 from kms_core.jobs.storage.spool import Label
+from kms_core.jobs.store import gauges
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import new_id
 from kms_protocol.errors import JobsUnavailable
@@ -36,12 +38,12 @@ def test_reaper_deletes_expired_results(core: Core, store: JobStore) -> None:
     claim = claimed(store, expires_at=time.time() + 1)
     store.finish(claim, "succeeded")
     spooled(core, claim.accepted.job_id)
-    until(store.expired, "the result has expired")
+    until(lambda: expired(store), "the result has expired")
 
     reap(store, core.worker_context.spool)
 
     assert store.get(claim.accepted.job_id, TENANT).purged == 1
-    assert store.expired() == in_spool(core) == []
+    assert expired(store) == in_spool(core) == []
 
 
 def test_expired_results_are_noted_together(core: Core, store: JobStore, tmp_path: Path) -> None:
@@ -97,7 +99,7 @@ def expiring(core: Core, store: JobStore) -> str:
     return job_id
 
 
-def failing() -> list[str]:
+def failing(_store: JobStore) -> list[str]:
     raise JobsUnavailable
 
 
@@ -141,8 +143,8 @@ def test_a_step_that_fails_keeps_the_reaper_from_no_other(
 ) -> None:
     good, orphan = expiring(core, store), new_id()
     spooled(core, orphan, 1e9)
-    for read in ("due", "for_newer_workers"):
-        monkeypatch.setattr(store, read, failing)
+    monkeypatch.setattr(reaper, "due", failing)
+    monkeypatch.setattr(gauges, "for_newer_workers", failing)
 
     with capture_logs() as logs:
         for steps in (Reaper(store, "r"), SpoolCleanup(store, core.worker_context.spool, "r")):

@@ -10,6 +10,7 @@ from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Job
 from kms_core.jobs.recovery import spool_cleanup
+from kms_core.jobs.recovery.reaper import reap_all
 from kms_core.jobs.storage.spool_bucket import SpoolBucket
 from support import object_stores
 from support.blob_stores import PREFIX
@@ -134,7 +135,7 @@ def test_bucket_that_is_away_is_told_and_defers_jobs_without_an_attempt(install:
     assert install.spool == "unavailable"
     assert "spool" in install.service.get("/status").json()["degraded"]
     install.back()
-    until(lambda: install.core.worker_context.store.reap_all([job_id])[0] != "deferred", "it is due")
+    until(lambda: reap_all(install.core.worker_context.store, [job_id])[0] != "deferred", "it is due")
     until(lambda: install.run(job_id).state == "succeeded", "the job ends")
 
     sealed = install.service.result(job_id)

@@ -7,6 +7,7 @@ import pytest
 
 from kms_core.jobs.spec import BULK, FILES, QUEUES
 from kms_core.jobs.store import charts, gauges, usage, workers
+from kms_core.jobs.store.heartbeats import processes_stuck, worker_left, worker_seen
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.store.workers import QueueActivity, WorkerActivity
 from support.job_stores import TENANT, accepted, claimed, forge
@@ -24,7 +25,7 @@ def queue(store: JobStore, name: str) -> QueueActivity:
 
 
 def test_worker_is_told_with_version_slots_and_the_jobs_that_it_runs(store: JobStore) -> None:
-    store.worker_seen("host:aa", 4, QUEUES, "9.9.1 1700000000")
+    worker_seen(store, "host:aa", 4, QUEUES, "9.9.1 1700000000")
     claim = claimed(store, "host:aa/71")
 
     found = only_worker(store)
@@ -39,14 +40,14 @@ def test_worker_is_told_with_version_slots_and_the_jobs_that_it_runs(store: JobS
 def test_worker_without_jobs_is_starting_until_it_serves_queues(
     store: JobStore, queues: tuple[str, ...], state: str
 ) -> None:
-    store.worker_seen("host:aa", 2, queues)  # as a worker of 0.1 does
+    worker_seen(store, "host:aa", 2, queues)  # as a worker of 0.1 does
 
     found = only_worker(store)
     assert (found.state, found.version, found.started) == (state, "", 0)
 
 
 def test_killed_worker_is_not_seen_and_serves_no_queue(store: JobStore) -> None:
-    store.worker_seen("host:aa", 4, QUEUES)
+    worker_seen(store, "host:aa", 4, QUEUES)
     assert not queue(store, FILES).is_unserved
     store.submit(accepted())
     store.redis.zadd("kms:workers", {"host:aa": time.time() - 60})
@@ -59,9 +60,9 @@ def test_killed_worker_is_not_seen_and_serves_no_queue(store: JobStore) -> None:
 
 
 def test_worker_that_was_told_to_stop_is_told_until_its_jobs_end(store: JobStore) -> None:
-    store.worker_seen("host:aa", 4, QUEUES)
+    worker_seen(store, "host:aa", 4, QUEUES)
     claim = claimed(store, "host:aa/71")
-    store.worker_left("host:aa")
+    worker_left(store, "host:aa")
     assert (only_worker(store).state, only_worker(store).jobs) == ("stopping", (claim.accepted.job_id,))
 
     store.finish(claim, "succeeded")
@@ -70,14 +71,14 @@ def test_worker_that_was_told_to_stop_is_told_until_its_jobs_end(store: JobStore
 
 
 def test_processes_that_hang_and_what_a_worker_leaves_alone_are_told(store: JobStore) -> None:
-    store.worker_seen("host:aa", 4, QUEUES)
-    store.stuck("host:aa", 2, 600, ["root:/srv/archive"])
+    worker_seen(store, "host:aa", 4, QUEUES)
+    processes_stuck(store, "host:aa", 2, 600, ["root:/srv/archive"])
 
     assert (only_worker(store).stuck, only_worker(store).left_alone) == (2, ("root:/srv/archive",))
 
 
 def test_part_counts_for_its_whole_and_a_whole_uses_no_slot(store: JobStore) -> None:
-    store.worker_seen("host:aa", 4, QUEUES)
+    worker_seen(store, "host:aa", 4, QUEUES)
     whole, part = claimed(store, "host:aa/71"), claimed(store, "host:aa/72")
     forge(store, whole.accepted.job_id, parts="1")
     forge(store, part.accepted.job_id, parent=whole.accepted.job_id)
@@ -102,7 +103,7 @@ def test_waiting_jobs_are_told_by_priority_with_the_age_of_the_oldest(store: Job
 )
 def test_what_no_process_wrote_is_left_out_or_unknown(store: JobStore, junk: bytes) -> None:
     now, redis = time.time(), store.redis
-    store.worker_seen("host:aa", 4, QUEUES)
+    worker_seen(store, "host:aa", 4, QUEUES)
     claim = claimed(store, "host:aa/71")
     for key in ("slots", "stuck"):
         redis.hset(f"kms:{key}", "host:aa", junk)
