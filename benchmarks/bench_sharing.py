@@ -25,7 +25,7 @@ from benchmarks.running import free_port
 from kms_core.auth import tokens
 from kms_core.auth.policy import Principal
 from kms_core.jobs.spec import BULK, MAINTENANCE
-from kms_core.jobs.store.redis_keys import job_key
+from kms_core.jobs.store.keys import job_key
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol.wire import ENDED, JobItem
 from support import rabbitmq

@@ -29,7 +29,7 @@ from kms_core.container import Core
 from kms_core.container import build as build_core
 from kms_core.jobs.model import Job
 from kms_core.jobs.store import broker as job_broker
-from kms_core.jobs.store.redis_keys import job_key
+from kms_core.jobs.store.keys import job_key
 from kms_core.jobs.submission.submitter import SubmissionOptions, new_id
 from kms_core.programs import tether
 from kms_core.programs.liveness import is_alive

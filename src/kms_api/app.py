@@ -30,8 +30,8 @@ from kms_core.container import Core, build_monitor
 from kms_core.container import build as build_core
 from kms_core.documents.local_copy import CopyPoll
 from kms_core.jobs.hosts.install import InstallWatch
-from kms_core.jobs.store.activity import UsageFlush
 from kms_core.jobs.store.condition import StoreProbe
+from kms_core.jobs.store.usage import UsageFlush
 from kms_core.observability import metrics, tracing
 from kms_core.periodic import PeriodicThread
 from kms_core.proxies import Proxies

@@ -17,8 +17,7 @@ from kms_core.auth.policy import Principal
 from kms_core.auth.rate_limit import Requests
 from kms_core.backend_watch import BackendWatch
 from kms_core.jobs.hosts.install import Install
-from kms_core.jobs.store.condition import StoreProbe
-from kms_core.jobs.store.maintenance import StoreCondition
+from kms_core.jobs.store.condition import StoreCondition, StoreProbe
 from kms_core.jobs.submission.submitter import JobSubmitter
 from kms_core.service import Kms
 from kms_core.settings.model import Settings

@@ -18,8 +18,8 @@ from kms_core.jobs.execution.runner import run_next
 from kms_core.jobs.model import Following
 from kms_core.jobs.spec import FILES, QUEUES
 from kms_core.jobs.store import broker
-from kms_core.jobs.store.activity import UsageFlush
-from kms_core.jobs.store.redis_keys import TASK
+from kms_core.jobs.store.usage import UsageFlush
+from kms_core.jobs.store.wake_ups import TASK
 from kms_core.observability import tracing
 from kms_core.periodic import SharedTime
 from kms_core.redis_client import celery_options

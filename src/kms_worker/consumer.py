@@ -23,7 +23,7 @@ from kombu.transport.pyamqp import amqp  # type: ignore[attr-defined]  # the one
 from kms_core.age.header import VERSION_LINE
 from kms_core.jobs.execution import attendance
 from kms_core.jobs.spec import BULK, FILES, MAINTENANCE
-from kms_core.jobs.store.redis_keys import TASK as RUN
+from kms_core.jobs.store.wake_ups import TASK as RUN
 from kms_worker.tasks import KEYS_TASK, SUBMIT_TASK, TASK_ID, LogBound, Refusals
 from kms_worker.tasks import QUEUE as SUBMIT_QUEUE
 

@@ -31,8 +31,10 @@ from kms_core.jobs.events import webhook
 from kms_core.jobs.events.outbox import Outbox, WebhookDispatcher
 from kms_core.jobs.execution import attendance
 from kms_core.jobs.hosts.install import InstallWatch
-from kms_core.jobs.recovery.reaper import Heartbeat, Reaper, SpoolCleanup
+from kms_core.jobs.recovery.reaper import Reaper
+from kms_core.jobs.recovery.spool_cleanup import SpoolCleanup
 from kms_core.jobs.store import broker
+from kms_core.jobs.store.heartbeats import Heartbeat, idle_s
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
 from kms_core.periodic import PeriodicThread, SharedTime
@@ -83,7 +85,7 @@ def run(loaded: Settings) -> int:
     Watchdog(
         attendance.PATIENCE_S,
         partial(_can_take, app, store, served),
-        lambda: min(time.monotonic() - pulse.at, store.idle_s(name)),
+        lambda: min(time.monotonic() - pulse.at, idle_s(store, name)),
     ).start()
     try:
         return _consume(app, name, jobs.concurrency, served, checked)

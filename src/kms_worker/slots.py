@@ -21,6 +21,7 @@ from celery.concurrency.prefork import TaskPool
 from celery.worker.consumer import Consumer
 
 from kms_core.jobs.execution.attendance import Attendance, Stall
+from kms_core.jobs.store.heartbeats import process_ended, processes_stuck
 from kms_core.jobs.store.store import JobStore
 from kms_core.periodic import PeriodicThread
 from kms_protocol.errors import JobsUnavailable
@@ -100,7 +101,7 @@ class Slots(PeriodicThread):
     def finish(self) -> None:
         """No process is left. One that could not be ended ended this thread, too: see ``round``."""
         if self._told:
-            self._store.stuck(self._owner, 0, 0.0, [])
+            processes_stuck(self._store, self._owner, 0, 0.0, [])
 
     def _note_ended(self) -> None:
         """Note how processes ended that are in the pool no more."""
@@ -108,7 +109,7 @@ class Slots(PeriodicThread):
             found = {each.pid: each for each in self._pool._pool._pool}  # noqa: SLF001 -- Celery shows pids alone
             for pid in self._processes.keys() - found.keys():
                 if code := self._processes[pid].exitcode:
-                    self._store.process_ended(f"{self._owner}/{pid}", code)
+                    process_ended(self._store, f"{self._owner}/{pid}", code)
             self._processes = found
 
     def _is_blocked(self) -> bool:
@@ -187,7 +188,7 @@ class Slots(PeriodicThread):
             resources = {name for one in watched for name in one.stall.resources}
             held_s = _HELD_S if hanging else _SLOW_HELD_S
             self._told = len(watched)
-            self._store.stuck(self._owner, self._told, held_s, sorted(resources))
+            processes_stuck(self._store, self._owner, self._told, held_s, sorted(resources))
 
 
 def _has_ended(pidfd: int) -> bool:

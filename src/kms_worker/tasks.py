@@ -18,7 +18,7 @@ from kombu.exceptions import OperationalError
 from kms_core import key_rotation
 from kms_core.container import Core
 from kms_core.jobs.spec import MAINTENANCE
-from kms_core.jobs.store import activity, broker
+from kms_core.jobs.store import broker, usage
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.celery_intake import Intake
 from kms_core.observability import metrics
@@ -198,7 +198,7 @@ def register_keys(app: Celery, core: Callable[[], Core], settings: Settings, nam
 def look_after(core: Core, rules: RotationSection, owner: str) -> None:
     """Update the key metrics, and rotate the keys that are due. Raises JobsUnavailable."""
     store = core.worker_context.store
-    counts = added_usage(activity.shared_usage(store.redis), core.kms.usage.peek())
+    counts = added_usage(usage.shared_usage(store.redis), core.kms.usage.peek())
     due = key_rotation.find_due(core.kms.keyring, counts, rules)
     mine = [state for state in due if store.once(f"rotate:{state.key_id}", owner, _ATTEMPT_EVERY_S)]
     key_rotation.rotate_due(core.kms, mine)

@@ -16,7 +16,7 @@ from typing import Final, cast
 
 import pytest
 
-from kms_core.jobs.recovery import reaper
+from kms_core.jobs.recovery import spool_cleanup
 from kms_core.jobs.storage import spool_bucket
 from kms_protocol.errors import EXIT_CONFIGURATION
 from support import redis_servers
@@ -51,7 +51,7 @@ def test_every_job_ends_once_whichever_line_is_cut(
     tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seed = int(os.environ.get("KMS_STORM_SEED") or secrets.randbelow(1_000_000)) + number
-    monkeypatch.setattr(reaper, "_ORPHAN_AGE_S", 0.0)  # the time that passes until orphans are swept
+    monkeypatch.setattr(spool_cleanup, "_ORPHAN_AGE_S", 0.0)  # the time that passes until orphans are swept
     monkeypatch.setattr(spool_bucket, "UNFINISHED_S", 0.0)
     with capsys.disabled():
         print(f"\nmany hosts: seed {seed}")  # noqa: T201 -- a failure must be repeatable

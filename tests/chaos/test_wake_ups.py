@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kms_core.jobs.store.redis_keys import encode_message, list_key
+from kms_core.jobs.store.wake_ups import encode_message, list_key
 from support.service import Service, b64, core_of
 from support.waiting import until
 

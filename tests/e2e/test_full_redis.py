@@ -10,7 +10,7 @@ import redis
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.store import maintenance
+from kms_core.jobs.store import job_redis
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import RedisFull
@@ -83,7 +83,7 @@ def test_jobs_are_refused_by_code_before_it_is_full_those_accepted_run_and_it_re
         queued = [service.submit(JOB) for _ in range(5)] + [
             service.submit({"kind": "encrypt", "items": [ITEM] * 600})
         ]
-        filled.fill(maintenance.FULL + 0.01)
+        filled.fill(job_redis.FULL + 0.01)
 
         for answer in (service.post("/jobs", JOB), service.post("/files/encrypt", content=bytes(100_000))):
             check_problem(answer, 503, "redis_full")

@@ -13,7 +13,7 @@ from kms_core.age import x25519
 from kms_core.auth.policy import Principal
 from kms_core.jobs.hosts.notes import HostNotes
 from kms_core.jobs.spec import BULK
-from kms_core.jobs.store import redis_keys
+from kms_core.jobs.store import wake_ups
 from kms_protocol.context import Context
 from kms_protocol.wire import JobItem
 from support.age_kms import write_recipient
@@ -136,7 +136,7 @@ def test_worker_takes_no_job_of_another_install(tmp_path: Path, redis_url: str) 
         submitter._require_install = lambda: None  # noqa: SLF001 -- as before it noticed
         options = job_options(Principal("local"), "encrypt", Context())
         job_id = submitter.items(options, [JobItem(plaintext=b"a")]).job_id
-        client.lpush(redis_keys.list_key(BULK), redis_keys.encode_message(BULK))
+        client.lpush(wake_ups.list_key(BULK), wake_ups.encode_message(BULK))
         until(lambda: "job.left_to_lease" in only.output("worker"), "the worker refuses it")
         assert only.job(job_id)["state"] == "queued"
         client.delete("kms:install")

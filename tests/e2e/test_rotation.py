@@ -20,9 +20,9 @@ from kms_core.age import x25519
 from kms_core.auth.policy import Principal
 from kms_core.backends.age import AgeBackend
 from kms_core.container import Core
-from kms_core.jobs.store import activity
-from kms_core.jobs.store.activity import UsageFlush
-from kms_core.jobs.store.redis_keys import SCRIPTS
+from kms_core.jobs.store import usage
+from kms_core.jobs.store.scripts import SCRIPTS
+from kms_core.jobs.store.usage import UsageFlush
 from kms_core.key_selection import SelectionRules
 from kms_core.keyring import Key, Keyring
 from kms_core.observability.metrics import UsageCounters
@@ -285,7 +285,7 @@ def test_counts_of_several_processes_add_up(redis_url: str) -> None:
         tally.put_back({"operations encrypt ok": 2, "messages default 1 age": 2})
         UsageFlush(tally, client).round()
 
-    assert activity.shared_usage(client) == {"operations encrypt ok": 4, "messages default 1 age": 4}
+    assert usage.shared_usage(client) == {"operations encrypt ok": 4, "messages default 1 age": 4}
 
 
 def test_counts_wait_while_redis_is_away(redis_url: str) -> None:
@@ -294,10 +294,10 @@ def test_counts_wait_while_redis_is_away(redis_url: str) -> None:
     UsageFlush(tally, connect("unix:///nonexistent/valkey.sock")).round()
     assert tally.peek() == {"operations encrypt ok": 2}
     with pytest.raises(JobsUnavailable):
-        activity.shared_usage(connect("unix:///nonexistent/valkey.sock"))
+        usage.shared_usage(connect("unix:///nonexistent/valkey.sock"))
     UsageFlush(tally, connect(redis_url)).round()
 
-    assert activity.shared_usage(connect(redis_url)) == {"operations encrypt ok": 2}
+    assert usage.shared_usage(connect(redis_url)) == {"operations encrypt ok": 2}
     assert not tally.peek()
 
 
@@ -316,4 +316,4 @@ def test_counts_that_were_added_before_redis_went_away_are_not_added_again(redis
     assert len(tally.peek()) == 500
     UsageFlush(tally, connect(redis_url)).round()
 
-    assert list(activity.shared_usage(connect(redis_url)).values()) == [1] * 1_500
+    assert list(usage.shared_usage(connect(redis_url)).values()) == [1] * 1_500

@@ -16,6 +16,7 @@ import redis
 from celery import Celery
 from kombu.connection import Connection
 
+from kms_core.jobs.store.heartbeats import live_workers
 from kms_core.jobs.submission import celery_intake
 from kms_core.settings.redis_urls import for_celery
 from support.celery_messages import (
@@ -170,7 +171,7 @@ def test_a_worker_without_a_key_leaves_the_messages_and_says_so_once(tmp_path: P
         service.start("worker")
         send(service, seal(recipient, body()))
         store = core_of(service).submitter.store
-        until(lambda: store.workers() == 1, "the worker is at work")
+        until(lambda: live_workers(store) == 1, "the worker is at work")
         time.sleep(1.0)  # in which it would take the message
 
         assert redis.Redis.from_url(redis_url).llen("kms:kms.submit") == 1

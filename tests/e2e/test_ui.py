@@ -23,6 +23,7 @@ from kms_api.ui.render import STATIC_FILES
 from kms_core.auth import tokens
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.spec import QUEUES
+from kms_core.jobs.store.heartbeats import worker_left, worker_seen
 from kms_protocol import __version__
 from kms_protocol.wire import PREFIX
 from support.credentials import REQUIRED, Issuer, SecuredService, bearer, required_with_issuer
@@ -545,7 +546,7 @@ def test_workers_page_tells_what_each_worker_does_and_counts_jobs_of_other_tenan
     store = core_of(secured).worker_context.store
     browser, operator = (browser_of(secured, scope, tenant="wt-a") for scope in ("*", "*,metrics"))
     ours, theirs = submitted(secured, "wt-a"), submitted(secured, "wt-b")
-    store.worker_seen("host-7:aa", 4, QUEUES, "9.9.1 1700000000")
+    worker_seen(store, "host-7:aa", 4, QUEUES, "9.9.1 1700000000")
     for job_id in (ours, theirs):
         assert store.claim(job_id, "host-7:aa/71")
 
@@ -556,7 +557,7 @@ def test_workers_page_tells_what_each_worker_does_and_counts_jobs_of_other_tenan
     assert f"{ours} encrypt 0 of 1 items 1 of other tenants" in told
     assert theirs not in page.text
     assert browser.get("/ui/workers").status_code == 403
-    store.worker_left("host-7:aa")
+    worker_left(store, "host-7:aa")
     assert "host-7 aa stopping It was told to stop" in words(operator.get("/ui/workers"))
 
 

@@ -25,7 +25,7 @@ from kms_core.jobs.spec import ItemsJob, SignedEnd, SignedSplit, UploadJob, spec
 from kms_core.jobs.storage.local import temporary_name
 from kms_core.jobs.storage.spool import Label, Spool
 from kms_core.jobs.storage.spool_folder import DiskSync, SpoolFolder
-from kms_core.jobs.store import redis_keys
+from kms_core.jobs.store import wake_ups
 from kms_core.s3 import bucket
 from kms_protocol.context import Context
 from support.golden import golden_set, reference
@@ -252,9 +252,9 @@ def test_new_bound_records() -> None:
 
 
 def test_new_message() -> None:
-    found = msgspec.json.decode(redis_keys.encode_message("kms.files"))
+    found = msgspec.json.decode(wake_ups.encode_message("kms.files"))
 
-    assert redis_keys.list_key("kms.files") == "kms:kms.files"
+    assert wake_ups.list_key("kms.files") == "kms:kms.files"
     assert found == {
         "body": "[[],{},null]",
         "content-type": "application/json",

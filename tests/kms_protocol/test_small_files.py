@@ -144,7 +144,7 @@ OTHERS = {
     "kms_core/audit/verification/verify.py": "listed as a file",
     "kms_core/container.py": "checked to be a file",
     "kms_core/jobs/hosts/notes.py": "/proc",
-    "kms_core/jobs/store/redis_keys.py": "its own package",
+    "kms_core/jobs/store/scripts.py": "its own package",
     "kms_core/observability/degraded.py": "its own package",
     "kms_core/payload/files.py": "/proc",
     "kms_protocol/error_texts.py": "its own package",

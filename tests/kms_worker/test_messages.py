@@ -20,7 +20,7 @@ from kombu.entity import Exchange, Queue
 from structlog.testing import capture_logs
 
 from kms_core.jobs.spec import BULK, FILES, MAINTENANCE
-from kms_core.jobs.store import redis_keys
+from kms_core.jobs.store import wake_ups
 from kms_worker.consumer import (
     AcknowledgingQoS,
     CeleryMessage,
@@ -83,7 +83,7 @@ def test_wake_up_that_names_a_job_is_refused() -> None:
 
 
 def test_message_of_the_service_itself_is_one() -> None:
-    element = json.loads(redis_keys.encode_message(BULK))
+    element = json.loads(wake_ups.encode_message(BULK))
     kinds = (element["content-type"], element["content-encoding"])
     found = read_message(BULK, element["headers"], kinds, element["body"], redelivered=False)
 
@@ -272,7 +272,7 @@ def receiver(broker_url: str, client: redis.Redis) -> Iterator[Received]:
         patch.setattr("kombu.transport.redis.Channel.QoS", AcknowledgingQoS)
 
         def receive(queue: str, *, no_ack: bool) -> Any:  # noqa: ANN401 -- as above
-            client.lpush(f"kms:{queue}", redis_keys.encode_message(queue))
+            client.lpush(f"kms:{queue}", wake_ups.encode_message(queue))
             found: list[Any] = []
             declared = Queue(queue, Exchange(queue), queue)  # type: ignore[no-untyped-call]  # as above
             options = {"no_ack": no_ack, "on_message": found.append, "accept": ["json"]}

@@ -16,7 +16,7 @@ from kms_core.container import Core
 from kms_core.jobs.execution.attendance import Attendance, Stall
 from kms_core.jobs.model import Attempt
 from kms_core.jobs.spec import BULK, QUEUES
-from kms_core.jobs.store import activity
+from kms_core.jobs.store import gauges
 from kms_core.jobs.store.store import JobStore
 from kms_worker.slots import Slots
 from support.job_stores import LASTING_LEASES, accepted, connect, store_of
@@ -102,7 +102,7 @@ def crawl(shared: Attendance, *jobs: tuple[int, str]) -> None:
 
 
 def stuck(store: JobStore) -> int:
-    return activity.survey_queues(store).stuck
+    return gauges.survey_queues(store).stuck
 
 
 def test_a_report_for_which_its_pipe_has_no_room_stops_nothing() -> None:

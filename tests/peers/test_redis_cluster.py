@@ -7,7 +7,7 @@ from typing import Final
 import pytest
 import redis
 
-from kms_core.jobs.store.redis_keys import SCRIPTS
+from kms_core.jobs.store.scripts import SCRIPTS
 from support.embedded_valkey import EmbeddedValkey
 from support.redis_clusters import Cluster, Node, cluster, standalone
 from support.redis_servers import all_ended

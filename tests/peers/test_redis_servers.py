@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from kms_core.jobs.spec import QUEUES
+from kms_core.jobs.store.heartbeats import worker_seen
 from kms_protocol.errors import JobsUnavailable
 from support.job_stores import LASTING_LEASES, TENANT, accepted, claimed, store_of
 from support.redis_servers import Server, all_ended, sentinel, server
@@ -52,7 +53,7 @@ def test_a_full_redis_ends_jobs_and_takes_no_new_ones(
         with pytest.raises(JobsUnavailable):
             store.submit(accepted())
         check_problem(service.post("/jobs", JOB), 503, "redis_full")
-        store.worker_seen("w", 1, QUEUES)
+        worker_seen(store, "w", 1, QUEUES)
         store.renew(running, {"items_done": 1})
         store.finish(running, "succeeded")
         assert store.cancel(queued.job_id, TENANT).state == "cancelled"

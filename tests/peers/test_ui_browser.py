@@ -8,7 +8,7 @@ import pytest
 
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import new_attempt_id
-from kms_core.jobs.recovery.reaper import Heartbeat
+from kms_core.jobs.store.heartbeats import Heartbeat
 from kms_protocol.wire import PREFIX
 from support.chromium import SCHEMES, Chromium, Scheme
 from support.credentials import SecuredService

@@ -10,6 +10,7 @@ from kms_core.container import Core
 from kms_core.jobs.execution import results
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Job, part_id
+from kms_core.jobs.recovery.reaper import reap_all
 from kms_protocol import wire
 from kms_protocol.context import Context
 from support.job_options import job_options
@@ -86,7 +87,7 @@ def run_after_lease_expiry(core: Core, job_id: str) -> None:
     """Another worker has its turn with a job, or a part, whose worker died."""
     store = core.worker_context.store
     expire_leases(store)
-    store.reap_all([job_id])
+    reap_all(store, [job_id])
     run_job(job_id, core.worker_context, "w/2")
 
 

@@ -14,11 +14,12 @@ from kms_core import redis_client
 from kms_core.container import Core
 from kms_core.jobs.file_patterns import is_tree
 from kms_core.jobs.model import Attempt, Commit, Job, QueuePriority
-from kms_core.jobs.recovery.reaper import Reaper, SpoolCleanup
+from kms_core.jobs.recovery.reaper import Reaper
+from kms_core.jobs.recovery.spool_cleanup import SpoolCleanup
 from kms_core.jobs.spec import BULK, QUEUES, AnyJob
 from kms_core.jobs.storage.spool import Spool
 from kms_core.jobs.storage.spool_folder import SpoolFolder
-from kms_core.jobs.store import activity
+from kms_core.jobs.store import gauges
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import SubmissionOptions, new_id
 from kms_core.settings.load import load
@@ -77,7 +78,7 @@ def round_trips(store: JobStore) -> int:
 
 def depths(store: JobStore) -> dict[QueuePriority, int]:
     """The number of ready jobs by queue and priority."""
-    return activity.survey_queues(store).depths
+    return gauges.survey_queues(store).depths
 
 
 def spool_folder(core: Core) -> Path:

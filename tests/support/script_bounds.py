@@ -17,10 +17,12 @@ from kms_api.transport.authentication import MOST_OF_CREDENTIAL, MOST_OF_TENANT,
 from kms_core.auth.policy import Principal
 from kms_core.jobs.events.outbox import Delivery, Outbox
 from kms_core.jobs.model import Attempt, Checkpoint, RecordKey, part_id
+from kms_core.jobs.recovery.reaper import forget, reap_all
 from kms_core.jobs.spec import BULK, QUEUES, AnyJob, JobSpec, SignedEnd
-from kms_core.jobs.store.activity import UsageFlush
-from kms_core.jobs.store.redis_keys import SCRIPTS
+from kms_core.jobs.store.heartbeats import processes_stuck, worker_lives, worker_seen
+from kms_core.jobs.store.scripts import SCRIPTS
 from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.store.usage import UsageFlush
 from kms_core.observability.metrics import UsageCounters
 from support.embedded_valkey import unrestricted
 from support.job_stores import (
@@ -233,7 +235,7 @@ def _claim_large(store: JobStore) -> Callable[[], object]:
 def _claim_classes(store: JobStore) -> Callable[[], object]:
     """One tenant has jobs between all roots, and its worker leaves these alone."""
     roots = [f"root:/{number}" for number in range(ROOTS)]
-    store.stuck("w", 1, 600, roots)
+    processes_stuck(store, "w", 1, 600, roots)
     for source in roots:
         for target in roots:
             _small(store, TENANT, [source, target])
@@ -287,12 +289,12 @@ def _forget(store: JobStore) -> Callable[[], object]:
         store.redis.delete(f"kms:job:{claim.accepted.job_id}")
     names: Any = store.redis.zrange("kms:records", 0, -1)
     store.redis.zadd("kms:records", dict.fromkeys(names, 1))
-    return store.forget
+    return lambda: forget(store)
 
 
 def _input_removed(store: JobStore) -> Callable[[], object]:
     job_id = _submitted(store)
-    return lambda: store.inputs_removed([job_id])
+    return lambda: store.call_each("input_removed", [job_id])
 
 
 def _lock(store: JobStore) -> Callable[[], object]:
@@ -335,14 +337,14 @@ def _put_aside(store: JobStore) -> Callable[[], object]:
 def _reap(store: JobStore) -> Callable[[], object]:
     job_id = _crowded(store).accepted.job_id
     expire_leases(store)
-    return lambda: store.reap_all([job_id])
+    return lambda: reap_all(store, [job_id])
 
 
 def _reap_expired(store: JobStore) -> Callable[[], object]:
     job_id = _crowded(store).accepted.job_id
     expire_leases(store)
     forge(store, job_id, run_by="1")
-    return lambda: store.reap_all([job_id])
+    return lambda: reap_all(store, [job_id])
 
 
 def _release(store: JobStore) -> Callable[[], object]:
@@ -396,7 +398,7 @@ def _step(store: JobStore) -> Callable[[], object]:
 
 
 def _stuck(store: JobStore) -> Callable[[], object]:
-    return lambda: store.stuck("w", 1, 600, [f"root:/{number}" for number in range(ROOTS)])
+    return lambda: processes_stuck(store, "w", 1, 600, [f"root:/{number}" for number in range(ROOTS)])
 
 
 def _submit(store: JobStore) -> Callable[[], object]:
@@ -438,11 +440,11 @@ def _worker_seen(store: JobStore) -> Callable[[], object]:
         forge(store, _small(store, TENANT, ()), needs=LATER)
     assert _next(store) is None
     for number in range(WORKERS):
-        store.worker_seen(f"host-{number}", 2, QUEUES, "0.2.0 1", in_full=False)
+        worker_lives(store, f"host-{number}", 2)
         store.redis.hset("kms:slots", f"host-{number}", "2")
         store.redis.hset("kms:stuck", f"host-{number}", "1")
     store.redis.zadd("kms:workers", {f"host-{number}": 1 for number in range(WORKERS // 2)})
-    return lambda: store.worker_seen("w", 2, QUEUES)
+    return lambda: worker_seen(store, "w", 2, QUEUES)
 
 
 BOUNDS: Final = (

@@ -7,7 +7,7 @@ from kms_api.deps import KEYS, Service
 from kms_api.routing import CALLER, Call, Router, no_body
 from kms_core import key_rotation
 from kms_core.auth.policy import Principal, allows
-from kms_core.jobs.store import activity
+from kms_core.jobs.store import usage
 from kms_core.keyring import Key
 from kms_core.observability import metrics
 from kms_protocol import admin
@@ -69,7 +69,7 @@ def _counts(service: Service, who: Principal) -> dict[str, int] | None:
     try:
         service.answering()
         return metrics.added_usage(
-            activity.shared_usage(service.submitter.store.redis), service.kms.usage.peek()
+            usage.shared_usage(service.submitter.store.redis), service.kms.usage.peek()
         )
     except JobsUnavailable:
         return None

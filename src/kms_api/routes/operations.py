@@ -14,9 +14,9 @@ from kms_api.routing import LISTS, METRICS, OPEN, READ, WRITE, Call, Router, Rul
 from kms_core.auth.policy import Principal, allows
 from kms_core.backend_watch import ROOT
 from kms_core.jobs.events.outbox import Delivery, Outbox
-from kms_core.jobs.store import activity
-from kms_core.jobs.store.activity import QueueStats
-from kms_core.jobs.store.redis_keys import redis_errors
+from kms_core.jobs.store import gauges, usage
+from kms_core.jobs.store.errors import redis_errors
+from kms_core.jobs.store.gauges import QueueStats
 from kms_core.observability.metrics import REDIS_OK, STORAGE_USED, added_usage, exposition, operations_used
 from kms_protocol import __version__, admin
 from kms_protocol.errors import JobsUnavailable, Missing
@@ -97,11 +97,11 @@ def metrics(call: Call[None]) -> Response:
     service, store = call.service, call.service.submitter.store
     try:
         REDIS_OK.labels("writes").set(service.answering() == "available")
-        activity.set_queue_gauges(activity.survey_queues(store), service.settings.kms.tenants)
+        gauges.set_queue_gauges(gauges.survey_queues(store), service.settings.kms.tenants)
         REDIS_OK.labels("answers").set(1)
     except JobsUnavailable:
         REDIS_OK.labels("answers").set(0)
-        activity.clear_queue_gauges()
+        gauges.clear_queue_gauges()
     STORAGE_USED.labels("spool").set(service.submitter.spool.use().ratio)
     return Response(exposition(service.watch.export), media_type=CONTENT_TYPE_LATEST)
 
@@ -113,9 +113,9 @@ def condition(service: Service, who: Principal) -> admin.StatusOut:
     counts, store = service.kms.usage.peek(), service.submitter.store
     with suppress(JobsUnavailable):
         service.answering()
-        counts = added_usage(activity.shared_usage(store.redis), counts)
+        counts = added_usage(usage.shared_usage(store.redis), counts)
         spooled = store.spooled_bytes(tenant) if tenant else None
-        found = activity.survey_queues(store, tenant)
+        found = gauges.survey_queues(store, tenant)
         jobs, workers = found.jobs, found.workers
         versions = dict(found.versions) if workers else {}
         depth = found.jobs["queued"] if tenant else sum(found.depths.values())

@@ -36,7 +36,8 @@ from kms_core.auth.rate_limit import Failures, source_of
 from kms_core.auth.tokens import UnknownToken
 from kms_core.http_protocol import CERTIFICATE
 from kms_core.jobs.model import RecordKey
-from kms_core.jobs.store.redis_keys import PREFIX, SCRIPTS
+from kms_core.jobs.store.keys import PREFIX
+from kms_core.jobs.store.scripts import SCRIPTS
 from kms_core.observability import metrics
 from kms_core.proxies import Proxies
 from kms_protocol.errors import Forbidden, RateLimited, Unauthenticated, Unavailable

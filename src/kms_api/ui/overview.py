@@ -21,9 +21,11 @@ from kms_core import audit as records
 from kms_core.audit.chain import text_of
 from kms_core.audit.query import EventFilter, RecordedOperation
 from kms_core.auth.policy import Principal, allows
-from kms_core.jobs.store import activity
-from kms_core.jobs.store.activity import SAMPLE, Activity, Interval, OperationInterval, TenantJobs
+from kms_core.jobs.store import charts, gauges, tenants, workers
+from kms_core.jobs.store.charts import SAMPLE, Interval, OperationInterval
 from kms_core.jobs.store.store import JobStore
+from kms_core.jobs.store.tenants import TenantJobs
+from kms_core.jobs.store.workers import Activity
 from kms_core.observability.degraded import DEGRADED
 from kms_core.settings.lint import unaccepted
 from kms_protocol.errors import AuditUnavailable, JobsUnavailable
@@ -185,10 +187,10 @@ def overview(call: Call[None]) -> Response:
         service.answering()
         found = _jobs_of(service, caller, period) if may["jobs:read"] else found
         if may["metrics"]:
-            found.activity = activity.read(store)
-            found.tenants = activity.by_tenant(store, store.now() - _HOUR_S)
+            found.activity = workers.read(store)
+            found.tenants = tenants.by_tenant(store, store.now() - _HOUR_S)
             every_s, count, words = PERIODS[period]
-            found.charts.insert(1, operations_chart(activity.operations(store, every_s, count), words))
+            found.charts.insert(1, operations_chart(charts.operations(store, every_s, count), words))
     refusals, is_log_unreadable = None, False
     if may["audit:read"] and "x-kms-refresh" not in call.headers:  # of page.js: each search is recorded
         try:
@@ -204,7 +206,7 @@ def overview(call: Call[None]) -> Response:
         due=[row for row in rows_of(service, caller) if row.problem],
         weak=sorted(unaccepted(service.settings)) if may["metrics"] else (),
         old_s=_OLD_S,
-        most_failed=activity.MOST_FAILED,
+        most_failed=tenants.MOST_FAILED,
         period=period,
         periods=PERIODS,
         few=_FEW,
@@ -238,7 +240,7 @@ def _jobs_of(service: Service, caller: Principal, period: str) -> _Jobs:
     """The newest jobs, the newest dead ones, and the charts. Raises JobsUnavailable."""
     store, tenant, (every_s, count, words) = service.submitter.store, caller.tenant, PERIODS[period]
     newest, _ = store.page(tenant, state=None, limit=_MANY, before=None)
-    dead, intervals = store.dead(tenant, _MANY), activity.intervals(store, tenant, every_s, count)
+    dead, intervals = store.dead(tenant, _MANY), charts.intervals(store, tenant, every_s, count)
     return _Jobs(
         folded(map(job_row, newest)),
         folded(map(job_row, dead)),
@@ -262,7 +264,7 @@ def _failures(store: JobStore, tenant: str) -> tuple[str, Counter[str], int]:
     newest, _ = store.page(tenant, state="failed", limit=_MOST_FAILED, before=None)
     found = [job_row(job) for job in newest if job.ended_at >= since]
     causes = Counter((row.causes or ("unknown",))[-1] for row in found)
-    return _count_text(len(found), _MOST_FAILED), causes, activity.submitted_since(store, tenant, since)
+    return _count_text(len(found), _MOST_FAILED), causes, tenants.submitted_since(store, tenant, since)
 
 
 def _refusals(service: Service, caller: Principal) -> list[RecordedOperation]:
@@ -285,7 +287,7 @@ def worker_list(call: Call[None]) -> Response:
     """
     call.service.answering()
     store, spool = call.service.submitter.store, call.service.submitter.spool
-    found, stats = activity.read(store), activity.survey_queues(store)
+    found, stats = workers.read(store), gauges.survey_queues(store)
     named = {job_id for worker in found.workers for job_id in worker.jobs}
     may_read = allows(call.service.kms.policy, call.caller, "jobs:read")
     seen = store.many(sorted(named), call.caller.tenant) if may_read else []

@@ -28,8 +28,7 @@ from kms_api.routing import UI, is_ui, to_login
 from kms_api.transport.authentication import COOKIE, SESSION, VISITOR, RequestAuthenticator, Sessions, cookies
 from kms_core import audit
 from kms_core.auth.policy import Principal, allows
-from kms_core.jobs.store.condition import StoreProbe
-from kms_core.jobs.store.maintenance import StoreCondition
+from kms_core.jobs.store.condition import StoreCondition, StoreProbe
 from kms_core.observability.degraded import DEGRADED
 from kms_protocol import __version__, wire
 from kms_protocol.errors import Forbidden, InvalidRequest, JobsUnavailable, KmsError, Unauthenticated

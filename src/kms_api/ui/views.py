@@ -34,7 +34,7 @@ from kms_core.audit.verification.receipt import Receipt, UnknownRecord
 from kms_core.auth.policy import Principal, allows
 from kms_core.jobs.model import DEAD, Job
 from kms_core.jobs.spec import FilesJob, UploadJob
-from kms_core.jobs.store import activity, reader
+from kms_core.jobs.store import gauges, reader, workers
 from kms_protocol import admin, errors, wire
 from kms_protocol.errors import AuditUnavailable, KmsError, Missing, RateLimited, Unauthenticated, UnknownKey
 from kms_protocol.units import parse_time
@@ -181,7 +181,7 @@ def job(call: Call[None]) -> Response:
     store, waits = call.service.submitter.store, None
     row = job_row(store.get(call.path("job_id"), call.caller.tenant))
     if row.job.state == "queued":
-        waits = activity.read(store), activity.survey_queues(store, call.caller.tenant)
+        waits = workers.read(store), gauges.survey_queues(store, call.caller.tenant)
     return render(
         call.request,
         "job.html",

@@ -31,8 +31,8 @@ from kms_core.envelope.sealed_files import root_of
 from kms_core.jobs.hosts.install import CLOCK_BOUND_S, YOUNG_S, Facts, differences, mismatch
 from kms_core.jobs.hosts.notes import Host, HostNote, HostNotes
 from kms_core.jobs.storage import spool_bucket
-from kms_core.jobs.store import maintenance
-from kms_core.jobs.store.redis_keys import PREFIX
+from kms_core.jobs.store import replicas
+from kms_core.jobs.store.keys import PREFIX
 from kms_core.keyring import Key
 from kms_core.observability import logs
 from kms_core.observability.degraded import DEGRADED, DegradedPart
@@ -246,7 +246,7 @@ def _queue(settings: Settings) -> Iterator[Finding]:
     section = installation.redis_section(settings, os.environ)
     try:
         redis_client.check_servers(section)
-        maintenance.verify_replicas(section)
+        replicas.verify_replicas(section)
         with redis_client.connect(section) as client:
             yield from _redis(client, section)
             yield from _hosts(settings, HostNotes(client))

@@ -3,7 +3,7 @@
 import pytest
 
 from kms_api.ui import overview
-from kms_core.jobs.store.activity import Interval, OperationInterval
+from kms_core.jobs.store.charts import Interval, OperationInterval
 from kms_protocol.wire import STATES
 
 START = 1_764_288_000  # 2025-11-28T00:00:00Z

@@ -20,10 +20,11 @@ from kms_api.ui import overview
 from kms_api.ui.render import PageLayer, Screen, refused
 from kms_core.auth.policy import Principal
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.store import activity
-from kms_core.jobs.store.activity import TenantJobs, survey_queues
-from kms_core.jobs.store.condition import StoreProbe
-from kms_core.jobs.store.maintenance import StoreCondition
+from kms_core.jobs.store import workers
+from kms_core.jobs.store.condition import StoreCondition, StoreProbe
+from kms_core.jobs.store.gauges import survey_queues
+from kms_core.jobs.store.heartbeats import processes_stuck, worker_left, worker_seen
+from kms_core.jobs.store.tenants import TenantJobs
 from kms_core.observability.degraded import DEGRADED
 from kms_protocol.admin import StatusOut
 from kms_protocol.wire import PREFIX
@@ -104,7 +105,7 @@ def test_a_backend_that_is_down_is_shown_where_the_status_has_it() -> None:
 def test_nothing_is_healthy_while_jobs_of_others_fail() -> None:
     jobs = {"jobs": {"queued": 1, "running": 2, "committing": 0}, "degraded": []}
     calm, failing = TenantJobs("acme", 1, 2, 0, 0), TenantJobs("beta", 0, 0, 20, 3)
-    idle = activity.Activity([], [], has_more=False, results=0, expires=0.0)
+    idle = workers.Activity([], [], has_more=False, results=0, expires=0.0)
 
     healthy = overview_of(overview._Jobs([], [], "0", "0", activity=idle, tenants=[calm]), **jobs)  # noqa: SLF001 -- as above
     wrong = overview_of(overview._Jobs([], [], "0", "0", activity=idle, tenants=[failing, calm]), **jobs)  # noqa: SLF001 -- as above
@@ -344,14 +345,14 @@ def test_a_job_that_workers_leave_alone_tells_how_many_do(application: Applicati
     store = application.core.worker_context.store
     names = ("host-7:aa", "host-8:bb", "host-9:cc")
     for name in names:
-        store.worker_seen(name, 4, ("kms.files",))
+        worker_seen(store, name, 4, ("kms.files",))
     for name in names[:2]:
-        store.stuck(name, 1, 60, store.resources(job_id))
+        processes_stuck(store, name, 1, 60, store.resources(job_id))
 
     told = words(application.ask(who, "GET", f"/ui/jobs/{job_id}"))
     for name in names:
-        store.stuck(name, 0, 0, [])
-        store.worker_left(name)
+        processes_stuck(store, name, 0, 0, [])
+        worker_left(store, name)
         store.redis.delete(f"kms:stalls:{name}")
     assert re.search("2 of 3 workers leave root:[^ ]* alone, since .*: host-7:aa, host-8:bb. Runbook", told)
     assert told.count("alone, since") == 1
@@ -401,7 +402,7 @@ def test_a_queued_job_says_why_it_waits_and_a_job_over_files_has_its_source(appl
     assert "Why it waits No worker runs." in told
     assert f"Source {application.url('in/one')} Target" in told
     store = application.core.worker_context.store
-    store.worker_seen("host-7:aa", 4, ("kms.bulk",))
+    worker_seen(store, "host-7:aa", 4, ("kms.bulk",))
     told = words(application.ask(who, "GET", f"/ui/jobs/{job_id}"))
     assert "No worker serves its queue, kms.files." in told
-    store.worker_left("host-7:aa")
+    worker_left(store, "host-7:aa")

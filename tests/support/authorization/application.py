@@ -27,7 +27,7 @@ from kms_core.auth.policy import Principal
 from kms_core.backends.key_files import make_identity
 from kms_core.http_protocol import CERTIFICATE, HttpProtocol
 from kms_core.jobs.events.outbox import MOST_ATTEMPTS, Delivery, Outbox
-from kms_core.jobs.store.redis_keys import job_key
+from kms_core.jobs.store.keys import job_key
 from kms_protocol import wire
 from support.authorization.permissions import OPERATIONS
 from support.credentials import AUDIENCE, ISSUER, Authority, Issuer, SecuredService, bearer

@@ -190,7 +190,7 @@ class Outbox:
         """Put a delivery as it is now in the place of its entry; False if that was settled before."""
         plain = msgspec.msgpack.encode(msgspec.structs.replace(delivery, entry=b""))
         sealed = self.store.record_key.seal_as(_INFO, b"", plain)
-        moved = self.store.script("move_delivery")([source, target], [delivery.entry, sealed, at])
+        moved = self.store.scripts["move_delivery"]([source, target], [delivery.entry, sealed, at])
         return moved == [b"moved"]
 
     def _opened(self, entry: bytes) -> Delivery | None:

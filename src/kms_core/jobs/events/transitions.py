@@ -18,7 +18,8 @@ from msgspec import Meta
 from kms_core.jobs.events.webhook import event_body, group_body
 from kms_core.jobs.model import REFUSED, Job
 from kms_core.jobs.spec import needs_proof
-from kms_core.jobs.store.redis_keys import PREFIX, redis_errors
+from kms_core.jobs.store.errors import redis_errors
+from kms_core.jobs.store.keys import PREFIX
 from kms_core.jobs.store.store import JobStore
 from kms_protocol import wire
 from kms_protocol.errors import InvalidRequest, UnknownJob

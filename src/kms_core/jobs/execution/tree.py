@@ -27,7 +27,7 @@ from kms_core.jobs.storage.local import ListedFile
 from kms_core.jobs.storage.locations import JobTarget, Locations
 from kms_core.jobs.storage.spool import Label, Spool
 from kms_core.jobs.store.reader import PartRecord
-from kms_core.jobs.store.redis_keys import TALLY
+from kms_core.jobs.store.records import TALLY
 from kms_core.service import Kms
 from kms_protocol import wire
 from kms_protocol.errors import JobCancelled, JobExpired, KmsError, TooLarge, Unavailable

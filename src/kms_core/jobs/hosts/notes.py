@@ -17,7 +17,8 @@ import msgspec
 import redis
 
 from kms_core.jobs.storage.blob_store import BlobStore
-from kms_core.jobs.store.redis_keys import PREFIX, redis_errors
+from kms_core.jobs.store.errors import redis_errors
+from kms_core.jobs.store.keys import PREFIX
 from kms_protocol.errors import RecordRefused, ResultExpired, SpoolFull, SpoolUnavailable
 
 LIVE_S: Final = 10.0

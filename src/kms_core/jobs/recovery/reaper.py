@@ -1,74 +1,25 @@
-"""The heartbeat of a worker; the reaper, which takes up jobs that are due; the cleanup of the spool.
+"""The reaper, which takes up jobs that are due, and the lock that lets one process of all workers do so."""
 
-A lock of some seconds lets one process of all workers act at a time.
-"""
-
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, cast
 
 import structlog
 
-from kms_core.jobs.storage.spool import Spool
-from kms_core.jobs.store import activity
+from kms_core.jobs.store import charts, gauges
+from kms_core.jobs.store.errors import is_unreadable, redis_errors
+from kms_core.jobs.store.keys import PREFIX, job_key
+from kms_core.jobs.store.records import named
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
 from kms_core.periodic import PeriodicThread
-from kms_protocol import __version__
 
-HEARTBEAT_EVERY_S: Final = 1.0
-_IN_FULL_EVERY: Final = 3
 EVERY_S: Final = 1.0
+DUE: Final = ("leased", "delayed", "expiring")
+"""Sets of open jobs by when to look at them: leases, delays, expiries."""
+_LOCK_S: Final = 10.0
+_AT_ONCE: Final = 200  # some milliseconds, in which Redis does nothing else
 _TAKEN_UP: Final = frozenset({"requeued", "committing", "due", "parts_ended"})
 _log = structlog.get_logger(__name__)
-
-
-class Heartbeat(PeriodicThread):
-    """Records once a second that this worker lives, and how many processes serve which queues.
-
-    It serves none before ``serve``: it counts as starting. In every third round workers that are gone are
-    forgotten. Nothing else is done here, so nothing can delay it; ``stop`` takes the worker off the list. A
-    worker that was killed is on the list for ``maintenance.WORKER_SEEN_S`` at most.
-    """
-
-    def __init__(self, store: JobStore, name: str) -> None:
-        super().__init__("heartbeat", HEARTBEAT_EVERY_S, failed="worker.unsaid")
-        self._store = store
-        self._owner = name
-        self._about = f"{__version__} {time.time():.0f}"
-        self._serves = False
-        self._rounds = 0
-
-    def start(self) -> None:
-        """Record it now, in this thread, and from then on in a thread of its own."""
-        self.attempt(self.round)
-        super().start()
-
-    def serve(self) -> None:
-        """Record that the worker takes messages from now on, and wake it for jobs that are ready."""
-        self._serves = True
-        self.attempt(self._begin)
-
-    def serves(self) -> bool:
-        """Return whether the worker takes messages: from ``serve`` until ``stop``."""
-        return self._serves and not self.stopping
-
-    def _begin(self) -> None:
-        self._rounds = 0
-        self.round()
-        self._store.wake()
-
-    def round(self) -> None:
-        rules, in_full = self._store.rules, self._rounds % _IN_FULL_EVERY == 0
-        served = rules.queues if self._serves else ()
-        self._store.worker_seen(self._owner, rules.concurrency, served, self._about, in_full=in_full)
-        self._rounds += 1
-
-    def finish(self) -> None:
-        self._store.worker_left(self._owner)  # one that cannot say so leaves the list by itself
-
-
-_LOCK_S: Final = 10.0
 
 
 class LockedSteps(PeriodicThread):
@@ -128,89 +79,82 @@ class Reaper(LockedSteps):
         return (
             (1, self._take_up_due),
             (1, self._store.wake),
-            (2, self._store.forget),
+            (2, self._forget),
             (60, self._count_operations),
             (10, self._tell_of_newer),
             (10, self._store.condition),  # notes how full Redis is, for workers
         )
 
     def _take_up_due(self) -> None:
-        due = self._store.due()
-        for job_id, found in zip(due, self._store.reap_all(due), strict=True):
+        jobs = due(self._store)
+        for job_id, found in zip(jobs, reap_all(self._store, jobs), strict=True):
             if found in _TAKEN_UP:
                 metrics.JOB_RESUMES.labels(found).inc()
                 _log.info("job.taken_up", job_id=job_id, reason=found)
 
+    def _forget(self) -> None:
+        forget(self._store)
+
     def _count_operations(self) -> None:
-        activity.add_point(self._store)
+        charts.add_point(self._store)
 
     def _tell_of_newer(self) -> None:
-        count = self._store.for_newer_workers()
+        count = gauges.for_newer_workers(self._store)
         if count != self._newer:
             _log.warning("jobs.wait_for_newer_workers", count=count)
         self._newer = count
 
 
-_STEP_S: Final = 1.0
-_MOST: Final = 2000
-_ORPHAN_AGE_S: Final = 3600.0
+def due(store: JobStore, limit: int = 1000) -> list[str]:
+    """Open jobs to look at: leases that ran out, delays that are over, queued jobs that expired.
 
-
-class SpoolCleanup(LockedSteps):
-    """Deletes inputs and results that nothing needs any more, and orphans. May wait for a disk or a bucket.
-
-    A step that is not done after a second goes on in the next round, which is at once.
+    Raises JobsUnavailable, as all functions here.
     """
+    return list(dict.fromkeys(name for key in DUE for name in past(store, key, limit)))
 
-    lock = "spool-cleanup"
-    every_s = 4.0
 
-    def __init__(
-        self,
-        store: JobStore,
-        spool: Spool,
-        owner: str,
-        require: Callable[[], None] = lambda: None,
-        may_sweep: Callable[[], bool] = lambda: True,
-    ) -> None:
-        """``may_sweep`` says whether files of jobs that Redis does not know are orphans."""
-        super().__init__(store, owner, require)
-        self._spool, self._may_sweep = spool, may_sweep
+def past(store: JobStore, name: str, limit: int, ago_s: float = 0.0) -> list[str]:
+    """Members of a sorted set (its key without the prefix) whose time came ``ago_s`` ago."""
+    with redis_errors():
+        ids = store.redis.zrangebyscore(f"{PREFIX}{name}", 0, store.now() - ago_s, start=0, num=limit)
+    return [named(raw) for raw in cast("list[bytes]", ids)]
 
-    @property
-    def steps(self) -> Sequence[tuple[int, Callable[[], object]]]:
-        return (1, self._delete_inputs), (1, self._delete_expired), (150, self._sweep)
 
-    def _delete_inputs(self) -> None:
-        found = self._store.with_input(_MOST)
-        self._store.inputs_removed(list(self._removed(found, self._spool.discard_input)))
+def reap_all(store: JobStore, job_ids: Sequence[str]) -> list[str]:
+    """Look after open jobs (``reap.lua``). Returns what was done with each, or its state.
 
-    def _delete_expired(self) -> None:
-        found = self._store.expired(_MOST)
-        in_redis = self._store.small(found)  # all that they have, which ``purged`` deletes
+    A record that no script can read is ``unreadable``, and leaves the sets.
+    """
+    found: list[bytes] = []
+    with redis_errors():
+        for start in range(0, len(job_ids), _AT_ONCE):
+            pipeline = store.redis.pipeline(transaction=False)
+            some = job_ids[start : start + _AT_ONCE]
+            for job_id in some:
+                given = [job_id, store.large_job_bytes, store.rules.result_ttl_s]
+                store.scripts["reap"]([job_key(job_id)], given, client=pipeline)
+            answers = zip(some, pipeline.execute(raise_on_error=False), strict=True)
+            found += [_reaped(store, job_id, answer) for job_id, answer in answers]
+    return [word.decode(errors="replace") for word in found]
 
-        def delete(job_id: str) -> bool:
-            return job_id in in_redis or self._spool.delete(job_id, in_redis=False)
 
-        self._store.purged(*self._removed(found, delete))
+def _reaped(store: JobStore, job_id: str, answer: list[bytes] | Exception) -> bytes:
+    if not isinstance(answer, Exception):
+        return answer[0]
+    if not is_unreadable(answer):
+        raise answer
+    for key in DUE:
+        store.redis.zrem(f"{PREFIX}{key}", job_id)
+    _log.warning("job.unreadable", job_id=job_id)
+    return b"unreadable"
 
-    def _removed(self, job_ids: Sequence[str], remove: Callable[[str], bool]) -> Iterator[str]:
-        """Jobs whose files were removed, for a second, or until the bucket of the spool does not answer."""
-        until = time.monotonic() + _STEP_S
-        for job_id in job_ids:
-            if time.monotonic() > until:
-                break
-            if not remove(job_id) and self._spool.store.is_away:
-                return  # another host, or a later round, removes it
-            yield job_id
-        else:
-            if len(job_ids) < _MOST:
-                return
-        self.wake()
 
-    def _sweep(self) -> None:
-        """Folders that no record names: an upload broken off by a kill, a record that expired."""
-        for job_id in self._spool.folders(_ORPHAN_AGE_S) if self._may_sweep() else ():
-            if not self._store.exists(job_id) and self._spool.delete(job_id):
-                _log.info("spool.swept", job_id=job_id)
-        self._spool.sweep()
+def forget(store: JobStore, limit: int = 2000) -> None:
+    """Take the ids of expired records out of the lists of jobs, which never expire.
+
+    In steps of some hundred: a job is in up to 20 lists, and Redis does nothing else in a step.
+    """
+    for _ in range(0, limit, _AT_ONCE):
+        if not past(store, "records", 1):
+            return
+        store.call("forget", "", _AT_ONCE)

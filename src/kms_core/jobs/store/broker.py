@@ -11,7 +11,7 @@ from kombu.exceptions import OperationalError
 from kombu.transport import redis
 
 from kms_core.jobs.model import NotifyWorker
-from kms_core.jobs.store.redis_keys import MOST_WAKE_UPS, TASK, list_key
+from kms_core.jobs.store.wake_ups import MOST_WAKE_UPS, TASK, list_key
 from kms_core.observability import metrics
 from kms_core.redis_client import celery_options
 from kms_core.settings.model import RedisSection

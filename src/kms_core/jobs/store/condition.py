@@ -4,11 +4,10 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from typing import Final
-
-from kms_core.jobs.store.maintenance import StoreCondition
+from typing import Final, Literal
 
 EVERY_S: Final = 1.0
+StoreCondition = Literal["available", "unavailable", "full", "read_only"]
 
 
 class StoreProbe:

@@ -7,12 +7,13 @@ reported as stored.
 
 import hashlib
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Final, cast
+from typing import Final, NamedTuple, Self, cast
 
 import msgspec
 import structlog
@@ -29,10 +30,12 @@ from kms_core.jobs.spec import (
     needs_proof,
     spec_digest,
 )
-from kms_core.jobs.store.maintenance import StoreMaintenance
-from kms_core.jobs.store.redis_keys import PREFIX, Cursor, job_key, named, number, reading, redis_errors
+from kms_core.jobs.store.errors import redis_errors
+from kms_core.jobs.store.job_redis import JobRedis
+from kms_core.jobs.store.keys import PREFIX, job_key
+from kms_core.jobs.store.records import named, number, reading
 from kms_core.settings.model import TenantSection
-from kms_protocol.errors import JobNotFinished, RecordRefused, SpoolQuota, UnknownJob
+from kms_protocol.errors import InvalidRequest, JobNotFinished, RecordRefused, SpoolQuota, UnknownJob
 from kms_protocol.units import size_text
 from kms_protocol.wire import STATES
 
@@ -42,6 +45,7 @@ MOST_GROUPED: Final = 10_000
 _LIST_NAME_BYTES: Final = 16
 FETCHED_S: Final = 60.0
 """So long a fetched result stays: its reader resumes, if the last bytes that were sent did not arrive."""
+_CURSOR: Final = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)-([0-9a-f-]{36})")
 _AT_ONCE: Final = 20
 """Records in one look. Threads that wait for Redis this often leave the interpreter to the other calls."""
 _log = structlog.get_logger(__name__)
@@ -62,7 +66,25 @@ class PartRecord:
     is_unproven: bool
 
 
-class JobReader(StoreMaintenance):
+class Cursor(NamedTuple):
+    """A place in a tenant's list of jobs: the age and id of one of them. Later ones are greater."""
+
+    created_at: float
+    job_id: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises InvalidRequest unless it is what ``str`` gave."""
+        found = _CURSOR.fullmatch(text)
+        if not found:
+            raise InvalidRequest("cursor is what the page before gave as next")
+        return cls(float(found[1]), found[2])
+
+    def __str__(self) -> str:
+        return f"{self.created_at!r}-{self.job_id}"
+
+
+class JobReader(JobRedis):
     """One job, a tenant's list, sealed parts, results. JobStore inherits it; all raise JobsUnavailable."""
 
     def get(self, job_id: str, tenant: str) -> Job:
@@ -101,10 +123,24 @@ class JobReader(StoreMaintenance):
 
     def _let_go(self, job: Job, delay_s: float, *sent: int) -> bytes:
         _, sealed = self.seen(job.job_id, job.tenant)
-        (word,) = self._call("release", job.job_id, sealed, delay_s, *sent)
+        (word,) = self.call("release", job.job_id, sealed, delay_s, *sent)
         if word == b"gone":
             raise UnknownJob
         return word
+
+    def purged(self, *job_ids: str) -> None:
+        """Note that the results are gone, and remove small blobs; the records themselves expire later."""
+        self.call_each("purged", job_ids)
+
+    def exists(self, job_id: str) -> bool:
+        with redis_errors():
+            return bool(self.redis.exists(job_key(job_id)))
+
+    def resources(self, job_id: str) -> list[str]:
+        """Return the roots, buckets and backends that a job uses and that are watched or bounded."""
+        with redis_errors():
+            found = cast("bytes | None", self.redis.hget(job_key(job_id), "resources"))
+        return (found or b"").decode(errors="replace").split()
 
     def part(self, job_id: str) -> PartRecord:
         """A part of a job, internal to the service: clients cannot get, cancel or retry it by itself."""

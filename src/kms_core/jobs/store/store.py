@@ -31,12 +31,16 @@ from kms_core.jobs.spec import (
     needs_proof,
     spec_digest,
 )
-from kms_core.jobs.store.maintenance import ANY_KEY
+from kms_core.jobs.store.errors import redis_errors
+from kms_core.jobs.store.job_redis import ANY_KEY
+from kms_core.jobs.store.keys import PREFIX, busy_key, job_key
 from kms_core.jobs.store.reader import JobReader
-from kms_core.jobs.store.redis_keys import PREFIX, TALLY, busy_key, flat, job_key, raise_for, redis_errors
+from kms_core.jobs.store.records import TALLY
+from kms_core.jobs.store.scripts import flat, raise_for
 from kms_core.observability import metrics
 from kms_core.settings.model import TenantSection
 from kms_protocol.errors import (
+    DurabilityUnconfirmed,
     GroupComplete,
     IdempotencyConflict,
     JobCommitting,
@@ -140,7 +144,7 @@ class AttemptStore(JobReader):
     def _claim(self, job_id: str, worker: str, queues: Sequence[str]) -> Attempt | str | None:
         attempt_id = new_attempt_id()
         with redis_errors():
-            answer = self._run["claim"](*self._asked(job_id, worker, attempt_id, queues))
+            answer = self.scripts["claim"](*self._asked(job_id, worker, attempt_id, queues))
         return self.found_by(worker, attempt_id, answer)
 
     def _asked(self, job_id: str, worker: str, attempt_id: str, queues: Sequence[str]) -> Asked:
@@ -170,7 +174,7 @@ class AttemptStore(JobReader):
         try:
             claim = self._claimed(name, worker, attempt_id, rest[1:])
         except RecordTooNew as exc:  # its plain fields did not say so
-            self._call("put_aside", name, attempt_id, exc.feature)
+            self.call("put_aside", name, attempt_id, exc.feature)
             return name
         except UnknownJob:
             self._close(name, attempt_id, REFUSED)
@@ -213,7 +217,7 @@ class AttemptStore(JobReader):
     def _close(self, job_id: str, attempt_id: str, code: str) -> None:
         """End a job that no attempt can do: its record is not as we wrote it, or has expired by our clock."""
         _log.error("job.closed", job_id=job_id, code=code)
-        self._call("finish", job_id, attempt_id, "failed", code, self.rules.result_ttl_s, job_id, 0)
+        self.call("finish", job_id, attempt_id, "failed", code, self.rules.result_ttl_s, job_id, 0)
         metrics.JOBS.labels("any", "failed").inc()
 
     def renew(self, claim: Attempt, progress: Fields) -> None:
@@ -222,7 +226,7 @@ class AttemptStore(JobReader):
         Raises LeaseLost if another attempt holds the job, JobCancelled if it is to stop.
         """
         with redis_errors():
-            word = self._run["renew"](
+            word = self.scripts["renew"](
                 [job_key(claim.accepted.job_id), busy_key(claim.worker)],
                 [claim.accepted.job_id, claim.attempt_id, self.rules.lease_s, *flat(progress)],
             )[0]
@@ -258,7 +262,7 @@ class AttemptStore(JobReader):
         ]
         queue, signed = claim.accepted.queue, self.record_key.sign(job_id, split, claim.spec)
         given = [claim.attempt_id, signed, self.large_job_bytes, *self.wake_up(queue), *listed]
-        word, *count = self._call("split", job_id, *given)
+        word, *count = self.call("split", job_id, *given)
         raise_for(word)
         self.notify(queue, int(count[0]))
 
@@ -275,7 +279,7 @@ class AttemptStore(JobReader):
             fields["end"] = self.record_key.sign(job.job_id, end, spec)
         given = [job.job_id, job.attempt_id, end.state, end.error, self.rules.result_ttl_s, *flat(fields)]
         with redis_errors():
-            (word, *_), _ = self._waits.run(self._run["end_parent"], [job_key(job.job_id)], given)
+            (word, *_), _ = self._waits.run(self.scripts["end_parent"], [job_key(job.job_id)], given)
         if word in {b"finished", b"cancelled"}:
             state = end.state if word == b"finished" else "cancelled"
             metrics.JOBS.labels(job.kind, state).inc()
@@ -327,10 +331,10 @@ class AttemptStore(JobReader):
 
     def _finish(self, keys: Sequence[str], given: Sequence[Any], following: Following | None) -> bytes:
         if following is None or not following.is_wanted():
-            return self._waits.run(self._run["finish"], keys, given)[0][0]
+            return self._waits.run(self.scripts["finish"], keys, given)[0][0]
         attempt_id = new_attempt_id()
         asked = self._asked("", following.worker, attempt_id, following.queues)
-        first, second = (self._run["finish"], keys, given), (self._run["claim"], *asked)
+        first, second = (self.scripts["finish"], keys, given), (self.scripts["claim"], *asked)
         answer, claimed = self._waits.run_together(first, second)[0]
         if not isinstance(claimed, Exception):
             following.claimed.append((attempt_id, claimed))  # an error in it is not one of the ended job
@@ -356,7 +360,17 @@ class AttemptStore(JobReader):
         """
         found = "" if work_bytes is None else work_bytes
         given = (claim.attempt_id, delay_s, int(away), found, self.large_job_bytes, code)
-        raise_for(self._call("defer", claim.accepted.job_id, *given)[0])
+        raise_for(self.call("defer", claim.accepted.job_id, *given)[0])
+
+    def stalled(self, claim: Attempt) -> list[str]:
+        """Take the lease from an attempt that advances nothing; its worker no longer touches its roots.
+
+        Returns the resources that it uses.
+        """
+        rules, owner = self.rules, (claim.attempt_id, claim.worker)
+        given = (rules.stall_s, self.large_job_bytes, rules.result_ttl_s)
+        found = self.call("stalled", claim.accepted.job_id, *owner, *given)
+        return found[1].decode(errors="replace").split()
 
 
 SHED_S: Final = 10.0
@@ -371,6 +385,8 @@ _NO_RECORD: Final = (
 
 class JobStore(AttemptStore):
     """Submit, claim, renew, commit, finish: one script each, all safe to repeat."""
+
+    retry_within_s = 86_400.0
 
     def submit(
         self,
@@ -404,7 +420,7 @@ class JobStore(AttemptStore):
         given += [self.large_job_bytes, *self.wake_up(accepted.queue), int(self.has_several_tenants())]
         given += blob_arguments(blob)
         with redis_errors():
-            (word, *rest), confirmed = self._waits.run(self._run["submit"], keys, [*given, *flat(fields)])
+            (word, *rest), confirmed = self._waits.run(self.scripts["submit"], keys, [*given, *flat(fields)])
         found = None if word == b"queued" else self._found(word, rest, accepted)
         if not confirmed:
             raise self.unconfirmed_error(found, keys, accepted.job_id, sealed)
@@ -414,6 +430,19 @@ class JobStore(AttemptStore):
         self.notify(accepted.queue, int(rest[0]))
         job = msgspec.convert({**plain, "job_id": accepted.job_id, "state": "queued"}, Job)
         return msgspec.structs.replace(job, accepted=accepted)
+
+    def unconfirmed_error(
+        self, found: Job | None, keys: Sequence[str], job_id: str, sealed: bytes
+    ) -> DurabilityUnconfirmed:
+        """The error for a submission that replicas did not acknowledge.
+
+        A new job is taken back, if no worker has started it. ``found`` is one that was there before.
+        """
+        if found:
+            return DurabilityUnconfirmed(job_id=found.job_id)
+        with redis_errors():
+            word = self.scripts["withdraw"](keys, [job_id, sealed])[0]
+        return DurabilityUnconfirmed(job_id=job_id, withdrawn=word == b"withdrawn")
 
     def _found(self, word: bytes, rest: Sequence[bytes], accepted: JobSpec) -> Job:
         if word == b"exists":
@@ -454,7 +483,7 @@ class JobStore(AttemptStore):
         job, sealed = self.seen(job_id, tenant)
         parts = self.parts_cut(job)
         given = [sealed, self.rules.result_ttl_s, self.large_job_bytes, *parts]
-        (word,) = self._call("cancel", job_id, *given)
+        (word,) = self.call("cancel", job_id, *given)
         if word == b"committing":
             raise JobCommitting
         self.confirm(job_id)
@@ -480,7 +509,7 @@ class JobStore(AttemptStore):
         changed = {**times, "generation": accepted.generation + 1}
         sealed = self.record_key.seal(msgspec.structs.replace(accepted, **changed))
         given = [before, sealed, seen, accepted.tenant, self.large_job_bytes, *flat(changed)]
-        (word,) = self._call("retry", job_id, *given)
+        (word,) = self.call("retry", job_id, *given)
         if word != b"queued":
             self.get(job_id, tenant)  # UnknownJob, if the id is another tenant's by now
             raise JobNotDead

@@ -7,6 +7,7 @@ import pytest
 from kms_core.container import Core
 from kms_core.jobs.execution import one_file, results
 from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.recovery.reaper import reap_all
 from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Label
 from kms_core.jobs.submission.submitter import new_id
 from kms_protocol.errors import RateLimited, ResultExpired, SpoolFull
@@ -66,7 +67,7 @@ def test_a_part_that_uses_up_its_attempts_has_error_lines(
     for _ in range(store.rules.attempts):
         assert store.claim(dead, "w/9")  # and dies
         expire_leases(store)
-        assert store.reap_all([dead]) == ["requeued"]
+        assert reap_all(store, [dead]) == ["requeued"]
     for part in (dead, other):
         run_job(part, core.worker_context, "w/1")
 

@@ -13,6 +13,7 @@ from kms_core.jobs.execution.lease import FoundLarge, Lease
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.execution.tree import PATIENCE
 from kms_core.jobs.model import part_id
+from kms_core.jobs.recovery.reaper import reap_all
 from kms_core.jobs.spec import FILES
 from kms_core.jobs.storage import locations
 from kms_core.jobs.storage.locations import check_holes
@@ -106,7 +107,7 @@ def test_share_of_a_job_is_free_when_its_lease_ends(core: Core, size: int, end: 
         store.defer(claim, 600)
     elif end == "reap":
         forge(store, first, lease_until="0")
-        assert store.reap_all([first]) == ["requeued"]
+        assert reap_all(store, [first]) == ["requeued"]
     else:  # its worker was killed
         expire_leases(store)
 
@@ -186,7 +187,7 @@ def test_large_job_that_dies_again_and_again_is_no_exception(store: JobStore) ->
     first, second = made(store), made(store)
     take(store, first)
     expire_leases(store)  # its worker died
-    assert store.reap_all([first]) == ["requeued"]
+    assert reap_all(store, [first]) == ["requeued"]
     take(store, second, "w/2")
 
     assert store.claim(first, "w/1") is None

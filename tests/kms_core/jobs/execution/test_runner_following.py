@@ -9,8 +9,9 @@ import redis
 from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_next
 from kms_core.jobs.model import Following
+from kms_core.jobs.recovery.reaper import reap_all
 from kms_core.jobs.spec import BULK, QUEUES
-from kms_core.jobs.store.maintenance import ReplicaWait
+from kms_core.jobs.store.replicas import ReplicaWait
 from kms_core.settings.model import RedisSection
 from kms_protocol.errors import JobsUnavailable
 from support.core_jobs import end_of, now, submit_items
@@ -64,7 +65,7 @@ def test_only_the_first_claim_is_a_request_of_its_own(core: Core) -> None:
         pass  # Redis knows the scripts from now on
     jobs = [submit_items(core) for _ in range(4)]
     after = following()
-    scripts = core.worker_context.store._run  # noqa: SLF001 -- to see what is sent by itself
+    scripts = core.worker_context.store.scripts
     claims, ends = Counted(scripts["claim"]), Counted(scripts["finish"])
     scripts |= {"claim": claims, "finish": ends}
 
@@ -110,7 +111,7 @@ def test_next_claim_that_cannot_be_read_is_no_error_of_the_job_that_ended(core: 
     first, spoiled, third = (submit_items(core) for _ in range(3))
     store, after = core.worker_context.store, following()
     forge(store, spoiled, sealed=b"not ours")
-    scripts = store._run  # noqa: SLF001 -- to have Redis away for one call
+    scripts = store.scripts
     alone = scripts["finish"]
     scripts["finish"] = Away(alone)
 
@@ -120,7 +121,7 @@ def test_next_claim_that_cannot_be_read_is_no_error_of_the_job_that_ended(core: 
         run_next(core.worker_context, after, woken=False)
     scripts["finish"] = alone
     expire_leases(store)
-    assert store.reap_all([spoiled]) == ["requeued"]
+    assert reap_all(store, [spoiled]) == ["requeued"]
     while run_next(core.worker_context, after, woken=False):
         pass
 
@@ -132,7 +133,7 @@ def test_scripts_that_redis_has_forgotten_are_sent_again(core: Core) -> None:
     """As after a restart of Redis, or a fail-over. A hash that it does not know stands for that."""
     jobs = [submit_items(core) for _ in range(4)]
     store, after = core.worker_context.store, following()
-    scripts: list[Any] = [store.script("finish"), store.script("claim")]
+    scripts: list[Any] = [store.scripts["finish"], store.scripts["claim"]]
 
     for script in scripts:
 

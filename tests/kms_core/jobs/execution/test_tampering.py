@@ -13,7 +13,8 @@ from kms_core.container import Core
 from kms_core.jobs.execution import results
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import RecordKey
-from kms_core.jobs.store.activity import survey_queues
+from kms_core.jobs.recovery.reaper import due
+from kms_core.jobs.store.gauges import survey_queues
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import JobsUnavailable, UnknownJob
 from support.core_jobs import submit_items
@@ -144,7 +145,7 @@ def test_commit_that_was_not_written_for_this_job_is_refused(store: JobStore, co
     if forged:
         assert again is None
         assert ended(store, job_id) == ("failed", "record_refused", 1)
-        assert job_id not in store.due()
+        assert job_id not in due(store)
     else:
         assert again
         assert again.commit is None

@@ -9,6 +9,7 @@ from typing import TypeVar
 import pytest
 
 from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.recovery.reaper import reap_all
 from kms_core.jobs.spec import FileJob
 from kms_core.jobs.storage.locations import JobTarget, PendingTarget
 from kms_core.s3.bucket import Bucket
@@ -171,7 +172,7 @@ def test_upload_that_was_changed_before_the_finish_is_not_put_in_place(
 
 
 def cancelled(object_jobs: ObjectJobs, job_id: str) -> None:
-    object_jobs.core.worker_context.store.reap_all([job_id])
+    reap_all(object_jobs.core.worker_context.store, [job_id])
     object_jobs.core.worker_context.store.cancel(job_id, "default")
 
 

@@ -9,7 +9,8 @@ import pytest
 from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Job
-from kms_core.jobs.recovery import reaper
+from kms_core.jobs.recovery import spool_cleanup
+from kms_core.jobs.recovery.reaper import reap_all
 from kms_core.jobs.storage.spool_bucket import SpoolBucket
 from support import object_stores
 from support.blob_stores import PREFIX
@@ -134,7 +135,7 @@ def test_bucket_that_is_away_is_told_and_defers_jobs_without_an_attempt(install:
     assert install.spool == "unavailable"
     assert "spool" in install.service.get("/status").json()["degraded"]
     install.back()
-    until(lambda: install.core.worker_context.store.reap_all([job_id])[0] != "deferred", "it is due")
+    until(lambda: reap_all(install.core.worker_context.store, [job_id])[0] != "deferred", "it is due")
     until(lambda: install.run(job_id).state == "succeeded", "the job ends")
 
     sealed = install.service.result(job_id)
@@ -209,7 +210,7 @@ def test_orphans_are_swept_and_objects_of_jobs_stay(
 
     reap(context.store, context.spool)
     assert ORPHAN in install.bucket.keys()  # noqa: SIM118 -- no dict
-    monkeypatch.setattr(reaper, "_ORPHAN_AGE_S", 1.0)
+    monkeypatch.setattr(spool_cleanup, "_ORPHAN_AGE_S", 1.0)
     reap(context.store, context.spool)
 
     keys = install.bucket.keys()

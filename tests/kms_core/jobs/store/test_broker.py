@@ -12,7 +12,7 @@ from kombu.transport import redis
 
 from kms_core.jobs.model import NotifyWorker
 from kms_core.jobs.spec import BULK, QUEUES
-from kms_core.jobs.store import broker, redis_keys
+from kms_core.jobs.store import broker, wake_ups
 from kms_core.settings.model import RedisSection
 from kms_core.settings.redis_urls import for_celery, is_shared
 from kms_protocol.errors import JobsUnavailable
@@ -26,15 +26,15 @@ CONNECT: Final[Any] = Connection  # kombu ships no types
 @pytest.mark.parametrize("queue", QUEUES)
 def test_lists_are_those_that_kombu_takes_from(queue: str) -> None:
     assert redis.Channel.priority_steps[0] == 0, "the first list of a queue has its name"
-    assert redis_keys.list_key(queue) == f"kms:{queue}"
+    assert wake_ups.list_key(queue) == f"kms:{queue}"
 
 
 def test_a_wake_up_is_a_message_of_kombu() -> None:
     channel = CONNECT("memory://").channel()
-    message = channel.Message(json.loads(redis_keys.encode_message(BULK)), channel)
+    message = channel.Message(json.loads(wake_ups.encode_message(BULK)), channel)
 
     assert message.payload == [[], {}, None]
-    assert (message.headers["task"], message.delivery_info["routing_key"]) == (redis_keys.TASK, BULK)
+    assert (message.headers["task"], message.delivery_info["routing_key"]) == (wake_ups.TASK, BULK)
 
 
 def test_a_broker_of_its_own_drops_wake_ups_that_nobody_takes() -> None:

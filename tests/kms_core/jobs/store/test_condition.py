@@ -4,8 +4,7 @@ import threading
 
 import pytest
 
-from kms_core.jobs.store.condition import EVERY_S, StoreProbe
-from kms_core.jobs.store.maintenance import StoreCondition
+from kms_core.jobs.store.condition import EVERY_S, StoreCondition, StoreProbe
 from support.waiting import WAIT_S, monotonic_ahead, until
 
 

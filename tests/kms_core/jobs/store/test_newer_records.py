@@ -7,8 +7,9 @@ import pytest
 
 from kms_core.container import Core
 from kms_core.jobs.execution.runner import run_job
-from kms_core.jobs.recovery.reaper import Reaper
+from kms_core.jobs.recovery.reaper import Reaper, due, reap_all
 from kms_core.jobs.spec import QUEUES, RecordTooNew
+from kms_core.jobs.store.heartbeats import worker_seen
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import UnknownJob
 from support.job_stores import TENANT, accepted, forge, record, resealed
@@ -63,21 +64,21 @@ def test_a_job_that_is_too_new_waits_without_an_attempt(
     assert (job[b"state"], job.get(b"attempt", b"0"), job.get(b"error", b"")) == (b"queued", b"0", b"")
     assert job[b"waits_for"]
     assert store.redis.zscore("kms:newer", job_id)
-    assert store.reap_all([job_id]) == ["newer"]
+    assert reap_all(store, [job_id]) == ["newer"]
     Reaper(store, "w").step()
     assert taken(store) is None
 
 
 def test_a_worker_that_knows_the_feature_takes_it(store: JobStore) -> None:
     """The later version, played by the record of this one. An earlier one may be the first that counts."""
-    store.worker_seen("later", 1, QUEUES)
-    store.worker_seen("earlier", 1, QUEUES)
+    worker_seen(store, "later", 1, QUEUES)
+    worker_seen(store, "earlier", 1, QUEUES)
     job_id = job_needing_later_version(store)
 
     store.redis.hdel(f"kms:job:{job_id}", "needs")
-    store.worker_seen("later", 1, QUEUES)
-    assert job_id in store.due()
-    assert store.reap_all([job_id]) == ["due"]
+    worker_seen(store, "later", 1, QUEUES)
+    assert job_id in due(store)
+    assert reap_all(store, [job_id]) == ["due"]
 
     claim = store.next("later/1", QUEUES[0], QUEUES, woken=False)
     assert getattr(claim, "attempt", 0) == 1
@@ -95,15 +96,15 @@ def test_a_worker_looks_at_few_jobs_at_a_time_and_in_the_end_at_all(store: JobSt
         store.redis.zadd("kms:newer", {name: 1.0})
         store.redis.hdel(f"kms:job:{name}", "needs")
 
-    store.worker_seen("later", 1, QUEUES)
+    worker_seen(store, "later", 1, QUEUES)
     first = [name for name in new if store.redis.zscore("kms:newer", name) is None]
     assert len(first) <= 60
 
     for _ in range(400):
-        store.worker_seen("later", 1, QUEUES)
+        worker_seen(store, "later", 1, QUEUES)
         if store.redis.zrange("kms:newer", 0, -1) == [job_id.encode()]:
             break
-    assert set(new) <= set(store.due(limit=1000))
+    assert set(new) <= set(due(store, limit=1000))
 
 
 def test_it_can_be_read_and_cancelled(store: JobStore) -> None:

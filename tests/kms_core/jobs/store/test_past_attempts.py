@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import pytest
 
 from kms_core.jobs.model import Attempt, Job, part_id
+from kms_core.jobs.recovery.reaper import reap_all
 from kms_core.jobs.spec import Work
+from kms_core.jobs.store.heartbeats import process_ended
 from kms_core.jobs.store.store import JobStore
 from support.job_stores import (
     COMMIT,
@@ -36,7 +38,7 @@ def told(store: JobStore, claim: Attempt) -> list[tuple[int, str, str, int, str]
 def lose(store: JobStore, claim: Attempt) -> None:
     """Let the lease of an attempt run out, and the reaper see it."""
     expire_leases(store)
-    assert store.reap_all([claim.accepted.job_id]) == ["requeued"]
+    assert reap_all(store, [claim.accepted.job_id]) == ["requeued"]
 
 
 def test_each_attempt_is_told_with_its_process_its_times_and_its_end(store: JobStore) -> None:
@@ -45,10 +47,10 @@ def test_each_attempt_is_told_with_its_process_its_times_and_its_end(store: JobS
     store.defer(claim, 0, "backend_unavailable")
 
     claim = take(store, job_id, "host-2:bb/8")
-    store.process_ended("host-2:bb/8", -9)
+    process_ended(store, "host-2:bb/8", -9)
     lose(store, claim)
     claim = take(store, job_id, "host-3:cc/9")
-    store.process_ended("host-3:cc/9", 1)
+    process_ended(store, "host-3:cc/9", 1)
     lose(store, claim)
     claim = take(store, job_id, "host-4:dd/10")
     store.stalled(claim)
@@ -97,7 +99,7 @@ def test_an_attempt_that_was_the_last_one_is_told_once(store: JobStore, take_up:
         claim = take(store, job_id, "host-1:aa/7")
     expire_leases(store)
     if take_up == "reap":
-        store.reap_all([job_id])
+        reap_all(store, [job_id])
     assert store.claim(job_id, "host-2:bb/8") is None
 
     job = job_of(store, claim)
@@ -108,7 +110,7 @@ def test_an_attempt_that_was_to_put_its_target_in_place_is_told_and_may_still_do
     claim = claimed(store, "host-1:aa/7")
     store.committing(claim, COMMIT)
     expire_leases(store)
-    assert store.reap_all([claim.accepted.job_id]) == ["committing"]
+    assert reap_all(store, [claim.accepted.job_id]) == ["committing"]
     store.renew(claim, {})
     expire_leases(store)
     take(store, claim.accepted.job_id, "host-2:bb/8")
@@ -172,7 +174,7 @@ def test_an_attempt_at_a_part_is_told_with_the_whole(store: JobStore) -> None:
     store.split(whole, [accepted(job_id=name, **fields) for name in names])
     take(store, names[0], "host-1:aa/7")
     expire_leases(store)
-    store.reap_all(names)
+    reap_all(store, names)
     assert [(each.is_part, each.how, each.worker) for each in job_of(store, whole).past] == [
         (1, "lease_lost", "host-1:aa/7")
     ]
@@ -180,7 +182,7 @@ def test_an_attempt_at_a_part_is_told_with_the_whole(store: JobStore) -> None:
     take(store, names[1], "host-1:aa/7")
     store.redis.delete(f"kms:job:{whole.accepted.job_id}")
     forge(store, names[1], lease_until="1")
-    store.reap_all(names)
+    reap_all(store, names)
     assert not store.redis.exists(f"kms:job:{whole.accepted.job_id}"), "nothing is noted in what has gone"
 
 
@@ -230,6 +232,6 @@ def test_a_history_of_any_length_is_replaced(store: JobStore) -> None:
 
 
 def test_how_a_process_ended_is_forgotten(store: JobStore) -> None:
-    store.process_ended("host-1:aa/7", -9)
+    process_ended(store, "host-1:aa/7", -9)
 
     assert 0 < store.redis.ttl("kms:died:host-1:aa/7") <= store.rules.lease_s + 600

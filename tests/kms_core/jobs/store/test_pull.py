@@ -10,9 +10,10 @@ from typing import cast
 import pytest
 
 from kms_core.container import Core
-from kms_core.jobs.recovery.reaper import Heartbeat, Reaper
+from kms_core.jobs.recovery.reaper import Reaper, due, reap_all
 from kms_core.jobs.spec import BULK, FILES, QUEUES
-from kms_core.jobs.store import activity, redis_keys
+from kms_core.jobs.store import gauges, wake_ups
+from kms_core.jobs.store.heartbeats import Heartbeat, idle_s, live_workers, processes_stuck, worker_seen
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import new_id
 from kms_protocol.errors import JobsUnavailable
@@ -198,7 +199,7 @@ def test_a_capped_tenant_comes_back_when_its_lease_runs_out(capped: JobStore) ->
     assert taken(capped) is None
     expire_leases(capped)
 
-    assert capped.reap_all(capped.due()) == ["requeued"]
+    assert reap_all(capped, due(capped)) == ["requeued"]
 
     assert taken(capped) == TENANT
 
@@ -210,7 +211,7 @@ def test_a_commit_of_a_dead_worker_holds_up_no_other_queue_of_its_tenant(capped:
     assert taken(capped, queue=FILES) is None
     expire_leases(capped)
 
-    assert capped.reap_all(capped.due()) == ["committing"]
+    assert reap_all(capped, due(capped)) == ["committing"]
 
     assert attempt(capped, queue=FILES).accepted.job_id == other.job_id
 
@@ -261,8 +262,8 @@ def test_a_job_is_ready_when_its_time_has_come(store: JobStore, why: str) -> Non
         forge(store, job_id, not_before=str(time.time() + 0.3))
     assert taken(store) is None
 
-    until(store.due, "its time has come")
-    assert store.reap_all(store.due()) == ["due"]
+    until(lambda: due(store), "its time has come")
+    assert reap_all(store, due(store)) == ["due"]
 
     assert taken(store) == TENANT
 
@@ -278,8 +279,8 @@ def test_a_job_whose_lease_ran_out_is_ready_again_and_the_reaper_looks_at_no_oth
     submit(store, 1000)
     expire_leases(store)
 
-    assert store.due() == [claim.accepted.job_id]
-    assert store.reap_all(store.due()) == ["requeued"]
+    assert due(store) == [claim.accepted.job_id]
+    assert reap_all(store, due(store)) == ["requeued"]
     again = attempt(store)
     assert (again.accepted.job_id, again.fence) == (claim.accepted.job_id, claim.fence + 1)
 
@@ -291,10 +292,10 @@ def test_depth_and_age_are_of_ready_jobs(store: JobStore) -> None:
 
     assert depths(store)[BULK, "low"] == 2
     assert sum(depths(store).values()) == 2
-    found = activity.survey_queues(store)
+    found = gauges.survey_queues(store)
     assert found.jobs == {"queued": 2, "running": 1, "committing": 0}
     assert 0 <= found.oldest_queued_s < 60
-    assert activity.survey_queues(store, "other").jobs == {"queued": 0, "running": 0, "committing": 0}
+    assert gauges.survey_queues(store, "other").jobs == {"queued": 0, "running": 0, "committing": 0}
 
 
 def test_a_list_by_state_finds_an_old_job_behind_many(store: JobStore) -> None:
@@ -317,15 +318,15 @@ def test_a_list_by_state_finds_an_old_job_behind_many(store: JobStore) -> None:
 
 def test_a_worker_that_asks_for_jobs_or_renews_is_not_idle(store: JobStore) -> None:
     """By this its watchdog goes."""
-    assert math.isinf(store.idle_s("w"))
+    assert math.isinf(idle_s(store, "w"))
     assert taken(store) is None
-    assert store.idle_s("w") < 60
+    assert idle_s(store, "w") < 60
 
     submit(store)
     claim = attempt(store)
     store.redis.delete("kms:busy:w")
     store.renew(claim, {})
-    assert store.idle_s("w") < 60
+    assert idle_s(store, "w") < 60
 
 
 # -- wake-ups --------------------------------------------------------------------------------------------
@@ -347,7 +348,7 @@ def wake_ups(store: JobStore, queue: str = BULK) -> int:
 def test_a_submission_sends_a_wake_up_whatever_is_known_of_workers(pushing: JobStore, known: str) -> None:
     """A heartbeat that stands still, or a count of idle processes that is wrong, holds no job up."""
     if known != "no worker":
-        pushing.worker_seen("w", 1, QUEUES)
+        worker_seen(pushing, "w", 1, QUEUES)
         submit(pushing)
         assert taken(pushing, woken=True)
         pushing.redis.delete("kms:kms.bulk")
@@ -358,7 +359,7 @@ def test_a_submission_sends_a_wake_up_whatever_is_known_of_workers(pushing: JobS
     submit(pushing, 3)
 
     pushed = cast("list[bytes]", pushing.redis.lrange("kms:kms.bulk", 0, -1))
-    assert pushed == [redis_keys.encode_message(BULK)] * 3
+    assert pushed == [wake_ups.encode_message(BULK)] * 3
     assert json.loads(pushed[0])["body"] == "[[],{},null]", "no job is named"
     assert wake_ups(pushing, FILES) == 0
 
@@ -418,7 +419,7 @@ def test_a_worker_is_woken_when_it_begins_to_take_messages(pushing: JobStore) ->
     heartbeat = Heartbeat(pushing, "w")
     heartbeat.start()
     try:
-        assert pushing.workers() == 1
+        assert live_workers(pushing) == 1
         assert wake_ups(pushing) == 0
 
         heartbeat.serve()
@@ -426,7 +427,7 @@ def test_a_worker_is_woken_when_it_begins_to_take_messages(pushing: JobStore) ->
     finally:
         heartbeat.stop()
         heartbeat.join()
-    assert pushing.workers() == 0
+    assert live_workers(pushing) == 0
 
 
 def test_the_reaper_sends_none_for_jobs_of_a_tenant_at_its_cap(capped: JobStore, woken: list[str]) -> None:
@@ -450,10 +451,10 @@ def test_a_killed_worker_is_forgotten(store: JobStore) -> None:
     heartbeat = Heartbeat(store, "w")
     heartbeat.serve()
     for name in ("killed", "long ago"):
-        store.worker_seen(name, 4, QUEUES)
-        store.stuck(name, 1, 60, [])
+        worker_seen(store, name, 4, QUEUES)
+        processes_stuck(store, name, 1, 60, [])
     store.redis.zadd("kms:workers", {"killed": time.time() - 6, "long ago": time.time() - 60})
-    assert store.workers() == 1
+    assert live_workers(store) == 1
 
     for _ in range(3):
         heartbeat.round()
@@ -465,10 +466,10 @@ def test_a_killed_worker_is_forgotten(store: JobStore) -> None:
 
 def test_workers_are_counted_by_their_version(store: JobStore) -> None:
     for name, about in (("a", "0.2.0 1"), ("b", "0.1.9 2"), ("c", "0.2.0 3"), ("d", "")):
-        store.worker_seen(name, 4, QUEUES, about)
-    store.worker_seen("starting", 4, (), "0.3.0 4")
+        worker_seen(store, name, 4, QUEUES, about)
+    worker_seen(store, "starting", 4, (), "0.3.0 4")
 
-    assert activity.survey_queues(store).versions == {"0.1.9": 1, "0.2.0": 2, "0.3.0": 1}
+    assert gauges.survey_queues(store).versions == {"0.1.9": 1, "0.2.0": 2, "0.3.0": 1}
 
 
 def test_a_lost_wake_up_is_sent_again(pushing: JobStore) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import redis
 
-from kms_core.jobs.store.maintenance import ReplicaWait, check_answers, verify_replicas
+from kms_core.jobs.store.replicas import ReplicaWait, check_answers, verify_replicas
 from kms_core.settings.load import load
 from kms_core.settings.model import RedisSection
 from kms_protocol.errors import ConfigurationError

@@ -8,8 +8,10 @@ import pytest
 
 from kms_core.container import Core
 from kms_core.jobs.model import Attempt, LeaseLost
+from kms_core.jobs.recovery.reaper import due, reap_all
 from kms_core.jobs.spec import BULK, FILES, QUEUES, JobSpec
-from kms_core.jobs.store import activity
+from kms_core.jobs.store import gauges
+from kms_core.jobs.store.heartbeats import processes_stuck, worker_left, worker_seen
 from kms_core.jobs.store.store import JobStore
 from support.job_stores import (
     COMMIT,
@@ -67,7 +69,7 @@ def test_a_root_is_bounded_by_its_path_whatever_letters_that_has(tmp_path: Path,
 def test_a_renewed_lease_counts_on_wherever_it_counts(core: Core) -> None:
     store = store_of(core, with_jobs(resource_leases={NAS: 1}), several_tenants=True)
     store.large_job_bytes = 1_000
-    store.stuck("w", 0, -1, [NAS])  # what was left alone until now: one attempt is made
+    processes_stuck(store, "w", 0, -1, [NAS])  # what was left alone until now: one attempt is made
     job_id = submit(store, [NAS], size_bytes=1_000)
     held = store.next("w/1", BULK, QUEUES, woken=True)
     assert isinstance(held, Attempt)
@@ -100,7 +102,7 @@ def test_it_is_chosen_again_when_a_lease_ends(one_at_a_time: JobStore, end: str)
         assert {held.accepted.job_id, taken(store)} == {first, second}
     else:
         expire_leases(store)
-        store.reap_all(store.due())
+        reap_all(store, due(store))
         assert taken(store) in {first, second}
 
 
@@ -112,7 +114,7 @@ def test_a_job_holds_each_resource_that_it_uses(core: Core) -> None:
     attempt(store)
 
     assert [taken(store), taken(store)] == [last, None]
-    assert activity.survey_queues(store).leases == {BUCKET: 1, "backend:aws": 2}
+    assert gauges.survey_queues(store).leases == {BUCKET: 1, "backend:aws": 2}
 
 
 def test_the_reaper_wakes_nobody_for_what_waits_for_a_bound(core: Core) -> None:
@@ -153,7 +155,7 @@ def test_junk_in_a_record_names_no_resource(one_at_a_time: JobStore, junk: str) 
     job_id = submit(store, [NAS])
     store.redis.hset(f"kms:job:{job_id}", "resources", junk)
     store.redis.sadd(f"kms:blocked:{NAS}", "junk", "a b", f"kms.bulk {TENANT} small")
-    store.reap_all([job_id])
+    reap_all(store, [job_id])
 
     for _ in range(3):
         if found := next_attempt(store):
@@ -204,7 +206,7 @@ def test_after_a_while_one_attempt_is_made(store: JobStore) -> None:
 
 
 def test_another_attempt_follows_one_that_failed_in_time(store: JobStore) -> None:
-    store.stuck("w", 0, -1, [NAS])  # what was left alone until now
+    processes_stuck(store, "w", 0, -1, [NAS])  # what was left alone until now
     for _ in range(2):
         submit(store, [NAS])
     held = attempt(store)
@@ -218,22 +220,22 @@ def test_another_attempt_follows_one_that_failed_in_time(store: JobStore) -> Non
 def test_what_a_process_hangs_on_is_left_alone(store: JobStore) -> None:
     """Until its worker has left."""
     submit(store, [NAS])
-    store.worker_seen("w", 1, QUEUES)
+    worker_seen(store, "w", 1, QUEUES)
 
-    store.stuck("w", 1, 60, [NAS, BUCKET])
+    processes_stuck(store, "w", 1, 60, [NAS, BUCKET])
 
     assert taken(store) is None
-    assert activity.survey_queues(store).stuck == 1
-    store.stuck("w", 0, 60, [])
-    assert activity.survey_queues(store).stuck == 0
-    store.stuck("w", 2, 60, [])
-    store.worker_left("w")
-    assert activity.survey_queues(store).stuck == 0
+    assert gauges.survey_queues(store).stuck == 1
+    processes_stuck(store, "w", 0, 60, [])
+    assert gauges.survey_queues(store).stuck == 0
+    processes_stuck(store, "w", 2, 60, [])
+    worker_left(store, "w")
+    assert gauges.survey_queues(store).stuck == 0
 
 
 def test_a_short_time_does_not_shorten_a_long_one(store: JobStore) -> None:
     for seconds in (600, 1):
-        store.stuck("w", 1, seconds, [NAS])
+        processes_stuck(store, "w", 1, seconds, [NAS])
 
     assert (store.redis.zscore("kms:stalls:w", NAS) or 0) > store.now() + 500
 
@@ -251,7 +253,7 @@ def test_a_stalled_attempt_of_a_job_that_is_to_be_cancelled_ends_it(store: JobSt
 def test_what_is_to_be_tidied_there_is_left_to_another_worker(store: JobStore) -> None:
     job_id = submit(store, [NAS])
     store.redis.zadd("kms:chores", {job_id: 1})
-    store.stuck("w", 1, 60, [NAS])
+    processes_stuck(store, "w", 1, 60, [NAS])
 
     assert next_attempt(store) is None
     assert store.next("another/1", BULK, QUEUES, woken=False) == job_id
@@ -261,7 +263,7 @@ def test_what_is_to_be_tidied_there_hides_nothing_behind_it(store: JobStore) -> 
     other, left = submit(store, []), [submit(store, [NAS]) for _ in range(20)]
     store.cancel(other, TENANT)
     store.redis.zadd("kms:chores", dict.fromkeys(left, 1.0) | {other: 2.0})
-    store.stuck("w", 1, 60, [NAS])
+    processes_stuck(store, "w", 1, 60, [NAS])
 
     assert [store.next("w/1", BULK, QUEUES, woken=False) for _ in range(2)] == [None, other]
 

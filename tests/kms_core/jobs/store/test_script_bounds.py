@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import redis
 
-from kms_core.jobs.store.redis_keys import SCRIPTS
+from kms_core.jobs.store.scripts import SCRIPTS
 from support import script_bounds
 from support.script_bounds import BOUNDS, Bound
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from kms_core.jobs.store.redis_keys import SCRIPTS, used
+from kms_core.jobs.store.scripts import SCRIPTS, used
+
 
 P = "local P = 'x:'\n"
 H = "function P.h()\n  return 1\nend\n"

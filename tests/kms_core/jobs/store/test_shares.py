@@ -13,6 +13,7 @@ from kms_core.jobs.events.outbox import Outbox
 from kms_core.jobs.events.webhook import WebhookEndpoint
 from kms_core.jobs.execution.runner import run_claimed
 from kms_core.jobs.model import part_id
+from kms_core.jobs.recovery.reaper import forget
 from kms_core.jobs.spec import AnyJob, JobSpec, SmallBlob, Work
 from kms_core.jobs.store.store import JobStore
 from kms_core.settings.model import TenantSection
@@ -144,7 +145,7 @@ def test_ended_jobs_count_until_they_are_forgotten_and_then_no_more(shared: JobS
     for rest, gone in ((1, ended[1:]), (0, ended[:1])):
         shared.redis.delete(*(f"kms:job:{job_id}" for job_id in gone))  # as Redis does when they expire
         shared.redis.zadd("kms:records", dict.fromkeys(gone, 1.0))
-        shared.forget()
+        forget(shared)
         assert held(shared, "noisy") == pytest.approx(rest * counted / count, rel=0.01)
     assert flood(shared) > count // 2
 
@@ -323,7 +324,7 @@ def test_what_an_earlier_version_stored_makes_no_count_wrong(core: Core) -> None
     counted = held(store)
     store.finish(claim, "succeeded", "", DONE)
     store.purged(claim.accepted.job_id)
-    store.forget()
+    forget(store)
 
     assert store.redis.zcard(f"kms:tenant:{TENANT}") == 1
     assert held(store) == counted > 0

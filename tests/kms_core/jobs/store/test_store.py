@@ -13,6 +13,7 @@ import pytest
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.model import Attempt, Checkpoint, Job, LeaseLost, RecordKey, part_id
+from kms_core.jobs.recovery.reaper import due, forget, reap_all
 from kms_core.jobs.spec import JobSpec, Work
 from kms_core.jobs.store import reader
 from kms_core.jobs.store.store import JobStore
@@ -390,7 +391,7 @@ def test_job_ends_once(store: JobStore) -> None:
     found = store.get(claim.accepted.job_id, TENANT)
     assert (found.state, found.error, found.bytes_done) == ("failed", "decrypt_failed", 5)
     assert store.claim(claim.accepted.job_id, "w2") is None
-    assert store.due() == []
+    assert due(store) == []
 
 
 def test_attempts_are_counted_and_end(store: JobStore) -> None:
@@ -421,7 +422,7 @@ def test_deferral_costs_time_and_no_attempt(store: JobStore) -> None:
 
     store.defer(claim, 600)
     assert store.claim(job_id, "w") is None
-    assert job_id not in store.due()
+    assert job_id not in due(store)
     found = store.get(job_id, TENANT)
     assert found.state == "queued"
     assert found.not_before > time.time() + 500
@@ -433,7 +434,7 @@ def test_each_return_to_the_queue_is_told_with_its_reason(store: JobStore) -> No
     store.defer(claim, 0)
     again(store, claim)
     expire_leases(store)
-    store.reap_all([job_id])
+    reap_all(store, [job_id])
     store.stalled(again(store, claim))
     store.finish(again(store, claim), "failed", "attempts_exhausted")
     store.retry(job_id, TENANT)
@@ -475,7 +476,7 @@ def test_expired_records_are_forgotten_some_hundred_at_a_time(store: JobStore, t
         counts = []
         for expired in (1, 450):
             own.redis.zadd("kms:records", {str(uuid4()): 1 for _ in range(expired)})
-            own.forget()
+            forget(own)
             counts.append(own.redis.info("commandstats")["cmdstat_evalsha"]["calls"])
 
         assert counts[1] - counts[0] == 3
@@ -579,7 +580,7 @@ def test_commit_is_handed_to_whoever_comes_next(store: JobStore) -> None:
     store.committing(claim, COMMIT)
     for number in range(2, 2 + 2 * LASTING_LEASES.jobs.attempts):  # a commit has no limit of attempts
         expire_leases(store)
-        assert store.reap_all([claim.accepted.job_id]) == ["committing"]
+        assert reap_all(store, [claim.accepted.job_id]) == ["committing"]
         found = again(store, claim)
         assert (found.commit, found.attempt, found.fence) == (COMMIT, 1, number)
 
@@ -595,7 +596,7 @@ def test_commit_of_an_attempt_that_is_handed_back_is_for_any_worker(store: JobSt
         store.renew(claim, {})  # of a thread that has not heard
     if delay_s:
         assert next_attempt(store, "w2", claim.accepted.queue) is None
-        until(lambda: store.reap_all([claim.accepted.job_id]) == ["committing"], "its time has come")
+        until(lambda: reap_all(store, [claim.accepted.job_id]) == ["committing"], "its time has come")
     found = next_attempt(store, "w2", claim.accepted.queue)
 
     assert found

@@ -10,6 +10,7 @@ import pytest
 from kms_core.container import Core
 from kms_core.jobs.execution.lease import Lease
 from kms_core.jobs.model import Checkpoint, Job, LeaseLost, part_id
+from kms_core.jobs.recovery.reaper import due, reap_all
 from kms_core.jobs.spec import BULK, QUEUES
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import deadlines
@@ -130,8 +131,8 @@ def test_a_job_whose_time_is_over_ends_without_a_worker(
     if is_given_back:
         store.defer(attempt(store), 600)
 
-    until(store.due, "its time is over")
-    assert store.reap_all(store.due()) == ["expired"]
+    until(lambda: due(store), "its time is over")
+    assert reap_all(store, due(store)) == ["expired"]
 
     assert ended(store, job_id) == ("failed", code)
     assert store.get(job_id, TENANT).fence == 1 + is_given_back
@@ -151,10 +152,10 @@ def test_a_job_that_has_started_may_go_on(store: JobStore) -> None:
     first = attempt(store)
     started_at = store.get(job_id, TENANT).started_at
     over(store, store.accepted(job_id).start_by)
-    assert store.due() == []
+    assert due(store) == []
     store.defer(first, 0)
 
-    assert store.due() == []
+    assert due(store) == []
     store.finish(attempt(store), "succeeded")
     assert ended(store, job_id) == ("succeeded", "")
     assert store.get(job_id, TENANT).started_at == started_at > 0
@@ -172,9 +173,9 @@ def test_a_job_whose_worker_hears_nothing_ends_all_the_same(store: JobStore) -> 
     job_id = job(store, run_by=0.2)
     claim = attempt(store)
 
-    until(store.due, "its time is over")
+    until(lambda: due(store), "its time is over")
 
-    assert store.reap_all(store.due()) == ["expired"]
+    assert reap_all(store, due(store)) == ["expired"]
     assert ended(store, job_id) == ("failed", "expired")
     with pytest.raises(LeaseLost):
         store.finish(claim, "succeeded")
@@ -199,9 +200,9 @@ def test_a_part_that_no_worker_takes_ends_with_its_time(store: JobStore) -> None
     part = msgspec.structs.replace(claim.accepted, job_id=part_id(whole, 0), parent=whole)
     store.split(claim, [part])
 
-    until(lambda: part.job_id in store.due(), "its time is over")
+    until(lambda: part.job_id in due(store), "its time is over")
 
-    assert store.reap_all([part.job_id]) == ["expired"]
+    assert reap_all(store, [part.job_id]) == ["expired"]
     assert store.part(part.job_id).job.error == "expired"
 
 
@@ -287,7 +288,7 @@ def test_a_worker_whose_clock_is_a_day_ahead_leaves_jobs_to_others(
         assert store.next("w/1", BULK, QUEUES, woken=False) == job_id
         assert store.get(job_id, TENANT).state == "queued"
     store.redis.hset(f"kms:job:{job_id}", "not_before", 0)
-    store.reap_all([job_id])
+    reap_all(store, [job_id])
 
     assert attempt(store).attempt == 1
 

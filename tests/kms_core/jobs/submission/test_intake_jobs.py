@@ -11,7 +11,7 @@ import redis
 
 from kms_core import audit
 from kms_core.container import Core, build_intake
-from kms_core.jobs.store.activity import survey_queues
+from kms_core.jobs.store.gauges import survey_queues
 from kms_core.jobs.submission import celery_intake
 from kms_core.jobs.submission.celery_intake import Intake
 from kms_protocol.errors import (
