@@ -22,8 +22,9 @@ from kms_api import problems
 from kms_api.deps import Service, service
 from kms_api.routes import audit, files, job_answers, jobs, keys
 from kms_api.routing import CALLER, DOCS, OPEN, READ, UI, WRITE, Call, Router, is_ui
-from kms_api.transport.authentication import COOKIE, LASTS_S, SESSION, VISITOR, RequestAuthenticator, new_id
+from kms_api.transport.authentication import RequestAuthenticator
 from kms_api.ui.render import STATIC, STATIC_FILES, THREADS, Fields, form, percent, render, screen, to
+from kms_api.ui.sessions import COOKIE, LASTS_S, SESSION, VISITOR, new_id
 from kms_core import audit as records
 from kms_core.audit import query
 from kms_core.audit.chain import text_of
