@@ -1,7 +1,7 @@
 """Options of a submission: in headers for a streamed body, and those that all submissions share."""
 
-from collections.abc import Iterable
-from typing import Final, TypeVar, get_args
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, TypeVar, get_args
 from urllib.parse import unquote
 
 import msgspec
@@ -11,56 +11,38 @@ from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.errors import InvalidRequest
 
-T = TypeVar("T")
 W = TypeVar("W", bound=str | None)
-_RELEASES: Final[tuple[wire.Release, ...]] = get_args(wire.Release)
-_OBJECTS: Final = {
-    "X-KMS-Context": "of texts",
-    "X-KMS-Metadata": "of at most 16 texts of up to 512 characters",
-    "X-KMS-Group": 'as {"name": "run-7", "jobs": 3}',
+_OBJECT: Final = "is a percent-encoded JSON object:"
+_TIME: Final = "is an RFC 3339 time with an offset, as 2026-12-01T08:00:00Z"
+_HEADERS: Final[Mapping[str, tuple[Any, str]]] = {
+    "X-KMS-Key-Id": (str, "is the id of a key"),
+    "X-KMS-Callback": (wire.EndpointName, "names an endpoint of the settings: leave it out for none"),
+    "X-KMS-Priority": (wire.Priority, f"is one of {', '.join(wire.PRIORITIES)}"),
+    "X-KMS-Start-By": (wire.Moment, _TIME),
+    "X-KMS-Run-By": (wire.Moment, _TIME),
+    "X-KMS-Keep-For": (wire.KeepFor, "is seconds, 60 or more"),
 }
+"""The type of each header in ``wire.JobIn``, and its description for a refusal."""
+_ENCODED: Final[Mapping[str, tuple[Any, str]]] = {
+    "X-KMS-Context": (wire.ContextIn, f"{_OBJECT} of texts"),
+    "X-KMS-Release": (wire.Release, f"is one of {', '.join(get_args(wire.Release))}"),
+    "X-KMS-Metadata": (wire.Metadata, f"{_OBJECT} of at most 16 texts of up to 512 characters"),
+    "X-KMS-Group": (wire.GroupIn, f'{_OBJECT} as {{"name": "run-7", "jobs": 3}}'),
+}
+"""Headers that may be percent-encoded; an empty one counts as none."""
+_JSON: Final = frozenset({"X-KMS-Keep-For", "X-KMS-Metadata", "X-KMS-Group"})
 
 
 def submission_options(call: Call[None], kind: wire.JobKind) -> SubmissionOptions:
     """The options of a streamed body: in headers, never in the query string, which proxies log."""
-    headers, context = call.headers, _unquoted(call, "X-KMS-Context")
-    if headers.get("x-kms-callback") == "":
-        raise InvalidRequest("X-KMS-Callback names an endpoint of the settings: leave it out for none")
-    times = _deadlines(call)
-    job = wire.JobIn(
-        kind=kind,
-        context=_object(call, "X-KMS-Context", dict[str, str]) if context.startswith("{") else context,
-        key_id=headers.get("x-kms-key-id"),
-        start_by=times.start_by,
-        run_by=times.run_by,
-        keep_for=times.keep_for,
-        callback=headers.get("x-kms-callback"),
-        priority=one_of("X-KMS-Priority", headers.get("x-kms-priority", "normal"), wire.PRIORITIES),
-        release=one_of("X-KMS-Release", headers.get("x-kms-release") or None, (None, *_RELEASES)),
-        labels=labels_of(part for part in _unquoted(call, "X-KMS-Labels").split(",") if part),
-        metadata=_object(call, "X-KMS-Metadata", wire.Metadata),
-        group=_object(call, "X-KMS-Group", wire.GroupIn),
-    )
+    found: dict[str, Any] = {"context": "", "priority": "normal"}
+    for header, (shape, form) in (*_HEADERS.items(), *_ENCODED.items()):
+        text = _unquoted(call, header) if header in _ENCODED else call.headers.get(header)
+        if text is not None:
+            found[header.removeprefix("X-KMS-").lower().replace("-", "_")] = _value(header, text, shape, form)
+    labels = labels_of(part for part in (_unquoted(call, "X-KMS-Labels") or "").split(",") if part)
+    job = wire.JobIn(kind=kind, labels=labels, **found)
     return SubmissionOptions.of(call.caller, job, idempotency=idempotency(call))
-
-
-class _DeadlineHeaders(msgspec.Struct):
-    """The headers of deadlines, in the types of ``JobIn``."""
-
-    start_by: wire.Moment | None = msgspec.field(name="x-kms-start-by", default=None)
-    run_by: wire.Moment | None = msgspec.field(name="x-kms-run-by", default=None)
-    keep_for: wire.KeepFor | None = msgspec.field(name="x-kms-keep-for", default=None)
-
-
-def _deadlines(call: Call[None]) -> _DeadlineHeaders:
-    names = _DeadlineHeaders.__struct_encode_fields__
-    asked = {name: call.headers[name] for name in names if name in call.headers}
-    try:
-        return msgspec.convert(asked, _DeadlineHeaders, strict=False)
-    except msgspec.ValidationError:
-        raise InvalidRequest(
-            "X-KMS-Start-By and X-KMS-Run-By are RFC 3339 times, X-KMS-Keep-For is seconds, 60 or more"
-        ) from None
 
 
 def idempotency(call: Call[None]) -> str:
@@ -93,18 +75,18 @@ def labels_of(pairs: Iterable[str]) -> wire.Labels:
     )
 
 
-def _object(call: Call[None], name: str, shape: type[T]) -> T | None:
-    """The JSON object in a header; None without it. Raises InvalidRequest."""
-    text = _unquoted(call, name)
+def _value(header: str, text: str, shape: Any, form: str) -> object:  # noqa: ANN401 -- a type
+    """The value of a header. Raises InvalidRequest, which says its ``form``."""
     try:
-        return msgspec.json.decode(text, type=shape) if text else None
+        is_json = header in _JSON or text.startswith("{")
+        return msgspec.convert(msgspec.json.decode(text) if is_json else text, shape)
     except (msgspec.DecodeError, RecursionError):
-        raise InvalidRequest(f"{name} is a percent-encoded JSON object: {_OBJECTS[name]}") from None
+        raise InvalidRequest(f"{header} {form}") from None
 
 
-def _unquoted(call: Call[None], name: str) -> str:
-    """The text of a header; empty without it. Raises InvalidRequest."""
+def _unquoted(call: Call[None], header: str) -> str | None:
+    """The text of a header; None without it, or if it is empty. Raises InvalidRequest."""
     try:
-        return unquote(call.headers.get(name, ""), errors="strict")
+        return unquote(call.headers.get(header, ""), errors="strict") or None
     except UnicodeDecodeError:
-        raise InvalidRequest(f"{name} is percent-encoded UTF-8") from None
+        raise InvalidRequest(f"{header} is percent-encoded UTF-8") from None
