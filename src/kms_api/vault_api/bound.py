@@ -7,9 +7,10 @@ files, and this one opens none of theirs. The bound number stays true even if ol
 
 from base64 import b64encode
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final, TypeVar
+
+import msgspec
 
 from kms_core.age import header
 from kms_core.auth.policy import Principal
@@ -18,6 +19,7 @@ from kms_core.operation import DataKey, Sealed
 from kms_core.service import Kms
 from kms_protocol.context import NUMBER, Context
 from kms_protocol.errors import BackendUnavailable, DecryptFailed, InvalidRequest, KmsError, UnknownKey
+from kms_protocol.wire import Hidden
 
 CONTEXT: Final = "kms:transit.context"
 ASSOCIATED_DATA: Final = "kms:transit.associated_data"
@@ -25,8 +27,7 @@ _TRIES: Final = 3
 M = TypeVar("M", Sealed, DataKey)
 
 
-@dataclass(frozen=True, slots=True)
-class Extra:
+class Extra(Hidden, frozen=True):
     """The caller's data to be bound; empty is the same as none.
 
     ``number`` is that of the ciphertext's prefix, or of the version to seal with, where 0 is any.
@@ -35,9 +36,6 @@ class Extra:
     context: bytes = b""
     associated_data: bytes = b""
     number: int = 0
-
-    def __repr__(self) -> str:
-        return "Extra(…)"
 
     def bound(self, number: int) -> Context:
         """The context for this version. Raises InvalidContext if it is too long."""
@@ -88,7 +86,7 @@ def rewrap_bound(kms: Kms, who: Principal, file: bytes, extra: Extra, *, key_id:
     return _numbered(
         kms,
         who,
-        replace(extra, number=0),
+        msgspec.structs.replace(extra, number=0),
         key_id,
         lambda new: kms.rewrap(who, file, old, new_context=new, key_id=key_id),
     )

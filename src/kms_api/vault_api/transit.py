@@ -1,7 +1,6 @@
 """encrypt, decrypt, rewrap and data keys of the Vault API, one call or a batch."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
 from typing import Final
@@ -159,7 +158,7 @@ def _file(body: TransitItem) -> tuple[bytes, Extra]:
         raise InvalidRequest("missing ciphertext: send what encrypt gave, with its prefix")
     number, file = models.parse(body.ciphertext)
     check_ciphertext(file)
-    return file, replace(_extra(body), number=number)
+    return file, msgspec.structs.replace(_extra(body), number=number)
 
 
 def _extra(body: BoundFields) -> Extra:
