@@ -25,7 +25,7 @@ EXPECTED: Final = (KmsError, HTTPException, ClientDisconnect)
 """Errors that are no fault of the service."""
 AWAY: Final = "The key backend is not available; the log of the service says why, by this request id"
 _NO_KEY: Final = "no such key for this caller; encrypting makes none here, the operator adds it to [kms.keys]"
-_OF_VAULT: Final = frozenset({"Retry-After", "Connection"})
+_OF_VAULT: Final = frozenset({"Allow", "Retry-After", "Connection"})
 _WRONG_INPUT: Final = "wrong key, version prefix, context or associated_data, or a damaged ciphertext"
 _log = structlog.get_logger(__name__)
 

@@ -30,6 +30,9 @@ B = TypeVar("B")
 B_co = TypeVar("B_co", covariant=True)
 A = TypeVar("A")
 R = TypeVar("R", bound=wire.Answer | Response)
+Endpoint: TypeAlias = Callable[[Request], Coroutine[Any, Any, Response]]
+Reader: TypeAlias = Callable[[Request], Awaitable[B]]
+"""Reads and decodes the body of a request."""
 UI: Final = "/ui"
 DOCS: Final = "/docs"
 METRICS: Final = "/metrics"
@@ -112,9 +115,6 @@ class Call(Generic[B_co]):
         return number
 
 
-Endpoint: TypeAlias = Callable[[Request], Coroutine[Any, Any, Response]]
-Reader: TypeAlias = Callable[[Request], Awaitable[B]]
-"""Reads and decodes the body of a request."""
 Stream: TypeAlias = Callable[[Call[None]], Awaitable[Response]]
 Threads: TypeAlias = Pool | Callable[[Call[B]], Pool | None] | None
 """The pool of a handler, or a function that chooses it by key; None for the event loop."""

@@ -33,8 +33,8 @@ BOUNDS: Final = {"json": 64 * MIB, "uploads": 16, "downloads": 16, "streams": 64
 """The defaults for one credential, or one address."""
 CONSTANTS: Final = {
     "kms_api.json_body.BODY_S": BODY_S,
-    "kms_api.transport.admission.STALL_S": STALL_S,
-    "kms_api.transport.admission.GRACE_S": GRACE_S,
+    "kms_api.transport.pace.STALL_S": STALL_S,
+    "kms_api.transport.pace.GRACE_S": GRACE_S,
 }
 
 

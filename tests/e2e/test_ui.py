@@ -18,8 +18,8 @@ import pytest
 from pyrage import x25519
 
 from kms_api import app
-from kms_api.transport.authentication import LASTS_S
 from kms_api.ui.render import STATIC_FILES
+from kms_api.ui.sessions import LASTS_S
 from kms_core.auth import tokens
 from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.spec import QUEUES

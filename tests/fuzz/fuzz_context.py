@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 from kms_api.deps import LOCAL_CALLER, PRINCIPAL
 from kms_api.json_body import decode
-from kms_api.routes.files import submission_options
+from kms_api.routes.job_options import submission_options
 from kms_api.routing import Call
 from kms_client.requests import json_header
 from kms_protocol.context import MAX_BYTES, MAX_PAIRS, Context

@@ -10,7 +10,7 @@ from kms_api import json_body
 from kms_api.app import VAULT
 from kms_api.routing import Dispatcher
 from kms_api.vault_api import models
-from kms_api.vault_api.transit import Extra
+from kms_api.vault_api.bound import Extra
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import InvalidContext, InvalidRequest

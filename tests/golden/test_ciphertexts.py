@@ -8,8 +8,8 @@ from typing import Final
 
 import pytest
 
-from kms_api.vault_api import models, transit
-from kms_api.vault_api.transit import Extra
+from kms_api.vault_api import bound, models
+from kms_api.vault_api.bound import Extra
 from kms_core.age import armor
 from kms_core.auth.policy import Principal
 from kms_core.service import Kms
@@ -91,7 +91,7 @@ def test_ciphertext_of_the_vault_api_opens(name: str) -> None:
     number, file = models.parse(text)
 
     assert (number, file) == (2, entry.file)
-    assert transit.decrypt_bound(kms, who(entry), file, VAULT[name], key_id="payroll") == entry.plaintext
+    assert bound.decrypt_bound(kms, who(entry), file, VAULT[name], key_id="payroll") == entry.plaintext
 
 
 def test_armored_file_opens() -> None:

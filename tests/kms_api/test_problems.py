@@ -162,6 +162,14 @@ async def test_crash_tells_nothing_of_its_cause() -> None:
     assert "canary-4711" not in answer.text
 
 
+def test_a_method_that_vaults_clients_may_not_use_is_answered_with_the_others() -> None:
+    """RFC 9110 §15.5.6: a 405 must have Allow."""
+    refusal = HTTPException(405, headers={"Allow": "GET, LIST", "X-Other": "1"})
+
+    assert problems.vault_answer(refusal).headers["allow"] == "GET, LIST"
+    assert "x-other" not in problems.vault_answer(refusal).headers
+
+
 @pytest.mark.anyio
 async def test_refusal_of_the_framework_is_a_problem_too() -> None:
     answer = await failing(HTTPException(418, "canary-4711", {"X-Kept": "yes"}))

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import redis
 
-from kms_api.transport.authentication import MOST_OF_CREDENTIAL, MOST_OF_TENANT, Sessions
+from kms_api.ui.sessions import MOST_OF_CREDENTIAL, MOST_OF_TENANT, Sessions
 from kms_core.auth.policy import Principal
 from kms_core.jobs.events.outbox import Delivery, Outbox
 from kms_core.jobs.model import Attempt, Checkpoint, RecordKey, part_id

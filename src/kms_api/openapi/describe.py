@@ -13,6 +13,11 @@ Json = dict[str, Any]
 JSON: Final = "application/json"
 NDJSON: Final = "application/x-ndjson"
 BINARY: Final = "application/octet-stream"
+STRING: Final[Json] = {"type": "string"}
+BYTES: Final = {"type": "string", "format": "binary"}
+"""Raw bytes, as in OpenAPI 3.0: all client generators know this form."""
+TAKES_BYTES: Final[Json] = {"required": True, "content": {BINARY: {"schema": BYTES}}}
+WAIT_S: Final = (0, 0, 60)
 
 # -- groups of errors, shared by routes ----------------------------------------------------------------
 
@@ -75,11 +80,6 @@ def ref(shape: type[wire.Shape]) -> Json:
 def takes(shape: type[wire.Body], *, required: bool = True) -> Json:
     """A JSON body."""
     return {"required": required, "content": {JSON: {"schema": ref(shape)}}}
-
-
-BYTES: Final = {"type": "string", "format": "binary"}
-"""Raw bytes, as in OpenAPI 3.0: all client generators know this form."""
-TAKES_BYTES: Final[Json] = {"required": True, "content": {BINARY: {"schema": BYTES}}}
 
 
 def gives(shape: type[wire.Answer], text: str, *headers: str) -> Json:
@@ -146,8 +146,6 @@ def text_of(most: int) -> Json:
     return {"type": "string", "maxLength": most}
 
 
-STRING: Final[Json] = {"type": "string"}
-WAIT_S: Final = (0, 0, 60)
 WAIT: Final = query(
     "wait",
     whole(*WAIT_S),

@@ -24,6 +24,11 @@ from kms_protocol.context import Context
 from kms_protocol.errors import InvalidRequest, KmsError
 
 router: Final = Router("secrets")
+SEALED: Final = b"binary/encrypted"  # Temporal's name for it, by which its own tools know such payloads
+NAMESPACE: Final = "temporal:namespace"
+_NAMESPACE: Final = describe.header(
+    "X-Namespace", {"type": "string"}, f"The Temporal namespace: bound as the context `{NAMESPACE}`"
+)
 
 
 def _pool(call: Call[wire.BatchIn]) -> Pool:
@@ -84,13 +89,6 @@ def _one(call: Call[wire.BatchIn], kms: Kms, index: int, item: wire.BatchItem) -
         origin=opened.origin if opened else UNSET,
         file_id=made.file_id,
     )
-
-
-SEALED: Final = b"binary/encrypted"  # Temporal's name for it, by which its own tools know such payloads
-NAMESPACE: Final = "temporal:namespace"
-_NAMESPACE: Final = describe.header(
-    "X-Namespace", {"type": "string"}, f"The Temporal namespace: bound as the context `{NAMESPACE}`"
-)
 
 
 @router.call(

@@ -12,7 +12,8 @@ from kms_api import json_body
 from kms_api.deps import Pool
 from kms_api.openapi import describe
 from kms_api.routing import Call
-from kms_api.transport.admission import reservation_of, should_end
+from kms_api.transport.admission import reservation_of
+from kms_api.transport.pace import should_end
 from kms_core.jobs.execution import tree
 from kms_core.jobs.model import Job
 from kms_core.jobs.spec import ITEMS_FAILED, Failure

@@ -11,11 +11,13 @@ from fastapi import Response
 from kms_api import json_body
 from kms_api.deps import STORE, Service
 from kms_api.openapi import describe
-from kms_api.routes.files import check_reader, idempotency, labels_of, one_of, submit_stream
+from kms_api.routes.files import check_reader, submit_stream
 from kms_api.routes.job_answers import POLLS, accepted, awaited, shape, wait_of
+from kms_api.routes.job_options import idempotency, labels_of, one_of
 from kms_api.routing import LISTS, READ, WRITE, Call, Router, no_body
-from kms_api.transport.admission import reservation_of, should_end
+from kms_api.transport.admission import reservation_of
 from kms_api.transport.bodies import WatchedResponse
+from kms_api.transport.pace import should_end
 from kms_core import audit
 from kms_core.auth.policy import Principal
 from kms_core.envelope.binding import version_of

@@ -1,4 +1,4 @@
-"""Budgets of concurrent requests, and responses whose connection may end first.
+"""Budgets of concurrent requests.
 
 Amounts are bytes of JSON bodies, uploads, downloads, event streams and open logins. Each budget is of this
 process, with a bound per credential, per tenant and in total. A tenant may hold at most as much as is still
@@ -6,157 +6,19 @@ free, so a tenant that holds nothing always finds room. A request beyond a bound
 A request gives back its amounts when it ends, also by an error.
 """
 
-import asyncio
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Final, Literal, Self
+from collections.abc import Mapping
+from typing import Final, Literal
 
-import anyio
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kms_api.deps import LOCAL_CALLER, PRINCIPAL
+from kms_api.transport.pace import ReaderWatch, UnreadBody, cycle_of
 from kms_core.auth.policy import Principal
 from kms_core.auth.rate_limit import source_of
-from kms_core.http_protocol import BODY, HttpProtocol
 from kms_core.settings.model import ServerSection
 from kms_protocol.errors import RateLimited, Unavailable
-from kms_protocol.units import KiB, MiB
-
-LINGER_S: Final = 2.0
-"""Seconds for which the rest of a body is read and dropped after the answer: to close at once may destroy the
-answer before the sender reads it (RFC 9112 §9.6)."""
-
-
-BYTES_PER_S: Final = 4 * KiB
-"""The pace of uploads and downloads, which slow links keep: a slower peer would hold its slot for long."""
-GRACE_S: Final = 30.0
-"""Seconds after which a transfer must have that pace on average."""
-STALL_S: Final = 60.0
-"""Seconds within which at least a byte must move."""
-CHECK_S: Final = 1.0
-"""Seconds between two checks of a transfer."""
-
-
-class TransferRate:
-    """The pace of one transfer. Only time in which the service waits for its peer counts."""
-
-    __slots__ = ("_moved", "_quiet_s", "_waited_s", "_waiting_since")
-
-    def __init__(self) -> None:
-        self._moved = 0
-        self._quiet_s = self._waited_s = 0.0
-        self._waiting_since = time.monotonic()
-
-    def wait(self) -> None:
-        """Start to count time: the service waits for its peer from now on."""
-        self._waiting_since = time.monotonic()
-
-    def left_s(self, moved: int) -> float:
-        """Seconds until the peer is too slow if nothing moves; 0 or less once it is.
-
-        ``moved`` is the number of bytes since the beginning. Time counts since ``wait``, or the last call.
-        """
-        now = time.monotonic()
-        spent_s, self._waiting_since = now - self._waiting_since, now
-        self._waited_s += spent_s
-        self._quiet_s = 0.0 if moved > self._moved else self._quiet_s + spent_s
-        self._moved = moved
-        due_s = max(GRACE_S, moved / BYTES_PER_S)
-        return min(STALL_S - self._quiet_s, due_s - self._waited_s)
-
-
-class ReaderWatch:
-    """Aborts the connection of an answer whose reader is too slow, while entered.
-
-    Only time in which bytes wait for the reader counts.
-    """
-
-    def __init__(self, cycle: RequestResponseCycle) -> None:
-        self.written = 0
-        """Bytes handed to the transport, counted by the caller, including those that wait at the start."""
-        self._transport = cycle.transport
-        self._rate = TransferRate()
-        self._next: asyncio.TimerHandle | None = None
-
-    def __enter__(self) -> Self:
-        self.written = self._transport.get_write_buffer_size()
-        self._schedule()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._next is not None:
-            self._next.cancel()
-
-    def _schedule(self) -> None:
-        self._next = asyncio.get_running_loop().call_later(CHECK_S, self._check)
-
-    def _check(self) -> None:
-        waiting = self._transport.get_write_buffer_size()
-        if not waiting:
-            self._rate.wait()
-        elif self._rate.left_s(self.written - waiting) <= 0:
-            self._next = None
-            self._transport.abort()
-            return
-        self._schedule()
-
-
-class UnreadBody:
-    """Sends the answer to a request whose body is still arriving.
-
-    An answer that leaves part of the body unread ends the connection: otherwise the sender could go on for as
-    long as it likes, and a proxy might take the rest for another request.
-    """
-
-    def __init__(self, scope: Scope, receive: Receive, send: Send, release: Callable[[], None]) -> None:
-        """``release`` gives back the budgets of the request; called before the rest is dropped."""
-        self._connection: HttpProtocol
-        self._cycle: RequestResponseCycle
-        self._connection, self._cycle = scope["state"][BODY]
-        self._receive = receive
-        self._send = send
-        self._release = release
-        self._lingers = False
-
-    async def send(self, message: Message) -> None:
-        """Pass on a message of the application."""
-        if message["type"] == "http.response.start":
-            if self._cycle.more_body:
-                self._lingers = not self._cycle.waiting_for_100_continue  # else nothing was sent yet
-                others = [pair for pair in message["headers"] if pair[0].lower() != b"connection"]
-                message["headers"] = [*others, (b"connection", b"close")]
-            await self._send(message)
-        elif self._lingers and not message.get("more_body", False):
-            await self._send({**message, "more_body": True})
-            self._release()
-            await self._drop_rest()
-            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-        else:
-            await self._send(message)
-
-    async def _drop_rest(self) -> None:
-        self._connection.inlet = None
-        with anyio.move_on_after(LINGER_S):
-            while self._cycle.more_body and not self._cycle.disconnected:
-                await self._receive()
-
-
-def cycle_of(scope: Scope) -> RequestResponseCycle | None:
-    """Uvicorn's state of a request; None under another server."""
-    found = scope.get("state", {}).get(BODY)
-    if found is None:
-        return None
-    cycle: RequestResponseCycle = found[1]
-    return cycle
-
-
-def should_end(scope: Scope) -> bool:
-    """Return whether a wait or an endless answer should end: the caller has gone, or the server stops."""
-    connection, cycle = scope["state"][BODY]
-    return bool(connection.stopping or cycle.disconnected)
-
+from kms_protocol.units import MiB
 
 RESERVATION: Final = "kms.reservation"  # the key of a request's reservation in its ASGI scope
 _JSON_BYTES: Final = 192 * MiB

@@ -18,7 +18,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from kms_api.transport.admission import CHECK_S, ReaderWatch, TransferRate, cycle_of
+from kms_api.transport.pace import CHECK_S, ReaderWatch, TransferRate, cycle_of
 from kms_core.http_protocol import BODY, HttpProtocol
 from kms_protocol.errors import BodyTimeout, InvalidRequest
 

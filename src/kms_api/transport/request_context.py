@@ -26,24 +26,6 @@ from kms_core.proxies import Proxies
 from kms_protocol.errors import Forbidden
 from kms_protocol.wire import PREFIX
 
-
-class ClientAddress:
-    """Puts the address that a trusted proxy forwards into the scope, with port 0: headers seldom name one."""
-
-    def __init__(self, app: ASGIApp, proxies: Proxies) -> None:
-        self._app = app
-        self._proxies = proxies
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["client"] and self._proxies.trust(scope["client"][0]):
-            lines = [
-                value.decode("latin-1") for name, value in scope["headers"] if name == b"x-forwarded-for"
-            ]
-            if lines:
-                scope["client"] = self._proxies.client(scope["client"][0], ",".join(lines)), 0
-        await self._app(scope, receive, send)
-
-
 _PARENT: Final = tracing.PARENT.encode()
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _ANONYMOUS_A_MINUTE: Final = 60
@@ -71,6 +53,23 @@ _PREFLIGHT: Final = {
 _access = logging.getLogger("kms_api.access")
 _log = structlog.get_logger(_access.name)
 Refusal: TypeAlias = Callable[[Scope, Exception], Response]
+
+
+class ClientAddress:
+    """Puts the address that a trusted proxy forwards into the scope, with port 0: headers seldom name one."""
+
+    def __init__(self, app: ASGIApp, proxies: Proxies) -> None:
+        self._app = app
+        self._proxies = proxies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["client"] and self._proxies.trust(scope["client"][0]):
+            lines = [
+                value.decode("latin-1") for name, value in scope["headers"] if name == b"x-forwarded-for"
+            ]
+            if lines:
+                scope["client"] = self._proxies.client(scope["client"][0], ",".join(lines)), 0
+        await self._app(scope, receive, send)
 
 
 class RequestContext:

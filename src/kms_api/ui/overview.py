@@ -13,7 +13,7 @@ from typing import Final
 from fastapi import Response
 
 from kms_api.deps import Service
-from kms_api.routes import audit, files, operations
+from kms_api.routes import audit, job_options, operations
 from kms_api.routing import CALLER, UI, Call, Router, Rule
 from kms_api.ui.render import number, render, took
 from kms_api.ui.views import DAY, END, JobRow, folded, job_row, newest_events, rows_of
@@ -180,7 +180,7 @@ _OF_OVERVIEW: Final = ("audit:read", "jobs:read", "metrics", "status")
 def overview(call: Call[None]) -> Response:
     """The state of the service, notices, charts, dead and newest jobs, and refusals of a day."""
     service, caller, store = call.service, call.caller, call.service.submitter.store
-    period = files.one_of("period", call.query.get("period", "6h"), PERIODS)
+    period = job_options.one_of("period", call.query.get("period", "6h"), PERIODS)
     may = {name: allows(service.kms.policy, caller, name) for name in _OF_OVERVIEW}
     found = _Jobs()
     with suppress(JobsUnavailable):

@@ -25,7 +25,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kms_api import json_body, problems
 from kms_api.deps import ANONYMOUS, PRINCIPAL, Pool, Service, service
 from kms_api.routing import UI, is_ui, to_login
-from kms_api.transport.authentication import COOKIE, SESSION, VISITOR, RequestAuthenticator, Sessions, cookies
+from kms_api.transport.authentication import RequestAuthenticator
+from kms_api.ui.sessions import COOKIE, SESSION, VISITOR, Sessions, cookies
 from kms_core import audit
 from kms_core.auth.policy import Principal, allows
 from kms_core.jobs.store.condition import StoreCondition, StoreProbe

@@ -20,10 +20,11 @@ from starlette.responses import FileResponse, RedirectResponse
 
 from kms_api import problems
 from kms_api.deps import Service, service
-from kms_api.routes import audit, files, job_answers, jobs, keys
+from kms_api.routes import audit, job_answers, job_options, jobs, keys
 from kms_api.routing import CALLER, DOCS, OPEN, READ, UI, WRITE, Call, Router, is_ui
-from kms_api.transport.authentication import COOKIE, LASTS_S, SESSION, VISITOR, RequestAuthenticator, new_id
+from kms_api.transport.authentication import RequestAuthenticator
 from kms_api.ui.render import STATIC, STATIC_FILES, THREADS, Fields, form, percent, render, screen, to
+from kms_api.ui.sessions import COOKIE, LASTS_S, SESSION, VISITOR, new_id
 from kms_core import audit as records
 from kms_core.audit import query
 from kms_core.audit.chain import text_of
@@ -117,11 +118,11 @@ def job_list(call: Call[None]) -> Response:
     given = _given(call.query)
     state, before, search = given["state"], given["before"], given["search"]
     store, tenant, cursor = call.service.submitter.store, call.caller.tenant, call.query.get("cursor", "")
-    files.one_of("state", state, ("", "dead", *wire.STATES))
-    files.one_of("kind", given["kind"], ("", *_KINDS))
+    job_options.one_of("state", state, ("", "dead", *wire.STATES))
+    job_options.one_of("kind", given["kind"], ("", *_KINDS))
     if search and "=" not in search:
         return to(f"/jobs/{quote(search, safe='')}")
-    labels, is_first = files.labels_of([search] if search else []), not cursor
+    labels, is_first = job_options.labels_of([search] if search else []), not cursor
     if before and is_first:
         cursor = f"{parse_time(audit.time_of('before', f'{before}Z')).timestamp():.0f}-{END}"
     call.service.answering()
@@ -208,7 +209,7 @@ async def job_state(call: Call[None]) -> Response:
 @router.read("/audit", audit.SCOPE, audit.SEARCHES)
 def audit_log(call: Call[None]) -> Response:
     """Operations of this tenant, newest first, by filter and period."""
-    period = files.one_of("period", call.query.get("period", "24h"), PERIODS)
+    period = job_options.one_of("period", call.query.get("period", "24h"), PERIODS)
     until, host = call.query.get("until", ""), call.query.get("host", "")
     service, caller = call.service, call.caller
     given = {name: call.query.get(name, "").strip() for name in FILTERS}
@@ -452,7 +453,7 @@ def retry(call: Call[Fields]) -> Response:
 def retry_all(call: Call[Fields]) -> Response:
     """Retry the dead jobs that the filters of a list want: ``POST /jobs/{id}/retry`` of each."""
     given, store = _given(call.body), call.service.submitter.store
-    labels = files.labels_of([given["search"]] if given["search"] else [])
+    labels = job_options.labels_of([given["search"]] if given["search"] else [])
     for job in store.dead(call.caller.tenant, _DEAD):
         if _is_sought(given, labels, job):
             with suppress(errors.JobNotDead, errors.UnknownJob):  # another one retried it, or it has expired

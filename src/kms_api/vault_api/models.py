@@ -16,7 +16,7 @@ from starlette.responses import Response
 from kms_core import audit
 from kms_protocol import wire
 from kms_protocol.errors import InvalidRequest
-from kms_protocol.wire import Body
+from kms_protocol.wire import Body, Hidden
 
 POLICIES: Final = ("kms-service",)
 """Vault's name for rights, which are scopes here."""
@@ -94,14 +94,7 @@ class EmptyIn(Body, frozen=True, kw_only=True):
     increment: str | int | None = None
 
 
-class _Redacted(Struct, frozen=True):
-    """A part of an answer whose ``repr`` has no value."""
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(…)"
-
-
-class VaultCiphertext(_Redacted, frozen=True):
+class VaultCiphertext(Hidden, frozen=True):
     """A ciphertext; that of a data key comes with the plaintext."""
 
     ciphertext: str
@@ -109,13 +102,13 @@ class VaultCiphertext(_Redacted, frozen=True):
     plaintext: bytes | UnsetType = UNSET
 
 
-class VaultPlaintext(_Redacted, frozen=True):
+class VaultPlaintext(Hidden, frozen=True):
     """A plaintext."""
 
     plaintext: bytes
 
 
-class Item(_Redacted, frozen=True):
+class Item(Hidden, frozen=True):
     """The outcome of one item, in the order of the request; ``reference`` is the caller's."""
 
     reference: str = ""
@@ -163,7 +156,7 @@ class LoginIn(Body, frozen=True, kw_only=True):
     secret_id: str | None = None
 
 
-class VaultAuth(_Redacted, frozen=True, kw_only=True):
+class VaultAuth(Hidden, frozen=True, kw_only=True):
     """The token that a login hands out: of Vault's type ``batch``, which is neither renewed nor revoked."""
 
     client_token: str

@@ -48,6 +48,28 @@ _ALWAYS_FALSE: Final = (
     "allow_plaintext_backup",
     "deletion_allowed",
 )
+_LAST: Final = 253402300799  # 9999-12-31T23:59:59Z: an issuer of JWTs may say any number
+_NEVER: Final = "0001-01-01T00:00:00Z"  # no time, as Go writes it
+_MOUNT: Final[Mapping[str, Any]] = {
+    "type": "transit",
+    "description": "keys of kms-service",
+    "accessor": "transit_kms",
+    "config": {"default_lease_ttl": 0, "max_lease_ttl": 0, "force_no_cache": False},
+    "local": False,
+    "seal_wrap": False,
+    "external_entropy_access": False,
+    "options": None,
+    "uuid": "",
+    "plugin_version": "",
+    "running_plugin_version": "",
+    "running_sha256": "",
+    "deprecation_status": "supported",
+}
+DEFAULT_MOUNT: Final = "transit"
+_TRANSIT_PATHS: Final = frozenset({"keys", "datakey", "encrypt", "decrypt", "rewrap", "rotate"})
+_DATA_KEYS: Final = frozenset({"plaintext", "wrapped"})
+_MAX_PATHS: Final = 100
+_POOL: Final = Pool("login")
 
 
 @routes.read("{mount}/keys", None, methods=("GET", "LIST"))
@@ -124,29 +146,6 @@ def shape(key: Key) -> VaultKey:
     }
     latest = numbers.get(key.backend.current_version(), max(numbers.values()))
     return VaultKey(name=key.key_id, keys=times, latest_version=latest)
-
-
-_LAST: Final = 253402300799  # 9999-12-31T23:59:59Z: an issuer of JWTs may say any number
-_NEVER: Final = "0001-01-01T00:00:00Z"  # no time, as Go writes it
-_MOUNT: Final[Mapping[str, Any]] = {
-    "type": "transit",
-    "description": "keys of kms-service",
-    "accessor": "transit_kms",
-    "config": {"default_lease_ttl": 0, "max_lease_ttl": 0, "force_no_cache": False},
-    "local": False,
-    "seal_wrap": False,
-    "external_entropy_access": False,
-    "options": None,
-    "uuid": "",
-    "plugin_version": "",
-    "running_plugin_version": "",
-    "running_sha256": "",
-    "deprecation_status": "supported",
-}
-DEFAULT_MOUNT: Final = "transit"
-_TRANSIT_PATHS: Final = frozenset({"keys", "datakey", "encrypt", "decrypt", "rewrap", "rotate"})
-_DATA_KEYS: Final = frozenset({"plaintext", "wrapped"})
-_MAX_PATHS: Final = 100
 
 
 @routes.read("sys/health", lambda call: call.key_pool(None), methods=("GET", "HEAD"), rule=OPEN)
@@ -324,9 +323,6 @@ def _doubled(data: Mapping[str, object]) -> Response:
 
 def _ready(call: Call[None]) -> bool:
     return call.service.can_record() and call.service.kms.health_check().healthy
-
-
-_POOL: Final = Pool("login")
 
 
 async def _login(request: Request) -> Response:

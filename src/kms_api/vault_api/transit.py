@@ -1,11 +1,9 @@
 """encrypt, decrypt, rewrap and data keys of the Vault API, one call or a batch."""
 
-from base64 import b64encode
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from http import HTTPStatus
-from typing import Final, TypeVar
+from typing import Final
 
 import msgspec
 
@@ -15,6 +13,7 @@ from kms_api.routes.batch import admit_items
 from kms_api.routes.secrets import check_ciphertext, check_plaintext
 from kms_api.routing import Call
 from kms_api.vault_api import models
+from kms_api.vault_api.bound import Extra, data_key_bound, decrypt_bound, encrypt_bound, rewrap_bound
 from kms_api.vault_api.models import (
     BoundFields,
     DataKeyIn,
@@ -26,148 +25,9 @@ from kms_api.vault_api.models import (
     answer,
 )
 from kms_api.vault_api.routing import VaultRoutes
-from kms_core.age import header
-from kms_core.auth.policy import Principal
-from kms_core.envelope import binding
-from kms_core.operation import DataKey, Sealed
 from kms_core.service import Kms
-from kms_protocol.context import NUMBER, Context
-from kms_protocol.errors import (
-    BackendUnavailable,
-    DecryptFailed,
-    InvalidRequest,
-    KmsError,
-    TooLarge,
-    Unavailable,
-    UnknownKey,
-)
+from kms_protocol.errors import InvalidRequest, KmsError, TooLarge, Unavailable
 from kms_protocol.wire import JobKind
-
-# Calls of the Vault API into ``Kms``: their contexts, and the numbers of key versions.
-#
-# Every ciphertext of this API is bound to the pair ``kms:transit=v<number>``, and to the caller's
-# ``context`` and ``associated_data``. Other APIs accept no pairs with such keys, so they open none of these
-# files, and this one opens none of theirs. The bound number stays true even if older versions are removed.
-
-CONTEXT: Final = "kms:transit.context"
-ASSOCIATED_DATA: Final = "kms:transit.associated_data"
-_TRIES: Final = 3
-M = TypeVar("M", Sealed, DataKey)
-
-
-@dataclass(frozen=True, slots=True)
-class Extra:
-    """The caller's data to be bound; empty is the same as none.
-
-    ``number`` is that of the ciphertext's prefix, or of the version to seal with, where 0 is any.
-    """
-
-    context: bytes = b""
-    associated_data: bytes = b""
-    number: int = 0
-
-    def __repr__(self) -> str:
-        return "Extra(…)"
-
-    def bound(self, number: int) -> Context:
-        """The context for this version. Raises InvalidContext if it is too long."""
-        if not self.context and not self.associated_data:
-            return _bare(number)
-        given = {CONTEXT: self.context, ASSOCIATED_DATA: self.associated_data}
-        pairs = {key: b64encode(value).decode("ascii") for key, value in given.items() if value}
-        return Context.reserved({NUMBER: f"v{number}", **pairs})
-
-
-def encrypt_bound(
-    kms: Kms, who: Principal, plaintext: bytes, extra: Extra, *, key_id: str
-) -> tuple[Sealed, int]:
-    """The file and the number of its key version. Raises what ``Kms.encrypt`` raises, InvalidRequest."""
-    return _numbered(
-        kms, who, extra, key_id, lambda context: kms.encrypt(who, plaintext, context, key_id=key_id)
-    )
-
-
-def data_key_bound(
-    kms: Kms, who: Principal, size_bytes: int, extra: Extra, *, key_id: str
-) -> tuple[DataKey, int]:
-    """Generate a data key, and encrypt it as ``encrypt_bound`` does."""
-    return _numbered(
-        kms,
-        who,
-        extra,
-        key_id,
-        lambda context: kms.generate_data_key(who, size_bytes, context, key_id=key_id),
-    )
-
-
-def decrypt_bound(kms: Kms, who: Principal, file: bytes, extra: Extra, *, key_id: str) -> bytes:
-    """The plaintext of a file of this key and this API. Raises what ``Kms.decrypt`` raises."""
-    try:
-        return kms.decrypt(who, file, extra.bound(extra.number), key_id=key_id).plaintext
-    except DecryptFailed as exc:
-        if not kms.policy.sees(who, key_id) or key_id not in kms.keyring.keys:
-            raise UnknownKey from exc  # says more: the path names the key
-        raise
-
-
-def rewrap_bound(kms: Kms, who: Principal, file: bytes, extra: Extra, *, key_id: str) -> tuple[Sealed, int]:
-    """Rewrap to the version in use. Refuses a file of another key, which ``Kms.rewrap`` would accept."""
-    old = extra.bound(extra.number)
-    if _names_another(file, key_id):
-        kms.raise_recorded(who, "rewrap", old, DecryptFailed())
-    return _numbered(
-        kms,
-        who,
-        replace(extra, number=0),
-        key_id,
-        lambda new: kms.rewrap(who, file, old, new_context=new, key_id=key_id),
-    )
-
-
-def _numbered(
-    kms: Kms, who: Principal, extra: Extra, key_id: str, make: Callable[[Context], M]
-) -> tuple[M, int]:
-    """The result, bound to the number of the version that made it."""
-    for _ in range(_TRIES):
-        version, number = _current(kms, who, key_id)
-        if number and extra.number not in {0, number}:
-            raise InvalidRequest(f"key_version: version {number} is in use, and no other one encrypts")
-        made = make(extra.bound(number))
-        if made.key.version == version:
-            return made, number
-    raise BackendUnavailable("The key was rotated during each of three attempts")
-
-
-def _current(kms: Kms, who: Principal, key_id: str) -> tuple[str, int]:
-    """The version in use and its number; 0 where ``Kms`` will raise the reason why there is none.
-
-    The time of the answer tells nothing of keys that the caller may not see: the policy is checked first, for
-    every name, and the backend of an unseen key is not called.
-    """
-    sees, key = kms.policy.sees(who, key_id), kms.keyring.keys.get(key_id)
-    if key is None or not sees:
-        return "", 0
-    try:
-        version, numbers = key.backend.current_version(), key.numbers()
-    except BackendUnavailable:
-        return "", 0
-    return (version, numbers[version]) if version in numbers else ("", 0)
-
-
-def _names_another(file: bytes, key_id: str) -> bool:
-    """Return whether a file of ours names another key. ``Kms`` refuses a file that cannot be read."""
-    try:
-        bound = binding.read(header.parse(file, header.SYNC_LIMITS))
-    except KmsError:
-        return False
-    return bound is not None and bound.key_id != key_id
-
-
-@lru_cache(maxsize=256)
-def _bare(number: int) -> Context:
-    """The context of a call that binds nothing else, as most calls."""
-    return Context.reserved({NUMBER: f"v{number}"})
-
 
 TYPES: Final = frozenset({"chacha20-poly1305", "aes256-gcm96"})
 """Accepted key types: that of the payload, and the default of clients, which is as strong."""
@@ -175,8 +35,6 @@ _NOTHING: Final = Extra()
 _BITS: Final = frozenset({128, 256, 512})
 _CODES: Final = frozenset(range(200, 600)) - {204, 205, 304}  # answers that have no body
 routes: Final = VaultRoutes()
-
-
 Work = Callable[[Call[TransitIn], Kms, TransitItem], VaultCiphertext | VaultPlaintext]
 
 
@@ -300,7 +158,7 @@ def _file(body: TransitItem) -> tuple[bytes, Extra]:
         raise InvalidRequest("missing ciphertext: send what encrypt gave, with its prefix")
     number, file = models.parse(body.ciphertext)
     check_ciphertext(file)
-    return file, replace(_extra(body), number=number)
+    return file, msgspec.structs.replace(_extra(body), number=number)
 
 
 def _extra(body: BoundFields) -> Extra:

@@ -19,7 +19,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from kms_api.transport import admission, bodies
+from kms_api.transport import bodies, pace
 from kms_api.transport.bodies import UploadReader
 from kms_core.http_protocol import BODY, HttpProtocol
 from kms_protocol.errors import BodyTimeout, DecryptFailed
@@ -176,7 +176,7 @@ async def test_a_body_that_breaks_off_raises(sent: int) -> None:
 async def test_a_sender_that_stalls_is_given_up_and_one_that_drips_is_not(
     sent: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(admission, "STALL_S", STALL_S)
+    monkeypatch.setattr(pace, "STALL_S", STALL_S)
 
     async def stalled(request: Request) -> str:
         slab = bytearray(SLAB)
@@ -197,8 +197,8 @@ async def test_a_sender_that_stalls_is_given_up_and_one_that_drips_is_not(
 async def test_a_sender_keeps_the_pace_or_is_given_up(
     a_second: int, monkeypatch: pytest.MonkeyPatch, *, is_taken: bool
 ) -> None:
-    monkeypatch.setattr(admission, "GRACE_S", 0.4)
-    monkeypatch.setattr(admission, "BYTES_PER_S", 2000)
+    monkeypatch.setattr(pace, "GRACE_S", 0.4)
+    monkeypatch.setattr(pace, "BYTES_PER_S", 2000)
 
     async def handler(request: Request) -> str:
         try:

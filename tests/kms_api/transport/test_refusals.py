@@ -10,15 +10,10 @@ from starlette.types import Receive, Scope, Send
 
 from kms_api.deps import PRINCIPAL, Service
 from kms_api.routing import Call
-from kms_api.transport.authentication import (
-    COOKIE,
-    AuthenticationLayer,
-    RequestAuthenticator,
-    Sessions,
-    token_of,
-)
+from kms_api.transport.authentication import AuthenticationLayer, RequestAuthenticator, token_of
 from kms_api.transport.request_context import ClientAddress
 from kms_api.ui.render import _holder
+from kms_api.ui.sessions import COOKIE, Sessions
 from kms_api.vault_api import sys
 from kms_api.vault_api.models import PathsIn
 from kms_api.vault_api.routing import check_headers

@@ -2,20 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Final
 
+import httpx2 as httpx
 import pytest
 from fastapi import FastAPI
 
 from kms_api import app, routing
 from kms_api.app import open_paths
 from kms_api.routing import VAULT
+from kms_api.vault_api.bound import Extra
+from kms_api.vault_api.models import Item, VaultCiphertext, VaultPlaintext
 from kms_api.vault_api.sys import shape
 from kms_core.backends import KeyVersion
 from kms_core.backends.remote import RemoteBackend
 from kms_core.keyring import Key
 from kms_protocol.context import NUMBER, Context
 from kms_protocol.errors import InvalidContext
+from support.credentials import REQUIRED, SecuredService
 from support.memory_kms import MemoryCipher
 
 PATHS: Final = {
@@ -78,10 +83,29 @@ def test_what_is_no_path_of_transit_is_none(path: str) -> None:
     assert find("GET", path)[0] == ""
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize("path", ["transit/encrypt/default", "sys/health"])
+async def test_a_vault_api_that_is_off_has_no_path(tmp_path: Path, redis_url: str, path: str) -> None:
+    install = SecuredService(tmp_path / "state", f"{REQUIRED}[kms.facade]\nenabled = false\n", redis_url)
+    within = httpx.ASGITransport(app.build(install.settings))
+    async with httpx.AsyncClient(transport=within, base_url="http://localhost") as client:
+        answer = await client.post(f"/v1/{path}", headers=install.token_header("*"), json={})
+    install.http.close()
+
+    assert answer.status_code == 404
+    assert [text.partition(":")[0] for text in answer.json()["errors"]] == ["no handler for route"]
+
+
 def test_what_is_open_tells_no_secret() -> None:
     found = {path for path in open_paths() if path.startswith(VAULT)}
 
     assert {f"{VAULT}sys/{name}" for name in ("health", "seal-status", "init", "leader")} == found
+
+
+def test_nothing_prints_what_a_call_binds_or_returns() -> None:
+    for held in (VaultPlaintext(b"salary"), VaultCiphertext("vault:v1:AAAA", 1), Item("salary"), Extra(b"salary")):
+        assert repr(held) == f"{type(held).__name__}(…)"
+        assert held.__rich_repr__() == []
 
 
 # -- numbers -------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import pytest
 
-from kms_api.vault_api import transit
-from kms_api.vault_api.transit import Extra
+from kms_api.vault_api import bound
+from kms_api.vault_api.bound import Extra
 from kms_core import scopes
 from kms_core.age import x25519
 from kms_core.auth.policy import ByScopes, Principal
@@ -80,10 +80,10 @@ def peer(folder: Path) -> tuple[Backend, Counter[str]]:
 
 
 CALLS: Final[dict[str, Callable[[Kms, str], object]]] = {
-    "encrypt": lambda kms, key: transit.encrypt_bound(kms, WHO, b"x", Extra(), key_id=key),
-    "data_key": lambda kms, key: transit.data_key_bound(kms, WHO, 32, Extra(), key_id=key),
-    "decrypt": lambda kms, key: transit.decrypt_bound(kms, WHO, sealed(kms), Extra(number=1), key_id=key),
-    "rewrap": lambda kms, key: transit.rewrap_bound(kms, WHO, sealed(kms), Extra(number=1), key_id=key),
+    "encrypt": lambda kms, key: bound.encrypt_bound(kms, WHO, b"x", Extra(), key_id=key),
+    "data_key": lambda kms, key: bound.data_key_bound(kms, WHO, 32, Extra(), key_id=key),
+    "decrypt": lambda kms, key: bound.decrypt_bound(kms, WHO, sealed(kms), Extra(number=1), key_id=key),
+    "rewrap": lambda kms, key: bound.rewrap_bound(kms, WHO, sealed(kms), Extra(number=1), key_id=key),
 }
 
 
@@ -127,11 +127,11 @@ def test_a_key_that_is_rotated_meanwhile_seals_under_the_number_of_its_version(
         return encrypt(*args, **kwargs)
 
     monkeypatch.setattr(kms, "encrypt", rotated_first)
-    sealed, number = transit.encrypt_bound(kms, WHO, b"x", Extra(), key_id="default")
+    sealed, number = bound.encrypt_bound(kms, WHO, b"x", Extra(), key_id="default")
 
     assert (sealed.key.version, number) == ("2", 2)
     assert cipher.calls["rotate"] == 1
-    assert transit.decrypt_bound(kms, WHO, sealed.ciphertext, Extra(number=2), key_id="default") == b"x"
+    assert bound.decrypt_bound(kms, WHO, sealed.ciphertext, Extra(number=2), key_id="default") == b"x"
 
 
 @pytest.mark.parametrize("name", CALLS)

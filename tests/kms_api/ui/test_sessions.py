@@ -7,7 +7,7 @@ from typing import Any, Final
 import pytest
 import redis
 
-from kms_api.transport.authentication import (
+from kms_api.ui.sessions import (
     COOKIE,
     LASTS_S,
     MOST_OF_CREDENTIAL,
