@@ -28,6 +28,7 @@ from kms_core.audit.keys import PublicKeys, public_path
 from kms_core.audit.verification.verify import verify
 from kms_core.backends import NATIVE, table_of
 from kms_core.envelope.sealed_files import root_of
+from kms_core.http_client import Unreachable
 from kms_core.jobs.hosts.install import CLOCK_BOUND_S, YOUNG_S, Facts, differences, mismatch
 from kms_core.jobs.hosts.notes import Host, HostNote, HostNotes
 from kms_core.jobs.storage import spool_bucket
@@ -123,6 +124,9 @@ def _own_keys(settings: Settings) -> Iterator[Finding]:
         text = f"{sealed[name]} is sealed by {_root(sealed[name])}"
         try:
             opener.open(name, small_files.read(sealed[name]))
+        except Unreachable as exc:
+            text += f" and does not open: {exc.detail}"
+            yield Finding("FAIL", "own keys", text, "see the self-test of that root key", away=True)
         except KmsError as exc:
             is_away = isinstance(exc, BackendUnavailable)
             yield Finding("FAIL", "own keys", f"{text} and does not open", exc.detail, away=is_away)
@@ -140,15 +144,20 @@ def _keys(settings: Settings) -> Iterator[Finding]:
             how = f", in {place}"
         yield from _self_tests(key, how)
     for key in keyring.roots(settings).values():
-        yield from _self_tests(key, ", a root")
+        yield from _self_tests(key, "", f"root key '{key.key_id}'")
 
 
-def _self_tests(key: Key, how: str) -> Iterator[Finding]:
+def _self_tests(key: Key, how: str, name: str = "") -> Iterator[Finding]:
+    """Test each backend of a key. ``how``: where its files are, ``name``: that of a root."""
     for backend in key.backends:
-        health, away = backend.health_check(), backend.name != NATIVE or bool(how)
+        health, away = backend.health_check(), backend.name != NATIVE or bool(how or name)
         does = "wraps and unwraps" if health.healthy else "does not wrap and unwrap"
-        text = f"{key.key_id} ({backend.name}{how}) {does}"
-        yield Finding("ok" if health.healthy else "FAIL", "self-test", text, health.detail, away=away)
+        text, then = f"{name or key.key_id} ({backend.name}{how}) {does}", health.detail
+        if backend.server and not health.answered:
+            start = "start or unseal" if "Vault" in backend.server.product else "start"
+            text = f"{text}: {health.detail}"
+            then = f"{start} it, or check {backend.server.setting} and the network"
+        yield Finding("ok" if health.healthy else "FAIL", "self-test", text, then, away=away)
 
 
 def _root(path: Path) -> str:
@@ -549,7 +558,8 @@ def _service(own_id: str | None) -> Iterator[Finding]:
         part = DEGRADED.get(name, unknown)
         yield Finding(part.level, "service", part.text, part.then, away=True)
     for each in status.backends_down:
-        text = f"{'root' if each.root else 'key'} {each.key_id} ({each.backend}) is down since {each.since}"
+        name = f"root key '{each.key_id}'" if each.root else f"key {each.key_id}"
+        text = f"{name} ({each.backend}) is down since {each.since}"
         yield Finding("FAIL", "service", text, "backend.down in its log says why", away=True)
     if status.jobs is not None:
         room = f", spool {status.spool.full:.0%} full" if status.spool else ""

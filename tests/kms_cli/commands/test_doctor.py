@@ -165,6 +165,20 @@ def test_keys_of_the_service_that_others_may_read_or_that_are_not_there(
     assert environment == "dev" or told.exit_code == 78
 
 
+def test_a_key_server_that_is_silent_has_a_next_step(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        where = f"127.0.0.1:{silent.getsockname()[1]}"
+        transit = f'[kms.transit]\naddress = "http://{where}"\ntoken = "t"\ntimeout_s = 1.0\n'
+        keys = '[kms.keys.root]\nuri = "transit:root"\nuse = "seal"\n[kms.keys.pay]\nuri = "transit:pay"\n'
+        told = doctor(configured(tmp_path, transit + keys))
+
+    what = f"No answer from OpenBao or Vault at {where} within 1 s"
+    then = "start or unseal it, or check kms.transit.address and the network"
+    assert told.all("self-test", "FAIL") == [
+        f"{name} (transit) does not wrap and unwrap: {what}: {then}" for name in ("pay", "root key 'root'")
+    ]
+
+
 def test_a_token_file_that_is_not_there(install: Service) -> None:
     told = doctor(install, KMS_TOKEN_FILE="/nonexistent/my.token")
 
@@ -344,7 +358,7 @@ ROOT_DOWN: Final = {"key_id": "root", "backend": "transit", "root": True, "since
         ({"degraded": ["spool"]}, "warn", "kms job release"),
         ({"degraded": ["install"]}, "FAIL", "another install uses"),
         ({"degraded": ["named_in_a_later_version"]}, "warn", "named_in_a_later_version is degraded"),
-        ({"backends_down": [ROOT_DOWN]}, "FAIL", "root root (transit) is down since 2027-01-31T12:00:00Z"),
+        ({"backends_down": [ROOT_DOWN]}, "FAIL", "root key 'root' (transit) is down since 2027-01-31T12:00:00Z"),
         (
             {"backends_down": [ROOT_DOWN | {"key_id": "pay", "root": False}]},
             "FAIL",
