@@ -30,7 +30,7 @@ from kms_client.requests import (
 )
 from kms_client.settings import ClientSettings
 from kms_protocol import __version__
-from kms_protocol.errors import InvalidRequest, KmsError
+from kms_protocol.errors import BackendUnavailable, InvalidRequest, KmsError
 from kms_protocol.wire import Hidden
 
 T = TypeVar("T")
@@ -261,9 +261,13 @@ class Engine:
 
     async def pause(self, error: KmsError, delay_s: float, failed: int) -> None:
         """Wait before another attempt. Raises the error if no attempt is left or the wait is too long."""
-        if failed >= self._settings.retries or delay_s > LONGEST_WAIT_S:
+        left = self._settings.retries - failed - isinstance(error, BackendUnavailable)
+        if left <= 0 or delay_s > LONGEST_WAIT_S:
             raise error
-        await self.transport.sleep(delay_s * random.uniform(1, SPREAD))  # noqa: S311 - no secret
+        delay_s *= random.uniform(1, SPREAD)  # noqa: S311 - no secret
+        if self._settings.on_retry is not None:
+            self._settings.on_retry(error, delay_s, left)
+        await self.transport.sleep(delay_s)
 
     async def exchange(self, call: ClientRequest[T], until: float, upload: Upload | None = None) -> Reply:
         """Make one attempt and read its whole answer. Without data it fails at ``until`` (time.monotonic)."""
