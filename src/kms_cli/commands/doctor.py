@@ -20,8 +20,9 @@ from msgspec.structs import replace
 
 from kms_cli import terminal
 from kms_cli.connection import connect
-from kms_cli.local import installation, instances
-from kms_cli.local.up import without_status
+from kms_cli.local import anchors, installation, instances
+from kms_cli.local.up import url_of, without_status
+from kms_cli.local.valkey import is_named, redis_section
 from kms_cli.session import is_given, session, use_url
 from kms_core import container, key_opening, keyring, redis_client
 from kms_core.audit.keys import PublicKeys, public_path
@@ -223,7 +224,7 @@ def _audit_log(settings: Settings) -> Iterator[Finding]:
         text = f"it has {size_text(size_bytes)}: `kms audit verify` checks it, and the service its ends"
         yield Finding("ok", "audit log", text)
         return
-    found = installation.configured_anchors(settings)
+    found = anchors.configured_anchors(settings)
     report = verify(section.path, PublicKeys.read(own) if own.exists() else None, found.lines)
     found.note_in(report)
     if report.problems:
@@ -252,7 +253,7 @@ def _audit_log(settings: Settings) -> Iterator[Finding]:
 
 def _queue(settings: Settings) -> Iterator[Finding]:
     """Check the Redis of the jobs, what hosts tell each other there, and a broker that is another server."""
-    section = installation.redis_section(settings, os.environ)
+    section = redis_section(settings, os.environ)
     try:
         redis_client.check_servers(section)
         maintenance.verify_replicas(section)
@@ -267,10 +268,9 @@ def _queue(settings: Settings) -> Iterator[Finding]:
         text = f"{_where(section.url)} does not answer in time, so jobs and files wait"
         yield Finding("FAIL", "redis", text, "it hangs, or is overloaded: see its log", away=True)
     except redis.RedisError:
-        is_named = installation.is_named(settings.kms.redis)
         text = f"nothing answers at {_where(section.url)}, so jobs and files wait"
         then = "check [kms.redis] url, or start it; kms up starts one where none is named"
-        yield Finding("FAIL" if is_named else "warn", "redis", text, then, away=True)
+        yield Finding("FAIL" if is_named(settings.kms.redis) else "warn", "redis", text, then, away=True)
     if section.broker_url.partition("://")[0] in AMQP:
         yield _broker(section.broker_url)
 
@@ -515,7 +515,7 @@ def _findings() -> Iterator[Finding]:
             jobs = replace(settings.kms.jobs, spool_bucket=section)
             settings = replace(settings, kms=replace(settings.kms, jobs=jobs))
         if not is_given("url"):
-            use_url(installation.url_of(settings))
+            use_url(url_of(settings))
         how = "kms up runs it" if running else "kms up does not run it"
         yield Finding("ok", "target", f"{session().url}, state {settings.state_dir.absolute()}: {how}")
         for text, advice in instances.doubts(running):

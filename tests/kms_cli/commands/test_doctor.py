@@ -20,7 +20,7 @@ import redis
 
 from kms_cli.commands import doctor as doctor_command
 from kms_cli.commands.doctor import MAX_VERIFIED_BYTES, Finding
-from kms_cli.local import installation
+from kms_cli.local import valkey
 from kms_cli.session import META
 from kms_core.settings.load import load
 from kms_protocol.admin import StatusOut
@@ -274,7 +274,7 @@ def test_a_certificate_that_is_none_and_a_key_that_others_read(tmp_path: Path) -
 def weak(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of a server that forgets what it is told, and what it should keep."""
     folder, port = tmp_path_factory.mktemp("weak"), free_port()
-    binary = installation.find_binary(os.environ)
+    binary = valkey.find_binary(os.environ)
     weak = "--bind 127.0.0.1 --appendonly no --maxmemory 64mb --maxmemory-policy allkeys-lru"
     argv = [binary, "--port", port, "--dir", folder, "--save", "", *weak.split()]
     with running(argv, folder / "log", lambda: listens(port)):
