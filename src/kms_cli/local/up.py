@@ -43,6 +43,10 @@ from kms_protocol.wire import PREFIX
 
 RULES: Final = Path(__file__).parents[3] / "monitoring" / "rules"  # in a checkout, from which scripts/up runs
 PROMETHEUS_OFFSET: Final = 2  # from the port of the API; the next port is that of the worker
+API_GRACE_S: Final = 25.0  # its open requests end within 20 s
+WORKER_GRACE_S: Final = 40.0  # a warm shutdown of Celery's pool may take 30 s
+_ADDRESSES: Final[Sequence[str]] = ("KMS_REDIS_URL", "KMS_BROKER_URL")
+EXAMPLE: Final = '{"plaintext": "c2VjcmV0", "context": "env=dev"}'
 
 
 def prometheus_port(settings: Settings) -> int:
@@ -87,12 +91,6 @@ def _configuration(settings: Settings, host: str) -> dict[str, object]:
             for name, port in targets.items()
         ],
     }
-
-
-API_GRACE_S: Final = 25.0  # its open requests end within 20 s
-WORKER_GRACE_S: Final = 40.0  # a warm shutdown of Celery's pool may take 30 s
-_ADDRESSES: Final[Sequence[str]] = ("KMS_REDIS_URL", "KMS_BROKER_URL")
-EXAMPLE: Final = '{"plaintext": "c2VjcmV0", "context": "env=dev"}'
 
 
 def url_of(settings: Settings) -> str:
