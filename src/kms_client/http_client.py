@@ -26,7 +26,7 @@ from kms_client.requests import (
     Reply,
     ServiceUnreachable,
     UnexpectedAnswer,
-    error_of,
+    answer_error,
 )
 from kms_client.settings import ClientSettings
 from kms_protocol import __version__
@@ -249,7 +249,7 @@ class Engine:
                 delay_s = _retry_delay_s(call, reply)
                 if delay_s is None:
                     return call.read(reply)
-                error: KmsError = error_of(reply)
+                error: KmsError = answer_error(reply)
             except ServiceUnreachable as exc:
                 error, delay_s = exc, exc.retry_after_s * 2**failed
             if not call.repeatable or (upload is not None and not upload.rewind()):
@@ -305,7 +305,7 @@ class Engine:
         finally:
             await answer.close()
         if reply.status in RETRYABLE:  # it has no room for another request
-            raise error_of(reply)
+            raise answer_error(reply)
         if reply.body != b"ok\n":
             text = f"What answers at {self._settings.url} is not this service, so no secret was sent there"
             raise NotThisService(text)
@@ -323,8 +323,8 @@ class Engine:
                 reply = await self._reply(answer)
             delay_s = _retry_delay_s(call, reply)
             if delay_s is None:
-                raise error_of(reply)
-            await self.pause(error_of(reply), delay_s, failed)
+                raise answer_error(reply)
+            await self.pause(answer_error(reply), delay_s, failed)
             failed += 1
 
     async def stream(self, call: ClientRequest[T]) -> AsyncGenerator[bytes]:

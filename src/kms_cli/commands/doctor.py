@@ -252,7 +252,7 @@ def _audit_log(settings: Settings) -> Iterator[Finding]:
 
 
 def _queue(settings: Settings) -> Iterator[Finding]:
-    """Check the Redis of the jobs, what hosts tell each other there, and a broker that is another server."""
+    """Check the Redis of the jobs, the notes of hosts there, and a broker that is another server."""
     section = redis_section(settings, os.environ)
     try:
         redis_client.check_servers(section)
@@ -368,7 +368,7 @@ def _hosts(settings: Settings, notes: HostNotes) -> Iterator[Finding]:
         yield Finding("ok", "hosts", "no other host of this install is seen")
         return
     own = Facts({}, {})
-    with suppress(ConfigurationError, BackendUnavailable):  # other checks tell of it
+    with suppress(ConfigurationError, BackendUnavailable):  # other checks report it
         own = container.facts(settings)
     for note in others:
         yield _host(own, note, None if own_id is None else marks.lacks_host(note.id))
@@ -388,14 +388,14 @@ def _install(own_id: str | None, stored: str | None) -> Finding:
 
 def _host(own: Facts, note: HostNote, lacks_mark: bool | None) -> Finding:
     """Compare this host with another one. ``lacks_mark`` is None while the spool cannot be read."""
-    told = differences(own, note)
+    found = differences(own, note)
     if abs(note.clock_s) > CLOCK_BOUND_S:
-        told.append(f"its clock is {note.clock_s:+.0f} s off the clock of Redis")
+        found.append(f"its clock is {note.clock_s:+.0f} s off the clock of Redis")
     if lacks_mark:
-        told.append("it uses another spool: its mark is not in this one")
-    if told:
+        found.append("it uses another spool: its mark is not in this one")
+    if found:
         level: Level = "FAIL" if lacks_mark else "warn"
-        return Finding(level, "hosts", f"{note.name} differs: {'; '.join(told)}", _HOSTS)
+        return Finding(level, "hosts", f"{note.name} differs: {'; '.join(found)}", _HOSTS)
     places, spool = note.key_places, "" if lacks_mark is None else "spool, "
     separate = sorted(name for name, place in own.key_places.items() if places.get(name, place) != place)
     files = f"; key files of its own: {', '.join(separate)}" if separate else ""
@@ -406,7 +406,7 @@ def _host(own: Facts, note: HostNote, lacks_mark: bool | None) -> Finding:
 
 
 def _bucket(settings: Settings) -> Iterator[Finding]:
-    """Write, read, list and delete a probe object; tell versioning, object lock and rules of the bucket."""
+    """Write, read, list and delete a probe object; report versioning, object lock and rules of the bucket."""
     section = settings.kms.jobs.spool_bucket
     if section is None:
         return

@@ -29,7 +29,7 @@ NOTE: Final = "up.json"
 _LONGEST_BYTES: Final = 64 * 1024
 SETTLED: Final = ("HOME", "XDG_STATE_HOME", "PROVISIONING_ENV", "KMS_BIND", "KMS_PORT")
 PATHS: Final = ("KMS_CONFIG", "KMS_STATE_DIR")
-_UNTOLD: Final = ("KMS_REDIS_URL", "KMS_BROKER_URL", "COSMIAN_KMS_URL", "COSMIAN_API_KEY")  # may be secret
+_PERHAPS_SECRET: Final = ("KMS_REDIS_URL", "KMS_BROKER_URL", "COSMIAN_KMS_URL", "COSMIAN_API_KEY")
 
 
 class Running(msgspec.Struct, frozen=True):
@@ -47,17 +47,17 @@ class Running(msgspec.Struct, frozen=True):
 
 
 @contextmanager
-def noted(settings: "Settings", url: str, environ: Mapping[str, str]) -> Iterator[None]:
+def keep_note(settings: "Settings", url: str, environ: Mapping[str, str]) -> Iterator[None]:
     """Keep a note of this ``kms up`` where its embedded server has its socket, locked while it runs."""
     folder = private_directory(runtime_dir(settings.state_dir, environ))
-    told = {name: environ[name] for name in SETTLED if environ.get(name)}
-    told |= {name: str(Path(environ[name]).absolute()) for name in PATHS if environ.get(name)}
+    named = {name: environ[name] for name in SETTLED if environ.get(name)}
+    named |= {name: str(Path(environ[name]).absolute()) for name in PATHS if environ.get(name)}
     note = Running(
         time.time(),
         url,
         str(settings.state_dir.absolute()),
-        told,
-        [name for name in _UNTOLD if environ.get(name)],
+        named,
+        [name for name in _PERHAPS_SECRET if environ.get(name)],
     )
     try:
         with secure_files.lock(folder / NOTE) as handle:
@@ -201,5 +201,5 @@ def environ_of(found: Sequence[Running], environ: Mapping[str, str]) -> Mapping[
     """Return the environment for reading the settings of the first one; ``environ`` if there is none."""
     if not found:
         return environ
-    told = {name: found[0].environ.get(name, "") for name in (*SETTLED, *PATHS)}
-    return {name: value for name, value in {**environ, **told}.items() if value or name not in told}
+    kept = {name: found[0].environ.get(name, "") for name in (*SETTLED, *PATHS)}
+    return {name: value for name, value in {**environ, **kept}.items() if value or name not in kept}

@@ -21,7 +21,7 @@ import click
 
 from kms_cli import audited, terminal
 from kms_cli.local import directories, valkey
-from kms_cli.local.instances import noted
+from kms_cli.local.instances import keep_note
 from kms_cli.session import session
 from kms_client.requests import START_HINT
 from kms_core import secure_files
@@ -130,7 +130,7 @@ def up_command(bind: str | None, port: int | None, *, monitoring: bool) -> int:
         if settings.environment == "dev" and _lacks_keys(settings):
             with audited.effect(settings, "key.create", "development"):
                 make_dev_keys(settings)
-        stack.enter_context(noted(settings, url_of(settings), env))
+        stack.enter_context(keep_note(settings, url_of(settings), env))
         servers = _embedded_redis(env, settings.state_dir, stack)
         children = [*servers, *service_programs(settings, env)]
         if monitoring:

@@ -68,7 +68,7 @@ def stop_signals() -> Iterator[Callable[[float], bool]]:
         wanted = STOP_SIGNALS | {signal.SIGCHLD}
         if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
             wanted -= {signal.SIGHUP}
-        old = {number: signal.signal(number, _heard) for number in wanted}
+        old = {number: signal.signal(number, _ignore_signal) for number in wanted}
         try:
             yield partial(_wait, reader)
         finally:
@@ -82,7 +82,7 @@ def _wait(reader: socket.socket, timeout_s: float) -> bool:
     return bool(readable) and not STOP_SIGNALS.isdisjoint(reader.recv(4096))
 
 
-def _heard(number: int, frame: FrameType | None) -> None:
+def _ignore_signal(number: int, frame: FrameType | None) -> None:
     """Do nothing: the signal is read from the wakeup socket."""
 
 

@@ -42,7 +42,7 @@ def _command() -> Iterator[None]:
 def up(environ: dict[str, str]) -> Iterator[Path]:
     """The directory of the note of one that runs."""
     settings = load(None, environ)
-    with instances.noted(settings, url_of(settings), environ):
+    with instances.keep_note(settings, url_of(settings), environ):
         yield instances.runtime_dir(settings.state_dir, environ)
 
 
