@@ -1,6 +1,6 @@
-"""What the audit trail costs: one record, chained and not; records that wait for the disk; verification.
+"""What the audit log costs: one record, chained and not; records that wait for the disk; verification.
 
-A run of records is a batch of some 100 ms. Verification reads a trail that it makes first.
+A run of records is a batch of some 100 ms. Verification reads a log that it makes first.
 """
 
 import os
@@ -44,8 +44,8 @@ _SECONDS: Final = Scale(unit="s", digits=2)
 _MILLI: Final = Scale(unit="ms", factor=1e3, digits=2)
 
 
-class Untold:
-    """A trail that keeps nothing: what a call costs without one."""
+class NoLog:
+    """An audit log that keeps nothing: the cost of a call without one."""
 
     def conceal(self, tenant: str, context: Context) -> dict[str, str]:
         del tenant, context
@@ -63,7 +63,7 @@ class Untold:
 
 
 def main() -> None:
-    options = report.options("audit", "What the audit trail costs.", runs=9, budget_s=35.0, lines=1_000_000)
+    options = report.options("audit", "What the audit log costs.", runs=9, budget_s=35.0, lines=1_000_000)
     budget = options.budget(4)
     with tempfile.TemporaryDirectory(prefix="kms-bench-") as name:
         folder = Path(name)
@@ -73,20 +73,23 @@ def main() -> None:
             ("seal 1 KiB in memory", _calls(folder), _CALL),
         )
         parts = [
-            report.table(title, in_turn(contenders, options.plan, budget.share()), scale)
+            report.table(
+                title, options.keep(title, in_turn(contenders, options.plan, budget.share())), scale
+            )
             for title, contenders, scale in groups
         ]
         count = int(options.given.lines)
-        trail = _written(folder / "long", count)
+        name = _written(folder / "long", count)
         found = in_turn(_verifications(folder / "long"), options.plan, budget.share())
         title = f"verify {count:,} lines ({_size(folder / 'long'):.0f} MB)"
-        parts.append(report.table(title, found, _SECONDS))
-        found = in_turn(_looks(folder / "long", trail), options.plan, 10.0)
+        parts.append(report.table(title, options.keep("verify", found), _SECONDS))
+        options.note("verify", "lines", {"count": count})
+        found = in_turn(_looks(folder / "long", name), options.plan, 10.0)
         parts.append(report.table(f"read in {count:,} lines", found, _MILLI))
     options.write(parts)
 
 
-def trail_in(folder: Path, durability: Literal["write", "fsync"] = "write") -> AuditLog:
+def log_in(folder: Path, durability: Literal["write", "fsync"] = "write") -> AuditLog:
     folder.mkdir(exist_ok=True)
     section = AuditSection(
         path=folder / "audit",
@@ -98,7 +101,7 @@ def trail_in(folder: Path, durability: Literal["write", "fsync"] = "write") -> A
     return AuditLog(section, "bench", concealer, signer)
 
 
-def record(trail: AuditLog) -> AuditRecord:
+def record(log: AuditLog) -> AuditRecord:
     """As a call of 1 KiB leaves it."""
     return AuditRecord(
         operation="encrypt",
@@ -109,7 +112,7 @@ def record(trail: AuditLog) -> AuditRecord:
         key_id="default",
         key_version="cfa7154b",
         backend="age",
-        context=trail.conceal("default", CONTEXT),
+        context=log.conceal("default", CONTEXT),
         bytes_in=1024,
         bytes_out=1410,
         result="ok",
@@ -134,34 +137,34 @@ def many(name: str, function: Callable[[], object], each: int = 1) -> Contender:
 
 
 def _records(folder: Path) -> list[Contender]:
-    trail = trail_in(folder / "one")
+    log = log_in(folder / "one")
     plain = os.open(folder / "plain", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     return [
-        many("Trail.append, with record and hashes", lambda: trail.append(record(trail))),
-        many("the same as a plain line, one write", lambda: os.write(plain, _plain(trail))),
-        many("its context hashes alone", lambda: trail.conceal("default", CONTEXT)),
+        many("AuditLog.append, with record and hashes", lambda: log.append(record(log))),
+        many("the same as a plain line, one write", lambda: os.write(plain, _plain(log))),
+        many("its context hashes alone", lambda: log.conceal("default", CONTEXT)),
     ]
 
 
-def _plain(trail: AuditLog) -> bytes:
-    return msgspec.json.encode(record(trail)) + b"\n"
+def _plain(log: AuditLog) -> bytes:
+    return msgspec.json.encode(record(log)) + b"\n"
 
 
 def _synced(folder: Path) -> list[Contender]:
-    trail = trail_in(folder / "synced", "fsync")
+    log = log_in(folder / "synced", "fsync")
     pool = ThreadPoolExecutor(THREADS)
 
     def together() -> None:
-        with trail.together():
+        with log.together():
             for _ in range(TOGETHER):
-                trail.append(record(trail))
+                log.append(record(log))
 
     def at_once() -> None:
-        list(pool.map(lambda _: trail.append(record(trail)), range(THREADS * 4)))
+        list(pool.map(lambda _: log.append(record(log)), range(THREADS * 4)))
 
     return [
         many(f"{THREADS} threads share syncs", at_once, THREADS * 4),
-        many("one thread", lambda: trail.append(record(trail))),
+        many("one thread", lambda: log.append(record(log))),
         many(f"{TOGETHER} of a batch share one sync", together, TOGETHER),
     ]
 
@@ -172,27 +175,27 @@ def _calls(folder: Path) -> list[Contender]:
     file.write_text(f"{X25519Identity.generate().export()}\n")
     key = Key("default", AgeBackend(KeyFiles(file)), accept_foreign=True)
     ring, plaintext = Keyring({"default": key}, key), os.urandom(1024)
-    audited = Kms(ring, AllowAll(), trail_in(folder / "calls"), CallRules())
-    untold = Kms(ring, AllowAll(), Untold(), CallRules())
+    audited = Kms(ring, AllowAll(), log_in(folder / "calls"), CallRules())
+    bare = Kms(ring, AllowAll(), NoLog(), CallRules())
     return [
         many("Kms.encrypt, audited", lambda: audited.encrypt(_WHO, plaintext, CONTEXT)),
-        many("Kms.encrypt, no trail", lambda: untold.encrypt(_WHO, plaintext, CONTEXT)),
+        many("Kms.encrypt, no audit log", lambda: bare.encrypt(_WHO, plaintext, CONTEXT)),
     ]
 
 
-# -- long trails -------------------------------------------------------------------------------------
+# -- long logs ---------------------------------------------------------------------------------------
 
 
 def _written(folder: Path, count: int) -> str:
-    """A trail of so many records; the id of one in the middle."""
-    trail = trail_in(folder)
-    made = record(trail)
+    """A log of so many records; the id of one in the middle."""
+    log = log_in(folder)
+    made = record(log)
     middle = ""
     for number in range(count):
-        name = trail.append(made)
+        name = log.append(made)
         if number == count // 2:
             middle = name
-    trail.close()
+    log.close()
     return middle
 
 

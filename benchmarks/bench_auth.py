@@ -58,7 +58,7 @@ def main() -> None:
             folder / "guarded/tokens.json", TokenRequest("ci", "default", SCOPES, timedelta(days=1))
         )
         ways: dict[str, tuple[ASGIApp, Headers, dict[str, Any]]] = {
-            "nobody is asked": (open_to_all, [], {}),
+            "no credential": (open_to_all, [], {}),
             "API token": (guarded, [(b"authorization", b"Bearer " + token.encode())], {}),
             "API token, X-API-Key": (guarded, [(b"x-api-key", token.encode())], {}),
             "JWT, seen before": (guarded, [(b"authorization", b"Bearer " + _jwt(folder).encode())], {}),
@@ -69,7 +69,8 @@ def main() -> None:
             options.plan,
             options.budget_s,
         )
-    table = report.table("POST /encrypt, 1,024 B, in process", found, _SCALE)
+    title = "POST /encrypt, 1,024 B, in process"
+    table = report.table(title, options.keep(title, found), _SCALE)
     options.write([table, f"Three scopes of which the last one fits; {CALLS:,} calls a run."])
 
 
@@ -133,8 +134,8 @@ def _settings(folder: Path) -> str:
     public = jwt.algorithms.ECAlgorithm.to_jwk(key.public_key(), as_dict=True)
     (folder / "jwks.json").write_text(json.dumps({"keys": [{**public, "kid": "k"}]}))
     exp = int(time.time()) + 3600
-    said = {"iss": ISSUER, "aud": "kms", "sub": "ci", "exp": exp}
-    (folder / "jwt").write_text(jwt.encode(said, key, "ES256", headers={"kid": "k"}))
+    claims = {"iss": ISSUER, "aud": "kms", "sub": "ci", "exp": exp}
+    (folder / "jwt").write_text(jwt.encode(claims, key, "ES256", headers={"kid": "k"}))
     return (
         f'[kms.auth]\nmode = "required"\n[kms.auth.issuers.corp]\nissuer = "{ISSUER}"\naudience = "kms"\n'
         f'jwks_file = "{folder}/jwks.json"\nscopes = {lines}\n'

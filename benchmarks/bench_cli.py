@@ -29,7 +29,7 @@ from support.openbao import Bao
 _SECRET: Final = b"secret-data\n" * 85  # about 1 KiB
 _MILLI: Final = Scale(unit="ms", factor=1e3, digits=0)
 _SECONDS: Final = Scale(unit="s to ready", digits=2)
-_AT_LEAST_S: Final = 0.3  # shorter runs could not be told from disturbed ones
+_AT_LEAST_S: Final = 0.3  # shorter runs could not be distinguished from disturbed ones
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ def main() -> None:
             running.service(folder) as service,
             Client(service.url) as ours,
         ):
-            theirs = hvac.Client(url=service.url, token="none")  # noqa: S106 -- nobody is asked in dev
+            theirs = hvac.Client(url=service.url, token="none")  # noqa: S106 -- dev needs no token
             ways = {
                 "kms_client, the API": functools.partial(_by_client, ours),
                 "hvac, the Vault API": functools.partial(_by_hvac, theirs),

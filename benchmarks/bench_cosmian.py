@@ -85,7 +85,7 @@ def _table(url: str, options: report.Options) -> str:
             Contender("JOSE", work.by(work.server("jose", BATCHES))),
             own,
         ]
-        found = in_turn(contenders, options.plan, budget.share())
+        found = options.keep(f"{callers} callers", in_turn(contenders, options.plan, budget.share()))
         rows += [[str(callers), *cells(series, found[-1])] for series in found]
     return report.grid(TITLE, COLUMNS, rows)
 

@@ -172,12 +172,12 @@ class Member:
     def has_ended(self) -> bool:
         """Whether it was answered with a refusal, or closed; a stream or download that began goes on."""
         try:
-            said = self._socket.recv(10, socket.MSG_PEEK)
+            answer = self._socket.recv(10, socket.MSG_PEEK)
         except BlockingIOError:
             return False
         except OSError:
             return True
-        return not said.startswith(b"HTTP/1.1 2")
+        return not answer.startswith(b"HTTP/1.1 2")
 
     def drip(self) -> None:
         with suppress(OSError):

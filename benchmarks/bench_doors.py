@@ -1,6 +1,6 @@
-"""The other doors for small calls, beside OpenBao: the façade under the same client, and batches of 100.
+"""Other interfaces for small calls, beside OpenBao: the Vault API under the same client, batches of 100.
 
-As in ``bench_overhead``: two API processes, a token, each record written; OpenBao with a trail and without.
+As in ``bench_overhead``: two API processes, a token, each record written; OpenBao with an audit log and without.
 """
 
 import json
@@ -28,7 +28,7 @@ _VAULT_BATCH: Final = json.dumps({"batch_input": [{"plaintext": _SMALL}] * ITEMS
 _FACADE: Final = "/v1/transit/encrypt/default"
 _SINGLE: Final = (
     Way(
-        "kms: façade",
+        "kms: Vault API",
         has_auth=True,
         durability="write",
         path=_FACADE,
@@ -47,14 +47,14 @@ _BATCHES: Final = (
         body=_OUR_BATCH,
         scopes=_ANYTHING,
     ),
-    Way("kms: façade", has_auth=True, durability="write", path=_FACADE, body=_VAULT_BATCH, scopes=_ANYTHING),
+    Way("kms: Vault API", has_auth=True, durability="write", path=_FACADE, body=_VAULT_BATCH, scopes=_ANYTHING),
 )
 
 
 def main() -> None:
     options = report.options(
         "doors",
-        "The façade and batches, beside OpenBao, in turn.",
+        "The Vault API and batches, beside OpenBao, in turn.",
         runs=4,
         budget_s=80.0,
         seconds=1.0,
@@ -66,7 +66,7 @@ def main() -> None:
     budget = options.budget(2 * len(CONNECTIONS))
     parts = []
     for title, ways, theirs_sent, method in (
-        (f"PUT by the façade, {SIZE:,} B", _SINGLE, _ONE, "PUT"),
+        (f"PUT by the Vault API, {SIZE:,} B", _SINGLE, _ONE, "PUT"),
         (f"Batches of {ITEMS} x 16 B, each a request", _BATCHES, _VAULT_BATCH, "POST"),
     ):
         with ExitStack() as stack:

@@ -51,7 +51,7 @@ _LOST: Final = Scale(key="lost", unit="acknowledged jobs lost", digits=0)
 
 @dataclass
 class Seen:
-    """What clients were told: jobs that were acknowledged, and those that then succeeded by the stream."""
+    """Answers that clients had: jobs that were acknowledged, and those that then succeeded by the stream."""
 
     acknowledged: list[str] = field(default_factory=list)
     succeeded: set[str] = field(default_factory=set)

@@ -78,7 +78,7 @@ def _files(folder: Path, source: Path, options: report.Options, seconds: float) 
         plan = replace(options.plan, runs=options.plan.runs if often else 1)
         if (
             not often
-        ):  # the kernel gives memory of the page cache back meanwhile, which counts as others' load
+        ):  # the kernel gives memory of the page cache back at that time, which counts as others' load
             plan = replace(plan, foreign=math.inf)
         with source.open("wb") as file:
             file.truncate(mib * _MIB)
@@ -179,7 +179,7 @@ def _busy(install: Install) -> Reading:
 def _depths(folder: Path, options: report.Options, seconds: float) -> str:
     """What a submission and a claim cost while so many wait, beside the same on an install where none does.
 
-    Nobody works, and nothing waits for the disk. Both are asked in turn: the machine's own pace changes by
+    No worker runs, and nothing waits for the disk. Both are measured in turn: the machine's own pace changes by
     more than depth costs.
     """
     ends, rows = time.monotonic() + seconds, []
@@ -207,7 +207,7 @@ def _depths(folder: Path, options: report.Options, seconds: float) -> str:
         options.note("deviation", f"{name} at depth", {"share": worst, "to": waiting})
     columns = ["jobs that wait", "µs to submit one more", "off an empty queue", "µs to claim one"]
     columns += ["off an empty queue", "bytes of Redis memory each"]
-    return report.grid("Depth of the queue, medians, nobody works", columns, rows)
+    return report.grid("Depth of the queue, medians, without workers", columns, rows)
 
 
 def _filled(install: Install, missing: int, ends: float) -> bool:

@@ -47,7 +47,7 @@ def main() -> None:
         folder = Path(name)
         with _callers(folder) as contenders:
             found = in_turn(contenders, options.plan, budget.share())
-        parts = [report.table("POST /encrypt, 1,024 B, in process, nobody asked", found, _CALL)]
+        parts = [report.table("POST /encrypt, 1,024 B, in process, no credential", options.keep("calls", found), _CALL)]
         parts += _share(found)
         with _worker(folder / "metrics") as server:
             found = in_turn([_scrapes(*server)], options.plan, budget.share())
@@ -60,7 +60,7 @@ def main() -> None:
 def _share(found: Sequence[Series]) -> list[str]:
     """Of each process, which is compared with itself."""
     pairs = zip(found[::2], found[1::2], strict=True)
-    medians = ((told.name, told.median("seconds"), untold.median("seconds")) for told, untold in pairs)
+    medians = ((full.name, full.median("seconds"), bare.median("seconds")) for full, bare in pairs)
     return [
         f"Instrumentation of {name}: {(with_all - with_none) / with_all:.1%} of a call."
         for name, with_all, with_none in medians
@@ -82,7 +82,7 @@ bench_metrics.answer(Path(sys.argv[1]))
 
 
 def answer(state: Path) -> None:
-    """Make a run of calls for each line of input, and say what one took; ``silent``: without metrics."""
+    """Make a run of calls for each line of input, and print the seconds of one; ``silent``: without metrics."""
     logs.configure("error", json=True)
     application = bench_auth.built(state, "")
     print(flush=True)
@@ -102,9 +102,9 @@ def _callers(folder: Path) -> Iterator[list[Contender]]:
     ):
         yield [
             Contender("a process alone", functools.partial(_asked, alone, "")),
-            Contender("the same without metrics", functools.partial(_asked, alone, "silent")),
-            Contender("one of several processes", functools.partial(_asked, several, "")),
-            Contender("the same without metrics", functools.partial(_asked, several, "silent")),
+            Contender("a process alone, without metrics", functools.partial(_asked, alone, "silent")),
+            Contender("one of several", functools.partial(_asked, several, "")),
+            Contender("one of several, without metrics", functools.partial(_asked, several, "silent")),
         ]
 
 
@@ -209,7 +209,7 @@ def _worker(folder: Path) -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def _python(program: str, *words: str, **own: str) -> Iterator[subprocess.Popen[str]]:
-    """A program that says an empty line when it is ready, and ends with its input."""
+    """A program that prints an empty line when it is ready, and ends with its input."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     with subprocess.Popen(
         [sys.executable, "-c", program, *words],

@@ -1,4 +1,4 @@
-"""What asking who calls and keeping an audit trail cost POST /encrypt over HTTP; ``bench_transit`` has peers.
+"""What authentication and the audit log cost POST /encrypt over HTTP; ``bench_transit`` has peers.
 
 Two API processes behind one port, over a state directory on a disk; OpenBao, which other scripts start from
 here, is one process of many threads. wrk keeps its connections. The processor time of the servers for each
@@ -66,12 +66,12 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """Settings of ours: who is asked, and what becomes of the record; and what is sent."""
+    """Settings of ours: whether a credential is required, and what becomes of the record; and what is sent."""
 
     name: str
     has_auth: bool
     durability: str = ""
-    """``write``, ``fsync``, or empty for no trail at all."""
+    """``write``, ``fsync``, or empty for no audit log at all."""
     path: str = f"{PREFIX}/encrypt"
     body: str = _BODY
     method: str = "POST"
@@ -83,8 +83,8 @@ class Way:
 WAYS: Final = (
     Way("kms: token, audit write", has_auth=True, durability="write"),
     Way("kms: token, audit fsync", has_auth=True, durability="fsync"),
-    Way("kms: token, no trail", has_auth=True),
-    Way("kms: nobody asked, no trail", has_auth=False),
+    Way("kms: token, no audit log", has_auth=True),
+    Way("kms: no credential, no audit log", has_auth=False),
 )
 
 
@@ -147,7 +147,7 @@ def ours(way: Way, state: Path) -> Iterator[Server]:
     argv = [*PYTHON, "kms_api.main", "--config", str(state / "kms.toml")]
     env = _environ(state) | {"KMS_PORT": str(port)}
     if not way.durability:
-        env |= {"PYTHONPATH": str(ROOT / "benchmarks/no_trail")}
+        env |= {"PYTHONPATH": str(ROOT / "benchmarks/no_audit_log")}
     with running.started(argv, env, f"http://127.0.0.1:{port}/livez") as leader:
         pids = _answering(leader)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -191,7 +191,7 @@ def _environ(state: Path) -> dict[str, str]:
 
 @contextmanager
 def theirs(folder: Path, *, has_audit: bool, body: str = _PLAIN, method: str = "POST") -> Iterator[Server]:
-    """A dev server, in memory; its trail is a file on the same disk as ours."""
+    """A dev server, in memory; its audit log is a file on the same disk as ours."""
     folder.mkdir()
     server = Bao(folder, audit=folder / "audit.log" if has_audit else None)
     try:

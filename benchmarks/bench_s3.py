@@ -78,6 +78,7 @@ def main() -> None:
         contenders = [Contender(name, _once(on, operation, source), size) for name, operation, source in ways]
         found = in_turn(contenders, options.plan, options.budget_s)
     title = f"one object to another, SeaweedFS {_version()} on the same machine, {size // _MIB} MiB"
+    options.keep("object", found)
     options.write([report.table(title, found, report.speed(size), more=report.WHOLE_PROCESS)])
 
 

@@ -32,32 +32,34 @@ def main() -> None:
     options = report.options("sealed", "A sealed and a plain Age key, in turn.", runs=10, budget_s=120.0)
     logs.configure("error", json=True)
     with tempfile.TemporaryDirectory(prefix="kms-bench-") as name:
-        folder, trail = Path(name), Path(name, "bao", "trail")
-        trail.parent.mkdir()
-        server = Bao(trail.parent, audit=trail)
+        folder, log = Path(name), Path(name, "bao", "audit.log")
+        log.parent.mkdir()
+        server = Bao(log.parent, audit=log)
         try:
             plain = install(folder / "plain")
             sealed = install(folder / "sealed", sealed_keys.root_settings(server))
             sealed_keys.seal(sealed, "default", sealed_keys.age_file(sealed))
-            begun = _calls(trail)
+            begun = _calls(log)
             key_opening.begin(sealed.settings)
-            opened = _calls(trail) - begun
+            opened = _calls(log) - begun
             services = {"sealed": kms_of(sealed), "plain": kms_of(plain)}
             found = in_turn(
                 [Contender(name, lambda kms=kms: run(kms)) for name, kms in services.items()],  # type: ignore[misc]  # the default is the service
                 options.plan,
                 options.budget_s,
             )
-            later = _calls(trail) - begun - opened
+            later = _calls(log) - begun - opened
         finally:
             server.close()
     runs = max(len(series.readings) + series.dropped for series in found)
-    table = report.table("encrypt and decrypt, 16 B, in process", found, _SCALE)
-    said = (
+    title = "encrypt and decrypt, 16 B, in process"
+    table = report.table(title, options.keep(title, found), _SCALE)
+    options.note("calls", "after the start", {"calls": later})
+    about = (
         f"{2 * PAIRS:,} operations a run. Calls to OpenBao: {opened} at start, {later} in the at least "
         f"{2 * PAIRS * runs:,} operations after it."
     )
-    options.write([table, said])
+    options.write([table, about])
 
 
 def install(folder: Path, settings: str = "") -> Service:
@@ -80,9 +82,9 @@ def run(kms: Kms) -> Reading:
     return {"seconds": (time.perf_counter() - began) / (2 * PAIRS)}
 
 
-def _calls(trail: Path) -> int:
+def _calls(log: Path) -> int:
     """The calls to encrypt and decrypt in OpenBao's audit log."""
-    return sum(b'"path":"transit/' in line for line in trail.read_bytes().splitlines()) // 2
+    return sum(b'"path":"transit/' in line for line in log.read_bytes().splitlines()) // 2
 
 
 if __name__ == "__main__":

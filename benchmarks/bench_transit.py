@@ -36,7 +36,7 @@ def main() -> None:
         runs=4,
         budget_s=150.0,
         seconds=1.0,
-        dir="/var/tmp",  # noqa: S108 -- a disk is the point: both trails lie there
+        dir="/var/tmp",  # noqa: S108 -- a disk is the point: both audit logs lie there
     )
     if http_load.CLIENT != "wrk":
         say("SKIPPED: wrk is NOT INSTALLED, and a slower client would be what is measured")

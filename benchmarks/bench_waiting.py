@@ -184,9 +184,9 @@ def _idle(
         side.install.worker("idle", queues=SERVED)
     time.sleep(_SETTLE_S)
     what = {
-        f"{sides[0].name}, of a queue that nobody serves": sides[0].install,
+        f"{sides[0].name}, of a queue without workers": sides[0].install,
         f"{capped.name}, of a tenant at its cap": capped.install,
-        f"{sides[1].name}, of a queue that nobody serves": sides[1].install,
+        f"{sides[1].name}, of a queue without workers": sides[1].install,
     }
     contenders = [
         Contender(name, functools.partial(_commands, name, install)) for name, install in what.items()

@@ -24,7 +24,7 @@ from benchmarks.measure import descendants
 from benchmarks.running import free_port, stopped
 from celery import Celery
 
-from kms_cli.local import installation, up
+from kms_cli.local import up, valkey
 from kms_core.container import Core
 from kms_core.container import build as build_core
 from kms_core.jobs.model import Job
@@ -50,7 +50,7 @@ class Install:
     """Processes are started by ``run`` and end with the ``installed`` block, or by ``end``."""
 
     state: Path
-    place: installation.ValkeyFiles
+    place: valkey.ValkeyFiles
     environ: Mapping[str, str]
     port: int
     core: Core
@@ -141,9 +141,9 @@ def installed(
     jobs = {"concurrency": 2, "open_jobs": _OPEN_JOBS, **jobs}
     config.write_text(settings + _toml(jobs))
     with ExitStack() as stack:
-        place = stack.enter_context(installation.claim(state, os.environ))
+        place = stack.enter_context(valkey.claim(state, os.environ))
         argv = [
-            *installation.command(installation.find_binary(os.environ), place),
+            *valkey.command(valkey.find_binary(os.environ), place),
             "--maxmemory",
             str(_MAXMEMORY),
         ]
@@ -152,7 +152,7 @@ def installed(
         argv += ["--bind", "0.0.0.0", "--protected-mode", "no"] if tcp else []  # noqa: S104 -- other namespaces
         log = stack.enter_context(place.log_path.open("ab"))
         stack.enter_context(stopped(tether.spawn(argv, env={}, output=log, pass_fds=(place.lock,))))
-        wait(lambda: installation.is_ready(place.socket_path))
+        wait(lambda: valkey.is_ready(place.socket_path))
         named = {
             "KMS_CONFIG": str(config),
             "KMS_STATE_DIR": str(state),

@@ -1,4 +1,4 @@
-"""What a benchmark says: tables, machine, versions, and its place in RESULTS.md; measures nothing."""
+"""Results of a benchmark: tables, machine, versions, and its place in RESULTS.md; measures nothing."""
 
 import argparse
 import json
@@ -218,8 +218,8 @@ def _tool_version(name: str) -> str:
     program = shutil.which(name)
     if not program:
         return ""
-    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
-    found = re.search(r"\d+\.\d+(\.\d+)?", said.stdout + said.stderr)
+    answer = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"\d+\.\d+(\.\d+)?", answer.stdout + answer.stderr)
     return found[0] if found else "?"
 
 
@@ -234,10 +234,10 @@ def _commit() -> str:
     git = shutil.which("git")
     if not git:
         return ""
-    said = subprocess.run(
+    answer = subprocess.run(
         [git, "-C", RESULTS.parent, "describe", "--always", "--dirty"],
         capture_output=True,
         text=True,
         check=False,
     )
-    return f", at {said.stdout.strip()}" if said.returncode == 0 else ""
+    return f", at {answer.stdout.strip()}" if answer.returncode == 0 else ""

@@ -18,7 +18,7 @@ export def encrypt-file [
     --context: oneof<string, record> # encryption context, as "env=prod,service=api" or {env: prod, service: api}
     --key-id: string@nu-complete-keys # key to use instead of the default one
     --priority: string@$PRIORITIES # of the job: before (high) or after (low) others that wait
-    --callback: string # endpoint of the service's settings to tell how the job ends
+    --callback: string # endpoint of the service's settings to notify of its end
     --force (-f) # overwrite the result if it is there
     --url: string # address of the service, instead of $env.KMS_SERVICE_URL
     --token-file: path # file that holds the token, instead of $env.KMS_TOKEN_FILE
@@ -56,7 +56,7 @@ export def decrypt-file [
     --context: oneof<string, record> # the context it was encrypted with
     --key-id: string@nu-complete-keys # needed only for files that another age tool made
     --priority: string@$PRIORITIES # of the job: before (high) or after (low) others that wait
-    --callback: string # endpoint of the service's settings to tell how the job ends
+    --callback: string # endpoint of the service's settings to notify of its end
     --force (-f) # overwrite the result if it is there
     --url: string # address of the service, instead of $env.KMS_SERVICE_URL
     --token-file: path # file that holds the token, instead of $env.KMS_TOKEN_FILE

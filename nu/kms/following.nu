@@ -28,7 +28,7 @@ export def ended [
         if $found != null {
             $answered = date now
             if $found != $job {
-                tell $found $progress
+                report $found $progress
                 $job = $found
                 $pause = $FIRST_PAUSE
             }
@@ -46,12 +46,12 @@ export def ended [
 }
 
 # Report a state to the closure, and in a terminal as a line that is erased when the job ends.
-def tell [job: record, progress?: closure]: nothing -> nothing {
+def report [job: record, progress?: closure]: nothing -> nothing {
     if $progress != null {
         do $progress $job | ignore
     }
     if (is-terminal --stderr) {
-        let line = if $job.state in $ENDED { "" } else { $job | told }
+        let line = if $job.state in $ENDED { "" } else { $job | summary }
         print --stderr --no-newline $"\r(ansi erase_line)($line)"
     }
 }
@@ -78,7 +78,7 @@ def check [at: record, job: record]: nothing -> nothing {
 }
 
 # A line of progress.
-def told []: record -> string {
+def summary []: record -> string {
     let job = $in
     let progress = $job.progress
     let items = if $progress.items > 0 { $", ($progress.items_done) of ($progress.items) items" } else { "" }

@@ -146,7 +146,7 @@ export def "job submit" [
     --dry-run # of many files: count what would change, touch nothing
     --ttl: duration # how long the job may take and be kept
     --priority: string@$PRIORITIES # before (high) or after (low) other jobs that wait
-    --callback: string # endpoint of the service's settings to tell how it ends
+    --callback: string # endpoint of the service's settings to notify of its end
     --wait # wait for its end, and fail as it failed
     --progress: closure # with --wait: called with the job whenever it has moved
     --url: string # address of the service, instead of $env.KMS_SERVICE_URL

@@ -94,7 +94,7 @@ export def reach [url?: string, token_file?: string, arguments: record = {}, --s
     }
 }
 
-# Ask whether a service of ours, of any version, has the default address: another program there must hear no secret.
+# Ask whether a service of ours, of any version, has the default address: another program there must receive no secret.
 def recognize [at: record, address: string]: nothing -> nothing {
     let id = random uuid
     $env.NO_PROXY = "*"

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from kms_core import audit
+from kms_core.backends import NotRotated
 from kms_protocol import errors, wire
 from kms_protocol.errors import KmsError
 
@@ -24,6 +25,7 @@ MEDIA_TYPE: Final = "application/problem+json"
 EXPECTED: Final = (KmsError, HTTPException, ClientDisconnect)
 """Errors that are no fault of the service."""
 AWAY: Final = "The key backend is not available; the log of the service says why, by this request id"
+KEPT: Final = "nothing has changed, and the key keeps its version"
 _NO_KEY: Final = "no such key for this caller; encrypting makes none here, the operator adds it to [kms.keys]"
 _OF_VAULT: Final = frozenset({"Allow", "Retry-After", "Connection"})
 _WRONG_INPUT: Final = "wrong key, version prefix, context or associated_data, or a damaged ciphertext"
@@ -156,7 +158,7 @@ def _refusal_of(known: KmsError) -> ErrorReply:
         links = {"jobs": f"{wire.PREFIX}/jobs", "files": f"{wire.PREFIX}/files/encrypt"}
     if isinstance(known, errors.BackendUnavailable):  # its text names servers and settings of ours
         _log.warning("backend.unavailable", reason=detail)
-        detail = AWAY
+        detail = f"{AWAY}; {KEPT}" if isinstance(known, NotRotated) else AWAY
     if isinstance(known, errors.Unavailable):
         headers["Retry-After"] = retry_after(known)
     if isinstance(known, errors.Unauthenticated):

@@ -14,7 +14,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from kms_cli.local import installation
+from kms_cli.local.valkey import redis_section
 from kms_core import audit
 from kms_core.audit.log import AuditLog
 from kms_core.audit.maintenance import build_audit
@@ -66,7 +66,7 @@ def redis_of(settings: Settings) -> redis.Redis | None:
     Without it, this chain is anchored only by the chains of the service.
     """
     try:
-        client = connect(installation.redis_section(settings, os.environ))
+        client = connect(redis_section(settings, os.environ))
     except ConfigurationError:
         return None
     client.set_retry(Retry(NoBackoff(), 0))

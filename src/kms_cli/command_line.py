@@ -43,7 +43,7 @@ KEYS_COMMANDS: Final = {
     "list": ("commands.service", "List keys, with the age and use of their current version."),
     "usage": ("commands.service", "Show how much each version of a key has encrypted."),
     "rotate": ("commands.service", "Create a new version of a key."),
-    "adopt": ("commands.keygen", "Take sealed key files into a document, or accept one put back."),
+    "adopt": ("commands.adopt", "Take sealed key files into a document, or accept one put back."),
 }
 
 MIGRATE_COMMANDS: Final = {
@@ -69,7 +69,7 @@ TOKEN_COMMANDS: Final = {
     "adopt": ("commands.tokens", "Go on with a document of tokens that was put back."),
 }
 
-COSMIAN_COMMANDS: Final = {"init-key": ("commands.keygen", "Create the keys that the settings name.")}
+COSMIAN_COMMANDS: Final = {"init-key": ("commands.cosmian", "Create the keys that the settings name.")}
 
 COMMANDS: Final[Commands] = {
     "up": ("local.up", "Run the whole service on this machine."),
@@ -86,7 +86,7 @@ COMMANDS: Final[Commands] = {
     "rewrap-file": ("commands.rewrap_file", "Rewrap a file under the current key, or another."),
     "seal": ("commands.offline", "Encrypt a file or stdin without a service."),
     "open": ("commands.offline", "Decrypt any age file without a service."),
-    "run": ("commands.secrets", "Run a program with decrypted values in its environment."),
+    "run": ("commands.run", "Run a program with decrypted values in its environment."),
     "keygen": ("commands.keygen", "Generate an age key pair."),
     "recipient": ("commands.keygen", "Print a recipient for age -r, rage and sops."),
     "identity": ("commands.keygen", "Print an identity for age -d -i, rage and sops."),

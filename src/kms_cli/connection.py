@@ -4,6 +4,7 @@ The client is imported by the first ``connect``: commands that need no service s
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
@@ -36,17 +37,21 @@ def connect(*, retries: int = 2, timeout_s: float = 30.0) -> "Client":
 
     An address that no option names is asked first whether it answers as this service.
     """
-    from kms_client import Client  # noqa: PLC0415 -- see above
+    from kms_client import Client, Options  # noqa: PLC0415 -- see above
 
     url, given = service_url(), session()
-    return Client(
-        url,
+    options = Options(
         token_file=given.token_file,
         allow_http=given.allow_http,
         check_service=given.check_service,
         retries=retries,
         timeout_s=timeout_s,
     )
+    if not sys.stderr.isatty() or given.as_json:
+        return Client(url, **options)
+    from kms_cli import waiting  # noqa: PLC0415 -- see above
+
+    return waiting.client(url, options)
 
 
 def completions(pairs: Iterable[tuple[str, str]], incomplete: str) -> "list[CompletionItem[str]]":

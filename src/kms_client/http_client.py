@@ -26,11 +26,11 @@ from kms_client.requests import (
     Reply,
     ServiceUnreachable,
     UnexpectedAnswer,
-    error_of,
+    answer_error,
 )
 from kms_client.settings import ClientSettings
 from kms_protocol import __version__
-from kms_protocol.errors import InvalidRequest, KmsError
+from kms_protocol.errors import BackendUnavailable, InvalidRequest, KmsError
 from kms_protocol.wire import Hidden
 
 T = TypeVar("T")
@@ -249,7 +249,7 @@ class Engine:
                 delay_s = _retry_delay_s(call, reply)
                 if delay_s is None:
                     return call.read(reply)
-                error: KmsError = error_of(reply)
+                error: KmsError = answer_error(reply)
             except ServiceUnreachable as exc:
                 error, delay_s = exc, exc.retry_after_s * 2**failed
             if not call.repeatable or (upload is not None and not upload.rewind()):
@@ -261,9 +261,13 @@ class Engine:
 
     async def pause(self, error: KmsError, delay_s: float, failed: int) -> None:
         """Wait before another attempt. Raises the error if no attempt is left or the wait is too long."""
-        if failed >= self._settings.retries or delay_s > LONGEST_WAIT_S:
+        left = self._settings.retries - failed - isinstance(error, BackendUnavailable)
+        if left <= 0 or delay_s > LONGEST_WAIT_S:
             raise error
-        await self.transport.sleep(delay_s * random.uniform(1, SPREAD))  # noqa: S311 - no secret
+        delay_s *= random.uniform(1, SPREAD)  # noqa: S311 - no secret
+        if self._settings.on_retry is not None:
+            self._settings.on_retry(error, delay_s, left)
+        await self.transport.sleep(delay_s)
 
     async def exchange(self, call: ClientRequest[T], until: float, upload: Upload | None = None) -> Reply:
         """Make one attempt and read its whole answer. Without data it fails at ``until`` (time.monotonic)."""
@@ -301,7 +305,7 @@ class Engine:
         finally:
             await answer.close()
         if reply.status in RETRYABLE:  # it has no room for another request
-            raise error_of(reply)
+            raise answer_error(reply)
         if reply.body != b"ok\n":
             text = f"What answers at {self._settings.url} is not this service, so no secret was sent there"
             raise NotThisService(text)
@@ -319,8 +323,8 @@ class Engine:
                 reply = await self._reply(answer)
             delay_s = _retry_delay_s(call, reply)
             if delay_s is None:
-                raise error_of(reply)
-            await self.pause(error_of(reply), delay_s, failed)
+                raise answer_error(reply)
+            await self.pause(answer_error(reply), delay_s, failed)
             failed += 1
 
     async def stream(self, call: ClientRequest[T]) -> AsyncGenerator[bytes]:

@@ -86,18 +86,18 @@ def decoded(data: bytes, shape: type[T], what: str) -> T:
         raise UnexpectedAnswer(f"{what} does not have the shape of this API") from exc
 
 
-def failure(code: str) -> KmsError:
+def coded_error(code: str) -> KmsError:
     """Return the error of a code, as in a failed item or a failed job."""
     kind = BY_CODE.get(code)
     return kind() if kind else UnexpectedAnswer(f"The service answered with code {code}")
 
 
-def error_of(reply: Reply) -> KmsError:
+def answer_error(reply: Reply) -> KmsError:
     """Return the error of an answer outside 2xx, with the request id as a note."""
     try:
         problem = msgspec.json.decode(reply.body, type=wire.Problem)
     except wire.NOT_JSON:
-        return _not_ours(reply)
+        return _foreign_error(reply)
     unknown: type[KmsError] = Unavailable if reply.status in RETRYABLE else UnexpectedAnswer
     error = BY_CODE.get(problem.code, unknown)(problem.detail)
     if isinstance(error, Unavailable):
@@ -106,7 +106,7 @@ def error_of(reply: Reply) -> KmsError:
     return error
 
 
-def _not_ours(reply: Reply) -> KmsError:
+def _foreign_error(reply: Reply) -> KmsError:
     if reply.status in RETRYABLE:
         return Unavailable(f"A proxy answered {reply.status}: is the service running")
     return UnexpectedAnswer(f"The address answered {reply.status} without a problem document of this service")
@@ -159,7 +159,7 @@ class ClientRequest(Hidden, Generic[T], frozen=True):
     def read(self, reply: Reply) -> T:
         """Decode the answer. Raises the KmsError of a problem, UnexpectedAnswer for another shape."""
         if not self.is_answer(reply.status):
-            raise error_of(reply)
+            raise answer_error(reply)
         return decoded(reply.body, self.answer, f"The answer to {self.path}")
 
 

@@ -1,6 +1,7 @@
 """Settings of a client: the address of the service, credentials, timeouts, TLS and proxy."""
 
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Self, TypedDict
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -9,7 +10,7 @@ from msgspec.structs import force_setattr
 
 from kms_protocol import small_files
 from kms_protocol.addresses import is_loopback
-from kms_protocol.errors import ConfigurationError
+from kms_protocol.errors import ConfigurationError, KmsError
 from kms_protocol.tls_client import client_context, load_pair
 from kms_protocol.wire import Hidden
 
@@ -27,7 +28,9 @@ class Options(TypedDict, total=False):
     ``token`` is a bearer token, ``token_file`` a file that contains one and is read for each request, so that
     a renewed token is used. ``timeout_s`` limits connecting and each period without data, not a whole
     transfer. ``retries`` is the number of attempts after the first; none begins later than ``deadline_s``
-    after the call. ``ca_file`` replaces the certificate authorities of the system. ``cert_file`` and
+    after the call; one fewer is made where a key backend did not answer, which the service has tried again
+    itself. ``on_retry`` is called before the wait for an attempt: with the error of the last one, the seconds
+    of the wait, and how many attempts are left. ``ca_file`` replaces the certificate authorities of the system. ``cert_file`` and
     ``key_file`` (PEM) are a client certificate. ``allow_http`` allows sending tokens, keys and plaintexts
     unencrypted over ``http://`` to another machine and through proxies. ``check_service`` asks the address,
     before the first request and without a credential, whether it answers as this service (``GET /livez``).
@@ -43,6 +46,7 @@ class Options(TypedDict, total=False):
     key_file: str | Path | None
     allow_http: bool
     check_service: bool
+    on_retry: Callable[[KmsError, float, int], object] | None
 
 
 class ClientSettings(Hidden, frozen=True):
@@ -62,6 +66,7 @@ class ClientSettings(Hidden, frozen=True):
     key_file: str | Path | None = None
     allow_http: bool = False
     check_service: bool = False
+    on_retry: Callable[[KmsError, float, int], object] | None = None
 
     @classmethod
     def of(cls, url: str | None, options: Options) -> Self:

@@ -11,7 +11,7 @@ from kms_core.age import header, stream
 from kms_core.age.header import Header
 from kms_core.audit import AuditWriter
 from kms_core.auth.policy import Policy, Principal, Remembered
-from kms_core.backends import Health, table_of
+from kms_core.backends import Health, NotRotated, table_of
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
 from kms_core.envelope.sealing import Sealing
@@ -32,6 +32,7 @@ from kms_core.payload import parallel
 from kms_core.payload.files import RangeSource
 from kms_core.payload.parallel import DEFAULTS, ParallelOptions
 from kms_core.payload.streaming import FileToFile, InMemory
+from kms_protocol import errors
 from kms_protocol.context import Context
 from kms_protocol.errors import DataKeysUnsupported, Forbidden, InvalidRequest, KmsError, UnknownKey
 from kms_protocol.wire import JobKind
@@ -298,8 +299,13 @@ class Kms:
         with self._recorder.recorded("rotate", who, Context(), key_id) as call:
             key = self._selector.permitted(call, key_id)
             self._recorder.record_intent(call)
-            for backend in key.sealing:
-                backend.rotate()
+            for number, backend in enumerate(key.sealing):
+                try:
+                    backend.rotate()
+                except NotRotated as exc:
+                    if not number:
+                        raise
+                    raise errors.BackendUnavailable(exc.detail) from exc
             ref = key.ref(who.tenant)
             call.note_key(ref)
             return ref

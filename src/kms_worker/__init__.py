@@ -1,1 +1,1 @@
-"""The Celery worker: takes job ids from the broker and runs the jobs; its maintenance runs beside it."""
+"""The Celery worker: is woken by the broker, claims jobs in Redis and runs them; maintenance runs beside it."""

@@ -16,7 +16,7 @@ import pytest
 import redis
 import yaml
 
-from kms_cli.local.installation import find_binary
+from kms_cli.local.valkey import find_binary
 from support.artefacts import ROOT, SYSTEMD, as_root, make_secrets
 from support.ports import free_port, listens
 from support.programs import program, running

@@ -73,13 +73,13 @@ def test_a_frozen_root_is_named_within_a_minute_while_calls_go_on(
 def test_the_doctor_asks_each_backend_and_each_root_itself(tmp_path: Path, server: Bao) -> None:
     keys = f'payroll = ["age://{tmp_path}/state/age/private_key.txt", "transit:{server.new_key()}"]\n'
     with Service(tmp_path, root_settings(server, timeout_s=1.0) + keys, "unix:///nonexistent") as service:
-        assert "root (transit, a root) wraps and unwraps" in service.run_kms("doctor").stdout
+        assert "root key 'root' (transit) wraps and unwraps" in service.run_kms("doctor").stdout
         os.kill(server.pid, signal.SIGSTOP)
         told = service.run_kms("doctor").stdout
 
     assert "payroll (age) wraps and unwraps" in told
     assert "payroll (transit) does not wrap and unwrap" in told
-    assert "root (transit, a root) does not wrap and unwrap" in told
+    assert "root key 'root' (transit) does not wrap and unwrap" in told
 
 
 def test_a_worker_asks_where_the_api_has_ended(tmp_path: Path, redis_url: str, server: Bao) -> None:

@@ -93,8 +93,10 @@ def test_a_rotation_without_its_root_changes_nothing(tmp_path: Path, redis_url: 
         public = (service.state / "age" / "public_key.txt").read_bytes()
         server.close()
 
-        check_problem(service.post("/keys/default/rotate"), 503, "backend_unavailable")
+        refused = service.post("/keys/default/rotate")
 
+        check_problem(refused, 503, "backend_unavailable")
+        assert "nothing has changed" in refused.json()["detail"]
         assert age_file(service).read_bytes() == before
         assert (service.state / "age" / "public_key.txt").read_bytes() == public
         assert service.decrypt(service.encrypt(b"still")) == b"still"

@@ -5,6 +5,7 @@ import pytest
 
 from kms_client import Client, ServiceUnreachable, UnexpectedAnswer, requests
 from kms_protocol import errors, wire
+from kms_protocol.errors import KmsError
 from support.contract_server import ContractServer
 
 Connect = Callable[..., Client]
@@ -124,6 +125,22 @@ def test_busy_service_is_asked_again_where_that_may_help(
             kms.status()
         assert caught.value.retry_after_s == retry_after_s
     assert len(server.seen) == attempts
+
+
+def test_a_key_backend_that_did_not_answer_the_service_is_asked_once_more(
+    connect: Connect, server: ContractServer
+) -> None:
+    """The service has asked it several times already, for as long as the caller may have to wait again."""
+    server.faults.busy, server.faults.busy_with = 9, errors.BackendUnavailable
+    retries: list[tuple[KmsError, float, int]] = []
+    kms = connect(on_retry=lambda *retry: retries.append(retry))
+
+    with pytest.raises(errors.BackendUnavailable):
+        kms.encrypt(b"x")
+
+    assert len(server.seen) == 2
+    ((error, wait_s, left),) = retries
+    assert (type(error), wait_s, left) == (errors.BackendUnavailable, 0.0, 1)
 
 
 def test_retries_are_bounded(kms: Client, server: ContractServer) -> None:

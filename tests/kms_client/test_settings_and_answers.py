@@ -9,7 +9,7 @@ import pytest
 
 from kms_client import Client, UnexpectedAnswer, requests
 from kms_client.async_transport import transport_errors
-from kms_client.requests import BY_CODE, Reply, error_of, failure
+from kms_client.requests import BY_CODE, Reply, answer_error, coded_error
 from kms_client.settings import ClientSettings, credentials_of
 from kms_protocol import errors, wire
 from kms_protocol.context import Context
@@ -32,7 +32,7 @@ def test_every_code_becomes_its_class(code: str) -> None:
         wire.Problem(type="urn:x", title="t", status=418, detail="why", code=code, request_id="r-9")
     )
 
-    error = error_of(Reply(418, {}, body))
+    error = answer_error(Reply(418, {}, body))
 
     assert type(error) is (core[-1] if core else UnexpectedAnswer)
     assert error.detail == "why"
@@ -42,15 +42,15 @@ def test_every_code_becomes_its_class(code: str) -> None:
 def test_classes_that_share_a_code_give_the_deeper_one_and_unknown_codes_keep_their_text() -> None:
     assert BY_CODE["invalid_request"] is errors.InvalidRequest
     assert BY_CODE["forbidden"] is errors.Forbidden
-    assert isinstance(failure("of_the_future"), UnexpectedAnswer)
-    assert "of_the_future" in str(failure("of_the_future"))
+    assert isinstance(coded_error("of_the_future"), UnexpectedAnswer)
+    assert "of_the_future" in str(coded_error("of_the_future"))
 
 
 @pytest.mark.parametrize(
     ("status", "kind"), [(502, errors.Unavailable), (404, UnexpectedAnswer), (500, UnexpectedAnswer)]
 )
 def test_answers_of_others_are_told_from_ours(status: int, kind: type[KmsError]) -> None:
-    assert type(error_of(Reply(status, {}, b"<html>"))) is kind
+    assert type(answer_error(Reply(status, {}, b"<html>"))) is kind
 
 
 @pytest.mark.parametrize(

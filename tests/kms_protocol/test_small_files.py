@@ -139,7 +139,7 @@ OTHERS = {
     "kms_cli/commands/config.py": "its own package",
     "kms_cli/commands/migrate.py": "the input of the user, which may be a pipe that is written to later",
     "kms_cli/commands/migrate_sops.py": "checked to be a file",
-    "kms_cli/local/installation.py": "the private directory of the embedded server",
+    "kms_cli/local/valkey.py": "the private directory of the embedded server",
     "kms_core/audit/verification/scan.py": "listed as a file",
     "kms_core/audit/verification/verify.py": "listed as a file",
     "kms_core/container.py": "checked to be a file",

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final, Self
 
-from kms_cli.local.installation import ValkeyFiles, answer, child, claim, find_binary
+from kms_cli.local.valkey import ValkeyFiles, answer, child, claim, find_binary
 from kms_core.programs import tether
 from kms_core.programs.supervisor import append_only
 from kms_core.settings.redis_urls import for_celery

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import redis
 
-from kms_cli.local.installation import find_binary
+from kms_cli.local.valkey import find_binary
 from kms_protocol.wire import ENDED
 from support.embedded_valkey import RIGHTS
 from support.ports import free_port

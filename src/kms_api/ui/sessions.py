@@ -21,7 +21,8 @@ import redis
 
 from kms_core.auth.policy import Principal
 from kms_core.jobs.model import RecordKey
-from kms_core.jobs.store.redis_keys import PREFIX, SCRIPTS
+from kms_core.jobs.store.keys import PREFIX
+from kms_core.jobs.store.scripts import SCRIPTS
 from kms_protocol.errors import Unavailable
 
 COOKIE: Final = "kms_session"

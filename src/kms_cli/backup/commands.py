@@ -19,7 +19,7 @@ from kms_cli import age_files, terminal
 from kms_cli.age_files import RequiredBinding
 from kms_cli.backup.files import SETTINGS, ArchiveWriter, InstalledFiles, KeepFile, Manifest, read_archive
 from kms_cli.commands.offline import recipient_option, recipients_file_option
-from kms_cli.local import installation
+from kms_cli.local import directories, installation
 from kms_cli.options import FILE, STDIO, OutputExists, force_option, writing
 from kms_cli.session import session
 from kms_core.audit import segments
@@ -205,7 +205,7 @@ def _place(read: Callable[[KeepFile], Manifest], folder: Path, *, force: bool) -
 def _stopped(folder: Path) -> Iterator[None]:
     """Keep ``kms up`` from starting with a state directory. Raises Conflict while a service runs with it."""
     lock = folder / "run/lock"
-    with installation.locked(lock, f"kms up runs with {folder}") if lock.exists() else nullcontext():
+    with directories.locked(lock, f"kms up runs with {folder}") if lock.exists() else nullcontext():
         _check_stopped(folder)
         yield
 

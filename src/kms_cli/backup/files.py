@@ -26,7 +26,7 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from kms_cli.age_files import AgeFile
-from kms_cli.local import installation
+from kms_cli.local.valkey import embedded_url
 from kms_core.backends.age import parts_of
 from kms_core.backends.age_settings import AgeSection
 from kms_core.envelope.sealing import Sealing
@@ -123,7 +123,7 @@ class InstalledFiles:
 
     def _is_embedded(self) -> bool:
         """Return whether the jobs are in the embedded Valkey of this state directory."""
-        embedded = {DEFAULT_REDIS_URL, installation.embedded_url(self._folder, self.environ)}
+        embedded = {DEFAULT_REDIS_URL, embedded_url(self._folder, self.environ)}
         has_data = (self._folder / _AOF / _AOF_MANIFEST).exists()
         if has_data and self.settings.kms.redis.url in embedded:
             return True

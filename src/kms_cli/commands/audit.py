@@ -14,8 +14,8 @@ import click
 import msgspec
 
 from kms_cli import audited, options, terminal
-from kms_cli.local import installation
-from kms_cli.local.installation import AnchorLines
+from kms_cli.local import anchors, installation
+from kms_cli.local.anchors import AnchorLines
 from kms_cli.options import FILE
 from kms_cli.session import session
 from kms_core import audit
@@ -365,7 +365,7 @@ def acknowledge_loss_command(chains: Sequence[str], *, every: bool) -> int:
     needs a record of its own. Lines that were replaced by others cannot be acknowledged.
     """
     settings = installation.settings()
-    report = _verified(settings.kms.audit.path, keys_of(None), installation.configured_anchors(settings))
+    report = _verified(settings.kms.audit.path, keys_of(None), anchors.configured_anchors(settings))
     if report.not_compared:
         why = "; ".join(f"{place}: {reason}" for place, reason in report.not_compared.items())
         raise Unavailable(f"Anchors cannot be read, so the loss is unknown: {why}")
@@ -476,9 +476,9 @@ def _show_hosts(hosts: Sequence[_Host], unknown: Mapping[str, str]) -> int:
 
 def _anchors(folders: Sequence[Path], sources: Sequence[str]) -> AnchorLines:
     if sources:
-        return installation.named_anchors(installation.settings(), sources)
+        return anchors.named_anchors(installation.settings(), sources)
     if all(map(is_own, folders)):
-        return installation.configured_anchors(installation.settings())
+        return anchors.configured_anchors(installation.settings())
     terminal.say("note: DIR is not the log of the settings: name its anchors with --anchors to compare them")
     return AnchorLines()
 

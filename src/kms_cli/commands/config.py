@@ -13,6 +13,7 @@ import msgspec
 
 from kms_cli import terminal
 from kms_cli.local import installation, instances
+from kms_cli.local.valkey import redis_section
 from kms_core.backends import SCHEMES, table_of
 from kms_core.settings.lint import Weakness, unaccepted, weaknesses
 from kms_core.settings.load import load as load_settings
@@ -55,7 +56,7 @@ def show_command(setting: str | None, *, changed: bool) -> None:
     loaded = load_settings(file, environ, overrides=installation.overrides())
     for text, advice in instances.doubts(running):
         terminal.say(f"warning: {terminal.plain(text)}: {terminal.plain(advice)}")
-    redis = installation.redis_section(loaded, environ)
+    redis = redis_section(loaded, environ)
     embedded = {
         f"redis.{name}"
         for name in ("url", "broker_url")

@@ -20,14 +20,16 @@ from msgspec.structs import replace
 
 from kms_cli import terminal
 from kms_cli.connection import connect
-from kms_cli.local import installation, instances
-from kms_cli.local.up import without_status
+from kms_cli.local import anchors, installation, instances
+from kms_cli.local.up import url_of, without_status
+from kms_cli.local.valkey import is_named, redis_section
 from kms_cli.session import is_given, session, use_url
 from kms_core import container, key_opening, keyring, redis_client
 from kms_core.audit.keys import PublicKeys, public_path
 from kms_core.audit.verification.verify import verify
 from kms_core.backends import NATIVE, table_of
 from kms_core.envelope.sealed_files import root_of
+from kms_core.http_client import Unreachable
 from kms_core.jobs.hosts.install import CLOCK_BOUND_S, YOUNG_S, Facts, differences, mismatch
 from kms_core.jobs.hosts.notes import Host, HostNote, HostNotes
 from kms_core.jobs.storage import spool_bucket
@@ -123,6 +125,9 @@ def _own_keys(settings: Settings) -> Iterator[Finding]:
         text = f"{sealed[name]} is sealed by {_root(sealed[name])}"
         try:
             opener.open(name, small_files.read(sealed[name]))
+        except Unreachable as exc:
+            text += f" and does not open: {exc.detail}"
+            yield Finding("FAIL", "own keys", text, "see the self-test of that root key", away=True)
         except KmsError as exc:
             is_away = isinstance(exc, BackendUnavailable)
             yield Finding("FAIL", "own keys", f"{text} and does not open", exc.detail, away=is_away)
@@ -140,15 +145,20 @@ def _keys(settings: Settings) -> Iterator[Finding]:
             how = f", in {place}"
         yield from _self_tests(key, how)
     for key in keyring.roots(settings).values():
-        yield from _self_tests(key, ", a root")
+        yield from _self_tests(key, "", f"root key '{key.key_id}'")
 
 
-def _self_tests(key: Key, how: str) -> Iterator[Finding]:
+def _self_tests(key: Key, how: str, name: str = "") -> Iterator[Finding]:
+    """Test each backend of a key. ``how``: where its files are, ``name``: that of a root."""
     for backend in key.backends:
-        health, away = backend.health_check(), backend.name != NATIVE or bool(how)
+        health, away = backend.health_check(), backend.name != NATIVE or bool(how or name)
         does = "wraps and unwraps" if health.healthy else "does not wrap and unwrap"
-        text = f"{key.key_id} ({backend.name}{how}) {does}"
-        yield Finding("ok" if health.healthy else "FAIL", "self-test", text, health.detail, away=away)
+        text, then = f"{name or key.key_id} ({backend.name}{how}) {does}", health.detail
+        if backend.server and not health.answered:
+            start = "start or unseal" if "Vault" in backend.server.product else "start"
+            text = f"{text}: {health.detail}"
+            then = f"{start} it, or check {backend.server.setting} and the network"
+        yield Finding("ok" if health.healthy else "FAIL", "self-test", text, then, away=away)
 
 
 def _root(path: Path) -> str:
@@ -214,7 +224,7 @@ def _audit_log(settings: Settings) -> Iterator[Finding]:
         text = f"it has {size_text(size_bytes)}: `kms audit verify` checks it, and the service its ends"
         yield Finding("ok", "audit log", text)
         return
-    found = installation.configured_anchors(settings)
+    found = anchors.configured_anchors(settings)
     report = verify(section.path, PublicKeys.read(own) if own.exists() else None, found.lines)
     found.note_in(report)
     if report.problems:
@@ -242,8 +252,8 @@ def _audit_log(settings: Settings) -> Iterator[Finding]:
 
 
 def _queue(settings: Settings) -> Iterator[Finding]:
-    """Check the Redis of the jobs, what hosts tell each other there, and a broker that is another server."""
-    section = installation.redis_section(settings, os.environ)
+    """Check the Redis of the jobs, the notes of hosts there, and a broker that is another server."""
+    section = redis_section(settings, os.environ)
     try:
         redis_client.check_servers(section)
         replicas.verify_replicas(section)
@@ -258,10 +268,9 @@ def _queue(settings: Settings) -> Iterator[Finding]:
         text = f"{_where(section.url)} does not answer in time, so jobs and files wait"
         yield Finding("FAIL", "redis", text, "it hangs, or is overloaded: see its log", away=True)
     except redis.RedisError:
-        is_named = installation.is_named(settings.kms.redis)
         text = f"nothing answers at {_where(section.url)}, so jobs and files wait"
         then = "check [kms.redis] url, or start it; kms up starts one where none is named"
-        yield Finding("FAIL" if is_named else "warn", "redis", text, then, away=True)
+        yield Finding("FAIL" if is_named(settings.kms.redis) else "warn", "redis", text, then, away=True)
     if section.broker_url.partition("://")[0] in AMQP:
         yield _broker(section.broker_url)
 
@@ -359,7 +368,7 @@ def _hosts(settings: Settings, notes: HostNotes) -> Iterator[Finding]:
         yield Finding("ok", "hosts", "no other host of this install is seen")
         return
     own = Facts({}, {})
-    with suppress(ConfigurationError, BackendUnavailable):  # other checks tell of it
+    with suppress(ConfigurationError, BackendUnavailable):  # other checks report it
         own = container.facts(settings)
     for note in others:
         yield _host(own, note, None if own_id is None else marks.lacks_host(note.id))
@@ -379,14 +388,14 @@ def _install(own_id: str | None, stored: str | None) -> Finding:
 
 def _host(own: Facts, note: HostNote, lacks_mark: bool | None) -> Finding:
     """Compare this host with another one. ``lacks_mark`` is None while the spool cannot be read."""
-    told = differences(own, note)
+    found = differences(own, note)
     if abs(note.clock_s) > CLOCK_BOUND_S:
-        told.append(f"its clock is {note.clock_s:+.0f} s off the clock of Redis")
+        found.append(f"its clock is {note.clock_s:+.0f} s off the clock of Redis")
     if lacks_mark:
-        told.append("it uses another spool: its mark is not in this one")
-    if told:
+        found.append("it uses another spool: its mark is not in this one")
+    if found:
         level: Level = "FAIL" if lacks_mark else "warn"
-        return Finding(level, "hosts", f"{note.name} differs: {'; '.join(told)}", _HOSTS)
+        return Finding(level, "hosts", f"{note.name} differs: {'; '.join(found)}", _HOSTS)
     places, spool = note.key_places, "" if lacks_mark is None else "spool, "
     separate = sorted(name for name, place in own.key_places.items() if places.get(name, place) != place)
     files = f"; key files of its own: {', '.join(separate)}" if separate else ""
@@ -397,7 +406,7 @@ def _host(own: Facts, note: HostNote, lacks_mark: bool | None) -> Finding:
 
 
 def _bucket(settings: Settings) -> Iterator[Finding]:
-    """Write, read, list and delete a probe object; tell versioning, object lock and rules of the bucket."""
+    """Write, read, list and delete a probe object; report versioning, object lock and rules of the bucket."""
     section = settings.kms.jobs.spool_bucket
     if section is None:
         return
@@ -506,7 +515,7 @@ def _findings() -> Iterator[Finding]:
             jobs = replace(settings.kms.jobs, spool_bucket=section)
             settings = replace(settings, kms=replace(settings.kms, jobs=jobs))
         if not is_given("url"):
-            use_url(installation.url_of(settings))
+            use_url(url_of(settings))
         how = "kms up runs it" if running else "kms up does not run it"
         yield Finding("ok", "target", f"{session().url}, state {settings.state_dir.absolute()}: {how}")
         for text, advice in instances.doubts(running):
@@ -549,7 +558,8 @@ def _service(own_id: str | None) -> Iterator[Finding]:
         part = DEGRADED.get(name, unknown)
         yield Finding(part.level, "service", part.text, part.then, away=True)
     for each in status.backends_down:
-        text = f"{'root' if each.root else 'key'} {each.key_id} ({each.backend}) is down since {each.since}"
+        name = f"root key '{each.key_id}'" if each.root else f"key {each.key_id}"
+        text = f"{name} ({each.backend}) is down since {each.since}"
         yield Finding("FAIL", "service", text, "backend.down in its log says why", away=True)
     if status.jobs is not None:
         room = f", spool {status.spool.full:.0%} full" if status.spool else ""

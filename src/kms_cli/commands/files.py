@@ -34,7 +34,7 @@ from kms_cli.options import (
     writing,
 )
 from kms_client import Client
-from kms_client.requests import JobOptions, UnexpectedAnswer, failure
+from kms_client.requests import JobOptions, UnexpectedAnswer, coded_error
 from kms_core.age import stream
 from kms_core.age.header import FILE_KEY_BYTES, render_stanza
 from kms_core.envelope import binding
@@ -282,8 +282,8 @@ def require_success(job: JobOut) -> None:
         raise JobCancelled
     if job.state != "failed":
         return
-    told = job.error or JobError(code="internal")
-    error = failure(told.code)
-    error.detail = told.detail or error.detail
-    error.hint = told.hint or ""
+    reason = job.error or JobError(code="internal")
+    error = coded_error(reason.code)
+    error.detail = reason.detail or error.detail
+    error.hint = reason.hint or ""
     raise error

@@ -1,20 +1,18 @@
-"""Commands that make keys: age key files in the format of age-keygen, keys on a Cosmian KMS server.
+"""``kms keygen``: makes age key files in the format of age-keygen, plain ones and sealed ones.
 
 Also ``kms recipient`` and ``kms identity``, which name keys of the service for age tools.
 """
 
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import click
-import msgspec
 
 from kms_cli import terminal
 from kms_cli.age_files import check_key_id, parse_identities
+from kms_cli.commands.adopt import document_of
 from kms_cli.connection import service_url
 from kms_cli.options import FILE, context_option, key_option
 from kms_cli.plugin.names import PluginTarget
@@ -23,7 +21,6 @@ from kms_core.age import mlkem768x25519, x25519
 from kms_core.age.header import is_age_file
 from kms_core.age.recipients import identity_file
 from kms_core.envelope.sealed_files import RECOVERY
-from kms_core.observability import logs
 from kms_core.secure_files import create, in_shell, open_to_others
 from kms_protocol import small_files
 from kms_protocol.context import Context
@@ -32,7 +29,6 @@ from kms_protocol.wire import ContextIn
 
 if TYPE_CHECKING:
     from kms_core.envelope.sealed_files import FileSealer
-    from kms_core.documents.key_document import KeyDocument
     from kms_core.settings.model import Settings
 
 IDENTITY: Final = "kms:identity"
@@ -125,49 +121,6 @@ def _put(output: str | None, content: bytes, *, is_secret: bool) -> None:
         raise KeyFileExists(f"{output} exists")
 
 
-@click.command("adopt")
-@click.argument("key_id", metavar="KEY")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-@click.option(
-    "--from",
-    "files",
-    type=FILE,
-    multiple=True,
-    help="Add the identities of this sealed key file; repeatable.",
-)
-def adopt_command(key_id: str, yes: bool, files: tuple[Path, ...]) -> None:
-    """Make the document of a sealed Age key the newest, with all identities that are known here.
-
-    They come from the stored document, the copy of this host and the given files. Needed to take key files
-    over, after an old document was put back, and if neither this host nor Redis has seen it.
-    """
-    from kms_cli import audited  # noqa: PLC0415 -- the rest of the service, which takes a second
-
-    settings, document = _document(key_id)
-    if not yes and not click.confirm(f"Make {document.private} the newest document of {key_id}?", err=True):
-        raise click.Abort
-    with audited.effect(settings, "key.adopt", key_id):
-        number = document.adopt(small_files.read(file) for file in files)
-    terminal.say(f"adopted {document.private}: {number} versions of {key_id}")
-
-
-def _document(name: str) -> "tuple[Settings, KeyDocument]":
-    """Return the document of a key. Raises InvalidRequest if the settings name none."""
-    from kms_cli.local import installation  # noqa: PLC0415 -- a plain key needs neither settings nor backends
-    from kms_core import key_opening  # noqa: PLC0415 -- as above
-
-    logs.configure("error", json=False)  # stdout is for results
-    settings = installation.settings()
-    redis = installation.redis_section(settings, os.environ)
-    settings = msgspec.structs.replace(settings, kms=msgspec.structs.replace(settings.kms, redis=redis))
-    found = key_opening.documents(settings)
-    if name not in found:
-        raise InvalidRequest(
-            f"The settings name no document for the key {name}: write age:s3://bucket/key under [kms.keys]"
-        )
-    return settings, found[name]
-
-
 def _sealed(  # noqa: PLR0913 -- the options of the command
     root: str,
     name: str | None,
@@ -214,7 +167,7 @@ def _write_document(name: str, output: str, content: bytes, root: str | None) ->
     """Make the document of a key. Raises KeyFileExists, and InvalidRequest for another place."""
     from kms_cli import audited  # noqa: PLC0415 -- as above
 
-    settings, document = _document(name)
+    settings, document = document_of(name)
     if str(document.private) != unquote(output.removeprefix("file://")):
         raise InvalidRequest(f"The settings name {document.private} for the key {name}, and not {output}")
     with audited.effect(settings, "key.create", name):
@@ -294,42 +247,3 @@ def _target(context: ContextIn, key_id: str | None, *, in_process: bool, with_ur
     url = checked_address(service_url()) if with_url else None
     check_key_id(key_id)
     return PluginTarget(key_id, Context.parse(context), url, in_process)
-
-
-# -- keys on a Cosmian KMS server ----------------------------------------------------------------------
-
-
-@click.command("init-key")
-def init_key_command() -> None:
-    """Create the Cosmian keys that the settings name, unless they exist."""
-    from kms_cli import audited  # noqa: PLC0415 -- the rest of the service, which takes a second
-    from kms_cli.local import installation  # noqa: PLC0415 -- as above
-    from kms_core.backends.cosmian.backend import key_of  # noqa: PLC0415 -- as above
-    from kms_core.backends.cosmian.settings import CosmianSection  # noqa: PLC0415 -- as above
-
-    settings = installation.settings()
-    section = settings.backend(CosmianSection)
-    names = list(dict.fromkeys(_cosmian_keys(settings, section.default_key_id)))
-    if not names:
-        raise ConfigurationError(
-            f"No key of the environment {settings.environment} uses Cosmian: set its backend under [kms], "
-            "or write a key as cosmian:<name> under [kms.keys]"
-        )
-    for name in names:
-        key = key_of(name, section, strict=settings.is_prod)
-        with audited.effect(settings, "key.create", name), key.call():
-            version, is_new = key.init()
-        if not terminal.printed_as_json({"name": name, "version": version.version, "made": is_new}):
-            done = f"created {name}" if is_new else f"{name} exists"
-            terminal.shown(f"{done}, version {version.version}, on {key.server.where}")
-
-
-def _cosmian_keys(settings: "Settings", default: str) -> Iterator[str]:
-    """Yield the names of the keys that encrypt. A key that only decrypts must exist already."""
-    kms = settings.kms
-    if settings.active_backend == "cosmian" and kms.default_key_id not in kms.keys:
-        yield default
-    for _, uri in kms.key_uris:
-        parts = urlsplit(uri)
-        if parts.scheme == "cosmian" and parts.query != "seal=false":
-            yield parts.path

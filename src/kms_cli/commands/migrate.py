@@ -30,7 +30,7 @@ from kms_cli.connection import connect
 from kms_cli.options import PATH, STDIO, context_of, context_option, key_option, placed
 from kms_cli.session import session
 from kms_client import Client
-from kms_client.requests import failure
+from kms_client.requests import coded_error
 from kms_client.settings import check_encrypted
 from kms_core.backends.aws.settings import AwsKmsSection, check_endpoint
 from kms_core.backends.circuit_breaker import RetryingCaller, RetryPolicy
@@ -328,7 +328,7 @@ def _processed(
         if len(items) == 1:
             return [exc]
         return [_processed(client, operation, [each])[0] for each in items]
-    return [each if each.error is UNSET else failure(each.error.code) for each in results]
+    return [each if each.error is UNSET else coded_error(each.error.code) for each in results]
 
 
 def migrate(shape: type[L], decrypt: Callable[[L], bytes], given: Mapping[str, Any]) -> int:
@@ -439,8 +439,8 @@ def _by_transit(engine: vault.VaultClient, mount: str, line: TransitLine) -> byt
     answer = engine.call("POST", path, line.parameters("ciphertext", "context", "associated_data"))
     if answer.ok:
         return answer.read(vault.EngineAnswer[_PlaintextAnswer]).data.plaintext
-    told = vault.said(answer)
-    if any(word in told for word in DAMAGED):
+    text = vault.said(answer)
+    if any(word in text for word in DAMAGED):
         raise errors.DecryptFailed
     enable = f"bao secrets enable -path={mount} transit"
     raise engine.engine_error(answer, mount, enable) or errors.BackendUnavailable(

@@ -1,27 +1,35 @@
 """The notes of each ``kms up`` of this user: which of them run, and at which address. Imports little."""
 
 import fcntl
+import hashlib
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 import msgspec
 
 from kms_cli import terminal
+from kms_cli.local.directories import private_directory
 from kms_cli.session import DEFAULT_URL, is_completion, is_given, session
+from kms_core import secure_files
 from kms_core.secure_files import in_shell
 from kms_protocol.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from kms_core.settings.model import Settings
 
 MAX_SOCKET_PATH_BYTES: Final = 107  # sun_path is 108 with its final zero, unix(7)
 NOTE: Final = "up.json"
 _LONGEST_BYTES: Final = 64 * 1024
 SETTLED: Final = ("HOME", "XDG_STATE_HOME", "PROVISIONING_ENV", "KMS_BIND", "KMS_PORT")
 PATHS: Final = ("KMS_CONFIG", "KMS_STATE_DIR")
+_PERHAPS_SECRET: Final = ("KMS_REDIS_URL", "KMS_BROKER_URL", "COSMIAN_KMS_URL", "COSMIAN_API_KEY")
 
 
 class Running(msgspec.Struct, frozen=True):
@@ -36,6 +44,30 @@ class Running(msgspec.Struct, frozen=True):
     state_dir: str
     environ: dict[str, str]
     others: list[str]
+
+
+@contextmanager
+def keep_note(settings: "Settings", url: str, environ: Mapping[str, str]) -> Iterator[None]:
+    """Keep a note of this ``kms up`` where its embedded server has its socket, locked while it runs."""
+    folder = private_directory(runtime_dir(settings.state_dir, environ))
+    named = {name: environ[name] for name in SETTLED if environ.get(name)}
+    named |= {name: str(Path(environ[name]).absolute()) for name in PATHS if environ.get(name)}
+    note = Running(
+        time.time(),
+        url,
+        str(settings.state_dir.absolute()),
+        named,
+        [name for name in _PERHAPS_SECRET if environ.get(name)],
+    )
+    try:
+        with secure_files.lock(folder / NOTE) as handle:
+            os.ftruncate(handle, 0)
+            secure_files.write_all(handle, msgspec.json.encode(note))
+            yield
+    finally:
+        (folder / NOTE).unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def address(environ: Mapping[str, str]) -> str:
@@ -94,6 +126,13 @@ def place(environ: Mapping[str, str]) -> tuple[Path, str]:
     if is_ours and len(os.fsencode(login / "kms-01234567" / "valkey.sock")) <= MAX_SOCKET_PATH_BYTES:
         return login, "kms"
     return Path("/tmp"), f"kms-{os.geteuid()}"  # noqa: S108  # they are made 0700 and their owner checked
+
+
+def runtime_dir(state_dir: Path, environ: Mapping[str, str]) -> Path:
+    """Return the directory of the socket: a short path, always the same for a state directory."""
+    tag = hashlib.sha256(os.fsencode(os.path.realpath(state_dir))).hexdigest()[:8]
+    parent, prefix = place(environ)
+    return parent / f"{prefix}-{tag}"
 
 
 def is_private(folder: Path, owners: set[int]) -> bool:
@@ -162,5 +201,5 @@ def environ_of(found: Sequence[Running], environ: Mapping[str, str]) -> Mapping[
     """Return the environment for reading the settings of the first one; ``environ`` if there is none."""
     if not found:
         return environ
-    told = {name: found[0].environ.get(name, "") for name in (*SETTLED, *PATHS)}
-    return {name: value for name, value in {**environ, **told}.items() if value or name not in told}
+    kept = {name: found[0].environ.get(name, "") for name in (*SETTLED, *PATHS)}
+    return {name: value for name, value in {**environ, **kept}.items() if value or name not in kept}

@@ -20,7 +20,8 @@ from urllib.parse import urlsplit
 import click
 
 from kms_cli import audited, terminal
-from kms_cli.local import installation
+from kms_cli.local import directories, valkey
+from kms_cli.local.instances import keep_note
 from kms_cli.session import session
 from kms_client.requests import START_HINT
 from kms_core import secure_files
@@ -43,6 +44,10 @@ from kms_protocol.wire import PREFIX
 
 RULES: Final = Path(__file__).parents[3] / "monitoring" / "rules"  # in a checkout, from which scripts/up runs
 PROMETHEUS_OFFSET: Final = 2  # from the port of the API; the next port is that of the worker
+API_GRACE_S: Final = 25.0  # its open requests end within 20 s
+WORKER_GRACE_S: Final = 40.0  # a warm shutdown of Celery's pool may take 30 s
+_ADDRESSES: Final[Sequence[str]] = ("KMS_REDIS_URL", "KMS_BROKER_URL")
+EXAMPLE: Final = '{"plaintext": "c2VjcmV0", "context": "env=dev"}'
 
 
 def prometheus_port(settings: Settings) -> int:
@@ -59,7 +64,7 @@ def prometheus(settings: Settings, host: str, env: Mapping[str, str]) -> Child:
         raise ConfigurationError(
             "--monitoring needs the folder monitoring/ of a checkout: use scripts/up there"
         )
-    folder = installation.private_directory(settings.state_dir / "prometheus")
+    folder = directories.private_directory(settings.state_dir / "prometheus")
     secure_files.write(folder / "prometheus.yml", json.dumps(_configuration(settings, host)).encode())
     argv = [
         binary,
@@ -89,10 +94,11 @@ def _configuration(settings: Settings, host: str) -> dict[str, object]:
     }
 
 
-API_GRACE_S: Final = 25.0  # its open requests end within 20 s
-WORKER_GRACE_S: Final = 40.0  # a warm shutdown of Celery's pool may take 30 s
-_ADDRESSES: Final[Sequence[str]] = ("KMS_REDIS_URL", "KMS_BROKER_URL")
-EXAMPLE: Final = '{"plaintext": "c2VjcmV0", "context": "env=dev"}'
+def url_of(settings: Settings) -> str:
+    """Return the address of the service for this machine."""
+    host = reachable(settings.kms.bind)
+    scheme = "http" if settings.kms.server.tls_cert is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.kms.port}"
 
 
 def service_programs(settings: Settings, env: Mapping[str, str]) -> Sequence[Child]:
@@ -119,13 +125,13 @@ def up_command(bind: str | None, port: int | None, *, monitoring: bool) -> int:
     with ExitStack() as stack:
         run_dir = _make_directories(settings.state_dir)
         stack.enter_context(
-            installation.locked(run_dir / "lock", f"kms up already runs with {settings.state_dir}")
+            directories.locked(run_dir / "lock", f"kms up already runs with {settings.state_dir}")
         )
         _check_ports(settings, monitoring)
         if settings.environment == "dev" and _lacks_keys(settings):
             with audited.effect(settings, "key.create", "development"):
                 make_dev_keys(settings)
-        stack.enter_context(installation.noted(settings, env))
+        stack.enter_context(keep_note(settings, url_of(settings), env))
         servers = _embedded_redis(env, settings.state_dir, stack)
         children = [*servers, *service_programs(settings, env)]
         if monitoring:
@@ -140,11 +146,11 @@ def _embedded_redis(env: dict[str, str], state_dir: Path, stack: ExitStack) -> l
     origin = origins(None, env)
     if origin(("redis", "url")) != "default":
         return []
-    files = stack.enter_context(installation.claim(state_dir, env))
+    files = stack.enter_context(valkey.claim(state_dir, env))
     env["KMS_REDIS_URL"] = files.url_of(0)
     if origin(("redis", "broker_url")) == "default":
         env["KMS_BROKER_URL"] = for_celery(files.url_of(0))
-    return [installation.child(files, env)]
+    return [valkey.child(files, env)]
 
 
 def _environment(bind: str | None, port: int | None) -> dict[str, str]:
@@ -164,9 +170,9 @@ def _environment(bind: str | None, port: int | None) -> dict[str, str]:
 
 def _make_directories(state_dir: Path) -> Path:
     """Create the state directory and its subdirectories. Return the one for pid files."""
-    installation.make_directory(state_dir)
-    installation.make_directory(state_dir / "files")  # the user may change its mode
-    return installation.private_directory(state_dir / "run")
+    directories.make_directory(state_dir)
+    directories.make_directory(state_dir / "files")  # the user may change its mode
+    return directories.private_directory(state_dir / "run")
 
 
 class PortTaken(Unavailable):
@@ -236,7 +242,7 @@ def without_status(url: str, error: KmsError) -> tuple[str, str]:
 
 def _announce(settings: Settings, embedded: Mapping[str, str], *, monitoring: bool) -> None:
     """Print the address, what is there, and what to try. ``embedded``: the variables of the own Redis."""
-    url = installation.url_of(settings)
+    url = url_of(settings)
     sys.stdout.write(f"kms: ready {url} (state {settings.state_dir.absolute()})\n")
     sys.stdout.flush()
     credential = ""

@@ -1,1 +1,1 @@
-"""The age v1 format (C2SP age.md); nothing here is specific to this service."""
+"""The age v1 format (C2SP age.md), and the bundle stanza of this service, which ``header`` reads."""

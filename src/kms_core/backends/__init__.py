@@ -44,6 +44,10 @@ class KeyMissing(BackendUnavailable):
     """The server answers and has no such key: an operator has to create it before the service starts."""
 
 
+class NotRotated(BackendUnavailable):
+    """A rotation that was refused before the backend was asked to make a version: the key keeps its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Health:
     """The outcome of a real wrap and unwrap. ``detail`` is for the operator's log, not for callers.
@@ -97,7 +101,10 @@ class Backend(Protocol):
         """All versions that unwrap, the current one last."""
 
     def rotate(self) -> KeyVersion:
-        """Make a new version, which wraps from now on. Old versions still unwrap."""
+        """Make a new version, which wraps from now on. Old versions still unwrap.
+
+        Raises NotRotated if certainly none was made.
+        """
 
     def is_ready(self, tenant: str, key_id: str, wrap: "Wrap | None") -> bool:
         """True if wrapping a new file key, or unwrapping ``wrap``, is certain to need no network now."""

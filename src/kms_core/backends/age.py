@@ -37,7 +37,7 @@ from kms_core.age.recipients import (
     parse_recipient,
 )
 from kms_core.age.x25519 import NoMatch
-from kms_core.backends import Health, KeyVersion
+from kms_core.backends import Health, KeyVersion, NotRotated
 from kms_core.backends.age_settings import AgeSection, document_of
 from kms_core.backends.key_files import KeyFiles
 from kms_core.envelope import binding
@@ -155,8 +155,9 @@ class AgeBackend:
         """A new identity of the same type, in use at once here and within a second in other processes.
 
         The identity of a sealed file is in use once the other processes have opened it, some seconds later.
-        Raises RotationRefused where hosts have files of their own, TooManyVersions, BackendUnavailable if
-        nothing was changed or the new identity cannot be used.
+        Raises RotationRefused where hosts have files of their own, TooManyVersions, NotRotated where the root
+        of a sealed file does not answer, BackendUnavailable if nothing was changed or the new identity cannot
+        be used.
         """
         if others := self.elsewhere(asks=True):
             raise RotationRefused(_SEVERAL_HOSTS.format(", ".join(others)))
@@ -164,7 +165,11 @@ class AgeBackend:
         post_quantum = isinstance(keys.identities[keys.current], mlkem768x25519.HybridIdentity)
         kind = mlkem768x25519.HybridIdentity if post_quantum else x25519.X25519Identity
         identity = kind.generate()
-        if self.source.add(identity_file(identity)):
+        try:
+            must_open = self.source.add(identity_file(identity))
+        except Unreachable as exc:  # the root, without which nothing is written
+            raise NotRotated(exc.detail) from exc
+        if must_open:
             self._wait_for(version_of(identity.recipient))
         self.source.use(str(identity.recipient))
         self._checked = -math.inf

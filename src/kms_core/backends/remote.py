@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Final, Protocol, TypeVar
@@ -19,7 +18,7 @@ import structlog
 
 from kms_core import http_client
 from kms_core.age.header import FILE_KEY_BYTES, Stanza
-from kms_core.backends import Health, KeyMissing, KeyVersion
+from kms_core.backends import Health, KeyMissing, KeyVersion, NotRotated
 from kms_core.backends.batching import SingleFlight
 from kms_core.backends.circuit_breaker import RetryingCaller, RetryPolicy
 from kms_core.backends.file_token import FileToken
@@ -178,11 +177,17 @@ class RemoteBackend:
     def rotate(self) -> KeyVersion:
         """A new version, in use at once in this process and within 30 seconds in others.
 
-        Raises TooManyVersions from ``MOST_VERSIONS`` on, BackendUnavailable.
+        The server is asked for its versions first: one that does not answer is not asked to rotate, since it
+        might do so later. Raises TooManyVersions from ``MOST_VERSIONS`` on, NotRotated, BackendUnavailable.
         """
-        with suppress(KeyMissing):  # the rotation makes the first one, where its server allows that
-            if len(self.versions()) >= MOST_VERSIONS:
-                raise TooManyVersions
+        try:
+            found = self._call("versions", self._cipher.versions)
+        except KeyMissing:  # the rotation makes the first one, where its server allows that
+            found = ()
+        except BackendUnavailable as exc:
+            raise NotRotated(exc.detail, retry_after_s=exc.retry_after_s) from exc
+        if len(found) >= MOST_VERSIONS:
+            raise TooManyVersions
         made = self._caller.once("rotate", self._cipher.rotate)
         self.changes += 1
         self._known = _ListedVersions()

@@ -68,8 +68,9 @@ def load(
     check_names(environ)
     file = named(path, environ)
     given = {key: value for key, value in overrides.items() if value is not None}
+    document = read_toml(file) if file else {}
     try:
-        return _settings(read_toml(file) if file else {}, environ, given)
+        return _settings(document, environ, given)
     except RecursionError:  # dotted keys nest without end
         raise ConfigurationError(f"{file}: tables are nested too deep") from None
     except ConfigurationError as exc:

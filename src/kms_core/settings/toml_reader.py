@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
+from kms_core.secure_files import in_shell
 from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError
 
@@ -52,6 +53,9 @@ def read_toml(path: Path) -> Tree:
     """The tables of a TOML file. Raises ConfigurationError, which names the file and, if known, the line."""
     try:
         return tomllib.loads(small_files.text(path))
+    except FileNotFoundError as exc:
+        make = f"kms config init > {in_shell(path)}"
+        raise ConfigurationError(f"{path} does not exist: correct its name, or make it: {make}") from exc
     except OSError as exc:
         raise ConfigurationError(f"Cannot read {path}: {exc.strerror}; check the path and its mode") from exc
     except UnicodeDecodeError as exc:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kms_cli.local import installation
+from kms_cli.local import directories
 from kms_cli.local.up import make_dev_keys
 from kms_core.audit.keys import Concealer, Signer
 from kms_core.audit.log import AuditLog
@@ -168,7 +168,7 @@ def serving(place: Workspace, how: str) -> Iterator[None]:
     state = place.folder / "state"
     if how == "kms up":
         (state / "run").mkdir()
-        with installation.locked(state / "run/lock", ""):
+        with directories.locked(state / "run/lock", ""):
             yield
         return
     if how == "log elsewhere":

@@ -20,7 +20,7 @@ import redis
 
 from kms_cli.commands import doctor as doctor_command
 from kms_cli.commands.doctor import MAX_VERIFIED_BYTES, Finding
-from kms_cli.local import installation
+from kms_cli.local import valkey
 from kms_cli.session import META
 from kms_core.settings.load import load
 from kms_protocol.admin import StatusOut
@@ -165,6 +165,20 @@ def test_keys_of_the_service_that_others_may_read_or_that_are_not_there(
     assert environment == "dev" or told.exit_code == 78
 
 
+def test_a_key_server_that_is_silent_has_a_next_step(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        where = f"127.0.0.1:{silent.getsockname()[1]}"
+        transit = f'[kms.transit]\naddress = "http://{where}"\ntoken = "t"\ntimeout_s = 1.0\n'
+        keys = '[kms.keys.root]\nuri = "transit:root"\nuse = "seal"\n[kms.keys.pay]\nuri = "transit:pay"\n'
+        told = doctor(configured(tmp_path, transit + keys))
+
+    what = f"No answer from OpenBao or Vault at {where} within 1 s"
+    then = "start or unseal it, or check kms.transit.address and the network"
+    assert told.all("self-test", "FAIL") == [
+        f"{name} (transit) does not wrap and unwrap: {what}: {then}" for name in ("pay", "root key 'root'")
+    ]
+
+
 def test_a_token_file_that_is_not_there(install: Service) -> None:
     told = doctor(install, KMS_TOKEN_FILE="/nonexistent/my.token")
 
@@ -260,7 +274,7 @@ def test_a_certificate_that_is_none_and_a_key_that_others_read(tmp_path: Path) -
 def weak(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of a server that forgets what it is told, and what it should keep."""
     folder, port = tmp_path_factory.mktemp("weak"), free_port()
-    binary = installation.find_binary(os.environ)
+    binary = valkey.find_binary(os.environ)
     weak = "--bind 127.0.0.1 --appendonly no --maxmemory 64mb --maxmemory-policy allkeys-lru"
     argv = [binary, "--port", port, "--dir", folder, "--save", "", *weak.split()]
     with running(argv, folder / "log", lambda: listens(port)):
@@ -344,7 +358,7 @@ ROOT_DOWN: Final = {"key_id": "root", "backend": "transit", "root": True, "since
         ({"degraded": ["spool"]}, "warn", "kms job release"),
         ({"degraded": ["install"]}, "FAIL", "another install uses"),
         ({"degraded": ["named_in_a_later_version"]}, "warn", "named_in_a_later_version is degraded"),
-        ({"backends_down": [ROOT_DOWN]}, "FAIL", "root root (transit) is down since 2027-01-31T12:00:00Z"),
+        ({"backends_down": [ROOT_DOWN]}, "FAIL", "root key 'root' (transit) is down since 2027-01-31T12:00:00Z"),
         (
             {"backends_down": [ROOT_DOWN | {"key_id": "pay", "root": False}]},
             "FAIL",

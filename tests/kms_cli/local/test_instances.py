@@ -11,7 +11,8 @@ import click
 import pytest
 
 from kms_cli import connection
-from kms_cli.local import installation, instances
+from kms_cli.local import instances
+from kms_cli.local.up import url_of
 from kms_cli.plugin.main import KeysOfTargets
 from kms_cli.plugin.names import PluginTarget
 from kms_cli.session import META
@@ -41,8 +42,8 @@ def _command() -> Iterator[None]:
 def up(environ: dict[str, str]) -> Iterator[Path]:
     """The directory of the note of one that runs."""
     settings = load(None, environ)
-    with installation.noted(settings, environ):
-        yield installation.runtime_dir(settings.state_dir, environ)
+    with instances.keep_note(settings, url_of(settings), environ):
+        yield instances.runtime_dir(settings.state_dir, environ)
 
 
 def pipe(folder: Path) -> None:

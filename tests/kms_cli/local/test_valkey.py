@@ -11,8 +11,9 @@ from typing import Final
 import pytest
 import redis
 
-from kms_cli.local import installation
-from kms_cli.local.installation import ValkeyFiles
+from kms_cli.local import instances
+from kms_cli.local import valkey as embedded
+from kms_cli.local.valkey import ValkeyFiles
 from kms_core.programs import tether
 from kms_protocol.errors import ConfigurationError, Conflict, Unavailable
 from support.embedded_valkey import EmbeddedValkey
@@ -33,9 +34,9 @@ def send(url: str, words: str) -> object:
 
 
 def start_binary(binary: Path, place: ValkeyFiles) -> subprocess.Popen[bytes]:
-    command = installation.command(binary, place)
+    command = embedded.command(binary, place)
     process = tether.spawn(command, env={}, output=subprocess.DEVNULL, pass_fds=[place.lock])
-    until(lambda: installation.is_ready(place.socket_path), "the server is ready")
+    until(lambda: embedded.is_ready(place.socket_path), "the server is ready")
     return process
 
 
@@ -168,9 +169,9 @@ def test_full_server_refuses_and_forgets_nothing(tmp_path: Path) -> None:
 
 
 def test_data_moves_to_redis_and_back(tmp_path: Path) -> None:
-    ours = installation.find_binary({})
+    ours = embedded.find_binary({})
     for binary in (ours, Path(program("redis-server")), ours):
-        with installation.claim(tmp_path, {}) as place, client_of(place.url_of(0)) as client:
+        with embedded.claim(tmp_path, {}) as place, client_of(place.url_of(0)) as client:
             process = start_binary(binary, place)
             client.incr("kms:starts")
             client.close()
@@ -219,14 +220,14 @@ def test_second_server_on_one_state_is_refused(tmp_path: Path) -> None:
 
 
 def test_server_whose_starter_let_go_still_holds_the_state(tmp_path: Path) -> None:
-    with installation.claim(tmp_path, {}) as place:
-        process = start_binary(installation.find_binary({}), place)
+    with embedded.claim(tmp_path, {}) as place:
+        process = start_binary(embedded.find_binary({}), place)
 
-    with pytest.raises(Conflict), installation.claim(tmp_path, {}):
+    with pytest.raises(Conflict), embedded.claim(tmp_path, {}):
         pass
     process.terminate()
     process.wait(WAIT_S)
-    with installation.claim(tmp_path, {}) as again:
+    with embedded.claim(tmp_path, {}) as again:
         assert again.data_dir == tmp_path / "valkey"
 
 
@@ -273,16 +274,16 @@ def test_what_is_no_runtime_directory_is_not_used(tmp_path: Path, session: str) 
     made["open"].chmod(0o777)
     made["long"].mkdir(mode=0o700)
 
-    found = installation.runtime_dir(tmp_path, {"XDG_RUNTIME_DIR": str(made.get(session, session))})
+    found = instances.runtime_dir(tmp_path, {"XDG_RUNTIME_DIR": str(made.get(session, session))})
 
     assert str(found).startswith(f"/tmp/kms-{os.geteuid()}-")
 
 
 def test_squatted_socket_directory_is_refused(tmp_path: Path) -> None:
-    wanted = installation.runtime_dir(tmp_path, {})
+    wanted = instances.runtime_dir(tmp_path, {})
     wanted.symlink_to(tmp_path)
     try:
-        with pytest.raises(ConfigurationError, match="symbolic link"), installation.claim(tmp_path, {}):
+        with pytest.raises(ConfigurationError, match="symbolic link"), embedded.claim(tmp_path, {}):
             pass
     finally:
         wanted.unlink()
@@ -291,7 +292,7 @@ def test_squatted_socket_directory_is_refused(tmp_path: Path) -> None:
 def test_directory_open_to_others_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "valkey").mkdir(mode=0o755)
 
-    with pytest.raises(ConfigurationError, match="chmod 700"), installation.claim(tmp_path, {}):
+    with pytest.raises(ConfigurationError, match="chmod 700"), embedded.claim(tmp_path, {}):
         pass
     assert (tmp_path / "valkey").stat().st_mode & 0o777 == 0o755
 
@@ -301,5 +302,5 @@ def test_directory_of_another_user_is_refused(tmp_path: Path) -> None:
     (tmp_path / "valkey").mkdir(mode=0o700)
     os.chown(tmp_path / "valkey", 65534, 65534)
 
-    with pytest.raises(ConfigurationError, match="belongs to user 65534"), installation.claim(tmp_path, {}):
+    with pytest.raises(ConfigurationError, match="belongs to user 65534"), embedded.claim(tmp_path, {}):
         pass

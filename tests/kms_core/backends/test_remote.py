@@ -5,6 +5,7 @@ from typing import Final
 import pytest
 
 from kms_core.age.x25519 import NoMatch
+from kms_core.backends import NotRotated
 from kms_core.backends.remote import RemoteBackend
 from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef
@@ -96,6 +97,17 @@ def test_what_a_job_wraps_opens_by_a_single_call_and_the_reverse() -> None:
         assert opener.unwrap(by_job, KEY, AAD) == opener.unwrap(by_call, KEY, AAD) == FILE_KEY
         with pytest.raises(DecryptFailed):
             opener.unwrap(by_job, KEY, b"another context")
+
+
+def test_a_server_that_does_not_answer_is_not_asked_to_rotate() -> None:
+    """A frozen one might do it once it goes on, after the caller was refused."""
+    backend, cipher = memory_backend()
+    backend.versions()
+    cipher.cut()
+
+    with pytest.raises(NotRotated):
+        backend.rotate()
+    assert not cipher.calls["rotate"]
 
 
 def test_a_key_has_five_hundred_versions_at_most() -> None:

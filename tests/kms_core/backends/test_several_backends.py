@@ -13,7 +13,7 @@ from kms_core import http_client
 from kms_core.age import x25519
 from kms_core.age.header import Stanza
 from kms_core.auth.policy import AllowAll
-from kms_core.backends import Backend
+from kms_core.backends import Backend, NotRotated
 from kms_core.backends.remote import RemoteBackend
 from kms_core.envelope import binding
 from kms_core.envelope.sealed_files import FileSealer
@@ -22,7 +22,7 @@ from kms_core.key_selection import SelectionRules
 from kms_core.keyring import Key, Keyring
 from kms_core.service import Kms
 from kms_protocol.context import Context
-from kms_protocol.errors import DecryptFailed, ForeignRefused, KmsError, UnknownKey
+from kms_protocol.errors import BackendUnavailable, DecryptFailed, ForeignRefused, KmsError, UnknownKey
 from support.age_kms import (
     ADA,
     ROW_7,
@@ -229,6 +229,18 @@ def test_every_backend_that_seals_is_rotated_and_no_other() -> None:
     service(first, second, retired=(retired,)).rotate(ADA, "payroll")
 
     assert [peer.calls["rotate"] for peer in (one, two, old)] == [1, 1, 0]
+
+
+@pytest.mark.parametrize(("away", "is_unchanged"), [("memory", True), ("second", False)])
+def test_a_rotation_that_one_backend_made_is_not_called_without_effect(
+    away: str, *, is_unchanged: bool
+) -> None:
+    backends, ciphers = zip(*map(memory_backend, ("memory", "second")), strict=True)
+    next(each for each in ciphers if each.name == away).cut()
+
+    with pytest.raises(BackendUnavailable) as refused:
+        service(*backends).rotate(ADA, "payroll")
+    assert isinstance(refused.value, NotRotated) == is_unchanged
 
 
 def test_a_retired_backend_opens_and_no_longer_seals(age: Backend) -> None:

@@ -78,10 +78,10 @@ class FileOutcome:
 
 
 def look_at(kms: Kms, places: Locations, file: FileJob) -> FileOutcome:
-    """True if a file is to be moved: ``would_change`` if so. Reads its header, and opens nothing with a key.
+    """The outcome that a file would have: FOREIGN, NEWEST, or DUE if it is to be moved.
 
-    A new context can be seen in no header, so with one every file is to be moved. Raises NotACiphertext,
-    DecryptFailed, UnknownKey, and what opening the file raises.
+    Reads its header, and opens nothing with a key. A new context can be seen in no header, so with one every
+    file is to be moved. Raises NotACiphertext, DecryptFailed, UnknownKey, and what opening the file raises.
     """
     with places.open_source(file.source) as source:
         try:

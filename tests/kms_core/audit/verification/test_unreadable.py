@@ -12,7 +12,7 @@ from typing import Final, cast
 import pytest
 from prometheus_client import REGISTRY
 
-from kms_cli.local import installation
+from kms_cli.local import anchors
 from kms_core.audit import chain, maintenance, query
 from kms_core.audit.hosts import host_logs, local_log
 from kms_core.audit.maintenance import AuditMaintenance, FolderSink
@@ -363,7 +363,7 @@ def test_what_is_no_file_of_anchors_hides_no_other(
         assert problem_codes(audit_folder.verified(*folder.lines())) == ["cut"]
         told = [folder.unread, watch.condition.not_compared.get("directory", "")]
         assert told == [f"{stray} cannot be read (Permission denied)" if is_told else ""] * 2
-        read = installation.named_anchors(cast("Settings", None), [str(folder.path)])
+        read = anchors.named_anchors(cast("Settings", None), [str(folder.path)])
     assert set(read.lines) == {str(folder.path)}
     assert len(read.lines[str(folder.path)]) > 1
     assert list(read.failed) == ([str(folder.path)] if is_told else [])
@@ -399,7 +399,7 @@ def test_a_folder_of_anchors_that_cannot_be_read_is_told_of(audit_folder: AuditF
     with unprivileged(audit_folder):
         watch = watching(audit_folder)
         assert found(watch) == []
-        read = installation.named_anchors(cast("Settings", None), [str(folder.path)])
+        read = anchors.named_anchors(cast("Settings", None), [str(folder.path)])
 
     assert "cannot be read (Permission denied)" in watch.condition.not_compared["directory"]
     assert ["cannot be read (Permission denied)" in why for why in read.failed.values()] == [True]

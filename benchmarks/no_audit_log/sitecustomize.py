@@ -1,4 +1,4 @@
-"""An audit trail that keeps nothing, in every Python that starts with this folder on its path.
+"""An audit log that keeps nothing, in every Python that starts with this folder on its path.
 
 No setting allows that: it is the floor of a benchmark, and nothing else should run with it.
 """
@@ -7,8 +7,8 @@ from kms_core.audit import AuditRecord
 from kms_core.audit.log import AuditLog
 
 
-def _nothing(trail: AuditLog, record: AuditRecord) -> str:
-    del trail, record
+def _nothing(log: AuditLog, record: AuditRecord) -> str:
+    del log, record
     return ""
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kms_cli.commands import secrets
+from kms_cli.commands import run
 from kms_protocol.errors import InvalidRequest
 
 NOBODY: frozenset[str] = frozenset()
@@ -29,7 +29,7 @@ NOBODY: frozenset[str] = frozenset()
     ],
 )
 def test_what_a_file_says(text: str, expected: dict[str, str]) -> None:
-    assert secrets.parse(text, "app.env") == expected
+    assert run.parse(text, "app.env") == expected
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_what_a_file_says(text: str, expected: dict[str, str]) -> None:
 )
 def test_what_says_nothing_is_refused(text: str, why: str) -> None:
     with pytest.raises(InvalidRequest, match=why):
-        secrets.parse(text, "app.env")
+        run.parse(text, "app.env")
 
 
 @pytest.mark.parametrize(
@@ -82,9 +82,9 @@ def test_what_says_nothing_is_refused(text: str, why: str) -> None:
 )  # fmt: skip
 def test_a_name_that_steers_programs_needs_leave(name: str) -> None:
     with pytest.raises(InvalidRequest, match=f"allow it with --allow {name}"):
-        secrets.check(name, "1", "app.env", NOBODY)
+        run.check(name, "1", "app.env", NOBODY)
 
-    secrets.check(name, "1", "app.env", frozenset({name}))
+    run.check(name, "1", "app.env", frozenset({name}))
 
 
 @pytest.mark.parametrize(
@@ -98,20 +98,20 @@ def test_a_name_that_steers_programs_needs_leave(name: str) -> None:
     ],
 )  # fmt: skip
 def test_a_name_of_a_secret_needs_no_leave(name: str) -> None:
-    secrets.check(name, "1", "app.env", NOBODY)
+    run.check(name, "1", "app.env", NOBODY)
 
 
 def test_with_names_given_no_other_passes() -> None:
     only = frozenset({"DB_PASSWORD", "PATH"})
-    secrets.check("DB_PASSWORD", "1", "app.env", NOBODY, only)
-    secrets.check("PATH", "1", "app.env", NOBODY, only)
+    run.check("DB_PASSWORD", "1", "app.env", NOBODY, only)
+    run.check("PATH", "1", "app.env", NOBODY, only)
 
     for name in ("db_password", "DB_PASSWORD2", "LD_PRELOAD", "NOT_ON_ANY_LIST"):
         with pytest.raises(InvalidRequest, match=f"app.env sets {name}, which is none of --only"):
-            secrets.check(name, "1", "app.env", NOBODY, only)
+            run.check(name, "1", "app.env", NOBODY, only)
 
 
 @pytest.mark.parametrize(("name", "value"), [("A-B", "1"), ("", "1"), ("A=B", "1"), ("A", "1\0")])
 def test_what_no_environment_holds_is_refused(name: str, value: str) -> None:
     with pytest.raises(InvalidRequest):
-        secrets.check(name, value, "app.env", frozenset({name}))
+        run.check(name, value, "app.env", frozenset({name}))
