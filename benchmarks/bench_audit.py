@@ -73,13 +73,11 @@ def main() -> None:
             ("seal 1 KiB in memory", _calls(folder), _CALL),
         )
         parts = [
-            report.table(
-                title, options.keep(title, in_turn(contenders, options.plan, budget.share())), scale
-            )
+            report.table(title, options.keep(title, in_turn(contenders, options.plan, budget.share())), scale)
             for title, contenders, scale in groups
         ]
         count = int(options.given.lines)
-        name = _written(folder / "long", count)
+        _written(folder / "long", count)
         found = in_turn(_verifications(folder / "long"), options.plan, budget.share())
         title = f"verify {count:,} lines ({_size(folder / 'long'):.0f} MB)"
         parts.append(report.table(title, options.keep("verify", found), _SECONDS))

@@ -42,8 +42,8 @@ from kms_core.proxies import Proxies
 from kms_core.redis_client import check_servers
 from kms_core.settings.lint import SETTINGS, unaccepted
 from kms_core.settings.model import Settings
-from kms_worker import consumer, metrics_server, tasks
 from kms_worker import app as worker_app
+from kms_worker import consumer, metrics_server, tasks
 from kms_worker.maintenance import Maintenance
 from kms_worker.metrics_server import MetricsApp, MetricsServer
 from kms_worker.slots import Slots, Watchdog

@@ -180,7 +180,7 @@ def test_redis_without_a_bound_has_room_for_small_blobs_up_to_half_of_an_assumed
         store.ping(write=True)
         assert store.has_room
 
-        monkeypatch.setattr(maintenance, "UNBOUNDED", 1024**2)
+        monkeypatch.setattr(job_redis, "UNBOUNDED", 1024**2)
         store.ping(write=True)
         assert not store.has_room
     finally:

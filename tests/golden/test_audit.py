@@ -22,8 +22,8 @@ from kms_core.audit.verification.receipt import Receipt
 from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import verify
 from kms_protocol.context import Context
-from support.golden import golden_set, install, make_service
 from support.golden import expected_service as expected
+from support.golden import golden_set, install, make_service
 from support.golden.reference import hmac_sha256, prefixed_texts, sha256
 from support.job_stores import connect
 

@@ -33,8 +33,8 @@ from kms_core.programs.supervisor import Child, say, supervise
 from kms_core.secure_files import in_shell
 from kms_core.settings.files import for_server
 from kms_core.settings.files import named as named_file
-from kms_core.settings.load import origins
 from kms_core.settings.load import load as load_settings
+from kms_core.settings.load import origins
 from kms_core.settings.model import Settings
 from kms_core.settings.redis_urls import for_celery
 from kms_core.settings.validation import check_exposure

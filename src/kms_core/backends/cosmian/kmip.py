@@ -70,7 +70,7 @@ class Refusal(KmsError):
 
     @classmethod
     def of(cls, words: str) -> Self:
-        """The refusal in a text of the server: ``<reason>: <message>`` of an item, or the body of an error."""
+        """The refusal in a text of a server: ``<reason>: <message>`` of an item, or an error's body."""
         for pattern, kind in _KINDS:
             if found := pattern.search(words):
                 return cls(kind, found.groupdict().get("state") or "")

@@ -23,8 +23,8 @@ class Heartbeat(PeriodicThread):
     """Records once a second that this worker lives, and how many processes serve which queues.
 
     It serves none before ``serve``: it counts as starting. In every third round workers that are gone are
-    forgotten. Nothing else is done here, so nothing can delay it; ``stop`` takes the worker off the list. A
-    worker that was killed is on the list for ``WORKER_SEEN_S`` at most.
+    forgotten. It does no other work, so only Redis and a busy processor delay it. ``stop`` takes the worker
+    off the list; a worker that was killed is on it for ``WORKER_SEEN_S`` at most.
     """
 
     def __init__(self, store: JobStore, name: str) -> None:
@@ -67,9 +67,7 @@ class Heartbeat(PeriodicThread):
         worker_left(self._store, self._owner)  # one that cannot say so leaves the list by itself
 
 
-def worker_seen(
-    store: JobStore, worker: str, processes: int, queues: Sequence[str], about: str = ""
-) -> None:
+def worker_seen(store: JobStore, worker: str, processes: int, queues: Sequence[str], about: str = "") -> None:
     """Note a worker, its processes, their queues, and its version and when it started.
 
     Workers that are gone are forgotten. Raises JobsUnavailable, as all functions here.

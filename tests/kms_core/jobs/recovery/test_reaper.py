@@ -13,7 +13,7 @@ from kms_core.jobs.spec import FILES, QUEUES
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.store.tenants import tenants
 from kms_protocol.errors import JobsUnavailable, WrongInstall
-from support.job_stores import TENANT, alone, claimed, expire_leases, reap, state, store_of, take, with_jobs
+from support.job_stores import TENANT, claimed, expire_leases, reap, state, store_of, take, with_jobs
 
 
 def test_reaper_requeues_what_a_dead_worker_held_and_leaves_live_leases_alone(

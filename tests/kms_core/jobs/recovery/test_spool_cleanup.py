@@ -117,7 +117,9 @@ def test_a_step_of_the_cleanup_ends_after_a_second_and_goes_on_in_the_next_round
         return delete(job_id, in_redis=in_redis)
 
     monkeypatch.setattr(spool, "delete", slowly)
-    monkeypatch.setattr("kms_core.jobs.recovery.spool_cleanup.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(
+        "kms_core.jobs.recovery.spool_cleanup.time", SimpleNamespace(monotonic=lambda: clock[0])
+    )
     cleanup = SpoolCleanup(store, spool, "r")
     cleanup.step()
     assert (len(in_spool(core)), cleanup._wake.is_set()) == (1, True)  # noqa: SLF001 -- the next round is at once

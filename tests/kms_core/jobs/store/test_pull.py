@@ -339,7 +339,7 @@ def pushing(core: Core) -> JobStore:
     return JobStore(found.redis, found.record_key, None, LASTING_LEASES)
 
 
-def wake_ups(store: JobStore, queue: str = BULK) -> int:
+def listed_wake_ups(store: JobStore, queue: str = BULK) -> int:
     """Wake-ups in the list of a queue."""
     return int(store.redis.llen(f"kms:{queue}"))
 
@@ -361,19 +361,19 @@ def test_a_submission_sends_a_wake_up_whatever_is_known_of_workers(pushing: JobS
     pushed = cast("list[bytes]", pushing.redis.lrange("kms:kms.bulk", 0, -1))
     assert pushed == [wake_ups.encode_message(BULK)] * 3
     assert json.loads(pushed[0])["body"] == "[[],{},null]", "no job is named"
-    assert wake_ups(pushing, FILES) == 0
+    assert listed_wake_ups(pushing, FILES) == 0
 
 
 def test_a_list_that_nobody_takes_from_has_ten_wake_ups(pushing: JobStore) -> None:
     submit(pushing, 9)
-    assert wake_ups(pushing) == 9
+    assert listed_wake_ups(pushing) == 9
 
     submit(pushing, 2)
-    assert wake_ups(pushing) == 10
+    assert listed_wake_ups(pushing) == 10
 
     pushing.split(attempt(pushing), [accepted(items=1, source="items", parent=new_id())])
     pushing.wake()
-    assert wake_ups(pushing) == 10
+    assert listed_wake_ups(pushing) == 10
 
 
 def test_parts_send_a_wake_up(pushing: JobStore) -> None:
@@ -382,7 +382,7 @@ def test_parts_send_a_wake_up(pushing: JobStore) -> None:
 
     pushing.split(attempt(pushing), [accepted(items=1, source="items", parent=job_id) for _ in range(9)])
 
-    assert wake_ups(pushing) == 1
+    assert listed_wake_ups(pushing) == 1
 
 
 def test_a_process_that_was_woken_has_another_one_woken_while_jobs_are_ready(pushing: JobStore) -> None:
@@ -391,13 +391,13 @@ def test_a_process_that_was_woken_has_another_one_woken_while_jobs_are_ready(pus
     pushing.redis.delete("kms:kms.bulk")
 
     assert taken(pushing)
-    assert wake_ups(pushing) == 0, "it was not woken, but goes on"
+    assert listed_wake_ups(pushing) == 0, "it was not woken, but goes on"
     for worker in ("w/2", "w/3"):
         assert taken(pushing, worker, woken=True)
-        assert wake_ups(pushing) == 1
+        assert listed_wake_ups(pushing) == 1
         pushing.redis.delete("kms:kms.bulk")
     assert taken(pushing, "w/4", woken=True)
-    assert wake_ups(pushing) == 0, "nothing is left"
+    assert listed_wake_ups(pushing) == 0, "nothing is left"
     assert taken(pushing, "w/5", woken=True) is None
 
 
@@ -410,7 +410,7 @@ def test_where_the_broker_is_elsewhere_each_submission_sends_a_wake_up(
 
     assert taken(store, woken=True)
     assert woken[3:] == [BULK, FILES]
-    assert wake_ups(store) == 0
+    assert listed_wake_ups(store) == 0
 
 
 def test_a_worker_is_woken_when_it_begins_to_take_messages(pushing: JobStore) -> None:
@@ -420,10 +420,10 @@ def test_a_worker_is_woken_when_it_begins_to_take_messages(pushing: JobStore) ->
     heartbeat.start()
     try:
         assert live_workers(pushing) == 1
-        assert wake_ups(pushing) == 0
+        assert listed_wake_ups(pushing) == 0
 
         heartbeat.serve()
-        assert wake_ups(pushing) == 1
+        assert listed_wake_ups(pushing) == 1
     finally:
         heartbeat.stop()
         heartbeat.join()
@@ -478,7 +478,7 @@ def test_a_lost_wake_up_is_sent_again(pushing: JobStore) -> None:
 
     Reaper(pushing, "r").step()
 
-    assert wake_ups(pushing) == 1
+    assert listed_wake_ups(pushing) == 1
 
 
 def test_a_worker_is_woken_to_end_a_job_whose_parts_have_ended(store: JobStore, woken: list[str]) -> None:

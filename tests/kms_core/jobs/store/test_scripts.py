@@ -4,7 +4,6 @@ import pytest
 
 from kms_core.jobs.store.scripts import SCRIPTS, used
 
-
 P = "local P = 'x:'\n"
 H = "function P.h()\n  return 1\nend\n"
 FIRST = "local first, second = 1, 2\n\n"

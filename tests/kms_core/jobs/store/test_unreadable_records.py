@@ -7,6 +7,7 @@ import redis
 
 from kms_core.container import Core
 from kms_core.jobs.model import Attempt
+from kms_core.jobs.recovery import reaper
 from kms_core.jobs.recovery.reaper import Reaper
 from kms_core.jobs.spec import QUEUES
 from kms_core.jobs.store.store import JobStore
@@ -64,7 +65,7 @@ def test_a_field_of_another_form_is_no_job(store: JobStore) -> None:
 )
 def test_a_redis_that_refuses_is_no_unreadable_record(store: JobStore, refusal: str) -> None:
     with pytest.raises(redis.ResponseError):
-        store._reaped("id", redis.ResponseError(refusal))  # noqa: SLF001
+        reaper._reaped(store, "id", redis.ResponseError(refusal))  # noqa: SLF001
 
 
 # -- entries of lists whose records are gone -------------------------------------------------------------
