@@ -525,7 +525,7 @@ def test_what_the_credential_does_not_allow_is_not_shown(secured: SecuredService
     assert "Cancel this job" not in words(reader.get(f"/ui/jobs/{job_id}"))
     assert "Newest jobs" in words(reader.get("/ui"))
     overview = words(nobody.get("/ui"))
-    assert not [word for word in ("Newest jobs", "Status", "Refused or failed") if word in overview]
+    assert not [word for word in ("Newest jobs", "Status", "refused or failed") if word in overview]
 
 
 def test_pages_lead_only_to_what_the_credential_may_see(secured: SecuredService) -> None:

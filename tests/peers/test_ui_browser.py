@@ -1,5 +1,6 @@
 """The page for operators in a real browser: its policy holds, its script runs, its colours can be read."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -201,6 +202,7 @@ def test_the_end_of_a_job_is_told_aloud_and_the_keyboard_reaches_the_button_in_s
 # -- workers, queues and charts ------------------------------------------------------------------------------
 
 BARS: Final = "document.querySelectorAll('.plot g rect:not(.whole)')"
+SEEN: Final = "document.querySelector('.as-of').innerText.replace(/\\s+/g, ' ')"
 TEXT: Final = "document.querySelector('main').textContent.replace(/\\s+/g, ' ')"
 
 
@@ -333,6 +335,8 @@ def test_folded_failures_are_opened_searched_and_charted(
     browser.submit("form.filter")
     assert browser.evaluate("location.search") == "?state=failed&kind=encrypt&cause=&key=&by=&before=&search="
     assert "No jobs of kind encrypt that are failed." in browser.evaluate(TEXT)
+    as_of = r"UTC, \d+ s ago Refreshes itself every 30 seconds\. Refresh now"
+    assert re.search(as_of, browser.evaluate(SEEN))
     follow(browser, "all", "/ui/jobs?kind=encrypt")
     assert set(browser.evaluate(f"Array.from({kinds}, (cell) => cell.textContent)")) == {"encrypt"}
     seen(browser, "jobs-by-kind")
@@ -375,7 +379,7 @@ def test_a_page_left_open_says_that_the_service_is_gone_and_what_is_open_stays_o
         own.start("api")
         own.encrypt(b"an operation, whose table can be opened")
         browser.open(f"{own.url}/ui")
-        as_of = "document.querySelector('.as-of').textContent"
+        as_of = "document.querySelector('.as-of time').dateTime"
         before = browser.evaluate(as_of)
         browser.evaluate("document.querySelector('summary').parentElement.open = true")
         browser.evaluate(REFRESH)
@@ -383,7 +387,9 @@ def test_a_page_left_open_says_that_the_service_is_gone_and_what_is_open_stays_o
         assert browser.evaluate("document.querySelector('summary').parentElement.open")
         assert browser.evaluate("!!document.getElementById('refused')")
         browser.evaluate(REFRESH)
-    until(lambda: browser.evaluate(as_of).startswith("The service does not answer"), "it is noticed")
+    said = "document.querySelector('.as-of').textContent"
+    until(lambda: browser.evaluate(said).startswith("The service does not answer"), "it is noticed")
+    until(lambda: re.search("UTC, [2-9] s ago", browser.evaluate(said)), "it says how old it is")
 
 
 def test_a_link_to_a_runbook_is_followed_after_the_login(secured: SecuredService, browser: Chromium) -> None:

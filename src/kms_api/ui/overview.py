@@ -206,7 +206,6 @@ def overview(call: Call[None]) -> Response:
         due=[row for row in rows_of(service, caller) if row.problem],
         weak=sorted(unaccepted(service.settings)) if may["metrics"] else (),
         old_s=_OLD_S,
-        most_failed=tenants.MOST_FAILED,
         period=period,
         periods=PERIODS,
         few=_FEW,
@@ -222,15 +221,17 @@ class _Jobs:
     """Jobs as the overview shows them; None if the caller may not see them, or Redis is unreachable.
 
     ``failed`` is the number of jobs that failed in the last hour, ``causes`` those of each, and ``submitted``
-    the number of jobs of that hour. ``tenants`` are all, with the failures of that hour.
+    the number of jobs of that hour. ``unseen`` older failed jobs were not looked at, although the newest 200
+    all count. ``tenants`` are all, with the failures of that hour.
     """
 
     newest: list[list[JobRow]] | None = None
     dead: list[list[JobRow]] | None = None
-    dead_count: str = ""
-    failed: str = ""
+    dead_count: int = 0
+    failed: int = 0
     causes: Mapping[str, int] = field(default_factory=dict)
     submitted: int = 0
+    unseen: int = 0
     charts: list[Chart] = field(default_factory=list)
     activity: Activity | None = None
     tenants: Sequence[TenantJobs] = ()
@@ -241,22 +242,18 @@ def _jobs_of(service: Service, caller: Principal, period: str) -> _Jobs:
     store, tenant, (every_s, count, words) = service.submitter.store, caller.tenant, PERIODS[period]
     newest, _ = store.page(tenant, state=None, limit=_MANY, before=None)
     dead, intervals = store.dead(tenant, _MANY), charts.intervals(store, tenant, every_s, count)
+    counts = store.states(tenant)
     return _Jobs(
         folded(map(job_row, newest)),
         folded(map(job_row, dead)),
-        _count_text(len(dead), _MANY),
-        *_failures(store, tenant),
+        counts["dead"],
+        *_failures(store, tenant, counts["failed"]),
         [jobs_chart(intervals, words), durations_chart(intervals, words)],
     )
 
 
-def _count_text(count: int, most: int) -> str:
-    """A count of at most ``most``, where a search ends."""
-    return f"{count}{' or more' * (count == most)}"
-
-
-def _failures(store: JobStore, tenant: str) -> tuple[str, Counter[str], int]:
-    """``failed``, ``causes`` and ``submitted`` of ``_Jobs``, of the newest 200 failed jobs.
+def _failures(store: JobStore, tenant: str, kept: int) -> tuple[int, Counter[str], int, int]:
+    """``failed``, ``causes``, ``submitted`` and ``unseen`` of ``_Jobs``; ``kept`` jobs are listed as failed.
 
     Raises JobsUnavailable.
     """
@@ -264,7 +261,8 @@ def _failures(store: JobStore, tenant: str) -> tuple[str, Counter[str], int]:
     newest, _ = store.page(tenant, state="failed", limit=_MOST_FAILED, before=None)
     found = [job_row(job) for job in newest if job.ended_at >= since]
     causes = Counter((row.causes or ("unknown",))[-1] for row in found)
-    return _count_text(len(found), _MOST_FAILED), causes, tenants.submitted_since(store, tenant, since)
+    unseen = max(0, kept - _MOST_FAILED) if len(found) == _MOST_FAILED else 0
+    return len(found), causes, tenants.submitted_since(store, tenant, since), unseen
 
 
 def _refusals(service: Service, caller: Principal) -> list[RecordedOperation]:

@@ -1,6 +1,6 @@
 """Rendering of pages: templates and their filters, errors as pages, forms with CSRF tokens, and runbooks.
 
-``runbooks.md`` is Markdown with sections, paragraphs and inline code only.
+``runbooks.md`` is Markdown with sections, paragraphs, inline code and strong text only.
 """
 
 import asyncio
@@ -90,7 +90,7 @@ STATIC_FILES: Final[Mapping[str, str]] = {
 STATIC: Final = Path(__file__).with_name("static")
 RUNBOOKS: Final = Path(__file__).with_name("runbooks.md")
 _SECTION: Final = re.compile(r"^## (\w+)$", re.MULTILINE)
-_TOKEN: Final = re.compile(r"`([^`]+)`|\b(Kms[A-Z]\w+)\b")
+_TOKEN: Final = re.compile(r"`([^`]+)`|\b(Kms[A-Z]\w+)\b|\*\*([^*]+)\*\*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class Runbook:
 
 
 def load_runbooks() -> tuple[Runbook, ...]:
-    """Read ``runbooks.md``: sections, paragraphs and inline code. Names of alerts become links."""
+    """Read ``runbooks.md``. Names of alerts become links."""
     _, *parts = _SECTION.split(RUNBOOKS.read_text("utf-8"))
     alerts = parts[::2]
     return tuple(
@@ -112,12 +112,14 @@ def load_runbooks() -> tuple[Runbook, ...]:
 
 
 def prose(text: str, alerts: Sequence[str] = ()) -> Markup:
-    """Format a paragraph: inline code, and links to these alerts."""
+    """Format a paragraph: inline code, strong text, and links to these alerts."""
 
     def html(found: re.Match[str]) -> str:
-        code, alert = found.groups()
+        code, alert, strong = found.groups()
         if code:
             return f"<code>{code}</code>"
+        if strong:
+            return f"<strong>{strong}</strong>"
         return f'<a href="#{alert.lower()}">{alert}</a>' if alert in alerts else str(alert)
 
     return Markup(_TOKEN.sub(html, escape(" ".join(text.split()))))  # noqa: S704 -- escaped before

@@ -4,7 +4,7 @@ A page or form runs as a whole in one thread. It leaves out what the caller may 
 """
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,6 +36,7 @@ from kms_core.auth.policy import Principal, allows
 from kms_core.jobs.model import DEAD, Job
 from kms_core.jobs.spec import FilesJob, UploadJob
 from kms_core.jobs.store import gauges, reader, workers
+from kms_core.observability.degraded import DEGRADED
 from kms_protocol import admin, errors, wire
 from kms_protocol.errors import AuditUnavailable, KmsError, Missing, RateLimited, Unauthenticated, UnknownKey
 from kms_protocol.units import parse_time
@@ -46,6 +47,8 @@ PERIODS: Final = {"1h": timedelta(hours=1), "24h": timedelta(days=1), "7d": time
 _JOBS: Final = 50
 _DEAD: Final = 500
 """The newest dead jobs that are looked at, and retried at once."""
+_OUTCOMES: Final = ("retried", "gone", "unsealed")
+"""Of a retry: the job is queued; it is no dead letter any more; its record is not sealed by this service."""
 _JOB_FILTERS: Final = ("state", "kind", "cause", "key", "by", "before", "search")
 END: Final = "ffffffff-ffff-ffff-ffff-ffffffffffff"
 """Of the cursor of a time in a list of jobs."""
@@ -67,9 +70,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class JobRow:
-    """A job, what it writes (empty for items), and for how long it has run, in seconds; None before.
+    """A job, what it writes (empty for items), and for how long it has run, in seconds.
 
-    ``record``: what else is known of it.
+    ``took_s`` is None while it is queued, and if no attempt at it counts. ``record``: what else is known.
     """
 
     job: wire.JobOut
@@ -83,25 +86,28 @@ class JobRow:
         error = self.job.error
         return (error.code, *(each.code for each in (error.items or ())[:1])) if error else ()
 
+    @property
+    def failure(self) -> str:
+        """Kind, key and causes of a job that failed, which equal failures have in common; else empty."""
+        job = self.job
+        return " ".join((job.kind, job.key_id or "", *self.causes)) if job.state == "failed" else ""
+
 
 def job_row(job: Job) -> JobRow:
     """A job as pages show it."""
     target = "a download" if isinstance(job.accepted, UploadJob) else ""
     if isinstance(job.accepted, FilesJob):
         target = job.accepted.target
-    until = job.ended_at or time.time()
-    return JobRow(job_answers.shape(job), target, until - job.started_at if job.started_at else None, job)
+    is_timed = job.started_at and job.attempt and job.state != "queued"
+    took_s = (job.ended_at or time.time()) - job.started_at if is_timed else None
+    return JobRow(job_answers.shape(job), target, took_s, job)
 
 
 def folded(rows: Iterable[JobRow]) -> list[list[JobRow]]:
-    """The rows in their order, with equal failures together where the first of them is.
-
-    Failures are equal if kind, key and causes are.
-    """
-    found = defaultdict[object, list[JobRow]](list)
+    """The rows in their order, with equal failures together where the first of them is."""
+    found = defaultdict[str, list[JobRow]](list)
     for row in rows:
-        job = row.job
-        found[(job.kind, job.key_id, row.causes) if job.state == "failed" else job.job_id].append(row)
+        found[row.failure or row.job.job_id].append(row)
     return list(found.values())
 
 
@@ -113,7 +119,8 @@ def job_list(call: Call[None]) -> Response:
     """Jobs of this tenant, newest first, by the filters of the page; equal failures are folded.
 
     State ``dead``: failed, without attempts left. ``search`` is a label as name=value, or the id of a job,
-    whose page is shown. ``before`` is a time of submission, in UTC without an offset.
+    whose page is shown. ``before`` is a time of submission, in UTC without an offset. After dead letters were
+    retried the numbers of ``_OUTCOMES`` say what came of it.
     """
     given = _given(call.query)
     state, before, search = given["state"], given["before"], given["search"]
@@ -126,16 +133,21 @@ def job_list(call: Call[None]) -> Response:
     if before and is_first:
         cursor = f"{parse_time(audit.time_of('before', f'{before}Z')).timestamp():.0f}-{END}"
     call.service.answering()
-    counts, matches = store.states(tenant), partial(_is_sought, given, labels)
+    dead = _retryable(call, given)
     if state == "dead":
-        rows, following = [job_row(job) for job in store.dead(tenant, _DEAD) if matches(job)], None
+        rows, following = dead, None
     else:
+        matches = partial(_is_sought, given, labels)
         page = partial(store.page, tenant, state=state or None, limit=_JOBS, labels=labels, matches=matches)
         rows, following = _rows(page, cursor or None)
+    counts = store.states(tenant)
     return render(
         call.request,
         "jobs.html",
         jobs=folded(rows),
+        dead=len(dead),
+        most_dead=_DEAD,
+        outcome={name: call.number(name, 0, 0, _DEAD) for name in _OUTCOMES},
         given=given,
         **given,
         kinds=_KINDS,
@@ -162,6 +174,17 @@ def _is_sought(given: Fields, labels: wire.Labels, job: Job) -> bool:
     return is_sought and all(given[name] in {"", *own[name]} for name in own)
 
 
+def _retryable(call: Call[object], given: Fields) -> list[JobRow]:
+    """The dead letters in a list with these filters, of the newest 500, which a retry of the list queues.
+
+    None for a list that does not ask for dead letters, by state or by cause. Raises InvalidRequest.
+    """
+    has_dead = given["state"] == "dead" or (given["state"] in {"", "failed"} and given["cause"] in DEAD)
+    labels = job_options.labels_of([given["search"]] if given["search"] else [])
+    found = call.service.submitter.store.dead(call.caller.tenant, _DEAD) if has_dead else []
+    return [job_row(job) for job in found if _is_sought(given, labels, job)]
+
+
 def _rows(
     page: Callable[..., tuple[list[Job], str | None]], following: str | None
 ) -> tuple[list[JobRow], str | None]:
@@ -179,8 +202,11 @@ def _rows(
 def job(call: Call[None]) -> Response:
     """State and progress of a job, and forms to cancel or retry it."""
     call.service.answering()
-    store, waits = call.service.submitter.store, None
+    store, waits, alike = call.service.submitter.store, None, 0
     row = job_row(store.get(call.path("job_id"), call.caller.tenant))
+    error = row.job.error
+    if error is not None and error.code in DEAD:
+        alike = len(_retryable(call, _given({"state": "dead", "cause": error.code})))
     if row.job.state == "queued":
         waits = workers.read(store), gauges.survey_queues(store, call.caller.tenant)
     return render(
@@ -191,7 +217,9 @@ def job(call: Call[None]) -> Response:
         waits=waits,
         resources=store.resources(row.job.job_id) if waits else (),
         store=store,
-        is_dead=row.job.error is not None and row.job.error.code in DEAD,
+        is_dead=error is not None and error.code in DEAD,
+        alike=alike,
+        most_dead=_DEAD,
         has_ended=row.job.state in wire.ENDED,
         done=call.query.get("done", ""),
     )
@@ -328,7 +356,8 @@ def _problem(key: admin.KeyOut, now: datetime) -> str:
 @router.read("/runbooks", CALLER, THREADS)
 def runbook_list(call: Call[None]) -> Response:
     """The runbook of each alert. Alerts and dashboards link here."""
-    return render(call.request, "runbooks.html", runbooks=screen(call.request).runbooks)
+    texts = screen(call.request).runbooks
+    return render(call.request, "runbooks.html", runbooks=texts, known=DEGRADED)
 
 
 # -- files ---------------------------------------------------------------------------------------------
@@ -451,14 +480,21 @@ def retry(call: Call[Fields]) -> Response:
 
 @router.call("POST", "/jobs/retry", WRITE, form, THREADS)
 def retry_all(call: Call[Fields]) -> Response:
-    """Retry the dead jobs that the filters of a list want: ``POST /jobs/{id}/retry`` of each."""
-    given, store = _given(call.body), call.service.submitter.store
-    labels = job_options.labels_of([given["search"]] if given["search"] else [])
-    for job in store.dead(call.caller.tenant, _DEAD):
-        if _is_sought(given, labels, job):
-            with suppress(errors.JobNotDead, errors.UnknownJob):  # another one retried it, or it has expired
-                jobs.revive(call.service, call.caller, job.job_id)
-    return to("/jobs", **{name: value for name, value in given.items() if value}, done="retried_all")
+    """Retry the dead letters in a list, all or those of one ``failure``, as `POST /jobs/{id}/retry` does."""
+    given, failure = _given(call.body), call.body.get("failure", "")
+    rows = [row for row in _retryable(call, given) if failure in {"", row.failure}]
+    outcome = Counter(_outcome(call, row) for row in rows)
+    shown = {name: value for name, value in given.items() if value}
+    return to("/jobs", **shown, **{name: str(count) for name, count in outcome.items()}, done="retried_all")
+
+
+def _outcome(call: Call[Fields], row: JobRow) -> str:
+    """Retry a dead letter, and say what came of it: one of ``_OUTCOMES``."""
+    try:
+        jobs.revive(call.service, call.caller, row.job.job_id)
+    except (errors.JobNotDead, errors.UnknownJob):  # another caller retried it, or it has expired
+        return "gone" if row.record and row.record.accepted else "unsealed"
+    return "retried"
 
 
 @router.call(

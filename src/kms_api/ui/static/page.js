@@ -77,6 +77,17 @@ async function follow(element) {
   if (element.isConnected && "reload" in element.dataset) location.replace(location.pathname);
 }
 
+let shown = Date.now(); // when this state of the page came
+
+// Say how old the page is; that it refreshes itself is true only where this script runs.
+function age() {
+  const seconds = Math.round((Date.now() - shown) / 1000);
+  const minutes = Math.floor(seconds / 60);
+  const text = seconds < 120 ? `${seconds} s` : minutes < 120 ? `${minutes} min` : `${Math.floor(minutes / 60)} h`;
+  for (const place of document.querySelectorAll(".age")) place.textContent = `, ${text} ago`;
+  for (const place of document.querySelectorAll(".refresh [hidden]")) place.hidden = false;
+}
+
 const waiting = [];
 
 async function next() {
@@ -108,6 +119,8 @@ function replace(main, page) {
   const focus = main.contains(document.activeElement) && document.activeElement;
   const same = (one) => focus && one.tagName === focus.tagName && text(one) === text(focus);
   main.replaceWith(fresh);
+  shown = Date.now();
+  age();
   document.title = page.title;
   Array.from(fresh.querySelectorAll("a, button, summary")).find(same)?.focus({ preventScroll: true });
   followAll();
@@ -132,5 +145,7 @@ async function refresh() {
   }
 }
 
+age();
+setInterval(age, 1000);
 followAll();
 refresh();

@@ -13,14 +13,19 @@ from kms_core.jobs.store.records import named, number
 from kms_core.jobs.store.store import JobStore
 
 OPEN_STATES: Final = ("queued", "running", "committing")
-MOST_FAILED: Final = 20
-"""The newest failed jobs of each tenant that are looked at."""
+_MOST_FAILED: Final = 20
+"""The newest failed jobs that are looked at of each tenant, at least."""
+_MOST_READ: Final = 2_000
+"""Failed jobs that are looked at of all tenants, as long as each has its 20."""
 _CAUSE_CHARS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
 class TenantJobs:
-    """Jobs of a tenant, as Redis says, by state; ``failed`` ended since a time, for these ``causes``."""
+    """Jobs of a tenant, as Redis says, by state; ``failed`` ended since a time, for these ``causes``.
+
+    ``unseen`` older failed jobs were not looked at, although the newer ones all ended since that time.
+    """
 
     tenant: str
     queued: int
@@ -28,6 +33,7 @@ class TenantJobs:
     failed: int
     dead: int
     causes: Counter[str] = field(default_factory=Counter)
+    unseen: int = 0
 
 
 def tenants(store: JobStore) -> list[str]:
@@ -41,14 +47,16 @@ def by_tenant(store: JobStore, since: float) -> list[TenantJobs]:
 
     Raises JobsUnavailable.
     """
-    names, width = tenants(store), len(OPEN_STATES) + 2
+    names, width = tenants(store), len(OPEN_STATES) + 3
+    most = max(_MOST_FAILED, _MOST_READ // max(1, len(names)))
     with redis_errors():
         pipeline = store.redis.pipeline(transaction=False)
         for name in names:
             for state in OPEN_STATES:
                 pipeline.zcard(f"{PREFIX}state:{name}:{state}")
             pipeline.zcard(f"{PREFIX}dead:{name}")
-            pipeline.zrevrange(f"{PREFIX}state:{name}:failed", 0, MOST_FAILED - 1)
+            pipeline.zcard(f"{PREFIX}state:{name}:failed")
+            pipeline.zrevrange(f"{PREFIX}state:{name}:failed", 0, most - 1)
         found = pipeline.execute()
         rows = [found[at : at + width] for at in range(0, len(found), width)]
         pipeline = store.redis.pipeline(transaction=False)
@@ -56,10 +64,11 @@ def by_tenant(store: JobStore, since: float) -> list[TenantJobs]:
             pipeline.hmget(job_key(named(job_id)), "ended_at", "error")
         ended = iter(pipeline.execute())
     jobs = []
-    for name, (queued, running, committing, dead, failed) in zip(names, rows, strict=True):
+    for name, (queued, running, committing, dead, kept, failed) in zip(names, rows, strict=True):
         ends = [next(ended) for _ in failed]
         causes = Counter(named(code or b"")[:_CAUSE_CHARS] for at, code in ends if number(at) >= since)
-        jobs.append(TenantJobs(name, queued, running + committing, causes.total(), dead, causes))
+        unseen = kept - len(failed) if causes.total() == len(failed) else 0
+        jobs.append(TenantJobs(name, queued, running + committing, causes.total(), dead, causes, unseen))
     return sorted(jobs, key=lambda each: (-each.failed, -each.dead, -each.queued, each.tenant))
 
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from kms_core.jobs.store import charts, workers
+from kms_core.jobs.store import charts, tenants, workers
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.wire import JobState
 from support.job_stores import TENANT, accepted, alone, commands, forge, take
@@ -53,6 +53,24 @@ def test_durations_are_means_of_the_newest_five_that_succeeded(store: JobStore) 
     assert first.waited_s == pytest.approx(2)
     assert first.ran_s == pytest.approx(8)
     assert (last.waited_s, last.ran_s) == (None, None)
+
+
+def test_failed_jobs_of_a_tenant_are_counted_up_to_a_bound_of_all_tenants(store: JobStore) -> None:
+    since = time.time() - HOUR_S
+    ended(store, submitted(store, 0), "failed", "decrypt_failed")
+    (told,) = tenants.by_tenant(store, since)
+    assert (told.failed, told.unseen) == (1, 0)
+
+    pipeline = store.redis.pipeline()
+    for number in range(2_002):
+        pipeline.hset(f"kms:job:{number}", mapping={"ended_at": since + 60, "error": "path_refused"})
+        pipeline.zadd(f"kms:state:{TENANT}:failed", {str(number): since})
+    pipeline.execute()
+    (told,) = tenants.by_tenant(store, since)
+    assert (told.failed, told.unseen) == (2_000, 3)
+    assert told.causes == {"decrypt_failed": 1, "path_refused": 1_999}
+    (told,) = tenants.by_tenant(store, since + 120)
+    assert (told.failed, told.unseen) == (1, 0), "older ones ended before, too"
 
 
 def test_ten_times_as_many_jobs_cost_no_more_reads(store: JobStore, tmp_path: Path) -> None:
