@@ -90,7 +90,7 @@ class Call(Generic[B_co]):
         A ciphertext names its key in its header: ``file`` is all of it, or its first 32 KiB. ``seals`` says
         whether the call makes one.
         """
-        is_large = max(size_bytes, len(file)) > INLINE_BYTES
+        is_large = size_bytes > INLINE_BYTES or len(file) > INLINE_BYTES
         service = self.service
         waits_for_disk = service.settings.kms.audit.durability == "fsync"
         keyring = service.kms.keyring

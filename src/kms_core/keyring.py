@@ -6,7 +6,7 @@ from binascii import a2b_base64
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Final, TypeVar
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
@@ -23,6 +23,7 @@ from kms_core.backends.wrap_keys import WrapKeys
 from kms_core.envelope.binding import (
     CONTEXT,
     DEFAULT_KEY_ID,
+    KEY_ID,
     MAX_WRAPS,
     PAD,
     WRAP,
@@ -37,7 +38,7 @@ from kms_core.settings.model import Settings
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, DecryptFailed, UnknownKey
 from kms_protocol.units import parse_duration
 
-_NAMED: Final = re.compile(rf"(?:\A|\n)-> {CONTEXT} 1 ([A-Za-z0-9_.-]{{1,80}}) ".encode("ascii"))
+_NAMED: Final = re.compile(rf"(?:\A|\n)-> {CONTEXT} 1 ({KEY_ID.pattern}) ".encode("ascii"))
 _BUNDLED: Final = re.compile(rf"(?:\A|\n)-> {BUNDLE} {BUNDLE_VERSION}\n([A-Za-z0-9+/\n]*)".encode("ascii"))
 _SHARED: Final = re.compile(
     rf"age-encryption\.org/v1\n-> {WRAP} (\S+) (\S+) (\S+) (\S+)\n[^\n]{{64}}\n[^\n]{{22}}\n"
@@ -55,7 +56,7 @@ BackendKey = tuple[Backend, KeyRef]
 """A ``sealing.WrappingKey`` of a backend."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Key:
     """A key id and its backends.
 
@@ -82,8 +83,7 @@ class Key:
 
     def timeout(self) -> AbstractContextManager[None]:
         """Bound all calls to backends within the block by their largest ``timeout_s``."""
-        timeouts = [each.server.timeout_s for each in self.backends if each.server]
-        return http_client.within(max(timeouts)) if timeouts else _UNBOUNDED
+        return http_client.within(self._timeout_s) if self._timeout_s else _UNBOUNDED
 
     def seals_as(self, tenant: str, bound: BoundStanzas, *, native: bool) -> bool:
         """Return whether a new file would name the same version and have the same wraps as this header.
@@ -176,7 +176,11 @@ class Key:
         # a native version has 8 hexadecimal digits, which may look like a number
         return _numbers(tuple(self.backend.versions()), counts=self.backend.name != NATIVE)
 
-    @property
+    @cached_property
+    def _timeout_s(self) -> float:
+        return max((each.server.timeout_s for each in self.backends if each.server), default=0.0)
+
+    @cached_property
     def sealing(self) -> tuple[Backend, ...]:
         """The backends that wrap new files; the first names them."""
         return (self.backend, *self.others)
@@ -186,17 +190,17 @@ class Key:
         """The names of all backends."""
         return tuple(backend.name for backend in self.backends)
 
-    @property
+    @cached_property
     def native(self) -> AgeBackend | None:
         """The backend that may unwrap a file that stock ``age`` made."""
         return next((backend for backend in self.backends if isinstance(backend, AgeBackend)), None)
 
-    @property
+    @cached_property
     def blocks(self) -> str | None:
         """The name of the first backend that waits on a network."""
         return next((backend.name for backend in self.backends if backend.blocks), None)
 
-    @property
+    @cached_property
     def backends(self) -> tuple[Backend, ...]:
         """All backends: those that wrap new files first."""
         return (*self.sealing, *self.retired)
@@ -220,7 +224,7 @@ def _native_versions(backend: Backend, bound: BoundStanzas) -> list[str]:
     return known
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Keyring:
     """The keys of an installation that take calls: none of those that seal key files."""
 
@@ -236,7 +240,7 @@ class Keyring:
         except KeyError:
             raise UnknownKey from None
 
-    @property
+    @cached_property
     def blocks(self) -> bool:
         """Return whether any key waits on a network."""
         return any(key.blocks for key in self.keys.values())
@@ -245,7 +249,7 @@ class Keyring:
         """The ids of keys whose key files cannot be used now: the root that sealed them is away."""
         return [key_id for key_id, native in self.natives.items() if not native.health_check().healthy]
 
-    @property
+    @cached_property
     def natives(self) -> Mapping[str, AgeBackend]:
         """The Age backends, by key id."""
         return {key_id: key.native for key_id, key in self.keys.items() if key.native}

@@ -18,6 +18,8 @@ from functools import lru_cache
 from typing import Final, Literal
 from urllib.parse import unquote
 
+from msgspec import Struct
+
 from kms_core.patterns import Pattern, any_matches
 from kms_protocol.context import Context
 
@@ -43,8 +45,7 @@ _KEY: Final = re.compile(r"[A-Za-z0-9_.*-]{1,80}")
 _PREFIX: Final = re.compile(r"(file://|s3://[a-z0-9.-]+)(/.*)", re.DOTALL)
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
+class Access(Struct, frozen=True):
     """A requested access. ``key_id`` and ``context`` are None if not known yet; no rule refuses None.
 
     ``source`` and ``target`` are the URLs of a job from file to file, empty for other requests.

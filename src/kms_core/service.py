@@ -71,10 +71,12 @@ class Kms:
     ) -> Sealed:
         """Seal a plaintext into an age file."""
         data = _data(plaintext)
-        with self._recorder.recorded("encrypt", who, context, key_id, bytes_in=data.size) as call:
-            started, key = self._begin(call, padded=data.size >= sealing.PAD_FROM_BYTES)
-            ciphertext = data.seal(started.head, started.payload_key)
-            call.record.bytes_out = len(started.head) + stream.sealed_size(data.size)
+        size = data.size
+        with self._recorder.recorded("encrypt", who, context, key_id, bytes_in=size) as call:
+            started, key = self._begin(call, padded=size >= sealing.PAD_FROM_BYTES)
+            head = started.head
+            ciphertext = data.seal(head, started.payload_key)
+            call.record.bytes_out = len(head) + stream.sealed_size(size)
             return Sealed(ciphertext, key, call.note_file(started.nonce))
 
     def decrypt(

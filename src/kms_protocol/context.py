@@ -34,10 +34,13 @@ class Context:
 
     pairs: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     _canonical: bytes = field(init=False, repr=False, compare=False)
+    prefixed: bytes = field(init=False, repr=False, compare=False)
+    """The canonical bytes after their length, as part of an authenticated text."""
 
     def __post_init__(self) -> None:
         parts = [part.encode() for pair in self.pairs for part in pair]
         object.__setattr__(self, "_canonical", length_prefixed(*parts))
+        object.__setattr__(self, "prefixed", length_prefixed(self._canonical))
 
     @classmethod
     def parse(cls, given: str | Mapping[str, str] | None) -> Self:

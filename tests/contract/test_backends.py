@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Final
 
 import pytest
+from msgspec.structs import replace
 
 from kms_core.age import header
 from kms_core.age.header import FILE_KEY_BYTES, Stanza

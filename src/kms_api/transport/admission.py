@@ -6,7 +6,6 @@ free, so a tenant that holds nothing always finds room. A request beyond a bound
 A request gives back its amounts when it ends, also by an error.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Final, Literal
 
@@ -46,29 +45,29 @@ class Budget:
         self.held = 0
         self._noun = noun
         self._total, self._per_tenant, self._per_credential = total, per_tenant, per_credential
-        self._amounts = Counter[str | Holder]()  # by tenant, and by tenant and credential
+        self._amounts: dict[str | Holder, int] = {}  # by tenant, and by tenant and credential
 
     def take(self, holder: Holder | None, amount: int = 1) -> None:
         """Take an amount now. Raises RateLimited or Unavailable, and then takes nothing."""
         free = self._total - self.held
         if holder is not None:
-            if self._amounts[holder] + amount > self._per_credential:
+            credential = self._amounts.get(holder, 0) + amount
+            if credential > self._per_credential:
                 raise self._bound_error("credential")
-            tenant = self._amounts[holder[0]] + amount
+            tenant = self._amounts.get(holder[0], 0) + amount
             if tenant > self._per_tenant or (free >= amount and tenant > free):
                 raise self._bound_error("tenant")
+            if free >= amount:
+                self._amounts[holder], self._amounts[holder[0]] = credential, tenant
         if amount > free:
             raise Unavailable(f"The service has its maximum of {self._noun}", retry_after_s=_RETRY_S)
-        self._add(holder, amount)
+        self.held += amount
 
     def give_back(self, holder: Holder | None, amount: int = 1) -> None:
         """Give back an amount."""
-        self._add(holder, -amount)
-
-    def _add(self, holder: Holder | None, amount: int) -> None:
-        self.held += amount
+        self.held -= amount
         for key in (holder, holder[0]) if holder is not None else ():
-            self._amounts[key] += amount
+            self._amounts[key] -= amount
             if not self._amounts[key]:
                 del self._amounts[key]
 

@@ -14,6 +14,7 @@ from typing import Final
 
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from msgspec import Struct
 
 from kms_core.age import armor
 from kms_protocol.errors import DecryptFailed, NotACiphertext, TooLarge
@@ -64,8 +65,7 @@ SYNC_LIMITS: Final = HeaderLimits(header_bytes=32 * 1024, stanzas=64)
 FILE_LIMITS: Final = HeaderLimits(header_bytes=256 * 1024, stanzas=4096)
 
 
-@dataclass(frozen=True, slots=True)
-class Stanza:
+class Stanza(Struct, frozen=True):
     """``-> type argument…`` and a body; ``args[0]`` is the type."""
 
     args: tuple[str, ...]
@@ -76,8 +76,7 @@ class Stanza:
         return self.args[0]
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(Struct, frozen=True):
     """A parsed header and the 16-byte payload nonce after it. ``signed`` are the bytes that the MAC covers.
 
     ``stanzas`` contains the stanzas of a bundle in place of the bundle.

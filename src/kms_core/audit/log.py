@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Final
 
 import msgspec
@@ -34,6 +34,18 @@ _ENOUGH_BYTES: Final = 64 * 1024
 _GROUP_LINES: Final = 100  # that may wait in a group: a killed process loses these and their results
 _encode: Final = msgspec.json.encode
 _log = structlog.get_logger(__name__)
+
+
+class _Writing(nullcontext[None]):
+    """Raises AuditUnavailable in place of an OSError. A class: a generator makes nine calls."""
+
+    def __exit__(self, *raised: object) -> None:
+        exc = raised[1]
+        if isinstance(exc, OSError):
+            raise AuditUnavailable(f"The audit log cannot be written ({exc.strerror})") from exc
+
+
+_WRITING: Final = _Writing()
 
 
 class _Group:
@@ -135,7 +147,7 @@ class AuditLog:
 
     def _write(self, records: list[bytes], *, sync: bool) -> str:
         """Write lines by one system call, all or none; the id of the last."""
-        with _writing():
+        with _WRITING:
             with self._lock:
                 try:
                     file = self._ready()
@@ -156,7 +168,7 @@ class AuditLog:
 
     def check(self) -> None:
         """Raise AuditUnavailable while records cannot be written; retries a failed write first."""
-        with _writing():
+        with _WRITING:
             with self._lock:
                 self._ready()
             room = os.statvfs(self.folder)
@@ -189,13 +201,13 @@ class AuditLog:
 
         Raises AuditUnavailable.
         """
-        with _writing(), self._lock:
+        with _WRITING, self._lock:
             self._sign(self._ready(), chain.CHECKPOINT, {})
 
     def record_removal(self, before: str, files: int) -> None:
         """Record that segments opened up to a time will be removed now. Raises AuditUnavailable."""
         fields = {"kind": chain.RETIRED, "before": before, "files": files}
-        with _writing(), self._lock:
+        with _WRITING, self._lock:
             file = self._ready()
             self._put(file, _encode(fields)[1:-1])
             self._sign(file, chain.CHECKPOINT, {})
@@ -232,7 +244,7 @@ class AuditLog:
     def _sync_all(self) -> None:
         file = self._file
         if file is not None:
-            with _writing():
+            with _WRITING:
                 file.sync(file.size)
 
     # -- lines, under the lock ------------------------------------------------------------------------
@@ -338,12 +350,3 @@ class AuditLog:
         file.append(line)
         self._seq, self._head, self._unsigned = self._seq + 1, head, 0
         self.last_signed = line
-
-
-@contextmanager
-def _writing() -> Iterator[None]:
-    """Raise AuditUnavailable in place of an OSError."""
-    try:
-        yield
-    except OSError as exc:
-        raise AuditUnavailable(f"The audit log cannot be written ({exc.strerror})") from exc

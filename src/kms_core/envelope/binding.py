@@ -9,16 +9,17 @@ import hmac
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from msgspec import Struct
 
 from kms_core.age.header import (
     FILE_KEY_BYTES,
     KEY_BYTES,
+    NONCE_BYTES,
     Header,
     Stanza,
     b64decode,
@@ -33,6 +34,8 @@ from kms_protocol.errors import DecryptFailed
 
 DEFAULT_TENANT: Final = "default"
 DEFAULT_KEY_ID: Final = "default"
+KEY_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,80}")
+"""Names of keys, of their versions and of backends."""
 OWN_PREFIX: Final = "kms-service/"
 WRAP: Final = "kms-service/wrap"
 CONTEXT: Final = "kms-service/context"
@@ -58,15 +61,14 @@ _CONTEXT_LABEL: Final = length_prefixed(_CONTEXT_INFO)
 _ORIGIN_LABEL: Final = length_prefixed(_ORIGIN_INFO)
 _ORIGIN_2_LABEL: Final = length_prefixed(b"kms-service/origin/2")
 _WRAP_LABEL: Final = length_prefixed(b"kms-service/wrap/1")
-_FILE_ID_LABEL: Final = length_prefixed(b"kms-service/file-id/1")
+_FILE_ID_LABEL: Final = length_prefixed(b"kms-service/file-id/1") + NONCE_BYTES.to_bytes(4, "big")
+_TAG_LENGTH: Final = TAG_BYTES.to_bytes(4, "big")
 _STANZAS_LABEL: Final = length_prefixed(b"kms-service/stanzas/1")
 _ONCE: Final = frozenset({CONTEXT, ORIGIN, PAD})
 _ORIGINS: Final = frozenset({(ORIGIN, FORMAT_VERSION), (ORIGIN, ORIGIN_WITHOUT_NONCE)})
-_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 
 
-@dataclass(frozen=True, slots=True)
-class KeyRef:
+class KeyRef(Struct, frozen=True):
     """A version of a tenant's key in a backend."""
 
     tenant: str
@@ -80,8 +82,7 @@ def version_of(recipient: Recipient) -> str:
     return hashlib.sha256(str(recipient).encode("ascii")).hexdigest()[:8]
 
 
-@dataclass(frozen=True, slots=True)
-class Wrap:
+class Wrap(Struct, frozen=True):
     """A ``kms-service/wrap`` stanza: a backend, a key version, and the file key that it wrapped.
 
     ``job`` is empty, or a wrapped job key under which ``body`` is the wrapped file key.
@@ -94,8 +95,7 @@ class Wrap:
     job: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class BoundStanzas:
+class BoundStanzas(Struct, frozen=True):
     """The content of our stanzas in a header, parsed but not verified."""
 
     key_id: str
@@ -112,7 +112,7 @@ def file_id(nonce: bytes) -> str:
 
     A label, and no proof: the maker of a file chooses its nonce.
     """
-    return hashlib.sha256(_FILE_ID_LABEL + length_prefixed(nonce)).hexdigest()[:ID_DIGITS]
+    return hashlib.sha256(_FILE_ID_LABEL + nonce).hexdigest()[:ID_DIGITS]
 
 
 def stanzas_digest(stanzas: Sequence[Stanza]) -> str:
@@ -169,7 +169,7 @@ def read_wrap(stanza: Stanza) -> Wrap:
         kind, backend, key_id, version, *job = stanza.args
     except ValueError as exc:
         raise DecryptFailed from exc
-    named = all(map(_NAME.fullmatch, (backend, key_id, version)))
+    named = all(map(KEY_ID.fullmatch, (backend, key_id, version)))
     if kind != WRAP or not named or len(job) > 1 or not 0 < len(stanza.body) <= MAX_WRAP_BYTES:
         raise DecryptFailed
     wrapped_job = b64decode(job[0].encode("ascii")) if job else b""
@@ -265,16 +265,16 @@ def origin_tag(
     commitment = hkdf(file_key, salt=b"", info=_COMMITMENT_INFO)
     named = _names(key.tenant, key.key_id, key.version)
     if nonce is None:
-        message = _ORIGIN_2_LABEL + named + length_prefixed(context.canonical(), commitment)
+        message = _ORIGIN_2_LABEL + named + context.prefixed + length_prefixed(commitment)
     else:
-        message = _ORIGIN_LABEL + named + length_prefixed(context.canonical(), nonce, commitment)
+        message = _ORIGIN_LABEL + named + context.prefixed + length_prefixed(nonce, commitment)
     return hmac.digest(mac_key, message, "sha256")
 
 
 def wrap_aad(key: KeyRef, context: Stanza) -> bytes:
     """The AAD of a remote wrap: names and the body of the context stanza, never a context value."""
     named = _names(key.tenant, key.key_id, key.backend, key.version)
-    return _WRAP_LABEL + named + length_prefixed(context.body)
+    return _WRAP_LABEL + named + _TAG_LENGTH + context.body
 
 
 def pad_stanza(header_bytes: int, multiple: int) -> Stanza:
@@ -285,7 +285,7 @@ def pad_stanza(header_bytes: int, multiple: int) -> Stanza:
 
 def _context_tag(file_key: bytes, salt: bytes, names: bytes, context: Context) -> bytes:
     mac_key = hkdf(file_key, salt=salt, info=_CONTEXT_INFO)
-    message = _CONTEXT_LABEL + names + length_prefixed(context.canonical())
+    message = _CONTEXT_LABEL + names + context.prefixed
     return hmac.digest(mac_key, message, "sha256")
 
 
@@ -304,7 +304,7 @@ def _bound(
         _, version, key_id, key_version, salt_text = context.args
     except ValueError as exc:
         raise DecryptFailed from exc
-    named = _NAME.fullmatch(key_id) and _NAME.fullmatch(key_version)
+    named = KEY_ID.fullmatch(key_id) and KEY_ID.fullmatch(key_version)
     salt = b64decode(salt_text.encode("ascii"))
     if version != FORMAT_VERSION or not named or len(salt) != SALT_BYTES or len(context.body) != TAG_BYTES:
         raise DecryptFailed

@@ -6,7 +6,7 @@ is imported only if traces are enabled.
 """
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final, TypedDict, Unpack
 
@@ -31,6 +31,7 @@ _FAILED: Final = 500
 _TIMEOUT_MS: Final = 5000
 _context: Final = TraceContextTextMapPropagator()
 _provider: "TracerProvider | None" = None
+_NO_SPAN: Final = nullcontext(trace.INVALID_SPAN)
 _tracer: trace.Tracer = trace.NoOpTracer()
 
 
@@ -105,7 +106,7 @@ def span(name: str, kind: SpanKind = SpanKind.INTERNAL, parent: str = "") -> Abs
     Exceptions are not recorded: their texts may have secrets.
     """
     if _provider is None:
-        return trace.INVALID_SPAN
+        return _NO_SPAN
     around = _context.extract({PARENT: parent}) if parent else None
     remote = trace.get_current_span(around).get_span_context()
     links = [Link(remote)] if around and remote.is_valid and kind is SpanKind.CONSUMER else None

@@ -13,6 +13,7 @@ from typing import Final, Protocol, Self
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.utils import Buffer
+from msgspec import Struct
 
 from kms_core.age import header, stream
 from kms_core.age.header import FILE_LIMITS, Header, HeaderLimits
@@ -347,8 +348,7 @@ def _runs(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
 # bytes.
 
 
-@dataclass(frozen=True, slots=True)
-class InMemory:
+class InMemory(Struct, frozen=True):
     """Bytes in memory."""
 
     data: bytes

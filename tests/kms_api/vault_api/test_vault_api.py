@@ -103,14 +103,10 @@ def test_what_is_open_tells_no_secret() -> None:
 
 
 def test_nothing_prints_what_a_call_binds_or_returns() -> None:
-    for held in (
-        VaultPlaintext(b"salary"),
-        VaultCiphertext("vault:v1:AAAA", 1),
-        Item("salary"),
-        Extra(b"salary"),
-    ):
-        assert repr(held) == f"{type(held).__name__}(…)"
-        assert held.__rich_repr__() == []
+    held = VaultPlaintext(b"salary"), VaultCiphertext("vault:v1:AAAA", 1), Item("salary"), Extra(b"salary")
+    for one in held:
+        assert repr(one) == f"{type(one).__name__}(…)"
+        assert one.__rich_repr__() == []
 
 
 # -- numbers -------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
 """Post-quantum recipients and identities; test_vectors.py holds what stanzas open to and how they fail."""
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from kms_core.age import bech32, mlkem768x25519
 from kms_core.age.mlkem768x25519 import HybridIdentity, HybridRecipient

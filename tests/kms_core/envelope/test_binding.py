@@ -1,9 +1,9 @@
 """Our stanzas: which are read, and what they bind; tests/golden holds the tags of origin and remote wraps."""
 
-from dataclasses import replace
 from typing import Final
 
 import pytest
+from msgspec.structs import replace
 
 from kms_core.age import header
 from kms_core.age.header import Header, Stanza

@@ -13,7 +13,6 @@ any user of the server can make keys under free identifiers and grant them to us
 """
 
 import os
-import re
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from kms_core.backends.cosmian.server import CosmianServer
 from kms_core.backends.cosmian.settings import CosmianSection as Section
 from kms_core.backends.file_token import FileToken
 from kms_core.backends.remote import RemoteBackend
+from kms_core.envelope.binding import KEY_ID
 from kms_core.http_client import Busy, PeerServer, Tls
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, DecryptFailed
 from kms_protocol.units import time_or_none
@@ -49,7 +49,6 @@ BULK: Final = b"\x87\x87"
 NONCE_BYTES: Final = 12
 TAG_BYTES: Final = 16
 LENGTHS: Final = tuple(len(FORM) + NONCE_BYTES + len(MARK) + secret + TAG_BYTES for secret in (16, 32))
-_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 _log = structlog.get_logger(__name__)
 
 
@@ -308,7 +307,7 @@ def open_key(uri: SplitResult | None, section: Section, *, strict: bool) -> Remo
 
 def key_of(name: str, section: Section, *, strict: bool) -> CosmianKey:
     """A key of the server of ``[kms.cosmian]``. Makes no call. Raises ConfigurationError."""
-    if not _NAME.fullmatch(name):
+    if not KEY_ID.fullmatch(name):
         raise ConfigurationError("A Cosmian key is cosmian:<name>, of at most 80 letters, digits, _ . -")
     return CosmianKey(_connect(section, strict=strict), name)
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, Protocol
 
+import msgspec
 import structlog
 
 from kms_core.age import header, stream
@@ -220,7 +221,7 @@ class Spool:
             bound = binding.read(head)
             if bound is None:
                 raise RecordRefused
-            ref = replace(self._key_ref(label), version=bound.key_version)
+            ref = msgspec.structs.replace(self._key_ref(label), version=bound.key_version)
             file_key = sealing.file_key_of(head, self._key, ref, context=label.context, bound=bound)
             key = stream.payload_key(file_key, head.nonce)
             content = BlobReader(key, source.tail(head.payload_offset))
