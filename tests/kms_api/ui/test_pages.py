@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from kms_api.routes import operations
 from kms_api.transport.request_context import RequestContext
-from kms_api.ui import overview
+from kms_api.ui import charts, overview
 from kms_api.ui.render import PageLayer, Screen, refused
 from kms_api.ui.views import job_row
 from kms_core.auth.policy import Principal
@@ -67,7 +67,7 @@ def overview_of(found: object = None, **known: object) -> str:
         "weak": [],
         "old_s": 600,
         "period": "6h",
-        "periods": overview.PERIODS,
+        "periods": charts.PERIODS,
         "few": 8,
         "many": 50,
         "audit_log": None,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kms_api.ui import overview
+from kms_api.ui import charts
 from kms_core.jobs.store.charts import Interval, OperationInterval
 from kms_protocol.wire import STATES
 
@@ -17,9 +17,7 @@ def interval(
 
 
 def test_parts_stand_on_each_other_from_the_axis_upwards_and_fill_what_they_are_of_the_top() -> None:
-    chart = overview.jobs_chart(
-        [interval(failed=1, succeeded=4, running=3, queued=2), interval(1)], "6 hours"
-    )
+    chart = charts.jobs_chart([interval(failed=1, succeeded=4, running=3, queued=2), interval(1)], "6 hours")
 
     first, second = chart.bars
     assert chart.ticks == ("10", "5")
@@ -37,7 +35,7 @@ def test_parts_stand_on_each_other_from_the_axis_upwards_and_fill_what_they_are_
 
 
 def test_summary_and_legend_have_the_sums() -> None:
-    chart = overview.jobs_chart([interval(failed=2), interval(1, succeeded=1_500, cancelled=3)], "hour")
+    chart = charts.jobs_chart([interval(failed=2), interval(1, succeeded=1_500, cancelled=3)], "hour")
 
     assert chart.series == {
         "failed": "failed 2",
@@ -55,7 +53,7 @@ def test_summary_and_legend_have_the_sums() -> None:
     [(1, ("2", "1")), (3, ("4", "2")), (11, ("20", "10")), (4_001, ("10,000", "5,000"))],
 )
 def test_axis_of_jobs_ends_at_a_round_count(most: int, ticks: tuple[str, str]) -> None:
-    assert overview.jobs_chart([interval(succeeded=most), interval(1)], "hour").ticks == ticks
+    assert charts.jobs_chart([interval(succeeded=most), interval(1)], "hour").ticks == ticks
 
 
 @pytest.mark.parametrize(
@@ -68,11 +66,11 @@ def test_axis_of_jobs_ends_at_a_round_count(most: int, ticks: tuple[str, str]) -
     ],
 )
 def test_axis_of_durations_ends_at_a_round_time(seconds: float, ticks: tuple[str, str]) -> None:
-    assert overview.durations_chart([interval(waited_s=0, ran_s=seconds), interval(1)], "hour").ticks == ticks
+    assert charts.durations_chart([interval(waited_s=0, ran_s=seconds), interval(1)], "hour").ticks == ticks
 
 
 def test_durations_are_averages_over_the_intervals_that_have_some() -> None:
-    chart = overview.durations_chart(
+    chart = charts.durations_chart(
         [interval(waited_s=2, ran_s=6), interval(1), interval(2, waited_s=4, ran_s=4)], "6 hours"
     )
 
@@ -81,21 +79,21 @@ def test_durations_are_averages_over_the_intervals_that_have_some() -> None:
 
 
 def test_one_job_among_many_is_seen_and_without_jobs_nothing_is_drawn() -> None:
-    chart = overview.jobs_chart([interval(failed=1, succeeded=90_000), interval(1)], "hour")
+    chart = charts.jobs_chart([interval(failed=1, succeeded=90_000), interval(1)], "hour")
 
     assert chart.bars[0].parts[0].height >= 1
-    assert overview.jobs_chart([interval(), interval(1)], "hour").bars == ()
-    assert overview.durations_chart([interval(), interval(1)], "hour").bars == ()
+    assert charts.jobs_chart([interval(), interval(1)], "hour").bars == ()
+    assert charts.durations_chart([interval(), interval(1)], "hour").bars == ()
 
 
 def test_operations_are_drawn_by_outcome() -> None:
-    chart = overview.operations_chart(
+    chart = charts.operations_chart(
         [OperationInterval(START, 1_500, 500), OperationInterval(START + 900, 0, 0)], "6 hours"
     )
 
     assert chart.summary == "Of the 2,000 operations in the last 6 hours: 500 failed, 1,500 succeeded."
     assert [(part.series, part.height) for part in chart.bars[0].parts] == [("failed", 25), ("succeeded", 75)]
-    none = overview.operations_chart(
+    none = charts.operations_chart(
         [OperationInterval(START, 0, 0), OperationInterval(START + 900, 0, 0)], "hour"
     )
     assert (none.bars, none.summary) == ((), "No operations in the last hour.")
