@@ -20,7 +20,7 @@ from kms_api.routing import DOCS, Dispatcher, rules_of
 from kms_api.transport.admission import Admitted, budgets_of
 from kms_api.transport.authentication import AuthenticationLayer, RequestAuthenticator
 from kms_api.transport.request_context import ClientAddress, RequestContext
-from kms_api.ui import overview, views
+from kms_api.ui import login, overview, views
 from kms_api.ui.render import STATIC_FILES, PageLayer, Screen, refused
 from kms_api.ui.sessions import Sessions
 from kms_api.vault_api import sys, transit
@@ -48,7 +48,7 @@ ROUTERS: Final = (
     operations.webhooks,
     *(part.router for part in (keys, audit, operations)),
 )
-UI: Final = (overview.router, views.router)
+UI: Final = (login.router, overview.router, views.router)
 REFERENCE: Final = (views.docs,)
 RULES: Final = rules_of((*ROUTERS, operations.probes))
 """The access rule of each route of the API, by method and path; only probes have no prefix."""

@@ -10,21 +10,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from http import HTTPStatus
 from typing import Final, get_args
 from urllib.parse import quote, urlencode
 
 import msgspec
-from fastapi import Request, Response
-from starlette.responses import FileResponse, RedirectResponse
+from fastapi import Response
+from starlette.responses import FileResponse
 
-from kms_api import problems
-from kms_api.deps import Service, service
+from kms_api.deps import Service
 from kms_api.routes import audit, job_answers, job_options, jobs, keys
-from kms_api.routing import CALLER, DOCS, OPEN, READ, UI, WRITE, Call, Router, is_ui
-from kms_api.transport.authentication import RequestAuthenticator
+from kms_api.routing import CALLER, DOCS, OPEN, READ, UI, WRITE, Call, Router
 from kms_api.ui.render import STATIC, STATIC_FILES, THREADS, Fields, form, percent, render, screen, to
-from kms_api.ui.sessions import COOKIE, LASTS_S, SESSION, VISITOR, new_id
 from kms_core import audit as records
 from kms_core.audit import query
 from kms_core.audit.chain import text_of
@@ -38,10 +34,11 @@ from kms_core.jobs.spec import FilesJob, UploadJob
 from kms_core.jobs.store import gauges, reader, workers
 from kms_core.observability.degraded import DEGRADED
 from kms_protocol import admin, errors, wire
-from kms_protocol.errors import AuditUnavailable, KmsError, Missing, RateLimited, Unauthenticated, UnknownKey
+from kms_protocol.errors import AuditUnavailable, Missing, UnknownKey
 from kms_protocol.units import parse_time
 
 router: Final = Router("pages", prefix=UI)
+docs: Final = Router("pages")
 FILTERS: Final = ("operation", "result", "principal", "source", "key_id", "file_id", "job_id", "request_id")
 PERIODS: Final = {"1h": timedelta(hours=1), "24h": timedelta(days=1), "7d": timedelta(days=7), "all": None}
 _JOBS: Final = 50
@@ -373,92 +370,11 @@ async def static(call: Call[None]) -> Response:
     return FileResponse(STATIC / name, headers=headers, media_type=STATIC_FILES[name])
 
 
-docs: Final = Router("pages")
-
-
 @docs.stream("GET", DOCS, OPEN)
 async def api(call: Call[None]) -> Response:
     """The API in Swagger UI."""
     del call
     return FileResponse(STATIC / "docs.html")
-
-
-_FORM_S: Final = 3600
-
-
-# -- sessions ------------------------------------------------------------------------------------------
-
-
-@router.stream("GET", "/login", OPEN)
-async def login_page(call: Call[None]) -> Response:
-    """The form for a token; the overview if requests need no credentials."""
-    if screen(call.request).entry is None:
-        return to("")
-    return _login_page(call.request)
-
-
-@router.stream("POST", "/login", OPEN)
-async def login(call: Call[None]) -> Response:
-    """Begin a session with a new id for the holder of a token."""
-    request, entry = call.request, screen(call.request).entry
-    if entry is None:
-        return to("")
-    token = (await form(request)).get("token", "").strip()
-    try:
-        session = await _begin(request, entry, token)
-    except (Unauthenticated, RateLimited) as exc:
-        return _login_page(request, exc)
-    answer: Response = RedirectResponse(_page_after(request), HTTPStatus.SEE_OTHER)
-    _set_cookie(request, answer, COOKIE, session, LASTS_S)
-    answer.delete_cookie(VISITOR, UI)
-    return answer
-
-
-@router.call("POST", "/logout", CALLER, form, THREADS)
-def logout(call: Call[Fields]) -> Response:
-    """End this session, and no other of the same principal."""
-    if session := call.request.scope.get(SESSION):
-        with records.recorded(call.service.kms.audit_log, call.caller, "session.end", ""):
-            screen(call.request).sessions.end(session, call.caller)
-    answer = to("/login")
-    answer.delete_cookie(COOKIE, UI)
-    return answer
-
-
-async def _begin(request: Request, entry: RequestAuthenticator, token: str) -> str:
-    who = await entry.authenticate(request.scope, token)
-    service(request).requests.take(who.tenant)  # the tenant was not known before
-
-    def begin() -> str:
-        service(request).answering()
-        with records.recorded(service(request).kms.audit_log, who, "session.begin", ""):
-            return screen(request).sessions.begin(who)
-
-    return await service(request).run(THREADS, begin)
-
-
-def _login_page(request: Request, error: KmsError | None = None) -> Response:
-    visitor = new_id()
-    status = 200 if error is None else problems.answer_of(type(error)).status
-    stamp = screen(request).sessions.stamp(f"visitor {visitor}")
-    after = _page_after(request)
-    answer = render(request, "login.html", status, error=error, stamp=stamp, after=after, overview=UI)
-    if isinstance(error, RateLimited):
-        answer.headers["Retry-After"] = problems.retry_after(error)
-    _set_cookie(request, answer, VISITOR, visitor, _FORM_S)
-    return answer
-
-
-def _page_after(request: Request) -> str:
-    """The page to show after a login: the one that led there, if it is ours, else the overview."""
-    page = request.query_params.get("next", "")
-    return page if is_ui(page.partition("?")[0]) and not page.startswith(f"{UI}/login") else UI
-
-
-def _set_cookie(request: Request, answer: Response, name: str, value: str, lasts_s: int) -> None:
-    """Set a cookie, for TLS only if the form came over TLS, also to a proxy that terminates it."""
-    is_tls = request.url.scheme == "https" or request.headers.get("origin", "").startswith("https:")
-    answer.set_cookie(name, value, lasts_s, path=UI, secure=is_tls, httponly=True, samesite="strict")
 
 
 # -- jobs and keys ---------------------------------------------------------------------------------------
