@@ -39,8 +39,8 @@ from kms_protocol.units import parse_time
 
 router: Final = Router("pages", prefix=UI)
 docs: Final = Router("pages")
-FILTERS: Final = ("operation", "result", "principal", "source", "key_id", "file_id", "job_id", "request_id")
-PERIODS: Final = {"1h": timedelta(hours=1), "24h": timedelta(days=1), "7d": timedelta(days=7), "all": None}
+_FIELDS: Final = ("operation", "result", "principal", "source", "key_id", "file_id", "job_id", "request_id")
+_PERIODS: Final = {"1h": timedelta(hours=1), "24h": timedelta(days=1), "7d": timedelta(days=7), "all": None}
 _JOBS: Final = 50
 _DEAD: Final = 500
 """The newest dead jobs that are looked at, and retried at once."""
@@ -234,13 +234,13 @@ async def job_state(call: Call[None]) -> Response:
 @router.read("/audit", audit.SCOPE, audit.SEARCHES)
 def audit_log(call: Call[None]) -> Response:
     """Operations of this tenant, newest first, by filter and period."""
-    period = job_options.one_of("period", call.query.get("period", "24h"), PERIODS)
+    period = job_options.one_of("period", call.query.get("period", "24h"), _PERIODS)
     until, host = call.query.get("until", ""), call.query.get("host", "")
     service, caller = call.service, call.caller
-    given = {name: call.query.get(name, "").strip() for name in FILTERS}
+    given = {name: call.query.get(name, "").strip() for name in _FIELDS}
     logs, unread = audit.logs_of(service, host)
     equal = [(name, value) for name, value in given.items() if value and name != "result"]
-    ago = PERIODS[period]
+    ago = _PERIODS[period]
     wanted = EventFilter(
         equal=(("tenant", caller.tenant), *equal),
         result=given["result"],
@@ -262,7 +262,7 @@ def audit_log(call: Call[None]) -> Response:
         hosts=audit.hosts(audit.logs_of(service)),
         unread=unread,
         period=period,
-        periods=PERIODS,
+        periods=_PERIODS,
         older=found[-1].time if len(found) == _EVENTS else None,
         is_first=not until,
         is_writable=writable,
