@@ -35,6 +35,29 @@ from kms_protocol import __version__, wire
 from kms_protocol.errors import Forbidden, InvalidRequest, JobsUnavailable, KmsError, Unauthenticated
 from kms_protocol.units import age_s, duration_text, parse_time, size_text, time_text
 
+Fields: TypeAlias = dict[str, str]
+_FORM_BYTES: Final = 16 * 1024
+_LOOK_S: Final = 0.25
+THREADS: Final = Pool("page")
+_PROBES: Final = Pool("page probe", 4)
+"""Looks at the condition of Redis, which wait for half a second at most, also while all ``THREADS`` hang."""
+_ENDED: Final = "The session has expired: log in again"
+_FORGED: Final = "The form is not from this page or was open for too long: load the page again"
+STATIC_FILES: Final[Mapping[str, str]] = {
+    "page.css": "text/css",
+    "page.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
+    "docs.css": "text/css",
+    "docs.js": "text/javascript",
+    "swagger-ui.css.gz": "text/css",
+    "swagger-ui-bundle.js.gz": "text/javascript",
+}
+"""Media types of the files at ``/ui/static/{name}``."""
+STATIC: Final = Path(__file__).with_name("static")
+RUNBOOKS: Final = Path(__file__).with_name("runbooks.md")
+_SECTION: Final = re.compile(r"^## (\w+)$", re.MULTILINE)
+_TOKEN: Final = re.compile(r"`([^`]+)`|\b(Kms[A-Z]\w+)\b|\*\*([^*]+)\*\*")
+
 
 def when(text: str) -> str:
     """Format an RFC 3339 time to the second, in UTC."""
@@ -77,21 +100,6 @@ FILTERS: Final[Mapping[str, Callable[..., str]]] = {
     "utc": time_text,
 }
 
-STATIC_FILES: Final[Mapping[str, str]] = {
-    "page.css": "text/css",
-    "page.js": "text/javascript",
-    "icon.svg": "image/svg+xml",
-    "docs.css": "text/css",
-    "docs.js": "text/javascript",
-    "swagger-ui.css.gz": "text/css",
-    "swagger-ui-bundle.js.gz": "text/javascript",
-}
-"""Media types of the files at ``/ui/static/{name}``."""
-STATIC: Final = Path(__file__).with_name("static")
-RUNBOOKS: Final = Path(__file__).with_name("runbooks.md")
-_SECTION: Final = re.compile(r"^## (\w+)$", re.MULTILINE)
-_TOKEN: Final = re.compile(r"`([^`]+)`|\b(Kms[A-Z]\w+)\b|\*\*([^*]+)\*\*")
-
 
 @dataclass(frozen=True, slots=True)
 class Runbook:
@@ -123,16 +131,6 @@ def prose(text: str, alerts: Sequence[str] = ()) -> Markup:
         return f'<a href="#{alert.lower()}">{alert}</a>' if alert in alerts else str(alert)
 
     return Markup(_TOKEN.sub(html, escape(" ".join(text.split()))))  # noqa: S704 -- escaped before
-
-
-Fields: TypeAlias = dict[str, str]
-_FORM_BYTES: Final = 16 * 1024
-_LOOK_S: Final = 0.25
-THREADS: Final = Pool("page")
-_PROBES: Final = Pool("page probe", 4)
-"""Looks at the condition of Redis, which wait for half a second at most, also while all ``THREADS`` hang."""
-_ENDED: Final = "The session has expired: log in again"
-_FORGED: Final = "The form is not from this page or was open for too long: load the page again"
 
 
 @dataclass(frozen=True, slots=True)
