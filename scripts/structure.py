@@ -6,8 +6,7 @@ comments and docstrings. A class name must mean one thing in the whole project. 
 none of ``words``, and no docstring begins with an indirect question. Nor does the text that users and
 operators read use them: ``pages``. No two modules import one another, directly or by way of others: imports
 inside functions count, those for type checkers do not. Loggers, type variables and public constants stand
-above the first class or function of a module, unless they are made of names that are defined above them;
-modules in ``late_constants`` may break that rule, and stand there only while they do.
+above the first class or function of a module, unless they are made of names that are defined above them.
 """
 
 import ast
@@ -94,7 +93,11 @@ def problems(files: list[SourceFile], bounds: dict[str, Any]) -> Iterator[str]:
     )
     yield from _shared_class_names(files)
     yield from _circles(files)
-    yield from _late_constants(files, bounds["late_constants"])
+    yield from (
+        f"{file.name}:{line}: {names} stands above classes and functions"
+        for file in files
+        for line, names in _late_constants(file)
+    )
     unwanted = re.compile(rf"\b(?:{'|'.join(bounds['words'])})\b", re.IGNORECASE)
     for file in files:
         for line, text in file.prose:
@@ -144,19 +147,7 @@ def _imported(file: SourceFile, names: set[str]) -> Iterator[str]:
                 yield parent
 
 
-def _late_constants(files: list[SourceFile], allowed: list[str]) -> Iterator[str]:
-    """Each late constant of the modules that may have none; each allowed module that has none any more."""
-    late = {file.name: found for file in files if (found := list(_late(file)))}
-    for name in sorted(late.keys() - allowed):
-        yield from (
-            f"{name}:{line}: {names} stands above classes and functions" for line, names in late[name]
-        )
-    yield from (
-        f"{name} has no late constants: remove it from the list" for name in set(allowed) - late.keys()
-    )
-
-
-def _late(file: SourceFile) -> Iterator[tuple[int, str]]:
+def _late_constants(file: SourceFile) -> Iterator[tuple[int, str]]:
     """Line and names of loggers, type variables and public constants below the first class or function.
 
     Those that are made of such a class or function may stand there.

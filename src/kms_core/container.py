@@ -30,7 +30,8 @@ from kms_core.jobs.storage.locations import Locations
 from kms_core.jobs.storage.spool import Spool
 from kms_core.jobs.storage.spool_folder import DiskSync, SpoolFolder
 from kms_core.jobs.store.replicas import verify_replicas
-from kms_core.jobs.store.store import JobStore, SmallBlobs
+from kms_core.jobs.store.small_blobs import SmallBlobs
+from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.celery_intake import Intake
 from kms_core.jobs.submission.submitter import JobSubmitter
 from kms_core.key_selection import SelectionRules

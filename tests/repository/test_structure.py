@@ -14,7 +14,6 @@ BOUNDS: Final[dict[str, Any]] = {
     "module_lines": 40,
     "words": ["anew", "nudges?"],
     "pages": [],
-    "late_constants": [],
 }
 IN_A_FUNCTION: Final = "def f():\n    from p import b\n"
 FOR_TYPES: Final = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p import b\n"
@@ -88,7 +87,6 @@ def test_code_lines_are_those_without_blanks_comments_and_docstrings(structure: 
         ({"a": "def f(): ...\nX: int = 1\n_Y = {name: 1 for name in X}\n"}, {}, "a:2: X stands above"),
         ({"a": 'def f(): ...\n_T = TypeVar("_T")\n'}, {}, "a:2: _T stands above"),
         ({"a": "def f(): ...\n_log = structlog.get_logger(__name__)\n"}, {}, "a:2: _log stands above"),
-        ({"a": "X = 1\n"}, {"late_constants": ["a"]}, "a has no late constants"),
     ],
     ids=str,
 )  # fmt: skip

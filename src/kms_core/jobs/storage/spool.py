@@ -120,7 +120,7 @@ class Blob:
 
 
 class SmallBlobStore(Protocol):
-    """Holds blobs that need no file: ``jobs.store.store.SmallBlobs``.
+    """Holds blobs that need no file: ``jobs.store.small_blobs.SmallBlobs``.
 
     ``names`` and ``delete`` also say whether the job has no other blobs: then its store is not asked.
     """
