@@ -1,6 +1,6 @@
 """Other interfaces for small calls, beside OpenBao: the Vault API under the same client, batches of 100.
 
-As in ``bench_overhead``: two API processes, a token, each record written; OpenBao with an audit log and without.
+As in ``bench_overhead``: two API processes, a token, each record written; OpenBao with its log and without.
 """
 
 import json
@@ -47,7 +47,9 @@ _BATCHES: Final = (
         body=_OUR_BATCH,
         scopes=_ANYTHING,
     ),
-    Way("kms: Vault API", has_auth=True, durability="write", path=_FACADE, body=_VAULT_BATCH, scopes=_ANYTHING),
+    Way(
+        "kms: Vault API", has_auth=True, durability="write", path=_FACADE, body=_VAULT_BATCH, scopes=_ANYTHING
+    ),
 )
 
 

@@ -47,7 +47,11 @@ def main() -> None:
         folder = Path(name)
         with _callers(folder) as contenders:
             found = in_turn(contenders, options.plan, budget.share())
-        parts = [report.table("POST /encrypt, 1,024 B, in process, no credential", options.keep("calls", found), _CALL)]
+        parts = [
+            report.table(
+                "POST /encrypt, 1,024 B, in process, no credential", options.keep("calls", found), _CALL
+            )
+        ]
         parts += _share(found)
         with _worker(folder / "metrics") as server:
             found = in_turn([_scrapes(*server)], options.plan, budget.share())
@@ -82,7 +86,7 @@ bench_metrics.answer(Path(sys.argv[1]))
 
 
 def answer(state: Path) -> None:
-    """Make a run of calls for each line of input, and print the seconds of one; ``silent``: without metrics."""
+    """Make a run of calls for each line of input, and print the seconds of one. ``silent``: no metrics."""
     logs.configure("error", json=True)
     application = bench_auth.built(state, "")
     print(flush=True)
@@ -102,7 +106,7 @@ def _callers(folder: Path) -> Iterator[list[Contender]]:
     ):
         yield [
             Contender("a process alone", functools.partial(_asked, alone, "")),
-            Contender("a process alone, without metrics", functools.partial(_asked, alone, "silent")),
+            Contender("alone, without metrics", functools.partial(_asked, alone, "silent")),
             Contender("one of several", functools.partial(_asked, several, "")),
             Contender("one of several, without metrics", functools.partial(_asked, several, "silent")),
         ]

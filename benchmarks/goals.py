@@ -36,7 +36,7 @@ _MANY_JOBS, _FEW_JOBS = "100,000 jobs", "100 jobs"
 _DIRECTORY: Final = "spool in a directory"
 _TOKEN, _OPEN = "API token", "no credential"
 _METRICS: Final = (
-    ("a process alone", "a process alone, without metrics"),
+    ("a process alone", "alone, without metrics"),
     ("one of several", "one of several, without metrics"),
 )
 _WAYS: Final = ("kms: token, audit write", "kms: no credential, no audit log")
@@ -153,7 +153,9 @@ def _crowded() -> Find:
 
 def _verified() -> Find:
     """Seconds, of a log that is as long as the goal says."""
-    return reached(value("audit", "verify", "one process", "seconds"), value("audit", "verify", "lines", "count"), 1e6)
+    return reached(
+        value("audit", "verify", "one process", "seconds"), value("audit", "verify", "lines", "count"), 1e6
+    )
 
 
 ROWS: Final = (
@@ -299,13 +301,25 @@ ROWS: Final = (
     Row(
         "POST /encrypt, 1 KiB, in process, an API token",
         "no credential",
-        [at_most("", 1.3, 1.15, [ratio("auth", "POST /encrypt, 1,024 B, in process", (_TOKEN, _OPEN), "seconds")])],
+        [
+            at_most(
+                "",
+                1.3,
+                1.15,
+                [ratio("auth", "POST /encrypt, 1,024 B, in process", (_TOKEN, _OPEN), "seconds")],
+            )
+        ],
     ),
     Row(
         "the same, all metrics, one process and one of several",
         "no metrics",
         [
-            at_most("", 1.05, 1.02, [ratio("metrics", "calls", (name, bare), "seconds") for name, bare in _METRICS])
+            at_most(
+                "",
+                1.05,
+                1.02,
+                [ratio("metrics", "calls", (name, bare), "seconds") for name, bare in _METRICS],
+            )
         ],
     ),
     Row(
@@ -323,7 +337,11 @@ ROWS: Final = (
     Row(
         "the same, 4 connections, beside 670 connections of another tenant's token that misbehaves",
         "alone",
-        [at_most("p99", 3.0, 1.5, [ratio("crowd", "POST /encrypt, 1,024 B, 4 connections", _CROWD, "p99_s")])],
+        [
+            at_most(
+                "p99", 3.0, 1.5, [ratio("crowd", "POST /encrypt, 1,024 B, 4 connections", _CROWD, "p99_s")]
+            )
+        ],
     ),
     Row(
         "an audit record with its hashes; 1,000,000 records verified",

@@ -30,10 +30,11 @@ class Options(TypedDict, total=False):
     transfer. ``retries`` is the number of attempts after the first; none begins later than ``deadline_s``
     after the call; one fewer is made where a key backend did not answer, which the service has tried again
     itself. ``on_retry`` is called before the wait for an attempt: with the error of the last one, the seconds
-    of the wait, and how many attempts are left. ``ca_file`` replaces the certificate authorities of the system. ``cert_file`` and
-    ``key_file`` (PEM) are a client certificate. ``allow_http`` allows sending tokens, keys and plaintexts
-    unencrypted over ``http://`` to another machine and through proxies. ``check_service`` asks the address,
-    before the first request and without a credential, whether it answers as this service (``GET /livez``).
+    of the wait, and how many attempts are left. ``ca_file`` replaces the certificate authorities of the
+    system. ``cert_file`` and ``key_file`` (PEM) are a client certificate. ``allow_http`` allows sending
+    tokens, keys and plaintexts unencrypted over ``http://`` to another machine and through proxies.
+    ``check_service`` asks the address, before the first request and without a credential, whether it
+    answers as this service (``GET /livez``).
     """
 
     token: str | None

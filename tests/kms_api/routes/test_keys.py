@@ -47,4 +47,9 @@ def test_servers_are_asked_at_the_same_time() -> None:
 
     found = visible(cast("Service", service), Principal("local"))
 
-    assert [(key.id, key.current_version) for key in found] == [("a", None), ("b", None), ("c", None), ("d", "1")]
+    assert [(key.id, key.current_version) for key in found] == [
+        ("a", None),
+        ("b", None),
+        ("c", None),
+        ("d", "1"),
+    ]

@@ -358,7 +358,11 @@ ROOT_DOWN: Final = {"key_id": "root", "backend": "transit", "root": True, "since
         ({"degraded": ["spool"]}, "warn", "kms job release"),
         ({"degraded": ["install"]}, "FAIL", "another install uses"),
         ({"degraded": ["named_in_a_later_version"]}, "warn", "named_in_a_later_version is degraded"),
-        ({"backends_down": [ROOT_DOWN]}, "FAIL", "root key 'root' (transit) is down since 2027-01-31T12:00:00Z"),
+        (
+            {"backends_down": [ROOT_DOWN]},
+            "FAIL",
+            "root key 'root' (transit) is down since 2027-01-31T12:00:00Z",
+        ),
         (
             {"backends_down": [ROOT_DOWN | {"key_id": "pay", "root": False}]},
             "FAIL",

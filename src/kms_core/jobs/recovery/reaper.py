@@ -27,8 +27,8 @@ class Heartbeat(PeriodicThread):
     """Records once a second that this worker lives, and how many processes serve which queues.
 
     It serves none before ``serve``: it counts as starting. In every third round workers that are gone are
-    forgotten. It does no other work, so only Redis and a busy processor delay it. ``stop`` takes the worker off
-    the list; a worker that was killed is on it for ``maintenance.WORKER_SEEN_S`` at most.
+    forgotten. It does no other work, so only Redis and a busy processor delay it. ``stop`` takes the worker
+    off the list; a worker that was killed is on it for ``maintenance.WORKER_SEEN_S`` at most.
     """
 
     def __init__(self, store: JobStore, name: str) -> None:
