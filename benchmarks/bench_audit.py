@@ -77,12 +77,12 @@ def main() -> None:
             for title, contenders, scale in groups
         ]
         count = int(options.given.lines)
-        _written(folder / "long", count)
+        middle = _written(folder / "long", count)
         found = in_turn(_verifications(folder / "long"), options.plan, budget.share())
         title = f"verify {count:,} lines ({_size(folder / 'long'):.0f} MB)"
         parts.append(report.table(title, options.keep("verify", found), _SECONDS))
         options.note("verify", "lines", {"count": count})
-        found = in_turn(_looks(folder / "long", name), options.plan, 10.0)
+        found = in_turn(_looks(folder / "long", middle), options.plan, 10.0)
         parts.append(report.table(f"read in {count:,} lines", found, _MILLI))
     options.write(parts)
 

@@ -1,6 +1,6 @@
 """Other interfaces for small calls, beside OpenBao: the Vault API under the same client, batches of 100.
 
-As in ``bench_overhead``: two API processes, a token, records on disk; OpenBao with and without an audit log.
+As in ``bench_overhead``: two API processes, a token, each record written; OpenBao with its log and without.
 """
 
 import json

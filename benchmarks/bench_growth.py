@@ -179,8 +179,8 @@ def _busy(install: Install) -> Reading:
 def _depths(folder: Path, options: report.Options, seconds: float) -> str:
     """What a submission and a claim cost while so many wait, beside the same on an install where none does.
 
-    No worker runs, and nothing waits for the disk. Both are measured in turn, as the machine's own pace
-    changes by more than depth costs.
+    No worker runs, and nothing waits for the disk. Both are measured in turn: the machine's own pace changes
+    by more than depth costs.
     """
     ends, rows = time.monotonic() + seconds, []
     found: dict[str, list[float]] = {"submit": [], "claim": []}

@@ -86,7 +86,7 @@ bench_metrics.answer(Path(sys.argv[1]))
 
 
 def answer(state: Path) -> None:
-    """Make a run of calls for each line of input, print the seconds of one; ``silent``: without metrics."""
+    """Make a run of calls for each line of input, and print the seconds of one. ``silent``: no metrics."""
     logs.configure("error", json=True)
     application = bench_auth.built(state, "")
     print(flush=True)
@@ -106,7 +106,7 @@ def _callers(folder: Path) -> Iterator[list[Contender]]:
     ):
         yield [
             Contender("a process alone", functools.partial(_asked, alone, "")),
-            Contender("a process alone, without metrics", functools.partial(_asked, alone, "silent")),
+            Contender("alone, without metrics", functools.partial(_asked, alone, "silent")),
             Contender("one of several", functools.partial(_asked, several, "")),
             Contender("one of several, without metrics", functools.partial(_asked, several, "silent")),
         ]

@@ -66,7 +66,7 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """Settings of ours: whether a credential is required, what becomes of the record, what is sent."""
+    """Settings of ours: credential, record; and what is sent."""
 
     name: str
     has_auth: bool

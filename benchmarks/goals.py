@@ -36,7 +36,7 @@ _MANY_JOBS, _FEW_JOBS = "100,000 jobs", "100 jobs"
 _DIRECTORY: Final = "spool in a directory"
 _TOKEN, _OPEN = "API token", "no credential"
 _METRICS: Final = (
-    ("a process alone", "a process alone, without metrics"),
+    ("a process alone", "alone, without metrics"),
     ("one of several", "one of several, without metrics"),
 )
 _WAYS: Final = ("kms: token, audit write", "kms: no credential, no audit log")

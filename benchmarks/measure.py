@@ -1,10 +1,10 @@
 """Runs contenders in turn on a machine that others use too, and keeps undisturbed runs; knows none of them.
 
-A contender is a function that does its work once and returns what it measured. Before a run that writes much,
-the disk is left to finish what others gave it, and memory of the output's size is touched and given back: on
-virtual machines that return free pages to their host, the first touch of a fresh page costs more than the
-cipher, and would be charged to the first one that writes. A run counts if other programs used little of the
-processors during it; others are dropped and repeated.
+A contender is a function that does its work once and returns what it measured. Before a run that writes
+much the disk is left to finish what others gave it, and memory of the output's size is touched and given
+back: on virtual machines that return free pages to their host, the first touch of a fresh page costs more
+than the cipher, and would be charged to the first one that writes. A run counts if other programs used
+little of the processors during it; others are dropped and repeated.
 """
 
 import mmap

@@ -14,6 +14,7 @@ import click
 
 from kms_cli import terminal
 from kms_cli.session import is_given, session, use_url
+from kms_protocol.errors import KmsError
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -37,21 +38,24 @@ def connect(*, retries: int = 2, timeout_s: float = 30.0) -> "Client":
 
     An address that no option names is asked first whether it answers as this service.
     """
-    from kms_client import Client, Options  # noqa: PLC0415 -- see above
+    from kms_client import Client  # noqa: PLC0415 -- see above
 
     url, given = service_url(), session()
-    options = Options(
+    return Client(
+        url,
         token_file=given.token_file,
         allow_http=given.allow_http,
         check_service=given.check_service,
         retries=retries,
         timeout_s=timeout_s,
+        on_retry=_report_retry if sys.stderr.isatty() and not given.as_json else None,
     )
-    if not sys.stderr.isatty() or given.as_json:
-        return Client(url, **options)
-    from kms_cli import waiting  # noqa: PLC0415 -- see above
 
-    return waiting.client(url, options)
+
+def _report_retry(error: KmsError, wait_s: float, left: int) -> None:
+    """Print why a call is made again, when, and how many attempts are left; nothing for waits below 1 s."""
+    if wait_s >= 1:
+        terminal.say(f"{terminal.plain(error.summary)}: next try in {wait_s:.0f} s (attempts left: {left})")
 
 
 def completions(pairs: Iterable[tuple[str, str]], incomplete: str) -> "list[CompletionItem[str]]":

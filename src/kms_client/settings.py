@@ -33,8 +33,8 @@ class Options(TypedDict, total=False):
     of the wait, and how many attempts are left. ``ca_file`` replaces the certificate authorities of the
     system. ``cert_file`` and ``key_file`` (PEM) are a client certificate. ``allow_http`` allows sending
     tokens, keys and plaintexts unencrypted over ``http://`` to another machine and through proxies.
-    ``check_service`` asks the address, before the first request and without a credential, whether it answers
-    as this service (``GET /livez``).
+    ``check_service`` asks the address, before the first request and without a credential, whether it
+    answers as this service (``GET /livez``).
     """
 
     token: str | None

@@ -1,1 +1,1 @@
-"""The Celery worker: is woken by the broker, claims jobs in Redis and runs them, beside its upkeep."""
+"""The Celery worker: woken by the broker, it claims jobs in Redis and runs them; maintenance is beside."""

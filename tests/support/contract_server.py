@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
-from threading import Event
 from typing import Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -25,7 +24,6 @@ from kms_protocol.error_texts import TEXTS
 from kms_protocol.errors import KmsError
 from kms_protocol.wire import ENDED, PREFIX, ContextIn
 from support.http_servers import QuietHandler, served
-from support.waiting import WAIT_S
 
 KEY: Final = {"key_id": "default", "key_version": "0a1b2c3d", "backend": "age"}
 SYNC_LIMIT_BYTES: Final = 1024 * 1024
@@ -53,7 +51,6 @@ class Faults:
 
     busy: int = 0
     busy_with: type[errors.Unavailable] = errors.JobsUnavailable
-    held: Event | None = None  # no answer before it is set
     retry_after: str | None = "0"
     dropped: int = 0
     cuts: int = 0
@@ -200,8 +197,6 @@ class Handler(QuietHandler):
         if faults.busy:
             faults.busy -= 1
             raise faults.busy_with
-        if faults.held:
-            faults.held.wait(WAIT_S)
 
     def route(self, path: str, seen: RecordedRequest) -> None:
         if self.service.faults.foreign_answer:

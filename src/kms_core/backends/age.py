@@ -166,11 +166,10 @@ class AgeBackend:
         kind = mlkem768x25519.HybridIdentity if post_quantum else x25519.X25519Identity
         identity = kind.generate()
         try:
-            must_open = self.source.add(identity_file(identity))
-        except Unreachable as exc:  # the root, without which nothing is written
+            if self.source.add(identity_file(identity)):
+                self._wait_for(version_of(identity.recipient))
+        except Unreachable as exc:  # the root, without which no version is put into use
             raise NotRotated(exc.detail) from exc
-        if must_open:
-            self._wait_for(version_of(identity.recipient))
         self.source.use(str(identity.recipient))
         self._checked = -math.inf
         made = self._fresh().versions[-1]

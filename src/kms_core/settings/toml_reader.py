@@ -54,8 +54,8 @@ def read_toml(path: Path) -> Tree:
     try:
         return tomllib.loads(small_files.text(path))
     except FileNotFoundError as exc:
-        make = f"kms config init > {in_shell(path)}"
-        raise ConfigurationError(f"{path} does not exist: correct its name, or make it: {make}") from exc
+        text = f"{path} does not exist: correct its name, or make it: kms config init > {in_shell(path)}"
+        raise ConfigurationError(text) from exc
     except OSError as exc:
         raise ConfigurationError(f"Cannot read {path}: {exc.strerror}; check the path and its mode") from exc
     except UnicodeDecodeError as exc:
