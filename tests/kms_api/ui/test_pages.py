@@ -3,6 +3,7 @@
 import asyncio
 import html
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
@@ -106,7 +107,8 @@ def test_a_backend_that_is_down_is_shown_where_the_status_has_it() -> None:
 
 def test_nothing_is_healthy_while_jobs_of_others_fail() -> None:
     jobs = {"jobs": {"queued": 1, "running": 2, "committing": 0}, "degraded": []}
-    calm, failing = TenantJobs("acme", 1, 2, 0, 0), TenantJobs("beta", 0, 0, 20, 3, unseen=49)
+    causes = Counter(items_failed=9, target_exists=5, path_refused=4, record_refused=1, attempts_exhausted=1)
+    calm, failing = TenantJobs("acme", 1, 2, 0, 0), TenantJobs("beta", 0, 0, 20, 3, causes, unseen=49)
     idle = workers.Activity([], [], has_more=False, results=0, expires=0.0)
 
     healthy = overview_of(overview._Jobs([], [], activity=idle, tenants=[calm]), **jobs)  # noqa: SLF001 -- as above
@@ -116,6 +118,7 @@ def test_nothing_is_healthy_while_jobs_of_others_fail() -> None:
     assert ("Healthy" in wrong, "Nothing:" in wrong) == (False, False)
     assert "Running, but jobs fail of other tenants" in wrong
     assert "the newest 20 of 69" in wrong
+    assert re.search(r"path_refused</span> 4, others 2</td>", wrong)
 
 
 def test_runbooks_have_no_markup_left_and_are_found_by_names_in_degraded(
@@ -502,6 +505,8 @@ def test_it_is_said_how_many_dead_letters_could_not_be_retried_and_why(applicati
         "1 is no dead letter any more: retried by another caller, or expired"
     )
     assert reasons in told
+    left = application.ask(sender, "GET", "/ui/jobs?state=dead")
+    assert words(left).count("Submit again: the record is not of this service") == len(unsealed)
     assert application.ask(sender, "GET", "/ui/jobs?done=retried_all&retried=many").status_code == 422
 
 
