@@ -61,7 +61,7 @@ _FILE: Final = Path(_folder.name, "tokens.json")
 class _Known(RemoteKeys):
     """The issuer's one key, which is not fetched."""
 
-    def fitting(self, kid: str | None, algorithm: str) -> Sequence[IssuerKey]:
+    def candidate_keys(self, kid: str | None, algorithm: str) -> Sequence[IssuerKey]:
         fits = kid in {None, "k"} and algorithm == "EdDSA"
         return [IssuerKey("k", _KEY.public_key(), frozenset({"EdDSA"}))] if fits else []
 

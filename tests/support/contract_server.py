@@ -40,6 +40,7 @@ STATUS: Final[dict[type[KmsError], int]] = {
     errors.JobCommitting: 409,
     errors.DataKeysUnsupported: 501,
     errors.Forbidden: 403,
+    errors.BackendUnavailable: 503,
     errors.JobsUnavailable: 503,
 }
 Json = dict[str, object]
