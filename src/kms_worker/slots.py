@@ -72,6 +72,7 @@ class Slots(PeriodicThread):
         self._surplus = 0
         self._told = 0
         self._processes: dict[int, Any] = {}
+        self._note_ended()  # those that die before the first round are known, too
 
     def round(self) -> None:
         now = time.monotonic()

@@ -318,7 +318,7 @@ def test_equal_failures_are_folded_and_the_overview_says_how_many_failed_and_why
     assert "Failed, 1 hour 60" in told
     assert "Nothing:" not in told
     calm = words(browser_of(secured, "*", tenant="calm").get("/ui"))
-    assert "were submitted" not in calm
+    assert "failed in the last hour (" not in calm
 
 
 def test_operations_of_all_tenants_are_charted_for_the_scope_metrics_only(secured: SecuredService) -> None:
