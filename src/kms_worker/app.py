@@ -126,8 +126,10 @@ def _drain(core: Callable[[], Core], worker: str, queue: str, served: Sequence[s
 
     following = Following(worker, [queue, *(each for each in served if each != queue)], goes_on)
     try:
-        worker_context = _checked(core())
-        woken = True
+        found, woken = core(), True
+        if attendance.is_misplaced():  # the maintenance process compares, so this one waits for no spool
+            found.install.require()
+        worker_context = found.worker_context
         while following.claimed or goes_on():
             if not _run_next(worker_context, following, woken=woken):
                 return
@@ -139,13 +141,6 @@ def _drain(core: Callable[[], Core], worker: str, queue: str, served: Sequence[s
         _log.warning("job.left_to_lease")
     except Exception as exc:  # noqa: BLE001 -- the top of the worker: another wake-up follows
         _log.exception("worker.crashed", error=type(exc).__name__)
-
-
-def _checked(core: Core) -> WorkerContext:
-    """Raises WrongInstall. The maintenance process looks at the spool; this one does not wait for it."""
-    if attendance.is_misplaced():
-        core.install.require()
-    return core.worker_context
 
 
 def _run_next(worker_context: WorkerContext, following: Following, *, woken: bool) -> bool:

@@ -24,6 +24,7 @@ from kms_core.age.header import VERSION_LINE
 from kms_core.jobs.execution import attendance
 from kms_core.jobs.spec import BULK, FILES, MAINTENANCE
 from kms_core.jobs.store.wake_ups import TASK as RUN
+from kms_core.jobs.store.wake_ups import WAKE_UP_BODY
 from kms_worker.tasks import KEYS_TASK, SUBMIT_TASK, TASK_ID, LogBound, Refusals
 from kms_worker.tasks import QUEUE as SUBMIT_QUEUE
 
@@ -80,6 +81,7 @@ Handler = Callable[[Any], object]
 _DIFFERS_S: Final = 5.0
 _PASS_ON_S: Final = 0.02
 _SHOWN_CHARS: Final = 200
+_RUN_BODY: Final = b'[[],{},{"callbacks":null,"errbacks":null,"chain":null,"chord":null}]'
 _CALLS: Final = frozenset({amqp.spec.Exchange.Declare, amqp.spec.Queue.Declare, amqp.spec.Basic.Consume})
 """By which the worker begins with a queue."""
 _log = structlog.get_logger(__name__)
@@ -113,6 +115,8 @@ class CeleryMessage(msgspec.Struct):
 
     def body(self) -> bytes:
         """Celery's body, as JSON."""
+        if self.task == RUN:
+            return _RUN_BODY
         links = {"callbacks": self.callbacks or None, "errbacks": self.errbacks or None}
         return msgspec.json.encode([self.args, {}, {**links, "chain": None, "chord": None}])
 
@@ -141,7 +145,7 @@ def read_message(
     kind, encoding = content
     if kind != "application/json" or str(encoding).lower() != "utf-8":
         raise Malformed("content_type")
-    args, embed = _arguments(task, body)
+    args, embed = ([], None) if body == WAKE_UP_BODY and task == RUN else _arguments(task, body)
     callbacks, errbacks = (_links(embed, name) for name in ("callbacks", "errbacks"))
     resends = headers.get("resends")
     count = resends if isinstance(resends, int) and 0 < resends < MOST_RESENDS else 0

@@ -90,17 +90,13 @@ def run(loaded: Settings) -> int:
     try:
         return _consume(app, name, jobs.concurrency, served, checked)
     finally:
-        _stop(*beside)
+        for thread in beside:
+            thread.stop()
         if server is not None:
             server.shutdown()
         upkeep.end(_LEAVE_S)
         for thread in beside:
             thread.join(_LEAVE_S)
-
-
-def _stop(*threads: PeriodicThread) -> None:
-    for thread in threads:
-        thread.stop()
 
 
 def _begin_maintenance(loaded: Settings, name: str) -> Maintenance:

@@ -6,9 +6,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import part_id
 from kms_protocol.wire import PREFIX
+from support.core_jobs import run_job
 from support.service import CANARY, Json, Service, b64, check_problem, core_of, unb64
 from support.waiting import until
 

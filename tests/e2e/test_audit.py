@@ -21,10 +21,10 @@ from kms_core.audit.keys import PublicKeys
 from kms_core.audit.verification.verify import verify
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs.execution.runner import run_job
 from kms_protocol.errors import AuditUnavailable, KmsError
 from kms_protocol.wire import JobItem
 from support.audit_logs import AuditFolder, InterceptedLog, fail, record, unresolved
+from support.core_jobs import run_job
 from support.credentials import REQUIRED, SecuredService, bearer
 from support.failing_store import Killed
 from support.job_options import job_options

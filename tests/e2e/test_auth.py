@@ -7,9 +7,9 @@ from typing import Final
 
 import pytest
 
-from kms_core.jobs.execution.runner import run_job
 from kms_core.scopes import OPERATIONS
 from kms_protocol.wire import PREFIX
+from support.core_jobs import run_job
 from support.credentials import REQUIRED, SecuredService, bearer
 from support.service import CONTEXT, Service, b64, check_problem, core_of
 from support.waiting import until

@@ -15,7 +15,6 @@ from kms_core.auth import tokens
 from kms_core.auth.policy import Grant, Principal
 from kms_core.auth.tokens import Token
 from kms_core.container import Core, build_intake
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.submission import celery_intake
 from kms_protocol import wire
 from kms_protocol.context import Context
@@ -23,6 +22,7 @@ from kms_protocol.errors import Forbidden, KmsError, RateLimited, SpoolQuota, Un
 from kms_protocol.units import GiB
 from support.celery_messages import body as submission
 from support.celery_messages import seal
+from support.core_jobs import run_job
 from support.credentials import REQUIRED, Issuer, SecuredService, bearer, required_with_issuer
 from support.job_options import job_options
 from support.job_stores import accepted, remove_inputs

@@ -13,11 +13,11 @@ from kms_api.server import process
 from kms_core.auth import client_certificates
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs.execution.runner import run_job
 from kms_core.settings.model import ServerSection
 from kms_protocol import wire
 from kms_protocol.errors import ConfigurationError, Unauthenticated, Unavailable
 from kms_protocol.wire import PREFIX
+from support.core_jobs import run_job
 from support.credentials import Authority, CertAndKey, authenticator_of, bearer, shown
 from support.job_options import job_options
 from support.revocation import EXPIRED, NAME, Revoking

@@ -9,11 +9,11 @@ import redis
 
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.store import job_redis
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import RedisFull
+from support.core_jobs import run_job
 from support.embedded_valkey import EmbeddedValkey
 from support.job_options import job_options
 from support.job_stores import TENANT, accepted, connect, reap

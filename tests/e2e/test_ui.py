@@ -21,11 +21,11 @@ from kms_api import app
 from kms_api.ui.render import STATIC_FILES
 from kms_api.ui.sessions import LASTS_S
 from kms_core.auth import tokens
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.spec import QUEUES
 from kms_core.jobs.store.heartbeats import worker_left, worker_seen
 from kms_protocol import __version__
 from kms_protocol.wire import PREFIX
+from support.core_jobs import run_job
 from support.credentials import REQUIRED, Issuer, SecuredService, bearer, required_with_issuer
 from support.service import CONTEXT, Json, Service, b64, core_of
 from support.waiting import until

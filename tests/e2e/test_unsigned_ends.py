@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from kms_core.container import Core
-from kms_core.jobs.execution.runner import run_job
+from support.core_jobs import run_job
 from support.job_stores import forge
 from support.service import CONTEXT, Json, Service, b64, core_of
 

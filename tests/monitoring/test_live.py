@@ -10,8 +10,8 @@ from prometheus_client.metrics import MetricWrapperBase
 
 import dashboards
 from kms_core.backends.age_settings import AgeSection
-from kms_core.jobs.execution.runner import run_job
 from kms_core.observability import metrics
+from support.core_jobs import run_job
 from support.openbao import bao
 from support.prometheus import Prometheus, rules
 from support.service import CONTEXT, Service, b64, core_of

@@ -7,11 +7,11 @@ from typing import Final
 
 import pytest
 
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import new_attempt_id
 from kms_core.jobs.store.heartbeats import Heartbeat
 from kms_protocol.wire import PREFIX
 from support.chromium import SCHEMES, Chromium, Scheme
+from support.core_jobs import run_job
 from support.credentials import SecuredService
 from support.service import CONTEXT, Service, b64, core_of
 from support.waiting import until

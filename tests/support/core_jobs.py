@@ -8,7 +8,8 @@ from typing import Any
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.execution import results
-from kms_core.jobs.execution.runner import run_job
+from kms_core.jobs.execution.lease import WorkerContext
+from kms_core.jobs.execution.runner import run_claimed, tidy
 from kms_core.jobs.model import Job, part_id
 from kms_core.jobs.recovery.reaper import reap_all
 from kms_protocol import wire
@@ -57,6 +58,18 @@ def end_of(core: Core, job_id: str) -> tuple[str, str]:
     """State and error of a job."""
     job = now(core, job_id)
     return job.state, job.error
+
+
+def run_job(job_id: str, worker_context: WorkerContext, worker: str) -> None:
+    """Have a worker bring this job to an end, whichever is the next one.
+
+    One that has ended, or that another attempt holds, is tidied, as a worker does that is sent to it.
+    """
+    claim = worker_context.store.claim(job_id, worker)
+    if claim is None:
+        tidy(worker_context.store.accepted(job_id), worker_context)
+    else:
+        run_claimed(claim, worker_context)
 
 
 def split_into_parts(core: Core, job_id: str) -> list[str]:

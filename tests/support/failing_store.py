@@ -8,11 +8,11 @@ import pytest
 
 from kms_core.container import Core
 from kms_core.jobs.execution.lease import WorkerContext
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Attempt, Checkpoint, Commit
 from kms_core.jobs.spec import Fields, JobSpec, Work
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.wire import JobState
+from support.core_jobs import run_job
 from support.job_stores import LASTING_LEASES
 
 CRASH_POINTS = [(moment, step) for step in ("committing", "finish") for moment in ("before", "after")]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from kms_core.auth.policy import Principal
-from kms_core.jobs.submission.submitter import ClientJobId, SubmissionOptions
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 
@@ -14,7 +14,6 @@ def job_options(
     context: Context | str = "",
     *,
     idempotency: str = "",
-    named: ClientJobId | None = None,
     **fields: Any,  # noqa: ANN401 -- of ``JobIn``
 ) -> SubmissionOptions:
     """A job with these fields."""
@@ -22,4 +21,4 @@ def job_options(
         name: dict(value.pairs) if isinstance(value, Context) else value
         for name, value in {"context": context, **fields}.items()
     }
-    return SubmissionOptions.of(who, wire.JobIn(kind=kind, **given), idempotency=idempotency, named=named)
+    return SubmissionOptions.of(who, wire.JobIn(kind=kind, **given), idempotency=idempotency)

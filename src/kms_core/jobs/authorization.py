@@ -26,10 +26,10 @@ class JobAccess:
     new_context: Context | None = None
 
 
-def of(job: JobSpec) -> JobAccess:
-    """Return the access that a job needs."""
+def check_job(kms: Kms, job: JobSpec) -> None:
+    """Raise as ``check`` if its submitter may not run the job."""
     context = None if isinstance(job, ItemsJob) else job.bound_context
-    return JobAccess(job.kind, job.key_id, context, job.new_bound_context)
+    check(kms, job.who, JobAccess(job.kind, job.key_id, context, job.new_bound_context))
 
 
 def check(kms: Kms, who: Principal, asked: JobAccess) -> None:

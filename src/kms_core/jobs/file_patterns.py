@@ -42,6 +42,12 @@ def is_tree(source: str) -> bool:
     return "*" in source
 
 
+def base_of(source: str) -> str:
+    """The URL of the directory that a pattern begins at, with its slash; empty where it has none."""
+    before = source[: source.index("*")]
+    return before[: before.rindex("/") + 1] if "/" in before else ""
+
+
 @dataclass(frozen=True, slots=True)
 class Tree:
     """``base`` is a URL that ends in a slash; ``parts`` has one for each name below it, None for a ``**``."""
@@ -52,8 +58,7 @@ class Tree:
     @classmethod
     def parse(cls, source: str) -> Self:
         """Raises InvalidRequest where a pattern could be read in more than one way."""
-        before = source[: source.index("*")]
-        base = before[: before.rindex("/") + 1] if "/" in before else ""
+        base = base_of(source)
         parts = source[len(base) :].split("/")
         if len(parts) > MOST_PARTS or not all(parts):
             raise InvalidRequest(f"A pattern has at most {MOST_PARTS} parts, none of them empty")

@@ -6,10 +6,10 @@ from typing import Any, Final
 import pytest
 
 from kms_core.auth.policy import Principal
-from kms_core.jobs.execution.runner import run_job
 from kms_protocol import wire
 from kms_protocol.wire import PREFIX
 from support.authorization.application import Application
+from support.core_jobs import run_job
 from support.job_options import job_options
 from support.waiting import WAIT_S, until
 

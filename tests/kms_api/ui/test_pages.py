@@ -22,7 +22,6 @@ from kms_api.ui import charts, overview
 from kms_api.ui.render import PageLayer, Screen, refused
 from kms_api.ui.views import job_row
 from kms_core.auth.policy import Principal
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.store import workers
 from kms_core.jobs.store.condition import StoreCondition, StoreProbe
 from kms_core.jobs.store.gauges import survey_queues
@@ -32,6 +31,7 @@ from kms_core.observability.degraded import DEGRADED
 from kms_protocol.admin import StatusOut
 from kms_protocol.wire import PREFIX
 from support.authorization.application import Application, Caller
+from support.core_jobs import run_job
 from support.job_stores import forge, resealed, take
 from support.openapi_check import example_of
 from support.service import b64

@@ -17,7 +17,7 @@ from kms_core.age import header, stream
 from kms_core.envelope import binding
 from kms_core.jobs import authorization
 from kms_core.jobs.bulk_lines import MOST_PARTS, RUN_ITEMS, decode, lines
-from kms_core.jobs.execution.lease import Commits, Lease
+from kms_core.jobs.execution.lease import Commits, Lease, WorkerContext
 from kms_core.jobs.model import Attempt, Commit, CommitGone, part_id
 from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, ItemsJob, PlacedTarget, UploadJob, Work
 from kms_core.jobs.storage.local import file_errors
@@ -169,7 +169,7 @@ class FileWork:
         if placed := self.target.recognised():
             return Work(target=placed)
         if not self.is_one_of_many:
-            authorization.check(self.kms, self.job.who, authorization.of(self.job))
+            authorization.check_job(self.kms, self.job)
         self._sweep()
         with self._attempt() as (pending, commit):
             self.store.committing(self.claim, commit)
@@ -246,6 +246,13 @@ class FileWork:
         source.check_unchanged()
         settled = pending.settle(source, in_place=job.in_place)
         return msgspec.structs.replace(settled, file_id=made.file_id)
+
+
+def run_file(lease: Lease, job: FileJob, context: WorkerContext) -> None:
+    """Do the work of a job over one file or object. Raises as ``FileWork.run``."""
+    target = context.places.target(job, job.job_id, lease.claim.spec)
+    work = FileWork(job, target, context.kms, context.places, context.store, lease, lease.claim)
+    lease.made = work.run()
 
 
 def _placed(commit: Commit) -> Work:

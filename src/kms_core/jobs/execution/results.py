@@ -169,8 +169,8 @@ def _lines(job: Job, accepted: AnyJob, store: JobStore, spool: Spool) -> Iterato
         if needs_proof(part.job.state, part.job.error):
             yield _content(_written(job, number, part.job, spool), kept_bytes=0)  # there may be many
         elif isinstance(part.job.accepted, TreePart):
-            entries = tree.entries(part.job.accepted, spool)
-            yield _literal(tree.lines(part.job.accepted, entries, part.log, part.job.error))
+            files = tree.PartFiles.read(part.job.accepted, spool)
+            yield _literal(files.lines(part.log, part.job.error))
         elif isinstance(part.job.accepted, ItemsJob):
             yield _literal(_refused(part.job.accepted, part.job.error))
         else:

@@ -77,11 +77,11 @@ class FileOutcome:
         return next((word for word in _SHOWN if word == self.word), msgspec.UNSET)
 
 
-def look_at(kms: Kms, places: Locations, file: FileJob) -> FileOutcome:
-    """The outcome that a file would have: FOREIGN, NEWEST, or DUE if it is to be moved.
+def check_version(kms: Kms, places: Locations, file: FileJob) -> FileOutcome:
+    """Return ``would_change`` for a file that is to be moved. Reads its header, and opens nothing with a key.
 
-    Reads its header, and opens nothing with a key. A new context can be seen in no header, so with one every
-    file is to be moved. Raises NotACiphertext, DecryptFailed, UnknownKey, and what opening the file raises.
+    No header shows a new context, so with one every file is to be moved. Raises NotACiphertext,
+    DecryptFailed, UnknownKey, and what opening the file raises.
     """
     with places.open_source(file.source) as source:
         try:
@@ -116,8 +116,8 @@ class OutcomeCounts:
 
     def counts(self, job: JobSpec) -> dict[str, int]:
         """Counts of files by outcome, and by version found and left; empty for other jobs."""
-        told = (*_SHOWN, *(name for name in self._words if name.startswith((_FOUND, _LEFT))))
-        return {name: self._words[name] for name in told} if job.campaign else {}
+        names = (*_SHOWN, *(name for name in self._words if name.startswith((_FOUND, _LEFT))))
+        return {name: self._words[name] for name in names} if job.campaign else {}
 
 
 def migration_report(job: Job) -> wire.Report | msgspec.UnsetType:
@@ -149,15 +149,15 @@ def _older(version: str, tallies: dict[str, int]) -> wire.OlderVersion:
 # -- the whole -------------------------------------------------------------------------------------------
 
 
-def plan(lease: Lease, job: TreeJob, spool: Spool, listed: Iterable[ListedFile], most: int) -> list[TreePart]:
+def plan(lease: Lease, job: TreeJob, context: WorkerContext) -> list[TreePart]:
     """Write the manifest; the parts of some hundred files, or 1 GiB, that make up the job.
 
-    Raises TooLarge for more than ``most`` files, SpoolFull, and what listing them raises.
+    Raises TooLarge for more files than ``[kms.jobs] fanout_files``, SpoolFull, and what listing them raises.
     """
-    number = secrets.randbits(63)
+    number, most = secrets.randbits(63), context.store.rules.fanout_files
     files: list[tuple[int, int]] = []
-    with spool.writing(Label(job.tenant, job.job_id, MANIFEST, str(number))) as out:
-        for found in listed:
+    with context.spool.writing(Label(job.tenant, job.job_id, MANIFEST, str(number))) as out:
+        for found in context.places.files(Tree.parse(job.source)):
             lease.check()
             if len(files) == most:
                 raise TooLarge(f"The source names more than {most} files: see [kms.jobs] fanout_files")
@@ -214,18 +214,67 @@ def _part(job: TreeJob, listing: Mapping[str, object], number: int, cut: Cut) ->
 # -- a part ----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class PartFiles:
+    """The files of a part as they were listed, and each as a job from file to file."""
+
+    part: TreePart
+    tree: Tree
+    listed: Sequence[ListedFile]
+
+    @classmethod
+    def read(cls, part: TreePart, spool: Spool) -> Self:
+        """Raises ResultExpired once the job was cancelled, RecordRefused for another listing."""
+        label = Label(part.tenant, part.owner, MANIFEST, str(part.manifest), part.input_ref)
+        with spool.opened(label) as reader:
+            listed = [_decode(line) for line in bulk_lines.lines(reader.slabs(*part.starts))]
+        return cls(part, Tree.parse(part.source), listed)
+
+    def job(self, index: int) -> FileJob:
+        """The file of this number; its id makes the name of its temporary file its own."""
+        part, path = self.part, self.listed[index].path
+        fields = {name: getattr(part, name) for name in FileJob.__struct_fields__}
+        return FileJob(
+            **fields
+            | {
+                "job_id": str(uuid.uuid5(uuid.UUID(part.job_id), str(index))),
+                "source": self.tree.base + path,
+                "target": target_of(part.kind, part.source, part.target, self.tree, path),
+            }
+        )
+
+    def unsettled(self, log: Checkpoint) -> dict[str, str]:
+        """The targets of the files that the log does not settle, by the ids of their jobs."""
+        files = map(self.job, range(len(log.outcomes), len(self.listed)))
+        return {file.job_id: file.target for file in files}
+
+    def lines(self, log: Checkpoint, code: str = "") -> Iterator[wire.ItemResult]:
+        """A line for each file; ``code`` is why those that the log does not settle have no outcome."""
+        settled = [FileOutcome.parse(word) for word in log.settled]
+        for index in range(len(self.listed)):
+            outcome = settled[index] if index < len(settled) else FileOutcome.refused(code)
+            file = self.job(index)
+            yield wire.ItemResult(
+                index=self.part.first + index,
+                source=file.source,
+                target=msgspec.UNSET if self.part.dry_run else file.target,
+                outcome=outcome.shown(self.part),
+                error=wire.ErrorCode(code=outcome.code) if outcome.code else msgspec.UNSET,
+            )
+
+
 def run(lease: Lease, job: TreePart, context: WorkerContext) -> None:
     """Settle what the log leaves of a part's files, then write the result lines of all.
 
     Raises Unavailable, once the log is stored: the part is then taken up where it stopped.
     """
-    found = entries(job, context.spool)
-    work = _Part(lease, job, context, found)
+    files = PartFiles.read(job, context.spool)
+    work = _Part(lease, files, context)
     work.sweep()
     work.settle_all()
     label = one_file.result_label(job.tenant, job.owner, job.part, lease.claim.attempt_id)
     with context.spool.writing(label) as out:
-        for line in lines(job, found, work.log):
+        for line in files.lines(work.log):
             out.write(wire.encode(line) + b"\n")
     for index, settled in enumerate(map(FileOutcome.parse, work.log.settled), start=job.first):
         if settled.code:
@@ -236,19 +285,18 @@ def run(lease: Lease, job: TreePart, context: WorkerContext) -> None:
 class _Part:
     """One attempt at a part."""
 
-    def __init__(self, lease: Lease, job: TreePart, context: WorkerContext, found: list[ListedFile]) -> None:
-        self._lease, self._job = lease, job
-        self._kms, self.store, self._places = context.kms.for_job(), context.store, context.places
-        self._tree = Tree.parse(self._job.source)
-        self._found = found
+    def __init__(self, lease: Lease, files: PartFiles, context: WorkerContext) -> None:
+        self._lease, self._job, self._files = lease, files.part, files
+        self._kms, self._store, self._places = context.kms.for_job(), context.store, context.places
         self._deferrals = lease.claim.deferrals
         self._made: set[str] = set()
+        self._effect = FileOutcome(DONE)
         self.log = lease.claim.log
         self._tally = OutcomeCounts(map(FileOutcome.parse, self.log.settled))
         lease.resume(
             items=len(self.log.outcomes),
             failed=self._tally.failed,
-            size_bytes=sum(one.size_bytes for one in found[: len(self.log.outcomes)]),
+            size_bytes=sum(one.size_bytes for one in files.listed[: len(self.log.outcomes)]),
         )
 
     @property
@@ -259,7 +307,7 @@ class _Part:
         """Remove what other attempts have ready, or left when they were killed, beside the files to come."""
         if self._job.dry_run:
             return
-        targets, own = _targets(self._job, self._found, self.log), {self._lease.claim.attempt_id}
+        targets, own = self._files.unsettled(self.log), {self._lease.claim.attempt_id}
         self._lease.check()
         if self.log.pending:
             first = next(iter(targets))
@@ -270,12 +318,12 @@ class _Part:
         if self.log.pending:
             self._settle(self._finish(self.log.pending, FileOutcome.parse(self.log.effect)))
             self._step(self.log)
-        for index in range(len(self.log.outcomes), len(self._found)):
-            self._look_up()
+        for index in range(len(self.log.outcomes), len(self._files.listed)):
+            self._check()
             self._settle(self._one(index))
         self._step(self.log)
 
-    def _look_up(self) -> None:
+    def _check(self) -> None:
         """Raise if the work must stop; what is settled is stored first if the part goes back to the queue."""
         try:
             self._lease.check()
@@ -290,21 +338,20 @@ class _Part:
 
     def _step(self, log: Checkpoint) -> None:
         counts = {f"{TALLY}{name}": number for name, number in self.tallies.items()}
-        self.store.step(self._lease.claim, log, {"settled": self._tally.done, **counts})
+        self._store.step(self._lease.claim, log, {"settled": self._tally.done, **counts})
 
     def _one(self, index: int) -> FileOutcome:
-        found = self._found[index]
-        if found.code:
-            return FileOutcome.refused(found.code)
+        if code := self._files.listed[index].code:
+            return FileOutcome.refused(code)
         version = ""
         try:
-            file = self._file(index)
+            file = self._files.job(index)
             effect = FileOutcome(CHANGED if self._job.campaign else DONE)
             target = self._target(file)
             if not self._job.dry_run and target.recognised():
                 return effect
             if self._job.campaign:
-                outcome = look_at(self._kms, self._places, file)
+                outcome = check_version(self._kms, self._places, file)
                 version = outcome.version
                 if outcome.word != DUE or self._job.dry_run:
                     return outcome
@@ -323,7 +370,7 @@ class _Part:
     def _finish(self, commit: Commit, effect: FileOutcome) -> FileOutcome:
         """Put in place what a worker that died had ready."""
         try:
-            file = self._file(len(self.log.outcomes))
+            file = self._files.job(len(self.log.outcomes))
             self._run(file, self._target(file), effect, commit)
         except (LeaseLost, JobCancelled, JobExpired, Unavailable):
             raise
@@ -338,9 +385,6 @@ class _Part:
             raise exc
         self._deferrals = 0
 
-    def _file(self, index: int) -> FileJob:
-        return file_job(self._job, self._tree, self._found[index].path, index)
-
     def _target(self, file: FileJob) -> JobTarget:
         spec = self._job.parent_spec or self._lease.claim.spec
         return self._places.target(file, self._job.owner, spec)
@@ -348,9 +392,9 @@ class _Part:
     def _run(
         self, file: FileJob, target: JobTarget, effect: FileOutcome, commit: Commit | None = None
     ) -> None:
-        commits, claim = _Commits(self, effect), replace(self._lease.claim, accepted=file, commit=commit)
+        self._effect, claim = effect, replace(self._lease.claim, accepted=file, commit=commit)
         one_file.FileWork(
-            file, target, self._kms, self._places, commits, self._lease, claim, is_one_of_many=True
+            file, target, self._kms, self._places, self, self._lease, claim, is_one_of_many=True
         ).run()
 
     def _make_room(self, target: str) -> None:
@@ -359,68 +403,24 @@ class _Part:
             self._places.make_parents(target)
             self._made.add(above)
 
-    def record(self, commit: Commit | None, effect: FileOutcome) -> None:
-        """Record the commit of a file, so that any attempt at the part finishes it."""
-        self._step(msgspec.structs.replace(self.log, pending=commit, effect=str(effect)))
+    # As ``Commits`` of its files: a commit is in the checkpoint, so that any attempt at the part finishes it.
 
+    def now(self) -> float:
+        return self._store.now()
 
-class _Commits:
-    """Records the commit of one file in the checkpoint of its part."""
-
-    def __init__(self, part: _Part, effect: FileOutcome) -> None:
-        self._part = part
-        self._effect = effect
-        self.now = part.store.now
-        self.confirm = part.store.confirm
+    def confirm(self, job_id: str = "") -> None:
+        self._store.confirm(job_id)
 
     def committing(self, claim: Attempt, commit: Commit) -> None:
         claim.accepted.check_expiry(self.now)
-        self._part.record(commit, self._effect)
+        self._record(commit)
 
     def withdraw(self, claim: Attempt) -> None:
         del claim
-        self._part.record(None, self._effect)
+        self._record(None)
 
-
-def file_job(part: TreePart, tree: Tree, path: str, index: int) -> FileJob:
-    """One file of a part as a job from file to file; its id makes the name of its temporary file its own."""
-    fields = {name: getattr(part, name) for name in FileJob.__struct_fields__}
-    return FileJob(
-        **fields
-        | {
-            "job_id": str(uuid.uuid5(uuid.UUID(part.job_id), str(index))),
-            "source": tree.base + path,
-            "target": target_of(part.kind, part.source, part.target, tree, path),
-        }
-    )
-
-
-def entries(part: TreePart, spool: Spool) -> list[ListedFile]:
-    """The files of a part, as they were listed. Raises ResultExpired once the job was cancelled."""
-    label = Label(part.tenant, part.owner, MANIFEST, str(part.manifest), part.input_ref)
-    with spool.opened(label) as reader:
-        return [_decode(line) for line in bulk_lines.lines(reader.slabs(*part.starts))]
-
-
-# -- afterwards ------------------------------------------------------------------------------------------
-
-
-def lines(
-    part: TreePart, found: list[ListedFile], log: Checkpoint, code: str = ""
-) -> Iterator[wire.ItemResult]:
-    """A line for each file of a part; ``code`` is why those that the log does not settle have no outcome."""
-    tree = Tree.parse(part.source)
-    settled = [FileOutcome.parse(word) for word in log.settled]
-    for index, one in enumerate(found):
-        outcome = settled[index] if index < len(settled) else FileOutcome.refused(code)
-        file = file_job(part, tree, one.path, index)
-        yield wire.ItemResult(
-            index=part.first + index,
-            source=file.source,
-            target=msgspec.UNSET if part.dry_run else file.target,
-            outcome=outcome.shown(part),
-            error=wire.ErrorCode(code=outcome.code) if outcome.code else msgspec.UNSET,
-        )
+    def _record(self, commit: Commit | None) -> None:
+        self._step(msgspec.structs.replace(self.log, pending=commit, effect=str(self._effect)))
 
 
 def abandon(part: TreePart, record: PartRecord, context: WorkerContext) -> None:
@@ -429,14 +429,7 @@ def abandon(part: TreePart, record: PartRecord, context: WorkerContext) -> None:
     if not state.ended or state.state == "succeeded" or state.error == "items_failed":
         return
     try:
-        found = entries(part, context.spool)
+        files = PartFiles.read(part, context.spool)
     except KmsError:
         return
-    context.places.sweep(_targets(part, found, record.log))
-
-
-def _targets(part: TreePart, found: list[ListedFile], log: Checkpoint) -> dict[str, str]:
-    """The targets of the files that the log does not settle, by the ids of their jobs."""
-    tree = Tree.parse(part.source)
-    files = (file_job(part, tree, found[at].path, at) for at in range(len(log.outcomes), len(found)))
-    return {file.job_id: file.target for file in files}
+    context.places.sweep(files.unsettled(record.log))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote
 
-from kms_core.jobs.file_patterns import Tree
+from kms_core.jobs.file_patterns import Tree, base_of
 from kms_core.jobs.model import RecordKey
 from kms_core.jobs.spec import FileJob, TreeJob
 from kms_core.jobs.storage import local
@@ -118,7 +118,7 @@ class Locations:
         Raises what would fail for certain: PathRefused, TooLarge, SpoolFull, Unavailable.
         """
         if isinstance(job, TreeJob):
-            self.check_base(Tree.parse(job.source).base)
+            self.check_base(base_of(job.source))
             if not job.in_place:
                 self.check(f"{job.target}{ANY_NAME}")
             return 0

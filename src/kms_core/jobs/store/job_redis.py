@@ -63,7 +63,7 @@ class JobRedis:
         self.has_several_tenants = has_several_tenants
         self._notify = notify
         self.has_room = True
-        """Return whether less than half of the memory was used at the last ``ping`` or claim."""
+        """Return whether less than half of the memory was used at the last ``ping``, submission or claim."""
         self._clock = (0.0, -math.inf)  # the time of Redis, and when that was read by ours
         self._waits = ReplicaWait(client, section.redis)
         self.scripts: dict[str, Script] = {
@@ -108,11 +108,15 @@ class JobRedis:
 
         It counts as full from ``FULL`` on. Without any memory left it refuses the script.
         """
-        seconds, *found = self.call("probe", "", int(write), FULL, UNBOUNDED)
-        if not found:
+        found = self.call("probe", "", FULL, UNBOUNDED, int(write))
+        if found == [b"memory"]:
             raise RedisFull
-        self._clock = (int(seconds) + int(found[0]) / 1e6, time.monotonic())
-        self.has_room = bool(found[1])
+        self.read_probe(*found)
+
+    def read_probe(self, seconds: bytes, micro: bytes, has_room: bytes) -> None:
+        """Take over the clock of Redis and its room for small blobs, as ``probe.lua`` answers them."""
+        self._clock = (int(seconds) + int(micro) / 1e6, time.monotonic())
+        self.has_room = bool(has_room)
 
     def condition(self) -> StoreCondition:
         """Return whether jobs can be submitted, as a write shows. Blocks until Redis has answered, or 5 s."""

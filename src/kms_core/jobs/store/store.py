@@ -9,6 +9,7 @@ from kms_core.jobs.model import DEAD, Job
 from kms_core.jobs.spec import JobSpec, SmallBlob
 from kms_core.jobs.store.attempts import SHARE_S, AttemptStore
 from kms_core.jobs.store.errors import redis_errors
+from kms_core.jobs.store.job_redis import FULL, UNBOUNDED
 from kms_core.jobs.store.keys import PREFIX, job_key
 from kms_core.jobs.store.scripts import flat
 from kms_core.jobs.store.small_blobs import blob_arguments
@@ -21,6 +22,7 @@ from kms_protocol.errors import (
     JobCommitting,
     JobNotDead,
     RateLimited,
+    RedisFull,
     SpoolQuota,
     TenantShare,
     UnknownJob,
@@ -50,8 +52,8 @@ class JobStore(AttemptStore):
         ``blob`` is its input, where that is small. ``resources`` are those that it uses, as in ``[kms.jobs]
         resource_leases``.
         Raises IdempotencyConflict, RateLimited when too many jobs wait, TenantShare if others are to have
-        room, JobsUnavailable. Once this returns, the job survives any process. DurabilityUnconfirmed:
-        replicas did not acknowledge it, so it was taken back unless it had begun.
+        room, RedisFull, JobsUnavailable. Once this returns, the job survives any process.
+        DurabilityUnconfirmed: replicas did not acknowledge it, so it was taken back unless it had begun.
         """
         if idempotency:
             key = self.record_key.digest(idempotency.encode())
@@ -68,7 +70,7 @@ class JobStore(AttemptStore):
         most = self.section.tenants.get(tenant, TenantSection()).open_jobs or 0
         given += [most, accepted.spooled_bytes, self.spool_quota(tenant)]
         given += [self.large_job_bytes, *self.wake_up(accepted.queue), int(self.has_several_tenants())]
-        given += blob_arguments(blob)
+        given += [FULL, UNBOUNDED, *blob_arguments(blob)]
         with redis_errors():
             (word, *rest), confirmed = self._waits.run(self.scripts["submit"], keys, [*given, *flat(fields)])
         found = None if word == b"queued" else self._found(word, rest, accepted)
@@ -77,7 +79,9 @@ class JobStore(AttemptStore):
         if found:
             return found
         metrics.JOBS.labels(accepted.kind, "queued").inc()
-        self.notify(accepted.queue, int(rest[0]))
+        wake_ups, *probe = rest
+        self.read_probe(*probe)
+        self.notify(accepted.queue, int(wake_ups))
         job = msgspec.convert({**plain, "job_id": accepted.job_id, "state": "queued"}, Job)
         return msgspec.structs.replace(job, accepted=accepted)
 
@@ -99,6 +103,8 @@ class JobStore(AttemptStore):
             return self._before(accepted, rest[0].decode(errors="replace").partition(" ")[0])
         if word == b"taken":  # said twice: by a client that did not hear the answer, or by a submitter
             return self.get(accepted.job_id, accepted.tenant)
+        if word == b"memory":
+            raise RedisFull
         raise self._turned_away_error(word, accepted.tenant)
 
     def _before(self, accepted: JobSpec, job_id: str) -> Job:

@@ -11,6 +11,8 @@ import msgspec
 from kms_core.jobs.store.keys import PREFIX
 
 TASK: Final = "kms.run"
+WAKE_UP_BODY: Final = "[[],{},null]"
+"""Celery's arguments, named arguments and options: none."""
 MOST_WAKE_UPS: Final = 10
 """In the list of a queue. More would be taken one by one, after the jobs had been done."""
 
@@ -24,7 +26,7 @@ def encode_message(queue: str) -> bytes:
     """A wake-up for a queue."""
     return msgspec.json.encode(
         {
-            "body": "[[],{},null]",
+            "body": WAKE_UP_BODY,
             "content-type": "application/json",
             "content-encoding": "utf-8",
             "headers": {"task": TASK, "id": "wake-up"},

@@ -6,6 +6,7 @@ to the broker may submit, as principal ``celery``.
 """
 
 import math
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -21,7 +22,7 @@ from kms_core.auth.policy import Principal
 from kms_core.backends.age import AgeBackend
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
-from kms_core.jobs.submission.submitter import JSON_BYTES, ClientJobId, JobSubmitter, SubmissionOptions
+from kms_core.jobs.submission.submitter import JSON_BYTES, JobSubmitter, SubmissionOptions
 from kms_core.observability import metrics
 from kms_protocol import small_files, wire
 from kms_protocol.errors import (
@@ -73,15 +74,14 @@ class Intake:
         asked = self._read(message)
         store = self._submitter.store
         digest = store.record_key.digest(_DIGEST_LABEL, _encode(_given(asked.job)))
-        named = ClientJobId(asked.job_id, digest)
         with audit.identified(asked.job_id):
             who = self._who(asked)
-            if self._is_taken(named, who):
+            if self._is_taken(asked.job_id, digest, who):
                 return asked.job_id
             if not store.lock(f"submit:{asked.job_id}", worker, _LOCK_S):
                 raise JobsUnavailable("Another worker has this message in hand", retry_after_s=1.0)
-            if not self._is_taken(named, who):  # the spool is written under the lock, or two would write it
-                self._submitter.submit(self._terms(asked, named, who))
+            if not self._is_taken(asked.job_id, digest, who):  # under the lock, or two would write the spool
+                self._submitter.submit(self._options(asked, digest, who))
         return asked.job_id
 
     def _who(self, asked: wire.Submission) -> Principal:
@@ -124,23 +124,24 @@ class Intake:
         file_key, _ = sealing.foreign_file_key(head, self._key, keys)
         return sealing.open_(sealed, head, file_key)
 
-    def _is_taken(self, named: ClientJobId, who: Principal) -> bool:
+    def _is_taken(self, job_id: str, digest: bytes, who: Principal) -> bool:
         store = self._submitter.store
-        if not store.exists(named.job_id):
+        if not store.exists(job_id):
             return False
-        before = store.accepted(named.job_id)
-        if (before.tenant, before.digest) != (who.tenant, named.digest):
+        before = store.accepted(job_id)
+        if (before.tenant, before.digest) != (who.tenant, digest):
             raise IdempotencyConflict("A different job has this job_id: choose a new one for each job")
         return True
 
-    def _terms(self, asked: wire.Submission, named: ClientJobId, who: Principal) -> SubmissionOptions:
+    def _options(self, asked: wire.Submission, digest: bytes, who: Principal) -> SubmissionOptions:
         """The record must outlive the message, else a late replay would run the job again."""
         job, result_ttl_s = asked.job, self._submitter.store.rules.result_ttl_s
         needed_s = math.ceil(_left_s(asked)) + _SKEW_S - result_ttl_s
         kept = {"keep_for": max(job.keep_for or result_ttl_s, needed_s)}
         if job.ttl_s:
             kept = {"ttl_s": max(job.ttl_s, needed_s)}
-        return SubmissionOptions.of(who, msgspec.structs.replace(job, **kept), named=named)
+        options = SubmissionOptions.of(who, msgspec.structs.replace(job, **kept))
+        return replace(options, job_id=asked.job_id, digest=digest)
 
 
 def recipient(path: Path) -> Recipient:

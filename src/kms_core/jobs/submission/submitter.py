@@ -17,7 +17,7 @@ from kms_core.age import header
 from kms_core.auth.policy import Principal
 from kms_core.jobs import authorization, bulk_lines
 from kms_core.jobs.authorization import JobAccess
-from kms_core.jobs.file_patterns import Tree, is_tree
+from kms_core.jobs.file_patterns import Tree, base_of, is_tree
 from kms_core.jobs.model import Job
 from kms_core.jobs.spec import MOVING, FileJob, FilesJob, ItemsJob, JobSpec, SmallBlob, TreeJob, UploadJob
 from kms_core.jobs.storage.locations import Locations
@@ -121,34 +121,29 @@ def _check_in_place(job: wire.JobIn) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class ClientJobId:
-    """A job that its submitter named; ``digest`` (32 bytes, keyed) tells a replay from another job."""
-
-    job_id: str
-    digest: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class SubmissionOptions:
-    """A job as ``POST /jobs`` describes it, its submitter, and its contexts, parsed."""
+    """A job as ``POST /jobs`` describes it, its submitter, and its contexts, parsed.
+
+    ``job_id`` is that which its submitter chose, empty for a random one; ``digest`` (32 bytes, keyed) then
+    tells a replay from another job.
+    """
 
     who: Principal
     job: wire.JobIn
     context: Context
     new_context: Context | None
     idempotency: str = ""
-    named: ClientJobId | None = None
+    job_id: str = ""
+    digest: bytes = b""
 
     @classmethod
-    def of(
-        cls, who: Principal, job: wire.JobIn, *, idempotency: str = "", named: ClientJobId | None = None
-    ) -> Self:
+    def of(cls, who: Principal, job: wire.JobIn, *, idempotency: str = "") -> Self:
         """Raises InvalidContext."""
         new_context = None if job.new_context is None else Context.parse(job.new_context)
-        return cls(who, job, Context.parse(job.context), new_context, idempotency, named)
+        return cls(who, job, Context.parse(job.context), new_context, idempotency)
 
     @property
-    def told(self) -> dict[str, object]:
+    def annotations(self) -> dict[str, object]:
         """Options that workers do not go by, as fields of a ``JobSpec``, as far as they were given."""
         job = self.job
         found: dict[str, object] = {"release": job.release, "labels": job.labels, "metadata": job.metadata}
@@ -156,10 +151,6 @@ class SubmissionOptions:
             found |= {"group": job.group.name, "group_jobs": job.group.jobs}
             found["group_callback"] = job.group.callback
         return {name: value for name, value in found.items() if value}
-
-    def job_id(self) -> str:
-        """The submitter's, or a new one each time."""
-        return self.named.job_id if self.named else new_id()
 
     def idempotency_scope(self, route: str) -> str:
         """The text that the Redis key of an Idempotency-Key is a digest of; other callers have other texts.
@@ -194,13 +185,25 @@ class JobSubmitter:
         self._section = store.section
 
     def check(self, options: SubmissionOptions, *, bulk: bool = False) -> None:
-        """Raise what would fail for certain: Forbidden, UnknownKey, ContextRequired, JobsUnavailable, ….
+        """Raise what would fail for certain, before a body is received.
 
-        Items of a bulk job may bring contexts of their own, so there each is asked for its own, later.
+        Forbidden, UnknownKey, ContextRequired, InvalidDeadline, JobsUnavailable, RedisFull, …. Items of a
+        bulk job may bring contexts of their own, so there each is asked for its own, later.
         """
+        self._check_without_redis(options, bulk=bulk)
+        self.store.ping()
+
+    def _check_without_redis(self, options: SubmissionOptions, *, bulk: bool) -> None:
+        """Raise as ``check``, but for the state of Redis."""
         job = options.job
         asked = JobAccess(job.kind, job.key_id, None if bulk else options.context, options.new_context)
         authorization.check(self._kms, options.who, asked)
+        self._check_options(options, bulk=bulk)
+        deadlines(job, self.store.now(), self.store.rules.result_ttl_s)
+
+    def _check_options(self, options: SubmissionOptions, *, bulk: bool) -> None:
+        """Raise UnknownKey, ContextRequired, InvalidRequest, WrongInstall."""
+        job = options.job
         self._kms.keyring.named(job.key_id)
         sealing = job.kind == "encrypt" or options.new_context is not None
         context = options.context if options.new_context is None else options.new_context
@@ -210,8 +213,6 @@ class JobSubmitter:
         for callback in filter(None, (job.callback, group)):
             if not self._knows(callback, options.who.tenant):
                 raise InvalidRequest("callback names no endpoint for your tenant: see [kms.jobs.endpoints]")
-        deadlines(job, self.store.now(), self.store.rules.result_ttl_s)
-        self.store.ping()
         self._require_install()
 
     def _knows(self, callback: str, tenant: str) -> bool:
@@ -235,13 +236,13 @@ class JobSubmitter:
         self._kms.require(who, operation)
 
     def hasher(self, options: SubmissionOptions) -> hmac.HMAC:
-        """A keyed digest of the request; the body is fed to it arrives."""
+        """A keyed digest of the request; the body is fed to it as it arrives."""
         new = b"-" if options.new_context is None else b"+" + options.new_context.canonical()
-        job, told = options.job, msgspec.json.encode(options.told, order="sorted")
+        job, annotations = options.job, msgspec.json.encode(options.annotations, order="sorted")
         times = [time_text(at, "microseconds") if at else "" for at in (job.start_by, job.run_by)]
         texts = (job.kind, job.key_id or "", job.callback or "", job.priority or "normal")
         encoded = (text.encode() for text in (*texts, f"{times} {job.keep_for} {job.ttl_s}"))
-        return self.store.record_key.hasher(options.context.canonical(), new, told, *encoded)
+        return self.store.record_key.hasher(options.context.canonical(), new, annotations, *encoded)
 
     def submit(self, options: SubmissionOptions, charge: Callable[[int], object] | None = None) -> Job:
         """Submit a job of items, or one from URL to URL. Raises as ``check`` and these do.
@@ -249,18 +250,18 @@ class JobSubmitter:
         ``charge`` gets the number of items once the caller may submit them, and may raise.
         """
         body = options.job
-        self.check(options, bulk=body.items is not None)
-        if body.items is not None and body.source is None and body.target is None:
-            if len(body.items) > _JSON_ITEMS:
-                raise TooLarge(
-                    f"More than {_JSON_ITEMS} items: stream application/x-ndjson to POST /jobs?kind=… instead"
-                )
-            if charge is not None:
-                charge(len(body.items))
-            return self.items(options, body.items)
         if body.items is None and body.source is not None:
             return self.files(options)
-        raise InvalidRequest(_NOTHING)
+        self._check_without_redis(options, bulk=body.items is not None)
+        if body.items is None or body.source is not None or body.target is not None:
+            raise InvalidRequest(_NOTHING)
+        if len(body.items) > _JSON_ITEMS:
+            raise TooLarge(
+                f"More than {_JSON_ITEMS} items: stream application/x-ndjson to POST /jobs?kind=… instead"
+            )
+        if charge is not None:
+            charge(len(body.items))
+        return self.items(options, body.items)
 
     def receive_upload(
         self, options: SubmissionOptions, declared_bytes: int
@@ -293,7 +294,7 @@ class JobSubmitter:
 
     def items(self, options: SubmissionOptions, items: Iterable[wire.JobItem]) -> Job:
         """A bulk job; its items go to the spool one by one. Raises InvalidRequest, TooLarge, SpoolFull."""
-        job_id = options.job_id()
+        job_id = options.job_id or new_id()
         hasher = self.hasher(options) if options.idempotency else None
         starts: list[int] = []
         count = 0
@@ -310,6 +311,8 @@ class JobSubmitter:
                 check_room(out.size)
             if not count:
                 raise InvalidRequest("A bulk job needs at least one item")
+            if out.size > self.store.rules.inline_bytes or not self.store.has_room:
+                self.store.ping()  # a Redis that is away would leave the file in the spool
         fields = {"items": count, "size_bytes": out.size, "starts": tuple(starts), "input_ref": out.ref}
         job = self._spec(ItemsJob, options, job_id, hasher.digest() if hasher else b"", **fields)
         return self._store(options, job, out.small)
@@ -317,13 +320,14 @@ class JobSubmitter:
     def files(self, options: SubmissionOptions) -> Job:
         """A job over one file, or over all that a pattern names: a worker lists those.
 
-        Raises Forbidden, PathRefused, TargetExists, ….
+        Raises as ``check``, and PathRefused, TargetExists, ….
         """
         hasher, urls = self.hasher(options), urls_of(options.job)
         hasher.update(repr(urls).encode())
         form: Callable[..., FileJob | TreeJob] = TreeJob if "dry_run" in urls else FileJob
-        job = self._spec(form, options, options.job_id(), hasher.digest(), **urls)
-        authorization.check(self._kms, job.who, authorization.of(job))
+        job = self._spec(form, options, options.job_id or new_id(), hasher.digest(), **urls)
+        authorization.check_job(self._kms, job)
+        self._check_options(options, bulk=False)
         return self._store(options, msgspec.structs.replace(job, size_bytes=self._places.admit(job)))
 
     def _spec(
@@ -356,10 +360,10 @@ class JobSubmitter:
             priority=job.priority or "normal",
             request_id=audit.request_id.get(),
             traceparent=tracing.parent(),
-            digest=options.named.digest if options.named else digest,
+            digest=options.digest or digest,
             created_at=now,
             **times,
-            **options.told,
+            **options.annotations,
             **fields,
         )
 
@@ -374,7 +378,7 @@ class JobSubmitter:
             self._discard(job_id, blob)
             raise
         except (RedisFull, RedisReadOnly):  # nothing was stored; a job that a client named may be there
-            if options.named is None:
+            if not options.job_id:
                 self._discard(job_id, blob, in_redis=False)
             raise
         # after any other JobsUnavailable the record may be there: the sweep decides
@@ -392,7 +396,7 @@ class JobSubmitter:
         """The roots of a job, or the spool, and those of its buckets and backends whose use is bounded."""
         found = {RESOURCE: None} if not isinstance(job, FilesJob) and blob is None else {}
         if isinstance(job, FilesJob):
-            source = Tree.parse(job.source).base if isinstance(job, TreeJob) else job.source
+            source = base_of(job.source) if isinstance(job, TreeJob) else job.source
             found = dict.fromkeys(self._places.resource(url) for url in (source, job.target))
         found |= dict.fromkeys(f"backend:{name}" for name in self._kms.keyring.named(job.key_id).names)
         return [name for name in found if name.startswith("root:") or name in self.store.resource_leases]

@@ -6,12 +6,11 @@ import pytest
 
 from kms_core.container import Core
 from kms_core.jobs.execution import one_file, results
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.recovery.reaper import reap_all
 from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Label
 from kms_core.jobs.submission.submitter import new_id
 from kms_protocol.errors import RateLimited, ResultExpired, SpoolFull
-from support.core_jobs import end_of, lines, now, split_into_parts, submit_items
+from support.core_jobs import end_of, lines, now, run_job, split_into_parts, submit_items
 from support.job_stores import TENANT, events, expire_leases, forge, remove_inputs, spool_folder, with_jobs
 from support.service import Service, core_of
 

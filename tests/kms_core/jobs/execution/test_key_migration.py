@@ -13,7 +13,6 @@ import pytest
 
 from kms_api.routes.job_answers import shape
 from kms_core.container import Core
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.execution.tree import PATIENCE
 from kms_core.jobs.model import part_id
 from kms_core.jobs.storage.locations import JobSource, Locations
@@ -28,6 +27,7 @@ from support.core_jobs import (
     lines,
     now,
     run_after_lease_expiry,
+    run_job,
     split_into_parts,
     submit,
 )

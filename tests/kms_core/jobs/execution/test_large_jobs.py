@@ -10,7 +10,6 @@ import pytest
 
 from kms_core.container import Core
 from kms_core.jobs.execution.lease import FoundLarge, Lease
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.execution.tree import PATIENCE
 from kms_core.jobs.model import part_id
 from kms_core.jobs.recovery.reaper import reap_all
@@ -20,7 +19,7 @@ from kms_core.jobs.storage.locations import check_holes
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import SpoolFull, TooLarge
 from kms_protocol.wire import PRIORITIES
-from support.core_jobs import end_of, now, split_into_parts, submit
+from support.core_jobs import end_of, now, run_job, split_into_parts, submit
 from support.credentials import REQUIRED, SecuredService
 from support.file_tree import names
 from support.job_stores import (

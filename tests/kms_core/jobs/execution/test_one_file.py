@@ -13,12 +13,21 @@ import pytest
 
 from kms_core import audit
 from kms_core.container import Core
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.storage.local import OpenSource, Roots
 from kms_protocol.errors import JobsUnavailable, PathRefused
 from kms_protocol.wire import JobKind
 from support.audit_logs import room_for
-from support.core_jobs import NEW, done, end_of, now, opened, run_after_lease_expiry, submit, submit_items
+from support.core_jobs import (
+    NEW,
+    done,
+    end_of,
+    now,
+    opened,
+    run_after_lease_expiry,
+    run_job,
+    submit,
+    submit_items,
+)
 from support.failing_store import CRASH_POINTS, Killed, run_until_killed, worker_calling_at
 from support.file_tree import names
 from support.job_stores import forge

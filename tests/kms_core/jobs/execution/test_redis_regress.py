@@ -11,13 +11,12 @@ import pytest
 
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import LeaseLost
 from kms_core.jobs.storage.blob_store import ATTRIBUTE
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.context import Context
 from kms_protocol.errors import Forbidden
-from support.core_jobs import CONTEXT, NEW, WHO, done, opened, result, run, submit, submit_items
+from support.core_jobs import CONTEXT, NEW, WHO, done, opened, result, run, run_job, submit, submit_items
 from support.embedded_valkey import unrestricted
 from support.failing_store import worker_calling_at
 from support.file_tree import names

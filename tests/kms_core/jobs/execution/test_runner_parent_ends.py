@@ -11,14 +11,14 @@ import pytest
 
 from kms_core.container import Core
 from kms_core.jobs.execution import results, runner
-from kms_core.jobs.execution.runner import run_job, run_next
+from kms_core.jobs.execution.runner import run_next
 from kms_core.jobs.model import Attempt, Following, Job
 from kms_core.jobs.recovery.reaper import Reaper
 from kms_core.jobs.spec import BULK, QUEUES
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
 from kms_protocol.errors import RecordRefused
-from support.core_jobs import end_of, lines, now, split_into_parts, submit_items
+from support.core_jobs import end_of, lines, now, run_job, split_into_parts, submit_items
 from support.job_stores import TENANT, events, forge, record
 
 REFUSED = ("failed", "record_refused")

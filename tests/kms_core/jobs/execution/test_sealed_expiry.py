@@ -10,11 +10,10 @@ import msgspec
 import pytest
 
 from kms_core.container import Core
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Attempt
 from kms_core.jobs.spec import ClocksApart
 from kms_core.jobs.store.store import JobStore
-from support.core_jobs import now, split_into_parts, submit, submit_items
+from support.core_jobs import now, run_job, split_into_parts, submit, submit_items
 from support.failing_store import run_until_killed, worker_calling_at, worker_calling_at_each_step
 from support.file_tree import names
 from support.job_stores import COMMIT, clock_ahead, forge, later, put_back_as_due, record, take

@@ -10,7 +10,6 @@ import redis
 
 from kms_core.container import Core
 from kms_core.jobs.execution import results
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import RecordKey
 from kms_core.jobs.recovery.reaper import due
 from kms_core.jobs.recovery.spool_cleanup import expired
@@ -18,7 +17,7 @@ from kms_core.jobs.store.gauges import survey_queues
 from kms_core.jobs.store.heartbeats import live_workers
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import JobsUnavailable, UnknownJob
-from support.core_jobs import submit_items
+from support.core_jobs import run_job, submit_items
 from support.job_stores import (
     COMMIT,
     LASTING_LEASES,

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 
 from kms_core.container import Core
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.execution.tree import PART_BYTES, PART_FILES, cut_into_parts
 from kms_core.jobs.model import part_id
 from kms_core.jobs.submission.submitter import urls_of
 from kms_protocol import wire
 from kms_protocol.errors import InvalidRequest, JobsUnavailable, PathRefused
-from support.core_jobs import WHO, done, lines, now, opened, run, run_after_lease_expiry, submit
+from support.core_jobs import WHO, done, lines, now, opened, run, run_after_lease_expiry, run_job, submit
 from support.failing_store import Killed, run_until_killed, worker_calling_at_each_step
 from support.file_tree import names
 from support.job_stores import (

@@ -4,10 +4,9 @@ from typing import Final
 
 import pytest
 
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import part_id
 from kms_protocol.errors import PathRefused
-from support.core_jobs import WHO, done, lines, run_after_lease_expiry, submit
+from support.core_jobs import WHO, done, lines, run_after_lease_expiry, run_job, submit
 from support.failing_store import run_until_killed
 from support.object_jobs import ObjectJobs
 

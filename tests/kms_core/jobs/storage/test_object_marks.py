@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.storage.s3 import MultipartJournal
 from kms_core.jobs.storage.spool_folder import DiskSync, SpoolFolder
+from support.core_jobs import run_job
 from support.embedded_valkey import unrestricted
 from support.job_stores import connect
 from support.object_jobs import ObjectJobs

@@ -8,14 +8,13 @@ from typing import TypeVar
 
 import pytest
 
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.recovery.reaper import reap_all
 from kms_core.jobs.spec import FileJob
 from kms_core.jobs.storage.locations import JobTarget, PendingTarget
 from kms_core.s3.bucket import Bucket
 from kms_protocol.errors import JobsUnavailable, PathRefused, TargetExists
 from kms_protocol.wire import JobKind
-from support.core_jobs import end_of
+from support.core_jobs import end_of, run_job
 from support.failing_store import CRASH_POINTS, worker_calling_at
 from support.job_stores import TENANT, accepted, expire_leases, forge, later, put_back_as_due, record
 from support.object_jobs import ObjectJobs

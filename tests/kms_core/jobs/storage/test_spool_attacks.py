@@ -6,7 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -18,13 +18,12 @@ from kms_core.age import header, stream
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.envelope import sealing
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Job, part_id
-from kms_core.jobs.submission.submitter import ClientJobId, SubmissionOptions
+from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.wire import PREFIX
-from support.core_jobs import run_after_lease_expiry
+from support.core_jobs import run_after_lease_expiry, run_job
 from support.embedded_valkey import EmbeddedValkey
 from support.failing_store import run_until_killed
 from support.job_options import job_options
@@ -220,8 +219,8 @@ def test_an_earlier_life_of_a_job_id_is_refused(install: Install, tmp_path: Path
     core, job_id = install.core, str(uuid.uuid4())
 
     def live(document: bytes) -> None:
-        terms = job_options(MINE, "decrypt", Context.parse(CONTEXT), named=ClientJobId(job_id, document * 8))
-        core.submitter.items(terms, [wire.JobItem(ciphertext=sealed(install, MINE, document))])
+        named = replace(options(MINE, "decrypt"), job_id=job_id, digest=document * 8)
+        core.submitter.items(named, [wire.JobItem(ciphertext=sealed(install, MINE, document))])
 
     live(b"past")
     if run_first:

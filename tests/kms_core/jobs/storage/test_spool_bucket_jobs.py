@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import pytest
 
 from kms_core.container import Core
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.model import Job
 from kms_core.jobs.recovery import spool_cleanup
 from kms_core.jobs.recovery.reaper import reap_all
 from kms_core.jobs.storage.spool_bucket import SpoolBucket
 from support import object_stores
 from support.blob_stores import PREFIX
+from support.core_jobs import run_job
 from support.embedded_valkey import EmbeddedValkey
 from support.job_stores import TENANT, reap, remove_inputs
 from support.object_stores import Intercept, S3Proxy, TestBucket

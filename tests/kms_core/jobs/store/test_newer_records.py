@@ -6,12 +6,12 @@ from typing import Any, Final
 import pytest
 
 from kms_core.container import Core
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.recovery.reaper import Reaper, due, reap_all
 from kms_core.jobs.spec import QUEUES, RecordTooNew
 from kms_core.jobs.store.heartbeats import worker_seen
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import UnknownJob
+from support.core_jobs import run_job
 from support.job_stores import TENANT, accepted, forge, record, resealed
 
 NEEDS = "later-feature"

@@ -7,10 +7,10 @@ import pytest
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.bulk_lines import RUN_ITEMS
-from kms_core.jobs.execution.runner import run_job
 from kms_core.jobs.spec import BULK
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.wire import PRIORITIES, JobItem
+from support.core_jobs import run_job
 from support.job_options import job_options
 from support.job_stores import TENANT, accepted, attempt, depths, forge
 from support.service import Service, check_problem, core_of

@@ -10,13 +10,14 @@ import pytest
 from kms_core.container import Core
 from kms_core.jobs.execution import results
 from kms_core.jobs.execution.runner import run_claimed, run_job
+from kms_core.jobs.execution.runner import run_claimed
 from kms_core.jobs.recovery.spool_cleanup import SpoolCleanup, expired
 from kms_core.jobs.submission import submitter
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import RecordRefused, ResultExpired, ResultReleased
-from support.core_jobs import WHO, end_of, lines, result, run
+from support.core_jobs import WHO, end_of, lines, result, run, run_job
 from support.job_options import job_options
 from support.job_stores import TENANT, reap, remove_inputs, spool_folder, take, uploaded
 from support.service import CANARY, Service, core_of, unb64

@@ -56,6 +56,27 @@ local function drop(key, until_s)
   return over
 end
 
+-- The time, and 1 if less than half of the memory is used: small blobs may rest in Redis. Nothing before the memory
+-- is used up: what is left is for the broker, and for jobs to run and end. Notes what is free of the memory that
+-- jobs may take, or without maxmemory of that of the machine, for the shares of tenants.
+-- Memory is looked at twice a second at most, unless `always`.
+local function room_for_jobs(full, unbounded, always)
+  if always or redis.call('EXISTS', P .. 'probed') == 0 then
+    redis.call('SET', P .. 'probed', now, 'PX', 500)
+    local memory = redis.call('INFO', 'memory')
+    local used, most = string.match(memory, 'used_memory:(%d+)'), number(string.match(memory, 'maxmemory:(%d+)'))
+    local limit = most > 0 and most or number(string.match(memory, 'total_system_memory:(%d+)'))
+    redis.call('SET', P .. 'room', string.format('%.0f', limit * tonumber(full) - number(used)))
+    if most > 0 and number(used) > most * tonumber(full) then
+      redis.call('SET', P .. 'full', now, 'PX', 1000)
+    end
+    if most == 0 then most = tonumber(unbounded) end
+    if number(used) > most / 2 then redis.call('SET', P .. 'half', now, 'PX', 15000) end
+  end
+  if redis.call('EXISTS', P .. 'full') == 1 then return nil end
+  return { clock[1], clock[2], 1 - redis.call('EXISTS', P .. 'half') }
+end
+
 local FIELDS = { 'state', 'tenant', 'queue', 'priority', 'created_at', 'parent', 'kind', 'generation', 'attempt',
   'expires_at', 'work_bytes', 'labels', 'group', 'start_by', 'run_by', 'keep_for', 'started_at', 'resources',
   'needs', 'callback', 'group_callback', 'attempt_id', 'cancel', 'worker', 'paid_until', 'waits_for', 'spooled' }

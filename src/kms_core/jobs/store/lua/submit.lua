@@ -3,10 +3,10 @@
 -- KEYS: job, tenant list, idempotency (optional)
 -- ARGV: id, most open jobs, idempotency value, expires_at, created_at, tenant, most of the tenant (0: any),
 --   bytes in the spool, most of the tenant (0: any), bytes of a large job, the broker's list or '', the
---   message, 1 if other tenants are to have room, length of the next list, name and bytes of a small blob, ...,
---   field, value, ...
--- Answers `queued` and how many wake-ups are to be sent. Of a job that is there already something is written,
--- as by each script whose writes replicas acknowledge: a connection that wrote nothing waits for nothing.
+--   message, 1 if other tenants are to have room, used part and bytes of the memory as in PROBE, length of the next
+--   list, name and bytes of a small blob, ..., field, value, ...
+-- Answers `queued`, how many wake-ups are to be sent, and what PROBE answers. Of a job that is there already something
+-- is written, as by each script whose writes replicas acknowledge: a connection that wrote nothing waits for nothing.
 if KEYS[3] then
   local before = redis.call('GET', KEYS[3])
   if before then
@@ -18,12 +18,14 @@ if redis.call('EXISTS', job) == 1 then
   redis.call('SET', P .. 'waited', 1)
   return {'taken'}
 end
+local has_room = room_for_jobs(ARGV[14], ARGV[15])
+if not has_room then return {'memory'} end
 local tenant, shares = ARGV[6], ARGV[13] == '1'
 local free = tonumber(ARGV[2]) - redis.call('ZCARD', P .. 'open')
 if free <= 0 then return {'full'} end
 local most, open = tonumber(ARGV[7]), lasting(quota_key(tenant))
 if most > 0 and open >= most then return {'quota'} end
-local first, f, memory = 15 + tonumber(ARGV[14]), {}, JOB_BYTES
+local first, f, memory = 17 + tonumber(ARGV[16]), {}, JOB_BYTES
 for i = first, #ARGV, 2 do
   f[ARGV[i]] = ARGV[i + 1]
   memory = memory + #ARGV[i] + #ARGV[i + 1]
@@ -32,7 +34,7 @@ for _ in string.gmatch((f.labels or '') .. ' ' .. (f.group or ''), '%x+') do mem
 for _ in string.gmatch((f.callback or '') .. ' ' .. (f.group_callback or ''), '%S+') do
   memory = memory + 3 * (#f.sealed + 600)  -- events that wait for an endpoint, with labels and metadata
 end
-local blob = first > 15 and #ARGV[first - 1] or 0
+local blob = first > 17 and #ARGV[first - 1] or 0
 local room = shares and redis.call('GET', P .. 'room')
 if shares then
   local has = number(redis.call('HGET', held_key(tenant), 'sum')) + memory + blob
@@ -48,10 +50,10 @@ if size > 0 then
 end
 if KEYS[3] then redis.call('SET', KEYS[3], ARGV[3], 'EXAT', math.floor(tonumber(ARGV[4]))) end
 redis.call('HSET', job, 'state', 'queued', unpack(ARGV, first))
-if blob > 0 then redis.call('HSET', P .. 'blobs:' .. id, unpack(ARGV, 15, first - 1)) end
+if blob > 0 then redis.call('HSET', P .. 'blobs:' .. id, unpack(ARGV, 17, first - 1)) end
 redis.call('HSET', held_key(tenant), id, memory, unpack(blob > 0 and { 'b' .. id, blob } or {}))
 add(held_key(tenant), 'sum', memory + blob)
-if room then redis.call('DECRBY', P .. 'room', string.format('%d', memory + blob)) end  -- until PROBE looks again
+if room then redis.call('DECRBY', P .. 'room', string.format('%d', memory + blob)) end  -- until the memory is looked at again
 redis.call('ZADD', P .. 'open', now, id)
 redis.call('SADD', P .. 'tenants', tenant)
 redis.call('ZADD', KEYS[2], ARGV[5], id)
@@ -62,4 +64,4 @@ for digest in string.gmatch(f.labels or '', '%x+') do redis.call('ZADD', P .. 'l
 index_group(id, f, true, tonumber(ARGV[4]) + 3600)
 offer(id, f, ARGV[10])
 event(f, id, 'queued', '')
-return {'queued', wake(ARGV[11], ARGV[12])}
+return {'queued', wake(ARGV[11], ARGV[12]), unpack(has_room)}
