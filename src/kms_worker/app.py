@@ -25,8 +25,8 @@ from kms_core.periodic import SharedTime
 from kms_core.redis_client import celery_options
 from kms_core.settings.model import Settings
 from kms_protocol.errors import JobsUnavailable, KmsError
-from kms_worker import tasks
-from kms_worker.tasks import LogBound
+from kms_worker import rotation, submit
+from kms_worker.refusals import LogBound
 
 # After so long Redis gives out a kms.submit again whose worker was killed: nothing else brings it back.
 _VISIBILITY_S: Final = 600
@@ -77,7 +77,7 @@ def build(settings: Settings, name: str, pulse: SharedTime) -> Celery:
     app.conf.update(CONFIGURATION | celery_options(settings.kms.redis, TRANSPORT))
     # A wake-up may be lost, so nothing acknowledges it; a submission is kept until it is a job.
     app.conf.task_queues = [
-        _queue(each, app.conf.task_create_missing_queue_type) for each in (*QUEUES, tasks.QUEUE)
+        _queue(each, app.conf.task_create_missing_queue_type) for each in (*QUEUES, submit.QUEUE)
     ]
     signals.setup_logging.connect(lambda **_: None, weak=False)  # so Celery leaves logging alone
     notify = broker.notify_through(app, settings.kms.redis)
@@ -100,8 +100,8 @@ def build(settings: Settings, name: str, pulse: SharedTime) -> Celery:
         queue = (task.request.delivery_info or {}).get("routing_key") or FILES
         _drain(core, f"{name}/{os.getpid()}", queue, settings.kms.jobs.queues)
 
-    tasks.register_keys(app, core, settings, name)
-    tasks.register_submit(app, lambda: build_intake(settings, core().submitter), name, pulse)
+    rotation.register(app, core, settings, name)
+    submit.register(app, lambda: build_intake(settings, core().submitter), name, pulse)
     return app
 
 

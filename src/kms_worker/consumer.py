@@ -25,8 +25,10 @@ from kms_core.jobs.execution import attendance
 from kms_core.jobs.spec import BULK, FILES, MAINTENANCE
 from kms_core.jobs.store.wake_ups import TASK as RUN
 from kms_core.jobs.store.wake_ups import WAKE_UP_BODY
-from kms_worker.tasks import KEYS_TASK, SUBMIT_TASK, TASK_ID, LogBound, Refusals
-from kms_worker.tasks import QUEUE as SUBMIT_QUEUE
+from kms_worker.refusals import TASK_ID, LogBound, Refusals
+from kms_worker.rotation import KEYS_TASK
+from kms_worker.submit import QUEUE as SUBMIT_QUEUE
+from kms_worker.submit import SUBMIT_TASK
 
 # Checks of broker messages before Celery acts on them: Malformed is raised for any other message.
 #

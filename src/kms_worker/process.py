@@ -43,11 +43,12 @@ from kms_core.redis_client import check_servers
 from kms_core.settings.lint import SETTINGS, unaccepted
 from kms_core.settings.model import Settings
 from kms_worker import app as worker_app
-from kms_worker import consumer, metrics_server, tasks
+from kms_worker import consumer, metrics_server, rotation, submit
 from kms_worker.maintenance import Maintenance
 from kms_worker.metrics_server import MetricsApp, MetricsServer
-from kms_worker.slots import Slots, Watchdog
-from kms_worker.tasks import Refusals
+from kms_worker.pool import Slots
+from kms_worker.refusals import Refusals
+from kms_worker.watchdog import Watchdog
 
 _LEAVE_S: Final = 2.0  # for the last word to Redis; a worker whose Redis is away need not wait for it
 _EXIT_ORPHAN: Final = 1
@@ -69,7 +70,7 @@ def run(loaded: Settings) -> int:
     core = build_core(loaded, "worker", broker.notify_through(app, loaded.kms.redis))
     jobs, store = loaded.kms.jobs, core.worker_context.store
     intake = build_intake(loaded, core.submitter)
-    served = (*jobs.queues, *tasks.queues(intake))
+    served = (*jobs.queues, *submit.queues(intake))
     consumer.install()
     submit_bytes = intake.text_length if intake else 0
     checked = partial(consumer.CheckedConsumer, refusals=Refusals(pulse.note), submit_bytes=submit_bytes)
@@ -118,7 +119,7 @@ def _maintenance(loaded: Settings, name: str) -> list[PeriodicThread]:
         InstallWatch(install, attendance.tell_misplaced),
         Reaper(store, name, install.require),
         SpoolCleanup(store, core.worker_context.spool, name, install.require, install.may_sweep),
-        tasks.Clock(app, store, name),
+        rotation.Clock(app, store, name),
         monitor,
         *(CopyPoll(copy) for copy in core.copies),
         *([WebhookDispatcher(Outbox(store, endpoints), endpoints, name)] if endpoints else []),
@@ -163,10 +164,10 @@ def _watch_pool(loaded: Settings, store: JobStore, name: str, beside: list[Perio
 def _can_take(app: Celery, store: JobStore, served: Sequence[str]) -> bool:
     """Return whether a job or a message waits that the worker could take. Raises JobsUnavailable."""
     is_ready = store.has_ready(*store.rules.queues)
-    if is_ready or tasks.QUEUE not in served:
+    if is_ready or submit.QUEUE not in served:
         return is_ready
     with app.connection_for_read() as connection:
-        return broker.messages(connection, tasks.QUEUE) > 0
+        return broker.messages(connection, submit.QUEUE) > 0
 
 
 def _prepare_children() -> None:

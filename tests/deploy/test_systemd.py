@@ -11,7 +11,7 @@ from kms_core.backends.cosmian.settings import CosmianSection
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.validation import check_exposure
 from kms_protocol.errors import EXIT_CONFIGURATION
-from kms_worker.slots import EXIT_DEAF
+from kms_worker.watchdog import EXIT_DEAF
 from support.artefacts import DEPLOY, ROOT, SYSTEMD, make_secrets, passes, run
 from support.programs import program
 from support.systemd_sandbox import directives

@@ -30,7 +30,7 @@ from kms_core.service import Kms
 from kms_core.settings.model import RotationSection
 from kms_protocol.errors import AuditUnavailable, BackendUnavailable, JobsUnavailable, UnknownKey
 from kms_protocol.wire import PREFIX
-from kms_worker.tasks import look_after
+from kms_worker.rotation import look_after
 from support.age_kms import NO_CONTEXT, age_backend
 from support.audit_logs import AuditFolder, InterceptedLog, Line, fail, unresolved
 from support.failing_store import Killed

@@ -12,7 +12,7 @@ from kombu.transport.pyamqp import amqp  # type: ignore[attr-defined]  # the one
 
 from kms_core.jobs.spec import BULK, FILES
 from kms_worker.consumer import CheckedConsumer
-from kms_worker.tasks import Refusals
+from kms_worker.refusals import Refusals
 from support import malformed_messages
 
 

@@ -29,7 +29,7 @@ from kms_worker.consumer import (
     most_bytes,
     read_message,
 )
-from kms_worker.tasks import Refusals
+from kms_worker.refusals import Refusals
 from support import job_stores, malformed_messages
 from support.celery_messages import OPTIONS
 from support.embedded_valkey import EmbeddedValkey

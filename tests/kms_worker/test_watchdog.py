@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from kms_worker.slots import EXIT_DEAF
+from kms_worker.watchdog import EXIT_DEAF
 from support.service import Service
 from support.waiting import until
 
@@ -15,7 +15,7 @@ PATIENCE_S: Final = 0.4
 PROGRAM: Final = f"""
 import itertools, time
 from kms_protocol.errors import JobsUnavailable
-from kms_worker.slots import Watchdog
+from kms_worker.watchdog import Watchdog
 
 def gone():
     raise JobsUnavailable

@@ -40,7 +40,7 @@ from kms_protocol.errors import (
     TooLarge,
     UnknownKey,
 )
-from kms_worker import tasks
+from kms_worker import submit as submit_task
 from support.celery_messages import JOB, body, in_s, seal
 from support.service import B64_CANARY, CANARY, Service, core_of
 
@@ -337,8 +337,8 @@ def task(
     pulse: SharedTime | None = None,
 ) -> Callable[..., str]:
     app = Celery(set_as_current=False, broker=broker)
-    tasks.register_submit(app, build, "worker", pulse or SharedTime())
-    found: Callable[..., str] = app.tasks[tasks.SUBMIT_TASK]
+    submit_task.register(app, build, "worker", pulse or SharedTime())
+    found: Callable[..., str] = app.tasks[submit_task.SUBMIT_TASK]
     return found
 
 
@@ -395,8 +395,8 @@ def test_what_nobody_foresaw_does_not_come_back() -> None:
 
 
 def test_a_worker_without_a_key_serves_no_messages(intake: Intake) -> None:
-    assert tasks.queues(None) == ()
-    assert tasks.queues(intake) == ("kms.submit",)
+    assert submit_task.queues(None) == ()
+    assert submit_task.queues(intake) == ("kms.submit",)
     with pytest.raises(UnknownKey):
         task(lambda: None)("x")
 

@@ -1,4 +1,4 @@
-"""Processes of the pool that hang are killed or replaced; a worker that takes nothing ends itself.
+"""Processes of the pool that hang are killed or replaced.
 
 A process that waits for a disk in the kernel (state D) ends when the disk answers. Until then its worker
 avoids the roots that it hangs on, another process takes its place, and status, metrics and log say so. The
@@ -32,8 +32,6 @@ _HELD_S: Final = 15.0  # what hangs is left alone for so long after each round
 _SLOW_HELD_S: Final = 3.0  # and what is slow
 _SEEN_S: Final = 2.5  # a process that reports itself no more makes progress, or has ended
 _TOLD_S: Final = 7.0  # after the first report, one that is slow is told
-EXIT_DEAF: Final = 70  # EX_SOFTWARE
-_LOOK_EVERY_S: Final = 5.0
 _log = structlog.get_logger(__name__)
 
 
@@ -196,40 +194,3 @@ def _has_ended(pidfd: int) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
-
-
-# Finds a worker that runs and takes nothing: messages wait, and none of its processes claims or renews.
-#
-# kombu and Celery have several ways to end up so after a broker restart, none of which raises. The cure is
-# to leave: the supervisor starts the worker again, and its jobs are in their records.
-
-
-class Watchdog(PeriodicThread):
-    """Leaves with exit code 70 when messages have waited, and the worker been idle, for ``patience_s``."""
-
-    def __init__(
-        self,
-        patience_s: float,
-        can_take: Callable[[], bool],
-        idle_s: Callable[[], float],
-    ) -> None:
-        super().__init__("watchdog", min(_LOOK_EVERY_S, patience_s / 4), failed="watchdog.failed")
-        self._patience_s = patience_s
-        self._can_take = can_take
-        self._idle_s = idle_s
-        self._heard_at = time.monotonic()
-
-    def round(self) -> None:
-        before, self._heard_at = self._heard_at, time.monotonic()
-        if self._deaf():  # a look that fails says nothing, and counts as heard
-            self._heard_at = before
-        if time.monotonic() - self._heard_at > self._patience_s:
-            _log.error("worker.deaf", waited_s=round(time.monotonic() - self._heard_at))
-            os._exit(EXIT_DEAF)  # no shutdown: whatever hangs would hang it, and no job is in hand
-
-    def _deaf(self) -> bool:
-        """Return whether jobs or messages wait and nothing was claimed for long. False without Redis."""
-        try:
-            return self._can_take() and self._idle_s() > self._patience_s
-        except JobsUnavailable:
-            return False

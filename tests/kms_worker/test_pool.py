@@ -18,7 +18,7 @@ from kms_core.jobs.model import Attempt
 from kms_core.jobs.spec import BULK, QUEUES
 from kms_core.jobs.store import gauges
 from kms_core.jobs.store.store import JobStore
-from kms_worker.slots import Slots
+from kms_worker.pool import Slots
 from support.job_stores import LASTING_LEASES, accepted, connect, store_of
 
 NAS: Final = "root:/srv/nas"
