@@ -87,8 +87,8 @@ class Slots(PeriodicThread):
             if one.rounds > 1:  # it had time to end
                 self._replace(one)
         is_blocked = self._is_blocked()
-        if is_blocked:
-            self._stand_in()
+        if is_blocked and (slow := next((each for each in self._slow.values() if not each.replaced), None)):
+            self._replace(slow)  # another process, since none makes progress
         if self._surplus:
             self._in_loop(self._shrink)
         all_told = is_blocked or self._replaced
@@ -134,11 +134,6 @@ class Slots(PeriodicThread):
         for pid, one in [(pid, one) for pid, one in self._slow.items() if now - one.seen > _SEEN_S]:
             del self._slow[pid]
             self._surplus += one.replaced
-
-    def _stand_in(self) -> None:
-        """Start another process, since none makes progress."""
-        if one := next((one for one in self._slow.values() if not one.replaced), None):
-            self._replace(one)
 
     @property
     def _replaced(self) -> int:

@@ -139,10 +139,6 @@ class Lease(Renewed):
         self._before = (items, failed, size_bytes)
 
     @property
-    def failed_items(self) -> int:
-        return self._before[1] + self._failed
-
-    @property
     def work(self) -> Work:
         """The work done so far."""
         items, failed, size_bytes = self._before

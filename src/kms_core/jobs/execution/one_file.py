@@ -21,7 +21,7 @@ from kms_core.jobs.execution.lease import Commits, Lease, WorkerContext
 from kms_core.jobs.model import Attempt, Commit, CommitGone, part_id
 from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, ItemsJob, PlacedTarget, UploadJob, Work
 from kms_core.jobs.storage.local import file_errors
-from kms_core.jobs.storage.locations import JobSource, JobTarget, Locations, PendingTarget, is_remote
+from kms_core.jobs.storage.locations import JobTarget, Locations, PendingTarget, is_remote
 from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Blob, Label, Spool
 from kms_core.operation import Opened, Sealed
 from kms_core.payload.parallel import ParallelOptions
@@ -104,9 +104,12 @@ def payload(job: UploadJob, head: bytes, spool: Spool) -> Iterator[RangeReader]:
         yield RangeReader(stream.payload_key(file_key, nonce), sealed)
 
 
-def options_of(lease: Lease) -> ParallelOptions:
-    """Slab by slab: tell progress, stop on loss or cancellation."""
-    return ParallelOptions(progress=lease.advance, check=lease.check)
+def _options(lease: Lease, *urls: str) -> ParallelOptions:
+    """Slab by slab: report progress, stop on loss or cancellation. Threads as the places of ``urls`` bear."""
+    options = ParallelOptions(progress=lease.advance, check=lease.check)
+    if any(map(is_remote, urls)):
+        return replace(options, threads=REMOTE_THREADS, slab_chunks=REMOTE_SLAB_CHUNKS)
+    return options
 
 
 def _encrypt(lease: Lease, job: UploadJob, kms: Kms, blob: Blob) -> bytes:
@@ -120,7 +123,7 @@ def _encrypt(lease: Lease, job: UploadJob, kms: Kms, blob: Blob) -> bytes:
 
 def _decrypt(lease: Lease, job: UploadJob, kms: Kms, blob: Blob) -> bytes:
     found = kms.decrypt_header(
-        job.who, blob.content, job.bound_context, key_id=job.key_id, options=options_of(lease)
+        job.who, blob.content, job.bound_context, key_id=job.key_id, options=_options(lease)
     )
     return found.file_key + found.nonce
 
@@ -218,34 +221,36 @@ class FileWork:
 
     @contextmanager
     def _attempt(self) -> Iterator[tuple[PendingTarget, Commit]]:
-        """The work done, and its commit described.
+        """The work done, and its commit described. Raises as ``file_errors``.
 
-        If the block fails, nothing is left behind, unless Redis may have heard that it is committing.
+        If the block fails, nothing is left behind, unless Redis may have it that it is committing.
         """
         job = self.job
         with self.places.open_source(job.source) as source:
-            self.lease.admit(source.reader.size)
-            room_bytes = 0 if job.kind == "rewrap" else source.reader.size  # a payload may be moved as it is
+            size = source.reader.size
+            self.lease.admit(size)
+            room_bytes = 0 if job.kind == "rewrap" else size  # a payload may be moved as it is
             with self.target.prepare(self.claim.attempt_id, room_bytes) as pending:
                 try:
-                    yield pending, self._work(source, pending)
+                    options = _options(self.lease, job.source, job.target)
+                    data = FileToFile(source.reader, pending.writer, options, pending.copy)
+                    with file_errors():
+                        made = self.kms.run(
+                            job.kind,
+                            job.who,
+                            data,
+                            job.bound_context,
+                            new_context=job.new_bound_context,
+                            key_id=job.key_id,
+                        )
+                    source.check_unchanged()
+                    settled = pending.settle(source, in_place=job.in_place)
+                    yield pending, msgspec.structs.replace(settled, file_id=made.file_id)
                 except JobsUnavailable:
                     raise
                 except Exception:
                     pending.discard()
                     raise
-
-    def _work(self, source: JobSource, pending: PendingTarget) -> Commit:
-        """Make the target of the source, and describe its commit. Raises as ``file_errors``."""
-        job, new = self.job, self.job.new_bound_context
-        data = FileToFile(source.reader, pending.writer, _options(self.lease, job), pending.copy)
-        with file_errors():
-            made = self.kms.run(
-                job.kind, job.who, data, job.bound_context, new_context=new, key_id=job.key_id
-            )
-        source.check_unchanged()
-        settled = pending.settle(source, in_place=job.in_place)
-        return msgspec.structs.replace(settled, file_id=made.file_id)
 
 
 def run_file(lease: Lease, job: FileJob, context: WorkerContext) -> None:
@@ -258,13 +263,6 @@ def run_file(lease: Lease, job: FileJob, context: WorkerContext) -> None:
 def _placed(commit: Commit) -> Work:
     target = {name: getattr(commit, name) for name in PlacedTarget.__struct_fields__}
     return Work(target=PlacedTarget(**target), file_id=commit.file_id)
-
-
-def _options(lease: Lease, job: FileJob) -> ParallelOptions:
-    options = options_of(lease)
-    if is_remote(job.source) or is_remote(job.target):
-        return replace(options, threads=REMOTE_THREADS, slab_chunks=REMOTE_SLAB_CHUNKS)
-    return options
 
 
 def run_items(lease: Lease, job: ItemsJob, kms: Kms, spool: Spool) -> None:

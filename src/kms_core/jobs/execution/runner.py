@@ -194,9 +194,10 @@ def _run(claim: Attempt, worker_context: WorkerContext) -> None:
     if parts:
         store.split(claim, parts)
         return
-    code = ITEMS_FAILED if lease.failed_items else ""
+    work = lease.work
+    code = ITEMS_FAILED if work.items_failed else ""
     state: JobState = "failed" if code else "succeeded"
-    store.finish(claim, state, code, lease.work)
+    store.finish(claim, state, code, work)
     _log.info("job.finished", job_id=job.job_id, state=state, code=code)
 
 

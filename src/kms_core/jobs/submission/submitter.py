@@ -211,14 +211,11 @@ class JobSubmitter:
             raise ContextRequired
         group = job.group.callback if job.group else None
         for callback in filter(None, (job.callback, group)):
-            if not self._knows(callback, options.who.tenant):
+            endpoint = self._section.jobs.endpoints.get(callback)
+            if endpoint is None or not (endpoint.tenants is None or options.who.tenant in endpoint.tenants):
+                # another tenant's endpoint is as one that does not exist
                 raise InvalidRequest("callback names no endpoint for your tenant: see [kms.jobs.endpoints]")
         self._require_install()
-
-    def _knows(self, callback: str, tenant: str) -> bool:
-        """Return whether a tenant may name it. Another tenant's endpoint is as one that does not exist."""
-        endpoint = self._section.jobs.endpoints.get(callback)
-        return endpoint is not None and (endpoint.tenants is None or tenant in endpoint.tenants)
 
     def meter(self, options: SubmissionOptions, declared_bytes: int = 0) -> Callable[[int], None]:
         """Takes the size so far of an arriving body: raises SpoolQuota above the tenant's quota."""
