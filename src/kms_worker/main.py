@@ -18,11 +18,11 @@ from kms_protocol.errors import EXIT_CONFIGURATION, EXIT_OTHER, ConfigurationErr
 
 def main() -> int:
     """Run until a signal. Exit code 78 means wrong configuration."""
-    told: list[int] = []  # signals
+    received: list[int] = []  # signals
 
     def stop(number: int, _frame: object) -> None:
-        told.append(number)
-        sys.exit(0)  # which is lost in a finalizer: it is told again once it is ready
+        received.append(number)
+        sys.exit(0)  # which is lost in a finalizer: it is raised again once it is ready
 
     signal.signal(signal.SIGTERM, stop)  # until Celery has its own handler: no job is in hand
     try:
@@ -39,7 +39,7 @@ def main() -> int:
         from kms_worker import process  # noqa: PLC0415 -- as above
 
         signals.worker_ready.connect(
-            lambda **_: signal.raise_signal(signal.SIGTERM) if told else None, weak=False
+            lambda **_: signal.raise_signal(signal.SIGTERM) if received else None, weak=False
         )
         key_opening.begin(loaded)
         key_opening.check(loaded)

@@ -83,14 +83,14 @@ class Maintenance(PeriodicThread):
 
 def _work(build: Callable[[], Sequence[PeriodicThread]]) -> None:
     """Run the threads until SIGTERM. Other signals are for the parent alone."""
-    told = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: told.set())
+    stopping = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     threads = build()
     for thread in threads:
         thread.start()
-    told.wait()
+    stopping.wait()
     for thread in threads:
         thread.stop()
     for thread in threads:

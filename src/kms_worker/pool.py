@@ -31,7 +31,7 @@ _LAST_S: Final = 10.0  # after the time at which attempts are handed back
 _HELD_S: Final = 15.0  # what hangs is left alone for so long after each round
 _SLOW_HELD_S: Final = 3.0  # and what is slow
 _SEEN_S: Final = 2.5  # a process that reports itself no more makes progress, or has ended
-_TOLD_S: Final = 7.0  # after the first report, one that is slow is told
+_REPORTED_S: Final = 7.0  # after the first report, one that is slow is reported
 _log = structlog.get_logger(__name__)
 
 
@@ -68,7 +68,7 @@ class Slots(PeriodicThread):
         self._stuck: list[_Watched] = []
         self._slow: dict[int, _Watched] = {}
         self._surplus = 0
-        self._told = 0
+        self._reported = 0
         self._processes: dict[int, Any] = {}
         self._note_ended()  # those that die before the first round are known, too
 
@@ -91,15 +91,15 @@ class Slots(PeriodicThread):
             self._replace(slow)  # another process, since none makes progress
         if self._surplus:
             self._in_loop(self._shrink)
-        all_told = is_blocked or self._replaced
-        self._tell([one for one in self._slow.values() if all_told or now - one.since > _TOLD_S])
+        reports_all = is_blocked or self._replaced
+        self._report([one for one in self._slow.values() if reports_all or now - one.since > _REPORTED_S])
         if self._stuck and time.monotonic() > self._attendance.stops_at.at + _LAST_S:
             _log.warning("worker.left_stuck_processes", pids=[one.stall.pid for one in self._stuck])
             os._exit(os.EX_OK)  # the pool would wait for them
 
     def finish(self) -> None:
         """No process is left. One that could not be ended ended this thread, too: see ``round``."""
-        if self._told:
+        if self._reported:
             processes_stuck(self._store, self._owner, 0, 0.0, [])
 
     def _note_ended(self) -> None:
@@ -168,7 +168,7 @@ class Slots(PeriodicThread):
             self._pool.shrink(1)
             self._surplus -= 1
 
-    def _tell(self, slow: Sequence[_Watched]) -> None:
+    def _report(self, slow: Sequence[_Watched]) -> None:
         """Note the processes that hang, and those that are slow, and have none other touch their roots."""
         hanging = [one for one in self._stuck if one.rounds > 1]
         watched = [*hanging, *slow]
@@ -178,11 +178,11 @@ class Slots(PeriodicThread):
             if one.stall.is_slow:
                 log, event = _log.warning, "worker.process_slow"
             log(event, pid=one.stall.pid, job_id=one.stall.job_id, resources=one.stall.resources)
-        if watched or self._told:
+        if watched or self._reported:
             resources = {name for one in watched for name in one.stall.resources}
             held_s = _HELD_S if hanging else _SLOW_HELD_S
-            self._told = len(watched)
-            processes_stuck(self._store, self._owner, self._told, held_s, sorted(resources))
+            self._reported = len(watched)
+            processes_stuck(self._store, self._owner, self._reported, held_s, sorted(resources))
 
 
 def _has_ended(pidfd: int) -> bool:

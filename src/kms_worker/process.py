@@ -116,7 +116,7 @@ def _maintenance(loaded: Settings, name: str) -> list[PeriodicThread]:
     core.audit_maintenance.begun = monitor.wake
     return [
         core.watch,
-        InstallWatch(install, attendance.tell_misplaced),
+        InstallWatch(install, attendance.set_misplaced),
         Reaper(store, name, install.require),
         SpoolCleanup(store, core.worker_context.spool, name, install.require, install.may_sweep),
         rotation.Clock(app, store, name),

@@ -27,12 +27,12 @@ class LogBound:
     def passes(self, *kind: str) -> int:
         """Count an event; returns the number of events for a log line, 0 for none."""
         now = time.monotonic()
-        begin, lines, unsaid = self._windows.get(kind, (-math.inf, 0, 0))
+        begin, lines, unlogged = self._windows.get(kind, (-math.inf, 0, 0))
         if now - begin >= LOG_WINDOW_S:
             begin, lines = now, 0
-        told = unsaid + 1 if lines < LOG_LINES else 0
-        self._windows[kind] = (begin, lines + bool(told), 0 if told else unsaid + 1)
-        return told
+        logged = unlogged + 1 if lines < LOG_LINES else 0
+        self._windows[kind] = (begin, lines + bool(logged), 0 if logged else unlogged + 1)
+        return logged
 
 
 class Refusals:

@@ -14,7 +14,7 @@ import structlog
 from kms_core.periodic import PeriodicThread
 from kms_protocol.errors import JobsUnavailable
 
-EXIT_DEAF: Final = 70  # EX_SOFTWARE
+EXIT_IDLE: Final = 70  # EX_SOFTWARE
 _LOOK_EVERY_S: Final = 5.0
 _log = structlog.get_logger(__name__)
 
@@ -32,17 +32,17 @@ class Watchdog(PeriodicThread):
         self._patience_s = patience_s
         self._can_take = can_take
         self._idle_s = idle_s
-        self._heard_at = time.monotonic()
+        self._served_at = time.monotonic()
 
     def round(self) -> None:
-        before, self._heard_at = self._heard_at, time.monotonic()
-        if self._deaf():  # a look that fails says nothing, and counts as heard
-            self._heard_at = before
-        if time.monotonic() - self._heard_at > self._patience_s:
-            _log.error("worker.deaf", waited_s=round(time.monotonic() - self._heard_at))
-            os._exit(EXIT_DEAF)  # no shutdown: whatever hangs would hang it, and no job is in hand
+        before, self._served_at = self._served_at, time.monotonic()
+        if self._takes_nothing():  # a look that fails counts as one at a worker that takes jobs
+            self._served_at = before
+        if time.monotonic() - self._served_at > self._patience_s:
+            _log.error("worker.takes_nothing", waited_s=round(time.monotonic() - self._served_at))
+            os._exit(EXIT_IDLE)  # no shutdown: whatever hangs would hang it, and no job is in hand
 
-    def _deaf(self) -> bool:
+    def _takes_nothing(self) -> bool:
         """Return whether jobs or messages wait and nothing was claimed for long. False without Redis."""
         try:
             return self._can_take() and self._idle_s() > self._patience_s

@@ -329,7 +329,7 @@ def test_flood_of_refused_messages_is_work_for_the_watchdog(tmp_path: Path) -> N
         while time.monotonic() < end:
             if redis.llen("kms:kms.bulk") < 5_000:
                 redis.lpush("kms:kms.bulk", *[element("kms.bulk", "kms.nothing")] * 5_000)
-            assert service.output("worker").count("worker.deaf") == 0
+            assert service.output("worker").count("worker.takes_nothing") == 0
             time.sleep(0.01)
         redis.delete("kms:kms.bulk")
 

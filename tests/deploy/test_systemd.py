@@ -11,7 +11,7 @@ from kms_core.backends.cosmian.settings import CosmianSection
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.validation import check_exposure
 from kms_protocol.errors import EXIT_CONFIGURATION
-from kms_worker.watchdog import EXIT_DEAF
+from kms_worker.watchdog import EXIT_IDLE
 from support.artefacts import DEPLOY, ROOT, SYSTEMD, make_secrets, passes, run
 from support.programs import program
 from support.systemd_sandbox import directives
@@ -57,7 +57,7 @@ def test_a_unit_runs_a_program_of_ours_and_keeps_secrets_out_of_the_environment(
     assert found["LoadCredential"] == ["kms:/etc/kms-service/credentials"]
     assert not re.search(r"KEY|TOKEN|PASSWORD|SECRET", " ".join(found["Environment"]))
     assert found["RestartPreventExitStatus"] == [str(EXIT_CONFIGURATION)]
-    assert str(EXIT_DEAF) not in found["RestartPreventExitStatus"]
+    assert str(EXIT_IDLE) not in found["RestartPreventExitStatus"]
 
 
 @pytest.mark.parametrize("unit", UNITS)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from kms_worker.watchdog import EXIT_DEAF
+from kms_worker.watchdog import EXIT_IDLE
 from support.service import Service
 from support.waiting import until
 
@@ -25,7 +25,7 @@ def shaky(looks=itertools.count()):
         raise ValueError
     return True
 
-deaf = itertools.cycle([{PATIENCE_S} + 1, 0.0])  # it takes something every other time
+idle = itertools.cycle([{PATIENCE_S} + 1, 0.0])  # it takes something every other time
 Watchdog({PATIENCE_S}, lambda: CAN_TAKE, lambda: IDLE_S).start()
 time.sleep(LIVES_S)
 """
@@ -48,7 +48,7 @@ def test_a_worker_that_takes_nothing_leaves_to_be_started_anew() -> None:
 def test_a_worker_stays_that_works_or_has_nothing_to_take() -> None:
     cases = {
         "busy": ("True", "0.0"),
-        "busy now and then": ("True", "next(deaf)"),
+        "busy now and then": ("True", "next(idle)"),
         "nothing to take": ("False", str(PATIENCE_S + 1)),
         "no broker": ("gone()", str(PATIENCE_S + 1)),
         "no Redis": ("True", "gone()"),
@@ -66,5 +66,5 @@ def test_a_worker_whose_processes_stand_still_leaves(tmp_path: Path, redis_url: 
         service.signal_pool(signal.SIGSTOP)
         service.submit({"kind": "encrypt", "items": [{"plaintext": ""}]})
 
-        until(lambda: "worker.deaf" in service.output("worker"), "it leaves")
-        assert service.stop("worker") == EXIT_DEAF
+        until(lambda: "worker.takes_nothing" in service.output("worker"), "it leaves")
+        assert service.stop("worker") == EXIT_IDLE

@@ -46,7 +46,7 @@ def at_work(service: Service) -> None:
 
 
 def in_trouble(service: Service, running: Prometheus, relay: TcpProxy, receiver: Receiver) -> None:
-    """What nobody hopes to see: a backend that is away, no worker, workers that died, a deaf receiver."""
+    """A backend that is away, no worker, workers that died, a receiver that does not answer."""
     receiver.answers.extend([503, 503])  # the wait for the third attempt is longer than a scrape
     job = {"kind": "encrypt", "items": [{"plaintext": ""}], "callback": "ci"}
     service.wait(service.submit(job), "succeeded")

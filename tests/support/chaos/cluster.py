@@ -182,7 +182,7 @@ class Cluster(SupervisedByTest):
         try:
             self._processes[name].wait(STOP_S)
         except subprocess.TimeoutExpired:
-            self.unexpected_exits[f"{name.rstrip('0123456789')} deaf to SIGTERM"] += 1
+            self.unexpected_exits[f"{name.rstrip('0123456789')} ignores SIGTERM"] += 1
 
 
 def pause(rng: random.Random, longest_s: float) -> None:

@@ -92,7 +92,7 @@ class Install:
     def job(self, count: int) -> None:
         """From submission to its end; the worker's side of the broker is Celery's, and not here."""
         job_id, context = self.submit(count), self._core.worker_context
-        with patch.object(lease, "_TELL_EVERY_S", 60.0):  # or a slow machine counts a renewal
+        with patch.object(lease, "_REPORT_EVERY_S", 60.0):  # or a slow machine counts a renewal
             claim = context.store.claim(job_id, "meter/1")
             assert claim
             time.sleep(JOB_SLEEP_S)

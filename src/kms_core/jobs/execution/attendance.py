@@ -87,7 +87,7 @@ def want() -> None:
         _shared[0].wanted_at.note()
 
 
-def tell_misplaced(is_so: bool) -> None:
+def set_misplaced(is_so: bool) -> None:
     """Report to the other processes whether the spool is that of another install: none looks itself."""
     _shared[0].misplaced_at.set(0.0 if is_so else -math.inf)
 
@@ -97,14 +97,14 @@ def is_misplaced() -> bool:
     return not _shared or not math.isinf(_shared[0].misplaced_at.at)
 
 
-def tell_slow(job_id: str, idle_s: float) -> None:
+def report_slow(job_id: str, idle_s: float) -> None:
     """Report to the parent that this process has made no progress for so long, if that is ``SLOW_S``."""
     if _shared and idle_s > SLOW_S:
         _shared[0].announce(Stall(os.getpid(), job_id, [], is_slow=True))
 
 
 def is_stopping() -> bool:
-    """Return whether the worker has been told to stop: no further job is begun."""
+    """Return whether the worker is to stop: no further job is begun."""
     return not math.isinf(stops_at())
 
 

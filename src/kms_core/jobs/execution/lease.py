@@ -25,8 +25,8 @@ from kms_core.observability import metrics
 from kms_core.service import Kms
 from kms_protocol.errors import JobsUnavailable, KmsError, Unavailable
 
-_TELL_EVERY_S: Final = 0.5
-_DEAF_S: Final = 5.0  # from the time at which attempts are to stop until they are stopped
+_REPORT_EVERY_S: Final = 0.5
+_HAND_BACK_AFTER_S: Final = 5.0  # from the time at which attempts are to stop until they are stopped
 _log = structlog.get_logger(__name__)
 
 
@@ -83,7 +83,7 @@ class Renewed:
 class Lease(Renewed):
     """Held while a job runs. ``check`` raises LeaseLost or JobCancelled, from whichever thread asks.
 
-    The work sets ``made``, its result, whose counts are those that the lease was told.
+    The work sets ``made``, its result, whose counts are those reported to the lease.
     """
 
     def __init__(self, store: JobStore, claim: Attempt) -> None:
@@ -97,7 +97,7 @@ class Lease(Renewed):
         self._trouble: KmsError | None = None
         self._moved_at = time.monotonic()
         self._held_until = self._moved_at + store.rules.lease_s
-        self.every_s = min(_TELL_EVERY_S, store.rules.lease_s / 3)
+        self.every_s = min(_REPORT_EVERY_S, store.rules.lease_s / 3)
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
@@ -154,15 +154,15 @@ class Lease(Renewed):
         """Extend the lease. A lost one is reported by ``check``, or when the work is done.
 
         An attempt that advances nothing for ``stall_s`` loses it, and its process ends. Once the worker must
-        stop, ``check`` tells; an attempt that does not hear it is handed back, and its process ends.
+        stop, ``check`` raises; an attempt that does not call it is handed back, and its process ends.
         """
         asked = time.monotonic()
-        attendance.tell_slow(self.claim.accepted.job_id, asked - self._moved_at)
+        attendance.report_slow(self.claim.accepted.job_id, asked - self._moved_at)
         if asked - self._moved_at > self._store.rules.stall_s:
             self._stall(asked - self._moved_at)
         elif attendance.stops_at() <= asked and self._trouble is None:
             self._trouble = HandedBack()
-        elif attendance.stops_at() + _DEAF_S <= asked:
+        elif attendance.stops_at() + _HAND_BACK_AFTER_S <= asked:
             self._hand_back()
         try:
             self._store.renew(self.claim, self.work.progress)
@@ -184,7 +184,7 @@ class Lease(Renewed):
 
     def _hand_back(self) -> None:
         """The work does not look at ``check``. A commit that has begun is finished by any worker."""
-        _log.warning("job.handed_back", job_id=self.claim.accepted.job_id, heard=False)
+        _log.warning("job.handed_back", job_id=self.claim.accepted.job_id, by="watch")
         with suppress(LeaseLost, JobsUnavailable):
             self._store.defer(self.claim, 0, HandedBack.code, away=False)
         attendance.leave(None)
@@ -199,7 +199,7 @@ class Chore(Renewed):
     def renew(self) -> None:
         """End the process if the work has not ended after ``stall_s``."""
         idle_s = time.monotonic() - self._since
-        attendance.tell_slow(self._job_id, idle_s)
+        attendance.report_slow(self._job_id, idle_s)
         if idle_s > self._stall_s:
             _log.error("job.stalled", job_id=self._job_id, idle_s=round(self._stall_s), resources=[])
             attendance.leave(attendance.Stall(os.getpid(), self._job_id, []))

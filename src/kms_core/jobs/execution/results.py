@@ -128,7 +128,7 @@ def release(job: Job, store: JobStore, spool: Spool) -> None:
 
 def _check_target(accepted: AnyJob) -> None:
     if isinstance(accepted, FileJob):
-        raise ResultExpired("The result of this job is the file that it was told to write")
+        raise ResultExpired("The result of this job is the file that it was to write")
 
 
 def _ended(job: Job, store: JobStore) -> AnyJob:

@@ -259,7 +259,7 @@ def _defer(claim: Attempt, store: JobStore, exc: Unavailable) -> None:
     if isinstance(exc, HandedBack):
         with suppress(LeaseLost):
             store.defer(claim, 0, exc.code, away=False)
-        _log.info("job.handed_back", job_id=claim.accepted.job_id, heard=True)
+        _log.info("job.handed_back", job_id=claim.accepted.job_id, by="attempt")
         return
     if isinstance(exc, FoundLarge):
         store.defer(claim, 0, exc.code, away=False, work_bytes=exc.work_bytes)

@@ -144,7 +144,7 @@ class AttemptStore(JobReader):
         metrics.JOBS.labels("any", "failed").inc()
 
     def renew(self, claim: Attempt, progress: Fields) -> None:
-        """Extend the lease and tell progress.
+        """Extend the lease and report progress.
 
         Raises LeaseLost if another attempt holds the job, JobCancelled if it is to stop.
         """

@@ -150,7 +150,7 @@ def test_a_worker_that_stops_tells_its_attempts(core: Core, shared: Attendance) 
 def test_an_attempt_that_does_not_hear_it_is_handed_back(
     core: Core, shared: Attendance, monkeypatch: pytest.MonkeyPatch, *, commits: bool
 ) -> None:
-    monkeypatch.setattr("kms_core.jobs.execution.lease._DEAF_S", 0.5)
+    monkeypatch.setattr("kms_core.jobs.execution.lease._HAND_BACK_AFTER_S", 0.5)
     store = store_of(core, with_jobs(lease_s=5))
     claim = claimed(store)
     if commits:

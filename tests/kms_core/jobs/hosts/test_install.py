@@ -277,7 +277,7 @@ def test_jobs_are_taken_unlooked_once_redis_has_answered_and_not_before(
     away = machine("a")
     away.url = AWAY
     for host, is_sure in ((away, False), (machine("a"), True)):
-        InstallWatch(host.process(), attendance.tell_misplaced).round()
+        InstallWatch(host.process(), attendance.set_misplaced).round()
         assert attendance.is_misplaced() is not is_sure
 
 

@@ -116,7 +116,7 @@ local MOST_AGAIN = 1000
 -- an entry in its set; what no worker has sent for a week leaves that. While a thousand wait, a job that is queued or
 -- begun again (`f.again`) adds none: SUBMIT counts for its tenant what it adds once.
 local function event(f, name, state, code, what)
-  if f.parent then return end  -- of a job in parts, only the parent is told
+  if f.parent then return end  -- of a job in parts, only the parent is reported
   local generation = string.format('%.0f', number(f.generation))
   local fields = { 'specversion', '1.0',
     'type', 'kms.' .. (what or 'job') .. '.' .. state, 'source', '/api/v1/kms/jobs', 'subject', name,

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Extend a lease and tell progress. O(log n).
+-- Extend a lease and report progress. O(log n).
 -- KEYS: job, busy sign of the worker   ARGV: id, attempt id, lease_s, field, value, ...
 local f = record(job)
 local ours, cancel = held(f, ARGV[2])
