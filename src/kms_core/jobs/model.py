@@ -50,7 +50,7 @@ QueuePriority = tuple[str, Priority]
 
 
 NotifyWorker = Callable[[str], None]
-"""Tells some worker that a queue has work. Raises JobsUnavailable."""
+"""Wakes a worker for a queue that has work. Raises JobsUnavailable."""
 
 
 class LeaseLost(KmsError):
@@ -96,7 +96,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     Others may have written plain fields, so each has bounds. Nothing in a Job says what to do.
 
     ``end`` is the verified end of a job that succeeded, or failed with ``items_failed``; its counts are those
-    told here. None before the end, and for other ends.
+    of this Job. None before the end, and for other ends.
     ``accepted`` is the opened record; None if this service did not seal it. ``released`` is the time from
     which on the result is gone because its reader released it, 0 for never. ``worker`` made the last attempt:
     ``host:id/pid``. That began at ``began_at``, or at ``started_at`` if this is 0, and its ``attempt_id`` is
@@ -152,7 +152,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def progress(self) -> JobProgress:
-        """Its counts, as they are told."""
+        """Its counts, as reported to clients."""
         return JobProgress(
             items=self.items,
             items_done=self.items_done,

@@ -4,7 +4,7 @@ The script that moves a job adds the event to ``kms:webhooks:due:<endpoint>``, a
 if the job names an endpoint in ``callback``. So no killed process loses an event. An entry is one of two:
 
 - the event as the script wrote it, until it is first sent. Its delivery is made of the job's verified record
-  (``transitions.told``), whose sealed part names the endpoint;
+  (``transitions.confirmed``), whose sealed part names the endpoint;
 - a sealed ``Delivery``, after a failed attempt: later ones have the same body, and do not need the record.
 
 An entry leaves the set once it was answered. If a process dies before that, another one sends it again under
@@ -70,7 +70,7 @@ def delay_s(attempts: int) -> float:
 
 
 class Outbox:
-    """Tells what is due, and settles what was answered.
+    """Sends what is due, and settles what was answered.
 
     Everything here raises JobsUnavailable or redis.RedisError when Redis is gone.
     """
@@ -123,7 +123,7 @@ class Outbox:
         if seen is None or not (seen.is_group or seen.is_claim or seen.state in wanted):
             return None
         try:
-            event = transitions.told(self.store, seen)
+            event = transitions.confirmed(self.store, seen)
         except UnknownJob:
             _log.info("webhook.event_without_record", job_id=seen.job_id)
             return None

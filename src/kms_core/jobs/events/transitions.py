@@ -1,4 +1,4 @@
-"""Transitions of jobs as events: read as the scripts wrote them, told as the records of their jobs have them.
+"""Transitions of jobs as events: read as the scripts wrote them, confirmed by the records of their jobs.
 
 An end that needs a proof (``spec.needs_proof``) is given as it was signed: as ``failed`` with
 ``record_refused`` if the record claims it without a proof, and not at all before the job has ended.
@@ -24,10 +24,10 @@ from kms_core.jobs.store.store import JobStore
 from kms_protocol import wire
 from kms_protocol.errors import InvalidRequest, UnknownJob
 
-# Groups of jobs: counted for their submitter, and told once all jobs have ended.
+# Groups of jobs: counted for their submitter, and reported once all jobs have ended.
 #
 # The number of jobs is in the sealed record of each. So write access to Redis can hide jobs, and then the
-# group does not end; it cannot have a group told as ended with fewer jobs, or with other ends than were
+# group does not end; it cannot have a group reported as ended with fewer jobs, or with other ends than were
 # signed.
 
 _MOST_FAILED: Final = 10
@@ -89,7 +89,7 @@ class Transition(msgspec.Struct, frozen=True, kw_only=True):
         return not self.is_group and needs_proof(self.state, self.code)
 
 
-class ToldEvent(NamedTuple):
+class ConfirmedEvent(NamedTuple):
     """An event as receivers get it: ``body`` is a CloudEvent. Of a group, ``job`` is the last to end."""
 
     event_id: str
@@ -128,17 +128,17 @@ def of_event(fields: Mapping[str, str]) -> Transition | None:
         return None
 
 
-def told(store: JobStore, transition: Transition) -> ToldEvent | None:
+def confirmed(store: JobStore, transition: Transition) -> ConfirmedEvent | None:
     """An event as the verified record of its job has it; None for one that the record does not confirm.
 
     Raises UnknownJob if there is no such record, JobsUnavailable.
     """
-    return _told(store, store.get(transition.job_id, transition.tenant), transition)
+    return _confirmed(store, store.get(transition.job_id, transition.tenant), transition)
 
 
-def _told(store: JobStore, job: Job, transition: Transition) -> ToldEvent | None:
+def _confirmed(store: JobStore, job: Job, transition: Transition) -> ConfirmedEvent | None:
     if transition.is_group:
-        return _group_told(store, job, transition)
+        return _confirmed_group(store, job, transition)
     is_refused = job.ended and job.error == REFUSED
     if not transition.is_claim:
         code = transition.code if transition.state in wire.ENDED else ""  # other codes are no errors
@@ -151,10 +151,10 @@ def _told(store: JobStore, job: Job, transition: Transition) -> ToldEvent | None
         _log.warning("webhook.event_refused", job_id=transition.job_id, state=transition.state)
         return None
     event_id = transition.delivery_id
-    return ToldEvent(event_id, job, job.state, event_body(event_id, job, transition.at))
+    return ConfirmedEvent(event_id, job, job.state, event_body(event_id, job, transition.at))
 
 
-def _group_told(store: JobStore, job: Job, transition: Transition) -> ToldEvent | None:
+def _confirmed_group(store: JobStore, job: Job, transition: Transition) -> ConfirmedEvent | None:
     """The end of the group of a job; None if not all of its jobs have ended."""
     if not job.accepted or not job.accepted.group:
         return None
@@ -163,7 +163,7 @@ def _group_told(store: JobStore, job: Job, transition: Transition) -> ToldEvent 
         return None
     state: wire.JobState = "failed" if group.failed else "succeeded"
     event_id = transition.delivery_id
-    return ToldEvent(event_id, job, state, group_body(event_id, group, transition.at))
+    return ConfirmedEvent(event_id, job, state, group_body(event_id, group, transition.at))
 
 
 # The events of a tenant's jobs as they happen, read from the stream that the scripts write to.
@@ -235,7 +235,7 @@ def _events(store: JobStore, tenant: str, batch: Entries) -> Iterator[FeedEvent]
     jobs = {job.job_id: job for job in store.many([*{seen.job_id for _, seen in own}], tenant)}
     for event_id, seen in own:
         try:
-            event = _told(store, jobs[seen.job_id], seen) if seen.job_id in jobs else None
+            event = _confirmed(store, jobs[seen.job_id], seen) if seen.job_id in jobs else None
         except UnknownJob:  # the records of its group have expired
             continue
         if event:

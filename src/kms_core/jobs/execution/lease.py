@@ -1,4 +1,4 @@
-"""The lease of one attempt: renewed while work goes on, it tells progress, notices loss and cancellation.
+"""The lease of one attempt: renewed while work goes on, it reports progress, notices loss and cancellation.
 
 One thread renews all leases of a process: starting one for each would cost more than a small job does.
 """

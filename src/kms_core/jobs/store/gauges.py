@@ -109,7 +109,7 @@ def set_queue_gauges(found: QueueStats, tenants: Container[str]) -> None:
 
 
 def clear_queue_gauges() -> None:
-    """Redis does not answer: a figure of yesterday would look like one of now."""
+    """Set the gauges of queues to NaN while Redis does not answer: old figures would look current."""
     gauges = (
         metrics.OLDEST_QUEUED,
         metrics.WORKERS,
@@ -119,6 +119,6 @@ def clear_queue_gauges() -> None:
     )
     for gauge in (*gauges, *map(metrics.JOBS_IN_STATE.labels, (*OPEN_STATES, NEWER, DEAD))):
         gauge.set(float("nan"))
-    for told in (metrics.QUEUE_DEPTH, metrics.RESOURCE_LEASES):  # those told of before
-        for sample in (sample for family in told.collect() for sample in family.samples):
-            told.labels(**sample.labels).set(float("nan"))
+    for metric in (metrics.QUEUE_DEPTH, metrics.RESOURCE_LEASES):  # with the labels reported before
+        for sample in (sample for family in metric.collect() for sample in family.samples):
+            metric.labels(**sample.labels).set(float("nan"))

@@ -28,7 +28,7 @@ class Heartbeat(PeriodicThread):
     """
 
     def __init__(self, store: JobStore, name: str) -> None:
-        super().__init__("heartbeat", HEARTBEAT_EVERY_S, failed="worker.unsaid")
+        super().__init__("heartbeat", HEARTBEAT_EVERY_S, failed="worker.not_recorded")
         self._store = store
         self._owner = name
         self._about = f"{__version__} {time.time():.0f}"

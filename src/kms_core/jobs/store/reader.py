@@ -53,7 +53,7 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PartRecord:
-    """A part as it is told, its sealed record as it lies, and its checkpoint.
+    """A part as it is reported, its sealed record as it lies, and its checkpoint.
 
     ``mark`` (32 bytes) stands for how it ended, in the end of its parent. ``is_unproven``: it says that it
     succeeded, or that only items failed, and cannot prove it.
@@ -101,7 +101,7 @@ class JobReader(JobRedis):
 
         The sealed record decides that; of one that was not sealed by this service, the plain fields.
         """
-        job = self._told(job_id, raw)
+        job = self._verified(job_id, raw)
         if job.tenant != tenant or job.parent:
             raise UnknownJob
         return job
@@ -358,14 +358,14 @@ class JobReader(JobRedis):
 
     def _part(self, job_id: str, raw: Mapping[bytes, bytes]) -> PartRecord:
         sealed, log = raw.get(b"sealed", b""), raw.get(b"log", b"")
-        job, found = self._told(job_id, raw), Checkpoint()
+        job, found = self._verified(job_id, raw), Checkpoint()
         with suppress(UnknownJob):  # there is none, or it was forged, which is why the part was given up
             found = self.record_key.verified(Checkpoint, job_id, log, spec_digest(sealed))
         mark = raw[b"end"] if job.end else f"{job.state} {job.error}".encode() + log
         is_unproven = job.error == REFUSED and raw.get(b"error") != REFUSED.encode()
         return PartRecord(job, sealed, found, spec_digest(mark), is_unproven)
 
-    def _told(self, job_id: str, raw: Mapping[bytes, bytes]) -> Job:
+    def _verified(self, job_id: str, raw: Mapping[bytes, bytes]) -> Job:
         """The fields of a record as a Job, its end verified. UnknownJob where they are not those of a job."""
         sealed, accepted = raw.get(b"sealed", b""), None
         with suppress(UnknownJob):

@@ -46,7 +46,7 @@ _log = structlog.get_logger(__name__)
 
 
 class ReplicaWait:
-    """Runs scripts, and tells whether what they wrote was acknowledged. Does not wait for 0 replicas."""
+    """Runs scripts, and reports whether what they wrote was acknowledged. Does not wait for 0 replicas."""
 
     def __init__(self, client: redis.Redis, section: RedisSection) -> None:
         self._redis = client

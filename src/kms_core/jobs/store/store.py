@@ -101,7 +101,7 @@ class JobStore(AttemptStore):
     def _found(self, word: bytes, rest: Sequence[bytes], accepted: JobSpec) -> Job:
         if word == b"exists":
             return self._before(accepted, rest[0].decode(errors="replace").partition(" ")[0])
-        if word == b"taken":  # said twice: by a client that did not hear the answer, or by a submitter
+        if word == b"taken":  # sent twice: by a client that got no answer, or by a submitter
             return self.get(accepted.job_id, accepted.tenant)
         if word == b"memory":
             raise RedisFull

@@ -1,6 +1,6 @@
 """Workers and their queues, and what they do now.
 
-All reads are bounded: none costs more where there are more jobs. A job is told of only after the store has
+All reads are bounded: none costs more where there are more jobs. A job is reported only after the store has
 verified whose it is.
 """
 
@@ -28,7 +28,7 @@ _MOST_LEFT_ALONE: Final = 5
 class WorkerActivity:
     """A worker as Redis knows it.
 
-    ``silent_s`` is the time since its last heartbeat; None for one that was told to stop and has jobs left.
+    ``silent_s`` is the time since its last heartbeat; None for one that is to stop and has jobs left.
     ``started`` is in seconds since the epoch; 0, and ``version`` empty, of one that is stopping. ``jobs`` are
     the ids of jobs that it runs, of a part that of the whole. ``stuck`` of its processes hang. It
     takes no job that uses a resource in ``left_alone``: attempts hung there.
@@ -193,15 +193,15 @@ def _queues(
 
 def waiting(store: JobStore) -> Mapping[QueuePriority, tuple[int, float]]:
     """The number of ready jobs, and since when the oldest waits. Raises JobsUnavailable."""
-    lanes: list[QueuePriority] = [(queue, priority) for queue in QUEUES for priority in PRIORITIES]
+    pairs: list[QueuePriority] = [(queue, priority) for queue in QUEUES for priority in PRIORITIES]
     with redis_errors():
         pipeline = store.redis.pipeline(transaction=False)
-        for queue, priority in lanes:
+        for queue, priority in pairs:
             pipeline.zcard(f"{PREFIX}waiting:{queue}:{priority}")
             pipeline.zrange(f"{PREFIX}waiting:{queue}:{priority}", 0, 0, withscores=True)
         found = pipeline.execute()
     counts, firsts = found[::2], found[1::2]
     return {
-        lane: (int(count), first[0][1] if first else math.inf)
-        for lane, count, first in zip(lanes, counts, firsts, strict=True)
+        pair: (int(count), first[0][1] if first else math.inf)
+        for pair, count, first in zip(pairs, counts, firsts, strict=True)
     }
