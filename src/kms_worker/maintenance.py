@@ -27,13 +27,16 @@ _log = structlog.get_logger(__name__)
 
 
 class Maintenance(PeriodicThread):
-    """Looks every second whether the process runs. It ends with this one, also if this one is killed."""
+    """Forks the maintenance process, and another one whenever it has ended, which is looked at every second.
+
+    The process ends with its parent, also if that is killed.
+    """
 
     def __init__(self, prepare: Callable[[], object], build: Callable[[], Sequence[PeriodicThread]]) -> None:
         """Both are called in the new process: ``prepare`` first; ``build`` makes the threads that it runs."""
         super().__init__("maintenance", _EVERY_S, failed="maintenance.not_started")
         self._prepare, self._build = prepare, build
-        self._pid = 0
+        self._pid, self._leave_s = 0, 0.0
 
     def start(self) -> None:
         """Fork it now, before there are other threads, and look after it from then on."""
@@ -42,16 +45,20 @@ class Maintenance(PeriodicThread):
 
     def round(self) -> None:
         if not self._pid or self._has_ended():
-            self._pid = self._forked()
+            self._pid = self._fork()
 
     def end(self, wait_s: float) -> None:
-        """Have its threads end their rounds, for ``wait_s`` seconds at most."""
-        self.stop()
+        """Have the threads of the process end their rounds, for ``wait_s`` seconds at most."""
+        self._leave_s = wait_s
+        self.stop(wait_s + _EVERY_S)
+
+    def finish(self) -> None:
+        """End the process from the thread that forked it: the kernel kills it with that thread (prctl(2))."""
         if not self._pid:
             return
         with suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGTERM)
-            until = time.monotonic() + wait_s
+            until = time.monotonic() + self._leave_s
             while not self._has_ended() and time.monotonic() < until:
                 time.sleep(0.02)
 
@@ -64,7 +71,7 @@ class Maintenance(PeriodicThread):
                 _log.error("maintenance.ended", pid=self._pid, status=os.waitstatus_to_exitcode(status))
         return True
 
-    def _forked(self) -> int:
+    def _fork(self) -> int:
         parent, pid = os.getpid(), os.fork()
         if pid:
             return pid

@@ -9,7 +9,6 @@ import pytest
 
 from kms_core.container import Core
 from kms_core.jobs.execution import results
-from kms_core.jobs.execution.runner import run_claimed, run_job
 from kms_core.jobs.execution.runner import run_claimed
 from kms_core.jobs.recovery.spool_cleanup import SpoolCleanup, expired
 from kms_core.jobs.submission import submitter
