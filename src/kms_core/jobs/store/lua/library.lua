@@ -181,7 +181,7 @@ end
 
 -- Bytes of memory: of a job without its sealed record, fields and blobs; of a part of one; of a list of its own that
 -- a job is in. Measured with the default settings of Redis, and rounded up.
-local JOB_BYTES, PART_BYTES, LIST_BYTES = 4500, 3500, 250
+local JOB_BYTES, PART_BYTES, LIST_BYTES = 4300, 3500, 250
 
 local function held_key(tenant) return P .. 'held:' .. (tenant or '') end
 
