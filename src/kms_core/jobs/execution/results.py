@@ -21,9 +21,9 @@ from kms_protocol.errors import JobNotFinished, RecordRefused, ResultExpired, Re
 from kms_protocol.units import KiB
 
 _LAG_S: Final = 1.0
-"""So far the time of Redis, as a process knows it, may be behind."""
+"""Seconds by which the time of Redis, as a process knows it, may lag."""
 _KEPT_BYTES: Final = 64 * KiB
-"""Of a blob that is read at once."""
+"""The most bytes of a blob that is read into memory together with its size."""
 
 
 OpenBlob = Callable[[], AbstractContextManager[RangeReader]]
@@ -31,7 +31,7 @@ OpenBlob = Callable[[], AbstractContextManager[RangeReader]]
 
 
 @dataclass(frozen=True, slots=True)
-class LiteralChunk:
+class LiteralPiece:
     """Bytes in memory."""
 
     data: bytes
@@ -45,10 +45,10 @@ class LiteralChunk:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredChunk:
+class StoredPiece:
     """Content that is read from the spool; ``is_sealed``: its sealed chunks, as stored."""
 
-    opened: OpenBlob
+    open_blob: OpenBlob
     is_sealed: bool
     size: int
 
@@ -57,28 +57,28 @@ class StoredChunk:
 
         Raises ResultExpired, DecryptFailed, RecordRefused for a file of the spool that is not the job's.
         """
-        with self.opened() as reader:
+        with self.open_blob() as reader:
             yield from (reader.sealed_slabs if self.is_sealed else reader.slabs)(start, stop)
 
 
-ResultChunk = LiteralChunk | StoredChunk
+ResultPiece = LiteralPiece | StoredPiece
 """Some bytes of a result."""
 
 
-def _content(opened: OpenBlob, *, is_sealed: bool = False, kept_bytes: int = _KEPT_BYTES) -> ResultChunk:
+def _content(open_blob: OpenBlob, *, is_sealed: bool = False, kept_bytes: int = _KEPT_BYTES) -> ResultPiece:
     """The content of a blob, read together with its size if it has at most ``kept_bytes``."""
-    with opened() as reader:
+    with open_blob() as reader:
         size = reader.sealed_size if is_sealed else reader.size
         if size > kept_bytes:
-            return StoredChunk(opened, is_sealed, size)
-        return LiteralChunk(b"".join((reader.sealed_slabs if is_sealed else reader.slabs)(0, size)))
+            return StoredPiece(open_blob, is_sealed, size)
+        return LiteralPiece(b"".join((reader.sealed_slabs if is_sealed else reader.slabs)(0, size)))
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     """Pieces end to end. ``file_id`` is that of the one file of an upload (see ``binding.file_id``)."""
 
-    pieces: Sequence[ResultChunk]
+    pieces: Sequence[ResultPiece]
     lines: bool = False
     file_id: str = ""
 
@@ -102,15 +102,14 @@ def of(job: Job, store: JobStore, spool: Spool) -> Result:
     Raises JobNotFinished, ResultExpired, ResultReleased, UnknownJob for a forged record, RecordRefused for an
     end, or a file of the spool, that is not the job's.
     """
-    accepted = _ended(job, store)
-    _check_target(accepted)
+    accepted = _readable_job(job, store)
     if not isinstance(accepted, UploadJob):
         return Result(list(_lines(job, accepted, store, spool)), lines=True)
     label = Label(job.tenant, job.job_id, one_file.HEAD, job.result_attempt, _ref(job))
     with spool.opened(label) as content:
         head = content.read_at(0, content.size)
     payload = _content(partial(one_file.payload, accepted, head, spool), is_sealed=accepted.kind == "encrypt")
-    pieces: list[ResultChunk] = [payload] if accepted.kind == "decrypt" else [LiteralChunk(head), payload]
+    pieces: list[ResultPiece] = [payload] if accepted.kind == "decrypt" else [LiteralPiece(head), payload]
     return Result(pieces, file_id=one_file.file_id(head))
 
 
@@ -120,18 +119,13 @@ def release(job: Job, store: JobStore, spool: Spool) -> None:
     Doing it again changes nothing. Raises JobNotFinished, UnknownJob; ResultExpired if it has no result.
     """
     if not job.released and job.error not in DEAD:
-        _check_target(_ended(job, store))
+        _readable_job(job, store)
     store.release(job)
     if spool.delete(job.job_id):
         store.purged(job.job_id)
 
 
-def _check_target(accepted: AnyJob) -> None:
-    if isinstance(accepted, FileJob):
-        raise ResultExpired("The result of this job is the file that it was to write")
-
-
-def _ended(job: Job, store: JobStore) -> AnyJob:
+def _readable_job(job: Job, store: JobStore) -> AnyJob:
     """The sealed part of a job whose result may be read. Raises as ``of``."""
     if not job.ended:
         raise JobNotFinished
@@ -148,7 +142,13 @@ def _ended(job: Job, store: JobStore) -> AnyJob:
         raise _gone_error(job)
     if job.end is None and job.state != "cancelled":  # or Redis says so: its files have no signature
         raise ResultExpired(f"This job failed (`{job.error}`); it has no result")
+    _check_target(accepted)
     return accepted
+
+
+def _check_target(accepted: AnyJob) -> None:
+    if isinstance(accepted, FileJob):
+        raise ResultExpired("The result of this job is the file that it was to write")
 
 
 def _gone_error(job: Job) -> ResultExpired:
@@ -160,7 +160,7 @@ def _ref(job: Job) -> bytes:
     return job.end.result_digest if job.end else b""
 
 
-def _lines(job: Job, accepted: AnyJob, store: JobStore, spool: Spool) -> Iterator[ResultChunk]:
+def _lines(job: Job, accepted: AnyJob, store: JobStore, spool: Spool) -> Iterator[ResultPiece]:
     if not job.parts:
         if not isinstance(accepted, TreeJob):  # else no file was named
             yield _content(_written(job, 0, job, spool))
@@ -184,10 +184,10 @@ def _written(job: Job, number: int, part: Job, spool: Spool) -> OpenBlob:
 
 
 def _refused(part: ItemsJob, code: str) -> Iterator[wire.ItemResult]:
-    """The lines of a part that never got to an end of its own."""
+    """One line with the error ``code`` for each item of a part that has no result of its own."""
     error = wire.ErrorCode(code=code)
     return (wire.ItemResult(index=part.first + at, error=error) for at in range(part.items))
 
 
-def _literal(lines: Iterable[wire.ItemResult]) -> LiteralChunk:
-    return LiteralChunk(b"".join(wire.encode(line) + b"\n" for line in lines))
+def _literal(lines: Iterable[wire.ItemResult]) -> LiteralPiece:
+    return LiteralPiece(b"".join(wire.encode(line) + b"\n" for line in lines))

@@ -1,4 +1,4 @@
-"""The broker as Celery's producer: sends wake-ups where the broker is not the Redis of the jobs."""
+"""The broker as Celery has it: sends wake-ups where it is not the Redis of the jobs, and counts messages."""
 
 import queue
 import threading
@@ -35,10 +35,11 @@ WITHIN: Final = {"timeout": 3, "confirm_timeout": 3}
 _MOST_WAITING: Final = 100
 
 
-def aside(notify: NotifyWorker) -> NotifyWorker:
-    """A ``notify`` that a thread calls, so that a submission waits for no broker.
+def in_background(notify: NotifyWorker) -> NotifyWorker:
+    """Return a function that has a thread call ``notify``, so that no submission waits for the broker.
 
-    It raises JobsUnavailable while a hundred wake-ups wait, of a broker that hangs: the reaper sends others.
+    The function raises JobsUnavailable while 100 wake-ups wait in the queue of the thread. Failures of
+    ``notify`` are counted; the reaper sends other wake-ups in place of those that were lost.
     """
     waiting = queue.SimpleQueue[str]()
 
@@ -59,13 +60,13 @@ def aside(notify: NotifyWorker) -> NotifyWorker:
 
 
 def connect(section: RedisSection) -> NotifyWorker:
-    """A ``notify`` over a producer of its own, and from a thread: see ``aside``.
+    """A ``notify`` over a producer of its own, and from a thread: see ``in_background``.
 
     Nothing is connected before the first message.
     """
     producer = Celery("kms-api", set_as_current=False)
     producer.conf.update(_CONFIGURATION | celery_options(section, _TRANSPORT))
-    return aside(partial(_send, producer))
+    return in_background(partial(_send, producer))
 
 
 def notify_through(app: Celery, section: RedisSection) -> NotifyWorker | None:

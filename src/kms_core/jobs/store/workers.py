@@ -1,4 +1,4 @@
-"""Workers and their queues, and what they do now.
+"""Activity of workers and their queues, and the number of results that are kept.
 
 All reads are bounded: none costs more where there are more jobs. A job is reported only after the store has
 verified whose it is.
@@ -29,9 +29,9 @@ class WorkerActivity:
     """A worker as Redis knows it.
 
     ``silent_s`` is the time since its last heartbeat; None for one that is to stop and has jobs left.
-    ``started`` is in seconds since the epoch; 0, and ``version`` empty, of one that is stopping. ``jobs`` are
-    the ids of jobs that it runs, of a part that of the whole. ``stuck`` of its processes hang. It
-    takes no job that uses a resource in ``left_alone``: attempts hung there.
+    ``started`` is in seconds since the epoch; 0, and ``version`` empty, of one that is stopping. ``stuck`` is
+    the number of its processes that hang. It takes no job that uses a resource in ``left_alone``: attempts
+    hung there. ``jobs`` are the ids of the jobs that it runs; for a part, that of the whole job.
     """
 
     name: str
@@ -183,8 +183,8 @@ def _queues(
             running[queue],
             {
                 priority: (count, max(0.0, now - since))
-                for (of, priority), (count, since) in ready.items()
-                if of == queue
+                for priority in PRIORITIES
+                for count, since in [ready[queue, priority]]
             },
         )
         for queue in QUEUES

@@ -99,7 +99,7 @@ def slow() -> SlowBroker:
 
 
 def test_nobody_waits_for_a_broker_that_hangs(slow: SlowBroker) -> None:
-    notify = broker.aside(slow)
+    notify = broker.in_background(slow)
     for number in range(100):
         notify(f"queue-{number}")
     until(lambda: refuses(notify), "so many wait, and one is on its way")
@@ -118,7 +118,7 @@ def refuses(notify: NotifyWorker) -> bool:
 
 
 def test_a_wake_up_that_cannot_be_sent_ends_no_other(slow: SlowBroker) -> None:
-    notify = broker.aside(slow)
+    notify = broker.in_background(slow)
     slow.answers.set()
     for queue in ("refused", "next"):
         notify(queue)
