@@ -109,7 +109,7 @@ def set_queue_gauges(found: QueueStats, tenants: Container[str]) -> None:
 
 
 def clear_queue_gauges() -> None:
-    """Redis does not answer: a figure of yesterday would look like one of now."""
+    """Set the gauges of all queues to NaN while Redis does not answer: old figures would look current."""
     gauges = (
         metrics.OLDEST_QUEUED,
         metrics.WORKERS,
