@@ -293,12 +293,8 @@ class HttpProtocol(HttpToolsProtocol):
         return None
 
     def _is_idle(self) -> bool:
-        cycle = self._last()
-        return cycle is None or cycle.response_complete
-
-    def _last(self) -> RequestResponseCycle | None:
-        """The last request with a complete head."""
-        return self.cycle
+        last: RequestResponseCycle | None = self.cycle  # of the last request with a complete head
+        return last is None or last.response_complete
 
     # -- what arrives ------------------------------------------------------------------------------
 
