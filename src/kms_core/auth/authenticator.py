@@ -76,8 +76,6 @@ class Authenticator:
         try:
             return self.authenticate(token)
         except (UnknownToken, KeysPending) as exc:
-            if exc.look_up is None:
-                raise
             exc.look_up()
         return self.authenticate(token)
 
