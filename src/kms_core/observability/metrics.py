@@ -29,6 +29,8 @@ _FAST: Final = (2e-4, 5e-4, 1e-3, 2.5e-3, 1e-2, 5e-2, 0.25, 0.5, 1.0, 5.0)  # 0.
 _SLOW: Final = (5e-3, 2e-2, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0)
 _latest: Final = partial(Gauge, multiprocess_mode="livemostrecent")
 """Makes a gauge with the value that any process set last."""
+_highest: Final = partial(Gauge, multiprocess_mode="livemax")
+"""Makes a gauge with the highest value of the live processes."""
 OPERATION_SECONDS: Final = Histogram(
     "kms_operation_duration_seconds",
     "Time of an operation in the core; result is ok or an error code",
@@ -112,11 +114,8 @@ BACKEND_RETRIES: Final = Counter("kms_backend_retries_total", "Calls to a peer m
 BACKEND_FAILOVERS: Final = Counter(
     "kms_backend_failovers_total", "Tries to open a file that a backend did not answer in time", ["backend"]
 )
-BREAKER_OPEN: Final = Gauge(
-    "kms_backend_breaker_open",
-    "1 while a backend is not asked because it did not answer",
-    ["backend"],
-    multiprocess_mode="livemax",
+BREAKER_OPEN: Final = _highest(
+    "kms_backend_breaker_open", "1 while a backend is not asked because it did not answer", ["backend"]
 )
 KEY_AGE_SECONDS: Final = _latest(
     "kms_key_age_seconds", "Age of the version that seals", ["key_id", "backend"]
@@ -155,11 +154,10 @@ SPOOL_TENANT: Final = _latest(
     "Size of uploads and items of jobs whose results have not expired, by tenant of the settings, or other",
     ["tenant"],
 )
-WEAK_SETTING: Final = Gauge(
+WEAK_SETTING: Final = _highest(
     "kms_setting_weak",
     "1 for a setting that is weaker than need be, unless [kms] accept_weak names it",
     ["setting"],
-    multiprocess_mode="livemax",
 )
 QUEUE_DEPTH: Final = _latest(
     "kms_queue_depth",
@@ -188,16 +186,13 @@ INSTALL_OK: Final = _latest(
 CLOCK_AHEAD: Final = _latest(
     "kms_clock_ahead_seconds", "Seconds that the clock of this host is ahead of Redis's"
 )
-DOCUMENT_AGE: Final = Gauge(
+DOCUMENT_AGE: Final = _highest(
     "kms_document_age_seconds",
     "Seconds since the store of a document answered; document is key-<id>, or tokens (0 where they are in a "
     "file)",
     ["document"],
-    multiprocess_mode="livemax",
 )
-BUILD_INFO: Final = Gauge(
-    "kms_build_info", "Always 1; the version is the label", ["version"], multiprocess_mode="livemax"
-)
+BUILD_INFO: Final = _highest("kms_build_info", "Always 1; the version is the label", ["version"])
 AUDIT_RECORD: Final = AUDIT_EVENTS.labels("ok")
 answer_seconds: Final = lru_cache(maxsize=1024)(HTTP_SECONDS.labels)
 """``HTTP_SECONDS`` by labels: a lookup in the metric takes as long as counting."""
