@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import IO, Final
 
 from kms_core import secure_files
@@ -68,7 +67,7 @@ def stop_signals() -> Iterator[Callable[[float], bool]]:
         wanted = STOP_SIGNALS | {signal.SIGCHLD}
         if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
             wanted -= {signal.SIGHUP}
-        old = {number: signal.signal(number, _ignore_signal) for number in wanted}
+        old = {number: signal.signal(number, lambda *_: None) for number in wanted}  # read from the socket
         try:
             yield partial(_wait, reader)
         finally:
@@ -80,10 +79,6 @@ def stop_signals() -> Iterator[Callable[[float], bool]]:
 def _wait(reader: socket.socket, timeout_s: float) -> bool:
     readable, _, _ = select.select([reader], [], [], max(0.0, timeout_s))
     return bool(readable) and not STOP_SIGNALS.isdisjoint(reader.recv(4096))
-
-
-def _ignore_signal(number: int, frame: FrameType | None) -> None:
-    """Do nothing: the signal is read from the wakeup socket."""
 
 
 class Supervisor:
