@@ -27,7 +27,6 @@ import msgspec
 from starlette.responses import Response
 from uvicorn._types import ASGI3Application
 from uvicorn.config import Config
-from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -381,10 +380,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._head_bytes + len(self.url) > HEAD_BYTES or len(self.headers) >= HEADERS:
             self._refusal = _LONG_HEAD
             raise ValueError("the head is too large")  # ends the parsing
-        name = name.lower()
-        if name == b"expect" and value.lower() == b"100-continue":
-            self.expect_100_continue = True
-        self.headers.append((name, value))
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -406,13 +402,8 @@ class HttpProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         if self.inlet is not None:
             self.inlet(body)
-            return
-        cycle = self.cycle
-        if not cycle.response_complete:
-            cycle.body += body
-            if len(cycle.body) > HIGH_WATER_LIMIT:
-                self.flow.pause_reading()
-            cycle.message_event.set()
+        else:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         if self._upgrading:
@@ -423,9 +414,7 @@ class HttpProtocol(HttpToolsProtocol):
             cycle.keep_alive = False
             if cycle.response_complete:
                 self.transport.close()
-        if not cycle.response_complete:
-            cycle.more_body = False
-            cycle.message_event.set()
+        super().on_message_complete()
 
     # -- refusals ----------------------------------------------------------------------------------
 
