@@ -338,18 +338,14 @@ def adopt(document: SignedDocument, taken: Sequence[Token] = ()) -> int:
 
     Tokens that it has, or that were revoked, are not taken again. Raises as ``SignedDocument.adopt``.
     """
-    number = 0
 
     def edit(body: bytes) -> bytes:
-        nonlocal number
         draft = TokensBody.of(body or NONE)
         known = {token.id for token in draft.tokens} | {revoked.id for revoked in draft.revoked}
         draft.tokens += [token for token in taken if token.id not in known]
-        number = len(draft.tokens)
         return msgspec.json.encode(draft)
 
-    document.adopt(edit)
-    return number
+    return len(TokensBody.of(document.adopt(edit).body).tokens)
 
 
 def _change(
