@@ -1,11 +1,11 @@
 """HTTP clients: pooled connections on httpcore2, one deadline for a whole call, and our errors.
 
-``Peer`` calls the server of a backend. ``DeadlineTransport`` is the network side of every pool in the
-service; webhooks and the key sets of identity providers use it with pools of their own. A call ends at its
-deadline however slowly the server answers, since each wait on the socket gets the time that is left; only
-the lookup of a host name is bounded by the system. Errors contain nothing of a request or of an answer's
-body. No redirect is followed, no cookie kept and no proxy used except the one of ``PeerServer``. Safe for
-several threads; after a fork the child opens connections of its own.
+``Peer`` calls the server of a backend or of an issuer. ``DeadlineTransport`` is the network side of every
+pool in the service; webhooks use it with pools of their own. A call ends at its deadline (``within``) however
+slowly the server answers, since each wait on the socket gets the time that is left; only the lookup of a host
+name is bounded by the system. Errors contain nothing of a request or of an answer's body. No redirect is
+followed, no cookie kept and no proxy used except the one of ``PeerServer``. Safe for several threads; after a
+fork the child opens connections of its own.
 """
 
 import math
@@ -72,7 +72,7 @@ _bound: Final = _Bound()
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Bound all calls of this thread to peers within the block, with their retries, by so many seconds.
+    """Bound all waits of this thread for peers within the block, with their retries, by so many seconds.
 
     An enclosing block that ends earlier counts.
     """
@@ -88,11 +88,19 @@ def left_s() -> float:
     return _bound.ends - time.monotonic()
 
 
+def _wait_s(timeout: float | None = None) -> float:
+    """Seconds that this thread may wait, at most ``timeout``. Raises httpcore2.ReadTimeout if it is over."""
+    left = left_s()
+    if left <= 0:
+        raise httpcore2.ReadTimeout
+    return left if timeout is None else min(timeout, left)
+
+
 # -- connections -------------------------------------------------------------------------------------
 
 
 class DeadlineTransport(httpcore2.SyncBackend):
-    """Opens connections whose every wait ends at the deadline of the calling thread.
+    """Opens connections whose every wait ends at the bound of the calling thread (``within``).
 
     httpcore2 bounds each read by itself, so that a server could keep a call alive with one byte at a time.
     """
@@ -100,25 +108,6 @@ class DeadlineTransport(httpcore2.SyncBackend):
     def __init__(self, addresses: Sequence[str] = ()) -> None:
         """``addresses``: IP addresses to connect to, in this order, whatever the host's name resolves to."""
         self._addresses = addresses
-        self._clock = threading.local()
-
-    @contextmanager
-    def until(self, deadline: float) -> Iterator[None]:
-        """Bound this thread's waits by ``deadline`` (``time.monotonic``), or by an earlier enclosing one."""
-        enclosing: float = getattr(self._clock, "deadline", math.inf)
-        self._clock.deadline = min(deadline, enclosing)
-        try:
-            yield
-        finally:
-            self._clock.deadline = enclosing
-
-    def left(self, timeout: float | None = None) -> float:
-        """Seconds that this thread may still wait. Raises httpcore2.ReadTimeout if there are none."""
-        deadline: float = self._clock.deadline
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise httpcore2.ReadTimeout
-        return left if timeout is None else min(timeout, left)
 
     def connect_tcp(
         self,
@@ -132,14 +121,14 @@ class DeadlineTransport(httpcore2.SyncBackend):
         addresses = self._addresses or _lookup(host, port)
         last: httpcore2.ConnectError | httpcore2.ConnectTimeout | None = None
         for tried, address in enumerate(addresses):
-            share = self.left() / (len(addresses) - tried)
+            share = _wait_s() / (len(addresses) - tried)
             share = share if timeout is None else min(timeout, share)
             try:
                 stream = super().connect_tcp(address, port, share, local_address, socket_options)
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as exc:
                 last = exc
             else:
-                return _DeadlineConnection(stream, self)
+                return _DeadlineConnection(stream)
         raise last or httpcore2.ConnectError
 
 
@@ -154,15 +143,14 @@ def _lookup(host: str, port: int) -> list[str]:
 class _DeadlineConnection(httpcore2.NetworkStream):
     """A connection of ``DeadlineTransport``."""
 
-    def __init__(self, stream: httpcore2.NetworkStream, network: DeadlineTransport) -> None:
+    def __init__(self, stream: httpcore2.NetworkStream) -> None:
         self._stream = stream
-        self._network = network
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._stream.read(max_bytes, self._network.left(timeout))
+        return self._stream.read(max_bytes, _wait_s(timeout))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._stream.write(buffer, self._network.left(timeout))
+        self._stream.write(buffer, _wait_s(timeout))
 
     def close(self) -> None:
         self._stream.close()
@@ -173,8 +161,7 @@ class _DeadlineConnection(httpcore2.NetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,
     ) -> httpcore2.NetworkStream:
-        stream = self._stream.start_tls(ssl_context, server_hostname, self._network.left(timeout))
-        return _DeadlineConnection(stream, self._network)
+        return _DeadlineConnection(self._stream.start_tls(ssl_context, server_hostname, _wait_s(timeout)))
 
     def get_extra_info(self, info: str) -> object:
         return self._stream.get_extra_info(info)
@@ -264,7 +251,6 @@ class Peer:
         """Read the TLS files, without connecting. Raises ConfigurationError for an unusable file."""
         self.server = server
         self._tls = _tls_context(server) if server.url.startswith("https:") else None
-        self._network = DeadlineTransport()
         self._pool, self._owner = self._connections(), os.getpid()
 
     def call(
@@ -285,7 +271,7 @@ class Peer:
         """
         url = self.server.url.rstrip("/") + path
         with transport_errors(self.server), self.one_timeout():
-            extensions = {"timeout": {"pool": self._network.left()}}
+            extensions = {"timeout": {"pool": _wait_s()}}
             sent = _encoded({**(headers or {}), **tracing.headers()})
             with self._own_pool().stream(
                 method, url, headers=sent, content=body, extensions=extensions
@@ -296,8 +282,8 @@ class Peer:
         return answer
 
     def one_timeout(self) -> AbstractContextManager[None]:
-        """Bound the calls of this thread within the block by one timeout, and by ``within``."""
-        return self._network.until(time.monotonic() + min(self.server.timeout_s, left_s()))
+        """Bound all calls of this thread within the block by one timeout of the server (``within``)."""
+        return within(self.server.timeout_s)
 
     def close(self) -> None:
         """Close all connections. A later call connects again."""
@@ -310,7 +296,7 @@ class Peer:
         """
         with transport_errors(self.server):
             try:
-                return wait(self._network.left())
+                return wait(_wait_s())
             except TimeoutError:
                 raise httpcore2.ReadTimeout from None
 
@@ -334,7 +320,7 @@ class Peer:
             ssl_context=self._tls,
             max_connections=CONNECTIONS,
             keepalive_expiry=KEEP_ALIVE_S,
-            network_backend=self._network,
+            network_backend=DeadlineTransport(),
             proxy=proxy_of(self.server.proxy),
         )
         weakref.finalize(self, pool.close).atexit = False

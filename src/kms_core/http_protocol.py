@@ -24,10 +24,9 @@ from urllib.parse import urlsplit
 
 import httptools
 import msgspec
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 from uvicorn._types import ASGI3Application
 from uvicorn.config import Config
-from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -56,7 +55,6 @@ _VERSIONS: Final = frozenset({"1.1", "1.0"})
 _LIST: Final = b"LIST "
 _AS_GET: Final = b"GET "
 _HOP_BY_HOP: Final = (b"upgrade", b"connection")
-NO_HEADERS: Final[Mapping[bytes, bytes]] = {}
 _MALFORMED: Final = (400, "invalid_request", "The request is malformed (RFC 9112)")
 _LONG_HEAD: Final = (431, "invalid_request", "The head of the request exceeds 64 KiB or 100 headers")
 _PIPELINED: Final = (429, "rate_limited", "Too many requests wait for their responses on this connection")
@@ -149,7 +147,8 @@ class Connections:
     def opened(self, connection: "HttpProtocol") -> bool:
         """Count a new connection; False if there is no room for it."""
         source = source_of(connection.source) if connection.source else ""
-        if not (self._has_room() and self._has_room_of_source(source)):
+        is_full = len(self._open) >= self.limits.most and not self._make_room(lambda _: True)
+        if is_full or not self._has_room_of_source(source):
             return False
         self._open[connection] = source
         self._sources[source] += 1
@@ -162,9 +161,6 @@ class Connections:
             self._sources[source] -= 1
             if not self._sources[source]:
                 del self._sources[source]
-
-    def _has_room(self) -> bool:
-        return len(self._open) < self.limits.most or self._make_room(lambda _: True)
 
     def _has_room_of_source(self, source: str) -> bool:
         most = max(1, self.limits.most // 2)
@@ -293,12 +289,8 @@ class HttpProtocol(HttpToolsProtocol):
         return None
 
     def _is_idle(self) -> bool:
-        cycle = self._last()
-        return cycle is None or cycle.response_complete
-
-    def _last(self) -> RequestResponseCycle | None:
-        """The last request with a complete head."""
-        return self.cycle
+        last: RequestResponseCycle | None = self.cycle  # of the last request with a complete head
+        return last is None or last.response_complete
 
     # -- what arrives ------------------------------------------------------------------------------
 
@@ -388,10 +380,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._head_bytes + len(self.url) > HEAD_BYTES or len(self.headers) >= HEADERS:
             self._refusal = _LONG_HEAD
             raise ValueError("the head is too large")  # ends the parsing
-        name = name.lower()
-        if name == b"expect" and value.lower() == b"100-continue":
-            self.expect_100_continue = True
-        self.headers.append((name, value))
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -413,13 +402,8 @@ class HttpProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         if self.inlet is not None:
             self.inlet(body)
-            return
-        cycle = self.cycle
-        if not cycle.response_complete:
-            cycle.body += body
-            if len(cycle.body) > HIGH_WATER_LIMIT:
-                self.flow.pause_reading()
-            cycle.message_event.set()
+        else:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         if self._upgrading:
@@ -430,18 +414,16 @@ class HttpProtocol(HttpToolsProtocol):
             cycle.keep_alive = False
             if cycle.response_complete:
                 self.transport.close()
-        if not cycle.response_complete:
-            cycle.more_body = False
-            cycle.message_event.set()
+        super().on_message_complete()
 
     # -- refusals ----------------------------------------------------------------------------------
 
     def _refuse(self, status: int, code: str, detail: str) -> None:
         """Refuse a request or connection, after the responses to earlier requests, and close."""
         self._refused = True
-        headers = {b"connection": b"close"}
+        headers = {"connection": "close"}
         if status == HTTPStatus.TOO_MANY_REQUESTS:
-            headers[b"retry-after"] = b"1"
+            headers["retry-after"] = "1"
         answer = cast("ASGI3Application", ProblemResponse(status, code, detail, headers))
         waits = not self._is_idle()
         if waits and self.cycle.more_body:  # the malformed one itself: its head was complete
@@ -477,24 +459,13 @@ class HttpProtocol(HttpToolsProtocol):
         )
 
 
-class ProblemResponse:
-    """An ASGI application that responds with one problem (RFC 9457)."""
+class ProblemResponse(Response):
+    """A response with one problem (RFC 9457)."""
 
-    def __init__(
-        self, status: int, code: str, detail: str, headers: Mapping[bytes, bytes] = NO_HEADERS
-    ) -> None:
+    media_type = "application/problem+json"
+
+    def __init__(self, status: int, code: str, detail: str, headers: Mapping[str, str] | None = None) -> None:
         title = HTTPStatus(status).phrase
         problem = {"type": "about:blank", "title": title, "status": status, "detail": detail, "code": code}
-        self._status, self._body = status, msgspec.json.encode(problem)
-        self._headers = headers
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        del scope, receive
-        headers = [
-            (b"content-type", b"application/problem+json"),
-            (b"content-length", b"%d" % len(self._body)),
-            (b"cache-control", b"no-store"),
-            *self._headers.items(),
-        ]
-        await send({"type": "http.response.start", "status": self._status, "headers": headers})
-        await send({"type": "http.response.body", "body": self._body})
+        more = {"cache-control": "no-store", **(headers or {})}
+        super().__init__(msgspec.json.encode(problem), status, more)

@@ -1,10 +1,12 @@
 """Results of ``Kms``, and the recorder of each operation: audit record, metrics, usage counters and trace."""
 
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 from kms_core import audit
 from kms_core.age import stream
@@ -14,11 +16,11 @@ from kms_core.backends.wrap_keys import wrap_key_name
 from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef
 from kms_core.observability import metrics, tracing
-from kms_core.observability.metrics import UsageCounters
 from kms_protocol.context import Context
 from kms_protocol.errors import AuditUnavailable, KmsError
 
 Origin = Literal["service", "foreign"]
+_SEALING: Final = frozenset({"encrypt", "generate_data_key", "rewrap", "reseal", "wrap"})
 
 
 class Operation:
@@ -74,6 +76,43 @@ class Operation:
 RecordEnd = Callable[[Operation, str], None]
 
 
+class UsageCounters:
+    """Operations by result, and messages and bytes sealed by each key version. Safe in several threads.
+
+    They are counted in memory and flushed to Redis every 2 seconds (``UsageFlush``), so a call needs no round
+    trip. A killed process loses the counts of the last seconds: the sums are lower bounds.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+
+    def note(self, record: AuditRecord, result: str) -> None:
+        """Count an operation. A message is one seal under a key version; bytes are those of its plaintext."""
+        with self._lock:
+            self._counts[f"{metrics.OPERATIONS} {record.operation} {result}"] += 1
+            self._counts[f"{metrics.OF_TENANT} {record.tenant} {record.operation} {result}"] += 1
+            if result == "ok" and record.operation in _SEALING:
+                version = f"{record.key_id} {record.key_version} {record.backend}"
+                self._counts[f"{metrics.MESSAGES} {version}"] += 1
+                self._counts[f"{metrics.BYTES} {version}"] += record.bytes_in
+
+    def take(self) -> dict[str, int]:
+        """Remove and return the counts; ``put_back`` returns them if they could not be flushed."""
+        with self._lock:
+            taken, self._counts = dict(self._counts), Counter()
+        return taken
+
+    def put_back(self, counts: Mapping[str, int]) -> None:
+        with self._lock:
+            self._counts.update(counts)
+
+    def peek(self) -> dict[str, int]:
+        """The counts that are not flushed yet."""
+        with self._lock:
+            return dict(self._counts)
+
+
 class OperationRecorder:
     """Appends operations to the audit log first, then to metrics and usage counters."""
 
@@ -109,7 +148,10 @@ class OperationRecorder:
             audit.append(self._audit_log, record)
             counted = result
         finally:
-            metrics.count_operation(record, counted, seconds)
+            mode = "job" if record.job_id else "sync"
+            metrics.operation_seconds(record.operation, record.backend, mode, counted).observe(seconds)
+            metrics.payload_bytes(record.operation, "in").inc(record.bytes_in)
+            metrics.payload_bytes(record.operation, "out").inc(record.bytes_out)
             self._usage.note(record, counted)
             tracing.note(
                 operation=record.operation,

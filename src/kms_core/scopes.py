@@ -114,6 +114,14 @@ def parse(text: str) -> Scope:
     )
 
 
+def parse_or_none(text: str) -> Scope | None:
+    """As ``parse``, but None for a line that violates the grammar, such as one of a later version."""
+    try:
+        return parse(text)
+    except ValueError:
+        return None
+
+
 def _operations(text: str) -> frozenset[str]:
     found: set[str] = set()
     for name in text.split(","):

@@ -17,7 +17,6 @@ from kms_core.envelope.binding import KeyRef
 from kms_core.envelope.sealing import Sealing
 from kms_core.key_selection import KeySelector, SelectionRules
 from kms_core.keyring import BackendKey, Keyring
-from kms_core.observability.metrics import UsageCounters
 from kms_core.operation import (
     DataKey,
     KeyVersionStatus,
@@ -26,6 +25,7 @@ from kms_core.operation import (
     OperationRecorder,
     Sealed,
     Unwrapped,
+    UsageCounters,
     WrappedFileKey,
 )
 from kms_core.payload import parallel

@@ -102,7 +102,7 @@ class MetricsApp:
         if scope["path"] not in {"/metrics", "/livez", "/readyz"}:
             return ProblemResponse(404, "not_found", "This port has /metrics, /livez and /readyz")
         if scope["method"] not in {"GET", "HEAD"}:
-            return ProblemResponse(405, "method_not_allowed", "Send GET or HEAD", {b"allow": b"GET, HEAD"})
+            return ProblemResponse(405, "method_not_allowed", "Send GET or HEAD", {"allow": "GET, HEAD"})
         return None
 
     async def _read(self) -> bytes:

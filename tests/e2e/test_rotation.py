@@ -25,7 +25,7 @@ from kms_core.jobs.store.scripts import SCRIPTS
 from kms_core.jobs.store.usage import UsageFlush
 from kms_core.key_selection import SelectionRules
 from kms_core.keyring import Key, Keyring
-from kms_core.observability.metrics import UsageCounters
+from kms_core.operation import UsageCounters
 from kms_core.service import Kms
 from kms_core.settings.model import RotationSection
 from kms_protocol.errors import AuditUnavailable, BackendUnavailable, JobsUnavailable, UnknownKey

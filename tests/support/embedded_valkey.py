@@ -76,11 +76,8 @@ class EmbeddedValkey:
         access_list.write_text(f"user default on nopass {RIGHTS}\n")
         access_list.chmod(0o600)
         argv = [*server.argv, *self._options, "--aclfile", str(access_list)]
-        output = append_only(self._files.log_path)
-        try:
+        with append_only(self._files.log_path) as output:
             self._process = tether.spawn(argv, env={}, output=output, pass_fds=server.pass_fds)
-        finally:
-            os.close(output)
         try:
             _wait(self._process, self._files, timeout_s)
         except Unavailable:

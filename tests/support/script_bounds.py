@@ -23,7 +23,7 @@ from kms_core.jobs.store.heartbeats import processes_stuck, worker_lives, worker
 from kms_core.jobs.store.scripts import SCRIPTS
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.store.usage import UsageFlush
-from kms_core.observability.metrics import UsageCounters
+from kms_core.operation import UsageCounters
 from support.embedded_valkey import unrestricted
 from support.job_stores import (
     COMMIT,

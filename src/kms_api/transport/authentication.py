@@ -90,8 +90,6 @@ class RequestAuthenticator:
             try:
                 return verify()
             except (UnknownToken, KeysPending) as exc:
-                if exc.look_up is None:
-                    raise
                 await self._look_ups.run(scope, exc.source, exc.look_up)
             return verify()
         except Unauthenticated as exc:

@@ -10,7 +10,7 @@ format of lines, ``log`` the writer, ``maintenance`` its periodic work (checkpoi
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Final, Literal, Protocol
@@ -32,21 +32,6 @@ _MOST_FILTER: Final = 500
 OK: Final = "ok"
 COUNTED: Final = "counted"
 DENIALS: Final = frozenset({"unauthenticated", "forbidden", "path_refused", "foreign_refused", "unknown_key"})
-MOST_FAILED: Final = 10
-"""The number of failed items of one batch, or of one part of a bulk job, that have a record each."""
-_OF_ITEMS: Final[dict[str, object]] = {
-    "key_id": "",
-    "key_version": "",
-    "backend": "",
-    "origin": "",
-    "wrap_key": "",
-    "file_id": "",
-    "new_file_id": "",
-    "stanzas": "",
-    "context": {},
-    "new_context": {},
-}
-"""The fields in which items of one batch may differ, and their values in a summary where they do."""
 
 
 @contextmanager
@@ -249,49 +234,3 @@ def record_of(
         job_id=job or job_id.get(),
         result=result,
     )
-
-
-# -- bounds --------------------------------------------------------------------------------------------
-
-
-class FailedItems:
-    """The failed items of one batch: the first 10 have a record each, the others one for each result.
-
-    So a batch of such items, which costs its sender little, takes little disk space.
-    """
-
-    __slots__ = ("_recorded", "_summaries")
-
-    def __init__(self) -> None:
-        self._recorded = 0
-        self._summaries: dict[tuple[str, str], AuditRecord] = {}
-
-    def counts(self, record: AuditRecord) -> bool:
-        """Add a failure above the bound to a summary; False for any other record, which is to be written."""
-        if record.result == OK:
-            return False
-        self._recorded += 1
-        if self._recorded <= MOST_FAILED:
-            return False
-        kind = record.operation, record.result
-        summary = self._summaries.get(kind)
-        if summary is None:
-            self._summaries[kind] = msgspec.structs.replace(record, count=1)
-        else:
-            _add(summary, record)
-        return True
-
-    @property
-    def summaries(self) -> Iterable[AuditRecord]:
-        """One record for each operation and result, with the number of its items as ``count``."""
-        return self._summaries.values()
-
-
-def _add(summary: AuditRecord, record: AuditRecord) -> None:
-    """Add sizes and durations of an item; fields that differ between items are emptied."""
-    for name, nothing in _OF_ITEMS.items():
-        if getattr(summary, name) != getattr(record, name):
-            setattr(summary, name, nothing)
-    summary.count += 1
-    summary.bytes_in += record.bytes_in
-    summary.duration_us += record.duration_us

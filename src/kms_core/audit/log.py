@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 import structlog
 
-from kms_core.audit import COUNTED, AuditRecord, FailedItems, chain, noted, segments
+from kms_core.audit import COUNTED, OK, AuditRecord, chain, noted, segments
 from kms_core.audit.chain import ChainHead, LineClock
 from kms_core.audit.keys import Concealer, Signer
 from kms_core.audit.segment_writer import SegmentFile
@@ -32,6 +32,20 @@ _MINUTE_S: Final = 60
 _DAY_S: Final = 24 * 3600
 _ENOUGH_BYTES: Final = 64 * 1024
 _GROUP_LINES: Final = 100  # that may wait in a group: a killed process loses these and their results
+_MOST_FAILED: Final = 10
+_OF_ITEMS: Final[dict[str, object]] = {
+    "key_id": "",
+    "key_version": "",
+    "backend": "",
+    "origin": "",
+    "wrap_key": "",
+    "file_id": "",
+    "new_file_id": "",
+    "stanzas": "",
+    "context": {},
+    "new_context": {},
+}
+"""The fields in which items of one batch may differ, and their values in a summary where they do."""
 _encode: Final = msgspec.json.encode
 _log = structlog.get_logger(__name__)
 
@@ -49,14 +63,44 @@ _WRITING: Final = _Writing()
 
 
 class _Group:
-    """Encoded records of one thread that wait to be written together, and the error of an earlier write."""
+    """The records of one batch or part of a job, which one thread appends and which are written together.
 
-    __slots__ = ("failed", "failed_items", "waiting")
+    Those that wait are encoded; ``failed`` is the error of an earlier write. The first 10 failed items have a
+    record each, the others one for each operation and result, with their number as ``count``: so a batch of
+    such items, which costs its sender little, takes little disk space.
+    """
+
+    __slots__ = ("_failures", "failed", "summaries", "waiting")
 
     def __init__(self) -> None:
         self.waiting: list[bytes] = []
         self.failed: AuditUnavailable | None = None
-        self.failed_items = FailedItems()
+        self.summaries: dict[tuple[str, str], AuditRecord] = {}
+        self._failures = 0
+
+    def sums_up(self, record: AuditRecord) -> bool:
+        """Add a failure above the bound to a summary; False for any other record, which is to be written."""
+        if record.result == OK:
+            return False
+        self._failures += 1
+        if self._failures <= _MOST_FAILED:
+            return False
+        kind = record.operation, record.result
+        if kind in self.summaries:
+            _add(self.summaries[kind], record)
+        else:
+            self.summaries[kind] = msgspec.structs.replace(record, count=1)
+        return True
+
+
+def _add(summary: AuditRecord, record: AuditRecord) -> None:
+    """Add sizes and durations of an item; fields that differ between items are emptied."""
+    for name, nothing in _OF_ITEMS.items():
+        if getattr(summary, name) != getattr(record, name):
+            setattr(summary, name, nothing)
+    summary.count += 1
+    summary.bytes_in += record.bytes_in
+    summary.duration_us += record.duration_us
 
 
 class AuditLog:
@@ -108,7 +152,7 @@ class AuditLog:
         group: _Group | None = getattr(self._thread, "group", None)
         if group is None or record.stage:  # an effect must not come before its intent
             return self._write([_encode(record)[1:-1]], sync=self._syncs)
-        if group.failed_items.counts(record):
+        if group.sums_up(record):
             return COUNTED
         group.waiting.append(_encode(record)[1:-1])
         if len(group.waiting) >= _GROUP_LINES:
@@ -135,7 +179,7 @@ class AuditLog:
     def _end(self, group: _Group) -> None:
         """Write the rest of a group, which fails as a whole: the caller may go on after a failed record."""
         with metrics.AUDIT_EVENTS.labels("failed").count_exceptions(AuditUnavailable):
-            for record in group.failed_items.summaries:
+            for record in group.summaries.values():
                 group.waiting.append(_encode(record)[1:-1])
                 metrics.AUDIT_RECORD.inc()
             if group.waiting:

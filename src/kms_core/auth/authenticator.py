@@ -76,20 +76,18 @@ class Authenticator:
         try:
             return self.authenticate(token)
         except (UnknownToken, KeysPending) as exc:
-            if exc.look_up is None:
-                raise
             exc.look_up()
         return self.authenticate(token)
 
     def scopes_of(self, who: Principal) -> Iterator[Scope]:
-        """The current scopes of a credential.
+        """The current scopes of a credential. A line that cannot be parsed allows nothing.
 
         Raises Forbidden if it is not valid any more; Unavailable if that cannot be verified now.
         """
         lines = self._lines(who)
         if lines is None:
             raise Forbidden("The credential was revoked or has expired since the request")
-        return _parsed(lines)
+        return filter(None, map(scopes.parse_or_none, lines))
 
     def until(self, who: Principal) -> float | None:
         """The time at which a credential expires (epoch seconds), if it does. Raises Unavailable."""
@@ -158,15 +156,6 @@ class Authenticator:
         if kind == "jwt" and who.grant and self._jwts.trusts(issuer, rest.partition(":")[2]):
             return who.grant.scopes
         return None
-
-
-def _parsed(lines: Sequence[str]) -> Iterator[Scope]:
-    """The scopes in the lines; a line of a later version that this one cannot parse allows nothing."""
-    for line in lines:
-        try:
-            yield scopes.parse(line)
-        except ValueError:
-            continue
 
 
 def build(settings: Settings, tokens_: Tokens, login_key: bytes = b"") -> Authenticator | None:

@@ -223,7 +223,7 @@ def _scopes(claims: Claims, section: IssuerSection) -> Iterator[str]:
             yield from grant.scopes
     own = claims.get(section.scopes_claim) if section.scopes_claim else None
     for text in own[:_MOST_SCOPES] if isinstance(own, list) else ():
-        if isinstance(text, str) and _is_scope(text):
+        if isinstance(text, str) and scopes.parse_or_none(text):
             yield text
 
 
@@ -236,11 +236,3 @@ def _matches(claim: object, text: str) -> bool:
     pattern = Pattern.parse(text)
     values = claim if isinstance(claim, list) else [claim]
     return any(isinstance(value, str) and pattern.matches(value) for value in values)
-
-
-def _is_scope(text: str) -> bool:
-    try:
-        scopes.parse(text)
-    except ValueError:
-        return False
-    return True

@@ -39,6 +39,7 @@ NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 _ID_BYTES: Final = 6
 _SECRET_BYTES: Final = 32
 _NOBODY: Final = bytes(32)
+_UNKNOWN: Final = "unknown"
 _MOST_BYTES: Final = 64 * 1024 * 1024
 _WRITABLE: Final = 0o022
 NONE: Final = b"{}"
@@ -92,14 +93,14 @@ class KnownTokens:
 
 
 class UnknownToken(Unauthenticated):
-    """A token that is not known here. ``look_up`` looks for it where it may be known, if anywhere.
+    """A token that is not known here. ``look_up`` looks for it where it may be known.
 
     ``look_up`` blocks for seconds, and raises Unavailable or Unauthenticated. Look-ups at one ``source`` may
     wait for each other.
     """
 
-    def __init__(self, look_up: Callable[[], None] | None = None, source: object = None) -> None:
-        super().__init__(REFUSED, reason="unknown")
+    def __init__(self, look_up: Callable[[], None], source: object) -> None:
+        super().__init__(REFUSED, reason=_UNKNOWN)
         self.look_up, self.source = look_up, source
 
 
@@ -127,7 +128,7 @@ class Tokens:
         known = token.digests if token else (Digest(sha256=_NOBODY),)
         fits = [hmac.compare_digest(digest, one.sha256) and _is_current(one, now) for one in known]
         if token is None or not any(fits):
-            raise UnknownToken
+            raise Unauthenticated(REFUSED, reason=_UNKNOWN)
         if token.has_expired(now):  # only its holder may know
             raise Unauthenticated("This token has expired: ask for a new one", reason="expired")
         return token
@@ -337,18 +338,14 @@ def adopt(document: SignedDocument, taken: Sequence[Token] = ()) -> int:
 
     Tokens that it has, or that were revoked, are not taken again. Raises as ``SignedDocument.adopt``.
     """
-    number = 0
 
     def edit(body: bytes) -> bytes:
-        nonlocal number
         draft = TokensBody.of(body or NONE)
         known = {token.id for token in draft.tokens} | {revoked.id for revoked in draft.revoked}
         draft.tokens += [token for token in taken if token.id not in known]
-        number = len(draft.tokens)
         return msgspec.json.encode(draft)
 
-    document.adopt(edit)
-    return number
+    return len(TokensBody.of(document.adopt(edit).body).tokens)
 
 
 def _change(
@@ -446,8 +443,8 @@ class DocumentTokens(Tokens):
         """As for a file; one that was not revoked and is unknown so far raises UnknownToken to look up."""
         try:
             return super().of_digest(token_id, digest)
-        except UnknownToken:
-            if token_id in self._fresh().revoked:
+        except Unauthenticated as exc:
+            if exc.reason != _UNKNOWN or token_id in self._fresh().revoked:
                 raise
         raise UnknownToken(self._copy.reread, self)
 

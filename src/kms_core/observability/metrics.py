@@ -1,12 +1,11 @@
-"""Every Prometheus metric and usage counter, declared once. Label values come from closed sets."""
+"""Every Prometheus metric, declared once, and the names of usage counters. Labels come from closed sets."""
 
 import collections
 import os
-import threading
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import product
-from typing import Final, Protocol, get_args
+from typing import Final, get_args
 
 from prometheus_client import (
     REGISTRY,
@@ -22,7 +21,6 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from kms_core.observability import multiprocess_metrics
 from kms_protocol import __version__, wire
 
-SEALING: Final = frozenset({"encrypt", "generate_data_key", "rewrap", "reseal", "wrap"})
 OPERATIONS: Final = "operations"
 OF_TENANT: Final = "tenant"
 MESSAGES: Final = "messages"
@@ -31,6 +29,8 @@ _FAST: Final = (2e-4, 5e-4, 1e-3, 2.5e-3, 1e-2, 5e-2, 0.25, 0.5, 1.0, 5.0)  # 0.
 _SLOW: Final = (5e-3, 2e-2, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0)
 _latest: Final = partial(Gauge, multiprocess_mode="livemostrecent")
 """Makes a gauge with the value that any process set last."""
+_highest: Final = partial(Gauge, multiprocess_mode="livemax")
+"""Makes a gauge with the highest value of the live processes."""
 OPERATION_SECONDS: Final = Histogram(
     "kms_operation_duration_seconds",
     "Time of an operation in the core; result is ok or an error code",
@@ -114,11 +114,8 @@ BACKEND_RETRIES: Final = Counter("kms_backend_retries_total", "Calls to a peer m
 BACKEND_FAILOVERS: Final = Counter(
     "kms_backend_failovers_total", "Tries to open a file that a backend did not answer in time", ["backend"]
 )
-BREAKER_OPEN: Final = Gauge(
-    "kms_backend_breaker_open",
-    "1 while a backend is not asked because it did not answer",
-    ["backend"],
-    multiprocess_mode="livemax",
+BREAKER_OPEN: Final = _highest(
+    "kms_backend_breaker_open", "1 while a backend is not asked because it did not answer", ["backend"]
 )
 KEY_AGE_SECONDS: Final = _latest(
     "kms_key_age_seconds", "Age of the version that seals", ["key_id", "backend"]
@@ -157,11 +154,10 @@ SPOOL_TENANT: Final = _latest(
     "Size of uploads and items of jobs whose results have not expired, by tenant of the settings, or other",
     ["tenant"],
 )
-WEAK_SETTING: Final = Gauge(
+WEAK_SETTING: Final = _highest(
     "kms_setting_weak",
     "1 for a setting that is weaker than need be, unless [kms] accept_weak names it",
     ["setting"],
-    multiprocess_mode="livemax",
 )
 QUEUE_DEPTH: Final = _latest(
     "kms_queue_depth",
@@ -190,72 +186,19 @@ INSTALL_OK: Final = _latest(
 CLOCK_AHEAD: Final = _latest(
     "kms_clock_ahead_seconds", "Seconds that the clock of this host is ahead of Redis's"
 )
-DOCUMENT_AGE: Final = Gauge(
+DOCUMENT_AGE: Final = _highest(
     "kms_document_age_seconds",
     "Seconds since the store of a document answered; document is key-<id>, or tokens (0 where they are in a "
     "file)",
     ["document"],
-    multiprocess_mode="livemax",
 )
-BUILD_INFO: Final = Gauge(
-    "kms_build_info", "Always 1; the version is the label", ["version"], multiprocess_mode="livemax"
-)
+BUILD_INFO: Final = _highest("kms_build_info", "Always 1; the version is the label", ["version"])
 AUDIT_RECORD: Final = AUDIT_EVENTS.labels("ok")
 answer_seconds: Final = lru_cache(maxsize=1024)(HTTP_SECONDS.labels)
 """``HTTP_SECONDS`` by labels: a lookup in the metric takes as long as counting."""
-_operation_seconds: Final = lru_cache(maxsize=1024)(OPERATION_SECONDS.labels)
-_payload_bytes: Final = lru_cache(maxsize=1024)(PAYLOAD_BYTES.labels)
+operation_seconds: Final = lru_cache(maxsize=1024)(OPERATION_SECONDS.labels)
+payload_bytes: Final = lru_cache(maxsize=1024)(PAYLOAD_BYTES.labels)
 _KINDS: Final = get_args(wire.JobKind)
-
-
-class Counted(Protocol):
-    """The fields of an audit record that are counted."""
-
-    operation: str
-    tenant: str
-    backend: str
-    key_id: str
-    key_version: str
-    job_id: str
-    bytes_in: int
-    bytes_out: int
-
-
-class UsageCounters:
-    """Operations by result, and messages and bytes sealed by each key version. Safe in several threads.
-
-    They are counted in memory and flushed to Redis every 2 seconds (``UsageFlush``), so a call needs no round
-    trip. A killed process loses the counts of the last seconds: the sums are lower bounds.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts: collections.Counter[str] = collections.Counter()
-
-    def note(self, record: Counted, result: str) -> None:
-        """Count an operation. A message is one seal under a key version; bytes are those of its plaintext."""
-        with self._lock:
-            self._counts[f"{OPERATIONS} {record.operation} {result}"] += 1
-            self._counts[f"{OF_TENANT} {record.tenant} {record.operation} {result}"] += 1
-            if result == "ok" and record.operation in SEALING:
-                version = f"{record.key_id} {record.key_version} {record.backend}"
-                self._counts[f"{MESSAGES} {version}"] += 1
-                self._counts[f"{BYTES} {version}"] += record.bytes_in
-
-    def take(self) -> dict[str, int]:
-        """Remove and return the counts; ``put_back`` returns them if they could not be flushed."""
-        with self._lock:
-            taken, self._counts = dict(self._counts), collections.Counter()
-        return taken
-
-    def put_back(self, counts: Mapping[str, int]) -> None:
-        with self._lock:
-            self._counts.update(counts)
-
-    def peek(self) -> dict[str, int]:
-        """The counts that are not flushed yet."""
-        with self._lock:
-            return dict(self._counts)
 
 
 def operations_used(counts: Mapping[str, int], tenant: str | None = None) -> dict[str, list[int]]:
@@ -321,11 +264,3 @@ def exposition(refresh: Callable[[], None] = lambda: None) -> bytes:
     MultiProcessCollector(shared, folder)  # type: ignore[no-untyped-call]  # untyped there
     ProcessCollector(registry=shared)  # of the process that answers
     return generate_latest(shared)
-
-
-def count_operation(record: Counted, result: str, seconds: float) -> None:
-    """Count an operation of the core: result, duration and bytes."""
-    mode = "job" if record.job_id else "sync"
-    _operation_seconds(record.operation, record.backend, mode, result).observe(seconds)
-    _payload_bytes(record.operation, "in").inc(record.bytes_in)
-    _payload_bytes(record.operation, "out").inc(record.bytes_out)

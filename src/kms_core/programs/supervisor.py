@@ -8,12 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Final
+from typing import IO, Final
 
 from kms_core import secure_files
 from kms_core.programs import tether
@@ -68,7 +67,7 @@ def stop_signals() -> Iterator[Callable[[float], bool]]:
         wanted = STOP_SIGNALS | {signal.SIGCHLD}
         if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
             wanted -= {signal.SIGHUP}
-        old = {number: signal.signal(number, _ignore_signal) for number in wanted}
+        old = {number: signal.signal(number, lambda *_: None) for number in wanted}  # read from the socket
         try:
             yield partial(_wait, reader)
         finally:
@@ -80,10 +79,6 @@ def stop_signals() -> Iterator[Callable[[float], bool]]:
 def _wait(reader: socket.socket, timeout_s: float) -> bool:
     readable, _, _ = select.select([reader], [], [], max(0.0, timeout_s))
     return bool(readable) and not STOP_SIGNALS.isdisjoint(reader.recv(4096))
-
-
-def _ignore_signal(number: int, frame: FrameType | None) -> None:
-    """Do nothing: the signal is read from the wakeup socket."""
 
 
 class Supervisor:
@@ -129,12 +124,9 @@ class Supervisor:
 
     def _start(self) -> None:
         child = self.child
-        output = tether.OUR_STDERR if child.log_path is None else append_only(child.log_path)
-        try:
+        log: AbstractContextManager[IO[bytes] | int] = nullcontext(tether.OUR_STDERR)
+        with append_only(child.log_path) if child.log_path else log as output:
             self._process = tether.spawn(child.argv, env=child.env, output=output, pass_fds=child.pass_fds)
-        finally:
-            if output != tether.OUR_STDERR:
-                os.close(output)
         self._started_at = time.monotonic()
         with suppress(OSError):  # without room for it the child works all the same
             secure_files.write(self._pid_path, b"%d\n" % self._process.pid, locked=True)
@@ -168,9 +160,9 @@ class Supervisor:
         self._delay_s = min(2 * self._delay_s, LONGEST_DELAY_S)
 
 
-def append_only(path: Path) -> int:
-    """A descriptor that appends to the file at ``path`` (0600); the caller closes it."""
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+def append_only(path: Path) -> IO[bytes]:
+    """The file at ``path`` (0600), opened for appending."""
+    return open(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o600))
 
 
 def supervise(children: Sequence[Child], *, pid_dir: Path, on_ready: Callable[[], None]) -> int:

@@ -115,10 +115,6 @@ def _is_open_redis(settings: Settings) -> bool:
     return leaves_host(section.url) and not has_password and section.client_cert_file is None
 
 
-def _spool_store(settings: Settings) -> StoreSection:
-    return settings.kms.jobs.spool_bucket or StoreSection()
-
-
 def _has_no_anchor(settings: Settings) -> bool:
     audit = settings.kms.audit
     return not audit.anchor_redis and audit.anchor_dir is None
@@ -216,7 +212,7 @@ TABLE: Final = (
     ),
     Weakness(
         "jobs.spool_bucket.endpoint",
-        lambda settings: is_cleartext(_spool_store(settings).endpoint),
+        lambda settings: is_cleartext((settings.kms.jobs.spool_bucket or StoreSection()).endpoint),
         "the network can read and change sealed uploads and results",
         "use https://",
     ),

@@ -286,7 +286,7 @@ class AuditSection(Section, frozen=True, kw_only=True):
 
     ``anchor_*`` keep copies of signed checkpoints, which are written every ``checkpoint_lines`` and
     ``checkpoint_s``. ``keep_days`` 0 keeps all. ``copies`` has copies of the logs of other hosts
-    (``audit.segments``).
+    (``audit.hosts``).
     """
 
     path: Path

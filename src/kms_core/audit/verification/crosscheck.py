@@ -177,7 +177,7 @@ def crosscheck(  # noqa: PLR0913 -- a log, its keys and anchors; and what is kno
     signed_to = {name: max(each.signed_seq for _, each in files) for name, files in chains.items()}
     witnesses = _seen(line for line in lines if line.seq <= signed_to.get(line.chain, -1))
     times = (*(each.last_time for each in found.values()), *(line.time for line in lines))
-    log = _log_of(chains, removals, complete_to(times) if is_copy else None)
+    log = _Log(chains, removals, complete_to(times) if is_copy else None)
     for name, files in chains.items():
         if name not in unread:
             report.problems += _joints(files, removals)
@@ -230,7 +230,6 @@ def _ends(chains: Mapping[str, Files], made: ChainReport, is_copy: bool) -> set[
 # -- anchors -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
 class _Log:
     """The log as claims are compared with it: its chains, and the last line of each.
 
@@ -239,12 +238,16 @@ class _Log:
     not have been copied yet.
     """
 
-    chains: Mapping[str, Files]
-    last: Mapping[str, int]
-    heads: Mapping[tuple[str, int], str]
-    lost: Mapping[str, tuple[int, int]]
-    removals: Removals
-    late: Lateness
+    def __init__(self, chains: Mapping[str, Files], removals: Removals, complete_to: str | None) -> None:
+        """``complete_to`` is that of ``Lateness``."""
+        parts = [found for files in chains.values() for _, found in files]
+        self.chains, self.removals = chains, removals
+        self.last = {name: max(found.last_seq for _, found in files) for name, files in chains.items()}
+        self.heads = {(found.chain, seq): head for found in parts for seq, head in found.heads.items()}
+        self.lost = acknowledged(
+            line for found in parts for line in found.stages if line.seq < found.signed_seq
+        )
+        self.late = Lateness(self.last, complete_to)
 
     def contradiction(self, claim: Claim) -> ChainProblem | None:
         """The problem that a claim proves, if it is genuine; None if the log has its line. Raises OSError.
@@ -279,19 +282,6 @@ class _Log:
     def is_late(self, claim: Claim) -> bool:
         """Return whether the line that another chain names may not have been copied yet."""
         return not self.removals.cover(claim.opened) and self.late.covers(claim)
-
-
-def _log_of(chains: Mapping[str, Files], removals: Removals, complete_to: str | None) -> _Log:
-    parts = [found for files in chains.values() for _, found in files]
-    last = {name: max(found.last_seq for _, found in files) for name, files in chains.items()}
-    return _Log(
-        chains,
-        last,
-        {(found.chain, seq): head for found in parts for seq, head in found.heads.items()},
-        acknowledged(line for found in parts for line in found.stages if line.seq < found.signed_seq),
-        removals,
-        Lateness(last, complete_to),
-    )
 
 
 def _compared_with_anchors(

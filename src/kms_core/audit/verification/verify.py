@@ -34,6 +34,7 @@ from kms_core.audit.verification.scan import (
 )
 from kms_core.observability import metrics
 from kms_core.periodic import PeriodicThread
+from kms_core.reload import stamp_of_stat
 from kms_protocol.errors import ConfigurationError
 
 _TOO_LONG: Final = segments.LONGEST_LINE_BYTES + 1
@@ -109,24 +110,19 @@ def _own_keys(files: Iterable[Segment]) -> Iterator[bytes]:
 
 # -- again and again ---------------------------------------------------------------------------------
 
-_Stamp = tuple[int, int, int]
-"""Inode, size, and time of the last inode change, which no program can set, unlike that of the write."""
-
 
 class Verifier:
     """Verifies the log of a folder repeatedly. Scans of segments are kept until those change.
 
-    Of each segment its first line and its last ``tail_bytes`` are scanned: ``verify`` scans all of it. The
-    end that an earlier verification found must still be there, so a change of the log since then is detected,
-    even by a holder of the signing key. ``unread`` is the reason why a segment could not be read; empty if
-    all could.
+    Of each segment its first line and its last MiB are scanned: ``verify`` scans all of it. The end that an
+    earlier verification found must still be there, so a change of the log since then is detected, even by a
+    holder of the signing key. ``unread`` is the reason why a segment could not be read; empty if all could.
     """
 
-    def __init__(self, folder: Path, tail_bytes: int) -> None:
+    def __init__(self, folder: Path) -> None:
         self.unread = ""
         self._folder = folder
-        self._tail_bytes = tail_bytes
-        self._known: dict[Segment, tuple[_Stamp, ScannedSpan]] = {}
+        self._known: dict[Segment, tuple[tuple[int, ...], ScannedSpan]] = {}
         self._removals = Removals()
 
     def verify(self, keys: PublicKeys, anchors: Anchors) -> VerificationReport:
@@ -154,7 +150,7 @@ class Verifier:
     def _scan(self, segment: Segment, keys: PublicKeys) -> Iterator[ChainProblem]:
         """Scan a segment that has changed; problems of the lines that were known before."""
         stat = segment.path.stat()
-        stamp = (stat.st_ino, stat.st_size, stat.st_ctime_ns)
+        stamp = stamp_of_stat(stat)
         before, known = self._known.get(segment, (None, None))
         if before == stamp:
             return
@@ -171,10 +167,10 @@ class Verifier:
     ) -> ScannedSpan:
         """Scan all of a short segment. Of a long one its end, behind what is known or its first line."""
         begin, first_end = 0, 0
-        if size > self._tail_bytes:
+        if size > _TAIL_BYTES:
             with segment.path.open("rb") as file:
                 first_end = len(file.readline(_TOO_LONG))
-                begin = max(first_end, size - self._tail_bytes)
+                begin = max(first_end, size - _TAIL_BYTES)
                 if begin > first_end:
                     file.seek(begin)
                     begin += len(line) if (line := file.readline(_TOO_LONG)).endswith(b"\n") else 0
@@ -255,7 +251,7 @@ class AuditMonitor(PeriodicThread):
         super().__init__("audit-monitor", EVERY_S, failed="audit.round_failed")
         self._folder = folder
         self._keys = public_path(signing_key)
-        self._verifier = Verifier(folder, _TAIL_BYTES)
+        self._verifier = Verifier(folder)
         self._anchors = [AnchorReader(sink) for sink in anchors]
         self.condition = Condition()
         for what in ("chain", *(each.name for each in self._anchors)):

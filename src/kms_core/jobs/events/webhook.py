@@ -26,7 +26,7 @@ import httpcore2
 import msgspec
 import structlog
 
-from kms_core.http_client import DeadlineTransport
+from kms_core.http_client import DeadlineTransport, within
 from kms_core.jobs.model import Job
 from kms_core.secure_files import check_secret
 from kms_core.settings.model import EndpointSection as Section
@@ -277,7 +277,8 @@ def _headers(secret: bytes, message: WebhookRequest) -> dict[bytes | str, bytes 
 def post(endpoint: WebhookEndpoint, message: WebhookRequest, total_s: float = TOTAL_S) -> DeliveryOutcome:
     """Send once, in ``total_s`` besides the name's lookup. Any answer but 2xx or 410 is a failure."""
     try:
-        return _judged(_status(endpoint, message, time.monotonic() + total_s))
+        with within(total_s):
+            return _judged(_status(endpoint, message))
     except tuple(_FAILURES) as exc:
         word = next(word for kind, word in _FAILURES.items() if isinstance(exc, kind))
         tls = isinstance(exc.__context__, ssl.SSLError)  # the pool drops the cause
@@ -294,12 +295,11 @@ def resolve(endpoint: WebhookEndpoint) -> list[Address]:
     return addresses
 
 
-def _status(endpoint: WebhookEndpoint, message: WebhookRequest, deadline: float) -> int:
+def _status(endpoint: WebhookEndpoint, message: WebhookRequest) -> int:
     headers = _headers(read_secret(endpoint.section.secret_file), message)
     timeouts = {"connect": CONNECT_S, "read": TOTAL_S, "write": TOTAL_S, "pool": TOTAL_S}
     network = DeadlineTransport([str(address) for address in resolve(endpoint)])
     with (
-        network.until(deadline),
         httpcore2.ConnectionPool(ssl_context=endpoint.tls, network_backend=network) as pool,
         pool.stream(
             "POST",

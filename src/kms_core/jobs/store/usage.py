@@ -8,7 +8,7 @@ from kms_core.jobs.store.errors import redis_errors
 from kms_core.jobs.store.keys import PREFIX
 from kms_core.jobs.store.records import named, number
 from kms_core.jobs.store.scripts import SCRIPTS, flat
-from kms_core.observability.metrics import UsageCounters
+from kms_core.operation import UsageCounters
 from kms_core.periodic import PeriodicThread
 from kms_protocol.errors import JobsUnavailable
 
