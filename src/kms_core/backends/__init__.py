@@ -74,8 +74,6 @@ class Backend(Protocol):
 
     name: str
     """The scheme, such as ``age`` or ``vault-kv``: part of stanzas and metrics."""
-    blocks: bool
-    """Return whether calls wait on a network; the API runs those in a thread."""
     data_keys: bool
     """Return whether plaintext data keys may be handed out."""
     native: bool
@@ -83,7 +81,10 @@ class Backend(Protocol):
 
     @property
     def server(self) -> "PeerServer | None":
-        """The server of the key, whose ``timeout_s`` bounds a call; None for keys on this host."""
+        """The server of the key, whose ``timeout_s`` bounds a call; None for keys on this host.
+
+        Calls with a server wait on a network; the API runs those in a thread.
+        """
 
     def wrap(self, file_key: bytes, key: "KeyRef", aad: bytes) -> "Stanza":
         """Wrap a 16-byte file key. See ``envelope.sealing.Wrapper``, of which every backend is one."""

@@ -77,7 +77,6 @@ class AgeBackend:
     """One age key: the identities of one source, one of which wraps."""
 
     name = "age"
-    blocks = False
     server = None
 
     def __init__(

@@ -97,7 +97,6 @@ class RemoteBackend:
     Its wraps authenticate the AAD, so files need no origin stanza.
     """
 
-    blocks = True
     data_keys = True
     native = False
 
@@ -246,7 +245,6 @@ class RemoteBackend:
 class SharingBackend:
     """A ``RemoteBackend`` that asks its server for wrap keys, each for many files."""
 
-    blocks = True
     data_keys = True
     native = False
 
