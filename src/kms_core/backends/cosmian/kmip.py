@@ -129,16 +129,6 @@ def number(tag: str, value: int) -> Node:
     return Node(tag, "Integer", value)
 
 
-def flag(tag: str, *, value: bool) -> Node:
-    """Return a Boolean."""
-    return Node(tag, "Boolean", value)
-
-
-def date(tag: str, value: str) -> Node:
-    """A time in RFC 3339."""
-    return Node(tag, "DateTime", value)
-
-
 def octets(tag: str, value: bytes) -> Node:
     """Return a ByteString."""
     return Node(tag, "ByteString", value.hex().upper())
@@ -156,7 +146,7 @@ _INDEX: Final = "UniqueBatchItemID"  # returned with the answer
 _HEADER: Final = (
     structure("ProtocolVersion", number("ProtocolVersionMajor", 2), number("ProtocolVersionMinor", 1)),
     name("BatchErrorContinuationOption", "Continue"),
-    flag("BatchOrderOption", value=True),
+    Node("BatchOrderOption", "Boolean", value=True),
 )
 
 
@@ -284,11 +274,11 @@ class Kmip:
             name("KeyFormatType", "TransparentSymmetricKey"),
             name("ObjectType", "SymmetricKey"),
             text("UniqueIdentifier", uid),
-            flag("Sensitive", value=True),
+            Node("Sensitive", "Boolean", value=True),
         ]
         if not self._old:
             attributes += [
-                date("ActivationDate", _LONG_AGO),
+                Node("ActivationDate", "DateTime", _LONG_AGO),
                 structure("Name", text("NameValue", label), name("NameType", "UninterpretedTextString")),
             ]
         attributes.append(self._tagged(tag))

@@ -197,8 +197,13 @@ def path_of(text: str, what: str) -> str:
     return quote(text)
 
 
-def located(uri: SplitResult, mount: str, usage: str) -> tuple[str, str]:
-    """Mount and path of a key's URI. Raises ConfigurationError with ``usage``."""
+def located(uri: SplitResult | None, mount: str, path: str | None, usage: str) -> tuple[str, str | None]:
+    """Mount and path of a key's URI; those given, of the settings, without one or where it names no mount.
+
+    Raises ConfigurationError with ``usage``.
+    """
+    if uri is None:
+        return mount, path
     options = parse_qs(uri.query, keep_blank_values=True)
     mounts = options.pop("mount", [mount])
     if uri.netloc or uri.fragment or options or len(mounts) != 1 or not mounts[0] or not uri.path:

@@ -145,7 +145,7 @@ class TransitCipher:
         """
         before = self._record().latest_version
         try:
-            answer = self._vault.call("POST", f"{self._mount}/keys/{self._key}/rotate", {})
+            answer = self._vault.call("POST", f"{self._path}/rotate", {})
         except (Unreachable, Busy):
             record = self._record()
             if record.latest_version == before:
@@ -190,11 +190,9 @@ class TransitCipher:
         if isinstance(item, _Encrypt):
             item = msgspec.structs.replace(item, type=_NO_UPSERT)
         answer = self._vault.call("POST", f"{self._mount}/{operation}/{self._key}", item)
-        if answer.ok:
-            return answer.read(EngineAnswer[_ItemOutcome]).data
-        if answer.status != HTTPStatus.BAD_REQUEST:
-            self._refused(answer)
-        raise self._refusal_error(operation, said(answer))
+        if not answer.ok:
+            self._refused(answer, operation)
+        return answer.read(EngineAnswer[_ItemOutcome]).data
 
     def _send_batch(self, operation: str, items: Sequence[Item]) -> Sequence[_ItemOutcome | KmsError] | None:
         """The outcome of each item; None for an answer without outcomes."""
@@ -218,7 +216,7 @@ class TransitCipher:
         return self._error(next(text for word, text in _REFUSALS if word in words))
 
     def _record(self) -> _Record:
-        answer = self._vault.call("GET", f"{self._mount}/keys/{self._key}")
+        answer = self._vault.call("GET", self._path)
         if not answer.ok:
             self._refused(answer)
         record = answer.read(EngineAnswer[_Record]).data
@@ -239,15 +237,15 @@ class TransitCipher:
             self._warned = True
             _log.warning("key.exportable", backend=self.name, key=self._path, advice=make)
 
-    def _refused(self, answer: PeerAnswer) -> NoReturn:
-        """Raise for an answer other than 2xx that does not mean a damaged wrap."""
+    def _refused(self, answer: PeerAnswer, operation: str = "") -> NoReturn:
+        """Raise for an answer other than 2xx, which only to ``decrypt`` may mean a damaged wrap."""
         words = said(answer)
         if answer.status == HTTPStatus.NOT_FOUND:
             enable = f"bao secrets enable -path={self._mount} transit"
             raise self._vault.engine_error(answer, self._mount, enable) or self._error(_ABSENT)
         if answer.status != HTTPStatus.BAD_REQUEST:
             raise answer.unexpected_error()
-        raise self._refusal_error("", words)
+        raise self._refusal_error(operation, words)
 
     def _raw(self, ciphertext: str, version: str) -> bytes:
         """The bytes after the prefix of exactly this version. Raises BackendUnavailable for another text."""
@@ -286,11 +284,8 @@ def _moment(seconds: object) -> datetime | None:
 
 def open_key(uri: SplitResult | None, section: TransitSection, *, strict: bool) -> RemoteBackend:
     """``transit:<key>``, or ``transit:<key>?mount=<mount>``; None means ``key_name`` of ``[kms.transit]``."""
-    mount, key = section.mount, section.key_name
-    if uri is not None:
-        mount, key = located(
-            uri, mount, "A transit key is transit:<key name>, or transit:<key name>?mount=<mount>"
-        )
+    usage = "A transit key is transit:<key name>, or transit:<key name>?mount=<mount>"
+    mount, key = located(uri, section.mount, section.key_name, usage)
     if key is None:
         raise ConfigurationError("kms.transit.key_name is missing: name the key that the service uses")
     vault = connect(section, "kms.transit", strict=strict)
