@@ -46,25 +46,19 @@ _REFUSALS: Final = (  # the first whose text is in the answer; the last for any 
 _log = structlog.get_logger(__name__)
 
 
-class _Encrypt(msgspec.Struct, omit_defaults=True):
-    plaintext: bytes  # msgspec writes and reads bytes as base64
+class _Item(msgspec.Struct, omit_defaults=True):
+    """A secret to encrypt under a version, or a ciphertext to decrypt."""
+
     associated_data: bytes
-    key_version: int
+    plaintext: bytes = b""  # msgspec writes and reads bytes as base64
+    key_version: int = 0
+    ciphertext: str = ""
     type: str = ""  # for a call of its own
     reference: str = ""  # for an item of a batch, where it comes back with the outcome
 
 
-class _Decrypt(msgspec.Struct, omit_defaults=True):
-    ciphertext: str
-    associated_data: bytes
-    reference: str = ""
-
-
-Item = _Encrypt | _Decrypt
-
-
 class _Batch(msgspec.Struct, omit_defaults=True):
-    batch_input: Sequence[Item]
+    batch_input: Sequence[_Item]
     type: str = ""
 
 
@@ -114,14 +108,14 @@ class TransitCipher:
             )
         self._key = key
         self._warned = False
-        self._encrypts: Batcher[Item, _ItemOutcome] = Batcher(partial(self._send, "encrypt"))
-        self._decrypts: Batcher[Item, _ItemOutcome] = Batcher(partial(self._send, "decrypt"))
+        self._encrypts: Batcher[_Item, _ItemOutcome] = Batcher(partial(self._send, "encrypt"))
+        self._decrypts: Batcher[_Item, _ItemOutcome] = Batcher(partial(self._send, "decrypt"))
 
     def encrypt(self, secret: bytes, version: str, aad: bytes) -> bytes:
         """Encrypt under exactly this version. Raises BackendUnavailable if that is not possible."""
         if not _VERSION.fullmatch(version):
             raise self._error(f"has no version {version}")
-        found = self._ask(self._encrypts, _Encrypt(secret, aad, int(version)))
+        found = self._ask(self._encrypts, _Item(aad, plaintext=secret, key_version=int(version)))
         return self._raw(found.ciphertext, version)
 
     def decrypt(self, wrapped: bytes, version: str, aad: bytes) -> bytes:
@@ -129,7 +123,7 @@ class TransitCipher:
         if not _VERSION.fullmatch(version):
             raise DecryptFailed
         ciphertext = f"vault:v{version}:{base64.b64encode(wrapped).decode('ascii')}"
-        plaintext = self._ask(self._decrypts, _Decrypt(ciphertext, aad)).plaintext
+        plaintext = self._ask(self._decrypts, _Item(aad, ciphertext=ciphertext)).plaintext
         if plaintext is None:
             raise self._vault.server.unexpected_error("no plaintext")
         return plaintext
@@ -158,11 +152,11 @@ class TransitCipher:
 
     # -- calls of several threads in one request --------------------------------------------------------
 
-    def _ask(self, batcher: "Batcher[Item, _ItemOutcome]", item: Item) -> _ItemOutcome:
+    def _ask(self, batcher: "Batcher[_Item, _ItemOutcome]", item: _Item) -> _ItemOutcome:
         with self._vault.peer.one_timeout():
             return self._vault.peer.in_time(partial(batcher.call, item))
 
-    def _send(self, operation: str, items: Sequence[Item]) -> Sequence[_ItemOutcome | KmsError]:
+    def _send(self, operation: str, items: Sequence[_Item]) -> Sequence[_ItemOutcome | KmsError]:
         """Send items in one request. One that the server refuses as a whole is sent again item by item.
 
         So no caller's ciphertext can fail the calls of others.
@@ -175,7 +169,7 @@ class TransitCipher:
             found = None
         return found or self._send_each(operation, items)
 
-    def _send_each(self, operation: str, items: Sequence[Item]) -> Sequence[_ItemOutcome | KmsError]:
+    def _send_each(self, operation: str, items: Sequence[_Item]) -> Sequence[_ItemOutcome | KmsError]:
         outcomes: list[_ItemOutcome | KmsError] = []
         for item in items:
             try:
@@ -186,15 +180,15 @@ class TransitCipher:
                 outcomes.append(exc)
         return outcomes
 
-    def _send_one(self, operation: str, item: Item) -> _ItemOutcome:
-        if isinstance(item, _Encrypt):
+    def _send_one(self, operation: str, item: _Item) -> _ItemOutcome:
+        if operation == "encrypt":
             item = msgspec.structs.replace(item, type=_NO_UPSERT)
         answer = self._vault.call("POST", f"{self._mount}/{operation}/{self._key}", item)
         if not answer.ok:
             self._refused(answer, operation)
         return answer.read(EngineAnswer[_ItemOutcome]).data
 
-    def _send_batch(self, operation: str, items: Sequence[Item]) -> Sequence[_ItemOutcome | KmsError] | None:
+    def _send_batch(self, operation: str, items: Sequence[_Item]) -> Sequence[_ItemOutcome | KmsError] | None:
         """The outcome of each item; None for an answer without outcomes."""
         numbered = [msgspec.structs.replace(item, reference=str(n)) for n, item in enumerate(items)]
         document = _Batch(numbered, _NO_UPSERT if operation == "encrypt" else "")
