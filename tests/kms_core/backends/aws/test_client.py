@@ -6,7 +6,8 @@ from typing import Final
 import botocore.session
 import pytest
 
-from kms_core.backends.aws.backend import ADVICE, BUSY, CIPHERTEXT, AwsCipher
+from kms_core.backends.aws.backend import AwsCipher
+from kms_core.backends.aws.client import ADVICE, BUSY, CIPHERTEXT
 from kms_core.http_client import Busy, Unreachable
 from kms_protocol.errors import BackendUnavailable, DecryptFailed, KmsError
 from support.aws_scripted import AAD, ARN, KEY, SECRET, Reply, b64, cipher_with, refused, scripted, working

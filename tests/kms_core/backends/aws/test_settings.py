@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import CredentialRetrievalError
 
-from kms_core.backends.aws.backend import AwsCipher, AwsKmsClient, open_key
+from kms_core.backends.aws.backend import AwsCipher, open_key
+from kms_core.backends.aws.client import AwsKmsClient
 from kms_core.backends.aws.settings import AwsKmsSection
 from kms_core.http_client import Unreachable
 from kms_core.keyring import build
