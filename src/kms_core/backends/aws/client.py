@@ -9,7 +9,6 @@ import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final, TypeVar
 from urllib.parse import urlsplit
 
@@ -34,70 +33,25 @@ except ImportError as exc:
 
 Shape = TypeVar("Shape")
 Parameters = Mapping[str, object]
-CIPHERTEXT: Final = frozenset({"InvalidCiphertextException", "IncorrectKeyException"})
-"""Codes of Decrypt for a wrong ciphertext, context or key."""
-
-BUSY: Final = frozenset(
-    {
-        "DependencyTimeoutException",
-        "InternalFailure",
-        "KMSInternalException",
-        "KeyUnavailableException",
-        "LimitExceededException",
-        "RequestLimitExceeded",
-        "ServiceUnavailable",
-        "Throttling",
-        "ThrottlingException",
-        "TooManyRequestsException",
-    }
-)
-"""Temporary errors. Status 503 counts as no answer, before the code is read."""
-
 _CREDENTIALS: Final = "AWS does not accept these credentials: {} (kms.awskms.profile, or the AWS_* variables)"
-_CREATE: Final = "the new key cannot be made: {}"
-ADVICE: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "AccessDenied": "these credentials may not: allow {call} in the key's policy or in IAM",
-        "AccessDeniedException": "these credentials may not: allow {call} in the key's policy or in IAM",
-        "AlreadyExistsException": "an alias of that name is there already",
-        "CloudHsmClusterInvalidConfigurationException": _CREATE.format("its CloudHSM cluster is not ready"),
-        "CustomKeyStoreInvalidStateException": _CREATE.format("its key store is not connected"),
-        "CustomKeyStoreNotFoundException": _CREATE.format("its key store is not there"),
-        "DisabledException": "the key is disabled: enable it with `aws kms enable-key`",
-        "DryRunOperationException": "the call was a rehearsal",
-        "ExpiredToken": _CREDENTIALS.format("they have expired"),
-        "ExpiredTokenException": _CREDENTIALS.format("they have expired"),
-        "IncompleteSignature": _CREDENTIALS.format("the signature is not complete"),
-        "IncompleteSignatureException": _CREDENTIALS.format("the signature is not complete"),
-        "InvalidAliasNameException": "the alias has a name that AWS does not allow",
-        "InvalidArnException": "the key's name is not an ARN: check kms.awskms.key_id or the key's URI",
-        "InvalidClientTokenId": _CREDENTIALS.format("the access key is not known"),
-        "InvalidGrantTokenException": "a grant token is not valid",
-        "InvalidKeyUsageException": "the key is not for symmetric encryption: name one that is",
-        "InvalidMarkerException": "the list of aliases changed: the service lists them again soon",
-        "InvalidSignatureException": _CREDENTIALS.format("check the secret key, the region and the clock"),
-        "KMSInvalidStateException": "the key's state does not allow it: `aws kms describe-key` tells which, "
-        "and `aws kms cancel-key-deletion` keeps one that waits for its deletion",
-        "MalformedPolicyDocumentException": _CREATE.format("AWS refuses the old key's policy"),
-        "MissingAuthenticationToken": _CREDENTIALS.format("there are none"),
-        "MissingAuthenticationTokenException": _CREDENTIALS.format("there are none"),
-        "NotFoundException": "the key is not there: check its name, region and account",
-        "OptInRequired": _CREDENTIALS.format("the account has not opted in to this region"),
-        "RequestExpired": _CREDENTIALS.format("the clock of this machine is wrong"),
-        "SignatureDoesNotMatch": _CREDENTIALS.format("check the secret key, the region and the clock"),
-        "TagException": _CREATE.format("AWS refuses the old key's tags"),
-        "UnrecognizedClientException": _CREDENTIALS.format("the access key is not known"),
-        "UnsupportedOperationException": "AWS KMS does not do that with this key",
-        "ValidationException": "AWS KMS does not take the request: check the key's name",
-        "XksKeyAlreadyInUseException": _CREATE.format("it is in an external key store"),
-        "XksKeyInvalidConfigurationException": _CREATE.format("it is in an external key store"),
-        "XksKeyNotFoundException": _CREATE.format("it is in an external key store"),
-    }
-)
-"""Advice for permanent errors, which are not retried."""
-
 _IAM_REFUSAL: Final = "not authorized to perform"  # IAM User Guide, "access denied error messages"
 _CODE: Final = re.compile(r"[A-Za-z0-9.]{1,80}")
+
+
+class ErrorCodes(msgspec.Struct, frozen=True):
+    """The content of ``errors.toml``."""
+
+    busy: frozenset[str]
+    ciphertext: frozenset[str]
+    advice: dict[str, str]
+    credentials: dict[str, str]
+
+
+ERRORS: Final = msgspec.toml.decode(Path(__file__).with_name("errors.toml").read_bytes(), type=ErrorCodes)
+ADVICE: Final[Mapping[str, str]] = ERRORS.advice | {
+    code: _CREDENTIALS.format(reason) for code, reason in ERRORS.credentials.items()
+}
+"""Advice for permanent errors, which are not retried."""
 
 
 class _Problem(msgspec.Struct):
@@ -143,13 +97,10 @@ class AwsKmsClient:
 
         Raises DecryptFailed (only Decrypt), Unreachable, Busy, BackendUnavailable.
         """
-        return self._send(operation, parameters).read(shape)
+        return self.send(operation, parameters).read(shape)
 
-    def send(self, operation: str, parameters: Parameters, *, done: str = "") -> None:
-        """Make a call without an answer; the error code ``done`` means success too. Raises as ``ask``."""
-        self._send(operation, parameters, done)
-
-    def _send(self, operation: str, parameters: Parameters, done: str = "") -> PeerAnswer:
+    def send(self, operation: str, parameters: Parameters, *, done: str = "") -> PeerAnswer:
+        """Make a call; the error code ``done`` means success too. Raises as ``ask``."""
         body = msgspec.json.encode(parameters)  # bytes as base64, which AWS JSON 1.1 wants too
         with self.peer.one_timeout():
             answer = self.peer.call("POST", "/", body, headers=self._signed(operation, body))
@@ -214,11 +165,11 @@ def _call_error(operation: str, key: object, problem: _Problem) -> KmsError:
     """The error for an answer of AWS; ``key`` is its name in the settings or its ARN."""
     code = problem.code
     denied = code.startswith("AccessDenied") and _IAM_REFUSAL not in (problem.message or "")
-    if operation == "Decrypt" and (code in CIPHERTEXT or denied):  # AWS calls an unknown key in it denied
+    if operation == "Decrypt" and (code in ERRORS.ciphertext or denied):  # AWS calls an unknown key denied
         return DecryptFailed()
     shown = code if _CODE.fullmatch(code) else "an error without a name"
     text = f"AWS KMS answers {shown} to {operation}{f' with {key}' if key else ''}"
-    if code in BUSY:
+    if code in ERRORS.busy:
         return Busy(text)
     kind = KeyMissing if (operation, code) == ("DescribeKey", "NotFoundException") else BackendUnavailable
     advice = ADVICE.get(code, "see the AWS KMS API reference")
