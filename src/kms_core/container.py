@@ -143,11 +143,13 @@ def blob_store(settings: Settings, *, makes: bool = True) -> BlobStore:
 
 
 def check(settings: Settings) -> None:
-    """Compare this host with Redis and with the hosts that serve.
+    """Check that key servers have our keys, and compare this host with Redis and with the hosts that serve.
 
-    Raises ConfigurationError if Redis cannot do what the settings want of its replicas, belongs to another
-    install, or knows a host with another spool. A Redis that does not answer is compared later.
+    Raises ConfigurationError for a missing key, or if Redis cannot do what the settings want of its replicas,
+    belongs to another install, or knows a host with another spool. A Redis that does not answer is compared
+    later.
     """
+    backend_watch.check_keys(settings, key_opening.of_process(settings))
     with suppress(redis.RedisError):  # it may come back as another one, and each write is waited for anyway
         verify_replicas(settings.kms.redis)
     with suppress(JobsUnavailable, redis.RedisError), connect(settings.kms.redis, _ASK_S) as client:

@@ -1,16 +1,14 @@
-"""The key files of an installation, sealed ones opened once for all processes of a program, and its peers.
+"""The key files of an installation, of which sealed ones are opened once for all processes of a program.
 
 The parent opens them (the leader of the API, the worker before it forks, or a single process), and its
 children read ``opened_files``. Other programs, such as ``kms doctor``, open the files themselves.
 """
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from threading import Thread
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -19,7 +17,7 @@ import structlog
 from kms_core import keyring, stores
 from kms_core.age.header import is_age_file
 from kms_core.audit.keys import CONCEALING, SIGNING
-from kms_core.backends import NATIVE, Backend, KeyMissing
+from kms_core.backends import NATIVE
 from kms_core.backends.age import AgeBackend, parts_of
 from kms_core.backends.age_settings import AgeSection
 from kms_core.backends.key_files import KeyFiles, make_identity
@@ -31,11 +29,10 @@ from kms_core.secure_memory import SharedSecrets
 from kms_core.settings.lint import leaves_host
 from kms_core.settings.model import Settings
 from kms_protocol import small_files
-from kms_protocol.errors import BackendUnavailable, ConfigurationError, Unavailable
+from kms_protocol.errors import ConfigurationError, Unavailable
 
 SPOOL: Final = "kms:spool"
 INTAKE: Final = "kms:intake"
-_CHECK_S: Final = 5.0
 _log = structlog.get_logger(__name__)
 
 
@@ -177,43 +174,3 @@ def _identities(path: Path | None) -> Sequence[SealingIdentity]:
             "it is sealed for age identities, and none are named: set seal_identity_path under [kms.age]"
         )
     return read_identities(path)
-
-
-# -- keys of peers -------------------------------------------------------------------------------------
-
-
-def check(settings: Settings) -> None:
-    """Check that each peer has the keys that settings name. Raises ConfigurationError for a missing key.
-
-    A peer that refuses us or does not answer within 5 seconds is logged: the service starts degraded.
-    """
-    if settings.used_backends <= {NATIVE}:
-        return
-    keys = keyring.build(settings, of_process(settings)).keys
-    peers: dict[str, list[Backend]] = {}
-    for key in (*keyring.roots(settings).values(), *keys.values()):
-        for backend in key.backends:
-            if backend.blocks:
-                peers.setdefault(backend.name, []).append(backend)
-    missing: list[KeyMissing] = []
-    # daemon threads: a peer that never answers must not delay the end of the process
-    threads = [Thread(target=_check_peer, args=(each, missing), daemon=True) for each in peers.values()]
-    for thread in threads:
-        thread.start()
-    until = time.monotonic() + _CHECK_S
-    for thread in threads:
-        thread.join(max(0.0, until - time.monotonic()))
-    if missing:
-        raise ConfigurationError(missing[0].detail)
-
-
-def _check_peer(backends: Sequence[Backend], missing: list[KeyMissing]) -> None:
-    """Check the keys of one peer in turn, until it fails to answer."""
-    for backend in backends:
-        try:
-            backend.versions()
-        except KeyMissing as exc:
-            missing.append(exc)
-        except BackendUnavailable as exc:
-            _log.warning("backend.unavailable", backend=backend.name, reason=exc.detail)
-            return
