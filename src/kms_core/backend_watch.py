@@ -12,7 +12,6 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
 from typing import Final
@@ -112,9 +111,7 @@ class BackendWatch(PeriodicThread):
 
     def _ask_all(self) -> dict[WatchedBackend, Health]:
         """The health of each backend. One that has not answered within the round is not healthy."""
-        silent = Health(
-            healthy=False, checked_at=datetime.now(UTC), detail="No answer, or it cannot be opened"
-        )
+        silent = Health(healthy=False, detail="No answer, or it cannot be opened")
         found, backends = dict.fromkeys((*self._backends, *self._root_names), silent), dict(self._backends)
         with suppress(ConfigurationError):  # an Age root whose file was taken away
             backends.update(_named(self._roots().values(), ROOT))

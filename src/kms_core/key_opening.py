@@ -5,7 +5,7 @@ children read ``opened_files``. Other programs, such as ``kms doctor``, open the
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -23,13 +23,13 @@ from kms_core.backends.age_settings import AgeSection
 from kms_core.backends.key_files import KeyFiles, make_identity
 from kms_core.documents.key_document import KeyDocument
 from kms_core.documents.local_copy import LocalCopy
-from kms_core.envelope.sealed_files import FileSealer, SealedFiles, SealingIdentity, read_identities
+from kms_core.envelope.sealed_files import FileSealer, SealedFiles, read_identities
 from kms_core.opened_files import InheritedFiles, KeyOpener
 from kms_core.secure_memory import SharedSecrets
 from kms_core.settings.lint import leaves_host
 from kms_core.settings.model import Settings
 from kms_protocol import small_files
-from kms_protocol.errors import ConfigurationError, Unavailable
+from kms_protocol.errors import Unavailable
 
 SPOOL: Final = "kms:spool"
 INTAKE: Final = "kms:intake"
@@ -153,7 +153,7 @@ def _inherited(settings: Settings) -> InheritedFiles | None:
 def direct(settings: Settings) -> FileSealer:
     """Open and seal files in this process, with a call to a root for each."""
     roots = cache(partial(keyring.roots, settings))
-    identities = partial(_identities, settings.backend(AgeSection).seal_identity_path)
+    identities = partial(read_identities, settings.backend(AgeSection).seal_identity_path)
     return FileSealer(roots, identities, partial(_document, settings))
 
 
@@ -166,11 +166,3 @@ def _document(
     folder = stores.documents_folder(settings)
     copy = LocalCopy(document, folder, math.inf)  # however old it is: identities are not revoked
     return KeyDocument(name, document, copy, sealer, opened)
-
-
-def _identities(path: Path | None) -> Sequence[SealingIdentity]:
-    if path is None:
-        raise ConfigurationError(
-            "it is sealed for age identities, and none are named: set seal_identity_path under [kms.age]"
-        )
-    return read_identities(path)

@@ -7,8 +7,8 @@ Importing this package loads the tables of the backends and none of their code, 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, Protocol
 
 from kms_core.backends.age_settings import AgeSection
@@ -56,9 +56,9 @@ class Health:
     """
 
     healthy: bool
-    checked_at: datetime
     detail: str = ""
     answered: bool = True
+    checked_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
 @dataclass(frozen=True, slots=True)

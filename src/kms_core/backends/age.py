@@ -18,7 +18,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 from urllib.parse import SplitResult, parse_qs, unquote
@@ -141,14 +140,13 @@ class AgeBackend:
 
     def health_check(self) -> Health:
         """Wrap and unwrap with the current version; unhealthy while changed key files cannot be read."""
-        now = datetime.now(UTC)
         try:
             keys = self._fresh()
         except BackendUnavailable as exc:
-            return Health(healthy=False, checked_at=now, detail=exc.detail)
+            return Health(healthy=False, detail=exc.detail)
         identity, probe = keys.identities[keys.current], os.urandom(FILE_KEY_BYTES)
         healthy = identity.unwrap(identity.recipient.wrap(probe)) == probe
-        return Health(healthy=healthy and not self._error, checked_at=now, detail=self._error)
+        return Health(healthy=healthy and not self._error, detail=self._error)
 
     def rotate(self) -> KeyVersion:
         """A new identity of the same type, in use at once here and within a second in other processes.

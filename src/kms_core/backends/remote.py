@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Final, Protocol, TypeVar
 
 import structlog
@@ -204,16 +203,15 @@ class RemoteBackend:
             return self._health[1]
 
     def _probe(self) -> Health:
-        now, probe = datetime.now(UTC), os.urandom(FILE_KEY_BYTES)
+        probe = os.urandom(FILE_KEY_BYTES)
         try:
             with http_client.within(self.server.timeout_s):
                 version = self.current_version()
                 wrapped = self._caller.once("health", lambda: self._cipher.encrypt(probe, version, b"health"))
                 again = self._caller.once("health", lambda: self._cipher.decrypt(wrapped, version, b"health"))
         except KmsError as exc:
-            answered = not isinstance(exc, Unreachable)
-            return Health(healthy=False, checked_at=now, detail=exc.detail, answered=answered)
-        return Health(healthy=again == probe, checked_at=now, detail="" if again == probe else "wrong answer")
+            return Health(healthy=False, detail=exc.detail, answered=not isinstance(exc, Unreachable))
+        return Health(healthy=again == probe, detail="" if again == probe else "wrong answer")
 
     def for_job(self) -> "SharingBackend":
         """Return this key for one run of a bulk job: a few calls to the server for any number of items."""

@@ -115,8 +115,15 @@ class RootKey(Protocol):
     ) -> tuple[bytes, KeyRef]: ...
 
 
-def read_identities(path: Path) -> list[SealingIdentity]:
-    """The identities of a file, native or of plugins. Raises ConfigurationError, which names the line."""
+def read_identities(path: Path | None) -> list[SealingIdentity]:
+    """The identities of a file, native or of plugins. Raises ConfigurationError, which names the line.
+
+    ``path`` is ``[kms.age] seal_identity_path``, None if it is not set.
+    """
+    if path is None:
+        raise ConfigurationError(
+            "it is sealed for age identities, and none are named: set seal_identity_path under [kms.age]"
+        )
     try:
         content = small_files.read(path)
     except OSError as exc:

@@ -95,7 +95,11 @@ class VaultClient:
             token = self.token.current()
             answer = self._send(token, method, path, document)
             if answer.status == HTTPStatus.FORBIDDEN:
-                raise self._forbidden_error(answer, path)
+                said(answer)  # raises for an answer of another server
+                raise BackendUnavailable(
+                    f"{self.server.where} refuses our token: renew the one in {self.section}.token_file, "
+                    f"or let its policy allow {path}"
+                )
             self._renew_when_due(token)
         return answer
 
@@ -122,13 +126,6 @@ class VaultClient:
         if answer.status == HTTPStatus.SERVICE_UNAVAILABLE:
             raise Unreachable(f"{self.server.where} answers {answer.status}")
         return answer
-
-    def _forbidden_error(self, answer: PeerAnswer, path: str) -> BackendUnavailable:
-        said(answer)
-        return BackendUnavailable(
-            f"{self.server.where} refuses our token: renew the one in {self.section}.token_file, "
-            f"or let its policy allow {path}"
-        )
 
     # -- the token's life ---------------------------------------------------------------------------
 

@@ -162,10 +162,9 @@ class KvCipher:
         """Read the document; needs the lock. Keys stay while the server is down, not if it refuses."""
         try:
             document = self._fetch(time.monotonic())
-        except (Unreachable, Busy):
-            raise
-        except BackendUnavailable:
-            self._document = None
+        except BackendUnavailable as exc:
+            if not isinstance(exc, Unreachable | Busy):
+                self._document = None
             raise
         self._document = document if document.keys else None
         return document
