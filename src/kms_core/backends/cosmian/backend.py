@@ -142,13 +142,14 @@ class CosmianKey:
             if exc.kind is Kind.MISSING:
                 return None
             raise
-        if found.keyset:
+        if found.text("RotateName"):
             raise self.keyset_error()
-        if found.state == _RESTING and uid == self.name:  # its creator has to activate it
-            raise Refusal(Kind.STATE, found.state)
-        if found.state not in _OPENING:
+        state = found.text("State")
+        if state == _RESTING and uid == self.name:  # its creator has to activate it
+            raise Refusal(Kind.STATE, state)
+        if state not in _OPENING:
             return None
-        return _Version(number, uid, found.state, time_or_none(found.created))
+        return _Version(number, uid, state, time_or_none(found.text("InitialDate")))
 
     def _create(self, number: int) -> bool:
         """Make a version; False if its identifier is taken."""

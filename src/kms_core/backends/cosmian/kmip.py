@@ -163,15 +163,6 @@ class GcmResult:
     tag: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class KeyAttributes:
-    """Attributes of a key on the server; ``state`` is a KMIP name such as ``Active``."""
-
-    state: str
-    created: str
-    keyset: str
-
-
 class Messages:
     """Sends operations to servers from 5.0 on, in batches."""
 
@@ -293,12 +284,11 @@ class Kmip:
         nested = found.find("UniqueIdentifier") if self._old else found
         return nested.texts("UniqueIdentifier") if nested else []
 
-    def attributes(self, uid: str) -> KeyAttributes:
-        """State, creation time and key set of a key. Raises Refusal."""
+    def attributes(self, uid: str) -> Node:
+        """``State``, ``InitialDate`` and ``RotateName`` (of its key set) of a key. Raises Refusal."""
         references = (name("AttributeReference", each) for each in ("State", "InitialDate", "RotateName"))
         found = self._ask(structure("GetAttributes", text("UniqueIdentifier", uid), *references))
-        known = found.find("Attributes") or structure("Attributes")
-        return KeyAttributes(known.text("State"), known.text("InitialDate"), known.text("RotateName"))
+        return found.find("Attributes") or structure("Attributes")
 
     def _tagged(self, tag: str) -> Node:
         """The vendor's attribute with the tags of a key, a JSON list."""
