@@ -39,11 +39,6 @@ class RotationState:
     budget: float
     due_at: datetime | None
 
-    def due(self, now: datetime, rules: RotationSection) -> bool:
-        """Return whether a rotation is due, by age or by budget."""
-        is_old = self.due_at is not None and now >= self.due_at
-        return is_old or (rules.every_days > 0 and self.budget >= 1)
-
 
 def state_of(key: Key, backend: Backend, counts: Mapping[str, int], rules: RotationSection) -> RotationState:
     """The state of a key in one backend; ``counts`` are usage counts. Raises BackendUnavailable."""
@@ -72,7 +67,8 @@ def find_due(keyring: Keyring, counts: Mapping[str, int], rules: RotationSection
             _log.warning("rotation.unknown", key_id=key.key_id, backend=backend.name, code=exc.code)
             continue
         labels = (state.key_id, state.backend)
-        is_due = state.due(now, rules)
+        is_old = state.due_at is not None and now >= state.due_at
+        is_due = is_old or (rules.every_days > 0 and state.budget >= 1)
         metrics.KEY_BUDGET.labels(*labels).set(state.budget)
         metrics.KEY_ROTATION_DUE.labels(*labels).set(is_due)
         if state.current.created_at is not None:
