@@ -23,7 +23,7 @@ try:
     from botocore.auth import SigV4Auth
     from botocore.awsrequest import AWSRequest
     from botocore.config import Config
-    from botocore.credentials import Credentials, ReadOnlyCredentials
+    from botocore.credentials import ReadOnlyCredentials
     from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
     from botocore.exceptions import ConnectionError as NoConnection
     from botocore.session import Session
@@ -90,7 +90,6 @@ class AwsKmsClient:
             )
         )
         self._lock = threading.Lock()
-        self._credentials: Credentials | None = None
 
     def ask(self, operation: str, parameters: Parameters, shape: type[Shape]) -> Shape:
         """Make a call within the timeout; a renewal of credentials may take one more timeout.
@@ -124,9 +123,9 @@ class AwsKmsClient:
         """Credentials for a signature; botocore renews them."""
         try:
             with self._lock:
-                self._credentials = self._credentials or self._session.get_credentials()
-            if self._credentials:
-                return self._credentials.get_frozen_credentials()
+                credentials = self._session.get_credentials()
+            if credentials:
+                return credentials.get_frozen_credentials()
         except (HTTPClientError, NoConnection) as exc:
             raise Unreachable("No answer from the service that gives out AWS credentials") from exc
         except (BotoCoreError, ClientError, OSError, ValueError) as exc:
