@@ -231,7 +231,8 @@ class CosmianCipher:
                 sealed = self.key.server.seal(uid, plaintext, aad)
                 if sealed is None:
                     raise self.key.keyset_error()
-                if not _has_lengths(sealed, len(plaintext)):
+                lengths = len(sealed.nonce), len(sealed.ciphertext), len(sealed.tag)
+                if lengths != (NONCE_BYTES, len(plaintext), TAG_BYTES):
                     break
                 if not sealed.ciphertext.startswith(BULK):  # one in 65,536; another nonce avoids it
                     return FORM + sealed.nonce + sealed.ciphertext + sealed.tag
@@ -286,11 +287,6 @@ def _read(wrapped: bytes) -> GcmResult:
     if len(wrapped) not in LENGTHS or not wrapped.startswith(FORM) or sealed.ciphertext.startswith(BULK):
         raise DecryptFailed
     return sealed
-
-
-def _has_lengths(sealed: GcmResult, plaintext_bytes: int) -> bool:
-    lengths = len(sealed.nonce), len(sealed.ciphertext), len(sealed.tag)
-    return lengths == (NONCE_BYTES, plaintext_bytes, TAG_BYTES)
 
 
 # -- opening -----------------------------------------------------------------------------------------

@@ -217,10 +217,9 @@ def connect(section: Section, name: str, *, strict: bool) -> VaultClient:
     """The server of a settings section (``name`` is as in ``kms.transit``); keys share it."""
     if found := _open.get((section, strict)):
         return found
-    if section.address is None:
-        raise ConfigurationError(f"{name}.address is missing")
+    address = section.address or ""  # which the settings of a used backend have
     tls = Tls(section.tls_verify, section.ca_file, section.client_cert, section.client_key)
-    server = PeerServer(section.address, PRODUCT, f"{name}.address", section.timeout_s, tls)
+    server = PeerServer(address, PRODUCT, f"{name}.address", section.timeout_s, tls)
     token = FileToken(section.token, section.token_file, strict=strict)
     made = _open[section, strict] = VaultClient(server, token, section.namespace)
     return made
