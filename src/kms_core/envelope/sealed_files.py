@@ -150,7 +150,7 @@ class FileSealer:
         self,
         roots: Callable[[], Mapping[str, RootKey]],
         identities: Callable[[], Sequence[SealingIdentity]],
-        documents: Documents | None = None,
+        documents: Documents,
     ) -> None:
         """``roots`` are the keys that seal, ``identities`` those of ``[kms.age] seal_identity_path``.
 
@@ -199,8 +199,6 @@ class FileSealer:
 
     def document(self, name: str, url: str, opened: SealedFiles | None = None) -> KeySource:
         """Make a sealed document (``SealedFiles.document``) from one that ``opened`` opens."""
-        if self._documents is None:
-            raise ConfigurationError(f"{url} cannot be read: this program reads no documents")
         return self._documents(name, url, self, opened)
 
     def _root(self, key_id: str) -> RootKey:
