@@ -14,8 +14,8 @@ import msgspec
 
 from kms_core import scopes
 from kms_core.age import header, mlkem768x25519, stream, x25519
-from kms_core.age.armor import ArmorWriter
-from kms_core.age.header import FILE_LIMITS, VERSION_LINE, Header, Stanza
+from kms_core.age.armor import VERSION_LINE, ArmorWriter
+from kms_core.age.header import FILE_LIMITS, Header, Stanza
 from kms_core.age.recipients import Identity
 from kms_core.audit import AuditRecord, AuditWriter
 from kms_core.auth.policy import AllowAll, ByScopes, Policy, Principal

@@ -184,7 +184,7 @@ class FileSealer:
         """
         recovery = recoveries(content)
         if root is None:
-            file_key, nonce = os.urandom(FILE_KEY_BYTES), os.urandom(stream.NONCE)
+            file_key, nonce = os.urandom(FILE_KEY_BYTES), os.urandom(header.NONCE_BYTES)
             stanzas = [each.wrap(file_key) for each in recovery]
             stanzas += _wraps(self._identities()[0], file_key)
             made = sealing.with_stanzas(stanzas, file_key, nonce, padded=False)
