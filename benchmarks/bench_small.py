@@ -23,7 +23,7 @@ from benchmarks.drive_kms import CONTEXT, KEY, Local
 from benchmarks.measure import Contender, Reading, in_turn
 from benchmarks.report import Scale
 
-from kms_core.age import header, stream
+from kms_core.age import armor, header, stream
 from kms_core.age.header import FILE_LIMITS, SYNC_LIMITS, HeaderLimits
 from kms_core.age.x25519 import X25519Identity
 from kms_core.audit.keys import Concealer, Signer
@@ -154,7 +154,7 @@ def open_(ciphertext: bytes, by: Local, limits: HeaderLimits = SYNC_LIMITS) -> b
 
 def plain_file(by: Local, plaintext: bytes, recipients: int) -> bytes:
     """What age itself would write; ``by`` is the last of the recipients."""
-    file_key, nonce = os.urandom(header.FILE_KEY_BYTES), os.urandom(stream.NONCE)
+    file_key, nonce = os.urandom(header.FILE_KEY_BYTES), os.urandom(header.NONCE_BYTES)
     others = [X25519Identity.generate().recipient for _ in range(recipients - 1)]
     stanzas = [recipient.wrap(file_key) for recipient in (*others, by.identity.recipient)]
     payload = stream.seal(stream.payload_key(file_key, nonce), plaintext)
@@ -171,7 +171,7 @@ Both = tuple[Sequence[Contender], Sequence[Contender]]
 def _hostile(scene: Scene, folder: Path) -> Both:
     """One stanza whose body goes on and on: made without any key."""
     file = folder / "hostile"
-    start = header.VERSION_LINE + b"-> X25519 " + b"A" * 43 + b"\n"
+    start = armor.VERSION_LINE + b"-> X25519 " + b"A" * 43 + b"\n"
     lines = (b"A" * 64 + b"\n") * (HOSTILE_BYTES // 65)
     file.write_bytes((start + lines)[:HOSTILE_BYTES])
     data = file.read_bytes()

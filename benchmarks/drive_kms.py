@@ -83,7 +83,7 @@ def seal_items(count: int) -> None:
 def open_(by: Local, source: str, target: str) -> None:
     if source == "-":
         with open(0, "rb", 0) as reader, open(1, "wb", 0) as writer:
-            head = header.parse(reader.read(sealing.PADDED_HEADER_BYTES + stream.NONCE), FILE_LIMITS)
+            head = header.parse(reader.read(sealing.PADDED_HEADER_BYTES + header.NONCE_BYTES), FILE_LIMITS)
             streaming.open_pipe(stream.payload_key(file_key_of(head, by), head.nonce), reader, writer)
         return
     with Path(source).open("rb", 0) as reader, Path(target).open("wb", 0) as writer:

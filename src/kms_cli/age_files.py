@@ -21,8 +21,8 @@ import click
 from kms_cli import terminal
 from kms_cli.options import STDIO
 from kms_core.age import armor, header, mlkem768x25519, stream
-from kms_core.age.armor import ArmorWriter
-from kms_core.age.header import FILE_KEY_BYTES, FILE_LIMITS, VERSION_LINE, Header, Stanza, is_age_file
+from kms_core.age.armor import VERSION_LINE, ArmorWriter
+from kms_core.age.header import FILE_KEY_BYTES, FILE_LIMITS, Header, Stanza, is_age_file
 from kms_core.age.recipients import Identity, Recipient, key_lines, parse_identity, parse_recipient
 from kms_core.age.x25519 import NoMatch
 from kms_core.envelope import binding, sealing
@@ -414,7 +414,7 @@ def for_recipients(recipients: Sequence[Recipient]) -> Sealing:
     """Begin an age file for recipients. Raises InvalidRequest if its header would exceed 256 KiB."""
     file_key = os.urandom(FILE_KEY_BYTES)
     stanzas = [recipient.wrap(file_key) for recipient in recipients]
-    begun = Sealing(header.render(stanzas, file_key), os.urandom(stream.NONCE), file_key)
+    begun = Sealing(header.render(stanzas, file_key), os.urandom(header.NONCE_BYTES), file_key)
     if len(begun.header) > FILE_LIMITS.header_bytes or len(recipients) > FILE_LIMITS.stanzas:
         raise InvalidRequest(f"{len(recipients)} recipients exceed the limit of a header")
     return begun
@@ -437,7 +437,7 @@ def for_wrapped(wrap: bytes, file_key: bytes, *, padded: bool) -> Sealing:
     and TooLarge for what is no stanza.
     """
     stanzas = header.unbundled(header.parse_stanzas(wrap, FILE_LIMITS), FILE_LIMITS)
-    return sealing.with_stanzas(stanzas, file_key, os.urandom(stream.NONCE), padded=padded)
+    return sealing.with_stanzas(stanzas, file_key, os.urandom(header.NONCE_BYTES), padded=padded)
 
 
 def seal_armored(begun: Sealing, given: InputStream, target: BinaryIO, options: ParallelOptions) -> None:

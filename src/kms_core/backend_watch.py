@@ -3,15 +3,15 @@
 Of the processes that share a state directory the first that finds the answers 30 seconds old asks, under a
 lock, and puts the new ones into a file there. So another one goes on when a process ends. Each server is
 asked in a thread of its own: no call waits for it, and a server that hangs delays the check of no other.
+``check_keys`` does so once, at the start of a process.
 """
 
 import functools
 import math
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
 from typing import Final
@@ -21,19 +21,21 @@ import msgspec
 import structlog
 
 from kms_core import keyring, secure_files
-from kms_core.backends import Backend, Health
+from kms_core.backends import NATIVE, Backend, Health, KeyMissing
+from kms_core.envelope.sealed_files import SealedFiles
 from kms_core.keyring import Key, Keyring
 from kms_core.observability import metrics
 from kms_core.periodic import PeriodicThread
 from kms_core.settings.model import Settings
 from kms_protocol import small_files
-from kms_protocol.errors import ConfigurationError
+from kms_protocol.errors import BackendUnavailable, ConfigurationError
 
 EVERY_S: Final = 30.0
 FRESH_S: Final = 90.0
 """Seconds for which answers are believed."""
 _LOOK_S: Final = 5.0
 _ROUND_S: Final = 20.0
+_CHECK_S: Final = 5.0
 ROOT: Final = "seal"
 """The use of a root, as in the settings; that of other keys is ``data``."""
 _log = structlog.get_logger(__name__)
@@ -109,9 +111,7 @@ class BackendWatch(PeriodicThread):
 
     def _ask_all(self) -> dict[WatchedBackend, Health]:
         """The health of each backend. One that has not answered within the round is not healthy."""
-        silent = Health(
-            healthy=False, checked_at=datetime.now(UTC), detail="No answer, or it cannot be opened"
-        )
+        silent = Health(healthy=False, detail="No answer, or it cannot be opened")
         found, backends = dict.fromkeys((*self._backends, *self._root_names), silent), dict(self._backends)
         with suppress(ConfigurationError):  # an Age root whose file was taken away
             backends.update(_named(self._roots().values(), ROOT))
@@ -122,9 +122,7 @@ class BackendWatch(PeriodicThread):
             if server not in self._asking or not self._asking[server].is_alive():  # else it hangs
                 self._asking[server] = Thread(target=_ask, args=(asked, found), daemon=True)
                 self._asking[server].start()
-        until = time.monotonic() + self._round_s
-        for thread in self._asking.values():
-            thread.join(max(0.0, until - time.monotonic()))
+        _join(self._asking.values(), self._round_s)
         return dict(found)
 
     def _note(self, found: Mapping[WatchedBackend, Health]) -> None:
@@ -166,3 +164,46 @@ def build(settings: Settings, keys: Keyring) -> BackendWatch:
     path = settings.state_dir / "run" / f"backends-{socket.gethostname()}.json"
     opened = functools.cache(functools.partial(keyring.roots, settings))
     return BackendWatch(path, keys.keys.values(), (names, opened))
+
+
+def check_keys(settings: Settings, sealed: SealedFiles) -> None:
+    """Check that each server has the keys that settings name. Raises ConfigurationError for a missing key.
+
+    A server that refuses us or does not answer within 5 seconds is logged: the service starts degraded.
+    ``sealed`` opens sealed key files.
+    """
+    if settings.used_backends <= {NATIVE}:
+        return
+    keys = keyring.build(settings, sealed).keys
+    by_server: dict[object, list[Backend]] = {}
+    for key in (*keyring.roots(settings).values(), *keys.values()):
+        for backend in key.backends:
+            if backend.server:
+                by_server.setdefault(backend.server, []).append(backend)
+    missing: list[KeyMissing] = []
+    # daemon threads: a server that never answers must not delay the end of the process
+    threads = [Thread(target=_find_missing, args=(each, missing), daemon=True) for each in by_server.values()]
+    for thread in threads:
+        thread.start()
+    _join(threads, _CHECK_S)
+    if missing:
+        raise ConfigurationError(missing[0].detail)
+
+
+def _find_missing(backends: Sequence[Backend], missing: list[KeyMissing]) -> None:
+    """Ask for the keys of one server in turn, until it fails to answer."""
+    for backend in backends:
+        try:
+            backend.versions()
+        except KeyMissing as exc:
+            missing.append(exc)
+        except BackendUnavailable as exc:
+            _log.warning("backend.unavailable", backend=backend.name, reason=exc.detail)
+            return
+
+
+def _join(threads: Iterable[Thread], wait_s: float) -> None:
+    """Wait at most ``wait_s`` seconds for all of them to end."""
+    until = time.monotonic() + wait_s
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))

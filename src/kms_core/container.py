@@ -143,17 +143,25 @@ def blob_store(settings: Settings, *, makes: bool = True) -> BlobStore:
 
 
 def check(settings: Settings) -> None:
-    """Compare this host with Redis and with the hosts that serve.
+    """Check that key servers have our keys, and compare this host with Redis and with the hosts that serve.
 
-    Raises ConfigurationError if Redis cannot do what the settings want of its replicas, belongs to another
-    install, or knows a host with another spool. A Redis that does not answer is compared later.
+    Raises ConfigurationError for a missing key, or if Redis cannot do what the settings want of its replicas,
+    belongs to another install, or knows a host with another spool, or if a bucket of signed documents ignores
+    conditional writes. A Redis that does not answer is compared later, and a bucket is not.
     """
+    backend_watch.check_keys(settings, key_opening.of_process(settings))
     with suppress(redis.RedisError):  # it may come back as another one, and each write is waited for anyway
         verify_replicas(settings.kms.redis)
     with suppress(JobsUnavailable, redis.RedisError), connect(settings.kms.redis, _ASK_S) as client:
         client.ping()  # one that does not answer is told of later
         _install(settings, client).begin()
-    check_documents(settings)
+    # a host that may only read a document changes nothing in it
+    storages = [key.document.storage for key in key_opening.documents(settings).values()]
+    if settings.kms.auth.tokens and settings.kms.auth.mode == "required":
+        storages.append(token_document(settings, None).storage)
+    for storage in storages:
+        with suppress(Unavailable, PathRefused):
+            storage.check()
 
 
 def marks(settings: Settings, *, makes: bool = True) -> SpoolMarks:
@@ -229,19 +237,6 @@ def _token_copy(settings: Settings) -> LocalCopy | None:
 def _key_copies(keyring_: keyring.Keyring) -> Iterator[LocalCopy]:
     sources = (native.source for native in keyring_.natives.values())
     return (source.copy for source in sources if isinstance(source, KeyDocument))
-
-
-def check_documents(settings: Settings) -> None:
-    """Raise ConfigurationError if a bucket of signed documents answers and ignores conditional writes.
-
-    A host that may only read the document changes nothing in it.
-    """
-    storages = [key.document.storage for key in key_opening.documents(settings).values()]
-    if settings.kms.auth.tokens and settings.kms.auth.mode == "required":
-        storages.append(token_document(settings, None).storage)
-    for storage in storages:
-        with suppress(Unavailable, PathRefused):
-            storage.check()
 
 
 def _policy(settings: Settings, authenticator_: Authenticator | None) -> Policy:

@@ -7,6 +7,7 @@ is always logged.
 """
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -24,6 +25,7 @@ from kms_protocol.errors import KmsError
 BUDGET_MESSAGES: Final = 2**32
 """Messages that a version may seal: of more, random nonces of AES-GCM may repeat (NIST SP 800-38D §8.3)."""
 SCHEDULE: Final = Principal("rotation-schedule", credential="internal")
+_THREADS: Final = 32
 _log = structlog.get_logger(__name__)
 
 
@@ -36,11 +38,6 @@ class RotationState:
     current: KeyVersion
     budget: float
     due_at: datetime | None
-
-    def due(self, now: datetime, rules: RotationSection) -> bool:
-        """Return whether a rotation is due, by age or by budget."""
-        is_old = self.due_at is not None and now >= self.due_at
-        return is_old or (rules.every_days > 0 and self.budget >= 1)
 
 
 def state_of(key: Key, backend: Backend, counts: Mapping[str, int], rules: RotationSection) -> RotationState:
@@ -55,18 +52,23 @@ def state_of(key: Key, backend: Backend, counts: Mapping[str, int], rules: Rotat
 def find_due(keyring: Keyring, counts: Mapping[str, int], rules: RotationSection) -> list[RotationState]:
     """Set the rotation metrics of all keys, and return the states that are due.
 
-    A backend that does not answer is logged and left out.
+    Servers are asked at the same time: those that are frozen take one ``timeout_s``, not one each. A backend
+    that does not answer is logged and left out.
     """
     now = datetime.now(UTC)
     due = []
-    for key, backend in [(each, backend) for each in keyring.keys.values() for backend in each.sealing]:
+    pairs = [(key, backend) for key in keyring.keys.values() for backend in key.sealing]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        states = [pool.submit(state_of, key, backend, counts, rules) for key, backend in pairs]
+    for (key, backend), asked in zip(pairs, states, strict=True):
         try:
-            state = state_of(key, backend, counts, rules)
+            state = asked.result()
         except KmsError as exc:
             _log.warning("rotation.unknown", key_id=key.key_id, backend=backend.name, code=exc.code)
             continue
         labels = (state.key_id, state.backend)
-        is_due = state.due(now, rules)
+        is_old = state.due_at is not None and now >= state.due_at
+        is_due = is_old or (rules.every_days > 0 and state.budget >= 1)
         metrics.KEY_BUDGET.labels(*labels).set(state.budget)
         metrics.KEY_ROTATION_DUE.labels(*labels).set(is_due)
         if state.current.created_at is not None:
@@ -79,10 +81,16 @@ def find_due(keyring: Keyring, counts: Mapping[str, int], rules: RotationSection
 
 
 def rotate_due(kms: Kms, due: list[RotationState]) -> None:
-    """Try once to rotate each key; a failure is logged, counted and retried at the next check."""
-    for key_id in dict.fromkeys(state.key_id for state in due):
+    """Try once to rotate each key, all at the same time.
+
+    A failure is logged, counted and retried at the next check.
+    """
+    names = dict.fromkeys(state.key_id for state in due)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        tries = {key_id: pool.submit(kms.rotate, SCHEDULE, key_id) for key_id in names}
+    for key_id, tried in tries.items():
         try:
-            made = kms.rotate(SCHEDULE, key_id)
+            made = tried.result()
         except KmsError as exc:
             metrics.KEY_ROTATIONS.labels("failed").inc()
             _log.error("key.rotation_failed", key_id=key_id, code=exc.code, reason=exc.detail)

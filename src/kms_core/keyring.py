@@ -198,7 +198,7 @@ class Key:
     @cached_property
     def blocks(self) -> str | None:
         """The name of the first backend that waits on a network."""
-        return next((backend.name for backend in self.backends if backend.blocks), None)
+        return next((backend.name for backend in self.backends if backend.server), None)
 
     @cached_property
     def backends(self) -> tuple[Backend, ...]:

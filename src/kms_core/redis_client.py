@@ -204,13 +204,12 @@ def connect_to(section: RedisSection, host: str, port: int) -> redis.Redis:
     url = _with_password(section, section.url)
     if url.partition("://")[0] in SENTINELS:
         found = sentinels(_STATE, url)
-        user, password = found.username or None, found.password or None
+        login = _login(found.username, found.password)
     else:
         parts = split_url("kms.redis.url", url)
-        user, password = unquote(parts.username or "") or None, unquote(parts.password or "") or None
-    options = _options(section, url)
-    is_secure = "ssl_cert_reqs" in options
-    return redis.Redis(host, port, username=user, password=password, ssl=is_secure, **options)  # type: ignore[arg-type]  # options by name
+        login = _login(unquote(parts.username or ""), unquote(parts.password or ""))
+    options = _options(section, url) | login
+    return redis.Redis(host, port, ssl="ssl_cert_reqs" in options, **options)  # type: ignore[arg-type]  # options by name
 
 
 def _options(section: RedisSection, url: str, timeout_s: float = _TIMEOUT_S) -> Options:

@@ -30,6 +30,16 @@ class WeakValue:
     advice: str
 
 
+def cleartext(key: str, risk: str) -> WeakValue:
+    """The weakness of an address without TLS, by its key."""
+    return WeakValue(key, lambda section: is_cleartext(getattr(section, key)), risk, "use https://")
+
+
+def unverified(risk: str) -> WeakValue:
+    """The weakness of TLS that verifies no certificate."""
+    return WeakValue("tls_verify", lambda section: not section.tls_verify, risk, "name a CA in ca_file")
+
+
 class BackendSection(Section, frozen=True, kw_only=True):
     """The table of a backend: ``[kms.<scheme>]``, with ``_`` in place of ``-``.
 

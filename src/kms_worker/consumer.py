@@ -20,7 +20,7 @@ from kombu.exceptions import OperationalError
 from kombu.transport import redis
 from kombu.transport.pyamqp import amqp  # type: ignore[attr-defined]  # the one that kombu uses
 
-from kms_core.age.header import VERSION_LINE
+from kms_core.age.armor import VERSION_LINE
 from kms_core.jobs.execution import attendance
 from kms_core.jobs.spec import BULK, FILES, MAINTENANCE
 from kms_core.jobs.store.wake_ups import TASK as RUN

@@ -42,7 +42,6 @@ def main() -> int:
             lambda **_: signal.raise_signal(signal.SIGTERM) if received else None, weak=False
         )
         key_opening.begin(loaded)
-        key_opening.check(loaded)
         container.check(loaded)
         return process.run(loaded)
     except (ConfigurationError, OSError) as exc:  # a full disk, a directory of another user

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kms_core import key_opening
+from kms_core import backend_watch, key_opening
 from kms_core.age.recipients import parse_recipient
 from kms_core.envelope.binding import version_of
 from support import programs
@@ -274,8 +274,9 @@ def with_remote(folder: Path, key: str, address: str) -> Service:
 def test_keys_that_are_there_pass_and_so_does_a_backend_that_is_away(tmp_path: Path) -> None:
     key, nobody = bao().new_key(), f"http://127.0.0.1:{free_port()}"
 
-    key_opening.check(with_remote(tmp_path / "there", key, bao().url).settings)
-    key_opening.check(with_remote(tmp_path / "away", key, nobody).settings)
+    for folder, address in (("there", bao().url), ("away", nobody)):
+        settings = with_remote(tmp_path / folder, key, address).settings
+        backend_watch.check_keys(settings, key_opening.direct(settings))
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from typing import Final
 
 from kms_core.age import header
-from kms_core.age.header import SYNC_LIMITS, VERSION_LINE, Header, HeaderLimits
+from kms_core.age.armor import VERSION_LINE
+from kms_core.age.header import SYNC_LIMITS, Header, HeaderLimits
 from kms_core.envelope import binding
 from kms_protocol.errors import DecryptFailed, NotACiphertext, TooLarge
 from support import cctv

@@ -15,7 +15,6 @@ from kms_core.envelope import sealing
 from kms_core.key_selection import SelectionRules
 from kms_core.operation import Unwrapped
 from kms_core.payload.files import FileRange, FileWriter
-from kms_core.payload.streaming import FileToFile
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import (
@@ -27,7 +26,17 @@ from kms_protocol.errors import (
     TooLarge,
     UnknownKey,
 )
-from support.age_kms import ADA, NO_CONTEXT, ROW_7, age_backend, file_key_of, head_of, kms_over, types_of
+from support.age_kms import (
+    ADA,
+    NO_CONTEXT,
+    ROW_7,
+    age_backend,
+    file_key_of,
+    file_to_file,
+    head_of,
+    kms_over,
+    types_of,
+)
 
 MiB: Final = 1024 * 1024
 BOB: Final = Principal("bob", "other", "test")
@@ -267,10 +276,10 @@ def test_files_go_through_descriptors(kms: Kms, size: int) -> None:
     with TemporaryFile(buffering=0) as source, TemporaryFile() as sealed, TemporaryFile() as opened:
         source.write(plaintext)
         made = kms.encrypt(
-            ADA, FileToFile(FileRange(source.fileno(), size), FileWriter(sealed.fileno())), ROW_7
+            ADA, file_to_file(FileRange(source.fileno(), size), FileWriter(sealed.fileno())), ROW_7
         )
         file = FileRange(sealed.fileno(), os.fstat(sealed.fileno()).st_size)
-        found = kms.decrypt(ADA, FileToFile(file, FileWriter(opened.fileno())), ROW_7)
+        found = kms.decrypt(ADA, file_to_file(file, FileWriter(opened.fileno())), ROW_7)
 
         assert kms.decrypt_header(ADA, file, ROW_7).key == found.key == made.key
         assert made.ciphertext == found.plaintext == b""
@@ -284,7 +293,7 @@ def test_a_damaged_file_is_a_failed_decrypt(kms: Kms) -> None:
         source.write(sealed)
         file = FileRange(source.fileno(), len(sealed))
         with pytest.raises(DecryptFailed):
-            kms.decrypt(ADA, FileToFile(file, FileWriter(opened.fileno())), ROW_7)
+            kms.decrypt(ADA, file_to_file(file, FileWriter(opened.fileno())), ROW_7)
         with pytest.raises(DecryptFailed):
             kms.decrypt_header(ADA, file, ROW_7)
 

@@ -12,7 +12,6 @@ from kms_core.age.header import render
 from kms_core.age.stream import CHUNK
 from kms_core.envelope import sealing
 from kms_core.payload.files import FileRange, FileWriter
-from kms_core.payload.streaming import FileToFile
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed, Forbidden, ForeignRefused, KmsError
@@ -24,6 +23,7 @@ from support.age_kms import (
     age_backend,
     allowing,
     file_key_of,
+    file_to_file,
     head_of,
     kms_over,
 )
@@ -57,7 +57,7 @@ def resealed(
         source.write(sealed)
         extent = FileRange(source.fileno(), len(sealed))
         onto = FileWriter(target.fileno())
-        kms.reseal(ADA, FileToFile(extent, onto), context, new_context=new, key_id=key_id)
+        kms.reseal(ADA, file_to_file(extent, onto), context, new_context=new, key_id=key_id)
         return os.pread(target.fileno(), 2 * len(sealed) + 8192, 0)
 
 

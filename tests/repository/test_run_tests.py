@@ -182,7 +182,10 @@ def test_a_module_does_not_run_the_tests_of_its_neighbours() -> None:
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ("src/kms_core/key_rotation.py", {"tests/e2e/test_rotation.py"}),
+        (
+            "src/kms_core/key_rotation.py",
+            {"tests/e2e/test_rotation.py", "tests/kms_core/test_key_rotation.py"},
+        ),
         ("tests/e2e/test_rotation.py", {"tests/e2e/test_rotation.py"}),
         ("tests/support/ports.py", set()),
         ("docs/security.md", set()),

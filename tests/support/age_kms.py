@@ -14,8 +14,8 @@ import msgspec
 
 from kms_core import scopes
 from kms_core.age import header, mlkem768x25519, stream, x25519
-from kms_core.age.armor import ArmorWriter
-from kms_core.age.header import FILE_LIMITS, VERSION_LINE, Header, Stanza
+from kms_core.age.armor import VERSION_LINE, ArmorWriter
+from kms_core.age.header import FILE_LIMITS, Header, Stanza
 from kms_core.age.recipients import Identity
 from kms_core.audit import AuditRecord, AuditWriter
 from kms_core.auth.policy import AllowAll, ByScopes, Policy, Principal
@@ -27,6 +27,9 @@ from kms_core.envelope.binding import KeyRef
 from kms_core.key_selection import SelectionRules
 from kms_core.keyring import Key, Keyring
 from kms_core.observability import metrics
+from kms_core.payload.files import RangeSource, RangeTarget
+from kms_core.payload.parallel import DEFAULTS, ParallelOptions, copy_run
+from kms_core.payload.streaming import FileToFile
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import AuditUnavailable
@@ -36,6 +39,15 @@ NO_CONTEXT: Final = Context()
 ROW_7: Final = Context.parse("row=7")
 _NO_KEYS: Final[Mapping[str, Backend]] = MappingProxyType({})
 NativeIdentity = x25519.X25519Identity | mlkem768x25519.HybridIdentity
+
+
+def file_to_file(source: RangeSource, target: RangeTarget) -> FileToFile:
+    """A file and its target, as jobs have them."""
+
+    def copy(payload: RangeSource, at: int, options: ParallelOptions) -> None:
+        copy_run(payload, target, at, options)
+
+    return FileToFile(source, target, DEFAULTS, copy)
 
 
 class BlankingTrail:

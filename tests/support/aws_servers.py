@@ -17,7 +17,8 @@ from uuid import uuid4
 import boto3
 from botocore.session import Session
 
-from kms_core.backends.aws.backend import AwsCipher, AwsKmsClient
+from kms_core.backends.aws.backend import AwsCipher
+from kms_core.backends.aws.client import AwsKmsClient
 from kms_core.backends.aws.settings import AwsKmsSection
 from kms_core.programs.tether import spawn
 from support.ports import free_port, listens

@@ -5,10 +5,15 @@ from pathlib import Path
 
 from kms_core.age import x25519
 from kms_core.documents.storage import FileStorage
-from kms_core.envelope.sealed_files import FileSealer
+from kms_core.envelope.sealed_files import FileSealer, KeySource
 from kms_core.keyring import Key
 from kms_protocol.errors import KmsError, Unavailable
 from support.age_kms import age_backend
+
+
+def no_documents(name: str, *_: object) -> KeySource:
+    """For a ``FileSealer`` of key files alone."""
+    raise AssertionError(f"{name} is in a file")
 
 
 class FaultyStorage(FileStorage):
@@ -44,7 +49,7 @@ class FaultySealer(FileSealer):
 
     def __init__(self, folder: Path) -> None:
         backend = age_backend(folder, x25519.X25519Identity.generate())
-        super().__init__(lambda: {"root": Key("root", backend)}, list)
+        super().__init__(lambda: {"root": Key("root", backend)}, list, no_documents)
         self.calls: list[str] = []
         self.trouble: KmsError | None = None
 

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
+from threading import Barrier
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -13,6 +14,7 @@ from kms_core.backends.file_token import FileToken
 from kms_core.backends.remote import RemoteBackend
 from kms_core.http_client import PeerServer, Unreachable
 from kms_protocol.errors import DecryptFailed, KmsError
+from support.waiting import WAIT_S
 
 NO_RETRIES = RetryPolicy(attempts=1, failures=1_000_000)
 
@@ -60,6 +62,18 @@ class MemoryCipher:
         self.calls[name] += 1
         if self.trouble:
             raise self.trouble
+
+
+class FrozenCipher(MemoryCipher):
+    """A server that gives no answer, and whose calls end once all servers were called."""
+
+    def __init__(self, name: str, called: Barrier) -> None:
+        super().__init__(name)
+        self._all_called = called
+
+    def versions(self) -> Sequence[KeyVersion]:
+        self._all_called.wait(WAIT_S)
+        raise Unreachable("no answer")
 
 
 def memory_backend(name: str = "memory") -> tuple[RemoteBackend, MemoryCipher]:

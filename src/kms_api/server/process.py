@@ -15,7 +15,7 @@ import uvloop
 from starlette.types import ASGIApp
 
 from kms_api import app
-from kms_core import container, key_opening, secure_memory
+from kms_core import container, secure_memory
 from kms_core.auth import client_certificates
 from kms_core.auth.client_certificates import Lists
 from kms_core.http_protocol import ConnectionLimits, Connections, HttpProtocol
@@ -136,7 +136,6 @@ def serve(settings: Settings, listener: Callable[[], socket.socket | None]) -> i
     """
     secure_memory.protect(strict=settings.is_prod)
     _keep_freed_slabs()
-    key_opening.check(settings)
     container.check(settings)
     application = app.build(settings)
     context = server_context(settings.kms.server, strict=settings.is_prod)

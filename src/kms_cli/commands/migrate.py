@@ -482,7 +482,7 @@ def aws_command(**given: Any) -> int:  # noqa: ANN401 -- click's own
     EncryptionContext, KeyId, reference, new_context, new_key_id. Without --context or new_context, the
     encryption context of AWS becomes the context in the service.
     """
-    from kms_core.backends.aws.backend import AwsKmsClient  # noqa: PLC0415 -- botocore is optional
+    from kms_core.backends.aws.client import AwsKmsClient  # noqa: PLC0415 -- botocore is optional
 
     _show_warnings()
     Context.parse(given["context"])

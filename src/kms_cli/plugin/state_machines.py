@@ -78,7 +78,7 @@ def recipient_v1(line: PluginConnection, keys: PluginKeys) -> None:
             raise Broken("the age tool rejects a stanza")
     if request.labels and any(_is_postquantum(stanza) for _, stanza in stanzas):
         line.ask("labels", POSTQUANTUM)
-    line.done()
+    line.send("done")
 
 
 def _wrap_request(line: PluginConnection) -> _WrapRequest:
@@ -155,7 +155,7 @@ def identity_v1(line: PluginConnection, keys: PluginKeys) -> None:
                 _open_file(line, keys, targets, file, list(_parts(file, stanzas)))
             except PluginError as exc:
                 _send_errors(line, [exc])
-    line.done()
+    line.send("done")
 
 
 def _open_file(

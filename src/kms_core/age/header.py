@@ -16,12 +16,11 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from msgspec import Struct
 
-from kms_core.age import armor
+from kms_core.age.armor import BEGIN, VERSION_LINE
 from kms_protocol.errors import DecryptFailed, NotACiphertext, TooLarge
 
 KEY_BYTES: Final = 32
 _SHA256: Final = SHA256()
-VERSION_LINE: Final = armor.VERSION_LINE
 BUNDLE: Final = "kms-service/bundle"
 BUNDLE_VERSION: Final = "1"
 FILE_KEY_BYTES: Final = 16
@@ -50,7 +49,7 @@ def check_start(content: memoryview) -> None:
 
 def is_age_file(content: bytes) -> bool:
     """Return whether content begins as an age file does, armored or not."""
-    return content.startswith((VERSION_LINE, armor.BEGIN))
+    return content.startswith((VERSION_LINE, BEGIN))
 
 
 @dataclass(frozen=True, slots=True)

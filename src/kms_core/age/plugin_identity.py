@@ -67,7 +67,7 @@ class PluginIdentity:
             connection.send("add-identity", self.text)
             for stanza in stanzas:
                 connection.send("recipient-stanza", "0", *stanza.args, body=stanza.body)
-            connection.done()
+            connection.send("done")
             self._receive(connection, found)
         if len(found.file_key) == FILE_KEY_BYTES:
             return found.file_key
@@ -80,7 +80,7 @@ class PluginIdentity:
         with self._running("recipient-v1") as connection:
             connection.send("add-identity", self.text)
             connection.send("wrap-file-key", body=file_key)
-            connection.done()
+            connection.send("done")
             self._receive(connection, made)
         if not made.stanzas or made.errors:
             self._raise_refused(made)

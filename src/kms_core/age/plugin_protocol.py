@@ -43,7 +43,10 @@ class PluginConnection:
         raise Broken("too many commands before done")
 
     def send(self, *args: str, body: bytes = b"") -> None:
-        """Send a command or an answer. Raises ValueError for an argument that is not one word of ASCII."""
+        """Send a command, an answer, or ``done``, which ends this program's phase.
+
+        Raises ValueError for an argument that is not one word of ASCII.
+        """
         if not all(map(_ONE_WORD.fullmatch, args)):
             raise ValueError("an argument of a stanza is one word of printable ASCII")
         try:
@@ -57,10 +60,6 @@ class PluginConnection:
         self.send(command, *args, body=body)
         answer, _ = self._read()
         return answer.type
-
-    def done(self) -> None:
-        """End this program's phase."""
-        self.send("done")
 
     def _read(self) -> tuple[Stanza, int]:
         """Read a stanza and its size in bytes. Its last line is the first one below 64 columns."""

@@ -24,7 +24,6 @@ from kms_protocol.errors import DecryptFailed
 CHUNK: Final = 64 * 1024
 TAG: Final = 16
 SEALED_CHUNK: Final = CHUNK + TAG
-NONCE: Final = 16
 _COUNTER: Final = 11
 _MORE: Final = b"\x00"
 _LAST: Final = b"\x01"

@@ -11,14 +11,13 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from kms_core.age import bech32
-from kms_core.age.header import FILE_KEY_BYTES, Stanza, b64decode, b64encode, hkdf
+from kms_core.age.header import FILE_KEY_BYTES, KEY_BYTES, Stanza, b64decode, b64encode, hkdf
 from kms_protocol.errors import DecryptFailed
 
 STANZA_TYPE: Final = "X25519"
 RECIPIENT_PREFIX: Final = "age"
 IDENTITY_PREFIX: Final = "AGE-SECRET-KEY-"
 _INFO: Final = b"age-encryption.org/v1/X25519"
-_KEY_BYTES: Final = 32
 WRAPPED_BYTES: Final = FILE_KEY_BYTES + 16
 _ZERO_NONCE: Final = bytes(12)
 
@@ -42,7 +41,7 @@ class X25519Recipient:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read ``age1…``; ValueError (without the text) if it is not one."""
-        return cls(bech32.decode_key(text, RECIPIENT_PREFIX, _KEY_BYTES, "an X25519 recipient"))
+        return cls(bech32.decode_key(text, RECIPIENT_PREFIX, KEY_BYTES, "an X25519 recipient"))
 
     def __str__(self) -> str:
         return self.text
@@ -76,7 +75,7 @@ class X25519Identity:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read ``AGE-SECRET-KEY-1…``; ValueError (without the text) if it is not one."""
-        return cls(bech32.decode_key(text, IDENTITY_PREFIX, _KEY_BYTES, "an X25519 identity"))
+        return cls(bech32.decode_key(text, IDENTITY_PREFIX, KEY_BYTES, "an X25519 identity"))
 
     def export(self) -> str:
         """The secret as text, only for a key file."""
@@ -89,7 +88,7 @@ class X25519Identity:
         """
         if stanza.type != STANZA_TYPE:
             raise NoMatch
-        share = share_of(stanza, _KEY_BYTES)
+        share = share_of(stanza, KEY_BYTES)
         try:
             secret = self._key.exchange(X25519PublicKey.from_public_bytes(share))
         except ValueError as exc:  # a low-order share: the all-zero shared secret

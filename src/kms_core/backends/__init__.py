@@ -7,8 +7,8 @@ Importing this package loads the tables of the backends and none of their code, 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, Protocol
 
 from kms_core.backends.age_settings import AgeSection
@@ -56,9 +56,9 @@ class Health:
     """
 
     healthy: bool
-    checked_at: datetime
     detail: str = ""
     answered: bool = True
+    checked_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,6 @@ class Backend(Protocol):
 
     name: str
     """The scheme, such as ``age`` or ``vault-kv``: part of stanzas and metrics."""
-    blocks: bool
-    """Return whether calls wait on a network; the API runs those in a thread."""
     data_keys: bool
     """Return whether plaintext data keys may be handed out."""
     native: bool
@@ -83,7 +81,10 @@ class Backend(Protocol):
 
     @property
     def server(self) -> "PeerServer | None":
-        """The server of the key, whose ``timeout_s`` bounds a call; None for keys on this host."""
+        """The server of the key, whose ``timeout_s`` bounds a call; None for keys on this host.
+
+        Calls with a server wait on a network; the API runs those in a thread.
+        """
 
     def wrap(self, file_key: bytes, key: "KeyRef", aad: bytes) -> "Stanza":
         """Wrap a 16-byte file key. See ``envelope.sealing.Wrapper``, of which every backend is one."""

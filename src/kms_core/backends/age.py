@@ -18,7 +18,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 from urllib.parse import SplitResult, parse_qs, unquote
@@ -69,7 +68,7 @@ class _KeyFiles:
     identities: dict[str, Identity] = field(repr=False)
     origin_keys: dict[str, bytes] = field(repr=False)
     versions: tuple[KeyVersion, ...]
-    current: str
+    """The one that wraps is the last."""
     stamp: object
 
 
@@ -77,7 +76,6 @@ class AgeBackend:
     """One age key: the identities of one source, one of which wraps."""
 
     name = "age"
-    blocks = False
     server = None
 
     def __init__(
@@ -131,7 +129,7 @@ class AgeBackend:
         return keys.origin_keys[key.version]
 
     def current_version(self) -> str:
-        return self._fresh().current
+        return self._fresh().versions[-1].version
 
     def versions(self) -> Sequence[KeyVersion]:
         return self._fresh().versions
@@ -142,14 +140,13 @@ class AgeBackend:
 
     def health_check(self) -> Health:
         """Wrap and unwrap with the current version; unhealthy while changed key files cannot be read."""
-        now = datetime.now(UTC)
         try:
             keys = self._fresh()
         except BackendUnavailable as exc:
-            return Health(healthy=False, checked_at=now, detail=exc.detail)
-        identity, probe = keys.identities[keys.current], os.urandom(FILE_KEY_BYTES)
+            return Health(healthy=False, detail=exc.detail)
+        identity, probe = keys.identities[keys.versions[-1].version], os.urandom(FILE_KEY_BYTES)
         healthy = identity.unwrap(identity.recipient.wrap(probe)) == probe
-        return Health(healthy=healthy and not self._error, checked_at=now, detail=self._error)
+        return Health(healthy=healthy and not self._error, detail=self._error)
 
     def rotate(self) -> KeyVersion:
         """A new identity of the same type, in use at once here and within a second in other processes.
@@ -162,7 +159,7 @@ class AgeBackend:
         if others := self.elsewhere(asks=True):
             raise RotationRefused(_SEVERAL_HOSTS.format(", ".join(others)))
         keys = self._fresh()
-        post_quantum = isinstance(keys.identities[keys.current], mlkem768x25519.HybridIdentity)
+        post_quantum = isinstance(keys.identities[keys.versions[-1].version], mlkem768x25519.HybridIdentity)
         kind = mlkem768x25519.HybridIdentity if post_quantum else x25519.X25519Identity
         identity = kind.generate()
         try:
@@ -246,7 +243,7 @@ class AgeBackend:
             if forced or self._error or self._keys is None or self.source.stamp() != self._keys.stamp:
                 self._keys = _load(self.source)
                 self._error = ""
-                _log.info("key.reloaded", backend=self.name, key_version=self._keys.current)
+                _log.info("key.reloaded", backend=self.name, key_version=self._keys.versions[-1].version)
         except NotOpenedYet as exc:  # the next check finds it open, and the old keys work until then
             self._error = self._error if self._keys else exc.detail
         except (ConfigurationError, BackendUnavailable, OSError) as exc:
@@ -274,7 +271,7 @@ def _load(source: KeySource) -> _KeyFiles:
             )
     in_order = sorted(versions.values(), key=lambda version: version.version == current)
     origin_keys = {version: binding.origin_key(identity.secret) for version, identity in identities.items()}
-    return _KeyFiles(identities, origin_keys, tuple(in_order), current, stamp)
+    return _KeyFiles(identities, origin_keys, tuple(in_order), stamp)
 
 
 def _recipient(content: bytes, path: Path | str | None) -> Recipient:

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Final, Protocol, TypeVar
 
 import structlog
@@ -97,7 +96,6 @@ class RemoteBackend:
     Its wraps authenticate the AAD, so files need no origin stanza.
     """
 
-    blocks = True
     data_keys = True
     native = False
 
@@ -205,16 +203,15 @@ class RemoteBackend:
             return self._health[1]
 
     def _probe(self) -> Health:
-        now, probe = datetime.now(UTC), os.urandom(FILE_KEY_BYTES)
+        probe = os.urandom(FILE_KEY_BYTES)
         try:
             with http_client.within(self.server.timeout_s):
                 version = self.current_version()
                 wrapped = self._caller.once("health", lambda: self._cipher.encrypt(probe, version, b"health"))
                 again = self._caller.once("health", lambda: self._cipher.decrypt(wrapped, version, b"health"))
         except KmsError as exc:
-            answered = not isinstance(exc, Unreachable)
-            return Health(healthy=False, checked_at=now, detail=exc.detail, answered=answered)
-        return Health(healthy=again == probe, checked_at=now, detail="" if again == probe else "wrong answer")
+            return Health(healthy=False, detail=exc.detail, answered=not isinstance(exc, Unreachable))
+        return Health(healthy=again == probe, detail="" if again == probe else "wrong answer")
 
     def for_job(self) -> "SharingBackend":
         """Return this key for one run of a bulk job: a few calls to the server for any number of items."""
@@ -244,15 +241,20 @@ class RemoteBackend:
 
 
 class SharingBackend:
-    """A ``RemoteBackend`` that asks its server for wrap keys, each for many files."""
+    """A ``RemoteBackend`` that asks its server for wrap keys, each for many files.
 
-    blocks = True
+    Calls about versions and health are those of the ``RemoteBackend``.
+    """
+
     data_keys = True
     native = False
 
     def __init__(self, remote: RemoteBackend, keys: WrapKeys, life_s: float) -> None:
         """``life_s``: seconds that a wrap key serves after the server wrapped or unwrapped it."""
         self.name, self.server = remote.name, remote.server
+        self.versions, self.current_version = remote.versions, remote.current_version
+        self.rotate, self.health_check = remote.rotate, remote.health_check
+        self.origin_key, self.was_silent = remote.origin_key, remote.was_silent
         self._remote = remote
         self._keys, self._owner, self._life_s = keys, keys.owner(), life_s
         self._seen_changes = remote.changes
@@ -276,25 +278,6 @@ class SharingBackend:
         )
         return binding.open_file_key(secret, wrap.body, aad, binding.WRAP_KEY_INFO)
 
-    def origin_key(self, key: KeyRef) -> None:
-        """None: the wrap itself authenticates the AAD."""
-        del key
-
-    def current_version(self) -> str:
-        return self._remote.current_version()
-
-    def versions(self) -> Sequence[KeyVersion]:
-        return self._remote.versions()
-
-    def rotate(self) -> KeyVersion:
-        return self._remote.rotate()
-
-    def was_silent(self) -> bool:
-        return self._remote.was_silent()
-
-    def health_check(self) -> Health:
-        return self._remote.health_check()
-
     def for_job(self) -> "SharingBackend":
         """The backend itself: its keys serve jobs and single calls alike."""
         return self
@@ -311,7 +294,7 @@ class SharingBackend:
     def _is_listed(self, key: KeyRef) -> bool:
         """Return whether the server lists the version. Drops the keys if anything changed there since."""
         try:
-            versions = self._remote.versions()
+            versions = self.versions()
         except BackendUnavailable:  # then the server decides about each file
             versions = ()
         self._drop_after_change()

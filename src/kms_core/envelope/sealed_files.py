@@ -115,8 +115,15 @@ class RootKey(Protocol):
     ) -> tuple[bytes, KeyRef]: ...
 
 
-def read_identities(path: Path) -> list[SealingIdentity]:
-    """The identities of a file, native or of plugins. Raises ConfigurationError, which names the line."""
+def read_identities(path: Path | None) -> list[SealingIdentity]:
+    """The identities of a file, native or of plugins. Raises ConfigurationError, which names the line.
+
+    ``path`` is ``[kms.age] seal_identity_path``, None if it is not set.
+    """
+    if path is None:
+        raise ConfigurationError(
+            "it is sealed for age identities, and none are named: set seal_identity_path under [kms.age]"
+        )
     try:
         content = small_files.read(path)
     except OSError as exc:
@@ -143,7 +150,7 @@ class FileSealer:
         self,
         roots: Callable[[], Mapping[str, RootKey]],
         identities: Callable[[], Sequence[SealingIdentity]],
-        documents: Documents | None = None,
+        documents: Documents,
     ) -> None:
         """``roots`` are the keys that seal, ``identities`` those of ``[kms.age] seal_identity_path``.
 
@@ -177,7 +184,7 @@ class FileSealer:
         """
         recovery = recoveries(content)
         if root is None:
-            file_key, nonce = os.urandom(FILE_KEY_BYTES), os.urandom(stream.NONCE)
+            file_key, nonce = os.urandom(FILE_KEY_BYTES), os.urandom(header.NONCE_BYTES)
             stanzas = [each.wrap(file_key) for each in recovery]
             stanzas += _wraps(self._identities()[0], file_key)
             made = sealing.with_stanzas(stanzas, file_key, nonce, padded=False)
@@ -192,8 +199,6 @@ class FileSealer:
 
     def document(self, name: str, url: str, opened: SealedFiles | None = None) -> KeySource:
         """Make a sealed document (``SealedFiles.document``) from one that ``opened`` opens."""
-        if self._documents is None:
-            raise ConfigurationError(f"{url} cannot be read: this program reads no documents")
         return self._documents(name, url, self, opened)
 
     def _root(self, key_id: str) -> RootKey:

@@ -89,7 +89,7 @@ def begin(
     can open the file as well, with any age tool.
     """
     if payload is None:
-        drawn = os.urandom(FILE_KEY_BYTES + stream.NONCE)
+        drawn = os.urandom(FILE_KEY_BYTES + header.NONCE_BYTES)
         payload = drawn[:FILE_KEY_BYTES], drawn[FILE_KEY_BYTES:]
     file_key, nonce = payload
     stanzas = [*_stanzas(file_key, nonce, keys, context), *(each.wrap(file_key) for each in recipients)]

@@ -385,13 +385,13 @@ class FileToFile:
 
     After an error the target is incomplete and must not be published. Methods also raise InvalidRequest if
     the source changes, SpoolFull, and what ``options.check`` raises. ``copy`` copies a payload to a position
-    of the target, by default with ``parallel.copy_run``.
+    of the target.
     """
 
     source: RangeSource
     target: RangeTarget
-    options: ParallelOptions = DEFAULTS
-    copy: Callable[[RangeSource, int, ParallelOptions], None] | None = None
+    options: ParallelOptions
+    copy: Callable[[RangeSource, int, ParallelOptions], None]
 
     @property
     def size(self) -> int:
@@ -418,8 +418,5 @@ class FileToFile:
         payload = self.source.tail(size)
         self.target.reserve(len(new) + payload.size)
         self.target.write_at(memoryview(new), 0)
-        if self.copy:
-            self.copy(payload, len(new), self.options)
-        else:
-            parallel.copy_run(payload, self.target, len(new), self.options)
+        self.copy(payload, len(new), self.options)
         return b""

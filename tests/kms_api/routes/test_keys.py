@@ -1,6 +1,5 @@
 """The list of keys while servers of some do not answer."""
 
-from collections.abc import Sequence
 from threading import Barrier
 from types import SimpleNamespace
 from typing import cast
@@ -8,26 +7,11 @@ from typing import cast
 from kms_api.deps import Service
 from kms_api.routes.keys import visible
 from kms_core.auth.policy import AllowAll, Principal
-from kms_core.backends import KeyVersion
 from kms_core.backends.remote import RemoteBackend
-from kms_core.http_client import Unreachable
 from kms_core.keyring import Key, Keyring
 from kms_core.settings.model import RotationSection
 from kms_protocol.errors import JobsUnavailable
-from support.memory_kms import NO_RETRIES, MemoryCipher, memory_backend
-from support.waiting import WAIT_S
-
-
-class Frozen(MemoryCipher):
-    """A server that gives no answer, and whose calls end once all servers were called."""
-
-    def __init__(self, name: str, called: Barrier) -> None:
-        super().__init__(name)
-        self._all_called = called
-
-    def versions(self) -> Sequence[KeyVersion]:
-        self._all_called.wait(WAIT_S)
-        raise Unreachable("no answer")
+from support.memory_kms import NO_RETRIES, FrozenCipher, memory_backend
 
 
 def no_counts() -> None:
@@ -38,7 +22,8 @@ def test_servers_are_asked_at_the_same_time() -> None:
     """Else each one that is frozen makes the list later by its whole timeout."""
     called = Barrier(3)
     keys = {
-        name: Key(name, RemoteBackend(Frozen(name, called), policy=NO_RETRIES)) for name in ("a", "b", "c")
+        name: Key(name, RemoteBackend(FrozenCipher(name, called), policy=NO_RETRIES))
+        for name in ("a", "b", "c")
     }
     keys["d"] = Key("d", memory_backend()[0])
     kms = SimpleNamespace(policy=AllowAll(), keyring=Keyring(keys, keys["a"]))

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kms_core.age import header
-from kms_core.age.header import FILE_LIMITS, SYNC_LIMITS, VERSION_LINE, Header, HeaderLimits, Stanza
+from kms_core.age.armor import VERSION_LINE
+from kms_core.age.header import FILE_LIMITS, SYNC_LIMITS, Header, HeaderLimits, Stanza
 from kms_protocol.errors import DecryptFailed, KmsError, NotACiphertext, TooLarge
 
 FILE_KEY: Final = bytes(range(16))

@@ -19,7 +19,6 @@ from kms_core.envelope import binding
 from kms_core.envelope.binding import KeyRef, version_of
 from kms_core.key_selection import SelectionRules
 from kms_core.payload.files import FileRange, FileWriter
-from kms_core.payload.streaming import FileToFile
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import AuditUnavailable, KmsError, TargetExists
@@ -31,6 +30,7 @@ from support.age_kms import (
     MemoryTrail,
     age_backend,
     file_key_of,
+    file_to_file,
     head_of,
     kms_over,
     operation_counts,
@@ -62,7 +62,7 @@ def decrypting_a_file(change: Callable[[bytes], bytes] = bytes) -> Call:
     def call(kms: Kms, sealed: bytes) -> None:
         with TemporaryFile(buffering=0) as source, TemporaryFile() as target:
             source.write(content := change(sealed))
-            files = FileToFile(FileRange(source.fileno(), len(content)), FileWriter(target.fileno()))
+            files = file_to_file(FileRange(source.fileno(), len(content)), FileWriter(target.fileno()))
             kms.decrypt(ADA, files, SECRET)
 
     return call
@@ -72,7 +72,7 @@ def encrypt_a_file(kms: Kms, sealed: bytes) -> None:
     del sealed
     with TemporaryFile(buffering=0) as source, TemporaryFile() as target:
         source.write(PLAIN)
-        files = FileToFile(FileRange(source.fileno(), len(PLAIN)), FileWriter(target.fileno()))
+        files = file_to_file(FileRange(source.fileno(), len(PLAIN)), FileWriter(target.fileno()))
         kms.encrypt(ADA, files, SECRET)
 
 

@@ -34,6 +34,7 @@ from support.age_kms import (
     resigned,
     types_of,
 )
+from support.documents import no_documents
 from support.memory_kms import NO_RETRIES, MemoryCipher, memory_backend
 from support.programs import program
 from support.waiting import monotonic_ahead
@@ -158,7 +159,7 @@ def test_the_list_of_versions_and_each_wrap_share_one_timeout(operation: str) ->
             "encrypt": lambda: kms.encrypt(ADA, SALARY, ROW_7),
             "generate_data_key": lambda: kms.generate_data_key(ADA, 32, ROW_7),
             "wrap": lambda: kms.wrap(ADA, bytes(16), ROW_7),
-            "seal a key file": lambda: FileSealer(lambda: kms.keyring.keys, list).seal(
+            "seal a key file": lambda: FileSealer(lambda: kms.keyring.keys, list, no_documents).seal(
                 "kms:spool", SALARY, "payroll"
             ),
         }

@@ -24,7 +24,7 @@ from kms_core.documents.local_copy import POLL_S, LocalCopy
 from kms_core.envelope.binding import KeyRef, version_of
 from kms_core.envelope.sealed_files import NotOpenedYet
 from kms_core.http_client import Unreachable
-from kms_core.key_opening import LOOK_S, InheritedFiles, KeyOpener
+from kms_core.opened_files import LOOK_S, InheritedFiles, KeyOpener
 from kms_core.secure_memory import SharedSecrets
 from kms_protocol.errors import (
     BackendUnavailable,

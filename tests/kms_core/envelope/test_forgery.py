@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from kms_core.age import header, mlkem768x25519, stream, x25519
+from kms_core.age.armor import VERSION_LINE
 from kms_core.age.header import Stanza
 from kms_core.auth.policy import AllowAll
 from kms_core.backends import Backend
@@ -304,7 +305,7 @@ def test_no_edit_gets_past_the_service(kms: Kms, sealed: bytes, data: st.DataObj
 def test_nothing_but_our_errors_leaves_the_service(kms: Kms, data: bytes, headed: bool) -> None:
     for call in (kms.decrypt, kms.rewrap):
         with pytest.raises(KmsError):
-            call(ADA, header.VERSION_LINE * headed + data, ROW_7)
+            call(ADA, VERSION_LINE * headed + data, ROW_7)
 
 
 # -- keys are fresh ----------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from support.age_kms import (
     with_stanzas,
     write_identities,
 )
+from support.documents import no_documents
 from support.memory_kms import memory_backend
 
 CONTENT: Final = b"AGE-SECRET-KEY-1TEST\n"
@@ -46,7 +47,7 @@ def root(tmp_path: Path) -> AgeBackend:
 
 
 def sealer(root: Backend, *identities: SealingIdentity, key_id: str = "root") -> FileSealer:
-    return FileSealer(lambda: {key_id: Key(key_id, root)}, lambda: identities)
+    return FileSealer(lambda: {key_id: Key(key_id, root)}, lambda: identities, no_documents)
 
 
 def refusal(opener: FileSealer, name: str, sealed: bytes) -> str:
@@ -75,7 +76,7 @@ def test_a_root_opens_what_it_sealed_also_after_its_rotation(root: AgeBackend) -
 
 def test_a_root_of_two_backends_opens_it_while_one_is_away(root: AgeBackend) -> None:
     remote, peer = memory_backend()
-    both = FileSealer(lambda: {"root": Key("root", remote, others=(root,))}, list)
+    both = FileSealer(lambda: {"root": Key("root", remote, others=(root,))}, list, no_documents)
     sealed = both.seal("a", CONTENT, "root")
     peer.cut()
 

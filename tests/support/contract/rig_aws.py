@@ -3,7 +3,8 @@
 import functools
 
 from kms_core.backends import Backend
-from kms_core.backends.aws.backend import AwsCipher, AwsKmsClient
+from kms_core.backends.aws.backend import AwsCipher
+from kms_core.backends.aws.client import AwsKmsClient
 from kms_core.backends.remote import RemoteBackend
 from support.aws_servers import calls_to, moto
 from support.tcp_proxy import TcpProxy

@@ -12,6 +12,7 @@ from kms_core.documents.storage import FileStorage
 from kms_core.envelope.sealed_files import FileSealer
 from kms_core.jobs.model import RecordKey
 from kms_core.keyring import Key
+from support.documents import no_documents
 from support.golden import backends, golden_set
 from support.golden.jobs import SECRET
 
@@ -25,5 +26,5 @@ def document_at(path: Path) -> KeyDocument:
     document = SignedDocument(
         f"key-{NAME}", FileStorage(path), secret, Anchors(f"key-{NAME}", path.parent, None, secret)
     )
-    sealer = FileSealer(lambda: {"root": Key("root", backends.age("age-x25519"))}, list)
+    sealer = FileSealer(lambda: {"root": Key("root", backends.age("age-x25519"))}, list, no_documents)
     return KeyDocument(NAME, document, LocalCopy(document, path.parent, math.inf), sealer)

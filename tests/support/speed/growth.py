@@ -8,6 +8,7 @@ from functools import partial
 from typing import Final
 
 from kms_core.age import header
+from kms_core.age.armor import VERSION_LINE
 from kms_core.age.header import HeaderLimits, Stanza
 from kms_core.age.x25519 import X25519Identity
 from kms_core.envelope import binding, sealing
@@ -96,7 +97,7 @@ def header_of(count: int) -> bytes:
 
 
 def _refused(garbage: Callable[[int], bytes], count: int) -> Function:
-    text = header.VERSION_LINE + garbage(count) + SECRET
+    text = VERSION_LINE + garbage(count) + SECRET
 
     def refused() -> None:
         with suppress(KmsError):

@@ -27,112 +27,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
-from types import MappingProxyType
-from typing import Final, TypeVar
-from urllib.parse import SplitResult, parse_qsl, urlsplit
+from typing import Final
+from urllib.parse import SplitResult, parse_qsl
 from weakref import WeakValueDictionary
 
 import msgspec
 
-from kms_core.backends import Backend, KeyMissing, KeyVersion
+from kms_core.backends import Backend, KeyVersion
+from kms_core.backends.aws.client import AwsKmsClient
 from kms_core.backends.aws.settings import AwsKmsSection
 from kms_core.backends.remote import RemoteBackend
-from kms_core.http_client import Busy, Peer, PeerAnswer, PeerServer, Tls, Unreachable
-from kms_protocol.errors import (
-    BackendUnavailable,
-    ConfigurationError,
-    DecryptFailed,
-    InvalidRequest,
-    KmsError,
-)
+from kms_core.http_client import Busy, Unreachable
+from kms_protocol.errors import BackendUnavailable, ConfigurationError, DecryptFailed, InvalidRequest
 
-try:
-    from botocore.auth import SigV4Auth
-    from botocore.awsrequest import AWSRequest
-    from botocore.config import Config
-    from botocore.credentials import Credentials, ReadOnlyCredentials
-    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
-    from botocore.exceptions import ConnectionError as NoConnection
-    from botocore.session import Session
-    from botocore.utils import get_environ_proxies
-except ImportError as exc:
-    raise ConfigurationError("Keys in AWS KMS need another package: run `pip install botocore`") from exc
-
-# Signed calls to AWS KMS: one POST for each, with typed answers and our errors.
-#
-# botocore provides credentials and their renewal, the address of a region and proxies. ``Peer`` sends the
-# requests, which bounds answers in time and size. Protocol: AWS JSON 1.1 (Smithy), signature version 4.
-# Errors contain no text of an answer, since AWS quotes requests in some.
-
-Shape = TypeVar("Shape")
-Parameters = Mapping[str, object]
-
-
-CIPHERTEXT: Final = frozenset({"InvalidCiphertextException", "IncorrectKeyException"})
-"""Codes of Decrypt for a wrong ciphertext, context or key."""
-
-BUSY: Final = frozenset(
-    {
-        "DependencyTimeoutException",
-        "InternalFailure",
-        "KMSInternalException",
-        "KeyUnavailableException",
-        "LimitExceededException",
-        "RequestLimitExceeded",
-        "ServiceUnavailable",
-        "Throttling",
-        "ThrottlingException",
-        "TooManyRequestsException",
-    }
-)
-"""Temporary errors. Status 503 counts as no answer, before the code is read."""
-
-_CREDENTIALS: Final = "AWS does not accept these credentials: {} (kms.awskms.profile, or the AWS_* variables)"
-_CREATE: Final = "the new key cannot be made: {}"
-ADVICE: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "AccessDenied": "these credentials may not: allow {call} in the key's policy or in IAM",
-        "AccessDeniedException": "these credentials may not: allow {call} in the key's policy or in IAM",
-        "AlreadyExistsException": "an alias of that name is there already",
-        "CloudHsmClusterInvalidConfigurationException": _CREATE.format("its CloudHSM cluster is not ready"),
-        "CustomKeyStoreInvalidStateException": _CREATE.format("its key store is not connected"),
-        "CustomKeyStoreNotFoundException": _CREATE.format("its key store is not there"),
-        "DisabledException": "the key is disabled: enable it with `aws kms enable-key`",
-        "DryRunOperationException": "the call was a rehearsal",
-        "ExpiredToken": _CREDENTIALS.format("they have expired"),
-        "ExpiredTokenException": _CREDENTIALS.format("they have expired"),
-        "IncompleteSignature": _CREDENTIALS.format("the signature is not complete"),
-        "IncompleteSignatureException": _CREDENTIALS.format("the signature is not complete"),
-        "InvalidAliasNameException": "the alias has a name that AWS does not allow",
-        "InvalidArnException": "the key's name is not an ARN: check kms.awskms.key_id or the key's URI",
-        "InvalidClientTokenId": _CREDENTIALS.format("the access key is not known"),
-        "InvalidGrantTokenException": "a grant token is not valid",
-        "InvalidKeyUsageException": "the key is not for symmetric encryption: name one that is",
-        "InvalidMarkerException": "the list of aliases changed: the service lists them again soon",
-        "InvalidSignatureException": _CREDENTIALS.format("check the secret key, the region and the clock"),
-        "KMSInvalidStateException": "the key's state does not allow it: `aws kms describe-key` tells which, "
-        "and `aws kms cancel-key-deletion` keeps one that waits for its deletion",
-        "MalformedPolicyDocumentException": _CREATE.format("AWS refuses the old key's policy"),
-        "MissingAuthenticationToken": _CREDENTIALS.format("there are none"),
-        "MissingAuthenticationTokenException": _CREDENTIALS.format("there are none"),
-        "NotFoundException": "the key is not there: check its name, region and account",
-        "OptInRequired": _CREDENTIALS.format("the account has not opted in to this region"),
-        "RequestExpired": _CREDENTIALS.format("the clock of this machine is wrong"),
-        "SignatureDoesNotMatch": _CREDENTIALS.format("check the secret key, the region and the clock"),
-        "TagException": _CREATE.format("AWS refuses the old key's tags"),
-        "UnrecognizedClientException": _CREDENTIALS.format("the access key is not known"),
-        "UnsupportedOperationException": "AWS KMS does not do that with this key",
-        "ValidationException": "AWS KMS does not take the request: check the key's name",
-        "XksKeyAlreadyInUseException": _CREATE.format("it is in an external key store"),
-        "XksKeyInvalidConfigurationException": _CREATE.format("it is in an external key store"),
-        "XksKeyNotFoundException": _CREATE.format("it is in an external key store"),
-    }
-)
-"""Advice for permanent errors, which are not retried."""
-
-_IAM_REFUSAL: Final = "not authorized to perform"  # IAM User Guide, "access denied error messages"
-_CODE: Final = re.compile(r"[A-Za-z0-9.]{1,80}")
 ALGORITHM: Final = "SYMMETRIC_DEFAULT"  # others do not authenticate a context
 CONTEXT_KEY: Final = "kms-service"
 CIPHERTEXT_BYTES: Final = 6144  # what Decrypt takes
@@ -147,131 +54,6 @@ _NAME: Final = re.compile(
 _USAGE: Final = (
     "A key in AWS KMS is awskms:alias/name, awskms:<key id> or awskms:<ARN>, with ?region= and &profile="
 )
-
-
-class _Problem(msgspec.Struct):
-    """Smithy, AWS JSON 1.1, "operation error serialization": ``__type`` may carry a namespace and a URI."""
-
-    kind: str = msgspec.field(name="__type")
-    message: str | None = None
-
-    @property
-    def code(self) -> str:
-        return self.kind.rpartition("#")[2].partition(":")[0]
-
-
-class AwsKmsClient:
-    """AWS KMS in one region with one set of credentials; safe for several threads."""
-
-    def __init__(self, endpoint: AwsKmsSection, session: Session | None = None) -> None:
-        """Read AWS's configuration files, without a call. Raises ConfigurationError.
-
-        ``endpoint`` has the address and the credentials.
-        """
-        try:
-            self._session = session or _session(endpoint)
-            url, self._region = _address(self._session, endpoint)
-            ca_file = endpoint.ca_file or self._session.get_config_variable("ca_bundle")
-        except (BotoCoreError, ValueError) as exc:
-            raise ConfigurationError(f"kms.awskms: {exc}") from exc
-        self.peer = Peer(
-            PeerServer(
-                url,
-                "AWS KMS",
-                "kms.awskms.endpoint_url",
-                endpoint.timeout_s,
-                Tls(ca_file=Path(ca_file) if ca_file else None),
-                proxy=get_environ_proxies(url).get(urlsplit(url).scheme),
-            )
-        )
-        self._lock = threading.Lock()
-        self._credentials: Credentials | None = None
-
-    def ask(self, operation: str, parameters: Parameters, shape: type[Shape]) -> Shape:
-        """Make a call within the timeout; a renewal of credentials may take one more timeout.
-
-        Raises DecryptFailed (only Decrypt), Unreachable, Busy, BackendUnavailable.
-        """
-        return self._send(operation, parameters).read(shape)
-
-    def send(self, operation: str, parameters: Parameters, *, done: str = "") -> None:
-        """Make a call without an answer; the error code ``done`` means success too. Raises as ``ask``."""
-        self._send(operation, parameters, done)
-
-    def _send(self, operation: str, parameters: Parameters, done: str = "") -> PeerAnswer:
-        body = msgspec.json.encode(parameters)  # bytes as base64, which AWS JSON 1.1 wants too
-        with self.peer.one_timeout():
-            answer = self.peer.call("POST", "/", body, headers=self._signed(operation, body))
-        if not answer.ok:
-            problem = answer.read(_Problem)
-            if problem.code != done:
-                raise _call_error(operation, parameters.get("KeyId"), problem)
-        return answer
-
-    def _signed(self, operation: str, body: bytes) -> dict[str, str]:
-        headers = {
-            "Content-Type": "application/x-amz-json-1.1",
-            "X-Amz-Target": f"TrentService.{operation}",
-        }
-        url = self.peer.server.url.rstrip("/") + "/"
-        request = AWSRequest("POST", url, headers=headers, data=body)
-        SigV4Auth(self._identity(), "kms", self._region).add_auth(request)
-        return dict(request.headers.items())
-
-    def _identity(self) -> ReadOnlyCredentials:
-        """Credentials for a signature; botocore renews them."""
-        try:
-            with self._lock:
-                self._credentials = self._credentials or self._session.get_credentials()
-            if self._credentials:
-                return self._credentials.get_frozen_credentials()
-        except (HTTPClientError, NoConnection) as exc:
-            raise Unreachable("No answer from the service that gives out AWS credentials") from exc
-        except (BotoCoreError, ClientError, OSError, ValueError) as exc:
-            raise BackendUnavailable(
-                f"There are no AWS credentials ({type(exc).__name__}): `aws sts get-caller-identity` helps"
-            ) from None
-        raise BackendUnavailable(
-            "There are no AWS credentials: name a profile in kms.awskms.profile, or give the service a role"
-        )
-
-
-def _session(endpoint: AwsKmsSection) -> Session:
-    session = Session(profile=endpoint.profile)
-    limits = Config(
-        connect_timeout=endpoint.timeout_s, read_timeout=endpoint.timeout_s, retries={"total_max_attempts": 1}
-    )
-    session.set_default_client_config(limits)  # for the services that issue credentials
-    session.get_scoped_config()  # ProfileNotFound
-    return session
-
-
-def _address(session: Session, endpoint: AwsKmsSection) -> tuple[str, str]:
-    """URL and region, from botocore's list of partitions. ``AWS_ENDPOINT_URL`` is ignored."""
-    client = session.create_client(
-        "kms",
-        region_name=endpoint.region,
-        endpoint_url=endpoint.endpoint_url,
-        aws_access_key_id="none",  # prevents a search for some
-        aws_secret_access_key="none",  # noqa: S106 -- as above
-        config=Config(ignore_configured_endpoint_urls=True),  # type: ignore[call-arg]  # not in its stubs
-    )
-    return client.meta.endpoint_url, client.meta.region_name
-
-
-def _call_error(operation: str, key: object, problem: _Problem) -> KmsError:
-    """The error for an answer of AWS; ``key`` is its name in the settings or its ARN."""
-    code = problem.code
-    denied = code.startswith("AccessDenied") and _IAM_REFUSAL not in (problem.message or "")
-    if operation == "Decrypt" and (code in CIPHERTEXT or denied):  # AWS calls an unknown key in it denied
-        return DecryptFailed()
-    shown = code if _CODE.fullmatch(code) else "an error without a name"
-    text = f"AWS KMS answers {shown} to {operation}{f' with {key}' if key else ''}"
-    if code in BUSY:
-        return Busy(text)
-    kind = KeyMissing if (operation, code) == ("DescribeKey", "NotFoundException") else BackendUnavailable
-    advice = ADVICE.get(code, "see the AWS KMS API reference")
-    return kind(f"{text}: {advice.format(call=f'kms:{operation}')}")
 
 
 class Described(msgspec.Struct, rename="pascal"):

@@ -142,13 +142,14 @@ class CosmianKey:
             if exc.kind is Kind.MISSING:
                 return None
             raise
-        if found.keyset:
+        if found.text("RotateName"):
             raise self.keyset_error()
-        if found.state == _RESTING and uid == self.name:  # its creator has to activate it
-            raise Refusal(Kind.STATE, found.state)
-        if found.state not in _OPENING:
+        state = found.text("State")
+        if state == _RESTING and uid == self.name:  # its creator has to activate it
+            raise Refusal(Kind.STATE, state)
+        if state not in _OPENING:
             return None
-        return _Version(number, uid, found.state, time_or_none(found.created))
+        return _Version(number, uid, state, time_or_none(found.text("InitialDate")))
 
     def _create(self, number: int) -> bool:
         """Make a version; False if its identifier is taken."""
@@ -230,7 +231,8 @@ class CosmianCipher:
                 sealed = self.key.server.seal(uid, plaintext, aad)
                 if sealed is None:
                     raise self.key.keyset_error()
-                if not _has_lengths(sealed, len(plaintext)):
+                lengths = len(sealed.nonce), len(sealed.ciphertext), len(sealed.tag)
+                if lengths != (NONCE_BYTES, len(plaintext), TAG_BYTES):
                     break
                 if not sealed.ciphertext.startswith(BULK):  # one in 65,536; another nonce avoids it
                     return FORM + sealed.nonce + sealed.ciphertext + sealed.tag
@@ -285,11 +287,6 @@ def _read(wrapped: bytes) -> GcmResult:
     if len(wrapped) not in LENGTHS or not wrapped.startswith(FORM) or sealed.ciphertext.startswith(BULK):
         raise DecryptFailed
     return sealed
-
-
-def _has_lengths(sealed: GcmResult, plaintext_bytes: int) -> bool:
-    lengths = len(sealed.nonce), len(sealed.ciphertext), len(sealed.tag)
-    return lengths == (NONCE_BYTES, plaintext_bytes, TAG_BYTES)
 
 
 # -- opening -----------------------------------------------------------------------------------------

@@ -129,16 +129,6 @@ def number(tag: str, value: int) -> Node:
     return Node(tag, "Integer", value)
 
 
-def flag(tag: str, *, value: bool) -> Node:
-    """Return a Boolean."""
-    return Node(tag, "Boolean", value)
-
-
-def date(tag: str, value: str) -> Node:
-    """A time in RFC 3339."""
-    return Node(tag, "DateTime", value)
-
-
 def octets(tag: str, value: bytes) -> Node:
     """Return a ByteString."""
     return Node(tag, "ByteString", value.hex().upper())
@@ -156,7 +146,7 @@ _INDEX: Final = "UniqueBatchItemID"  # returned with the answer
 _HEADER: Final = (
     structure("ProtocolVersion", number("ProtocolVersionMajor", 2), number("ProtocolVersionMinor", 1)),
     name("BatchErrorContinuationOption", "Continue"),
-    flag("BatchOrderOption", value=True),
+    Node("BatchOrderOption", "Boolean", value=True),
 )
 
 
@@ -171,15 +161,6 @@ class GcmResult:
     nonce: bytes
     ciphertext: bytes
     tag: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class KeyAttributes:
-    """Attributes of a key on the server; ``state`` is a KMIP name such as ``Active``."""
-
-    state: str
-    created: str
-    keyset: str
 
 
 class Messages:
@@ -284,11 +265,11 @@ class Kmip:
             name("KeyFormatType", "TransparentSymmetricKey"),
             name("ObjectType", "SymmetricKey"),
             text("UniqueIdentifier", uid),
-            flag("Sensitive", value=True),
+            Node("Sensitive", "Boolean", value=True),
         ]
         if not self._old:
             attributes += [
-                date("ActivationDate", _LONG_AGO),
+                Node("ActivationDate", "DateTime", _LONG_AGO),
                 structure("Name", text("NameValue", label), name("NameType", "UninterpretedTextString")),
             ]
         attributes.append(self._tagged(tag))
@@ -303,12 +284,11 @@ class Kmip:
         nested = found.find("UniqueIdentifier") if self._old else found
         return nested.texts("UniqueIdentifier") if nested else []
 
-    def attributes(self, uid: str) -> KeyAttributes:
-        """State, creation time and key set of a key. Raises Refusal."""
+    def attributes(self, uid: str) -> Node:
+        """``State``, ``InitialDate`` and ``RotateName`` (of its key set) of a key. Raises Refusal."""
         references = (name("AttributeReference", each) for each in ("State", "InitialDate", "RotateName"))
         found = self._ask(structure("GetAttributes", text("UniqueIdentifier", uid), *references))
-        known = found.find("Attributes") or structure("Attributes")
-        return KeyAttributes(known.text("State"), known.text("InitialDate"), known.text("RotateName"))
+        return found.find("Attributes") or structure("Attributes")
 
     def _tagged(self, tag: str) -> Node:
         """The vendor's attribute with the tags of a key, a JSON list."""

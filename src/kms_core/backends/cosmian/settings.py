@@ -24,18 +24,8 @@ class CosmianSection(BackendSection, frozen=True, kw_only=True):
     SECRET_FILES: ClassVar = ("api_key_file", "client_key_file")
     CERTIFICATE: ClassVar = "client_cert_file"
     WEAK_VALUES: ClassVar = (
-        WeakValue(
-            "server_url",
-            lambda section: sections.is_cleartext(section.server_url),
-            "the network can read the API key and file keys",
-            "use https://",
-        ),
-        WeakValue(
-            "tls_verify",
-            lambda section: not section.tls_verify,
-            "an impostor of the server can read the API key",
-            "name a CA in ca_file",
-        ),
+        sections.cleartext("server_url", "the network can read the API key and file keys"),
+        sections.unverified("an impostor of the server can read the API key"),
         WeakValue(
             "api_key",
             _has_no_credential,

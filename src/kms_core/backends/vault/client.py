@@ -95,7 +95,11 @@ class VaultClient:
             token = self.token.current()
             answer = self._send(token, method, path, document)
             if answer.status == HTTPStatus.FORBIDDEN:
-                raise self._forbidden_error(answer, path)
+                said(answer)  # raises for an answer of another server
+                raise BackendUnavailable(
+                    f"{self.server.where} refuses our token: renew the one in {self.section}.token_file, "
+                    f"or let its policy allow {path}"
+                )
             self._renew_when_due(token)
         return answer
 
@@ -122,13 +126,6 @@ class VaultClient:
         if answer.status == HTTPStatus.SERVICE_UNAVAILABLE:
             raise Unreachable(f"{self.server.where} answers {answer.status}")
         return answer
-
-    def _forbidden_error(self, answer: PeerAnswer, path: str) -> BackendUnavailable:
-        said(answer)
-        return BackendUnavailable(
-            f"{self.server.where} refuses our token: renew the one in {self.section}.token_file, "
-            f"or let its policy allow {path}"
-        )
 
     # -- the token's life ---------------------------------------------------------------------------
 
@@ -197,8 +194,13 @@ def path_of(text: str, what: str) -> str:
     return quote(text)
 
 
-def located(uri: SplitResult, mount: str, usage: str) -> tuple[str, str]:
-    """Mount and path of a key's URI. Raises ConfigurationError with ``usage``."""
+def located(uri: SplitResult | None, mount: str, path: str | None, usage: str) -> tuple[str, str | None]:
+    """Mount and path of a key's URI; those given, of the settings, without one or where it names no mount.
+
+    Raises ConfigurationError with ``usage``.
+    """
+    if uri is None:
+        return mount, path
     options = parse_qs(uri.query, keep_blank_values=True)
     mounts = options.pop("mount", [mount])
     if uri.netloc or uri.fragment or options or len(mounts) != 1 or not mounts[0] or not uri.path:
@@ -215,10 +217,9 @@ def connect(section: Section, name: str, *, strict: bool) -> VaultClient:
     """The server of a settings section (``name`` is as in ``kms.transit``); keys share it."""
     if found := _open.get((section, strict)):
         return found
-    if section.address is None:
-        raise ConfigurationError(f"{name}.address is missing")
+    address = section.address or ""  # which the settings of a used backend have
     tls = Tls(section.tls_verify, section.ca_file, section.client_cert, section.client_key)
-    server = PeerServer(section.address, PRODUCT, f"{name}.address", section.timeout_s, tls)
+    server = PeerServer(address, PRODUCT, f"{name}.address", section.timeout_s, tls)
     token = FileToken(section.token, section.token_file, strict=strict)
     made = _open[section, strict] = VaultClient(server, token, section.namespace)
     return made

@@ -162,10 +162,9 @@ class KvCipher:
         """Read the document; needs the lock. Keys stay while the server is down, not if it refuses."""
         try:
             document = self._fetch(time.monotonic())
-        except (Unreachable, Busy):
-            raise
-        except BackendUnavailable:
-            self._document = None
+        except BackendUnavailable as exc:
+            if not isinstance(exc, Unreachable | Busy):
+                self._document = None
             raise
         self._document = document if document.keys else None
         return document
@@ -238,10 +237,8 @@ def _versions(document: _Document) -> list[KeyVersion]:
 
 def open_key(uri: SplitResult | None, section: VaultKvSection, *, strict: bool) -> RemoteBackend:
     """``vault-kv:<path>`` or ``vault-kv:<path>?mount=<mount>``; None means ``path`` of ``[kms.vault_kv]``."""
-    mount, path = section.mount, section.path
-    if uri is not None:
-        usage = "A vault-kv key is vault-kv:<path>, or vault-kv:<path>?mount=<mount>"
-        mount, path = located(uri, mount, usage)
+    usage = "A vault-kv key is vault-kv:<path>, or vault-kv:<path>?mount=<mount>"
+    mount, path = located(uri, section.mount, section.path, usage)
     if path is None:
         raise ConfigurationError("kms.vault_kv.path is missing: name the secret that holds the wrapping key")
     vault = connect(section, "kms.vault_kv", strict=strict)

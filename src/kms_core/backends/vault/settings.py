@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Final, Literal
 from msgspec import Meta
 
 from kms_core import sections
-from kms_core.sections import BackendSection, Timeout, WeakValue
+from kms_core.sections import BackendSection, Timeout
 from kms_protocol.errors import ConfigurationError
 
 _NAMESPACE: Final = re.compile(r"[\w.~-]+(?:/[\w.~-]+)*/?", re.ASCII)
@@ -21,8 +21,8 @@ class VaultSection(BackendSection, frozen=True, kw_only=True):
     SECRET_FILES: ClassVar = ("token_file", "client_key")
     CERTIFICATE: ClassVar = "client_cert"
     WEAK_VALUES: ClassVar = (
-        WeakValue("address", lambda section: sections.is_cleartext(section.address), _RISK, "use https://"),
-        WeakValue("tls_verify", lambda section: not section.tls_verify, _RISK, "name a CA in ca_file"),
+        sections.cleartext("address", _RISK),
+        sections.unverified(_RISK),
     )
 
     address: str | None = None

@@ -46,25 +46,19 @@ _REFUSALS: Final = (  # the first whose text is in the answer; the last for any 
 _log = structlog.get_logger(__name__)
 
 
-class _Encrypt(msgspec.Struct, omit_defaults=True):
-    plaintext: bytes  # msgspec writes and reads bytes as base64
+class _Item(msgspec.Struct, omit_defaults=True):
+    """A secret to encrypt under a version, or a ciphertext to decrypt."""
+
     associated_data: bytes
-    key_version: int
+    plaintext: bytes = b""  # msgspec writes and reads bytes as base64
+    key_version: int = 0
+    ciphertext: str = ""
     type: str = ""  # for a call of its own
     reference: str = ""  # for an item of a batch, where it comes back with the outcome
 
 
-class _Decrypt(msgspec.Struct, omit_defaults=True):
-    ciphertext: str
-    associated_data: bytes
-    reference: str = ""
-
-
-Item = _Encrypt | _Decrypt
-
-
 class _Batch(msgspec.Struct, omit_defaults=True):
-    batch_input: Sequence[Item]
+    batch_input: Sequence[_Item]
     type: str = ""
 
 
@@ -114,14 +108,14 @@ class TransitCipher:
             )
         self._key = key
         self._warned = False
-        self._encrypts: Batcher[Item, _ItemOutcome] = Batcher(partial(self._send, "encrypt"))
-        self._decrypts: Batcher[Item, _ItemOutcome] = Batcher(partial(self._send, "decrypt"))
+        self._encrypts: Batcher[_Item, _ItemOutcome] = Batcher(partial(self._send, "encrypt"))
+        self._decrypts: Batcher[_Item, _ItemOutcome] = Batcher(partial(self._send, "decrypt"))
 
     def encrypt(self, secret: bytes, version: str, aad: bytes) -> bytes:
         """Encrypt under exactly this version. Raises BackendUnavailable if that is not possible."""
         if not _VERSION.fullmatch(version):
             raise self._error(f"has no version {version}")
-        found = self._ask(self._encrypts, _Encrypt(secret, aad, int(version)))
+        found = self._ask(self._encrypts, _Item(aad, plaintext=secret, key_version=int(version)))
         return self._raw(found.ciphertext, version)
 
     def decrypt(self, wrapped: bytes, version: str, aad: bytes) -> bytes:
@@ -129,7 +123,7 @@ class TransitCipher:
         if not _VERSION.fullmatch(version):
             raise DecryptFailed
         ciphertext = f"vault:v{version}:{base64.b64encode(wrapped).decode('ascii')}"
-        plaintext = self._ask(self._decrypts, _Decrypt(ciphertext, aad)).plaintext
+        plaintext = self._ask(self._decrypts, _Item(aad, ciphertext=ciphertext)).plaintext
         if plaintext is None:
             raise self._vault.server.unexpected_error("no plaintext")
         return plaintext
@@ -145,7 +139,7 @@ class TransitCipher:
         """
         before = self._record().latest_version
         try:
-            answer = self._vault.call("POST", f"{self._mount}/keys/{self._key}/rotate", {})
+            answer = self._vault.call("POST", f"{self._path}/rotate", {})
         except (Unreachable, Busy):
             record = self._record()
             if record.latest_version == before:
@@ -158,11 +152,11 @@ class TransitCipher:
 
     # -- calls of several threads in one request --------------------------------------------------------
 
-    def _ask(self, batcher: "Batcher[Item, _ItemOutcome]", item: Item) -> _ItemOutcome:
+    def _ask(self, batcher: "Batcher[_Item, _ItemOutcome]", item: _Item) -> _ItemOutcome:
         with self._vault.peer.one_timeout():
             return self._vault.peer.in_time(partial(batcher.call, item))
 
-    def _send(self, operation: str, items: Sequence[Item]) -> Sequence[_ItemOutcome | KmsError]:
+    def _send(self, operation: str, items: Sequence[_Item]) -> Sequence[_ItemOutcome | KmsError]:
         """Send items in one request. One that the server refuses as a whole is sent again item by item.
 
         So no caller's ciphertext can fail the calls of others.
@@ -175,7 +169,7 @@ class TransitCipher:
             found = None
         return found or self._send_each(operation, items)
 
-    def _send_each(self, operation: str, items: Sequence[Item]) -> Sequence[_ItemOutcome | KmsError]:
+    def _send_each(self, operation: str, items: Sequence[_Item]) -> Sequence[_ItemOutcome | KmsError]:
         outcomes: list[_ItemOutcome | KmsError] = []
         for item in items:
             try:
@@ -186,17 +180,15 @@ class TransitCipher:
                 outcomes.append(exc)
         return outcomes
 
-    def _send_one(self, operation: str, item: Item) -> _ItemOutcome:
-        if isinstance(item, _Encrypt):
+    def _send_one(self, operation: str, item: _Item) -> _ItemOutcome:
+        if operation == "encrypt":
             item = msgspec.structs.replace(item, type=_NO_UPSERT)
         answer = self._vault.call("POST", f"{self._mount}/{operation}/{self._key}", item)
-        if answer.ok:
-            return answer.read(EngineAnswer[_ItemOutcome]).data
-        if answer.status != HTTPStatus.BAD_REQUEST:
-            self._refused(answer)
-        raise self._refusal_error(operation, said(answer))
+        if not answer.ok:
+            self._refused(answer, operation)
+        return answer.read(EngineAnswer[_ItemOutcome]).data
 
-    def _send_batch(self, operation: str, items: Sequence[Item]) -> Sequence[_ItemOutcome | KmsError] | None:
+    def _send_batch(self, operation: str, items: Sequence[_Item]) -> Sequence[_ItemOutcome | KmsError] | None:
         """The outcome of each item; None for an answer without outcomes."""
         numbered = [msgspec.structs.replace(item, reference=str(n)) for n, item in enumerate(items)]
         document = _Batch(numbered, _NO_UPSERT if operation == "encrypt" else "")
@@ -218,7 +210,7 @@ class TransitCipher:
         return self._error(next(text for word, text in _REFUSALS if word in words))
 
     def _record(self) -> _Record:
-        answer = self._vault.call("GET", f"{self._mount}/keys/{self._key}")
+        answer = self._vault.call("GET", self._path)
         if not answer.ok:
             self._refused(answer)
         record = answer.read(EngineAnswer[_Record]).data
@@ -239,15 +231,15 @@ class TransitCipher:
             self._warned = True
             _log.warning("key.exportable", backend=self.name, key=self._path, advice=make)
 
-    def _refused(self, answer: PeerAnswer) -> NoReturn:
-        """Raise for an answer other than 2xx that does not mean a damaged wrap."""
+    def _refused(self, answer: PeerAnswer, operation: str = "") -> NoReturn:
+        """Raise for an answer other than 2xx, which only to ``decrypt`` may mean a damaged wrap."""
         words = said(answer)
         if answer.status == HTTPStatus.NOT_FOUND:
             enable = f"bao secrets enable -path={self._mount} transit"
             raise self._vault.engine_error(answer, self._mount, enable) or self._error(_ABSENT)
         if answer.status != HTTPStatus.BAD_REQUEST:
             raise answer.unexpected_error()
-        raise self._refusal_error("", words)
+        raise self._refusal_error(operation, words)
 
     def _raw(self, ciphertext: str, version: str) -> bytes:
         """The bytes after the prefix of exactly this version. Raises BackendUnavailable for another text."""
@@ -286,11 +278,8 @@ def _moment(seconds: object) -> datetime | None:
 
 def open_key(uri: SplitResult | None, section: TransitSection, *, strict: bool) -> RemoteBackend:
     """``transit:<key>``, or ``transit:<key>?mount=<mount>``; None means ``key_name`` of ``[kms.transit]``."""
-    mount, key = section.mount, section.key_name
-    if uri is not None:
-        mount, key = located(
-            uri, mount, "A transit key is transit:<key name>, or transit:<key name>?mount=<mount>"
-        )
+    usage = "A transit key is transit:<key name>, or transit:<key name>?mount=<mount>"
+    mount, key = located(uri, section.mount, section.key_name, usage)
     if key is None:
         raise ConfigurationError("kms.transit.key_name is missing: name the key that the service uses")
     vault = connect(section, "kms.transit", strict=strict)

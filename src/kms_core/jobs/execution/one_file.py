@@ -82,7 +82,7 @@ def upload_label(job: UploadJob) -> Label:
 
 def file_id(head: bytes) -> str:
     """The id of the file of a head (see ``binding.file_id``)."""
-    return binding.file_id(head[-stream.NONCE :])
+    return binding.file_id(head[-header.NONCE_BYTES :])
 
 
 @contextmanager

@@ -61,7 +61,7 @@ class Intake:
     @property
     def text_length(self) -> int:
         """The most characters that a message has."""
-        longest = SYNC_LIMITS.header_bytes + stream.NONCE + stream.sealed_size(JSON_BYTES)
+        longest = SYNC_LIMITS.header_bytes + header.NONCE_BYTES + stream.sealed_size(JSON_BYTES)
         return (longest + 2) // 3 * 4
 
     def accept(self, message: object, worker: str) -> str:

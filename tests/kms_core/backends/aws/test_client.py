@@ -6,7 +6,8 @@ from typing import Final
 import botocore.session
 import pytest
 
-from kms_core.backends.aws.backend import ADVICE, BUSY, CIPHERTEXT, AwsCipher
+from kms_core.backends.aws.backend import AwsCipher
+from kms_core.backends.aws.client import ADVICE, ERRORS
 from kms_core.http_client import Busy, Unreachable
 from kms_protocol.errors import BackendUnavailable, DecryptFailed, KmsError
 from support.aws_scripted import AAD, ARN, KEY, SECRET, Reply, b64, cipher_with, refused, scripted, working
@@ -25,16 +26,18 @@ def test_every_error_that_aws_knows_for_our_calls_has_a_meaning() -> None:
     model = botocore.session.Session().get_service_model("kms")
     known = {error.name for name in OPERATIONS for error in model.operation_model(name).error_shapes}
 
-    assert known <= CIPHERTEXT | BUSY | ADVICE.keys()
-    assert not CIPHERTEXT & BUSY | CIPHERTEXT & ADVICE.keys() | BUSY & ADVICE.keys()
+    assert known <= ERRORS.ciphertext | ERRORS.busy | ADVICE.keys()
+    assert len(ERRORS.ciphertext | ERRORS.busy | ADVICE.keys()) == sum(
+        map(len, (ERRORS.ciphertext, ERRORS.busy, ERRORS.advice, ERRORS.credentials))
+    )
 
 
 DENIED: Final = "AccessDeniedException"
 NOT_ALLOWED: Final = "User: arn:aws:iam::1:user/x is not authorized to perform: kms:Decrypt on resource: x"
 UNKNOWN_KEY: Final = "The ciphertext refers to a customer master key that does not exist"
 MEANINGS: Final[Mapping[str, tuple[Reply, type[KmsError], str]]] = {
-    **{code: (refused(code), DecryptFailed, "") for code in sorted(CIPHERTEXT)},
-    **{code: (refused(code), Busy, f"answers {code} to Decrypt") for code in sorted(BUSY)},
+    **{code: (refused(code), DecryptFailed, "") for code in sorted(ERRORS.ciphertext)},
+    **{code: (refused(code), Busy, f"answers {code} to Decrypt") for code in sorted(ERRORS.busy)},
     **{
         code: (refused(code), BackendUnavailable, f"answers {code} to Decrypt with {ARN}: ")
         for code in sorted(ADVICE.keys() - {"AccessDenied", DENIED})

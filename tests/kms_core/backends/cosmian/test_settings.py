@@ -67,7 +67,7 @@ def test_a_key_file_for_everybody_is_refused_in_prod(tmp_path: Path) -> None:
     file.chmod(0o644)
 
     assert "chmod 600" in refusal(tmp_path, kms__environment="prod", api_key_file=str(file))
-    assert keyring.build(settings(tmp_path, api_key_file=str(file))).default.backend.blocks
+    assert keyring.build(settings(tmp_path, api_key_file=str(file))).default.backend.server
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:

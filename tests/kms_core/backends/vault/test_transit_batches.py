@@ -10,9 +10,8 @@ import msgspec
 import pytest
 
 from kms_core.backends import KeyMissing
-from kms_core.backends.vault import transit as module
 from kms_core.backends.vault.client import VaultClient
-from kms_core.backends.vault.transit import TransitCipher
+from kms_core.backends.vault.transit import TransitCipher, _Item
 from kms_core.http_client import Busy, PeerAnswer, PeerServer, Unreachable
 from kms_protocol.errors import BackendUnavailable, DecryptFailed, KmsError
 from support.openbao import Bao, bao, transit
@@ -45,23 +44,23 @@ def test_concurrent_calls_share_requests(counted: tuple[Bao, Path]) -> None:
         assert 0 < paths.count(f"transit/{kind}/{key}") < len(SECRETS) / 2
 
 
-def outcomes(cipher: TransitCipher, operation: str, *items: module.Item) -> list[object]:
+def outcomes(cipher: TransitCipher, operation: str, *items: _Item) -> list[object]:
     """What a batch of these items gives, each error by its kind."""
     made = cipher._send(operation, items)  # noqa: SLF001 -- else the test would depend on the threads
     return [type(one) if isinstance(one, KmsError) else one for one in made]
 
 
-def sealed(cipher: TransitCipher, secret: bytes = bytes(16), aad: bytes = AAD) -> module._Decrypt:
+def sealed(cipher: TransitCipher, secret: bytes = bytes(16), aad: bytes = AAD) -> _Item:
     wrapped = cipher.encrypt(secret, "1", aad)
-    return module._Decrypt(f"vault:v1:{msgspec.json.encode(wrapped).decode().strip(chr(34))}", AAD)  # noqa: SLF001 -- as decrypt makes it
+    return _Item(AAD, ciphertext=f"vault:v1:{msgspec.json.encode(wrapped).decode().strip(chr(34))}")
 
 
 def test_a_damaged_item_fails_alone() -> None:
     server = bao()
     cipher = transit(server, server.new_key())
     good, foreign = sealed(cipher), sealed(cipher, aad=b"another context")
-    damaged = module._Decrypt("vault:v1:AAAA", AAD)  # noqa: SLF001 -- as decrypt makes it
-    newer = module._Decrypt(good.ciphertext.replace(":v1:", ":v9:"), AAD)  # noqa: SLF001 -- as above
+    damaged = _Item(AAD, ciphertext="vault:v1:AAAA")
+    newer = _Item(AAD, ciphertext=good.ciphertext.replace(":v1:", ":v9:"))
     found = outcomes(cipher, "decrypt", foreign, good, damaged, newer, good)
 
     assert [one if isinstance(one, type) else cast("Any", one).plaintext for one in found] == [
@@ -72,7 +71,7 @@ def test_a_damaged_item_fails_alone() -> None:
 def test_a_version_that_does_not_encrypt_fails_alone() -> None:
     server = bao()
     cipher = transit(server, server.new_key())
-    good, late = (module._Encrypt(bytes(16), AAD, version) for version in (1, 7))  # noqa: SLF001 -- as encrypt makes it
+    good, late = (_Item(AAD, bytes(16), version) for version in (1, 7))
     first, second, third = outcomes(cipher, "encrypt", good, late, good)
 
     assert second is BackendUnavailable
@@ -84,7 +83,7 @@ def test_a_version_that_does_not_encrypt_fails_alone() -> None:
 def test_a_missing_key_is_missing_for_all_and_is_not_made() -> None:
     server = bao()
     cipher = transit(server, "nowhere")
-    item = module._Encrypt(bytes(16), AAD, 1)  # noqa: SLF001 -- as encrypt makes it
+    item = _Item(AAD, bytes(16), 1)
 
     assert outcomes(cipher, "encrypt", item, item) == [KeyMissing] * 2
     with pytest.raises(KeyMissing):
@@ -94,7 +93,7 @@ def test_a_missing_key_is_missing_for_all_and_is_not_made() -> None:
 # -- answers of other servers ------------------------------------------------------------------------
 
 SERVER: Final = PeerServer("http://vault.test", "OpenBao or Vault", "kms.transit.address", 1.0)
-ITEMS: Final = [module._Encrypt(bytes([n]) * 16, AAD, 1) for n in range(3)]  # noqa: SLF001 -- as encrypt makes it
+ITEMS: Final = [_Item(AAD, bytes([n]) * 16, 1) for n in range(3)]
 
 
 class Scripted:

@@ -18,6 +18,7 @@ from kombu.connection import Connection
 from pyrage import x25519
 
 from kms_core.age import header, mlkem768x25519, stream
+from kms_core.age.armor import VERSION_LINE
 from kms_core.backends.age import AgeBackend
 from kms_core.backends.key_files import KeyFiles
 from kms_core.container import build_intake
@@ -110,7 +111,7 @@ NO_FILES: Final[dict[str, tuple[object, type[KmsError]]]] = {
     "line end": ("YWdl\n", InvalidRequest),
     "empty": ("", NotACiphertext),
     "not age": (B64_CANARY, NotACiphertext),
-    "header only": (base64.b64encode(header.VERSION_LINE).decode(), DecryptFailed),
+    "header only": (base64.b64encode(VERSION_LINE).decode(), DecryptFailed),
     "long, and not decoded": ("\N{SNOWMAN}" * 1_000_000, TooLarge),
 }
 
