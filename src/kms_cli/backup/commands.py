@@ -162,7 +162,7 @@ def restore_command(
         _report(f"{file} is complete and unchanged: a backup of {_origin(manifest)}", manifest)
         return
     _report(f"restored the backup of {_origin(manifest)} to {folder}", manifest)
-    _tell_next(manifest, folder.absolute())
+    _print_next_steps(manifest, folder.absolute())
 
 
 def _place(read: Callable[[KeepFile], Manifest], folder: Path, *, force: bool) -> Manifest:
@@ -259,7 +259,7 @@ def _report(done: str, manifest: Manifest) -> None:
         terminal.say(f"not included: {note}")
 
 
-def _tell_next(manifest: Manifest, folder: Path) -> None:
+def _print_next_steps(manifest: Manifest, folder: Path) -> None:
     age_s = max(0.0, (datetime.now(UTC) - manifest.made_at).total_seconds())
     terminal.say(
         f"warning: this is the state of {age_s / 3600:.1f} hours ago. Tokens that were revoked since are "
