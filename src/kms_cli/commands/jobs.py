@@ -214,7 +214,7 @@ def show_job(job: JobOut) -> None:
         "start_by": job.start_by if waiting else None,
         "run_by": job.run_by if waiting else None,
         "created": job.created_at,
-        "started": job.started_at,
+        "started": job.started_at if job.attempt else None,
         "ended": job.ended_at,
         "released": job.released_at,
         "expires": job.expires_at,
