@@ -263,11 +263,15 @@ class Step(NamedTuple):
 
 
 class Meter:
-    """A progress line on stderr, redrawn in place and erased at the end; nothing unless it is a terminal."""
+    """A progress line on stderr, redrawn in place and erased at the end; nothing unless it is a terminal.
+
+    Nothing with --json either, nor where results go to a terminal as well: ``on_stdout``.
+    """
 
     _is_drawn: ClassVar = False
 
-    def __init__(self, *, hidden: bool = False) -> None:
+    def __init__(self, *, on_stdout: bool = False) -> None:
+        hidden = session().as_json or (on_stdout and sys.stdout.isatty())
         self._shown = sys.stderr.isatty() and not hidden
         self._drawn_at = 0.0
         self._step = Step("")
@@ -364,11 +368,6 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def meter(*, on_stdout: bool = False) -> Meter:
-    """Return a progress line; hidden with --json, and where results go to the terminal as well."""
-    return Meter(hidden=session().as_json or (on_stdout and sys.stdout.isatty()))
 
 
 def printed_as_json(answer: "Answer | Mapping[str, object]") -> bool:

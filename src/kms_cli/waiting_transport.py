@@ -11,5 +11,5 @@ class WaitingTransport(SyncTransport):
     async def open(self, request: HttpRequest) -> HttpAnswer:
         if not isinstance(request.body, bytes | None):
             return await super().open(request)
-        with terminal.meter().waiting(f"waiting for {terminal.printable(self._url)}"):
+        with terminal.Meter().waiting(f"waiting for {terminal.printable(self._url)}"):
             return await super().open(request)

@@ -79,7 +79,7 @@ def backup_command(
     with (
         audited.effect(settings, "backup.create", str(output)),
         writing(output, overwrite=force) as target,
-        terminal.meter(on_stdout=output == STDIO) as line,
+        terminal.Meter(on_stdout=output == STDIO) as line,
     ):
         began, made_at = time.monotonic(), datetime.now(UTC)
         shown = age_files.with_progress(line, "backing up", None)
@@ -146,7 +146,7 @@ def restore_command(
     if folder is None and not only_check:
         raise click.UsageError("name the new state directory with --to DIR, or verify only with --check")
     known = age_files.identities(identities)
-    with age_files.source(file) as source, terminal.meter() as line:
+    with age_files.source(file) as source, terminal.Meter() as line:
         sealed = age_files.read(source)
         key = age_files.by_identities(sealed.head, known, RequiredBinding())
         shown = age_files.with_progress(line, "verifying", file.stat().st_size)

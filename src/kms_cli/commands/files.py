@@ -113,7 +113,7 @@ def decrypt_file_command(
 def _run(kind: Kind, source: Path, target: Path | None, options: TransferOptions, *, force: bool) -> None:
     """Convert one file. A target of None is stdout by default."""
     on_stdout, job = is_stdout(target), None
-    with connect() as kms, terminal.meter(on_stdout=on_stdout) as line:
+    with connect() as kms, terminal.Meter(on_stdout=on_stdout) as line:
         with age_files.source(source) as opened, writing(target, overwrite=force) as file:
             left: InputStream | None = opened
             by_job = any(map(options.get, JobOptions.__annotations__))
