@@ -67,10 +67,10 @@ def _wrk(shot: Shot, connections: int, seconds: float) -> Reading:
         script.writelines(f'wrk.headers["{name}"] = "{value}"\n' for name, value in shot.headers.items())
         script.flush()
         options = ["-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "-s", script.name]
-        said = subprocess.run(["wrk", *options, shot.url], capture_output=True, text=True, check=True)
-    line = next((line for line in said.stdout.splitlines() if line.startswith("RESULT ")), None)
+        ran = subprocess.run(["wrk", *options, shot.url], capture_output=True, text=True, check=True)
+    line = next((line for line in ran.stdout.splitlines() if line.startswith("RESULT ")), None)
     if line is None:
-        raise RuntimeError(f"wrk said nothing that is known: {said.stdout[-200:]}")
+        raise RuntimeError(f"wrk printed no result: {ran.stdout[-200:]}")
     rate, p50, p99, errors, requests = map(float, line.split()[1:])
     if errors:
         raise RuntimeError(f"{errors:.0f} requests failed")

@@ -221,11 +221,11 @@ def _settled(machine: Machine, folder: Path, memory: Path) -> Place:
 
 def _readme(place: Place, log: BinaryIO, until: float) -> list[str]:
     """Run ``scripts/up`` and, while it serves, the blocks of the README in one shell, as they are written."""
-    said = place.clone.parent / "up.log"
-    with said.open("wb") as output:
+    output_path = place.clone.parent / "up.log"
+    with output_path.open("wb") as output:
         process = place.start("scripts/up", log=output)
     try:
-        if not _is_ready(process, said, min(until, time.monotonic() + READY_S)):
+        if not _is_ready(process, output_path, min(until, time.monotonic() + READY_S)):
             return ["scripts/up did not get ready"]
         blocks = BLOCK.findall((place.clone / "README.md").read_text("utf-8"))
         missing = {tool for tool in TOOLS if not shutil.which(tool, path=place.environ["PATH"])}
@@ -240,13 +240,13 @@ def _readme(place: Place, log: BinaryIO, until: float) -> list[str]:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
         _ended(process, time.monotonic() + 60)
-        log.write(said.read_bytes())
+        log.write(output_path.read_bytes())
         log.flush()
 
 
-def _is_ready(process: subprocess.Popen[bytes], said: Path, until: float) -> bool:
+def _is_ready(process: subprocess.Popen[bytes], output_path: Path, until: float) -> bool:
     while time.monotonic() < until and process.poll() is None:
-        if b"kms: ready" in said.read_bytes():
+        if b"kms: ready" in output_path.read_bytes():
             return True
         time.sleep(0.2)
     return False

@@ -36,13 +36,13 @@ def shell(folder: Path, environ: Mapping[str, str]) -> Shell:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {"HOME": str(folder), "LANG": "C.UTF-8", **environ, "PATH": path}
 
-    def said(command: str) -> str:
+    def output_of(command: str) -> str:
         argv = ["bash", "-c", f"exec 2>&1; {command}"]
         return subprocess.run(
             argv, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         ).stdout
 
-    return said
+    return output_of
 
 
 def terminal(text: str, run: Shell) -> str:

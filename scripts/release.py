@@ -77,13 +77,13 @@ class Section(NamedTuple):
 # -- what a release needs ---------------------------------------------------------------------------------
 
 
-def problems(version: str, told: Sequence[str]) -> Iterator[Problem]:
+def problems(version: str, documented: Sequence[str]) -> Iterator[Problem]:
     """Everything that keeps the commit that is checked out from being this version."""
     yield from tree_problems(version)
     yield from version_problems(version)
     sections = changelog()
     yield from changelog_problems(version, sections)
-    yield from contract_problems(version, sections, told)
+    yield from contract_problems(version, sections, documented)
 
 
 def tree_problems(version: str) -> Iterator[Problem]:
@@ -169,7 +169,7 @@ def is_past(day: str) -> bool:
 
 
 def number_problems(version: str, section: Section, earlier: Sequence[Section]) -> Iterator[Problem]:
-    """What Semantic Versioning says of the number."""
+    """The rules of Semantic Versioning for the number."""
     if not section.has_entries:
         yield Problem(f"{version} has no entry in CHANGELOG.md", "write what a user notices")
     if earlier and numbers(version) <= numbers(earlier[0].name):
@@ -188,7 +188,9 @@ def numbers(version: str) -> tuple[int, int, int]:
     return int(found[1]), int(found[2]), int(found[3])
 
 
-def contract_problems(version: str, sections: Sequence[Section], told: Sequence[str]) -> Iterator[Problem]:
+def contract_problems(
+    version: str, sections: Sequence[Section], documented: Sequence[str]
+) -> Iterator[Problem]:
     """Commits since the last version that change the contract and not CHANGELOG.md."""
     if git("rev-parse", "--is-shallow-repository") == "true":
         yield Problem("the history is cut, so changes of the contract are not seen", "git fetch --unshallow")
@@ -197,14 +199,14 @@ def contract_problems(version: str, sections: Sequence[Section], told: Sequence[
     if not earlier:  # the first version: no user has a contract that it could change
         return
     span = since(earlier[0])
-    known = {git("rev-parse", "--verify", f"{commit}^{{commit}}") for commit in told}
+    known = {git("rev-parse", "--verify", f"{commit}^{{commit}}") for commit in documented}
     known.update(commits(span, CHANGELOG.name))
     for commit in commits(span, *CONTRACT):
         if commit not in known:
             subject = git("log", "-1", "--format=%h %s", commit)
             yield Problem(
                 f"a commit changes the contract and not CHANGELOG.md: {subject}",
-                f"write the entry that is missing; if there is none: --told {commit[:12]}",
+                f"write the entry that is missing; if there is none: --documented {commit[:12]}",
             )
 
 
@@ -301,9 +303,9 @@ def sign(folder: Path, key: Path) -> None:
     """Sign the list, and verify the signature as a user does. ssh-keygen may ask for a passphrase."""
     listed = folder / SUMS
     if not succeeds("sign", "-f", str(key), "-n", NAMESPACE, str(listed)):
-        raise ReleaseError(Problem(f"ssh-keygen could not sign with {key}", "see what it said above"))
+        raise ReleaseError(Problem(f"ssh-keygen could not sign with {key}", "see its output above"))
     words = ("-f", str(SIGNERS), "-I", NAMESPACE, "-n", NAMESPACE, "-s", f"{listed}.sig")
-    if not succeeds("verify", *words, said=listed.read_bytes()):
+    if not succeeds("verify", *words, stdin=listed.read_bytes()):
         raise ReleaseError(
             Problem(
                 f"{SIGNERS.relative_to(ROOT)} does not allow this key to sign: users would refuse the files",
@@ -312,18 +314,18 @@ def sign(folder: Path, key: Path) -> None:
         )
 
 
-def succeeds(action: str, *words: str, said: bytes | None = None) -> bool:
-    """Whether ``ssh-keygen`` does this; it says why not."""
+def succeeds(action: str, *words: str, stdin: bytes | None = None) -> bool:
+    """Whether ``ssh-keygen`` does this; it prints why not."""
     argv = ["ssh-keygen", "-Y", action, *words]
-    return subprocess.run(argv, input=said, stdout=sys.stderr, check=False).returncode == 0
+    return subprocess.run(argv, input=stdin, stdout=sys.stderr, check=False).returncode == 0
 
 
 # -- commands ---------------------------------------------------------------------------------------------
 
 
-def release(version: str, key: Path | None, told: Sequence[str]) -> None:
+def release(version: str, key: Path | None, documented: Sequence[str]) -> None:
     """Check, build, sign if there is a key, and print what remains."""
-    found = [*problems(version, told), *(key_problems(key) if key else ())]
+    found = [*problems(version, documented), *(key_problems(key) if key else ())]
     if found:
         raise ReleaseError(*found)
     commit, target = git("rev-parse", "HEAD"), ROOT / "dist" / version
@@ -422,7 +424,7 @@ def parsed(words: Sequence[str]) -> argparse.Namespace:
         "--key", type=Path, help="SSH key that signs (KMS_RELEASE_KEY); without it nothing is signed"
     )
     parser.add_argument(
-        "--told", action="append", default=[], metavar="COMMIT", help="needs no entry of its own"
+        "--documented", action="append", default=[], metavar="COMMIT", help="needs no entry of its own"
     )
     return parser.parse_args(words)
 
@@ -435,7 +437,7 @@ def main(words: Sequence[str]) -> int:
         if named.prepare:
             prepare(named.version)
         else:
-            release(named.version, key and key.absolute(), named.told)
+            release(named.version, key and key.absolute(), named.documented)
     except ReleaseError as error:
         for problem in error.problems:
             say(f"error: {problem.error}")
@@ -444,7 +446,7 @@ def main(words: Sequence[str]) -> int:
     except subprocess.CalledProcessError as error:
         sys.stderr.write(error.stderr.decode(errors="replace"))
         say(f"error: {shlex.join(error.cmd)} ended with {error.returncode}")
-        say("hint: see what it said above")
+        say("hint: see its output above")
         return 1
     return 0
 

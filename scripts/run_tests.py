@@ -64,8 +64,8 @@ class Outcome:
     is_green: bool
 
     def __str__(self) -> str:
-        noted = f", {self.flaky} flaky" if self.flaky else ""
-        return f"{self.passed} passed, {self.failed} failed{noted}"
+        flaky = f", {self.flaky} flaky" if self.flaky else ""
+        return f"{self.passed} passed, {self.failed} failed{flaky}"
 
 
 FIRST: Final = Run("first tier", ("--tier=1", "-p", "no:randomly", *FILES_AT_A_TIME, "2"), 15 * 60, 3)
@@ -148,10 +148,10 @@ def _pytest(asked: Run, folder: Path, name: str) -> int:
 @contextmanager
 def _forwarded(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """Ctrl-C, SIGTERM and SIGHUP reach pytest, which ends in its way; then this ends too."""
-    told: list[int] = []
+    received: list[int] = []
 
     def forward(number: int, _frame: object) -> None:
-        told.append(number)
+        received.append(number)
         os.killpg(process.pid, signal.SIGINT)
 
     kept = {each: signal.signal(each, forward) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
@@ -160,8 +160,8 @@ def _forwarded(process: subprocess.Popen[bytes]) -> Iterator[None]:
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
-        if told:
-            sys.exit(128 + told[0])
+        if received:
+            sys.exit(128 + received[0])
 
 
 def _failures(folder: Path) -> list[str]:
@@ -181,19 +181,19 @@ def _note(flaky: list[str], report: Path, after_s: float) -> None:
     """Print flaky tests with their first failure, and add them to ``.cache/flaky.jsonl``."""
     if not flaky:
         return
-    said = _texts(report)
+    texts = _texts(report)
     argv = ["git", "rev-parse", "HEAD"]
     commit = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     with (CACHE / "flaky.jsonl").open("a", encoding="utf-8") as notes:
         for test in flaky:
-            text = next((text for name, text in said.items() if test.endswith(name)), "")
+            text = next((text for name, text in texts.items() if test.endswith(name)), "")
             say(f"flaky: {test}: failed beside others, passed alone; the first failure:\n{text}")
-            noted = {"test": test, "commit": commit, "at": time.time(), "after_s": after_s}
-            print(json.dumps(noted | {"load": os.getloadavg(), "failure": text}), file=notes)
+            entry = {"test": test, "commit": commit, "at": time.time(), "after_s": after_s}
+            print(json.dumps(entry | {"load": os.getloadavg(), "failure": text}), file=notes)
 
 
 def _texts(report: Path) -> dict[str, str]:
-    """What each failure said, by the name of its test."""
+    """The text of each failure, by the name of its test."""
     cases = ET.parse(report).getroot().iter("testcase")  # noqa: S314  # nosec B314
     found = {}
     for case in cases:

@@ -32,15 +32,15 @@ class Dependency(msgspec.Struct):
 
 
 class Audit(msgspec.Struct):
-    """The whole of what is said."""
+    """The report."""
 
     dependencies: list[Dependency]
 
 
-def judge(said: bytes) -> tuple[int, list[str]]:
+def judge(report: bytes) -> tuple[int, list[str]]:
     """An exit code, and lines for people. Anything that is no report counts as unchecked."""
     try:
-        found = msgspec.json.decode(said, type=Audit).dependencies
+        found = msgspec.json.decode(report, type=Audit).dependencies
     except msgspec.DecodeError:
         found = []
     skipped = [each.name for each in found if each.skip_reason]

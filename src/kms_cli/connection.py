@@ -38,10 +38,12 @@ def connect(*, retries: int = 2, timeout_s: float = 30.0) -> "Client":
 
     An address that no option names is asked first whether it answers as this service.
     """
-    from kms_client import Client  # noqa: PLC0415 -- see above
+    from kms_cli.waiting_transport import WaitingTransport  # noqa: PLC0415 -- see above
+    from kms_client.settings import ClientSettings  # noqa: PLC0415 -- as above
+    from kms_client.sync import Client  # noqa: PLC0415 -- as above
 
     url, given = service_url(), session()
-    return Client(
+    settings = ClientSettings(
         url,
         token_file=given.token_file,
         allow_http=given.allow_http,
@@ -50,6 +52,7 @@ def connect(*, retries: int = 2, timeout_s: float = 30.0) -> "Client":
         timeout_s=timeout_s,
         on_retry=_report_retry if sys.stderr.isatty() and not given.as_json else None,
     )
+    return Client.over(settings, WaitingTransport(settings))
 
 
 def _report_retry(error: KmsError, wait_s: float, left: int) -> None:

@@ -7,6 +7,7 @@ import io
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, BinaryIO, ClassVar, Final, NamedTuple, Self, cast
@@ -34,6 +35,7 @@ _CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _AGE_START: Final = b"age-encryption.org/"
 BAR_COLUMNS: Final = 24
 REDRAW_EVERY_S: Final = 0.1
+WAIT_SHOWN_AFTER_S: Final = 2.0
 _SMALL: Final = 10  # rates below it are shown with a decimal
 
 
@@ -261,11 +263,15 @@ class Step(NamedTuple):
 
 
 class Meter:
-    """A progress line on stderr, redrawn in place and erased at the end; nothing unless it is a terminal."""
+    """A progress line on stderr, redrawn in place and erased at the end; nothing unless it is a terminal.
+
+    Nothing with --json either, nor where results go to a terminal as well: ``on_stdout``.
+    """
 
     _is_drawn: ClassVar = False
 
-    def __init__(self, *, hidden: bool = False) -> None:
+    def __init__(self, *, on_stdout: bool = False) -> None:
+        hidden = session().as_json or (on_stdout and sys.stdout.isatty())
         self._shown = sys.stderr.isatty() and not hidden
         self._drawn_at = 0.0
         self._step = Step("")
@@ -284,6 +290,26 @@ class Meter:
             cls._is_drawn = False
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
+
+    @contextlib.contextmanager
+    def waiting(self, label: str) -> Iterator[None]:
+        """Draw what the block waits for after 2 s, unless a line is drawn already; erase it at the end."""
+        if not self._shown:
+            yield
+            return
+        timer = threading.Timer(WAIT_SHOWN_AFTER_S, self._show_wait, (label,))
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
+            if self._drawn_at:
+                self.erase()
+
+    def _show_wait(self, label: str) -> None:
+        if not Meter._is_drawn:
+            self.show(label, 0, None)
 
     def show(self, label: str, done: int, total: int | None, unit: str = "") -> None:
         """Draw at most ten times a second. ``done`` and ``total`` are in bytes, or count things: ``unit``."""
@@ -342,11 +368,6 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def meter(*, on_stdout: bool = False) -> Meter:
-    """Return a progress line; hidden with --json, and where results go to the terminal as well."""
-    return Meter(hidden=session().as_json or (on_stdout and sys.stdout.isatty()))
 
 
 def printed_as_json(answer: "Answer | Mapping[str, object]") -> bool:

@@ -31,7 +31,7 @@ _NO_EXTRA: Final = "AsyncClient needs anyio and httpcore2: install the client wi
 class JobWait(Struct):
     """A wait for the end of a job by requests that wait; ``until`` is a time.monotonic value.
 
-    A service without waits (0.1), or without room for one more, answers at once and is polled.
+    A service without room for one more wait answers at once and is polled.
     """
 
     engine: Engine

@@ -305,8 +305,7 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        run(self._api.close())
+    close = _blocking(AsyncClient.close)
 
     # -- single calls --------------------------------------------------------------------------------
 

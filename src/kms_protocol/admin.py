@@ -115,7 +115,7 @@ class StatusOut(Answer, frozen=True, kw_only=True):
 
     ``version`` is that of the process that answers; ``worker_versions`` counts workers by theirs.
     ``degraded`` names the parts that do not work as they should, ``backend`` for the default key;
-    ``backends_down`` has each backend, asked every 30 seconds. A service of 0.1 has no ``spool``.
+    ``backends_down`` has each backend, asked every 30 seconds.
     ``install`` is the id of the install, for callers that may read the metrics.
     """
 

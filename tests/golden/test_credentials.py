@@ -10,7 +10,7 @@ from typing import Any, Final
 import pytest
 
 from kms_cli.commands.migrate import MovedRecord, continued
-from kms_cli.plugin.names import PluginTarget
+from kms_cli.plugin.names import IDENTITY_PREFIX, RECIPIENT_PREFIX, PluginTarget
 from kms_core.auth import tokens
 from kms_core.auth.tokens import TokenFile, TokenRequest
 from kms_protocol.context import Context
@@ -91,8 +91,8 @@ def test_new_token_file_is_of_version_1(tmp_path: Path) -> None:
 def test_plugin_names_are_of_version_1_and_read_and_written_as_before(number: int) -> None:
     given, target = NAMES[number], TARGETS[number]
 
-    assert PluginTarget.of_recipient(given["recipient"]) == target
-    assert PluginTarget.of_identity(given["identity"]) == target
+    assert PluginTarget.parse(given["recipient"], RECIPIENT_PREFIX) == target
+    assert PluginTarget.parse(given["identity"], IDENTITY_PREFIX) == target
     assert (target.recipient(), target.identity()) == (given["recipient"], given["identity"])
     for text, prefix in ((given["recipient"], "age1kms1"), (given["identity"], "AGE-PLUGIN-KMS-1")):
         data = reference.bech32_data(text)

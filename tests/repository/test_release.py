@@ -199,7 +199,7 @@ def test_a_version_is_three_numbers(small: Path, version: str) -> None:
     assert (done.returncode, f"{version} is no version" in done.stderr) == (1, True)
 
 
-def test_a_change_of_the_contract_is_told_in_its_commit(small: Path) -> None:
+def test_a_change_of_the_contract_is_documented_in_its_commit(small: Path) -> None:
     git(small, "tag", "v7.7.9")
     with (small / "docs/contract.md").open("a") as page:
         page.write("More.\n")
@@ -210,7 +210,7 @@ def test_a_change_of_the_contract_is_told_in_its_commit(small: Path) -> None:
     assert refusals(small) == [
         f"a commit changes the contract and not CHANGELOG.md: {changed[:7]} Change the contract"
     ]
-    (refusal,) = refusals(small, "--told", changed[:12], "--key", "/no/such/key")[:1]
+    (refusal,) = refusals(small, "--documented", changed[:12], "--key", "/no/such/key")[:1]
     assert refusal == "there is no key /no/such/key"
 
 
@@ -629,6 +629,6 @@ def test_the_page_names_the_options_of_the_script() -> None:
     told = released(ROOT, "--help").stdout
     options = set(re.findall(r"--[a-z]+", told)) - {"--help"}
 
-    assert options == {"--key", "--prepare", "--told"}
+    assert options == {"--key", "--prepare", "--documented"}
     page = (ROOT / PAGE).read_text()
     assert [option for option in options if not re.search(rf"`[^`\n]*{option}\b", page)] == []

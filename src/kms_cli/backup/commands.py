@@ -79,7 +79,7 @@ def backup_command(
     with (
         audited.effect(settings, "backup.create", str(output)),
         writing(output, overwrite=force) as target,
-        terminal.meter(on_stdout=output == STDIO) as line,
+        terminal.Meter(on_stdout=output == STDIO) as line,
     ):
         began, made_at = time.monotonic(), datetime.now(UTC)
         shown = age_files.with_progress(line, "backing up", None)
@@ -146,7 +146,7 @@ def restore_command(
     if folder is None and not only_check:
         raise click.UsageError("name the new state directory with --to DIR, or verify only with --check")
     known = age_files.identities(identities)
-    with age_files.source(file) as source, terminal.meter() as line:
+    with age_files.source(file) as source, terminal.Meter() as line:
         sealed = age_files.read(source)
         key = age_files.by_identities(sealed.head, known, RequiredBinding())
         shown = age_files.with_progress(line, "verifying", file.stat().st_size)
@@ -162,7 +162,7 @@ def restore_command(
         _report(f"{file} is complete and unchanged: a backup of {_origin(manifest)}", manifest)
         return
     _report(f"restored the backup of {_origin(manifest)} to {folder}", manifest)
-    _tell_next(manifest, folder.absolute())
+    _print_next_steps(manifest, folder.absolute())
 
 
 def _place(read: Callable[[KeepFile], Manifest], folder: Path, *, force: bool) -> Manifest:
@@ -259,7 +259,7 @@ def _report(done: str, manifest: Manifest) -> None:
         terminal.say(f"not included: {note}")
 
 
-def _tell_next(manifest: Manifest, folder: Path) -> None:
+def _print_next_steps(manifest: Manifest, folder: Path) -> None:
     age_s = max(0.0, (datetime.now(UTC) - manifest.made_at).total_seconds())
     terminal.say(
         f"warning: this is the state of {age_s / 3600:.1f} hours ago. Tokens that were revoked since are "

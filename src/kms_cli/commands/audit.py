@@ -489,7 +489,7 @@ def _verified(
     found: AnchorLines,
     max_late: timedelta | None = None,
 ) -> VerificationReport:
-    with terminal.meter() as line:
+    with terminal.Meter() as line:
         progress = partial(line.show, "verifying")
         report = verify(where, keys, found.lines, progress=progress, max_late=max_late)
     found.note_in(report)

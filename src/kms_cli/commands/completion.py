@@ -8,6 +8,7 @@ import json
 import os
 import textwrap
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import ClassVar, Final
 
 import click
@@ -18,18 +19,7 @@ from kms_cli.command_line import COMPLETION_VARIABLE, LazyGroup, group
 from kms_protocol import errors
 
 SHELLS: Final = ("bash", "zsh", "fish", "nushell")
-_NUSHELL: Final = """\
-let kms_completer_before = $env.config.completions.external.completer?
-$env.config.completions.external.enable = true
-$env.config.completions.external.completer = {|spans: list<string>|
-    if $spans.0 != %(prog_name)s {
-        return (if $kms_completer_before == null { null } else { do $kms_completer_before $spans })
-    }
-    with-env {%(complete_var)s: nushell_complete, COMP_WORDS: ($spans | to json)} {
-        ^%(prog_name)s | from json
-    }
-}
-"""
+_NUSHELL: Final = Path(__file__).with_name("completion.nu")  # with the names of click's templates
 WIDTH: Final = 80
 EXIT_CODES: Final[Mapping[int, str]] = {
     0: "success",
@@ -49,7 +39,9 @@ class NushellComplete(ShellComplete):
     """Nushell, by its external completer: a list of records, or null for the names of files."""
 
     name: ClassVar[str] = "nushell"
-    source_template: ClassVar[str] = _NUSHELL
+
+    def source(self) -> str:
+        return _NUSHELL.read_text("utf-8") % self.source_vars()
 
     def get_completion_args(self) -> tuple[list[str], str]:
         words = json.loads(os.environ["COMP_WORDS"])

@@ -107,12 +107,11 @@ def _settings(settings: Settings) -> Iterator[tuple[Sequence[str], object]]:
 
 
 def _flat(tables: Mapping[str, object], *above: str) -> Iterator[tuple[Sequence[str], object]]:
-    for name, value in tables.items():
-        if value is not None and not isinstance(value, dict):
-            yield (*above, name), value
-    for name, value in tables.items():
+    for name, value in sorted(tables.items(), key=lambda named: isinstance(named[1], dict)):  # tables last
         if isinstance(value, dict):
             yield from _flat(value, *above, name)
+        elif value is not None:
+            yield (*above, name), value
 
 
 def _dotted(*names: str) -> str:

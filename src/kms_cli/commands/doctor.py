@@ -5,6 +5,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -26,7 +27,7 @@ from kms_cli.session import is_given, session, use_url
 from kms_core import container, key_opening, keyring, redis_client
 from kms_core.audit.keys import PublicKeys, public_path
 from kms_core.audit.verification.verify import verify
-from kms_core.backends import NATIVE, table_of
+from kms_core.backends import NATIVE, Backend, table_of
 from kms_core.envelope.sealed_files import root_of
 from kms_core.http_client import Unreachable
 from kms_core.jobs.hosts.install import CLOCK_BOUND_S, YOUNG_S, Facts, differences, mismatch
@@ -34,7 +35,6 @@ from kms_core.jobs.hosts.notes import Host, HostNote, HostNotes
 from kms_core.jobs.storage import spool_bucket
 from kms_core.jobs.store import replicas
 from kms_core.jobs.store.keys import PREFIX
-from kms_core.keyring import Key
 from kms_core.observability import logs
 from kms_core.observability.degraded import DEGRADED, DegradedPart
 from kms_core.s3.bucket import If, StoreRefused
@@ -135,29 +135,34 @@ def _own_keys(settings: Settings) -> Iterator[Finding]:
 
 
 def _keys(settings: Settings) -> Iterator[Finding]:
-    """Wrap and unwrap with each backend of each key that the settings name, then of each root."""
+    """Wrap and unwrap with each backend of each key, then of each root. All are asked at once."""
     ring = keyring.build(settings, key_opening.of_process(settings))
     sealed, places = key_opening.sealed_files(settings), key_opening.key_locations(settings)
-    for key in ring.keys.values():
-        how = f", sealed by {_root(sealed[key.key_id])}" if key.key_id in sealed else ""
-        if isinstance(place := places.get(key.key_id), str):
-            how = f", in {place}"
-        yield from _self_tests(key, how)
-    for key in keyring.roots(settings).values():
-        yield from _self_tests(key, "", f"root key '{key.key_id}'")
+    with ThreadPoolExecutor(32) as pool:
+        tests: list[Future[Finding]] = []
+        for key in ring.keys.values():
+            how = f", sealed by {_root(sealed[key.key_id])}" if key.key_id in sealed else ""
+            if isinstance(place := places.get(key.key_id), str):
+                how = f", in {place}"
+            tests += [pool.submit(_self_test, each, key.key_id, how) for each in key.backends]
+        try:
+            for root in keyring.roots(settings).values():
+                name = f"root key '{root.key_id}'"
+                tests += [pool.submit(_self_test, each, name, is_root=True) for each in root.backends]
+        finally:  # a root that cannot be opened leaves out no test of a key
+            yield from (test.result() for test in tests)
 
 
-def _self_tests(key: Key, how: str, name: str = "") -> Iterator[Finding]:
-    """Test each backend of a key. ``how``: where its files are, ``name``: that of a root."""
-    for backend in key.backends:
-        health, away = backend.health_check(), backend.name != NATIVE or bool(how or name)
-        does = "wraps and unwraps" if health.healthy else "does not wrap and unwrap"
-        text, then = f"{name or key.key_id} ({backend.name}{how}) {does}", health.detail
-        if backend.server and not health.answered:
-            start = "start or unseal" if "Vault" in backend.server.product else "start"
-            text += f": {health.detail}"
-            then = f"{start} it, or check {backend.server.setting} and the network"
-        yield Finding("ok" if health.healthy else "FAIL", "self-test", text, then, away=away)
+def _self_test(backend: Backend, name: str, how: str = "", *, is_root: bool = False) -> Finding:
+    """Test one backend of the key ``name``. ``how``: where the files of the key are."""
+    health, away = backend.health_check(), backend.name != NATIVE or bool(how) or is_root
+    does = "wraps and unwraps" if health.healthy else "does not wrap and unwrap"
+    text, then = f"{name} ({backend.name}{how}) {does}", health.detail
+    if backend.server and not health.answered:
+        start = "start or unseal" if "Vault" in backend.server.product else "start"
+        text += f": {health.detail}"
+        then = f"{start} it, or check {backend.server.setting} and the network"
+    return Finding("ok" if health.healthy else "FAIL", "self-test", text, then, away=away)
 
 
 def _root(path: Path) -> str:

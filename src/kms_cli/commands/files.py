@@ -44,7 +44,7 @@ from kms_protocol.wire import ContextIn, JobError, JobOut
 
 Kind = Literal["encrypt", "decrypt"]
 SUFFIX: Final = ".age"
-SUFFIXES: Final = (SUFFIX, ".enc")  # the second is that of 0.1 and 0.2.0
+SUFFIXES: Final = (SUFFIX, ".enc")  # the second: of files that callers name so
 SMALL_BYTES: Final = {"encrypt": MiB, "decrypt": MiB + 64 * KiB}
 """Sources that one call takes, unless the settings of the service say less."""
 
@@ -81,7 +81,7 @@ def encrypt_file_command(
 
 
 class _CiphertextName(SourceName):
-    """The name of an encrypted file. In place of a missing NAME.enc, the older name, it takes NAME.age."""
+    """The name of an encrypted file. In place of a missing NAME.enc it takes NAME.age."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401  # click's own
         found = Path(value).with_suffix(SUFFIX)
@@ -113,7 +113,7 @@ def decrypt_file_command(
 def _run(kind: Kind, source: Path, target: Path | None, options: TransferOptions, *, force: bool) -> None:
     """Convert one file. A target of None is stdout by default."""
     on_stdout, job = is_stdout(target), None
-    with connect() as kms, terminal.meter(on_stdout=on_stdout) as line:
+    with connect() as kms, terminal.Meter(on_stdout=on_stdout) as line:
         with age_files.source(source) as opened, writing(target, overwrite=force) as file:
             left: InputStream | None = opened
             by_job = any(map(options.get, JobOptions.__annotations__))
@@ -239,7 +239,7 @@ def _receive(kms: Client, job: JobOut, line: terminal.Meter, target: Path | None
 
 
 def _release(kms: Client, job: JobOut) -> None:
-    with contextlib.suppress(KmsError):  # an older service releases no results
+    with contextlib.suppress(KmsError):  # the file is written: the result expires by itself
         kms.release(job.job_id)
 
 

@@ -128,7 +128,7 @@ def wait_command(job_id: str, timeout: float | None) -> None:
 
 def _show_end(kms: Client, job_id: str, timeout_s: float | None = None) -> None:
     """Wait until a job ends and show it. Raises the error of a job that does not succeed."""
-    with terminal.meter() as line:
+    with terminal.Meter() as line:
         line.show("waiting", 0, None)
         job = followed(kms, job_id, line, timeout_s)
     show_job(job)
@@ -148,7 +148,7 @@ def cancel_command(job_id: str) -> None:
 @click.option("--wait", is_flag=True, help="Wait until all jobs of the group have ended.")
 def group_command(name: str, *, wait: bool) -> None:
     """Show how many jobs of a group are in which state; with --wait once all have ended."""
-    with connect() as kms, terminal.meter() as line:
+    with connect() as kms, terminal.Meter() as line:
         found = kms.group(name)
         while wait and not found.ended:
             ended = sum(count for state, count in found.states.items() if state in ENDED)
@@ -182,7 +182,7 @@ def release_command(job_id: str) -> None:
 @click.option("--release", is_flag=True, help="Delete the result from the service once it is written.")
 def result_command(job_id: str, output: Path | None, *, force: bool, release: bool) -> None:
     """Write the result to stdout or --output: the bytes of a file, or a line of JSON for each item."""
-    with connect() as kms, terminal.meter(on_stdout=is_stdout(output)) as line:
+    with connect() as kms, terminal.Meter(on_stdout=is_stdout(output)) as line:
         with writing(output, overwrite=force) as target:
             kms.download(job_id, target, progress=partial(line.show, "receiving"))
         if release:  # the file is in place
@@ -214,7 +214,7 @@ def show_job(job: JobOut) -> None:
         "start_by": job.start_by if waiting else None,
         "run_by": job.run_by if waiting else None,
         "created": job.created_at,
-        "started": job.started_at,
+        "started": job.started_at if job.attempt else None,
         "ended": job.ended_at,
         "released": job.released_at,
         "expires": job.expires_at,

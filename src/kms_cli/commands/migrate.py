@@ -344,7 +344,7 @@ def migrate(shape: type[L], decrypt: Callable[[L], bytes], given: Mapping[str, A
             target = stack.enter_context(continued(output))
         read = functools.partial(read_line, shape=shape, options=given)
         with_report = bool(dry_run or output or folder)
-        line = stack.enter_context(terminal.meter(on_stdout=not with_report))
+        line = stack.enter_context(terminal.Meter(on_stdout=not with_report))
         moving = Migration(
             read, lambda each: caller.call("unwrap", lambda: decrypt(each)), client, target, line
         )

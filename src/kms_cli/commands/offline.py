@@ -102,7 +102,7 @@ def seal_command(**given: Unpack[SealOptions]) -> None:
     with (
         age_files.source(given["source"]) as opened,
         writing(given["output"], overwrite=given["force"]) as target,
-        terminal.meter(on_stdout=is_stdout(given["output"])) as line,
+        terminal.Meter(on_stdout=is_stdout(given["output"])) as line,
     ):
         begun, source = _sealing(given, opened)
         seal = age_files.seal_armored if given["armored"] else age_files.seal
@@ -136,7 +136,7 @@ def open_command(**given: Unpack[OpenOptions]) -> None:
     with (
         age_files.source(given["source"]) as source,
         writing(given["output"], overwrite=given["force"]) as target,
-        terminal.meter(on_stdout=is_stdout(given["output"])) as line,
+        terminal.Meter(on_stdout=is_stdout(given["output"])) as line,
     ):
         sealed = age_files.read(source)
         offset, length, file_range = given["offset"], given["length"], sealed.file_range

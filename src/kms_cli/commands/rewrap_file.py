@@ -80,7 +80,7 @@ def rewrap_file_command(
         new = _checked(answer, old)
         with (
             writing(output, overwrite=force) as target,
-            terminal.meter(on_stdout=is_stdout(output)) as line,
+            terminal.Meter(on_stdout=is_stdout(output)) as line,
         ):
             if in_place:
                 with contextlib.suppress(PermissionError):  # this user may not be its owner

@@ -24,7 +24,7 @@ def settings() -> Settings:
     others = [each.state_dir for each in running(os.environ)]
     if others and os.path.realpath(loaded.state_dir) not in map(os.path.realpath, others):
         text = f"kms up runs with another: --state-dir {in_shell(others[0])}"
-        _say_once(f"warning: this is about {loaded.state_dir}, and {text}")
+        _print_once(f"warning: this is about {loaded.state_dir}, and {text}")
     return loaded
 
 
@@ -37,12 +37,12 @@ def overrides() -> Mapping[str, object]:
 def settings_file(environ: Mapping[str, str]) -> Path | None:
     """Return the settings file of this command, and print once which others are skipped."""
     given = session()
-    return for_command(given.config, environ, given.state_dir, _say_once)
+    return for_command(given.config, environ, given.state_dir, _print_once)
 
 
-def _say_once(text: str) -> None:
+def _print_once(text: str) -> None:
     """Print a message that this command has not printed yet."""
-    said: set[str] = click.get_current_context().meta.setdefault("kms_cli said", set())
-    if text not in said:
-        said.add(text)
+    printed: set[str] = click.get_current_context().meta.setdefault("kms_cli printed", set())
+    if text not in printed:
+        printed.add(text)
         terminal.say(text)

@@ -123,7 +123,9 @@ def up_command(bind: str | None, port: int | None, *, monitoring: bool) -> int:
     check_exposure(settings)
     host = reachable(settings.kms.bind)
     with ExitStack() as stack:
-        run_dir = _make_directories(settings.state_dir)
+        directories.make_directory(settings.state_dir)
+        directories.make_directory(settings.state_dir / "files")  # the user may change its mode
+        run_dir = directories.private_directory(settings.state_dir / "run")
         stack.enter_context(
             directories.locked(run_dir / "lock", f"kms up already runs with {settings.state_dir}")
         )
@@ -166,13 +168,6 @@ def _environment(bind: str | None, port: int | None) -> dict[str, str]:
         "KMS_PORT": port and str(port),
     }
     return {**os.environ, **{name: value for name, value in flags.items() if value}}
-
-
-def _make_directories(state_dir: Path) -> Path:
-    """Create the state directory and its subdirectories. Return the one for pid files."""
-    directories.make_directory(state_dir)
-    directories.make_directory(state_dir / "files")  # the user may change its mode
-    return directories.private_directory(state_dir / "run")
 
 
 class PortTaken(Unavailable):

@@ -44,16 +44,6 @@ class PluginTarget:
     url: str | None = None
     in_process: bool = False
 
-    @classmethod
-    def of_recipient(cls, text: str) -> Self:
-        """Parse a text. Raises ValueError with a message for its user."""
-        return cls._read(text, RECIPIENT_PREFIX)
-
-    @classmethod
-    def of_identity(cls, text: str) -> Self:
-        """Parse a text. Raises ValueError with a message for its user."""
-        return cls._read(text, IDENTITY_PREFIX)
-
     def recipient(self) -> str:
         return bech32.encode(RECIPIENT_PREFIX, self._data())
 
@@ -61,7 +51,11 @@ class PluginTarget:
         return bech32.encode(IDENTITY_PREFIX, self._data())
 
     @classmethod
-    def _read(cls, text: str, wanted: str) -> Self:
+    def parse(cls, text: str, wanted: str) -> Self:
+        """Parse a recipient or an identity, by its prefix ``wanted``.
+
+        Raises ValueError with a message for its user.
+        """
         if len(text) > _LONGEST:
             raise ValueError("it is too long")
         prefix, data = bech32.decode(text)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from kms_cli import terminal
-from kms_cli.plugin.names import PluginTarget
+from kms_cli.plugin.names import IDENTITY_PREFIX, RECIPIENT_PREFIX, PluginTarget
 from kms_core.age import mlkem768x25519
 from kms_core.age.header import (
     BUNDLE,
@@ -109,8 +109,8 @@ def _targets(
     errors: list[PluginError] = []
     for kind, index, text in given:
         try:
-            read = PluginTarget.of_recipient if kind == "recipient" else PluginTarget.of_identity
-            targets.setdefault(read(text), (kind, index))
+            prefix = RECIPIENT_PREFIX if kind == "recipient" else IDENTITY_PREFIX
+            targets.setdefault(PluginTarget.parse(text, prefix), (kind, index))
         except ValueError as exc:
             errors.append(PluginError(f"invalid {kind}: {exc}", kind, index))
     return targets, errors

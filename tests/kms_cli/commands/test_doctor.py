@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from threading import Event
 from typing import Final
 from unittest.mock import MagicMock
 
@@ -32,7 +33,7 @@ from support.programs import running
 from support.scripted_servers import scripted
 from support.service import Service
 from support.small_disk import small_disk
-from support.waiting import until
+from support.waiting import WAIT_S, until
 
 NO_REDIS: Final = "unix:///nonexistent/valkey.sock"
 PROD: Final = 'allow_age_in_prod = true\nprod_backend = "age"\n[kms.auth]\nmode = "required"\n'
@@ -177,6 +178,29 @@ def test_a_key_server_that_is_silent_has_a_next_step(tmp_path: Path) -> None:
     assert told.all("self-test", "FAIL") == [
         f"{name} (transit) does not wrap and unwrap: {what}: {then}" for name in ("pay", "root key 'root'")
     ]
+
+
+def test_key_servers_are_asked_at_the_same_time(tmp_path: Path) -> None:
+    """Else each one that is frozen delays the tests of the others by its whole timeout."""
+    asked: set[str] = set()
+    all_asked = Event()
+
+    def answer(connection: socket.socket) -> None:
+        head = connection.recv(65536).decode()
+        asked.update(name for name in ("root", "pay") if f"/keys/{name} " in head)
+        if len(asked) == 2:
+            all_asked.set()
+        all_asked.wait(WAIT_S)
+        connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+    with scripted(answer) as server:
+        transit = f'[kms.transit]\naddress = "{server.url}"\ntoken = "t"\ntimeout_s = 5.0\n'
+        keys = '[kms.keys.root]\nuri = "transit:root"\nuse = "seal"\n[kms.keys.pay]\nuri = "transit:pay"\n'
+        told = doctor(configured(tmp_path, transit + keys))
+
+    failed = told.all("self-test", "FAIL")
+    assert [text.partition(" (")[0] for text in failed] == ["pay", "root key 'root'"]
+    assert "No answer" not in str(failed)
 
 
 def test_a_token_file_that_is_not_there(install: Service) -> None:

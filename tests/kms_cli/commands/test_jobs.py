@@ -86,6 +86,18 @@ def test_a_job_is_shown_with_who_submitted_it_and_what_to_do(capsys: pytest.Capt
     assert shown.items() >= expected.items()
 
 
+@pytest.mark.parametrize(("attempt", "is_shown"), [(0, False), (1, True)])
+def test_the_start_of_an_attempt_that_never_began_is_not_shown(
+    capsys: pytest.CaptureFixture[str], attempt: int, *, is_shown: bool
+) -> None:
+    """A worker that claims a job and gives it back leaves the time of the claim."""
+    found = job(state="queued", attempt=attempt, started_at="2027-01-31T12:00:01.000Z")
+    with click.Context(jobs.show_command):
+        jobs.show_job(found)
+
+    assert ("2027-01-31T12:00:01.000Z" in capsys.readouterr().out) == is_shown
+
+
 @pytest.mark.parametrize(
     ("code", "exit_code"),
     [("items_failed", 1), ("attempts_exhausted", 1), ("not_started", 1), ("target_exists", 73)],

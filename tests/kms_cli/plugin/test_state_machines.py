@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kms_cli.age_files import Identities
 from kms_cli.plugin.main import KeysOfTargets
-from kms_cli.plugin.names import PluginTarget
+from kms_cli.plugin.names import IDENTITY_PREFIX, RECIPIENT_PREFIX, PluginTarget
 from kms_cli.plugin.state_machines import MAX_ATTEMPTS, PluginKeys, identity_v1, recipient_v1
 from kms_core.age import bech32, header, mlkem768x25519, x25519
 from kms_core.age.header import Stanza, parse_stanzas, render_stanza
@@ -380,18 +380,18 @@ def test_whatever_comes_is_answered_or_ends_the_talk(incoming: bytes, machine: o
 
 
 def test_an_identity_without_data_is_the_one_of_no_context() -> None:
-    assert PluginTarget.of_identity(bech32.encode("AGE-PLUGIN-KMS-", b"")) == PluginTarget()
+    assert PluginTarget.parse(bech32.encode("AGE-PLUGIN-KMS-", b""), IDENTITY_PREFIX) == PluginTarget()
     with pytest.raises(ValueError, match="later version"):
-        PluginTarget.of_recipient(bech32.encode("age1kms", b""))
+        PluginTarget.parse(bech32.encode("age1kms", b""), RECIPIENT_PREFIX)
 
 
 @given(st.binary(max_size=400))
 def test_no_text_of_a_recipient_is_beyond_a_plain_refusal(data: bytes) -> None:
     try:
-        target = PluginTarget.of_recipient(bech32.encode("age1kms", data))
+        target = PluginTarget.parse(bech32.encode("age1kms", data), RECIPIENT_PREFIX)
     except ValueError:
         return
-    assert PluginTarget.of_recipient(target.recipient()) == target
+    assert PluginTarget.parse(target.recipient(), RECIPIENT_PREFIX) == target
 
 
 @given(st.dictionaries(st.text(min_size=1, max_size=8), st.text(max_size=12), max_size=5))
@@ -402,8 +402,8 @@ def test_a_recipient_says_key_context_and_place_again(pairs: dict[str, str]) -> 
         return
     for target in (PluginTarget("k", context), PluginTarget(None, context, "https://kms.example.com"), PluginTarget("k", context, None, True)):  # noqa: E501, FBT003 -- one each  # fmt: skip
         assert (
-            PluginTarget.of_recipient(target.recipient())
-            == PluginTarget.of_identity(target.identity())
+            PluginTarget.parse(target.recipient(), RECIPIENT_PREFIX)
+            == PluginTarget.parse(target.identity(), IDENTITY_PREFIX)
             == target
         )
 
