@@ -207,8 +207,9 @@ def parse(ciphertext: str) -> tuple[int, bytes]:
 
 def header_of(ciphertext: str) -> bytes:
     """The first 32 KiB of the age file of a ciphertext, which hold its header; empty if it is not one."""
+    text = ciphertext[:_HEADER_CHARS].rpartition(":")[2]
     try:
-        return a2b_base64(ciphertext[:_HEADER_CHARS].rpartition(":")[2])
+        return a2b_base64(text[: len(text) // 4 * 4])
     except ValueError:
         return b""
 
