@@ -136,7 +136,7 @@ def test_a_slow_server_gets_no_more_than_the_timeout(make: Maker, fault: str, ca
         assert f"within {SHORT_S:g} s" in error.detail
         if server.connections:  # the time may be over before there is one, on a busy machine
             assert server.hung_up.wait(LONG_S)
-            assert len(server.requests) == 1
+            assert len(server.requests) <= 1
 
 
 def test_a_call_waits_no_longer_than_its_thread_may_also_for_another_call(make: Maker) -> None:
