@@ -105,6 +105,7 @@ def test_a_worker_looks_at_few_jobs_at_a_time_and_in_the_end_at_all(store: JobSt
         worker_seen(store, "later", 1, QUEUES)
         if store.redis.zrange("kms:newer", 0, -1) == [job_id.encode()]:
             break
+    store.ask_clock()
     assert set(new) <= set(due(store, limit=1000))
 
 
