@@ -380,7 +380,7 @@ def _bound_file_key(
 def release(sealed: AgeFile, key: bytes, target: BinaryIO, options: ParallelOptions) -> None:
     """Write the plaintext; to a pipe only authenticated chunks, in order. Raises Damaged."""
     file = new_file(target)
-    with _damaged():
+    with damaged_errors():
         if sealed.file_range and file:
             parallel.open_file(key, sealed.file_range, file, options)
         else:
@@ -395,12 +395,13 @@ def release_part(
     Only its chunks and the last one are read.
     """
     stop = None if length is None else offset + length
-    with _damaged():
+    with damaged_errors():
         target.writelines(RangeReader(key, file_range).slabs(offset, stop))
 
 
 @contextlib.contextmanager
-def _damaged() -> Iterator[None]:
+def damaged_errors() -> Iterator[None]:
+    """Convert DecryptFailed, of a payload whose header is authentic, to Damaged."""
     try:
         yield
     except DecryptFailed as exc:

@@ -79,7 +79,7 @@ class MigrationReport:
         if dry_run:
             counts["would_move"] = counts.pop("moved")
         if on_stdout:
-            terminal.record(counts, as_json=session().as_json)
+            terminal.record(counts)
         else:
             terminal.say(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
         return EXIT_BAD_DATA if self.failed else 0
@@ -489,13 +489,8 @@ def aws_command(**given: Any) -> int:  # noqa: ANN401 -- click's own
     given["encryption_context"] = dict(Context.parse(given["encryption_context"]).pairs) or None
     if given["endpoint_url"]:
         check_endpoint("--endpoint-url", given["endpoint_url"], in_prod=False)
-    names = ("region", "endpoint_url", "profile", "aws_ca_file")
-    region, url, profile, ca_file = (given[name] for name in names)
-    kms = AwsKmsClient(
-        AwsKmsSection(
-            region=region, endpoint_url=url, profile=profile, ca_file=ca_file, timeout_s=AWS_TIMEOUT_S
-        )
-    )
+    named = {name: given[name] for name in ("region", "endpoint_url", "profile")}
+    kms = AwsKmsClient(AwsKmsSection(**named, ca_file=given["aws_ca_file"], timeout_s=AWS_TIMEOUT_S))
 
     def decrypt(line: AwsLine) -> bytes:
         asked = line.parameters("CiphertextBlob", "EncryptionContext", "KeyId")

@@ -43,9 +43,10 @@ class ValkeyFiles:
     log_path: Path
     lock: int
 
-    def url_of(self, database: int) -> str:
-        """Return the address for redis-py."""
-        return f"unix://{quote(str(self.socket_path))}?db={database}"
+
+def redis_url(socket_path: Path) -> str:
+    """Return the address of the server for redis-py."""
+    return f"unix://{quote(str(socket_path))}?db=0"
 
 
 def find_binary(environ: Mapping[str, str]) -> Path:
@@ -183,5 +184,5 @@ def embedded_url(state_dir: Path, environ: Mapping[str, str]) -> str | None:
     for folder in (mine, *theirs):
         socket_path = folder / "valkey.sock"
         if is_private(folder, {owner, os.geteuid()}) and socket_path.exists():
-            return f"unix://{quote(str(socket_path))}?db=0"
+            return redis_url(socket_path)
     return None
