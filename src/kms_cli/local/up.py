@@ -149,9 +149,9 @@ def _embedded_redis(env: dict[str, str], state_dir: Path, stack: ExitStack) -> l
     if origin(("redis", "url")) != "default":
         return []
     files = stack.enter_context(valkey.claim(state_dir, env))
-    env["KMS_REDIS_URL"] = valkey.redis_url(files.socket_path)
+    env["KMS_REDIS_URL"] = files.url_of(0)
     if origin(("redis", "broker_url")) == "default":
-        env["KMS_BROKER_URL"] = for_celery(env["KMS_REDIS_URL"])
+        env["KMS_BROKER_URL"] = for_celery(files.url_of(0))
     return [valkey.child(files, env)]
 
 

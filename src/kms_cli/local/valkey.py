@@ -43,10 +43,9 @@ class ValkeyFiles:
     log_path: Path
     lock: int
 
-
-def redis_url(socket_path: Path) -> str:
-    """Return the address of the server for redis-py."""
-    return f"unix://{quote(str(socket_path))}?db=0"
+    def url_of(self, database: int) -> str:
+        """Return the address for redis-py."""
+        return f"unix://{quote(str(self.socket_path))}?db={database}"
 
 
 def find_binary(environ: Mapping[str, str]) -> Path:
@@ -184,5 +183,5 @@ def embedded_url(state_dir: Path, environ: Mapping[str, str]) -> str | None:
     for folder in (mine, *theirs):
         socket_path = folder / "valkey.sock"
         if is_private(folder, {owner, os.geteuid()}) and socket_path.exists():
-            return redis_url(socket_path)
+            return f"unix://{quote(str(socket_path))}?db=0"
     return None

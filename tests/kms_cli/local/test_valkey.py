@@ -171,10 +171,7 @@ def test_full_server_refuses_and_forgets_nothing(tmp_path: Path) -> None:
 def test_data_moves_to_redis_and_back(tmp_path: Path) -> None:
     ours = embedded.find_binary({})
     for binary in (ours, Path(program("redis-server")), ours):
-        with (
-            embedded.claim(tmp_path, {}) as place,
-            client_of(embedded.redis_url(place.socket_path)) as client,
-        ):
+        with embedded.claim(tmp_path, {}) as place, client_of(place.url_of(0)) as client:
             process = start_binary(binary, place)
             client.incr("kms:starts")
             client.close()
