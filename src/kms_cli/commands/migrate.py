@@ -27,7 +27,7 @@ from msgspec.structs import fields, replace
 
 from kms_cli import terminal
 from kms_cli.connection import connect
-from kms_cli.options import PATH, STDIO, context_of, context_option, key_option, placed
+from kms_cli.options import PATH, STDIO, C, context_of, context_option, key_option, placed
 from kms_cli.session import session
 from kms_client import Client
 from kms_client.requests import coded_error
@@ -53,7 +53,6 @@ BATCH_LINES: Final = 100
 LINE_BYTES: Final = 64 * 1024 * 1024
 GIVE_UP_AFTER: Final = 20  # failures of the other system in a row
 AWS_TIMEOUT_S: Final = 10.0
-C = TypeVar("C", bound=Callable[..., object])
 
 
 @dataclass(slots=True)
