@@ -77,7 +77,7 @@ class HttpAnswer(Protocol):
     def chunks(self) -> AsyncGenerator[bytes]:
         """Yield the rest of the body as it arrives. Raises ServiceUnreachable if it breaks off."""
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """Keep the connection for further requests, or drop it if the body was not read to its end."""
 
 
@@ -285,11 +285,9 @@ class Engine:
         """
         if not self._is_checked:
             await self._check_service(min(_CHECK_S, silence_s or self._settings.timeout_s))
-        answer = await self.transport.open(self._request(call, upload, silence_s))
-        try:
+        opened = await self.transport.open(self._request(call, upload, silence_s))
+        async with contextlib.aclosing(opened) as answer:
             yield answer
-        finally:
-            await answer.close()
 
     async def _check_service(self, silence_s: float) -> None:
         """Ask whether the address answers as this service, within ``silence_s`` and without a credential.
@@ -298,12 +296,10 @@ class Engine:
         """
         named = {"X-Request-ID": uuid.uuid4().hex}  # this service answers with the same
         probe = ClientRequest("GET", "/livez", bytes, headers=named)
-        answer = await self.transport.open(self._request(probe, None, silence_s))
-        try:
+        opened = await self.transport.open(self._request(probe, None, silence_s))
+        async with contextlib.aclosing(opened) as answer:
             is_ours = answer.headers.get("x-request-id") == named["X-Request-ID"]
             reply = await self._reply(answer) if is_ours else Reply(answer.status, {}, b"")
-        finally:
-            await answer.close()
         if reply.status in RETRYABLE:  # it has no room for another request
             raise answer_error(reply)
         if reply.body != b"ok\n":
