@@ -281,7 +281,7 @@ def _parts_of_a_batch(folder: Path, options: report.Options, share_s: float) -> 
 def _run(kms: Kms, who: Principal, body: wire.BatchIn) -> wire.BatchOut:
     limits = SimpleNamespace(sync_plaintext_bytes=1024 * 1024)
     settings = SimpleNamespace(kms=SimpleNamespace(limits=limits))
-    service = _Parts(kms, settings, SimpleNamespace(take_items=lambda *_: None))
+    service = _Parts(kms, settings, SimpleNamespace(take_items=lambda *_: 0.0))
     made = batch.batch(cast("Any", SimpleNamespace(service=service, caller=who, body=body)))
     if made.failed:
         raise RuntimeError(f"{made.results[0]}")

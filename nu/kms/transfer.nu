@@ -7,7 +7,7 @@ use service.nu [request expect upload fail]
 use text.nu age-bytes
 
 const SUFFIX = ".age"
-const SUFFIXES = '\.(age|enc)$' # the second is that of 0.1 and 0.2.0
+const SUFFIXES = '\.(age|enc)$' # the second: of files that callers name so
 const SINGLE_BYTES = 1048576 # what the service takes in a single call, unless its settings say otherwise
 const SINGLE_CIPHERTEXT_BYTES = 1114112
 const ARMOR = "-----BEGIN AGE ENCRYPTED FILE-----"
@@ -28,7 +28,7 @@ export def convert [at: record, kind: string, given: record]: nothing -> record 
     {source: $source, output: $target, bytes: (size $target), job_id: $job_id}
 }
 
-# The name of the file to decrypt. In place of a missing NAME.enc, the older name, it is NAME.age.
+# The name of the file to decrypt. In place of a missing NAME.enc it is NAME.age.
 def found [name: string]: nothing -> string {
     let other = $name | str replace --regex '\.enc$' $SUFFIX
     if ($name | path exists --no-symlink) or ($other | path expand | path type) != file {

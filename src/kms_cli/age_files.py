@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 LOOK_BYTES: Final = 2048
+START_BYTES: Final = FILE_LIMITS.header_bytes + header.NONCE_BYTES
+"""The most bytes before the chunks of a file."""
 BACKEND: Final = "age"
 _PEM: Final = "-----BEGIN "
 _PLUGIN_RECIPIENT: Final = re.compile(
@@ -153,10 +155,6 @@ class Identities:
 
     native: Mapping[str, Identity] = field(default_factory=dict, repr=False)
 
-    def ref(self, version: str, key_id: str = DEFAULT_KEY_ID, tenant: str = DEFAULT_TENANT) -> KeyRef:
-        """Return the reference of a key version, as in the service."""
-        return KeyRef(tenant, key_id, version, BACKEND)
-
     def wrap(self, file_key: bytes, key: KeyRef, aad: bytes) -> Stanza:
         """Return a native stanza. The AAD is ignored: the origin stanza binds it."""
         del aad
@@ -248,9 +246,6 @@ def _recipient(text: str, where: str) -> Recipient:
         raise InvalidRequest(f"{where} is not an age recipient ({exc})") from exc
 
 
-_START_BYTES: Final = FILE_LIMITS.header_bytes + header.NONCE_BYTES
-
-
 class NotForThese(DecryptFailed):
     """No identity or passphrase decrypts the file, or its header was changed."""
 
@@ -299,13 +294,13 @@ class RequiredBinding:
 
     context: Context = field(default_factory=Context, repr=False)
     checked: bool = True
-    tenant: str = binding.DEFAULT_TENANT
+    tenant: str = DEFAULT_TENANT
 
 
 def read(given: InputStream) -> AgeFile:
     """Read a header, armored or not. Raises NotACiphertext, HeaderTooLarge, DecryptFailed."""
     given = unarmored(given)
-    start = exactly(given.stream, _START_BYTES)
+    start = exactly(given.stream, START_BYTES)
     try:
         head = header.parse(start, FILE_LIMITS)
     except TooLarge as exc:
@@ -322,12 +317,12 @@ def by_identities(head: Header, identities: Identities, required: RequiredBindin
         raise NotForThese("The file is encrypted with a passphrase: use `age -d`")
     bound = binding.read(head) if required.checked else None
     if bound is not None:
-        key = identities.ref(bound.key_version, bound.key_id, required.tenant)
+        key = KeyRef(required.tenant, bound.key_id, bound.key_version, BACKEND)
         file_key = _bound_file_key(head, identities, key, required)
         return stream.payload_key(file_key, head.nonce)
     if required.context:
         raise NotAsBound("The file is not bound to a context: leave out --context")
-    keys = [identities.ref(version) for version in identities.native]
+    keys = [KeyRef(DEFAULT_TENANT, DEFAULT_KEY_ID, version, BACKEND) for version in identities.native]
     try:
         if any(stanza.args[:2] == (binding.WRAP, BACKEND) for stanza in head.stanzas):
             file_key = _unchecked_file_key(head, identities, required.tenant)
@@ -346,7 +341,7 @@ def _unchecked_file_key(head: Header, identities: Identities, tenant: str) -> by
     wraps = [wrap for wrap in bound.wraps if wrap.backend == BACKEND] if bound else []
     if not bound or not wraps:
         raise DecryptFailed
-    key = identities.ref(wraps[0].version, wraps[0].key_id, tenant)
+    key = KeyRef(tenant, wraps[0].key_id, wraps[0].version, BACKEND)
     try:
         return sealing.unwrap_unchecked(head, identities, key, bound)
     except NoMatch:
@@ -355,9 +350,7 @@ def _unchecked_file_key(head: Header, identities: Identities, tenant: str) -> by
         raise NotForThese(f"The file is not of the tenant {tenant} (--tenant), or was changed") from exc
 
 
-def _bound_file_key(
-    head: Header, identities: Identities, key: binding.KeyRef, required: RequiredBinding
-) -> bytes:
+def _bound_file_key(head: Header, identities: Identities, key: KeyRef, required: RequiredBinding) -> bytes:
     if key.version not in identities.native:
         raise NotForThese(
             f"The file names key version {key.version}, and none of the identities is this version"
@@ -380,7 +373,7 @@ def _bound_file_key(
 def release(sealed: AgeFile, key: bytes, target: BinaryIO, options: ParallelOptions) -> None:
     """Write the plaintext; to a pipe only authenticated chunks, in order. Raises Damaged."""
     file = new_file(target)
-    with _damaged():
+    with damaged_errors():
         if sealed.file_range and file:
             parallel.open_file(key, sealed.file_range, file, options)
         else:
@@ -395,12 +388,13 @@ def release_part(
     Only its chunks and the last one are read.
     """
     stop = None if length is None else offset + length
-    with _damaged():
+    with damaged_errors():
         target.writelines(RangeReader(key, file_range).slabs(offset, stop))
 
 
 @contextlib.contextmanager
-def _damaged() -> Iterator[None]:
+def damaged_errors() -> Iterator[None]:
+    """Convert DecryptFailed, of a payload whose header is authentic, to Damaged."""
     try:
         yield
     except DecryptFailed as exc:
@@ -426,7 +420,7 @@ def for_service(identities: Identities, key_id: str, context: Context, *, padded
     Raises InvalidContext for an invalid ``not_after``.
     """
     context.not_after()  # raises now rather than at decryption
-    key = identities.ref(list(identities.native)[-1], key_id)
+    key = KeyRef(DEFAULT_TENANT, key_id, list(identities.native)[-1], BACKEND)
     return sealing.begin([(identities, key)], context, padded=padded)
 
 

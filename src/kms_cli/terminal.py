@@ -61,10 +61,9 @@ def shown(text: str) -> None:
     result(printable(text))
 
 
-def record(values: Mapping[str, object], *, as_json: bool = False) -> None:
-    """Print named values on stdout: one a line, or all as one line of JSON."""
-    if as_json:
-        result(_json(values))
+def record(values: Mapping[str, object]) -> None:
+    """Print named values on stdout: one a line, or with --json all as one line of JSON."""
+    if printed_as_json(values):
         return
     width = max(map(len, values))
     for name, value in values.items():
@@ -375,7 +374,7 @@ def printed_as_json(answer: "Answer | Mapping[str, object]") -> bool:
     if not session().as_json:
         return False
     if isinstance(answer, Mapping):
-        record(answer, as_json=True)
+        result(_json(answer))
     else:
         from kms_protocol import wire  # noqa: PLC0415 -- most commands print no answer
 

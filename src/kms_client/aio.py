@@ -197,7 +197,7 @@ class AsyncClient:
         return await self._engine.send(requests.get("/status", admin.StatusOut))
 
     async def audit(
-        self, *, after: str | None = None, limit: int | None = None, **filters: str
+        self, /, *, after: str | None = None, limit: int | None = None, **filters: str
     ) -> admin.AuditOut:
         """Return a page of the audit log of the tenant, oldest first. ``after`` is the ``next`` of a page.
 

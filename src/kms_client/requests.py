@@ -244,19 +244,16 @@ def upload(kind: wire.JobKind, options: UploadOptions) -> ClientRequest[wire.Job
     }
     if pairs := Context.parse(options.get("context")).pairs:
         headers["X-KMS-Context"] = json_header(dict(pairs))
-    if key_id := options.get("key_id"):
-        headers["X-KMS-Key-Id"] = key_id
-    for name in ("priority", "callback", "release", "start_by", "run_by", "keep_for"):
+    for name in ("key_id", "priority", "callback", "release", "start_by", "run_by", "keep_for"):
         if value := options.get(name):
             text = time_text(value, "microseconds") if isinstance(value, datetime) else str(value)
             headers[f"X-KMS-{name.title().replace('_', '-')}"] = text
     if labels := options.get("labels"):
         text = ",".join(f"{name}={value}" for name, value in labels.items())
         headers["X-KMS-Labels"] = quote(text, safe="")
-    if group_in := options.get("group"):
-        headers["X-KMS-Group"] = json_header(group_in)
-    if metadata := options.get("metadata"):
-        headers["X-KMS-Metadata"] = json_header(metadata)
+    for name in ("group", "metadata"):
+        if value := options.get(name):
+            headers[f"X-KMS-{name.title()}"] = json_header(value)
     return ClientRequest("POST", f"{PREFIX}/files/{kind}", wire.JobAccepted, headers=headers)
 
 

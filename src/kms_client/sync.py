@@ -29,7 +29,6 @@ from kms_client.http_client import (
     timeout_error,
 )
 from kms_client.settings import ClientSettings, Options, credentials_of
-from kms_protocol import admin
 from kms_protocol.errors import ConfigurationError, InvalidRequest
 from kms_protocol.tls_client import client_context
 
@@ -127,7 +126,7 @@ class SyncAnswer:
                 raise http.client.IncompleteRead(b"", left)
         self._is_read = True
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         self._response.close()
         self._end(self._is_read and not self._response.will_close)
 
@@ -318,14 +317,7 @@ class Client:
     batch = _blocking(AsyncClient.batch)
     health = _blocking(AsyncClient.health)
     status = _blocking(AsyncClient.status)
-
-    def audit(self, *, after: str | None = None, limit: int | None = None, **filters: str) -> admin.AuditOut:
-        """Return a page of the audit log of the tenant, oldest first. ``after`` is the ``next`` of a page.
-
-        ``filters`` are those of the API: operation, key_id, principal, result, job_id, since and so on.
-        """
-        return run(self._api.audit(after=after, limit=limit, **filters))
-
+    audit = _blocking(AsyncClient.audit)
     keys = _blocking(AsyncClient.keys)
     key = _blocking(AsyncClient.key)
     rotate = _blocking(AsyncClient.rotate)

@@ -20,12 +20,13 @@ RESERVED_PREFIX: Final = "kms:"
 NOT_AFTER: Final = "not_after"
 NUMBER: Final = "kms:transit"
 """The pair that the Vault API adds: its mark, and the number of the key version, as ``v3``."""
+_LENGTH_BYTES: Final = 4
 _CACHED_LENGTH: Final = 256  # the cache stays below 1 MiB
 
 
 def length_prefixed(*parts: bytes) -> bytes:
     """Join parts, each after its 4-byte length, so that different lists give different bytes."""
-    return b"".join([len(part).to_bytes(4, "big") + part for part in parts])
+    return b"".join([len(part).to_bytes(_LENGTH_BYTES, "big") + part for part in parts])
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +34,12 @@ class Context:
     """Sorted pairs. Equal contexts have equal canonical bytes. ``repr`` hides values, which may be secret."""
 
     pairs: tuple[tuple[str, str], ...] = field(default=(), repr=False)
-    _canonical: bytes = field(init=False, repr=False, compare=False)
     prefixed: bytes = field(init=False, repr=False, compare=False)
     """The canonical bytes after their length, as part of an authenticated text."""
 
     def __post_init__(self) -> None:
         parts = [part.encode() for pair in self.pairs for part in pair]
-        object.__setattr__(self, "_canonical", length_prefixed(*parts))
-        object.__setattr__(self, "prefixed", length_prefixed(self._canonical))
+        object.__setattr__(self, "prefixed", length_prefixed(length_prefixed(*parts)))
 
     @classmethod
     def parse(cls, given: str | Mapping[str, str] | None) -> Self:
@@ -86,7 +85,7 @@ class Context:
 
     def canonical(self) -> bytes:
         """Return the authenticated bytes: pairs sorted by key, each key and value length-prefixed."""
-        return self._canonical
+        return self.prefixed[_LENGTH_BYTES:]
 
     def not_after(self) -> datetime | None:
         """Return the time of the pair ``not_after``, after which decryption is refused; None without it.

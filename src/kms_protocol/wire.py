@@ -471,7 +471,7 @@ class Submission(Body, frozen=True, kw_only=True):
     version: Literal[1]
     token: Annotated[str, Meta(max_length=4096)] | None = None
     job_id: JobId
-    expires_at: Annotated[datetime, Meta(tz=True)]
+    expires_at: Moment
     job: JobIn
 
 

@@ -20,6 +20,7 @@ from kms_cli.commands import audit
 from kms_cli.commands.files import shown_in
 from kms_cli.commands.migrate import Lines, Migration, TransitLine, read_line
 from kms_cli.main import BROKEN_PIPE
+from kms_cli.session import AS_JSON
 from kms_cli.terminal import Step
 from kms_core.age.x25519 import X25519Identity
 from kms_core.audit.query import RecordedOperation
@@ -73,7 +74,9 @@ def test_a_message_is_one_line_whatever_it_quotes(capsys: pytest.CaptureFixture[
 def test_json_has_escapes_for_what_a_terminal_would_obey(capsys: pytest.CaptureFixture[str]) -> None:
     answer = {"name": f"größe {HOSTILE}\n\x7f\U000e0001"}
     terminal.in_json(msgspec.json.encode(answer).decode())
-    terminal.record(answer, as_json=True)
+    with click.Context(click.Command("kms")) as ctx:
+        ctx.meta[AS_JSON] = True
+        terminal.record(answer)
     terminal.failed(Unavailable(answer["name"]), as_json=True)
 
     out, err = capsys.readouterr()

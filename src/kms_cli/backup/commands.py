@@ -27,7 +27,7 @@ from kms_core.secure_files import make_folders, sync_folder
 from kms_core.settings import load
 from kms_core.settings.files import for_command
 from kms_protocol import __version__, small_files
-from kms_protocol.errors import ConfigurationError, Conflict, DecryptFailed, TargetExists
+from kms_protocol.errors import ConfigurationError, Conflict, TargetExists
 from kms_protocol.units import size_text, time_text
 
 _MOUNTED: Final = frozenset({"lost+found"})
@@ -151,13 +151,11 @@ def restore_command(
         key = age_files.by_identities(sealed.head, known, RequiredBinding())
         shown = age_files.with_progress(line, "verifying", file.stat().st_size)
         read = partial(read_archive, sealed, key, advance=shown.progress)
-        try:
+        with age_files.damaged_errors():
             if folder is None:
                 manifest = read(lambda *_: None)
             else:
                 manifest = _place(read, folder.absolute(), force=force)
-        except DecryptFailed as exc:
-            raise age_files.Damaged from exc
     if folder is None:
         _report(f"{file} is complete and unchanged: a backup of {_origin(manifest)}", manifest)
         return

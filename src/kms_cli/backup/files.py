@@ -436,7 +436,7 @@ def _verified(raw: bytes, found: list[SavedFile]) -> Manifest:
     """The manifest, which lists exactly the files that were found. Raises NotABackup."""
     try:
         manifest = msgspec.json.decode(raw, type=Manifest)
-    except (*NOT_JSON, msgspec.ValidationError) as exc:
+    except NOT_JSON as exc:
         raise NotABackup("The archive has no manifest at its end: it is incomplete, or no backup") from exc
     if manifest.version != VERSION:
         raise NotABackup(

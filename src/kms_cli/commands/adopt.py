@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-import msgspec
 
 from kms_cli import terminal
 from kms_cli.options import FILE
@@ -47,13 +46,11 @@ def adopt_command(key_id: str, yes: bool, files: tuple[Path, ...]) -> None:
 def document_of(name: str) -> "tuple[Settings, KeyDocument]":
     """Return the document of a key. Raises InvalidRequest if the settings name none."""
     from kms_cli.local import installation  # noqa: PLC0415 -- a plain key needs neither settings nor backends
-    from kms_cli.local.valkey import redis_section  # noqa: PLC0415 -- as above
+    from kms_cli.local.valkey import with_embedded  # noqa: PLC0415 -- as above
     from kms_core import key_opening  # noqa: PLC0415 -- as above
 
     logs.configure("error", json=False)  # stdout is for results
-    settings = installation.settings()
-    redis = redis_section(settings, os.environ)
-    settings = msgspec.structs.replace(settings, kms=msgspec.structs.replace(settings.kms, redis=redis))
+    settings = with_embedded(installation.settings(), os.environ)
     found = key_opening.documents(settings)
     if name not in found:
         raise InvalidRequest(

@@ -43,12 +43,9 @@ class NushellComplete(ShellComplete):
     def source(self) -> str:
         return _NUSHELL.read_text("utf-8") % self.source_vars()
 
-    def get_completion_args(self) -> tuple[list[str], str]:
-        words = json.loads(os.environ["COMP_WORDS"])
-        return words[1:-1], words[-1]
-
     def complete(self) -> str:
-        items = self.get_completions(*self.get_completion_args())
+        words = json.loads(os.environ["COMP_WORDS"])
+        items = self.get_completions(words[1:-1], words[-1])
         if any(item.type != "plain" for item in items):
             return "null"
         return json.dumps([{"value": item.value, "description": item.help or ""} for item in items])

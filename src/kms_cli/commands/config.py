@@ -13,7 +13,7 @@ import msgspec
 
 from kms_cli import terminal
 from kms_cli.local import installation, instances
-from kms_cli.local.valkey import redis_section
+from kms_cli.local.valkey import with_embedded
 from kms_core.backends import SCHEMES, table_of
 from kms_core.settings.lint import Weakness, unaccepted, weaknesses
 from kms_core.settings.load import load as load_settings
@@ -56,15 +56,14 @@ def show_command(setting: str | None, *, changed: bool) -> None:
     loaded = load_settings(file, environ, overrides=installation.overrides())
     for text, advice in instances.doubts(running):
         terminal.say(f"warning: {terminal.plain(text)}: {terminal.plain(advice)}")
-    redis = redis_section(loaded, environ)
+    used = with_embedded(loaded, environ)
     embedded = {
         f"redis.{name}"
         for name in ("url", "broker_url")
-        if getattr(redis, name) != getattr(loaded.kms.redis, name)
+        if getattr(used.kms.redis, name) != getattr(loaded.kms.redis, name)
     }
     place = ""
-    found = _settings(msgspec.structs.replace(loaded, kms=msgspec.structs.replace(loaded.kms, redis=redis)))
-    shown = {_dotted(*names): (names, value) for names, value in found}
+    shown = {_dotted(*names): (names, value) for names, value in _settings(used)}
     if setting is not None:
         terminal.shown(_one(shown, setting, origin))
         return

@@ -27,7 +27,7 @@ from msgspec.structs import fields, replace
 
 from kms_cli import terminal
 from kms_cli.connection import connect
-from kms_cli.options import PATH, STDIO, context_of, context_option, key_option, placed
+from kms_cli.options import PATH, STDIO, C, context_of, context_option, key_option, placed
 from kms_cli.session import session
 from kms_client import Client
 from kms_client.requests import coded_error
@@ -53,7 +53,6 @@ BATCH_LINES: Final = 100
 LINE_BYTES: Final = 64 * 1024 * 1024
 GIVE_UP_AFTER: Final = 20  # failures of the other system in a row
 AWS_TIMEOUT_S: Final = 10.0
-C = TypeVar("C", bound=Callable[..., object])
 
 
 @dataclass(slots=True)
@@ -79,7 +78,7 @@ class MigrationReport:
         if dry_run:
             counts["would_move"] = counts.pop("moved")
         if on_stdout:
-            terminal.record(counts, as_json=session().as_json)
+            terminal.record(counts)
         else:
             terminal.say(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
         return EXIT_BAD_DATA if self.failed else 0
@@ -489,13 +488,8 @@ def aws_command(**given: Any) -> int:  # noqa: ANN401 -- click's own
     given["encryption_context"] = dict(Context.parse(given["encryption_context"]).pairs) or None
     if given["endpoint_url"]:
         check_endpoint("--endpoint-url", given["endpoint_url"], in_prod=False)
-    names = ("region", "endpoint_url", "profile", "aws_ca_file")
-    region, url, profile, ca_file = (given[name] for name in names)
-    kms = AwsKmsClient(
-        AwsKmsSection(
-            region=region, endpoint_url=url, profile=profile, ca_file=ca_file, timeout_s=AWS_TIMEOUT_S
-        )
-    )
+    named = {name: given[name] for name in ("region", "endpoint_url", "profile")}
+    kms = AwsKmsClient(AwsKmsSection(**named, ca_file=given["aws_ca_file"], timeout_s=AWS_TIMEOUT_S))
 
     def decrypt(line: AwsLine) -> bytes:
         asked = line.parameters("CiphertextBlob", "EncryptionContext", "KeyId")

@@ -21,7 +21,6 @@ from kms_cli.options import (
     report_written,
     writing,
 )
-from kms_cli.session import session
 from kms_core.age import mlkem768x25519, stream, x25519
 from kms_core.age.header import Header, Stanza
 from kms_core.backends import wrap_keys
@@ -195,7 +194,7 @@ def _required(given: OpenOptions) -> RequiredBinding:
 @click.argument("file", type=FILE)
 def inspect_command(file: Path) -> None:
     """Show key, backend, stanzas and sizes of an encrypted FILE. No key is used and nothing is verified."""
-    terminal.record(inspect(file), as_json=session().as_json)
+    terminal.record(inspect(file))
 
 
 def inspect(path: Path) -> dict[str, object]:

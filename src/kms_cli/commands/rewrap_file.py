@@ -73,7 +73,7 @@ def rewrap_file_command(
     elif output is None:
         terminal.refuse_binary()
     with age_files.source(source) as opened:
-        start = age_files.exactly(opened.stream, FILE_LIMITS.header_bytes + header.NONCE_BYTES)
+        start = age_files.exactly(opened.stream, age_files.START_BYTES)
         old = _header(source, start)
         with connect() as kms:
             answer = kms.rewrap(start[: old.payload_offset], **options)

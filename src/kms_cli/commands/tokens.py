@@ -65,7 +65,7 @@ def list_command(file: Path | None) -> None:
     found = tokens.listed(here.where)
     if session().as_json:
         for token in found:
-            terminal.record(_described(token), as_json=True)
+            terminal.record(_described(token))
         return
     if not found:
         terminal.say(f"no tokens in {here}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-import msgspec
+from msgspec.structs import replace
 
 from kms_cli.local.directories import locked, private_directory
 from kms_cli.local.instances import is_private, runtime_dir
@@ -160,7 +160,12 @@ def redis_section(settings: Settings, environ: Mapping[str, str]) -> RedisSectio
     if url is None:
         return section
     broker_url = for_celery(url) if is_shared(section) else section.broker_url
-    return msgspec.structs.replace(section, url=url, broker_url=broker_url)
+    return replace(section, url=url, broker_url=broker_url)
+
+
+def with_embedded(settings: Settings, environ: Mapping[str, str]) -> Settings:
+    """Return the settings with ``redis_section`` as ``[kms.redis]``."""
+    return replace(settings, kms=replace(settings.kms, redis=redis_section(settings, environ)))
 
 
 def is_named(section: RedisSection) -> bool:

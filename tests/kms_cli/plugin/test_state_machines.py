@@ -64,7 +64,7 @@ class Sealer:
             raise self.trouble
 
     def _ref(self, key_id: str | None) -> KeyRef:
-        return self.identities.ref(next(iter(self.identities.native)), key_id or "default")
+        return KeyRef("default", key_id or "default", next(iter(self.identities.native)), "age")
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def test_post_quantum_keys_label_themselves(labels: bool, hybrids: bool, expecte
 def test_post_quantum_and_classic_keys_do_not_mix() -> None:
     class Mixed(Sealer):
         def _ref(self, key_id: str | None) -> KeyRef:
-            return self.identities.ref(key_id or "")
+            return KeyRef("default", "default", key_id or "", "age")
 
     keys = Mixed(
         Identities({"old": x25519.X25519Identity.generate(), "new": mlkem768x25519.HybridIdentity.generate()})
@@ -469,7 +469,7 @@ def test_a_bundle_of_another_version_or_shape_spoils_its_file(stanza: Stanza) ->
 
 
 def test_who_hands_over_for_an_age_key_proves_it_without_a_nonce(sealer: Sealer) -> None:
-    ref = sealer.identities.ref("v1", "payroll")
+    ref = KeyRef("default", "payroll", "v1", "age")
     given = header.unbundled(wrapped(sealer, HERE.recipient()), header.FILE_LIMITS)
     stranger: Recipient = sealer.identities.native["v1"].recipient
     bound = binding.context_stanza(FILE_KEY, ref, ENV)
