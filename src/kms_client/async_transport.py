@@ -63,7 +63,7 @@ class AsyncAnswer:
             async for chunk in self._response.aiter_stream():
                 yield chunk
 
-    async def aclose(self) -> None:
+    async def close(self) -> None:
         with transport_errors(self._url):
             await self._response.aclose()
 

@@ -77,7 +77,7 @@ class HttpAnswer(Protocol):
     def chunks(self) -> AsyncGenerator[bytes]:
         """Yield the rest of the body as it arrives. Raises ServiceUnreachable if it breaks off."""
 
-    async def aclose(self) -> None:
+    async def close(self) -> None:
         """Keep the connection for further requests, or drop it if the body was not read to its end."""
 
 
@@ -272,22 +272,24 @@ class Engine:
     async def exchange(self, call: ClientRequest[T], until: float, upload: Upload | None = None) -> Reply:
         """Make one attempt and read its whole answer. Without data it fails at ``until`` (time.monotonic)."""
         silence_s = max(_SHORTEST_SILENCE_S, min(self._settings.timeout_s, until - time.monotonic()))
-        async with self.responding(call, silence_s, upload) as answer:
+        async with self.responding(call, upload=upload, silence_s=silence_s) as answer:
             return await self._reply(answer)
 
     @contextlib.asynccontextmanager
     async def responding(
-        self, call: ClientRequest[T], silence_s: float, upload: Upload | None = None
+        self, call: ClientRequest[T], *, upload: Upload | None = None, silence_s: float | None = None
     ) -> AsyncIterator[HttpAnswer]:
-        """Make one attempt and yield its answer, whose body is not read yet. ``silence_s`` is for each wait.
+        """Make one attempt and yield its answer, whose body is not read yet.
 
         Before the first one the service is checked, if the settings say so. Raises UnexpectedAnswer.
         """
         if not self._is_checked:
-            await self._check_service(min(_CHECK_S, silence_s))
-        opened = await self.transport.open(self._request(call, upload, silence_s))
-        async with contextlib.aclosing(opened) as answer:
+            await self._check_service(min(_CHECK_S, silence_s or self._settings.timeout_s))
+        answer = await self.transport.open(self._request(call, upload, silence_s))
+        try:
             yield answer
+        finally:
+            await answer.close()
 
     async def _check_service(self, silence_s: float) -> None:
         """Ask whether the address answers as this service, within ``silence_s`` and without a credential.
@@ -296,10 +298,12 @@ class Engine:
         """
         named = {"X-Request-ID": uuid.uuid4().hex}  # this service answers with the same
         probe = ClientRequest("GET", "/livez", bytes, headers=named)
-        opened = await self.transport.open(self._request(probe, None, silence_s))
-        async with contextlib.aclosing(opened) as answer:
+        answer = await self.transport.open(self._request(probe, None, silence_s))
+        try:
             is_ours = answer.headers.get("x-request-id") == named["X-Request-ID"]
             reply = await self._reply(answer) if is_ours else Reply(answer.status, {}, b"")
+        finally:
+            await answer.close()
         if reply.status in RETRYABLE:  # it has no room for another request
             raise answer_error(reply)
         if reply.body != b"ok\n":
@@ -312,7 +316,7 @@ class Engine:
         """Open a response like ``responding``; raises the KmsError of a problem, retries refusals for now."""
         failed = 0
         while True:
-            async with self.responding(call, self._settings.timeout_s) as answer:
+            async with self.responding(call) as answer:
                 if call.is_answer(answer.status):
                     yield answer
                     return
@@ -341,7 +345,7 @@ class Engine:
     async def _reply(self, answer: HttpAnswer) -> Reply:
         return Reply(answer.status, answer.headers, b"".join([chunk async for chunk in answer.chunks()]))
 
-    def _request(self, call: ClientRequest[T], upload: Upload | None, silence_s: float) -> HttpRequest:
+    def _request(self, call: ClientRequest[T], upload: Upload | None, silence_s: float | None) -> HttpRequest:
         settings = self._settings
         credential = settings.authorization() if self._is_checked else {}
         return HttpRequest(
@@ -350,7 +354,7 @@ class Engine:
             {**self._always, **call.headers, **_length(call, upload), **credential},
             call.body if upload is None else self.transport.body(upload.parts()),
             timeout_s=settings.timeout_s,
-            silence_s=silence_s + call.wait_s,
+            silence_s=(silence_s or settings.timeout_s) + call.wait_s,
         )
 
 

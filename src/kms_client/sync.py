@@ -126,7 +126,7 @@ class SyncAnswer:
                 raise http.client.IncompleteRead(b"", left)
         self._is_read = True
 
-    async def aclose(self) -> None:
+    async def close(self) -> None:
         self._response.close()
         self._end(self._is_read and not self._response.will_close)
 

@@ -296,7 +296,7 @@ class _FakedAnswer:
     async def chunks(self) -> AsyncGenerator[bytes]:
         yield self.body
 
-    async def aclose(self) -> None:
+    async def close(self) -> None:
         """Nothing is open."""
 
 
