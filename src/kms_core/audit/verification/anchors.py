@@ -66,8 +66,7 @@ class _Stream:
         self._stream = stream
         self._settled = self._last = ""
 
-    def news(self, keys: PublicKeys) -> tuple[list[bytes], bool]:
-        del keys
+    def news(self, _keys: PublicKeys) -> tuple[list[bytes], bool]:
         begin = self._settled or self._last
         found = self._stream.entries(begin) if begin else self._stream.newest(_FIRST_READ)
         first = found[0][0].decode() if found else ""

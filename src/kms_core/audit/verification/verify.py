@@ -26,6 +26,7 @@ from kms_core.audit.segments import Segment
 from kms_core.audit.verification.anchors import ACKNOWLEDGED, AnchorReader
 from kms_core.audit.verification.crosscheck import Anchors, Removals, crosscheck
 from kms_core.audit.verification.scan import (
+    MOST_PROBLEMS,
     ChainProblem,
     ScannedSpan,
     VerificationReport,
@@ -37,14 +38,12 @@ from kms_core.periodic import PeriodicThread
 from kms_core.reload import stamp_of_stat
 from kms_protocol.errors import ConfigurationError
 
-_TOO_LONG: Final = segments.LONGEST_LINE_BYTES + 1
 _UNFINISHED: Final = re.compile(rf"\.{segments.NAME.pattern}\.[A-Za-z0-9]{{6}}")
 """The name of a file that rsync receives."""
 _LASTING: Final = frozenset({chain.OPEN, chain.RETIRED, *chain.ENDS})
 """Kinds of lines that count for as long as their segment exists."""
-_MOST_PROBLEMS: Final = 100
 EVERY_S: Final = 30.0
-_TAIL_BYTES: Final = segments.LONGEST_LINE_BYTES + 1  # of each segment: some 2,500 lines, in 15 ms
+_TAIL_BYTES: Final = segments.LONGEST_LINE_BYTES + 1  # has the end of any line; some 2,500 lines, in 15 ms
 _MOST_LOGGED: Final = 20
 _ANCHORED_WITHIN: Final = timedelta(minutes=1)
 _NAN: Final = float("nan")
@@ -169,11 +168,11 @@ class Verifier:
         begin, first_end = 0, 0
         if size > _TAIL_BYTES:
             with segment.path.open("rb") as file:
-                first_end = len(file.readline(_TOO_LONG))
+                first_end = len(file.readline(_TAIL_BYTES))
                 begin = max(first_end, size - _TAIL_BYTES)
                 if begin > first_end:
                     file.seek(begin)
-                    begin += len(line) if (line := file.readline(_TOO_LONG)).endswith(b"\n") else 0
+                    begin += len(line) if (line := file.readline(_TAIL_BYTES)).endswith(b"\n") else 0
         tail = scan(segment, keys, size, begin)
         return _with_tail(known or scan(segment, keys, first_end), tail) if begin else tail
 
@@ -193,7 +192,7 @@ def _changed(code: str, text: str, segment: Segment, known: ScannedSpan) -> Chai
 
 def _with_tail(first: ScannedSpan, tail: ScannedSpan) -> ScannedSpan:
     """The end of a segment, behind lines of it that were scanned before, maybe with others between them."""
-    problems = list(dict.fromkeys((*first.problems, *tail.problems)))[:_MOST_PROBLEMS]
+    problems = list(dict.fromkeys((*first.problems, *tail.problems)))[:MOST_PROBLEMS]
     if not tail.lines:
         return replace(first, problems=problems, torn_bytes=tail.torn_bytes)
     tail.problems = problems
