@@ -145,11 +145,9 @@ class PublicKeys:
 
     def _verifies(self, key: str, text: bytes, signature: str) -> bool:
         """Return whether this is a signature (base64) by a known key of this id."""
-        if key not in self._loaded:
-            return False
         try:
             self._loaded[key].verify(base64.b64decode(signature, validate=True), text)
-        except (InvalidSignature, ValueError):
+        except (KeyError, InvalidSignature, ValueError):
             return False
         return True
 
