@@ -93,7 +93,7 @@ def tail_command(  # noqa: PLR0913 -- one for each option
         result=result or "",
         context=tuple(hidden.items()),
     )
-    beginning = query.now()
+    beginning = chain.text_of(datetime.now(UTC))
     unread: dict[str, str] = {}
     shown = query.newest(logs, wanted, lines, unread=unread)
     for name, why in unread.items():

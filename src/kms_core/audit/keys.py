@@ -140,7 +140,7 @@ class PublicKeys:
         unsigned, signature = parts
         before = chain.from_hex(found.previous)
         whole = before is not None and chain.is_sound(before, line)
-        good = whole and self._verifies(found.key, chain.text_to_sign(unsigned), signature)
+        good = whole and self._verifies(found.key, chain.LABEL + unsigned, signature)
         return found if good else None
 
     def _verifies(self, key: str, text: bytes, signature: str) -> bool:

@@ -385,7 +385,7 @@ class AuditLog:
             "key": self._signer.key_id,
         }
         unsigned = b'{"seq":%d%b%b' % (self._seq + 1, begin, _encode(fields)[1:-1])
-        signature = self._signer.sign(chain.text_to_sign(unsigned))
+        signature = self._signer.sign(chain.LABEL + unsigned)
         line, head = chain.seal(self._head, b'%b%b%b"' % (unsigned, chain.SIGNATURE, signature))
         file.append(line)
         self._seq, self._head, self._unsigned = self._seq + 1, head, 0

@@ -118,11 +118,6 @@ _Cursor: TypeAlias = dict[str, _Position]
 _event: Final = msgspec.json.Decoder(RecordedOperation).decode
 
 
-def now() -> str:
-    """The current time in the format of records."""
-    return text_of(datetime.now(UTC))
-
-
 def fields(event: RecordedOperation) -> dict[str, object]:
     """The fields of an event that are not empty, by name."""
     given = msgspec.structs.asdict(event)

@@ -141,7 +141,7 @@ def written_anew(file: Path, signing_key: Path) -> None:
             claimed = chain.read(line)
             assert claimed is not None
             unsigned = parts[0].replace(claimed.previous.encode(), before.hex().encode())
-            body = b'%b%b%b"' % (unsigned, chain.SIGNATURE, signer.sign(chain.text_to_sign(unsigned)))
+            body = b'%b%b%b"' % (unsigned, chain.SIGNATURE, signer.sign(chain.LABEL + unsigned))
         sealed, head = chain.seal(before, body)
         lines.append(sealed)
     file.write_bytes(b"".join(lines))
