@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from kms_cli import terminal
-from kms_cli.session import is_given, session, use_url
+from kms_cli.session import global_options, is_given, use_url
 from kms_protocol.errors import KmsError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def service_url() -> str:
         from kms_cli.local import instances  # noqa: PLC0415 -- not needed where an address is named
 
         use_url(instances.address(os.environ))
-    return session().url
+    return global_options().url
 
 
 def connect(*, retries: int = 2, timeout_s: float = 30.0) -> "Client":
@@ -42,7 +42,7 @@ def connect(*, retries: int = 2, timeout_s: float = 30.0) -> "Client":
     from kms_client.settings import ClientSettings  # noqa: PLC0415 -- as above
     from kms_client.sync import Client  # noqa: PLC0415 -- as above
 
-    url, given = service_url(), session()
+    url, given = service_url(), global_options()
     settings = ClientSettings(
         url,
         token_file=given.token_file,
