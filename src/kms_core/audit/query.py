@@ -246,9 +246,8 @@ def _last_time(segment: Segment) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _last_time_of(segment: Segment, size: int, mtime_ns: int) -> str:
+def _last_time_of(segment: Segment, _size: int, _mtime_ns: int) -> str:
     """Return ``_last_time``, cached for a segment until it changes; only segments of live processes do."""
-    del size, mtime_ns
     last = segment.last()
     return last.time if last else _LATEST
 
