@@ -49,8 +49,7 @@ def effect(settings: Settings, operation: str, what: str, tenant: str = DEFAULT_
 def log_of(settings: Settings) -> Iterator[AuditLog]:
     """Open the chain of this command, begun by its first record. Raises ConfigurationError."""
     logs.configure("error", json=False)  # stdout is for results, and Redis may be away
-    opener = partial(open_sealed, settings)
-    log, maintenance = build_audit(settings, ROLE, redis_of(settings), open_sealed=opener)
+    log, maintenance = build_audit(settings, ROLE, redis_of(settings), partial(open_sealed, settings))
     maintenance.start()
     try:
         yield log

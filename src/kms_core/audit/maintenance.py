@@ -298,7 +298,7 @@ class _AnchorFeed:
 
 
 def build_audit(
-    settings: Settings, role: str, client: redis.Redis | None, *, open_sealed: OpenSealed | None = None
+    settings: Settings, role: str, client: redis.Redis | None, open_sealed: OpenSealed
 ) -> tuple[AuditLog, AuditMaintenance]:
     """Create the keys and the directory of anchors if they do not exist. Raises ConfigurationError.
 
