@@ -258,7 +258,7 @@ class AuditMaintenance(PeriodicThread):
             feed.send()
 
     def _remove_old(self) -> None:
-        """Remove old segments, after the record of the removal: a missing segment without one was stolen."""
+        """Remove old segments, and record that before: one that is missing without a record is a problem."""
         gone, horizon = due_segments(self._audit_log.folder, self._keep_days, datetime.now(UTC))
         if not gone:
             return
