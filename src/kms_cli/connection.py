@@ -75,11 +75,10 @@ def completions(pairs: Iterable[tuple[str, str]], incomplete: str) -> "list[Comp
 def _offered(
     listed: "Callable[[Client], list[tuple[str, str]]]",
     ctx: click.Context,
-    parameter: click.Parameter,
+    _parameter: click.Parameter,
     incomplete: str,
 ) -> "list[CompletionItem[str]]":
     """Return what a service lists and begins so; nothing without one that answers soon."""
-    del parameter
     with suppress(Exception), ctx.scope(cleanup=False), connect(retries=0, timeout_s=COMPLETION_S) as kms:
         return completions(listed(kms), incomplete)
     return []

@@ -264,9 +264,8 @@ def _progress(job: JobOut) -> str:
     return ", ".join(parts)
 
 
-def group_in(ctx: click.Context, parameter: click.Parameter, value: str | None) -> GroupIn | None:
+def group_in(_ctx: click.Context, parameter: click.Parameter, value: str | None) -> GroupIn | None:
     """Return the group of an option ``NAME=3``; None without one."""
-    del ctx
     if value is None:
         return None
     name, _, count = value.rpartition("=")
