@@ -576,3 +576,15 @@ def test_only_the_newest_anchors_of_a_stream_are_read_at_first(
     older_put_back(audit_folder, writer)
 
     assert found(audit_folder.monitor(kept)) == ["cut"]
+
+
+def test_an_older_anchor_behind_a_newer_one_in_a_stream_does_not_hide_it(
+    audit_folder: AuditFolder, redis_url: str
+) -> None:
+    kept = RedisSink(redis.Redis.from_url(redis_url))
+    writer = Writer(audit_folder, kept)
+    writer.write()
+    older_put_back(audit_folder, writer)
+    kept.put(kept.lines()[0] + b"\n")
+
+    assert found(audit_folder.monitor(kept)) == ["cut"]
