@@ -11,8 +11,6 @@ from functools import partial
 from typing import Final
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from kms_cli.local.valkey import redis_section
 from kms_core import audit
@@ -21,7 +19,7 @@ from kms_core.audit.maintenance import build_audit
 from kms_core.auth.policy import Principal
 from kms_core.envelope.binding import DEFAULT_TENANT
 from kms_core.observability import logs
-from kms_core.redis_client import connect
+from kms_core.redis_client import connect_once
 from kms_core.settings.model import Settings
 from kms_protocol.errors import ConfigurationError
 
@@ -51,8 +49,7 @@ def effect(settings: Settings, operation: str, what: str, tenant: str = DEFAULT_
 def log_of(settings: Settings) -> Iterator[AuditLog]:
     """Open the chain of this command, begun by its first record. Raises ConfigurationError."""
     logs.configure("error", json=False)  # stdout is for results, and Redis may be away
-    opener = partial(open_sealed, settings)
-    log, maintenance = build_audit(settings, ROLE, redis_of(settings), open_sealed=opener)
+    log, maintenance = build_audit(settings, ROLE, redis_of(settings), partial(open_sealed, settings))
     maintenance.start()
     try:
         yield log
@@ -66,11 +63,9 @@ def redis_of(settings: Settings) -> redis.Redis | None:
     Without it, this chain is anchored only by the chains of the service.
     """
     try:
-        client = connect(redis_section(settings, os.environ))
+        return connect_once(redis_section(settings, os.environ))
     except ConfigurationError:
         return None
-    client.set_retry(Retry(NoBackoff(), 0))
-    return client
 
 
 def operator(tenant: str) -> Principal:

@@ -168,7 +168,7 @@ class LazyGroup(click.Group):
         ctx = click.get_current_context()
         if ctx.invoked_subcommand is not None:
             return 0
-        if session.session().as_json:
+        if session.global_options().as_json:
             raise click.UsageError("a command is missing", ctx)
         sys.stderr.write(ctx.get_help() + "\n")
         return EXIT_USAGE

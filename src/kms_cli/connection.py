@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from kms_cli import terminal
-from kms_cli.session import is_given, session, use_url
+from kms_cli.session import global_options, is_given, use_url
 from kms_protocol.errors import KmsError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def service_url() -> str:
         from kms_cli.local import instances  # noqa: PLC0415 -- not needed where an address is named
 
         use_url(instances.address(os.environ))
-    return session().url
+    return global_options().url
 
 
 def connect(*, retries: int = 2, timeout_s: float = 30.0) -> "Client":
@@ -42,7 +42,7 @@ def connect(*, retries: int = 2, timeout_s: float = 30.0) -> "Client":
     from kms_client.settings import ClientSettings  # noqa: PLC0415 -- as above
     from kms_client.sync import Client  # noqa: PLC0415 -- as above
 
-    url, given = service_url(), session()
+    url, given = service_url(), global_options()
     settings = ClientSettings(
         url,
         token_file=given.token_file,
@@ -75,11 +75,10 @@ def completions(pairs: Iterable[tuple[str, str]], incomplete: str) -> "list[Comp
 def _offered(
     listed: "Callable[[Client], list[tuple[str, str]]]",
     ctx: click.Context,
-    parameter: click.Parameter,
+    _parameter: click.Parameter,
     incomplete: str,
 ) -> "list[CompletionItem[str]]":
     """Return what a service lists and begins so; nothing without one that answers soon."""
-    del parameter
     with suppress(Exception), ctx.scope(cleanup=False), connect(retries=0, timeout_s=COMPLETION_S) as kms:
         return completions(listed(kms), incomplete)
     return []

@@ -72,8 +72,7 @@ def _completed() -> int:
     return completion.answer(os.environ[command_line.COMPLETION_VARIABLE])
 
 
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    del number, frame
+def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(TERMINATED)
 
 

@@ -50,9 +50,8 @@ def duration(option: str, text: str) -> timedelta:
         raise InvalidRequest(f"{option} {exc}") from exc
 
 
-def context_of(ctx: click.Context, parameter: click.Parameter, value: str | None) -> ContextIn:
+def context_of(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> ContextIn:
     """Return the value of a context option: ``key=value,…`` as text, a JSON object as a mapping."""
-    del ctx, parameter
     if value is None or not value.startswith("{"):
         return value
     try:
@@ -83,9 +82,8 @@ metadata_option = click.option(
 )
 
 
-def _moment(ctx: click.Context, parameter: click.Parameter, value: str | None) -> datetime | None:
+def _moment(_ctx: click.Context, parameter: click.Parameter, value: str | None) -> datetime | None:
     """Return the value of a deadline option: a time, or a duration from now."""
-    del ctx
     if value is None:
         return None
     try:
@@ -95,8 +93,7 @@ def _moment(ctx: click.Context, parameter: click.Parameter, value: str | None) -
         raise InvalidRequest(f"{name} takes a duration, as 30m or 2d, or an RFC 3339 time") from None
 
 
-def _seconds(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    del ctx
+def _seconds(_ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
     return None if value is None else int(duration(parameter.opts[0], value).total_seconds())
 
 

@@ -14,7 +14,7 @@ DEFAULT_URL: Final = "http://localhost:8082"  # the client's; known here without
 _ADDRESS: Final = f"Address of the service [default: that of kms up, else {DEFAULT_URL}]."
 
 
-class Session(NamedTuple):
+class GlobalOptions(NamedTuple):
     """The global options of a run."""
 
     url: str = DEFAULT_URL
@@ -26,10 +26,10 @@ class Session(NamedTuple):
     check_service: bool = False
 
 
-def session() -> Session:
+def global_options() -> GlobalOptions:
     """Return the global options of the running command; none outside of one, as in the age plugin."""
     given = {key.removeprefix(META): value for key, value in _meta().items() if key.startswith(META)}
-    return Session(**given)
+    return GlobalOptions(**given)
 
 
 def _meta() -> dict[str, Any]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, BinaryIO, ClassVar, Final, NamedTuple, Self, cast
 
-from kms_cli.session import session
+from kms_cli.session import global_options
 from kms_protocol.errors import EXIT_OTHER, EXIT_UNAVAILABLE, EXIT_USAGE, InvalidRequest, KmsError
 from kms_protocol.units import size_text
 
@@ -270,7 +270,7 @@ class Meter:
     _is_drawn: ClassVar = False
 
     def __init__(self, *, on_stdout: bool = False) -> None:
-        hidden = session().as_json or (on_stdout and sys.stdout.isatty())
+        hidden = global_options().as_json or (on_stdout and sys.stdout.isatty())
         self._shown = sys.stderr.isatty() and not hidden
         self._drawn_at = 0.0
         self._step = Step("")
@@ -371,7 +371,7 @@ def _clock(seconds: float) -> str:
 
 def printed_as_json(answer: "Answer | Mapping[str, object]") -> bool:
     """Print an answer as one line of JSON if --json is given. Return whether it was printed."""
-    if not session().as_json:
+    if not global_options().as_json:
         return False
     if isinstance(answer, Mapping):
         result(_json(answer))

@@ -92,7 +92,7 @@ def build(settings: Settings, process: str, notify: NotifyWorker | None) -> Core
     section, jobs = settings.kms, settings.kms.jobs
     client = connect(section.redis)
     sealed = key_opening.of_process(settings)
-    audit_log, maintenance = build_audit(settings, process, client, open_sealed=sealed.open)
+    audit_log, maintenance = build_audit(settings, process, client, sealed.open)
     token_copy = _token_copy(settings)
     tokens_ = token_source(settings, token_copy)
     keyring_ = keyring.build(settings, sealed)

@@ -166,6 +166,13 @@ def connect(section: RedisSection, timeout_s: float = _TIMEOUT_S) -> redis.Redis
         ) from exc
 
 
+def connect_once(section: RedisSection, timeout_s: float = _TIMEOUT_S) -> redis.Redis:
+    """A client as that of ``connect``, which sends each command once."""
+    client = connect(section, timeout_s)
+    client.set_retry(_ONCE)
+    return client
+
+
 def check_servers(section: RedisSection) -> None:
     """Raise ConfigurationError where a server is a Redis Cluster and must not be one, or the reverse.
 

@@ -6,15 +6,13 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from kms_core.age.header import hkdf
 from kms_core.documents.anchors import Anchors
 from kms_core.documents.document import SignedDocument
 from kms_core.documents.key_document import INFO
 from kms_core.documents.storage import FileStorage, ObjectStorage, Storage
-from kms_core.redis_client import connect
+from kms_core.redis_client import connect_once
 from kms_core.s3 import connection
 from kms_core.s3.bucket import Bucket
 from kms_core.s3.connection import S3Connection, S3Endpoint
@@ -59,9 +57,7 @@ def document_storage(settings: Settings, url: str) -> Storage:
 
 def anchor_client(settings: Settings) -> redis.Redis:
     """A client of Redis that gives up after a second: a poll must not wait for it."""
-    client = connect(settings.kms.redis, timeout_s=_REDIS_S)
-    client.set_retry(Retry(NoBackoff(), 0))
-    return client
+    return connect_once(settings.kms.redis, timeout_s=_REDIS_S)
 
 
 def key_document(settings: Settings, secret: bytes, name: str, url: str) -> SignedDocument:

@@ -21,7 +21,7 @@ from kms_cli.backup.files import SETTINGS, ArchiveWriter, InstalledFiles, KeepFi
 from kms_cli.commands.offline import recipient_option, recipients_file_option
 from kms_cli.local import directories, installation
 from kms_cli.options import FILE, STDIO, OutputExists, force_option, writing
-from kms_cli.session import session
+from kms_cli.session import global_options
 from kms_core.audit import segments
 from kms_core.secure_files import make_folders, sync_folder
 from kms_core.settings import load
@@ -142,7 +142,7 @@ def restore_command(
 
     Run it as the user of the service, while the service does not run.
     """
-    folder = None if only_check else folder or session().state_dir
+    folder = None if only_check else folder or global_options().state_dir
     if folder is None and not only_check:
         raise click.UsageError("name the new state directory with --to DIR, or verify only with --check")
     known = age_files.identities(identities)
@@ -221,7 +221,8 @@ def _audit_logs(folder: Path) -> Iterator[Path]:
     """The audit log in a state directory, and the one elsewhere that its settings name, if they are read."""
     yield folder / "audit"
     with suppress(ConfigurationError):
-        found = load.load(for_command(session().config, os.environ, folder, lambda _: None), os.environ)
+        file = for_command(global_options().config, os.environ, folder, lambda _: None)
+        found = load.load(file, os.environ)
         if found.state_dir.resolve() == folder.resolve():
             yield found.kms.audit.path
 

@@ -131,10 +131,12 @@ class InstalledFiles:
         return False
 
     def _valkey(self) -> Iterator[Source]:
-        """The files that the manifest of Valkey names, as long as they were at one moment.
+        """The manifest of Valkey and the files that it names, each with its size at one moment.
 
-        Valkey only appends to them. A rewrite makes others, replaces the manifest and deletes the old files:
-        opened ones stay, with all commands up to the moment when Valkey changed over.
+        Valkey only appends to these files, so what they have up to that size does not change. To rewrite
+        them, Valkey makes other files, replaces the manifest and deletes the old files. Those that are open
+        here stay readable; they have every command up to that replacement. Raises FilesKeepChanging if files
+        were deleted before they were opened, in each of several attempts.
         """
         folder = self._folder / _AOF
         for _ in range(_TRIES):

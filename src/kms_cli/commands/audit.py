@@ -17,7 +17,7 @@ from kms_cli import audited, options, terminal
 from kms_cli.local import anchors, installation
 from kms_cli.local.anchors import AnchorLines
 from kms_cli.options import FILE
-from kms_cli.session import session
+from kms_cli.session import global_options
 from kms_core import audit
 from kms_core.audit import chain, query
 from kms_core.audit.hosts import HostLog, copy_trouble, host_logs
@@ -93,7 +93,7 @@ def tail_command(  # noqa: PLR0913 -- one for each option
         result=result or "",
         context=tuple(hidden.items()),
     )
-    beginning = query.now()
+    beginning = chain.text_of(datetime.now(UTC))
     unread: dict[str, str] = {}
     shown = query.newest(logs, wanted, lines, unread=unread)
     for name, why in unread.items():
@@ -225,7 +225,7 @@ def _record_read(query_text: Mapping[str, str], count: int) -> str:
 
 
 def _line(event: RecordedOperation) -> None:
-    if session().as_json:
+    if global_options().as_json:
         terminal.in_json(msgspec.json.encode({"id": event.id, **query.fields(event)}).decode())
         return
     host = (event.host,) if event.host else ()

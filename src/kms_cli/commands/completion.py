@@ -68,9 +68,8 @@ def completion_command(shell: str) -> int:
     return shell_complete(group(), {}, "kms", COMPLETION_VARIABLE, f"{shell}_source")
 
 
-def _names(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+def _names(ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
     """Return the commands below the words that were given; topics, too, if there are none."""
-    del parameter
     command: click.Command | None = group()
     words = ctx.params.get("words") or ()
     for word in words:

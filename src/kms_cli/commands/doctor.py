@@ -23,7 +23,7 @@ from kms_cli.connection import connect
 from kms_cli.local import anchors, installation, instances
 from kms_cli.local.up import url_of, without_status
 from kms_cli.local.valkey import is_named, redis_section
-from kms_cli.session import is_given, session, use_url
+from kms_cli.session import global_options, is_given, use_url
 from kms_core import container, key_opening, keyring, redis_client
 from kms_core.audit.keys import PublicKeys, public_path
 from kms_core.audit.verification.verify import verify
@@ -504,7 +504,7 @@ def _show(finding: Finding) -> None:
 
 
 def _findings() -> Iterator[Finding]:
-    url = session().url
+    url = global_options().url
     if is_given("url") and not is_loopback(urlsplit(url).hostname):
         yield Finding("ok", "target", f"{url}, on another machine: this one is not checked")
         yield from _service(None)
@@ -521,7 +521,7 @@ def _findings() -> Iterator[Finding]:
         if not is_given("url"):
             use_url(url_of(settings))
         how = "kms up runs it" if running else "kms up does not run it"
-        yield Finding("ok", "target", f"{session().url}, state {settings.state_dir.absolute()}: {how}")
+        yield Finding("ok", "target", f"{global_options().url}, state {settings.state_dir.absolute()}: {how}")
         for text, advice in instances.doubts(running):
             yield Finding("warn", "target", text, advice)
         source = f"read from {file}" if file else "defaults, no file"
@@ -544,7 +544,7 @@ def _has_service(settings: Settings, file: Path | None) -> bool:
 
 def _service(own_id: str | None) -> Iterator[Finding]:
     """Ask the service how it is. ``own_id`` is the install id of the settings that were checked."""
-    url = session().url
+    url = global_options().url
     try:
         with connect(retries=0, timeout_s=2 * TIMEOUT_S) as kms:  # it may wait for a backend itself
             status = kms.status()

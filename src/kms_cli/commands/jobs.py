@@ -26,7 +26,7 @@ from kms_cli.options import (
     priority_option,
     writing,
 )
-from kms_cli.session import session
+from kms_cli.session import global_options
 from kms_client import Client
 from kms_protocol.errors import ItemsFailed
 from kms_protocol.units import age_s, duration_text, size_text
@@ -59,7 +59,7 @@ def list_command(state: JobState | None, labels: dict[str, str] | None, limit: i
     with connect() as kms:
         page = kms.jobs(state=state, labels=labels, limit=limit)
     _rows(page, "no jobs")
-    if page.next and not session().as_json:
+    if page.next and not global_options().as_json:
         terminal.say(f"there are more jobs: raise --limit (now {limit})")
 
 
@@ -264,9 +264,8 @@ def _progress(job: JobOut) -> str:
     return ", ".join(parts)
 
 
-def group_in(ctx: click.Context, parameter: click.Parameter, value: str | None) -> GroupIn | None:
+def group_in(_ctx: click.Context, parameter: click.Parameter, value: str | None) -> GroupIn | None:
     """Return the group of an option ``NAME=3``; None without one."""
-    del ctx
     if value is None:
         return None
     name, _, count = value.rpartition("=")

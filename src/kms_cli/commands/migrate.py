@@ -28,7 +28,7 @@ from msgspec.structs import fields, replace
 from kms_cli import terminal
 from kms_cli.connection import connect
 from kms_cli.options import PATH, STDIO, C, context_of, context_option, key_option, placed
-from kms_cli.session import session
+from kms_cli.session import global_options
 from kms_client import Client
 from kms_client.requests import coded_error
 from kms_client.settings import check_encrypted
@@ -416,7 +416,7 @@ def transit_command(**given: Any) -> int:  # noqa: ANN401 -- click's own
     _show_warnings()
     Context.parse(given["context"])
     check_address("--vault-address", given["vault_address"], in_prod=False)
-    if not session().allow_http:
+    if not global_options().allow_http:
         check_encrypted(given["vault_address"])
     names = ("address", "token_file", "namespace", "ca_file")
     section = TransitSection(**{name: given[f"vault_{name}"] for name in names})

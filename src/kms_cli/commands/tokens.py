@@ -13,7 +13,7 @@ import click
 from kms_cli import audited, terminal
 from kms_cli.local import installation
 from kms_cli.options import PATH, duration, placed
-from kms_cli.session import session
+from kms_cli.session import global_options
 from kms_core import scopes
 from kms_core.auth import tokens
 from kms_core.auth.tokens import Token, TokenRequest
@@ -63,7 +63,7 @@ def list_command(file: Path | None) -> None:
     """List tokens: id, tenant, name, expiry and scopes."""
     here = _token_file(file)
     found = tokens.listed(here.where)
-    if session().as_json:
+    if global_options().as_json:
         for token in found:
             terminal.record(_described(token))
         return

@@ -8,7 +8,7 @@ import click
 
 from kms_cli import terminal
 from kms_cli.local.instances import running
-from kms_cli.session import session
+from kms_cli.session import global_options
 from kms_core.secure_files import in_shell
 from kms_core.settings.files import for_command
 from kms_core.settings.load import load as load_settings
@@ -30,13 +30,13 @@ def settings() -> Settings:
 
 def overrides() -> Mapping[str, object]:
     """The global options that take the place of settings, by their key below ``[kms]``."""
-    state_dir = session().state_dir
+    state_dir = global_options().state_dir
     return {"state_dir": state_dir and str(state_dir)}
 
 
 def settings_file(environ: Mapping[str, str]) -> Path | None:
     """Return the settings file of this command, and print once which others are skipped."""
-    given = session()
+    given = global_options()
     return for_command(given.config, environ, given.state_dir, _print_once)
 
 

@@ -16,7 +16,7 @@ import msgspec
 
 from kms_cli import terminal
 from kms_cli.local.directories import private_directory
-from kms_cli.session import DEFAULT_URL, is_completion, is_given, session
+from kms_cli.session import DEFAULT_URL, global_options, is_completion, is_given
 from kms_core import secure_files
 from kms_core.secure_files import in_shell
 from kms_protocol.errors import ConfigurationError
@@ -76,7 +76,7 @@ def address(environ: Mapping[str, str]) -> str:
     Prints which one it is if others are possible. Raises ConfigurationError if the state directory that the
     options name is not that of the ``kms up`` at the default address.
     """
-    found, named = running(environ), session().state_dir
+    found, named = running(environ), global_options().state_dir
     for note in filter(_is_default, () if found or not named else _notes(environ)):
         text = f"No kms up runs with --state-dir {in_shell(str(named))}; that at {DEFAULT_URL} has"
         raise ConfigurationError(f"{text} {_name(note)}: name one that runs, or --url")
@@ -175,7 +175,7 @@ def _own(path: str, flags: int) -> int:
 
 
 def _fits(note: Running, environ: Mapping[str, str]) -> bool:
-    given = session()
+    given = global_options()
     if given.state_dir:
         is_meant = os.path.realpath(given.state_dir) == os.path.realpath(note.state_dir)
     else:

@@ -22,7 +22,7 @@ import click
 from kms_cli import audited, terminal
 from kms_cli.local import directories, valkey
 from kms_cli.local.instances import keep_note
-from kms_cli.session import session
+from kms_cli.session import global_options
 from kms_client.requests import START_HINT
 from kms_core import secure_files
 from kms_core.age.recipients import Recipient, parse_identity
@@ -157,7 +157,7 @@ def _embedded_redis(env: dict[str, str], state_dir: Path, stack: ExitStack) -> l
 
 def _environment(bind: str | None, port: int | None) -> dict[str, str]:
     """Return the environment of the processes: that of this process, with the options and the file set."""
-    given = session()
+    given = global_options()
     file = for_server(given.config, os.environ)
     if file and file != named_file(given.config, os.environ):
         terminal.say(f"settings: {file}")

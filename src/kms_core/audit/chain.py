@@ -24,6 +24,7 @@ SIGNATURE: Final = b',"signature":"'
 _SIGNATURE_CHARS: Final = 88  # base64 of 64 bytes
 _SIGNED_TAIL: Final = len(SIGNATURE) + _SIGNATURE_CHARS + 1
 LABEL: Final = b"kms-service/audit-checkpoint/1\n"
+"""Begins the text to sign; the body up to its signature follows, in which ``previous`` is the head before."""
 OPEN: Final = "open"
 CHECKPOINT: Final = "checkpoint"
 ROTATED: Final = "rotated"
@@ -151,11 +152,6 @@ def from_hex(text: str) -> bytes | None:
 def is_sound(before: bytes, line: bytes) -> bool:
     """Return whether the head in the line is the right one after the head ``before``."""
     return claimed_head(line) == head_after(before, body_of(line))
-
-
-def text_to_sign(unsigned: bytes) -> bytes:
-    """The text to sign for a body up to its signature, which has the head before the line as ``previous``."""
-    return LABEL + unsigned
 
 
 def parts_of_signed(line: bytes) -> tuple[bytes, str] | None:

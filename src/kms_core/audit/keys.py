@@ -140,16 +140,14 @@ class PublicKeys:
         unsigned, signature = parts
         before = chain.from_hex(found.previous)
         whole = before is not None and chain.is_sound(before, line)
-        good = whole and self._verifies(found.key, chain.text_to_sign(unsigned), signature)
+        good = whole and self._verifies(found.key, chain.LABEL + unsigned, signature)
         return found if good else None
 
     def _verifies(self, key: str, text: bytes, signature: str) -> bool:
         """Return whether this is a signature (base64) by a known key of this id."""
-        if key not in self._loaded:
-            return False
         try:
             self._loaded[key].verify(base64.b64decode(signature, validate=True), text)
-        except (InvalidSignature, ValueError):
+        except (KeyError, InvalidSignature, ValueError):
             return False
         return True
 

@@ -186,8 +186,10 @@ class AuditLog:
                 self._hand_over(group)
             if group.failed:
                 raise AuditUnavailable(group.failed.detail) from group.failed
-            if self._syncs:
-                self._sync_all()
+            file = self._file
+            if self._syncs and file is not None:
+                with _WRITING:
+                    file.sync(file.size)
 
     def _write(self, records: list[bytes], *, sync: bool) -> str:
         """Write lines by one system call, all or none; the id of the last."""
@@ -284,12 +286,6 @@ class AuditLog:
         self._sign(file, chain.ROTATED, {})
         self._file, self._goes_on = None, True
         file.finish(sync=self._syncs)
-
-    def _sync_all(self) -> None:
-        file = self._file
-        if file is not None:
-            with _WRITING:
-                file.sync(file.size)
 
     # -- lines, under the lock ------------------------------------------------------------------------
 
@@ -389,7 +385,7 @@ class AuditLog:
             "key": self._signer.key_id,
         }
         unsigned = b'{"seq":%d%b%b' % (self._seq + 1, begin, _encode(fields)[1:-1])
-        signature = self._signer.sign(chain.text_to_sign(unsigned))
+        signature = self._signer.sign(chain.LABEL + unsigned)
         line, head = chain.seal(self._head, b'%b%b%b"' % (unsigned, chain.SIGNATURE, signature))
         file.append(line)
         self._seq, self._head, self._unsigned = self._seq + 1, head, 0

@@ -39,7 +39,7 @@ _log = structlog.get_logger(__name__)
 
 
 class AuditSink(Protocol):
-    """Stores anchors, in order. ``name`` is for log and metrics."""
+    """Stores anchors, in order. ``name``, which no other sink of a log has, is for log and metrics."""
 
     name: str
 
@@ -231,7 +231,9 @@ class AuditMaintenance(PeriodicThread):
         """``keep_days`` 0 keeps all segments."""
         super().__init__("audit-maintenance", EVERY_S, failed="audit.round_failed")
         self._audit_log = audit_log
-        self._feeds = [_AnchorFeed(sink, audit_log) for sink in anchors]
+        self._sinks = anchors
+        self._sent: dict[str, bytes] = {}
+        self._away: set[str] = set()
         self._keep_days = keep_days
         self._removed_at = -_REMOVE_EVERY_S
 
@@ -254,11 +256,30 @@ class AuditMaintenance(PeriodicThread):
 
     def finish(self) -> None:
         """Send the newest anchor to all sinks."""
-        for feed in self._feeds:
-            feed.send()
+        for sink in self._sinks:
+            self._send(sink)
+
+    def _send(self, sink: AuditSink) -> None:
+        """Send the last signed line to a sink, again each time until the sink takes it.
+
+        It vouches for all lines before it, so that older ones need not be sent. Logs when the sink begins or
+        ceases to fail.
+        """
+        line, works = self._audit_log.last_signed, True
+        if line == self._sent.get(sink.name, b""):
+            return
+        try:
+            sink.put(line)
+            self._sent[sink.name] = line
+        except (OSError, AuditUnavailable):
+            works = False
+        if works == (sink.name in self._away):
+            self._away ^= {sink.name}
+            log, event = (_log.info, "audit.place_back") if works else (_log.warning, "audit.place_away")
+            log(event, place=sink.name)
 
     def _remove_old(self) -> None:
-        """Remove old segments, after the record of the removal: a missing segment without one was stolen."""
+        """Remove old segments, and record that before: one that is missing without a record is a problem."""
         gone, horizon = due_segments(self._audit_log.folder, self._keep_days, datetime.now(UTC))
         if not gone:
             return
@@ -269,36 +290,8 @@ class AuditMaintenance(PeriodicThread):
         _log.info("audit.retired", files=len(gone), before=horizon)
 
 
-class _AnchorFeed:
-    """Sends the last signed line to a sink, again each time until the sink takes it.
-
-    The last one vouches for all lines before it, so that older ones need not be sent.
-    """
-
-    def __init__(self, sink: AuditSink, audit_log: AuditLog) -> None:
-        self._sink = sink
-        self._audit_log = audit_log
-        self._sent = b""
-        self._works = True
-
-    def send(self) -> None:
-        """Send the line if it is new. Logs when the sink begins or ceases to fail."""
-        line, works = self._audit_log.last_signed, True
-        if line == self._sent:
-            return
-        try:
-            self._sink.put(line)
-            self._sent = line
-        except (OSError, AuditUnavailable):
-            works = False
-        if works != self._works:
-            self._works = works
-            log, event = (_log.info, "audit.place_back") if works else (_log.warning, "audit.place_away")
-            log(event, place=self._sink.name)
-
-
 def build_audit(
-    settings: Settings, role: str, client: redis.Redis | None, *, open_sealed: OpenSealed | None = None
+    settings: Settings, role: str, client: redis.Redis | None, open_sealed: OpenSealed
 ) -> tuple[AuditLog, AuditMaintenance]:
     """Create the keys and the directory of anchors if they do not exist. Raises ConfigurationError.
 

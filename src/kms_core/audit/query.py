@@ -118,11 +118,6 @@ _Cursor: TypeAlias = dict[str, _Position]
 _event: Final = msgspec.json.Decoder(RecordedOperation).decode
 
 
-def now() -> str:
-    """The current time in the format of records."""
-    return text_of(datetime.now(UTC))
-
-
 def fields(event: RecordedOperation) -> dict[str, object]:
     """The fields of an event that are not empty, by name."""
     given = msgspec.structs.asdict(event)
@@ -251,9 +246,8 @@ def _last_time(segment: Segment) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _last_time_of(segment: Segment, size: int, mtime_ns: int) -> str:
+def _last_time_of(segment: Segment, _size: int, _mtime_ns: int) -> str:
     """Return ``_last_time``, cached for a segment until it changes; only segments of live processes do."""
-    del size, mtime_ns
     last = segment.last()
     return last.time if last else _LATEST
 

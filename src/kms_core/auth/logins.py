@@ -82,7 +82,7 @@ class Logins:
         Raises as ``Tokens.authenticate``.
         """
         token = self._tokens.authenticate(text)
-        if name not in {token.id, token.name, f"{token.tenant}/{token.name}"}:
+        if not token.is_named(name):
             raise Unauthenticated(REFUSED, reason="claims")
         who = Principal(token.name, token.tenant, f"token:{token.id}")
         expires = token.expires_at.timestamp() if token.expires_at else float("inf")

@@ -23,7 +23,7 @@ DEBT_S: Final = 60.0
 """The highest debt of a tenant, in seconds of its rate."""
 _USED_UP: Final = "Your tenant has used up its requests per second, of which each item of a batch is one"
 _STEP: Final = 100  # items of a stream that are counted at once
-_ENOUGH: Final = 1 - 1e-9  # of one request: a client that waits as told must not fail by a rounding error
+_ENOUGH: Final = 1 - 1e-9  # of one request: a client that waits so long must not fail by a rounding error
 
 
 @dataclass(slots=True)

@@ -1,7 +1,6 @@
 """Reviews of tokens by a Kubernetes API server (TokenReview, authentication.k8s.io/v1)."""
 
 import hashlib
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -50,7 +49,6 @@ class Reviews:
     ) -> None:
         """``token_file`` has the token of the reviewer for ``server``, and is read for each review."""
         self._server, self._token_file, self._audience, self._clock = server, token_file, audience, clock
-        self._lock = threading.Lock()
         self._accepted: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
 
     def check(self, text: str, subject: object) -> None:
@@ -86,7 +84,6 @@ class Reviews:
         is_for_us = self._audience in status.audiences
         if not status.authenticated or status.error or not is_for_us or not status.user.username:
             raise Unauthenticated(REFUSED, reason="review")
-        with self._lock:
-            self._accepted[digest] = status.user.username, self._clock() + REMEMBERED_S
-            if len(self._accepted) > MOST_REMEMBERED:
-                self._accepted.popitem(last=False)
+        self._accepted[digest] = status.user.username, self._clock() + REMEMBERED_S
+        if len(self._accepted) > MOST_REMEMBERED:
+            self._accepted.popitem(last=False)

@@ -72,6 +72,10 @@ class Token(msgspec.Struct, frozen=True, kw_only=True):
     def has_expired(self, now: datetime) -> bool:
         return self.expires_at is not None and now >= self.expires_at
 
+    def is_named(self, which: str) -> bool:
+        """Return whether ``which`` is the id, the name or tenant/name of this token."""
+        return which in {self.id, self.name, f"{self.tenant}/{self.name}"}
+
 
 @dataclass(frozen=True, slots=True)
 class KnownTokens:
@@ -378,11 +382,7 @@ def _change(
 
 def _index(tokens: Sequence[Token], which: str) -> int:
     """The index of a token by id, name or tenant/name. Raises Conflict for several, Missing for none."""
-    found = [
-        at
-        for at, token in enumerate(tokens)
-        if which in {token.id, token.name, f"{token.tenant}/{token.name}"}
-    ]
+    found = [at for at, token in enumerate(tokens) if token.is_named(which)]
     if len(found) > 1:
         raise Conflict(f"Several tenants have a token {which}: use its id, or tenant/name")
     if not found:

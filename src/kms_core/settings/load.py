@@ -87,14 +87,13 @@ def origins(
     """
     file = named(path, environ)
     document = read_toml(file) if file else {}
-    given = {key for key, value in overrides.items() if value is not None}
     variables = {key: value.names for key, value in _from_variables(environ).items()}
 
     def origin(names: Sequence[str]) -> str:
         found, key = document.get("kms"), ".".join(names)
         for name in names:
             found = found.get(name) if isinstance(found, dict) else None
-        if key in given:
+        if overrides.get(key) is not None:
             return f"--{key.replace('_', '-')}"
         return variables.get(key) or (str(file) if found is not None else "default")
 

@@ -66,8 +66,7 @@ class _Stream:
         self._stream = stream
         self._settled = self._last = ""
 
-    def news(self, keys: PublicKeys) -> tuple[list[bytes], bool]:
-        del keys
+    def news(self, _keys: PublicKeys) -> tuple[list[bytes], bool]:
         begin = self._settled or self._last
         found = self._stream.entries(begin) if begin else self._stream.newest(_FIRST_READ)
         first = found[0][0].decode() if found else ""
@@ -148,11 +147,9 @@ class AnchorReader:
         except AuditUnavailable as exc:
             lines, lost, why = [], False, exc.detail
         self._away, self.lost = why, self.lost or lost
-        done: set[str] = set()
-        for raw in reversed(lines):  # of each chain, one signature is checked
+        for raw in reversed(lines):  # of each chain, the latest comes first: one signature is checked
             found = chain.read(raw)
-            if found is None or found.chain in done or found.seq <= self._seqs.get(found.chain, -1):
+            if found is None or found.seq <= self._seqs.get(found.chain, -1):
                 continue
             if keys.signed(raw):
                 self.newest[found.chain], self._seqs[found.chain] = raw, found.seq
-                done.add(found.chain)

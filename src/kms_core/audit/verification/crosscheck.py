@@ -55,10 +55,10 @@ class Claim:
 
 @dataclass(slots=True)
 class Lateness:
-    """Tells late lines from missing ones: those were named before all of the copy was made.
+    """Decides which lines that a copy lacks are late: newer than the copy, rather than missing.
 
-    ``last`` has the last line of each chain. The copy must have all lines up to the time ``complete_to``,
-    None for an original log.
+    ``last`` has the last line of each chain. The copy must have every line that was named up to the time
+    ``complete_to``. None for an original log, which has no late lines.
     """
 
     last: Mapping[str, int]
@@ -67,7 +67,7 @@ class Lateness:
     _late: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def covers(self, claim: Claim) -> bool:
-        """Return whether the line of a claim is late; it then is noted."""
+        """Return whether the line of a claim is late; ``notes`` then has it."""
         name, seq, time = claim.chain, claim.seq, claim.time
         if self.complete_to is None or seq <= self.last.get(name, -1) or time <= self.complete_to:
             return False
@@ -90,7 +90,7 @@ _REASONS: Final = {
 }
 
 
-def noted(lines: Iterable[ChainLine]) -> Iterator[Note]:
+def notes_of(lines: Iterable[ChainLine]) -> Iterator[Note]:
     """Notes of clocks, full disks and lost files that are in the chains."""
     for line in lines:
         if line.clock:
@@ -200,7 +200,7 @@ def crosscheck(  # noqa: PLR0913 -- a log, its keys and anchors; and what is kno
     report.lines = sum(each.lines for each in found.values())
     report.notes += [
         *log.late.notes(),
-        *noted(lines),
+        *notes_of(lines),
         *unresolved(each.stages for each in found.values()),
         *open_ends(report),
     ]
@@ -234,8 +234,8 @@ class _Log:
     """The log as claims are compared with it: its chains, and the last line of each.
 
     ``heads`` has those of signed lines, not all where only a part of the log was scanned. ``lost`` has the
-    lines whose loss was acknowledged: of each chain, the first and the last number. ``late`` tells which may
-    not have been copied yet.
+    lines whose loss was acknowledged: of each chain, the first and the last number. ``late`` decides
+    which may not have been copied yet.
     """
 
     def __init__(self, chains: Mapping[str, Files], removals: Removals, complete_to: str | None) -> None:

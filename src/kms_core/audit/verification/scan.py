@@ -16,6 +16,8 @@ from kms_core.audit.chain import END, HEAD, TAIL_BYTES, ChainLine
 from kms_core.audit.keys import PublicKeys
 from kms_core.audit.segments import LONGEST_LINE_BYTES, Segment
 
+MOST_PROBLEMS: Final = 100
+"""Of one segment; more are not reported."""
 State = Literal["closed", "open", "cut or crashed"]
 Verdict = Literal["intact", "open end", "late", "not compared", "damaged"]
 
@@ -106,7 +108,6 @@ _BLOCK_BYTES: Final = 4 * 1024 * 1024
 _TIME_CHARS: Final = len("2026-01-01T00:00:00.000000Z")
 _USUAL: Final = b'","operation":"'  # follows the time of an operation while the clock runs forward
 _STAGE: Final = b'"stage":"'
-_MOST_PROBLEMS: Final = 100
 _TOO_LONG: Final = b"\0"
 """Replaces a line of more than 1 MiB."""
 
@@ -271,7 +272,7 @@ class _Scan:
             self._found.signed_seq = found.seq
 
     def _problem(self, code: str, text: str, seq: int | None = None) -> None:
-        if len(self._found.problems) < _MOST_PROBLEMS:
+        if len(self._found.problems) < MOST_PROBLEMS:
             where, number = self._found.path.name, -1 if seq is None else seq
             self._found.problems.append(ChainProblem(code, text, self._chain, where, number))
 

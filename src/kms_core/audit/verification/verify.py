@@ -26,6 +26,7 @@ from kms_core.audit.segments import Segment
 from kms_core.audit.verification.anchors import ACKNOWLEDGED, AnchorReader
 from kms_core.audit.verification.crosscheck import Anchors, Removals, crosscheck
 from kms_core.audit.verification.scan import (
+    MOST_PROBLEMS,
     ChainProblem,
     ScannedSpan,
     VerificationReport,
@@ -37,14 +38,12 @@ from kms_core.periodic import PeriodicThread
 from kms_core.reload import stamp_of_stat
 from kms_protocol.errors import ConfigurationError
 
-_TOO_LONG: Final = segments.LONGEST_LINE_BYTES + 1
 _UNFINISHED: Final = re.compile(rf"\.{segments.NAME.pattern}\.[A-Za-z0-9]{{6}}")
 """The name of a file that rsync receives."""
 _LASTING: Final = frozenset({chain.OPEN, chain.RETIRED, *chain.ENDS})
 """Kinds of lines that count for as long as their segment exists."""
-_MOST_PROBLEMS: Final = 100
 EVERY_S: Final = 30.0
-_TAIL_BYTES: Final = segments.LONGEST_LINE_BYTES + 1  # of each segment: some 2,500 lines, in 15 ms
+_TAIL_BYTES: Final = segments.LONGEST_LINE_BYTES + 1  # has the end of any line; some 2,500 lines, in 15 ms
 _MOST_LOGGED: Final = 20
 _ANCHORED_WITHIN: Final = timedelta(minutes=1)
 _NAN: Final = float("nan")
@@ -62,9 +61,10 @@ def verify(
     """Check every line of a folder. Without ``keys`` those in the log are used, which prove less.
 
     A folder that does not exist is a log without chains, which anchors may contradict. ``anchors`` are signed
-    lines by sink. ``progress`` is called with the bytes done and the bytes in all. ``max_late``: the folder
-    is a copy of a log that is written. Lines that its end lacks are then notes, and the verdict is ``late``
-    once the first of them was named so long ago. Raises OSError.
+    lines by sink. ``progress`` is called with the bytes done and the bytes in all. ``max_late`` is given for
+    a copy of a log that grows: lines that are missing at its end are then notes, not problems. If an anchor
+    or another chain named the first of them more than ``max_late`` ago, the verdict is ``late``. Raises
+    OSError.
     """
     started = time.perf_counter()
     sizes = {segment: segment.path.stat().st_size for segment in _identified(folder)}  # before any line
@@ -112,11 +112,14 @@ def _own_keys(files: Iterable[Segment]) -> Iterator[bytes]:
 
 
 class Verifier:
-    """Verifies the log of a folder repeatedly. Scans of segments are kept until those change.
+    """Verifies the log of a folder again and again while it is written. Keeps scans of unchanged segments.
 
-    Of each segment its first line and its last MiB are scanned: ``verify`` scans all of it. The end that an
-    earlier verification found must still be there, so a change of the log since then is detected, even by a
-    holder of the signing key. ``unread`` is the reason why a segment could not be read; empty if all could.
+    Of a segment that has changed, only the first line and the last MiB are scanned. The end that the
+    verification before found must still be there. So even from a holder of the signing key, these are
+    detected: a cut of lines that were found before, their replacement by others with new heads, and the
+    removal of a segment. Left to ``verify``, which scans every line: changes before the last MiB that leave
+    the later heads as they were, changes before the first verification, and changes of lines that no
+    verification has found yet. ``unread`` is the reason why a segment could not be read; empty if all could.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -169,11 +172,11 @@ class Verifier:
         begin, first_end = 0, 0
         if size > _TAIL_BYTES:
             with segment.path.open("rb") as file:
-                first_end = len(file.readline(_TOO_LONG))
+                first_end = len(file.readline(_TAIL_BYTES))
                 begin = max(first_end, size - _TAIL_BYTES)
                 if begin > first_end:
                     file.seek(begin)
-                    begin += len(line) if (line := file.readline(_TOO_LONG)).endswith(b"\n") else 0
+                    begin += len(line) if (line := file.readline(_TAIL_BYTES)).endswith(b"\n") else 0
         tail = scan(segment, keys, size, begin)
         return _with_tail(known or scan(segment, keys, first_end), tail) if begin else tail
 
@@ -193,7 +196,7 @@ def _changed(code: str, text: str, segment: Segment, known: ScannedSpan) -> Chai
 
 def _with_tail(first: ScannedSpan, tail: ScannedSpan) -> ScannedSpan:
     """The end of a segment, behind lines of it that were scanned before, maybe with others between them."""
-    problems = list(dict.fromkeys((*first.problems, *tail.problems)))[:_MOST_PROBLEMS]
+    problems = list(dict.fromkeys((*first.problems, *tail.problems)))[:MOST_PROBLEMS]
     if not tail.lines:
         return replace(first, problems=problems, torn_bytes=tail.torn_bytes)
     tail.problems = problems
@@ -211,14 +214,6 @@ def _condensed(found: ScannedSpan) -> ScannedSpan:
     found.stages = [line for line in found.stages if line.operation == ACKNOWLEDGED]
     found.heads = dict(sorted(found.heads.items())[-1:])
     return found
-
-
-# Verifies the log while it is written: new lines must follow known ones, and no segment may disappear.
-#
-# It verifies the last MiB of each segment each time that it changed, so a change of the log while the
-# service runs is detected within half a minute, even by a holder of the signing key. Earlier changes, those
-# far from the end of a segment, and those among thousands of lines in that time are left to ``kms audit
-# verify``.
 
 
 @dataclass(frozen=True, slots=True)

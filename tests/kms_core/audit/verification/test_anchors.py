@@ -141,7 +141,7 @@ def written_anew(file: Path, signing_key: Path) -> None:
             claimed = chain.read(line)
             assert claimed is not None
             unsigned = parts[0].replace(claimed.previous.encode(), before.hex().encode())
-            body = b'%b%b%b"' % (unsigned, chain.SIGNATURE, signer.sign(chain.text_to_sign(unsigned)))
+            body = b'%b%b%b"' % (unsigned, chain.SIGNATURE, signer.sign(chain.LABEL + unsigned))
         sealed, head = chain.seal(before, body)
         lines.append(sealed)
     file.write_bytes(b"".join(lines))
@@ -574,5 +574,17 @@ def test_only_the_newest_anchors_of_a_stream_are_read_at_first(
     for _ in range(4):
         writer.write()
     older_put_back(audit_folder, writer)
+
+    assert found(audit_folder.monitor(kept)) == ["cut"]
+
+
+def test_an_older_anchor_behind_a_newer_one_in_a_stream_does_not_hide_it(
+    audit_folder: AuditFolder, redis_url: str
+) -> None:
+    kept = RedisSink(redis.Redis.from_url(redis_url))
+    writer = Writer(audit_folder, kept)
+    writer.write()
+    older_put_back(audit_folder, writer)
+    kept.put(kept.lines()[0] + b"\n")
 
     assert found(audit_folder.monitor(kept)) == ["cut"]

@@ -336,7 +336,7 @@ def signed_chain(audit_folder: AuditFolder, signer: Signer, number: int) -> str:
     path = put_chain(audit_folder, (0, OPENING), name=name)
     rest = f'"kind":"checkpoint","previous":"{last_of(path).head}","opened":"{TIME}","heads":{{}}'
     unsigned = body(name, 1, f'{rest},"key":"{signer.key_id}"')
-    append(path, b'%b%b%b"' % (unsigned, chain.SIGNATURE, signer.sign(chain.text_to_sign(unsigned))))
+    append(path, b'%b%b%b"' % (unsigned, chain.SIGNATURE, signer.sign(chain.LABEL + unsigned)))
     os.utime(path, (1_700_000_000 + number, 1_700_000_000 + number))
     return name
 
