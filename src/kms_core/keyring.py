@@ -4,6 +4,7 @@ import importlib
 import re
 from binascii import a2b_base64
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -290,6 +291,15 @@ class Keyring:
         names |= dict.fromkeys(name for text in texts for name in _key_ids_in(text))
         named = [self.keys.get(name, self.default) for name in names or [self.default.key_id]]
         return next((key.blocks for key in named if key.blocks), None)
+
+
+def ask_all(calls: Iterable[Callable[[], R]]) -> list[Future[R]]:
+    """Make calls to backends, 32 at a time; returns when all have ended, in their order.
+
+    Servers that are frozen take one ``timeout_s``, not one each.
+    """
+    with ThreadPoolExecutor(32) as pool:
+        return [pool.submit(each) for each in calls]
 
 
 def _shared_wrap(file: bytes) -> Wrap | None:
