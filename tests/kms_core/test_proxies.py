@@ -61,9 +61,7 @@ def test_what_is_trusted_is_told_by_address() -> None:
 
 def test_a_trusted_proxy_is_never_this_machine() -> None:
     local = Proxies(("127.0.0.1", "::1"))
-    of_proxy, without = (
-        MetricsAccess("loopback", None, AllowAll(), each) for each in (local, Proxies(()))
-    )
+    of_proxy, without = (MetricsAccess("loopback", None, AllowAll(), each) for each in (local, Proxies(())))
 
     assert not of_proxy.is_open_to("127.0.0.1", [])
     assert of_proxy.is_open_to("127.0.0.2", [])

@@ -106,7 +106,7 @@ def test_tls_is_always_checked(scheme: str) -> None:
 def test_a_malformed_url_of_the_broker_is_named_as_such() -> None:
     section = RedisSection(url="redis://h", broker_url="redis://[h")
 
-    with pytest.raises(ConfigurationError, match="kms.redis.broker_url .* is not a URL"):
+    with pytest.raises(ConfigurationError, match=r"kms.redis.broker_url .* is not a URL"):
         redis_client.celery_options(section, {})
 
 
