@@ -55,8 +55,8 @@ class Cipher(Protocol):
     """One key of one server, over its network protocol; safe for several threads.
 
     Secrets are 16 bytes (a file key) or 32 (a wrap key). A version is what ``KeyRef.version`` allows: 1 to 80
-    of ``A-Za-z0-9_.-``. Every method waits at most the settings' timeout and raises only these errors (the
-    first two are in ``kms_core.http_client``):
+    of ``A-Za-z0-9_.-``. Each request of a method waits at most the settings' timeout, and all of them as long
+    as ``http_client.within`` allows. Methods raise only these errors (the first two are in ``http_client``):
 
     - ``Unreachable``: no connection, timeout, or 502 to 504. Retried, counted by the circuit breaker, and
       another backend of the key may unwrap instead;
