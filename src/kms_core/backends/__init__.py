@@ -75,9 +75,9 @@ class Backend(Protocol):
     name: str
     """The scheme, such as ``age`` or ``vault-kv``: part of stanzas and metrics."""
     data_keys: bool
-    """Return whether plaintext data keys may be handed out."""
+    """Whether plaintext data keys may be handed out."""
     native: bool
-    """Return whether ``wrap`` returns native stanzas of the age format, which carry no name."""
+    """Whether ``wrap`` returns native stanzas of the age format, which name neither key nor version."""
 
     @property
     def server(self) -> "PeerServer | None":
