@@ -281,7 +281,7 @@ class Kms:
 
         Nothing is unwrapped or proven. None for a foreign file. Raises DecryptFailed, UnknownKey.
         """
-        bound = binding.read(head)
+        bound = binding.read(head.stanzas)
         if bound is None:
             return None
         if not self.policy.sees(who, bound.key_id):

@@ -137,7 +137,7 @@ def test_break_glass_needs_the_names_but_no_context(tmp_path: Path) -> None:
     backend = wrapping(tmp_path, CLASSIC)
     kms = kms_over(backend)
     head = head_of(kms.encrypt(ADA, b"salary", ROW_7).ciphertext)
-    bound, key = binding.read(head), kms.keyring.default.ref("acme")
+    bound, key = binding.read(head.stanzas), kms.keyring.default.ref("acme")
     assert bound is not None
 
     head.check_mac(sealing.unwrap_unchecked(head, backend, key, bound))
