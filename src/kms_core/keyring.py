@@ -73,12 +73,12 @@ class Key:
 
     def ref(self, tenant: str) -> KeyRef:
         """The version that names new files of this tenant."""
-        return KeyRef(tenant, self.key_id, self.backend.current_version(), self.backend.name)
+        return KeyRef(tenant, self.key_id, self.backend.versions()[-1].version, self.backend.name)
 
     def wrapping(self, tenant: str) -> Sequence[BackendKey]:
         """The backends and versions that wrap a new file key; the first names the file."""
         return [
-            (backend, KeyRef(tenant, self.key_id, backend.current_version(), backend.name))
+            (backend, KeyRef(tenant, self.key_id, backend.versions()[-1].version, backend.name))
             for backend in self.sealing
         ]
 

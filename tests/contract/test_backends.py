@@ -26,7 +26,7 @@ AAD: Final = b"names and a context"
 
 def ref(backend: Backend) -> KeyRef:
     """The version of a key that seals now."""
-    return KeyRef("acme", "payroll", backend.current_version(), backend.name)
+    return KeyRef("acme", "payroll", backend.versions()[-1].version, backend.name)
 
 
 def seal(backend: Backend, plaintext: bytes, context: Context = ROW_7, key: KeyRef | None = None) -> bytes:

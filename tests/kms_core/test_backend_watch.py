@@ -233,5 +233,5 @@ def test_nothing_secret_is_in_the_file(host: Host, tmp_path: Path) -> None:
     found = msgspec.json.decode((tmp_path / "answers.json").read_bytes())
 
     assert set(found) == {"asked_at", "states"}
-    assert {key for state in found["states"] for key in state} == {"of", "healthy", "since"}
+    assert {key for state in found["states"] for key in state} == {"backend", "healthy", "since"}
     assert (tmp_path / "answers.json").stat().st_mode & 0o777 == 0o600

@@ -116,7 +116,7 @@ def _current(kms: Kms, who: Principal, key_id: str) -> tuple[str, int]:
     if key is None or not sees:
         return "", 0
     try:
-        version, numbers = key.backend.current_version(), key.numbers()
+        version, numbers = key.backend.versions()[-1].version, key.numbers()
     except BackendUnavailable:
         return "", 0
     return (version, numbers[version]) if version in numbers else ("", 0)

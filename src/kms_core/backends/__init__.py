@@ -95,11 +95,8 @@ class Backend(Protocol):
     def origin_key(self, key: "KeyRef") -> bytes | None:
         """The MAC key of the origin stanza, or None where the wrap itself authenticates the AAD."""
 
-    def current_version(self) -> str:
-        """The version that wraps now."""
-
     def versions(self) -> Sequence[KeyVersion]:
-        """All versions that unwrap, the current one last."""
+        """All versions that unwrap; the last one wraps."""
 
     def rotate(self) -> KeyVersion:
         """Make a new version, which wraps from now on. Old versions still unwrap.

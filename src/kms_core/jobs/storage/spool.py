@@ -276,7 +276,7 @@ class Spool:
 
     def _key_ref(self, label: Label) -> KeyRef:
         """The spool key's version in use."""
-        return KeyRef(label.tenant, _SPOOL_KEY_ID, self._key.current_version(), self._key.name)
+        return KeyRef(label.tenant, _SPOOL_KEY_ID, self._key.versions()[-1].version, self._key.name)
 
     def use(self) -> SpoolUse:
         """The bytes that the spool has and may have. Does not wait for a bucket: it has the last count."""
