@@ -338,7 +338,7 @@ def build(settings: Settings, sealed: SealedFiles | None = None) -> Keyring:
     }
     if default_id not in keys:
         own = _open(settings.active_backend, None, settings, default_id, sealed)
-        keys[default_id] = Key(default_id, own, settings.accept_foreign)
+        keys[default_id] = Key(default_id, own, settings.backend(AgeSection).accept_foreign)
     return Keyring(keys, keys[default_id])
 
 
@@ -374,7 +374,8 @@ def _key(
         raise ConfigurationError(
             f"kms.keys.{key_id}: name each backend once, and at most {MAX_WRAPS} that encrypt"
         )
-    return Key(key_id, sealing[0], settings.accept_foreign, tuple(sealing[1:]), tuple(retired))
+    accept_foreign = settings.backend(AgeSection).accept_foreign
+    return Key(key_id, sealing[0], accept_foreign, tuple(sealing[1:]), tuple(retired))
 
 
 def _split_options(key_id: str, uri: str) -> tuple[str, Mapping[str, str]]:
