@@ -28,8 +28,9 @@ _MOMENT_S: Final = 1.0
 _NEARLY: Final = 0.75
 """The ratio of ``difflib`` above which two names of fields are alike."""
 _UNKNOWN_FIELD: Final = re.compile(r"Object contains unknown field `(?:([a-z_]{1,40})`)?")
-_BODIES: Final = (*wire.Body.__subclasses__(), *wire.KeyedIn.__subclasses__())
-_FIELDS: Final = sorted({field for shape in _BODIES for field in shape.__struct_encode_fields__})
+_FIELDS: Final = sorted(
+    {field for shape in wire.Body.__subclasses__() for field in shape.__struct_encode_fields__}
+)
 _PATH: Final = re.compile(rf" - at `(\$(?:\.(?:{'|'.join(_FIELDS)})|\[(?:\d{{1,9}}|\.\.\.)\])+)`\Z")
 
 
