@@ -143,15 +143,10 @@ class GroupOut(Answer, frozen=True, kw_only=True):
     failed: list[str]
 
 
-class KeyedIn(Body, frozen=True, kw_only=True):
-    """A request for the key ``key_id``, or for the default key, and its context."""
-
+class EncryptIn(Body, frozen=True, kw_only=True):
+    plaintext: bytes
     context: ContextIn = None
     key_id: KeyId | None = None
-
-
-class EncryptIn(KeyedIn, frozen=True, kw_only=True):
-    plaintext: bytes
 
 
 class UsedKey(Answer, frozen=True, kw_only=True):
@@ -169,8 +164,10 @@ class EncryptOut(UsedKey, frozen=True, kw_only=True):
     file_id: str = ""
 
 
-class DecryptIn(KeyedIn, frozen=True, kw_only=True):
+class DecryptIn(Body, frozen=True, kw_only=True):
     ciphertext: bytes
+    context: ContextIn = None
+    key_id: KeyId | None = None
 
 
 class DecryptOut(UsedKey, frozen=True, kw_only=True):
@@ -179,11 +176,13 @@ class DecryptOut(UsedKey, frozen=True, kw_only=True):
     file_id: str = ""
 
 
-class GenerateKeyIn(KeyedIn, frozen=True, kw_only=True):
+class GenerateKeyIn(Body, frozen=True, kw_only=True):
     """A data key: random bytes, encrypted like any other plaintext."""
 
     key_spec: KeySpec | None = None
     number_of_bytes: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    context: ContextIn = None
+    key_id: KeyId | None = None
     without_plaintext: bool | None = None
 
 
@@ -194,17 +193,21 @@ class GenerateKeyOut(UsedKey, frozen=True, kw_only=True):
     file_id: str = ""
 
 
-class RewrapIn(KeyedIn, frozen=True, kw_only=True):
+class RewrapIn(Body, frozen=True, kw_only=True):
     """``new_context`` replaces the context; absent keeps it. ``key_id`` is the new key, else the old."""
 
     ciphertext: bytes
+    context: ContextIn = None
     new_context: ContextIn = None
+    key_id: KeyId | None = None
 
 
-class WrapIn(KeyedIn, frozen=True, kw_only=True):
+class WrapIn(Body, frozen=True, kw_only=True):
     """``file_key``: the 16-byte file key of an age file, made by the caller."""
 
     file_key: bytes
+    context: ContextIn = None
+    key_id: KeyId | None = None
 
 
 class WrapOut(UsedKey, frozen=True, kw_only=True):
@@ -213,7 +216,7 @@ class WrapOut(UsedKey, frozen=True, kw_only=True):
     stanza: bytes
 
 
-class UnwrapIn(KeyedIn, frozen=True, kw_only=True):
+class UnwrapIn(Body, frozen=True, kw_only=True):
     """``stanzas``: the recipient stanzas of a header, as text. ``key_id``: refuse files of any other key.
 
     ``nonce``: the 16 bytes between header and payload. With them the origin of every file is proven.
@@ -221,6 +224,8 @@ class UnwrapIn(KeyedIn, frozen=True, kw_only=True):
 
     stanzas: bytes
     nonce: bytes | None = None
+    context: ContextIn = None
+    key_id: KeyId | None = None
 
 
 class UnwrapOut(UsedKey, frozen=True, kw_only=True):
