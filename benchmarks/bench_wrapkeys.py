@@ -173,7 +173,7 @@ def _shots(server: Server, peer: Peer, key: str) -> Mapping[str, Shot]:
 
 def _of_another_process(peer: Peer, key: str) -> bytes:
     remote = RemoteBackend(transit(peer.bao, peer.key))
-    ref = KeyRef("default", key, remote.current_version(), "transit")
+    ref = KeyRef("default", key, remote.versions()[-1].version, "transit")
     backend = SharingBackend(remote, WrapKeys(), 300.0)
     return sealing.seal(bytes(16), [(backend, ref)], Context.parse(CONTEXT))
 

@@ -52,9 +52,9 @@ def wrapper(identity_file: Path) -> Local:
 
 def file_key_of(head: Header, by: Local) -> bytes:
     """Of a file sealed here, or by stock age."""
-    if binding.read(head) is None:
+    if binding.read(head.stanzas) is None:
         return sealing.foreign_file_key(head, by, [KEY])[0]
-    return sealing.file_key_of(head, by, KEY, context=CONTEXT)
+    return sealing.unwrap_file(head, by, KEY, context=CONTEXT).file_key
 
 
 def seal(by: Local, source: str, target: str) -> None:

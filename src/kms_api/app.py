@@ -146,7 +146,7 @@ def build(settings: Settings) -> Application:
     layer = RequestContext(layer, server.allowed_hosts, core.kms.audit_log, server.codec_origins, refused)
     layer = Admitted(layer, budgets_of(settings.kms.server))
     if settings.kms.server.trusted_proxies:
-        layer = ClientAddress(layer, Proxies.of(settings.kms.server.trusted_proxies))
+        layer = ClientAddress(layer, Proxies(settings.kms.server.trusted_proxies))
     app.layers = layer
     return app
 

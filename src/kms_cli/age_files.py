@@ -315,7 +315,7 @@ def by_identities(head: Header, identities: Identities, required: RequiredBindin
     """Return the payload key after checking MAC, context and origin. Raises NotForThese, NotAsBound."""
     if any(stanza.type == sealing.SCRYPT for stanza in head.stanzas):
         raise NotForThese("The file is encrypted with a passphrase: use `age -d`")
-    bound = binding.read(head) if required.checked else None
+    bound = binding.read(head.stanzas) if required.checked else None
     if bound is not None:
         key = KeyRef(required.tenant, bound.key_id, bound.key_version, BACKEND)
         file_key = _bound_file_key(head, identities, key, required)
@@ -337,7 +337,7 @@ def by_identities(head: Header, identities: Identities, required: RequiredBindin
 
 def _unchecked_file_key(head: Header, identities: Identities, tenant: str) -> bytes:
     """Unwrap a file that has no native stanza and check its MAC only. Raises DecryptFailed, NotForThese."""
-    bound = binding.read(head)
+    bound = binding.read(head.stanzas)
     wraps = [wrap for wrap in bound.wraps if wrap.backend == BACKEND] if bound else []
     if not bound or not wraps:
         raise DecryptFailed
@@ -356,7 +356,7 @@ def _bound_file_key(head: Header, identities: Identities, key: KeyRef, required:
             f"The file names key version {key.version}, and none of the identities is this version"
         )
     try:
-        file_key = sealing.file_key_of(head, identities, key, context=required.context)
+        file_key = sealing.unwrap_file(head, identities, key, context=required.context).file_key
     except NoMatch as exc:
         raise NotForThese("None of the identities decrypts the file") from exc
     except DecryptFailed as exc:

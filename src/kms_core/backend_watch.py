@@ -47,7 +47,7 @@ WatchedBackend = tuple[str, str, str]
 class BackendState(msgspec.Struct, frozen=True):
     """Whether a backend works, None if that is not known, and since when (Unix seconds)."""
 
-    of: WatchedBackend
+    backend: WatchedBackend
     healthy: bool | None
     since: float
 
@@ -70,9 +70,10 @@ class BackendWatch(PeriodicThread):
         clock: Callable[[], float] = time.monotonic,
         round_s: float = _ROUND_S,
     ) -> None:
-        """``path`` is the file of the answers. ``roots``: their names, and a function that opens them.
+        """``path`` is the file of the answers, ``round_s`` the longest wait for the answers of a round (s).
 
-        The function may raise ConfigurationError. ``round_s``: the longest wait for answers.
+        ``roots``: the backends of the keys that seal key files, and a function that opens these keys, called
+        in each round. It may raise ConfigurationError.
         """
         super().__init__("backend-watch", _LOOK_S, failed="backend.watch_failed")
         self._path, self._clock, self._made_at, self._round_s = path, clock, clock(), round_s
@@ -92,10 +93,10 @@ class BackendWatch(PeriodicThread):
         """The state of each backend. Nothing is known once the answers are 90 seconds old."""
         answers, now = self._read(), self._clock()
         is_fresh = 0 <= now - answers.asked_at <= FRESH_S
-        known = {each.of: each for each in answers.states if is_fresh}
+        known = {each.backend: each for each in answers.states if is_fresh}
         since = time.time() - now + min(now, max(self._made_at, answers.asked_at))
         every = (*self._backends, *self._root_names)
-        return [known.get(of) or BackendState(of, None, since) for of in every]
+        return [known.get(name) or BackendState(name, None, since) for name in every]
 
     def down(self) -> list[BackendState]:
         """The backends that do not work, and those of which nothing is known for 90 seconds."""
@@ -107,7 +108,7 @@ class BackendWatch(PeriodicThread):
     def export(self) -> None:
         """Set the metric of each backend."""
         for each in self.condition():
-            metrics.BACKEND_UP.labels(*each.of).set(math.nan if each.healthy is None else each.healthy)
+            metrics.BACKEND_UP.labels(*each.backend).set(math.nan if each.healthy is None else each.healthy)
 
     def _ask_all(self) -> dict[WatchedBackend, Health]:
         """The health of each backend. One that has not answered within the round is not healthy."""
@@ -116,8 +117,8 @@ class BackendWatch(PeriodicThread):
         with suppress(ConfigurationError):  # an Age root whose file was taken away
             backends.update(_named(self._roots().values(), ROOT))
         by_server: dict[object, dict[WatchedBackend, Backend]] = {}
-        for of, backend in backends.items():
-            by_server.setdefault(backend.server or of, {})[of] = backend
+        for name, backend in backends.items():
+            by_server.setdefault(backend.server or name, {})[name] = backend
         for server, asked in by_server.items():
             if server not in self._asking or not self._asking[server].is_alive():  # else it hangs
                 self._asking[server] = Thread(target=_ask, args=(asked, found), daemon=True)
@@ -127,13 +128,13 @@ class BackendWatch(PeriodicThread):
 
     def _note(self, found: Mapping[WatchedBackend, Health]) -> None:
         """Write the answers, and log what has changed. Raises OSError."""
-        known, states = {each.of: each for each in self._read().states}, list[BackendState]()
-        for of, health in found.items():
-            state = known.get(of) or BackendState(of, healthy=True, since=time.time())
+        known, states = {each.backend: each for each in self._read().states}, list[BackendState]()
+        for name, health in found.items():
+            state = known.get(name) or BackendState(name, healthy=True, since=time.time())
             if state.healthy != health.healthy:
-                state = BackendState(of, health.healthy, time.time())
+                state = BackendState(name, health.healthy, time.time())
                 log, event = (_log.info, "backend.up") if health.healthy else (_log.warning, "backend.down")
-                log(event, key_id=of[0], backend=of[1], use=of[2], reason=health.detail)
+                log(event, key_id=name[0], backend=name[1], use=name[2], reason=health.detail)
             states.append(state)
         answers = _Answers(self._clock(), tuple(states))
         secure_files.write(self._path, msgspec.json.encode(answers), locked=True)
@@ -151,9 +152,9 @@ def _named(keys: Iterable[Key], use: str) -> Iterator[tuple[WatchedBackend, Back
 
 def _ask(asked: Mapping[WatchedBackend, Backend], found: dict[WatchedBackend, Health]) -> None:
     """Ask for the keys of one server in turn, until it does not answer: then it is away for the rest."""
-    for of, backend in asked.items():
-        found[of] = backend.health_check()
-        if not found[of].answered:
+    for name, backend in asked.items():
+        found[name] = backend.health_check()
+        if not found[name].answered:
             return
 
 

@@ -190,7 +190,8 @@ def facts_of(settings: Settings, keyring_: keyring.Keyring, record_key: RecordKe
         shared["[kms.auth] tokens"] = settings.kms.auth.tokens or tokens_
     for key_id, native in natives.items():
         with suppress(BackendUnavailable):
-            shared[f"version of key {key_id}"] = f"{native.current_version()} of {len(native.versions())}"
+            versions = native.versions()
+            shared[f"version of key {key_id}"] = f"{versions[-1].version} of {len(versions)}"
     return Facts({key_id: key_place(native.source.private) for key_id, native in natives.items()}, shared)
 
 

@@ -290,11 +290,11 @@ class Peer:
         self._pool.close()
 
     def in_time(self, wait: Callable[[float], T]) -> T:
-        """The result of ``wait``, which gets the seconds left of ``one_timeout`` in this thread.
+        """The result of ``wait``, which gets the seconds that this thread may wait, at most one timeout.
 
         Raises Unreachable if there are none, or if ``wait`` raises TimeoutError.
         """
-        with transport_errors(self.server):
+        with transport_errors(self.server), self.one_timeout():
             try:
                 return wait(_wait_s())
             except TimeoutError:
@@ -302,7 +302,7 @@ class Peer:
 
     @contextmanager
     def holding(self, lock: threading.Lock) -> Iterator[None]:
-        """Hold a lock, for which the thread waits within ``one_timeout``. Raises Unreachable."""
+        """Hold a lock, for which the thread waits as in ``in_time``. Raises Unreachable."""
         if not self.in_time(lambda left_s: lock.acquire(timeout=left_s)):
             raise Unreachable(f"Another call waits for {self.server.where}")
         try:

@@ -7,16 +7,16 @@ is always logged.
 """
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Final
 
 import structlog
 
 from kms_core.auth.policy import Principal
 from kms_core.backends import Backend, KeyVersion
-from kms_core.keyring import Key, Keyring
+from kms_core.keyring import Key, Keyring, ask_all
 from kms_core.observability import metrics
 from kms_core.service import Kms
 from kms_core.settings.model import RotationSection
@@ -25,7 +25,6 @@ from kms_protocol.errors import KmsError
 BUDGET_MESSAGES: Final = 2**32
 """Messages that a version may seal: of more, random nonces of AES-GCM may repeat (NIST SP 800-38D §8.3)."""
 SCHEDULE: Final = Principal("rotation-schedule", credential="internal")
-_THREADS: Final = 32
 _log = structlog.get_logger(__name__)
 
 
@@ -52,14 +51,12 @@ def state_of(key: Key, backend: Backend, counts: Mapping[str, int], rules: Rotat
 def find_due(keyring: Keyring, counts: Mapping[str, int], rules: RotationSection) -> list[RotationState]:
     """Set the rotation metrics of all keys, and return the states that are due.
 
-    Servers are asked at the same time: those that are frozen take one ``timeout_s``, not one each. A backend
-    that does not answer is logged and left out.
+    Servers are asked at the same time. A backend that does not answer is logged and left out.
     """
     now = datetime.now(UTC)
     due = []
     pairs = [(key, backend) for key in keyring.keys.values() for backend in key.sealing]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        states = [pool.submit(state_of, key, backend, counts, rules) for key, backend in pairs]
+    states = ask_all(partial(state_of, key, backend, counts, rules) for key, backend in pairs)
     for (key, backend), asked in zip(pairs, states, strict=True):
         try:
             state = asked.result()
@@ -85,10 +82,9 @@ def rotate_due(kms: Kms, due: list[RotationState]) -> None:
 
     A failure is logged, counted and retried at the next check.
     """
-    names = dict.fromkeys(state.key_id for state in due)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        tries = {key_id: pool.submit(kms.rotate, SCHEDULE, key_id) for key_id in names}
-    for key_id, tried in tries.items():
+    names = list(dict.fromkeys(state.key_id for state in due))
+    tries = ask_all(partial(kms.rotate, SCHEDULE, key_id) for key_id in names)
+    for key_id, tried in zip(names, tries, strict=True):
         try:
             made = tried.result()
         except KmsError as exc:

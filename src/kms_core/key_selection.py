@@ -71,7 +71,7 @@ class KeySelector:
         result keeps those of the file. Raises as ``unwrap``, and InvalidRequest for the rewrap of a foreign
         file.
         """
-        operation, bound = call.record.operation, binding.read(head)
+        operation, bound = call.record.operation, binding.read(head.stanzas)
         if bound is None and operation == "reseal":
             call.key_id = key_id
         opening, closing = "decrypt", "encrypt"
@@ -97,7 +97,7 @@ class KeySelector:
 
         Raises DecryptFailed, also after the context's ``not_after``; ForeignRefused.
         """
-        bound = binding.read(head)
+        bound = binding.read(head.stanzas)
         if bound is None:
             key = self.permitted(call, call.key_id, permission, ("", "foreign"))
             return self._unwrap_foreign(call, head, key)
@@ -122,7 +122,7 @@ class KeySelector:
         """
         stanzas = header.unbundled(header.parse_stanzas(text, self._rules.limits), self._rules.limits)
         call.record.stanzas = binding.stanzas_digest(stanzas)
-        bound = binding.read_stanzas(stanzas)
+        bound = binding.read(stanzas)
         if bound is None or call.key_id not in {None, bound.key_id}:
             raise DecryptFailed
         key = self.permitted(call, bound.key_id, None, (bound.key_version, ""))

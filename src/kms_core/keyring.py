@@ -4,6 +4,7 @@ import importlib
 import re
 from binascii import a2b_base64
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -72,12 +73,12 @@ class Key:
 
     def ref(self, tenant: str) -> KeyRef:
         """The version that names new files of this tenant."""
-        return KeyRef(tenant, self.key_id, self.backend.current_version(), self.backend.name)
+        return KeyRef(tenant, self.key_id, self.backend.versions()[-1].version, self.backend.name)
 
     def wrapping(self, tenant: str) -> Sequence[BackendKey]:
         """The backends and versions that wrap a new file key; the first names the file."""
         return [
-            (backend, KeyRef(tenant, self.key_id, backend.current_version(), backend.name))
+            (backend, KeyRef(tenant, self.key_id, backend.versions()[-1].version, backend.name))
             for backend in self.sealing
         ]
 
@@ -292,6 +293,15 @@ class Keyring:
         return next((key.blocks for key in named if key.blocks), None)
 
 
+def ask_all(calls: Iterable[Callable[[], R]]) -> list[Future[R]]:
+    """Make calls to backends, 32 at a time; returns when all have ended, in their order.
+
+    Servers that are frozen take one ``timeout_s``, not one each.
+    """
+    with ThreadPoolExecutor(32) as pool:
+        return [pool.submit(each) for each in calls]
+
+
 def _shared_wrap(file: bytes) -> Wrap | None:
     """The wrap of a header whose only wrap was sealed under a shared key; None for any other header.
 
@@ -328,7 +338,7 @@ def build(settings: Settings, sealed: SealedFiles | None = None) -> Keyring:
     }
     if default_id not in keys:
         own = _open(settings.active_backend, None, settings, default_id, sealed)
-        keys[default_id] = Key(default_id, own, settings.accept_foreign)
+        keys[default_id] = Key(default_id, own, settings.backend(AgeSection).accept_foreign)
     return Keyring(keys, keys[default_id])
 
 
@@ -364,7 +374,8 @@ def _key(
         raise ConfigurationError(
             f"kms.keys.{key_id}: name each backend once, and at most {MAX_WRAPS} that encrypt"
         )
-    return Key(key_id, sealing[0], settings.accept_foreign, tuple(sealing[1:]), tuple(retired))
+    accept_foreign = settings.backend(AgeSection).accept_foreign
+    return Key(key_id, sealing[0], accept_foreign, tuple(sealing[1:]), tuple(retired))
 
 
 def _split_options(key_id: str, uri: str) -> tuple[str, Mapping[str, str]]:

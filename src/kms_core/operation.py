@@ -125,19 +125,12 @@ class OperationRecorder:
     ) -> Operation:
         """Record the operation in the block: one audit record and one count, before its result is returned.
 
-        After ``record_intent`` only success and KmsError are outcomes: after any other exception the effect
+        After ``audit.begin_effect`` only success and KmsError are outcomes: after any other error the effect
         is unknown, and the intent stays without an outcome. Raises AuditUnavailable in place of a result.
         """
         record = record_of(who, operation)
         record.bytes_in, record.context = bytes_in, self._audit_log.conceal(who.tenant, context)
         return Operation(who, context, key_id, record, self._append)
-
-    def record_intent(self, call: Operation) -> None:
-        """Record that an effect outside this process follows; the operation's own record is its outcome.
-
-        Raises AuditUnavailable.
-        """
-        audit.begin_effect(self._audit_log, call.record, audit.effect_name(call.record.key_id))
 
     def _append(self, call: Operation, result: str) -> None:
         record = call.record

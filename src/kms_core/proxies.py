@@ -7,7 +7,6 @@ first other address. Entries that the client itself has sent are further left an
 import ipaddress
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from typing import Final
@@ -27,16 +26,12 @@ def collapsed(lines: Sequence[str]) -> list[Network]:
     return [*ipaddress.collapse_addresses(four), *ipaddress.collapse_addresses(six)]
 
 
-@dataclass(frozen=True)
 class Proxies:
     """The networks of trusted proxies."""
 
-    networks: tuple[Network, ...]
-
-    @classmethod
-    def of(cls, trusted: Sequence[str]) -> "Proxies":
-        """Parse addresses and networks. Raises ValueError."""
-        return cls(tuple(collapsed(trusted)))
+    def __init__(self, trusted: Sequence[str]) -> None:
+        """``trusted`` are addresses and networks. Raises ValueError."""
+        self._networks = collapsed(trusted)
 
     def trust(self, address: str) -> bool:
         """Return whether a socket's address is that of a trusted proxy."""
@@ -62,7 +57,7 @@ class Proxies:
         return nearest
 
     def _holds(self, address: Address) -> bool:
-        return any(address in network for network in self.networks)
+        return any(address in network for network in self._networks)
 
 
 @lru_cache(maxsize=1024)

@@ -151,7 +151,7 @@ def cluster_client(hosts: Sequence[Host], options: Mapping[str, Any]) -> redis.R
 
 def connect(section: RedisSection, timeout_s: float = _TIMEOUT_S) -> redis.Redis:
     """A Redis client, whose timeout grows with ``wait_ms``. Raises ConfigurationError."""
-    url = _with_password(section, section.url)
+    url = _with_password(_STATE, section, section.url)
     options = _options(section, url, timeout_s)
     if url.partition("://")[0] in SENTINELS:
         return _by_sentinels(sentinels(_STATE, url), options)
@@ -208,12 +208,12 @@ def _first_node(url: str) -> str:
 
 def connect_to(section: RedisSection, host: str, port: int) -> redis.Redis:
     """A client of another server of the same group, a replica. Raises ConfigurationError."""
-    url = _with_password(section, section.url)
+    url = _with_password(_STATE, section, section.url)
     if url.partition("://")[0] in SENTINELS:
         found = sentinels(_STATE, url)
         login = _login(found.username, found.password)
     else:
-        parts = split_url("kms.redis.url", url)
+        parts = split_url(_STATE, url)
         login = _login(unquote(parts.username or ""), unquote(parts.password or ""))
     options = _options(section, url) | login
     return redis.Redis(host, port, ssl="ssl_cert_reqs" in options, **options)  # type: ignore[arg-type]  # options by name
@@ -230,7 +230,7 @@ def celery_options(section: RedisSection, transport: Options) -> Options:
 
     Raises ConfigurationError.
     """
-    url = _with_password(section, section.broker_url)
+    url = _with_password(_BROKER, section, section.broker_url)
     scheme = url.partition("://")[0]
     if scheme in SENTINELS:
         found = sentinels(_BROKER, url)
@@ -245,9 +245,12 @@ def celery_options(section: RedisSection, transport: Options) -> Options:
     return _celery(url, _tls(section, url), transport)
 
 
-def _with_password(section: RedisSection, url: str) -> str:
-    """``url`` with the password of ``password_file``, if its scheme allows one. Raises ConfigurationError."""
-    file, parts = section.password_file, split_url("kms.redis.url", url)
+def _with_password(where: str, section: RedisSection, url: str) -> str:
+    """``url`` with the password of ``password_file``, if its scheme allows one.
+
+    Raises ConfigurationError, which names ``where``, the setting of the URL.
+    """
+    file, parts = section.password_file, split_url(where, url)
     if file is None or parts.scheme not in PASSWORDS:
         return url
     password = secret_text(file, "kms.redis.password_file")

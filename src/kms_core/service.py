@@ -7,9 +7,9 @@ import os
 from collections.abc import Sequence
 from typing import NoReturn
 
+from kms_core import audit
 from kms_core.age import header, stream
 from kms_core.age.header import Header
-from kms_core.audit import AuditWriter
 from kms_core.auth.policy import Policy, Principal, Remembered
 from kms_core.backends import Health, NotRotated, table_of
 from kms_core.envelope import binding, sealing
@@ -54,7 +54,7 @@ class Kms:
         self,
         keyring: Keyring,
         policy: Policy,
-        audit_log: AuditWriter,
+        audit_log: audit.AuditWriter,
         rules: SelectionRules,
         usage: UsageCounters | None = None,
     ) -> None:
@@ -281,7 +281,7 @@ class Kms:
 
         Nothing is unwrapped or proven. None for a foreign file. Raises DecryptFailed, UnknownKey.
         """
-        bound = binding.read(head)
+        bound = binding.read(head.stanzas)
         if bound is None:
             return None
         if not self.policy.sees(who, bound.key_id):
@@ -300,7 +300,7 @@ class Kms:
         """
         with self._recorder.recorded("rotate", who, Context(), key_id) as call:
             key = self._selector.permitted(call, key_id)
-            self._recorder.record_intent(call)
+            audit.begin_effect(self.audit_log, call.record, audit.effect_name(call.record.key_id))
             for number, backend in enumerate(key.sealing):
                 try:
                     backend.rotate()

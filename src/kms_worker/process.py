@@ -136,9 +136,7 @@ def _start(thread: PeriodicThread) -> None:
 def _serve_metrics(loaded: Settings, core: Core, is_ready: Callable[[], bool]) -> MetricsServer | None:
     metrics.show_weak(SETTINGS, unaccepted(loaded))
     settings, policy = loaded.kms.server, core.kms.policy
-    scraping = MetricsAccess(
-        settings.metrics, core.authenticator, policy, Proxies.of(settings.trusted_proxies)
-    )
+    scraping = MetricsAccess(settings.metrics, core.authenticator, policy, Proxies(settings.trusted_proxies))
     app = MetricsApp(scraping, settings.allowed_hosts, is_ready, core.watch.export)
     return metrics_server.serve(loaded.kms.bind, loaded.kms.port + 1, app)
 

@@ -26,7 +26,7 @@ AAD: Final = b"names and a context"
 
 def ref(backend: Backend) -> KeyRef:
     """The version of a key that seals now."""
-    return KeyRef("acme", "payroll", backend.current_version(), backend.name)
+    return KeyRef("acme", "payroll", backend.versions()[-1].version, backend.name)
 
 
 def seal(backend: Backend, plaintext: bytes, context: Context = ROW_7, key: KeyRef | None = None) -> bytes:
@@ -35,7 +35,9 @@ def seal(backend: Backend, plaintext: bytes, context: Context = ROW_7, key: KeyR
 
 def unseal(backend: Backend, file: bytes, context: Context = ROW_7, key: KeyRef | None = None) -> bytes:
     head = head_of(file)
-    return sealing.open_(file, head, sealing.file_key_of(head, backend, key or ref(backend), context=context))
+    return sealing.open_(
+        file, head, sealing.unwrap_file(head, backend, key or ref(backend), context=context).file_key
+    )
 
 
 # -- round trips -------------------------------------------------------------------------------------
@@ -69,7 +71,7 @@ def test_two_seals_of_one_plaintext_share_nothing(backend: Backend) -> None:
 
 def test_names_of_a_backend_fit_a_stanza(backend: Backend) -> None:
     assert backend.name in SCHEMES
-    assert binding.read(head_of(seal(backend, b""))) is not None
+    assert binding.read(head_of(seal(backend, b"")).stanzas) is not None
 
 
 # -- what is bound -----------------------------------------------------------------------------------
@@ -112,7 +114,7 @@ def test_who_holds_the_file_key_cannot_bind_anew(
     """Context tag and header MAC are within reach of every reader of a file; AAD or origin is not."""
     sealed = seal(backend, b"salary")
     head, target = head_of(sealed), replace(ref(backend), **names)
-    file_key = sealing.file_key_of(head, backend, ref(backend), context=ROW_7)
+    file_key = sealing.unwrap_file(head, backend, ref(backend), context=ROW_7).file_key
     bound = binding.context_stanza(file_key, target, context)
     forged = [bound if stanza.type == binding.CONTEXT else stanza for stanza in head.stanzas]
 
@@ -235,7 +237,7 @@ def test_only_the_version_that_sealed_opens(rig: Rig) -> None:
 def test_a_file_cannot_be_moved_to_another_version(rig: Rig) -> None:
     sealed, old = seal(rig.backend, b"salary"), ref(rig.backend)
     head = head_of(sealed)
-    file_key = sealing.file_key_of(head, rig.backend, old, context=ROW_7)
+    file_key = sealing.unwrap_file(head, rig.backend, old, context=ROW_7).file_key
     rig.rotate()
     new = ref(rig.backend)
     stanzas = [

@@ -77,7 +77,7 @@ def _by_a_reader(file: bytes) -> None:
         opened = _opened(made)
         if opened is None:
             continue
-        bound, was = binding.read(header.parse(made, SYNC_LIMITS)), binding.read(model)
+        bound, was = binding.read(header.parse(made, SYNC_LIMITS).stanzas), binding.read(model.stanzas)
         assert bound is not None
         assert was is not None
         assert (bound.key_id, bound.key_version) == (was.key_id, was.key_version)

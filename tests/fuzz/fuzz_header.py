@@ -54,7 +54,7 @@ def written(head: Header) -> bytes:
 def _bound(head: Header) -> None:
     """Our own stanzas, if there are any."""
     try:
-        bound = binding.read(head)
+        bound = binding.read(head.stanzas)
     except DecryptFailed:
         return
     ours = [stanza for stanza in head.stanzas if stanza.type.startswith(binding.OWN_PREFIX)]

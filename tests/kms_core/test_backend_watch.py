@@ -55,11 +55,11 @@ class Host:
 
 
 def states(watch: BackendWatch) -> dict[tuple[str, str, str], bool | None]:
-    return {each.of: each.healthy for each in watch.condition()}
+    return {each.backend: each.healthy for each in watch.condition()}
 
 
 def names(watch: BackendWatch) -> list[tuple[str, str, str]]:
-    return [each.of for each in watch.down()]
+    return [each.backend for each in watch.down()]
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_a_root_that_is_away_is_named_and_logged_once_and_so_is_its_return(host:
         host.root.trouble = None
         host.next_round()
 
-    assert named.of == ROOT
+    assert named.backend == ROOT
     assert [(line["event"], line["key_id"], line["use"], line["reason"]) for line in logs] == [
         ("backend.down", "root", "seal", "cut off"),
         ("backend.up", "root", "seal", ""),
@@ -233,5 +233,5 @@ def test_nothing_secret_is_in_the_file(host: Host, tmp_path: Path) -> None:
     found = msgspec.json.decode((tmp_path / "answers.json").read_bytes())
 
     assert set(found) == {"asked_at", "states"}
-    assert {key for state in found["states"] for key in state} == {"of", "healthy", "since"}
+    assert {key for state in found["states"] for key in state} == {"backend", "healthy", "since"}
     assert (tmp_path / "answers.json").stat().st_mode & 0o777 == 0o600

@@ -74,7 +74,7 @@ def test_settings_say_which_keys_there_are_and_which_is_the_default(
     ring = built(tmp_path, text)
 
     expected = {key_id: version_of(identity.recipient) for key_id, identity in keys.items()}
-    assert {key_id: key.backend.current_version() for key_id, key in ring.keys.items()} == expected
+    assert {key_id: key.backend.versions()[-1].version for key_id, key in ring.keys.items()} == expected
     assert ring.named(None) is ring.named(default) is ring.default
     assert {(key.others, key.retired) for key in ring.keys.values()} == {((), ())}
 
@@ -164,7 +164,7 @@ def opened(uri: str | None, settings: Settings) -> AgeBackend:
 def test_no_uri_means_the_section_of_settings(tmp_path: Path) -> None:
     backend = opened(None, settings_of(tmp_path))
 
-    assert backend.current_version() == version_of(OWN.recipient)
+    assert backend.versions()[-1].version == version_of(OWN.recipient)
     assert backend.data_keys  # in dev
 
 
@@ -184,7 +184,7 @@ def test_a_uri_names_the_files_and_whether_age_files_get_native_stanzas(
     folder = f"{tmp_path}/a%20+%20b"
     backend = opened(f"age://{folder}/private_key.txt{options.format(folder=folder)}", settings_of(tmp_path))
 
-    assert backend.current_version() == version_of(current.recipient)
+    assert backend.versions()[-1].version == version_of(current.recipient)
     assert backend.native is native
 
 

@@ -10,7 +10,7 @@ PEER = "10.0.0.1"
 
 
 def proxies() -> Proxies:
-    return Proxies.of(("10.0.0.0/8", "2001:db8:1::/48", "192.0.2.7"))
+    return Proxies(("10.0.0.0/8", "2001:db8:1::/48", "192.0.2.7"))
 
 
 @pytest.mark.parametrize(
@@ -56,14 +56,12 @@ def test_what_is_trusted_is_told_by_address() -> None:
         True
     ] * 4
     assert not any(trusted.trust(text) for text in ("11.0.0.1", "192.0.2.8", "2001:db8:2::1", "", "local"))
-    assert not Proxies.of(()).trust(PEER)
+    assert not Proxies(()).trust(PEER)
 
 
 def test_a_trusted_proxy_is_never_this_machine() -> None:
-    local = Proxies.of(("127.0.0.1", "::1"))
-    of_proxy, without = (
-        MetricsAccess("loopback", None, AllowAll(), each) for each in (local, Proxies.of(()))
-    )
+    local = Proxies(("127.0.0.1", "::1"))
+    of_proxy, without = (MetricsAccess("loopback", None, AllowAll(), each) for each in (local, Proxies(())))
 
     assert not of_proxy.is_open_to("127.0.0.1", [])
     assert of_proxy.is_open_to("127.0.0.2", [])

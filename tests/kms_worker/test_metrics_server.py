@@ -25,7 +25,7 @@ SCOPE: Final = {
 
 
 def _app(is_ready: Callable[[], bool]) -> MetricsApp:
-    access = MetricsAccess("open", None, AllowAll(), Proxies.of(()))
+    access = MetricsAccess("open", None, AllowAll(), Proxies(()))
     return MetricsApp(access, (), is_ready)
 
 

@@ -1,7 +1,7 @@
 """Keys: their versions, the age and usage of each, and rotation."""
 
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from functools import partial
 from typing import Final
 
 from kms_api.deps import KEYS, Service
@@ -9,7 +9,7 @@ from kms_api.routing import CALLER, Call, Router, no_body
 from kms_core import key_rotation
 from kms_core.auth.policy import Principal, allows
 from kms_core.jobs.store import usage
-from kms_core.keyring import Key
+from kms_core.keyring import Key, ask_all
 from kms_core.observability import metrics
 from kms_protocol import admin
 from kms_protocol.errors import (
@@ -61,8 +61,7 @@ def visible(service: Service, who: Principal) -> list[admin.KeyOut]:
     """Return the keys that a principal may see. Their servers are asked at the same time."""
     counts, sees = _counts(service, who), service.kms.policy.sees
     keys = [key for key_id, key in sorted(service.kms.keyring.keys.items()) if sees(who, key_id)]
-    with ThreadPoolExecutor(32) as pool:  # those that are frozen take one timeout_s, not one each
-        return list(pool.map(lambda key: _shape(service, key, counts), keys))
+    return [asked.result() for asked in ask_all(partial(_shape, service, key, counts) for key in keys)]
 
 
 def _counts(service: Service, who: Principal) -> dict[str, int] | None:

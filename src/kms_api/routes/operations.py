@@ -138,10 +138,11 @@ def condition(service: Service, who: Principal) -> admin.StatusOut:
 
 def _backends_down(service: Service, who: Principal, *, sees_roots: bool) -> list[admin.BackendDown]:
     """The backends that do not work, of the keys that a principal may know of."""
-    sees, down = service.kms.policy.sees, [(*each.of, time_text(each.since)) for each in service.watch.down()]
+    sees, down = service.kms.policy.sees, service.watch.down()
     return [
-        admin.BackendDown(key_id=key_id, backend=backend, root=use == ROOT, since=since)
-        for key_id, backend, use, since in down
+        admin.BackendDown(key_id=key_id, backend=backend, root=use == ROOT, since=time_text(each.since))
+        for each in down
+        for key_id, backend, use in (each.backend,)
         if (sees_roots if use == ROOT else sees(who, key_id))
     ]
 

@@ -57,7 +57,7 @@ def wrap(call: Call[wire.WrapIn]) -> wire.WrapOut:
     ),
 )
 def unwrap(call: Call[wire.UnwrapIn]) -> wire.UnwrapOut:
-    """The file key of an age file, from the stanzas of its header. A scope must name `unwrap`."""
+    """Unwrap the file key of an age file, given the stanzas of its header. A scope must name `unwrap`."""
     body = call.body
     context, nonce = Context.parse(body.context), body.nonce or b""
     found = call.service.kms.unwrap(call.caller, body.stanzas, context, key_id=body.key_id, nonce=nonce)

@@ -176,7 +176,7 @@ def _connections(server: ServerSection) -> ConnectionLimits:
     allowed = min(_CONNECTIONS, most)
     if allowed < _CONNECTIONS:
         _log.warning("server.few_open_files", connections=allowed, wanted=_CONNECTIONS, limit=hard)
-    return ConnectionLimits(allowed, is_proxy=Proxies.of(server.trusted_proxies).trust)
+    return ConnectionLimits(allowed, is_proxy=Proxies(server.trusted_proxies).trust)
 
 
 def _config(application: ASGIApp, context: ssl.SSLContext | None, limits: ConnectionLimits) -> uvicorn.Config:

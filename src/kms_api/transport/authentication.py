@@ -147,7 +147,7 @@ class AuthenticationLayer:
             service.settings.kms.server.metrics,
             service.authenticator,
             service.kms.policy,
-            Proxies.of(service.settings.kms.server.trusted_proxies),
+            Proxies(service.settings.kms.server.trusted_proxies),
         )
         self._look_ups = LookUps()
 

@@ -116,7 +116,7 @@ def _current(kms: Kms, who: Principal, key_id: str) -> tuple[str, int]:
     if key is None or not sees:
         return "", 0
     try:
-        version, numbers = key.backend.current_version(), key.numbers()
+        version, numbers = key.backend.versions()[-1].version, key.numbers()
     except BackendUnavailable:
         return "", 0
     return (version, numbers[version]) if version in numbers else ("", 0)
@@ -125,7 +125,7 @@ def _current(kms: Kms, who: Principal, key_id: str) -> tuple[str, int]:
 def _names_another(file: bytes, key_id: str) -> bool:
     """Return whether a file of ours names another key. ``Kms`` refuses a file that cannot be read."""
     try:
-        bound = binding.read(header.parse(file, header.SYNC_LIMITS))
+        bound = binding.read(header.parse(file, header.SYNC_LIMITS).stanzas)
     except KmsError:
         return False
     return bound is not None and bound.key_id != key_id

@@ -138,13 +138,13 @@ def shape(key: Key) -> VaultKey:
 
     A version that another process makes during this call is the latest one from the next call on.
     """
-    numbers = key.numbers()
-    made_at = {version.version: version.created_at for version in key.backend.versions()}
+    numbers, versions = key.numbers(), key.backend.versions()
+    made_at = {version.version: version.created_at for version in versions}
     times = {
         str(number): int(at.timestamp()) if (at := made_at.get(version)) else number
         for version, number in sorted(numbers.items(), key=lambda pair: pair[1])
     }
-    latest = numbers.get(key.backend.current_version(), max(numbers.values()))
+    latest = numbers.get(versions[-1].version, max(numbers.values()))
     return VaultKey(name=key.key_id, keys=times, latest_version=latest)
 
 

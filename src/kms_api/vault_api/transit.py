@@ -38,13 +38,13 @@ routes: Final = VaultRoutes()
 Work = Callable[[Call[TransitIn], Kms, TransitItem], VaultCiphertext | VaultPlaintext]
 
 
-def _pool(call: Call[BoundFields]) -> Pool | None:
-    """The threads of the key in the path, for a new ciphertext."""
+def _data_key_pool(call: Call[BoundFields]) -> Pool | None:
+    """The threads in which a data key is sealed under the key in the path."""
     return call.key_pool(call.path("name"), seals=True)
 
 
 def _transit_pool(call: Call[TransitIn], *, seals: bool = True) -> Pool | None:
-    """The threads of batches, or of the key in the path."""
+    """The threads of a call: those of batches, or those of the key in the path."""
     body = call.body
     if body.batch_input is not None:
         return call.service.batch_pool(call.caller, [call.path("name")])
@@ -72,7 +72,7 @@ def rewrap(call: Call[TransitIn]) -> object:
     return _one_or_many(call, "rewrap", _rewrap)
 
 
-@routes.write("{mount}/datakey/plaintext/{name}", DataKeyIn, _pool)
+@routes.write("{mount}/datakey/plaintext/{name}", DataKeyIn, _data_key_pool)
 def data_key(call: Call[DataKeyIn]) -> VaultCiphertext:
     """Random bytes, in clear and sealed."""
     bits = 256 if call.body.bits is None else call.body.bits
@@ -83,7 +83,7 @@ def data_key(call: Call[DataKeyIn]) -> VaultCiphertext:
     return VaultCiphertext(models.render(number, made.ciphertext), number, made.plaintext)
 
 
-@routes.write("{mount}/datakey/wrapped/{name}", DataKeyIn, _pool)
+@routes.write("{mount}/datakey/wrapped/{name}", DataKeyIn, _data_key_pool)
 def wrapped_data_key(call: Call[DataKeyIn]) -> VaultCiphertext:
     """Random bytes, only sealed."""
     return msgspec.structs.replace(data_key(call), plaintext=msgspec.UNSET)

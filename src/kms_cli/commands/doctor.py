@@ -5,10 +5,10 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 from urllib.parse import urlsplit
@@ -138,19 +138,18 @@ def _keys(settings: Settings) -> Iterator[Finding]:
     """Wrap and unwrap with each backend of each key, then of each root. All are asked at once."""
     ring = keyring.build(settings, key_opening.of_process(settings))
     sealed, places = key_opening.sealed_files(settings), key_opening.key_locations(settings)
-    with ThreadPoolExecutor(32) as pool:
-        tests: list[Future[Finding]] = []
-        for key in ring.keys.values():
-            how = f", sealed by {_root(sealed[key.key_id])}" if key.key_id in sealed else ""
-            if isinstance(place := places.get(key.key_id), str):
-                how = f", in {place}"
-            tests += [pool.submit(_self_test, each, key.key_id, how) for each in key.backends]
-        try:
-            for root in keyring.roots(settings).values():
-                name = f"root key '{root.key_id}'"
-                tests += [pool.submit(_self_test, each, name, is_root=True) for each in root.backends]
-        finally:  # a root that cannot be opened leaves out no test of a key
-            yield from (test.result() for test in tests)
+    tests: list[Callable[[], Finding]] = []
+    for key in ring.keys.values():
+        how = f", sealed by {_root(sealed[key.key_id])}" if key.key_id in sealed else ""
+        if isinstance(place := places.get(key.key_id), str):
+            how = f", in {place}"
+        tests += [partial(_self_test, each, key.key_id, how) for each in key.backends]
+    try:
+        for root in keyring.roots(settings).values():
+            name = f"root key '{root.key_id}'"
+            tests += [partial(_self_test, each, name, is_root=True) for each in root.backends]
+    finally:  # a root that cannot be opened leaves out no test of a key
+        yield from (test.result() for test in keyring.ask_all(tests))
 
 
 def _self_test(backend: Backend, name: str, how: str = "", *, is_root: bool = False) -> Finding:

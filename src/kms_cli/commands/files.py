@@ -160,7 +160,7 @@ def _open(
     Return what is left: all of it if the token lacks ``unwrap``, or the file has no stanzas of a service.
     """
     sealed = age_files.read(opened)
-    if binding.read(sealed.head) is None:
+    if binding.read(sealed.head.stanzas) is None:
         return sealed.whole
     stanzas = b"".join(map(render_stanza, sealed.head.stanzas))
     try:

@@ -205,7 +205,7 @@ def inspect(path: Path) -> dict[str, object]:
     with age_files.source(path) as opened:
         try:
             sealed = age_files.read(opened)
-            bound = binding.read(sealed.head)
+            bound = binding.read(sealed.head.stanzas)
         except DecryptFailed as exc:
             raise DecryptFailed(f"The header of {path} is damaged") from exc
         payload_bytes = sealed.file_range.size if sealed.file_range else _size_bytes(sealed.payload)

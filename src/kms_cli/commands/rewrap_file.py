@@ -105,7 +105,7 @@ def _checked(answer: EncryptOut, old: Header) -> Header:
     """Return the new header. Raises UnexpectedAnswer unless it fits the payload and the named key."""
     try:
         new = header.parse(answer.ciphertext, FILE_LIMITS)
-        bound = binding.read(new)
+        bound = binding.read(new.stanzas)
     except (DecryptFailed, BadInput) as exc:
         raise UnexpectedAnswer("The answer of the service is not a header") from exc
     fits = new.nonce == old.nonce and new.payload_offset == len(answer.ciphertext)

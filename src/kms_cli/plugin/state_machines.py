@@ -223,7 +223,7 @@ def _parts(file: int, stanzas: list[Stanza]) -> Iterable[tuple[str, bytes]]:
     groups = [(place, [each]) for place, each in enumerate(stanzas) if each.type == BUNDLE]
     for place, group in [*groups, (first, outside)]:
         try:
-            bound = binding.read_stanzas(unbundled(group, FILE_LIMITS))
+            bound = binding.read(unbundled(group, FILE_LIMITS))
         except (DecryptFailed, TooLarge) as exc:
             text = "the header is damaged, or of a later version of kms"
             raise PluginError(text, "stanza", file, place) from exc

@@ -153,7 +153,7 @@ class Authenticator:
         if kind == "cert":
             return self._lines_of_certificate(who, rest)
         issuer, _, rest = rest.partition(":")
-        if kind == "jwt" and who.grant and self._jwts.trusts(issuer, rest.partition(":")[2]):
+        if kind == "jwt" and who.grant and self._jwts.is_configured(issuer, rest.partition(":")[2]):
             return who.grant.scopes
         return None
 

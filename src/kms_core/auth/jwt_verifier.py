@@ -54,9 +54,9 @@ class Jwts:
         self._sections = {issuer.name: issuer.section for issuer in issuers}
         self._seen: OrderedDict[bytes, tuple[Principal, float]] = OrderedDict()
 
-    def trusts(self, name: str, role: str = "") -> bool:
-        """Return whether an issuer of this name is configured, with this role if one is given."""
-        section = self._sections.get(name)
+    def is_configured(self, issuer: str, role: str = "") -> bool:
+        """Return whether the settings have an issuer of this name, and this role of it if one is given."""
+        section = self._sections.get(issuer)
         return section is not None and (not role or role in section.grants)
 
     def verify(self, text: str) -> Principal:

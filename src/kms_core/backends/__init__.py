@@ -75,9 +75,9 @@ class Backend(Protocol):
     name: str
     """The scheme, such as ``age`` or ``vault-kv``: part of stanzas and metrics."""
     data_keys: bool
-    """Return whether plaintext data keys may be handed out."""
+    """Whether plaintext data keys may be handed out."""
     native: bool
-    """Return whether ``wrap`` returns native stanzas of the age format, which carry no name."""
+    """Whether ``wrap`` returns native stanzas of the age format, which name neither key nor version."""
 
     @property
     def server(self) -> "PeerServer | None":
@@ -95,11 +95,8 @@ class Backend(Protocol):
     def origin_key(self, key: "KeyRef") -> bytes | None:
         """The MAC key of the origin stanza, or None where the wrap itself authenticates the AAD."""
 
-    def current_version(self) -> str:
-        """The version that wraps now."""
-
     def versions(self) -> Sequence[KeyVersion]:
-        """All versions that unwrap, the current one last."""
+        """All versions that unwrap; the last one wraps."""
 
     def rotate(self) -> KeyVersion:
         """Make a new version, which wraps from now on. Old versions still unwrap.

@@ -128,9 +128,6 @@ class AgeBackend:
             raise NoMatch
         return keys.origin_keys[key.version]
 
-    def current_version(self) -> str:
-        return self._fresh().versions[-1].version
-
     def versions(self) -> Sequence[KeyVersion]:
         return self._fresh().versions
 

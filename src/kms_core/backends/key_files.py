@@ -55,7 +55,7 @@ class KeyFiles:
         return stamp_of(self._paths)
 
     def read(self) -> StoredKeys:
-        """The stamp is taken first, so that a change in between is read again."""
+        """Read both files. Their stamp is taken first, so that a change in between is read again."""
         try:
             stamp = stamp_of(self._paths)
             contents = [small_files.read(path) for path in self._paths]
@@ -68,10 +68,10 @@ class KeyFiles:
                 f"Cannot read the age key file {exc.filename} ({exc.strerror}): {hint}"
             ) from exc
         check_secret(self.private, _log.warning, "key.file_open_to_others", strict=self.strict)
-        return StoredKeys(stamp, self._opened(contents[0]), contents[1] if self.public else None)
+        return StoredKeys(stamp, self._identities_in(contents[0]), contents[1] if self.public else None)
 
-    def _opened(self, private: bytes) -> bytes:
-        """The identities in a private file. Raises ConfigurationError, BackendUnavailable."""
+    def _identities_in(self, private: bytes) -> bytes:
+        """The content of a private file, opened if sealed. Raises ConfigurationError, BackendUnavailable."""
         if not is_age_file(private):
             if self.sealed_only:
                 raise ConfigurationError(
@@ -95,7 +95,7 @@ class KeyFiles:
         """
         with _changing(self.private):
             stored = small_files.read(self.private)
-            after = appended(self._opened(stored), block)
+            after = appended(self._identities_in(stored), block)
             if not is_age_file(stored):
                 replace_kept(self.private, after)
                 return False

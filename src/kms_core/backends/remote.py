@@ -55,8 +55,8 @@ class Cipher(Protocol):
     """One key of one server, over its network protocol; safe for several threads.
 
     Secrets are 16 bytes (a file key) or 32 (a wrap key). A version is what ``KeyRef.version`` allows: 1 to 80
-    of ``A-Za-z0-9_.-``. Every method waits at most the settings' timeout and raises only these errors (the
-    first two are in ``kms_core.http_client``):
+    of ``A-Za-z0-9_.-``. Each request of a method waits at most the settings' timeout, and all of them as long
+    as ``http_client.within`` allows. Methods raise only these errors (the first two are in ``http_client``):
 
     - ``Unreachable``: no connection, timeout, or 502 to 504. Retried, counted by the circuit breaker, and
       another backend of the key may unwrap instead;
@@ -130,14 +130,11 @@ class RemoteBackend:
         """None: the wrap itself authenticates the AAD."""
         del key
 
-    def current_version(self) -> str:
-        """The version that wraps, from the server within the last 30 seconds or, while it is down, before."""
-        return self.versions()[-1].version
-
     def versions(self) -> Sequence[KeyVersion]:
-        """All versions. Raises BackendUnavailable if the server never answered, or no longer has the key.
+        """All versions, from the server within the last 30 seconds or, while it is down, before.
 
-        One thread asks, and the others wait for its answer.
+        One thread asks, and the others wait for its answer. Raises BackendUnavailable if the server never
+        answered, or no longer has the key.
         """
         known = self._known
         if known.versions and known.age_s() < VERSIONS_FRESH_S:
@@ -206,7 +203,7 @@ class RemoteBackend:
         probe = os.urandom(FILE_KEY_BYTES)
         try:
             with http_client.within(self.server.timeout_s):
-                version = self.current_version()
+                version = self.versions()[-1].version
                 wrapped = self._caller.once("health", lambda: self._cipher.encrypt(probe, version, b"health"))
                 again = self._caller.once("health", lambda: self._cipher.decrypt(wrapped, version, b"health"))
         except KmsError as exc:
@@ -252,8 +249,7 @@ class SharingBackend:
     def __init__(self, remote: RemoteBackend, keys: WrapKeys, life_s: float) -> None:
         """``life_s``: seconds that a wrap key serves after the server wrapped or unwrapped it."""
         self.name, self.server = remote.name, remote.server
-        self.versions, self.current_version = remote.versions, remote.current_version
-        self.rotate, self.health_check = remote.rotate, remote.health_check
+        self.versions, self.rotate, self.health_check = remote.versions, remote.rotate, remote.health_check
         self.origin_key, self.was_silent = remote.origin_key, remote.was_silent
         self._remote = remote
         self._keys, self._owner, self._life_s = keys, keys.owner(), life_s

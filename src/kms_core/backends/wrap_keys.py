@@ -5,8 +5,8 @@ got, so tenant, key, version and context stay authenticated for each file. A wra
 key id and version, for at most 2^20 files and for the time that its user gives, counted from its wrap or
 unwrap and never from a use. Wrap keys are in memory only and never leave the service in clear.
 
-One that this process made opens no file until the server has unwrapped it: credentials that may only
-encrypt stay such.
+A wrap key that this process made seals files, and opens none until the server has unwrapped it as well: so
+credentials that may only encrypt cannot decrypt with what is in memory.
 """
 
 import hashlib
@@ -99,7 +99,7 @@ class WrapKeys:
                 del self._opened[name]
 
     def sealing(self, owner: int, key: KeyRef, life_s: float, wrap: Callable[[bytes], bytes]) -> WrapKey:
-        """A key that seals one more file. ``wrap`` asks the server to wrap a new one; raises its errors."""
+        """The key in use, or a new one, which ``wrap`` has wrapped; counts one file. Raises as ``wrap``."""
         self._check_process()
         name = owner, key
         while True:
@@ -125,7 +125,7 @@ class WrapKeys:
     def opened(
         self, owner: int, key: KeyRef, wrapped: bytes, life_s: float, unwrap: Callable[[], bytes]
     ) -> bytes:
-        """The secret of a wrapped key. ``unwrap`` asks the server; raises its errors."""
+        """The secret of a wrapped key, from memory or from the server by ``unwrap``. Raises as ``unwrap``."""
         self._check_process()
         name = owner, key, wrapped
         with self._lock:
@@ -146,7 +146,7 @@ class WrapKeys:
         return made
 
     def is_ready(self, owner: int, key: KeyRef, wrapped: bytes | None = None) -> bool:
-        """True if ``opened``, or ``sealing`` without ``wrapped``, needs no call within the next second."""
+        """Return whether ``opened``, or ``sealing`` if ``wrapped`` is None, needs no server for a second."""
         self._check_process()
         with self._lock:
             held = self._opened.get((owner, key, wrapped)) if wrapped else self._sealing.get((owner, key))

@@ -66,10 +66,11 @@ class SignedDocument:
         self._anchors = anchors
 
     def read(self, known: Version | None = None, *, follows: bool = False) -> Version:
-        """The current version; the one that the caller knows if it has not changed.
+        """Read the current version and compare it with the anchors. Returns ``known`` if it has not changed.
 
-        A version that seems old may have been overtaken while it was read: it is read again. Raises
-        DocumentOutdated, see ``Anchors.accept``.
+        ``follows``: the caller has read or written the document before, so no anchor is needed. A version
+        that is older than an anchor may just have been replaced: it is read again for 0.7 s. Raises
+        DocumentOutdated, as ``Anchors.accept``.
         """
         waits = iter(_AGAIN_S)
         while True:

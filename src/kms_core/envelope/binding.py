@@ -20,7 +20,6 @@ from kms_core.age.header import (
     FILE_KEY_BYTES,
     KEY_BYTES,
     NONCE_BYTES,
-    Header,
     Stanza,
     b64decode,
     b64encode,
@@ -121,12 +120,7 @@ def stanzas_digest(stanzas: Sequence[Stanza]) -> str:
     return hashlib.sha256(_STANZAS_LABEL + length_prefixed(text)).hexdigest()[:ID_DIGITS]
 
 
-def read(header: Header) -> BoundStanzas | None:
-    """Parse our stanzas in a header, as ``read_stanzas``."""
-    return read_stanzas(header.stanzas)
-
-
-def read_stanzas(stanzas: Sequence[Stanza]) -> BoundStanzas | None:
+def read(stanzas: Sequence[Stanza]) -> BoundStanzas | None:
     """Parse our stanzas among those of a file; None for a foreign file, made by stock age.
 
     Raises DecryptFailed for an unknown type, version or shape, a stanza that occurs twice, and a missing

@@ -20,7 +20,7 @@ from kms_core.age.recipients import Identity, Recipient, identities_of, parse_id
 from kms_core.age.x25519 import NoMatch
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import BoundStanzas, KeyRef
-from kms_core.envelope.sealing import Wrapper, WrappingKey
+from kms_core.envelope.sealing import UnwrappedKey, Wrapper, WrappingKey
 from kms_protocol import small_files
 from kms_protocol.context import Context
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, DecryptFailed, TooLarge
@@ -110,9 +110,9 @@ class RootKey(Protocol):
         self,
         tenant: str,
         bound: BoundStanzas,
-        unwrap: Callable[[Wrapper, KeyRef], bytes],
+        unwrap: Callable[[Wrapper, KeyRef], UnwrappedKey],
         passed_over: type[BackendUnavailable],
-    ) -> tuple[bytes, KeyRef]: ...
+    ) -> tuple[UnwrappedKey, KeyRef]: ...
 
 
 def read_identities(path: Path | None) -> list[SealingIdentity]:
@@ -163,7 +163,7 @@ class FileSealer:
         """Open a sealed file: ``SealedFiles.open``."""
         try:
             data, head = _parsed(sealed)
-            bound = binding.read(head)
+            bound = binding.read(head.stanzas)
             file_key = self._opened(head) if bound is None else self._unwrapped(name, head, bound)
             return sealing.open_(data, head, file_key)
         except NoMatch:
@@ -212,10 +212,10 @@ class FileSealer:
 
     def _unwrapped(self, name: str, head: Header, bound: BoundStanzas) -> bytes:
         """The file key, from the first backend of the root that answers and does not refuse us."""
-        unwrap = partial(sealing.file_key_of, head, context=_context(name), bound=bound)
+        unwrap = partial(sealing.unwrap_file, head, context=_context(name), bound=bound)
         root = self._root(bound.key_id)
-        file_key, _ = root.first_answer(TENANT, bound, unwrap, BackendUnavailable)
-        return file_key
+        found, _ = root.first_answer(TENANT, bound, unwrap, BackendUnavailable)
+        return found.file_key
 
     def _opened(self, head: Header) -> bytes:
         """The file key, from the first identity that opens a stanza.
@@ -242,7 +242,7 @@ def root_of(sealed: bytes) -> str | None:
     Raises ConfigurationError if its header is damaged.
     """
     try:
-        bound = binding.read(_parsed(sealed)[1])
+        bound = binding.read(_parsed(sealed)[1].stanzas)
     except (DecryptFailed, TooLarge):
         raise ConfigurationError("its header is damaged: put a backup in its place") from None
     return bound.key_id if bound else None

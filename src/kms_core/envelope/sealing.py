@@ -133,13 +133,6 @@ def unwrap_file(
     return found
 
 
-def file_key_of(
-    head: Header, wrapper: Wrapper, key: KeyRef, *, context: Context, bound: BoundStanzas | None = None
-) -> bytes:
-    """Return the file key alone. Arguments and errors as for ``unwrap_file``."""
-    return unwrap_file(head, wrapper, key, context=context, bound=bound).file_key
-
-
 def unwrap_unchecked(head: Header, wrapper: Wrapper, key: KeyRef, bound: BoundStanzas) -> bytes:
     """Unwrap the file key and verify the header MAC, but neither context nor origin: for break-glass."""
     _, (file_key, _) = _unwrap_bound(head.stanzas, wrapper, key, bound)
@@ -205,7 +198,7 @@ def _stanzas(
 def _unwrap_bound(
     stanzas: Sequence[Stanza], wrapper: Wrapper, key: KeyRef, known: BoundStanzas | None
 ) -> tuple[BoundStanzas, tuple[bytes, Stanza]]:
-    bound = known or binding.read_stanzas(stanzas)
+    bound = known or binding.read(stanzas)
     if bound is None or bound.key_id != key.key_id or (known is None and bound.key_version != key.version):
         raise DecryptFailed
     return bound, _unwrap(stanzas, wrapper, key, binding.wrap_aad(key, bound.context))

@@ -248,7 +248,7 @@ class RangeReader:
         self._payload = payload
         self._offset = 0
         last = chunk_count(self._total) - 1
-        self._kept: tuple[tuple[int, memoryview], ...] = ((last, self._opened(last)),)
+        self._kept: tuple[tuple[int, memoryview], ...] = ((last, self._chunk_plaintext(last)),)
 
     def tail(self, position: int) -> Self:
         """The range from ``position`` on."""
@@ -310,15 +310,15 @@ class RangeReader:
                 taken = self._open(at, sealed, view)
             else:
                 if opened is None:
-                    opened = self._opened(at)
+                    opened = self._chunk_plaintext(at)
                     self._kept = (*self._kept[1 - _KEPT :], (at, opened))
                 part = opened[skipped : skipped + len(view)]
                 taken = len(part)
                 view[:taken] = part
             view, start = view[taken:], start + taken
 
-    def _opened(self, at: int) -> memoryview:
-        """The plaintext of a chunk."""
+    def _chunk_plaintext(self, at: int) -> memoryview:
+        """Read and open the chunk of this number."""
         opened = memoryview(bytearray(min(CHUNK, self._total - at * CHUNK)))
         self._open(at, memoryview(bytearray(len(opened) + TAG)), opened)
         return opened

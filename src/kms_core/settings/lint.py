@@ -248,7 +248,7 @@ TABLE: Final = (
     ),
     Weakness(
         "age.accept_foreign",
-        _outside_dev(lambda settings: settings.accept_foreign),
+        _outside_dev(lambda settings: settings.backend(AgeSection).accept_foreign),
         "files that others encrypted to the public key are accepted as ours",
         "write accept_foreign = false",
     ),

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 from msgspec import Meta, field
 
 from kms_core.backends import SCHEMES
-from kms_core.backends.age_settings import AgeSection
 from kms_core.sections import BackendSection, Positive, Section, Timeout
 from kms_protocol.units import GiB, KiB, MiB
 from kms_protocol.wire import JobState, KeyId
@@ -409,8 +408,3 @@ class Settings(Section, frozen=True, kw_only=True):
     @property
     def state_dir(self) -> Path:
         return self.kms.state_dir
-
-    @property
-    def accept_foreign(self) -> bool:
-        """Return whether decrypt accepts files without our context stanza, made by stock ``age``."""
-        return self.backend(AgeSection).accept_foreign

@@ -70,7 +70,7 @@ async def test_what_has_no_address_of_a_client_is_passed_on_as_it_is() -> None:
         del receive, send
         passed.append(dict(scope))
 
-    trusting = ClientAddress(app, Proxies.of(("10.0.0.0/8",)))
+    trusting = ClientAddress(app, Proxies(("10.0.0.0/8",)))
     header = [(b"x-forwarded-for", b"203.0.113.9")]
     unix = {"type": "http", "client": None, "headers": header}
     proxied = {"type": "http", "client": ("10.0.0.1", 4711), "headers": header}

@@ -53,7 +53,7 @@ class Sealer:
     def unwrap(self, stanzas: bytes, target: PluginTarget) -> bytes:
         self._note(target)
         given = header.unbundled(parse_stanzas(stanzas, header.FILE_LIMITS), header.FILE_LIMITS)
-        bound = binding.read_stanzas(given)
+        bound = binding.read(given)
         assert bound is not None
         ref = self._ref(bound.key_id)
         return sealing.unwrap_for_plugin(given, self.identities, ref, context=target.context).file_key
@@ -465,7 +465,7 @@ INNER: Final = header.bundle([Stanza(("a",), b"")])
 )
 def test_a_bundle_of_another_version_or_shape_spoils_its_file(stanza: Stanza) -> None:
     with pytest.raises(DecryptFailed):
-        binding.read(head_of(file_of([stanza])))
+        binding.read(head_of(file_of([stanza])).stanzas)
 
 
 def test_who_hands_over_for_an_age_key_proves_it_without_a_nonce(sealer: Sealer) -> None:

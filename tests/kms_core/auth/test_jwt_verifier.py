@@ -315,8 +315,8 @@ def test_one_issuer_does_not_speak_for_another(issuer: Issuer) -> None:
 
     assert verified(jwts, other.token(iss="https://ci.example.com")).name == "ci:ada"
     assert reason(jwts, other.token()) == "signature"
-    assert jwts.trusts("ci")
-    assert not jwts.trusts("gone")
+    assert jwts.is_configured("ci")
+    assert not jwts.is_configured("gone")
 
 
 def test_a_weak_key_is_no_key(issuer: Issuer) -> None:

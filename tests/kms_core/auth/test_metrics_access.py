@@ -20,7 +20,7 @@ def test_good_tokens_read_the_metrics_beside_a_hundred_times_as_many_bad_ones(tm
     doors = authenticator_of(settings)
     assert doors
     scraping = MetricsAccess(
-        "token", doors, ByScopes(doors.scopes_of, {}), Proxies.of(settings.kms.server.trusted_proxies)
+        "token", doors, ByScopes(doors.scopes_of, {}), Proxies(settings.kms.server.trusted_proxies)
     )
     before = metrics.AUTH_FAILURES.labels("signature")._value.get()  # noqa: SLF001 -- the library shows none
     known = []

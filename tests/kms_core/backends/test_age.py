@@ -85,7 +85,7 @@ def test_an_identity_file_is_read_as_age_reads_it(tmp_path: Path, text: str) -> 
 def test_several_identities_open_and_the_recipient_says_which_seals(tmp_path: Path) -> None:
     backend = opened(write_pair(tmp_path, FIRST, HYBRID, SECOND, current=HYBRID))
 
-    assert backend.current_version() == version_of(HYBRID.recipient)
+    assert backend.versions()[-1].version == version_of(HYBRID.recipient)
     assert versions_of(backend) == [version_of(one.recipient) for one in (FIRST, SECOND, HYBRID)]
     assert [opens(backend, one) for one in (FIRST, SECOND, HYBRID)] == [True] * 3
 
@@ -93,7 +93,7 @@ def test_several_identities_open_and_the_recipient_says_which_seals(tmp_path: Pa
 def test_without_a_recipient_file_the_last_identity_seals(tmp_path: Path) -> None:
     files = replace(write_pair(tmp_path, FIRST, SECOND, FIRST), public=None)
 
-    assert opened(files).current_version() == version_of(FIRST.recipient)
+    assert opened(files).versions()[-1].version == version_of(FIRST.recipient)
     assert versions_of(opened(files)) == [version_of(SECOND.recipient), version_of(FIRST.recipient)]
 
 
@@ -116,7 +116,7 @@ def test_the_time_of_making_is_read(tmp_path: Path, second: str) -> None:
 def test_a_recipient_file_may_have_comments(tmp_path: Path) -> None:
     backend = opened(pair(tmp_path, FIRST.export(), f"# in use\n\n {FIRST.recipient} \r\n"))
 
-    assert backend.current_version() == version_of(FIRST.recipient)
+    assert backend.versions()[-1].version == version_of(FIRST.recipient)
 
 
 # -- refusals ----------------------------------------------------------------------------------------
@@ -272,10 +272,10 @@ def test_an_appended_identity_and_a_new_recipient_are_picked_up(tmp_path: Path) 
     backend = age_backend(tmp_path, FIRST)
     write_identities(tmp_path / "private_key.txt", FIRST, SECOND)
 
-    assert backend.current_version() == version_of(FIRST.recipient)
+    assert backend.versions()[-1].version == version_of(FIRST.recipient)
     assert opens(backend, SECOND)
     write_recipient(tmp_path / "public_key.txt", SECOND)
-    assert backend.current_version() == version_of(SECOND.recipient)
+    assert backend.versions()[-1].version == version_of(SECOND.recipient)
     assert versions_of(backend) == [version_of(FIRST.recipient), version_of(SECOND.recipient)]
     assert opens(backend, FIRST)
 
@@ -286,7 +286,7 @@ def test_files_replaced_by_rename_are_picked_up(tmp_path: Path) -> None:
     for name in ("private_key.txt", "public_key.txt"):
         (tmp_path / "new" / name).rename(tmp_path / name)
 
-    assert backend.current_version() == version_of(SECOND.recipient)
+    assert backend.versions()[-1].version == version_of(SECOND.recipient)
 
 
 def test_a_removed_identity_opens_nothing_more(tmp_path: Path) -> None:
@@ -303,8 +303,8 @@ def test_a_reload_is_logged_without_keys(tmp_path: Path) -> None:
     backend = age_backend(tmp_path, FIRST)
     write_pair(tmp_path, FIRST, SECOND)
     with capture_logs() as logs:
-        backend.current_version()
-        backend.current_version()
+        backend.versions()
+        backend.versions()
 
     assert [line["event"] for line in logs] == ["key.reloaded"]
     assert SECOND.export() not in str(logs)
@@ -314,7 +314,7 @@ def test_between_two_looks_the_files_are_taken_to_be_unchanged(tmp_path: Path) -
     backend = AgeBackend(write_pair(tmp_path, FIRST), recheck_s=3600)
     write_pair(tmp_path, FIRST, SECOND)
 
-    assert backend.current_version() == version_of(FIRST.recipient)
+    assert backend.versions()[-1].version == version_of(FIRST.recipient)
 
 
 def test_a_running_process_looks_at_least_once_a_second() -> None:
@@ -343,7 +343,7 @@ def test_bad_new_files_leave_the_old_keys_in_use_in_the_open(
 
     assert not health.healthy
     assert health.detail
-    assert backend.current_version() == version_of(FIRST.recipient)
+    assert backend.versions()[-1].version == version_of(FIRST.recipient)
     assert opens(backend, FIRST)
     assert {(line["event"], line["log_level"]) for line in logs} == {("key.reload_failed", "warning")}
     assert "HUNTER2" not in health.detail + str(logs)
@@ -369,7 +369,7 @@ def test_files_that_become_open_in_prod_are_trouble(tmp_path: Path) -> None:
     (tmp_path / "private_key.txt").chmod(0o644)
 
     assert "chmod 600" in backend.health_check().detail
-    assert backend.current_version() == version_of(FIRST.recipient)
+    assert backend.versions()[-1].version == version_of(FIRST.recipient)
 
 
 # -- several hosts with files of their own ---------------------------------------------------------------

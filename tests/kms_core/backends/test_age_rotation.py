@@ -18,7 +18,7 @@ from support.programs import program
 
 
 def ref(backend: AgeBackend) -> KeyRef:
-    return KeyRef("acme", "default", backend.current_version(), "age")
+    return KeyRef("acme", "default", backend.versions()[-1].version, "age")
 
 
 @pytest.mark.parametrize("kind", [x25519.X25519Identity, mlkem768x25519.HybridIdentity])
@@ -30,7 +30,7 @@ def test_a_new_identity_of_the_same_type_is_in_use_and_the_old_one_opens(
     stanza = backend.wrap(bytes(16), old, b"")
     made = backend.rotate()
 
-    assert backend.current_version() == made.version != old.version
+    assert backend.versions()[-1].version == made.version != old.version
     assert made.created_at is not None
     assert backend.unwrap(stanza, old, b"") == bytes(16)
     assert backend.wrap(bytes(16), ref(backend), b"").type == stanza.type
@@ -41,7 +41,7 @@ def test_other_processes_and_stock_tools_read_what_rotation_wrote(tmp_path: Path
     made = backend.rotate()
     again = AgeBackend(KeyFiles(tmp_path / "private_key.txt", tmp_path / "public_key.txt"))
 
-    assert again.current_version() == made.version
+    assert again.versions()[-1].version == made.version
     assert [version.version for version in again.versions()] == [v.version for v in backend.versions()]
     told = subprocess.run(
         [program("age-keygen"), "-y", tmp_path / "private_key.txt"],
@@ -69,9 +69,9 @@ def test_a_rotation_is_in_use_at_once_however_seldom_files_are_looked_at(tmp_pat
     private = tmp_path / "private_key.txt"
     write_identities(private, x25519.X25519Identity.generate())
     backend = AgeBackend(KeyFiles(private), recheck_s=3600)
-    before = backend.current_version()
+    before = backend.versions()[-1].version
 
-    assert backend.rotate().version == backend.current_version() != before
+    assert backend.rotate().version == backend.versions()[-1].version != before
 
 
 def test_rotations_at_once_lose_none(tmp_path: Path) -> None:
@@ -94,17 +94,17 @@ def test_a_crash_between_the_two_files_leaves_the_old_recipient_in_use(tmp_path:
     backend.rotate()
     public.write_text(recipient)  # as if the second rename had not happened
 
-    assert backend.current_version() == before.version
+    assert backend.versions()[-1].version == before.version
 
 
 def test_a_key_that_cannot_be_written_stays_in_use_and_says_why(tmp_path: Path) -> None:
     backend = age_backend(tmp_path, x25519.X25519Identity.generate())
-    before = backend.current_version()
+    before = backend.versions()[-1].version
     (tmp_path / "private_key.txt").rename(tmp_path / "elsewhere.txt")
 
     with pytest.raises(BackendUnavailable, match="Cannot rotate the age key"):
         backend.rotate()
-    assert backend.current_version() == before
+    assert backend.versions()[-1].version == before
 
 
 @pytest.mark.parametrize("kind", [x25519.X25519Identity, mlkem768x25519.HybridIdentity])
@@ -122,7 +122,7 @@ def test_no_rotation_makes_a_file_larger_than_what_is_read(
             backend.rotate()
 
     assert (private.read_bytes(), public.read_bytes()) == before
-    assert AgeBackend(KeyFiles(private, public)).current_version() == backend.current_version()
+    assert AgeBackend(KeyFiles(private, public)).versions()[-1].version == backend.versions()[-1].version
 
 
 def test_a_key_with_two_thousand_versions_is_rotated(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_key_with_two_thousand_versions_is_rotated(tmp_path: Path) -> None:
     private = tmp_path / "private_key.txt"
     private.write_text(f"#{'-' * 182}\n" * 2000 + private.read_text())
 
-    assert backend.rotate().version == backend.current_version()
+    assert backend.rotate().version == backend.versions()[-1].version
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["one folder", "two folders"])

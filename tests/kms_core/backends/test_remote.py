@@ -27,10 +27,10 @@ class Wrong(MemoryCipher):
 
 def test_a_peer_is_asked_for_versions_once_in_a_while() -> None:
     backend, cipher = memory_backend()
-    assert backend.current_version() == "1"
+    assert backend.versions()[-1].version == "1"
     cipher.cut()
     for _ in range(10):
-        assert backend.current_version() == "1"
+        assert backend.versions()[-1].version == "1"
 
     assert cipher.calls["versions"] == 1
 
@@ -45,7 +45,7 @@ def test_versions_are_asked_for_again_after_a_wrap_that_failed(trouble: BackendU
     cipher.trouble = None
     cipher.rotate()
 
-    assert backend.current_version() == "2"
+    assert backend.versions()[-1].version == "2"
     assert cipher.calls["versions"] == 2
 
 
@@ -120,4 +120,4 @@ def test_a_key_has_five_hundred_versions_at_most() -> None:
     with pytest.raises(TooManyVersions):
         backend.rotate()
     assert len(cipher.keys) == 500
-    assert backend.current_version() == "500"
+    assert backend.versions()[-1].version == "500"

@@ -114,7 +114,7 @@ def hosts(host_of: Callable[[str], Host], first: x25519.X25519Identity) -> Itera
 
 
 def ref(backend: AgeBackend, version: str = "") -> KeyRef:
-    return KeyRef("acme", NAME, version or backend.current_version(), "age")
+    return KeyRef("acme", NAME, version or backend.versions()[-1].version, "age")
 
 
 def sealed_by(backend: AgeBackend) -> tuple[Stanza, KeyRef]:
@@ -135,7 +135,7 @@ def test_a_version_made_on_one_host_seals_and_opens_on_all(
     made = ours.rotate()
     two.follow()
 
-    assert ours.current_version() == theirs.current_version() == made.version
+    assert ours.versions()[-1].version == theirs.versions()[-1].version == made.version
     assert versions(theirs) == {version_of(first.recipient), made.version}
     for sealer, opener in ((ours, theirs), (theirs, ours)):
         stanza, key = sealed_by(sealer)
@@ -149,12 +149,12 @@ def test_a_version_is_open_on_all_hosts_before_it_seals(
     """All hosts have read it while the host that made it waits, and seal with the old one."""
     one, two = hosts
     ours, theirs = one.backend(), two.backend()
-    before, seen = theirs.current_version(), list[set[str]]()
+    before, seen = theirs.versions()[-1].version, list[set[str]]()
     genuine = KeyDocument.use
 
     def use(source: KeyDocument, recipient: str) -> None:
         two.follow()
-        assert theirs.current_version() == ours.current_version() == before
+        assert theirs.versions()[-1].version == ours.versions()[-1].version == before
         seen.append(versions(theirs))
         genuine(source, recipient)
 
@@ -191,7 +191,7 @@ def test_two_hosts_that_rotate_at_once_lose_no_version(
     assert len(found) == 3
     assert found > {version_of(first.recipient), made.version}
     assert versions(ours) == found
-    assert theirs.current_version() == ours.current_version()
+    assert theirs.versions()[-1].version == ours.versions()[-1].version
 
 
 def test_no_rotation_makes_more_identities_than_processes_share(
@@ -212,13 +212,13 @@ def test_a_root_that_is_away_at_a_rotation_changes_nothing(
     hosts: tuple[Host, Host], storage: FaultyStorage, root: FaultySealer
 ) -> None:
     backend = hosts[0].backend()
-    before, version = storage.path.read_bytes(), backend.current_version()
+    before, version = storage.path.read_bytes(), backend.versions()[-1].version
     root.trouble = BackendUnavailable("the root is away")
 
     with pytest.raises(BackendUnavailable, match="the root is away"):
         backend.rotate()
     assert storage.path.read_bytes() == before
-    assert backend.current_version() == version
+    assert backend.versions()[-1].version == version
     assert backend.health_check().healthy
 
 
@@ -254,7 +254,7 @@ def test_a_start_without_the_store_uses_the_copy(
 
     new = host_of("new")
     backend = new.backend()
-    for call in (backend.current_version, partial(backend.unwrap, stanza, key, AAD)):
+    for call in (backend.versions, partial(backend.unwrap, stanza, key, AAD)):
         with pytest.raises(BackendUnavailable, match=str(storage)):
             call()
     assert not backend.health_check().healthy
@@ -278,13 +278,13 @@ def test_an_old_document_is_refused_and_adopted_with_every_version(
             host.copy.reread()
     with pytest.raises(DocumentOutdated, match=f"kms keys adopt {NAME}"):
         one.document.read()
-    assert backend.current_version() == made.version
+    assert backend.versions()[-1].version == made.version
     with pytest.raises(BackendUnavailable, match="generation"):
         backend.rotate()
 
     assert one.source.adopt([]) == 2
     two.follow()
-    assert two.backend().current_version() == made.version
+    assert two.backend().versions()[-1].version == made.version
 
 
 def test_the_document_of_another_key_is_refused(
@@ -293,7 +293,7 @@ def test_the_document_of_another_key_is_refused(
     """Also its content, in a document that is signed for this key."""
     one, _ = hosts
     backend = one.backend()
-    version = backend.current_version()
+    version = backend.versions()[-1].version
     other = Host(tmp_path / "other", FaultyStorage(tmp_path / "elsewhere"), redis_url, root, "invoices")
     other.source.make(f"{x25519.X25519Identity.generate().export()}\n".encode(), "root")
     storage.path.write_bytes((tmp_path / "elsewhere").read_bytes())
@@ -302,13 +302,13 @@ def test_the_document_of_another_key_is_refused(
         one.document.read()
     with pytest.raises(Unavailable):
         one.copy.reread()
-    assert backend.current_version() == version
+    assert backend.versions()[-1].version == version
 
     body = other.document.read().body
     storage.path.unlink()
     one.document.adopt(lambda _: body)
     one.follow()
-    assert backend.current_version() == version
+    assert backend.versions()[-1].version == version
     assert "was not sealed as orders" in backend.health_check().detail
 
 
@@ -390,11 +390,11 @@ def test_a_version_that_is_not_open_here_yet_is_worth_a_retry(hosts: tuple[Host,
     ours.rotate()
     stanza, key = sealed_by(ours)
     two.copy.reread()
-    before = theirs.current_version()
+    before = theirs.versions()[-1].version
 
     with pytest.raises(Unreachable, match="not open on this host yet"):
         theirs.unwrap(stanza, key, AAD)
-    assert theirs.current_version() == before
+    assert theirs.versions()[-1].version == before
     two.opener.round()
     theirs._sought = 0.0  # noqa: SLF001 -- a second later
     assert theirs.unwrap(stanza, key, AAD) == bytes(16)
@@ -440,13 +440,13 @@ def test_a_command_reads_the_document_itself_if_no_service_polls(
     hosts: tuple[Host, Host], tmp_path: Path, storage: FaultyStorage, redis_url: str, root: FaultySealer
 ) -> None:
     """It changes no anchor and no copy, which belong to the user of the service."""
-    version = hosts[0].backend().current_version()
+    version = hosts[0].backend().versions()[-1].version
     folder = tmp_path / "command"
     anchors = Anchors("key-orders", folder, connect(redis_url), KEY)
     document = SignedDocument("key-orders", storage, KEY, anchors)
     source = KeyDocument(NAME, document, LocalCopy(document, folder, math.inf), root)
 
-    assert AgeBackend(source).current_version() == version
+    assert AgeBackend(source).versions()[-1].version == version
     assert not folder.exists()
     with pytest.raises(NotOpenedYet):
         InheritedFiles(SharedSecrets.create(), root).open(NAME, hosts[0].source.sealed())

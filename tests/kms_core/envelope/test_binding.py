@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from kms_core.age import header
-from kms_core.age.header import Header, Stanza
+from kms_core.age.header import Stanza
 from kms_core.envelope import binding
 from kms_core.envelope.binding import CONTEXT, ORIGIN, PAD, WRAP, BoundStanzas, KeyRef
 from kms_protocol.context import Context
@@ -24,24 +24,24 @@ FILLER: Final = Stanza((PAD, "000"), b"")
 
 
 def bound_by(context: Stanza) -> BoundStanzas:
-    bound = binding.read(head(NATIVE, context))
+    bound = binding.read(parsed(NATIVE, context))
     assert bound
     return bound
 
 
-def head(*stanzas: Stanza) -> Header:
-    return head_of(header.render(stanzas, FILE_KEY) + NONCE)
+def parsed(*stanzas: Stanza) -> tuple[Stanza, ...]:
+    return head_of(header.render(stanzas, FILE_KEY) + NONCE).stanzas
 
 
 # -- what our stanzas say ----------------------------------------------------------------------------
 
 
 def test_a_file_without_our_stanzas_is_foreign() -> None:
-    assert binding.read(head(NATIVE, Stanza(("kms-service",), b""), Stanza(("x-grease", "1"), b""))) is None
+    assert binding.read(parsed(NATIVE, Stanza(("kms-service",), b""), Stanza(("x-grease", "1"), b""))) is None
 
 
 def test_names_are_read() -> None:
-    bound = binding.read(head(NATIVE, BOUND, MADE, FILLER))
+    bound = binding.read(parsed(NATIVE, BOUND, MADE, FILLER))
 
     assert bound is not None
     assert (bound.key_id, bound.key_version, bound.origin) == ("payroll", "0a1b2c3d", MADE.body)
@@ -53,7 +53,7 @@ def test_names_are_read() -> None:
     ids=["alone", "with origin", "with native", "with wrap"],
 )
 def test_origin_and_pad_may_be_absent(stanzas: tuple[Stanza, ...]) -> None:
-    assert binding.read(head(*stanzas)) is not None
+    assert binding.read(parsed(*stanzas)) is not None
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_origin_and_pad_may_be_absent(stanzas: tuple[Stanza, ...]) -> None:
 )  # fmt: skip
 def test_unknown_doubled_and_orphaned_stanzas_are_refused(stanzas: tuple[Stanza, ...]) -> None:
     with pytest.raises(DecryptFailed):
-        binding.read(head(NATIVE, *stanzas))
+        binding.read(parsed(NATIVE, *stanzas))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_unknown_doubled_and_orphaned_stanzas_are_refused(stanzas: tuple[Stanza,
 )  # fmt: skip
 def test_a_context_stanza_of_another_shape_is_refused(context: Stanza) -> None:
     with pytest.raises(DecryptFailed):
-        binding.read(head(NATIVE, context, MADE))
+        binding.read(parsed(NATIVE, context, MADE))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_context_stanza_of_another_shape_is_refused(context: Stanza) -> None:
 )
 def test_an_origin_or_pad_stanza_of_another_shape_is_refused(stanza: Stanza) -> None:
     with pytest.raises(DecryptFailed):
-        binding.read(head(NATIVE, BOUND, stanza))
+        binding.read(parsed(NATIVE, BOUND, stanza))
 
 
 # -- tags --------------------------------------------------------------------------------------------

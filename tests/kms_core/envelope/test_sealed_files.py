@@ -96,14 +96,14 @@ def test_a_file_for_another_key_is_refused(root: AgeBackend) -> None:
 
 def test_a_file_of_another_tenant_is_refused(root: AgeBackend) -> None:
     """Made with every right of a caller: the root's own key id, and the very context."""
-    ref = KeyRef("acme", "root", root.current_version(), root.name)
+    ref = KeyRef("acme", "root", root.versions()[-1].version, root.name)
     theirs = sealing.seal(CONTENT, [(root, ref)], Context.reserved({"kms:sealed": "payroll"}))
 
     assert "was not sealed as payroll" in refusal(sealer(root), "payroll", theirs)
 
 
 def test_a_file_in_another_context_is_refused(root: AgeBackend) -> None:
-    ref = KeyRef(TENANT, "root", root.current_version(), root.name)
+    ref = KeyRef(TENANT, "root", root.versions()[-1].version, root.name)
     other = sealing.seal(CONTENT, [(root, ref)], Context.parse("sealed=payroll"))
 
     assert "was not sealed as payroll" in refusal(sealer(root), "payroll", other)
@@ -146,7 +146,7 @@ def test_a_stanza_of_another_file_is_refused(root: AgeBackend) -> None:
 def test_a_file_that_the_recipient_of_the_root_is_enough_for_is_refused(tmp_path: Path) -> None:
     identity = x25519.X25519Identity.generate()
     root = age_backend(tmp_path, identity)
-    key = KeyRef(TENANT, "root", root.current_version(), "age")
+    key = KeyRef(TENANT, "root", root.versions()[-1].version, "age")
     for more in ([], [binding.wrap_stanza(key, b"!")], [Stanza((binding.ORIGIN, "1"), bytes(32))]):
         made = forged(identity, key, Context.reserved({NAME: "payroll"}), *more)
 

@@ -61,7 +61,7 @@ ANOTHER: Final = sealing.seal(b"raises", [(WRAPPER, KEY)], ROW_7)
 
 def unseal(file: bytes, context: Context = ROW_7, key: KeyRef = KEY) -> bytes:
     head = header.parse(file, FILE_LIMITS)
-    return sealing.open_(file, head, sealing.file_key_of(head, WRAPPER, key, context=context))
+    return sealing.open_(file, head, sealing.unwrap_file(head, WRAPPER, key, context=context).file_key)
 
 
 def refused(file: bytes) -> bool:
@@ -96,7 +96,7 @@ def test_from_one_mebibyte_on_the_header_is_rounded(
 
     assert (head.size == 4096) == padded
     assert (binding.PAD in types_of(file)) == padded
-    assert sealing.file_key_of(head, OneIdentity(identity), KEY, context=ROW_7)
+    assert sealing.unwrap_file(head, OneIdentity(identity), KEY, context=ROW_7).file_key
 
 
 @pytest.mark.parametrize("names", [("k", "1"), ("k" * 80, "v" * 80)], ids=["short", "long"])
@@ -252,9 +252,11 @@ def test_origin_is_for_wrappers_that_prove_it() -> None:
     native = head_of(sealing.seal(b"salary", [(unproven, KEY)], ROW_7))
 
     assert types_of(file) == [binding.WRAP, binding.CONTEXT]
-    assert sealing.open_(file, head, sealing.file_key_of(head, remote, KEY, context=ROW_7)) == b"salary"
+    assert (
+        sealing.open_(file, head, sealing.unwrap_file(head, remote, KEY, context=ROW_7).file_key) == b"salary"
+    )
     with pytest.raises(DecryptFailed):
-        sealing.file_key_of(native, unproven, KEY, context=ROW_7)
+        sealing.unwrap_file(native, unproven, KEY, context=ROW_7)
 
 
 # -- foreign files -----------------------------------------------------------------------------------

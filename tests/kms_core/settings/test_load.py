@@ -49,7 +49,7 @@ def test_no_file_is_needed() -> None:
     assert (settings.kms.bind, settings.kms.port) == ("127.0.0.1", 8082)
     assert settings.kms.default_key_id is None
     assert not settings.kms.require_context
-    assert settings.accept_foreign
+    assert settings.backend(AgeSection).accept_foreign
     assert settings.state_dir == Path("/home/ada/.local/state/kms-service")
     assert settings.kms.jobs.spool_dir == settings.state_dir / "spool"
     assert settings.kms.jobs.spool_identity_path == settings.state_dir / "spool.key"
@@ -94,7 +94,7 @@ def test_the_seed_file_works_in_prod(tmp_path: Path) -> None:
     )
     assert settings.backend(CosmianSection).server_url == "https://kms.test"
     assert settings.backend(CosmianSection).api_key == "hunter2"
-    assert not settings.accept_foreign
+    assert not settings.backend(AgeSection).accept_foreign
 
 
 def test_the_seed_variables_work_without_a_file() -> None:

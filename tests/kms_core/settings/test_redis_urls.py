@@ -103,6 +103,13 @@ def test_tls_is_always_checked(scheme: str) -> None:
     assert "/ca.pem" in told.values()
 
 
+def test_a_malformed_url_of_the_broker_is_named_as_such() -> None:
+    section = RedisSection(url="redis://h", broker_url="redis://[h")
+
+    with pytest.raises(ConfigurationError, match=r"kms.redis.broker_url .* is not a URL"):
+        redis_client.celery_options(section, {})
+
+
 def test_a_password_in_a_file_is_that_of_both_urls(tmp_path: Path) -> None:
     (tmp_path / "password").write_text("p@ss/word\n")
     section = section_of(

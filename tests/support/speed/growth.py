@@ -101,7 +101,7 @@ def _refused(garbage: Callable[[int], bytes], count: int) -> Function:
 
     def refused() -> None:
         with suppress(KmsError):
-            binding.read(header.parse(text, _ENDLESS))
+            binding.read(header.parse(text, _ENDLESS).stanzas)
             raise AssertionError("garbage was taken for a header")
 
     return refused

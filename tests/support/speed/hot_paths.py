@@ -72,7 +72,7 @@ class Install:
 
     def open(self) -> bytes:
         head = header.parse(self.sealed, header.SYNC_LIMITS)
-        file_key = sealing.file_key_of(head, self.backend, self.ref, context=self._context)
+        file_key = sealing.unwrap_file(head, self.backend, self.ref, context=self._context).file_key
         return sealing.open_(self.sealed, head, file_key)
 
     def encrypt(self) -> bytes:

@@ -171,23 +171,21 @@ class AwsCipher:
         self._keys = _AliasKeys()
 
     def encrypt(self, secret: bytes, version: str, aad: bytes) -> bytes:
-        with self._calls.peer.one_timeout():
-            arn = self._arn(version)
-            if arn is None:
-                raise BackendUnavailable(f"{version} is no key of {self._key}: check its aliases in AWS KMS")
-            asked = {"KeyId": arn, "Plaintext": secret, **_bound(aad)}
-            answer = self._calls.ask("Encrypt", asked, _Encrypted)
+        arn = self._arn(version)
+        if arn is None:
+            raise BackendUnavailable(f"{version} is no key of {self._key}: check its aliases in AWS KMS")
+        asked = {"KeyId": arn, "Plaintext": secret, **_bound(aad)}
+        answer = self._calls.ask("Encrypt", asked, _Encrypted)
         if answer.key_id != arn:
             raise BackendUnavailable("AWS KMS encrypted with another key than the one it was asked for")
         return answer.ciphertext_blob
 
     def decrypt(self, wrapped: bytes, version: str, aad: bytes) -> bytes:
-        with self._calls.peer.one_timeout():
-            arn = self._arn(version)
-            if arn is None or not 0 < len(wrapped) <= CIPHERTEXT_BYTES:
-                raise DecryptFailed
-            asked = {"KeyId": arn, "CiphertextBlob": wrapped, **_bound(aad)}
-            answer = self._calls.ask("Decrypt", asked, _Decrypted)
+        arn = self._arn(version)
+        if arn is None or not 0 < len(wrapped) <= CIPHERTEXT_BYTES:
+            raise DecryptFailed
+        asked = {"KeyId": arn, "CiphertextBlob": wrapped, **_bound(aad)}
+        answer = self._calls.ask("Decrypt", asked, _Decrypted)
         if answer.key_id != arn:
             raise DecryptFailed
         return answer.plaintext
@@ -195,12 +193,11 @@ class AwsCipher:
     def versions(self) -> Sequence[KeyVersion]:
         """The keys of the alias: a call for the current one, and one for each 100 aliases of the account."""
         now = self._clock()
-        with self._calls.peer.one_timeout():
-            current = self._current()
-            home = current.arn.removesuffix(current.key_id)
-            if not home.endswith(":key/") or not _KEY_ID.fullmatch(current.key_id):
-                raise BackendUnavailable(f"AWS KMS describes {self._key} without an ARN: check its name")
-            earlier = [key_id for key_id in self._history(home) if key_id != current.key_id]
+        current = self._current()
+        home = current.arn.removesuffix(current.key_id)
+        if not home.endswith(":key/") or not _KEY_ID.fullmatch(current.key_id):
+            raise BackendUnavailable(f"AWS KMS describes {self._key} without an ARN: check its name")
+        earlier = [key_id for key_id in self._history(home) if key_id != current.key_id]
         ids = (*earlier, current.key_id)
         self._keys = _AliasKeys(home, frozenset(ids), now, now)
         return [KeyVersion(key_id) for key_id in ids]

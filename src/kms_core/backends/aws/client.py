@@ -101,8 +101,7 @@ class AwsKmsClient:
     def send(self, operation: str, parameters: Parameters, *, done: str = "") -> PeerAnswer:
         """Make a call; the error code ``done`` means success too. Raises as ``ask``."""
         body = msgspec.json.encode(parameters)  # bytes as base64, which AWS JSON 1.1 wants too
-        with self.peer.one_timeout():
-            answer = self.peer.call("POST", "/", body, headers=self._signed(operation, body))
+        answer = self.peer.call("POST", "/", body, headers=self._signed(operation, body))
         if not answer.ok:
             problem = answer.read(_Problem)
             if problem.code != done:

@@ -278,7 +278,7 @@ class Kmip:
         )
 
     def locate(self, tag: str) -> list[str]:
-        """The identifiers of up to 1,000 symmetric keys with a tag, of any owner."""
+        """The identifiers of at most 1,000 symmetric keys with a tag, of all users of the server."""
         wanted = structure("Attributes", name("ObjectType", "SymmetricKey"), self._tagged(tag))
         found = self._ask(structure("Locate", wanted))
         nested = found.find("UniqueIdentifier") if self._old else found

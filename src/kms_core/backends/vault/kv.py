@@ -138,10 +138,9 @@ class KvCipher:
         if not _VERSION.fullmatch(version):
             return None
         number, now = int(version), time.monotonic()
-        with self._vault.peer.one_timeout():
-            document = self._read(now - self._cache_s)
-            if number not in document.keys:
-                document = self._read(now)
+        document = self._read(now - self._cache_s)
+        if number not in document.keys:
+            document = self._read(now)
         found = document.keys.get(number)
         return found.key if found else None
 
@@ -150,7 +149,7 @@ class KvCipher:
 
         One thread asks; threads that wait for it share its result.
         """
-        with self._vault.peer.one_timeout(), self._vault.peer.holding(self._lock):
+        with self._vault.peer.holding(self._lock):
             document = self._document
             if document is None or document.read_at < since:
                 document = self._ask()

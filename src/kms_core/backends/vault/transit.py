@@ -153,8 +153,7 @@ class TransitCipher:
     # -- calls of several threads in one request --------------------------------------------------------
 
     def _ask(self, batcher: "Batcher[_Item, _ItemOutcome]", item: _Item) -> _ItemOutcome:
-        with self._vault.peer.one_timeout():
-            return self._vault.peer.in_time(partial(batcher.call, item))
+        return self._vault.peer.in_time(partial(batcher.call, item))
 
     def _send(self, operation: str, items: Sequence[_Item]) -> Sequence[_ItemOutcome | KmsError]:
         """Send items in one request. One that the server refuses as a whole is sent again item by item.

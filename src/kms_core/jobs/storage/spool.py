@@ -218,11 +218,11 @@ class Spool:
     def _opened(self, label: Label, source: RangeSource, *, is_small: bool) -> Blob:
         try:
             head = header.read_by(source.read_at, FILE_LIMITS)
-            bound = binding.read(head)
+            bound = binding.read(head.stanzas)
             if bound is None:
                 raise RecordRefused
             ref = msgspec.structs.replace(self._key_ref(label), version=bound.key_version)
-            file_key = sealing.file_key_of(head, self._key, ref, context=label.context, bound=bound)
+            file_key = sealing.unwrap_file(head, self._key, ref, context=label.context, bound=bound).file_key
             key = stream.payload_key(file_key, head.nonce)
             content = BlobReader(key, source.tail(head.payload_offset))
         except (NotACiphertext, TooLarge, DecryptFailed) as exc:
@@ -276,7 +276,7 @@ class Spool:
 
     def _key_ref(self, label: Label) -> KeyRef:
         """The spool key's version in use."""
-        return KeyRef(label.tenant, _SPOOL_KEY_ID, self._key.current_version(), self._key.name)
+        return KeyRef(label.tenant, _SPOOL_KEY_ID, self._key.versions()[-1].version, self._key.name)
 
     def use(self) -> SpoolUse:
         """The bytes that the spool has and may have. Does not wait for a bucket: it has the last count."""

@@ -115,7 +115,7 @@ class Intake:
     def _open(self, sealed: bytes) -> bytes:
         """The JSON in a foreign age file; the identities are tried from the current one on."""
         head = header.parse(sealed, SYNC_LIMITS)
-        if binding.read(head) is not None:  # a ciphertext of this service is no message
+        if binding.read(head.stanzas) is not None:  # a ciphertext of this service is no message
             raise DecryptFailed
         if stream.plaintext_size(len(sealed) - head.payload_offset) > JSON_BYTES:
             raise TooLarge(f"The message is above {JSON_BYTES} bytes of JSON")

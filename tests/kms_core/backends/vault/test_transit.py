@@ -434,4 +434,7 @@ token_file = "{tmp_path / "token"}"
     head = head_of(file)
 
     assert head.stanzas[0].args == ("kms-service/wrap", "transit", "default", "1")
-    assert sealing.open_(file, head, sealing.file_key_of(head, key.backend, ref, context=ROW_7)) == b"salary"
+    assert (
+        sealing.open_(file, head, sealing.unwrap_file(head, key.backend, ref, context=ROW_7).file_key)
+        == b"salary"
+    )

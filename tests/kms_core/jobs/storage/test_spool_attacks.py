@@ -293,7 +293,7 @@ def test_maker_of_a_file_cannot_exchange_it_afterwards(install: Install, *, has_
     ciphertext, key = sealed(install, MINE, b"mine!"), install.core.kms.keyring.default
     head = header.parse(ciphertext, header.FILE_LIMITS)
     context = Context.parse(CONTEXT)
-    file_key = sealing.file_key_of(head, key.backend, key.ref("default"), context=context)
+    file_key = sealing.unwrap_file(head, key.backend, key.ref("default"), context=context).file_key
     other = stream.seal(stream.payload_key(file_key, head.nonce), b"other")
     job_id = uploaded(install.core, options(MINE, "decrypt"), ciphertext)
     if has_run:

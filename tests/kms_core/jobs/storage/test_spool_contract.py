@@ -209,14 +209,14 @@ def check_ranges(source: RangeSource, data: bytes) -> None:
 def test_key_that_was_rotated_still_opens(
     spool: Spool, place: BlobStoreCase, key: AgeBackend, tmp_path: Path
 ) -> None:
-    before, old = write(spool, label()), key.current_version()
+    before, old = write(spool, label()), key.versions()[-1].version
     with (tmp_path / "spool.key").open("a") as file:
         file.write(f"\n{x25519.Identity.generate()}\n")
     rotated = made(place, AgeBackend(KeyFiles(tmp_path / "spool.key"), native=False))
     after = write(rotated, label(OTHER))
 
     assert read(rotated, before) == read(rotated, after) == SECRET_TEXT
-    assert AgeBackend(KeyFiles(tmp_path / "spool.key")).current_version() != old
+    assert AgeBackend(KeyFiles(tmp_path / "spool.key")).versions()[-1].version != old
 
 
 @pytest.mark.parametrize("pieces", [1, 20])

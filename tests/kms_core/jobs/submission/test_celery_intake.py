@@ -133,7 +133,7 @@ def test_a_message_under_a_passphrase_is_refused(intake: Intake) -> None:
 
 def test_a_ciphertext_of_the_service_is_no_message(intake: Intake, path: Path) -> None:
     backend = AgeBackend(KeyFiles(path))
-    key = KeyRef("default", "intake", backend.current_version(), backend.name)
+    key = KeyRef("default", "intake", backend.versions()[-1].version, backend.name)
     sealed = sealing.seal(json.dumps(body()).encode(), [(backend, key)], Context())
 
     refusal(intake, base64.b64encode(sealed).decode(), DecryptFailed)
