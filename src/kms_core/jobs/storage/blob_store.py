@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, Self
 
 from cryptography.utils import Buffer
 
@@ -173,6 +173,18 @@ class BlobWriter:
 # the beginning of its upload.
 
 
+class FileIdentity(NamedTuple):
+    """The identity of a file and its last change, on its file system."""
+
+    inode: int
+    size_bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> Self:
+        return cls(found.st_ino, found.st_size, found.st_mtime_ns)
+
+
 @dataclass(frozen=True, slots=True)
 class CommitMarks:
     """Marks of a job on the target of one source.
@@ -201,7 +213,7 @@ class CommitMarks:
 
     def put(self, fd: int, attempt_id: str, url: str) -> None:
         """Mark an open file as it is now. Raises SpoolFull if the note that it needs has no room."""
-        mark = self.sign(attempt_id, url, *_facts(os.fstat(fd))).encode()
+        mark = self.sign(attempt_id, url, *FileIdentity.of(os.fstat(fd))).encode()
         try:
             os.setxattr(fd, ATTRIBUTE, mark)
         except OSError as exc:
@@ -211,7 +223,7 @@ class CommitMarks:
 
     def is_on(self, fd: int, url: str) -> bool:
         """Return whether an open file, as it is now, is what this job has put at a URL."""
-        facts = _facts(os.fstat(fd))
+        facts = FileIdentity.of(os.fstat(fd))
         found = []
         with suppress(OSError):  # no attribute, or none at all
             found.append(os.getxattr(fd, ATTRIBUTE))
@@ -222,7 +234,3 @@ class CommitMarks:
 
     def _note(self, url: str) -> str:
         return f"{NOTE}.{self.key.digest(_LABEL, url.encode()).hex()[:32]}"
-
-
-def _facts(found: os.stat_result) -> tuple[int, int, int]:
-    return found.st_ino, found.st_size, found.st_mtime_ns

@@ -15,7 +15,6 @@ from urllib.parse import quote
 from kms_core.jobs.file_patterns import Tree, base_of
 from kms_core.jobs.model import RecordKey
 from kms_core.jobs.spec import FileJob, TreeJob
-from kms_core.jobs.storage import local
 from kms_core.jobs.storage.blob_store import BlobStore, CommitMarks
 from kms_core.jobs.storage.local import (
     ListedFile,
@@ -170,7 +169,7 @@ class Locations:
         ``targets`` are their targets. A file that cannot be removed is left to a later call.
         """
         files = {job_id: url for job_id, url in targets.items() if not url.startswith(SCHEME)}
-        local.sweep(self.roots, files, keep)
+        self.roots.sweep(files, keep)
         self.notes.sweep(self.buckets, targets, keep)
 
     def check_base(self, url: str) -> None:
