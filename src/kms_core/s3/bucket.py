@@ -69,11 +69,14 @@ class Listed(NamedTuple):
 
 
 class Unfinished(NamedTuple):
-    """A multipart upload that was not completed or aborted; ``begun`` is a time (ISO 8601)."""
+    """A multipart upload that was not completed or aborted.
+
+    ``begun`` is in seconds since the epoch, 0 where the store does not say.
+    """
 
     key: str
     upload: str
-    begun: str
+    begun: float
     age_s: float
 
 
@@ -145,7 +148,7 @@ class Bucket:
         if not size.isdecimal() or not answer.headers.get("etag"):
             raise self._refusal(answer)
         modified = answer.time("last-modified")
-        age_s = max(0.0, answer.time("date") - modified) if modified else 0.0
+        age_s = _age_s(modified, answer.time("date"))
         return ObjectHead(int(size), answer.headers["etag"], answer.headers.get(MARK, ""), modified, age_s)
 
     def is_missing(self, key: str) -> bool:
@@ -208,7 +211,7 @@ class Bucket:
         query = {"list-type": "2", "prefix": prefix, "max-keys": "1000"}
         following = {"continuation-token": "NextContinuationToken"}
         for entry, key, now in self._entries("Contents", query, following):
-            yield Listed(key, int(tag(entry, "Size")), _age_s(tag(entry, "LastModified"), now))
+            yield Listed(key, int(tag(entry, "Size")), _age_s(_time(tag(entry, "LastModified")), now))
 
     def _entries(
         self, name: str, query: dict[str, str], following: Mapping[str, str]
@@ -327,7 +330,7 @@ class Bucket:
         query = {"uploads": "", "prefix": prefix, "max-uploads": "1000"}
         following = {"key-marker": "NextKeyMarker", "upload-id-marker": "NextUploadIdMarker"}
         for entry, key, now in self._entries("Upload", query, following):
-            begun = tag(entry, "Initiated")
+            begun = _time(tag(entry, "Initiated"))
             yield Unfinished(key, tag(entry, "UploadId"), begun, _age_s(begun, now))
 
     def abort(self, key: str, upload: str) -> None:
@@ -436,9 +439,14 @@ def _not_held(answer: S3Answer, condition: If) -> bool:
     return bool(condition.etag) and answer.code == "NoSuchKey"
 
 
-def _age_s(written: str, now: float) -> float:
-    """Seconds from a time (ISO 8601) to ``now``; 0 if either is unknown."""
+def _age_s(written: float, now: float) -> float:
+    """Seconds from a time to ``now``; 0 if either is 0."""
+    return max(0.0, now - written) if written else 0.0
+
+
+def _time(text: str) -> float:
+    """A time (ISO 8601) in seconds since the epoch; 0 for another text."""
     try:
-        return max(0.0, now - datetime.fromisoformat(written).timestamp()) if now else 0.0
+        return datetime.fromisoformat(text).timestamp()
     except ValueError:
         return 0.0

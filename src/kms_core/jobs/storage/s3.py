@@ -12,7 +12,6 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Final, Literal
 from urllib.parse import quote
 
@@ -226,17 +225,10 @@ def _abort(buckets: Buckets, url: str, note: UploadNote, others: list[UploadNote
         return False
     named = {other.upload for other in same}
     for found in list(bucket.unfinished(key)):
-        is_new = found.upload not in named and _is_after(found.begun, note.at)
+        is_new = found.upload not in named and found.begun >= note.at - _LEEWAY_S
         if found.key == key and is_new and not bucket.parts(key, found.upload):
             bucket.abort(key, found.upload)
     return True
-
-
-def _is_after(begun: str, at: float) -> bool:
-    try:
-        return datetime.fromisoformat(begun).timestamp() >= at - _LEEWAY_S
-    except ValueError:
-        return False
 
 
 _ANY: Final = "*"
