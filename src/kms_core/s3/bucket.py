@@ -50,7 +50,7 @@ class ObjectHead:
     """The current state of an object.
 
     ``etag`` changes with each write; ``mark`` names the job that wrote it. ``modified`` (seconds since the
-    epoch) and ``age_s`` are by the store's clock; 0 where it tells none.
+    epoch) and ``age_s`` are by the store's clock; 0 where it says none.
     """
 
     size: int
@@ -152,7 +152,7 @@ class Bucket:
         return ObjectHead(int(size), answer.headers["etag"], answer.headers.get(MARK, ""), modified, age_s)
 
     def is_missing(self, key: str) -> bool:
-        """Return whether the bucket has no such object: ``head`` cannot tell that from a missing bucket.
+        """Return whether the bucket has no such object: ``head`` answers the same for a missing bucket.
 
         Raises StoreRefused if the bucket is missing.
         """
@@ -243,7 +243,7 @@ class Bucket:
     def setting(self, name: str) -> str | None:
         """A setting of the bucket (``versioning``, ``object-lock``, ``lifecycle``) as XML.
 
-        None where it has none, or the store does not tell.
+        None where it has none, or the store does not say.
         """
         answer = self._ask("GET", "", query={name: ""})
         return answer.text if answer.ok else None

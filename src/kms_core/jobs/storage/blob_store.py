@@ -134,7 +134,7 @@ class BlobWriter:
         return self._sealer.size
 
     def write(self, data: Buffer, *, more: bool = False) -> None:
-        """Take some bytes; ``more`` tells for certain that others follow, which saves a copy of large ones.
+        """Take some bytes; ``more`` says for certain that others follow, which saves a copy of large ones.
 
         Raises SpoolFull, SpoolUnavailable.
         """

@@ -135,7 +135,7 @@ def build_buckets(settings: Settings) -> Buckets:
     return Buckets(allowed)
 
 
-# Notes of multipart uploads: a store keeps the parts of an upload, and does not tell whose they are.
+# Notes of multipart uploads: a store keeps the parts of an upload, and does not say whose they are.
 #
 # A note is a small blob in the spool, ``multipart/<job id>.<attempt>.<digest of the target>``. It is
 # written empty before the upload begins, then holds its id, and goes with it. Any later attempt finds the
@@ -331,7 +331,7 @@ class ObjectTarget:
     @contextmanager
     def prepare(self, attempt_id: str, room_bytes: int = 0) -> Iterator[ObjectPending]:
         """Begin an attempt. Raises TargetExists if something is there already, PathRefused, Unavailable."""
-        del room_bytes  # a store does not tell how much it takes
+        del room_bytes  # a store does not say how much it takes
         bucket, key = self.buckets.writing(self.url)
         found = self._seen.pop() if self._seen else bucket.head(key)
         if found and not self.overwrite:
