@@ -271,21 +271,16 @@ def _is(commit: Commit, name: str, dir_fd: int) -> bool:
 def _place(commit: Commit, temporary: str, name: str, dir_fd: int, *, overwrite: bool) -> None:
     """Another process may do the same: the second one finds nothing left to do."""
     with suppress(FileNotFoundError):  # renamed away, or removed by the other process
-        if not _is(commit, name, dir_fd):
-            _give_name(commit, temporary, name, dir_fd, overwrite=overwrite)
+        if not overwrite:
+            try:
+                os.link(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
+            except FileExistsError as exc:
+                if not _is(commit, name, dir_fd):
+                    raise TargetExists from exc
+        elif not _is(commit, name, dir_fd):
+            _check_free(name, dir_fd, overwrite=True, replaces=commit.replaces)
+            os.rename(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
         os.unlink(temporary, dir_fd=dir_fd)
-
-
-def _give_name(commit: Commit, temporary: str, name: str, dir_fd: int, *, overwrite: bool) -> None:
-    if overwrite:
-        _check_free(name, dir_fd, overwrite=True, replaces=commit.replaces)
-        os.rename(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
-        return
-    try:
-        os.link(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
-    except FileExistsError as exc:
-        if not _is(commit, name, dir_fd):
-            raise TargetExists from exc
 
 
 class ListedFile(msgspec.Struct, frozen=True, omit_defaults=True):
