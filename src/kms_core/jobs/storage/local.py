@@ -19,7 +19,7 @@ import msgspec
 from kms_core.jobs.file_patterns import TAG, TEMPORARY, States, Tree, encoded, parse_file_url
 from kms_core.jobs.model import Commit, CommitGone
 from kms_core.jobs.spec import PlacedTarget
-from kms_core.jobs.storage.blob_store import CommitMarks, FileIdentity
+from kms_core.jobs.storage.commit_marks import CommitMarks, FileIdentity
 from kms_core.payload.files import (
     FileRange,
     FileWriter,

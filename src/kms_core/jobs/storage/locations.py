@@ -15,7 +15,8 @@ from urllib.parse import quote
 from kms_core.jobs.file_patterns import Tree, base_of
 from kms_core.jobs.model import RecordKey
 from kms_core.jobs.spec import FileJob, TreeJob
-from kms_core.jobs.storage.blob_store import BlobStore, CommitMarks
+from kms_core.jobs.storage.blob_store import BlobStore
+from kms_core.jobs.storage.commit_marks import CommitMarks
 from kms_core.jobs.storage.local import (
     ListedFile,
     OpenSource,

@@ -18,7 +18,8 @@ from urllib.parse import quote
 from kms_core.jobs.file_patterns import path_names
 from kms_core.jobs.model import Commit, CommitGone
 from kms_core.jobs.spec import PlacedTarget
-from kms_core.jobs.storage.blob_store import BlobStore, CommitMarks
+from kms_core.jobs.storage.blob_store import BlobStore
+from kms_core.jobs.storage.commit_marks import CommitMarks
 from kms_core.payload.files import RangeSource
 from kms_core.payload.parallel import ParallelOptions, copy_run
 from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, ObjectHead, ObjectReader, UploadedPart
