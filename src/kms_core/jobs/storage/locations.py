@@ -124,8 +124,10 @@ class Locations:
             return 0
         self.check(job.target)
         with self.open_source(job.source) as opened:
-            if job.kind != "rewrap":  # a file system may move a payload without copying it
-                self.check_room(job.target, opened.reader.size)
+            # a rewrap may move a payload without copying it, and a store does not say how much it takes
+            if job.kind != "rewrap" and not job.target.startswith(SCHEME):
+                with suppress(PathRefused):  # its directory may be made before the job runs
+                    self.roots.check_room(job.target, opened.reader.size)
             return opened.reader.size
 
     @contextmanager
@@ -147,12 +149,6 @@ class Locations:
             raise TooLarge(
                 f"The source is above {most} bytes: split it, or raise [kms.jobs] source_max_bytes"
             )
-
-    def check_room(self, url: str, size_bytes: int) -> None:
-        """Raise SpoolFull if a target has no room for so much, as far as that is known before the work."""
-        if not url.startswith(SCHEME):
-            with suppress(PathRefused):  # its directory may be made before the job runs
-                self.roots.check_room(url, size_bytes)
 
     def target(self, job: FileJob, owner: str, spec: bytes) -> JobTarget:
         """The place of a job's result; looks at nothing.

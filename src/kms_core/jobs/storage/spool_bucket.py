@@ -208,13 +208,12 @@ class SpoolBucket:
             self.away.set(time.monotonic() + _LINGERS_S)
 
     def _error(self, exc: StoreRefused | Unavailable) -> KmsError:
-        said = exc.said if isinstance(exc, StoreRefused) else ""
         full = isinstance(exc, StoreAway) and exc.status == HTTPStatus.INSUFFICIENT_STORAGE
         if full or isinstance(exc, SpoolFull):
             return SpoolFull(_FULL)
-        if said:
+        if isinstance(exc, StoreRefused):
             self._refused = time.monotonic()
-            return SpoolUnavailable(_REFUSED.format(said=said))
+            return SpoolUnavailable(_REFUSED.format(said=exc.said))
         if isinstance(exc, StoreAway):
             if not self._is_asked():
                 self._wanted = time.monotonic()
