@@ -73,7 +73,7 @@ class SpoolBucket:
 
     @property
     def is_away(self) -> bool:
-        """Return whether it does not answer, or did not a second ago: a call that failed may ask later."""
+        """Return whether it does not answer, or did not a second ago: a caller sees why its call failed."""
         return time.monotonic() < self.away.at
 
     @property
