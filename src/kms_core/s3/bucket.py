@@ -50,7 +50,7 @@ class ObjectHead:
     """The current state of an object.
 
     ``etag`` changes with each write; ``mark`` names the job that wrote it. ``modified`` (seconds since the
-    epoch) and ``age_s`` are by the store's clock; 0 where it tells none.
+    epoch) and ``age_s`` are by the store's clock; 0 where it says none.
     """
 
     size: int
@@ -69,11 +69,14 @@ class Listed(NamedTuple):
 
 
 class Unfinished(NamedTuple):
-    """A multipart upload that was not completed or aborted; ``begun`` is a time (ISO 8601)."""
+    """A multipart upload that was not completed or aborted.
+
+    ``begun`` is in seconds since the epoch, 0 where the store does not say.
+    """
 
     key: str
     upload: str
-    begun: str
+    begun: float
     age_s: float
 
 
@@ -145,11 +148,11 @@ class Bucket:
         if not size.isdecimal() or not answer.headers.get("etag"):
             raise self._refusal(answer)
         modified = answer.time("last-modified")
-        age_s = max(0.0, answer.time("date") - modified) if modified else 0.0
+        age_s = _age_s(modified, answer.time("date"))
         return ObjectHead(int(size), answer.headers["etag"], answer.headers.get(MARK, ""), modified, age_s)
 
     def is_missing(self, key: str) -> bool:
-        """Return whether the bucket has no such object: ``head`` cannot tell that from a missing bucket.
+        """Return whether the bucket has no such object: ``head`` answers the same for a missing bucket.
 
         Raises StoreRefused if the bucket is missing.
         """
@@ -208,7 +211,7 @@ class Bucket:
         query = {"list-type": "2", "prefix": prefix, "max-keys": "1000"}
         following = {"continuation-token": "NextContinuationToken"}
         for entry, key, now in self._entries("Contents", query, following):
-            yield Listed(key, int(tag(entry, "Size")), _age_s(tag(entry, "LastModified"), now))
+            yield Listed(key, int(tag(entry, "Size")), _age_s(_time(tag(entry, "LastModified")), now))
 
     def _entries(
         self, name: str, query: dict[str, str], following: Mapping[str, str]
@@ -240,7 +243,7 @@ class Bucket:
     def setting(self, name: str) -> str | None:
         """A setting of the bucket (``versioning``, ``object-lock``, ``lifecycle``) as XML.
 
-        None where it has none, or the store does not tell.
+        None where it has none, or the store does not say.
         """
         answer = self._ask("GET", "", query={name: ""})
         return answer.text if answer.ok else None
@@ -327,7 +330,7 @@ class Bucket:
         query = {"uploads": "", "prefix": prefix, "max-uploads": "1000"}
         following = {"key-marker": "NextKeyMarker", "upload-id-marker": "NextUploadIdMarker"}
         for entry, key, now in self._entries("Upload", query, following):
-            begun = tag(entry, "Initiated")
+            begun = _time(tag(entry, "Initiated"))
             yield Unfinished(key, tag(entry, "UploadId"), begun, _age_s(begun, now))
 
     def abort(self, key: str, upload: str) -> None:
@@ -436,9 +439,14 @@ def _not_held(answer: S3Answer, condition: If) -> bool:
     return bool(condition.etag) and answer.code == "NoSuchKey"
 
 
-def _age_s(written: str, now: float) -> float:
-    """Seconds from a time (ISO 8601) to ``now``; 0 if either is unknown."""
+def _age_s(written: float, now: float) -> float:
+    """Seconds from a time to ``now``; 0 if either is 0."""
+    return max(0.0, now - written) if written else 0.0
+
+
+def _time(text: str) -> float:
+    """A time (ISO 8601) in seconds since the epoch; 0 for another text."""
     try:
-        return max(0.0, now - datetime.fromisoformat(written).timestamp()) if now else 0.0
+        return datetime.fromisoformat(text).timestamp()
     except ValueError:
         return 0.0

@@ -85,13 +85,8 @@ class InstallCondition:
     others: Mapping[str, HostNote] = field(default_factory=dict)
 
     @property
-    def degraded(self) -> list[str]:
-        """The names for ``degraded`` of the status."""
-        return [name for name, is_so in self.states.items() if is_so]
-
-    @property
     def states(self) -> dict[str, bool]:
-        """Whether each part that all hosts share is degraded."""
+        """Whether each part that all hosts share is degraded, by its name in ``degraded`` of the status."""
         ahead = (self.ahead_s, *(each.clock_s for each in self.others.values()))
         return {
             "install": bool(self.wrong or self.strangers),
@@ -176,16 +171,16 @@ class Install:
         now, ahead_s = self._notes.now()
         others = {each: note for each, note in self._others(now).items() if note.serving}
         missing = self._missing(others)
-        told = any(self.host.id in each.missing for each in others.values())
-        is_shared = not (self._lost_mark() or missing or told)
+        is_missed = any(self.host.id in each.missing for each in others.values())
+        is_shared = not (self._lost_mark() or missing or is_missed)
         self._update(is_shared=is_shared, ahead_s=ahead_s, others=others)
         self._looked = self._monotonic()
         note = HostNote(self.host.id, self.host.name, now, clock_s=round(ahead_s, 3), missing=tuple(missing))
         self._notes.write(msgspec.structs.replace(note, **self._facts()._asdict()))
         self._look_for_strangers()
-        self._tell(before, [others[each].name for each in missing])
+        self._report(before, [others[each].name for each in missing])
 
-    def _tell(self, before: InstallCondition, missing: Sequence[str]) -> None:
+    def _report(self, before: InstallCondition, missing: Sequence[str]) -> None:
         found = self.condition
         metrics.INSTALL_OK.labels("id").set(not (found.wrong or found.strangers))
         metrics.INSTALL_OK.labels("spool").set(found.is_shared)
@@ -198,7 +193,7 @@ class Install:
             _log.error("install.spool_of_others", hosts=found.strangers, advice=_STRANGERS)
         if before.is_shared and not found.is_shared:
             _log.error("install.spool_not_shared", hosts=missing, advice=_HELP)
-        if "clock" in set(found.degraded) - set(before.degraded):
+        if found.states["clock"] and not before.states["clock"]:
             far = {each.name: each.clock_s for each in found.others.values()}
             _log.warning("install.clocks_differ", ahead_s=round(found.ahead_s, 3), others=far)
 
@@ -227,7 +222,7 @@ class Install:
     def elsewhere(self, key_id: str, *, asks: bool) -> list[str]:
         """Names of live hosts that read this key from files of their own, ten at most.
 
-        As the last round found them, or Redis tells now: with ``asks``, or where no thread calls ``round``.
+        As the last round found them. Asks Redis now with ``asks``, or where no thread calls ``round``.
         """
         is_old = self._monotonic() - self._looked > EVERY_S
         if asks or (is_old and not self.is_watched):
@@ -298,7 +293,7 @@ class Install:
         now = self._monotonic()
         every_s = MARKS_EVERY_S if self._suspects else USERS_EVERY_S
         if now - self._users_at < every_s or self._marks.lacks_host(self.host.id) is not False:
-            return  # a mark that has gone tells of another directory: it is not made again
+            return  # a mark that has gone is a sign of another directory: it is not made again
         self._marks.renew_host(self.host.id, self.host.name)
         with suppress(KmsError, OSError):
             known = {*self._notes.known(), self.host.id}
@@ -346,21 +341,21 @@ class Install:
 
 
 class InstallWatch(PeriodicThread):
-    """Calls ``Install.round`` every two seconds, and ``tell`` with whether no job may be run.
+    """Calls ``Install.round`` every two seconds, and ``report`` with whether no job may be run.
 
-    Nothing is told before Redis has answered: until then each process compares by itself.
+    Nothing is reported before Redis has answered: until then each process compares by itself.
     """
 
-    def __init__(self, install: Install, tell: Callable[[bool], None] = lambda _: None) -> None:
+    def __init__(self, install: Install, report: Callable[[bool], None] = lambda _: None) -> None:
         super().__init__("install", EVERY_S, failed="install.round_failed")
-        self._install, self._tell = install, tell
+        self._install, self._report = install, report
         install.is_watched = True
         self.wake()  # the first round is at once
 
     def round(self) -> None:
         with suppress(JobsUnavailable):
             self._install.round()
-            self._tell(bool(self._install.condition.wrong))
+            self._report(bool(self._install.condition.wrong))
 
 
 def differences(facts: Facts, note: HostNote) -> list[str]:

@@ -212,7 +212,7 @@ class SpoolMarks:
         self._create(_host(host_id), name)
 
     def renew_host(self, host_id: str, name: str) -> None:
-        """Write the mark of a host again. It tells other installs that the host uses this spool."""
+        """Write the mark of a host again. Other installs see by it that the host uses this spool."""
         with suppress(*_FAILS):
             self._blobs.put(_FOLDER, _host(host_id), name.encode(), durable=True)
 
@@ -235,7 +235,7 @@ class SpoolMarks:
         return found
 
     def _read(self, name: str) -> str | None:
-        """The text of a mark, empty if there is none; None if it cannot be read, which other checks tell."""
+        """The text of a mark, empty if there is none. None if it cannot be read: other checks report that."""
         try:
             return self._blobs.get(_FOLDER, name, _MOST_BYTES).data.decode(errors="replace")
         except ResultExpired:

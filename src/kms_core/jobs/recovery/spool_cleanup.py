@@ -83,7 +83,7 @@ class SpoolCleanup(LockedSteps):
         for job_id in self._spool.folders(_ORPHAN_AGE_S) if self._may_sweep() else ():
             if not self._store.exists(job_id) and self._spool.delete(job_id):
                 _log.info("spool.swept", job_id=job_id)
-        self._spool.sweep()
+        self._spool.store.sweep()
 
 
 def expired(store: JobStore) -> list[str]:

@@ -8,18 +8,18 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Final, NamedTuple, Self
+from typing import Final
 
 import msgspec
 
 from kms_core.jobs.file_patterns import TAG, TEMPORARY, States, Tree, encoded, parse_file_url
 from kms_core.jobs.model import Commit, CommitGone
 from kms_core.jobs.spec import PlacedTarget
-from kms_core.jobs.storage.blob_store import CommitMarks
+from kms_core.jobs.storage.commit_marks import CommitMarks, FileIdentity
 from kms_core.payload.files import (
     FileRange,
     FileWriter,
@@ -83,24 +83,6 @@ def file_errors() -> Iterator[None]:
         raise Unavailable(f"The file system answered {errno.errorcode.get(exc.errno or 0)}") from exc
 
 
-class FileIdentity(NamedTuple):
-    """The identity of a file and its last change."""
-
-    device: int
-    inode: int
-    mtime_ns: int
-    size_bytes: int
-
-    @classmethod
-    def of(cls, found: os.stat_result) -> Self:
-        return cls(found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
-
-    @property
-    def name(self) -> tuple[int, int, int]:
-        """Inode, size and mtime, as ``Commit.replaces`` has it."""
-        return self.inode, self.size_bytes, self.mtime_ns
-
-
 @dataclass(frozen=True, slots=True)
 class OpenSource:
     """A source, open for reading at offset 0."""
@@ -151,12 +133,9 @@ class Roots:
         root, _ = self._locate(url.removesuffix("/"), itself=True)
         return str(next(named for named, found in self._roots if found == root))
 
-    @contextmanager
-    def directory(self, url: str) -> Iterator[int]:
+    def directory(self, url: str) -> AbstractContextManager[int]:
         """A descriptor of a directory, which may be a root itself. Raises PathRefused if it is none."""
-        root, names = self._locate(url.removesuffix("/"), itself=True)
-        with _directory(root, names) as dir_fd:
-            yield dir_fd
+        return _directory(*self._locate(url.removesuffix("/"), itself=True))
 
     def check_room(self, url: str, size_bytes: int) -> None:
         """Raise SpoolFull if the file system of a target has no room for so much, PathRefused."""
@@ -172,28 +151,33 @@ class Roots:
                 os.fsync(above)
 
     @contextmanager
-    def open_source(self, url: str) -> Iterator[OpenSource]:
-        """Open for reading. Raises PathRefused unless it is a regular file with one link, by no symlink."""
+    def open_source(self, url: str, *, may_have_links: bool = False) -> Iterator[OpenSource]:
+        """Open for reading. Raises PathRefused unless it is a regular file, reached by no symlink.
+
+        It has one link only, unless it ``may_have_links``.
+        """
         with self.parent(url) as (dir_fd, name):
             fd = os.open(name, _SOURCE, dir_fd=dir_fd)
         try:
             found = os.fstat(fd)
-            if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+            if not stat.S_ISREG(found.st_mode) or (found.st_nlink != 1 and not may_have_links):
                 raise PathRefused(_NOT_PLAIN)
             yield OpenSource(fd, FileIdentity.of(found))
         finally:
             os.close(fd)
 
-    def sweep(self, url: str, is_left: Callable[[str, str], bool]) -> None:
-        """Remove temporary files beside a target: old ones, and those that ``is_left`` (job id, attempt)."""
-        with self.parent(url) as (dir_fd, _):
-            for name in os.listdir(dir_fd):  # noqa: PTH208 -- a descriptor
-                if name.startswith(_BEGIN) and TEMPORARY.fullmatch(name):
-                    job_id, _, attempt = name.removeprefix(_BEGIN).removesuffix(_END).rpartition("-")
-                    with suppress(FileNotFoundError):
-                        written = os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_mtime
-                        if is_left(job_id, attempt) or time.time() - written > _FORGOTTEN_S:
-                            os.unlink(name, dir_fd=dir_fd)
+    def sweep(self, targets: Mapping[str, str], keep: Collection[str]) -> None:
+        """Remove temporary files of jobs, by id, beside their targets, but not of the attempts ``keep``.
+
+        Old ones of other jobs too. Each directory is read once.
+        """
+        for url in {url.rpartition("/")[0]: url for url in targets.values()}.values():
+            # the attempt itself will say what is wrong with the directory
+            with suppress(KmsError), self.parent(url) as (dir_fd, _):
+                for name in os.listdir(dir_fd):  # noqa: PTH208 -- a descriptor
+                    if name.startswith(_BEGIN) and TEMPORARY.fullmatch(name):
+                        job_id, _, attempt = name.removeprefix(_BEGIN).removesuffix(_END).rpartition("-")
+                        _unlink_left(name, dir_fd, is_left=job_id in targets and attempt not in keep)
 
     def _locate(self, url: str, *, itself: bool = False) -> tuple[Path, tuple[str, ...]]:
         path = parse_file_url(url)
@@ -245,6 +229,14 @@ def _found(name: str, dir_fd: int) -> os.stat_result | None:
         return None
 
 
+def _unlink_left(name: str, dir_fd: int, *, is_left: bool) -> None:
+    """Remove a temporary file that is left, or so old that its job is forgotten."""
+    with suppress(FileNotFoundError):
+        written = os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_mtime
+        if is_left or time.time() - written > _FORGOTTEN_S:
+            os.unlink(name, dir_fd=dir_fd)
+
+
 def _check_room(dir_fd: int, size_bytes: int) -> None:
     found = os.fstatvfs(dir_fd)
     if found.f_blocks and size_bytes > found.f_bavail * found.f_frsize:
@@ -254,49 +246,41 @@ def _check_room(dir_fd: int, size_bytes: int) -> None:
         )
 
 
-def _check_free(name: str, dir_fd: int, *, overwrite: bool) -> None:
+def _check_free(
+    name: str, dir_fd: int, *, overwrite: bool, replaces: tuple[int, int, int] | None = None
+) -> None:
+    """Raise TargetExists for a name that is taken, or no longer that of the source that it ``replaces``.
+
+    Raises PathRefused for one that cannot be overwritten.
+    """
     found = _found(name, dir_fd)
-    if found is None:
-        return
-    if not overwrite:
+    if found and not overwrite:
         raise TargetExists
-    if not stat.S_ISREG(found.st_mode):
+    if found and not stat.S_ISREG(found.st_mode):
         raise PathRefused("Only a regular file can be overwritten")
+    if replaces and (not found or FileIdentity.of(found) != replaces):
+        raise TargetExists("The source is another file by now: run the job again when nothing writes to it")
 
 
 def _is(commit: Commit, name: str, dir_fd: int) -> bool:
     found = _found(name, dir_fd)
     described = commit.inode, commit.size_bytes, commit.mtime_ns
-    return bool(found and stat.S_ISREG(found.st_mode) and FileIdentity.of(found).name == described)
+    return bool(found and stat.S_ISREG(found.st_mode) and FileIdentity.of(found) == described)
 
 
 def _place(commit: Commit, temporary: str, name: str, dir_fd: int, *, overwrite: bool) -> None:
     """Another process may do the same: the second one finds nothing left to do."""
-    if not _is(commit, name, dir_fd):
-        with suppress(FileNotFoundError):
-            _give_name(commit, temporary, name, dir_fd, overwrite=overwrite)
     with suppress(FileNotFoundError):  # renamed away, or removed by the other process
+        if not overwrite:
+            try:
+                os.link(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
+            except FileExistsError as exc:
+                if not _is(commit, name, dir_fd):
+                    raise TargetExists from exc
+        elif not _is(commit, name, dir_fd):
+            _check_free(name, dir_fd, overwrite=True, replaces=commit.replaces)
+            os.rename(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
         os.unlink(temporary, dir_fd=dir_fd)
-
-
-def _check_same(replaces: tuple[int, int, int] | None, name: str, dir_fd: int) -> None:
-    """Refuse to replace a file that was changed or removed since the source was read."""
-    found = _found(name, dir_fd)
-    if replaces and (not found or FileIdentity.of(found).name != replaces):
-        raise TargetExists("The source is another file by now: run the job again when nothing writes to it")
-
-
-def _give_name(commit: Commit, temporary: str, name: str, dir_fd: int, *, overwrite: bool) -> None:
-    if overwrite:
-        _check_free(name, dir_fd, overwrite=True)
-        _check_same(commit.replaces, name, dir_fd)
-        os.rename(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
-        return
-    try:
-        os.link(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
-    except FileExistsError as exc:
-        if not _is(commit, name, dir_fd):
-            raise TargetExists from exc
 
 
 class ListedFile(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -317,50 +301,36 @@ def walk(roots: Roots, tree: Tree) -> Iterator[ListedFile]:
     directory beneath a root, TooLarge below 128 directories, Unavailable.
     """
     with roots.directory(tree.base) as top:
-        yield from _below(tree, _Place(top, "", tree.start(), 0))
+        yield from _below(tree, top, "", tree.start())
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """An open directory: its path below the base, and what of the pattern it may have matched."""
-
-    fd: int
-    path: str
-    states: States
-    depth: int
-
-
-def _below(tree: Tree, place: _Place) -> Iterator[ListedFile]:
-    if place.depth == MOST_DEPTH:
+def _below(tree: Tree, fd: int, path: str, states: States) -> Iterator[ListedFile]:
+    """The files in an open directory. ``path`` is its path below the base, which leads to ``states``."""
+    if path.count("/") == MOST_DEPTH:
         raise TooLarge(f"There are more than {MOST_DEPTH} directories in one another")
-    with file_errors(), os.scandir(place.fd) as entries:
+    with file_errors(), os.scandir(fd) as entries:
         found = sorted(entries, key=lambda entry: os.fsencode(entry.name))
     for entry in found:
-        states = tree.step(place.states, entry.name)
-        path = place.path + encoded(entry.name)
+        name = entry.name
+        after, at = tree.step(states, name), path + encoded(name)
         if entry.is_dir(follow_symlinks=False):
-            if tree.goes_on(states):
-                yield from _inside(tree, place, entry.name, states)
-        elif entry.is_file(follow_symlinks=False) and tree.is_whole(states) and not _is_ours(entry.name):
-            yield ListedFile(path, _size(entry))
+            if tree.goes_on(after):
+                yield from _inside(tree, fd, name, f"{at}/", after)
+        elif entry.is_file(follow_symlinks=False) and tree.is_whole(after) and not TEMPORARY.fullmatch(name):
+            yield ListedFile(at, _size(entry))
 
 
-def _inside(tree: Tree, place: _Place, name: str, states: States) -> Iterator[ListedFile]:
-    path = f"{place.path}{encoded(name)}/"
+def _inside(tree: Tree, above: int, name: str, path: str, states: States) -> Iterator[ListedFile]:
     try:
         with file_errors():
-            inner = os.open(name, DIRECTORY, dir_fd=place.fd)
+            inner = os.open(name, DIRECTORY, dir_fd=above)
     except PathRefused as exc:
         yield ListedFile(path, code=exc.code)
         return
     try:
-        yield from _below(tree, _Place(inner, path, states, place.depth + 1))
+        yield from _below(tree, inner, path, states)
     finally:
         os.close(inner)
-
-
-def _is_ours(name: str) -> bool:
-    return TEMPORARY.fullmatch(name) is not None
 
 
 def _size(entry: "os.DirEntry[str]") -> int:
@@ -410,10 +380,8 @@ class RootedPending:
             os.fsync(self.dir_fd)
         return Commit(
             attempt_id=self.attempt_id,
-            inode=found.st_ino,
-            size_bytes=found.st_size,
-            mtime_ns=found.st_mtime_ns,
-            replaces=replaced.identity.name if replaced else None,
+            **FileIdentity.of(found)._asdict(),
+            replaces=replaced.identity if replaced else None,
         )
 
     def finish(self, commit: Commit) -> None:
@@ -441,19 +409,9 @@ class RootedTarget:
 
         None for a target that is no regular file or may not be read: the attempt itself says what is wrong.
         """
-        with suppress(PathRefused), self.roots.parent(self.url) as (dir_fd, name):
-            try:
-                fd = os.open(name, _SOURCE, dir_fd=dir_fd)
-            except OSError:
-                return None
-            try:
-                found = os.fstat(fd)
-                if stat.S_ISREG(found.st_mode) and self.marks.is_on(fd, self.url):
-                    return PlacedTarget(
-                        size_bytes=found.st_size, inode=found.st_ino, mtime_ns=found.st_mtime_ns
-                    )
-            finally:
-                os.close(fd)
+        with suppress(PathRefused), self.roots.open_source(self.url, may_have_links=True) as file:
+            if self.marks.is_on(file.fd, self.url):
+                return PlacedTarget(**file.identity._asdict())
         return None
 
     @contextmanager
@@ -503,14 +461,3 @@ class RootedTarget:
 
     def _temporary(self, attempt_id: str) -> str:
         return temporary_name(f"{self.job_id}-{attempt_id}")
-
-
-def sweep(roots: Roots, targets: Mapping[str, str], keep: Collection[str]) -> None:
-    """Remove temporary files of jobs, by id, beside their targets, but for those of the attempts ``keep``.
-
-    Each directory is read once.
-    """
-    beside = {url.rpartition("/")[0]: url for url in targets.values()}
-    for url in beside.values():
-        with suppress(KmsError):  # the attempt itself will say what is wrong with the directory
-            roots.sweep(url, lambda job_id, attempt: job_id in targets and attempt not in keep)

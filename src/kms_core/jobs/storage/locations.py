@@ -15,8 +15,8 @@ from urllib.parse import quote
 from kms_core.jobs.file_patterns import Tree, base_of
 from kms_core.jobs.model import RecordKey
 from kms_core.jobs.spec import FileJob, TreeJob
-from kms_core.jobs.storage import local
-from kms_core.jobs.storage.blob_store import BlobStore, CommitMarks
+from kms_core.jobs.storage.blob_store import BlobStore
+from kms_core.jobs.storage.commit_marks import CommitMarks
 from kms_core.jobs.storage.local import (
     ListedFile,
     OpenSource,
@@ -124,8 +124,10 @@ class Locations:
             return 0
         self.check(job.target)
         with self.open_source(job.source) as opened:
-            if job.kind != "rewrap":  # a file system may move a payload without copying it
-                self.check_room(job.target, opened.reader.size)
+            # a rewrap may move a payload without copying it, and a store does not say how much it takes
+            if job.kind != "rewrap" and not job.target.startswith(SCHEME):
+                with suppress(PathRefused):  # its directory may be made before the job runs
+                    self.roots.check_room(job.target, opened.reader.size)
             return opened.reader.size
 
     @contextmanager
@@ -148,12 +150,6 @@ class Locations:
                 f"The source is above {most} bytes: split it, or raise [kms.jobs] source_max_bytes"
             )
 
-    def check_room(self, url: str, size_bytes: int) -> None:
-        """Raise SpoolFull if a target has no room for so much, as far as that is known before the work."""
-        if not url.startswith(SCHEME):
-            with suppress(PathRefused):  # its directory may be made before the job runs
-                self.roots.check_room(url, size_bytes)
-
     def target(self, job: FileJob, owner: str, spec: bytes) -> JobTarget:
         """The place of a job's result; looks at nothing.
 
@@ -170,7 +166,7 @@ class Locations:
         ``targets`` are their targets. A file that cannot be removed is left to a later call.
         """
         files = {job_id: url for job_id, url in targets.items() if not url.startswith(SCHEME)}
-        local.sweep(self.roots, files, keep)
+        self.roots.sweep(files, keep)
         self.notes.sweep(self.buckets, targets, keep)
 
     def check_base(self, url: str) -> None:

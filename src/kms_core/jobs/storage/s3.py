@@ -12,14 +12,14 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Final, Literal
 from urllib.parse import quote
 
 from kms_core.jobs.file_patterns import path_names
 from kms_core.jobs.model import Commit, CommitGone
 from kms_core.jobs.spec import PlacedTarget
-from kms_core.jobs.storage.blob_store import BlobStore, CommitMarks
+from kms_core.jobs.storage.blob_store import BlobStore
+from kms_core.jobs.storage.commit_marks import CommitMarks
 from kms_core.payload.files import RangeSource
 from kms_core.payload.parallel import ParallelOptions, copy_run
 from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, ObjectHead, ObjectReader, UploadedPart
@@ -136,7 +136,7 @@ def build_buckets(settings: Settings) -> Buckets:
     return Buckets(allowed)
 
 
-# Notes of multipart uploads: a store keeps the parts of an upload, and does not tell whose they are.
+# Notes of multipart uploads: a store keeps the parts of an upload, and does not say whose they are.
 #
 # A note is a small blob in the spool, ``multipart/<job id>.<attempt>.<digest of the target>``. It is
 # written empty before the upload begins, then holds its id, and goes with it. Any later attempt finds the
@@ -226,17 +226,10 @@ def _abort(buckets: Buckets, url: str, note: UploadNote, others: list[UploadNote
         return False
     named = {other.upload for other in same}
     for found in list(bucket.unfinished(key)):
-        is_new = found.upload not in named and _is_after(found.begun, note.at)
+        is_new = found.upload not in named and found.begun >= note.at - _LEEWAY_S
         if found.key == key and is_new and not bucket.parts(key, found.upload):
             bucket.abort(key, found.upload)
     return True
-
-
-def _is_after(begun: str, at: float) -> bool:
-    try:
-        return datetime.fromisoformat(begun).timestamp() >= at - _LEEWAY_S
-    except ValueError:
-        return False
 
 
 _ANY: Final = "*"
@@ -339,7 +332,7 @@ class ObjectTarget:
     @contextmanager
     def prepare(self, attempt_id: str, room_bytes: int = 0) -> Iterator[ObjectPending]:
         """Begin an attempt. Raises TargetExists if something is there already, PathRefused, Unavailable."""
-        del room_bytes  # a store does not tell how much it takes
+        del room_bytes  # a store does not say how much it takes
         bucket, key = self.buckets.writing(self.url)
         found = self._seen.pop() if self._seen else bucket.head(key)
         if found and not self.overwrite:

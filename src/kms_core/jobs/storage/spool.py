@@ -270,10 +270,6 @@ class Spool:
         """Job ids of folders that nothing has changed for so long: candidates for the sweep of orphans."""
         return (name for name in self.store.folders(older_than_s) if _JOB_ID.fullmatch(name))
 
-    def sweep(self) -> None:
-        """Remove what writers that were killed left unfinished, and no name shows."""
-        self.store.sweep()
-
     def _key_ref(self, label: Label) -> KeyRef:
         """The spool key's version in use."""
         return KeyRef(label.tenant, _SPOOL_KEY_ID, self._key.versions()[-1].version, self._key.name)

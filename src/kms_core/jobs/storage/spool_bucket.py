@@ -46,7 +46,7 @@ _ASK_S: Final = (1.0, 2.0, 4.0, 8.0)
 _LINGERS_S: Final = 1.0
 _REFUSED_S: Final = 60.0
 _WANTED_S: Final = 60.0
-_ROOM_BYTES: Final = 1 << 62  # a store does not tell how much it takes
+_ROOM_BYTES: Final = 1 << 62  # a store does not say how much it takes
 _FULL: Final = (
     "The bucket of uploads and results takes no more: wait until results expire, or raise its quota"
 )
@@ -73,7 +73,7 @@ class SpoolBucket:
 
     @property
     def is_away(self) -> bool:
-        """Return whether it does not answer, or did not a second ago, so that a failed call is told apart."""
+        """Return whether it does not answer, or did not a second ago: a caller sees why its call failed."""
         return time.monotonic() < self.away.at
 
     @property
@@ -208,13 +208,12 @@ class SpoolBucket:
             self.away.set(time.monotonic() + _LINGERS_S)
 
     def _error(self, exc: StoreRefused | Unavailable) -> KmsError:
-        said = exc.said if isinstance(exc, StoreRefused) else ""
         full = isinstance(exc, StoreAway) and exc.status == HTTPStatus.INSUFFICIENT_STORAGE
         if full or isinstance(exc, SpoolFull):
             return SpoolFull(_FULL)
-        if said:
+        if isinstance(exc, StoreRefused):
             self._refused = time.monotonic()
-            return SpoolUnavailable(_REFUSED.format(said=said))
+            return SpoolUnavailable(_REFUSED.format(said=exc.said))
         if isinstance(exc, StoreAway):
             if not self._is_asked():
                 self._wanted = time.monotonic()

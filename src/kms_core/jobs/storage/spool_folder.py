@@ -119,16 +119,24 @@ class DiskSync:
         self._enabled = enabled
         self._names = GroupSync(lambda: sync_folder(directory))
 
-    def new_file(self, fd: int, folder_fd: int) -> None:
-        """Return once a new file, its folder and the name of that in the spool are on disk.
+    def content(self, fd: int) -> None:
+        """Return once the bytes of a file are on disk.
 
-        Each thread syncs its own file, which the kernel does side by side; the spool itself is synced once
-        for all that wait. After an error the file must be thrown away: a later fsync of it may succeed
-        although its pages are lost. Raises SpoolFull, SpoolUnavailable.
+        After an error the file must be thrown away: a later fsync of it may succeed although its pages are
+        lost. Raises SpoolFull, SpoolUnavailable.
         """
         if self._enabled:
             with disk_errors():
                 os.fsync(fd)
+
+    def names(self, folder_fd: int) -> None:
+        """Return once the names in a folder, and the name of that in the spool, are on disk.
+
+        Each thread syncs its own file and folder, which the kernel does side by side; the spool itself is
+        synced once for all that wait. Raises SpoolFull, SpoolUnavailable.
+        """
+        if self._enabled:
+            with disk_errors():
                 os.fsync(folder_fd)
                 self._names.wait()
 
@@ -203,7 +211,8 @@ class SpoolFolder:
                     files.write_all(file.fd, data, position)
 
             yield write
-            self.sync.new_file(*file)
+            self.sync.content(file.fd)
+            self.sync.names(file.folder_fd)
 
     @contextmanager
     def open(self, folder: str, name: str) -> Iterator[FileRange]:
@@ -215,8 +224,9 @@ class SpoolFolder:
         with create(self.path / folder, written) as file, disk_errors():
             files.write_all(file.fd, memoryview(data), 0)
             if durable:
-                (self.path / folder / written).rename(self.path / folder / name)
-                self.sync.new_file(*file)
+                self.sync.content(file.fd)  # the name is never that of a note that may be lost
+                os.rename(written, name, src_dir_fd=file.folder_fd, dst_dir_fd=file.folder_fd)
+                self.sync.names(file.folder_fd)
 
     def get(self, folder: str, name: str, most_bytes: int) -> SpoolNote:
         with open_(self.path / folder, name) as fd:

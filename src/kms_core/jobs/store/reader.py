@@ -216,7 +216,7 @@ class JobReader(JobRedis):
             return min(keys, key=lambda key: int(self.redis.zcard(key)))
 
     def label_digests(self, tenant: str, labels: Mapping[str, str]) -> list[str]:
-        """The names of the lists of jobs with these labels: keyed digests, which tell Redis nothing."""
+        """The names of the lists of jobs with these labels: keyed digests, so Redis learns nothing."""
         return [self._list_name("label", tenant, *label) for label in sorted(labels.items())]
 
     def index_fields(self, accepted: JobSpec, resources: Sequence[str]) -> dict[str, str]:

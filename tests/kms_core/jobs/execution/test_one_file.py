@@ -133,8 +133,8 @@ class ConcurrentWriter(Roots):
     """Whoever opens a source here finds that somebody else writes to it."""
 
     @contextmanager
-    def open_source(self, url: str) -> Iterator[OpenSource]:
-        with super().open_source(url) as found:
+    def open_source(self, url: str, *, may_have_links: bool = False) -> Iterator[OpenSource]:
+        with super().open_source(url, may_have_links=may_have_links) as found:
             with Path(unquote(urlsplit(url).path)).open("ab") as file:
                 file.write(b"more")
             yield found

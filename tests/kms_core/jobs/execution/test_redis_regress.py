@@ -12,7 +12,7 @@ import pytest
 from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.model import LeaseLost
-from kms_core.jobs.storage.blob_store import ATTRIBUTE
+from kms_core.jobs.storage.commit_marks import ATTRIBUTE
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.context import Context
 from kms_protocol.errors import Forbidden

@@ -11,7 +11,7 @@ from typing import IO, cast
 import pytest
 
 from kms_core.jobs.model import Commit
-from kms_core.jobs.storage.blob_store import CommitMarks
+from kms_core.jobs.storage.commit_marks import CommitMarks
 from kms_core.jobs.storage.local import RootedPending, RootedTarget, Roots, temporary_name
 from kms_core.payload.files import FileRange
 from kms_core.payload.parallel import ParallelOptions

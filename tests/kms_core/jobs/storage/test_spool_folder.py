@@ -294,6 +294,18 @@ def test_note_of_a_multipart_upload_survives_a_power_cut(
     assert noted(notes) == ["upload-1"]
 
 
+def test_note_whose_sync_fails_takes_no_name(disk: SyncedDisk, notes: MultipartJournal, folder: Path) -> None:
+    before = content(folder)
+    disk.broken.touch()
+
+    with pytest.raises(SpoolUnavailable):
+        notes.add(JOB, "1", URL, "upload-2")
+    with pytest.raises(SpoolUnavailable):
+        notes.add(OTHER, "1", URL, "upload-3")
+    assert noted(notes) == ["upload-1"]
+    assert content(folder) == before
+
+
 def test_missing_folders_survive_a_power_cut(disk: SyncedDisk, tmp_path: Path) -> None:
     top = tmp_path / "top"
     top.mkdir()
