@@ -28,7 +28,7 @@ class HookedStore(JobStore):
     before: Callable[[str], None] = staticmethod(lambda _step: None)
     after: Callable[[str], None] = staticmethod(lambda _step: None)
 
-    def committing(self, claim: Attempt, commit: Commit) -> None:
+    def committing(self, claim: Attempt, commit: Commit | None) -> None:
         self.before("committing")
         super().committing(claim, commit)
         self.after("committing")

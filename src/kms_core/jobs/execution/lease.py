@@ -10,13 +10,13 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, Protocol, Self
+from typing import Final, Self
 
 import msgspec
 import structlog
 
 from kms_core.jobs.execution import attendance
-from kms_core.jobs.model import Attempt, Commit, LeaseLost
+from kms_core.jobs.model import Attempt, LeaseLost
 from kms_core.jobs.spec import FirstFailures, Work
 from kms_core.jobs.storage.locations import Locations
 from kms_core.jobs.storage.spool import Spool
@@ -46,22 +46,6 @@ class HandedBack(Unavailable):
 
     code = "handed_back"
     summary = "The worker stops, and hands the job back"
-
-
-class Commits(Protocol):
-    """Records a commit before it happens."""
-
-    def committing(self, claim: Attempt, commit: Commit) -> None:
-        """Record a commit that any worker may finish. Raises LeaseLost, JobCancelled, JobsUnavailable."""
-
-    def withdraw(self, claim: Attempt) -> None:
-        """Take it back, if it could put nothing in place. Raises LeaseLost."""
-
-    def confirm(self, job_id: str) -> None:
-        """Raises DurabilityUnconfirmed if replicas may not have a commit that was recorded."""
-
-    def now(self) -> float:
-        """The clock that all jobs go by, in seconds since the epoch. Raises JobsUnavailable."""
 
 
 class Renewed:

@@ -17,11 +17,11 @@ from kms_core.age import header, stream
 from kms_core.envelope import binding
 from kms_core.jobs import authorization
 from kms_core.jobs.bulk_lines import MOST_PARTS, RUN_ITEMS, decode, lines
-from kms_core.jobs.execution.lease import Commits, Lease, WorkerContext
-from kms_core.jobs.model import Attempt, Commit, CommitGone, part_id
+from kms_core.jobs.execution.lease import Lease, WorkerContext
+from kms_core.jobs.model import Commit, CommitGone, part_id
 from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, ItemsJob, PlacedTarget, UploadJob, Work
 from kms_core.jobs.storage.local import file_errors
-from kms_core.jobs.storage.locations import JobTarget, Locations, PendingTarget, is_remote
+from kms_core.jobs.storage.locations import JobTarget, PendingTarget, is_remote
 from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Blob, Label, Spool
 from kms_core.operation import Opened, Sealed
 from kms_core.payload.parallel import ParallelOptions
@@ -143,17 +143,17 @@ _REFUSED: Final = (JobExpired, TargetExists, PathRefused)
 class FileWork:
     """The work on one file, and what it needs.
 
-    ``lease`` is that of ``claim``, or of the part with the file. For one of many files, permissions are
-    checked, and leftovers of other attempts removed, before the first.
+    ``lease`` is that of the job, or of the part with the file. ``record`` records a commit before it happens,
+    or takes it back, as ``JobStore.committing``; ``commit`` is the one that an earlier attempt recorded. For
+    one of many files, permissions are checked, and leftovers of other attempts removed, before the first.
     """
 
     job: FileJob
     target: JobTarget
-    kms: Kms
-    places: Locations
-    store: Commits
+    context: WorkerContext
     lease: Lease
-    claim: Attempt
+    record: Callable[[Commit | None], None]
+    commit: Commit | None
     is_one_of_many: bool = False
 
     def run(self) -> Work:
@@ -164,18 +164,19 @@ class FileWork:
         permissions of its submitter. Raises Forbidden, PathRefused, TargetExists, SpoolFull, JobExpired,
         Unavailable.
         """
-        if (commit := self.claim.commit) is not None:
-            self.store.confirm(self.job.job_id)  # a commit that replicas may not have puts nothing in place
+        if (commit := self.commit) is not None:
+            # A commit that replicas may not have puts nothing in place.
+            self.context.store.confirm(self.job.job_id)
             self._sweep(commit)
             self._put_in_place(commit, None)
             return _placed(commit)
         if placed := self.target.recognised():
             return Work(target=placed)
         if not self.is_one_of_many:
-            authorization.check_job(self.kms, self.job)
+            authorization.check_job(self.context.kms, self.job)
         self._sweep()
         with self._attempt() as (pending, commit):
-            self.store.committing(self.claim, commit)
+            self.record(commit)
         self._sweep(commit)
         self._put_in_place(commit, pending)
         return _placed(commit)
@@ -183,24 +184,24 @@ class FileWork:
     def _sweep(self, commit: Commit | None = None) -> None:
         """Remove what other attempts have ready, or left when they were killed: they put it nowhere."""
         self.lease.check()  # a worker that lost its lease leaves the rest to its successor
-        keep = {commit.attempt_id} if commit else set()
         if not self.is_one_of_many:
-            self.places.sweep({self.job.job_id: self.job.target}, {self.claim.attempt_id} | keep)
+            keep = {self.lease.claim.attempt_id} | ({commit.attempt_id} if commit else set())
+            self.context.places.sweep({self.job.job_id: self.job.target}, keep)
 
     def _put_in_place(self, commit: Commit, pending: PendingTarget | None) -> None:
-        job, target = self.job, self.target
+        job, log, name = self.job, self.context.kms.audit_log, f"{self.job.job_id}-{commit.attempt_id}"
         try:
-            with audit.effect(self.kms.audit_log, job.who, "commit", f"{job.job_id}-{commit.attempt_id}"):
+            with audit.effect(log, job.who, "commit", name):
                 if pending:
                     pending.finish(commit)
                 elif not self._finish_begun(commit):
                     with self._attempt() as (again, _):
-                        job.check_expiry(self.store.now)
+                        job.check_expiry(self.context.store.now)
                         again.finish(commit)
         except _REFUSED as exc:  # the job has failed, and its temporary file is gone
-            target.give_up(commit)
+            self.target.give_up(commit)
             if pending and isinstance(exc, CommitGone):
-                self.store.withdraw(self.claim)  # raises LeaseLost if another attempt has put it in place
+                self.record(None)  # raises LeaseLost if another attempt has put it in place
                 raise Unavailable("Another attempt at this job removed what this one had ready") from exc
             raise
 
@@ -211,7 +212,7 @@ class FileWork:
         Raises JobExpired, ClocksApart, and as ``JobTarget.finish``.
         """
         try:
-            self.job.check_expiry(self.store.now)
+            self.job.check_expiry(self.context.store.now)
         except JobExpired:
             if not self.target.is_placed(commit):
                 raise
@@ -226,16 +227,16 @@ class FileWork:
         If the block fails, nothing is left behind, unless Redis may have it that it is committing.
         """
         job = self.job
-        with self.places.open_source(job.source) as source:
+        with self.context.places.open_source(job.source) as source:
             size = source.reader.size
             self.lease.admit(size)
             room_bytes = 0 if job.kind == "rewrap" else size  # a payload may be moved as it is
-            with self.target.prepare(self.claim.attempt_id, room_bytes) as pending:
+            with self.target.prepare(self.lease.claim.attempt_id, room_bytes) as pending:
                 try:
                     options = _options(self.lease, job.source, job.target)
                     data = FileToFile(source.reader, pending.writer, options, pending.copy)
                     with file_errors():
-                        made = self.kms.run(
+                        made = self.context.kms.run(
                             job.kind,
                             job.who,
                             data,
@@ -256,8 +257,8 @@ class FileWork:
 def run_file(lease: Lease, job: FileJob, context: WorkerContext) -> None:
     """Do the work of a job over one file or object. Raises as ``FileWork.run``."""
     target = context.places.target(job, job.job_id, lease.claim.spec)
-    work = FileWork(job, target, context.kms, context.places, context.store, lease, lease.claim)
-    lease.made = work.run()
+    record = partial(context.store.committing, lease.claim)
+    lease.made = FileWork(job, target, context, lease, record, lease.claim.commit).run()
 
 
 def _placed(commit: Commit) -> Work:

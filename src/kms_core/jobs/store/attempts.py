@@ -217,20 +217,17 @@ class AttemptStore(JobReader):
         given = [claim.attempt_id, self.record_key.sign(job_id, log, claim.spec), *flat(counts)]
         self.run_confirmed("step", job_id, given, waits=log.pending is not None)
 
-    def committing(self, claim: Attempt, commit: Commit) -> None:
-        """Record the commit: any worker may finish it now, and it cannot be cancelled.
+    def committing(self, claim: Attempt, commit: Commit | None) -> None:
+        """Record the commit: any worker may finish it now, and the job cannot be cancelled.
 
-        Raises JobExpired, DurabilityUnconfirmed if replicas did not acknowledge it.
+        None takes back a commit that could put nothing in place: the job is running again. Raises LeaseLost,
+        JobCancelled, JobExpired, DurabilityUnconfirmed if replicas did not acknowledge it.
         """
-        claim.accepted.check_expiry(self.now)
-        self._commit(claim, self.record_key.sign(claim.accepted.job_id, commit, claim.spec))
-
-    def withdraw(self, claim: Attempt) -> None:
-        """Take back a commit that could put nothing in place: the job runs. Raises LeaseLost."""
-        self._commit(claim, b"")
-
-    def _commit(self, claim: Attempt, signed: bytes) -> None:
-        self.run_confirmed("committing", claim.accepted.job_id, [claim.attempt_id, signed])
+        job_id, signed = claim.accepted.job_id, b""
+        if commit:
+            claim.accepted.check_expiry(self.now)
+            signed = self.record_key.sign(job_id, commit, claim.spec)
+        self.run_confirmed("committing", job_id, [claim.attempt_id, signed])
 
     def finish(self, claim: Attempt, state: JobState, code: str = "", work: Work | None = None) -> None:
         """End the job, signed where the end needs a proof.

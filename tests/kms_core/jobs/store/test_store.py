@@ -360,7 +360,7 @@ def test_lapsed_lease_is_taken_over_and_the_old_fence_is_powerless(store: JobSto
     powerless: list[Callable[[], None]] = [
         lambda: store.renew(old, {"bytes_done": 99}),
         lambda: store.committing(old, COMMIT),
-        lambda: store.withdraw(old),
+        lambda: store.committing(old, None),
         lambda: store.finish(old, "succeeded"),
         lambda: store.defer(old, 1),
         lambda: store.split(old, []),
