@@ -16,7 +16,6 @@ from kms_core import audit
 from kms_core.age import header
 from kms_core.auth.policy import Principal
 from kms_core.jobs import authorization, bulk_lines
-from kms_core.jobs.authorization import JobAccess
 from kms_core.jobs.file_patterns import Tree, base_of, is_tree
 from kms_core.jobs.model import Job
 from kms_core.jobs.spec import MOVING, FileJob, FilesJob, ItemsJob, JobSpec, SmallBlob, TreeJob, UploadJob
@@ -196,8 +195,8 @@ class JobSubmitter:
     def _check_without_redis(self, options: SubmissionOptions, *, bulk: bool) -> None:
         """Raise as ``check``, but for the state of Redis."""
         job = options.job
-        asked = JobAccess(job.kind, job.key_id, None if bulk else options.context, options.new_context)
-        authorization.check(self._kms, options.who, asked)
+        context = None if bulk else options.context
+        authorization.check(self._kms, options.who, job, context, options.new_context)
         self._check_options(options, bulk=bulk)
         deadlines(job, self.store.now(), self.store.rules.result_ttl_s)
 
