@@ -211,7 +211,7 @@ class JobSubmitter:
         group = job.group.callback if job.group else None
         for callback in filter(None, (job.callback, group)):
             endpoint = self._section.jobs.endpoints.get(callback)
-            if endpoint is None or not (endpoint.tenants is None or options.who.tenant in endpoint.tenants):
+            if endpoint is None or not endpoint.is_for(options.who.tenant):
                 # another tenant's endpoint is as one that does not exist
                 raise InvalidRequest("callback names no endpoint for your tenant: see [kms.jobs.endpoints]")
         self._require_install()
