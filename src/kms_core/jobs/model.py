@@ -24,8 +24,8 @@ from kms_core.jobs.spec import (
     Seconds,
     SignedEnd,
     SignedSplit,
-    Work,
     WorkResult,
+    WorkSummary,
     check_needs,
     unreadable_error,
 )
@@ -257,7 +257,7 @@ class Attempt:
     small_input: bytes | None = field(default=None, repr=False)
     following: "Following | None" = field(default=None, compare=False)
 
-    def end(self, state: JobState, error: str, work: Work, kept_until: float) -> SignedEnd:
+    def end(self, state: JobState, error: str, result: WorkResult, kept_until: float) -> SignedEnd:
         """The outcome of this attempt, to be signed; its record is kept until ``kept_until``."""
         return SignedEnd(
             fence=self.fence,
@@ -268,7 +268,7 @@ class Attempt:
             items=self.accepted.items,
             size_bytes=self.accepted.size_bytes,
             kept_until=kept_until,
-            **{name: getattr(work, name) for name in WorkResult.__struct_fields__},
+            **{name: getattr(result, name) for name in WorkSummary.__struct_fields__},
         )
 
 

@@ -17,7 +17,7 @@ import structlog
 
 from kms_core.jobs.execution import attendance
 from kms_core.jobs.model import Attempt, LeaseLost
-from kms_core.jobs.spec import FirstFailures, Work
+from kms_core.jobs.spec import FirstFailures, WorkResult
 from kms_core.jobs.storage.locations import Locations
 from kms_core.jobs.storage.spool import Spool
 from kms_core.jobs.store.store import JobStore
@@ -76,7 +76,7 @@ class Lease(Renewed):
         self._lock = threading.Lock()
         self._bytes = self._items = self._failed = 0
         self._before = (0, 0, 0)
-        self.made = Work()
+        self.made = WorkResult()
         self.failures = FirstFailures()
         self._trouble: KmsError | None = None
         self._moved_at = time.monotonic()
@@ -123,7 +123,7 @@ class Lease(Renewed):
         self._before = (items, failed, size_bytes)
 
     @property
-    def work(self) -> Work:
+    def result(self) -> WorkResult:
         """The work done so far."""
         items, failed, size_bytes = self._before
         return msgspec.structs.replace(
@@ -149,7 +149,7 @@ class Lease(Renewed):
         elif attendance.stops_at() + _HAND_BACK_AFTER_S <= asked:
             self._hand_back()
         try:
-            self._store.renew(self.claim, self.work.progress)
+            self._store.renew(self.claim, self.result.progress)
             self._held_until = asked + self._store.rules.lease_s
         except JobsUnavailable:  # Redis may come back before the lease is over
             return

@@ -19,7 +19,7 @@ from kms_core.jobs import authorization
 from kms_core.jobs.bulk_lines import MOST_PARTS, RUN_ITEMS, decode, lines
 from kms_core.jobs.execution.lease import Lease, WorkerContext
 from kms_core.jobs.model import Commit, CommitGone, part_id
-from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, ItemsJob, PlacedTarget, UploadJob, Work
+from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, ItemsJob, PlacedTarget, UploadJob, WorkResult
 from kms_core.jobs.storage.local import file_errors
 from kms_core.jobs.storage.locations import JobTarget, PendingTarget, is_remote
 from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Blob, Label, Spool
@@ -60,19 +60,19 @@ def run_upload(lease: Lease, job: UploadJob, kms: Kms, spool: Spool) -> None:
 
     Raises what ``Kms`` raises, DecryptFailed for a damaged payload, RecordRefused for another upload.
     """
-    work = {"encrypt": _encrypt, "decrypt": _decrypt, "rewrap": _rewrap}.get(job.kind)
-    if work is None:
+    make_head = {"encrypt": _encrypt, "decrypt": _decrypt, "rewrap": _rewrap}.get(job.kind)
+    if make_head is None:
         raise InvalidRequest("An upload cannot be resealed: name a source and a target")
     with ExitStack() as stack:
         try:
             blob = stack.enter_context(spool.blob(upload_label(job), lease.claim.small_input))
         except RecordRefused as exc:
             kms.raise_recorded(job.who, job.kind, job.bound_context, exc)
-        head = work(lease, job, kms, blob)
+        head = make_head(lease, job, kms, blob)
         label = Label(job.tenant, job.job_id, HEAD, lease.claim.attempt_id)
         with spool.writing(label, may_be_small=blob.is_small) as out:
             out.write(head)
-        lease.made = Work(result_digest=out.ref, blob=out.small, file_id=file_id(head))
+        lease.made = WorkResult(result_digest=out.ref, blob=out.small, file_id=file_id(head))
 
 
 def upload_label(job: UploadJob) -> Label:
@@ -156,7 +156,7 @@ class FileWork:
     commit: Commit | None
     is_one_of_many: bool = False
 
-    def run(self) -> Work:
+    def run(self) -> WorkResult:
         """Do the work, or finish what an attempt that died began; if the result is in place, do nothing.
 
         Answers with the target and the id of the file, which is empty where the result was in place. So a job
@@ -171,7 +171,7 @@ class FileWork:
             self._put_in_place(commit, None)
             return _placed(commit)
         if placed := self.target.recognised():
-            return Work(target=placed)
+            return WorkResult(target=placed)
         if not self.is_one_of_many:
             authorization.check_job(self.context.kms, self.job)
         self._sweep()
@@ -261,9 +261,9 @@ def run_file(lease: Lease, job: FileJob, context: WorkerContext) -> None:
     lease.made = FileWork(job, target, context, lease, record, lease.claim.commit).run()
 
 
-def _placed(commit: Commit) -> Work:
+def _placed(commit: Commit) -> WorkResult:
     target = {name: getattr(commit, name) for name in PlacedTarget.__struct_fields__}
-    return Work(target=PlacedTarget(**target), file_id=commit.file_id)
+    return WorkResult(target=PlacedTarget(**target), file_id=commit.file_id)
 
 
 def run_items(lease: Lease, job: ItemsJob, kms: Kms, spool: Spool) -> None:
@@ -289,7 +289,7 @@ def run_items(lease: Lease, job: ItemsJob, kms: Kms, spool: Spool) -> None:
             lease.item(len(line) + 1, failed=isinstance(answer.error, wire.ErrorCode))
             if isinstance(answer.error, wire.ErrorCode):
                 lease.failures.add(index, answer.error.code)
-    lease.made = Work(result_digest=out.ref, blob=out.small)
+    lease.made = WorkResult(result_digest=out.ref, blob=out.small)
 
 
 def result_label(tenant: str, job_id: str, part: int, attempt: str, ref: bytes = b"") -> Label:

@@ -194,10 +194,10 @@ def _run(claim: Attempt, worker_context: WorkerContext) -> None:
     if parts:
         store.split(claim, parts)
         return
-    work = lease.work
-    code = ITEMS_FAILED if work.items_failed else ""
+    result = lease.result
+    code = ITEMS_FAILED if result.items_failed else ""
     state: JobState = "failed" if code else "succeeded"
-    store.finish(claim, state, code, work)
+    store.finish(claim, state, code, result)
     _log.info("job.finished", job_id=job.job_id, state=state, code=code)
 
 

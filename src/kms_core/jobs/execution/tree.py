@@ -23,7 +23,7 @@ from kms_core.jobs.execution import one_file
 from kms_core.jobs.execution.lease import Lease, WorkerContext
 from kms_core.jobs.file_patterns import Tree, target_of
 from kms_core.jobs.model import Checkpoint, Commit, Job, LeaseLost, part_id
-from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, JobSpec, TreeJob, TreePart, Work
+from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, JobSpec, TreeJob, TreePart, WorkResult
 from kms_core.jobs.storage.local import ListedFile
 from kms_core.jobs.storage.locations import JobTarget
 from kms_core.jobs.storage.spool import Label, Spool
@@ -269,17 +269,17 @@ def run(lease: Lease, job: TreePart, context: WorkerContext) -> None:
     Raises Unavailable, once the log is stored: the part is then taken up where it stopped.
     """
     files = PartFiles.read(job, context.spool)
-    work = _Part(lease, files, context)
-    work.sweep()
-    work.settle_all()
+    attempt = _Part(lease, files, context)
+    attempt.sweep()
+    attempt.settle_all()
     label = one_file.result_label(job.tenant, job.owner, job.part, lease.claim.attempt_id)
     with context.spool.writing(label) as out:
-        for line in files.lines(work.log):
+        for line in files.lines(attempt.log):
             out.write(wire.encode(line) + b"\n")
-    for index, settled in enumerate(map(FileOutcome.parse, work.log.settled), start=job.first):
+    for index, settled in enumerate(map(FileOutcome.parse, attempt.log.settled), start=job.first):
         if settled.code:
             lease.failures.add(index, settled.code)
-    lease.made = Work(tallies=work.tallies, result_digest=out.ref)
+    lease.made = WorkResult(tallies=attempt.tallies, result_digest=out.ref)
 
 
 class _Part:

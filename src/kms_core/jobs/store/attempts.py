@@ -16,7 +16,7 @@ from kms_core.jobs.spec import (
     RecordTooNew,
     SignedEnd,
     SignedSplit,
-    Work,
+    WorkResult,
     needs_proof,
     spec_digest,
 )
@@ -229,21 +229,23 @@ class AttemptStore(JobReader):
             signed = self.record_key.sign(job_id, commit, claim.spec)
         self.run_confirmed("committing", job_id, [claim.attempt_id, signed])
 
-    def finish(self, claim: Attempt, state: JobState, code: str = "", work: Work | None = None) -> None:
+    def finish(
+        self, claim: Attempt, state: JobState, code: str = "", result: WorkResult | None = None
+    ) -> None:
         """End the job, signed where the end needs a proof.
 
         Only the attempt that holds the job can; raises LeaseLost otherwise. An end that replicas do not
         acknowledge stands, and its events wait (``events/outbox.py``).
         """
         job_id, keep_s = claim.accepted.job_id, self.rules.result_ttl_s
-        fields: dict[str, int | bytes] = {**work.progress} if work else {}
+        fields: dict[str, int | bytes] = {**result.progress} if result else {}
         if needs_proof(state, code):
             kept_until = claim.accepted.result_until(self.now()) + keep_s
-            end = claim.end(state, code, work or Work(), kept_until)
+            end = claim.end(state, code, result or WorkResult(), kept_until)
             fields["end"] = self.record_key.sign(job_id, end, claim.spec)
         with redis_errors():
             given: list[Any] = [job_id, claim.attempt_id, state, code, keep_s, claim.accepted.owner]
-            given += [*blob_arguments(work.blob if work else None), *flat(fields)]
+            given += [*blob_arguments(result.blob if result else None), *flat(fields)]
             word = self._finish([job_key(job_id)], given, claim.following)
         raise_for(word)
         if not claim.accepted.parent:
