@@ -90,33 +90,23 @@ def urls_of(job: wire.JobIn) -> dict[str, object]:
     go together.
     """
     source = job.source or ""
-    target = source if job.target is None else job.target
+    target, many = source if job.target is None else job.target, is_tree(source)
     found: dict[str, object] = {"source": source, "target": target, "overwrite": bool(job.overwrite)}
-    if is_tree(source):
-        _check_many(job, target)
+    if many:
+        Tree.parse(source)
         found["dry_run"] = bool(job.dry_run)
-    elif job.dry_run:
+    if job.dry_run and not many:
         raise InvalidRequest("dry_run is for a source that names many files, with *")
-    if job.target is None:
-        _check_in_place(job)
-    return found
-
-
-def _check_many(job: wire.JobIn, target: str) -> None:
-    Tree.parse(job.source or "")
     if job.dry_run and job.kind not in MOVING:
         raise InvalidRequest("dry_run is for rewrap and reseal")
-    if target == job.source:
-        _check_in_place(job)
-    elif not target.endswith("/") or "*" in target:
+    if job.target is None or (many and target == source):
+        if job.kind not in MOVING:
+            raise InvalidRequest(_NOTHING)
+        if not job.overwrite and not job.dry_run:
+            raise InvalidRequest("A job without a target replaces its source: say so with overwrite")
+    elif many and (not target.endswith("/") or "*" in target):
         raise InvalidRequest("The target of many files is a directory: end it with a slash, and no star")
-
-
-def _check_in_place(job: wire.JobIn) -> None:
-    if job.kind not in MOVING:
-        raise InvalidRequest(_NOTHING)
-    if not job.overwrite and not job.dry_run:
-        raise InvalidRequest("A job without a target replaces its source: say so with overwrite")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
