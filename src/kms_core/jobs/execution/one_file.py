@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 
 from kms_core import audit
-from kms_core.age import header, stream
+from kms_core.age import header
 from kms_core.envelope import binding
 from kms_core.jobs import authorization
 from kms_core.jobs.bulk_lines import MOST_PARTS, RUN_ITEMS, decode, lines
@@ -25,7 +25,7 @@ from kms_core.jobs.storage.locations import JobTarget, PendingTarget, is_remote
 from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Blob, Label, Spool
 from kms_core.operation import Opened, Sealed
 from kms_core.payload.parallel import ParallelOptions
-from kms_core.payload.streaming import FileToFile, RangeReader
+from kms_core.payload.streaming import FileToFile
 from kms_core.service import Kms
 from kms_protocol import wire
 from kms_protocol.context import Context
@@ -83,25 +83,6 @@ def upload_label(job: UploadJob) -> Label:
 def file_id(head: bytes) -> str:
     """The id of the file of a head (see ``binding.file_id``)."""
     return binding.file_id(head[-header.NONCE_BYTES :])
-
-
-@contextmanager
-def payload(job: UploadJob, head: bytes, spool: Spool) -> Iterator[RangeReader]:
-    """Reader of the result of a job behind its header; of a decrypted one, which has none, all of it.
-
-    That of an encrypted one is the reader's payload, sealed. Raises ResultExpired; RecordRefused and
-    DecryptFailed, now or when a part of it is read.
-    """
-    with spool.opened(upload_label(job)) as content:
-        if job.kind == "encrypt":
-            yield content
-            return
-        sealed = content.tail(header.read_by(content.read_at, header.FILE_LIMITS).payload_offset)
-        if job.kind == "rewrap":
-            yield sealed
-            return
-        file_key, nonce = head[: header.FILE_KEY_BYTES], head[header.FILE_KEY_BYTES :]
-        yield RangeReader(stream.payload_key(file_key, nonce), sealed)
 
 
 def _options(lease: Lease, *urls: str) -> ParallelOptions:

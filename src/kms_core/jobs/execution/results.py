@@ -5,11 +5,12 @@ result lines of every part of a bulk job.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+from kms_core.age import header, stream
 from kms_core.jobs.execution import one_file, tree
 from kms_core.jobs.model import DEAD, REFUSED, Job
 from kms_core.jobs.spec import AnyJob, FileJob, ItemsJob, TreeJob, TreePart, UploadJob, needs_proof
@@ -108,9 +109,28 @@ def of(job: Job, store: JobStore, spool: Spool) -> Result:
     label = Label(job.tenant, job.job_id, one_file.HEAD, job.result_attempt, _ref(job))
     with spool.opened(label) as content:
         head = content.read_at(0, content.size)
-    payload = _content(partial(one_file.payload, accepted, head, spool), is_sealed=accepted.kind == "encrypt")
+    payload = _content(partial(_payload, accepted, head, spool), is_sealed=accepted.kind == "encrypt")
     pieces: list[ResultPiece] = [payload] if accepted.kind == "decrypt" else [LiteralPiece(head), payload]
     return Result(pieces, file_id=one_file.file_id(head))
+
+
+@contextmanager
+def _payload(job: UploadJob, head: bytes, spool: Spool) -> Iterator[RangeReader]:
+    """Reader of the result of a job behind its header; of a decrypted one, which has none, all of it.
+
+    That of an encrypted one is the reader's payload, sealed. Raises ResultExpired; RecordRefused and
+    DecryptFailed, now or when a part of it is read.
+    """
+    with spool.opened(one_file.upload_label(job)) as content:
+        if job.kind == "encrypt":
+            yield content
+            return
+        sealed = content.tail(header.read_by(content.read_at, header.FILE_LIMITS).payload_offset)
+        if job.kind == "rewrap":
+            yield sealed
+            return
+        file_key, nonce = head[: header.FILE_KEY_BYTES], head[header.FILE_KEY_BYTES :]
+        yield RangeReader(stream.payload_key(file_key, nonce), sealed)
 
 
 def release(job: Job, store: JobStore, spool: Spool) -> None:
