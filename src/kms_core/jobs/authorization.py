@@ -5,7 +5,7 @@ context that these really have.
 """
 
 from kms_core.auth.policy import Principal, allows
-from kms_core.jobs.spec import ItemsJob, JobSpec
+from kms_core.jobs.spec import MOVING, ItemsJob, JobSpec
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import Forbidden
@@ -45,7 +45,7 @@ def check_batch(kms: Kms, who: Principal, kind: JobKind) -> None:
     Asked before the first item of a batch: the items would only be denied and recorded one by one.
     Unavailable if it cannot be decided now.
     """
-    moves = kind in {"rewrap", "reseal"} and not allows(kms.policy, who, kind)
+    moves = kind in MOVING and not allows(kms.policy, who, kind)
     try:
         for operation in ("decrypt", "encrypt") if moves else (kind,):
             kms.policy.require(who, operation)

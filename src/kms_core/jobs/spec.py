@@ -90,12 +90,6 @@ class WorkSummary(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     result_digest: bytes = b""
     file_id: str = ""
 
-
-class WorkResult(WorkSummary, frozen=True, kw_only=True):
-    """The work of an attempt, with the result itself as a ``blob``, where that is small."""
-
-    blob: SmallBlob | None = None
-
     @property
     def progress(self) -> dict[str, int]:
         """The fields of the job's record that have its counts."""
@@ -104,6 +98,12 @@ class WorkResult(WorkSummary, frozen=True, kw_only=True):
             "items_done": self.items_done,
             "items_failed": self.items_failed,
         }
+
+
+class WorkResult(WorkSummary, frozen=True, kw_only=True):
+    """The work of an attempt, with the result itself as a ``blob``, where that is small."""
+
+    blob: SmallBlob | None = None
 
 
 class SignedEnd(WorkSummary, frozen=True, kw_only=True, omit_defaults=True):

@@ -21,9 +21,9 @@ from kms_core.age.header import FILE_LIMITS
 from kms_core.jobs import bulk_lines
 from kms_core.jobs.execution import one_file
 from kms_core.jobs.execution.lease import Lease, WorkerContext
-from kms_core.jobs.file_patterns import Tree, target_of
+from kms_core.jobs.file_patterns import Tree, base_of, target_of
 from kms_core.jobs.model import Checkpoint, Commit, Job, LeaseLost, part_id
-from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, JobSpec, TreeJob, TreePart, WorkResult
+from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, JobSpec, TreeJob, TreePart, WorkResult, needs_proof
 from kms_core.jobs.storage.local import ListedFile
 from kms_core.jobs.storage.locations import JobTarget
 from kms_core.jobs.storage.spool import Label, Spool
@@ -219,7 +219,6 @@ class PartFiles:
     """The files of a part as they were listed, and each as a job from file to file."""
 
     part: TreePart
-    tree: Tree
     listed: Sequence[ListedFile]
 
     @classmethod
@@ -228,7 +227,7 @@ class PartFiles:
         label = Label(part.tenant, part.owner, MANIFEST, str(part.manifest), part.input_ref)
         with spool.opened(label) as reader:
             listed = [_decode(line) for line in bulk_lines.lines(reader.slabs(*part.starts))]
-        return cls(part, Tree.parse(part.source), listed)
+        return cls(part, listed)
 
     def job(self, index: int) -> FileJob:
         """The file of this number; its id makes the name of its temporary file its own."""
@@ -238,8 +237,8 @@ class PartFiles:
             **fields
             | {
                 "job_id": str(uuid.uuid5(uuid.UUID(part.job_id), str(index))),
-                "source": self.tree.base + path,
-                "target": target_of(part.kind, part.source, part.target, self.tree, path),
+                "source": base_of(part.source) + path,
+                "target": target_of(part.kind, part.source, part.target, path),
             }
         )
 
@@ -409,8 +408,7 @@ class _Part:
 
 def abandon(part: TreePart, record: PartRecord, context: WorkerContext) -> None:
     """Remove the temporary files that killed attempts at a part left, if no attempt will follow."""
-    state = record.job
-    if not state.ended or state.state == "succeeded" or state.error == "items_failed":
+    if not record.job.ended or needs_proof(record.job.state, record.job.error):  # which settled all files
         return
     try:
         files = PartFiles.read(part, context.spool)

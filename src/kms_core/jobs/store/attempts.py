@@ -196,8 +196,7 @@ class AttemptStore(JobReader):
         """
         fields: dict[str, int | bytes] = {"parts_left": 0}
         if needs_proof(end.state, end.error):
-            fields |= {"items_done": end.items_done, "items_failed": end.items_failed}
-            fields["bytes_done"] = end.bytes_done
+            fields |= end.progress
             fields |= {f"{TALLY}{name}": number for name, number in end.tallies.items()}
             fields["end"] = self.record_key.sign(job.job_id, end, spec)
         given = [job.job_id, job.attempt_id, end.state, end.error, self.rules.result_ttl_s, *flat(fields)]

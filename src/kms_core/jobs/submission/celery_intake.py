@@ -184,8 +184,7 @@ def recipient(path: Path) -> Recipient:
 
 def _given(job: wire.JobIn) -> dict[str, object]:
     """The fields that a job sets. Missing fields and those of later versions do not count."""
-    fields = {name: getattr(job, name) for name in job.__struct_fields__}
-    return {name: value for name, value in fields.items() if value is not None}
+    return {name: value for name, value in msgspec.structs.asdict(job).items() if value is not None}
 
 
 def _left_s(asked: Submission) -> float:
