@@ -208,8 +208,8 @@ def _unsupported(headers: Mapping[object, object], embed: object, kept: int) -> 
     ]
     if sum(len(_given(embed, name)) for name in ("callbacks", "errbacks")) > kept:
         asked.append("link_unsupported")
-    noted = (reason for reason in get_args(Reason) if reason == headers.get("unsupported"))
-    return next(iter(asked), None) or next(noted, None)
+    carried = (reason for reason in get_args(Reason) if reason == headers.get("unsupported"))
+    return next(iter(asked), None) or next(carried, None)
 
 
 def _is_set(option: object) -> bool:

@@ -323,7 +323,10 @@ class RecordKey:
         plain = self.open_as(_RECORD_INFO, job_id.encode(), sealed)
         if plain is None:
             raise UnknownJob("The record of this job was not written by this service")
-        return _decoded(plain)
+        try:
+            return check_needs(_decode(plain))
+        except msgspec.ValidationError as exc:
+            raise unreadable_error(msgspec.msgpack.decode(plain)) from exc
 
     def seal_as(self, info: bytes, name: bytes, plain: bytes) -> bytes:
         """Seal a record of another kind, which ``info`` names, to be opened under this name only."""
@@ -371,10 +374,3 @@ class RecordKey:
         for part in parts:
             hasher.update(len(part).to_bytes(8, "big") + part)
         return hasher
-
-
-def _decoded(plain: bytes) -> AnyJob:
-    try:
-        return check_needs(_decode(plain))
-    except msgspec.ValidationError as exc:
-        raise unreadable_error(msgspec.msgpack.decode(plain)) from exc

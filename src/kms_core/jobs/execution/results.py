@@ -133,8 +133,8 @@ def _payload(job: UploadJob, head: bytes, spool: Spool) -> Iterator[RangeReader]
         yield RangeReader(stream.payload_key(file_key, nonce), sealed)
 
 
-def release(job: Job, store: JobStore, spool: Spool) -> None:
-    """Delete the result of an ended job now; of a dead one all that it has, so that it cannot be retried.
+def delete(job: Job, store: JobStore, spool: Spool) -> None:
+    """Delete the result of an ended job, and its input, without which a dead job cannot be retried.
 
     Doing it again changes nothing. Raises JobNotFinished, UnknownJob; ResultExpired if it has no result.
     """

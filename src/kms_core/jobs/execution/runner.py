@@ -251,7 +251,7 @@ def tidy(job: JobSpec, worker_context: WorkerContext) -> None:
 def _defer(claim: Attempt, store: JobStore, exc: Unavailable) -> None:
     """A peer that is away costs the job time, not an attempt; so does a grown source.
 
-    Raises ``exc`` again if that peer is a Redis that does not answer: nothing can be noted. One that is full
+    Raises ``exc`` again if that peer is a Redis that does not answer: nothing can be stored. One that is full
     has no room for parts, and may have later.
     """
     if isinstance(exc, JobsUnavailable) and not isinstance(exc, DurabilityUnconfirmed | RedisFull):

@@ -114,7 +114,7 @@ class SubmissionOptions:
     """A job as ``POST /jobs`` describes it, its submitter, and its contexts, parsed.
 
     ``job_id`` is that which its submitter chose, empty for a random one; ``digest`` (32 bytes, keyed) then
-    tells a replay from another job.
+    distinguishes a replay from another job.
     """
 
     who: Principal
