@@ -140,11 +140,11 @@ def run_next(worker_context: WorkerContext, following: Following, *, woken: bool
     Returns False if none is ready. Raises JobsUnavailable when Redis is gone; the lease then runs out and the
     job is taken up again.
     """
-    store, queues = worker_context.store, following.queues
+    store = worker_context.store
     if following.claimed:
         found = store.found_by(following.worker, *following.claimed.pop())
     else:
-        found = store.next(following.worker, queues[0], queues, woken=woken)
+        found = store.next(following.worker, following.queues, woken=woken)
     if isinstance(found, str):
         with suppress(UnknownJob):  # its record is gone, or was not written by this service
             tidy(store.accepted(found), worker_context)

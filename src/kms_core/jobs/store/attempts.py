@@ -50,18 +50,17 @@ class AttemptStore(JobReader):
         found = self._claim(job_id, worker, ())
         return found if isinstance(found, Attempt) else None
 
-    def next(self, worker: str, queue: str, served: Sequence[str], *, woken: bool) -> Attempt | str | None:
-        """Take the next job for a process of a worker; jobs of ``queue`` come first.
+    def next(self, worker: str, queues: Sequence[str], *, woken: bool) -> Attempt | str | None:
+        """Take the next job for a process of a worker; jobs of the first of the queues come first.
 
         The id of a job where that wants a hand only: to be tidied, or to be ended after its parts. None if no
-        job is ready in the queues ``served``. ``woken``: a wake-up brought the process here. If it finds work
+        job is ready in these queues. ``woken``: a wake-up brought the process here. If it finds work
         then, another process is woken for what is left: so all are at work soon, however few were woken.
         """
-        others = [each for each in served if each != queue]
-        found = self._claim("", worker, [queue, *others])
+        found = self._claim("", worker, queues)
         if woken and found:
             with suppress(JobsUnavailable):  # the attempt goes on
-                self.wake(served)
+                self.wake(queues)
         return found
 
     def _claim(self, job_id: str, worker: str, queues: Sequence[str]) -> Attempt | str | None:
