@@ -48,7 +48,7 @@ class SpoolCleanup(LockedSteps):
         self._store.call_each("input_removed", list(self._removed(found, self._spool.discard_input)))
 
     def _delete_expired(self) -> None:
-        found = past(self._store, "ended", _MOST)
+        found = expired(self._store)
         in_redis = self._small(found)  # all that they have, which ``purged`` deletes
 
         def delete(job_id: str) -> bool:
@@ -84,3 +84,8 @@ class SpoolCleanup(LockedSteps):
             if not self._store.exists(job_id) and self._spool.delete(job_id):
                 _log.info("spool.swept", job_id=job_id)
         self._spool.sweep()
+
+
+def expired(store: JobStore) -> list[str]:
+    """Ended jobs whose results are to be deleted. Raises JobsUnavailable."""
+    return past(store, "ended", _MOST)

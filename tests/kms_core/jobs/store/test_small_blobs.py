@@ -10,8 +10,7 @@ import pytest
 from kms_core.container import Core
 from kms_core.jobs.execution import results
 from kms_core.jobs.execution.runner import run_claimed
-from kms_core.jobs.recovery.reaper import past
-from kms_core.jobs.recovery.spool_cleanup import SpoolCleanup
+from kms_core.jobs.recovery.spool_cleanup import SpoolCleanup, expired
 from kms_core.jobs.submission import submitter
 from kms_core.jobs.submission.submitter import SubmissionOptions
 from kms_protocol import wire
@@ -233,7 +232,7 @@ def test_a_job_whose_blobs_are_in_redis_asks_the_store_nothing(
     SpoolCleanup(context.store, context.spool, "r", may_sweep=lambda: False)._delete_expired()  # noqa: SLF001 -- the sweep asks, once in ten minutes
 
     assert not small(core, job_id)
-    assert past(context.store, "ended", 1) == []
+    assert expired(context.store) == []
 
 
 @pytest.mark.parametrize("texts", [[b"x"] * 60, [bytes(LIMIT)]], ids=["large result", "all is large"])
