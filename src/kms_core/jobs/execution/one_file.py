@@ -22,7 +22,7 @@ from kms_core.jobs.model import Commit, CommitGone, part_id
 from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, ItemsJob, PlacedTarget, UploadJob, WorkResult
 from kms_core.jobs.storage.local import file_errors
 from kms_core.jobs.storage.locations import JobTarget, PendingTarget, is_remote
-from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Blob, Label, Spool
+from kms_core.jobs.storage.spool import HEAD, ITEMS, UPLOAD, Blob, Label, Spool, result_label
 from kms_core.operation import Opened, Sealed
 from kms_core.payload.parallel import ParallelOptions
 from kms_core.payload.streaming import FileToFile
@@ -48,11 +48,9 @@ from kms_protocol.errors import (
 # Rewrap: the head is the new header of the same payload. Every head ends with the payload nonce of the
 # file.
 
-HEAD: Final = "head"
 REMOTE_THREADS: Final = 4
 REMOTE_SLAB_CHUNKS: Final = 32
 """2 MiB: each costs a request, and each thread holds one or two of them."""
-RESULT: Final = "result"
 
 
 def run_upload(lease: Lease, job: UploadJob, kms: Kms, spool: Spool) -> None:
@@ -271,11 +269,6 @@ def run_items(lease: Lease, job: ItemsJob, kms: Kms, spool: Spool) -> None:
             if isinstance(answer.error, wire.ErrorCode):
                 lease.failures.add(index, answer.error.code)
     lease.made = WorkResult(result_digest=out.ref, blob=out.small)
-
-
-def result_label(tenant: str, job_id: str, part: int, attempt: str, ref: bytes = b"") -> Label:
-    """The spool label of the result lines of one part; a job that was not split is its own part 0."""
-    return Label(tenant, job_id, f"{RESULT}{part}", attempt, ref)
 
 
 def item_parts(job: ItemsJob) -> list[ItemsJob]:

@@ -14,7 +14,7 @@ from kms_core.age import header, stream
 from kms_core.jobs.execution import one_file, tree
 from kms_core.jobs.model import DEAD, REFUSED, Job
 from kms_core.jobs.spec import AnyJob, FileJob, ItemsJob, TreeJob, TreePart, UploadJob, needs_proof
-from kms_core.jobs.storage.spool import Label, Spool
+from kms_core.jobs.storage.spool import HEAD, Label, Spool, result_label
 from kms_core.jobs.store.store import JobStore
 from kms_core.payload.streaming import RangeReader
 from kms_protocol import wire
@@ -106,7 +106,7 @@ def of(job: Job, store: JobStore, spool: Spool) -> Result:
     accepted = _readable_job(job, store)
     if not isinstance(accepted, UploadJob):
         return Result(list(_lines(job, accepted, store, spool)), lines=True)
-    label = Label(job.tenant, job.job_id, one_file.HEAD, job.result_attempt, _ref(job))
+    label = Label(job.tenant, job.job_id, HEAD, job.result_attempt, _ref(job))
     with spool.opened(label) as content:
         head = content.read_at(0, content.size)
     payload = _content(partial(_payload, accepted, head, spool), is_sealed=accepted.kind == "encrypt")
@@ -199,7 +199,7 @@ def _lines(job: Job, accepted: AnyJob, store: JobStore, spool: Spool) -> Iterato
 
 def _written(job: Job, number: int, part: Job, spool: Spool) -> OpenBlob:
     """The lines that a part wrote; a job that was not split is its own part 0."""
-    label = one_file.result_label(job.tenant, job.job_id, number, part.result_attempt, _ref(part))
+    label = result_label(job.tenant, job.job_id, number, part.result_attempt, _ref(part))
     return partial(spool.opened, label)
 
 

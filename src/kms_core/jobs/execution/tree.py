@@ -26,7 +26,7 @@ from kms_core.jobs.model import Checkpoint, Commit, Job, LeaseLost, part_id
 from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, JobSpec, TreeJob, TreePart, WorkResult, needs_proof
 from kms_core.jobs.storage.local import ListedFile
 from kms_core.jobs.storage.locations import JobTarget
-from kms_core.jobs.storage.spool import Label, Spool
+from kms_core.jobs.storage.spool import Label, Spool, result_label
 from kms_core.jobs.store.reader import PartRecord
 from kms_core.jobs.store.records import TALLY
 from kms_protocol import wire
@@ -271,7 +271,7 @@ def run(lease: Lease, job: TreePart, context: WorkerContext) -> None:
     attempt = _Part(lease, files, context)
     attempt.sweep()
     attempt.settle_all()
-    label = one_file.result_label(job.tenant, job.owner, job.part, lease.claim.attempt_id)
+    label = result_label(job.tenant, job.owner, job.part, lease.claim.attempt_id)
     with context.spool.writing(label) as out:
         for line in files.lines(attempt.log):
             out.write(wire.encode(line) + b"\n")
