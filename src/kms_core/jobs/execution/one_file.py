@@ -143,22 +143,21 @@ class FileWork:
         permissions of its submitter. Raises Forbidden, PathRefused, TargetExists, SpoolFull, JobExpired,
         Unavailable.
         """
-        if (commit := self.commit) is not None:
-            # A commit that replicas may not have puts nothing in place.
-            self.context.store.confirm(self.job.job_id)
-            self._sweep(commit)
-            self._put_in_place(commit, None)
-            return _placed(commit)
-        if placed := self.target.recognised():
+        commit, pending = self.commit, None
+        if commit:
+            self.context.store.confirm(self.job.job_id)  # what replicas may not have puts nothing in place
+        elif placed := self.target.recognised():
             return WorkResult(target=placed)
-        if not self.is_one_of_many:
-            authorization.check_job(self.context.kms, self.job)
-        self._sweep()
-        with self._attempt() as (pending, commit):
-            self.record(commit)
+        else:
+            if not self.is_one_of_many:
+                authorization.check_job(self.context.kms, self.job)
+            self._sweep()
+            with self._attempt() as (pending, commit):
+                self.record(commit)
         self._sweep(commit)
         self._put_in_place(commit, pending)
-        return _placed(commit)
+        target = {name: getattr(commit, name) for name in PlacedTarget.__struct_fields__}
+        return WorkResult(target=PlacedTarget(**target), file_id=commit.file_id)
 
     def _sweep(self, commit: Commit | None = None) -> None:
         """Remove what other attempts have ready, or left when they were killed: they put it nowhere."""
@@ -238,11 +237,6 @@ def run_file(lease: Lease, job: FileJob, context: WorkerContext) -> None:
     target = context.places.target(job, job.job_id, lease.claim.spec)
     record = partial(context.store.committing, lease.claim)
     lease.made = FileWork(job, target, context, lease, record, lease.claim.commit).run()
-
-
-def _placed(commit: Commit) -> WorkResult:
-    target = {name: getattr(commit, name) for name in PlacedTarget.__struct_fields__}
-    return WorkResult(target=PlacedTarget(**target), file_id=commit.file_id)
 
 
 def run_items(lease: Lease, job: ItemsJob, kms: Kms, spool: Spool) -> None:
