@@ -2,7 +2,6 @@
 
 ``admin.py`` has those for operators. ``bytes`` fields are padded standard base64 (RFC 4648 §4). ``null``
 means the same as an absent field. ``repr`` shows no value, which keeps the content of a body out of logs.
-Messages to ``kms.submit`` and the pieces of group results are here too.
 """
 
 from datetime import datetime
@@ -50,14 +49,6 @@ KEY_SPEC_BYTES: Final[dict[str, int]] = {"AES_128": 16, "AES_256": 32}
 encode: Final = msgspec.json.encode
 NOT_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """Exceptions raised for bytes that are not JSON of a shape, not text, or nested too deeply."""
-# A UUID (RFC 9562) in lower case. Version 5 is reserved for the parts of a job.
-JobId = Annotated[
-    str,
-    Meta(
-        pattern="^[0-9a-f]{8}-[0-9a-f]{4}-[1-46-8][0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$",
-        max_length=36,  # without it, $ accepts a line feed at the end
-    ),
-]
 
 
 class Hidden(Struct, frozen=True):
@@ -459,20 +450,6 @@ class ItemResult(Answer, frozen=True, kw_only=True):
     ciphertext: bytes | UnsetType = UNSET
     plaintext: bytes | UnsetType = UNSET
     error: ErrorCode | UnsetType = UNSET
-
-
-class Submission(Body, frozen=True, kw_only=True):
-    """Content of a ``kms.submit`` message (docs/celery.md): a job, its id and an expiry time.
-
-    The submitter chooses the id; a replayed message starts no second job. ``token`` is an API token or a JWT.
-    It is null if requests are not authenticated.
-    """
-
-    version: Literal[1]
-    token: Annotated[str, Meta(max_length=4096)] | None = None
-    job_id: JobId
-    expires_at: Moment
-    job: JobIn
 
 
 class IntakeOut(Answer, frozen=True, kw_only=True):

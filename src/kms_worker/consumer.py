@@ -208,8 +208,8 @@ def _unsupported(headers: Mapping[object, object], embed: object, kept: int) -> 
     ]
     if sum(len(_given(embed, name)) for name in ("callbacks", "errbacks")) > kept:
         asked.append("link_unsupported")
-    noted = (reason for reason in get_args(Reason) if reason == headers.get("unsupported"))
-    return next(iter(asked), None) or next(noted, None)
+    carried = (reason for reason in get_args(Reason) if reason == headers.get("unsupported"))
+    return next(iter(asked), None) or next(carried, None)
 
 
 def _is_set(option: object) -> bool:
@@ -258,14 +258,16 @@ def _is_theirs(name: object) -> bool:
 
 def _is_flat(value: object) -> bool:
     """Return whether JSON is neither deep nor long, and has nothing that kombu would turn into an object."""
-    return _depth(value, _MOST_DEPTH) and len(msgspec.json.encode(value)) <= _MOST_LINK_BYTES
+    return _is_shallow(value, _MOST_DEPTH) and len(msgspec.json.encode(value)) <= _MOST_LINK_BYTES
 
 
-def _depth(value: object, left: int) -> bool:
+def _is_shallow(value: object, left: int) -> bool:
     if isinstance(value, dict):
-        return left > 0 and "__type__" not in value and all(_depth(one, left - 1) for one in value.values())
+        return (
+            left > 0 and "__type__" not in value and all(_is_shallow(one, left - 1) for one in value.values())
+        )
     if isinstance(value, list):
-        return left > 0 and all(_depth(one, left - 1) for one in value)
+        return left > 0 and all(_is_shallow(one, left - 1) for one in value)
     return True
 
 

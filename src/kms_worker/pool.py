@@ -48,7 +48,7 @@ class _Watched:
     pidfd: int = -1
     rounds: int = 0
     replaced: bool = False
-    is_told: bool = False
+    is_reported: bool = False
 
 
 class Slots(PeriodicThread):
@@ -172,8 +172,8 @@ class Slots(PeriodicThread):
         """Note the processes that hang, and those that are slow, and have none other touch their roots."""
         hanging = [one for one in self._stuck if one.rounds > 1]
         watched = [*hanging, *slow]
-        for one in [one for one in watched if not one.is_told]:
-            one.is_told = True
+        for one in [one for one in watched if not one.is_reported]:
+            one.is_reported = True
             log, event = _log.error, "worker.process_stuck"
             if one.stall.is_slow:
                 log, event = _log.warning, "worker.process_slow"

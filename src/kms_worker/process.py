@@ -186,9 +186,11 @@ def _prepare_children() -> None:
 
 
 def _prepare_child(parent: int, **_: object) -> None:
-    """A fork inherits that it cannot be dumped, and no lock of memory.
+    """Lock the memory of a forked process; end the process if its parent has ended.
 
-    Celery has the kernel kill it when its parent ends, which has no effect if the parent has ended by then.
+    ``parent`` is the process id of the worker's main process. A fork inherits the mark against core dumps,
+    but not the lock of memory. Celery has the kernel kill a child when its parent ends, which has no effect
+    if the parent ended before Celery asked for that.
     """
     if os.getppid() != parent:
         os._exit(_EXIT_ORPHAN)

@@ -151,7 +151,7 @@ def test_an_idle_service_leaves_redis_alone(tmp_path: Path) -> None:
     with Service(tmp_path, settings) as service, core_in(service) as (core, client):
         for _ in range(IDLE_JOBS):
             core.submitter.items(BIG, [JobItem(plaintext=b"x")])
-        first = core.worker_context.store.next("elsewhere/1", "kms.bulk", ("kms.bulk",), woken=False)
+        first = core.worker_context.store.next("elsewhere/1", ("kms.bulk",), woken=False)
         assert first is not None  # it holds the only lease that its tenant may have
         (source := service.files / "source").write_bytes(b"x")
         for number in range(IDLE_JOBS // 2):

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from kms_core.container import Core
 from kms_core.jobs.execution.attendance import Attendance, Stall
 from kms_core.jobs.model import Attempt
-from kms_core.jobs.spec import BULK, QUEUES
+from kms_core.jobs.spec import QUEUES
 from kms_core.jobs.store import gauges
 from kms_core.jobs.store.store import JobStore
 from kms_worker.pool import Slots
@@ -142,7 +142,7 @@ def test_one_that_cannot_be_ended_is_replaced_and_told_until_it_ends(
     for _ in range(3):
         slots.round()
     assert (pool.asked, stuck(store)) == (["grow"], 1)
-    assert store.next("w/1", BULK, QUEUES, woken=False) is None, "its worker leaves the root alone"
+    assert store.next("w/1", QUEUES, woken=False) is None, "its worker leaves the root alone"
 
     hanging.let_go(pid)
     for _ in range(3):
@@ -177,7 +177,7 @@ def test_while_all_processes_are_slow_another_one_takes_jobs_elsewhere(
     """All wait for a mount that hangs: other jobs go on, and none touches it until it answers."""
     on_it = [store.submit(accepted(items=1, source="items"), resources=[NAS]).job_id for _ in range(3)]
     elsewhere = store.submit(accepted(items=1, source="items")).job_id
-    taken = [store.next(f"w/{pid}", BULK, QUEUES, woken=False) for pid in (1, 2)]
+    taken = [store.next(f"w/{pid}", QUEUES, woken=False) for pid in (1, 2)]
     shared, pool = Attendance(), Pool(1, 2)
     slots = watch(shared, store, pool)
     crawl(shared, (1, on_it[0]))
@@ -190,10 +190,10 @@ def test_while_all_processes_are_slow_another_one_takes_jobs_elsewhere(
         slots.round()
     assert (pool.asked, stuck(store)) == (["grow"], 2)
     assert [attempt.accepted.job_id for attempt in taken] == on_it[:2]  # type: ignore[union-attr]  # they were ready
-    third = store.next("w/3", BULK, QUEUES, woken=False)
+    third = store.next("w/3", QUEUES, woken=False)
     assert isinstance(third, Attempt)
     assert third.accepted.job_id == elsewhere
-    assert store.next("w/3", BULK, QUEUES, woken=False) is None
+    assert store.next("w/3", QUEUES, woken=False) is None
 
     clock[0] += 3
     slots.round()

@@ -9,7 +9,7 @@ import pytest
 from kms_core.container import Core
 from kms_core.jobs.execution.lease import WorkerContext
 from kms_core.jobs.model import Attempt, Checkpoint, Commit
-from kms_core.jobs.spec import Fields, JobSpec, Work
+from kms_core.jobs.spec import Fields, JobSpec, WorkResult
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.wire import JobState
 from support.core_jobs import run_job
@@ -28,14 +28,16 @@ class HookedStore(JobStore):
     before: Callable[[str], None] = staticmethod(lambda _step: None)
     after: Callable[[str], None] = staticmethod(lambda _step: None)
 
-    def committing(self, claim: Attempt, commit: Commit) -> None:
+    def committing(self, claim: Attempt, commit: Commit | None) -> None:
         self.before("committing")
         super().committing(claim, commit)
         self.after("committing")
 
-    def finish(self, claim: Attempt, state: JobState, code: str = "", work: Work | None = None) -> None:
+    def finish(
+        self, claim: Attempt, state: JobState, code: str = "", result: WorkResult | None = None
+    ) -> None:
         self.before("finish")
-        super().finish(claim, state, code, work)
+        super().finish(claim, state, code, result)
         self.after("finish")
 
     def step(self, claim: Attempt, log: Checkpoint, counts: Fields) -> None:

@@ -140,7 +140,8 @@ def next_attempt(
     store: JobStore, worker: str = "w/1", queue: str = BULK, *, woken: bool = False
 ) -> Attempt | None:
     """An attempt at the job that a process is given; None if none is ready."""
-    found = store.next(worker, queue, QUEUES, woken=woken)
+    queues = [queue, *(each for each in QUEUES if each != queue)]
+    found = store.next(worker, queues, woken=woken)
     assert not isinstance(found, str)
     return found
 

@@ -18,7 +18,7 @@ from kms_core.auth.policy import Principal
 from kms_core.jobs.events.outbox import Delivery, Outbox
 from kms_core.jobs.model import Attempt, Checkpoint, RecordKey, part_id
 from kms_core.jobs.recovery.reaper import forget, reap_all
-from kms_core.jobs.spec import BULK, QUEUES, AnyJob, JobSpec, SignedEnd
+from kms_core.jobs.spec import QUEUES, AnyJob, JobSpec, SignedEnd
 from kms_core.jobs.store.heartbeats import processes_stuck, worker_lives, worker_seen
 from kms_core.jobs.store.scripts import SCRIPTS
 from kms_core.jobs.store.store import JobStore
@@ -134,7 +134,7 @@ def _small(store: JobStore, tenant: str, resources: Sequence[str] = (BACKEND,), 
 
 
 def _next(store: JobStore) -> object:
-    return store.next("w/1", BULK, QUEUES, woken=False)
+    return store.next("w/1", QUEUES, woken=False)
 
 
 def _crowded(store: JobStore) -> Attempt:

@@ -16,7 +16,7 @@ from cryptography import x509
 
 from kms_core.jobs.events.outbox import Delivery, Outbox
 from kms_core.jobs.events.webhook import WebhookEndpoint
-from kms_core.jobs.spec import Work
+from kms_core.jobs.spec import WorkResult
 from kms_core.jobs.store.store import JobStore
 from kms_core.settings.load import load as load_settings
 from kms_core.settings.model import EndpointSection, Settings
@@ -168,7 +168,7 @@ def dripping() -> Iterator[int]:
 def ended_job(store: JobStore, state: JobState = "succeeded", code: str = "", callback: str = "ci") -> str:
     """A job that has run to its end; its id."""
     claim = claimed(store, callback=callback)
-    store.finish(claim, state, code, Work(bytes_done=5))
+    store.finish(claim, state, code, WorkResult(bytes_done=5))
     return claim.accepted.job_id
 
 

@@ -314,7 +314,7 @@ def release_result(call: Call[None]) -> wire.JobOut:
     job = store.get(call.path("job_id"), call.caller.tenant)
     check_reader(call, job)
     with audit.recorded(call.service.kms.audit_log, call.caller, "job.release", job.job_id):
-        results.release(job, store, spool)
+        results.delete(job, store, spool)
     return shape(store.get(job.job_id, call.caller.tenant))
 
 

@@ -94,7 +94,10 @@ class Jwts:
         return _principal(issuer, claims, f"{_credential(issuer, digest)}:{role}", allowed), until
 
     def grace_s(self, name: str) -> int:
-        """Seconds for which jobs may run after the expiry of a token of this issuer."""
+        """Return ``job_grace_s`` of the issuer ``name``; 0 for one that is not configured.
+
+        For so many seconds after the expiry of a token its jobs may run.
+        """
         section = self._sections.get(name)
         return section.job_grace_s if section else 0
 

@@ -4,48 +4,39 @@ A batch is asked for once as a whole. The core asks once more for each file and 
 context that these really have.
 """
 
-from dataclasses import dataclass
-
 from kms_core.auth.policy import Principal, allows
-from kms_core.jobs.spec import ItemsJob, JobSpec
+from kms_core.jobs.spec import MOVING, ItemsJob, JobSpec
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import Forbidden
-from kms_protocol.wire import JobKind
+from kms_protocol.wire import JobIn, JobKind
 
 _ANY_CONTEXT = Context()  # fits no scope that has a rule on contexts
-
-
-@dataclass(frozen=True, slots=True)
-class JobAccess:
-    """A job as policy sees it. ``context`` None: each item may bring its own, so it is not asked for yet."""
-
-    kind: JobKind
-    key_id: str | None
-    context: Context | None
-    new_context: Context | None = None
 
 
 def check_job(kms: Kms, job: JobSpec) -> None:
     """Raise as ``check`` if its submitter may not run the job."""
     context = None if isinstance(job, ItemsJob) else job.bound_context
-    check(kms, job.who, JobAccess(job.kind, job.key_id, context, job.new_bound_context))
+    check(kms, job.who, job, context, job.new_bound_context)
 
 
-def check(kms: Kms, who: Principal, asked: JobAccess) -> None:
+def check(
+    kms: Kms, who: Principal, job: JobSpec | JobIn, context: Context | None, new_context: Context | None
+) -> None:
     """Raise Forbidden or UnknownKey if the job would be refused; Unavailable if that cannot be decided now.
 
-    Files name the key that opens them, so that of a decrypt job may not be known yet.
+    ``context`` None: each item may bring its own, so it is not asked for yet. Files name the key that opens
+    them, so that of a decrypt job may not be known yet.
     """
-    if asked.kind == "encrypt":
-        kms.require(who, "encrypt", asked.key_id or kms.keyring.default.key_id, asked.context)
-    elif asked.kind == "decrypt":
-        kms.require(who, "decrypt", asked.key_id, asked.context)
-    elif asked.new_context is not None or not allows(
-        kms.policy, who, asked.kind, asked.key_id, asked.context
-    ):  # away from its key or context, or without the right to move what it cannot open
-        kms.require(who, "decrypt", None, asked.context)
-        kms.require(who, "encrypt", asked.key_id, asked.new_context or asked.context)
+    kind, key_id = job.kind, job.key_id
+    if kind == "encrypt":
+        kms.require(who, "encrypt", key_id or kms.keyring.default.key_id, context)
+    elif kind == "decrypt":
+        kms.require(who, "decrypt", key_id, context)
+    elif new_context is not None or not allows(kms.policy, who, kind, key_id, context):
+        # away from its key or context, or without the right to move what it cannot open
+        kms.require(who, "decrypt", None, context)
+        kms.require(who, "encrypt", key_id, new_context or context)
 
 
 def check_batch(kms: Kms, who: Principal, kind: JobKind) -> None:
@@ -54,7 +45,7 @@ def check_batch(kms: Kms, who: Principal, kind: JobKind) -> None:
     Asked before the first item of a batch: the items would only be denied and recorded one by one.
     Unavailable if it cannot be decided now.
     """
-    moves = kind in {"rewrap", "reseal"} and not allows(kms.policy, who, kind)
+    moves = kind in MOVING and not allows(kms.policy, who, kind)
     try:
         for operation in ("decrypt", "encrypt") if moves else (kind,):
             kms.policy.require(who, operation)

@@ -116,10 +116,10 @@ def decoded(part: str) -> str:
     return os.fsdecode(unquote_to_bytes(part))
 
 
-def target_of(kind: JobKind, source: str, target: str, tree: Tree, path: str) -> str:
+def target_of(kind: JobKind, source: str, target: str, path: str) -> str:
     """The URL of the result for the file at ``path`` below the base of ``source``."""
     if target == source:
-        return tree.base + path
+        return base_of(source) + path
     if kind == "encrypt":
         return target + path + SUFFIX
     stem = path.removesuffix(SUFFIX)

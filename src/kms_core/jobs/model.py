@@ -24,8 +24,8 @@ from kms_core.jobs.spec import (
     Seconds,
     SignedEnd,
     SignedSplit,
-    Work,
     WorkResult,
+    WorkSummary,
     check_needs,
     unreadable_error,
 )
@@ -257,7 +257,7 @@ class Attempt:
     small_input: bytes | None = field(default=None, repr=False)
     following: "Following | None" = field(default=None, compare=False)
 
-    def end(self, state: JobState, error: str, work: Work, kept_until: float) -> SignedEnd:
+    def end(self, state: JobState, error: str, result: WorkResult, kept_until: float) -> SignedEnd:
         """The outcome of this attempt, to be signed; its record is kept until ``kept_until``."""
         return SignedEnd(
             fence=self.fence,
@@ -268,7 +268,7 @@ class Attempt:
             items=self.accepted.items,
             size_bytes=self.accepted.size_bytes,
             kept_until=kept_until,
-            **{name: getattr(work, name) for name in WorkResult.__struct_fields__},
+            **{name: getattr(result, name) for name in WorkSummary.__struct_fields__},
         )
 
 
@@ -323,7 +323,10 @@ class RecordKey:
         plain = self.open_as(_RECORD_INFO, job_id.encode(), sealed)
         if plain is None:
             raise UnknownJob("The record of this job was not written by this service")
-        return _decoded(plain)
+        try:
+            return check_needs(_decode(plain))
+        except msgspec.ValidationError as exc:
+            raise unreadable_error(msgspec.msgpack.decode(plain)) from exc
 
     def seal_as(self, info: bytes, name: bytes, plain: bytes) -> bytes:
         """Seal a record of another kind, which ``info`` names, to be opened under this name only."""
@@ -371,10 +374,3 @@ class RecordKey:
         for part in parts:
             hasher.update(len(part).to_bytes(8, "big") + part)
         return hasher
-
-
-def _decoded(plain: bytes) -> AnyJob:
-    try:
-        return check_needs(_decode(plain))
-    except msgspec.ValidationError as exc:
-        raise unreadable_error(msgspec.msgpack.decode(plain)) from exc

@@ -73,8 +73,8 @@ class FirstFailures(list[Failure]):
             self.append((index, code))
 
 
-class WorkResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The work of an attempt, in items and bytes, and its result.
+class WorkSummary(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The work of an attempt, in items and bytes, as its signed end has it.
 
     ``result_digest`` is the random id of the writing of the result (``BlobWriter.ref``), or SHA-256 over the
     ends of its parts. ``failures`` are the first items or files that failed. ``file_id``
@@ -90,15 +90,9 @@ class WorkResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     result_digest: bytes = b""
     file_id: str = ""
 
-
-class Work(WorkResult, frozen=True, kw_only=True):
-    """The work of this process, with its result as a ``blob``, where that is small."""
-
-    blob: SmallBlob | None = None
-
     @property
     def progress(self) -> dict[str, int]:
-        """The fields of the job's record that say so."""
+        """The fields of the job's record that have its counts."""
         return {
             "bytes_done": self.bytes_done,
             "items_done": self.items_done,
@@ -106,7 +100,13 @@ class Work(WorkResult, frozen=True, kw_only=True):
         }
 
 
-class SignedEnd(WorkResult, frozen=True, kw_only=True, omit_defaults=True):
+class WorkResult(WorkSummary, frozen=True, kw_only=True):
+    """The work of an attempt, with the result itself as a ``blob``, where that is small."""
+
+    blob: SmallBlob | None = None
+
+
+class SignedEnd(WorkSummary, frozen=True, kw_only=True, omit_defaults=True):
     """The outcome of one attempt at a job.
 
     Its MAC is also over the digest of the sealed record, so it counts for no other record of the same id.

@@ -224,6 +224,10 @@ class EndpointSection(Section, frozen=True, kw_only=True):
     events: tuple[JobState, ...] = ("succeeded", "failed", "cancelled")
     ca_file: Path | None = None
 
+    def is_for(self, tenant: str) -> bool:
+        """Return whether jobs of a tenant may name it."""
+        return self.tenants is None or tenant in self.tenants
+
 
 class JobsSection(Section, frozen=True, kw_only=True):
     """``[kms.jobs]``: ``roots`` are the directories that ``file://`` may name; none disables such jobs.

@@ -10,12 +10,12 @@ from kms_core import scopes
 from kms_core.age import x25519
 from kms_core.auth.policy import ByScopes, Principal
 from kms_core.jobs import authorization
-from kms_core.jobs.authorization import JobAccess
 from kms_core.jobs.spec import UploadJob
 from kms_core.scopes import Scope
 from kms_core.service import Kms
 from kms_protocol.context import Context
 from kms_protocol.errors import Forbidden
+from kms_protocol.wire import JobIn
 from support.age_kms import age_backend, kms_over
 
 SCOPES: Final = {
@@ -78,8 +78,8 @@ def test_a_caller_who_could_have_run_the_job_reads_the_result(kms: Kms) -> None:
 def test_a_move_to_another_context_needs_the_rights_to_open_and_to_seal(
     kms: Kms, new_context: Context | None
 ) -> None:
-    asked = JobAccess("reseal", None, Context.parse("row=7"), new_context)
+    asked, context = JobIn(kind="reseal"), Context.parse("row=7")
     may = {"owner", "mover"} if new_context is None else {"owner"}
     for name in ("owner", "mover", "opener", "sealer"):
         with nullcontext() if name in may else pytest.raises(Forbidden):
-            authorization.check(kms, Principal(name, "acme", f"token:{name}"), asked)
+            authorization.check(kms, Principal(name, "acme", f"token:{name}"), asked, context, new_context)

@@ -9,7 +9,7 @@ import pytest
 from kms_core.container import Core
 from kms_core.jobs.events.outbox import Outbox
 from kms_core.jobs.events.webhook import WebhookEndpoint
-from kms_core.jobs.spec import Work
+from kms_core.jobs.spec import WorkResult
 from kms_core.jobs.store.store import JobStore
 from kms_protocol.errors import JobNotDead
 from kms_protocol.wire import JobState
@@ -24,7 +24,7 @@ CLAIMS = [("succeeded", ""), ("failed", "items_failed")]
 def ended(store: JobStore, state: JobState = "succeeded", code: str = "", **changes: object) -> str:
     """A job that a worker has brought to this end; its id."""
     claim = claimed(store, "w1", **changes)
-    work = Work(items_done=2, items_failed=1, bytes_done=5, result_digest=b"d" * 32)
+    work = WorkResult(items_done=2, items_failed=1, bytes_done=5, result_digest=b"d" * 32)
     store.finish(claim, state, code, work)
     return claim.accepted.job_id
 

@@ -87,7 +87,6 @@ def test_name_that_is_no_text_can_be_written() -> None:
 )
 def test_result_is_named_after_its_source(kind: JobKind, path: str, result: str) -> None:
     source = f"{BASE}**"
-    tree = Tree.parse(source)
 
-    assert target_of(kind, source, "file:///srv/out/", tree, path) == f"file:///srv/out/{result}"
-    assert target_of(kind, source, source, tree, path) == f"{BASE}{path}"
+    assert target_of(kind, source, "file:///srv/out/", path) == f"file:///srv/out/{result}"
+    assert target_of(kind, source, source, path) == f"{BASE}{path}"

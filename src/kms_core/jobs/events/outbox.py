@@ -256,7 +256,7 @@ class WebhookDispatcher(PeriodicThread):
         endpoint = self._endpoints.get(delivery.endpoint)
         if endpoint is None:
             return DeliveryOutcome("failed", "unknown_endpoint")
-        if not endpoint.is_for(delivery.tenant):
+        if not endpoint.section.is_for(delivery.tenant):
             return DeliveryOutcome("gone", "tenant_refused")
         return webhook.post(endpoint, delivery)
 

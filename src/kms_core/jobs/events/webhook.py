@@ -4,9 +4,6 @@ One POST for one event: a CloudEvents 1.0 JSON body in structured mode, signed (
 is resolved once for each request, every address found is checked, and the connection goes to those addresses
 while TLS and ``Host`` keep the name: a name that changes its address in between changes nothing. No redirect
 is followed and no body is read.
-
-Addresses are checked against the special-purpose registries of IANA (RFC 6890), and those at which clouds
-serve metadata and credentials to a machine, as their vendors publish them.
 """
 
 import hashlib
@@ -15,7 +12,7 @@ import ipaddress
 import socket
 import ssl
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
@@ -27,6 +24,7 @@ import msgspec
 import structlog
 
 from kms_core.http_client import DeadlineTransport, within
+from kms_core.jobs.events.address_classes import Address, is_of_host, is_public
 from kms_core.jobs.model import Job
 from kms_core.secure_files import check_secret
 from kms_core.settings.model import EndpointSection as Section
@@ -37,7 +35,6 @@ from kms_protocol.errors import ConfigurationError
 from kms_protocol.tls_client import client_context
 from kms_protocol.units import time_text
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 CONTENT_TYPE: Final = "application/cloudevents+json"
 SOURCE: Final = f"{wire.PREFIX}/jobs"
 SECRET_BYTES: Final = 32
@@ -47,75 +44,6 @@ _MAKE: Final = "make one with `(umask 077; openssl rand -hex 32 > {path})`"
 _log = structlog.get_logger(__name__)
 
 
-def _networks(*texts: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
-    return tuple(map(ipaddress.ip_network, texts))
-
-
-_GLOBAL_UNICAST: Final = ipaddress.ip_network("2000::/3")  # all that IANA has given out (RFC 4291 §2.4)
-_NOT_PUBLIC: Final = _networks(  # beyond `is_global`, whose list differs between Pythons
-    "100.64.0.0/10",  # RFC 6598; 100.100.100.200 is Alibaba's metadata
-    "192.0.0.0/24",  # RFC 6890
-    "192.88.99.0/24",  # the relays of 6to4, RFC 7526
-    "2001::/23",  # RFC 2928, with Teredo
-    "2002::/16",  # 6to4, RFC 3056: holds an IPv4 address
-    "3fff::/20",  # RFC 9637
-)
-_OF_HOSTS: Final = _networks(
-    "169.254.0.0/16",  # metadata of most clouds; AWS: credentials of containers and pods
-    "fe80::/10",
-    "168.63.129.16/32",  # Azure: the host, which takes POSTs
-    "100.100.100.200/32",  # Alibaba
-    "192.0.0.192/32",  # Oracle
-    "fd00:ec2::/32",  # AWS: ::254 metadata, ::23 credentials of pods
-    "fd20:ce::254/128",  # Google
-    "fd00:42::42/128",  # Scaleway
-    "fd00:c1::a9fe:a9fe/128",  # Oracle
-)
-_HOLD_IPV4: Final = _networks(  # in their last 32 bits
-    "::/96",  # IPv4-compatible, RFC 4291 §2.5.5.1
-    "::ffff:0:0/96",  # IPv4-mapped, RFC 4291 §2.5.5.2
-    "::ffff:0:0:0/96",  # IPv4-translated, RFC 2765 §2.1
-    "64:ff9b::/96",  # NAT64, RFC 6052 §2.1
-    "64:ff9b:1::/48",  # NAT64 of one network, RFC 8215
-)
-
-
-def is_public(address: Address) -> bool:
-    """True if an address is one of the open internet; those that hold another (tunnels, NAT64) are not."""
-    address = _unmapped(address)
-    if is_of_host(address) or any(address in network for network in _NOT_PUBLIC):
-        return False
-    if isinstance(address, ipaddress.IPv6Address) and address not in _GLOBAL_UNICAST:
-        return False
-    return address.is_global and not (address.is_multicast or address.is_reserved)
-
-
-def is_of_host(address: Address) -> bool:
-    """Return whether the address is link-local or a cloud metadata service. No webhook is sent there.
-
-    So are IPv6 addresses that a translator or a tunnel would take there.
-    """
-    return any(found in network for found in _ends_at(address) for network in _OF_HOSTS)
-
-
-def _ends_at(address: Address) -> Iterator[Address]:
-    """The address without a zone, and the IPv4 addresses to which a packet for it may go."""
-    address = _unmapped(address)
-    yield address
-    if isinstance(address, ipaddress.IPv6Address):
-        if any(address in network for network in _HOLD_IPV4):
-            yield ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if address.sixtofour:  # RFC 3056
-            yield address.sixtofour
-
-
-def _unmapped(address: Address) -> Address:
-    """The IPv4 address that ``::ffff:a.b.c.d`` stands for (RFC 4291 §2.5.5.2), without a zone."""
-    if isinstance(address, ipaddress.IPv6Address):
-        return address.ipv4_mapped or ipaddress.IPv6Address(int(address))
-    return address
-
-
 @dataclass(frozen=True, slots=True)
 class WebhookEndpoint:
     """One receiver. ``loopback_only``: dev's receivers on this machine, which may lack TLS."""
@@ -123,10 +51,6 @@ class WebhookEndpoint:
     section: Section = field(repr=False)
     loopback_only: bool = False
     tls: ssl.SSLContext | None = field(default=None, repr=False)
-
-    def is_for(self, tenant: str) -> bool:
-        """Return whether jobs of a tenant may name it."""
-        return self.section.tenants is None or tenant in self.section.tenants
 
     def allows(self, address: Address) -> bool:
         if self.loopback_only:

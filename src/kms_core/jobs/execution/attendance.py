@@ -82,7 +82,7 @@ def is_wanted(since: float) -> bool:
 
 
 def want() -> None:
-    """Note such a message, in the parent."""
+    """Record, in the parent, that a message other than a wake-up came."""
     if _shared:
         _shared[0].wanted_at.note()
 

@@ -10,14 +10,14 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, Protocol, Self
+from typing import Final, Self
 
 import msgspec
 import structlog
 
 from kms_core.jobs.execution import attendance
-from kms_core.jobs.model import Attempt, Commit, LeaseLost
-from kms_core.jobs.spec import FirstFailures, Work
+from kms_core.jobs.model import Attempt, LeaseLost
+from kms_core.jobs.spec import FirstFailures, WorkResult
 from kms_core.jobs.storage.locations import Locations
 from kms_core.jobs.storage.spool import Spool
 from kms_core.jobs.store.store import JobStore
@@ -48,22 +48,6 @@ class HandedBack(Unavailable):
     summary = "The worker stops, and hands the job back"
 
 
-class Commits(Protocol):
-    """Records a commit before it happens."""
-
-    def committing(self, claim: Attempt, commit: Commit) -> None:
-        """Record a commit that any worker may finish. Raises LeaseLost, JobCancelled, JobsUnavailable."""
-
-    def withdraw(self, claim: Attempt) -> None:
-        """Take it back, if it could put nothing in place. Raises LeaseLost."""
-
-    def confirm(self, job_id: str) -> None:
-        """Raises DurabilityUnconfirmed if replicas may not have a commit that was recorded."""
-
-    def now(self) -> float:
-        """The clock that all jobs go by, in seconds since the epoch. Raises JobsUnavailable."""
-
-
 class Renewed:
     """Something that is renewed every ``every_s`` seconds while its block runs."""
 
@@ -92,7 +76,7 @@ class Lease(Renewed):
         self._lock = threading.Lock()
         self._bytes = self._items = self._failed = 0
         self._before = (0, 0, 0)
-        self.made = Work()
+        self.made = WorkResult()
         self.failures = FirstFailures()
         self._trouble: KmsError | None = None
         self._moved_at = time.monotonic()
@@ -139,7 +123,7 @@ class Lease(Renewed):
         self._before = (items, failed, size_bytes)
 
     @property
-    def work(self) -> Work:
+    def result(self) -> WorkResult:
         """The work done so far."""
         items, failed, size_bytes = self._before
         return msgspec.structs.replace(
@@ -165,7 +149,7 @@ class Lease(Renewed):
         elif attendance.stops_at() + _HAND_BACK_AFTER_S <= asked:
             self._hand_back()
         try:
-            self._store.renew(self.claim, self.work.progress)
+            self._store.renew(self.claim, self.result.progress)
             self._held_until = asked + self._store.rules.lease_s
         except JobsUnavailable:  # Redis may come back before the lease is over
             return

@@ -13,19 +13,19 @@ from typing import Final
 import msgspec
 
 from kms_core import audit
-from kms_core.age import header, stream
+from kms_core.age import header
 from kms_core.envelope import binding
 from kms_core.jobs import authorization
 from kms_core.jobs.bulk_lines import MOST_PARTS, RUN_ITEMS, decode, lines
-from kms_core.jobs.execution.lease import Commits, Lease, WorkerContext
-from kms_core.jobs.model import Attempt, Commit, CommitGone, part_id
-from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, ItemsJob, PlacedTarget, UploadJob, Work
+from kms_core.jobs.execution.lease import Lease, WorkerContext
+from kms_core.jobs.model import Commit, CommitGone, part_id
+from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, ItemsJob, PlacedTarget, UploadJob, WorkResult
 from kms_core.jobs.storage.local import file_errors
-from kms_core.jobs.storage.locations import JobTarget, Locations, PendingTarget, is_remote
-from kms_core.jobs.storage.spool import ITEMS, UPLOAD, Blob, Label, Spool
+from kms_core.jobs.storage.locations import JobTarget, PendingTarget, is_remote
+from kms_core.jobs.storage.spool import HEAD, ITEMS, UPLOAD, Blob, Label, Spool, result_label
 from kms_core.operation import Opened, Sealed
 from kms_core.payload.parallel import ParallelOptions
-from kms_core.payload.streaming import FileToFile, RangeReader
+from kms_core.payload.streaming import FileToFile
 from kms_core.service import Kms
 from kms_protocol import wire
 from kms_protocol.context import Context
@@ -48,11 +48,9 @@ from kms_protocol.errors import (
 # Rewrap: the head is the new header of the same payload. Every head ends with the payload nonce of the
 # file.
 
-HEAD: Final = "head"
 REMOTE_THREADS: Final = 4
 REMOTE_SLAB_CHUNKS: Final = 32
 """2 MiB: each costs a request, and each thread holds one or two of them."""
-RESULT: Final = "result"
 
 
 def run_upload(lease: Lease, job: UploadJob, kms: Kms, spool: Spool) -> None:
@@ -60,19 +58,19 @@ def run_upload(lease: Lease, job: UploadJob, kms: Kms, spool: Spool) -> None:
 
     Raises what ``Kms`` raises, DecryptFailed for a damaged payload, RecordRefused for another upload.
     """
-    work = {"encrypt": _encrypt, "decrypt": _decrypt, "rewrap": _rewrap}.get(job.kind)
-    if work is None:
+    make_head = {"encrypt": _encrypt, "decrypt": _decrypt, "rewrap": _rewrap}.get(job.kind)
+    if make_head is None:
         raise InvalidRequest("An upload cannot be resealed: name a source and a target")
     with ExitStack() as stack:
         try:
             blob = stack.enter_context(spool.blob(upload_label(job), lease.claim.small_input))
         except RecordRefused as exc:
             kms.raise_recorded(job.who, job.kind, job.bound_context, exc)
-        head = work(lease, job, kms, blob)
+        head = make_head(lease, job, kms, blob)
         label = Label(job.tenant, job.job_id, HEAD, lease.claim.attempt_id)
         with spool.writing(label, may_be_small=blob.is_small) as out:
             out.write(head)
-        lease.made = Work(result_digest=out.ref, blob=out.small, file_id=file_id(head))
+        lease.made = WorkResult(result_digest=out.ref, blob=out.small, file_id=file_id(head))
 
 
 def upload_label(job: UploadJob) -> Label:
@@ -83,25 +81,6 @@ def upload_label(job: UploadJob) -> Label:
 def file_id(head: bytes) -> str:
     """The id of the file of a head (see ``binding.file_id``)."""
     return binding.file_id(head[-header.NONCE_BYTES :])
-
-
-@contextmanager
-def payload(job: UploadJob, head: bytes, spool: Spool) -> Iterator[RangeReader]:
-    """Reader of the result of a job behind its header; of a decrypted one, which has none, all of it.
-
-    That of an encrypted one is the reader's payload, sealed. Raises ResultExpired; RecordRefused and
-    DecryptFailed, now or when a part of it is read.
-    """
-    with spool.opened(upload_label(job)) as content:
-        if job.kind == "encrypt":
-            yield content
-            return
-        sealed = content.tail(header.read_by(content.read_at, header.FILE_LIMITS).payload_offset)
-        if job.kind == "rewrap":
-            yield sealed
-            return
-        file_key, nonce = head[: header.FILE_KEY_BYTES], head[header.FILE_KEY_BYTES :]
-        yield RangeReader(stream.payload_key(file_key, nonce), sealed)
 
 
 def _options(lease: Lease, *urls: str) -> ParallelOptions:
@@ -143,20 +122,20 @@ _REFUSED: Final = (JobExpired, TargetExists, PathRefused)
 class FileWork:
     """The work on one file, and what it needs.
 
-    ``lease`` is that of ``claim``, or of the part with the file. For one of many files, permissions are
-    checked, and leftovers of other attempts removed, before the first.
+    ``lease`` is that of the job, or of the part with the file. ``record`` records a commit before it happens,
+    or takes it back, as ``JobStore.committing``; ``commit`` is the one that an earlier attempt recorded. For
+    one of many files, permissions are checked, and leftovers of other attempts removed, before the first.
     """
 
     job: FileJob
     target: JobTarget
-    kms: Kms
-    places: Locations
-    store: Commits
+    context: WorkerContext
     lease: Lease
-    claim: Attempt
+    record: Callable[[Commit | None], None]
+    commit: Commit | None
     is_one_of_many: bool = False
 
-    def run(self) -> Work:
+    def run(self) -> WorkResult:
         """Do the work, or finish what an attempt that died began; if the result is in place, do nothing.
 
         Answers with the target and the id of the file, which is empty where the result was in place. So a job
@@ -164,43 +143,43 @@ class FileWork:
         permissions of its submitter. Raises Forbidden, PathRefused, TargetExists, SpoolFull, JobExpired,
         Unavailable.
         """
-        if (commit := self.claim.commit) is not None:
-            self.store.confirm(self.job.job_id)  # a commit that replicas may not have puts nothing in place
-            self._sweep(commit)
-            self._put_in_place(commit, None)
-            return _placed(commit)
-        if placed := self.target.recognised():
-            return Work(target=placed)
-        if not self.is_one_of_many:
-            authorization.check_job(self.kms, self.job)
-        self._sweep()
-        with self._attempt() as (pending, commit):
-            self.store.committing(self.claim, commit)
+        commit, pending = self.commit, None
+        if commit:
+            self.context.store.confirm(self.job.job_id)  # what replicas may not have puts nothing in place
+        elif placed := self.target.recognised():
+            return WorkResult(target=placed)
+        else:
+            if not self.is_one_of_many:
+                authorization.check_job(self.context.kms, self.job)
+            self._sweep()
+            with self._attempt() as (pending, commit):
+                self.record(commit)
         self._sweep(commit)
         self._put_in_place(commit, pending)
-        return _placed(commit)
+        target = {name: getattr(commit, name) for name in PlacedTarget.__struct_fields__}
+        return WorkResult(target=PlacedTarget(**target), file_id=commit.file_id)
 
     def _sweep(self, commit: Commit | None = None) -> None:
         """Remove what other attempts have ready, or left when they were killed: they put it nowhere."""
         self.lease.check()  # a worker that lost its lease leaves the rest to its successor
-        keep = {commit.attempt_id} if commit else set()
         if not self.is_one_of_many:
-            self.places.sweep({self.job.job_id: self.job.target}, {self.claim.attempt_id} | keep)
+            keep = {self.lease.claim.attempt_id} | ({commit.attempt_id} if commit else set())
+            self.context.places.sweep({self.job.job_id: self.job.target}, keep)
 
     def _put_in_place(self, commit: Commit, pending: PendingTarget | None) -> None:
-        job, target = self.job, self.target
+        job, log, name = self.job, self.context.kms.audit_log, f"{self.job.job_id}-{commit.attempt_id}"
         try:
-            with audit.effect(self.kms.audit_log, job.who, "commit", f"{job.job_id}-{commit.attempt_id}"):
+            with audit.effect(log, job.who, "commit", name):
                 if pending:
                     pending.finish(commit)
                 elif not self._finish_begun(commit):
                     with self._attempt() as (again, _):
-                        job.check_expiry(self.store.now)
+                        job.check_expiry(self.context.store.now)
                         again.finish(commit)
         except _REFUSED as exc:  # the job has failed, and its temporary file is gone
-            target.give_up(commit)
+            self.target.give_up(commit)
             if pending and isinstance(exc, CommitGone):
-                self.store.withdraw(self.claim)  # raises LeaseLost if another attempt has put it in place
+                self.record(None)  # raises LeaseLost if another attempt has put it in place
                 raise Unavailable("Another attempt at this job removed what this one had ready") from exc
             raise
 
@@ -211,7 +190,7 @@ class FileWork:
         Raises JobExpired, ClocksApart, and as ``JobTarget.finish``.
         """
         try:
-            self.job.check_expiry(self.store.now)
+            self.job.check_expiry(self.context.store.now)
         except JobExpired:
             if not self.target.is_placed(commit):
                 raise
@@ -226,16 +205,16 @@ class FileWork:
         If the block fails, nothing is left behind, unless Redis may have it that it is committing.
         """
         job = self.job
-        with self.places.open_source(job.source) as source:
+        with self.context.places.open_source(job.source) as source:
             size = source.reader.size
             self.lease.admit(size)
             room_bytes = 0 if job.kind == "rewrap" else size  # a payload may be moved as it is
-            with self.target.prepare(self.claim.attempt_id, room_bytes) as pending:
+            with self.target.prepare(self.lease.claim.attempt_id, room_bytes) as pending:
                 try:
                     options = _options(self.lease, job.source, job.target)
                     data = FileToFile(source.reader, pending.writer, options, pending.copy)
                     with file_errors():
-                        made = self.kms.run(
+                        made = self.context.kms.run(
                             job.kind,
                             job.who,
                             data,
@@ -256,13 +235,8 @@ class FileWork:
 def run_file(lease: Lease, job: FileJob, context: WorkerContext) -> None:
     """Do the work of a job over one file or object. Raises as ``FileWork.run``."""
     target = context.places.target(job, job.job_id, lease.claim.spec)
-    work = FileWork(job, target, context.kms, context.places, context.store, lease, lease.claim)
-    lease.made = work.run()
-
-
-def _placed(commit: Commit) -> Work:
-    target = {name: getattr(commit, name) for name in PlacedTarget.__struct_fields__}
-    return Work(target=PlacedTarget(**target), file_id=commit.file_id)
+    record = partial(context.store.committing, lease.claim)
+    lease.made = FileWork(job, target, context, lease, record, lease.claim.commit).run()
 
 
 def run_items(lease: Lease, job: ItemsJob, kms: Kms, spool: Spool) -> None:
@@ -288,12 +262,7 @@ def run_items(lease: Lease, job: ItemsJob, kms: Kms, spool: Spool) -> None:
             lease.item(len(line) + 1, failed=isinstance(answer.error, wire.ErrorCode))
             if isinstance(answer.error, wire.ErrorCode):
                 lease.failures.add(index, answer.error.code)
-    lease.made = Work(result_digest=out.ref, blob=out.small)
-
-
-def result_label(tenant: str, job_id: str, part: int, attempt: str, ref: bytes = b"") -> Label:
-    """The spool label of the result lines of one part; a job that was not split is its own part 0."""
-    return Label(tenant, job_id, f"{RESULT}{part}", attempt, ref)
+    lease.made = WorkResult(result_digest=out.ref, blob=out.small)
 
 
 def item_parts(job: ItemsJob) -> list[ItemsJob]:

@@ -5,15 +5,16 @@ result lines of every part of a bulk job.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+from kms_core.age import header, stream
 from kms_core.jobs.execution import one_file, tree
 from kms_core.jobs.model import DEAD, REFUSED, Job
 from kms_core.jobs.spec import AnyJob, FileJob, ItemsJob, TreeJob, TreePart, UploadJob, needs_proof
-from kms_core.jobs.storage.spool import Label, Spool
+from kms_core.jobs.storage.spool import HEAD, Label, Spool, result_label
 from kms_core.jobs.store.store import JobStore
 from kms_core.payload.streaming import RangeReader
 from kms_protocol import wire
@@ -105,16 +106,35 @@ def of(job: Job, store: JobStore, spool: Spool) -> Result:
     accepted = _readable_job(job, store)
     if not isinstance(accepted, UploadJob):
         return Result(list(_lines(job, accepted, store, spool)), lines=True)
-    label = Label(job.tenant, job.job_id, one_file.HEAD, job.result_attempt, _ref(job))
+    label = Label(job.tenant, job.job_id, HEAD, job.result_attempt, _ref(job))
     with spool.opened(label) as content:
         head = content.read_at(0, content.size)
-    payload = _content(partial(one_file.payload, accepted, head, spool), is_sealed=accepted.kind == "encrypt")
+    payload = _content(partial(_payload, accepted, head, spool), is_sealed=accepted.kind == "encrypt")
     pieces: list[ResultPiece] = [payload] if accepted.kind == "decrypt" else [LiteralPiece(head), payload]
     return Result(pieces, file_id=one_file.file_id(head))
 
 
-def release(job: Job, store: JobStore, spool: Spool) -> None:
-    """Delete the result of an ended job now; of a dead one all that it has, so that it cannot be retried.
+@contextmanager
+def _payload(job: UploadJob, head: bytes, spool: Spool) -> Iterator[RangeReader]:
+    """Reader of the result of a job behind its header; of a decrypted one, which has none, all of it.
+
+    That of an encrypted one is the reader's payload, sealed. Raises ResultExpired; RecordRefused and
+    DecryptFailed, now or when a part of it is read.
+    """
+    with spool.opened(one_file.upload_label(job)) as content:
+        if job.kind == "encrypt":
+            yield content
+            return
+        sealed = content.tail(header.read_by(content.read_at, header.FILE_LIMITS).payload_offset)
+        if job.kind == "rewrap":
+            yield sealed
+            return
+        file_key, nonce = head[: header.FILE_KEY_BYTES], head[header.FILE_KEY_BYTES :]
+        yield RangeReader(stream.payload_key(file_key, nonce), sealed)
+
+
+def delete(job: Job, store: JobStore, spool: Spool) -> None:
+    """Delete the result of an ended job, and its input, without which a dead job cannot be retried.
 
     Doing it again changes nothing. Raises JobNotFinished, UnknownJob; ResultExpired if it has no result.
     """
@@ -179,7 +199,7 @@ def _lines(job: Job, accepted: AnyJob, store: JobStore, spool: Spool) -> Iterato
 
 def _written(job: Job, number: int, part: Job, spool: Spool) -> OpenBlob:
     """The lines that a part wrote; a job that was not split is its own part 0."""
-    label = one_file.result_label(job.tenant, job.job_id, number, part.result_attempt, _ref(part))
+    label = result_label(job.tenant, job.job_id, number, part.result_attempt, _ref(part))
     return partial(spool.opened, label)
 
 

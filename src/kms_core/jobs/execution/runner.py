@@ -140,11 +140,11 @@ def run_next(worker_context: WorkerContext, following: Following, *, woken: bool
     Returns False if none is ready. Raises JobsUnavailable when Redis is gone; the lease then runs out and the
     job is taken up again.
     """
-    store, queues = worker_context.store, following.queues
+    store = worker_context.store
     if following.claimed:
         found = store.found_by(following.worker, *following.claimed.pop())
     else:
-        found = store.next(following.worker, queues[0], queues, woken=woken)
+        found = store.next(following.worker, following.queues, woken=woken)
     if isinstance(found, str):
         with suppress(UnknownJob):  # its record is gone, or was not written by this service
             tidy(store.accepted(found), worker_context)
@@ -194,10 +194,10 @@ def _run(claim: Attempt, worker_context: WorkerContext) -> None:
     if parts:
         store.split(claim, parts)
         return
-    work = lease.work
-    code = ITEMS_FAILED if work.items_failed else ""
+    result = lease.result
+    code = ITEMS_FAILED if result.items_failed else ""
     state: JobState = "failed" if code else "succeeded"
-    store.finish(claim, state, code, work)
+    store.finish(claim, state, code, result)
     _log.info("job.finished", job_id=job.job_id, state=state, code=code)
 
 
@@ -251,7 +251,7 @@ def tidy(job: JobSpec, worker_context: WorkerContext) -> None:
 def _defer(claim: Attempt, store: JobStore, exc: Unavailable) -> None:
     """A peer that is away costs the job time, not an attempt; so does a grown source.
 
-    Raises ``exc`` again if that peer is a Redis that does not answer: nothing can be noted. One that is full
+    Raises ``exc`` again if that peer is a Redis that does not answer: nothing can be stored. One that is full
     has no room for parts, and may have later.
     """
     if isinstance(exc, JobsUnavailable) and not isinstance(exc, DurabilityUnconfirmed | RedisFull):

@@ -11,6 +11,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final, Self, get_args
 
 import msgspec
@@ -20,15 +21,14 @@ from kms_core.age.header import FILE_LIMITS
 from kms_core.jobs import bulk_lines
 from kms_core.jobs.execution import one_file
 from kms_core.jobs.execution.lease import Lease, WorkerContext
-from kms_core.jobs.file_patterns import Tree, target_of
-from kms_core.jobs.model import Attempt, Checkpoint, Commit, Job, LeaseLost, part_id
-from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, JobSpec, TreeJob, TreePart, Work
+from kms_core.jobs.file_patterns import Tree, base_of, target_of
+from kms_core.jobs.model import Checkpoint, Commit, Job, LeaseLost, part_id
+from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, JobSpec, TreeJob, TreePart, WorkResult, needs_proof
 from kms_core.jobs.storage.local import ListedFile
-from kms_core.jobs.storage.locations import JobTarget, Locations
-from kms_core.jobs.storage.spool import Label, Spool
+from kms_core.jobs.storage.locations import JobTarget
+from kms_core.jobs.storage.spool import Label, Spool, result_label
 from kms_core.jobs.store.reader import PartRecord
 from kms_core.jobs.store.records import TALLY
-from kms_core.service import Kms
 from kms_protocol import wire
 from kms_protocol.errors import JobCancelled, JobExpired, KmsError, TooLarge, Unavailable
 
@@ -77,18 +77,18 @@ class FileOutcome:
         return next((word for word in _SHOWN if word == self.word), msgspec.UNSET)
 
 
-def check_version(kms: Kms, places: Locations, file: FileJob) -> FileOutcome:
+def check_version(context: WorkerContext, file: FileJob) -> FileOutcome:
     """Return ``would_change`` for a file that is to be moved. Reads its header, and opens nothing with a key.
 
     No header shows a new context, so with one every file is to be moved. Raises NotACiphertext,
     DecryptFailed, UnknownKey, and what opening the file raises.
     """
-    with places.open_source(file.source) as source:
+    with context.places.open_source(file.source) as source:
         try:
             head = header.read_by(source.reader.read_at, FILE_LIMITS)
         except KmsError as exc:
-            kms.raise_recorded(file.who, file.kind, file.bound_context, exc)
-    status = kms.key_version_status(file.who, head, file.key_id)
+            context.kms.raise_recorded(file.who, file.kind, file.bound_context, exc)
+    status = context.kms.key_version_status(file.who, head, file.key_id)
     if status is None:
         return FileOutcome(FOREIGN)
     if status.newest and file.new_context is None:
@@ -219,7 +219,6 @@ class PartFiles:
     """The files of a part as they were listed, and each as a job from file to file."""
 
     part: TreePart
-    tree: Tree
     listed: Sequence[ListedFile]
 
     @classmethod
@@ -228,7 +227,7 @@ class PartFiles:
         label = Label(part.tenant, part.owner, MANIFEST, str(part.manifest), part.input_ref)
         with spool.opened(label) as reader:
             listed = [_decode(line) for line in bulk_lines.lines(reader.slabs(*part.starts))]
-        return cls(part, Tree.parse(part.source), listed)
+        return cls(part, listed)
 
     def job(self, index: int) -> FileJob:
         """The file of this number; its id makes the name of its temporary file its own."""
@@ -238,8 +237,8 @@ class PartFiles:
             **fields
             | {
                 "job_id": str(uuid.uuid5(uuid.UUID(part.job_id), str(index))),
-                "source": self.tree.base + path,
-                "target": target_of(part.kind, part.source, part.target, self.tree, path),
+                "source": base_of(part.source) + path,
+                "target": target_of(part.kind, part.source, part.target, path),
             }
         )
 
@@ -269,17 +268,17 @@ def run(lease: Lease, job: TreePart, context: WorkerContext) -> None:
     Raises Unavailable, once the log is stored: the part is then taken up where it stopped.
     """
     files = PartFiles.read(job, context.spool)
-    work = _Part(lease, files, context)
-    work.sweep()
-    work.settle_all()
-    label = one_file.result_label(job.tenant, job.owner, job.part, lease.claim.attempt_id)
+    attempt = _Part(lease, files, context)
+    attempt.sweep()
+    attempt.settle_all()
+    label = result_label(job.tenant, job.owner, job.part, lease.claim.attempt_id)
     with context.spool.writing(label) as out:
-        for line in files.lines(work.log):
+        for line in files.lines(attempt.log):
             out.write(wire.encode(line) + b"\n")
-    for index, settled in enumerate(map(FileOutcome.parse, work.log.settled), start=job.first):
+    for index, settled in enumerate(map(FileOutcome.parse, attempt.log.settled), start=job.first):
         if settled.code:
             lease.failures.add(index, settled.code)
-    lease.made = Work(tallies=work.tallies, result_digest=out.ref)
+    lease.made = WorkResult(tallies=attempt.tallies, result_digest=out.ref)
 
 
 class _Part:
@@ -287,10 +286,9 @@ class _Part:
 
     def __init__(self, lease: Lease, files: PartFiles, context: WorkerContext) -> None:
         self._lease, self._job, self._files = lease, files.part, files
-        self._kms, self._store, self._places = context.kms.for_job(), context.store, context.places
+        self._context = replace(context, kms=context.kms.for_job())
         self._deferrals = lease.claim.deferrals
         self._made: set[str] = set()
-        self._effect = FileOutcome(DONE)
         self.log = lease.claim.log
         self._tally = OutcomeCounts(map(FileOutcome.parse, self.log.settled))
         lease.resume(
@@ -311,8 +309,8 @@ class _Part:
         self._lease.check()
         if self.log.pending:
             first = next(iter(targets))
-            self._places.sweep({first: targets.pop(first)}, own | {self.log.pending.attempt_id})
-        self._places.sweep(targets, own)
+            self._context.places.sweep({first: targets.pop(first)}, own | {self.log.pending.attempt_id})
+        self._context.places.sweep(targets, own)
 
     def settle_all(self) -> None:
         if self.log.pending:
@@ -338,7 +336,7 @@ class _Part:
 
     def _step(self, log: Checkpoint) -> None:
         counts = {f"{TALLY}{name}": number for name, number in self.tallies.items()}
-        self._store.step(self._lease.claim, log, {"settled": self._tally.done, **counts})
+        self._context.store.step(self._lease.claim, log, {"settled": self._tally.done, **counts})
 
     def _one(self, index: int) -> FileOutcome:
         if code := self._files.listed[index].code:
@@ -351,7 +349,7 @@ class _Part:
             if not self._job.dry_run and target.recognised():
                 return effect
             if self._job.campaign:
-                outcome = check_version(self._kms, self._places, file)
+                outcome = check_version(self._context, file)
                 version = outcome.version
                 if outcome.word != DUE or self._job.dry_run:
                     return outcome
@@ -387,46 +385,30 @@ class _Part:
 
     def _target(self, file: FileJob) -> JobTarget:
         spec = self._job.parent_spec or self._lease.claim.spec
-        return self._places.target(file, self._job.owner, spec)
+        return self._context.places.target(file, self._job.owner, spec)
 
     def _run(
         self, file: FileJob, target: JobTarget, effect: FileOutcome, commit: Commit | None = None
     ) -> None:
-        self._effect, claim = effect, replace(self._lease.claim, accepted=file, commit=commit)
-        one_file.FileWork(
-            file, target, self._kms, self._places, self, self._lease, claim, is_one_of_many=True
-        ).run()
+        record = partial(self._record, effect)
+        one_file.FileWork(file, target, self._context, self._lease, record, commit, is_one_of_many=True).run()
 
     def _make_room(self, target: str) -> None:
         above = target.rpartition("/")[0]
         if not self._job.in_place and above not in self._made:
-            self._places.make_parents(target)
+            self._context.places.make_parents(target)
             self._made.add(above)
 
-    # As ``Commits`` of its files: a commit is in the checkpoint, so that any attempt at the part finishes it.
-
-    def now(self) -> float:
-        return self._store.now()
-
-    def confirm(self, job_id: str = "") -> None:
-        self._store.confirm(job_id)
-
-    def committing(self, claim: Attempt, commit: Commit) -> None:
-        claim.accepted.check_expiry(self.now)
-        self._record(commit)
-
-    def withdraw(self, claim: Attempt) -> None:
-        del claim
-        self._record(None)
-
-    def _record(self, commit: Commit | None) -> None:
-        self._step(msgspec.structs.replace(self.log, pending=commit, effect=str(self._effect)))
+    def _record(self, effect: FileOutcome, commit: Commit | None) -> None:
+        """Record the commit of a file in the checkpoint. Any attempt at the part ends it as ``effect``."""
+        if commit:
+            self._job.check_expiry(self._context.store.now)
+        self._step(msgspec.structs.replace(self.log, pending=commit, effect=str(effect)))
 
 
 def abandon(part: TreePart, record: PartRecord, context: WorkerContext) -> None:
     """Remove the temporary files that killed attempts at a part left, if no attempt will follow."""
-    state = record.job
-    if not state.ended or state.state == "succeeded" or state.error == "items_failed":
+    if not record.job.ended or needs_proof(record.job.state, record.job.error):  # which settled all files
         return
     try:
         files = PartFiles.read(part, context.spool)

@@ -1,1 +1,1 @@
-"""Heartbeats of workers, and jobs whose worker died."""
+"""Jobs whose worker died or that are due, and files of the spool that nothing needs."""

@@ -82,7 +82,7 @@ class Reaper(LockedSteps):
             (2, self._forget),
             (60, self._count_operations),
             (10, self._tell_of_newer),
-            (10, self._store.condition),  # notes how full Redis is, for workers
+            (10, self._store.condition),  # records how full Redis is, for workers
         )
 
     def _take_up_due(self) -> None:

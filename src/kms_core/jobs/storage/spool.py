@@ -45,12 +45,16 @@ from kms_protocol.units import size_text
 
 UPLOAD: Final = "upload"
 ITEMS: Final = "items"
+HEAD: Final = "head"
+"""Of the result of an upload: what is before its payload."""
+RESULT: Final = "result"
+"""Of the result lines of a part, whose number follows."""
 RESOURCE: Final = "root:spool"
 """Of jobs whose input is a file or object: a worker whose processes hang on such takes no other one."""
 NO_ATTEMPT: Final = "0"
 """Of blobs that the submitter wrote."""
 
-_RESULTS: Final = ("head.", "result")
+_RESULTS: Final = (f"{HEAD}.", RESULT)
 _SPOOL_KEY_ID: Final = "spool"
 _JOB_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _REF_BYTES: Final = 16
@@ -80,6 +84,11 @@ class Label:
         return Context(
             (("attempt", self.attempt), ("job", self.job_id), ("role", self.role), ("write", self.ref.hex()))
         )
+
+
+def result_label(tenant: str, job_id: str, part: int, attempt: str, ref: bytes = b"") -> Label:
+    """The label of the result lines of one part; a job that was not split is its own part 0."""
+    return Label(tenant, job_id, f"{RESULT}{part}", attempt, ref)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from kms_core.jobs.spec import (
     RecordTooNew,
     SignedEnd,
     SignedSplit,
-    Work,
+    WorkResult,
     needs_proof,
     spec_digest,
 )
@@ -50,18 +50,17 @@ class AttemptStore(JobReader):
         found = self._claim(job_id, worker, ())
         return found if isinstance(found, Attempt) else None
 
-    def next(self, worker: str, queue: str, served: Sequence[str], *, woken: bool) -> Attempt | str | None:
-        """Take the next job for a process of a worker; jobs of ``queue`` come first.
+    def next(self, worker: str, queues: Sequence[str], *, woken: bool) -> Attempt | str | None:
+        """Take the next job for a process of a worker; jobs of the first of the queues come first.
 
         The id of a job where that wants a hand only: to be tidied, or to be ended after its parts. None if no
-        job is ready in the queues ``served``. ``woken``: a wake-up brought the process here. If it finds work
+        job is ready in these queues. ``woken``: a wake-up brought the process here. If it finds work
         then, another process is woken for what is left: so all are at work soon, however few were woken.
         """
-        others = [each for each in served if each != queue]
-        found = self._claim("", worker, [queue, *others])
+        found = self._claim("", worker, queues)
         if woken and found:
             with suppress(JobsUnavailable):  # the attempt goes on
-                self.wake(served)
+                self.wake(queues)
         return found
 
     def _claim(self, job_id: str, worker: str, queues: Sequence[str]) -> Attempt | str | None:
@@ -196,8 +195,7 @@ class AttemptStore(JobReader):
         """
         fields: dict[str, int | bytes] = {"parts_left": 0}
         if needs_proof(end.state, end.error):
-            fields |= {"items_done": end.items_done, "items_failed": end.items_failed}
-            fields["bytes_done"] = end.bytes_done
+            fields |= end.progress
             fields |= {f"{TALLY}{name}": number for name, number in end.tallies.items()}
             fields["end"] = self.record_key.sign(job.job_id, end, spec)
         given = [job.job_id, job.attempt_id, end.state, end.error, self.rules.result_ttl_s, *flat(fields)]
@@ -217,36 +215,35 @@ class AttemptStore(JobReader):
         given = [claim.attempt_id, self.record_key.sign(job_id, log, claim.spec), *flat(counts)]
         self.run_confirmed("step", job_id, given, waits=log.pending is not None)
 
-    def committing(self, claim: Attempt, commit: Commit) -> None:
-        """Record the commit: any worker may finish it now, and it cannot be cancelled.
+    def committing(self, claim: Attempt, commit: Commit | None) -> None:
+        """Record the commit: any worker may finish it now, and the job cannot be cancelled.
 
-        Raises JobExpired, DurabilityUnconfirmed if replicas did not acknowledge it.
+        None takes back a commit that could put nothing in place: the job is running again. Raises LeaseLost,
+        JobCancelled, JobExpired, DurabilityUnconfirmed if replicas did not acknowledge it.
         """
-        claim.accepted.check_expiry(self.now)
-        self._commit(claim, self.record_key.sign(claim.accepted.job_id, commit, claim.spec))
+        job_id, signed = claim.accepted.job_id, b""
+        if commit:
+            claim.accepted.check_expiry(self.now)
+            signed = self.record_key.sign(job_id, commit, claim.spec)
+        self.run_confirmed("committing", job_id, [claim.attempt_id, signed])
 
-    def withdraw(self, claim: Attempt) -> None:
-        """Take back a commit that could put nothing in place: the job runs. Raises LeaseLost."""
-        self._commit(claim, b"")
-
-    def _commit(self, claim: Attempt, signed: bytes) -> None:
-        self.run_confirmed("committing", claim.accepted.job_id, [claim.attempt_id, signed])
-
-    def finish(self, claim: Attempt, state: JobState, code: str = "", work: Work | None = None) -> None:
+    def finish(
+        self, claim: Attempt, state: JobState, code: str = "", result: WorkResult | None = None
+    ) -> None:
         """End the job, signed where the end needs a proof.
 
         Only the attempt that holds the job can; raises LeaseLost otherwise. An end that replicas do not
         acknowledge stands, and its events wait (``events/outbox.py``).
         """
         job_id, keep_s = claim.accepted.job_id, self.rules.result_ttl_s
-        fields: dict[str, int | bytes] = {**work.progress} if work else {}
+        fields: dict[str, int | bytes] = {**result.progress} if result else {}
         if needs_proof(state, code):
             kept_until = claim.accepted.result_until(self.now()) + keep_s
-            end = claim.end(state, code, work or Work(), kept_until)
+            end = claim.end(state, code, result or WorkResult(), kept_until)
             fields["end"] = self.record_key.sign(job_id, end, claim.spec)
         with redis_errors():
             given: list[Any] = [job_id, claim.attempt_id, state, code, keep_s, claim.accepted.owner]
-            given += [*blob_arguments(work.blob if work else None), *flat(fields)]
+            given += [*blob_arguments(result.blob if result else None), *flat(fields)]
             word = self._finish([job_key(job_id)], given, claim.following)
         raise_for(word)
         if not claim.accepted.parent:

@@ -9,7 +9,7 @@ import math
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -43,8 +43,32 @@ _WHO: Final = Principal("celery")
 _LOCK_S: Final = 120.0  # far above the time that the largest message takes to reach the spool
 _SKEW_S: Final = 60
 _DIGEST_LABEL: Final = b"kms.submit"
-_decode: Final = msgspec.json.Decoder(wire.Submission).decode
 _encode: Final = msgspec.json.Encoder(order="sorted").encode
+# A UUID (RFC 9562) in lower case. Version 5 is reserved for the parts of a job.
+JobId = Annotated[
+    str,
+    msgspec.Meta(
+        pattern="^[0-9a-f]{8}-[0-9a-f]{4}-[1-46-8][0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$",
+        max_length=36,  # without it, $ accepts a line feed at the end
+    ),
+]
+
+
+class Submission(wire.Body, frozen=True, kw_only=True):
+    """Content of a ``kms.submit`` message (docs/celery.md): a job, its id and an expiry time.
+
+    The submitter chooses the id; a replayed message starts no second job. ``token`` is an API token or a JWT.
+    It is null if requests are not authenticated.
+    """
+
+    version: Literal[1]
+    token: Annotated[str, msgspec.Meta(max_length=4096)] | None = None
+    job_id: JobId
+    expires_at: wire.Moment
+    job: wire.JobIn
+
+
+_decode: Final = msgspec.json.Decoder(Submission).decode
 
 
 class Intake:
@@ -84,7 +108,7 @@ class Intake:
                 self._submitter.submit(self._options(asked, digest, who))
         return asked.job_id
 
-    def _who(self, asked: wire.Submission) -> Principal:
+    def _who(self, asked: Submission) -> Principal:
         if self._authenticator is None:
             return _WHO
         try:
@@ -95,7 +119,7 @@ class Intake:
         self._submitter.require(who, "jobs:write")
         return who
 
-    def _read(self, message: object) -> wire.Submission:
+    def _read(self, message: object) -> Submission:
         """Open, decode and judge a message by itself; its values are in no error's text."""
         if not isinstance(message, str):
             raise InvalidRequest("The one argument of kms.submit is the base64 text of an age file")
@@ -133,7 +157,7 @@ class Intake:
             raise IdempotencyConflict("A different job has this job_id: choose a new one for each job")
         return True
 
-    def _options(self, asked: wire.Submission, digest: bytes, who: Principal) -> SubmissionOptions:
+    def _options(self, asked: Submission, digest: bytes, who: Principal) -> SubmissionOptions:
         """The record must outlive the message, else a late replay would run the job again."""
         job, result_ttl_s = asked.job, self._submitter.store.rules.result_ttl_s
         needed_s = math.ceil(_left_s(asked)) + _SKEW_S - result_ttl_s
@@ -160,9 +184,8 @@ def recipient(path: Path) -> Recipient:
 
 def _given(job: wire.JobIn) -> dict[str, object]:
     """The fields that a job sets. Missing fields and those of later versions do not count."""
-    fields = {name: getattr(job, name) for name in job.__struct_fields__}
-    return {name: value for name, value in fields.items() if value is not None}
+    return {name: value for name, value in msgspec.structs.asdict(job).items() if value is not None}
 
 
-def _left_s(asked: wire.Submission) -> float:
+def _left_s(asked: Submission) -> float:
     return (asked.expires_at - datetime.now(UTC)).total_seconds()

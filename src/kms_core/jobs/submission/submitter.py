@@ -16,7 +16,6 @@ from kms_core import audit
 from kms_core.age import header
 from kms_core.auth.policy import Principal
 from kms_core.jobs import authorization, bulk_lines
-from kms_core.jobs.authorization import JobAccess
 from kms_core.jobs.file_patterns import Tree, base_of, is_tree
 from kms_core.jobs.model import Job
 from kms_core.jobs.spec import MOVING, FileJob, FilesJob, ItemsJob, JobSpec, SmallBlob, TreeJob, UploadJob
@@ -91,33 +90,23 @@ def urls_of(job: wire.JobIn) -> dict[str, object]:
     go together.
     """
     source = job.source or ""
-    target = source if job.target is None else job.target
+    target, many = source if job.target is None else job.target, is_tree(source)
     found: dict[str, object] = {"source": source, "target": target, "overwrite": bool(job.overwrite)}
-    if is_tree(source):
-        _check_many(job, target)
+    if many:
+        Tree.parse(source)
         found["dry_run"] = bool(job.dry_run)
-    elif job.dry_run:
+    if job.dry_run and not many:
         raise InvalidRequest("dry_run is for a source that names many files, with *")
-    if job.target is None:
-        _check_in_place(job)
-    return found
-
-
-def _check_many(job: wire.JobIn, target: str) -> None:
-    Tree.parse(job.source or "")
     if job.dry_run and job.kind not in MOVING:
         raise InvalidRequest("dry_run is for rewrap and reseal")
-    if target == job.source:
-        _check_in_place(job)
-    elif not target.endswith("/") or "*" in target:
+    if job.target is None or (many and target == source):
+        if job.kind not in MOVING:
+            raise InvalidRequest(_NOTHING)
+        if not job.overwrite and not job.dry_run:
+            raise InvalidRequest("A job without a target replaces its source: say so with overwrite")
+    elif many and (not target.endswith("/") or "*" in target):
         raise InvalidRequest("The target of many files is a directory: end it with a slash, and no star")
-
-
-def _check_in_place(job: wire.JobIn) -> None:
-    if job.kind not in MOVING:
-        raise InvalidRequest(_NOTHING)
-    if not job.overwrite and not job.dry_run:
-        raise InvalidRequest("A job without a target replaces its source: say so with overwrite")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +114,7 @@ class SubmissionOptions:
     """A job as ``POST /jobs`` describes it, its submitter, and its contexts, parsed.
 
     ``job_id`` is that which its submitter chose, empty for a random one; ``digest`` (32 bytes, keyed) then
-    tells a replay from another job.
+    distinguishes a replay from another job.
     """
 
     who: Principal
@@ -196,8 +185,8 @@ class JobSubmitter:
     def _check_without_redis(self, options: SubmissionOptions, *, bulk: bool) -> None:
         """Raise as ``check``, but for the state of Redis."""
         job = options.job
-        asked = JobAccess(job.kind, job.key_id, None if bulk else options.context, options.new_context)
-        authorization.check(self._kms, options.who, asked)
+        context = None if bulk else options.context
+        authorization.check(self._kms, options.who, job, context, options.new_context)
         self._check_options(options, bulk=bulk)
         deadlines(job, self.store.now(), self.store.rules.result_ttl_s)
 
@@ -212,7 +201,7 @@ class JobSubmitter:
         group = job.group.callback if job.group else None
         for callback in filter(None, (job.callback, group)):
             endpoint = self._section.jobs.endpoints.get(callback)
-            if endpoint is None or not (endpoint.tenants is None or options.who.tenant in endpoint.tenants):
+            if endpoint is None or not endpoint.is_for(options.who.tenant):
                 # another tenant's endpoint is as one that does not exist
                 raise InvalidRequest("callback names no endpoint for your tenant: see [kms.jobs.endpoints]")
         self._require_install()

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from kms_core.jobs.events import transitions
-from kms_core.jobs.spec import Work
+from kms_core.jobs.spec import WorkResult
 from kms_core.jobs.store.store import JobStore
 from support.job_stores import TENANT, accepted, alone, claimed, commands, round_trips
 
@@ -32,7 +32,7 @@ def test_events_from_before_the_end_of_a_job_have_no_progress_of_its_end(
     store: JobStore, tmp_path: Path
 ) -> None:
     with alone(store, tmp_path / "own") as own:
-        work = Work(items_done=2, items_failed=1, bytes_done=5)
+        work = WorkResult(items_done=2, items_failed=1, bytes_done=5)
         own.finish(claimed(own, "w1", items=2, size_bytes=7), "failed", "items_failed", work)
         found = transitions.read_feed(own, TENANT, transitions.FEED_START)
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from kms_core.jobs.events import webhook
+from kms_core.jobs.events.address_classes import Address, is_public
 from kms_core.jobs.events.webhook import DeliveryOutcome, WebhookEndpoint, WebhookRequest, post, sign
 from kms_core.jobs.model import Job
 from kms_protocol.errors import ConfigurationError
@@ -91,18 +92,18 @@ PUBLIC = {
 }
 
 
-def addresses(text: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+def addresses(text: str) -> list[Address]:
     return list(map(ipaddress.ip_address, text.split()))
 
 
 @pytest.mark.parametrize("kind", FORBIDDEN)
 def test_addresses_off_the_open_internet_are_told(kind: str) -> None:
-    assert [each for each in addresses(FORBIDDEN[kind]) if webhook.is_public(each)] == []
+    assert [each for each in addresses(FORBIDDEN[kind]) if is_public(each)] == []
 
 
 @pytest.mark.parametrize("kind", PUBLIC)
 def test_public_addresses_are_public(kind: str) -> None:
-    assert [each for each in addresses(PUBLIC[kind]) if not webhook.is_public(each)] == []
+    assert [each for each in addresses(PUBLIC[kind]) if not is_public(each)] == []
 
 
 @pytest.mark.parametrize("kind", OF_HOSTS)

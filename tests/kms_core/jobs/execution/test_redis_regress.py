@@ -105,7 +105,7 @@ def test_commit_that_is_taken_back_leaves_a_running_job(store: JobStore) -> None
     store.committing(claim, COMMIT)
 
     for _ in range(2):
-        store.withdraw(claim)
+        store.committing(claim, None)
 
     assert store.get(claim.accepted.job_id, TENANT).state == "running"
     store.defer(claim, 0)

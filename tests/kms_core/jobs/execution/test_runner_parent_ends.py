@@ -14,7 +14,7 @@ from kms_core.jobs.execution import results, runner
 from kms_core.jobs.execution.runner import run_next
 from kms_core.jobs.model import Attempt, Following, Job
 from kms_core.jobs.recovery.reaper import Reaper
-from kms_core.jobs.spec import BULK, QUEUES
+from kms_core.jobs.spec import QUEUES
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
 from kms_protocol.errors import RecordRefused
@@ -102,12 +102,12 @@ def test_reaper_sends_for_another_worker(core: Core, unended: list[str]) -> None
     store = core.worker_context.store
     reaper = Reaper(store, "r1")
     reaper.step()
-    assert store.next("w/1", BULK, QUEUES, woken=False) is None  # the worker has some seconds
+    assert store.next("w/1", QUEUES, woken=False) is None  # the worker has some seconds
 
     forge(store, job_id, lease_until="0")
     store.redis.zadd("kms:leased", {job_id: 0})
     reaper.step()
-    assert run_next(core.worker_context, Following("w/1", [BULK, *QUEUES], lambda: False), woken=False)
+    assert run_next(core.worker_context, Following("w/1", QUEUES, lambda: False), woken=False)
 
     assert end_of(core, job_id) == ("succeeded", "")
     assert now(core, job_id).end

@@ -9,7 +9,7 @@ from kms_core.container import Core
 from kms_core.jobs.model import LeaseLost
 from kms_core.jobs.recovery import reaper
 from kms_core.jobs.recovery.reaper import Reaper, reap_all
-from kms_core.jobs.spec import FILES, QUEUES
+from kms_core.jobs.spec import BULK, FILES
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.store.tenants import tenants
 from kms_protocol.errors import JobsUnavailable, WrongInstall
@@ -48,7 +48,7 @@ def test_cancelled_job_that_had_an_attempt_is_tidied_by_a_worker(store: JobStore
 
     store.cancel(job_id, TENANT)
 
-    assert store.next("w/1", FILES, QUEUES, woken=False) == job_id
+    assert store.next("w/1", (FILES, BULK), woken=False) == job_id
 
 
 def test_expired_job_that_had_attempts_is_tidied_by_a_worker(store: JobStore) -> None:

@@ -34,7 +34,7 @@ def replaced(store: JobStore, *, plain: str = "", **changes: Any) -> str:  # noq
 
 
 def taken(store: JobStore, worker: str = "w/1") -> object:
-    return store.next(worker, QUEUES[0], QUEUES, woken=False)
+    return store.next(worker, QUEUES, woken=False)
 
 
 LATER: Final[dict[str, dict[str, Any]]] = {
@@ -81,7 +81,7 @@ def test_a_worker_that_knows_the_feature_takes_it(store: JobStore) -> None:
     assert job_id in due(store)
     assert reap_all(store, [job_id]) == ["due"]
 
-    claim = store.next("later/1", QUEUES[0], QUEUES, woken=False)
+    claim = store.next("later/1", QUEUES, woken=False)
     assert getattr(claim, "attempt", 0) == 1
     assert b"waits_for" not in record(store, job_id)
     assert not store.redis.exists("kms:newer")

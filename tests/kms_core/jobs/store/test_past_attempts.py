@@ -7,7 +7,7 @@ import pytest
 
 from kms_core.jobs.model import Attempt, Job, part_id
 from kms_core.jobs.recovery.reaper import reap_all
-from kms_core.jobs.spec import Work
+from kms_core.jobs.spec import WorkResult
 from kms_core.jobs.store.heartbeats import process_ended
 from kms_core.jobs.store.store import JobStore
 from support.job_stores import (
@@ -188,7 +188,7 @@ def test_an_attempt_at_a_part_is_told_with_the_whole(store: JobStore) -> None:
 
 def test_a_job_that_succeeds_at_once_has_no_field_more(store: JobStore) -> None:
     claim = claimed(store)
-    store.finish(claim, "succeeded", "", Work(items_done=1, result_digest=bytes(32)))
+    store.finish(claim, "succeeded", "", WorkResult(items_done=1, result_digest=bytes(32)))
 
     assert not {b"history", b"began_at"} & record(store, claim.accepted.job_id).keys()
 

@@ -243,7 +243,7 @@ def test_jobs_of_the_queue_that_has_work_come_first(store: JobStore) -> None:
     submit(store, 2)
 
     assert attempt(store, queue=FILES).accepted.queue == FILES
-    assert store.next("w/1", FILES, (FILES,), woken=False) is None
+    assert store.next("w/1", (FILES,), woken=False) is None
     assert attempt(store, queue=FILES).accepted.queue == BULK
     assert attempt(store).accepted.queue == BULK
     assert taken(store) is None
@@ -493,7 +493,7 @@ def test_a_worker_is_woken_to_end_a_job_whose_parts_have_ended(store: JobStore, 
     Reaper(store, "r").step()
 
     assert BULK in woken
-    assert store.next("w/1", BULK, QUEUES, woken=True) == whole.accepted.job_id
+    assert store.next("w/1", QUEUES, woken=True) == whole.accepted.job_id
 
 
 def test_a_failed_wake_up_loses_no_job(core: Core) -> None:

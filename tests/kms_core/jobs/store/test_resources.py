@@ -71,7 +71,7 @@ def test_a_renewed_lease_counts_on_wherever_it_counts(core: Core) -> None:
     store.large_job_bytes = 1_000
     processes_stuck(store, "w", 0, -1, [NAS])  # what was left alone until now: one attempt is made
     job_id = submit(store, [NAS], size_bytes=1_000)
-    held = store.next("w/1", BULK, QUEUES, woken=True)
+    held = store.next("w/1", QUEUES, woken=True)
     assert isinstance(held, Attempt)
     marks = {
         f"kms:running:{TENANT}": job_id,
@@ -256,7 +256,7 @@ def test_what_is_to_be_tidied_there_is_left_to_another_worker(store: JobStore) -
     processes_stuck(store, "w", 1, 60, [NAS])
 
     assert next_attempt(store) is None
-    assert store.next("another/1", BULK, QUEUES, woken=False) == job_id
+    assert store.next("another/1", QUEUES, woken=False) == job_id
 
 
 def test_what_is_to_be_tidied_there_hides_nothing_behind_it(store: JobStore) -> None:
@@ -265,7 +265,7 @@ def test_what_is_to_be_tidied_there_hides_nothing_behind_it(store: JobStore) -> 
     store.redis.zadd("kms:chores", dict.fromkeys(left, 1.0) | {other: 2.0})
     processes_stuck(store, "w", 1, 60, [NAS])
 
-    assert [store.next("w/1", BULK, QUEUES, woken=False) for _ in range(2)] == [None, other]
+    assert [store.next("w/1", QUEUES, woken=False) for _ in range(2)] == [None, other]
 
 
 def test_a_commit_that_hangs_is_finished_by_another_worker(store: JobStore) -> None:

@@ -14,7 +14,7 @@ from kms_core.jobs.events.webhook import WebhookEndpoint
 from kms_core.jobs.execution.runner import run_claimed
 from kms_core.jobs.model import part_id
 from kms_core.jobs.recovery.reaper import forget
-from kms_core.jobs.spec import AnyJob, JobSpec, SmallBlob, Work
+from kms_core.jobs.spec import AnyJob, JobSpec, SmallBlob, WorkResult
 from kms_core.jobs.store.store import JobStore
 from kms_core.settings.model import TenantSection
 from kms_protocol.errors import RateLimited, SpoolQuota, TenantShare
@@ -27,7 +27,7 @@ from support.webhooks import changed
 MEMORY_BYTES = 10 * 1024**2
 TEXT = "x" * 500
 TEXTS = {f"name{number}": TEXT for number in range(16)}
-DONE = Work(items_done=1, result_digest=bytes(32))
+DONE = WorkResult(items_done=1, result_digest=bytes(32))
 
 
 @pytest.fixture

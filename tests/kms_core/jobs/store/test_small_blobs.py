@@ -227,7 +227,7 @@ def test_a_job_whose_blobs_are_in_redis_asks_the_store_nothing(
         assert result(core, job_id)
         remove_inputs(core)
     if end == "released":
-        results.release(context.store.get(job_id, TENANT), context.store, context.spool)
+        results.delete(context.store.get(job_id, TENANT), context.store, context.spool)
     context.store.redis.zadd("kms:ended", {job_id: 1})
     SpoolCleanup(context.store, context.spool, "r", may_sweep=lambda: False)._delete_expired()  # noqa: SLF001 -- the sweep asks, once in ten minutes
 
@@ -250,7 +250,7 @@ def test_what_rests_on_the_disk_leaves_with_the_result(core: Core, texts: list[b
 def test_released_result_is_gone(core: Core) -> None:
     job_id = bulk(core, b"x")
     context = core.worker_context
-    results.release(run(core, job_id), context.store, context.spool)
+    results.delete(run(core, job_id), context.store, context.spool)
 
     assert not small(core, job_id)
     with pytest.raises(ResultReleased):

@@ -14,7 +14,7 @@ from kms_core.auth.policy import Principal
 from kms_core.container import Core
 from kms_core.jobs.model import Attempt, Checkpoint, Job, LeaseLost, RecordKey, part_id
 from kms_core.jobs.recovery.reaper import due, forget, reap_all
-from kms_core.jobs.spec import JobSpec, Work
+from kms_core.jobs.spec import JobSpec, WorkResult
 from kms_core.jobs.store import reader
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import SubmissionOptions, new_id
@@ -360,7 +360,7 @@ def test_lapsed_lease_is_taken_over_and_the_old_fence_is_powerless(store: JobSto
     powerless: list[Callable[[], None]] = [
         lambda: store.renew(old, {"bytes_done": 99}),
         lambda: store.committing(old, COMMIT),
-        lambda: store.withdraw(old),
+        lambda: store.committing(old, None),
         lambda: store.finish(old, "succeeded"),
         lambda: store.defer(old, 1),
         lambda: store.split(old, []),
@@ -382,7 +382,7 @@ def test_lapsed_lease_is_taken_over_and_the_old_fence_is_powerless(store: JobSto
 
 def test_job_ends_once(store: JobStore) -> None:
     claim = claimed(store)
-    store.finish(claim, "failed", "decrypt_failed", Work(bytes_done=5))
+    store.finish(claim, "failed", "decrypt_failed", WorkResult(bytes_done=5))
 
     with pytest.raises(LeaseLost):
         store.finish(claim, "succeeded")

@@ -21,7 +21,7 @@ JUNK: Final = (b"", b"junk", b"\xff\xfe")
 def taken(store: JobStore) -> list[str]:
     """The jobs that a process is given until there is none."""
     found: list[str] = []
-    while claim := store.next("w1/1", "kms.bulk", QUEUES, woken=False):
+    while claim := store.next("w1/1", QUEUES, woken=False):
         if isinstance(claim, Attempt):
             found.append(claim.accepted.job_id)
     return found
@@ -90,7 +90,7 @@ def test_jobs_that_do_not_exist_want_no_hand(store: JobStore) -> None:
     entries(store, "chores", 1.0, *(f"junk{number}" for number in range(100)))
     store.submit(accepted())
 
-    assert isinstance(store.next("w1/1", "kms.bulk", QUEUES, woken=False), Attempt)
+    assert isinstance(store.next("w1/1", QUEUES, woken=False), Attempt)
 
 
 def test_a_tenant_without_jobs_is_taken_out_of_the_choice(core: Core) -> None:

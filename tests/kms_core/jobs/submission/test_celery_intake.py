@@ -25,9 +25,8 @@ from kms_core.container import build_intake
 from kms_core.envelope import sealing
 from kms_core.envelope.binding import KeyRef
 from kms_core.jobs.submission import celery_intake
-from kms_core.jobs.submission.celery_intake import Intake
+from kms_core.jobs.submission.celery_intake import Intake, Submission
 from kms_core.periodic import SharedTime
-from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import (
     BackendUnavailable,
@@ -258,7 +257,7 @@ def test_without_authentication_a_token_is_not_looked_at(
 
 def schema() -> dict[str, object]:
     """The JSON schema of a message, as published in docs/schemas."""
-    found = msgspec.json.schema(wire.Submission)
+    found = msgspec.json.schema(Submission)
     for shape in found["$defs"].values():  # docstrings, which Python takes the indentation from since 3.13
         if "description" in shape:
             shape["description"] = inspect.cleandoc(shape["description"])

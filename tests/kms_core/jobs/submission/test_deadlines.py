@@ -11,7 +11,7 @@ from kms_core.container import Core
 from kms_core.jobs.execution.lease import Lease
 from kms_core.jobs.model import Checkpoint, Job, LeaseLost, part_id
 from kms_core.jobs.recovery.reaper import due, reap_all
-from kms_core.jobs.spec import BULK, QUEUES
+from kms_core.jobs.spec import QUEUES
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.submission.submitter import deadlines
 from kms_protocol.errors import InvalidDeadline, JobExpired
@@ -136,14 +136,14 @@ def test_a_job_whose_time_is_over_ends_without_a_worker(
 
     assert ended(store, job_id) == ("failed", code)
     assert store.get(job_id, TENANT).fence == 1 + is_given_back
-    assert store.next("w/1", BULK, QUEUES, woken=False) == job_id
-    assert store.next("w/1", BULK, QUEUES, woken=False) is None
+    assert store.next("w/1", QUEUES, woken=False) == job_id
+    assert store.next("w/1", QUEUES, woken=False) is None
 
 
 def test_a_worker_starts_no_job_late(store: JobStore) -> None:
     job_id = job(store, start_by=-1)
 
-    assert store.next("w/1", BULK, QUEUES, woken=False) == job_id
+    assert store.next("w/1", QUEUES, woken=False) == job_id
     assert ended(store, job_id) == ("failed", "not_started")
 
 
@@ -257,7 +257,7 @@ def test_a_record_of_an_old_version_has_one_term(store: JobStore) -> None:
         store.redis.hdel(f"kms:job:{job_id}", name)
     store.redis.hset(f"kms:job:{job_id}", "expires_at", time.time() - 1)
 
-    assert store.next("w/1", BULK, QUEUES, woken=False) == job_id
+    assert store.next("w/1", QUEUES, woken=False) == job_id
     assert record(store, job_id)[b"error"] == b"expired"
 
 
@@ -285,7 +285,7 @@ def test_a_worker_whose_clock_is_a_day_ahead_leaves_jobs_to_others(
     job_id = job(store)
     with monkeypatch.context() as wrong:
         wrong.setattr(time, "time", lambda real=time.time: real() + 86_400)
-        assert store.next("w/1", BULK, QUEUES, woken=False) == job_id
+        assert store.next("w/1", QUEUES, woken=False) == job_id
         assert store.get(job_id, TENANT).state == "queued"
     store.redis.hset(f"kms:job:{job_id}", "not_before", 0)
     reap_all(store, [job_id])
