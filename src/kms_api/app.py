@@ -19,9 +19,10 @@ from kms_api.routes import audit, batch, files, jobs, keys, operations, secrets
 from kms_api.routing import DOCS, Dispatcher, rules_of
 from kms_api.transport.admission import Admitted, budgets_of
 from kms_api.transport.authentication import AuthenticationLayer, RequestAuthenticator
+from kms_api.transport.page_layer import PageLayer
 from kms_api.transport.request_context import ClientAddress, RequestContext
 from kms_api.ui import login, overview, views
-from kms_api.ui.render import STATIC_FILES, PageLayer, Screen, refused
+from kms_api.ui.render import STATIC_FILES, Screen, refused
 from kms_api.ui.sessions import Sessions
 from kms_api.vault_api import sys, transit
 from kms_api.vault_api.routing import LOGIN
