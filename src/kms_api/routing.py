@@ -234,7 +234,7 @@ class Router(Routes):
         threads: Threads[None],
         **described: Any,  # noqa: ANN401 -- of ``RouteSource``
     ) -> Callable[[Callable[[Call[None]], R]], Callable[[Call[None]], R]]:
-        """As ``call``, for a GET, which has no body."""
+        """Declare a function that answers a GET, as ``call`` does for requests with a body."""
         return self.call("GET", path, rule, no_body, threads, **described)
 
     def call(

@@ -169,7 +169,7 @@ def _ranged(call: Call[None], job: Job, body: Result) -> Response:
     sending = bodies.send(begun, call.service.threads)
     made = bodies.WatchedResponse(sending, status, headers, media_type)
     if job.accepted and job.accepted.release and (stop > start or not size):
-        made.told = partial(_fetched, call, job, start, size)
+        made.on_end = partial(_fetched, call, job, start, size)
     return made
 
 

@@ -12,7 +12,7 @@ from typing import Final, Literal
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kms_api.deps import LOCAL_CALLER, PRINCIPAL
-from kms_api.transport.pace import ReaderWatch, UnreadBody, cycle_of
+from kms_api.transport.pace import ReaderWatch, UnreadBody, uvicorn_cycle
 from kms_core.auth.policy import Principal
 from kms_core.auth.rate_limit import source_of
 from kms_core.settings.model import ServerSection
@@ -93,7 +93,7 @@ class Reservation:
     __slots__ = ("_amounts", "_scope", "budgets", "cycle")
 
     def __init__(self, budgets: Mapping[Kind, Budget], scope: Scope) -> None:
-        self.budgets, self.cycle = budgets, cycle_of(scope)
+        self.budgets, self.cycle = budgets, uvicorn_cycle(scope)
         self._scope = scope
         self._amounts: dict[Kind, int] = {}
 

@@ -71,14 +71,14 @@ class ReaderWatch:
 
     def __enter__(self) -> Self:
         self.written = self._transport.get_write_buffer_size()
-        self._schedule()
+        self._schedule_check()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._next is not None:
             self._next.cancel()
 
-    def _schedule(self) -> None:
+    def _schedule_check(self) -> None:
         self._next = asyncio.get_running_loop().call_later(CHECK_S, self._check)
 
     def _check(self) -> None:
@@ -89,7 +89,7 @@ class ReaderWatch:
             self._next = None
             self._transport.abort()
             return
-        self._schedule()
+        self._schedule_check()
 
 
 class UnreadBody:
@@ -132,8 +132,8 @@ class UnreadBody:
                 await self._receive()
 
 
-def cycle_of(scope: Scope) -> RequestResponseCycle | None:
-    """Uvicorn's state of a request; None under another server."""
+def uvicorn_cycle(scope: Scope) -> RequestResponseCycle | None:
+    """Return uvicorn's state of this request and its connection; None under another server."""
     found = scope.get("state", {}).get(BODY)
     if found is None:
         return None
@@ -141,7 +141,7 @@ def cycle_of(scope: Scope) -> RequestResponseCycle | None:
     return cycle
 
 
-def should_end(scope: Scope) -> bool:
-    """Return whether a wait or an endless answer should end: the caller has gone, or the server stops."""
+def should_stop_waiting(scope: Scope) -> bool:
+    """Return whether to end a wait or an endless answer: the caller has gone, or the server stops."""
     connection, cycle = scope["state"][BODY]
     return bool(connection.stopping or cycle.disconnected)
