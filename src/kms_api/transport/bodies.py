@@ -16,10 +16,8 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from kms_api.transport.pace import CHECK_S, ReaderWatch, TransferRate, uvicorn_cycle
-from kms_core.http_protocol import BODY, HttpProtocol
+from kms_api.transport.pace import CHECK_S, ReaderWatch, TransferRate, connection_of, uvicorn_cycle
 from kms_protocol.errors import BodyTimeout, InvalidRequest
 
 P = ParamSpec("P")
@@ -112,9 +110,7 @@ class UploadReader:
     def __init__(self, request: Request) -> None:
         self._receive = request.receive
         self._rate = TransferRate()
-        self._connection: HttpProtocol
-        self._cycle: RequestResponseCycle
-        self._connection, self._cycle = request.scope["state"][BODY]
+        self._connection, self._cycle = connection_of(request.scope)
         self._rest = bytearray()  # arrived, but did not fit
         self._slab = memoryview(b"")
         self._in_slab = 0  # bytes
