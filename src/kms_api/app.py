@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from kms_api import routing
 from kms_api.deps import Service
 from kms_api.routes import audit, batch, files, jobs, keys, operations, secrets
-from kms_api.routing import DOCS, Dispatcher, rules_of
+from kms_api.routing import DOCS, Dispatcher
 from kms_api.transport.admission import Admitted, budgets_of
 from kms_api.transport.authentication import AuthenticationLayer, RequestAuthenticator
 from kms_api.transport.page_layer import PageLayer
@@ -51,12 +51,7 @@ ROUTERS: Final = (
 )
 UI: Final = (login.router, overview.router, views.router)
 REFERENCE: Final = (views.docs,)
-RULES: Final = rules_of((*ROUTERS, operations.probes))
-"""The access rule of each route of the API, by method and path; only probes have no prefix."""
-UI_RULES: Final = rules_of((*UI, *REFERENCE))
-"""Those of the pages."""
 VAULT: Final = (transit.routes, sys.routes)
-VAULT_RULES: Final = rules_of(VAULT)
 PAGES: Final = frozenset({DOCS, "/openapi.json"})
 """The public documentation, which ``[kms.server] docs`` turns off."""
 
@@ -155,8 +150,8 @@ def build(settings: Settings) -> Application:
 def open_paths(logins: Iterable[str] = ()) -> frozenset[str]:
     """The paths that need no credential; ``logins`` are the mounts of logins."""
     parts = ((wire.PREFIX, ROUTERS), ("", (operations.probes, *UI, *REFERENCE, *VAULT)))
-    rules = ((prefix + path, rule) for prefix, each in parts for (_, path), rule in rules_of(each).items())
-    fixed = {path for path, rule in rules if rule.open and "{" not in path}
+    routes = ((prefix, route) for prefix, each in parts for part in each for route in part.declared)
+    fixed = {prefix + route.path for prefix, route in routes if route.rule.open and "{" not in route.path}
     static = {f"{routing.UI}/static/{name}" for name in STATIC_FILES}
     return PAGES.union(fixed, static, (LOGIN.replace("{mount}", mount) for mount in logins))
 

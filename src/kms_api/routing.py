@@ -307,11 +307,6 @@ def pattern_of(template: str, **parameters: str) -> str:
     return _PARAMETER.sub(lambda found: f"(?P<{found[1]}>{parameters.get(found[1], '[^/]+')})", template)
 
 
-def rules_of(parts: Iterable[Routes]) -> dict[tuple[str, str], Rule]:
-    """The rule of each method and path."""
-    return {(route.method, route.path): route.rule for part in parts for route in part.declared}
-
-
 class Dispatcher:
     """Finds the route of a request, checks its rule and calls it. FastAPI answers what is not in a route.
 
