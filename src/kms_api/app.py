@@ -1,7 +1,6 @@
 """Builds the HTTP application from settings, core and routes."""
 
 import json
-import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -115,8 +114,6 @@ def build(settings: Settings) -> Application:
         StoreProbe(core.worker_context.store.condition),
         monitor,
         core.watch,
-        time.monotonic(),
-        {},
         Requests(_request_rates(settings)),
         ThreadPoolExecutor(_SLAB_THREADS, "slab"),
         core.authenticator,
@@ -130,7 +127,7 @@ def build(settings: Settings) -> Application:
     )
     sessions = Sessions(core.worker_context.store.redis, core.worker_context.store.record_key)
     app.entry = authenticator
-    app.screen = Screen.load(sessions, authenticator)
+    app.screen = Screen.load(sessions)
     reference = REFERENCE if settings.kms.server.docs else ()
     vault = VAULT if settings.kms.facade.enabled else ()
     parts = {wire.PREFIX: ROUTERS, "": (operations.probes, *UI, *reference, *vault)}

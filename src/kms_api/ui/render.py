@@ -129,15 +129,14 @@ def prose(text: str, alerts: Sequence[str] = ()) -> Markup:
 
 @dataclass(frozen=True, slots=True)
 class Screen:
-    """Templates, runbooks and sessions of an application. ``entry`` None: requests need no credentials."""
+    """Templates, runbooks and sessions of an application."""
 
     templates: jinja2.Environment
     runbooks: Sequence[Runbook]
     sessions: Sessions
-    entry: RequestAuthenticator | None
 
     @classmethod
-    def load(cls, sessions: Sessions, entry: RequestAuthenticator | None) -> Self:
+    def load(cls, sessions: Sessions) -> Self:
         """Read the templates, which escape all values and fail on unknown names, and the runbooks."""
         templates = jinja2.Environment(
             loader=jinja2.PackageLoader(__package__ or ""),
@@ -147,7 +146,7 @@ class Screen:
             lstrip_blocks=True,
         )
         templates.filters |= {**FILTERS, "prose": prose}
-        return cls(templates, load_runbooks(), sessions, entry)
+        return cls(templates, load_runbooks(), sessions)
 
 
 def refused(scope: Scope, error: Exception) -> Response:
@@ -198,7 +197,7 @@ def _may(request: Request, operation: str) -> bool:
 
 def _has_ended(request: Request) -> bool:
     """Return whether the credential of this session expired or was revoked after authentication."""
-    entry = screen(request).entry
+    entry: RequestAuthenticator | None = request.app.entry
     return SESSION in request.scope and entry is not None and not entry.is_valid(request.scope[PRINCIPAL])
 
 

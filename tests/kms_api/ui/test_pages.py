@@ -54,7 +54,7 @@ FRAME: Final = {
 
 @cache
 def templates() -> jinja2.Environment:
-    return Screen.load(None, None).templates  # type: ignore[arg-type]  # templates need no sessions
+    return Screen.load(None).templates  # type: ignore[arg-type]  # templates need no sessions
 
 
 def overview_of(found: object = None, **known: object) -> str:
