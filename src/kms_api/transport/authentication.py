@@ -196,16 +196,15 @@ class AuthenticationLayer:
 
 def token_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """The token of a request, empty if there is none. Raises Unauthenticated if there are several."""
-    found = set()
+    found = b""
     for name, value in headers:
+        token = value if name in _KEYS else b""
         if name == b"authorization":
-            scheme, _, text = value.partition(b" ")
+            scheme, _, token = value.partition(b" ")
             if scheme.lower() != b"bearer":
                 raise Unauthenticated("Send the token as Authorization: Bearer", reason="malformed")
-            found.add(text.strip())
-        elif name in _KEYS:
-            found.add(value.strip())
-    found.discard(b"")
-    if len(found) > 1:
-        raise Unauthenticated("Several credentials were sent: send one", reason="malformed")
-    return found.pop().decode("latin-1") if found else ""
+        if token and token.strip() not in {b"", found}:
+            if found:
+                raise Unauthenticated("Several credentials were sent: send one", reason="malformed")
+            found = token.strip()
+    return found.decode("latin-1")
