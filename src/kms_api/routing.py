@@ -202,10 +202,9 @@ class Router(Routes):
         super().__init__()
         self._tag, self._prefix = tag, prefix
 
-    def _add(self, method: str, path: str, rule: Rule, endpoint: Endpoint, *source: Any) -> None:  # noqa: ANN401 -- of ``RouteSource``
+    def _add(self, method: str, path: str, rule: Rule, endpoint: Endpoint, source: RouteSource) -> None:
         template = self._prefix + path
-        made = RouteSource(self._tag, *source)
-        self.declared.append(Route(method, template, pattern_of(template), rule, endpoint, made))
+        self.declared.append(Route(method, template, pattern_of(template), rule, endpoint, source))
 
     def stream(self, method: str, path: str, rule: Rule, **described: Any) -> Callable[[Stream], Stream]:  # noqa: ANN401 -- of ``RouteSource``
         """Declare a coroutine that reads or writes a stream, in threads of its choice.
@@ -217,7 +216,7 @@ class Router(Routes):
             async def endpoint(request: Request) -> Response:
                 return await handler(Call(request, None, service(request), request.scope[PRINCIPAL]))
 
-            self._add(method, path, rule, endpoint, handler, no_body, described)
+            self._add(method, path, rule, endpoint, RouteSource(self._tag, handler, no_body, described))
             return handler
 
         return declared
@@ -250,7 +249,7 @@ class Router(Routes):
 
         def declared(handler: Callable[[Call[B]], R]) -> Callable[[Call[B]], R]:
             endpoint = endpoint_of(handler, read, threads, encode)
-            self._add(method, path, rule, endpoint, handler, read, described)
+            self._add(method, path, rule, endpoint, RouteSource(self._tag, handler, read, described))
             return handler
 
         return declared

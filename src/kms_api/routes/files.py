@@ -156,9 +156,8 @@ def _ranged(call: Call[None], job: Job, body: Result) -> Response:
     if wanted and call.headers.get("if-range", etag) == etag:
         start, stop = wanted
         if start >= stop:
-            refusal = problem(416, "invalid_request", f"The result has {size} bytes")
-            refusal.headers["Content-Range"] = f"bytes */{size}"
-            return refusal
+            found = f"The result has {size} bytes"
+            return problem(416, "invalid_request", found, {"Content-Range": f"bytes */{size}"})
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
         status = 206
     media_type = describe.NDJSON if body.lines else describe.BINARY

@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, TypeAlias
+from typing import Final
 
 import structlog
 from opentelemetry.trace import SpanKind
@@ -52,7 +52,6 @@ _PREFLIGHT: Final = {
 }
 _access = logging.getLogger("kms_api.access")
 _log = structlog.get_logger(_access.name)
-Refusal: TypeAlias = Callable[[Scope, Exception], Response]
 
 
 class ClientAddress:
@@ -87,7 +86,7 @@ class RequestContext:
         hosts: Sequence[str],
         audit_log: AuditWriter | None = None,
         codec_origins: Sequence[str] = (),
-        pages: Refusal | None = None,
+        pages: Callable[[Scope, Exception], Response] | None = None,
     ) -> None:
         """``hosts`` are the accepted host names; ``*`` accepts any. ``pages`` answers the errors of pages.
 
