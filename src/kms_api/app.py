@@ -20,7 +20,7 @@ from kms_api.transport.admission import Admitted, budgets_of
 from kms_api.transport.authentication import AuthenticationLayer, RequestAuthenticator
 from kms_api.transport.page_layer import PageLayer
 from kms_api.transport.request_context import ClientAddress, RequestContext
-from kms_api.ui import login, overview, views
+from kms_api.ui import job_pages, login, overview, views
 from kms_api.ui.render import STATIC_FILES, Screen, refused
 from kms_api.ui.sessions import Sessions
 from kms_api.vault_api import sys, transit
@@ -48,7 +48,7 @@ ROUTERS: Final = (
     operations.webhooks,
     *(part.router for part in (keys, audit, operations)),
 )
-UI: Final = (login.router, overview.router, views.router)
+UI: Final = (login.router, overview.router, job_pages.router, views.router)
 REFERENCE: Final = (views.docs,)
 VAULT: Final = (transit.routes, sys.routes)
 PAGES: Final = frozenset({DOCS, "/openapi.json"})

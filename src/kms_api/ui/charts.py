@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
+from kms_api.ui.job_pages import END
 from kms_api.ui.render import number, took
-from kms_api.ui.views import END
 from kms_core.jobs.store.charts import SAMPLE, Interval, OperationInterval
 
 PERIODS: Final = {"1h": (300, 12, "hour"), "6h": (900, 24, "6 hours"), "24h": (3600, 24, "24 hours")}

@@ -20,8 +20,8 @@ from kms_api.routes import operations
 from kms_api.transport.page_layer import PageLayer
 from kms_api.transport.request_context import RequestContext
 from kms_api.ui import charts, overview
+from kms_api.ui.job_pages import job_row
 from kms_api.ui.render import Screen, refused
-from kms_api.ui.views import job_row
 from kms_core.auth.policy import Principal
 from kms_core.jobs.store import workers
 from kms_core.jobs.store.condition import StoreCondition, StoreProbe
