@@ -54,7 +54,7 @@ async def awaited(call: Call[None], job: Job, wait_s: int) -> Job:
     return job
 
 
-async def accepted(call: Call[None], job: Job, wait_s: int = 0) -> Response:
+async def accepted(call: Call[None], job: Job, wait_s: int) -> Response:
     """202 with the job's address, or after a wait 200 with the job that has ended.
 
     The job survives the death of any process from here on.

@@ -163,7 +163,7 @@ class AuthenticationLayer:
         if self._authenticator is not None:
             in_session = await self._of_session(scope, self._authenticator) if is_ui(path) else None
             who = in_session or await self._authenticator.authenticate(scope)
-        elif scope["path"] == METRICS:
+        elif path == METRICS:
             raise Forbidden("Metrics are for callers on this machine: see [kms.server] metrics")
         self._requests.take(who.tenant)
         return who
