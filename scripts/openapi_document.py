@@ -166,7 +166,8 @@ def described(  # noqa: PLR0913 -- the parts of an operation
     """
     if isinstance(source.read, json_body.JsonBody):
         required = any(field.required for field in msgspec.structs.fields(source.read.shape))
-        body = describe.takes(source.read.shape, required=required)
+        schema = describe.ref(source.read.shape)
+        body = {"required": required, "content": {describe.JSON: {"schema": schema}}}
         refuses = (*describe.BODY, *refuses)
     if answers is None:
         answers = {200: describe.gives(get_type_hints(source.handler)["return"], gives)}

@@ -1,7 +1,6 @@
 """Builds the HTTP application from settings, core and routes."""
 
 import json
-import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -16,12 +15,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from kms_api import routing
 from kms_api.deps import Service
 from kms_api.routes import audit, batch, files, jobs, keys, operations, secrets
-from kms_api.routing import DOCS, Dispatcher, rules_of
+from kms_api.routing import DOCS, Dispatcher
 from kms_api.transport.admission import Admitted, budgets_of
 from kms_api.transport.authentication import AuthenticationLayer, RequestAuthenticator
+from kms_api.transport.page_layer import PageLayer
 from kms_api.transport.request_context import ClientAddress, RequestContext
-from kms_api.ui import login, overview, views
-from kms_api.ui.render import STATIC_FILES, PageLayer, Screen, refused
+from kms_api.ui import job_pages, login, overview, views
+from kms_api.ui.render import STATIC_FILES, Screen, refused
 from kms_api.ui.sessions import Sessions
 from kms_api.vault_api import sys, transit
 from kms_api.vault_api.routing import LOGIN
@@ -48,14 +48,9 @@ ROUTERS: Final = (
     operations.webhooks,
     *(part.router for part in (keys, audit, operations)),
 )
-UI: Final = (login.router, overview.router, views.router)
+UI: Final = (login.router, overview.router, job_pages.router, views.router)
 REFERENCE: Final = (views.docs,)
-RULES: Final = rules_of((*ROUTERS, operations.probes))
-"""The access rule of each route of the API, by method and path; only probes have no prefix."""
-UI_RULES: Final = rules_of((*UI, *REFERENCE))
-"""Those of the pages."""
 VAULT: Final = (transit.routes, sys.routes)
-VAULT_RULES: Final = rules_of(VAULT)
 PAGES: Final = frozenset({DOCS, "/openapi.json"})
 """The public documentation, which ``[kms.server] docs`` turns off."""
 
@@ -119,8 +114,6 @@ def build(settings: Settings) -> Application:
         StoreProbe(core.worker_context.store.condition),
         monitor,
         core.watch,
-        time.monotonic(),
-        {},
         Requests(_request_rates(settings)),
         ThreadPoolExecutor(_SLAB_THREADS, "slab"),
         core.authenticator,
@@ -134,7 +127,7 @@ def build(settings: Settings) -> Application:
     )
     sessions = Sessions(core.worker_context.store.redis, core.worker_context.store.record_key)
     app.entry = authenticator
-    app.screen = Screen.load(sessions, authenticator)
+    app.screen = Screen.load(sessions)
     reference = REFERENCE if settings.kms.server.docs else ()
     vault = VAULT if settings.kms.facade.enabled else ()
     parts = {wire.PREFIX: ROUTERS, "": (operations.probes, *UI, *reference, *vault)}
@@ -154,8 +147,8 @@ def build(settings: Settings) -> Application:
 def open_paths(logins: Iterable[str] = ()) -> frozenset[str]:
     """The paths that need no credential; ``logins`` are the mounts of logins."""
     parts = ((wire.PREFIX, ROUTERS), ("", (operations.probes, *UI, *REFERENCE, *VAULT)))
-    rules = ((prefix + path, rule) for prefix, each in parts for (_, path), rule in rules_of(each).items())
-    fixed = {path for path, rule in rules if rule.open and "{" not in path}
+    routes = ((prefix, route) for prefix, each in parts for part in each for route in part.declared)
+    fixed = {prefix + route.path for prefix, route in routes if route.rule.open and "{" not in route.path}
     static = {f"{routing.UI}/static/{name}" for name in STATIC_FILES}
     return PAGES.union(fixed, static, (LOGIN.replace("{mount}", mount) for mount in logins))
 

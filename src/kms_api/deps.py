@@ -1,6 +1,7 @@
 """State shared by routes: the service, the caller of a request, and thread pools for calls that wait."""
 
 import asyncio
+import time
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
@@ -74,14 +75,14 @@ class Service:
     store_probe: StoreProbe
     audit_monitor: AuditMonitor
     watch: BackendWatch
-    started: float
-    limiters: dict[str, anyio.CapacityLimiter]
     requests: Requests
     """Counts items of batches and jobs, and logins; ``authentication.py`` counts requests."""
     threads: Executor
     """The threads that seal, open, write and read the slabs of files."""
     authenticator: Authenticator | None
     """None if requests need no credentials."""
+    started: float = field(default_factory=time.monotonic)
+    limiters: dict[str, anyio.CapacityLimiter] = field(default_factory=dict)
     looks: dict[Hashable, asyncio.Task[Any]] = field(default_factory=dict)
     """Calls of ``run_shared`` that have not begun."""
 

@@ -64,11 +64,10 @@ async def read_bytes(request: Request, limit_bytes: int) -> bytes:
     body = bytearray()
     if not request.scope[PRINCIPAL].name:
         await _read_login(request, held, body, limit_bytes)
-        return bytes(body)
-    if declared:
-        held.take("json", declared)
-    counted = None if declared else held
-    await _in_time(_read_into(body, request, limit_bytes, counted))
+    else:
+        if declared:
+            held.take("json", declared)
+        await _in_time(_read_into(body, request, limit_bytes, None if declared else held))
     return bytes(body)
 
 

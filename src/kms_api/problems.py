@@ -105,14 +105,19 @@ def answer(error: Exception) -> Response:
     return _problem(reply_to(error))
 
 
-def problem(status: int, code: str, detail: str) -> Response:
-    """A problem that has no error."""
-    return _problem(_recorded(ErrorReply(ErrorStatus(status), code, detail)))
+def problem(status: int, code: str, detail: str, headers: Mapping[str, str]) -> Response:
+    """A problem that has no error, and is no denial."""
+    return _problem(ErrorReply(ErrorStatus(status), code, detail, headers=headers))
 
 
 def reply_to(error: Exception) -> ErrorReply:
-    """The content of the answer to an error, once a denial is recorded."""
-    return _recorded(_refusal(error))
+    """The content of the answer to an error, once a denial is recorded; AuditUnavailable if that fails."""
+    reply = _refusal(error)
+    try:
+        audit.record_denial(reply.code)
+    except errors.AuditUnavailable as exc:
+        return _refusal(exc)
+    return reply
 
 
 def vault_answer(error: Exception, status: int = 0) -> Response:
@@ -167,15 +172,6 @@ def _refusal_of(known: KmsError) -> ErrorReply:
             headers["Connection"] = "close"
     job_id = known.job_id if isinstance(known, errors.DurabilityUnconfirmed) else ""
     return ErrorReply(answer_of(type(known)), known.code, detail, known.summary, links, job_id, headers)
-
-
-def _recorded(refusal: ErrorReply) -> ErrorReply:
-    """The refusal, once a denial is recorded; AuditUnavailable if that fails."""
-    try:
-        audit.record_denial(refusal.code)
-    except errors.AuditUnavailable as exc:
-        return _refusal(exc)
-    return refusal
 
 
 def body_of(refusal: ErrorReply) -> wire.Problem:

@@ -14,13 +14,14 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar
 from urllib.parse import quote, urlencode
 
 from fastapi import FastAPI, Request, Response
+from msgspec import Struct
 from starlette.datastructures import Headers, QueryParams
 from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from kms_api import json_body
-from kms_api.deps import ANONYMOUS, INLINE_BYTES, PRINCIPAL, Pool, Service, has_many_stanzas
+from kms_api.deps import ANONYMOUS, INLINE_BYTES, PRINCIPAL, Pool, Service, has_many_stanzas, service
 from kms_core import audit
 from kms_core.auth.policy import Principal
 from kms_protocol import wire
@@ -57,22 +58,16 @@ READ: Final = Rule("jobs:read")
 WRITE: Final = Rule("jobs:write")
 
 
-@dataclass(frozen=True, slots=True)
-class Call(Generic[B_co]):
-    """A request to a route and its decoded body, which is None for a route without one."""
+class Call(Struct, Generic[B_co], frozen=True):
+    """A request to a route and its decoded body, which is None for a route without one.
+
+    A struct of msgspec, which is made without a call of Python.
+    """
 
     request: Request
     body: B_co
-
-    @property
-    def service(self) -> Service:
-        found: Service = self.request.scope["app"].service
-        return found
-
-    @property
-    def caller(self) -> Principal:
-        found: Principal = self.request.scope[PRINCIPAL]
-        return found
+    service: Service
+    caller: Principal
 
     @property
     def headers(self) -> Headers:
@@ -91,9 +86,8 @@ class Call(Generic[B_co]):
         whether the call makes one.
         """
         is_large = size_bytes > INLINE_BYTES or len(file) > INLINE_BYTES
-        service = self.service
-        waits_for_disk = service.settings.kms.audit.durability == "fsync"
-        keyring = service.kms.keyring
+        waits_for_disk = self.service.settings.kms.audit.durability == "fsync"
+        keyring = self.service.kms.keyring
         if not (is_large or waits_for_disk or (file and has_many_stanzas(file))) and (
             not keyring.blocks or keyring.is_ready(self.caller.tenant, key_id, file, seals=seals)
         ):
@@ -143,7 +137,8 @@ def endpoint_of(
     """A coroutine that reads the body, runs ``handler`` in its threads, and encodes what it returns."""
 
     async def endpoint(request: Request) -> Response:
-        call = Call(request, await read(request))
+        scope, body = request.scope, await read(request)
+        call = Call(request, body, scope["app"].service, scope[PRINCIPAL])
         pool = threads(call) if callable(threads) else threads
         made = handler(call) if pool is None else await call.service.run(pool, handler, call)
         return made if isinstance(made, Response) else encode(made)
@@ -207,10 +202,9 @@ class Router(Routes):
         super().__init__()
         self._tag, self._prefix = tag, prefix
 
-    def _add(self, method: str, path: str, rule: Rule, endpoint: Endpoint, *source: Any) -> None:  # noqa: ANN401 -- of ``RouteSource``
+    def _add(self, method: str, path: str, rule: Rule, endpoint: Endpoint, source: RouteSource) -> None:
         template = self._prefix + path
-        made = RouteSource(self._tag, *source)
-        self.declared.append(Route(method, template, pattern_of(template), rule, endpoint, made))
+        self.declared.append(Route(method, template, pattern_of(template), rule, endpoint, source))
 
     def stream(self, method: str, path: str, rule: Rule, **described: Any) -> Callable[[Stream], Stream]:  # noqa: ANN401 -- of ``RouteSource``
         """Declare a coroutine that reads or writes a stream, in threads of its choice.
@@ -220,9 +214,9 @@ class Router(Routes):
 
         def declared(handler: Stream) -> Stream:
             async def endpoint(request: Request) -> Response:
-                return await handler(Call(request, None))
+                return await handler(Call(request, None, service(request), request.scope[PRINCIPAL]))
 
-            self._add(method, path, rule, endpoint, handler, no_body, described)
+            self._add(method, path, rule, endpoint, RouteSource(self._tag, handler, no_body, described))
             return handler
 
         return declared
@@ -255,7 +249,7 @@ class Router(Routes):
 
         def declared(handler: Callable[[Call[B]], R]) -> Callable[[Call[B]], R]:
             endpoint = endpoint_of(handler, read, threads, encode)
-            self._add(method, path, rule, endpoint, handler, read, described)
+            self._add(method, path, rule, endpoint, RouteSource(self._tag, handler, read, described))
             return handler
 
         return declared
@@ -310,11 +304,6 @@ def path_of(scope: Scope) -> str:
 def pattern_of(template: str, **parameters: str) -> str:
     """A regular expression of the paths of a template; a parameter is one segment, or what is given."""
     return _PARAMETER.sub(lambda found: f"(?P<{found[1]}>{parameters.get(found[1], '[^/]+')})", template)
-
-
-def rules_of(parts: Iterable[Routes]) -> dict[tuple[str, str], Rule]:
-    """The rule of each method and path."""
-    return {(route.method, route.path): route.rule for part in parts for route in part.declared}
 
 
 class Dispatcher:

@@ -18,7 +18,6 @@ import httpx2 as httpx
 import pyrage
 import pytest
 
-from kms_api.app import RULES, UI_RULES, VAULT_RULES
 from kms_cli.command_line import group
 from kms_core.auth import tokens
 from kms_core.programs.liveness import is_alive
@@ -37,6 +36,7 @@ from support.canary.requests import (
 from support.canary.secrets import Search, family
 from support.canary.service import REMOTE, CanaryService, EchoingServer
 from support.credentials import bearer
+from support.routes import RULES, UI_RULES, VAULT_RULES
 from support.service import Supervised, b64, unb64
 from support.waiting import until
 

@@ -5,11 +5,11 @@ What one form says, the others can say, and the canonical bytes say exactly that
 
 import json
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, cast
 
 from starlette.requests import Request
 
-from kms_api.deps import LOCAL_CALLER, PRINCIPAL
+from kms_api.deps import LOCAL_CALLER, Service
 from kms_api.json_body import decode
 from kms_api.routes.job_options import submission_options
 from kms_api.routing import Call
@@ -73,12 +73,17 @@ def _body(data: bytes) -> None:
 
 def _header(data: bytes) -> None:
     """Bytes that a server takes as a header's value."""
-    scope = {"type": "http", "headers": [(b"x-kms-context", data)], PRINCIPAL: LOCAL_CALLER}
     try:
-        context = submission_options(Call(Request(scope), None), "encrypt").context
+        context = _of_header(data)
     except (InvalidRequest, InvalidContext):
         return
     _holds(context)
+
+
+def _of_header(value: bytes) -> Context:
+    request = Request({"type": "http", "headers": [(b"x-kms-context", value)]})
+    call = Call(request, None, cast("Service", None), LOCAL_CALLER)
+    return submission_options(call, "encrypt").context
 
 
 def _holds(context: Context) -> None:
@@ -93,8 +98,7 @@ def _holds(context: Context) -> None:
     if all(_is_plain(text) and "=" not in key for key, value in pairs for text in (key, value)):
         assert Context.parse(",".join(f"{key}={value}" for key, value in pairs)) == context
     value = json_header(dict(pairs)).encode("ascii")
-    scope = {"type": "http", "headers": [(b"x-kms-context", value)], PRINCIPAL: LOCAL_CALLER}
-    assert submission_options(Call(Request(scope), None), "encrypt").context == context
+    assert _of_header(value) == context
     try:
         limit = context.not_after()
     except InvalidContext:

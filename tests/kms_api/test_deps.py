@@ -47,9 +47,7 @@ async def test_what_may_take_long_does_not_hold_up_the_loop(data: bytes, apart: 
 def threads_only() -> Service:
     """A service without settings, keys or jobs."""
     nothing = cast("Any", None)
-    return Service(
-        nothing, nothing, nothing, nothing, nothing, nothing, nothing, 0.0, {}, nothing, nothing, None
-    )
+    return Service(nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing, None)
 
 
 async def test_all_who_ask_before_a_look_begins_share_it_and_none_who_asks_later() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from kms_api import app
 from kms_protocol.wire import PREFIX
+from support import routes
 from support.authorization.application import Application, Caller
 from support.authorization.permissions import OPERATIONS, PAGE, Row, Term, not_in_star, rows
 from support.authorization.requests import CALLS, GoodRequest
@@ -227,10 +228,10 @@ def test_the_page_names_every_route_and_no_other() -> None:
     in_code = {
         *(
             (method, path if path in {"/livez", "/readyz", "/metrics"} else PREFIX + path)
-            for method, path in app.RULES
+            for method, path in routes.RULES
         ),
-        *app.UI_RULES,
-        *app.VAULT_RULES,
+        *routes.UI_RULES,
+        *routes.VAULT_RULES,
         *(("GET", path) for path in app.PAGES),
     }
     on_page = {(row.method, row.path) for row in ROWS}

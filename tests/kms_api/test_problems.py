@@ -68,7 +68,7 @@ def test_a_denial_that_cannot_be_recorded_is_not_answered_as_one() -> None:
 
     token = audit.noted.set(audit.Noted(denied))
     try:
-        answer = problems.problem(403, "forbidden", "Not for you")
+        answer = problems.answer(errors.Forbidden("Not for you"))
     finally:
         audit.noted.reset(token)
 

@@ -12,13 +12,13 @@ import pytest
 from fastapi import Response
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from kms_api.app import RULES
 from kms_api.problems import MEDIA_TYPE
 from kms_api.routing import OPEN, Call, Router
 from kms_protocol import admin, wire
 from kms_protocol.context import Context
 from kms_protocol.errors import InvalidContext
 from support.openapi_check import FILE
+from support.routes import RULES
 
 ROOT: Final = Path(__file__).parents[2]
 Json = dict[str, Any]

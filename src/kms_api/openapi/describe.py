@@ -77,11 +77,6 @@ def ref(shape: type[wire.Shape]) -> Json:
     return {"$ref": f"#/components/schemas/{shape.__name__}"}
 
 
-def takes(shape: type[wire.Body], *, required: bool = True) -> Json:
-    """A JSON body."""
-    return {"required": required, "content": {JSON: {"schema": ref(shape)}}}
-
-
 def gives(shape: type[wire.Answer], text: str, *headers: str) -> Json:
     """A JSON answer."""
     return raw(text, {JSON: {"schema": ref(shape)}}, *headers)

@@ -113,8 +113,8 @@ def hosts(found: HostLogs) -> list[str]:
 def shape(event: RecordedOperation) -> admin.AuditEvent:
     """Return the wire form of an operation, without the optional fields that are empty in its record."""
     fields = {"id": event.id, **msgspec.structs.asdict(event)}
-    told = {name: value for name, value in fields.items() if value or name in _REQUIRED}
-    return msgspec.convert(told, admin.AuditEvent)
+    shown = {name: value for name, value in fields.items() if value or name in _REQUIRED}
+    return msgspec.convert(shown, admin.AuditEvent)
 
 
 def time_of(name: str, text: str | None) -> str:

@@ -131,11 +131,10 @@ async def submit_stream(call: Call[None]) -> Response:
 
 
 def _result(call: Call[None], job: Job) -> Response:
-    service, who = call.service, call.caller
-    submitter = service.submitter
+    log, submitter = call.service.kms.audit_log, call.service.submitter
     check_reader(call, job)
     is_read = call.request.method != "HEAD"
-    with audit.recorded(service.kms.audit_log, who, "job.result", job.job_id) if is_read else nullcontext():
+    with audit.recorded(log, call.caller, "job.result", job.job_id) if is_read else nullcontext():
         return _ranged(call, job, results.of(job, submitter.store, submitter.spool))
 
 
@@ -157,19 +156,18 @@ def _ranged(call: Call[None], job: Job, body: Result) -> Response:
     if wanted and call.headers.get("if-range", etag) == etag:
         start, stop = wanted
         if start >= stop:
-            refusal = problem(416, "invalid_request", f"The result has {size} bytes")
-            refusal.headers["Content-Range"] = f"bytes */{size}"
-            return refusal
+            found = f"The result has {size} bytes"
+            return problem(416, "invalid_request", found, {"Content-Range": f"bytes */{size}"})
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
         status = 206
-    media_type = "application/x-ndjson" if body.lines else "application/octet-stream"
+    media_type = describe.NDJSON if body.lines else describe.BINARY
     headers["Content-Length"] = str(stop - start)
     slabs = body.slabs(start, stop)
     begun = slabs if call.request.method == "HEAD" else _begun(slabs)
     sending = bodies.send(begun, call.service.threads)
     made = bodies.WatchedResponse(sending, status, headers, media_type)
     if job.accepted and job.accepted.release and (stop > start or not size):
-        made.told = partial(_fetched, call, job, start, size)
+        made.on_end = partial(_fetched, call, job, start, size)
     return made
 
 

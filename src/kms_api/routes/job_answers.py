@@ -13,7 +13,7 @@ from kms_api.deps import Pool
 from kms_api.openapi import describe
 from kms_api.routing import Call
 from kms_api.transport.admission import reservation_of
-from kms_api.transport.pace import should_end
+from kms_api.transport.pace import should_stop_waiting
 from kms_core.jobs.execution import tree
 from kms_core.jobs.model import Job
 from kms_core.jobs.spec import ITEMS_FAILED, Failure
@@ -47,14 +47,14 @@ async def awaited(call: Call[None], job: Job, wait_s: int) -> Job:
         get = call.service.submitter.store.get
         until, (pause_s, longest_s) = anyio.current_time() + wait_s, _PAUSES_S
         while (left_s := until - anyio.current_time()) > 0 and not job.ended:
-            if should_end(call.request.scope):
+            if should_stop_waiting(call.request.scope):
                 break
             job = await call.service.run_shared(POLLS, min(pause_s, left_s), get, job.job_id, job.tenant)
             pause_s = min(pause_s * 1.5, longest_s)
     return job
 
 
-async def accepted(call: Call[None], job: Job, wait_s: int = 0) -> Response:
+async def accepted(call: Call[None], job: Job, wait_s: int) -> Response:
     """202 with the job's address, or after a wait 200 with the job that has ended.
 
     The job survives the death of any process from here on.

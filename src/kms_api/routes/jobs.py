@@ -17,7 +17,7 @@ from kms_api.routes.job_options import idempotency, labels_of, one_of
 from kms_api.routing import LISTS, READ, WRITE, Call, Router, no_body
 from kms_api.transport.admission import reservation_of
 from kms_api.transport.bodies import WatchedResponse
-from kms_api.transport.pace import should_end
+from kms_api.transport.pace import should_stop_waiting
 from kms_core import audit
 from kms_core.auth.policy import Principal
 from kms_core.envelope.binding import version_of
@@ -178,17 +178,17 @@ async def tenant_events(call: Call[None]) -> Response:
     labels, after = labels_of(call.query.getlist("label")), call.headers.get("last-event-id")
     batch = await _newest(call, 0.0) if after is None else await _read(call, after)
     reservation_of(call.request.scope).take("streams")
-    told = _told(call, batch, labels)
-    return WatchedResponse(told, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+    stream = _event_stream(call, batch, labels)
+    return WatchedResponse(stream, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
 
-async def _told(
+async def _event_stream(
     call: Call[None], batch: transitions.FeedBatch, labels: Mapping[str, str]
 ) -> AsyncIterator[bytes]:
     """The events of a tenant from a batch on. Ends if Redis does not answer: readers come back."""
     text, silent_s = b": connected\n\n", 0.0
     with suppress(JobsUnavailable):
-        while not should_end(call.request.scope):
+        while not should_stop_waiting(call.request.scope):
             text += b"event: gap\ndata: {}\n\n" if batch.is_gapped else b""
             text += b"".join(_lines(each) for each in batch.events if labels.items() <= each.labels.items())
             if text:
@@ -238,7 +238,7 @@ async def _group_at_end(call: Call[None], wait_s: int, jobs: int) -> wire.GroupO
     verified.
     """
     until, seen = anyio.current_time() + wait_s, (0, 0)
-    while anyio.current_time() < until and not should_end(call.request.scope):
+    while anyio.current_time() < until and not should_stop_waiting(call.request.scope):
         counts = submitted, still_open = await _counts(call, _POLL_S)
         if not still_open and submitted >= jobs and counts != seen:
             found, seen = await _group(call), counts

@@ -12,7 +12,7 @@ from typing import Final, Literal
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kms_api.deps import LOCAL_CALLER, PRINCIPAL
-from kms_api.transport.pace import ReaderWatch, UnreadBody, cycle_of
+from kms_api.transport.pace import ReaderWatch, UnreadBody, uvicorn_cycle
 from kms_core.auth.policy import Principal
 from kms_core.auth.rate_limit import source_of
 from kms_core.settings.model import ServerSection
@@ -90,24 +90,25 @@ def budgets_of(server: ServerSection) -> dict[Kind, Budget]:
 class Reservation:
     """The amounts that one request holds of ``budgets``."""
 
-    __slots__ = ("_amounts", "_scope", "budgets", "cycle")
+    __slots__ = ("_amounts", "_holder", "_scope", "budgets", "cycle")
 
     def __init__(self, budgets: Mapping[Kind, Budget], scope: Scope) -> None:
-        self.budgets, self.cycle = budgets, cycle_of(scope)
+        self.budgets, self.cycle = budgets, uvicorn_cycle(scope)
         self._scope = scope
         self._amounts: dict[Kind, int] = {}
+        self._holder: Holder | None = None
 
     def take(self, kind: Kind, amount: int = 1) -> None:
         """Take an amount until the request ends. Raises RateLimited, Unavailable."""
-        self.budgets[kind].take(holder_of(self._scope), amount)
+        self._holder = holder_of(self._scope)
+        self.budgets[kind].take(self._holder, amount)
         self._amounts[kind] = self._amounts.get(kind, 0) + amount
 
     def release(self) -> None:
         """Give back all amounts."""
         if self._amounts:
-            holder = holder_of(self._scope)
             for kind, amount in self._amounts.items():
-                self.budgets[kind].give_back(holder, amount)
+                self.budgets[kind].give_back(self._holder, amount)
             self._amounts.clear()
 
 

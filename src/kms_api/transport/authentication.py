@@ -163,7 +163,7 @@ class AuthenticationLayer:
         if self._authenticator is not None:
             in_session = await self._of_session(scope, self._authenticator) if is_ui(path) else None
             who = in_session or await self._authenticator.authenticate(scope)
-        elif scope["path"] == METRICS:
+        elif path == METRICS:
             raise Forbidden("Metrics are for callers on this machine: see [kms.server] metrics")
         self._requests.take(who.tenant)
         return who
@@ -196,16 +196,15 @@ class AuthenticationLayer:
 
 def token_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """The token of a request, empty if there is none. Raises Unauthenticated if there are several."""
-    found = set()
+    found = b""
     for name, value in headers:
+        token = value if name in _KEYS else b""
         if name == b"authorization":
-            scheme, _, text = value.partition(b" ")
+            scheme, _, token = value.partition(b" ")
             if scheme.lower() != b"bearer":
                 raise Unauthenticated("Send the token as Authorization: Bearer", reason="malformed")
-            found.add(text.strip())
-        elif name in _KEYS:
-            found.add(value.strip())
-    found.discard(b"")
-    if len(found) > 1:
-        raise Unauthenticated("Several credentials were sent: send one", reason="malformed")
-    return found.pop().decode("latin-1") if found else ""
+        if token and token.strip() not in {b"", found}:
+            if found:
+                raise Unauthenticated("Several credentials were sent: send one", reason="malformed")
+            found = token.strip()
+    return found.decode("latin-1")

@@ -16,10 +16,8 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from kms_api.transport.pace import CHECK_S, ReaderWatch, TransferRate, cycle_of
-from kms_core.http_protocol import BODY, HttpProtocol
+from kms_api.transport.pace import CHECK_S, ReaderWatch, TransferRate, connection_of, uvicorn_cycle
 from kms_protocol.errors import BodyTimeout, InvalidRequest
 
 P = ParamSpec("P")
@@ -112,13 +110,11 @@ class UploadReader:
     def __init__(self, request: Request) -> None:
         self._receive = request.receive
         self._rate = TransferRate()
-        self._connection: HttpProtocol
-        self._cycle: RequestResponseCycle
-        self._connection, self._cycle = request.scope["state"][BODY]
+        self._connection, self._cycle = connection_of(request.scope)
         self._rest = bytearray()  # arrived, but did not fit
         self._slab = memoryview(b"")
-        self._held = 0
-        self._filled = 0  # in slabs before this one
+        self._in_slab = 0  # bytes
+        self._in_earlier_slabs = 0  # bytes
         self._started = False
 
     async def fill(self, slab: memoryview) -> tuple[int, bool]:
@@ -126,8 +122,8 @@ class UploadReader:
 
         Raises ClientDisconnect if the body breaks off, BodyTimeout if the sender is too slow.
         """
-        self._filled += self._held
-        self._slab, self._held = slab, 0
+        self._in_earlier_slabs += self._in_slab
+        self._slab, self._in_slab = slab, 0
         self._rate.wait()
         rest, self._rest = self._rest, bytearray()
         self._put(memoryview(rest))
@@ -138,8 +134,8 @@ class UploadReader:
                 raise ClientDisconnect
             self._cycle.message_event.clear()
             self._connection.flow.resume_reading()
-            await self._woken()
-        return self._held, bool(self._rest)
+            await self._wait_until_full()
+        return self._in_slab, bool(self._rest)
 
     def _take(self, data: bytes) -> None:
         """Take bytes from the protocol, which stops reading at the first byte that does not fit."""
@@ -151,9 +147,9 @@ class UploadReader:
             self._cycle.message_event.set()
 
     def _put(self, data: memoryview) -> None:
-        size = min(len(data), len(self._slab) - self._held)
-        self._slab[self._held : self._held + size] = data[:size]
-        self._held += size
+        size = min(len(data), len(self._slab) - self._in_slab)
+        self._slab[self._in_slab : self._in_slab + size] = data[:size]
+        self._in_slab += size
         self._rest += data[size:]
 
     async def _start(self) -> None:
@@ -170,7 +166,7 @@ class UploadReader:
         if self._cycle.more_body:
             self._connection.inlet = self._take
 
-    async def _woken(self) -> None:
+    async def _wait_until_full(self) -> None:
         """Wait until the slab is full, or the body has ended or broken off."""
         while not self._cycle.message_event.is_set():
             with anyio.move_on_after(CHECK_S):
@@ -178,7 +174,7 @@ class UploadReader:
             self._check()
 
     def _check(self) -> None:
-        if self._rate.left_s(self._filled + self._held) <= 0:
+        if self._rate.left_s(self._in_earlier_slabs + self._in_slab) <= 0:
             raise BodyTimeout(_SLOW)
 
 
@@ -200,15 +196,15 @@ async def send(slabs: Generator[T], threads: Executor) -> AsyncGenerator[T]:
 class WatchedResponse(StreamingResponse):
     """A streamed answer, whose connection ends if its reader is too slow."""
 
-    told: Callable[[int], Awaitable[None]] | None = None
-    """Told at the end the number of bytes that were sent: fewer than all if the reader went away before.
+    on_end: Callable[[int], Awaitable[None]] | None = None
+    """Called at the end with the number of bytes sent: fewer than all if the reader went away before.
 
     An answer with a Content-Length is all sent once the connection has taken so many bytes: a reader that has
     them may close it before the end of the answer is processed here.
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        cycle = cycle_of(scope)
+        cycle = uvicorn_cycle(scope)
         if cycle is None:
             await super().__call__(scope, receive, send)
             return
@@ -226,6 +222,6 @@ class WatchedResponse(StreamingResponse):
             with watch:
                 await super().__call__(scope, receive, written)
         finally:
-            if self.told is not None and (sent or is_whole):
+            if self.on_end is not None and (sent or is_whole):
                 with anyio.CancelScope(shield=True):
-                    await self.told(sent if is_whole else sent - 1)
+                    await self.on_end(sent if is_whole else sent - 1)

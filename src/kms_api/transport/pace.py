@@ -71,14 +71,14 @@ class ReaderWatch:
 
     def __enter__(self) -> Self:
         self.written = self._transport.get_write_buffer_size()
-        self._schedule()
+        self._schedule_check()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._next is not None:
             self._next.cancel()
 
-    def _schedule(self) -> None:
+    def _schedule_check(self) -> None:
         self._next = asyncio.get_running_loop().call_later(CHECK_S, self._check)
 
     def _check(self) -> None:
@@ -89,7 +89,7 @@ class ReaderWatch:
             self._next = None
             self._transport.abort()
             return
-        self._schedule()
+        self._schedule_check()
 
 
 class UnreadBody:
@@ -101,9 +101,7 @@ class UnreadBody:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, release: Callable[[], None]) -> None:
         """``release`` gives back the budgets of the request; called before the rest is dropped."""
-        self._connection: HttpProtocol
-        self._cycle: RequestResponseCycle
-        self._connection, self._cycle = scope["state"][BODY]
+        self._connection, self._cycle = connection_of(scope)
         self._receive = receive
         self._send = send
         self._release = release
@@ -132,16 +130,18 @@ class UnreadBody:
                 await self._receive()
 
 
-def cycle_of(scope: Scope) -> RequestResponseCycle | None:
-    """Uvicorn's state of a request; None under another server."""
-    found = scope.get("state", {}).get(BODY)
-    if found is None:
-        return None
-    cycle: RequestResponseCycle = found[1]
-    return cycle
+def connection_of(scope: Scope) -> tuple[HttpProtocol, RequestResponseCycle]:
+    """Return the connection of a request, and uvicorn's state of the request. Only under uvicorn."""
+    found: tuple[HttpProtocol, RequestResponseCycle] = scope["state"][BODY]
+    return found
 
 
-def should_end(scope: Scope) -> bool:
-    """Return whether a wait or an endless answer should end: the caller has gone, or the server stops."""
-    connection, cycle = scope["state"][BODY]
+def uvicorn_cycle(scope: Scope) -> RequestResponseCycle | None:
+    """Return uvicorn's state of a request; None under another server."""
+    return connection_of(scope)[1] if BODY in scope.get("state", ()) else None
+
+
+def should_stop_waiting(scope: Scope) -> bool:
+    """Return whether to end a wait or an endless answer: the caller has gone, or the server stops."""
+    connection, cycle = connection_of(scope)
     return bool(connection.stopping or cycle.disconnected)

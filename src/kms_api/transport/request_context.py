@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, TypeAlias
+from typing import Final
 
 import structlog
 from opentelemetry.trace import SpanKind
@@ -27,7 +27,7 @@ from kms_protocol.errors import Forbidden
 from kms_protocol.wire import PREFIX
 
 _PARENT: Final = tracing.PARENT.encode()
-_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9_.-]{1,64}")
 _ANONYMOUS_A_MINUTE: Final = 60
 _HEADERS: Final = ((b"x-content-type-options", b"nosniff"),)
 _POLICY: Final = (
@@ -52,7 +52,6 @@ _PREFLIGHT: Final = {
 }
 _access = logging.getLogger("kms_api.access")
 _log = structlog.get_logger(_access.name)
-Refusal: TypeAlias = Callable[[Scope, Exception], Response]
 
 
 class ClientAddress:
@@ -87,7 +86,7 @@ class RequestContext:
         hosts: Sequence[str],
         audit_log: AuditWriter | None = None,
         codec_origins: Sequence[str] = (),
-        pages: Refusal | None = None,
+        pages: Callable[[Scope, Exception], Response] | None = None,
     ) -> None:
         """``hosts`` are the accepted host names; ``*`` accepts any. ``pages`` answers the errors of pages.
 
@@ -102,11 +101,11 @@ class RequestContext:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = by_name(scope["headers"])
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if given and _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
+        given = headers.get(b"x-request-id")
+        request_id = given.decode() if given and _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
         audit.request_id.set(request_id)
         noted = self._noting(scope)
-        is_named, cors = self._cors(scope)
+        is_named, cors = self._cors(scope) if scope["path"] in _CODEC else (False, [])
         started, status = time.perf_counter(), 0
 
         async def answer(message: Message) -> None:
@@ -150,8 +149,8 @@ class RequestContext:
         return None
 
     def _cors(self, scope: Scope) -> tuple[bool, list[tuple[bytes, bytes]]]:
-        """Return whether a request is of a page that may make it, and the CORS headers of its answer."""
-        if not self._codec_origins or scope["path"] not in _CODEC:
+        """Return whether a request of the codec is of a page that may make it, and CORS headers for it."""
+        if not self._codec_origins:
             return False, []
         origins = [value for name, value in scope["headers"] if name == b"origin"]
         if len(origins) != 1 or origins[0] not in self._codec_origins:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
+from kms_api.ui.job_pages import END
 from kms_api.ui.render import number, took
-from kms_api.ui.views import END
 from kms_core.jobs.store.charts import SAMPLE, Interval, OperationInterval
 
 PERIODS: Final = {"1h": (300, 12, "hour"), "6h": (900, 24, "6 hours"), "24h": (3600, 24, "24 hours")}
@@ -83,11 +83,11 @@ def _counts_chart(
 ) -> Chart:
     """``names``: of the chart, and its title. ``counted``: what the summary says that it counts."""
     sums = {series: sum(row[series] for row in rows) for series in rows[0]}
-    told = ", ".join(f"{number(count)} {series}" for series, count in sums.items())
+    series_text = ", ".join(f"{number(count)} {series}" for series, count in sums.items())
     labels = {series: f"{series} {number(count)}" for series, count in sums.items()}
     most = max(sum(row.values()) for row in rows)
     top = next(digit * 10**power for power in range(19) for digit in (2, 4, 10) if digit * 10**power >= most)
-    summary = f"Of the {number(sum(sums.values()))} {counted} in the last {words}: {told}."
+    summary = f"Of the {number(sum(sums.values()))} {counted} in the last {words}: {series_text}."
     summary = summary if most else f"No {names[0]} in the last {words}."
     return _chart((*names, summary), labels, intervals, rows, (top, number))
 

@@ -22,7 +22,7 @@ _FORM_S: Final = 3600
 @router.stream("GET", "/login", OPEN)
 async def login_page(call: Call[None]) -> Response:
     """The form for a token; the overview if requests need no credentials."""
-    if screen(call.request).entry is None:
+    if call.request.app.entry is None:
         return to("")
     return _login_page(call.request)
 
@@ -30,7 +30,7 @@ async def login_page(call: Call[None]) -> Response:
 @router.stream("POST", "/login", OPEN)
 async def login(call: Call[None]) -> Response:
     """Begin a session with a new id for the holder of a token."""
-    request, entry = call.request, screen(call.request).entry
+    request, entry = call.request, call.request.app.entry
     if entry is None:
         return to("")
     token = (await form(request)).get("token", "").strip()

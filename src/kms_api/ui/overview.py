@@ -16,8 +16,9 @@ from kms_api.deps import Service
 from kms_api.routes import audit, job_options, operations
 from kms_api.routing import CALLER, UI, Call, Router, Rule
 from kms_api.ui.charts import PERIODS, Chart, durations_chart, jobs_chart, operations_chart
+from kms_api.ui.job_pages import JobRow, folded, job_row
 from kms_api.ui.render import render
-from kms_api.ui.views import DAY, JobRow, folded, job_row, newest_events, rows_of
+from kms_api.ui.views import DAY, newest_events, rows_of
 from kms_core import audit as records
 from kms_core.audit.chain import text_of
 from kms_core.audit.query import EventFilter, RecordedOperation

@@ -3,10 +3,9 @@
 ``runbooks.md`` is Markdown with sections, paragraphs, inline code and strong text only.
 """
 
-import asyncio
 import re
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC
 from functools import partial
@@ -18,18 +17,16 @@ from urllib.parse import parse_qsl, urlencode
 import jinja2
 from fastapi import Request, Response
 from markupsafe import Markup, escape
-from starlette.datastructures import Headers
 from starlette.responses import HTMLResponse, RedirectResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Scope
 
 from kms_api import json_body, problems
-from kms_api.deps import ANONYMOUS, PRINCIPAL, Pool, Service, service
-from kms_api.routing import UI, is_ui, to_login
+from kms_api.deps import ANONYMOUS, PRINCIPAL, Pool, service
+from kms_api.routing import UI, to_login
 from kms_api.transport.authentication import RequestAuthenticator
-from kms_api.ui.sessions import COOKIE, SESSION, VISITOR, Sessions, cookies
+from kms_api.ui.sessions import SESSION, VISITOR, Sessions, cookies
 from kms_core import audit
 from kms_core.auth.policy import Principal, allows
-from kms_core.jobs.store.condition import StoreCondition, StoreProbe
 from kms_core.observability.degraded import DEGRADED
 from kms_protocol import __version__, wire
 from kms_protocol.errors import Forbidden, InvalidRequest, JobsUnavailable, KmsError, Unauthenticated
@@ -37,10 +34,7 @@ from kms_protocol.units import age_s, duration_text, parse_time, size_text, time
 
 Fields: TypeAlias = dict[str, str]
 _FORM_BYTES: Final = 16 * 1024
-_LOOK_S: Final = 0.25
 THREADS: Final = Pool("page")
-_PROBES: Final = Pool("page probe", 4)
-"""Looks at the condition of Redis, which wait for half a second at most, also while all ``THREADS`` hang."""
 _ENDED: Final = "The session has expired: log in again"
 _FORGED: Final = "The form is not from this page or was open for too long: load the page again"
 STATIC_FILES: Final[Mapping[str, str]] = {
@@ -135,15 +129,14 @@ def prose(text: str, alerts: Sequence[str] = ()) -> Markup:
 
 @dataclass(frozen=True, slots=True)
 class Screen:
-    """Templates, runbooks and sessions of an application. ``entry`` None: requests need no credentials."""
+    """Templates, runbooks and sessions of an application."""
 
     templates: jinja2.Environment
     runbooks: Sequence[Runbook]
     sessions: Sessions
-    entry: RequestAuthenticator | None
 
     @classmethod
-    def load(cls, sessions: Sessions, entry: RequestAuthenticator | None) -> Self:
+    def load(cls, sessions: Sessions) -> Self:
         """Read the templates, which escape all values and fail on unknown names, and the runbooks."""
         templates = jinja2.Environment(
             loader=jinja2.PackageLoader(__package__ or ""),
@@ -153,54 +146,7 @@ class Screen:
             lstrip_blocks=True,
         )
         templates.filters |= {**FILTERS, "prose": prose}
-        return cls(templates, load_runbooks(), sessions, entry)
-
-
-class PageLayer:
-    """ASGI middleware that raises JobsUnavailable for a page within a second if Redis hangs.
-
-    Redis holds the sessions. What waits for it goes on in its thread and ends with its timeouts.
-    """
-
-    def __init__(self, app: ASGIApp, open_paths: Container[str], look: Callable[[], StoreCondition]) -> None:
-        """``open_paths`` need neither credentials nor Redis. ``look`` asks Redis, and may block."""
-        self._app, self._open_paths = app, open_paths
-        self._probe = StoreProbe(look, 2 * _LOOK_S, _LOOK_S)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"]
-        if not is_ui(path) or path in self._open_paths:
-            is_root = path == "/" and "text/html" in Headers(scope=scope).get("accept", "")
-            await (RedirectResponse(UI) if is_root else self._app)(scope, receive, send)
-            return
-        sent: list[Message] = []
-
-        async def collect(message: Message) -> None:
-            sent.append(message)
-
-        await self._call(scope, receive, collect)
-        for message in sent:
-            await send(message)
-
-    async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Call the application. Raises JobsUnavailable if Redis is away and holds the session, or hangs."""
-        is_away = await self._is_redis_away(scope)
-        if is_away and any(cookies(scope["headers"], COOKIE)):
-            raise JobsUnavailable
-        called = asyncio.ensure_future(self._app(scope, receive, send))
-        called.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # also if none waits
-        pause_s = None if is_away or scope["method"] not in {"GET", "HEAD"} else _LOOK_S
-        while not (await asyncio.wait([called], timeout=pause_s))[0]:
-            if await self._is_redis_away(scope):
-                raise JobsUnavailable
-        await called
-
-    async def _is_redis_away(self, scope: Scope) -> bool:
-        pages: Service = scope["app"].service
-        is_away = await pages.run(_PROBES, self._probe.condition) == "unavailable"
-        if is_away:
-            pages.store_probe.failed()  # so that no page waits for a Redis that answered that probe before
-        return is_away
+        return cls(templates, load_runbooks(), sessions)
 
 
 def refused(scope: Scope, error: Exception) -> Response:
@@ -251,7 +197,7 @@ def _may(request: Request, operation: str) -> bool:
 
 def _has_ended(request: Request) -> bool:
     """Return whether the credential of this session expired or was revoked after authentication."""
-    entry = screen(request).entry
+    entry: RequestAuthenticator | None = request.app.entry
     return SESSION in request.scope and entry is not None and not entry.is_valid(request.scope[PRINCIPAL])
 
 

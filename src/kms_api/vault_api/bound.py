@@ -46,26 +46,21 @@ class Extra(Hidden, frozen=True):
         return Context.reserved({NUMBER: f"v{number}", **pairs})
 
 
-def encrypt_bound(
-    kms: Kms, who: Principal, plaintext: bytes, extra: Extra, *, key_id: str
-) -> tuple[Sealed, int]:
-    """The file and the number of its key version. Raises what ``Kms.encrypt`` raises, InvalidRequest."""
-    return _numbered(
-        kms, who, extra, key_id, lambda context: kms.encrypt(who, plaintext, context, key_id=key_id)
-    )
+def sealed_numbered(
+    kms: Kms, who: Principal, extra: Extra, seal: Callable[[Context], M], *, key_id: str
+) -> tuple[M, int]:
+    """The result of ``seal``, bound to the number of the version that made it, and this number.
 
-
-def data_key_bound(
-    kms: Kms, who: Principal, size_bytes: int, extra: Extra, *, key_id: str
-) -> tuple[DataKey, int]:
-    """Generate a data key, and encrypt it as ``encrypt_bound`` does."""
-    return _numbered(
-        kms,
-        who,
-        extra,
-        key_id,
-        lambda context: kms.generate_data_key(who, size_bytes, context, key_id=key_id),
-    )
+    Raises what ``seal`` raises, InvalidRequest for the number of another version.
+    """
+    for _ in range(_TRIES):
+        version, number = _current(kms, who, key_id)
+        if number and extra.number not in {0, number}:
+            raise InvalidRequest(f"key_version: version {number} is in use, and no other one encrypts")
+        made = seal(extra.bound(number))
+        if made.key.version == version:
+            return made, number
+    raise BackendUnavailable("The key was rotated during each of three attempts")
 
 
 def decrypt_bound(kms: Kms, who: Principal, file: bytes, extra: Extra, *, key_id: str) -> bytes:
@@ -83,27 +78,14 @@ def rewrap_bound(kms: Kms, who: Principal, file: bytes, extra: Extra, *, key_id:
     old = extra.bound(extra.number)
     if _names_another(file, key_id):
         kms.raise_recorded(who, "rewrap", old, DecryptFailed())
-    return _numbered(
+    unnumbered = msgspec.structs.replace(extra, number=0)
+    return sealed_numbered(
         kms,
         who,
-        msgspec.structs.replace(extra, number=0),
-        key_id,
+        unnumbered,
         lambda new: kms.rewrap(who, file, old, new_context=new, key_id=key_id),
+        key_id=key_id,
     )
-
-
-def _numbered(
-    kms: Kms, who: Principal, extra: Extra, key_id: str, make: Callable[[Context], M]
-) -> tuple[M, int]:
-    """The result, bound to the number of the version that made it."""
-    for _ in range(_TRIES):
-        version, number = _current(kms, who, key_id)
-        if number and extra.number not in {0, number}:
-            raise InvalidRequest(f"key_version: version {number} is in use, and no other one encrypts")
-        made = make(extra.bound(number))
-        if made.key.version == version:
-            return made, number
-    raise BackendUnavailable("The key was rotated during each of three attempts")
 
 
 def _current(kms: Kms, who: Principal, key_id: str) -> tuple[str, int]:

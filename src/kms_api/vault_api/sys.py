@@ -148,7 +148,7 @@ def shape(key: Key) -> VaultKey:
     return VaultKey(name=key.key_id, keys=times, latest_version=latest)
 
 
-@routes.read("sys/health", lambda call: call.key_pool(None), methods=("GET", "HEAD"), rule=OPEN)
+@routes.read("sys/health", lambda call: call.key_pool(None), rule=OPEN)
 def health(call: Call[None]) -> Response:
     """Tell if the default key works and records can be written: 200, or 503, which clients call sealed."""
     ready = _ready(call)

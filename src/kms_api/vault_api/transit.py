@@ -13,7 +13,7 @@ from kms_api.routes.batch import admit_items
 from kms_api.routes.secrets import check_ciphertext, check_plaintext
 from kms_api.routing import Call
 from kms_api.vault_api import models
-from kms_api.vault_api.bound import Extra, data_key_bound, decrypt_bound, encrypt_bound, rewrap_bound
+from kms_api.vault_api.bound import Extra, decrypt_bound, rewrap_bound, sealed_numbered
 from kms_api.vault_api.models import (
     BoundFields,
     DataKeyIn,
@@ -79,7 +79,8 @@ def data_key(call: Call[DataKeyIn]) -> VaultCiphertext:
     if bits not in _BITS:
         raise InvalidRequest("bits: expected 128, 256 or 512")
     kms, key_id = call.service.kms, call.path("name")
-    made, number = data_key_bound(kms, call.caller, bits // 8, _extra(call.body), key_id=key_id)
+    generate = partial(kms.generate_data_key, call.caller, bits // 8, key_id=key_id)
+    made, number = sealed_numbered(kms, call.caller, _extra(call.body), generate, key_id=key_id)
     return VaultCiphertext(models.render(number, made.ciphertext), number, made.plaintext)
 
 
@@ -138,7 +139,8 @@ def _encrypt(call: Call[TransitIn], kms: Kms, body: TransitItem) -> VaultCiphert
     plaintext = models.octets(body.plaintext, "plaintext")
     check_plaintext(plaintext)
     key_id = call.path("name")
-    sealed, number = encrypt_bound(kms, call.caller, plaintext, _extra(body), key_id=key_id)
+    seal = partial(kms.encrypt, call.caller, plaintext, key_id=key_id)
+    sealed, number = sealed_numbered(kms, call.caller, _extra(body), seal, key_id=key_id)
     return VaultCiphertext(models.render(number, sealed.ciphertext), number)
 
 

@@ -138,7 +138,7 @@ def page(logs: Sequence[HostLog], wanted: EventFilter, after: str | None, limit:
     cursor = _parsed(after) if after else {}
     positions = {each.host: cursor.get(_place(each)) or _Position(wanted.since) for each in logs}
     chains = [(each, files) for each in logs for files in segments.by_chain(each.folder).values()]
-    settled = {each.host: _settled(each, chains) for each in logs}
+    final_before = {each.host: _final_before(each, chains) for each in logs}
     seen = {host: dict(position.seen) for host, position in positions.items()}
     unread: dict[str, str] = {}
     found: list[RecordedOperation] = []
@@ -157,7 +157,7 @@ def page(logs: Sequence[HostLog], wanted: EventFilter, after: str | None, limit:
             found.append(event)
     for each in logs:
         host = each.host
-        upto = max(positions[host].time, "" if host in unread else settled[host])
+        upto = max(positions[host].time, "" if host in unread else final_before[host])
         if more:
             upto = max(positions[host].time, min(reached, upto))
         position = _Position(upto, {name: last for name, last in seen[host].items() if last.time >= upto})
@@ -190,7 +190,7 @@ def _place(log: HostLog) -> str:
     return log.host if log.is_copy else ""
 
 
-def _settled(log: HostLog, chains: Sequence[tuple[HostLog, list[Segment]]]) -> str:
+def _final_before(log: HostLog, chains: Sequence[tuple[HostLog, list[Segment]]]) -> str:
     """The time before which no record will appear any more."""
     if not log.is_copy:
         return text_of(datetime.now(UTC) - timedelta(seconds=SETTLED_S))

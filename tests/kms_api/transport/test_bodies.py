@@ -248,7 +248,7 @@ async def test_a_reader_that_closes_once_it_has_all_bytes_was_sent_all(
         told.append(count)
 
     answer = bodies.WatchedResponse(body(), headers={"Content-Length": str(len(data))})
-    answer.told = note
+    answer.on_end = note
     await answer({"type": "http", "state": {BODY: (None, cycle)}}, receive, send)
 
     assert told == [sent]

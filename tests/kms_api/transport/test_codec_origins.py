@@ -7,9 +7,9 @@ import pytest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from kms_api.app import RULES
 from kms_api.transport.request_context import RequestContext
 from kms_protocol.wire import PREFIX
+from support.routes import RULES
 
 pytestmark = pytest.mark.anyio
 

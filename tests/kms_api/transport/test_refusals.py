@@ -90,7 +90,8 @@ async def test_a_namespace_is_the_tenant_of_the_credential(namespace: bytes) -> 
 
 @pytest.mark.parametrize("count", [0, 101])
 async def test_capabilities_are_told_of_a_hundred_paths_at_most(count: int) -> None:
-    call = Call(cast("Request", None), PathsIn(paths=["transit/keys"] * count))
+    body = PathsIn(paths=["transit/keys"] * count)
+    call = Call(cast("Request", None), body, cast("Service", None), ADA)
 
     with pytest.raises(InvalidRequest, match="1 to 100"):
         sys.capabilities_self(call)

@@ -1,6 +1,6 @@
 """Equal failures in lists of jobs: which rows become one."""
 
-from kms_api.ui.views import JobRow, folded
+from kms_api.ui.job_pages import JobRow, folded
 from kms_protocol import wire
 
 NONE = wire.JobProgress(items=1, items_done=1, items_failed=1, bytes=0, bytes_done=0)

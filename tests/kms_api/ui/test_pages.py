@@ -17,10 +17,11 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from kms_api.routes import operations
+from kms_api.transport.page_layer import PageLayer
 from kms_api.transport.request_context import RequestContext
 from kms_api.ui import charts, overview
-from kms_api.ui.render import PageLayer, Screen, refused
-from kms_api.ui.views import job_row
+from kms_api.ui.job_pages import job_row
+from kms_api.ui.render import Screen, refused
 from kms_core.auth.policy import Principal
 from kms_core.jobs.store import workers
 from kms_core.jobs.store.condition import StoreCondition, StoreProbe
@@ -53,7 +54,7 @@ FRAME: Final = {
 
 @cache
 def templates() -> jinja2.Environment:
-    return Screen.load(None, None).templates  # type: ignore[arg-type]  # templates need no sessions
+    return Screen.load(None).templates  # type: ignore[arg-type]  # templates need no sessions
 
 
 def overview_of(found: object = None, **known: object) -> str:

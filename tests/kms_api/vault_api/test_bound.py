@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -75,9 +76,15 @@ def peer(folder: Path) -> tuple[Backend, Counter[str]]:
     return backend, cipher.calls
 
 
+def encrypt(kms: Kms, key: str) -> tuple[Sealed, int]:
+    return bound.sealed_numbered(kms, WHO, Extra(), partial(kms.encrypt, WHO, b"x", key_id=key), key_id=key)
+
+
 CALLS: Final[dict[str, Callable[[Kms, str], object]]] = {
-    "encrypt": lambda kms, key: bound.encrypt_bound(kms, WHO, b"x", Extra(), key_id=key),
-    "data_key": lambda kms, key: bound.data_key_bound(kms, WHO, 32, Extra(), key_id=key),
+    "encrypt": encrypt,
+    "data_key": lambda kms, key: bound.sealed_numbered(
+        kms, WHO, Extra(), partial(kms.generate_data_key, WHO, 32, key_id=key), key_id=key
+    ),
     "decrypt": lambda kms, key: bound.decrypt_bound(kms, WHO, sealed(kms), Extra(number=1), key_id=key),
     "rewrap": lambda kms, key: bound.rewrap_bound(kms, WHO, sealed(kms), Extra(number=1), key_id=key),
 }
@@ -114,16 +121,16 @@ def test_a_key_that_is_rotated_meanwhile_seals_under_the_number_of_its_version(
 ) -> None:
     backend, cipher = memory_backend()
     kms = kms_over(backend)
-    encrypt, left = kms.encrypt, ["once"]
+    kms_encrypt, left = kms.encrypt, ["once"]
 
     def rotated_first(*args: Any, **kwargs: Any) -> Sealed:  # noqa: ANN401 -- passed through
         if left:
             left.pop()
             backend.rotate()
-        return encrypt(*args, **kwargs)
+        return kms_encrypt(*args, **kwargs)
 
     monkeypatch.setattr(kms, "encrypt", rotated_first)
-    sealed, number = bound.encrypt_bound(kms, WHO, b"x", Extra(), key_id="default")
+    sealed, number = encrypt(kms, "default")
 
     assert (sealed.key.version, number) == ("2", 2)
     assert cipher.calls["rotate"] == 1

@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
-from kms_api.app import RULES, UI_RULES, VAULT_RULES
 from support.canary.service import CanaryService
+from support.routes import RULES, UI_RULES, VAULT_RULES
 from support.service import b64
 
 Route = tuple[str, str]
