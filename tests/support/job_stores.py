@@ -229,6 +229,7 @@ def remove_inputs(core: Core, grace_s: float = -60) -> None:
 
 
 def reap(store: JobStore, spool: Spool) -> None:
-    """Do a first round of the reaper, and one of the cleanup of the spool."""
+    """Do a first round of the reaper, and one of the cleanup of the spool, by the clock of Redis."""
+    store.ask_clock()
     Reaper(store, "r").step()
     SpoolCleanup(store, spool, "r").step()
