@@ -76,12 +76,12 @@ class ReplicaWait:
 
         Redis syncs its file once for all. An error is returned in place of an answer: the others were run.
         """
-        answers, confirmed = self._followed(*map(_command, calls))
+        *answers, waited = self._followed(*map(_command, calls))
         for at, call in enumerate(calls):
             if isinstance(answers[at], redis.exceptions.NoScriptError):
                 call[0].sha = self._redis.script_load(call[0].script)
-                (answers[at],), confirmed = self._followed(_command(call))
-        return answers, confirmed
+                answers[at], waited = self._followed(_command(call))
+        return answers, self._is_acknowledged(waited)
 
     def confirm(self) -> bool:
         """Return whether all that Redis held a moment ago was acknowledged. Raises redis.RedisError.
@@ -91,25 +91,30 @@ class ReplicaWait:
         """
         if not self._section.wait_replicas:
             return True
-        (answer,), confirmed = self._followed(("SET", _WAITED, 1))
+        answer, waited = self._followed(("SET", _WAITED, 1))
         if isinstance(answer, Exception):
             raise answer
-        return confirmed
+        return self._is_acknowledged(waited)
 
-    def _followed(self, *commands: tuple[Any, ...]) -> tuple[list[Any], bool]:
-        """The answers of the commands, and whether what they wrote was acknowledged, as far as is wanted."""
-        wanted, wait_ms = self._section.wait_replicas, self._section.wait_ms
-        if not wanted:
-            return _pipelined(self._redis, *commands), True
+    def _followed(self, *commands: tuple[Any, ...]) -> list[Any]:
+        """The answers of the commands, and of WAITAOF; 0 instead of that where nothing is waited for."""
+        replicas, wait_ms = self._section.wait_replicas, self._section.wait_ms
+        if not replicas:
+            return [*_pipelined(self._redis, *commands), 0]
         first_ms = max(1, wait_ms // 4)  # if it is over, the second wait goes on
-        wait = ("WAIT", wanted, first_ms), ("WAITAOF", 1, wanted, max(1, wait_ms - first_ms))
+        wait = ("WAIT", replicas, first_ms), ("WAITAOF", 1, replicas, max(1, wait_ms - first_ms))
         *answers, _, waited = _pipelined(self._redis, *commands, *wait)
+        return [*answers, waited]
+
+    def _is_acknowledged(self, waited: object) -> bool:
+        if not self._section.wait_replicas:
+            return True
         local, replicas = _numbers(waited)
-        confirmed = bool(local) and replicas >= wanted
-        if not confirmed:
-            _log.warning("redis.unconfirmed", replicas=replicas, wanted=wanted)
-            metrics.REDIS_UNCONFIRMED.inc()
-        return answers, confirmed
+        if local and replicas >= self._section.wait_replicas:
+            return True
+        _log.warning("redis.unconfirmed", replicas=replicas, wanted=self._section.wait_replicas)
+        metrics.REDIS_UNCONFIRMED.inc()
+        return False
 
 
 def verify_replicas(section: RedisSection) -> None:
