@@ -166,7 +166,7 @@ from kms_core.auth.policy import AllowAll
 from kms_core.proxies import Proxies
 from kms_worker.metrics_server import MetricsApp, MetricsServer
 listener = socket.create_server(("127.0.0.1", 0))
-access = MetricsAccess("open", None, AllowAll(), Proxies.of(()))
+access = MetricsAccess("open", None, AllowAll(), Proxies(()))
 server = MetricsServer(listener, MetricsApp(access, (), lambda: True))
 print()
 print(listener.getsockname()[1], flush=True)
