@@ -91,7 +91,8 @@ def worker_left(store: JobStore, worker: str) -> None:
 def live_workers(store: JobStore) -> list[str]:
     """The names of live workers; a killed one counts as live for ``WORKER_SEEN_S``."""
     with redis_errors():
-        return [named(name) for name in store.redis.zrangebyscore(_WORKERS, store.now() - WORKER_SEEN_S, "+inf")]
+        found = store.redis.zrangebyscore(_WORKERS, store.now() - WORKER_SEEN_S, "+inf")
+    return list(map(named, cast("list[bytes]", found)))
 
 
 def idle_s(store: JobStore, worker: str) -> float:

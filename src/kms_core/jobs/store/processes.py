@@ -1,8 +1,8 @@
 """The live processes of an install, their versions, and the features of records that each understands.
 
-A record that needs a feature waits for a process that knows it (``spec.FEATURES``), whoever is on this list. By
-the list a writer chooses a form that all of them read, so that the version before can be started again, and
-people see how far an update has come.
+A record that needs a feature waits for a process that knows it (``spec.FEATURES``), listed or not. By the
+list a writer chooses a form that all of them read, so that the version before can be started again, and people see
+how far an update has come.
 """
 
 import socket
@@ -73,8 +73,12 @@ def listed(store: JobStore) -> list[Process]:
     """
     with redis_errors():
         found = store.redis.zrangebyscore(_KEY, store.now() - LISTED_S, "+inf", 0, _MOST)
-    entries = (named(entry).split(" ") for entry in cast("list[bytes]", found))
-    return [Process(*entry[:3], frozenset(entry[3:])) for entry in entries if len(entry) >= 3]
+    processes = []
+    for entry in cast("list[bytes]", found):
+        match named(entry).split(" "):
+            case [role, name, version, *features]:
+                processes.append(Process(role, name, version, frozenset(features)))
+    return processes
 
 
 def understood(store: JobStore) -> frozenset[str]:

@@ -1,5 +1,7 @@
 """The list of live processes, by which a writer knows what all of them can read."""
 
+from typing import Any, cast
+
 import pytest
 
 from kms_core.jobs.spec import QUEUES
@@ -44,7 +46,7 @@ def test_a_process_is_listed_until_it_is_stopped(store: JobStore) -> None:
 
 def test_a_killed_process_leaves_the_list(store: JobStore) -> None:
     present(store, "api", "killed")
-    (entry,) = store.redis.zrange(KEY, 0, -1)
+    (entry,) = cast("list[bytes]", store.redis.zrange(KEY, 0, -1))
     store.redis.zadd(KEY, {entry: store.now() - LISTED_S - 1})
     assert listed(store) == []
 
@@ -74,7 +76,8 @@ def test_a_worker_that_is_not_listed_knows_no_feature(store: JobStore) -> None:
 
 
 def test_an_entry_that_is_none_of_ours_is_passed_over(store: JobStore) -> None:
-    store.redis.zadd(KEY, {"": store.now(), b"\xff\xfe": store.now(), "api short": store.now()})
+    junk: dict[Any, float] = {"": store.now(), b"\xff\xfe": store.now(), "api short": store.now()}
+    store.redis.zadd(KEY, junk)
     present(store, "api", "one")
     assert [each.name for each in listed(store)] == ["one"]
 
