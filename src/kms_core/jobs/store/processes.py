@@ -1,8 +1,8 @@
 """The live processes of an install, their versions, and the features of records that each understands.
 
 A record that needs a feature waits for a process that knows it (``spec.FEATURES``), listed or not. By the
-list a writer chooses a form that all of them read, so that the version before can be started again, and people see
-how far an update has come.
+list a writer chooses a form that all of them read, so that the version before can be started again, and
+people see how far an update has come.
 """
 
 import socket
