@@ -1,9 +1,9 @@
 """Effects of a process outside itself, in order, and its death at any one of them.
 
-A process is the code in the ``with`` block of ``Process``, in this one. Effects are the commands that it sends
-to Redis, and its calls of the functions of ``os`` that change files. After its death each further effect raises
-``Died`` and changes nothing, so no cleanup of ours can happen. ``missed`` has what changed something and is
-none of these, as the interpreter's audit events and the sockets show it.
+A process is the code in the ``with`` block of ``Process``, in this one. Effects are the commands that it
+sends to Redis, and its calls of the functions of ``os`` that change files. After its death each further
+effect raises ``Died`` and changes nothing, so no cleanup can happen. ``missed`` has what changed something
+and is none of these, as audit events of the interpreter and the sockets show it.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, NamedTuple, NoReturn, Self, TypeVar
@@ -49,7 +50,7 @@ _CHANGES: Final = frozenset(
         *("subprocess.Popen", "sqlite3.connect"),
     }
 )
-"""Audit events of the interpreter that come with a change outside the process (Python, "Audit events table")."""
+"""Audit events of the interpreter about changes outside the process (Python, "Audit events table")."""
 _NAMES: Final = (
     (re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"), "<job>"),
     (re.compile(r"-\d{8}T[\d.]+Z?-\d+"), "-<chain>"),
@@ -100,7 +101,7 @@ _script_names: dict[bytes, str] = {}
 
 
 class Process:
-    """A process whose effects are noted in ``points``, in order, while the block runs; ``Died`` ends the block.
+    """A process whose effects are noted in ``points``, in order, while the block runs. ``Died`` ends that.
 
     It dies at the point of number ``at`` (from 0): ``before`` the effect, or ``after`` it, without an answer.
     With ``pause`` it does not die: ``meanwhile`` runs before the effect, as if others had gone on while this
@@ -142,7 +143,7 @@ class Process:
         return isinstance(error, Died)
 
     def note(self, effect: str, name: str) -> Moment | None:
-        """Record an effect that comes now. The moment of the end, if that is here. Raises Died after the end."""
+        """Record the next effect; the moment of the end, if it is this one. Raises Died after the end."""
         with self._lock:
             self.require_alive()
             self._counts[effect, name] += 1
@@ -295,19 +296,19 @@ def command(words: Sequence[bytes]) -> tuple[str, str]:
 
 
 def _sent(real: Callable[..., None]) -> Callable[..., None]:
-    def send(connection: AbstractConnection, packed: Any, check_health: bool = True) -> None:  # noqa: ANN401, FBT001, FBT002 -- as redis-py has it
+    def send(connection: AbstractConnection, packed: Any, check_health: bool = True) -> None:  # noqa: ANN401 -- as redis-py has it
         process = _current()
         if process is None:
             return real(connection, packed, check_health)
-        whole = packed.encode() if isinstance(packed, str) else b"".join([packed] if isinstance(packed, bytes) else packed)
-        commands = list(split(whole))
+        commands = list(split(packed if isinstance(packed, bytes) else b"".join(packed)))
         with _inside:
-            connection.check_health() if check_health else None  # type: ignore[no-untyped-call]  # untyped there
+            if check_health:
+                connection.check_health()  # type: ignore[no-untyped-call]  # untyped there
         if commands[0][1][0] in _HANDSHAKE:
             process.require_alive()
             with _inside:
-                return real(connection, packed, False)
-        return _send_each(process, connection, commands, lambda data: real(connection, data, False))
+                return real(connection, packed, check_health=False)
+        return _send_each(process, connection, commands, partial(real, connection, check_health=False))
 
     return send
 
@@ -318,28 +319,26 @@ def _send_each(
     commands: Sequence[tuple[bytes, list[bytes]]],
     send: Callable[[bytes], None],
 ) -> None:
-    """Send commands that go together. At the end of the process those before it have been run by Redis."""
-    waiting, sent = b"", 0
-
-    def flush() -> None:
-        nonlocal waiting
-        with _inside:
-            send(waiting) if waiting else None
-        waiting = b""
-
+    """Send commands that go together. When the process dies, Redis has run those before that."""
+    waiting = b""
     for at, (raw, words) in enumerate(commands):
         moment = process.note(*command(words))
-        if moment == "before" or moment == "pause":
-            flush()
-        waiting, sent = waiting + raw, at + 1
+        if moment is None:
+            waiting += raw
+            continue
+        sent = waiting + raw * (moment == "after")
+        if sent:
+            with _inside:
+                send(sent)
         if moment == "pause":
             process.pause()
-        if moment == "after":
-            flush()
-        if moment == "before" or moment == "after":
+            waiting = raw
+        else:
             _await(connection, at + (moment == "after"))
             process.die()
-    flush()
+    if waiting:
+        with _inside:
+            send(waiting)
 
 
 def _await(connection: AbstractConnection, answers: int) -> None:
