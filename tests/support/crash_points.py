@@ -1,8 +1,8 @@
 """Plays of a job in which a process dies, or stands still, at one effect, and others go on as in life.
 
-A play begins with an empty Redis and an empty spool. Processes are cores in this one (``effects.Process``); time
-passes when ``Install.advance`` says so, for this machine and for the scripts of Redis. The name of a worker is
-``w<number>``.
+A play begins with an empty Redis, spool and root of files. Processes are cores in this one
+(``effects.Process``). Time passes when ``Install.advance`` says so, for this machine and for the scripts of
+Redis. The name of a worker is ``w<number>``.
 """
 
 import itertools
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -40,8 +41,8 @@ from support.service import Service
 from support.synced_disk import SyncedDisk
 
 WakeUps = Literal["none", "two", "late"]
-"""What becomes of the wake-ups of a job whose worker died: lost but for those of the reaper; two processes wake
-for each; one more comes after the end."""
+"""What becomes of the wake-ups of a job whose worker died: all are lost but those of the reaper; two processes
+wake for each; one more comes after the end."""
 CutMoment = Moment | Literal["power"]
 """``power``: after the effect, and the disk has nothing but what was synced."""
 Kinds = Sequence[tuple[CutMoment, WakeUps]]
@@ -78,8 +79,9 @@ class Install:
         """Forget all that was before."""
         self.redis.flushdb()
         self.ahead_s, self._numbers = 0, itertools.count(1)
-        for folder in (self.service.spool, self.service.state / "audit"):
+        for folder in (self.service.spool, self.service.files, self.service.state / "audit"):
             shutil.rmtree(folder, ignore_errors=True)
+        self.service.files.mkdir(mode=0o700)
 
     def core(self, role: str = "worker") -> Core:
         """The core of a new process, which knows nothing of others."""
@@ -263,20 +265,21 @@ class Cut:
 
 def cut_off(install: Install, cut: Cut, act: Callable[[Core], object], role: str) -> Process:
     """Run what a process does, until it is cut."""
-    core, spool = install.core(role), install.service.spool
+    core, service = install.core(role), install.service
     disk = None
     if cut.moment == "power":
         shutil.rmtree(install.disk, ignore_errors=True)
         disk = SyncedDisk(install.disk)
-        disk.sync_all(spool)
+        for folder in (service.spool, service.files):
+            disk.sync_all(folder)
     moment: Moment = "after" if cut.moment == "power" else cut.moment
-    state = install.service.state
-    with Process(state, cut.at, moment, meanwhile=lambda: go_on(install, cut.wake_ups), disk=disk) as process:
+    others = partial(go_on, install, cut.wake_ups)
+    with Process(service.state, cut.at, moment, meanwhile=others, disk=disk) as process:
         act(core)
     if process.is_dead:
         install.bury(core)
-        if disk:
-            disk.cut(spool)
+        for folder in (service.spool, service.files) if disk else ():
+            disk.cut(folder)
     return process
 
 

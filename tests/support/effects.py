@@ -300,7 +300,7 @@ def _sent(real: Callable[..., None]) -> Callable[..., None]:
         process = _current()
         if process is None:
             return real(connection, packed, check_health)
-        commands = list(split(packed if isinstance(packed, bytes) else b"".join(packed)))
+        commands = list(split(b"".join(packed)))
         with _inside:
             if check_health:
                 connection.check_health()  # type: ignore[no-untyped-call]  # untyped there
@@ -317,7 +317,7 @@ def _send_each(
     process: Process,
     connection: AbstractConnection,
     commands: Sequence[tuple[bytes, list[bytes]]],
-    send: Callable[[bytes], None],
+    send: Callable[[list[bytes]], None],
 ) -> None:
     """Send commands that go together. When the process dies, Redis has run those before that."""
     waiting = b""
@@ -329,7 +329,7 @@ def _send_each(
         sent = waiting + raw * (moment == "after")
         if sent:
             with _inside:
-                send(sent)
+                send([sent])
         if moment == "pause":
             process.pause()
             waiting = raw
@@ -338,7 +338,7 @@ def _send_each(
             process.die()
     if waiting:
         with _inside:
-            send(waiting)
+            send([waiting])
 
 
 def _await(connection: AbstractConnection, answers: int) -> None:
