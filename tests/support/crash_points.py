@@ -41,8 +41,7 @@ from support.service import Service
 from support.synced_disk import SyncedDisk
 
 WakeUps = Literal["none", "two", "late"]
-"""What becomes of the wake-ups of a job whose worker died: all are lost but those of the reaper; two processes
-wake for each; one more comes after the end."""
+"""Wake-ups after the death of a worker: none but those of the reaper; two processes for each; one more later."""
 CutMoment = Moment | Literal["power"]
 """``power``: after the effect, and the disk has nothing but what was synced."""
 Kinds = Sequence[tuple[CutMoment, WakeUps]]
@@ -157,7 +156,7 @@ def _two_at_once(install: Install) -> None:
 
 
 def go_on(install: Install, wake_ups: WakeUps = "none") -> None:
-    """Let time pass until the jobs have come to rest, with the reaper and workers that know nothing of before.
+    """Let time pass until all jobs rest, with the reaper, and workers that know nothing of what was before.
 
     A worker looks for work only if the reaper has woken it. Raises AssertionError if there is no rest.
     """
@@ -263,8 +262,14 @@ class Cut:
     wake_ups: WakeUps = "none"
 
 
-def cut_off(install: Install, cut: Cut, act: Callable[[Core], object], role: str) -> Process:
-    """Run what a process does, until it is cut."""
+def cut_off(
+    install: Install,
+    cut: Cut,
+    act: Callable[[Core], object],
+    role: str,
+    meanwhile: Callable[[], object] | None = None,
+) -> Process:
+    """Run what a process does, until it is cut. While it stands still others go on, or do something else."""
     core, service = install.core(role), install.service
     disk = None
     if cut.moment == "power":
@@ -273,7 +278,7 @@ def cut_off(install: Install, cut: Cut, act: Callable[[Core], object], role: str
         for folder in (service.spool, service.files):
             disk.sync_all(folder)
     moment: Moment = "after" if cut.moment == "power" else cut.moment
-    others = partial(go_on, install, cut.wake_ups)
+    others = meanwhile or partial(go_on, install, cut.wake_ups)
     with Process(service.state, cut.at, moment, meanwhile=others, disk=disk) as process:
         act(core)
     if process.is_dead:

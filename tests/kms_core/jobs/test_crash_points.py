@@ -1,15 +1,15 @@
 """A worker, or the process that submits, dies at each of its effects; the job runs once all the same.
 
-Equal to the undisturbed run are: the state and the counts of the job, its content, the keys of Redis, the files of
-the result, and that nothing is left in the end. What may differ is the number of attempts, as ``events_law`` and
-``audit_law`` say, and files of attempts that did not end the job, which go with the result.
+Equal to the undisturbed run are: the state and the counts of the job, its content, the keys of Redis, the
+files of the result, and that nothing is left in the end. What may differ is the number of attempts, as
+``events_law`` and ``audit_law`` say, and files of an attempt that did not end the job, which go with the result.
 """
 
 import re
 from base64 import b64decode
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from kms_core.jobs import bulk_lines
 from kms_core.jobs.execution import one_file
 from kms_protocol import wire
 from support import core_jobs
-from support.core_jobs import CONTEXT, WHO, lines, now, result, submit_items
+from support.core_jobs import CONTEXT, WHO, lines, now, result
 from support.crash_points import (
     Cut,
     Install,
@@ -60,63 +60,73 @@ DEATHS: Final[Kinds] = (
 
 @dataclass(frozen=True)
 class JobKind:
-    """How a job is submitted, and what it has made, opened; the operations of an attempt, good and bad ones."""
+    """How a job is submitted, under an Idempotency-Key or none, and its content, opened.
 
-    submit: Callable[[Install, Core], str]
+    ``good`` and ``bad`` are the operations of one attempt. ``prepare`` puts files where the job looks for them.
+    """
+
+    submit: Callable[[Install, Core, str], str]
     content: Callable[[Install, Core, str], object]
     operation: wire.JobKind = "encrypt"
     good: int = 1
     bad: int = 0
     settings: str = ""
     run_items: int = 500
+    prepare: Callable[[Install], object] = lambda _: None
 
 
 def opened(core: Core, ciphertext: bytes) -> bytes:
     return core.kms.decrypt(WHO, ciphertext, CONTEXT).plaintext
 
 
-def three_items(_: Install, core: Core) -> str:
-    return submit_items(core, 3, {1})
+def three_items(_: Install, core: Core, key: str) -> str:
+    contexts = (None, "no equals sign", None)
+    items = (wire.JobItem(plaintext=b"%d" % at, context=context) for at, context in enumerate(contexts))
+    return core.submitter.items(job_options(WHO, "encrypt", CONTEXT, idempotency=key), items).job_id
 
 
 def item_contents(_: Install, core: Core, job_id: str) -> object:
     return [
-        (
-            line["index"],
-            line["error"]["code"] if line.get("error") else opened(core, b64decode(line["ciphertext"])),
-        )
+        line["error"]["code"] if line.get("error") else opened(core, b64decode(line["ciphertext"]))
         for line in lines(core, job_id)
     ]
 
 
-def upload(_: Install, core: Core) -> str:
-    return uploaded(core, job_options(WHO, "encrypt", CONTEXT), DATA)
-
-
-def sealed_upload(_: Install, core: Core) -> str:
-    sealed = core.kms.encrypt(WHO, DATA, CONTEXT).ciphertext
-    return uploaded(core, job_options(WHO, "decrypt", CONTEXT), sealed)
+def upload(_: Install, core: Core, key: str) -> str:
+    return uploaded(core, job_options(WHO, "encrypt", CONTEXT, idempotency=key), DATA)
 
 
 def upload_content(_: Install, core: Core, job_id: str) -> object:
     return opened(core, result(core, job_id))
 
 
+def seal(install: Install) -> None:
+    ciphertext = install.core("api").kms.encrypt(WHO, DATA, CONTEXT).ciphertext
+    (install.service.files / "sealed").write_bytes(ciphertext)
+
+
+def sealed_upload(install: Install, core: Core, key: str) -> str:
+    sealed = (install.service.files / "sealed").read_bytes()
+    return uploaded(core, job_options(WHO, "decrypt", CONTEXT, idempotency=key), sealed)
+
+
 def plain_content(_: Install, core: Core, job_id: str) -> object:
     return result(core, job_id)
 
 
-def file(install: Install, core: Core) -> str:
-    root = install.service.files
-    (root / "in").write_bytes(DATA)
-    return core_jobs.submit(core, "encrypt", root / "in", root / "out")
+def write_source(install: Install) -> None:
+    (install.service.files / "in").write_bytes(DATA)
 
 
-def replaced_file(install: Install, core: Core) -> str:
+def write_both(install: Install) -> None:
+    write_source(install)
+    (install.service.files / "out").write_bytes(b"old")
+
+
+def file(install: Install, core: Core, key: str) -> str:
     root = install.service.files
-    (root / "in").write_bytes(DATA)
-    (root / "out").write_bytes(b"old")
-    return core_jobs.submit(core, "encrypt", root / "in", root / "out", overwrite=True)
+    overwrite = (root / "out").exists()
+    return core_jobs.submit(core, "encrypt", root / "in", root / "out", overwrite=overwrite, idempotency=key)
 
 
 def file_contents(install: Install, core: Core, _: str) -> object:
@@ -127,15 +137,16 @@ def file_contents(install: Install, core: Core, _: str) -> object:
 
 
 IN_FILES: Final = "[kms.jobs]\ninline_bytes = 0\n"
+ITEMS: Final = JobKind(three_items, item_contents, good=2, bad=1)
 KINDS: Final = {
-    "items": JobKind(three_items, item_contents, good=2, bad=1),
-    "items in files": JobKind(three_items, item_contents, good=2, bad=1, settings=IN_FILES),
-    "items in parts": JobKind(three_items, item_contents, good=2, bad=1, settings=IN_FILES, run_items=2),
+    "items": ITEMS,
+    "items in files": replace(ITEMS, settings=IN_FILES),
+    "items in parts": replace(ITEMS, settings=IN_FILES, run_items=2),
     "upload": JobKind(upload, upload_content),
     "upload in a file": JobKind(upload, upload_content, settings=IN_FILES),
-    "upload to be opened": JobKind(sealed_upload, plain_content, "decrypt", settings=IN_FILES),
-    "file": JobKind(file, file_contents),
-    "file that is replaced": JobKind(replaced_file, file_contents),
+    "upload to be opened": JobKind(sealed_upload, plain_content, "decrypt", settings=IN_FILES, prepare=seal),
+    "file": JobKind(file, file_contents, prepare=write_source),
+    "file that is replaced": JobKind(file, file_contents, prepare=write_both),
 }
 
 
@@ -160,7 +171,9 @@ def install(kind: JobKind, server: str, tmp_path: Path) -> Iterator[Install]:
         yield made
 
 
-def observed(install: Install, kind: JobKind, job_id: str) -> dict[str, Any]:
+def observed(
+    install: Install, kind: JobKind, job_id: str, submissions: Collection[int] = (1,)
+) -> dict[str, Any]:
     """What is the same after each play of a job, once it has ended."""
     records = [each for each in audited(install) if each.get("job_id") == job_id]
     core = install.core("api")
@@ -171,7 +184,7 @@ def observed(install: Install, kind: JobKind, job_id: str) -> dict[str, Any]:
         "content": kind.content(install, core, job_id),
         "keys": keys(install),
         "events": events_law(told(install)[job_id], job.attempt),
-        "audit": audit_law(kind, records),
+        "audit": audit_law(kind, records, submissions),
     }
     forget_all(install, lambda: seen.update(files=result_files(install)))
     install.end()
@@ -185,18 +198,18 @@ def events_law(states: list[str], attempts: int) -> str:
     return "" if is_so else f"{states} in {attempts} attempts"
 
 
-def audit_law(kind: JobKind, records: list[dict[str, Any]]) -> str:
-    """One submission. An attempt has a record of each item, or none; of two attempts, one at least has them.
+def audit_law(kind: JobKind, records: list[dict[str, Any]], submissions: Collection[int]) -> str:
+    """An attempt has a record of each item, or none; of two attempts, one at least has them.
 
-    Each effect that was begun has an outcome: it is one commit, whoever finishes that.
+    Each effect that was begun has an outcome: there is one commit, whoever finishes it.
     """
     ends = Counter(each["result"] == "ok" for each in records if each["operation"] == kind.operation)
     is_so = kind.good <= ends[True] <= 2 * kind.good and kind.bad <= ends[False] <= 2 * kind.bad
-    is_so = is_so and sum(each["operation"] == "job.submit" for each in records) == 1
+    is_so = is_so and sum(each["operation"] == "job.submit" for each in records) in submissions
     begun = {each["effect"] for each in records if each.get("stage") == "intent"}
     done = {each["effect"] for each in records if each.get("stage") == "outcome"}
     is_so = is_so and begun == done and len(done) <= 1
-    return "" if is_so else f"{records}"
+    return "" if is_so else f"{[(each['operation'], each['result']) for each in records]}, {begun}, {done}"
 
 
 def result_files(install: Install) -> dict[str, int]:
@@ -204,10 +217,14 @@ def result_files(install: Install) -> dict[str, int]:
     return {name: max(1, count - 1) for name, count in files(install).items()}
 
 
+# -- the worker --------------------------------------------------------------------------------------------
+
+
 def play(install: Install, kind: JobKind, cut: Cut) -> tuple[Process, dict[str, Any]]:
     """Submit a job, have a worker run it until it is cut, and others go on."""
     install.begin()
-    job_id = kind.submit(install, install.core("api"))
+    kind.prepare(install)
+    job_id = kind.submit(install, install.core("api"), "")
     name = install.worker_name()
     process = cut_off(install, cut, lambda core: drain(core.worker_context, name), "worker")
     go_on(install, cut.wake_ups)
@@ -229,5 +246,79 @@ def test_a_job_runs_once_whichever_effect_its_worker_dies_at(
         assert process.points[: cut.at] == whole.points[: cut.at]
         at = f"{cut.moment} {process.points[cut.at or 0]}, {cut.wake_ups}"
         wrong += [f"{at}: {each}" for each in differences(seen, expected)]
+    record_property("crash_points", len(whole.points))
+    assert wrong == []
+
+
+# -- the process that submits ------------------------------------------------------------------------------
+
+
+def submission(
+    install: Install, kind: JobKind, cut: Cut, *, is_repeated: bool
+) -> tuple[Process, dict[str, Any] | None]:
+    """Submit a job by a process that is cut, perhaps again under the same key, and have it run.
+
+    The job as it is observed; None if there is none, and then there is nothing of it. While the process stands
+    still another one submits the same job.
+    """
+    install.begin()
+    kind.prepare(install)
+    answers: list[str] = []
+
+    def submit(core: Core) -> None:
+        answers.append(kind.submit(install, core, "key"))
+
+    def again() -> None:
+        submit(install.core("api"))
+
+    process = cut_off(install, cut, submit, "api", again)
+    stored = jobs(install)
+    assert len(stored) <= 1
+    assert stored[:1] == answers[:1] or process.is_dead, "what was acknowledged is stored"
+    acknowledged = len(answers)
+    if is_repeated:
+        again()
+    assert set(answers) <= set(jobs(install))
+    assert len(jobs(install)) == 1 or not answers
+    assert jobs(install) == stored or not stored
+    go_on(install)
+    if not (found := jobs(install)):
+        forget_all(install)
+        install.end()
+        assert keys(install).keys() <= {"kms:operations"}
+        assert not files(install)
+        assert audit_problems(install) == []
+        return process, None
+    return process, observed(install, kind, found[0], range(len(answers), acknowledged + is_repeated + 2))
+
+
+def jobs(install: Install) -> list[str]:
+    """All jobs that a caller sees."""
+    return [raw.decode() for raw in install.redis.zrange("kms:tenant:default", 0, -1)]
+
+
+@pytest.mark.parametrize("is_repeated", [False, True])
+def test_a_job_is_submitted_once_or_not_at_all(
+    install: Install,
+    kind: JobKind,
+    record_property: Callable[[str, object], None],
+    *,
+    is_repeated: bool,
+) -> None:
+    """Whichever effect the process dies at. With the same Idempotency-Key there is one job in the end."""
+    whole, expected = submission(install, kind, Cut(), is_repeated=is_repeated)
+    assert whole.missed == []
+    assert expected
+    assert expected["events"] == expected["audit"] == ""
+    stored = [point.effect for point in whole.points].index("submit")
+
+    wrong = []
+    for cut in cuts(whole.points, [(moment, "none") for moment in ("before", "after", "power", "pause")]):
+        _, seen = submission(install, kind, cut, is_repeated=is_repeated)
+        at = f"{cut.moment} {whole.points[cut.at or 0]}"
+        if seen is None:
+            wrong += [f"{at}: lost"] * (is_repeated or (cut.at or 0) > stored)
+        else:
+            wrong += [f"{at}: {each}" for each in differences(seen, expected)]
     record_property("crash_points", len(whole.points))
     assert wrong == []
