@@ -2,7 +2,7 @@
 
 Equal to the undisturbed run are: the state and the counts of the job, its content, the keys of Redis, the
 files of the result, and that nothing is left in the end. What may differ is the number of attempts, as
-``events_law`` and ``audit_law`` say, and files of an attempt that did not end the job, which go with the result.
+``events_law`` and ``audit_law`` say, and files of an attempt that did not end the job. They go with the result.
 """
 
 import re
@@ -15,11 +15,14 @@ from typing import Any, Final
 
 import pytest
 
-from kms_core.container import Core
+from kms_core.container import Core, build_intake
 from kms_core.jobs import bulk_lines
 from kms_core.jobs.execution import one_file
+from kms_core.jobs.submission import celery_intake
 from kms_protocol import wire
+from kms_protocol.errors import JobsUnavailable
 from support import core_jobs
+from support.celery_messages import body, seal
 from support.core_jobs import CONTEXT, WHO, lines, now, result
 from support.crash_points import (
     Cut,
@@ -42,8 +45,10 @@ from support.effects import Process
 from support.embedded_valkey import unrestricted
 from support.job_options import job_options
 from support.job_stores import uploaded
+from support.service import b64
 
 DATA: Final = b"a small file" * 100
+LOCK_S: Final = 121  # a message is in the hands of one worker for so long
 HISTORY: Final = re.compile(
     r"queued( running( committing)? queued)*( running)?( committing)? (succeeded|failed)"
 )
@@ -62,7 +67,7 @@ DEATHS: Final[Kinds] = (
 class JobKind:
     """How a job is submitted, under an Idempotency-Key or none, and its content, opened.
 
-    ``good`` and ``bad`` are the operations of one attempt. ``prepare`` puts files where the job looks for them.
+    ``good`` and ``bad`` are the operations of one attempt. ``prepare`` writes files that it needs.
     """
 
     submit: Callable[[Install, Core, str], str]
@@ -100,7 +105,7 @@ def upload_content(_: Install, core: Core, job_id: str) -> object:
     return opened(core, result(core, job_id))
 
 
-def seal(install: Install) -> None:
+def seal_upload(install: Install) -> None:
     ciphertext = install.core("api").kms.encrypt(WHO, DATA, CONTEXT).ciphertext
     (install.service.files / "sealed").write_bytes(ciphertext)
 
@@ -129,6 +134,20 @@ def file(install: Install, core: Core, key: str) -> str:
     return core_jobs.submit(core, "encrypt", root / "in", root / "out", overwrite=overwrite, idempotency=key)
 
 
+def write_message(install: Install) -> None:
+    recipient = str(celery_intake.recipient(install.settings.kms.jobs.intake_identity_path))
+    contexts = (None, "no equals sign", None)
+    items = [{"plaintext": b64(b"%d" % at), "context": context} for at, context in enumerate(contexts)]
+    job = {"kind": "encrypt", "context": str(CONTEXT), "items": items}
+    (install.service.files / "message").write_text(seal(recipient, body(job)))
+
+
+def message(install: Install, core: Core, _: str) -> str:
+    intake = build_intake(install.settings, core.submitter)
+    assert intake
+    return intake.accept((install.service.files / "message").read_text(), "w9/1")
+
+
 def file_contents(install: Install, core: Core, _: str) -> object:
     return {
         each.name: opened(core, each.read_bytes()) if each.name == "out" else each.read_bytes()
@@ -136,6 +155,9 @@ def file_contents(install: Install, core: Core, _: str) -> object:
     }
 
 
+SUBMISSIONS: Final = (
+    *("items", "items in files", "upload in a file", "message", "message in a file", "file"),
+)
 IN_FILES: Final = "[kms.jobs]\ninline_bytes = 0\n"
 ITEMS: Final = JobKind(three_items, item_contents, good=2, bad=1)
 KINDS: Final = {
@@ -144,7 +166,11 @@ KINDS: Final = {
     "items in parts": replace(ITEMS, settings=IN_FILES, run_items=2),
     "upload": JobKind(upload, upload_content),
     "upload in a file": JobKind(upload, upload_content, settings=IN_FILES),
-    "upload to be opened": JobKind(sealed_upload, plain_content, "decrypt", settings=IN_FILES, prepare=seal),
+    "upload to be opened": JobKind(
+        sealed_upload, plain_content, "decrypt", settings=IN_FILES, prepare=seal_upload
+    ),
+    "message": replace(ITEMS, submit=message, prepare=write_message),
+    "message in a file": replace(ITEMS, submit=message, prepare=write_message, settings=IN_FILES),
     "file": JobKind(file, file_contents, prepare=write_source),
     "file that is replaced": JobKind(file, file_contents, prepare=write_both),
 }
@@ -156,7 +182,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[name for name in KINDS if "message" not in name])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> JobKind:
     found = KINDS[request.param]
     for module in (bulk_lines, one_file):
@@ -258,8 +284,8 @@ def submission(
 ) -> tuple[Process, dict[str, Any] | None]:
     """Submit a job by a process that is cut, perhaps again under the same key, and have it run.
 
-    The job as it is observed; None if there is none, and then there is nothing of it. While the process stands
-    still another one submits the same job.
+    The job as it is observed; None if there is none, and then there is nothing of it. While the process
+    stands still another one submits the same job.
     """
     install.begin()
     kind.prepare(install)
@@ -269,7 +295,11 @@ def submission(
         answers.append(kind.submit(install, core, "key"))
 
     def again() -> None:
-        submit(install.core("api"))
+        try:
+            submit(install.core("api"))
+        except JobsUnavailable:  # a lock of the process that died: the message comes again
+            install.advance(LOCK_S)
+            submit(install.core("api"))
 
     process = cut_off(install, cut, submit, "api", again)
     stored = jobs(install)
@@ -297,6 +327,7 @@ def jobs(install: Install) -> list[str]:
     return [raw.decode() for raw in install.redis.zrange("kms:tenant:default", 0, -1)]
 
 
+@pytest.mark.parametrize("kind", SUBMISSIONS, indirect=True)
 @pytest.mark.parametrize("is_repeated", [False, True])
 def test_a_job_is_submitted_once_or_not_at_all(
     install: Install,
