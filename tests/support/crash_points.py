@@ -41,7 +41,7 @@ from support.service import Service
 from support.synced_disk import SyncedDisk
 
 WakeUps = Literal["none", "two", "late"]
-"""Wake-ups after the death of a worker: none but those of the reaper, two processes for each, or one later."""
+"""Wake-ups after a worker died: none but those of the reaper, two processes for each, or one more later."""
 CutMoment = Moment | Literal["power"]
 """``power``: after the effect, and the disk has nothing but what was synced."""
 Kinds = Sequence[tuple[CutMoment, WakeUps]]

@@ -2,7 +2,8 @@
 
 Equal to the undisturbed run are: the state and the counts of the job, its content, the keys of Redis, the
 files of the result, and that nothing is left in the end. What may differ is the number of attempts, as
-``events_law`` and ``audit_law`` say, and files of an attempt that did not end the job. They go with the result.
+``events_law`` and ``audit_law`` say, and files of an attempt that did not end the job: these go with the
+result.
 """
 
 import re
@@ -138,7 +139,7 @@ def write_message(install: Install) -> None:
     recipient = str(celery_intake.recipient(install.settings.kms.jobs.intake_identity_path))
     contexts = (None, "no equals sign", None)
     items = [{"plaintext": b64(b"%d" % at), "context": context} for at, context in enumerate(contexts)]
-    job = {"kind": "encrypt", "context": str(CONTEXT), "items": items}
+    job = {"kind": "encrypt", "context": dict(CONTEXT.pairs), "items": items}
     (install.service.files / "message").write_text(seal(recipient, body(job)))
 
 
