@@ -34,6 +34,7 @@ from kms_core.jobs.store import job_redis
 from kms_core.jobs.store.scripts import SCRIPTS
 from kms_core.jobs.store.store import JobStore
 from kms_core.jobs.store.wake_ups import list_key
+from kms_core.jobs.submission import submitter
 from support import effects
 from support.effects import Moment, Point, Process, plain
 from support.job_stores import connect
@@ -72,12 +73,12 @@ class Install:
         self.disk = folder / "synced"
         self.ahead_s = 0
         self._cores: list[Core] = []
-        self._numbers = itertools.count(1)
+        self._numbers, self._ids = itertools.count(1), itertools.count(1)
 
     def begin(self) -> None:
         """Forget all that was before."""
         self.redis.flushdb()
-        self.ahead_s, self._numbers = 0, itertools.count(1)
+        self.ahead_s, self._numbers, self._ids = 0, itertools.count(1), itertools.count(1)
         for folder in (self.service.spool, self.service.files, self.service.state / "audit"):
             shutil.rmtree(folder, ignore_errors=True)
         self.service.files.mkdir(mode=0o700)
@@ -87,6 +88,10 @@ class Install:
         made = build_core(self.settings, role, None)
         self._cores.append(made)
         return made
+
+    def job_id(self) -> str:
+        """The id of a new job: the same in each play, since jobs of one age are taken by their ids."""
+        return f"00000000-0000-4000-8000-{next(self._ids):012}"
 
     def worker_name(self) -> str:
         return f"w{next(self._numbers)}/1"
@@ -124,6 +129,7 @@ def installed(install: Install) -> Iterator[None]:
     clock = time.time
     with pytest.MonkeyPatch.context() as patch, effects.installed(scripts):
         patch.setattr(job_redis, "SCRIPTS", scripts)
+        patch.setattr(submitter, "new_id", install.job_id)
         patch.setattr(time, "time", lambda: clock() + install.ahead_s)
         patch.setattr(JobStore, "now", lambda _: time.time())
         patch.setattr(lease, "_REPORT_EVERY_S", 3600.0)
