@@ -10,13 +10,14 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import msgspec
 import pytest
 
 from kms_core.audit.keys import PublicKeys
@@ -42,7 +43,7 @@ from support.service import Service
 from support.synced_disk import SyncedDisk
 
 WakeUps = Literal["none", "two", "late"]
-"""Wake-ups after a worker died: none but those of the reaper, two processes for each, or one more later."""
+"""Wake-ups after a death: none but those of the reaper, two processes for each, or one more in the end."""
 CutMoment = Moment | Literal["power"]
 """``power``: after the effect, and the disk has nothing but what was synced."""
 Kinds = Sequence[tuple[CutMoment, WakeUps]]
@@ -64,7 +65,10 @@ def _with_clock(text: str) -> str:
 
 
 class Install:
-    """Processes of one install. ``ahead_s`` is how far its time is ahead of the machine's."""
+    """Processes of one install. ``ahead_s`` is how far its time is ahead of the machine's.
+
+    Use it within ``installed``.
+    """
 
     def __init__(self, folder: Path, url: str, settings: str = "") -> None:
         self.service = Service(folder, settings, url)
@@ -112,14 +116,32 @@ class Install:
         """Let time pass. Keys of Redis expire."""
         self.ahead_s += round(seconds)
         self.redis.set(_AHEAD, self.ahead_s)
-        now_ms = time.time() * 1000
-        for key in self.redis.scan_iter(count=1000):
-            if 0 < self.redis.pexpiretime(key) < now_ms:
-                self.redis.delete(key)
+        names, now_ms = list(self.redis.scan_iter(count=1000)), time.time() * 1000
+        terms = self.asked(*(("PEXPIRETIME", name) for name in names))
+        if over := [name for name, term in zip(names, terms, strict=True) if 0 < term < now_ms]:
+            self.redis.delete(*over)
+
+    @cached_property
+    def own(self) -> Core:
+        """The core of the reaper, and of who looks at what is left. Its audit log is another one."""
+        kms = self.settings.kms
+        audit = msgspec.structs.replace(kms.audit, path=self.disk.with_name("own-audit"))
+        kms = msgspec.structs.replace(kms, audit=audit)
+        return build_core(msgspec.structs.replace(self.settings, kms=kms), "own", None)
+
+    def asked(self, *commands: tuple[object, ...]) -> list[Any]:
+        """The answers of Redis to commands that are sent together."""
+        pipeline = self.redis.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        answers: list[Any] = pipeline.execute()
+        return answers
 
     def take_messages(self) -> int:
         """Take the wake-ups of all queues out of the broker; how many there were."""
-        return sum(len(self.redis.lpop(list_key(queue), 100) or ()) for queue in QUEUES)
+        return sum(
+            len(found or ()) for found in self.asked(*(("LPOP", list_key(each), 100) for each in QUEUES))
+        )
 
 
 @contextmanager
@@ -166,7 +188,7 @@ def go_on(install: Install, wake_ups: WakeUps = "none") -> None:
 
     A worker looks for work only if the reaper has woken it. Raises AssertionError if there is no rest.
     """
-    store = install.core("maintenance").worker_context.store
+    store = install.own.worker_context.store
     install.take_messages()
     for _ in range(_MOST_ROUNDS):
         install.advance(store.rules.lease_s + 1)
@@ -187,34 +209,39 @@ def go_on(install: Install, wake_ups: WakeUps = "none") -> None:
 # -- what is left ------------------------------------------------------------------------------------------
 
 
+_LISTED: Final[dict[bytes, tuple[object, ...]]] = {
+    b"zset": ("ZRANGE", 0, -1),
+    b"set": ("SMEMBERS",),
+    b"hash": ("HKEYS",),
+}
+"""How the members of a key of each type are listed, beside its name."""
+
+
 def keys(install: Install) -> dict[str, list[str]]:
     """All keys of Redis by what they are of: type, whether they expire, members or fields."""
     found: dict[str, set[str]] = {}
-    messages = {list_key(queue) for queue in QUEUES}
-    for raw in install.redis.scan_iter(count=1000):
-        name = plain(raw.decode())
-        if name not in _TRANSIENT | messages:
-            found.setdefault(name, set()).add(_shape(install.redis, raw))
+    left_out = _TRANSIENT | {list_key(queue) for queue in QUEUES}
+    names = [raw for raw in install.redis.scan_iter(count=1000) if raw.decode() not in left_out]
+    kinds = install.asked(*(("TYPE", name) for name in names))
+    terms = install.asked(*(("TTL", name) for name in names))
+    listings = ((_LISTED.get(kind, ("EXISTS",)), name) for kind, name in zip(kinds, names, strict=True))
+    members = install.asked(*((first, name, *more) for (first, *more), name in listings))
+    for name, *shape in zip(names, kinds, terms, members, strict=True):
+        found.setdefault(plain(name.decode()), set()).add(_shape(*shape))
     return {name: sorted(shapes) for name, shapes in sorted(found.items())}
 
 
-def _shape(client: Any, key: bytes) -> str:  # noqa: ANN401 -- ``redis.Redis``
-    kind = client.type(key).decode()
-    members: Sequence[bytes] = ()
-    if kind == "zset":
-        members = client.zrange(key, 0, -1)
-    elif kind == "set":
-        members = list(client.smembers(key))
-    elif kind == "hash":
-        members = [name for name in client.hkeys(key) if name.decode() not in _OF_LOST_LEASES]
-    names = " ".join(sorted(plain(member.decode(errors="replace")) for member in members))
-    return f"{kind}{' expires' * (client.ttl(key) >= 0)}: {names}"
+def _shape(kind: bytes, term: int, members: Iterable[bytes] | int) -> str:
+    listed = () if isinstance(members, int) else (each.decode(errors="replace") for each in members)
+    names = " ".join(sorted(plain(each) for each in listed if each not in _OF_LOST_LEASES))
+    return f"{kind.decode()}{' expires' * (term >= 0)}: {names}"
 
 
 def files(install: Install) -> Counter[str]:
-    """The files of the spool by what they are of."""
-    spool = install.service.spool
-    return Counter(plain(str(path.relative_to(spool))) for path in spool.rglob("*") if path.is_file())
+    """The files of the spool by what they are of, without the marks of hosts."""
+    found = (path for path in install.service.spool.rglob("*") if path.is_file())
+    names = (str(path.relative_to(install.service.spool)) for path in found)
+    return Counter(plain(name) for name in names if not name.startswith("hosts/"))
 
 
 def audited(install: Install) -> list[dict[str, Any]]:
@@ -234,8 +261,7 @@ def told(install: Install) -> dict[str, list[str]]:
 
 def forget_all(install: Install, when_ended: Callable[[], object] = lambda: None) -> None:
     """Let the grace of inputs pass, then, after ``when_ended``, the terms of results and of records."""
-    core = install.core("maintenance")
-    store, spool = core.worker_context.store, core.worker_context.spool
+    store, spool = install.own.worker_context.store, install.own.worker_context.spool
     for seconds in (store.rules.input_grace_s + 1, 3 * 86_400, 3 * 86_400):
         install.advance(seconds)
         reap_all(store, due(store))

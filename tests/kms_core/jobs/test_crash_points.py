@@ -58,15 +58,15 @@ DEATHS: Final[Kinds] = (
     ("power", "late"),
     ("pause", "none"),
 )
-"""Before an effect is after the one before: so what is left at each point is found by one process and by two."""
+"""Before an effect is after the one before: what is left there is found by one process, and by two."""
 
 
 @dataclass(frozen=True)
 class JobKind:
     """How a job is submitted, under an Idempotency-Key or none, and its content, opened.
 
-    ``records`` are those of an attempt: an item whose context is none has no record. ``prepare`` writes files
-    that the job needs.
+    ``records`` are those of an attempt: an item whose context is none has no record. ``prepare`` writes
+    what the job needs.
     """
 
     submit: Callable[[Install, Core, str], str]
@@ -104,7 +104,7 @@ def upload_content(_: Install, core: Core, job_id: str) -> object:
 
 
 def seal_upload(install: Install) -> None:
-    ciphertext = install.core("api").kms.encrypt(WHO, DATA, CONTEXT).ciphertext
+    ciphertext = install.own.kms.encrypt(WHO, DATA, CONTEXT).ciphertext
     (install.service.files / "sealed").write_bytes(ciphertext)
 
 
@@ -200,7 +200,7 @@ def observed(
 ) -> dict[str, Any]:
     """What is the same after each play of a job, once it has ended."""
     records = [each for each in audited(install) if each.get("job_id") == job_id]
-    core = install.core("api")
+    core = install.own
     job = now(core, job_id)
     seen: dict[str, Any] = {
         "state": (job.state, job.error),
@@ -233,7 +233,9 @@ def audit_law(kind: JobKind, records: list[dict[str, Any]], submissions: Collect
     begun = {each["effect"] for each in records if each.get("stage") == "intent"}
     done = {each["effect"] for each in records if each.get("stage") == "outcome"}
     is_so = is_so and begun == done and len(done) <= 1
-    return "" if is_so else f"{[(each['operation'], each['result']) for each in records]}, {begun}, {done}"
+    return (
+        "" if is_so else f"{[(each['operation'], each.get('result')) for each in records]}, {begun}, {done}"
+    )
 
 
 def result_files(install: Install) -> dict[str, int]:
