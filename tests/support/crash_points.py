@@ -237,11 +237,11 @@ def _shape(kind: bytes, term: int, members: Iterable[bytes] | int) -> str:
     return f"{kind.decode()}{' expires' * (term >= 0)}: {names}"
 
 
-def files(install: Install) -> Counter[str]:
-    """The files of the spool by what they are of, without the marks of hosts."""
+def files(install: Install, job_id: str = "") -> Counter[str]:
+    """The files of the spool, or those of a job, by what they are of, without the marks of hosts."""
     found = (path for path in install.service.spool.rglob("*") if path.is_file())
     names = (str(path.relative_to(install.service.spool)) for path in found)
-    return Counter(plain(name) for name in names if not name.startswith("hosts/"))
+    return Counter(plain(name) for name in names if name.startswith(job_id) and not name.startswith("hosts/"))
 
 
 def audited(install: Install) -> list[dict[str, Any]]:
