@@ -315,8 +315,9 @@ def cut_off(
         act(core)
     if process.is_dead:
         install.bury(core)
-        for folder in (service.spool, service.files) if disk else ():
-            disk.cut(folder)
+        if disk:
+            disk.cut(service.spool)
+            disk.cut(service.files)
     return process
 
 

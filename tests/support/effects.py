@@ -180,13 +180,13 @@ class Process:
             self.die()
         return found
 
-    def place(self, target: object, dir_fd: int | None) -> str:
+    def place(self, target: int | str | bytes | os.PathLike[str], dir_fd: int | None) -> str:
         """The name of a file, relative to the folder."""
         if isinstance(target, int):
             path = os.readlink(f"/proc/self/fd/{target}")  # noqa: PTH115 -- may be deleted
         else:
             above = os.getcwd() if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")  # noqa: PTH109, PTH115 -- as above
-            path = os.path.join(above, os.fsdecode(target))  # type: ignore[call-overload]  # noqa: PTH118 -- a path
+            path = os.path.join(above, os.fsdecode(target))  # noqa: PTH118 -- a path
         return plain(path.removeprefix(self._folder))
 
     def opened(self, fd: int) -> int:
@@ -346,7 +346,7 @@ def _await(connection: AbstractConnection, answers: int) -> None:
     with _inside:
         for _ in range(answers):
             with suppress(ResponseError):
-                connection.read_response()  # type: ignore[no-untyped-call]  # untyped there
+                connection.read_response()
 
 
 # -- the cross-check ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The recorder of effects: what it intercepts and reports as missed, and that a dead process changes nothing."""
+"""The recorder of effects: what it intercepts and reports as missed; a dead process changes nothing."""
 
 import os
 import shutil
