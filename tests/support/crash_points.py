@@ -244,6 +244,11 @@ def files(install: Install, job_id: str = "") -> Counter[str]:
     return Counter(plain(name) for name in names if name.startswith(job_id) and not name.startswith("hosts/"))
 
 
+def spool_folders(install: Install) -> set[str]:
+    """The jobs of which something is in the spool."""
+    return {path.name for path in install.service.spool.iterdir()} - {"hosts"}
+
+
 def audited(install: Install) -> list[dict[str, Any]]:
     """The operations in the audit log, by their chains."""
     folder = install.service.state / "audit"
@@ -336,7 +341,18 @@ def _shown(seen: Any, expected: Any) -> str:  # noqa: ANN401 -- any value
 
 
 def cuts(points: Sequence[Point], kinds: Kinds) -> Iterator[Cut]:
-    """Each kind of cut at each point."""
-    for at in range(len(points)):
+    """Each kind of cut at each point. What is sent twice are commands of Redis."""
+    for at, point in enumerate(points):
         for moment, wake_ups in kinds:
-            yield Cut(at, moment, wake_ups)
+            if moment != "twice" or point.name.startswith("kms:"):
+                yield Cut(at, moment, wake_ups)
+
+
+@contextmanager
+def located(at: str) -> Iterator[None]:
+    """Add to an error where it was."""
+    try:
+        yield
+    except Exception as exc:
+        exc.add_note(at)
+        raise

@@ -27,7 +27,7 @@ from redis.exceptions import ResponseError
 
 from support.synced_disk import SyncedDisk
 
-Moment = Literal["before", "after", "pause"]
+Moment = Literal["before", "after", "pause", "twice"]
 _T = TypeVar("_T")
 
 _TARGETS: Final[Mapping[str, int]] = {
@@ -105,7 +105,8 @@ class Process:
 
     It dies at the point of number ``at`` (from 0): ``before`` the effect, or ``after`` it, without an answer.
     With ``pause`` it does not die: ``meanwhile`` runs before the effect, as if others had gone on while this
-    process stood still. Syncs of files are noted on ``disk``, and do not reach the kernel.
+    process stood still. ``twice``: a command is run, and sent again, as redis-py does where the line broke
+    before the answer. Syncs of files are noted on ``disk``, and do not reach the kernel.
     """
 
     def __init__(
@@ -326,16 +327,18 @@ def _send_each(
         if moment is None:
             waiting += raw
             continue
-        sent = waiting + raw * (moment == "after")
+        sent = waiting + raw * (moment in {"after", "twice"})
         if sent:
             with _inside:
                 send([sent])
         if moment == "pause":
             process.pause()
             waiting = raw
-        else:
-            _await(connection, at + (moment == "after"))
+            continue
+        _await(connection, at + (moment != "before"))
+        if moment != "twice":
             process.die()
+        waiting = b"".join(each for each, _ in commands[: at + 1])
     if waiting:
         with _inside:
             send([waiting])
