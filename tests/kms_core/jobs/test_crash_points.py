@@ -265,6 +265,7 @@ def test_a_job_runs_once_whichever_effect_its_worker_dies_at(
     install: Install, kind: JobKind, record_property: Callable[[str, object], None]
 ) -> None:
     whole, expected = play(install, kind, Cut())
+    assert {"claim", "finish"} <= {point.effect for point in whole.points}
     assert whole.missed == []
     assert expected["events"] == expected["audit"] == ""
     assert expected["log"] == []
