@@ -25,7 +25,7 @@ from kms_core.jobs.spec import ItemsJob, SignedEnd, SignedSplit, UploadJob, spec
 from kms_core.jobs.storage import commit_marks
 from kms_core.jobs.storage.commit_marks import CommitMarks
 from kms_core.jobs.storage.local import temporary_name
-from kms_core.jobs.storage.spool import Label, Spool
+from kms_core.jobs.storage.spool import Label, Spool, items_label
 from kms_core.jobs.storage.spool_folder import DiskSync, SpoolFolder
 from kms_core.jobs.store import wake_ups
 from kms_core.s3 import bucket
@@ -191,6 +191,18 @@ def test_new_jobs_wait_in_the_queues_of_version_1() -> None:
     of_items = msgspec.structs.asdict(ACCEPTED) | {"items": 1, "starts": (0,)}
     del of_items["input_ref"]
     assert ItemsJob(**of_items).queue == "kms.bulk"
+
+
+def test_new_items_whose_file_has_a_name_of_its_own() -> None:
+    ref = bytes(range(16))
+    fields = FIELDS | {"items": 1, "starts": (0,), "input_ref": ref, "is_input_by_ref": True}
+    job = ItemsJob(**fields)
+
+    sealed = msgspec.msgpack.decode(reference.opened_record(SECRET, JOB_ID, RecordKey((SECRET,)).seal(job)))
+    assert sealed["is_input_by_ref"] is True
+    assert "needs" not in sealed
+    assert job.plain["needs"] == "input-by-ref"
+    assert items_label(job).name == "items.000102030405060708090a0b0c0d0e0f"
 
 
 def test_new_digest() -> None:

@@ -35,7 +35,9 @@ QUEUES: Final = (BULK, FILES, MAINTENANCE)
 """Queues by what a job costs, so that a worker may serve some of them: items, payloads, headers."""
 MOVING: Final[frozenset[JobKind]] = frozenset({"rewrap", "reseal"})
 """Kinds that make one ciphertext of another."""
-FEATURES: Final[frozenset[str]] = frozenset()
+INPUT_BY_REF: Final = "input-by-ref"
+"""The file of its items has a name of this one writing (``ItemsJob.is_input_by_ref``)."""
+FEATURES: Final = frozenset({INPUT_BY_REF})
 """Names of what a job may need that this version knows and earlier ones did not (``JobSpec.needs``)."""
 Seconds = Annotated[float, Meta(ge=0, lt=1e11)]
 """Since the epoch; no NaN, and what a date can show."""
@@ -316,7 +318,8 @@ class ItemsJob(JobSpec, frozen=True, kw_only=True, tag="items"):
     """A bulk job over items in the spool, or one of its parts, which has a ``parent`` and a number.
 
     ``starts`` says where in the blob ``input_ref`` each run of some hundred items begins. A job with a single
-    run is not split. ``first`` is the number of the first item of a part.
+    run is not split. ``first`` is the number of the first item of a part. ``is_input_by_ref``: the blob
+    is a file whose name has ``input_ref``, since another process may write items for a job of this id, too.
     """
 
     is_spooled: ClassVar[bool] = True
@@ -326,6 +329,7 @@ class ItemsJob(JobSpec, frozen=True, kw_only=True, tag="items"):
     part: int = 0
     first: int = 0
     input_ref: bytes = b""
+    is_input_by_ref: bool = False
 
     @property
     def queue(self) -> str:
@@ -334,6 +338,12 @@ class ItemsJob(JobSpec, frozen=True, kw_only=True, tag="items"):
     @property
     def work_bytes(self) -> int:
         return self.size_bytes if self.parent or len(self.starts) <= 1 else 0
+
+    @property
+    def plain(self) -> Fields:
+        """As of each job. A worker must know the name of the input; who only reads the record need not."""
+        needs: Fields = {"needs": INPUT_BY_REF} if self.is_input_by_ref else {}
+        return {**super().plain, **needs}
 
 
 class FilesJob(JobSpec, frozen=True, kw_only=True):

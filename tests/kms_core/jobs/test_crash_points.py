@@ -63,6 +63,8 @@ DEATHS: Final[Kinds] = (
     ("twice", "none"),
 )
 """Before an effect is after the one before: what is left there is found by one process, and by two."""
+LONG_PAUSE: Final[Kinds] = (("pause", "late"),)
+"""Of a process that takes a message: until another one may take it."""
 
 
 @dataclass(frozen=True)
@@ -291,7 +293,7 @@ def submission(
     """Submit a job by a process that is cut, perhaps again under the same key, and have it run.
 
     The job as it is observed; None if there is none, and then there is nothing of it. While the process
-    stands still, for less than the term of a lock, another one submits the same job.
+    stands still, another one submits the same job: within the term of a lock, or "late", after it.
     """
     install.begin()
     kind.prepare(install)
@@ -301,7 +303,12 @@ def submission(
         with suppress(JobsUnavailable):  # another process has the message in hand: it comes again
             answers.append(kind.submit(install, core, "key"))
 
-    process = cut_off(install, cut, submit, "api", lambda: submit(install.core("api")))
+    def by_another() -> None:
+        if cut.wake_ups == "late":
+            install.advance(LOCK_S)
+        submit(install.core("api"))
+
+    process = cut_off(install, cut, submit, "api", by_another)
     if not process.is_dead:
         assert spool_folders(install) <= set(jobs(install))
     stored = jobs(install)
@@ -320,9 +327,7 @@ def submission(
         rest = (keys(install).keys() - {"kms:install"}, files(install), audit_problems(install))
         assert not any(rest), rest
         return process, None
-    # a message that is taken again leaves no record; another call does
-    least = int(not process.is_dead) if kind.is_message else len(answers)
-    return process, observed(install, kind, found[0], range(least, 4))
+    return process, observed(install, kind, found[0], range(len(answers), 4))
 
 
 def jobs(install: Install) -> list[str]:
@@ -347,7 +352,8 @@ def test_a_job_is_submitted_once_or_not_at_all(
     stored = [point.effect for point in whole.points].index("submit")
 
     wrong = []
-    for cut in cuts(whole.points, [("after", "none")] if is_repeated else DEATHS):
+    deaths = [("after", "none")] if is_repeated else DEATHS + LONG_PAUSE * kind.is_message
+    for cut in cuts(whole.points, deaths):
         at = f"{cut.moment} {whole.points[cut.at or 0]}"
         with located(at):
             _, seen = submission(install, kind, cut, is_repeated=is_repeated)

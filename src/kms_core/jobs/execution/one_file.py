@@ -22,7 +22,7 @@ from kms_core.jobs.model import Commit, CommitGone, part_id
 from kms_core.jobs.spec import NOT_OF_PARTS, FileJob, ItemsJob, PlacedTarget, UploadJob, WorkResult
 from kms_core.jobs.storage.local import file_errors
 from kms_core.jobs.storage.locations import JobTarget, PendingTarget, is_remote
-from kms_core.jobs.storage.spool import HEAD, ITEMS, UPLOAD, Blob, Label, Spool, result_label
+from kms_core.jobs.storage.spool import HEAD, UPLOAD, Blob, Label, Spool, items_label, result_label
 from kms_core.operation import Opened, Sealed
 from kms_core.payload.parallel import ParallelOptions
 from kms_core.payload.streaming import FileToFile
@@ -248,11 +248,10 @@ def run_items(lease: Lease, job: ItemsJob, kms: Kms, spool: Spool) -> None:
     """
     new_context, context = job.new_bound_context, job.bound_context
     run = partial(kms.for_job().run, job.kind, job.who, new_context=new_context, key_id=job.key_id)
-    label = Label(job.tenant, job.owner, ITEMS, ref=job.input_ref)
     begin = job.starts[0]
     with (
         kms.audit_log.together(),
-        spool.opened(label, lease.claim.small_input) as reader,
+        spool.opened(items_label(job), lease.claim.small_input) as reader,
         spool.writing(
             result_label(job.tenant, job.owner, job.part, lease.claim.attempt_id), may_be_small=True
         ) as out,

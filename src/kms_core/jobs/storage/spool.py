@@ -26,6 +26,7 @@ from kms_core.age.header import FILE_LIMITS
 from kms_core.backends.age import AgeBackend
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import KeyRef
+from kms_core.jobs.spec import ItemsJob
 from kms_core.jobs.storage.blob_store import BlobStore, BlobWriter, WriteBlob
 from kms_core.observability import metrics
 from kms_core.payload.files import MemoryRange, RangeSource
@@ -67,16 +68,22 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """The meaning of a blob, bound to it as its context. ``ref`` is ``BlobWriter.ref`` of a written one."""
+    """The meaning of a blob, bound to it as its context. ``ref`` is ``BlobWriter.ref`` of a written one.
+
+    ``is_by_ref``: its name has the ref, so that no other process writes or removes a blob of this name.
+    """
 
     tenant: str
     job_id: str
     role: str
     attempt: str = NO_ATTEMPT
     ref: bytes = field(default=b"", compare=False)
+    is_by_ref: bool = False
 
     @property
     def name(self) -> str:
+        if self.is_by_ref:
+            return f"{self.role}.{self.ref.hex()}"
         return self.role if self.attempt == NO_ATTEMPT else f"{self.role}.{self.attempt}"
 
     @property
@@ -106,6 +113,11 @@ class SpoolUse:
     def ratio(self) -> float:
         """The used part, 1.0 for all."""
         return min(1.0, self.used_bytes / self.limit_bytes) if self.limit_bytes > 0 else 1.0
+
+
+def items_label(job: ItemsJob) -> Label:
+    """The label of the items of a job, or of the job that it is a part of."""
+    return Label(job.tenant, job.owner, ITEMS, ref=job.input_ref, is_by_ref=job.is_input_by_ref)
 
 
 class BlobReader(RangeReader):
@@ -185,10 +197,10 @@ class Spool:
         written = replace(label, ref=os.urandom(_REF_BYTES))
         begun = sealing.begin([(self._key, self._key_ref(label))], written.context)
         with ExitStack() as stack:
-            create = partial(self._create, stack, label, declared_bytes)
+            create = partial(self._create, stack, written, declared_bytes)
             out = BlobWriter(written.ref, begun, create, room, most)
             yield out
-            out.finish(label.name)
+            out.finish(replace(written, is_by_ref=False).name)  # Redis stores it with the job or not at all
         if out.small is None:
             self._used = (self._used[0], self._used[1] + out.stored)
 
@@ -261,7 +273,9 @@ class Spool:
         with suppress(ResultExpired, RecordRefused):
             names += [] if are_all else self.store.names(_folder(job_id))
         if any(name.startswith(_RESULTS) for name in names):
-            self.remove(job_id, ITEMS, are_all=are_all)
+            for name in names:
+                if name.startswith(ITEMS):
+                    self.remove(job_id, name, are_all=are_all)
             return True
         return not names or self.delete(job_id)
 

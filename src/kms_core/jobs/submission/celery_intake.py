@@ -91,7 +91,7 @@ class Intake:
     def accept(self, message: object, worker: str) -> str:
         """Take the job in a message; the answer is its id, which its submitter chose.
 
-        Taking a message again changes nothing. Raises Unavailable where trying again may help;
+        Taking it again changes nothing, and is on record. Raises Unavailable where trying again may help;
         any other KmsError is final: DecryptFailed, NotACiphertext, TooLarge, InvalidRequest, JobExpired,
         Unauthenticated, IdempotencyConflict for another job of this id, and the errors of the submitter.
         """
@@ -155,6 +155,7 @@ class Intake:
         before = store.accepted(job_id)
         if (before.tenant, before.digest) != (who.tenant, digest):
             raise IdempotencyConflict("A different job has this job_id: choose a new one for each job")
+        self._submitter.record_replay(who, job_id)  # who stored the job may have died before its record
         return True
 
     def _options(self, asked: Submission, digest: bytes, who: Principal) -> SubmissionOptions:

@@ -18,9 +18,20 @@ from kms_core.auth.policy import Principal
 from kms_core.jobs import authorization, bulk_lines
 from kms_core.jobs.file_patterns import Tree, base_of, is_tree
 from kms_core.jobs.model import Job
-from kms_core.jobs.spec import MOVING, FileJob, FilesJob, ItemsJob, JobSpec, SmallBlob, TreeJob, UploadJob
+from kms_core.jobs.spec import (
+    INPUT_BY_REF,
+    MOVING,
+    FileJob,
+    FilesJob,
+    ItemsJob,
+    JobSpec,
+    SmallBlob,
+    TreeJob,
+    UploadJob,
+)
 from kms_core.jobs.storage.locations import Locations
-from kms_core.jobs.storage.spool import ITEMS, RESOURCE, UPLOAD, Label, Spool
+from kms_core.jobs.storage.spool import ITEMS, RESOURCE, UPLOAD, Label, Spool, items_label
+from kms_core.jobs.store import processes
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import tracing
 from kms_core.service import Kms
@@ -285,7 +296,10 @@ class JobSubmitter:
         starts: list[int] = []
         count = 0
         check_room = self.meter(options)
-        with self.spool.writing(Label(options.who.tenant, job_id, ITEMS), may_be_small=True) as out:
+        # under an id that a client chose, two processes may write: one that stood still goes on at any time
+        is_by_ref = bool(options.job_id) and INPUT_BY_REF in processes.understood(self.store)
+        label = Label(options.who.tenant, job_id, ITEMS, is_by_ref=is_by_ref)
+        with self.spool.writing(label, may_be_small=True) as out:
             for count, item in enumerate(items, start=1):
                 bulk_lines.check_item(options.job.kind, count - 1, item)
                 if len(starts) * bulk_lines.RUN_ITEMS < count:
@@ -300,6 +314,7 @@ class JobSubmitter:
             if out.size > self.store.rules.inline_bytes or not self.store.has_room:
                 self.store.ping()  # a Redis that is away would leave the file in the spool
         fields = {"items": count, "size_bytes": out.size, "starts": tuple(starts), "input_ref": out.ref}
+        fields["is_input_by_ref"] = is_by_ref and out.small is None
         job = self._spec(ItemsJob, options, job_id, hasher.digest() if hasher else b"", **fields)
         return self._store(options, job, out.small)
 
@@ -329,7 +344,8 @@ class JobSubmitter:
         try:
             times = deadlines(job, now, self.store.rules.result_ttl_s)
         except InvalidDeadline:  # it passed while the input arrived
-            self.spool.delete(job_id)
+            if not options.job_id:  # else another process may have stored the job
+                self.spool.delete(job_id)
             raise
         return form(
             job_id=job_id,
@@ -362,22 +378,36 @@ class JobSubmitter:
                 job = self.store.submit(accepted, scope, self._resources(accepted, blob), blob)
                 record.job_id = job.job_id
         except (GroupComplete, IdempotencyConflict, RateLimited, SpoolQuota):
-            self._discard(job_id, blob)
+            self._discard(options, accepted, blob)
             raise
         except (RedisFull, RedisReadOnly):  # nothing was stored; a job that a client named may be there
             if not options.job_id:
-                self._discard(job_id, blob, in_redis=False)
+                self._discard(options, accepted, blob, in_redis=False)
             raise
         # after any other JobsUnavailable the record may be there: the sweep decides
         if job.job_id != job_id:  # an earlier submission with this key: keep that one
-            self._discard(job_id, blob)
+            self._discard(options, accepted, blob)
             job = msgspec.structs.replace(job, is_replayed=True)
+        elif _is_of_another(job.accepted, accepted):
+            self._discard(options, accepted, blob)
         return job
 
-    def _discard(self, job_id: str, blob: SmallBlob | None, *, in_redis: bool = True) -> None:
-        """Delete what was written of a job that was not stored; a small blob was not."""
-        if blob is None:
-            self.spool.delete(job_id, in_redis=in_redis)
+    def _discard(
+        self, options: SubmissionOptions, job: JobSpec, blob: SmallBlob | None, *, in_redis: bool = True
+    ) -> None:
+        """Delete what was written of a job that was not stored; a small blob was not.
+
+        Under an id that a client chose another process may have stored its job: only our own file goes.
+        """
+        if isinstance(job, ItemsJob) and job.is_input_by_ref:
+            self.spool.remove(job.job_id, items_label(job).name)
+        elif blob is None and not options.job_id:
+            self.spool.delete(job.job_id, in_redis=in_redis)
+
+    def record_replay(self, who: Principal, job_id: str) -> None:
+        """Record a submission of a job that is stored already. Raises AuditUnavailable."""
+        with audit.recorded(self._kms.audit_log, who, "job.submit", job_id):
+            pass
 
     def _resources(self, job: JobSpec, blob: SmallBlob | None) -> list[str]:
         """The roots of a job, or the spool, and those of its buckets and backends whose use is bounded."""
@@ -387,3 +417,10 @@ class JobSubmitter:
             found = dict.fromkeys(self._places.resource(url) for url in (source, job.target))
         found |= dict.fromkeys(f"backend:{name}" for name in self._kms.keyring.named(job.key_id).names)
         return [name for name in found if name.startswith("root:") or name in self.store.resource_leases]
+
+
+def _is_of_another(stored: JobSpec | None, accepted: JobSpec) -> bool:
+    """Return whether the stored job of an id has the items that another process wrote."""
+    if not isinstance(stored, ItemsJob) or not isinstance(accepted, ItemsJob):
+        return False
+    return stored.input_ref != accepted.input_ref

@@ -11,7 +11,9 @@ import redis
 
 from kms_core import audit
 from kms_core.container import Core, build_intake
+from kms_core.jobs.spec import QUEUES, ItemsJob
 from kms_core.jobs.store.gauges import survey_queues
+from kms_core.jobs.store.heartbeats import worker_seen
 from kms_core.jobs.submission import celery_intake
 from kms_core.jobs.submission.celery_intake import Intake
 from kms_protocol.errors import (
@@ -19,6 +21,7 @@ from kms_protocol.errors import (
     InvalidRequest,
     JobsUnavailable,
     PathRefused,
+    RateLimited,
     TooLarge,
     UnknownJob,
     UnknownKey,
@@ -173,6 +176,45 @@ def test_many_workers_at_once_make_one_whole_job(install: Service, core: Core, r
     assert {job_id} <= outcomes <= {job_id, "again"}
     assert queued(core) == 1
     assert core.submitter.store.accepted(job_id).items == len(PLAIN)
+
+
+IN_FILES: Final = "[kms.jobs]\ninline_bytes = 0\nopen_jobs = 1\n"
+
+
+@pytest.mark.parametrize("is_understood", [True, False])
+def test_items_have_the_name_that_every_live_worker_knows(
+    tmp_path: Path, redis_url: str, *, is_understood: bool
+) -> None:
+    """A worker of 0.2 is not listed."""
+    install = Service(tmp_path, IN_FILES, redis_url)
+    core = core_of(install)
+    store = core.submitter.store
+    if not is_understood:
+        worker_seen(store, "old", 1, QUEUES)
+    recipient = str(celery_intake.recipient(install.settings.kms.jobs.intake_identity_path))
+    job_id = opened(install, core).accept(seal(recipient, body()), "worker/1")
+    accepted = store.accepted(job_id)
+    assert isinstance(accepted, ItemsJob)
+
+    name = f"items.{accepted.input_ref.hex()}" if is_understood else "items"
+    assert [path.name for path in (install.spool / job_id).iterdir()] == [name]
+    needs = store.redis.hget(f"kms:job:{job_id}", "needs")
+    assert needs == (b"input-by-ref" if is_understood else None)
+
+
+def test_a_postponed_message_leaves_what_another_process_wrote(tmp_path: Path, redis_url: str) -> None:
+    install = Service(tmp_path, IN_FILES, redis_url)
+    core = core_of(install)
+    recipient = str(celery_intake.recipient(install.settings.kms.jobs.intake_identity_path))
+    intake, asked = opened(install, core), body()
+    intake.accept(seal(recipient, body()), "worker/1")
+    folder = install.spool / str(asked["job_id"])
+    folder.mkdir(mode=0o700)
+    (folder / "items.other").write_bytes(b"")
+
+    with pytest.raises(RateLimited):
+        intake.accept(seal(recipient, asked), "worker/1")
+    assert [path.name for path in folder.iterdir()] == ["items.other"]
 
 
 REFUSED: Final = {
