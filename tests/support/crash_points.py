@@ -218,7 +218,10 @@ _LISTED: Final[dict[bytes, tuple[object, ...]]] = {
 
 
 def keys(install: Install) -> dict[str, list[str]]:
-    """All keys of Redis by what they are of: type, whether they expire, members or fields."""
+    """All keys of Redis by what they are of: type, whether they expire, members or fields.
+
+    But for locks that expire: one of a process that stood still is taken again.
+    """
     found: dict[str, set[str]] = {}
     left_out = _TRANSIENT | {list_key(queue) for queue in QUEUES}
     names = [raw for raw in install.redis.scan_iter(count=1000) if raw.decode() not in left_out]
@@ -226,8 +229,9 @@ def keys(install: Install) -> dict[str, list[str]]:
     terms = install.asked(*(("TTL", name) for name in names))
     listings = ((_LISTED.get(kind, ("EXISTS",)), name) for kind, name in zip(kinds, names, strict=True))
     members = install.asked(*((first, name, *more) for (first, *more), name in listings))
-    for name, *shape in zip(names, kinds, terms, members, strict=True):
-        found.setdefault(plain(name.decode()), set()).add(_shape(*shape))
+    for name, kind, term, found_members in zip(names, kinds, terms, members, strict=True):
+        if term < 0 or not name.startswith(b"kms:lock:"):
+            found.setdefault(plain(name.decode()), set()).add(_shape(kind, term, found_members))
     return {name: sorted(shapes) for name, shapes in sorted(found.items())}
 
 
