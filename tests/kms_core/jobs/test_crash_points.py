@@ -311,6 +311,7 @@ def submission(
     process = cut_off(install, cut, submit, "api", by_another)
     if not process.is_dead:
         assert spool_folders(install) <= set(jobs(install))
+        assert all(count == 1 for count in files(install).values()), "one writing of the input is left"
     stored = jobs(install)
     assert len(stored) <= 1
     assert stored[:1] == answers[:1] or process.is_dead, "what was acknowledged is stored"
