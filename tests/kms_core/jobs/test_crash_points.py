@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import pytest
 
@@ -63,7 +63,7 @@ DEATHS: Final[Kinds] = (
     ("twice", "none"),
 )
 """Before an effect is after the one before: what is left there is found by one process, and by two."""
-LONG_PAUSE: Final[Kinds] = (("pause", "late"),)
+LONG_PAUSE: Final[tuple[Literal["pause"], Literal["late"]]] = ("pause", "late")
 """Of a process that takes a message: until another one may take it."""
 
 
@@ -353,8 +353,8 @@ def test_a_job_is_submitted_once_or_not_at_all(
     stored = [point.effect for point in whole.points].index("submit")
 
     wrong = []
-    deaths = [("after", "none")] if is_repeated else DEATHS + LONG_PAUSE * kind.is_message
-    for cut in cuts(whole.points, deaths):
+    deaths = (*DEATHS, LONG_PAUSE) if kind.is_message else DEATHS
+    for cut in cuts(whole.points, [("after", "none")] if is_repeated else deaths):
         at = f"{cut.moment} {whole.points[cut.at or 0]}"
         with located(at):
             _, seen = submission(install, kind, cut, is_repeated=is_repeated)
