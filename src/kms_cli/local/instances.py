@@ -1,7 +1,6 @@
 """The notes of each ``kms up`` of this user: which of them run, and at which address. Imports little."""
 
 import fcntl
-import hashlib
 import os
 import socket
 import stat
@@ -15,7 +14,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from kms_cli import terminal
-from kms_cli.local.directories import private_directory
+from kms_cli.local.directories import is_private, place, private_directory, runtime_dir
 from kms_cli.session import DEFAULT_URL, global_options, is_completion, is_given
 from kms_core import secure_files
 from kms_core.secure_files import in_shell
@@ -24,7 +23,6 @@ from kms_protocol.errors import ConfigurationError
 if TYPE_CHECKING:
     from kms_core.settings.model import Settings
 
-MAX_SOCKET_PATH_BYTES: Final = 107  # sun_path is 108 with its final zero, unix(7)
 NOTE: Final = "up.json"
 _LONGEST_BYTES: Final = 64 * 1024
 SETTLED: Final = ("HOME", "XDG_STATE_HOME", "PROVISIONING_ENV", "KMS_BIND", "KMS_PORT")
@@ -117,32 +115,6 @@ def _others(running: Sequence[Running]) -> str:
 
 def _name(note: Running) -> str:
     return f"--state-dir {in_shell(note.state_dir)}"
-
-
-def place(environ: Mapping[str, str]) -> tuple[Path, str]:
-    """Return the folder of the runtime directories of this user, and the start of their names."""
-    login = Path(environ.get("XDG_RUNTIME_DIR", ""))
-    is_ours = login.is_absolute() and is_private(login, {os.geteuid()})  # under sudo it may not be
-    if is_ours and len(os.fsencode(login / "kms-01234567" / "valkey.sock")) <= MAX_SOCKET_PATH_BYTES:
-        return login, "kms"
-    return Path("/tmp"), f"kms-{os.geteuid()}"  # noqa: S108  # they are made 0700 and their owner checked
-
-
-def runtime_dir(state_dir: Path, environ: Mapping[str, str]) -> Path:
-    """Return the directory of the socket: a short path, always the same for a state directory."""
-    tag = hashlib.sha256(os.fsencode(os.path.realpath(state_dir))).hexdigest()[:8]
-    parent, prefix = place(environ)
-    return parent / f"{prefix}-{tag}"
-
-
-def is_private(folder: Path, owners: set[int]) -> bool:
-    """Return whether it is a directory in which only these users can have created files."""
-    try:
-        found = folder.lstat()
-    except OSError:
-        return False
-    others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return stat.S_ISDIR(found.st_mode) and found.st_uid in owners and not others
 
 
 def _notes(environ: Mapping[str, str]) -> list[Running]:
