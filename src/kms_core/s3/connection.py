@@ -29,7 +29,7 @@ from xml.sax.saxutils import unescape  # nosec B406  # text to text: nothing is 
 
 import structlog
 
-from kms_core.periodic import jittered_wait_s
+from kms_core.backoff import jittered_wait_s
 from kms_core.secure_files import check_secret, secret_text
 from kms_protocol import __version__
 from kms_protocol.errors import ConfigurationError, Unavailable
