@@ -41,8 +41,9 @@ from kms_core.backends.age_settings import AgeSection, document_of
 from kms_core.backends.key_files import KeyFiles
 from kms_core.envelope import binding
 from kms_core.envelope.binding import DEFAULT_KEY_ID, KeyRef, Wrap, version_of
-from kms_core.envelope.sealed_files import KeySource, NotOpenedYet, SealedFiles
+from kms_core.envelope.sealed_files import NotOpenedYet, SealedFiles
 from kms_core.http_client import Unreachable
+from kms_core.key_source import KeySource
 from kms_core.secure_files import in_shell
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, RotationRefused
 

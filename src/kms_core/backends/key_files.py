@@ -11,7 +11,8 @@ import structlog
 from kms_core.age.header import is_age_file
 from kms_core.age.recipients import identity_file
 from kms_core.age.x25519 import X25519Identity
-from kms_core.envelope.sealed_files import SealedFiles, StoredKeys
+from kms_core.envelope.sealed_files import SealedFiles
+from kms_core.key_source import StoredKeys
 from kms_core.reload import stamp_of
 from kms_core.secure_files import check_secret, create, in_shell, lock, make_folders, replace_kept
 from kms_protocol import small_files

@@ -19,7 +19,8 @@ from kms_core.backends.key_files import appended
 from kms_core.documents.document import Edit, SignedDocument, Version
 from kms_core.documents.local_copy import LocalCopy
 from kms_core.documents.storage import FileStorage
-from kms_core.envelope.sealed_files import FileSealer, SealedFiles, StoredKeys, root_of
+from kms_core.envelope.sealed_files import FileSealer, SealedFiles, root_of
+from kms_core.key_source import StoredKeys
 from kms_core.secure_files import in_shell
 from kms_protocol.errors import (
     BackendUnavailable,
