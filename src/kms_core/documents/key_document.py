@@ -135,13 +135,13 @@ class KeyDocument:
 
     # -- for commands -------------------------------------------------------------------------------------
 
-    def make(self, content: bytes, root: str | None) -> bool:
+    def make(self, content: bytes, root_id: str | None) -> bool:
         """Write the first version, of identities whose last one is in use. Returns False if there is one.
 
         Raises as ``SignedDocument.write``, and as the root.
         """
         made = msgspec.json.encode(
-            KeyBody(self._sealer.seal(self.name, content, root), self._recipients(content)[-1])
+            KeyBody(self._sealer.seal(self.name, content, root_id), self._recipients(content)[-1])
         )
         before = self.document.read()
         if before.generation:

@@ -132,19 +132,19 @@ class FileSealer:
                 f"there, or make one with `kms keygen --sealed-by KEY --for {name}`"
             ) from None
 
-    def seal(self, name: str, content: bytes, root: str | None) -> bytes:
-        """Seal content under the root key ``root``; None: for the first of the identities.
+    def seal(self, name: str, content: bytes, root_id: str | None) -> bytes:
+        """Seal content under the root key ``root_id``; None: for the first of the identities.
 
         It is sealed for the recipients of its recovery lines as well. Raises as ``SealedFiles.open``.
         """
         recovery = recoveries(content)
-        if root is None:
+        if root_id is None:
             file_key, nonce = os.urandom(FILE_KEY_BYTES), os.urandom(header.NONCE_BYTES)
             stanzas = [each.wrap(file_key) for each in recovery]
             stanzas += _wraps(self._identities()[0], file_key)
             made = sealing.with_stanzas(stanzas, file_key, nonce, padded=False)
             return made.head + stream.seal(made.payload_key, content)
-        key = self._root(root)
+        key = self._root(root_id)
         with key.timeout():
             return sealing.seal(content, key.wrapping(TENANT), _context(name), recovery)
 
