@@ -33,8 +33,8 @@ _PERHAPS_SECRET: Final = ("KMS_REDIS_URL", "KMS_BROKER_URL", "COSMIAN_KMS_URL", 
 class Running(msgspec.Struct, frozen=True):
     """The note of a ``kms up`` that runs. It holds no secret.
 
-    ``environ`` are variables with which a command reads the same settings, ``others`` the names of the
-    further ones that it has.
+    ``started`` is in seconds since the epoch. ``environ`` has the variables with which a command reads the
+    same settings; ``others`` are the names of set variables whose values are left out, as they may be secret.
     """
 
     started: float
@@ -46,7 +46,11 @@ class Running(msgspec.Struct, frozen=True):
 
 @contextmanager
 def keep_note(settings: "Settings", url: str, environ: Mapping[str, str]) -> Iterator[None]:
-    """Keep a note of this ``kms up`` where its embedded server has its socket, locked while it runs."""
+    """Keep a locked note (``Running``) in ``runtime_dir`` until the block ends, then remove it.
+
+    Removes also the directory if it is empty then. Raises ConfigurationError as ``private_directory``,
+    OSError.
+    """
     folder = private_directory(runtime_dir(settings.state_dir, environ))
     named = {name: environ[name] for name in SETTLED if environ.get(name)}
     named |= {name: str(Path(environ[name]).absolute()) for name in PATHS if environ.get(name)}

@@ -162,6 +162,6 @@ class PluginIdentity:
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """Kill a plugin and what it started; it is not reaped yet, so that its number is not another's."""
+    """Kill a plugin and what it started. Call it before ``wait``: after that, its id may be another's."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -307,9 +307,9 @@ def open_key(
 
 
 def parts_of(uri: SplitResult | None, section: AgeSection) -> tuple[Path | str, Path | None, bool]:
-    """The private file, or the URL of a document, the public file and ``native`` of a key.
+    """The private file or the URL of the document, the public file if any, and ``native`` of a key.
 
-    Raises ConfigurationError.
+    A ``uri`` of None means the files of ``[kms.age]``. Raises ConfigurationError.
     """
     if uri is None:
         return section.private_key_path, section.public_key_path, True

@@ -90,9 +90,10 @@ class KeyFiles:
             raise ConfigurationError(f"The key file {self.private} cannot be opened: {exc.detail}") from exc
 
     def add(self, block: bytes) -> bool:
-        """Add a block by a durable rename, before the recipient follows; owner and mode of the file stay.
+        """Append an identity to the private file by a durable rename, which keeps its owner and mode.
 
-        Raises TooManyVersions as ``appended``.
+        Returns True for a sealed file, which processes must open before ``use``. Raises BackendUnavailable if
+        it cannot be written or sealed, ConfigurationError if not opened, TooManyVersions as ``appended``.
         """
         with _changing(self.private):
             stored = small_files.read(self.private)

@@ -136,9 +136,10 @@ class KeyDocument:
     # -- for commands -------------------------------------------------------------------------------------
 
     def make(self, content: bytes, root_id: str | None) -> bool:
-        """Write the first version, of identities whose last one is in use. Returns False if there is one.
+        """Write the first version: the identities in ``content``, sealed, with the last one in use.
 
-        Raises as ``SignedDocument.write``, and as the root.
+        ``root_id`` is that of ``FileSealer.seal``. Returns False if the document exists or another process
+        writes it first. Raises as ``FileSealer.seal`` and ``SignedDocument.write``.
         """
         made = msgspec.json.encode(
             KeyBody(self._sealer.seal(self.name, content, root_id), self._recipients(content)[-1])
@@ -152,7 +153,7 @@ class KeyDocument:
         """Make what is in the storage the newest version, with all identities that are known.
 
         Those are in the document, in this host's copy and in sealed key ``files``. Returns their number.
-        Raises as ``SignedDocument.adopt``, and as the root.
+        Raises as ``SignedDocument.adopt`` and ``FileSealer.seal``.
         """
         newest, taken, number = Version(), list(files), 0
         try:
