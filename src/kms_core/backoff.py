@@ -2,9 +2,6 @@
 
 import math
 import random
-from typing import Final
-
-_MOST_STEPS: Final = 64  # a float has room for no more
 
 
 def jittered_wait_s(
@@ -15,6 +12,6 @@ def jittered_wait_s(
     ``first_s`` after the first attempt, ``factor`` times as long after each further one, within the two
     bounds; of that a random part between a half and the whole, so that callers do not retry in step.
     """
-    grown_s = first_s * factor ** min(attempt - 1, _MOST_STEPS)
+    grown_s = first_s * factor ** min(attempt - 1, 64)  # so that a float has room for it
     wait_s = min(max(grown_s, at_least_s), at_most_s)
     return wait_s * random.uniform(0.5, 1.0)  # noqa: S311 -- jitter, no secret

@@ -76,7 +76,7 @@ class Key:
         return KeyRef(tenant, self.key_id, self.backend.versions()[-1].version, self.backend.name)
 
     def wrapping(self, tenant: str) -> Sequence[BackendKey]:
-        """The backends and versions that wrap a new file key; the file names the first version."""
+        """Each backend that wraps a new file key, with its version; the file names that of the first."""
         return [
             (backend, KeyRef(tenant, self.key_id, backend.versions()[-1].version, backend.name))
             for backend in self.sealing

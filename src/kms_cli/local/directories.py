@@ -14,7 +14,7 @@ from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError, Conflict
 
 DIR_MODE: Final = 0o700
-MAX_SOCKET_PATH_BYTES: Final = 107  # sun_path is 108 with its final zero, unix(7)
+_MAX_SOCKET_PATH_BYTES: Final = 107  # sun_path is 108 with its final zero, unix(7)
 
 
 def make_directory(path: Path) -> None:
@@ -51,7 +51,7 @@ def place(environ: Mapping[str, str]) -> tuple[Path, str]:
     """Return the folder of the runtime directories of this user, and the start of their names."""
     login = Path(environ.get("XDG_RUNTIME_DIR", ""))
     is_ours = login.is_absolute() and is_private(login, {os.geteuid()})  # under sudo it may not be
-    if is_ours and len(os.fsencode(login / "kms-01234567" / "valkey.sock")) <= MAX_SOCKET_PATH_BYTES:
+    if is_ours and len(os.fsencode(login / "kms-01234567" / "valkey.sock")) <= _MAX_SOCKET_PATH_BYTES:
         return login, "kms"
     return Path("/tmp"), f"kms-{os.geteuid()}"  # noqa: S108  # they are made 0700 and their owner checked
 

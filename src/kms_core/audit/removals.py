@@ -1,4 +1,4 @@
-"""Removal of old segments: which are due, and which the log records, signed.
+"""Removal of old segments: which are due, and which are gone by the signed records of the log.
 
 Segments are removed in the order in which they were opened, so one time (the horizon) says which are gone,
 and the last record of a removal replaces all earlier ones.
