@@ -35,8 +35,8 @@ class KeySource(Protocol):
     def add(self, block: bytes) -> bool:
         """Append lines with an identity. Returns True if processes must open it before it is used.
 
-        Nothing is written if the old content cannot be opened. Raises ConfigurationError, OSError,
-        BackendUnavailable, TooManyVersions.
+        Nothing is written if the old content cannot be opened. Raises OSError, BackendUnavailable,
+        TooManyVersions.
         """
 
     def use(self, recipient: str) -> None:

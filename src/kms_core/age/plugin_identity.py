@@ -154,6 +154,7 @@ class PluginIdentity:
             raise BackendUnavailable(f"age-plugin-{self.name} {how}: {_BY_HAND}") from exc
         finally:
             timer.cancel()
+            timer.join()
             _kill(process)
             process.wait()
             for pipe in (process.stdin, process.stdout):

@@ -93,7 +93,7 @@ class KeyFiles:
         """Append an identity to the private file by a durable rename, which keeps its owner and mode.
 
         Returns True for a sealed file, which processes must open before ``use``. Raises BackendUnavailable if
-        it cannot be written or sealed, ConfigurationError if not opened, TooManyVersions as ``appended``.
+        it cannot be opened, sealed or written, TooManyVersions as ``appended``.
         """
         with _changing(self.private):
             stored = small_files.read(self.private)
@@ -135,7 +135,7 @@ def make_identity(path: Path) -> bool:
 
 @contextmanager
 def _changing(path: Path) -> Iterator[None]:
-    """Exclude other processes. Raises BackendUnavailable if the files cannot be written."""
+    """Exclude other processes. Raises BackendUnavailable if the files cannot be opened or written."""
     try:
         with lock(path.parent):
             yield
@@ -144,6 +144,8 @@ def _changing(path: Path) -> Iterator[None]:
             f"Cannot rotate the age key: {exc.filename or path}: {exc.strerror}. "
             "Let the service write the key's directory, or add an identity by hand with `kms keygen`"
         ) from exc
+    except ConfigurationError as exc:  # which ends a start, and would show the caller a path of ours
+        raise BackendUnavailable(f"Cannot rotate the age key: {exc.detail}") from exc
 
 
 def appended(content: bytes, block: bytes) -> bytes:
