@@ -27,10 +27,10 @@ from benchmarks.jobs_install import Ends, Install, installed, resident_bytes, wa
 from benchmarks.measure import Contender, Reading, in_turn, say
 from benchmarks.report import Scale
 
-from kms_core.s3.connection import Ask
+from kms_core.s3.connection import S3Request
 from kms_protocol.errors import KmsError
 from kms_protocol.wire import PREFIX, JobItem
-from support.object_stores import ObjectStore, S3Proxy, S3Request
+from support.object_stores import ObjectStore, S3Proxy, SeenRequest
 
 _MIB: Final = 1024 * 1024
 _UPLOADS: Final = 16
@@ -112,7 +112,7 @@ def _minio(folder: Path, program: str) -> Iterator[str]:
 
 def _is_made(url: str) -> bool:
     try:
-        return drive_s3.bucket(url).line.ask(Ask("PUT", f"/{drive_s3.BUCKET}")).ok
+        return drive_s3.bucket(url).line.ask(S3Request("PUT", f"/{drive_s3.BUCKET}")).ok
     except KmsError:
         return False
 
@@ -222,7 +222,7 @@ def _memory(install: Install, s3_proxy: S3Proxy, folder: Path, options: report.O
     file.write_bytes(bytes(options.given.upload_mib * _MIB))
     pid, held, may_go = install.running["api"][0].pid, threading.Event(), threading.Event()
 
-    def withhold(seen: S3Request) -> None:
+    def withhold(seen: SeenRequest) -> None:
         if seen.operation == "UploadPart":
             held.set()
             may_go.wait(_UNTIL_HELD_S)

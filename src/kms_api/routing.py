@@ -302,7 +302,10 @@ def path_of(scope: Scope) -> str:
 
 
 def pattern_of(template: str, **parameters: str) -> str:
-    """A regular expression of the paths of a template; a parameter is one segment, or what is given."""
+    """A regular expression of the paths of a template, with a named group for each of its parameters.
+
+    A group matches one segment, or the expression that ``parameters`` has for its name.
+    """
     return _PARAMETER.sub(lambda found: f"(?P<{found[1]}>{parameters.get(found[1], '[^/]+')})", template)
 
 

@@ -165,7 +165,7 @@ class FakeService:
             raise errors.DecryptFailed
         return found
 
-    def _one(self, kind: str, item: wire.BatchItem, new_context: wire.ContextIn = None) -> _Sealed:
+    def _run(self, kind: str, item: wire.BatchItem, new_context: wire.ContextIn = None) -> _Sealed:
         if kind == "encrypt":
             return self._seal(item.plaintext or b"", item.context, self._key(item.key_id))
         found = self._open(item)
@@ -181,7 +181,7 @@ class FakeService:
         item = msgspec.convert(given, wire.BatchItem, from_attributes=True)
         if len(item.plaintext or b"") > MiB:
             raise errors.TooLarge
-        return self._one(kind, item, getattr(given, "new_context", None)).answer(kind)
+        return self._run(kind, item, getattr(given, "new_context", None)).answer(kind)
 
     def _generate_key(self, call: _FakedCall) -> Json:
         given = call.read(wire.GenerateKeyIn)
@@ -200,7 +200,7 @@ class FakeService:
         named = {"index": index} | ({"reference": item.reference} if item.reference else {})
         try:
             _check_item(kind, index, item)
-            return {**named, **self._one(kind, item, new_context).answer(kind)}
+            return {**named, **self._run(kind, item, new_context).answer(kind)}
         except KmsError as exc:
             return {**named, "error": {"code": exc.code}}
 
@@ -249,7 +249,7 @@ class FakeService:
         more: Json = {"key_id": key_id, "priority": given.get("priority"), "labels": labels}
         more["metadata"] = msgspec.json.decode(given.get("metadata", "{}"))
         try:
-            made = self._one(call.name, item)
+            made = self._run(call.name, item)
         except KmsError as exc:
             return _ended(call.name, (1, 1, len(call.body)), {"code": exc.code}, more), None
         result = made.plaintext if call.name == "decrypt" else made.ciphertext

@@ -9,7 +9,8 @@ from typing import Final
 import redis
 
 from kms_core import backend_watch, key_opening, keyring, stores
-from kms_core.audit.maintenance import AuditMaintenance, anchor_sinks, build_audit
+from kms_core.audit.maintenance import AuditMaintenance, build_audit
+from kms_core.audit.sinks import anchor_sinks
 from kms_core.audit.verification.verify import AuditMonitor
 from kms_core.auth import authenticator, logins, tokens
 from kms_core.auth.authenticator import Authenticator

@@ -26,8 +26,8 @@ from kms_core.documents.local_copy import LocalCopy
 from kms_core.envelope.sealed_files import FileSealer, SealedFiles, read_identities
 from kms_core.opened_files import InheritedFiles, KeyOpener
 from kms_core.secure_memory import SharedSecrets
-from kms_core.settings.lint import leaves_host
 from kms_core.settings.model import Settings
+from kms_core.settings.redis_urls import leaves_host
 from kms_protocol import small_files
 from kms_protocol.errors import Unavailable
 

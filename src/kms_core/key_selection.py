@@ -47,11 +47,11 @@ class KeySelector:
     def seal(
         self, call: Operation, wrap: Callable[[Sequence[BackendKey]], R], permission: str | None = None
     ) -> tuple[R, KeyRef]:
-        """Select the backends and versions that wrap a new file key, and have ``wrap`` wrap one with them.
+        """Call ``wrap`` with the backends and versions that are to wrap a new file key.
 
-        Returns its result and the version that names the file. ``permission`` is the operation that policy
-        must allow, by default that of ``call``. Raises ContextRequired, and InvalidContext for a wrong
-        ``not_after``.
+        Returns what ``wrap`` returns, and the version that the file is to name. ``permission`` is the
+        operation that policy must allow, by default that of ``call``. Raises also ContextRequired, and
+        InvalidContext for a wrong ``not_after`` in the context.
         """
         if self._rules.require_context and not call.context:
             raise ContextRequired

@@ -72,11 +72,11 @@ class Key:
     retired: tuple[Backend, ...] = ()
 
     def ref(self, tenant: str) -> KeyRef:
-        """The version that names new files of this tenant."""
+        """The version that new files of this tenant name: the newest of ``backend``."""
         return KeyRef(tenant, self.key_id, self.backend.versions()[-1].version, self.backend.name)
 
     def wrapping(self, tenant: str) -> Sequence[BackendKey]:
-        """The backends and versions that wrap a new file key; the first names the file."""
+        """Each backend that wraps a new file key, with its version; the file names that of the first."""
         return [
             (backend, KeyRef(tenant, self.key_id, backend.versions()[-1].version, backend.name))
             for backend in self.sealing
@@ -183,7 +183,7 @@ class Key:
 
     @cached_property
     def sealing(self) -> tuple[Backend, ...]:
-        """The backends that wrap new files; the first names them."""
+        """The backends that wrap new file keys; a file names the version of the first."""
         return (self.backend, *self.others)
 
     @property

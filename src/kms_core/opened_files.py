@@ -16,8 +16,10 @@ import msgspec
 import structlog
 
 from kms_core.age.header import is_age_file
-from kms_core.envelope.sealed_files import FileSealer, KeySource, NotOpenedYet
-from kms_core.periodic import PeriodicThread, jittered_wait_s
+from kms_core.backoff import jittered_wait_s
+from kms_core.envelope.sealed_files import FileSealer, NotOpenedYet
+from kms_core.key_source import KeySource
+from kms_core.periodic import PeriodicThread
 from kms_core.secure_memory import SharedSecrets
 from kms_protocol import small_files
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, KmsError

@@ -1,9 +1,6 @@
-"""Threads that work at an interval, waits before a retry, and times that processes share."""
+"""Threads that work at an interval."""
 
-import math
-import mmap
 import random
-import struct
 import threading
 import time
 from collections.abc import Callable
@@ -74,42 +71,3 @@ class PeriodicThread(threading.Thread):
         self._wake.set()
         if wait_s and self.is_alive():
             self.join(wait_s)
-
-
-_MOST_STEPS: Final = 64  # a float has room for no more
-
-
-def jittered_wait_s(
-    first_s: float, attempt: int, *, factor: float = 2.0, at_least_s: float = 0.0, at_most_s: float = math.inf
-) -> float:
-    """Seconds to wait after failed attempt number ``attempt`` (from 1).
-
-    ``first_s`` after the first attempt, ``factor`` times as long after each further one, within the two
-    bounds; of that a random part between a half and the whole, so that callers do not retry in step.
-    """
-    grown_s = first_s * factor ** min(attempt - 1, _MOST_STEPS)
-    wait_s = min(max(grown_s, at_least_s), at_most_s)
-    return wait_s * random.uniform(0.5, 1.0)  # noqa: S311 -- jitter, no secret
-
-
-_CLOCK: Final = struct.Struct("d")
-
-
-class SharedTime:
-    """A time of ``time.monotonic`` in memory that a parent shares with the processes that it forks."""
-
-    def __init__(self, at: float = -math.inf) -> None:
-        self._memory = mmap.mmap(-1, _CLOCK.size)
-        self.set(at)
-
-    def set(self, at: float) -> None:
-        _CLOCK.pack_into(self._memory, 0, at)
-
-    def note(self) -> None:
-        """Set it to now."""
-        self.set(time.monotonic())
-
-    @property
-    def at(self) -> float:
-        (at,) = _CLOCK.unpack_from(self._memory)
-        return float(at)

@@ -21,9 +21,9 @@ from kms_core.jobs.store import broker
 from kms_core.jobs.store.usage import UsageFlush
 from kms_core.jobs.store.wake_ups import TASK
 from kms_core.observability import tracing
-from kms_core.periodic import SharedTime
 from kms_core.redis_client import celery_options
 from kms_core.settings.model import Settings
+from kms_core.shared_time import SharedTime
 from kms_protocol.errors import JobsUnavailable, KmsError
 from kms_worker import rotation, submit
 from kms_worker.refusals import LogBound

@@ -35,11 +35,12 @@ from kms_core.jobs.store import broker, processes
 from kms_core.jobs.store.heartbeats import Heartbeat, idle_s
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
-from kms_core.periodic import PeriodicThread, SharedTime
+from kms_core.periodic import PeriodicThread
 from kms_core.proxies import Proxies
 from kms_core.redis_client import check_servers
 from kms_core.settings.lint import SETTINGS, unaccepted
 from kms_core.settings.model import Settings
+from kms_core.shared_time import SharedTime
 from kms_worker import app as worker_app
 from kms_worker import consumer, metrics_server, rotation, submit
 from kms_worker.maintenance import Maintenance

@@ -15,7 +15,7 @@ from kombu.exceptions import OperationalError
 
 from kms_core.jobs.store import broker
 from kms_core.jobs.submission.celery_intake import Intake
-from kms_core.periodic import SharedTime
+from kms_core.shared_time import SharedTime
 from kms_protocol.errors import ConfigurationError, InvalidRequest, KmsError, Unavailable, UnknownKey
 from kms_worker.refusals import Refusals
 

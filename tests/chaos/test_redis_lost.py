@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx2 as httpx
 
-from kms_cli.local.instances import runtime_dir
+from kms_cli.local.directories import runtime_dir
 from support.credentials import SecuredService, bearer
 from support.frozen_disk import state_of
 from support.service import Json, Service, b64, check_problem

@@ -14,7 +14,7 @@ import pytest
 from kms_core.age.recipients import parse_recipient
 from kms_core.envelope.binding import version_of
 from support import object_stores
-from support.object_stores import S3Proxy, S3Request, TestBucket
+from support.object_stores import S3Proxy, SeenRequest, TestBucket
 from support.openbao import Bao
 from support.sealed_keys import current_version, ok, root_settings
 from support.service import CONTEXT, Service, b64, check_problem
@@ -42,7 +42,7 @@ class Store:
         jobs = f'[kms.jobs]\nspool_dir = "{self.folder / "spool"}"\n'
         return f'{jobs}{section}{self.roots}default = "age:{self.url}"\n'
 
-    def intercept(self, seen: S3Request) -> int | None:
+    def intercept(self, seen: SeenRequest) -> int | None:
         del seen
         return 503 if self.is_away else None
 

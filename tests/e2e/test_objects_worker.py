@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from support.object_stores import ObjectStore, S3Proxy, S3Request, TestBucket
+from support.object_stores import ObjectStore, S3Proxy, SeenRequest, TestBucket
 from support.service import CANARY, CONTEXT, Service
 from support.waiting import until
 
@@ -37,7 +37,7 @@ class Gate:
         self._parts = 0
         self._lock = threading.Lock()
 
-    def __call__(self, seen: S3Request) -> None:
+    def __call__(self, seen: SeenRequest) -> None:
         with self._lock:
             self._parts += seen.operation == "UploadPart"
             held = self._parts > 2

@@ -12,7 +12,7 @@ import pytest
 from kms_protocol import wire
 from support import object_stores
 from support.blob_stores import PREFIX
-from support.object_stores import S3Proxy, S3Request, TestBucket
+from support.object_stores import S3Proxy, SeenRequest, TestBucket
 from support.service import CANARY, CONTEXT, Json, Service, b64, unb64
 from support.waiting import until
 
@@ -159,9 +159,9 @@ def test_jobs_may_not_name_the_spool(hosts: Hosts) -> None:
 def test_upload_of_a_killed_worker_is_aborted_by_that_of_another_host(hosts: Hosts) -> None:
     """The note of a multipart upload is in the bucket, where any host finds it."""
     data, reached, opened = os.urandom(28 * MIB), threading.Event(), threading.Event()
-    parts: list[S3Request] = []
+    parts: list[SeenRequest] = []
 
-    def gate(seen: S3Request) -> None:
+    def gate(seen: SeenRequest) -> None:
         if seen.operation == "UploadPart":
             parts.append(seen)
         if len(parts) > 2 and not opened.is_set():

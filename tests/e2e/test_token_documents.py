@@ -21,7 +21,7 @@ from kms_core.documents.storage import ObjectStorage
 from kms_core.s3.connection import S3Connection
 from support import object_stores
 from support.credentials import DAY, SecuredService, bearer
-from support.object_stores import S3Proxy, S3Request, TestBucket
+from support.object_stores import S3Proxy, SeenRequest, TestBucket
 from support.service import CONTEXT, b64
 from support.waiting import until
 
@@ -48,7 +48,7 @@ class Store:
             + self.bucket.settings(folder / "secret", self.s3_proxy.url, job_rights="")
         )
 
-    def intercept(self, seen: S3Request) -> int | None:
+    def intercept(self, seen: SeenRequest) -> int | None:
         if seen.operation == "GetObject":
             self.gets.append(time.monotonic())
         return 503 if self.is_away else None

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from kms_core.audit import query
 from kms_core.audit.hosts import HostLog
 from kms_core.audit.keys import Concealer, PublicKeys, Signer
-from kms_core.audit.maintenance import FolderSink, RedisSink
+from kms_core.audit.sinks import FolderSink, RedisSink
 from kms_core.audit.verification import receipt
 from kms_core.audit.verification.receipt import Receipt
 from kms_core.audit.verification.scan import VerificationReport

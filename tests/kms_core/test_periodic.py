@@ -1,4 +1,4 @@
-"""A periodic thread: rounds, failures that do not end it, one last step; waits between retries."""
+"""A periodic thread: rounds, failures that do not end it, one last step."""
 
 import threading
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from structlog.testing import capture_logs
 
-from kms_core.periodic import PeriodicThread, jittered_wait_s
+from kms_core.periodic import PeriodicThread
 from support.waiting import WAIT_S, until
 
 
@@ -104,27 +104,3 @@ def test_no_round_runs_while_the_fork_lock_is_held() -> None:
     thread.stop(WAIT_S)
 
     assert thread.is_finished
-
-
-# -- waits between retries -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("attempt", "bounds", "whole_s"),
-    [
-        (1, {}, 0.1),
-        (4, {}, 0.8),
-        (3, {"factor": 4.0}, 1.6),
-        (1, {"at_least_s": 0.5}, 0.5),
-        (30, {"at_most_s": 2.0}, 2.0),
-        (10_000, {"at_most_s": 2.0}, 2.0),
-        (1, {"at_least_s": 9.0, "at_most_s": 2.0}, 2.0),
-    ],
-)
-def test_a_wait_is_the_upper_half_of_the_exponential(
-    attempt: int, bounds: dict[str, float], whole_s: float
-) -> None:
-    waits = [jittered_wait_s(0.1, attempt, **bounds) for _ in range(200)]
-
-    assert all(whole_s / 2 <= wait_s <= whole_s * (1 + 1e-9) for wait_s in waits)
-    assert len(set(waits)) > 1

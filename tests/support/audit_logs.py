@@ -17,7 +17,7 @@ from kms_core.audit import AuditRecord, AuditWriter
 from kms_core.audit.hosts import HostLog
 from kms_core.audit.keys import Concealer, PublicKeys, Signer, public_path
 from kms_core.audit.log import AuditLog
-from kms_core.audit.maintenance import FolderSink, RedisSink
+from kms_core.audit.sinks import FolderSink, RedisSink
 from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import AuditMonitor, verify
 from kms_core.settings.model import AuditSection

@@ -12,10 +12,10 @@ from kms_core.jobs.storage.blob_store import BlobStore
 from kms_core.jobs.storage.spool import NO_ATTEMPT, UPLOAD, Label, Spool
 from kms_core.jobs.storage.spool_bucket import SpoolBucket
 from kms_core.jobs.storage.spool_folder import DiskSync, SpoolFolder
-from kms_core.periodic import SharedTime
 from kms_core.s3.bucket import Bucket
 from kms_core.s3.connection import Credentials, S3Connection, S3Endpoint
 from kms_core.s3.streams import BufferPool
+from kms_core.shared_time import SharedTime
 from support import object_stores
 from support.object_stores import ACCESS_KEY, SECRET, TestBucket
 from support.waiting import until

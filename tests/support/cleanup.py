@@ -17,7 +17,7 @@ import pathlib, shutil, subprocess, sys, time
 folder = pathlib.Path(sys.argv[1])
 if sys.stdin.read():
     sys.exit()  # pytest ended by itself: it keeps what it wants to keep
-from kms_cli.local.instances import runtime_dir
+from kms_cli.local.directories import runtime_dir
 for lock in folder.rglob("valkey/lock"):
     shutil.rmtree(runtime_dir(lock.parents[1], {}), ignore_errors=True)
 for line in pathlib.Path("/proc/self/mounts").read_text().splitlines():

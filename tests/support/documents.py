@@ -5,7 +5,8 @@ from pathlib import Path
 
 from kms_core.age import x25519
 from kms_core.documents.storage import FileStorage
-from kms_core.envelope.sealed_files import FileSealer, KeySource
+from kms_core.envelope.sealed_files import FileSealer
+from kms_core.key_source import KeySource
 from kms_core.keyring import Key
 from kms_protocol.errors import KmsError, Unavailable
 from support.age_kms import age_backend

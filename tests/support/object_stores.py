@@ -259,7 +259,7 @@ def remove_dead_sockets() -> None:
 
 
 @dataclass
-class S3Request:
+class SeenRequest:
     """One request."""
 
     method: str
@@ -283,7 +283,7 @@ class S3Request:
         return {"GET": "GetObject", "HEAD": "HeadObject", "PUT": "PutObject"}.get(self.method, self.method)
 
 
-Intercept = Callable[[S3Request], int | None]
+Intercept = Callable[[SeenRequest], int | None]
 """What becomes of a request: None passes it on, a status answers it.
 
 0 passes it on and loses the answer; below 0 so many bytes of the answer's body arrive before it breaks off.
@@ -297,7 +297,7 @@ class S3Proxy:
     """
 
     def __init__(self, store: ObjectStore, intercept: Intercept = lambda _: None) -> None:
-        self.seen: list[S3Request] = []
+        self.seen: list[SeenRequest] = []
         self.code = ""
         self.intercept = intercept
         handler = type("Handler", (_Handler,), {"s3_proxy": self, "host": urlsplit(store.url).netloc})
@@ -337,7 +337,7 @@ class _Handler(QuietHandler):
     def handle_one(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         headers = {name.lower(): value for name, value in self.headers.items()}
-        seen = S3Request(self.command, self.path, headers, len(body))
+        seen = SeenRequest(self.command, self.path, headers, len(body))
         self.s3_proxy.seen.append(seen)
         verdict = self.s3_proxy.intercept(seen)
         if verdict and verdict > 0:

@@ -24,7 +24,7 @@ import pytest
 from redis.exceptions import ConnectionError as RedisAway
 
 from kms_cli.local import up
-from kms_cli.local.instances import runtime_dir
+from kms_cli.local.directories import runtime_dir
 from kms_core import secure_files
 from kms_core.container import Core
 from kms_core.container import build as build_core

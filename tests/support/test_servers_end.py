@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from kms_cli.local.instances import runtime_dir
+from kms_cli.local.directories import runtime_dir
 from support.programs import program
 from support.waiting import until
 

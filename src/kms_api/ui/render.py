@@ -188,7 +188,10 @@ def render(request: Request, name: str, status: int = 200, /, **facts: object) -
 
 
 def _may(request: Request, operation: str) -> bool:
-    """Return whether to show what needs this operation; while that is unknown, its page says why."""
+    """Return whether policy allows the caller this operation.
+
+    True also while the credential cannot be verified: a request for the operation answers with that error.
+    """
     try:
         return allows(service(request).kms.policy, request.scope[PRINCIPAL], operation)
     except KmsError:

@@ -87,7 +87,7 @@ class Finding:
     away: bool = False
 
 
-def findings(settings: Settings) -> Iterator[Finding]:
+def machine_findings(settings: Settings) -> Iterator[Finding]:
     """Run each check of this machine. What one of them cannot read keeps no other from being made."""
     for subject, check in _CHECKS.items():
         try:
@@ -480,7 +480,7 @@ def doctor_command() -> int:
     """
     logs.configure("off", json=False)  # each finding says what a log would
     found = []
-    for finding in _findings():
+    for finding in _report():
         _show(finding)
         found.append(finding)
     return exit_code(found)
@@ -502,7 +502,7 @@ def _show(finding: Finding) -> None:
     terminal.row((finding.level, finding.subject, f"{terminal.plain(finding.text)}{then}"), (4, 12, 0))
 
 
-def _findings() -> Iterator[Finding]:
+def _report() -> Iterator[Finding]:
     url = global_options().url
     if is_given("url") and not is_loopback(urlsplit(url).hostname):
         yield Finding("ok", "target", f"{url}, on another machine: this one is not checked")
@@ -529,7 +529,7 @@ def _findings() -> Iterator[Finding]:
     except ConfigurationError as exc:
         yield Finding("FAIL", "settings", exc.detail)
     else:
-        yield from findings(settings) if _has_service(settings, file) else [_CALLER]
+        yield from machine_findings(settings) if _has_service(settings, file) else [_CALLER]
         with suppress(KmsError, OSError):
             own_id = container.marks(settings, makes=False).install_id()
     yield from _service(own_id)

@@ -153,17 +153,17 @@ def _sealed(  # noqa: PLR0913 -- the options of the command
     else:
         content, public = _new_identity(post_quantum=post_quantum)
     content = "".join(f"{RECOVERY}{recipient}\n" for recipient in recovery).encode() + content
-    seals = None if root == IDENTITY else root
+    root_id = None if root == IDENTITY else root
     try:
         if output and output.startswith(DOCUMENTS):
-            _write_document(name, output, content, seals)
+            _write_document(name, output, content, root_id)
             return b"", public
-        return sealer.seal(name, content, seals), public
+        return sealer.seal(name, content, root_id), public
     except ConfigurationError as exc:
         raise ConfigurationError(f"Cannot seal the key: {exc.detail}") from exc
 
 
-def _write_document(name: str, output: str, content: bytes, root: str | None) -> None:
+def _write_document(name: str, output: str, content: bytes, root_id: str | None) -> None:
     """Make the document of a key. Raises KeyFileExists, and InvalidRequest for another place."""
     from kms_cli import audited  # noqa: PLC0415 -- as above
 
@@ -171,7 +171,7 @@ def _write_document(name: str, output: str, content: bytes, root: str | None) ->
     if str(document.private) != unquote(output.removeprefix("file://")):
         raise InvalidRequest(f"The settings name {document.private} for the key {name}, and not {output}")
     with audited.effect(settings, "key.create", name):
-        if not document.make(content, root):
+        if not document.make(content, root_id):
             raise KeyFileExists(f"{output} exists")
 
 

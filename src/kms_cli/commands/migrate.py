@@ -409,9 +409,9 @@ def base64(text: str) -> bytes:
 def transit_command(**given: Any) -> int:  # noqa: ANN401 -- click's own
     """Decrypt ciphertexts with transit, encrypt them with the service, and verify each by decrypting it.
 
-    A line of INPUTS, or of stdin, is vault:v1:… or JSON: ciphertext, and optionally context and
-    associated_data (base64, as in transit's batch_input), key, reference, new_context, new_key_id. --context
-    and --key-id are those of the service, for lines without them.
+    Each line of INPUTS, or of stdin, is a ciphertext (vault:v1:…), or a JSON object with ciphertext and
+    optionally context and associated_data (base64, as in transit's batch_input), key, reference, new_context,
+    new_key_id. --context and --key-id are those of the service, for lines without new_context or new_key_id.
     """
     _show_warnings()
     Context.parse(given["context"])
@@ -477,9 +477,9 @@ class _DecryptAnswer(msgspec.Struct, rename="pascal"):
 def aws_command(**given: Any) -> int:  # noqa: ANN401 -- click's own
     """Decrypt ciphertexts with AWS KMS, encrypt them with the service, and verify each by decrypting it.
 
-    A line of INPUTS, or of stdin, is a CiphertextBlob in base64 or JSON: CiphertextBlob, and optionally
-    EncryptionContext, KeyId, reference, new_context, new_key_id. Without --context or new_context, the
-    encryption context of AWS becomes the context in the service.
+    Each line of INPUTS, or of stdin, is a CiphertextBlob in base64, or a JSON object with CiphertextBlob and
+    optionally EncryptionContext, KeyId, reference, new_context, new_key_id. Without --context or new_context,
+    the encryption context of AWS becomes the context in the service.
     """
     from kms_core.backends.aws.client import AwsKmsClient  # noqa: PLC0415 -- botocore is optional
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from kms_cli.local.valkey import is_named, redis_section
 from kms_core.audit import segments
-from kms_core.audit.maintenance import FolderSink, RedisSink
+from kms_core.audit.sinks import FolderSink, RedisSink
 from kms_core.audit.verification.scan import Note, VerificationReport
 from kms_core.redis_client import connect
 from kms_core.settings.model import Settings

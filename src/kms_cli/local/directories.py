@@ -1,8 +1,9 @@
-"""The private directories of a state directory, and their locks."""
+"""The private directories of an installation, of its state and of its sockets, and their locks."""
 
+import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
@@ -13,6 +14,7 @@ from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError, Conflict
 
 DIR_MODE: Final = 0o700
+_MAX_SOCKET_PATH_BYTES: Final = 107  # sun_path is 108 with its final zero, unix(7)
 
 
 def make_directory(path: Path) -> None:
@@ -43,6 +45,32 @@ def private_directory(path: Path) -> Path:
     if stat.S_IMODE(found.st_mode) & secure_files.GROUP_AND_OTHERS:
         raise ConfigurationError(f"The directory {path} is open to others: run chmod 700 {in_shell(path)}")
     return path
+
+
+def place(environ: Mapping[str, str]) -> tuple[Path, str]:
+    """Return the folder of the runtime directories of this user, and the start of their names."""
+    login = Path(environ.get("XDG_RUNTIME_DIR", ""))
+    is_ours = login.is_absolute() and is_private(login, {os.geteuid()})  # under sudo it may not be
+    if is_ours and len(os.fsencode(login / "kms-01234567" / "valkey.sock")) <= _MAX_SOCKET_PATH_BYTES:
+        return login, "kms"
+    return Path("/tmp"), f"kms-{os.geteuid()}"  # noqa: S108  # they are made 0700 and their owner checked
+
+
+def runtime_dir(state_dir: Path, environ: Mapping[str, str]) -> Path:
+    """Return the directory of the socket: a short path, always the same for a state directory."""
+    tag = hashlib.sha256(os.fsencode(os.path.realpath(state_dir))).hexdigest()[:8]
+    parent, prefix = place(environ)
+    return parent / f"{prefix}-{tag}"
+
+
+def is_private(folder: Path, owners: set[int]) -> bool:
+    """Return whether it is a directory in which only these users can have created files."""
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISDIR(found.st_mode) and found.st_uid in owners and not others
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """The notes of each ``kms up`` of this user: which of them run, and at which address. Imports little."""
 
 import fcntl
-import hashlib
 import os
 import socket
 import stat
@@ -15,7 +14,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from kms_cli import terminal
-from kms_cli.local.directories import private_directory
+from kms_cli.local.directories import is_private, place, private_directory, runtime_dir
 from kms_cli.session import DEFAULT_URL, global_options, is_completion, is_given
 from kms_core import secure_files
 from kms_core.secure_files import in_shell
@@ -24,7 +23,6 @@ from kms_protocol.errors import ConfigurationError
 if TYPE_CHECKING:
     from kms_core.settings.model import Settings
 
-MAX_SOCKET_PATH_BYTES: Final = 107  # sun_path is 108 with its final zero, unix(7)
 NOTE: Final = "up.json"
 _LONGEST_BYTES: Final = 64 * 1024
 SETTLED: Final = ("HOME", "XDG_STATE_HOME", "PROVISIONING_ENV", "KMS_BIND", "KMS_PORT")
@@ -35,8 +33,8 @@ _PERHAPS_SECRET: Final = ("KMS_REDIS_URL", "KMS_BROKER_URL", "COSMIAN_KMS_URL", 
 class Running(msgspec.Struct, frozen=True):
     """The note of a ``kms up`` that runs. It holds no secret.
 
-    ``environ`` are variables with which a command reads the same settings, ``others`` the names of the
-    further ones that it has.
+    ``started`` is in seconds since the epoch. ``environ`` has the variables with which a command reads the
+    same settings; ``others`` are the names of set variables whose values are left out, as they may be secret.
     """
 
     started: float
@@ -48,7 +46,11 @@ class Running(msgspec.Struct, frozen=True):
 
 @contextmanager
 def keep_note(settings: "Settings", url: str, environ: Mapping[str, str]) -> Iterator[None]:
-    """Keep a note of this ``kms up`` where its embedded server has its socket, locked while it runs."""
+    """Keep a locked note (``Running``) in ``runtime_dir`` until the block ends, then remove it.
+
+    Removes also the directory if it is empty then. Raises ConfigurationError as ``private_directory``,
+    OSError.
+    """
     folder = private_directory(runtime_dir(settings.state_dir, environ))
     named = {name: environ[name] for name in SETTLED if environ.get(name)}
     named |= {name: str(Path(environ[name]).absolute()) for name in PATHS if environ.get(name)}
@@ -117,32 +119,6 @@ def _others(running: Sequence[Running]) -> str:
 
 def _name(note: Running) -> str:
     return f"--state-dir {in_shell(note.state_dir)}"
-
-
-def place(environ: Mapping[str, str]) -> tuple[Path, str]:
-    """Return the folder of the runtime directories of this user, and the start of their names."""
-    login = Path(environ.get("XDG_RUNTIME_DIR", ""))
-    is_ours = login.is_absolute() and is_private(login, {os.geteuid()})  # under sudo it may not be
-    if is_ours and len(os.fsencode(login / "kms-01234567" / "valkey.sock")) <= MAX_SOCKET_PATH_BYTES:
-        return login, "kms"
-    return Path("/tmp"), f"kms-{os.geteuid()}"  # noqa: S108  # they are made 0700 and their owner checked
-
-
-def runtime_dir(state_dir: Path, environ: Mapping[str, str]) -> Path:
-    """Return the directory of the socket: a short path, always the same for a state directory."""
-    tag = hashlib.sha256(os.fsencode(os.path.realpath(state_dir))).hexdigest()[:8]
-    parent, prefix = place(environ)
-    return parent / f"{prefix}-{tag}"
-
-
-def is_private(folder: Path, owners: set[int]) -> bool:
-    """Return whether it is a directory in which only these users can have created files."""
-    try:
-        found = folder.lstat()
-    except OSError:
-        return False
-    others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return stat.S_ISDIR(found.st_mode) and found.st_uid in owners and not others
 
 
 def _notes(environ: Mapping[str, str]) -> list[Running]:

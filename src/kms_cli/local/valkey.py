@@ -20,8 +20,7 @@ from urllib.parse import quote
 
 from msgspec.structs import replace
 
-from kms_cli.local.directories import locked, private_directory
-from kms_cli.local.instances import is_private, runtime_dir
+from kms_cli.local.directories import is_private, locked, private_directory, runtime_dir
 from kms_core.programs.supervisor import Child, say
 from kms_core.settings.load import DEFAULT_REDIS_URL
 from kms_core.settings.model import RedisSection, Settings

@@ -154,6 +154,7 @@ class PluginIdentity:
             raise BackendUnavailable(f"age-plugin-{self.name} {how}: {_BY_HAND}") from exc
         finally:
             timer.cancel()
+            timer.join()
             _kill(process)
             process.wait()
             for pipe in (process.stdin, process.stdout):
@@ -162,6 +163,6 @@ class PluginIdentity:
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """Kill a plugin and what it started; it is not reaped yet, so that its number is not another's."""
+    """Kill a plugin and what it started. Call it before ``wait``: after that, its id may be another's."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -4,8 +4,9 @@ A record holds principal, operation, key, sizes, result and duration, and the co
 hashes of its values. If a record cannot be written, AuditUnavailable is raised and the result is withheld.
 
 Here are the records, the functions that append them, and the request that they belong to. ``chain`` has the
-format of lines, ``log`` the writer, ``maintenance`` its periodic work (checkpoints, anchors, retention).
-``query`` and ``verification`` need only the files. Format and guarantees: docs/audit.md.
+format of lines, ``log`` the writer, ``maintenance`` its periodic work: checkpoints, anchors (``sinks``) and
+retention (``removals``). ``query`` and ``verification`` need only the files. Format and guarantees:
+docs/audit.md.
 """
 
 import os

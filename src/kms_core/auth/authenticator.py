@@ -184,7 +184,7 @@ def _keys(name: str, section: IssuerSection, *, in_dev: bool) -> IssuerKeys | Re
     """The keys of an issuer: from a file, from a URL, or by OpenID Connect Discovery; or its reviews."""
     where = f"kms.auth.issuers.{name}"
     if section.review_url is not None and section.review_token_file is not None:
-        server = jwks.issuer_at(section.review_url, section.ca_file, f"{where}.review_url")
+        server = jwks.issuer_peer(section.review_url, section.ca_file, f"{where}.review_url")
         return Reviews(server, section.review_token_file, section.audience)
     if section.jwks_file is not None:
         return FileKeys(section.jwks_file)

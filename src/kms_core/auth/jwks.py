@@ -45,7 +45,7 @@ _WITHIN_S: Final = 10.0
 _log = structlog.get_logger(__name__)
 
 
-def issuer_at(url: str, ca_file: Path | None, setting: str) -> Peer:
+def issuer_peer(url: str, ca_file: Path | None, setting: str) -> Peer:
     """The server at a URL, by the proxy of the environment. ``setting`` is the key of the URL.
 
     A call takes at most 10 seconds, without the lookup of the host's name. Raises ConfigurationError for a
@@ -59,9 +59,9 @@ def issuer_at(url: str, ca_file: Path | None, setting: str) -> Peer:
 
 
 def fetch(url: str, ca_file: Path | None, setting: str) -> bytes:
-    """GET a URL: no redirects, at most 1 MiB. Raises as ``issuer_at`` and ``Peer.call``; ValueError."""
+    """GET a URL: no redirects, at most 1 MiB. Raises as ``issuer_peer`` and ``Peer.call``; ValueError."""
     parts = urlsplit(url)
-    with closing(issuer_at(f"{parts.scheme}://{parts.netloc}", ca_file, setting)) as issuer:
+    with closing(issuer_peer(f"{parts.scheme}://{parts.netloc}", ca_file, setting)) as issuer:
         path = f"{parts.path or '/'}?{parts.query}".removesuffix("?")
         answer = issuer.call("GET", path, headers={"Accept-Encoding": "identity"})
     if not answer.ok:

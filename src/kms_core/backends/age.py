@@ -41,8 +41,9 @@ from kms_core.backends.age_settings import AgeSection, document_of
 from kms_core.backends.key_files import KeyFiles
 from kms_core.envelope import binding
 from kms_core.envelope.binding import DEFAULT_KEY_ID, KeyRef, Wrap, version_of
-from kms_core.envelope.sealed_files import KeySource, NotOpenedYet, SealedFiles
+from kms_core.envelope.sealed_files import NotOpenedYet, SealedFiles
 from kms_core.http_client import Unreachable
+from kms_core.key_source import KeySource
 from kms_core.secure_files import in_shell
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, RotationRefused
 
@@ -306,9 +307,9 @@ def open_key(
 
 
 def parts_of(uri: SplitResult | None, section: AgeSection) -> tuple[Path | str, Path | None, bool]:
-    """The private file, or the URL of a document, the public file and ``native`` of a key.
+    """The private file or the URL of the document, the public file if any, and ``native`` of a key.
 
-    Raises ConfigurationError.
+    A ``uri`` of None means the files of ``[kms.age]``. Raises ConfigurationError.
     """
     if uri is None:
         return section.private_key_path, section.public_key_path, True

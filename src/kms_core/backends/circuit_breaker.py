@@ -17,9 +17,9 @@ import structlog
 from opentelemetry.trace import SpanKind
 
 from kms_core import http_client
+from kms_core.backoff import jittered_wait_s
 from kms_core.http_client import Busy, Unreachable
 from kms_core.observability import metrics, tracing
-from kms_core.periodic import jittered_wait_s
 from kms_protocol.errors import BackendUnavailable, KmsError
 
 T = TypeVar("T")

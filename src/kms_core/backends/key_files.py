@@ -11,7 +11,8 @@ import structlog
 from kms_core.age.header import is_age_file
 from kms_core.age.recipients import identity_file
 from kms_core.age.x25519 import X25519Identity
-from kms_core.envelope.sealed_files import SealedFiles, StoredKeys
+from kms_core.envelope.sealed_files import SealedFiles
+from kms_core.key_source import StoredKeys
 from kms_core.reload import stamp_of
 from kms_core.secure_files import check_secret, create, in_shell, lock, make_folders, replace_kept
 from kms_protocol import small_files
@@ -89,9 +90,10 @@ class KeyFiles:
             raise ConfigurationError(f"The key file {self.private} cannot be opened: {exc.detail}") from exc
 
     def add(self, block: bytes) -> bool:
-        """Add a block by a durable rename, before the recipient follows; owner and mode of the file stay.
+        """Append an identity to the private file by a durable rename, which keeps its owner and mode.
 
-        Raises TooManyVersions as ``appended``.
+        Returns True for a sealed file, which processes must open before ``use``. Raises BackendUnavailable if
+        it cannot be opened, sealed or written, TooManyVersions as ``appended``.
         """
         with _changing(self.private):
             stored = small_files.read(self.private)
@@ -133,7 +135,7 @@ def make_identity(path: Path) -> bool:
 
 @contextmanager
 def _changing(path: Path) -> Iterator[None]:
-    """Exclude other processes. Raises BackendUnavailable if the files cannot be written."""
+    """Exclude other processes. Raises BackendUnavailable if the files cannot be opened or written."""
     try:
         with lock(path.parent):
             yield
@@ -142,6 +144,8 @@ def _changing(path: Path) -> Iterator[None]:
             f"Cannot rotate the age key: {exc.filename or path}: {exc.strerror}. "
             "Let the service write the key's directory, or add an identity by hand with `kms keygen`"
         ) from exc
+    except ConfigurationError as exc:  # which ends a start, and would show the caller a path of ours
+        raise BackendUnavailable(f"Cannot rotate the age key: {exc.detail}") from exc
 
 
 def appended(content: bytes, block: bytes) -> bytes:

@@ -19,7 +19,8 @@ from kms_core.backends.key_files import appended
 from kms_core.documents.document import Edit, SignedDocument, Version
 from kms_core.documents.local_copy import LocalCopy
 from kms_core.documents.storage import FileStorage
-from kms_core.envelope.sealed_files import FileSealer, SealedFiles, StoredKeys, root_of
+from kms_core.envelope.sealed_files import FileSealer, SealedFiles, root_of
+from kms_core.key_source import StoredKeys
 from kms_core.secure_files import in_shell
 from kms_protocol.errors import (
     BackendUnavailable,
@@ -134,13 +135,14 @@ class KeyDocument:
 
     # -- for commands -------------------------------------------------------------------------------------
 
-    def make(self, content: bytes, root: str | None) -> bool:
-        """Write the first version, of identities whose last one is in use. Returns False if there is one.
+    def make(self, content: bytes, root_id: str | None) -> bool:
+        """Write the first version: the identities in ``content``, sealed, with the last one in use.
 
-        Raises as ``SignedDocument.write``, and as the root.
+        ``root_id`` is that of ``FileSealer.seal``. Returns False if the document exists or another process
+        writes it first. Raises as ``FileSealer.seal`` and ``SignedDocument.write``.
         """
         made = msgspec.json.encode(
-            KeyBody(self._sealer.seal(self.name, content, root), self._recipients(content)[-1])
+            KeyBody(self._sealer.seal(self.name, content, root_id), self._recipients(content)[-1])
         )
         before = self.document.read()
         if before.generation:
@@ -151,7 +153,7 @@ class KeyDocument:
         """Make what is in the storage the newest version, with all identities that are known.
 
         Those are in the document, in this host's copy and in sealed key ``files``. Returns their number.
-        Raises as ``SignedDocument.adopt``, and as the root.
+        Raises as ``SignedDocument.adopt`` and ``FileSealer.seal``.
         """
         newest, taken, number = Version(), list(files), 0
         try:

@@ -26,9 +26,9 @@ class FileStorage:
         return str(self._path)
 
     def read(self, unless: str = "") -> tuple[bytes | None, str]:
-        """The content and its tag; None for that of ``unless``, which is a tag that the caller knows.
+        """Read the content and its tag: ``(b"", "")`` if nothing is stored, ``(None, unless)`` for that tag.
 
-        Raises OSError and what stores raise.
+        Raises OSError, also above 4 MiB.
         """
         try:
             data = small_files.read(self._path, MOST_BYTES)
@@ -66,7 +66,7 @@ class ObjectStorage:
         return f"s3://{self.bucket.name}/{self._key}"
 
     def read(self, unless: str = "") -> tuple[bytes | None, str]:
-        """As ``FileStorage.read``."""
+        """As ``FileStorage.read``, but raises as ``Bucket``: PathRefused, Unavailable."""
         return self.bucket.get(self._key, unless)
 
     def write(self, data: bytes, tag: str) -> bool:

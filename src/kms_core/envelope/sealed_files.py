@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Protocol
 
 from kms_core.age import armor, header, stream
 from kms_core.age.header import FILE_KEY_BYTES, SYNC_LIMITS, Header, Stanza
@@ -21,6 +21,7 @@ from kms_core.age.x25519 import NoMatch
 from kms_core.envelope import binding, sealing
 from kms_core.envelope.binding import BoundStanzas, KeyRef
 from kms_core.envelope.sealing import UnwrappedKey, Wrapper, WrappingKey
+from kms_core.key_source import KeySource
 from kms_protocol import small_files
 from kms_protocol.context import Context
 from kms_protocol.errors import BackendUnavailable, ConfigurationError, DecryptFailed, TooLarge
@@ -37,52 +38,6 @@ SealingIdentity = Identity | PluginIdentity
 
 class NotOpenedYet(BackendUnavailable):
     """The process that opens sealed files has not seen this one yet: try again in a second."""
-
-
-class StoredKeys(NamedTuple):
-    """The identities, opened, and the recipient in use, None for the last identity. ``stamp`` names both."""
-
-    stamp: object
-    identities: bytes
-    recipient: bytes | None
-
-
-class KeySource(Protocol):
-    """A place of identities, which are added before they are used.
-
-    ``private`` and ``public`` name it in messages. ``publish_s`` is the wait (s) before an identity that was
-    added is used: twice the time in which all processes read a change.
-    """
-
-    @property
-    def private(self) -> Path | str: ...
-    @property
-    def public(self) -> Path | str | None: ...
-    @property
-    def publish_s(self) -> float: ...
-
-    def stamp(self) -> object:
-        """A value that changes with the content. Raises OSError, BackendUnavailable."""
-
-    def read(self) -> StoredKeys:
-        """The content. Raises ConfigurationError, BackendUnavailable, OSError."""
-
-    def add(self, block: bytes) -> bool:
-        """Append lines with an identity. Returns True if processes must open it before it is used.
-
-        Nothing is written if the old content cannot be opened. Raises OSError, BackendUnavailable,
-        TooManyVersions.
-        """
-
-    def use(self, recipient: str) -> None:
-        """Have new files sealed for a recipient whose identity was added. Raises as ``add``."""
-
-    def behind(self, stamp: object) -> str:
-        """The reason why the content of this stamp may lack a version that seals; empty if it cannot."""
-
-    @property
-    def is_late(self) -> bool:
-        """True if changes by other hosts were not read for ten seconds."""
 
 
 class SealedFiles(Protocol):
@@ -177,19 +132,19 @@ class FileSealer:
                 f"there, or make one with `kms keygen --sealed-by KEY --for {name}`"
             ) from None
 
-    def seal(self, name: str, content: bytes, root: str | None) -> bytes:
-        """Seal content under the root key ``root``; None: for the first of the identities.
+    def seal(self, name: str, content: bytes, root_id: str | None) -> bytes:
+        """Seal content under the root key ``root_id``; None: for the first of the identities.
 
         It is sealed for the recipients of its recovery lines as well. Raises as ``SealedFiles.open``.
         """
         recovery = recoveries(content)
-        if root is None:
+        if root_id is None:
             file_key, nonce = os.urandom(FILE_KEY_BYTES), os.urandom(header.NONCE_BYTES)
             stanzas = [each.wrap(file_key) for each in recovery]
             stanzas += _wraps(self._identities()[0], file_key)
             made = sealing.with_stanzas(stanzas, file_key, nonce, padded=False)
             return made.head + stream.seal(made.payload_key, content)
-        key = self._root(root)
+        key = self._root(root_id)
         with key.timeout():
             return sealing.seal(content, key.wrapping(TENANT), _context(name), recovery)
 

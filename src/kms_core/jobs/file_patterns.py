@@ -33,8 +33,8 @@ _UNPRINTABLE: Final = frozenset({"Cc", "Cs", "Zl", "Zp"})
 SUFFIX: Final = ".age"
 ANY_DEPTH: Final = "**"
 MOST_PARTS: Final = 64
-States = frozenset[int]
-"""The numbers of pattern parts that the directories so far may have matched."""
+Positions = frozenset[int]
+"""Positions in a pattern: the numbers of the parts that may match the next name; at its end, their count."""
 
 
 def is_tree(source: str) -> bool:
@@ -68,38 +68,38 @@ class Tree:
             parts.append("*")
         return cls(base, tuple(None if part == ANY_DEPTH else _name_pattern(part) for part in parts))
 
-    def start(self) -> States:
+    def start(self) -> Positions:
         return self._closed({0})
 
-    def step(self, states: States, name: str) -> States:
-        """The states after ``name``, a decoded part of a path; empty if nothing below can match."""
+    def step(self, positions: Positions, name: str) -> Positions:
+        """The positions after ``name``, a decoded part of a path; empty if nothing below can match."""
         after: set[int] = set()
-        for state in states - {len(self.parts)}:
-            part = self.parts[state]
+        for position in positions - {len(self.parts)}:
+            part = self.parts[position]
             if part is None:
-                after.add(state)
+                after.add(position)
             elif part.matches(name):
-                after.add(state + 1)
+                after.add(position + 1)
         return self._closed(after)
 
-    def is_whole(self, states: States) -> bool:
+    def is_whole(self, positions: Positions) -> bool:
         """Return whether the path so far is one that the pattern names."""
-        return len(self.parts) in states
+        return len(self.parts) in positions
 
-    def goes_on(self, states: States) -> bool:
+    def goes_on(self, positions: Positions) -> bool:
         """Return whether the pattern may name something below."""
-        return any(state < len(self.parts) for state in states)
+        return any(position < len(self.parts) for position in positions)
 
     def names(self, path: str) -> bool:
         """Return whether the pattern names this path below the base, as it stands in a URL."""
-        states = self.start()
+        positions = self.start()
         for part in path.split("/"):
-            states = self.step(states, decoded(part))
-        return self.is_whole(states)
+            positions = self.step(positions, decoded(part))
+        return self.is_whole(positions)
 
-    def _closed(self, states: set[int]) -> States:
+    def _closed(self, positions: set[int]) -> Positions:
         """Add the positions after each ``**``, which may match no directory."""
-        found = set(states)
+        found = set(positions)
         for at, part in enumerate(self.parts):
             if at in found and part is None:
                 found.add(at + 1)

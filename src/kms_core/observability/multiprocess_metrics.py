@@ -31,11 +31,11 @@ def share(environ: Mapping[str, str]) -> None:
     os.environ[FOLDER] = folder
     if slot:
         multiprocess.mark_process_dead(slot, folder)  # type: ignore[no-untyped-call]  # untyped there
-    values.MmapedDict = _WholeFile  # type: ignore[attr-defined,assignment]  # no parameter is for that
+    values.MmapedDict = _PreallocatedDict  # type: ignore[attr-defined,assignment]  # no parameter is for that
     values.ValueClass = values.MultiProcessValue(lambda: slot) if slot else values.MultiProcessValue()  # type: ignore[no-untyped-call]  # as above
 
 
-class _WholeFile(MmapedDict):
+class _PreallocatedDict(MmapedDict):
     """The values of one process in a file, whose blocks are allocated before they are written.
 
     A write to a hole of a full disk would end the process (SIGBUS, mmap(2)). A value without room is kept in

@@ -19,7 +19,7 @@ from xml.sax.saxutils import escape  # nosec B406  # text to text: nothing is pa
 import structlog
 
 from kms_core.payload.files import source_changed_error
-from kms_core.s3.connection import Ask, S3Answer, S3Body, S3Connection, elements, tag
+from kms_core.s3.connection import S3Answer, S3Body, S3Connection, S3Request, elements, tag
 from kms_protocol.errors import KmsError, PathRefused, SpoolFull, Unavailable
 
 MOST_PARTS: Final = 10_000
@@ -177,9 +177,9 @@ class Bucket:
         self._check_range(found)
         raise self._refusal(found)
 
-    def _range(self, key: str, etag: str, start: int, size: int) -> Ask:
+    def _range(self, key: str, etag: str, start: int, size: int) -> S3Request:
         headers = {"If-Match": etag, "Range": f"bytes={start}-{start + size - 1}"}
-        return Ask("GET", self._path(key), headers=headers, subdomain=self._subdomain)
+        return S3Request("GET", self._path(key), headers=headers, subdomain=self._subdomain)
 
     def _check_range(self, answer: S3Answer) -> None:
         if answer.status in _CHANGED or answer.status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
@@ -355,7 +355,7 @@ class Bucket:
         slow: bool = False,
     ) -> S3Answer:
         return self.line.ask(
-            Ask(method, self._path(key), query or {}, headers or {}, body, slow, self._subdomain)
+            S3Request(method, self._path(key), query or {}, headers or {}, body, slow, self._subdomain)
         )
 
     def _write(

@@ -29,7 +29,7 @@ from xml.sax.saxutils import unescape  # nosec B406  # text to text: nothing is 
 
 import structlog
 
-from kms_core.periodic import jittered_wait_s
+from kms_core.backoff import jittered_wait_s
 from kms_core.secure_files import check_secret, secret_text
 from kms_protocol import __version__
 from kms_protocol.errors import ConfigurationError, Unavailable
@@ -194,7 +194,7 @@ class S3Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class S3Request:
     """One request. ``path`` is encoded; ``slow`` allows ten times the timeout for the answer.
 
     ``subdomain`` is that of the endpoint's host, if the store is to be asked there.
@@ -263,15 +263,15 @@ class S3Connection:
         self._idle: list[http.client.HTTPConnection] = []
         self._owner = os.getpid()
 
-    def ask(self, ask: Ask) -> S3Answer:
+    def ask(self, request: S3Request) -> S3Answer:
         """Send a request, and return its answer.
 
         Raises StoreAway after four attempts without one, or two that ran into the timeout.
         The store may get a request twice, since an answer can be lost.
         """
-        return self._tried(ask, lambda response, _: _whole(response))
+        return self._tried(request, lambda response, _: _whole(response))
 
-    def fetch(self, ask: Ask, views: Sequence[memoryview]) -> S3Answer:
+    def fetch(self, request: S3Request, views: Sequence[memoryview]) -> S3Answer:
         """Send a request, and read the body of a 200 or 206 into the views, which it must fill."""
 
         def into(response: http.client.HTTPResponse, _: http.client.HTTPConnection) -> bytes:
@@ -281,9 +281,9 @@ class S3Connection:
                 _fill(response, view)
             return b""
 
-        return self._tried(ask, into)
+        return self._tried(request, into)
 
-    def stream(self, ask: Ask, size: int) -> "S3Answer | S3Body":
+    def stream(self, request: S3Request, size: int) -> "S3Answer | S3Body":
         """Send a request; the caller reads the body of a 200 or 206, of ``size`` bytes, and closes it."""
         bodies: list[S3Body] = []
 
@@ -293,17 +293,17 @@ class S3Connection:
             bodies.append(S3Body(response, connection, self._keep))
             return None
 
-        answer = self._tried(ask, keep)
+        answer = self._tried(request, keep)
         return bodies[0] if bodies else answer
 
-    def _tried(self, ask: Ask, read: _Reader) -> S3Answer:
-        digest = hashlib.sha256(ask.body).hexdigest()
+    def _tried(self, request: S3Request, read: _Reader) -> S3Answer:
+        digest = hashlib.sha256(request.body).hexdigest()
         problem, status, silences = "", 0, 0
         for number in range(TRIES):
             if number:
                 time.sleep(jittered_wait_s(self._first_wait_s, number, factor=4.0))
             try:
-                answer = self._once(ask, digest, read)
+                answer = self._once(request, digest, read)
             except _BROKEN as exc:
                 problem, status = f"does not answer ({type(exc).__name__})", 0
                 silences += isinstance(exc, TimeoutError)
@@ -313,27 +313,27 @@ class S3Connection:
             if not answer.is_temporary:
                 return answer
             problem, status = f"answers {answer.status} {answer.code}".rstrip(), answer.status
-        _log.warning("s3.unavailable", host=self._host, method=ask.method, problem=problem)
+        _log.warning("s3.unavailable", host=self._host, method=request.method, problem=problem)
         raise StoreAway(f"The object store at {self._host} {problem}", status)
 
-    def _once(self, ask: Ask, digest: str, read: _Reader) -> S3Answer:
-        host = f"{ask.subdomain}.{self._host}" if ask.subdomain else self._host
+    def _once(self, request: S3Request, digest: str, read: _Reader) -> S3Answer:
+        host = f"{request.subdomain}.{self._host}" if request.subdomain else self._host
         named = f"[{host}]" if ":" in host else host
-        request = Request(
-            ask.method,
+        to_sign = Request(
+            request.method,
             f"{named}:{self._port}" if self._port else named,
-            self.prefix + ask.path,
-            ask.query,
-            ask.headers,
+            self.prefix + request.path,
+            request.query,
+            request.headers,
             digest,
         )
-        headers = sign(request, self.endpoint.credentials(), self.endpoint.region, datetime.now(UTC))
+        headers = sign(to_sign, self.endpoint.credentials(), self.endpoint.region, datetime.now(UTC))
         headers |= {"User-Agent": f"kms-service/{__version__}", "Accept-Encoding": "identity"}
-        if ask.body or ask.method in {"PUT", "POST"}:
-            headers["Content-Length"] = str(len(ask.body))
-        connection = self._connection(host, self.endpoint.timeout_s * (_SLOW if ask.slow else 1))
+        if request.body or request.method in {"PUT", "POST"}:
+            headers["Content-Length"] = str(len(request.body))
+        connection = self._connection(host, self.endpoint.timeout_s * (_SLOW if request.slow else 1))
         try:
-            response = _exchange(connection, request, headers, memoryview(ask.body))
+            response = _exchange(connection, to_sign, headers, memoryview(request.body))
             body = read(response, connection)
             headers = {name.lower(): value for name, value in response.getheaders()}
             answer = S3Answer(response.status, headers, body or b"")

@@ -13,7 +13,7 @@ from kms_core.backends.age_settings import AgeSection
 from kms_core.sections import WeakValue, is_cleartext
 from kms_core.secure_files import open_to_others
 from kms_core.settings.model import Settings, StoreSection
-from kms_core.settings.redis_urls import CLUSTERS, SENTINELS, cluster_nodes, is_tls, sentinels, split_url
+from kms_core.settings.redis_urls import is_tls, leaves_host, split_url
 from kms_core.settings.toml_reader import nearest
 from kms_core.settings.validation import SECRETS, paths
 from kms_protocol.addresses import is_loopback
@@ -94,15 +94,6 @@ def _has_wide_proxies(settings: Settings) -> bool:
     return any(network.prefixlen < _WIDEST[network.version] for network in networks) or any(
         public[version] >= most for version, most in _MOST_PUBLIC.items()
     )
-
-
-def leaves_host(url: str) -> bool:
-    """Return whether a server of ``[kms.redis]`` is on another machine."""
-    parts = split_url("kms.redis.url", url)
-    if parts.scheme in SENTINELS | CLUSTERS:
-        found = sentinels("", url) if parts.scheme in SENTINELS else cluster_nodes("", url)
-        return not all(is_loopback(host) for host, _ in found.hosts)
-    return not is_loopback(parts.hostname or "localhost")  # without a host for the path of a socket
 
 
 def _is_clear_queue(url: str) -> bool:

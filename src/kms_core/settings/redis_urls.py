@@ -16,6 +16,7 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from kms_core.sections import check_pair
 from kms_core.settings.model import RedisSection, Settings
+from kms_protocol.addresses import is_loopback
 from kms_protocol.errors import ConfigurationError
 
 STATE: Final = ("redis", "rediss", "unix", "sentinel", "sentinels", "redis+cluster", "rediss+cluster")
@@ -107,6 +108,15 @@ def _check_scheme(where: str, url: str, scheme: str, schemes: Collection[str]) -
 def is_tls(url: str) -> bool:
     """Return whether the scheme of a URL means TLS."""
     return url.partition("://")[0] in TLS
+
+
+def leaves_host(url: str) -> bool:
+    """Return whether a server of ``[kms.redis]`` is on another machine."""
+    parts = split_url("kms.redis.url", url)
+    if parts.scheme in SENTINELS | CLUSTERS:
+        found = sentinels("", url) if parts.scheme in SENTINELS else cluster_nodes("", url)
+        return not all(is_loopback(host) for host, _ in found.hosts)
+    return not is_loopback(parts.hostname or "localhost")  # without a host for the path of a socket
 
 
 def sentinels(where: str, url: str) -> Sentinels:

@@ -457,7 +457,7 @@ def findings(closed: Path, key: str, value: str) -> list[Finding]:
     config = closed.with_name("kms.toml")
     config.write_text(f'[{section}]\n{name} = "{value}"\n')
     with click.Context(click.Command("kms")):
-        return list(doctor_command.findings(load(config, {"HOME": str(closed.parent)})))
+        return list(doctor_command.machine_findings(load(config, {"HOME": str(closed.parent)})))
 
 
 def test_an_audit_log_below_a_directory_that_may_not_be_entered_ends_no_doctor(closed: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from kms_cli.commands import doctor
-from kms_cli.commands.doctor import Finding, exit_code, findings
+from kms_cli.commands.doctor import Finding, exit_code, machine_findings
 from kms_core import container
 from kms_core.jobs.hosts.notes import HostNote, HostNotes
 from kms_core.settings.load import load
@@ -17,7 +17,7 @@ from kms_core.settings.model import Settings
 from kms_protocol.errors import EXIT_UNAVAILABLE
 from support import object_stores
 from support.blob_stores import PREFIX
-from support.object_stores import ObjectStore, S3Proxy, S3Request, TestBucket
+from support.object_stores import ObjectStore, S3Proxy, SeenRequest, TestBucket
 
 NO_MARKS = SimpleNamespace(install_id=lambda: None)
 RULE = {
@@ -58,7 +58,7 @@ def settings(folder: Path, bucket: TestBucket, url: str) -> Settings:
 
 def told(settings: Settings) -> list[Finding]:
     with click.Context(click.Command("kms")):
-        return [each for each in findings(settings) if each.subject == "spool bucket"]
+        return [each for each in machine_findings(settings) if each.subject == "spool bucket"]
 
 
 def told_of(folder: Path, bucket: TestBucket, s3_proxy: S3Proxy) -> list[Finding]:
@@ -93,17 +93,17 @@ def test_versioning_and_object_lock_are_told(tmp_path: Path, server: ObjectStore
     assert any(text.startswith("object lock is on") for text in texts)
 
 
-def ignoring(seen: S3Request) -> None:
+def ignoring(seen: SeenRequest) -> None:
     seen.headers.pop("if-none-match", None)
 
 
-def not_knowing(seen: S3Request) -> int | None:
+def not_knowing(seen: SeenRequest) -> int | None:
     return 501 if "if-none-match" in seen.headers else None
 
 
 @pytest.mark.parametrize("intercept", [ignoring, not_knowing])
 def test_a_store_without_conditions_is_told(
-    tmp_path: Path, bucket: TestBucket, s3_proxy: S3Proxy, intercept: Callable[[S3Request], int | None]
+    tmp_path: Path, bucket: TestBucket, s3_proxy: S3Proxy, intercept: Callable[[SeenRequest], int | None]
 ) -> None:
     s3_proxy.intercept = intercept
     found = told_of(tmp_path, bucket, s3_proxy)
@@ -138,7 +138,7 @@ def test_hosts_are_not_said_to_share_a_spool_that_cannot_be_read(
         notes.write(HostNote("b", "kms-2", notes.now()[0]))
     monkeypatch.setattr(container, "marks", lambda *_, **__: NO_MARKS)
     with click.Context(click.Command("kms")):
-        found = list(findings(load(None, {"HOME": str(tmp_path), "KMS_REDIS_URL": redis_url})))
+        found = list(machine_findings(load(None, {"HOME": str(tmp_path), "KMS_REDIS_URL": redis_url})))
 
     told = {each.subject: (each.level, each.text) for each in found if each.subject in {"install", "hosts"}}
     assert told["install"] == ("warn", "the spool cannot be read, so it is not compared")
@@ -160,10 +160,10 @@ def test_a_store_without_an_answer_is_not_waited_for_as_long_as_by_a_service(
     settings(tmp_path, bucket, s3_proxy.url)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("KMS_CONFIG", str(tmp_path / "kms.toml"))
-    monkeypatch.setattr(doctor, "findings", noting([]))
+    monkeypatch.setattr(doctor, "machine_findings", noting([]))
     monkeypatch.setattr(container, "marks", noting(NO_MARKS))
     with click.Context(click.Command("kms")):
-        list(doctor._findings())  # noqa: SLF001 -- as the command
+        list(doctor._report())  # noqa: SLF001 -- as the command
 
     sections = [each.kms.jobs.spool_bucket for each in asked]
     assert [section and section.timeout_s for section in sections] == [doctor.TIMEOUT_S] * 2

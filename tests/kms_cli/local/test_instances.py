@@ -12,6 +12,7 @@ import pytest
 
 from kms_cli import connection
 from kms_cli.local import instances
+from kms_cli.local.directories import runtime_dir
 from kms_cli.local.up import url_of
 from kms_cli.plugin.main import KeysOfTargets
 from kms_cli.plugin.names import PluginTarget
@@ -43,7 +44,7 @@ def up(environ: dict[str, str]) -> Iterator[Path]:
     """The directory of the note of one that runs."""
     settings = load(None, environ)
     with instances.keep_note(settings, url_of(settings), environ):
-        yield instances.runtime_dir(settings.state_dir, environ)
+        yield runtime_dir(settings.state_dir, environ)
 
 
 def pipe(folder: Path) -> None:

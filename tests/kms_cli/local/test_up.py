@@ -14,7 +14,7 @@ import pytest
 import redis
 from kombu.connection import Connection
 
-from kms_cli.local import instances
+from kms_cli.local import directories
 from kms_cli.main import run
 from kms_core.programs import supervisor
 from kms_core.programs.liveness import is_alive
@@ -156,7 +156,7 @@ def test_the_ready_line_is_all_of_stdout_and_stderr_tells_of_pages_and_redis(
 def test_ctrl_c_stops_worker_and_api_together_and_then_valkey(start: Start) -> None:
     service = working(start)
     pids = service.pids()
-    socket_dir = instances.runtime_dir(service.state, {})
+    socket_dir = directories.runtime_dir(service.state, {})
     assert socket_dir.exists()
 
     service.ctrl_c()

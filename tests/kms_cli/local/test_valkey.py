@@ -11,7 +11,7 @@ from typing import Final
 import pytest
 import redis
 
-from kms_cli.local import instances
+from kms_cli.local import directories
 from kms_cli.local import valkey as embedded
 from kms_cli.local.valkey import ValkeyFiles
 from kms_core.programs import tether
@@ -274,13 +274,13 @@ def test_what_is_no_runtime_directory_is_not_used(tmp_path: Path, session: str) 
     made["open"].chmod(0o777)
     made["long"].mkdir(mode=0o700)
 
-    found = instances.runtime_dir(tmp_path, {"XDG_RUNTIME_DIR": str(made.get(session, session))})
+    found = directories.runtime_dir(tmp_path, {"XDG_RUNTIME_DIR": str(made.get(session, session))})
 
     assert str(found).startswith(f"/tmp/kms-{os.geteuid()}-")
 
 
 def test_squatted_socket_directory_is_refused(tmp_path: Path) -> None:
-    wanted = instances.runtime_dir(tmp_path, {})
+    wanted = directories.runtime_dir(tmp_path, {})
     wanted.symlink_to(tmp_path)
     try:
         with pytest.raises(ConfigurationError, match="symbolic link"), embedded.claim(tmp_path, {}):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kms_core.audit.keys import Concealer, Signer
-from kms_core.audit.maintenance import FolderSink
+from kms_core.audit.sinks import FolderSink
 from kms_core.auth import tokens
 from kms_core.auth.tokens import TokenRequest
 from support.audit_logs import AuditFolder, audit_section, record

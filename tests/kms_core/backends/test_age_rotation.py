@@ -107,6 +107,19 @@ def test_a_key_that_cannot_be_written_stays_in_use_and_says_why(tmp_path: Path) 
     assert backend.versions()[-1].version == before
 
 
+def test_a_key_file_that_does_not_open_is_no_error_of_the_settings(tmp_path: Path) -> None:
+    """Those end a start; during a request their text, which names files, would be in the answer."""
+    backend = age_backend(tmp_path, x25519.X25519Identity.generate())
+    before = backend.versions()[-1].version
+    private = tmp_path / "private_key.txt"
+    private.write_bytes(b"age-encryption.org/v1\n")
+
+    with pytest.raises(BackendUnavailable, match="Cannot rotate the age key"):
+        backend.rotate()
+    assert private.read_bytes() == b"age-encryption.org/v1\n"
+    assert backend.versions()[-1].version == before
+
+
 @pytest.mark.parametrize("kind", [x25519.X25519Identity, mlkem768x25519.HybridIdentity])
 def test_no_rotation_makes_a_file_larger_than_what_is_read(
     tmp_path: Path, kind: type[x25519.X25519Identity | mlkem768x25519.HybridIdentity]

@@ -18,7 +18,7 @@ from kms_core.s3.connection import S3Connection
 from kms_protocol.errors import ConfigurationError, DocumentOutdated, InvalidRequest, Unavailable
 from support import blob_stores, object_stores
 from support.job_stores import connect
-from support.object_stores import Intercept, ObjectStore, S3Proxy, S3Request
+from support.object_stores import Intercept, ObjectStore, S3Proxy, SeenRequest
 
 KEY: Final = b"d" * 32
 NOWHERE: Final = "unix:///nonexistent/valkey.sock"
@@ -287,9 +287,9 @@ def store(request: pytest.FixtureRequest) -> ObjectStore:
 def test_a_lost_answer_is_settled_by_the_write_id(store: ObjectStore, hosts: Hosts, lost: int) -> None:
     """Each request is tried four times; the second finds what the first has written."""
     bucket = store.new()
-    puts: list[S3Request] = []
+    puts: list[SeenRequest] = []
 
-    def intercept(seen: S3Request) -> int | None:
+    def intercept(seen: SeenRequest) -> int | None:
         if seen.operation != "PutObject" or seen.path.endswith(".probe"):
             return None
         puts.append(seen)
@@ -326,7 +326,7 @@ def test_a_store_that_is_away_changes_nothing(store: ObjectStore, hosts: Hosts) 
 def stripped(*names: str) -> Intercept:
     """A store that does not know these headers."""
 
-    def intercept(seen: S3Request) -> int | None:
+    def intercept(seen: SeenRequest) -> int | None:
         for name in names if seen.method == "PUT" else ():
             seen.headers.pop(name, None)
         return None

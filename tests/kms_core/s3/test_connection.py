@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kms_core.s3.bucket import ALWAYS, Bucket, Completion, If, ObjectReader, UploadedPart
-from kms_core.s3.connection import SILENCES, TRIES, Ask, Credentials, S3Connection, S3Endpoint
+from kms_core.s3.connection import SILENCES, TRIES, Credentials, S3Connection, S3Endpoint, S3Request
 from kms_protocol.errors import PathRefused, Unavailable
 from support.http_servers import QuietHandler, served
 from support.webhooks import make_localhost_tls
@@ -86,7 +86,7 @@ def script() -> Iterator[Script]:
 def test_what_may_pass_is_tried_again(script: Script, trouble: Reply) -> None:
     script.replies = [trouble, trouble, (200, {}, b"fine")]
 
-    assert script.line.ask(Ask("PUT", "/b/k", body=b"data")).body == b"fine"
+    assert script.line.ask(S3Request("PUT", "/b/k", body=b"data")).body == b"fine"
     assert [body for *_, body in script.asked] == [b"data"] * 3
 
 
@@ -95,7 +95,7 @@ def test_what_does_not_pass_is_unavailable_and_not_quoted(script: Script, troubl
     script.replies = [trouble]
 
     with pytest.raises(Unavailable) as told:
-        script.line.ask(Ask("GET", "/b/k"))
+        script.line.ask(S3Request("GET", "/b/k"))
     assert len(script.asked) == TRIES
     assert "secret-key" not in str(told.value)
 
@@ -111,7 +111,7 @@ def test_a_store_that_is_silent_is_asked_twice() -> None:
 
     line._once = time_out  # type: ignore[assignment, method-assign]  # noqa: SLF001 -- no test waits for a timeout
     with pytest.raises(Unavailable):
-        line.ask(Ask("GET", "/b/k"))
+        line.ask(S3Request("GET", "/b/k"))
     assert len(asked) == SILENCES
 
 
@@ -119,7 +119,7 @@ def test_a_store_that_is_silent_is_asked_twice() -> None:
 def test_an_answer_is_not_asked_for_twice(script: Script, status: int) -> None:
     script.replies = [(status, {}, b"")]
 
-    assert script.line.ask(Ask("GET", "/b/k")).status == status
+    assert script.line.ask(S3Request("GET", "/b/k")).status == status
     assert len(script.asked) == 1
 
 
@@ -127,7 +127,7 @@ def test_a_body_fills_the_views_one_after_another(script: Script) -> None:
     script.replies = [(206, {}, bytes(range(10)))]
     views = [memoryview(bytearray(4)), memoryview(bytearray(6))]
 
-    script.line.fetch(Ask("GET", "/b/k"), views)
+    script.line.fetch(S3Request("GET", "/b/k"), views)
 
     assert [bytes(view) for view in views] == [bytes(range(4)), bytes(range(4, 10))]
 
@@ -137,21 +137,21 @@ def test_a_body_of_another_size_is_no_answer(script: Script, answer: Reply) -> N
     script.replies = [answer]
 
     with pytest.raises(Unavailable):
-        script.line.fetch(Ask("GET", "/b/k"), [memoryview(bytearray(10))])
+        script.line.fetch(S3Request("GET", "/b/k"), [memoryview(bytearray(10))])
 
 
 def test_a_body_that_is_cut_is_asked_for_again(script: Script) -> None:
     cut = {"Content-Length": "10", "Connection": "close"}
     script.replies = [(206, cut, b"12345"), (206, {}, b"abcdefghij")]
     view = memoryview(bytearray(10))
-    script.line.fetch(Ask("GET", "/b/k"), [view])
+    script.line.fetch(S3Request("GET", "/b/k"), [view])
 
     assert bytes(view) == b"abcdefghij"
 
 
 def test_connections_are_kept(script: Script) -> None:
     for _ in range(5):
-        script.line.ask(Ask("GET", "/b/k"))
+        script.line.ask(S3Request("GET", "/b/k"))
 
     assert len(script.connections) == 1
 
@@ -159,19 +159,19 @@ def test_connections_are_kept(script: Script) -> None:
 def test_a_connection_that_the_store_closed_is_not_used(script: Script) -> None:
     script.replies = [(200, {"Connection": "close"}, b""), (200, {}, b"")]
     for _ in range(2):
-        script.line.ask(Ask("POST", "/b/k"))
+        script.line.ask(S3Request("POST", "/b/k"))
 
     assert len(script.asked) == 2
 
 
 def test_a_child_makes_connections_of_its_own(script: Script) -> None:
-    script.line.ask(Ask("GET", "/b/k"))
+    script.line.ask(S3Request("GET", "/b/k"))
     child = os.fork()
     if not child:
-        status = script.line.ask(Ask("GET", "/b/k")).status
+        status = script.line.ask(S3Request("GET", "/b/k")).status
         os._exit(status == http.client.OK)
     _, status = os.waitpid(child, 0)
-    script.line.ask(Ask("GET", "/b/k"))
+    script.line.ask(S3Request("GET", "/b/k"))
 
     assert os.waitstatus_to_exitcode(status) == 1
     assert len(script.connections) == 2
@@ -259,15 +259,15 @@ def test_an_endless_answer_is_cut(script: Script) -> None:
     script.replies = [(200, {}, bytes(9 * 1024 * 1024))]
 
     with pytest.raises(Unavailable):
-        script.line.ask(Ask("GET", "/b/k"))
+        script.line.ask(S3Request("GET", "/b/k"))
 
 
 def test_a_connection_that_ended_while_it_was_kept_is_not_used(script: Script) -> None:
     script.replies = [(200, {"Connection": "keep-alive"}, b"")]
-    script.line.ask(Ask("POST", "/b/k"))
+    script.line.ask(S3Request("POST", "/b/k"))
     (kept,) = script.line._idle  # noqa: SLF001 -- what the store does to it cannot be timed
     kept.sock.shutdown(socket.SHUT_RDWR)
-    script.line.ask(Ask("POST", "/b/k"))
+    script.line.ask(S3Request("POST", "/b/k"))
 
     assert len(script.asked) == 2
 
@@ -280,10 +280,10 @@ def test_tls_is_for_a_name_under_an_authority_that_is_trusted(tmp_path: Path, *,
         for host, known in (("localhost", trusted), ("127.0.0.1", False)):
             with closing(_line(f"https://{host}:{script.port}", trust)) as line:
                 if known:
-                    assert line.ask(Ask("GET", "/b/k")).body == b"fine"
+                    assert line.ask(S3Request("GET", "/b/k")).body == b"fine"
                 else:
                     with pytest.raises(Unavailable, match="SSLCertVerificationError"):
-                        line.ask(Ask("GET", "/b/k"))
+                        line.ask(S3Request("GET", "/b/k"))
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_request_without_an_answer_arrives_no_later() -> None:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         line = _line(f"http://127.0.0.1:{server.getsockname()[1]}", timeout_s=0.2)
         with pytest.raises(Unavailable):
-            line.ask(Ask("PUT", "/b/k", body=body))
+            line.ask(S3Request("PUT", "/b/k", body=body))
 
         for _ in range(SILENCES):
             with server.accept()[0] as connection:

@@ -13,7 +13,7 @@ from typing import Final
 from kms_core.audit import chain, segments
 from kms_core.audit.chain import ChainLine
 from kms_core.audit.keys import PublicKeys
-from kms_core.audit.maintenance import ANCHORS_SUFFIX, FolderSink, RedisSink, files_in, line_of
+from kms_core.audit.sinks import ANCHORS_SUFFIX, FolderSink, RedisSink, files_in, line_of
 from kms_protocol.errors import AuditUnavailable
 
 CUT: Final = "cut"

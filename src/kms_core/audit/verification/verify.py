@@ -18,11 +18,11 @@ from typing import Final
 import msgspec
 import structlog
 
-from kms_core.audit import chain, maintenance, segments
+from kms_core.audit import chain, removals, segments
 from kms_core.audit.chain import text_of
 from kms_core.audit.keys import KEY_BYTES, PublicKeys, public_path
-from kms_core.audit.maintenance import FolderSink, RedisSink
 from kms_core.audit.segments import Segment
+from kms_core.audit.sinks import FolderSink, RedisSink
 from kms_core.audit.verification.anchors import ACKNOWLEDGED, AnchorReader
 from kms_core.audit.verification.crosscheck import Anchors, Removals, crosscheck
 from kms_core.audit.verification.scan import (
@@ -131,7 +131,7 @@ class Verifier:
     def verify(self, keys: PublicKeys, anchors: Anchors) -> VerificationReport:
         """Verify the log as ``verify`` does, but for the heads in other chains. Raises OSError."""
         self.unread, report = "", VerificationReport(trusted=True)
-        self._removals.search = partial(maintenance.removal_horizon, self._folder, keys)
+        self._removals.search = partial(removals.removal_horizon, self._folder, keys)
         files = segments.listed(self._folder)
         found: dict[Segment, ScannedSpan] = {}
         unread: set[str] = set()

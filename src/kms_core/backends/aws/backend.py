@@ -273,7 +273,10 @@ def _bound(aad: bytes) -> dict[str, object]:
 
 
 def parsed(key: str) -> re.Match[str]:
-    """Groups ``alias`` and ``region``, each or None. Raises ConfigurationError."""
+    """Match the alias, id or ARN of a key. Its groups ``alias`` and ``region`` are None where it has none.
+
+    Raises ConfigurationError for other text.
+    """
     found = _NAME.fullmatch(key)
     if found is None:
         raise ConfigurationError(_USAGE)

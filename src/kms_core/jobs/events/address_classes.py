@@ -59,10 +59,10 @@ def is_of_host(address: Address) -> bool:
 
     So are IPv6 addresses that a translator or a tunnel would take there.
     """
-    return any(found in network for found in _ends_at(address) for network in _OF_HOSTS)
+    return any(found in network for found in _destinations(address) for network in _OF_HOSTS)
 
 
-def _ends_at(address: Address) -> Iterator[Address]:
+def _destinations(address: Address) -> Iterator[Address]:
     """The address without a zone, and the IPv4 addresses to which a packet for it may go."""
     address = _unmapped(address)
     yield address

@@ -26,11 +26,12 @@ from typing import Final, cast
 import msgspec
 import structlog
 
+from kms_core.backoff import jittered_wait_s
 from kms_core.jobs.events import transitions, webhook
 from kms_core.jobs.events.webhook import DeliveryOutcome, WebhookEndpoint, WebhookRequest
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
-from kms_core.periodic import PeriodicThread, jittered_wait_s
+from kms_core.periodic import PeriodicThread
 from kms_protocol import wire
 from kms_protocol.errors import DurabilityUnconfirmed, UnknownJob
 

@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from kms_core.periodic import SharedTime
+from kms_core.shared_time import SharedTime
 
 PATIENCE_S: Final = 120.0
 """Without a claim while messages wait, after which a worker is started again."""

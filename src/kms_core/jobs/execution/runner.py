@@ -15,6 +15,7 @@ import structlog
 from opentelemetry.trace import SpanKind
 
 from kms_core import audit
+from kms_core.backoff import jittered_wait_s
 from kms_core.jobs import authorization
 from kms_core.jobs.execution import one_file, tree
 from kms_core.jobs.execution.lease import Chore, FoundLarge, HandedBack, Lease, WorkerContext
@@ -38,7 +39,6 @@ from kms_core.jobs.spec import (
 from kms_core.jobs.store.reader import PartRecord, parts_digest
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics, tracing
-from kms_core.periodic import jittered_wait_s
 from kms_protocol.errors import (
     DurabilityUnconfirmed,
     JobCancelled,

@@ -110,13 +110,13 @@ def due(store: JobStore, limit: int = 1000) -> list[str]:
 
     Raises JobsUnavailable, as all functions here.
     """
-    return list(dict.fromkeys(name for key in DUE for name in past(store, key, limit)))
+    return list(dict.fromkeys(job_id for key in DUE for job_id in past(store, key, limit)))
 
 
-def past(store: JobStore, name: str, limit: int, ago_s: float = 0.0) -> list[str]:
+def past(store: JobStore, sorted_set: str, limit: int, ago_s: float = 0.0) -> list[str]:
     """Members of a sorted set (its key without the prefix) whose time came ``ago_s`` ago."""
     with redis_errors():
-        ids = store.redis.zrangebyscore(f"{PREFIX}{name}", 0, store.now() - ago_s, start=0, num=limit)
+        ids = store.redis.zrangebyscore(f"{PREFIX}{sorted_set}", 0, store.now() - ago_s, start=0, num=limit)
     return [named(raw) for raw in cast("list[bytes]", ids)]
 
 

@@ -54,13 +54,16 @@ class CommitMarks:
     spool: BlobStore
 
     def sign(self, attempt_id: str, url: str, *facts: int) -> str:
-        """The mark of an attempt on its target at a URL."""
+        """The mark of an attempt on its target at a URL.
+
+        ``facts`` are those of the ``FileIdentity`` of a file; none for an object.
+        """
         texts = (self.job_id, attempt_id, self.source, url, *map(str, facts))
         mac = self.key.digest(_LABEL, self.spec, *(text.encode() for text in texts))
         return f"{self.job_id}/{attempt_id}/{mac.hex()}"
 
     def is_ours(self, mark: str, url: str, *facts: int) -> bool:
-        """Return whether an attempt at this job has put this in place."""
+        """Return whether an attempt at this job made the mark, with ``url`` and ``facts`` as in ``sign``."""
         attempt_id = mark.removeprefix(f"{self.job_id}/").partition("/")[0]
         return hmac.compare_digest(mark.encode(), self.sign(attempt_id, url, *facts).encode())
 

@@ -16,7 +16,7 @@ from typing import Final
 
 import msgspec
 
-from kms_core.jobs.file_patterns import TAG, TEMPORARY, States, Tree, encoded, parse_file_url
+from kms_core.jobs.file_patterns import TAG, TEMPORARY, Positions, Tree, encoded, parse_file_url
 from kms_core.jobs.model import Commit, CommitGone
 from kms_core.jobs.spec import PlacedTarget
 from kms_core.jobs.storage.commit_marks import CommitMarks, FileIdentity
@@ -304,15 +304,15 @@ def walk(roots: Roots, tree: Tree) -> Iterator[ListedFile]:
         yield from _below(tree, top, "", tree.start())
 
 
-def _below(tree: Tree, fd: int, path: str, states: States) -> Iterator[ListedFile]:
-    """The files in an open directory. ``path`` is its path below the base, which leads to ``states``."""
+def _below(tree: Tree, fd: int, path: str, positions: Positions) -> Iterator[ListedFile]:
+    """The files in an open directory. ``path`` is its path below the base, which leads to ``positions``."""
     if path.count("/") == MOST_DEPTH:
         raise TooLarge(f"There are more than {MOST_DEPTH} directories in one another")
     with file_errors(), os.scandir(fd) as entries:
         found = sorted(entries, key=lambda entry: os.fsencode(entry.name))
     for entry in found:
         name = entry.name
-        after, at = tree.step(states, name), path + encoded(name)
+        after, at = tree.step(positions, name), path + encoded(name)
         if entry.is_dir(follow_symlinks=False):
             if tree.goes_on(after):
                 yield from _inside(tree, fd, name, f"{at}/", after)
@@ -320,7 +320,7 @@ def _below(tree: Tree, fd: int, path: str, states: States) -> Iterator[ListedFil
             yield ListedFile(at, _size(entry))
 
 
-def _inside(tree: Tree, above: int, name: str, path: str, states: States) -> Iterator[ListedFile]:
+def _inside(tree: Tree, above: int, name: str, path: str, positions: Positions) -> Iterator[ListedFile]:
     try:
         with file_errors():
             inner = os.open(name, DIRECTORY, dir_fd=above)
@@ -328,7 +328,7 @@ def _inside(tree: Tree, above: int, name: str, path: str, states: States) -> Ite
         yield ListedFile(path, code=exc.code)
         return
     try:
-        yield from _below(tree, inner, path, states)
+        yield from _below(tree, inner, path, positions)
     finally:
         os.close(inner)
 

@@ -20,12 +20,12 @@ from typing import Final
 import structlog
 
 from kms_core.jobs.storage.blob_store import SpoolNote, WriteBlob
-from kms_core.periodic import SharedTime
 from kms_core.s3.bucket import ALWAYS, Bucket, ObjectHead, ObjectReader, StoreRefused
 from kms_core.s3.connection import SILENCES, StoreAway
 from kms_core.s3.streams import BufferPool, ReadAhead, StreamedObject
 from kms_core.settings.model import Settings
 from kms_core.settings.model import SpoolBucketSection as Section
+from kms_core.shared_time import SharedTime
 from kms_core.stores import s3_connection
 from kms_protocol.errors import (
     InvalidRequest,

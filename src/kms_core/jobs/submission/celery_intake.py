@@ -159,7 +159,10 @@ class Intake:
         return True
 
     def _options(self, asked: Submission, digest: bytes, who: Principal) -> SubmissionOptions:
-        """The record must outlive the message, else a late replay would run the job again."""
+        """The options of a message's job, whose record is kept until the message has expired.
+
+        ``keep_for`` or ``ttl_s`` is raised as needed: without the record, a replay would run the job again.
+        """
         job, result_ttl_s = asked.job, self._submitter.store.rules.result_ttl_s
         needed_s = math.ceil(_left_s(asked)) + _SKEW_S - result_ttl_s
         kept = {"keep_for": max(job.keep_for or result_ttl_s, needed_s)}

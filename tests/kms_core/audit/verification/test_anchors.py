@@ -13,10 +13,12 @@ import redis
 from structlog.testing import capture_logs
 
 from kms_core import audit
-from kms_core.audit import chain, maintenance, segments
+from kms_core.audit import chain, segments
 from kms_core.audit.keys import Signer
 from kms_core.audit.log import AuditLog
-from kms_core.audit.maintenance import ANCHORS, AuditMaintenance, FolderSink, RedisSink
+from kms_core.audit.maintenance import AuditMaintenance
+from kms_core.audit.removals import removal_horizon
+from kms_core.audit.sinks import ANCHORS, FolderSink, RedisSink
 from kms_core.audit.verification import anchors
 from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import AuditMonitor, verify
@@ -299,15 +301,13 @@ def test_a_removal_before_a_copied_checkpoint_is_not_signed_by_it(audit_folder: 
     log.close()
     (file,) = audit_folder.files()
     lines = file.read_bytes().splitlines(keepends=True)
-    assert (
-        maintenance.removal_horizon(audit_folder.folder, audit_folder.keys()) == "2026-01-01T00:00:00.000000Z"
-    )
+    assert removal_horizon(audit_folder.folder, audit_folder.keys()) == "2026-01-01T00:00:00.000000Z"
     before = chain.claimed_head(lines[1].rstrip())
     assert before is not None
     forged, _ = chain.seal(before, chain.body_of(lines[2]).replace(b'"before":"2026', b'"before":"2999'))
     file.write_bytes(b"".join([*lines[:2], forged, *lines[3:]]))
 
-    assert maintenance.removal_horizon(audit_folder.folder, audit_folder.keys()) == ""
+    assert removal_horizon(audit_folder.folder, audit_folder.keys()) == ""
 
 
 def test_anchors_of_another_install_are_not_held_against_this_log(

@@ -9,7 +9,8 @@ import pytest
 
 from kms_core.audit import chain, segments
 from kms_core.audit.keys import PublicKeys, Signer
-from kms_core.audit.maintenance import AuditMaintenance, FolderSink
+from kms_core.audit.maintenance import AuditMaintenance
+from kms_core.audit.sinks import FolderSink
 from kms_core.audit.verification.anchors import ACKNOWLEDGED
 from kms_core.audit.verification.scan import VerificationReport
 from kms_core.audit.verification.verify import AuditMonitor

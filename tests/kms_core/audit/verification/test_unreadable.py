@@ -13,9 +13,11 @@ import pytest
 from prometheus_client import REGISTRY
 
 from kms_cli.local import anchors
-from kms_core.audit import chain, maintenance, query
+from kms_core.audit import chain, query
 from kms_core.audit.hosts import host_logs, local_log
-from kms_core.audit.maintenance import AuditMaintenance, FolderSink
+from kms_core.audit.maintenance import AuditMaintenance
+from kms_core.audit.removals import removal_horizon
+from kms_core.audit.sinks import FolderSink
 from kms_core.audit.verification.crosscheck import Removals
 from kms_core.audit.verification.verify import AuditMonitor
 from kms_core.settings.model import Settings
@@ -200,7 +202,7 @@ def test_a_missing_file_is_told_although_another_cannot_be_read(audit_folder: Au
     first.chmod(0)
     with unprivileged(audit_folder):
         assert found(watch) == ["missing_chain"]
-        assert maintenance.removal_horizon(audit_folder.folder, audit_folder.keys()) == ""
+        assert removal_horizon(audit_folder.folder, audit_folder.keys()) == ""
     assert [problem.code for problem in watch.condition.problems] == ["missing_file"]
 
 
@@ -213,9 +215,7 @@ def test_the_latest_removal_counts_wherever_it_is_on_record(audit_folder: AuditF
     second.record_removal("2026-02-01T00:00:00.000000Z", 1)
     first.append(record(2))
 
-    assert (
-        maintenance.removal_horizon(audit_folder.folder, audit_folder.keys()) == "2026-02-01T00:00:00.000000Z"
-    )
+    assert removal_horizon(audit_folder.folder, audit_folder.keys()) == "2026-02-01T00:00:00.000000Z"
 
 
 def test_what_cannot_be_read_is_told_once(audit_folder: AuditFolder) -> None:

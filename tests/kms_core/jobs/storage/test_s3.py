@@ -10,7 +10,7 @@ from support import object_stores
 from support.core_jobs import NEW
 from support.job_stores import forge
 from support.object_jobs import Make, ObjectJobs
-from support.object_stores import ObjectStore, S3Proxy, S3Request
+from support.object_stores import ObjectStore, S3Proxy, SeenRequest
 
 KiB, MiB = 1024, 1024 * 1024
 SIZES = [0, 1, 64 * KiB - 1, 64 * KiB + 1, 5 * MiB - 1, 5 * MiB + 1, 17 * MiB]
@@ -293,7 +293,7 @@ def test_an_answer_that_is_lost_changes_nothing(
     source = bucket.put("in", data)
     met: list[str] = []
 
-    def intercept(seen: S3Request) -> int | None:
+    def intercept(seen: SeenRequest) -> int | None:
         if seen.operation == lost and seen.path not in met:
             met.append(seen.path)
             return 0
@@ -316,7 +316,7 @@ def test_a_source_that_changes_meanwhile_is_refused(
     bucket = proxied_object_jobs.bucket
     job_id = proxied_object_jobs.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"))
 
-    def intercept(_: S3Request) -> None:
+    def intercept(_: SeenRequest) -> None:
         if s3_proxy.operations.count("GetObject") == 3:
             bucket.put("in", b"x" * LARGE)
 
@@ -334,7 +334,7 @@ def test_a_source_that_changes_while_the_store_copies_is_refused(
     bucket = proxied_object_jobs.bucket
     proxied_object_jobs.ok("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/sealed"))
 
-    def intercept(seen: S3Request) -> None:
+    def intercept(seen: SeenRequest) -> None:
         if seen.operation == "UploadPartCopy":
             bucket.put("out/sealed", bucket.get("out/sealed")[::-1])
 
@@ -357,7 +357,7 @@ CONDITIONS = {
 def test_a_store_that_ignores_a_condition_gets_no_target_that_must_appear_once(make: Make, told: str) -> None:
     name, header = CONDITIONS[told]
 
-    def intercept(seen: S3Request) -> None:
+    def intercept(seen: SeenRequest) -> None:
         if seen.operation == name:
             seen.headers.pop(header, None)
 

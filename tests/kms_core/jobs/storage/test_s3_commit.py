@@ -18,7 +18,7 @@ from support.core_jobs import end_of, run_job
 from support.failing_store import CRASH_POINTS, worker_calling_at
 from support.job_stores import TENANT, accepted, expire_leases, forge, later, put_back_as_due, record
 from support.object_jobs import ObjectJobs
-from support.object_stores import S3Proxy, S3Request
+from support.object_stores import S3Proxy, SeenRequest
 from support.waiting import until
 
 MiB = 1024 * 1024
@@ -204,7 +204,7 @@ def test_upload_that_cannot_be_aborted_now_is_aborted_by_the_next_attempt(
     bucket = proxied_object_jobs.bucket
     job_id = proxied_object_jobs.submit("encrypt", bucket.put("in", bytes(LARGE)), bucket.url("out/x"))
 
-    def away(seen: S3Request) -> int | None:
+    def away(seen: SeenRequest) -> int | None:
         return 503 if seen.operation in {"AbortMultipartUpload", "UploadPart"} else None
 
     s3_proxy.intercept = away
@@ -228,7 +228,7 @@ def test_upload_that_another_aborts_is_done_again(
     admin = bucket.store.admin
     aborted: list[str] = []
 
-    def abort(seen: S3Request) -> None:
+    def abort(seen: SeenRequest) -> None:
         if seen.operation == request_ and not aborted:
             (upload,) = admin.list_multipart_uploads(Bucket=bucket.name)["Uploads"]
             admin.abort_multipart_upload(Bucket=bucket.name, Key=upload["Key"], UploadId=upload["UploadId"])
@@ -267,7 +267,7 @@ def test_cancelled_job_leaves_nothing(proxied_object_jobs: ObjectJobs, s3_proxy:
     bucket = proxied_object_jobs.bucket
     job_id = proxied_object_jobs.submit("reseal", _sealed(proxied_object_jobs), bucket.url("out/x"))
 
-    def cancel(seen: S3Request) -> None:
+    def cancel(seen: SeenRequest) -> None:
         if seen.operation == "UploadPart":
             proxied_object_jobs.core.worker_context.store.cancel(job_id, "default")
 

@@ -29,7 +29,7 @@ from kms_core.s3.streams import BufferPool
 from kms_protocol.errors import ResultExpired, SpoolFull, SpoolUnavailable
 from support import blob_stores, object_stores
 from support.blob_stores import JOB, MIB, PREFIX, label, read, write
-from support.object_stores import ObjectStore, S3Proxy, S3Request, TestBucket
+from support.object_stores import ObjectStore, S3Proxy, SeenRequest, TestBucket
 from support.ports import free_port
 from support.waiting import until
 
@@ -110,7 +110,7 @@ def test_write_whose_answer_is_lost_is_recognised(
 ) -> None:
     left = [lost]
 
-    def lose_once(seen: S3Request) -> int | None:
+    def lose_once(seen: SeenRequest) -> int | None:
         if seen.operation not in left:
             return None
         left.clear()
@@ -220,7 +220,7 @@ def test_no_call_waits_for_the_one_that_asks_whether_the_bucket_is_back(
     is_back = threading.Event()
     del s3_proxy.seen[:]
 
-    def silent(_: S3Request) -> None:
+    def silent(_: SeenRequest) -> None:
         is_back.wait(60)
 
     s3_proxy.intercept = silent
@@ -409,7 +409,7 @@ def test_store_without_conditions_is_written_without(spool: Spool, s3_proxy: S3P
 def test_store_that_ignores_conditions_keeps_what_each_attempt_wrote(
     spool: Spool, bucket: TestBucket, s3_proxy: S3Proxy
 ) -> None:
-    def ignore(seen: S3Request) -> None:
+    def ignore(seen: SeenRequest) -> None:
         seen.headers.pop("if-none-match", None)
 
     s3_proxy.intercept = ignore

@@ -26,7 +26,7 @@ from kms_core.envelope import sealing
 from kms_core.envelope.binding import KeyRef
 from kms_core.jobs.submission import celery_intake
 from kms_core.jobs.submission.celery_intake import Intake, Submission
-from kms_core.periodic import SharedTime
+from kms_core.shared_time import SharedTime
 from kms_protocol.context import Context
 from kms_protocol.errors import (
     BackendUnavailable,
