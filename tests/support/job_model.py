@@ -61,7 +61,7 @@ class ModelJob:
     run_by: float
     expires_at: float
     keep_for_s: float = 0.0
-    spooled_bytes: int = 0
+    counted_bytes: int = 0  # of its input, then of its result, for the quota of its tenant
     group: str = ""
     group_jobs: int = 0
     parent: str = ""
@@ -86,6 +86,7 @@ class ModelJob:
     commit: str = ""
     log: str = ""
     fetched: int = 0
+    is_spooled: bool = False
     ready: Literal["yes", "maybe", "no"] = "yes"  # whether a worker that asks for any job may get this one
     slot_until: float | None = None  # until when it counts among the leases of its tenant
     leased_at: float | None = None  # the times at which the reaper looks at it
@@ -165,6 +166,7 @@ class JobModel:
         if key:
             self.keys[key] = job.job_id, digest, job.expires_at
         self.jobs[job.job_id] = job
+        job.is_spooled = job.counted_bytes > 0
         self._open(job)
         self._report(job, "queued")
         return job.job_id
@@ -177,9 +179,9 @@ class JobModel:
             return "rate_limited"
         if job.group and len(self._group(job).members) >= job.group_jobs:
             return "group_complete"
-        if job.spooled_bytes:
-            used = sum(each.spooled_bytes for each in mine)
-            if used + job.spooled_bytes > self.rules.tenant_bytes:
+        if job.counted_bytes:
+            used = sum(each.counted_bytes for each in mine)
+            if used + job.counted_bytes > self.rules.tenant_bytes:
                 return "spool_quota"
         return ""
 
@@ -201,7 +203,7 @@ class JobModel:
             return "started"
         del self.jobs[job_id]
         self._report(job, "cancelled", "durability_unconfirmed")
-        if job.spooled_bytes:
+        if job.is_spooled:
             self.inputs[job_id] = self.at
         if job.group:
             self._group(job).members.discard(job_id)
@@ -472,8 +474,6 @@ class JobModel:
         times = {"start_by": job.run_by, "run_by": job.run_by, "expires_at": job.expires_at}
         for name in parts:
             part = ModelJob(name, job.tenant, job.queue, **times, keep_for_s=job.keep_for_s, parent=job.job_id)
-            part.claims = self.jobs[name].claims + 1 if name in self.jobs else 0
-            self.results.pop(name, None) if part.claims else None
             self.jobs[name] = part
             self._open(part)
         job.parts, job.parts_left = list(parts), len(parts)
@@ -502,10 +502,10 @@ class JobModel:
         job.state, job.error, job.ended_at, job.lease_until, job.ready = state, code, self.at, 0, "no"
         job.slot_until = job.leased_at = job.delayed_at = job.expiring_at = None
         job.is_dead = code in DEAD and not job.parent
-        if job.spooled_bytes and code not in DEAD:  # a retry needs its input
+        if job.is_spooled and code not in DEAD:  # a retry needs its input
             self.inputs[job.job_id] = self.at
         if state == "cancelled":
-            job.spooled_bytes = 0
+            job.counted_bytes = 0
         until = min(job.expires_at, self.at + job.keep_for_s) if job.keep_for_s else job.expires_at
         self.results[job.job_id], job.gone_at = until, until + self.rules.kept_s
         self._report(job, state, code)
@@ -532,6 +532,10 @@ class JobModel:
 
     # -- the reaper and the cleanup ----------------------------------------------------------------------
 
+    def times(self) -> list[float]:
+        """The times at which the reaper looks at a job."""
+        return [at for job in self.jobs.values() for at in _times(job)]
+
     def due(self) -> set[str]:
         """Jobs that the reaper looks at: leases and delays that are over, queued jobs that have expired."""
         return {name for name, job in self.jobs.items() if any(at <= self.at for at in _times(job))}
@@ -539,7 +543,7 @@ class JobModel:
     def reap(self, job_id: str) -> None:
         """Look at one of those."""
         job = self.jobs.get(job_id)
-        if job is None or (job.state != "queued" and job.lease_until > self.at):
+        if job is None or not job.is_open or (job.state != "queued" and job.lease_until > self.at):
             return
         if job.have_parts_ended:
             job.leased_at = self.at + LOOK_AGAIN_S
@@ -568,7 +572,7 @@ class JobModel:
         self.inputs.pop(job_id)
         job = self.jobs.get(job_id)
         if job and job.error not in {"", "items_failed"}:
-            job.spooled_bytes = 0
+            job.counted_bytes = 0
 
     def due_results(self) -> set[str]:
         return {name for name, at in self.results.items() if at <= self.at}
@@ -579,7 +583,7 @@ class JobModel:
         self.inputs.pop(job_id, None)
         job = self.jobs.get(job_id)
         if job:
-            job.is_purged, job.spooled_bytes = True, 0
+            job.is_purged, job.counted_bytes = True, 0
             if job.claims > 1:
                 self.chores.add(job_id)
 

@@ -1,0 +1,543 @@
+"""The job store beside the model of its protocol: the same calls in any order, and the same jobs after each of them.
+
+Several workers, two tenants, parts, groups, and one clock that steps. An attempt asks at any time, long after it has
+lost its job too. The sequences are the same in each run.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, cast
+
+import msgspec
+import pytest
+import redis
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from kms_core.jobs.execution.runner import end_parent
+from kms_core.jobs.model import Attempt, Checkpoint, Following, Job, part_id
+from kms_core.jobs.recovery.reaper import due, past, reap_all
+from kms_core.jobs.recovery.spool_cleanup import expired
+from kms_core.jobs.spec import BULK, FILES, MAINTENANCE, NOT_OF_PARTS, AnyJob, ItemsJob, WorkResult
+from kms_core.jobs.store.keys import job_key
+from kms_core.jobs.store.scripts import SCRIPTS
+from kms_core.settings.model import TenantSection
+from kms_protocol.errors import KmsError
+from kms_protocol.wire import JobState
+from support.clock import Clock
+from support.clocked_store import START, ClockedStore, python_clock
+from support.embedded_valkey import unrestricted
+from support.job_model import OK, Held, JobModel, ModelJob, Rules
+from support.job_stores import COMMIT, accepted, connect, with_jobs
+
+RULES: Final = Rules(
+    lease_s=10,
+    attempts=2,
+    open_jobs=7,
+    tenant_leases=2,
+    tenant_jobs=4,
+    tenant_bytes=100,
+    kept_s=40,
+    input_grace_s=5,
+    retry_within_s=ClockedStore.retry_within_s,
+)
+TENANTS: Final = ("a", "b")
+SECTION: Final = msgspec.structs.replace(
+    with_jobs(lease_s=10, attempts=2, open_jobs=7, tenant_leases=2, result_ttl_s=40, input_grace_s=5),
+    tenants={name: TenantSection(open_jobs=4, spool_bytes=100) for name in TENANTS},
+)
+FORMS: Final[dict[str, dict[str, object]]] = {
+    "upload": {"source": "upload", "size_bytes": 40},
+    "items": {"source": "items", "items": 2, "starts": (0, 1), "size_bytes": 40},
+    "file": {"source": "file:///a", "target": "file:///b"},
+}
+TERMS: Final = ((25, 40, 0), (60, 60, 15), (12, 200, 0), (200, 200, 500))
+"""Seconds from a submission until its job must start and end, and for which its result is kept."""
+SERVED: Final = ((BULK, FILES, MAINTENANCE), (FILES, BULK), (BULK,), (FILES,))
+ENDS: Final[Sequence[tuple[JobState, str]]] = (
+    ("succeeded", ""),
+    ("failed", "items_failed"),
+    ("failed", "decrypt_failed"),
+    ("failed", "record_refused"),
+    ("cancelled", "cancelled"),
+)
+PICKS: Final = st.integers(0, 9)
+WORKERS: Final = st.sampled_from(("w1/1", "w2/1", "w2/2"))
+NOTHING: Final = st.none()
+
+
+def model_job(spec: AnyJob) -> ModelJob:
+    """A job as the model has it when it is accepted."""
+    times = (spec.start_by, spec.run_by, spec.expires_at, spec.keep_for_s)
+    return ModelJob(
+        spec.job_id, spec.tenant, spec.queue, *times, spec.spooled_bytes, spec.group, spec.group_jobs
+    )
+
+
+def shown_by_store(job: Job) -> dict[str, object]:
+    return {
+        "state": job.state,
+        "error": job.error,
+        "attempt": job.attempt,
+        "generation": job.generation,
+        "holder": job.attempt_id if job.state in {"running", "committing"} else "",
+        "not_before": job.not_before if job.state == "queued" else 0,
+        "started_at": job.started_at,
+        "ended_at": job.ended_at if job.ended else 0,
+        "released": job.released,
+        "is_cancelling": bool(job.cancel),
+        "is_purged": bool(job.purged),
+        "parts": job.parts,
+        "parts_left": job.parts_left,
+        "start_by": job.start_by,
+        "run_by": job.run_by,
+    }
+
+
+def shown_by_model(job: ModelJob) -> dict[str, object]:
+    fields = {name: getattr(job, name) for name in shown_by_store(Job("", "", "encrypt", "queued"))}
+    fields["holder"] = job.holder if job.state in {"running", "committing"} else ""
+    fields["not_before"] = job.not_before if job.state == "queued" else 0
+    return fields | {"parts": len(job.parts)}
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Asks the store and the model for the same, and compares what both answer and show."""
+
+    def __init__(self, client: redis.Redis, clock: Clock, reached: Counter[str], called: Counter[str]) -> None:
+        super().__init__()
+        self.store = ClockedStore(client, SECTION, clock, called)
+        self.model = JobModel(RULES, START)
+        self.reached = reached
+        self.specs: dict[str, tuple[AnyJob, str]] = {}
+        self.held: list[tuple[Attempt, Held]] = []
+        self.split_by: set[str] = set()
+        self.told, self.last_event = 0, "-"
+
+    def name_of(self, pick: int) -> str:
+        """The id of one of the jobs that were submitted, the newest for 0; it may be there no more."""
+        return list(self.specs)[-1 - pick % len(self.specs)]
+
+    def label(self, job_id: str) -> str:
+        job = self.model.jobs.get(job_id)
+        if job is None:
+            return "nothing"
+        parts = " in parts" if job.parts and job.is_open else ""
+        return f"{'dead' if job.is_dead else job.state}{parts}"
+
+    def note(self, call: str, before: str, job_id: str, said: str = OK) -> None:
+        """Count a transition."""
+        answer = "" if said in {OK, job_id} else f": {'an earlier job' if said in self.specs else said}"
+        self.reached[f"{call}: {before} > {self.label(job_id)}{answer}"] += 1
+
+    def compare(self, call: str, job_id: str, real: Callable[[], object], expected: Callable[[], str]) -> str:
+        """Have store and model do something with a job, which answer the same."""
+        before = self.label(job_id)
+        try:
+            answer = real()
+        except KmsError as exc:
+            answer = exc.code
+        said = answer if isinstance(answer, str) else OK
+        wanted = expected()
+        assert said == wanted, f"{call} answered {said}, and not {wanted}"
+        self.note(call, before, job_id, said)
+        return said
+
+    # -- callers -----------------------------------------------------------------------------------------
+
+    @rule(
+        form=st.sampled_from(("items", "file", "upload")),
+        tenant=st.sampled_from(TENANTS),
+        terms=st.sampled_from(TERMS),
+        key=st.sampled_from(("", "", "k")),
+        group=st.sampled_from(("", "", "g")),
+    )
+    def submit(self, form: str, tenant: str, terms: tuple[int, int, int], key: str, group: str) -> None:
+        at, (start_s, run_s, keep_s) = self.model.at, terms
+        times = {"start_by": at + start_s, "run_by": at + run_s, "expires_at": at + run_s + (keep_s or 100)}
+        fields = {"tenant": tenant, "created_at": at, **times, "keep_for_s": keep_s, **FORMS[form]}
+        fields |= {"group": f"{group} {keep_s}", "group_jobs": 2} if group else {}
+        name = f"{len(self.specs):08x}-0000-4000-8000-000000000000"
+        spec = accepted(job_id=name, digest=form.encode(), **fields)
+        self.specs[name] = spec, f"{tenant} {key}" if key else ""
+        self.submit_to_both(*self.specs[name])
+
+    def submit_to_both(self, spec: AnyJob, key: str) -> None:
+        self.compare(
+            "submit",
+            spec.job_id,
+            lambda: self.store.submit(spec, key).job_id,
+            lambda: self.model.submit(model_job(spec), key, spec.digest.decode()),
+        )
+
+    @precondition(lambda self: self.specs)
+    @rule(pick=PICKS)
+    def submit_again(self, pick: int) -> None:
+        """As a client does that got no answer."""
+        name = self.name_of(pick)
+        if name in self.model.jobs:
+            self.submit_to_both(*self.specs[name])
+
+    @precondition(lambda self: self.specs)
+    @rule(pick=PICKS)
+    def withdraw(self, pick: int) -> None:
+        """As a submission does that replicas do not acknowledge."""
+        name = self.name_of(pick)
+        spec, key = self.specs[name]
+        if key and self.model.keys.get(key, (name,))[0] != name:
+            return
+        keys = [job_key(name), f"kms:tenant:{spec.tenant}"]
+        keys += [f"kms:idem:{self.store.record_key.digest(key.encode()).hex()}"] if key else []
+        sealed = cast("bytes | None", self.store.redis.hget(job_key(name), "sealed")) or b""
+
+        def withdrawn() -> str:
+            error = self.store.unconfirmed_error(None, keys, name, sealed)
+            return "withdrawn" if error.withdrawn else "started"
+
+        self.compare("withdraw", name, withdrawn, lambda: self.model.withdraw(name))
+
+    @precondition(lambda self: self.specs)
+    @rule(pick=PICKS, owner=st.sampled_from(("own", "own", "own", "a")))
+    def cancel(self, pick: int, owner: str) -> None:
+        name, tenant = self.owned(pick, owner)
+        self.compare(
+            "cancel",
+            name,
+            lambda: self.store.cancel(name, tenant),
+            lambda: self.model.cancel(name, tenant),
+        )
+
+    @precondition(lambda self: self.specs)
+    @rule(pick=PICKS, owner=st.sampled_from(("own", "own", "own", "a")))
+    def retry(self, pick: int, owner: str) -> None:
+        name, tenant = self.owned(pick, owner)
+        self.compare(
+            "retry", name, lambda: self.store.retry(name, tenant), lambda: self.model.retry(name, tenant)
+        )
+
+    def owned(self, pick: int, owner: str) -> tuple[str, str]:
+        """A job, and its own tenant or another."""
+        name = self.name_of(pick)
+        return name, self.specs[name][0].tenant if owner == "own" else owner
+
+    @precondition(lambda self: self.specs)
+    @rule(pick=PICKS, sent=st.sampled_from(((), (0, 10), (0, 5), (5, 10), (6, 10))))
+    def release(self, pick: int, sent: tuple[int, ...]) -> None:
+        name, tenant = self.owned(pick, "own")
+
+        def real() -> None:
+            job = self.store.get(name, tenant)
+            if sent:
+                self.store.fetched(job, *sent, 10)
+            else:
+                self.store.release(job)
+
+        def expected() -> str:
+            if sent:
+                return self.model.fetched(name, tenant, (sent[0], sent[1]), 10)
+            return self.model.release(name, tenant)
+
+        self.compare("fetch" if sent else "release", name, real, expected)
+
+    # -- workers -----------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.specs)
+    @rule(pick=PICKS, worker=WORKERS)
+    def claim(self, pick: int, worker: str) -> None:
+        """Take a job or a part by its name."""
+        names = list(self.model.jobs) or list(self.specs)
+        name = names[-1 - pick % len(names)]
+        self.took("claim", name, self.store.claim(name, worker), ())
+
+    @rule(worker=WORKERS, queues=st.sampled_from(SERVED))
+    def take_next(self, worker: str, queues: tuple[str, ...]) -> None:
+        self.given(self.store.next(worker, queues, woken=False), queues)
+
+    @rule(worker=WORKERS)
+    def take_any(self, worker: str) -> None:
+        self.take_next(worker, SERVED[0])
+
+    def given(self, found: Attempt | str | None, queues: tuple[str, ...]) -> None:
+        """What a worker was given that asked for any job."""
+        if found is None:
+            self.model.find_nothing(queues)
+        elif isinstance(found, Attempt):
+            self.took("next", found.accepted.job_id, found, queues)
+        elif not self.model.take_chore(found):
+            assert self.took("next", found, None, queues) == "closed"
+
+    def took(self, call: str, job_id: str, found: Attempt | None, queues: tuple[str, ...]) -> str:
+        before = self.label(job_id)
+        said = self.model.claim(job_id, found.attempt_id if found else "", queues)
+        if isinstance(said, str):
+            assert found is None, f"the store gave {job_id}, which was {said}"
+            self.note(call, before, job_id, said)
+            return said
+        assert found is not None, f"the store did not give {job_id}"
+        commit = self.model.jobs[job_id].commit
+        assert (found.attempt, found.commit and str(found.commit.size_bytes)) == (said.number, commit or None)
+        self.held.append((found, said))
+        self.note(call, before, job_id)
+        return OK
+
+    def an_attempt(self, pick: int, *, may_be_split: bool = False) -> tuple[Attempt, Held] | None:
+        """An attempt, the last one for 0. One that split its job asks for nothing more."""
+        found = self.held[-1 - pick % len(self.held)] if self.held else None
+        is_over = found and found[1].attempt_id in self.split_by and not may_be_split
+        return None if is_over else found
+
+    def ask(
+        self, call: str, held: Held, real: Callable[[], object], expected: Callable[[], str]
+    ) -> str:
+        before = self.model.jobs.get(held.job_id)
+        is_stale = before is None or before.holder != held.attempt_id
+        return self.compare(f"{call} by another" if is_stale else call, held.job_id, real, expected)
+
+    @precondition(lambda self: self.held)
+    @rule(pick=PICKS)
+    def renew(self, pick: int) -> None:
+        found = self.an_attempt(pick, may_be_split=True)
+        if found:
+            attempt, held = found
+            self.ask("renew", held, lambda: self.store.renew(attempt, {}), lambda: self.model.renew(held))
+
+    @precondition(lambda self: self.held)
+    @rule(pick=PICKS, size=st.sampled_from((1, 1, 2)))
+    def commit(self, pick: int, size: int) -> None:
+        found = self.an_attempt(pick)
+        if found:
+            attempt, held = found
+            commit = msgspec.structs.replace(COMMIT, size_bytes=size)
+            self.ask(
+                "commit",
+                held,
+                lambda: self.store.committing(attempt, commit),
+                lambda: self.model.begin_commit(held, str(size)),
+            )
+
+    @precondition(lambda self: self.held)
+    @rule(pick=PICKS)
+    def take_back_commit(self, pick: int) -> None:
+        found = self.an_attempt(pick)
+        if found:
+            attempt, held = found
+            self.ask(
+                "take back",
+                held,
+                lambda: self.store.committing(attempt, None),
+                lambda: self.model.take_back_commit(held),
+            )
+
+    @precondition(lambda self: self.held)
+    @rule(pick=PICKS, end=st.sampled_from(ENDS), queues=st.sampled_from(((), (), *SERVED)))
+    def finish(self, pick: int, end: tuple[JobState, str], queues: tuple[str, ...]) -> None:
+        """End a job, and with ``queues`` take the next one together with that."""
+        found = self.an_attempt(pick)
+        if not found:
+            return
+        attempt, held = found
+        result = WorkResult(items_done=1, items_failed=int(end[1] == "items_failed"))
+        following = Following(attempt.worker, queues, lambda: bool(queues))
+        attempt = dataclasses.replace(attempt, following=following)
+        self.ask(
+            f"finish as {end[1] or end[0]}",
+            held,
+            lambda: self.store.finish(attempt, *end, result),
+            lambda: self.model.finish(held, *end),
+        )
+        for claimed in following.claimed:
+            self.given(self.store.found_by(attempt.worker, *claimed), queues)
+
+    @precondition(lambda self: self.held)
+    @rule(pick=PICKS, delay_s=st.sampled_from((0, 1, 15)))
+    def defer(self, pick: int, delay_s: int) -> None:
+        found = self.an_attempt(pick)
+        if found:
+            attempt, held = found
+            self.ask(
+                "defer",
+                held,
+                lambda: self.store.defer(attempt, delay_s),
+                lambda: self.model.defer(held, delay_s),
+            )
+
+    @precondition(lambda self: self.held)
+    @rule(pick=PICKS)
+    def stall(self, pick: int) -> None:
+        found = self.an_attempt(pick, may_be_split=True)
+        if found:
+            attempt, held = found
+
+            def stalled() -> None:
+                self.store.stalled(attempt)
+
+            self.ask("stall", held, stalled, lambda: self.model.stall(held))
+
+    @precondition(lambda self: any(held.parent for _, held in self.held))
+    @rule(pick=PICKS, word=st.sampled_from(("x", "y")))
+    def step(self, pick: int, word: str) -> None:
+        of_parts = [each for each in self.held if each[1].parent]
+        attempt, held = of_parts[-1 - pick % len(of_parts)]
+        self.ask(
+            "step",
+            held,
+            lambda: self.store.step(attempt, Checkpoint(effect=word), {}),
+            lambda: self.model.step(held, word),
+        )
+
+    @precondition(lambda self: any(isinstance(each.accepted, ItemsJob) for each, _ in self.held))
+    @rule(pick=PICKS)
+    def split(self, pick: int) -> None:
+        able = [each for each in self.held if isinstance(each[0].accepted, ItemsJob) and not each[1].parent]
+        if not able:
+            return
+        attempt, held = able[-1 - pick % len(able)]
+        spec = attempt.accepted
+        changes = {"parent": held.job_id, "items": 1, "starts": (0,), "size_bytes": 20, **NOT_OF_PARTS}
+        parts = [
+            msgspec.structs.replace(spec, job_id=part_id(held.job_id, number), part=number, **changes)
+            for number in range(2)
+        ]
+        names = [part.job_id for part in parts]
+        said = self.ask(
+            "split", held, lambda: self.store.split(attempt, parts), lambda: self.model.split(held, names)
+        )
+        if said == OK:
+            self.split_by.add(held.attempt_id)
+
+    @precondition(lambda self: any(job.parts for job in self.model.jobs.values()))
+    @rule(pick=PICKS)
+    def end_parent(self, pick: int) -> None:
+        names = [name for name, job in self.model.jobs.items() if job.parts]
+        name = names[-1 - pick % len(names)]
+        tenant = self.specs[name][0].tenant
+
+        def expected() -> str:
+            self.model.end_parent(name)
+            return OK
+
+        self.compare(
+            "end parent", name, lambda: end_parent(self.store.get(name, tenant), self.store), expected
+        )
+
+    # -- time, the reaper and the cleanup ----------------------------------------------------------------
+
+    @rule(seconds=st.sampled_from((1, 5, 10, 15, 50, 0, 0, 0)))
+    def pass_time(self, seconds: int) -> None:
+        """Some seconds, or for 0 those until something happens next."""
+        coming = [at for at in self.model.times() if at > self.model.at]
+        seconds = seconds or int(min(coming, default=self.model.at + 1) - self.model.at)
+        self.store.pass_time(seconds)
+        self.model.pass_time(seconds)
+
+    @rule()
+    def reap(self) -> None:
+        names = due(self.store)
+        assert set(names) == self.model.due()
+        for name, word in zip(names, reap_all(self.store, names), strict=True):
+            assert word != "unreadable"
+            before = self.label(name)
+            self.model.reap(name)
+            self.note("reap", before, name)
+
+    @rule()
+    def clean(self) -> None:
+        """Delete what the cleanup of the spool does, which is empty here."""
+        inputs = past(self.store, "inputs", 100, RULES.input_grace_s)
+        assert set(inputs) == self.model.due_inputs()
+        self.store.call_each("input_removed", inputs)
+        for name in inputs:
+            self.model.remove_input(name)
+        results = expired(self.store)
+        assert set(results) == self.model.due_results()
+        self.store.purged(*results)
+        for name in results:
+            self.model.purge(name)
+            self.note("purge", self.label(name), name)
+
+    # -- what is compared after each step ----------------------------------------------------------------
+
+    @invariant()
+    def jobs_are_the_same(self) -> None:
+        for tenant in TENANTS:
+            expected = [job for job in self.model.jobs.values() if job.tenant == tenant and not job.parent]
+            expected.sort(key=lambda job: job.job_id, reverse=True)
+            listed, _ = self.store.page(tenant, state=None, limit=50, before=None)
+            assert [job.job_id for job in listed] == [job.job_id for job in expected]
+            for real, job in zip(listed, expected, strict=True):
+                assert shown_by_store(real) == shown_by_model(job), job.job_id
+            counts = Counter(job.state for job in expected)
+            counts["dead"] = sum(job.is_dead for job in expected)
+            assert Counter(self.store.states(tenant)) == counts
+            assert self.store.spooled_bytes(tenant) == sum(job.counted_bytes for job in expected)
+
+    @invariant()
+    def parts_are_the_same(self) -> None:
+        for name, job in self.model.jobs.items():
+            if job.parent:
+                assert shown_by_store(self.store.part(name).job) == shown_by_model(job), name
+
+    @invariant()
+    def groups_are_the_same(self) -> None:
+        for (tenant, name), group in self.model.groups.items():
+            assert self.store.group_counts(tenant, name) == (len(group.members), len(group.open))
+
+    @invariant()
+    def reports_are_the_same(self) -> None:
+        found = cast("list[Any]", self.store.redis.xrange("kms:events", f"({self.last_event}" if self.told else "-"))
+        for number, fields in found:
+            self.last_event = number.decode()
+            kind = fields[b"type"].decode().removeprefix("kms.").removeprefix("job.")
+            said = fields[b"subject"].decode(), kind, fields[b"code"].decode()
+            assert said == self.model.events[self.told]
+            self.told += 1
+        assert self.told == len(self.model.events)
+
+
+OUTSIDE: Final = {
+    "add_counts": "counts of operations",
+    "begin_session": "sessions of the pages",
+    "lock": "one reaper at a time",
+    "move_delivery": "webhooks",
+    "probe": "memory",
+    "put_aside": "records of newer versions",
+    "stuck": "processes that hang",
+    "wake": "wake-ups",
+    "worker_seen": "workers that live",
+}
+"""Scripts that are no part of the protocol."""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[redis.Redis]:
+    """A server that may be emptied."""
+    with unrestricted(tmp_path) as url, connect(url) as client:
+        yield client
+
+
+def test_store_does_what_its_model_says(server: redis.Redis) -> None:
+    reached, called = Counter[str](), Counter[str]()
+    with python_clock() as clock:
+        run_state_machine_as_test(
+            lambda: StoreMachine(server, clock, reached, called),
+            settings=settings(
+                max_examples=200,
+                stateful_step_count=40,
+                derandomize=True,
+                database=None,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+
+    print("\n".join(f"{count:6} {name}" for name, count in sorted(reached.items())))
+    assert SCRIPTS.keys() - OUTSIDE.keys() - called.keys() == set()
