@@ -49,9 +49,7 @@ class ClockedStore(JobStore):
 
     retry_within_s = 60.0
 
-    def __init__(
-        self, client: redis.Redis, section: KmsSection, clock: Clock, called: Counter[str]
-    ) -> None:
+    def __init__(self, client: redis.Redis, section: KmsSection, clock: Clock, called: Counter[str]) -> None:
         super().__init__(client, RecordKey((bytes(32),)), lambda _: None, section)
         self._test_clock = clock
         self.scripts = {

@@ -473,12 +473,15 @@ class JobModel:
             return "cancelled"
         times = {"start_by": job.run_by, "run_by": job.run_by, "expires_at": job.expires_at}
         for name in parts:
-            part = ModelJob(name, job.tenant, job.queue, **times, keep_for_s=job.keep_for_s, parent=job.job_id)
+            part = ModelJob(
+                name, job.tenant, job.queue, **times, keep_for_s=job.keep_for_s, parent=job.job_id
+            )
             self.jobs[name] = part
             self._open(part)
         job.parts, job.parts_left = list(parts), len(parts)
         job.lease_until = job.leased_at = job.run_by
         job.slot_until = None
+        job.ready = "no" if job.ready == "no" else "maybe"
         return OK
 
     def _parts(self, job: ModelJob) -> list[ModelJob]:

@@ -72,7 +72,6 @@ ENDS: Final[Sequence[tuple[JobState, str]]] = (
 )
 PICKS: Final = st.integers(0, 9)
 WORKERS: Final = st.sampled_from(("w1/1", "w2/1", "w2/2"))
-NOTHING: Final = st.none()
 
 
 def model_job(spec: AnyJob) -> ModelJob:
@@ -84,48 +83,51 @@ def model_job(spec: AnyJob) -> ModelJob:
 
 
 def shown_by_store(job: Job) -> dict[str, object]:
+    """What callers and workers see of a job."""
     return {
-        "state": job.state,
-        "error": job.error,
-        "attempt": job.attempt,
-        "generation": job.generation,
+        "state": (job.state, job.error),
         "holder": job.attempt_id if job.state in {"running", "committing"} else "",
+        "attempt": (job.generation, job.attempt),
+        "times": (job.start_by, job.run_by, job.started_at, job.ended_at if job.ended else 0),
         "not_before": job.not_before if job.state == "queued" else 0,
-        "started_at": job.started_at,
-        "ended_at": job.ended_at if job.ended else 0,
-        "released": job.released,
+        "released": (job.released, bool(job.purged)),
         "is_cancelling": bool(job.cancel),
-        "is_purged": bool(job.purged),
-        "parts": job.parts,
-        "parts_left": job.parts_left,
-        "start_by": job.start_by,
-        "run_by": job.run_by,
+        "parts": (job.parts, job.parts_left),
     }
 
 
 def shown_by_model(job: ModelJob) -> dict[str, object]:
-    fields = {name: getattr(job, name) for name in shown_by_store(Job("", "", "encrypt", "queued"))}
-    fields["holder"] = job.holder if job.state in {"running", "committing"} else ""
-    fields["not_before"] = job.not_before if job.state == "queued" else 0
-    return fields | {"parts": len(job.parts)}
+    return {
+        "state": (job.state, job.error),
+        "holder": job.holder if job.state in {"running", "committing"} else "",
+        "attempt": (job.generation, job.attempt),
+        "times": (job.start_by, job.run_by, job.started_at, job.ended_at),
+        "not_before": job.not_before if job.state == "queued" else 0,
+        "released": (job.released, job.is_purged),
+        "is_cancelling": job.is_cancelling,
+        "parts": (len(job.parts), job.parts_left),
+    }
 
 
 class StoreMachine(RuleBasedStateMachine):
     """Asks the store and the model for the same, and compares what both answer and show."""
 
-    def __init__(self, client: redis.Redis, clock: Clock, reached: Counter[str], called: Counter[str]) -> None:
+    def __init__(
+        self, client: redis.Redis, clock: Clock, reached: Counter[str], called: Counter[str]
+    ) -> None:
         super().__init__()
         self.store = ClockedStore(client, SECTION, clock, called)
         self.model = JobModel(RULES, START)
         self.reached = reached
         self.specs: dict[str, tuple[AnyJob, str]] = {}
+        self.stored: list[str] = []
         self.held: list[tuple[Attempt, Held]] = []
         self.split_by: set[str] = set()
         self.told, self.last_event = 0, "-"
 
     def name_of(self, pick: int) -> str:
-        """The id of one of the jobs that were submitted, the newest for 0; it may be there no more."""
-        return list(self.specs)[-1 - pick % len(self.specs)]
+        """The id of one of the jobs that were stored, the newest for 0; it may be there no more."""
+        return self.stored[-1 - pick % len(self.stored)]
 
     def label(self, job_id: str) -> str:
         job = self.model.jobs.get(job_id)
@@ -169,17 +171,18 @@ class StoreMachine(RuleBasedStateMachine):
         name = f"{len(self.specs):08x}-0000-4000-8000-000000000000"
         spec = accepted(job_id=name, digest=form.encode(), **fields)
         self.specs[name] = spec, f"{tenant} {key}" if key else ""
-        self.submit_to_both(*self.specs[name])
+        if self.submit_to_both(*self.specs[name]) == name:
+            self.stored.append(name)
 
-    def submit_to_both(self, spec: AnyJob, key: str) -> None:
-        self.compare(
+    def submit_to_both(self, spec: AnyJob, key: str) -> str:
+        return self.compare(
             "submit",
             spec.job_id,
             lambda: self.store.submit(spec, key).job_id,
             lambda: self.model.submit(model_job(spec), key, spec.digest.decode()),
         )
 
-    @precondition(lambda self: self.specs)
+    @precondition(lambda self: self.stored)
     @rule(pick=PICKS)
     def submit_again(self, pick: int) -> None:
         """As a client does that got no answer."""
@@ -187,7 +190,7 @@ class StoreMachine(RuleBasedStateMachine):
         if name in self.model.jobs:
             self.submit_to_both(*self.specs[name])
 
-    @precondition(lambda self: self.specs)
+    @precondition(lambda self: self.stored)
     @rule(pick=PICKS)
     def withdraw(self, pick: int) -> None:
         """As a submission does that replicas do not acknowledge."""
@@ -199,13 +202,12 @@ class StoreMachine(RuleBasedStateMachine):
         keys += [f"kms:idem:{self.store.record_key.digest(key.encode()).hex()}"] if key else []
         sealed = cast("bytes | None", self.store.redis.hget(job_key(name), "sealed")) or b""
 
-        def withdrawn() -> str:
-            error = self.store.unconfirmed_error(None, keys, name, sealed)
-            return "withdrawn" if error.withdrawn else "started"
+        def real() -> str:
+            return self.store.scripts["withdraw"](keys, [name, sealed])[0].decode()
 
-        self.compare("withdraw", name, withdrawn, lambda: self.model.withdraw(name))
+        self.compare("withdraw", name, real, lambda: self.model.withdraw(name))
 
-    @precondition(lambda self: self.specs)
+    @precondition(lambda self: self.stored)
     @rule(pick=PICKS, owner=st.sampled_from(("own", "own", "own", "a")))
     def cancel(self, pick: int, owner: str) -> None:
         name, tenant = self.owned(pick, owner)
@@ -216,7 +218,7 @@ class StoreMachine(RuleBasedStateMachine):
             lambda: self.model.cancel(name, tenant),
         )
 
-    @precondition(lambda self: self.specs)
+    @precondition(lambda self: self.stored)
     @rule(pick=PICKS, owner=st.sampled_from(("own", "own", "own", "a")))
     def retry(self, pick: int, owner: str) -> None:
         name, tenant = self.owned(pick, owner)
@@ -229,7 +231,7 @@ class StoreMachine(RuleBasedStateMachine):
         name = self.name_of(pick)
         return name, self.specs[name][0].tenant if owner == "own" else owner
 
-    @precondition(lambda self: self.specs)
+    @precondition(lambda self: self.stored)
     @rule(pick=PICKS, sent=st.sampled_from(((), (0, 10), (0, 5), (5, 10), (6, 10))))
     def release(self, pick: int, sent: tuple[int, ...]) -> None:
         name, tenant = self.owned(pick, "own")
@@ -250,11 +252,11 @@ class StoreMachine(RuleBasedStateMachine):
 
     # -- workers -----------------------------------------------------------------------------------------
 
-    @precondition(lambda self: self.specs)
+    @precondition(lambda self: self.stored)
     @rule(pick=PICKS, worker=WORKERS)
     def claim(self, pick: int, worker: str) -> None:
         """Take a job or a part by its name."""
-        names = list(self.model.jobs) or list(self.specs)
+        names = list(self.model.jobs) or self.stored
         name = names[-1 - pick % len(names)]
         self.took("claim", name, self.store.claim(name, worker), ())
 
@@ -295,9 +297,7 @@ class StoreMachine(RuleBasedStateMachine):
         is_over = found and found[1].attempt_id in self.split_by and not may_be_split
         return None if is_over else found
 
-    def ask(
-        self, call: str, held: Held, real: Callable[[], object], expected: Callable[[], str]
-    ) -> str:
+    def ask(self, call: str, held: Held, real: Callable[[], object], expected: Callable[[], str]) -> str:
         before = self.model.jobs.get(held.job_id)
         is_stale = before is None or before.holder != held.attempt_id
         return self.compare(f"{call} by another" if is_stale else call, held.job_id, real, expected)
@@ -493,7 +493,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def reports_are_the_same(self) -> None:
-        found = cast("list[Any]", self.store.redis.xrange("kms:events", f"({self.last_event}" if self.told else "-"))
+        found = cast(
+            "list[Any]", self.store.redis.xrange("kms:events", f"({self.last_event}" if self.told else "-")
+        )
         for number, fields in found:
             self.last_event = number.decode()
             kind = fields[b"type"].decode().removeprefix("kms.").removeprefix("job.")
