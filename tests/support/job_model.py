@@ -424,10 +424,10 @@ class JobModel:
         return OK
 
     def stall(self, held: Held) -> str:
-        """Take a job from an attempt that advances nothing; the attempt counts."""
+        """Take a job from an attempt that advances nothing, if it holds one; the attempt counts."""
         job = self._held(held)
         if job is None or job.parts:
-            return "lease_lost"
+            return OK
         job.holder = ""
         if job.state == "running" and self._is_to_stop(job):
             self._end_unheld(job, "cancelled", "cancelled")
