@@ -536,7 +536,7 @@ def test_store_does_what_its_model_says(server: redis.Redis) -> None:
         run_state_machine_as_test(
             lambda: StoreMachine(server, clock, reached, called),
             settings=settings(
-                max_examples=40,
+                max_examples=120,
                 stateful_step_count=40,
                 derandomize=True,
                 database=None,
