@@ -14,7 +14,6 @@ end
 close(job, id, f, 'cancelled', 'durability_unconfirmed', 0)
 redis.call('ZREM', P .. 'ended', id)
 forget(id, f.tenant)
-uncount(held_key(f.tenant), 'b' .. id)
 if KEYS[3] then redis.call('DEL', KEYS[3]) end
 redis.call('DEL', job, P .. 'blobs:' .. id)
 return {'withdrawn'}
