@@ -1,8 +1,9 @@
 """A job store on a clock that a test moves: for its scripts, for Python, and for keys that expire.
 
-Scripts ask Redis for the time in one line of their library, and for the rest of the life of a key in another. Here
-they read a key that the test sets, and go by the time at which a key expires. What a script has expire at a time of this
-clock is deleted when the clock gets there; what it has expire after some seconds is about memory and workers, and stays.
+Scripts ask Redis for the time in one line of their library, and for the rest of the life of a key in another.
+Here they read a key that the test sets, and go by the time at which a key expires. What a script has expire at
+a time of this clock is deleted when the clock gets there; what it has expire after some seconds is about memory
+and workers, and stays.
 """
 
 from collections import Counter
@@ -19,6 +20,7 @@ from kms_core.jobs.store.scripts import SCRIPTS
 from kms_core.jobs.store.store import JobStore
 from kms_core.settings.model import KmsSection
 from support.clock import Clock
+from support.job_model import RETRY_WITHIN_S
 
 START: Final = 2_000_000_000
 """The first second of the clock: later than the clock of any machine, so that no key expires by that."""
@@ -47,7 +49,7 @@ class _Counted:
 class ClockedStore(JobStore):
     """A store of a Redis that it empties. ``called`` counts the scripts that are run."""
 
-    retry_within_s = 60.0
+    retry_within_s = RETRY_WITHIN_S
 
     def __init__(self, client: redis.Redis, section: KmsSection, clock: Clock, called: Counter[str]) -> None:
         super().__init__(client, RecordKey((bytes(32),)), lambda _: None, section)
