@@ -1,9 +1,9 @@
 """A job store on a clock that a test moves: for its scripts, for Python, and for keys that expire.
 
 Scripts ask Redis for the time in one line of their library, and for the rest of the life of a key in another.
-Here they read a key that the test sets, and go by the time at which a key expires. What a script has expire at
-a time of this clock is deleted when the clock gets there; what it has expire after some seconds is about memory
-and workers, and stays.
+Here they read a key that the test sets, and go by the time at which a key expires. What a script has expire
+at a time of this clock is deleted when the clock gets there; what it has expire after some seconds is about
+memory and workers, and stays.
 """
 
 from collections import Counter
