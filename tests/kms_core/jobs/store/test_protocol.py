@@ -170,9 +170,12 @@ class StoreMachine(RuleBasedStateMachine):
                 getattr(self, call)(*SCENE_GIVEN[call])
 
     def name_of(self, pick: int, *likely: str) -> str:
-        """The id of a job that was stored: for 0 the newest one in a likely state. It may be there no more."""
+        """The id of a job that was stored: for 0 the newest in a likely state. It may be there no more."""
         names = sorted(self.stored, key=lambda name: self.label(name) in likely)
         return names[-1 - pick % len(names)]
+
+    def has(self, *states: str) -> bool:
+        return any(self.label(name) in states for name in self.stored)
 
     def label(self, job_id: str) -> str:
         """The state of a job, for people who read what was reached."""
@@ -244,7 +247,7 @@ class StoreMachine(RuleBasedStateMachine):
         if name in self.model.jobs:
             self.submit_to_both(*self.specs[name])
 
-    @precondition(lambda self: self.stored)
+    @precondition(lambda self: self.has("queued"))
     @rule(pick=PICKS)
     def withdraw(self, pick: int) -> None:
         """As a submission does that replicas do not acknowledge."""
@@ -272,7 +275,7 @@ class StoreMachine(RuleBasedStateMachine):
             lambda: self.model.by_owner(name, tenant, self.model.cancel),
         )
 
-    @precondition(lambda self: self.stored)
+    @precondition(lambda self: self.has("dead"))
     @rule(pick=PICKS, owner=OWNERS)
     def retry(self, pick: int, owner: str) -> None:
         name, tenant = self.owned(self.name_of(pick, "dead"), owner)
@@ -283,7 +286,7 @@ class StoreMachine(RuleBasedStateMachine):
             lambda: self.model.by_owner(name, tenant, self.model.retry),
         )
 
-    @precondition(lambda self: self.stored)
+    @precondition(lambda self: self.has("succeeded", "failed", "dead", "cancelled"))
     @rule(pick=PICKS, owner=OWNERS)
     def release(self, pick: int, owner: str) -> None:
         name, tenant = self.owned(self.name_of(pick, "succeeded", "failed", "dead", "cancelled"), owner)
@@ -500,19 +503,25 @@ class StoreMachine(RuleBasedStateMachine):
 
     # -- time, the reaper and the cleanup ----------------------------------------------------------------
 
-    @rule(seconds=st.sampled_from((1, 5, 10, 15, 50, 0, 0, 0)))
+    @rule(seconds=st.sampled_from((1, 5, 10, 15, 50)))
     def pass_time(self, seconds: int) -> None:
-        """Some seconds, or for 0 those until something happens next."""
-        jobs = [job for job in self.model.jobs.values() if job.is_open]
-        times = {at for job in jobs for at in (job.lease_until, job.not_before, job.start_by, job.run_by)}
-        coming = [at - self.model.at for at in times if at > self.model.at]
-        seconds = seconds or int(min(coming, default=1))
         self.store.pass_time(seconds)
         before = {name: self.label(name) for name in self.model.jobs}
         self.model.pass_time(seconds)
         self.touched |= set(TENANTS)
         for name in before.keys() - self.model.jobs.keys():
             self.reached[f"pass time: {before[name]} > nothing"] += 1
+
+    @rule(rounds=st.sampled_from((("reap",), ("reap",), ("clean",), ("reap", "clean"), ())))
+    def go_on(self, rounds: tuple[str, ...]) -> None:
+        """Wait until something happens next, and have the reaper or the cleanup look."""
+        jobs = [job for job in self.model.jobs.values() if job.is_open]
+        times = {at for job in jobs for at in (job.lease_until, job.not_before, job.start_by, job.run_by)}
+        coming = [at - self.model.at for at in times if at > self.model.at]
+        coming += [at - self.model.at for at in self.model.results.values() if at > self.model.at]
+        self.pass_time(int(min(coming, default=1)))
+        for each in rounds:
+            getattr(self, each)()
 
     @rule()
     def reap(self) -> None:
