@@ -71,7 +71,7 @@ FORMS: Final[dict[str, dict[str, object]]] = {
     "items": {"source": "items", "items": 2, "starts": (0, 1), "size_bytes": 40},
     "file": {"source": "file:///a", "target": "file:///b"},
 }
-TERMS: Final = ((25, 40, 0), (60, 60, 15), (12, 200, 0), (200, 200, 500))
+TERMS: Final = ((8, 8, 0), (25, 40, 0), (60, 60, 15), (12, 200, 0), (200, 200, 500))
 """Seconds from a submission until its job must start and end, and for which its result is kept."""
 SERVED: Final = ((BULK, FILES, MAINTENANCE), (FILES, BULK), (BULK,), (FILES,))
 ENDS: Final[Sequence[tuple[JobState, str]]] = (
@@ -86,13 +86,13 @@ OWNERS: Final = st.sampled_from(("own", "own", "own", "own", "own", "a"))
 GROUPS: Final = st.sampled_from(("", "", "g"))
 SCENES: Final = (
     ("file",),
+    ("file", "file", "file"),
     ("upload", "take_any"),
-    ("upload", "take_any", "commit"),
+    ("file", "take_any", "commit"),
     ("file", "take_any", "fail"),
     ("items", "take_any", "split"),
     ("items", "take_any", "split", "take_any"),
     ("items", "take_any", "split", "take_any", "finish", "take_any"),
-    ("file", "file", "take_any", "take_any"),
 )
 SCENE_GIVEN: Final[dict[str, tuple[object, ...]]] = {
     "take_any": ("w1/1",),
@@ -387,7 +387,7 @@ class StoreMachine(RuleBasedStateMachine):
     def renew(self, pick: int) -> None:
         self.ask("renew", self.an_attempt(pick), lambda it: self.store.renew(it, {}), self.model.renew)
 
-    @precondition(lambda self: self.attempts)
+    @precondition(lambda self: any(map(self.holds, self.attempts)))
     @rule(pick=PICKS, size=st.sampled_from((1, 1, 2)))
     def commit(self, pick: int, size: int) -> None:
         attempt = self.not_split(pick)
@@ -403,7 +403,7 @@ class StoreMachine(RuleBasedStateMachine):
                 str(size),
             )
 
-    @precondition(lambda self: self.attempts)
+    @precondition(lambda self: any(map(self.holds, self.attempts)))
     @rule(pick=PICKS)
     def take_back_commit(self, pick: int) -> None:
         self.ask(
@@ -413,7 +413,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.model.take_back_commit,
         )
 
-    @precondition(lambda self: self.attempts)
+    @precondition(lambda self: any(map(self.holds, self.attempts)))
     @rule(pick=PICKS, end=st.sampled_from(ENDS), queues=st.sampled_from(((), (), *SERVED)))
     def finish(self, pick: int, end: tuple[JobState, str], queues: tuple[str, ...]) -> None:
         """End a job, and with ``queues`` take the next one together with that."""
@@ -429,13 +429,13 @@ class StoreMachine(RuleBasedStateMachine):
         for claimed in following.claimed:
             self.given(self.store.found_by(attempt.worker, *claimed), queues, chores)
 
-    @precondition(lambda self: self.attempts)
+    @precondition(lambda self: any(map(self.holds, self.attempts)))
     @rule()
     def fail(self) -> None:
         """As a worker does that cannot read the record."""
         self.finish(0, ("failed", "record_refused"), ())
 
-    @precondition(lambda self: self.attempts)
+    @precondition(lambda self: any(map(self.holds, self.attempts)))
     @rule(pick=PICKS, delay_s=st.sampled_from((0, 1, 15)))
     def defer(self, pick: int, delay_s: int) -> None:
         self.ask(
@@ -446,7 +446,7 @@ class StoreMachine(RuleBasedStateMachine):
             delay_s,
         )
 
-    @precondition(lambda self: self.attempts)
+    @precondition(lambda self: any(map(self.holds, self.attempts)))
     @rule(pick=PICKS)
     def stall(self, pick: int) -> None:
         attempt = self.an_attempt(pick)
