@@ -14,7 +14,7 @@ from typing import Any, Final, cast
 import msgspec
 import pytest
 import redis
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -616,6 +616,18 @@ OUTSIDE: Final = {
 }
 """Scripts that are no part of the protocol."""
 
+SETTINGS: Final = settings(
+    max_examples=10,
+    stateful_step_count=40,
+    database=None,
+    report_multiple_bugs=False,
+    phases=(Phase.generate,),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+ROUNDS: Final = 20
+"""Of ten sequences each, which are drawn afresh: from the eleventh on Hypothesis repeats parts of earlier ones."""
+
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[redis.Redis]:
@@ -627,19 +639,9 @@ def server(tmp_path: Path) -> Iterator[redis.Redis]:
 def test_store_does_what_its_model_says(server: redis.Redis) -> None:
     reached, called = Counter[str](), Counter[str]()
     with python_clock() as clock:
-        run_state_machine_as_test(
-            lambda: StoreMachine(server, clock, reached, called),
-            settings=settings(
-                max_examples=240,
-                stateful_step_count=40,
-                derandomize=True,
-                database=None,
-                report_multiple_bugs=False,
-                phases=(Phase.generate,),
-                deadline=None,
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
+        for number in range(ROUNDS):
+            machine = seed(number)(lambda: StoreMachine(server, clock, reached, called))
+            run_state_machine_as_test(machine, settings=SETTINGS)
 
     Path("/tmp/w/hs_reached.txt").write_text("\n".join(f"{c:6} {n}" for n, c in sorted(reached.items())))
     assert SCRIPTS.keys() - OUTSIDE.keys() - called.keys() == set()
