@@ -199,7 +199,7 @@ class JobModel:
         Answers ``closed`` if the job had to end instead, ``none`` if it is not to be had.
         """
         job = self.jobs.get(job_id)
-        if job is None or not self._is_free(job) or job.have_parts_ended:
+        if job is None or not self.is_free(job) or job.have_parts_ended:
             return "none"
         is_capped = self._leases(job.tenant, self.at) >= TENANT_LEASES
         assert not queues or (job.queue in queues and not is_capped), "the store chose a job that may not run"
@@ -220,10 +220,10 @@ class JobModel:
     def find_nothing(self, queues: Collection[str]) -> None:
         """Nothing is ready. A tenant that had all its leases waits for one to end, or to be reaped."""
         for job in self.jobs.values():
-            is_ready = job.is_offered and job.queue in queues and self._is_free(job)
+            is_ready = job.is_offered and job.queue in queues and self.is_free(job)
             assert not is_ready or self._leases(job.tenant, 0) >= TENANT_LEASES, f"{job.job_id} was not given"
 
-    def _is_free(self, job: ModelJob) -> bool:
+    def is_free(self, job: ModelJob) -> bool:
         return job.is_open and (job.not_before if job.state == "queued" else job.lease_until) <= self.at
 
     def _leases(self, tenant: str, since: float) -> int:
@@ -369,7 +369,7 @@ class JobModel:
     def is_due(self, job: ModelJob) -> bool:
         """Whether the reaper looks at a job: its lease or delay is over, or it has waited for too long."""
         is_late = job.state == "queued" and bool(self._overdue(job))
-        return is_late or (self._is_free(job) and not job.is_offered)
+        return is_late or (self.is_free(job) and not job.is_offered)
 
     def reap(self, job: ModelJob) -> None:
         if job.have_parts_ended:
