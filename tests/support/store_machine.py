@@ -386,7 +386,7 @@ class StoreMachine(RuleBasedStateMachine):
         able = [each for each in self.attempts if each.attempt_id not in self.split_by]
         return self.an_attempt(pick, able) if able else None
 
-    @precondition(lambda self: self.attempts)
+    @precondition(lambda self: any(map(self.holds, self.attempts)))
     @rule(pick=PICKS)
     def renew(self, pick: int) -> None:
         self.ask("renew", self.an_attempt(pick), lambda it: self.store.renew(it, {}), self.model.renew)
@@ -417,7 +417,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.model.take_back_commit,
         )
 
-    @precondition(lambda self: any(map(self.holds, self.attempts)))
+    @precondition(lambda self: self.attempts)
     @rule(pick=PICKS, end=st.sampled_from(ENDS), queues=st.sampled_from(((), (), *SERVED)))
     def finish(self, pick: int, end: tuple[JobState, str], queues: tuple[str, ...]) -> None:
         """End a job, and with ``queues`` take the next one together with that."""
@@ -461,7 +461,7 @@ class StoreMachine(RuleBasedStateMachine):
 
         self.ask("stall", attempt, real, self.model.stall)
 
-    @precondition(lambda self: any(each.accepted.parent for each in self.attempts))
+    @precondition(lambda self: any(each.accepted.parent and self.holds(each) for each in self.attempts))
     @rule(pick=PICKS, word=st.sampled_from(("x", "y")))
     def step(self, pick: int, word: str) -> None:
         of_parts = [each for each in self.attempts if each.accepted.parent]
@@ -474,7 +474,7 @@ class StoreMachine(RuleBasedStateMachine):
             word,
         )
 
-    @precondition(lambda self: any(may_be_split(each) for each in self.attempts))
+    @precondition(lambda self: any(may_be_split(each) and self.holds(each) for each in self.attempts))
     @rule(pick=PICKS)
     def split(self, pick: int) -> None:
         able = [each for each in self.attempts if may_be_split(each)]
@@ -511,9 +511,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.pass_time(seconds)
         before = {name: self.label(name) for name in self.model.jobs}
         self.model.pass_time(seconds)
-        self.touched |= set(TENANTS)
         for name in before.keys() - self.model.jobs.keys():
             self.reached[f"pass time: {before[name]} > nothing"] += 1
+            self.touched = set(TENANTS)
 
     @rule(rounds=st.sampled_from((("reap",), ("reap",), ("clean",), ("reap", "clean"), ())))
     def go_on(self, rounds: tuple[str, ...]) -> None:
