@@ -78,33 +78,53 @@ ENDS: Final[Sequence[tuple[JobState, str]]] = (
 PICKS: Final = st.sampled_from((0, 0, 0, 0, 1, 1, 2, 3, 5))
 OWNERS: Final = st.sampled_from(("own", "own", "own", "own", "own", "a"))
 GROUPS: Final = st.sampled_from(("", "", "g"))
-SCENES: Final = (
-    ("file",),
-    ("file", "file", "file"),
-    ("upload", "take_any"),
-    ("upload", "take_any", "finish"),
-    ("file", "take_any", "commit"),
-    ("file", "take_any", "fail"),
-    ("file", "take_any", "pass_time", "reap", "take_any", "pass_time"),
-    ("items", "take_any", "cancel"),
-    ("items", "take_any", "cancel", "defer"),
-    ("items", "take_any", "split"),
-    ("items", "take_any", "split", "take_any"),
-    ("items", "take_any", "split", "take_any", "cancel"),
-    ("items", "take_any", "split", "take_any", "pass_time"),
-    ("items", "take_any", "split", "take_any", "finish", "take_any", "finish"),
-)
-SCENE_GIVEN: Final[dict[str, tuple[object, ...]]] = {
-    "take_any": ("w1/1",),
-    "commit": (0, 1),
-    "cancel": (0, "own"),
-    "defer": (0, 15),
-    "fail": (),
-    "split": (0,),
-    "finish": (0, ENDS[0], ()),
-    "pass_time": (10,),
-    "reap": (),
+STEPS: Final[dict[str, tuple[str, tuple[object, ...]]]] = {
+    "take": ("take_any", ("w1/1",)),
+    "claim": ("claim", (0, "w2/1")),
+    "claim-third": ("claim", (2, "w2/1")),
+    "renew": ("renew", (0,)),
+    "commit": ("commit", (0, 1)),
+    "succeed": ("finish", (0, ENDS[0], ())),
+    "fail": ("finish", (0, ENDS[2], ())),
+    "refuse": ("finish", (0, ENDS[3], ())),
+    "stop": ("finish", (0, ENDS[4], ())),
+    "defer": ("defer", (0, 15)),
+    "stall": ("stall", (0,)),
+    "step": ("step", (0, "x")),
+    "split": ("split", (0,)),
+    "end-parent": ("end_parent", (0,)),
+    "cancel": ("cancel", (0, "own")),
+    "wait": ("pass_time", (10,)),
+    "reap": ("reap", ()),
+    "clean": ("clean", ()),
 }
+WALKS: Final = (
+    (TERMS[0], "file take wait commit claim"),
+    (TERMS[0], "items take split take wait step reap step"),
+    (TERMS[0], "items take split wait claim-third"),
+    (TERMS[0], "items take split cancel wait claim-third"),
+    (TERMS[1], "file take wait wait wait wait claim"),
+    (TERMS[1], "file take cancel defer wait wait reap wait wait reap"),
+    (TERMS[2], "upload take succeed wait wait clean wait wait wait wait clean"),
+    (TERMS[3], "file file file"),
+    (TERMS[3], "upload take commit renew succeed"),
+    (TERMS[3], "file take commit fail"),
+    (TERMS[3], "file take commit refuse"),
+    (TERMS[3], "file take commit wait reap stop"),
+    (TERMS[3], "file take wait claim wait claim"),
+    (TERMS[3], "file take wait reap take wait reap take"),
+    (TERMS[3], "file take cancel renew commit succeed"),
+    (TERMS[3], "file take cancel refuse"),
+    (TERMS[3], "file take cancel stop"),
+    (TERMS[3], "file take cancel wait claim"),
+    (TERMS[3], "file take cancel defer cancel"),
+    (TERMS[4], "items take cancel split stall"),
+    (TERMS[4], "items take split take succeed take succeed end-parent"),
+    (TERMS[4], "items take split take cancel step stall"),
+    (TERMS[4], "items take split take cancel wait claim claim end-parent"),
+    (TERMS[4], "items take split take wait reap take fail take fail end-parent"),
+)
+"""What is rarely reached by chance. Sequences that are drawn begin with the first words of one."""
 WORKERS: Final = st.sampled_from(("w1/1", "w2/1", "w2/2"))
 
 
@@ -164,14 +184,19 @@ class StoreMachine(RuleBasedStateMachine):
         self.told, self.last_event = 0, "-"
         self.touched: set[str] = set()
 
-    @initialize(scene=st.sampled_from(SCENES), terms=st.sampled_from(TERMS), group=GROUPS)
-    def begin(self, scene: tuple[str, ...], terms: tuple[int, int, int], group: str) -> None:
-        """What the rest of a sequence begins with."""
-        for call in scene:
-            if call in FORMS:
-                self.submit(call, "a", terms, "", group)
-            else:
-                getattr(self, call)(*SCENE_GIVEN[call])
+    @initialize(walk=st.sampled_from(WALKS), words=st.integers(1, 6), group=GROUPS)
+    def begin(self, walk: tuple[tuple[int, int, int], str], words: int, group: str) -> None:
+        terms, text = walk
+        for word in text.split()[:words]:
+            self.walk(word, terms, group)
+
+    def walk(self, word: str, terms: tuple[int, int, int], group: str = "") -> None:
+        """Do what a word of a walk says."""
+        if word in FORMS:
+            self.submit(word, "a", terms, "", group)
+        else:
+            name, given = STEPS[word]
+            getattr(self, name)(*given)
 
     def name_of(self, pick: int, *likely: str) -> str:
         """The id of a job that was stored: for 0 the newest in a likely state. It may be there no more."""
@@ -431,12 +456,6 @@ class StoreMachine(RuleBasedStateMachine):
         self.ask("finish", attempt, lambda it: self.store.finish(it, *end, result), self.model.finish, *end)
         for claimed in following.claimed:
             self.given(self.store.found_by(attempt.worker, *claimed), queues, chores)
-
-    @precondition(lambda self: any(map(self.holds, self.attempts)))
-    @rule()
-    def fail(self) -> None:
-        """As a worker does that cannot read the record."""
-        self.finish(0, ("failed", "record_refused"), ())
 
     @precondition(lambda self: any(map(self.holds, self.attempts)))
     @rule(pick=PICKS, delay_s=st.sampled_from((0, 1, 15)))

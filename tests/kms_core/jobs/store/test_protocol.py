@@ -17,7 +17,7 @@ from kms_core.jobs.store.scripts import SCRIPTS
 from support.clocked_store import python_clock
 from support.embedded_valkey import unrestricted
 from support.job_stores import connect
-from support.store_machine import StoreMachine
+from support.store_machine import WALKS, StoreMachine
 
 TRANSITIONS: Final[dict[str, tuple[str, ...]]] = {
     "submit": ("nothing > queued",),
@@ -143,6 +143,11 @@ def server(tmp_path: Path) -> Iterator[redis.Redis]:
 def test_store_does_what_its_model_says(server: redis.Redis) -> None:
     reached, called = Counter[str](), Counter[str]()
     with python_clock() as clock:
+        for terms, words in WALKS:
+            walking = StoreMachine(server, clock, reached, called)
+            for word in words.split():
+                walking.walk(word, terms)
+                walking.all_is_the_same()
         for number in range(ROUNDS):
             machine = seed(number)(lambda: StoreMachine(server, clock, reached, called))
             run_state_machine_as_test(machine, settings=SETTINGS)
