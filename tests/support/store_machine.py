@@ -76,7 +76,7 @@ ENDS: Final[Sequence[tuple[JobState, str]]] = (
     ("cancelled", "cancelled"),
 )
 PICKS: Final = st.sampled_from((0, 0, 0, 0, 1, 1, 2, 3, 5))
-OWNERS: Final = st.sampled_from(("own", "own", "own", "own", "own", "a"))
+OWNERS: Final = st.sampled_from(("own", "own", "own", "own", "own", "other"))
 GROUPS: Final = st.sampled_from(("", "", "g"))
 STEPS: Final[dict[str, tuple[str, tuple[object, ...]]]] = {
     "take": ("take_any", ("w1/1",)),
@@ -94,6 +94,8 @@ STEPS: Final[dict[str, tuple[str, tuple[object, ...]]]] = {
     "split": ("split", (0,)),
     "end-parent": ("end_parent", (0,)),
     "cancel": ("cancel", (0, "own")),
+    "retry": ("retry", (0, "own")),
+    "release": ("release", (0, "own")),
     "wait": ("pass_time", (10,)),
     "reap": ("reap", ()),
     "clean": ("clean", ()),
@@ -103,12 +105,14 @@ WALKS: Final = (
     (TERMS[0], "items take split take wait step reap step"),
     (TERMS[0], "items take split wait claim-third"),
     (TERMS[0], "items take split cancel wait claim-third"),
+    (TERMS[0], "items take split cancel wait reap"),
     (TERMS[1], "file take wait wait wait wait claim"),
     (TERMS[1], "file take cancel defer wait wait reap wait wait reap"),
     (TERMS[2], "upload take succeed wait wait clean wait wait wait wait clean"),
     (TERMS[3], "file file file"),
     (TERMS[3], "upload take commit renew succeed"),
     (TERMS[3], "file take commit fail"),
+    (TERMS[3], "file take refuse retry release take refuse release"),
     (TERMS[3], "file take commit refuse"),
     (TERMS[3], "file take commit wait reap stop"),
     (TERMS[3], "file take wait claim wait claim"),
@@ -122,6 +126,8 @@ WALKS: Final = (
     (TERMS[4], "items take split take succeed take succeed end-parent"),
     (TERMS[4], "items take split take cancel step stall"),
     (TERMS[4], "items take split take cancel wait claim claim end-parent"),
+    (TERMS[4], "items take split take succeed take succeed wait reap"),
+    (TERMS[4], "items take split take cancel succeed claim wait reap"),
     (TERMS[4], "items take split take wait reap take fail take fail end-parent"),
 )
 """What is rarely reached by chance. Sequences that are drawn begin with the first words of one."""
@@ -327,8 +333,9 @@ class StoreMachine(RuleBasedStateMachine):
         )
 
     def owned(self, name: str, owner: str) -> tuple[str, str]:
-        """A job, and its own tenant or another."""
-        return name, self.specs[name][0].tenant if owner == "own" else owner
+        """A job, and its own tenant or the other one."""
+        tenant = self.specs[name][0].tenant
+        return name, tenant if owner == "own" else next(each for each in TENANTS if each != tenant)
 
     # -- workers -----------------------------------------------------------------------------------------
 
