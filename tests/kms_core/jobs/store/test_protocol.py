@@ -6,7 +6,7 @@ The sequences are the same in each run.
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 import redis
@@ -149,7 +149,7 @@ def test_store_does_what_its_model_says(server: redis.Redis) -> None:
                 walking.walk(word, terms)
                 walking.all_is_the_same()
         for number in range(ROUNDS):
-            machine = seed(number)(lambda: StoreMachine(server, clock, reached, called))
+            machine: Any = seed(number)(lambda: StoreMachine(server, clock, reached, called))
             run_state_machine_as_test(machine, settings=SETTINGS)
 
     known = {f"{call}: {what}" for table in (TRANSITIONS, ANSWERS) for call in table for what in table[call]}
