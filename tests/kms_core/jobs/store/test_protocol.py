@@ -129,7 +129,7 @@ SETTINGS: Final = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-ROUNDS: Final = 26
+ROUNDS: Final = 22
 """Of ten sequences each, drawn afresh: from the eleventh on Hypothesis repeats parts of earlier ones."""
 
 
