@@ -17,7 +17,8 @@ from kms_core.jobs.store.scripts import SCRIPTS
 from support.clocked_store import python_clock
 from support.embedded_valkey import unrestricted
 from support.job_stores import connect
-from support.store_machine import WALKS, StoreMachine
+from support.job_walks import WALKS
+from support.store_machine import StoreMachine
 
 TRANSITIONS: Final[dict[str, tuple[str, ...]]] = {
     "submit": ("nothing > queued",),
@@ -144,10 +145,7 @@ def test_store_does_what_its_model_says(server: redis.Redis) -> None:
     reached, called = Counter[str](), Counter[str]()
     with python_clock() as clock:
         for terms, words in WALKS:
-            walking = StoreMachine(server, clock, reached, called)
-            for word in words.split():
-                walking.walk(word, terms)
-                walking.all_is_the_same()
+            StoreMachine(server, clock, reached, called).follow(terms, words.split())
         for number in range(ROUNDS):
             machine: Any = seed(number)(lambda: StoreMachine(server, clock, reached, called))
             run_state_machine_as_test(machine, settings=SETTINGS)
