@@ -8,10 +8,11 @@ A job that was accepted is run by one attempt at a time, and ends once:
 that is ready: it is given the one that the store chose, and fails if that may not be. Times are seconds of
 one clock, and have come as soon as it shows them.
 
-Outside, and held by other tests of ``tests/kms_core/jobs``: fairness, priorities, resources and large jobs;
-wake-ups, workers, and jobs that need a newer one; sessions and webhooks; counters, memory, labels and notes
-of past attempts; bytes that were fetched; files, and what a worker tidies after a job; forged records;
-when a group is forgotten; what an attempt asks for after it split its job, but to renew and to split again.
+Outside, and held by other tests, most of them in ``tests/kms_core/jobs``: fairness, priorities, resources and
+large jobs; wake-ups, workers, and jobs that need a newer one; sessions and webhooks; counters, memory, labels
+and notes of past attempts; bytes that were fetched; files, and what a worker tidies after a job; forged data.
+Outside too: when a group is forgotten, and what an attempt asks for after it split its job, but to renew and
+to split again.
 """
 
 from collections.abc import Callable, Collection, Sequence
