@@ -462,7 +462,7 @@ BOUNDS: Final = (
     Bound("end_parent", "tenants that wait, tallies", 8_200, _end_parent),
     Bound("finish", "tenants that wait, labels", 8_200, _finish),
     Bound("finish", "tallies of a part", 1_100, _finish_part),
-    Bound("forget", "200 jobs with their labels", 6_000, _forget),
+    Bound("forget", "200 jobs with their labels", 6_500, _forget),
     Bound("input_removed", "-", 6, _input_removed),
     Bound("lock", "-", 4, _lock),
     Bound("move_delivery", "-", 5, _move_delivery),

@@ -138,6 +138,20 @@ def test_job_that_no_replica_has_is_taken_back_whole(core: Core) -> None:
     assert store.spooled_bytes(TENANT) == 0
 
 
+def test_job_that_is_taken_back_leaves_its_group(core: Core) -> None:
+    """Submitted again, it is the last job of the group, which ends with that."""
+    with pytest.raises(DurabilityUnconfirmed, match="was taken back"):
+        unheard(core).submit(accepted(group="night", group_jobs=1))
+
+    store = store_of(core, LASTING_LEASES)
+    assert store.group_counts(TENANT, "night") == (0, 0)
+    claim = claimed(store, group="night", group_jobs=1)
+    assert [each["type"] for each in events(store)].count("kms.group.ended") == 0
+    store.finish(claim, "succeeded")
+    assert store.group_counts(TENANT, "night") == (1, 0)
+    assert [each["type"] for each in events(store)].count("kms.group.ended") == 1
+
+
 def test_job_that_has_begun_is_not_taken_back(store: JobStore) -> None:
     """Also where it waits again: half a target may be there."""
     claim = claimed(store)
@@ -481,6 +495,19 @@ def test_expired_records_are_forgotten_some_hundred_at_a_time(store: JobStore, t
 
         assert counts[1] - counts[0] == 3
         assert not own.redis.exists("kms:records")
+
+
+def test_result_that_outlives_its_record_counts_for_no_quota(core: Core) -> None:
+    """As where no worker deletes results before records expire."""
+    store = store_of(core, with_jobs(result_ttl_s=0))
+    claim = claimed(store, size_bytes=9, expires_at=1.0, start_by=4e9, run_by=4e9)
+    assert store.spooled_bytes(TENANT) == 9
+    store.finish(claim, "succeeded")
+    assert record(store, claim.accepted.job_id) == {}
+
+    forget(store)
+
+    assert store.spooled_bytes(TENANT) == 0
 
 
 def test_job_that_is_to_be_cancelled_is_not_split(store: JobStore) -> None:

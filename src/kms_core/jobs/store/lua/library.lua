@@ -199,9 +199,11 @@ local function note_lists(name, f, until_s)
   redis.call('HSET', P .. 'lists', name, table.concat(keys, ' '))
 end
 
--- Take a job out of those lists.
+-- Take a job out of those lists, and out of the counts of its tenant.
 local function forget(name, tenant)
   uncount(held_key(tenant), name)
+  uncount(held_key(tenant), 'b' .. name)
+  uncount(P .. 'spooled:' .. (tenant or ''), name)  -- of a result that was not deleted before its record expired
   for key in string.gmatch(redis.call('HGET', P .. 'lists', name) or '', '%S+') do redis.call('ZREM', key, name) end
   redis.call('HDEL', P .. 'lists', name)
   redis.call('ZREM', P .. 'records', name)

@@ -5,10 +5,15 @@ local f = record(job)
 if f.state ~= 'queued' or number(redis.call('HGET', job, 'fence')) > 0 or redis.call('HGET', job, 'sealed') ~= ARGV[2] then
   return {'started'}
 end
+local group = group_of(f)
+if group then
+  redis.call('ZREM', P .. 'group:' .. group, id)
+  redis.call('SREM', P .. 'group-open:' .. group, id)
+  f.group = nil  -- it does not end for this job
+end
 close(job, id, f, 'cancelled', 'durability_unconfirmed', 0)
 redis.call('ZREM', P .. 'ended', id)
 forget(id, f.tenant)
-uncount(held_key(f.tenant), 'b' .. id)
 if KEYS[3] then redis.call('DEL', KEYS[3]) end
 redis.call('DEL', job, P .. 'blobs:' .. id)
 return {'withdrawn'}
