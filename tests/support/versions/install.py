@@ -1,0 +1,108 @@
+"""One install whose processes are of two versions: one state folder, one Valkey, and hosts of either version."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, cast
+
+import httpx2 as httpx
+
+from kms_core.programs import tether
+from support.embedded_valkey import EmbeddedValkey
+from support.service import PROGRAMS, Json, Service
+from support.versions.yesterday import yesterdays_python
+
+YESTERDAY: Final = "yesterday"
+TODAY: Final = "today"
+VERSIONS: Final = (YESTERDAY, TODAY)
+HELD_WORKER: Final = Path(__file__).with_name("held_worker.py")
+
+
+def python_of(version: str) -> Path:
+    """The Python that has this version installed."""
+    return yesterdays_python() if version == YESTERDAY else Path(sys.executable)
+
+
+class Host(Service):
+    """An API and a worker with ports of their own. ``versions`` says which one each is at its next start."""
+
+    def __init__(self, folder: Path, settings: str, redis: str, name: str) -> None:
+        super().__init__(folder, settings, redis)
+        self.name = name
+        self.logs = folder / "output" / name
+        self.logs.mkdir()
+        self.versions = dict.fromkeys(PROGRAMS, name if name in VERSIONS else YESTERDAY)
+        self.held: Path | None = None
+        """The folder of ``held_worker.py``, if the next worker is that."""
+        self.started: dict[int, str] = {}
+        """The version of each process that was started, by its pid."""
+        self._pythons = {version: python_of(version) for version in VERSIONS}
+
+    def _check(self, answer: httpx.Response) -> None:
+        if self.versions["api"] == TODAY:  # the document is today's
+            super()._check(answer)
+
+    def spawn(self, name: str) -> None:
+        version = self.versions[name]
+        program = [str(HELD_WORKER), str(self.held)] if name == "worker" and self.held else ["-m", PROGRAMS[name]]
+        argv = [str(self._pythons[version]), "-P", *program]
+        with (self.logs / f"{name}.log").open("ab") as output:
+            self._processes[name] = tether.spawn(argv, env=self.environ, output=output)
+        self.started[self.pid(name)] = version
+
+    def replace(self, name: str, version: str) -> None:
+        """Stop a process by SIGTERM, and start the one of this version in its place. It must end well."""
+        assert self.stop(name) == 0, self.output(name)
+        self.versions[name] = version
+        self.start(name)
+
+    def verified(self, version: str) -> Json:
+        """What ``kms audit verify`` of a version says of the log; its exit code is 0."""
+        argv = [str(self._pythons[version]), "-P", "-m", "kms_cli.main", "audit", "verify", "--json"]
+        done = subprocess.run(
+            argv, env=self.environ, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return cast("Json", json.loads(done.stdout))
+
+
+@dataclass(frozen=True)
+class Install:
+    """Hosts by their names; all have the same state folder."""
+
+    hosts: dict[str, Host]
+
+    @property
+    def any_host(self) -> Host:
+        return next(iter(self.hosts.values()))
+
+    def output(self) -> str:
+        """What all processes printed."""
+        return "".join(host.output() for host in self.hosts.values())
+
+    def audit_lines(self) -> Iterator[Json]:
+        """The lines of all chains, each with the version of the process that wrote it as ``version``."""
+        started = {pid: version for host in self.hosts.values() for pid, version in host.started.items()}
+        for path in sorted((self.any_host.state / "audit").glob("*.jsonl")):
+            pid = int(path.name.partition(".")[0].rpartition("-")[2])
+            for line in path.read_text().splitlines():
+                yield json.loads(line) | {"version": started.get(pid, "")}
+
+    def stop(self) -> None:
+        """End every process by SIGTERM, as it should."""
+        for host in self.hosts.values():
+            for name in list(host._processes):  # noqa: SLF001 -- its own kind
+                assert host.stop(name) == 0, host.output(name)
+
+
+@contextmanager
+def install(folder: Path, settings: str, *names: str) -> Iterator[Install]:
+    """An install without processes; a host that is named for a version begins with that."""
+    with ExitStack() as stack:
+        valkey = stack.enter_context(EmbeddedValkey(folder / "valkey"))
+        hosts = {name: stack.enter_context(Host(folder, settings, valkey.url, name)) for name in names}
+        yield Install(hosts)
