@@ -1,4 +1,4 @@
-"""One install whose processes are of two versions: one state folder, one Valkey, and hosts of either version."""
+"""One install whose processes are of two versions: one state folder, one Valkey, hosts of either version."""
 
 import json
 import subprocess
@@ -48,11 +48,24 @@ class Host(Service):
 
     def spawn(self, name: str) -> None:
         version = self.versions[name]
-        program = [str(HELD_WORKER), str(self.held)] if name == "worker" and self.held else ["-m", PROGRAMS[name]]
+        program = (
+            [str(HELD_WORKER), str(self.held)] if name == "worker" and self.held else ["-m", PROGRAMS[name]]
+        )
         argv = [str(self._pythons[version]), "-P", *program]
         with (self.logs / f"{name}.log").open("ab") as output:
             self._processes[name] = tether.spawn(argv, env=self.environ, output=output)
         self.started[self.pid(name)] = version
+
+    def kill(self, name: str) -> None:
+        self._note_pool(name)
+        super().kill(name)
+
+    def stop(self, name: str) -> int:
+        self._note_pool(name)
+        return super().stop(name)
+
+    def _note_pool(self, name: str) -> None:
+        self.started |= dict.fromkeys(self.pool_pids(name), self.versions[name])
 
     def replace(self, name: str, version: str) -> None:
         """Stop a process by SIGTERM, and start the one of this version in its place. It must end well."""
@@ -103,6 +116,7 @@ class Install:
 def install(folder: Path, settings: str, *names: str) -> Iterator[Install]:
     """An install without processes; a host that is named for a version begins with that."""
     with ExitStack() as stack:
+        (folder / "valkey").mkdir(mode=0o700)
         valkey = stack.enter_context(EmbeddedValkey(folder / "valkey"))
         hosts = {name: stack.enter_context(Host(folder, settings, valkey.url, name)) for name in names}
         yield Install(hosts)
