@@ -1,7 +1,7 @@
 """A client that calls and submits all the time: the load of an update, of the version whose Python runs it.
 
-Run by its path: ``load_program.py URL FOLDER``, with a folder below the roots of the service. It prints a line
-for each job that it has seen to its end, and after SIGTERM and its last job a JSON object: ``Report``.
+Run by its path: ``load_program.py URL FOLDER``, with a folder below the roots of the service. It prints a
+line for each job that it has seen to its end, and after SIGTERM and its last job a JSON object: ``Report``.
 """
 
 import io
