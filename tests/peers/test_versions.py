@@ -1,13 +1,14 @@
 """Yesterday's version and today's in one install: each takes, runs, finishes and reads what the other began."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import pytest
 
 from support.service import Service
-from support.versions import held_worker
 from support.versions.checks import check_jobs, check_log, check_output
 from support.versions.install import TODAY, VERSIONS, YESTERDAY, Install, install
 from support.versions.kinds import ENDPOINT, JobKinds, SubmittedJob
@@ -16,18 +17,20 @@ from support.waiting import until
 from support.webhooks import Receiver, receiving, secret_file
 
 pytestmark = pytest.mark.timeout(INSTALL_LIMIT_S + 300)
-SETTINGS = """
+PROCESSES: Final = 5
+SETTINGS: Final = f"""
 [kms.audit]
 checkpoint_s = 1
 [kms.jobs]
 lease_s = 3
-concurrency = 5
-[kms.jobs.endpoints.{name}]
-url = "{url}"
-secret_file = "{secret}"
+concurrency = {PROCESSES}
+[kms.jobs.endpoints.{ENDPOINT}]
+url = "{{url}}"
+secret_file = "{{secret}}"
 """
-STEPS = ("recorded", "placed", "tree", "items")
-"""At which ``held_worker.py`` holds a process, one each; the fifth has the rest."""
+STEPS: Final = ("recorded", "placed", "tree", "items")
+"""Where ``held_worker.py`` holds a process: one at each, and one process is left."""
+OTHER: Final = {YESTERDAY: TODAY, TODAY: YESTERDAY}
 
 
 @dataclass
@@ -39,15 +42,15 @@ class Both:
     jobs: list[SubmittedJob] = field(default_factory=list)
     version: str = ""
 
-    def other(self, version: str) -> Service:
-        return self.install.hosts[TODAY if version == YESTERDAY else YESTERDAY]
+    def api(self, version: str) -> Service:
+        return self.install.hosts[version]
 
     def kinds(self, version: str) -> JobKinds:
-        """Jobs for the API of a version; the other one makes what they open."""
-        return JobKinds(self.install.hosts[version], self.other(version), self.jobs)
+        """Jobs for the API of a version; what they open is sealed by that of the other."""
+        return JobKinds(self.api(version), self.api(OTHER[version]), self.jobs)
 
     def work(self, version: str, held: Path | None = None) -> None:
-        """Have a worker of this version run instead of the one that does."""
+        """Have a worker of this version run, and no other."""
         self.rest()
         host = self.install.hosts[version]
         host.held = held
@@ -62,11 +65,85 @@ class Both:
         self.version = ""
 
     def kill(self) -> None:
+        """End the worker at once."""
         self.install.hosts[self.version].kill("worker")
         self.version = ""
 
-    def settle(self) -> None:
-        """Wait for every job that was not judged yet, and have the API that did not take it judge it."""
-        while self.jobs:
-            job = self.jobs.pop()
-            job.check(self.install.hosts[TODAY])
+    def judge(self) -> None:
+        """Wait for all jobs; both APIs must read what came of each."""
+        for job in self.jobs:
+            for version in VERSIONS:
+                job.check(self.api(version))
+
+    def close(self) -> None:
+        """Judge all that happened, and the log that is left."""
+        check_jobs(self.install, {job.job_id for job in self.jobs})
+        expected = {f"{job.job_id}.0.succeeded" for job in self.jobs if job.calls_back}
+        until(lambda: expected <= self._delivered(), "the webhooks of all ends")
+        assert self._delivered() == expected
+        self.install.stop()
+        check_log(self.install, {job.job_id: len(job.targets) for job in self.jobs})
+        check_output(self.install)
+
+    def _delivered(self) -> set[str]:
+        """The ids of ends of jobs that the receiver has had."""
+        bodies = [json.loads(request.body) for request in self.receiver.requests]
+        return {body["id"] for body in bodies if body["type"].startswith("kms.job.")}
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> Iterator[Both]:
+    with receiving(None) as receiver:
+        url = receiver.url("127.0.0.1", "http")
+        settings = SETTINGS.format(url=url, secret=secret_file(tmp_path))
+        with install(tmp_path, settings, *VERSIONS) as made:
+            for host in made.hosts.values():
+                host.start("api")
+            yield Both(made, receiver)
+
+
+def test_each_api_and_each_worker_do_every_kind_of_job(both: Both) -> None:
+    for worker in VERSIONS:
+        both.work(worker)
+        for _ in range(2):
+            for api in VERSIONS:
+                both.kinds(api).every()
+        both.judge()
+    both.close()
+
+
+def test_jobs_and_messages_that_wait_are_done_by_the_other_version(both: Both) -> None:
+    for worker in VERSIONS:
+        both.rest()
+        for api in VERSIONS:
+            both.kinds(api).every()
+            both.kinds(api).message()
+        both.work(worker)
+        both.judge()
+    both.close()
+
+
+@pytest.mark.parametrize("first", VERSIONS)
+def test_jobs_of_a_killed_worker_are_finished_by_the_other_version(
+    both: Both, tmp_path: Path, first: str
+) -> None:
+    """Killed with a commit recorded, with a target in place, amid many files, and with parts of a job done."""
+    steps, second = tmp_path / "steps", OTHER[first]
+    steps.mkdir()
+    both.work(first, held=steps)
+    both.kinds(first).held(both.api(first).files / "held")
+    in_parts = both.jobs[-1].job_id
+    until(
+        lambda: (
+            sorted(path.name for path in steps.iterdir()) == sorted(STEPS)
+            and both.api(second).job(in_parts)["progress"]["items_done"] >= 2 * 500
+        ),
+        lambda: f"steps {list(steps.iterdir())}, {both.api(second).job(in_parts)}",
+    )
+    both.kill()
+    both.kinds(first).every()
+    both.work(second)
+    both.judge()
+    assert {both.api(second).job(job.job_id)["attempt"] for job in both.jobs[:3]} == {2}
+    both.work(first)  # so that a chain of each names the ends of the killed one
+    both.close()

@@ -4,11 +4,13 @@ import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from http.client import OK
 from pathlib import Path
 from typing import Final
 
 from support.celery_messages import body, in_s, intake_recipient, seal, send
 from support.service import CONTEXT, Service, b64, unb64
+from support.waiting import until
 
 NEW_CONTEXT: Final = "env=new"
 ENDPOINT: Final = "ci"
@@ -32,9 +34,10 @@ class SubmittedJob:
     calls_back: bool = False
 
     def check(self, reader: Service) -> None:
-        """Judge what came of it as another API reads it. Raises AssertionError."""
-        shown = reader.job(self.job_id)
-        assert (shown["state"], shown["error"]) == ("succeeded", None), (self.name, shown)
+        """Wait for its end, and judge what came of it as this API reads it. Raises AssertionError."""
+        path = f"/jobs/{self.job_id}"  # which is not there until the message of such a job was taken
+        until(lambda: reader.get(path).status_code == OK, f"{self.name} {self.job_id} is taken")
+        shown = reader.wait(self.job_id, "succeeded")
         try:
             self.judge(reader, self.job_id)
         except (AssertionError, KeyError, OSError) as exc:
