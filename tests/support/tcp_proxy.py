@@ -1,4 +1,4 @@
-"""TCP relays on loopback: one that a test can cut and mend, one that delays answers, one to several servers."""
+"""TCP relays on loopback: one that a test can cut, one that delays answers, and one to several servers."""
 
 import queue
 import socket
