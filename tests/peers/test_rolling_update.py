@@ -1,4 +1,4 @@
-"""An update of an install to today's version, one process after another under load, and back to yesterday's."""
+"""An update of an install to today's version under load, one process after another, and the way back."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -127,7 +127,7 @@ def test_jobs_and_messages_that_wait_are_done_by_the_other_version(both: Both) -
 def test_jobs_of_a_killed_worker_are_finished_by_the_other_version(
     both: Both, tmp_path: Path, first: str
 ) -> None:
-    """With a commit recorded, a target in place, some of many files, and two of the three parts of a job done."""
+    """With a commit recorded, a target in place, some of many files and two of three parts of a job done."""
     steps, second = tmp_path / "steps", OTHER[first]
     steps.mkdir()
     both.work(first, held=steps)
