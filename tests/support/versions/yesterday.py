@@ -4,6 +4,7 @@ It is in the folder ``.cache/yesterday-<commit>``: the sources of that commit, a
 its own ``scripts/venv.sh`` makes of its own lock files. Made once for a checkout.
 """
 
+import functools
 import io
 import os
 import subprocess
@@ -25,6 +26,7 @@ INSTALL_LIMIT_S: Final = 600
 _READY: Final = 'set -euo pipefail; source "$1/scripts/venv.sh"; ready runtime'
 
 
+@functools.cache
 def yesterdays_python() -> Path:
     """The Python of an environment that has yesterday's version and what its lock files name."""
     with locked_cache(f"yesterday-{COMMIT}") as folder:
