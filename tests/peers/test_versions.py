@@ -10,7 +10,7 @@ import pytest
 
 from support.service import Service
 from support.versions.checks import check_jobs, check_log, check_output
-from support.versions.install import TODAY, VERSIONS, YESTERDAY, Install, install
+from support.versions.install import TODAY, VERSIONS, YESTERDAY, Install, install, number_of
 from support.versions.kinds import ENDPOINT, JobKinds, SubmittedJob
 from support.versions.yesterday import INSTALL_LIMIT_S
 from support.waiting import until
@@ -69,6 +69,13 @@ class Both:
         self.install.hosts[self.version].kill("worker")
         self.version = ""
 
+    def is_seen(self) -> bool:
+        """Whether both APIs see the worker, with its version, and that nothing is amiss."""
+        answers = [self.api(version).get("/status").json() for version in VERSIONS]
+        expected = [1, {number_of(self.version): 1}, []]
+        names = ("workers", "worker_versions", "degraded")
+        return all([answer[name] for name in names] == expected for answer in answers)
+
     def judge(self) -> None:
         """Wait for all jobs; both APIs must read what came of each."""
         for job in self.jobs:
@@ -109,6 +116,7 @@ def test_each_api_and_each_worker_do_every_kind_of_job(both: Both) -> None:
             for api in VERSIONS:
                 both.kinds(api).every()
         both.judge()
+        until(both.is_seen, f"the worker of {worker} is seen by both APIs")
     both.close()
 
 

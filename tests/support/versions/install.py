@@ -27,6 +27,12 @@ def python_of(version: str) -> Path:
     return yesterdays_python() if version == YESTERDAY else Path(sys.executable)
 
 
+def number_of(version: str) -> str:
+    """The number that this version has, as it says itself."""
+    argv = [python_of(version), "-P", "-c", "import kms_protocol; print(kms_protocol.__version__)"]
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
+
+
 class Host(Service):
     """An API and a worker with ports of their own. ``versions`` says which one each is at its next start."""
 
