@@ -1,5 +1,6 @@
 """One install whose processes are of two versions: one state folder, one Valkey, hosts of either version."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -27,6 +28,7 @@ def python_of(version: str) -> Path:
     return yesterdays_python() if version == YESTERDAY else Path(sys.executable)
 
 
+@functools.cache
 def number_of(version: str) -> str:
     """The number that this version has, as it says itself."""
     argv = [python_of(version), "-P", "-c", "import kms_protocol; print(kms_protocol.__version__)"]

@@ -28,6 +28,7 @@ THREADS: Final = 2
 OPEN_JOBS: Final = 4
 """Jobs of a thread that it does not wait for."""
 LONGEST_S: Final = 120.0
+PAUSE_S: Final = 0.05
 _FAILED: Final = 500
 
 
@@ -85,7 +86,7 @@ class Load:
     def run(self, stop: threading.Event) -> None:
         """Work until ``stop``, then see every job to its end and submit each once more."""
         turn = 0
-        while not stop.is_set():
+        while not stop.wait(PAUSE_S):
             self._noting(self._call)
             self._noting(lambda: self._submit(turn))  # noqa: B023 -- called at once
             turn += 1
@@ -109,7 +110,7 @@ class Load:
         assert opened.plaintext == plain, "a call opened something else"
 
     def _submit(self, turn: int) -> None:
-        kinds = (self._items, self._file, self._upload, self._parts)
+        kinds = (self._items, self._file, self._upload, self._items, self._file, self._upload, self._parts)
         asked = kinds[turn % len(kinds)](str(uuid.uuid4()))
         self._report.ids[asked.key] = asked.job_id
         self._open.append(asked)
