@@ -2,6 +2,7 @@
 
 import functools
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from support.versions.yesterday import yesterdays_python
 YESTERDAY: Final = "yesterday"
 TODAY: Final = "today"
 VERSIONS: Final = (YESTERDAY, TODAY)
+ENDS: Final = {"worker": 0, "api": -signal.SIGTERM}
+"""How programs end after SIGTERM."""
 HELD_WORKER: Final = Path(__file__).with_name("held_worker.py")
 
 
@@ -75,9 +78,18 @@ class Host(Service):
     def _note_pool(self, name: str) -> None:
         self.started |= dict.fromkeys(self.pool_pids(name), self.versions[name])
 
+    @property
+    def running(self) -> list[str]:
+        """The names of its processes that were started and not ended."""
+        return list(self._processes)
+
+    def drain(self, name: str) -> None:
+        """End a process by SIGTERM. Raises AssertionError unless it ends as it should."""
+        assert self.stop(name) == ENDS[name], self.output(name)
+
     def replace(self, name: str, version: str) -> None:
-        """Stop a process by SIGTERM, and start the one of this version in its place. It must end well."""
-        assert self.stop(name) == 0, self.output(name)
+        """Drain a process, and start the one of this version in its place."""
+        self.drain(name)
         self.versions[name] = version
         self.start(name)
 
@@ -114,10 +126,10 @@ class Install:
                 yield json.loads(line) | {"version": started.get(pid, "")}
 
     def stop(self) -> None:
-        """End every process by SIGTERM, as it should."""
+        """Drain every process."""
         for host in self.hosts.values():
-            for name in list(host._processes):  # noqa: SLF001 -- its own kind
-                assert host.stop(name) == 0, host.output(name)
+            for name in host.running:
+                host.drain(name)
 
 
 @contextmanager
