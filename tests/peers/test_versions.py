@@ -8,7 +8,9 @@ from typing import Final
 
 import pytest
 
-from support.service import Service
+from kms_core.jobs.model import part_id
+from support.job_stores import TENANT
+from support.service import Service, core_of
 from support.versions.checks import check_jobs, check_log, check_output
 from support.versions.install import TODAY, VERSIONS, YESTERDAY, Install, install, number_of
 from support.versions.kinds import ENDPOINT, JobKinds, SubmittedJob
@@ -140,7 +142,7 @@ def test_jobs_of_a_killed_worker_are_finished_by_the_other_version(
     steps.mkdir()
     both.work(first, held=steps)
     both.kinds(first).held(both.api(first).files / "held")
-    in_parts = both.jobs[-1].job_id
+    recorded, placed, tree, in_parts = (job.job_id for job in both.jobs)
     until(
         lambda: (
             sorted(path.name for path in steps.iterdir()) == sorted(STEPS)
@@ -152,6 +154,9 @@ def test_jobs_of_a_killed_worker_are_finished_by_the_other_version(
     both.kinds(first).every()
     both.work(second)
     both.judge()
-    assert {both.api(second).job(job.job_id)["attempt"] for job in both.jobs[:3]} == {2}
+    store = core_of(both.install.any_host).worker_context.store
+    parts = [part_id(tree, 0), part_id(in_parts, 2)]
+    claims = [store.get(job_id, TENANT).fence for job_id in (recorded, placed, *parts)]
+    assert claims == [2, 2, 2, 2], "the killed worker did not hold one of these"
     both.work(first)  # so that a chain of each names the ends of the killed one
     both.close()

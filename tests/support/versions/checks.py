@@ -57,7 +57,7 @@ def check_log(install: Install, files: Mapping[str, int]) -> None:
         if "operation" not in line:
             continue
         writers[line["chain"].partition("-")[0], line["version"]] += 1
-        if (line["operation"], line.get("stage"), line["result"]) == ("commit", "outcome", "ok"):
+        if (line["operation"], line.get("stage"), line.get("result")) == ("commit", "outcome", "ok"):
             name = line["effect"]
             made[line["job_id"]][name[:ID_LENGTH]].add(name)
     for job_id, count in files.items():

@@ -54,10 +54,20 @@ def ending(genuine: Callable[..., Any]) -> Callable[..., Any]:
     return finish
 
 
+def sharing(genuine: Callable[..., Any]) -> Callable[..., Any]:
+    """Replace the others once metrics are shared: importing their modules declares some."""
+
+    def share(given: Any) -> None:  # noqa: ANN401 -- as above
+        genuine(given)
+        replace(FILE, "_put_in_place", placing)
+        replace(ATTEMPTS, "finish", ending)
+
+    return share
+
+
 if __name__ == "__main__":
     from kms_worker.main import main
 
-    replace(FILE, "_put_in_place", placing)
-    replace(ATTEMPTS, "finish", ending)
+    replace("kms_core.observability.multiprocess_metrics", "share", sharing)
     FOLDER = sys.argv.pop()
     sys.exit(main())

@@ -121,7 +121,7 @@ class Install:
         """The lines of all chains, each with the version of the process that wrote it as ``version``."""
         started = {pid: version for host in self.hosts.values() for pid, version in host.started.items()}
         for path in sorted((self.any_host.state / "audit").glob("*.jsonl")):
-            pid = int(path.name.partition(".")[0].rpartition("-")[2])
+            pid = int(path.name.rsplit(".", 2)[0].rpartition("-")[2])
             for line in path.read_text().splitlines():
                 yield json.loads(line) | {"version": started.get(pid, "")}
 
