@@ -9,7 +9,6 @@ from typing import Final
 import pytest
 
 from kms_core.jobs.model import part_id
-from support.job_stores import TENANT
 from support.service import Service, core_of
 from support.versions.checks import check_jobs, check_log, check_output
 from support.versions.install import TODAY, VERSIONS, YESTERDAY, Install, install, number_of
@@ -156,7 +155,7 @@ def test_jobs_of_a_killed_worker_are_finished_by_the_other_version(
     both.judge()
     store = core_of(both.install.any_host).worker_context.store
     parts = [part_id(tree, 0), part_id(in_parts, 2)]
-    claims = [store.get(job_id, TENANT).fence for job_id in (recorded, placed, *parts)]
+    claims = [store.part(job_id).job.fence for job_id in (recorded, placed, *parts)]
     assert claims == [2, 2, 2, 2], "the killed worker did not hold one of these"
     both.work(first)  # so that a chain of each names the ends of the killed one
     both.close()
