@@ -34,7 +34,7 @@ def python_of(version: str) -> Path:
 @functools.cache
 def number_of(version: str) -> str:
     """The number that this version has, as it says itself."""
-    argv = [python_of(version), "-P", "-c", "import kms_protocol; print(kms_protocol.__version__)"]
+    argv = [str(python_of(version)), "-P", "-c", "import kms_protocol; print(kms_protocol.__version__)"]
     return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -47,7 +47,7 @@ class Host(Service):
         self.logs = folder / "output" / name
         self.logs.mkdir()
         self.versions = dict.fromkeys(PROGRAMS, name if name in VERSIONS else YESTERDAY)
-        self.held: Path | None = None
+        self.steps: Path | None = None
         """The folder of ``held_worker.py``, if the next worker is that."""
         self.started: dict[int, str] = {}
         """The version of each process that was started, by its pid."""
