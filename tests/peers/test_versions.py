@@ -50,11 +50,11 @@ class Both:
         """Jobs for the API of a version; what they open is sealed by that of the other."""
         return JobKinds(self.api(version), self.api(OTHER[version]), self.jobs)
 
-    def work(self, version: str, held: Path | None = None) -> None:
+    def work(self, version: str, steps: Path | None = None) -> None:
         """Have a worker of this version run, and no other."""
         self.rest()
         host = self.install.hosts[version]
-        host.held = held
+        host.steps = steps
         host.start("worker")
         self.version = version
 
@@ -139,7 +139,7 @@ def test_jobs_of_a_killed_worker_are_finished_by_the_other_version(
     """With a commit recorded, a target in place, some of many files and two of three parts of a job done."""
     steps, second = tmp_path / "steps", OTHER[first]
     steps.mkdir()
-    both.work(first, held=steps)
+    both.work(first, steps)
     both.kinds(first).held(both.api(first).files / "held")
     recorded, placed, tree, in_parts = (job.job_id for job in both.jobs)
     until(

@@ -60,7 +60,7 @@ class Host(Service):
     def spawn(self, name: str) -> None:
         version = self.versions[name]
         program = (
-            [str(HELD_WORKER), str(self.held)] if name == "worker" and self.held else ["-m", PROGRAMS[name]]
+            [str(HELD_WORKER), str(self.steps)] if name == "worker" and self.steps else ["-m", PROGRAMS[name]]
         )
         argv = [str(self._pythons[version]), "-P", *program]
         with (self.logs / f"{name}.log").open("ab") as output:
