@@ -20,9 +20,9 @@ STEPS: Final = (("worker", TODAY), ("api", TODAY), ("api", YESTERDAY), ("worker"
 
 
 @pytest.fixture
-def two_hosts(tmp_path: Path) -> Iterator[Install]:
+def two_hosts(tmp_path: Path, redis_url: str) -> Iterator[Install]:
     """An API and a worker on each of two hosts, of yesterday's version."""
-    with install(tmp_path, SETTINGS, *HOSTS) as made:
+    with install(tmp_path, SETTINGS, redis_url, *HOSTS) as made:
         for host in made.hosts.values():
             host.start()
         yield made

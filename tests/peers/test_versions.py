@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -9,6 +10,8 @@ from typing import Final
 import pytest
 
 from kms_core.jobs.model import part_id
+from support.embedded_valkey import unrestricted
+from support.redis_regress import Snapshot
 from support.service import Service, core_of
 from support.versions.checks import check_jobs, check_log, check_output
 from support.versions.install import TODAY, VERSIONS, YESTERDAY, Install, install, number_of
@@ -82,6 +85,11 @@ class Both:
             for version in VERSIONS:
                 job.check(self.api(version))
 
+    def targets(self) -> dict[Path, tuple[int, int]]:
+        """Inode and mtime in ns of each target."""
+        found = {target: target.stat() for job in self.jobs for target in job.targets}
+        return {target: (stat.st_ino, stat.st_mtime_ns) for target, stat in found.items()}
+
     def close(self) -> None:
         """Judge all that happened, and the log that is left."""
         check_jobs(self.install, {job.job_id for job in self.jobs})
@@ -99,15 +107,28 @@ class Both:
         return sorted(subjects.values())
 
 
-@pytest.fixture
-def both(tmp_path: Path) -> Iterator[Both]:
+@contextmanager
+def two_apis(folder: Path, redis: str) -> Iterator[Both]:
     with receiving(None) as receiver:
         url = receiver.url("127.0.0.1", "http")
-        settings = SETTINGS.format(url=url, secret=secret_file(tmp_path))
-        with install(tmp_path, settings, *VERSIONS) as made:
+        settings = SETTINGS.format(url=url, secret=secret_file(folder))
+        with install(folder, settings, redis, *VERSIONS) as made:
             for host in made.hosts.values():
                 host.start("api")
             yield Both(made, receiver)
+
+
+@pytest.fixture
+def both(tmp_path: Path, redis_url: str) -> Iterator[Both]:
+    with two_apis(tmp_path, redis_url) as found:
+        yield found
+
+
+@pytest.fixture
+def forgetful(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
+    """With a Redis that can be brought back to an earlier state."""
+    with unrestricted(tmp_path_factory.mktemp("valkey")) as url, two_apis(tmp_path, url) as found:
+        yield found
 
 
 def test_each_api_and_each_worker_do_every_kind_of_job(both: Both) -> None:
@@ -159,3 +180,21 @@ def test_jobs_of_a_killed_worker_are_finished_by_the_other_version(
     assert claims == [2, 2, 2, 2], "the killed worker did not hold one of these"
     both.work(first)  # so that a chain of each names the ends of the killed one
     both.close()
+
+
+def test_what_redis_forgot_is_recognised_by_the_other_version(forgetful: Both) -> None:
+    """A job whose end is forgotten ends again: what it has put in place has its mark, and stays as it is."""
+    store = core_of(forgetful.install.any_host).worker_context.store
+    for first in VERSIONS:
+        forgetful.rest()
+        forgetful.kinds(OTHER[first]).every()
+        before = Snapshot.of(store.redis)
+        forgetful.work(first)
+        forgetful.judge()
+        made = forgetful.targets()
+        forgetful.rest()
+        before.restore()
+        forgetful.work(OTHER[first])
+        forgetful.judge()
+        assert forgetful.targets() == made
+    forgetful.close()

@@ -14,7 +14,6 @@ from typing import Final, cast
 import httpx2 as httpx
 
 from kms_core.programs import tether
-from support.embedded_valkey import EmbeddedValkey
 from support.service import PROGRAMS, Json, Service
 from support.versions.yesterday import yesterdays_python
 
@@ -133,10 +132,8 @@ class Install:
 
 
 @contextmanager
-def install(folder: Path, settings: str, *names: str) -> Iterator[Install]:
+def install(folder: Path, settings: str, redis: str, *names: str) -> Iterator[Install]:
     """An install without processes; a host that is named for a version begins with that."""
     with ExitStack() as stack:
-        (folder / "valkey").mkdir(mode=0o700)
-        valkey = stack.enter_context(EmbeddedValkey(folder / "valkey"))
-        hosts = {name: stack.enter_context(Host(folder, settings, valkey.url, name)) for name in names}
+        hosts = {name: stack.enter_context(Host(folder, settings, redis, name)) for name in names}
         yield Install(hosts)
