@@ -8,6 +8,7 @@ from http.client import OK
 from pathlib import Path
 from typing import Final
 
+from kms_protocol.wire import ENDED
 from support.celery_messages import body, in_s, intake_recipient, seal, send
 from support.service import CONTEXT, Service, b64, unb64
 from support.waiting import until
@@ -35,13 +36,19 @@ class SubmittedJob:
 
     def check(self, reader: Service) -> None:
         """Wait for its end, and judge what came of it as this API reads it. Raises AssertionError."""
-        path = f"/jobs/{self.job_id}"  # which is not there until the message of such a job was taken
-        until(lambda: reader.get(path).status_code == OK, f"{self.name} {self.job_id} is taken")
-        shown = reader.wait(self.job_id, "succeeded")
+        until(lambda: self._is_settled(reader), f"the end of job {self.name} {self.job_id}")
+        shown = reader.job(self.job_id)
+        assert shown["state"] == "succeeded", (self.name, shown)
         try:
             self.judge(reader, self.job_id)
         except (AssertionError, KeyError, OSError) as exc:
             raise AssertionError(f"{self.name} {shown}: {type(exc).__name__} {exc}") from exc
+
+    def _is_settled(self, reader: Service) -> bool:
+        """Whether it has ended, or waits for a newer worker; it is unknown until its message was taken."""
+        answer = reader.get(f"/jobs/{self.job_id}")
+        shown = answer.json()
+        return answer.status_code == OK and (shown["state"] in ENDED or "waits_for" in shown)
 
 
 @dataclass
