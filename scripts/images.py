@@ -14,7 +14,7 @@ from typing import Final
 
 UNPINNED: Final[Mapping[str, str]] = {
     "provisioning/kms-service": "built here: who deploys it pins what he has built",
-    "provisioning/kms-service:${KMS_IMAGE_TAG:-0.2.0}": "as above",
+    "provisioning/kms-service:${KMS_IMAGE_TAG:-0.3.0.dev0}": "as above",
     "ghcr.io/cosmian/kms:5.26.0": "no digest of it is known here; a key server to try, in a profile",
 }
 """Images without a digest, and why."""

@@ -31,6 +31,7 @@ from kms_core.container import Core, build_monitor
 from kms_core.container import build as build_core
 from kms_core.documents.local_copy import CopyPoll
 from kms_core.jobs.hosts.install import InstallWatch
+from kms_core.jobs.store import processes
 from kms_core.jobs.store.condition import StoreProbe
 from kms_core.jobs.store.usage import UsageFlush
 from kms_core.observability import metrics, tracing
@@ -178,6 +179,7 @@ def _lifespan_of(core: Core, monitor: AuditMonitor) -> Callable[[FastAPI], Abstr
             monitor,
             core.watch,
             InstallWatch(core.install),
+            processes.Presence(core.worker_context.store, "api", processes.new_name()),
             UsageFlush(core.kms.usage, core.worker_context.store.redis),
             core.audit_maintenance,
         ]

@@ -113,7 +113,8 @@ class BackendDown(Answer, frozen=True, kw_only=True):
 class StatusOut(Answer, frozen=True, kw_only=True):
     """Status of the service. ``jobs`` counts by state; it is null, as is all else unknown, without Redis.
 
-    ``version`` is that of the process that answers; ``worker_versions`` counts workers by theirs.
+    ``version`` is that of the process that answers; ``api_versions`` and ``worker_versions`` count live
+    processes of the API, and workers, by theirs.
     ``degraded`` names the parts that do not work as they should, ``backend`` for the default key;
     ``backends_down`` has each backend, asked every 30 seconds.
     ``install`` is the id of the install, for callers that may read the metrics.
@@ -128,6 +129,7 @@ class StatusOut(Answer, frozen=True, kw_only=True):
     queue_depth: int | None
     workers: int | None
     worker_versions: dict[str, int] | None = None
+    api_versions: dict[str, int] | None = None
     spool: SpoolOut | None = None
     install: str | None = None
     degraded: list[str]

@@ -3,11 +3,9 @@
 import gc
 import multiprocessing
 import os
-import socket
 import tempfile
 import threading
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -33,7 +31,7 @@ from kms_core.jobs.execution import attendance
 from kms_core.jobs.hosts.install import InstallWatch
 from kms_core.jobs.recovery.reaper import Reaper
 from kms_core.jobs.recovery.spool_cleanup import SpoolCleanup
-from kms_core.jobs.store import broker
+from kms_core.jobs.store import broker, processes
 from kms_core.jobs.store.heartbeats import Heartbeat, idle_s
 from kms_core.jobs.store.store import JobStore
 from kms_core.observability import metrics
@@ -63,7 +61,7 @@ parent forks a process whenever one died, while periodic threads run beside it.
 def run(loaded: Settings) -> int:
     """Work until a signal; the exit code."""
     secure_memory.protect(strict=loaded.is_prod)
-    name = f"{socket.gethostname()}:{uuid.uuid4().hex[:8]}"
+    name = processes.new_name()
     check_servers(loaded.kms.redis)
     pulse = SharedTime()
     app = worker_app.build(loaded, name, pulse)
@@ -117,6 +115,7 @@ def _maintenance(loaded: Settings, name: str) -> list[PeriodicThread]:
     return [
         core.watch,
         InstallWatch(install, attendance.set_misplaced),
+        processes.Presence(store, "worker", name),
         Reaper(store, name, install.require),
         SpoolCleanup(store, core.worker_context.spool, name, install.require, install.may_sweep),
         rotation.Clock(app, store, name),

@@ -85,6 +85,7 @@ def test_documented_status_counts_operations(service: Service) -> None:
     assert after["jobs"].keys() == {"queued", "running", "committing"}
     assert after["queue_depth"] >= 0
     assert after["worker_versions"] == {__version__: after["workers"]}
+    assert after["api_versions"].keys() == {__version__}
     assert "redis" not in after["degraded"]
 
 

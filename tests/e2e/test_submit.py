@@ -171,7 +171,7 @@ def test_a_worker_without_a_key_leaves_the_messages_and_says_so_once(tmp_path: P
         service.start("worker")
         send(service, seal(recipient, body()))
         store = core_of(service).submitter.store
-        until(lambda: live_workers(store) == 1, "the worker is at work")
+        until(lambda: len(live_workers(store)) == 1, "the worker is at work")
         time.sleep(1.0)  # in which it would take the message
 
         assert redis.Redis.from_url(redis_url).llen("kms:kms.submit") == 1

@@ -22,6 +22,8 @@ from kms_core.http_client import PeerServer
 from kms_core.jobs.events.webhook import WebhookRequest, sign
 from kms_core.jobs.model import Checkpoint, Commit, RecordKey
 from kms_core.jobs.spec import ItemsJob, SignedEnd, SignedSplit, UploadJob, spec_digest
+from kms_core.jobs.storage import commit_marks
+from kms_core.jobs.storage.commit_marks import CommitMarks
 from kms_core.jobs.storage.local import temporary_name
 from kms_core.jobs.storage.spool import Label, Spool
 from kms_core.jobs.storage.spool_folder import DiskSync, SpoolFolder
@@ -249,6 +251,20 @@ def test_new_bound_records() -> None:
     assert (bodies[b"commit"]["size_bytes"], bodies[b"log"]["words"]) == (2, ["done"])
     assert bodies[b"split"] == {"parts": 1, "digest": reference.sha256(b"abc")}
     assert bodies[b"end"] == {"fence": 1, "attempt": 2, "state": "succeeded", "kept_until": 3.0}
+
+
+@pytest.mark.parametrize(("url", "facts"), [("file:///out", (7, 8, 9)), ("s3://bucket/out", ())])
+def test_new_commit_mark(tmp_path: Path, url: str, facts: tuple[int, ...]) -> None:
+    """Of a file, with its inode, size and mtime, and of an object."""
+    spool = SpoolFolder(tmp_path, DiskSync(tmp_path))
+    marks = CommitMarks(RecordKey((SECRET, bytes(32))), JOB_ID, b"spec", "file:///in", spool)
+
+    mark = marks.sign("attempt", url, *facts)
+
+    texts = (JOB_ID, "attempt", "file:///in", url, *map(str, facts))
+    mac = reference.digest(SECRET, b"commit-mark", b"spec", *(text.encode() for text in texts))
+    assert mark == f"{JOB_ID}/attempt/{mac.hex()}"
+    assert commit_marks.ATTRIBUTE == "user.kms.commit"
 
 
 def test_new_message() -> None:

@@ -76,7 +76,11 @@ def repository(folder: Path, *names: str) -> Path:
     for name in ("pyproject.toml", "client/pyproject.toml", "src/kms_protocol/__init__.py"):
         path = tree / name
         path.write_text(
-            re.sub(r'(version.*"|kms-service-client==)\d+\.\d+\.\d+"', rf'\g<1>{VERSION}"', path.read_text())
+            re.sub(
+                r'(version.*"|kms-service-client==)\d+\.\d+\.\d+[.\w]*"',
+                rf'\g<1>{VERSION}"',
+                path.read_text(),
+            )
         )
     document = json.loads((tree / "src/kms_api/openapi/openapi.json").read_text())
     document["info"]["version"] = VERSION

@@ -1,6 +1,7 @@
 """Health, status, probes, metrics, and webhooks that were given up. None of them holds a secret."""
 
 import time
+from collections import Counter
 from contextlib import suppress
 from typing import Final, Literal
 
@@ -14,7 +15,7 @@ from kms_api.routing import LISTS, METRICS, OPEN, READ, WRITE, Call, Router, Rul
 from kms_core.auth.policy import Principal, allows
 from kms_core.backend_watch import ROOT
 from kms_core.jobs.events.outbox import Delivery, Outbox
-from kms_core.jobs.store import gauges, usage
+from kms_core.jobs.store import gauges, processes, usage
 from kms_core.jobs.store.errors import redis_errors
 from kms_core.jobs.store.gauges import QueueStats
 from kms_core.observability.metrics import REDIS_OK, STORAGE_USED, added_usage, exposition, operations_used
@@ -109,7 +110,7 @@ def metrics(call: Call[None]) -> Response:
 def condition(service: Service, who: Principal) -> admin.StatusOut:
     """Return the status of the service, limited to the tenant of a principal without ``metrics``."""
     tenant = None if allows(service.kms.policy, who, "metrics") else who.tenant
-    jobs, depth, workers, versions, found, spooled = None, None, None, None, None, None
+    jobs, depth, workers, versions, apis, found, spooled = None, None, None, None, None, None, None
     counts, store = service.kms.usage.peek(), service.submitter.store
     with suppress(JobsUnavailable):
         service.answering()
@@ -118,6 +119,7 @@ def condition(service: Service, who: Principal) -> admin.StatusOut:
         found = gauges.survey_queues(store, tenant)
         jobs, workers = found.jobs, found.workers
         versions = dict(found.versions) if workers else {}
+        apis = Counter(each.version for each in processes.listed(store) if each.role == "api")
         depth = found.jobs["queued"] if tenant else sum(found.depths.values())
     return admin.StatusOut(
         backend=service.kms.keyring.default.backend.name,
@@ -129,6 +131,7 @@ def condition(service: Service, who: Principal) -> admin.StatusOut:
         queue_depth=depth,
         workers=workers,
         worker_versions=versions,
+        api_versions=apis,
         spool=_spool(service, tenant, spooled),
         install=service.install.condition.install_id or None if tenant is None else None,
         degraded=[name for name, is_so in parts(service, found).items() if is_so],

@@ -551,9 +551,10 @@ def _service(own_id: str | None) -> Iterator[Finding]:
         yield Finding("FAIL", "service", *without_status(url, exc), away=True)
         return
     yield Finding("ok", "service", f"{url} answers")
-    if status.version != __version__:
-        text = f"it is {status.version}, this command {__version__}"
-        yield Finding("warn", "version", text, "install the same")
+    versions = {status.version, *(status.api_versions or ()), *(status.worker_versions or ())}
+    if versions != {__version__}:
+        text = f"processes of it are {', '.join(sorted(versions))}, this command is {__version__}"
+        yield Finding("warn", "version", text, "install the same: kms status counts them")
     if own_id and status.install and own_id != status.install:
         text = f"{url} is of another install ({status.install}) than the state and spool above ({own_id})"
         yield Finding("FAIL", "target", text, "name its --state-dir and --config, or another --url")

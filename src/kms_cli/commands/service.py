@@ -1,5 +1,6 @@
 """``kms status``, ``kms health``, ``kms keys``: the state of the service and its keys."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 import click
@@ -63,10 +64,19 @@ def _jobs(status: StatusOut) -> dict[str, object]:
     if status.jobs is None:
         return {"jobs": "unavailable"}
     counts = ", ".join(f"{count} {state}" for state, count in status.jobs.items() if count)
-    workers = str(status.workers)
-    if (versions := status.worker_versions or {}).keys() - {status.version}:
-        workers += f": {', '.join(f'{count} of {version}' for version, count in sorted(versions.items()))}"
-    return {"jobs": counts or "none", "queue": status.queue_depth, "workers": workers}
+    workers, apis = status.worker_versions or {}, status.api_versions or {}
+    return {
+        "jobs": counts or "none",
+        "queue": status.queue_depth,
+        "workers": _versions(status.workers or 0, workers, status.version),
+        **({"APIs": _versions(sum(apis.values()), apis, status.version)} if apis else {}),
+    }
+
+
+def _versions(count: int, versions: Mapping[str, int], own: str) -> str:
+    """Return the number of processes, and if one has another version than ``own``, how many have each."""
+    listed = ", ".join(f"{each} of {version}" for version, each in sorted(versions.items()))
+    return f"{count}: {listed}" if versions.keys() - {own} else str(count)
 
 
 # -- keys ---------------------------------------------------------------------------------------------

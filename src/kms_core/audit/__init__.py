@@ -169,13 +169,16 @@ def effect(
 
 
 @contextmanager
-def recorded(log: AuditWriter, who: Principal, operation: str, job: str) -> Iterator[None]:
+def recorded(log: AuditWriter, who: Principal, operation: str, job: str) -> Iterator[AuditRecord]:
     """Record an operation on a job, with its result. Raises AuditUnavailable: then no answer may leave.
+
+    Yields the record, in which the block may name another job.
 
     ``job`` comes from the caller. Text that cannot be the id of a job is left out of the record.
     """
-    with _ending(log, record_of(who, operation, job=job if _JOB_ID.fullmatch(job) else "")):
-        yield
+    record = record_of(who, operation, job=job if _JOB_ID.fullmatch(job) else "")
+    with _ending(log, record):
+        yield record
 
 
 @contextmanager

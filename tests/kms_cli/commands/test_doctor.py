@@ -392,6 +392,8 @@ ROOT_DOWN: Final = {"key_id": "root", "backend": "transit", "root": True, "since
             "FAIL",
             "key pay (transit) is down since",
         ),
+        ({"worker_versions": {"0.2.9": 1}}, "warn", "processes of it are 0.2.9, "),
+        ({"api_versions": {"0.2.9": 1}}, "warn", "processes of it are 0.2.9, "),
     ],
 )
 def test_what_the_service_calls_degraded_is_a_line(
@@ -404,7 +406,7 @@ def test_what_the_service_calls_degraded_is_a_line(
     with click.Context(click.Command("kms")):
         found = list(doctor_command._service(None))  # noqa: SLF001 -- without the checks of this machine
 
-    (line,) = [each for each in found if each.subject == "service" and each.level != "ok"]
+    (line,) = [each for each in found if each.level != "ok"]
     assert (line.level, said in f"{line.text}: {line.next}") == (level, True)
 
 

@@ -172,7 +172,9 @@ class FileWork:
             with audit.effect(log, job.who, "commit", name):
                 if pending:
                     pending.finish(commit)
-                elif not self._finish_begun(commit):
+                elif self._finish_begun(commit):
+                    self.lease.advance(job.size_bytes)
+                else:
                     with self._attempt() as (again, _):
                         job.check_expiry(self.context.store.now)
                         again.finish(commit)

@@ -73,7 +73,7 @@ def survey_queues(store: JobStore, tenant: str | None = None) -> QueueStats:
         {lane: count for lane, (count, _) in ready.items()},
         max(0.0, now - oldest),
         dead,
-        live_workers(store),
+        len(live_workers(store)),
         memory["used_memory"] / memory["maxmemory"] if memory.get("maxmemory") else 0.0,
         spooled,
         hanging,

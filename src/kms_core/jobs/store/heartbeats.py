@@ -7,6 +7,7 @@ from typing import Final, cast
 
 from kms_core.jobs.store.errors import redis_errors
 from kms_core.jobs.store.keys import PREFIX, busy_key
+from kms_core.jobs.store.records import named
 from kms_core.jobs.store.store import JobStore
 from kms_core.periodic import PeriodicThread
 from kms_protocol import __version__
@@ -87,10 +88,11 @@ def worker_left(store: JobStore, worker: str) -> None:
     worker_seen(store, worker, 0, ())
 
 
-def live_workers(store: JobStore) -> int:
-    """Return the number of live workers; a killed one counts for ``WORKER_SEEN_S``."""
+def live_workers(store: JobStore) -> list[str]:
+    """The names of live workers; a killed one counts as live for ``WORKER_SEEN_S``."""
     with redis_errors():
-        return int(store.redis.zcount(_WORKERS, store.now() - WORKER_SEEN_S, "+inf"))
+        found = store.redis.zrangebyscore(_WORKERS, store.now() - WORKER_SEEN_S, "+inf")
+    return list(map(named, cast("list[bytes]", found)))
 
 
 def idle_s(store: JobStore, worker: str) -> float:

@@ -358,8 +358,9 @@ class JobSubmitter:
         route = f"files/{options.job.kind}" if isinstance(accepted, UploadJob) else "jobs"
         scope = options.idempotency_scope(route) if options.idempotency else ""
         try:
-            with audit.recorded(self._kms.audit_log, options.who, "job.submit", job_id):
+            with audit.recorded(self._kms.audit_log, options.who, "job.submit", job_id) as record:
                 job = self.store.submit(accepted, scope, self._resources(accepted, blob), blob)
+                record.job_id = job.job_id
         except (GroupComplete, IdempotencyConflict, RateLimited, SpoolQuota):
             self._discard(job_id, blob)
             raise
