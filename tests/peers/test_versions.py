@@ -12,9 +12,9 @@ import pytest
 from kms_core.jobs.model import part_id
 from support.embedded_valkey import unrestricted
 from support.redis_regress import Snapshot
-from support.service import Service, core_of
+from support.service import PROGRAMS, Json, core_of
 from support.versions.checks import check_jobs, check_log, check_output
-from support.versions.install import TODAY, VERSIONS, YESTERDAY, Install, install, number_of
+from support.versions.install import TODAY, VERSIONS, YESTERDAY, Host, Install, install, number_of
 from support.versions.kinds import ENDPOINT, JobKinds, SubmittedJob
 from support.versions.yesterday import INSTALL_LIMIT_S
 from support.waiting import until
@@ -46,7 +46,7 @@ class Both:
     jobs: list[SubmittedJob] = field(default_factory=list)
     version: str = ""
 
-    def api(self, version: str) -> Service:
+    def api(self, version: str) -> Host:
         return self.install.hosts[version]
 
     def kinds(self, version: str) -> JobKinds:
@@ -74,10 +74,13 @@ class Both:
 
     def is_seen(self) -> bool:
         """Whether both APIs see the worker, with its version, and that nothing is amiss."""
-        answers = [self.api(version).get("/status").json() for version in VERSIONS]
-        expected = [1, {number_of(self.version): 1}, []]
-        names = ("workers", "worker_versions", "degraded")
-        return all([answer[name] for name in names] == expected for answer in answers)
+        seen = {"workers": 1, "worker_versions": {number_of(self.version): 1}, "degraded": []}
+        return all(seen.items() <= self.status(version).items() for version in VERSIONS)
+
+    def status(self, version: str) -> Json:
+        """The status, as the API of a version has it."""
+        found: Json = self.api(version).get("/status").json()
+        return found
 
     def judge(self) -> None:
         """Wait for all jobs; both APIs must read what came of each."""
@@ -198,3 +201,33 @@ def test_what_redis_forgot_is_recognised_by_the_other_version(forgetful: Both) -
         forgetful.judge()
         assert forgetful.targets() == made
     forgetful.close()
+
+
+def test_the_versions_that_run_are_reported_until_there_is_one(both: Both) -> None:
+    """An API of 0.2 is on no list: its version is in its own status and metrics."""
+    old, new = number_of(YESTERDAY), number_of(TODAY)
+    before, after = both.api(YESTERDAY), both.api(TODAY)
+    for host in both.install.hosts.values():
+        host.start("worker")
+    mixed: dict[str, Json] = {
+        YESTERDAY: {"version": old, "worker_versions": {old: 1, new: 1}},
+        TODAY: {"version": new, "worker_versions": {old: 1, new: 1}, "api_versions": {new: 1}},
+    }
+    until(
+        lambda: all(seen.items() <= both.status(version).items() for version, seen in mixed.items()),
+        lambda: str([both.status(version) for version in VERSIONS]),
+    )
+    for version, host in both.install.hosts.items():
+        for name in PROGRAMS:
+            assert f'kms_build_info{{version="{number_of(version)}"}} 1.0' in host.metrics(name)
+        assert f"processes of it are {old}, {new}, " in host.doctor().at("version", "warn")
+        shown = host.run_kms("--url", host.url, "status").stdout
+        assert f"2: 1 of {old}, 1 of {new}" in shown
+        page = host.http.get("/ui/workers").text
+        assert all(f"<dt>Version</dt><dd>{number}</dd>" in page for number in (old, new))
+
+    for name in PROGRAMS:
+        before.drain(name)
+    after_update = {"workers": 1, "worker_versions": {new: 1}, "api_versions": {new: 1}}
+    until(lambda: after_update.items() <= both.status(TODAY).items(), lambda: str(both.status(TODAY)))
+    assert after.doctor().all("version", "warn") == []

@@ -14,6 +14,7 @@ from typing import Final, cast
 import httpx2 as httpx
 
 from kms_core.programs import tether
+from support.cli.doctor import DoctorReport, told_by
 from support.service import PROGRAMS, Json, Service
 from support.versions.yesterday import yesterdays_python
 
@@ -91,6 +92,15 @@ class Host(Service):
         self.drain(name)
         self.versions[name] = version
         self.start(name)
+
+    def metrics(self, name: str) -> str:
+        """The metrics of ``api`` or ``worker``, as Prometheus has them."""
+        port = self.port + (name == "worker")
+        return self.http.get(f"http://127.0.0.1:{port}/metrics").text
+
+    def doctor(self) -> DoctorReport:
+        """What ``kms doctor`` of today says of this API."""
+        return told_by(self.run_kms("doctor", "--json", KMS_SERVICE_URL=self.url))
 
     def verified(self, version: str) -> Json:
         """What ``kms audit verify`` of a version says of the log; its exit code is 0."""
