@@ -21,6 +21,8 @@ _BATCH: Final = 1_000
 _LARGE: Final = 200_000
 """Bytes that rest in a file of the spool; fewer are in Redis."""
 _EACH: Final = ("encrypt", "decrypt", "rewrap", "reseal")
+_MOVING: Final = ("rewrap", "reseal")
+"""What gives a file a new context, and may do so where it is."""
 Check = Callable[[Service, str], None]
 
 
@@ -72,6 +74,9 @@ class JobKinds:
         for kind in _EACH:
             self._file(kind)
             self._tree(kind)
+        for kind in _MOVING:
+            self._file(kind, in_place=True)
+            self._tree(kind, in_place=True)
 
     def held(self, folder: Path) -> None:
         """Submit those whose steps ``held_worker.py`` names; their files are beneath ``folder``."""
@@ -143,18 +148,19 @@ class JobKinds:
 
     # -- files ---------------------------------------------------------------------------------------
 
-    def _file(self, kind: str, source: Path | None = None) -> None:
+    def _file(self, kind: str, source: Path | None = None, *, in_place: bool = False) -> None:
         source = source or self.api.files / uuid.uuid4().hex
         source.parent.mkdir(exist_ok=True)
-        target, plain = source.with_name(f"{source.name}.out"), _plain(1_000)
+        target = source if in_place else source.with_name(f"{source.name}.out")
+        plain = _plain(1_000)
         source.write_bytes(self._source(kind, plain))
-        job = _job(kind, source.as_uri(), target.as_uri())
+        job = _job(kind, source.as_uri(), None if in_place else target.as_uri())
         self._submit(f"file {kind}", job, lambda reader, _: _made(reader, kind, target, plain), target)
 
-    def _tree(self, kind: str, source: Path | None = None, files: int = 4) -> None:
+    def _tree(self, kind: str, source: Path | None = None, files: int = 4, *, in_place: bool = False) -> None:
         source = source or self.api.files / uuid.uuid4().hex
         source.mkdir(parents=True)
-        into = source.with_name(f"{source.name}.out")
+        into = source if in_place else source.with_name(f"{source.name}.out")
         plains = {f"{number:03}": _plain(10 + number) for number in range(files)}
         for name, plain in plains.items():
             (source / (f"{name}.age" if kind == "decrypt" else name)).write_bytes(self._source(kind, plain))
@@ -165,7 +171,8 @@ class JobKinds:
             for target, plain in made.items():
                 _made(reader, kind, target, plain)
 
-        self._submit(f"tree {kind}", _job(kind, f"{source.as_uri()}/*", f"{into.as_uri()}/"), judge, *made)
+        job = _job(kind, f"{source.as_uri()}/*", None if in_place else f"{into.as_uri()}/")
+        self._submit(f"tree {kind}", job, judge, *made)
 
     def _source(self, kind: str, plain: bytes) -> bytes:
         return plain if kind == "encrypt" else self.sealer.encrypt(plain)
@@ -181,9 +188,11 @@ class JobKinds:
         self.jobs.append(SubmittedJob(name, job_id, judge, targets, calls_back))
 
 
-def _job(kind: str, source: str, target: str) -> dict[str, object]:
-    moved = {"new_context": NEW_CONTEXT} if kind in {"rewrap", "reseal"} else {}
-    return {"kind": kind, "source": source, "target": target, "context": CONTEXT, **moved}
+def _job(kind: str, source: str, target: str | None) -> dict[str, object]:
+    """A job over files; without a target each file is replaced."""
+    moved = {"new_context": NEW_CONTEXT} if kind in _MOVING else {}
+    placed: dict[str, object] = {"target": target} if target else {"overwrite": True}
+    return {"kind": kind, "source": source, "context": CONTEXT, **placed, **moved}
 
 
 def _plain(size: int) -> bytes:
