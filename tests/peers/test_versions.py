@@ -13,7 +13,7 @@ from kms_core.jobs.model import part_id
 from support.embedded_valkey import unrestricted
 from support.redis_regress import Snapshot
 from support.service import PROGRAMS, Json, core_of
-from support.versions.checks import check_jobs, check_log, check_output
+from support.versions.checks import check_jobs, check_log, check_output, history_of
 from support.versions.install import TODAY, VERSIONS, YESTERDAY, Host, Install, install, number_of
 from support.versions.kinds import ENDPOINT, JobKinds, SubmittedJob
 from support.versions.yesterday import INSTALL_LIMIT_S
@@ -27,13 +27,14 @@ SETTINGS: Final = f"""
 checkpoint_s = 1
 [kms.jobs]
 lease_s = 3
+stop_s = 2
 concurrency = {PROCESSES}
 [kms.jobs.endpoints.{ENDPOINT}]
 url = "{{url}}"
 secret_file = "{{secret}}"
 """
-STEPS: Final = ("recorded", "placed", "tree", "items")
-"""Where ``held_worker.py`` holds a process: one at each, and one process is left."""
+STEPS: Final = ("placed", "recorded", "tree")
+"""Where ``held_worker.py`` holds a process over files; it holds another at ``items``, and one is left."""
 OTHER: Final = {YESTERDAY: TODAY, TODAY: YESTERDAY}
 
 
@@ -67,10 +68,12 @@ class Both:
             self.install.hosts[self.version].drain("worker")
         self.version = ""
 
-    def kill(self) -> None:
-        """End the worker at once."""
-        self.install.hosts[self.version].kill("worker")
-        self.version = ""
+    def end(self, how: str) -> None:
+        """End the worker at once, or by SIGTERM: then it hands jobs back that do not end in ``stop_s``."""
+        if how == "killed":
+            self.install.hosts[self.version].kill("worker")
+            self.version = ""
+        self.rest()
 
     def is_seen(self) -> bool:
         """Whether both APIs see the worker, with its version, and that nothing is amiss."""
@@ -156,32 +159,39 @@ def test_jobs_and_messages_that_wait_are_done_by_the_other_version(both: Both) -
     both.close()
 
 
+def reached(folder: Path) -> list[str]:
+    """The steps at which ``held_worker.py`` holds a process."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
 @pytest.mark.parametrize("first", VERSIONS)
-def test_jobs_of_a_killed_worker_are_finished_by_the_other_version(
-    both: Both, tmp_path: Path, first: str
+def test_jobs_of_a_worker_that_ends_are_finished_by_the_other_version(
+    both: Both, tmp_path: Path, first: str, how: str
 ) -> None:
     """With a commit recorded, a target in place, some of many files and two of three parts of a job done."""
-    steps, second = tmp_path / "steps", OTHER[first]
-    steps.mkdir()
-    both.work(first, steps)
+    folder, second = tmp_path / "steps", OTHER[first]
+    folder.mkdir()
+    both.work(first, folder)
     both.kinds(first).held(both.api(first).files / "held")
-    recorded, placed, tree, in_parts = (job.job_id for job in both.jobs)
-    until(
-        lambda: (
-            sorted(path.name for path in steps.iterdir()) == sorted(STEPS)
-            and both.api(second).job(in_parts)["progress"]["items_done"] >= 2 * 500
-        ),
-        lambda: f"steps {list(steps.iterdir())}, {both.api(second).job(in_parts)}",
-    )
-    both.kill()
+    recorded, placed, tree = (job.job_id for job in both.jobs)
+    held, steps = [recorded, placed, part_id(tree, 0)], list(STEPS)
+    if how == "killed":  # a worker that stops waits for a process that stores an end
+        both.kinds(first).in_parts()
+        in_parts = both.jobs[-1].job_id
+        until(lambda: both.api(second).job(in_parts)["progress"]["items_done"] >= 2 * 500, "two parts")
+        held, steps = [*held, part_id(in_parts, 2)], ["items", *steps]
+    until(lambda: reached(folder) == steps, lambda: f"{steps}, not only {reached(folder)}")
+    both.end(how)
     both.kinds(first).every()
     both.work(second)
     both.judge()
     store = core_of(both.install.any_host).worker_context.store
-    parts = [part_id(tree, 0), part_id(in_parts, 2)]
-    claims = [store.part(job_id).job.fence for job_id in (recorded, placed, *parts)]
-    assert claims == [2, 2, 2, 2], "the killed worker did not hold one of these"
-    both.work(first)  # so that a chain of each names the ends of the killed one
+    claims = [store.part(job_id).job.fence for job_id in held]
+    assert claims == [2] * len(held), "the first worker did not hold one of these"
+    handed_back = {"handed_back" in history_of(store, job_id) for job_id in (recorded, placed, tree)}
+    assert handed_back == {how == "stopped"}
+    both.work(first)  # so that a chain of each names the ends of the first one
     both.close()
 
 

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from typing import Final, cast
 
+from kms_core.jobs.store.store import JobStore
 from kms_protocol.wire import ENDED
 from support.job_stores import events
 from support.service import Json, Service, core_of
@@ -27,6 +28,12 @@ def listed(service: Service) -> list[Json]:
     return found
 
 
+def history_of(store: JobStore, job_id: str) -> str:
+    """The attempts at a job that did not end it, as its record has them."""
+    found = cast("bytes | None", store.redis.hget(f"kms:job:{job_id}", "history"))
+    return (found or b"").decode()
+
+
 def check_jobs(install: Install, expected: Collection[str]) -> None:
     """The install has these jobs and no others. All succeeded, once, and none waited for a newer worker."""
     for host in install.hosts.values():
@@ -42,8 +49,8 @@ def check_jobs(install: Install, expected: Collection[str]) -> None:
     )
     assert ends == Counter(expected), "a job ended more or less than once"
     for job_id in expected:
-        history = cast("bytes | None", store.redis.hget(f"kms:job:{job_id}", "history")) or b""
-        assert _NEWER.encode() not in history, f"{job_id} waited for a newer worker: {history.decode()}"
+        history = history_of(store, job_id)
+        assert _NEWER not in history, f"{job_id} waited for a newer worker: {history}"
 
 
 def check_log(install: Install, files: Mapping[str, int]) -> None:

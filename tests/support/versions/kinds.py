@@ -65,7 +65,7 @@ class JobKinds:
         """Submit jobs of each kind."""
         self._items(1)
         self._items(3)
-        self._in_parts()
+        self.in_parts()
         self._stream()
         self._group()
         for size in (10, _LARGE):
@@ -79,11 +79,10 @@ class JobKinds:
             self._tree(kind, in_place=True)
 
     def held(self, folder: Path) -> None:
-        """Submit those whose steps ``held_worker.py`` names; their files are beneath ``folder``."""
+        """Submit those over files whose steps ``held_worker.py`` names; the files are beneath ``folder``."""
         self._file("encrypt", folder / "recorded")
         self._file("rewrap", folder / "placed")
         self._tree("encrypt", folder / "many", 40)
-        self._in_parts()
 
     def message(self) -> None:
         """Send a job by the broker, for the intake key that the API names."""
@@ -105,7 +104,8 @@ class JobKinds:
             moved = job | {"kind": kind, "new_context": NEW_CONTEXT}
             self._submit("items", moved, _seals_items(plains, NEW_CONTEXT))
 
-    def _in_parts(self) -> None:
+    def in_parts(self) -> None:
+        """Submit a job over items in three parts; ``held_worker.py`` holds the last one."""
         plains = _plains(PARTS_ITEMS)
         job = {"kind": "encrypt", "context": CONTEXT, "items": _encrypting(plains), "priority": "high"}
         self._submit("parts", job, _seals_items(plains))
