@@ -17,7 +17,8 @@ class Snapshot:
     @classmethod
     def of(cls, client: Client) -> Self:
         names = list(client.scan_iter())
-        return cls(client, {name: (client.dump(name), max(0, client.pexpiretime(name))) for name in names})
+        found = {name: (client.dump(name), max(0, client.pexpiretime(name))) for name in names}
+        return cls(client, {name: kept for name, kept in found.items() if kept[0]})  # others have expired
 
     def restore(self) -> None:
         """Bring these keys back, and no others."""

@@ -1,4 +1,4 @@
-"""TCP relays on loopback to one server: one that a test can cut and mend, and one that delays answers."""
+"""TCP relays on loopback: one that a test can cut, one that delays answers, and one to several servers."""
 
 import queue
 import socket
@@ -52,7 +52,7 @@ class TcpProxy:
             while True:
                 near, _ = self._listener.accept()
                 try:
-                    far = socket.create_connection(("127.0.0.1", self._to))
+                    far = self._reach()
                 except OSError:  # no server
                     near.close()
                     continue
@@ -62,6 +62,9 @@ class TcpProxy:
                     self._open |= {near, far}
                 for pair in ((near, far), (far, near)):
                     threading.Thread(target=self._pump, args=pair, daemon=True).start()
+
+    def _reach(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self._to))
 
     def _pump(self, source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
@@ -78,6 +81,23 @@ class TcpProxy:
             self._open -= {source, target}
         source.close()
         target.close()
+
+
+class BalancingProxy(TcpProxy):
+    """Forwards connections to several ports in turn, and past one that refuses them."""
+
+    def __init__(self, *ports: int) -> None:
+        self._ports = list(ports)
+        super().__init__(ports[0])
+
+    def _reach(self) -> socket.socket:
+        for _ in self._ports[1:]:
+            self._to = self._ports.pop(0)
+            self._ports.append(self._to)
+            with suppress(ConnectionRefusedError):
+                return super()._reach()
+        self._to = self._ports[0]
+        return super()._reach()
 
 
 class LaggingProxy(TcpProxy):

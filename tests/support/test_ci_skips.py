@@ -44,10 +44,10 @@ def test_a_skip_is_a_failure_in_ci(tmp_path: Path, ci: str, counts: str) -> None
 
 
 @pytest.mark.parametrize(("name", "says"), [("age-keygen", ": apt-get install age"), ("minio", "")])
-def test_a_skip_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, name: str, says: str) -> None:
-    monkeypatch.setattr(programs, "which", lambda *_, **__: None)
-
-    with pytest.raises(pytest.skip.Exception) as skipped:
-        programs.program(name)
+def test_a_skip_says_how_to_install_it(name: str, says: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:  # the fixture would undo it after ``first_tier``
+        patch.setattr(programs, "which", lambda *_, **__: None)
+        with pytest.raises(pytest.skip.Exception) as skipped:
+            programs.program(name)
 
     assert skipped.value.msg == f"{name} is not on the PATH{says}"

@@ -16,6 +16,8 @@ PARTS: Final = ("chaos", "deploy", "e2e", "monitoring", "peers")
 LISTED: Final = TESTS / "second_tier.txt"
 LONGEST: Final = (
     "peers/test_replicas.py",
+    "peers/test_rolling_update.py",
+    "peers/test_versions.py",
     "e2e/test_admission.py",
     "chaos/test_poison.py",
     "chaos/test_many_hosts.py",
