@@ -57,6 +57,7 @@ _NAMES: Final = (
     (re.compile(r"\b[0-9a-f]{32,64}\b"), "<digest>"),
     (re.compile(r"\b[a-z2-7]{26}\b"), "<attempt>"),
     (re.compile(r"\bw\d+(/\d+)?\b"), "<worker>"),
+    (re.compile(r"\bfiles\.\d+"), "files.<number>"),
 )
 
 
