@@ -30,7 +30,7 @@ from support.synced_disk import SyncedDisk
 Moment = Literal["before", "after", "pause", "twice"]
 _T = TypeVar("_T")
 
-_TARGETS: Final[Mapping[str, int]] = {
+TARGETS: Final[Mapping[str, int]] = {
     **dict.fromkeys(("write", "writev", "pwrite", "pwritev", "ftruncate", "truncate", "posix_fallocate"), 0),
     **dict.fromkeys(("fsync", "fdatasync", "setxattr", "removexattr", "utime", "sendfile"), 0),
     **dict.fromkeys(("chmod", "fchmod", "chown", "fchown", "lchown", "mkdir", "rmdir"), 0),
@@ -389,7 +389,7 @@ def installed(scripts: Mapping[str, str]) -> Iterator[None]:
         for name, text in scripts.items()
     )
     with pytest.MonkeyPatch.context() as patch:
-        for name, place in _TARGETS.items():
+        for name, place in TARGETS.items():
             patch.setattr(os, name, _of_file(name, getattr(os, name), place))
         patch.setattr(os, "open", _opened(os.open))
         patch.setattr(os, "close", _closed(os.close))
