@@ -245,10 +245,10 @@ def files(install: Install, job_id: str = "") -> Counter[str]:
 
 
 def quota_sums(install: Install) -> dict[str, int]:
-    """The sums of what jobs take of the quotas of their tenants: memory, and bytes in the spool."""
+    """The sums of what jobs take of the quotas of their tenants (memory, bytes in the spool), if it is any."""
     names = [raw for kind in ("held", "spooled") for raw in install.redis.scan_iter(f"kms:{kind}:*")]
     sums = install.asked(*(("HGET", name, "sum") for name in names))
-    return {name.decode(): int(found or 0) for name, found in zip(names, sums, strict=True)}
+    return {name.decode(): size for name, found in zip(names, sums, strict=True) if (size := int(found or 0))}
 
 
 def spool_folders(install: Install) -> set[str]:

@@ -330,7 +330,7 @@ class Play:
             "audit": "",
             "files in the end": {},
             "log": [],
-            "quotas": dict.fromkeys(("kms:held:default",), 0),
+            "quotas": {},
         }
 
 
