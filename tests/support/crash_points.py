@@ -245,7 +245,7 @@ def files(install: Install, job_id: str = "") -> Counter[str]:
 
 
 def quota_sums(install: Install) -> dict[str, int]:
-    """The sums of what jobs take of the quotas of their tenants (memory, bytes in the spool), if it is any."""
+    """The sums of what jobs take of the quotas of their tenants (memory, bytes in the spool), if any."""
     names = [raw for kind in ("held", "spooled") for raw in install.redis.scan_iter(f"kms:{kind}:*")]
     sums = install.asked(*(("HGET", name, "sum") for name in names))
     return {name.decode(): size for name, found in zip(names, sums, strict=True) if (size := int(found or 0))}
