@@ -39,6 +39,7 @@ TARGETS: Final[Mapping[str, int]] = {
 }
 """The functions of ``os`` that change files, and which of their arguments says what is changed."""
 _SYNCS: Final = frozenset({"fsync", "fdatasync"})
+_REMOVALS: Final = frozenset({"rename", "replace", "unlink", "remove"})
 _WRITES: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _HANDSHAKE: Final = frozenset({b"HELLO", b"AUTH", b"SELECT", b"CLIENT", b"PING"})
 """Commands about a connection alone."""
@@ -228,6 +229,9 @@ def _done(
     disk = process.disk
     if name in _SYNCS:
         return disk.synced(args[0]) if disk else None
+    if name in _REMOVALS and disk:
+        place = TARGETS[name]
+        disk.keep(args[place], named.get("dst_dir_fd") if place else named.get("dir_fd"))
     found = real(*args, **named)
     if name == "mkdir" and disk:
         disk.forget(os.stat(args[0], dir_fd=named.get("dir_fd")).st_ino)
