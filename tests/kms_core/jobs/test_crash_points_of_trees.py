@@ -56,7 +56,6 @@ HISTORY: Final = re.compile(
     r"queued( running( committing)? queued)*( running)?( committing)? (succeeded|failed)"
 )
 DISTURBANCES: Final[Kinds] = (
-    ("before", "none"),
     ("after", "two"),
     ("power", "late"),
     ("pause", "none"),
@@ -279,7 +278,7 @@ class Play:
             "report": report(core, job_id),
             "lines": self.outcomes(job_id),
             "content": self.content(),
-            "modes": {path.name: oct(path.stat().st_mode) for path in install.service.files.rglob("*")},
+            "modes": {str(path): oct(path.stat().st_mode) for path in self._paths()},
             "keys": keys(install),
             "events": events_law(told(install)[job_id], job.attempt),
             "audit": audit_law(self.kind, [each for each in audited(install) if each["job_id"] == job_id]),
@@ -302,8 +301,10 @@ class Play:
     def content(self) -> dict[str, bytes | Sealed]:
         """All files below the root."""
         root = self.install.service.files
-        found = (path for path in root.rglob("*") if path.is_file())
-        return {str(path.relative_to(root)): self._opened(path.read_bytes()) for path in found}
+        return {str(path.relative_to(root)): self._opened(path.read_bytes()) for path in self._paths()}
+
+    def _paths(self) -> Iterator[Path]:
+        return (path for path in self.install.service.files.rglob("*") if path.is_file())
 
     def _opened(self, content: bytes) -> bytes | Sealed:
         if not content.startswith(AGE):
