@@ -18,6 +18,7 @@ import pytest
 
 from kms_core.container import Core
 from kms_core.jobs.execution import tree
+from kms_core.jobs.model import part_id
 from kms_protocol import wire
 from kms_protocol.context import Context
 from kms_protocol.errors import DecryptFailed
@@ -275,6 +276,7 @@ class Play:
             "counts": (job.items, job.items_done, job.items_failed, job.bytes),
             "bytes done": job.bytes - (job.bytes_done if self.kind.outcomes else job.bytes),
             "parts": (job.parts, job.parts_left),
+            "counts of parts": [part_counts(core, job_id, number) for number in range(job.parts)],
             "report": report(core, job_id),
             "lines": self.outcomes(job_id),
             "content": self.content(),
@@ -347,6 +349,11 @@ def _is_new(wanted: bytes | Sealed) -> bool:
 def beside(install: Install) -> None:
     """Another worker takes what is ready; no lease ends meanwhile."""
     drain(install.core().worker_context, install.worker_name())
+
+
+def part_counts(core: Core, job_id: str, number: int) -> tuple[int, int, int]:
+    part = core.worker_context.store.part(part_id(job_id, number)).job
+    return part.items, part.items_done, part.items_failed
 
 
 def report(core: Core, job_id: str) -> Campaign | None:
