@@ -121,8 +121,8 @@ class TreeKind:
         """The id of the job."""
         source, target = (name and below(install, name) for name in (self.source, self.target))
         assert source
-        more = {"overwrite": self.overwrite, "new": self.new_context}
-        return core_jobs.submit(core, self.operation, source, target, **more)
+        new, overwrite = self.new_context, self.overwrite
+        return core_jobs.submit(core, self.operation, source, target, new=new, overwrite=overwrite)
 
 
 def below(install: Install, name: str) -> str:
