@@ -248,6 +248,13 @@ def files(install: Install, job_id: str = "") -> Counter[str]:
     return Counter(plain(name) for name in names if name.startswith(job_id) and not name.startswith("hosts/"))
 
 
+def quota_sums(install: Install) -> dict[str, int]:
+    """The sums of what jobs take of the quotas of their tenants (memory, bytes in the spool), if any."""
+    names = [raw for kind in ("held", "spooled") for raw in install.redis.scan_iter(f"kms:{kind}:*")]
+    sums = install.asked(*(("HGET", name, "sum") for name in names))
+    return {name.decode(): size for name, found in zip(names, sums, strict=True) if (size := int(found or 0))}
+
+
 def spool_folders(install: Install) -> set[str]:
     """The jobs of which something is in the spool."""
     return {path.name for path in install.service.spool.iterdir()} - {"hosts"}
@@ -303,6 +310,21 @@ class Cut:
     wake_ups: WakeUps = "none"
 
 
+def synced_disk(install: Install) -> SyncedDisk:
+    """A disk that has spool and files as they are now, and what processes on it sync from now on."""
+    shutil.rmtree(install.disk, ignore_errors=True)
+    disk = SyncedDisk(install.disk)
+    for folder in (install.service.spool, install.service.files):
+        disk.sync_all(folder)
+    return disk
+
+
+def lose_power(install: Install, disk: SyncedDisk) -> None:
+    """Leave of spool and files what was synced."""
+    disk.cut(install.service.spool)
+    disk.cut(install.service.files)
+
+
 def cut_off(
     install: Install,
     cut: Cut,
@@ -312,12 +334,7 @@ def cut_off(
 ) -> Process:
     """Run what a process does, until it is cut. While it stands still others go on, or do something else."""
     core, service = install.core(role), install.service
-    disk = None
-    if cut.moment == "power":
-        shutil.rmtree(install.disk, ignore_errors=True)
-        disk = SyncedDisk(install.disk)
-        for folder in (service.spool, service.files):
-            disk.sync_all(folder)
+    disk = synced_disk(install) if cut.moment == "power" else None
     moment: Moment = "after" if cut.moment == "power" else cut.moment
     others = meanwhile or partial(go_on, install, cut.wake_ups)
     with Process(service.state, cut.at, moment, meanwhile=others, disk=disk) as process:
@@ -325,8 +342,7 @@ def cut_off(
     if process.is_dead:
         install.bury(core)
         if disk:
-            disk.cut(service.spool)
-            disk.cut(service.files)
+            lose_power(install, disk)
     return process
 
 

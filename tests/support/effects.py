@@ -30,7 +30,7 @@ from support.synced_disk import SyncedDisk
 Moment = Literal["before", "after", "pause", "twice"]
 _T = TypeVar("_T")
 
-_TARGETS: Final[Mapping[str, int]] = {
+TARGETS: Final[Mapping[str, int]] = {
     **dict.fromkeys(("write", "writev", "pwrite", "pwritev", "ftruncate", "truncate", "posix_fallocate"), 0),
     **dict.fromkeys(("fsync", "fdatasync", "setxattr", "removexattr", "utime", "sendfile"), 0),
     **dict.fromkeys(("chmod", "fchmod", "chown", "fchown", "lchown", "mkdir", "rmdir"), 0),
@@ -39,6 +39,7 @@ _TARGETS: Final[Mapping[str, int]] = {
 }
 """The functions of ``os`` that change files, and which of their arguments says what is changed."""
 _SYNCS: Final = frozenset({"fsync", "fdatasync"})
+_REMOVALS: Final = frozenset({"rename", "replace", "unlink", "remove"})
 _WRITES: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _HANDSHAKE: Final = frozenset({b"HELLO", b"AUTH", b"SELECT", b"CLIENT", b"PING"})
 """Commands about a connection alone."""
@@ -57,6 +58,7 @@ _NAMES: Final = (
     (re.compile(r"\b[0-9a-f]{32,64}\b"), "<digest>"),
     (re.compile(r"\b[a-z2-7]{26}\b"), "<attempt>"),
     (re.compile(r"\bw\d+(/\d+)?\b"), "<worker>"),
+    (re.compile(r"\bfiles\.\d+"), "files.<number>"),
 )
 
 
@@ -227,6 +229,9 @@ def _done(
     disk = process.disk
     if name in _SYNCS:
         return disk.synced(args[0]) if disk else None
+    if name in _REMOVALS and disk:
+        place = TARGETS[name]
+        disk.keep(args[place], named.get("dst_dir_fd") if place else named.get("dir_fd"))
     found = real(*args, **named)
     if name == "mkdir" and disk:
         disk.forget(os.stat(args[0], dir_fd=named.get("dir_fd")).st_ino)
@@ -388,7 +393,7 @@ def installed(scripts: Mapping[str, str]) -> Iterator[None]:
         for name, text in scripts.items()
     )
     with pytest.MonkeyPatch.context() as patch:
-        for name, place in _TARGETS.items():
+        for name, place in TARGETS.items():
             patch.setattr(os, name, _of_file(name, getattr(os, name), place))
         patch.setattr(os, "open", _opened(os.open))
         patch.setattr(os, "close", _closed(os.close))

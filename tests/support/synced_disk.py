@@ -15,6 +15,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,13 @@ class SyncedDisk:
         for kind in ("file", "folder"):
             self._of(inode, kind).unlink(missing_ok=True)
 
+    def keep(self, path: Any, dir_fd: int | None) -> None:  # noqa: ANN401 -- as os has it
+        """Keep a file that is about to lose its only name: a power cut before a sync brings it back."""
+        with suppress(FileNotFoundError, FileExistsError):
+            found = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
+            if found.st_nlink == 1 and self._of(found.st_ino, "file").exists():
+                os.link(path, self._of(found.st_ino, "kept"), src_dir_fd=dir_fd, follow_symlinks=False)
+
     def sync_all(self, folder: Path) -> None:
         """Sync all that is there: the state from which a test begins."""
         for above, _, names in os.walk(folder):
@@ -60,7 +68,8 @@ class SyncedDisk:
     def cut(self, folder: Path) -> None:
         """Leave in ``folder`` only what was synced. No process may use it."""
         kept = folder.with_name(f"{folder.name}.cut")
-        there = {path.lstat().st_ino: path for path in folder.rglob("*")}
+        found = (*self.folder.glob("*.kept"), *folder.rglob("*"))
+        there = {path.lstat().st_ino: path for path in found}
         self._restore(folder.stat().st_ino, kept, there, set())
         shutil.rmtree(folder)
         kept.rename(folder)

@@ -1,6 +1,8 @@
 """The recorder of effects: what it intercepts and reports as missed; a dead process changes nothing."""
 
+import ast
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -8,12 +10,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Final
 
 import pytest
 import redis
 
+import kms_core
 from kms_core.jobs.store.scripts import SCRIPTS
-from support.effects import Process, installed
+from support.effects import TARGETS, Process, installed
 from support.job_stores import connect
 
 
@@ -121,3 +125,73 @@ def test_what_is_not_intercepted_is_reported(tmp_path: Path, act: Callable[[Path
     with Process(tmp_path) as process, suppress(FileNotFoundError):
         (tmp_path / "none").read_bytes()
     assert not process.missed
+
+
+CORE: Final = Path(kms_core.__file__).parent
+METHODS: Final = frozenset(
+    {"chmod", "hardlink_to", "mkdir", "rmdir", "symlink_to", "touch", "unlink", "write_bytes", "write_text"}
+)
+"""Of a path, of which no other class of the core has one."""
+MAY_CHANGE: Final = re.compile(rf"\bos\.|\bshutil\.|\.(?:{'|'.join(METHODS)})\(")
+CHANGING: Final = {
+    "audit/keys.py": "the folder of keys",
+    "audit/log.py": "the folder of the log",
+    "audit/maintenance.py": "the log",
+    "audit/segment_writer.py": "the log",
+    "container.py": "the folder of the spool",
+    "documents/local_copy.py": "a copy of a document",
+    "jobs/execution/attendance.py": "a pipe",
+    "jobs/storage/commit_marks.py": "the mark of a target",
+    "jobs/storage/local.py": "targets",
+    "jobs/storage/spool_folder.py": "the spool",
+    "observability/multiprocess_metrics.py": "metrics, in memory",
+    "payload/files.py": "what its callers have open",
+    "programs/supervisor.py": "the log of a child program",
+    "secure_files.py": "private files",
+    "secure_memory.py": "memory",
+    "settings/files.py": "the note of which settings are in use",
+}
+"""Modules that change files, and which. Of jobs, all are in ``jobs/storage`` and intercepted here."""
+READING: Final = frozenset(
+    {
+        *("DirEntry", "close", "cpu_count", "dup", "environ", "fsdecode", "fsencode", "fstat", "fstatvfs"),
+        *("getpid", "getppid", "geteuid", "getxattr", "listdir", "lseek", "major", "minor", "open", "path"),
+        *("pread", "preadv", "read", "scandir", "set_blocking", "set_inheritable", "stat", "stat_result"),
+        *("statvfs", "strerror", "urandom", "walk"),
+    }
+)
+"""What ``os`` has that changes no file; how a file is opened is intercepted."""
+OTHERS: Final = {
+    "age/plugin_identity.py": {"killpg"},
+    "jobs/execution/attendance.py": {"kill", "pipe2"},
+    "observability/multiprocess_metrics.py": {"kill", "memfd_create"},
+    "programs/supervisor.py": {"killpg", "waitid"},
+    "programs/tether.py": {"execv"},
+    "secure_memory.py": {"memfd_create"},
+}
+"""What changes processes and memory."""
+
+
+def named_of_os(tree: ast.AST) -> set[str]:
+    """The attributes of ``os`` that a module names, but for constants."""
+    found = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    names = {each.attr for each in found if isinstance(each.value, ast.Name) and each.value.id == "os"}
+    return {name for name in names if not name.isupper() and not name.startswith("O_")}
+
+
+def changing_calls(tree: ast.AST) -> set[str]:
+    """The calls of a module that change files."""
+    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+    methods = (each for each in calls if isinstance(each, ast.Attribute))
+    found = {each.attr for each in methods if each.attr in METHODS or ast.unparse(each) == "shutil.rmtree"}
+    return found | (named_of_os(tree) & TARGETS.keys())
+
+
+def test_each_module_that_changes_files_is_known() -> None:
+    """And each function of ``os`` that the core calls is intercepted, or changes no file."""
+    texts = {str(path.relative_to(CORE)): path.read_text("utf-8") for path in CORE.rglob("*.py")}
+    modules = {name: ast.parse(text) for name, text in texts.items() if MAY_CHANGE.search(text)}
+    unknown = {name: named_of_os(tree) - TARGETS.keys() - READING for name, tree in modules.items()}
+
+    assert {name for name, tree in modules.items() if changing_calls(tree)} == CHANGING.keys()
+    assert {name: found for name, found in unknown.items() if found} == OTHERS

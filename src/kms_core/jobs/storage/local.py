@@ -143,11 +143,15 @@ class Roots:
             _check_room(dir_fd, size_bytes)
 
     def make_parents(self, url: str) -> None:
-        """Make the directories above a target that are missing (0700), each durable before the next."""
+        """Make the directories above a target that are missing (0700), each durable before the next.
+
+        Those that are there too: who made them may have died before its sync, or be about to.
+        """
         root, (*parents, _) = self._locate(url)
         for depth, name in enumerate(parents):
-            with _directory(root, parents[:depth]) as above, suppress(FileExistsError):
-                os.mkdir(name, 0o700, dir_fd=above)
+            with _directory(root, parents[:depth]) as above:
+                with suppress(FileExistsError):
+                    os.mkdir(name, 0o700, dir_fd=above)
                 os.fsync(above)
 
     @contextmanager
