@@ -214,7 +214,7 @@ KINDS: Final = {
         new_context=NEW,
     ),
 }
-SHORT: Final = ("encrypt", "decrypt", "rewrap", "reseal", "rewrap of a file", "reseal of a file elsewhere")
+SHORT: Final = ("encrypt", "decrypt", "rewrap", "rewrap of a file", "reseal of a file elsewhere")
 """The kinds of which the first tier has the deaths; the second has all else."""
 
 
