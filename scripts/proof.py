@@ -25,7 +25,9 @@ def counted(report: ET.Element) -> Iterator[tuple[str, str, int]]:
         name, _, kind = case.get("name", "").rstrip("]").partition("[")
         for found in case.iterfind("properties/property[@name='crash_points']"):
             role = "submission" if "submitted" in name else "worker"
-            yield re.sub("^(True|False)-", "", kind), role, int(found.get("value", ""))
+            kind = re.sub("^(True|False)-", "", kind)
+            where = "below roots: " if case.get("classname", "").endswith("of_trees") else ""
+            yield where + kind, role, int(found.get("value", ""))
 
 
 def table(report: ET.Element) -> str:
@@ -35,7 +37,7 @@ def table(report: ET.Element) -> str:
         points.setdefault(kind, {})[role] = count
     rows = [
         f"| {kind} | {found.get('worker', '')} | {found.get('submission', '')} |\n"
-        for kind, found in points.items()
+        for kind, found in sorted(points.items())
     ]
     total = sum(sum(found.values()) for found in points.values())
     head = "| job | points of a worker | of a submission |\n|---|---|---|\n"
