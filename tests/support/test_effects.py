@@ -138,6 +138,7 @@ CHANGING: Final = {
     "audit/log.py": "the folder of the log",
     "audit/maintenance.py": "the log",
     "audit/segment_writer.py": "the log",
+    "audit/sinks.py": "an anchor in a file",
     "container.py": "the folder of the spool",
     "documents/local_copy.py": "a copy of a document",
     "jobs/execution/attendance.py": "a pipe",
