@@ -55,10 +55,11 @@ def connect(*, retries: int = 2, timeout_s: float = 30.0) -> "Client":
     return Client.over(settings, WaitingTransport(settings))
 
 
-def _report_retry(error: KmsError, wait_s: float, left: int) -> None:
+def _report_retry(error: KmsError, wait_s: float, left: int | None) -> None:
     """Print why a call is made again, when, and how many attempts are left; nothing for waits below 1 s."""
     if wait_s >= 1:
-        terminal.say(f"{terminal.plain(error.summary)}: next try in {wait_s:.0f} s (attempts left: {left})")
+        more = "" if left is None else f" (attempts left: {left})"
+        terminal.say(f"{terminal.plain(error.summary)}: next try in {wait_s:.0f} s{more}")
 
 
 def completions(pairs: Iterable[tuple[str, str]], incomplete: str) -> "list[CompletionItem[str]]":

@@ -12,9 +12,9 @@ import msgspec
 
 from kms_cli import terminal
 from kms_cli.connection import complete_keys
-from kms_core.secure_files import replacing
 from kms_protocol.errors import InvalidContext, InvalidRequest, SpoolFull, TargetExists
 from kms_protocol.units import parse_duration, parse_time, size_text
+from kms_protocol.whole_files import replacing
 from kms_protocol.wire import PRIORITIES, ContextIn
 
 C = TypeVar("C", bound=Callable[..., Any])
@@ -140,7 +140,7 @@ class OutputExists(TargetExists):
 
 @contextlib.contextmanager
 def placed(target: Path, *, overwrite: bool, room_bytes: int = 0) -> Iterator[BinaryIO]:
-    """Open ``secure_files.replacing``, with room for so many bytes, all of which the caller writes.
+    """Open ``whole_files.replacing``, with room for so many bytes, all of which the caller writes.
 
     Raises OutputExists, UsageError if its directory is missing, OSError, which names a target that is full.
     """

@@ -8,7 +8,7 @@ b'secret-data'
 """
 
 from kms_client.aio import AsyncClient
-from kms_client.requests import ServiceUnreachable, UnexpectedAnswer
+from kms_client.requests import ServiceUnreachable, UnexpectedAnswer, job_error
 from kms_client.settings import DEFAULT_URL, Options
 from kms_client.sync import Client
 from kms_protocol import admin, errors, wire
@@ -24,5 +24,6 @@ __all__ = [
     "UnexpectedAnswer",
     "admin",
     "errors",
+    "job_error",
     "wire",
 ]

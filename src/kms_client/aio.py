@@ -4,84 +4,22 @@ import contextlib
 import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from pathlib import Path
 from typing import BinaryIO, Final, Self, Unpack
 
-from msgspec import Struct
-
 from kms_client import requests
+from kms_client.files import FileName, FileProgress, FileTransfer, receive
 from kms_client.http_client import Download, Engine, Progress, Transport, Upload
-from kms_client.requests import ServiceUnreachable, UploadOptions, decoded
+from kms_client.job_wait import JobProgress, JobWait
+from kms_client.requests import RewrapOptions, UploadOptions, decoded
 from kms_client.settings import ClientSettings, Options
 from kms_protocol import admin, wire
-from kms_protocol.errors import ConfigurationError, JobNotFinished, Unavailable
+from kms_protocol.errors import ConfigurationError
 from kms_protocol.wire import ContextIn
 
-JobProgress = Callable[[wire.JobOut], None]
-_LONG_POLL_S: Final = 30.0
-_SHORT_POLL_S: Final = 1.0  # of a caller that shows the progress
-_WAITED: Final = 0.9  # an answer after this part of its wait is not early
-_FIRST_POLL_S: Final = 0.1
-_SLOWEST_POLL_S: Final = 2.0
-OUTAGE_S: Final = 60.0  # a job survives a restart of its service, and so does a wait
 _LINE: Final = "A line of the result"
 _NO_EXTRA: Final = "AsyncClient needs anyio and httpcore2: install the client with its extra async"
-
-
-class JobWait(Struct):
-    """A wait for the end of a job by requests that wait; ``until`` is a time.monotonic value.
-
-    A service without room for one more wait answers at once and is polled.
-    """
-
-    engine: Engine
-    job_id: str
-    until: float
-    _pause_s: float = 0.0
-    _unreachable_since: float | None = None
-
-    async def end(self, progress: JobProgress | None) -> wire.JobOut:
-        """Return the job at its end. ``progress`` receives each change that a poll finds.
-
-        Raises JobNotFinished, Unavailable after a minute without the service, and UnknownJob immediately.
-        """
-        seen: wire.JobOut | None = None
-        while True:
-            left_s = self.until - time.monotonic()
-            try:
-                job = await self._poll(min(left_s, _LONG_POLL_S if progress is None else _SHORT_POLL_S))
-            except Unavailable as exc:
-                self._tolerate(exc)
-            else:
-                if progress is not None and job != seen:
-                    progress(job)
-                if job.state in wire.ENDED:
-                    return job
-                seen = job
-            if left_s <= 0:
-                raise JobNotFinished("The job has not finished in the time given")
-            await self.engine.transport.sleep(max(0.0, min(self._pause_s, self.until - time.monotonic())))
-
-    async def _poll(self, longest_s: float) -> wire.JobOut:
-        """Return the state of the job. After a failure this does not wait: a proxy may cut waits short."""
-        wait_s = 0 if self._unreachable_since else max(0, int(longest_s))
-        call, begun = requests.job(self.job_id, wait_s), time.monotonic()
-        reply = await self.engine.exchange(call, self.until - wait_s)
-        job = call.read(reply)
-        self._unreachable_since = None
-        if wait_s and time.monotonic() - begun > wait_s * _WAITED:
-            self._pause_s = 0.0
-        else:
-            grown_s = min(self._pause_s * 1.5 or _FIRST_POLL_S, _SLOWEST_POLL_S)
-            self._pause_s = reply.retry_after_s() or grown_s
-        return job
-
-    def _tolerate(self, error: Unavailable) -> None:
-        now = time.monotonic()
-        self._unreachable_since = self._unreachable_since or now
-        if now - self._unreachable_since > OUTAGE_S:
-            raise error
-        self._pause_s = min(error.retry_after_s, _SLOWEST_POLL_S)
 
 
 class AsyncClient:
@@ -118,6 +56,15 @@ class AsyncClient:
 
     async def close(self) -> None:
         await self._engine.transport.shut()
+
+    def within(self, deadline_s: float | None) -> Self:
+        """Return this client with another ``deadline_s``, over the same connections: close one of them.
+
+        >>> await kms.within(20).encrypt(b"secret-data")                              # doctest: +SKIP
+        """
+        client = type(self).__new__(type(self))
+        client._engine = self._engine.within(deadline_s)  # noqa: SLF001 - its own class
+        return client
 
     # -- single calls --------------------------------------------------------------------------------
 
@@ -290,7 +237,8 @@ class AsyncClient:
         Raises JobNotFinished after ``timeout_s``, Unavailable if the service is unreachable for a minute.
         """
         until = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        return await JobWait(self._engine, job_id, until).end(progress)
+        attempts = self._engine.within(None).attempts(lasting=True)
+        return await JobWait(self._engine, job_id, until, attempts).end(progress)
 
     # -- streams -------------------------------------------------------------------------------------
 
@@ -330,15 +278,80 @@ class AsyncClient:
         resumed by a Range request. Raises ServiceUnreachable if attempts make no progress, or if fewer bytes
         arrive than the service announced.
         """
-        part, idle = Download(target, progress), 0
-        while True:
-            before = part.offset
-            try:
-                await self._engine.fetch(requests.result(job_id, part.headers()), part)
-                break
-            except ServiceUnreachable as exc:
-                idle = 0 if part.offset > before else idle + 1
-                await self._engine.pause(exc, exc.retry_after_s * 2**idle, idle)
+        part = Download(target, progress)
+        await receive(self._engine, job_id, part, self._engine.attempts())
         if release:
             await self.release(job_id)
         return part.offset
+
+    # -- files ---------------------------------------------------------------------------------------
+
+    async def encrypt_file(
+        self,
+        source: FileName,
+        target: FileName,
+        *,
+        overwrite: bool = False,
+        progress: FileProgress | None = None,
+        **options: Unpack[UploadOptions],
+    ) -> wire.JobOut:
+        """Encrypt a file of any size by a job, and return the job. ``options`` are those of an upload.
+
+        ``target`` gets its name (mode 0600) once it is whole and on disk; an existing one is replaced only if
+        ``overwrite`` is set. With the same ``idempotency_key`` a repetition after a crash finds the same job
+        and fetches its result again, so with one the result is kept until it expires; else it is deleted.
+        Outlives an outage of the service up to the deadline of the client, or without one of a minute.
+
+        Raises TargetExists, the error of a failed job, JobNotFinished or Unavailable at the deadline,
+        UnexpectedAnswer, OSError of source or target.
+        """
+        transfer = FileTransfer(self._engine, progress)
+        return await transfer.convert("encrypt", Path(source), Path(target), options, overwrite=overwrite)
+
+    async def decrypt_file(
+        self,
+        source: FileName,
+        target: FileName,
+        *,
+        overwrite: bool = False,
+        progress: FileProgress | None = None,
+        **options: Unpack[UploadOptions],
+    ) -> wire.JobOut:
+        """Decrypt a file of any size by a job, as ``encrypt_file``. Raises DecryptFailed, too."""
+        transfer = FileTransfer(self._engine, progress)
+        return await transfer.convert("decrypt", Path(source), Path(target), options, overwrite=overwrite)
+
+    async def rewrap_file(
+        self,
+        source: FileName,
+        target: FileName,
+        *,
+        overwrite: bool = False,
+        **options: Unpack[RewrapOptions],
+    ) -> wire.EncryptOut:
+        """Write a file with a new header, as ``rewrap`` of its header. The payload is copied, and not sent.
+
+        ``target`` may be ``source`` with ``overwrite``; see ``encrypt_file``. Returns the new header. Raises
+        TargetExists, NotACiphertext, DecryptFailed, InvalidRequest if the source changes, OSError.
+        """
+        transfer = FileTransfer(self._engine, None)
+        return await transfer.rewrap(Path(source), Path(target), options, overwrite=overwrite)
+
+    async def download_to(
+        self,
+        job_id: str,
+        target: FileName,
+        *,
+        overwrite: bool = False,
+        progress: FileProgress | None = None,
+        release: bool = False,
+    ) -> int:
+        """Write the result of an ended job to a file, and return its size in bytes; as ``encrypt_file``.
+
+        With ``release`` the service deletes the result once the target is in place. Raises TargetExists,
+        JobNotFinished, ResultExpired, Unavailable, OSError.
+        """
+        size = await FileTransfer(self._engine, progress).fetch(job_id, Path(target), overwrite=overwrite)
+        if release:
+            await self.release(job_id)
+        return size

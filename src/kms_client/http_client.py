@@ -8,17 +8,23 @@ Idempotency-Key, and a streamed body is repeated only if its source can be read 
 """
 
 import contextlib
+import copy
 import io
 import math
-import random
 import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from http import HTTPStatus
-from typing import BinaryIO, Final, Protocol, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Final, Protocol, Self, TypeVar
 from urllib.parse import urlsplit
 
+if TYPE_CHECKING:
+    import hashlib
+
+from msgspec.structs import replace
+
+from kms_client.attempts import Attempts
 from kms_client.requests import (
     RETRYABLE,
     ClientRequest,
@@ -30,7 +36,7 @@ from kms_client.requests import (
 )
 from kms_client.settings import ClientSettings
 from kms_protocol import __version__
-from kms_protocol.errors import BackendUnavailable, InvalidRequest, KmsError
+from kms_protocol.errors import InvalidRequest, KmsError
 from kms_protocol.wire import Hidden
 
 T = TypeVar("T")
@@ -40,11 +46,10 @@ SILENCE_S: Final = 60.0  # the wait after a timeout: the service did not answer 
 KEPT_S: Final = 5.0  # for an idle connection
 MOST_KEPT: Final = 20
 CA_HINT: Final = "name the authority that signed the server's certificate with SSL_CERT_FILE or ca_file"
+DEADLINE_HINT: Final = "set a longer deadline_s, or None for as long as it takes"
 Progress = Callable[[int, int | None], None]
 PART_BYTES: Final = 1024 * 1024
 CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-\d+/(\d+)", re.ASCII)
-LONGEST_WAIT_S: Final = 10.0
-SPREAD: Final = 1.5  # waits are up to this much longer: callers that were refused together come apart
 _SHORTEST_SILENCE_S: Final = 0.05
 _CHECK_S: Final = 5.0  # for the answer of /livez, which depends on nothing
 
@@ -112,6 +117,11 @@ def timeout_error(url: str) -> ServiceUnreachable:
     return ServiceUnreachable(f"No answer from {url} in time", retry_after_s=SILENCE_S)
 
 
+def deadline_error() -> ServiceUnreachable:
+    """Return the error of a transfer that was still in progress at the deadline of its call."""
+    return ServiceUnreachable("The transfer did not end in the time given", hint=DEADLINE_HINT)
+
+
 def broken_error(url: str) -> ServiceUnreachable:
     """Return the error of a connection that ended too early."""
     return ServiceUnreachable(f"The connection to {url} broke")
@@ -121,7 +131,10 @@ def broken_error(url: str) -> ServiceUnreachable:
 
 
 class Upload:
-    """A source, read from its current position. ``size_bytes`` is None if it is not seekable."""
+    """A source, read from its current position until ``until`` (time.monotonic).
+
+    ``size_bytes`` is None if it is not seekable.
+    """
 
     def __init__(self, source: BinaryIO, progress: Progress | None) -> None:
         self._source = source
@@ -129,6 +142,7 @@ class Upload:
         self._sent = 0
         self._start: int | None = None
         self.size_bytes: int | None = None
+        self.until = math.inf
         if source.seekable():
             self._start = source.tell()
             self.size_bytes = source.seek(0, io.SEEK_END) - self._start
@@ -138,9 +152,11 @@ class Upload:
         """Yield the body in parts of at most 1 MiB, up to the size that the file had at first.
 
         ``progress`` receives the bytes sent and the total, if known. Raises InvalidRequest if the file
-        shrinks, or is a pipe in non-blocking mode.
+        shrinks, or is a pipe in non-blocking mode; ServiceUnreachable at the deadline.
         """
         while part := self._source.read(self._next_bytes()):
+            if time.monotonic() > self.until:
+                raise deadline_error()
             self._sent += len(part)  # before it is sent: a pipe cannot give it again
             yield part
             if self._progress is not None:
@@ -165,10 +181,15 @@ class Upload:
 
 
 class Download:
-    """A target that one answer fills, or several after broken connections (RFC 9110 §14)."""
+    """A target that one answer fills, or several after broken connections (RFC 9110 §14).
 
-    def __init__(self, target: BinaryIO, progress: Progress | None) -> None:
+    With ``hashed``, ``digest`` is the SHA-256 of what was written.
+    """
+
+    def __init__(self, target: BinaryIO, progress: Progress | None, *, hashed: bool = False) -> None:
         self._target = target
+        self.hashed = hashed
+        self._hasher: hashlib._Hash | None = None
         self._progress = progress
         self._start = target.tell() if target.seekable() else 0
         self._etag = ""
@@ -189,16 +210,21 @@ class Download:
         elif status != HTTPStatus.OK:
             raise UnexpectedAnswer(f"The service answered {status}, without a result")
         else:
-            self._restart()
+            self.restart()  # of a changed result, or the first one
             length = headers.get("content-length", "")
             self._total = int(length) if length.isdecimal() else None
             self._etag = headers.get("etag", "")
 
     def write(self, data: bytes) -> None:
         self._target.write(data)
+        if self._hasher is not None:
+            self._hasher.update(data)
         self.offset += len(data)
         if self._progress is not None:
             self._progress(self.offset, self._total)
+
+    def digest(self) -> bytes:
+        return self._hasher.digest() if self._hasher is not None else b""
 
     def end(self) -> None:
         """End an answer. Raises ServiceUnreachable if bytes are missing; the caller then fetches them."""
@@ -211,8 +237,8 @@ class Download:
             raise UnexpectedAnswer("The service answered with another range than the requested one")
         self._total = int(match[2])
 
-    def _restart(self) -> None:
-        """Begin a whole answer: the first one, or one of a changed result, which is fetched again."""
+    def restart(self) -> None:
+        """Drop what was written. Raises UnexpectedAnswer if the target cannot be written again."""
         if self.offset:
             if not self._target.seekable():
                 raise UnexpectedAnswer(
@@ -221,6 +247,10 @@ class Download:
             self._target.seek(self._start)
             self._target.truncate()
             self.offset = 0
+        if self.hashed:
+            from hashlib import sha256  # noqa: PLC0415 -- for files alone
+
+            self._hasher = sha256()
 
 
 # -- requests and retries -----------------------------------------------------------------------------
@@ -238,42 +268,45 @@ class Engine:
             "User-Agent": f"kms-client/{__version__}",
         }
         self.transport = transport
-        self._is_checked = not settings.check_service
+        self._unchecked = {settings.url} if settings.check_service else set()  # one for all deadlines
 
-    async def send(self, call: ClientRequest[T], upload: Upload | None = None) -> T:
-        """Return the answer, after up to ``retries`` further attempts within ``deadline_s``."""
-        failed, until = 0, time.monotonic() + (self._settings.deadline_s or math.inf)
+    def within(self, deadline_s: float | None) -> Self:
+        """Return an engine with another deadline, over the same connections."""
+        engine = copy.copy(self)
+        engine._settings = replace(self._settings, deadline_s=deadline_s)  # noqa: SLF001 - its own class
+        return engine
+
+    def attempts(self, *, lasting: bool = False) -> Attempts:
+        """Begin the attempts of one call."""
+        return Attempts(self._settings, self.transport.sleep, lasting=lasting)
+
+    async def send(
+        self, call: ClientRequest[T], upload: Upload | None = None, attempts: Attempts | None = None
+    ) -> T:
+        """Return the answer, after further attempts if the call may be repeated."""
+        attempts = attempts or self.attempts()
+        if upload is not None:
+            upload.until = attempts.until
         while True:
             try:
-                reply = await self.exchange(call, until, upload)
+                reply = await self.exchange(call, attempts.until, upload)
                 delay_s = _retry_delay_s(call, reply)
                 if delay_s is None:
                     return call.read(reply)
                 error: KmsError = answer_error(reply)
             except ServiceUnreachable as exc:
-                error, delay_s = exc, exc.retry_after_s * 2**failed
+                error, delay_s = exc, None
             if not call.repeatable or (upload is not None and not upload.rewind()):
                 raise error
-            if time.monotonic() + delay_s * SPREAD >= until:
-                raise error
-            await self.pause(error, delay_s, failed)
-            failed += 1
-
-    async def pause(self, error: KmsError, delay_s: float, failed: int) -> None:
-        """Wait before another attempt. Raises the error if no attempt is left or the wait is too long."""
-        left = self._settings.retries - failed - isinstance(error, BackendUnavailable)
-        if left <= 0 or delay_s > LONGEST_WAIT_S:
-            raise error
-        delay_s *= random.uniform(1, SPREAD)  # noqa: S311 - no secret
-        if self._settings.on_retry is not None:
-            self._settings.on_retry(error, delay_s, left)
-        await self.transport.sleep(delay_s)
+            await attempts.pause(error, delay_s)
 
     async def exchange(self, call: ClientRequest[T], until: float, upload: Upload | None = None) -> Reply:
         """Make one attempt and read its whole answer. Without data it fails at ``until`` (time.monotonic)."""
-        silence_s = max(_SHORTEST_SILENCE_S, min(self._settings.timeout_s, until - time.monotonic()))
-        async with self.responding(call, upload=upload, silence_s=silence_s) as answer:
+        async with self.responding(call, upload=upload, silence_s=self._silence_s(until)) as answer:
             return await self._reply(answer)
+
+    def _silence_s(self, until: float) -> float:
+        return max(_SHORTEST_SILENCE_S, min(self._settings.timeout_s, until - time.monotonic()))
 
     @contextlib.asynccontextmanager
     async def responding(
@@ -283,7 +316,7 @@ class Engine:
 
         Before the first one the service is checked, if the settings say so. Raises UnexpectedAnswer.
         """
-        if not self._is_checked:
+        if self._unchecked:
             await self._check_service(min(_CHECK_S, silence_s or self._settings.timeout_s))
         answer = await self.transport.open(self._request(call, upload, silence_s))
         try:
@@ -309,14 +342,13 @@ class Engine:
         if reply.body != b"ok\n":
             text = f"What answers at {self._settings.url} is not this service, so no secret was sent there"
             raise NotThisService(text)
-        self._is_checked = True
+        self._unchecked.clear()
 
     @contextlib.asynccontextmanager
-    async def answering(self, call: ClientRequest[T]) -> AsyncIterator[HttpAnswer]:
+    async def answering(self, call: ClientRequest[T], attempts: Attempts) -> AsyncIterator[HttpAnswer]:
         """Open a response like ``responding``; raises the KmsError of a problem, retries refusals for now."""
-        failed = 0
         while True:
-            async with self.responding(call) as answer:
+            async with self.responding(call, silence_s=self._silence_s(attempts.until)) as answer:
                 if call.is_answer(answer.status):
                     yield answer
                     return
@@ -324,22 +356,27 @@ class Engine:
             delay_s = _retry_delay_s(call, reply)
             if delay_s is None:
                 raise answer_error(reply)
-            await self.pause(answer_error(reply), delay_s, failed)
-            failed += 1
+            await attempts.pause(answer_error(reply), delay_s)
 
     async def stream(self, call: ClientRequest[T]) -> AsyncGenerator[bytes]:
         """Yield the body of one answer as it arrives."""
-        async with self.answering(call) as answer, contextlib.aclosing(answer.chunks()) as chunks:
+        attempts = self.attempts()
+        async with self.answering(call, attempts) as answer, contextlib.aclosing(answer.chunks()) as chunks:
             async for chunk in chunks:
                 yield chunk
 
-    async def fetch(self, call: ClientRequest[T], part: Download) -> None:
-        """Write the body of one answer to the target. Raises ServiceUnreachable if it is incomplete."""
-        async with self.answering(call) as answer:
+    async def fetch(self, call: ClientRequest[T], part: Download, attempts: Attempts) -> None:
+        """Write the body of one answer to the target.
+
+        Raises ServiceUnreachable if it is incomplete, or not complete by the deadline.
+        """
+        async with self.answering(call, attempts) as answer:
             part.begin(answer.status, answer.headers)
             async with contextlib.aclosing(answer.chunks()) as chunks:
                 async for chunk in chunks:
                     await self.transport.call(part.write, chunk)
+                    if time.monotonic() > attempts.until:
+                        raise deadline_error()
         part.end()
 
     async def _reply(self, answer: HttpAnswer) -> Reply:
@@ -347,7 +384,7 @@ class Engine:
 
     def _request(self, call: ClientRequest[T], upload: Upload | None, silence_s: float | None) -> HttpRequest:
         settings = self._settings
-        credential = settings.authorization() if self._is_checked else {}
+        credential = {} if self._unchecked else settings.authorization()
         return HttpRequest(
             call.method,
             settings.url + call.path,

@@ -3,7 +3,9 @@
 Does no I/O. Paths are those below the prefix of the API. Contexts are checked before a request is sent.
 """
 
+import re
 import uuid
+from base64 import b64decode
 from collections.abc import Mapping
 from datetime import datetime
 from http import HTTPStatus
@@ -39,6 +41,8 @@ BY_CODE: Final[Mapping[str, type[KmsError]]] = {  # a subclass comes later, and 
     kind.code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, KmsError)
 }
 JSON: Final = "application/json"
+_DIGEST: Final = re.compile("sha-256=:([A-Za-z0-9+/]{43}=):")  # RFC 9530 §3
+_HASHED_BYTES_PER_S: Final = 50_000_000  # by any service
 
 
 class ServiceUnreachable(Unavailable):
@@ -87,9 +91,28 @@ def decoded(data: bytes, shape: type[T], what: str) -> T:
 
 
 def coded_error(code: str) -> KmsError:
-    """Return the error of a code, as in a failed item or a failed job."""
+    """Return the error of a code, as in a failed item, with its hint."""
     kind = BY_CODE.get(code)
-    return kind() if kind else UnexpectedAnswer(f"The service answered with code {code}")
+    return _with_hint(kind() if kind else UnexpectedAnswer(f"The service answered with code {code}"), code)
+
+
+def _with_hint(error: KmsError, code: str) -> KmsError:
+    from kms_protocol.error_texts import NO_TEXT, TEXTS  # noqa: PLC0415 -- for an error alone
+
+    error.hint = error.hint or TEXTS.get(code, NO_TEXT).hint
+    return error
+
+
+def job_error(job: wire.JobOut) -> KmsError | None:
+    """Return the error of a failed or cancelled job, with detail and hint of the service, else None."""
+    if job.state not in {"failed", "cancelled"}:
+        return None
+    reason = job.error or wire.JobError(code="cancelled" if job.state == "cancelled" else "internal")
+    error = coded_error(reason.code)
+    error.detail = reason.detail or error.detail
+    error.args = (error.detail,)
+    error.hint = reason.hint or error.hint
+    return error
 
 
 def answer_error(reply: Reply) -> KmsError:
@@ -103,7 +126,7 @@ def answer_error(reply: Reply) -> KmsError:
     if isinstance(error, Unavailable):
         error.retry_after_s = reply.retry_after_s() or error.retry_after_s
     error.add_note(f"request id {problem.request_id}")
-    return error
+    return _with_hint(error, problem.code)
 
 
 def _foreign_error(reply: Reply) -> KmsError:
@@ -135,6 +158,14 @@ class UploadOptions(JobOptions, total=False):
     metadata: Mapping[str, str] | None
     release: wire.Release | None
     idempotency_key: str | None
+
+
+class RewrapOptions(TypedDict, total=False):
+    """``new_context`` replaces the context, ``key_id`` the key."""
+
+    context: ContextIn
+    new_context: ContextIn
+    key_id: str | None
 
 
 class ClientRequest(Hidden, Generic[T], frozen=True):
@@ -234,6 +265,23 @@ def result(job_id: str, headers: Mapping[str, str] | None = None) -> ClientReque
     """GET /jobs/{job_id}/result."""
     path = path_of("/jobs", job_id, "/result")
     return ClientRequest("GET", PREFIX + path, bytes, headers=headers or {})
+
+
+class DigestRequest(ClientRequest[bytes], frozen=True):
+    """HEAD of a result, whose answer has its SHA-256: 32 bytes, or none where the service gives none."""
+
+    def read(self, reply: Reply) -> bytes:
+        if not self.is_answer(reply.status):
+            raise answer_error(reply)
+        match = _DIGEST.search(reply.headers.get("repr-digest", ""))
+        return b64decode(match[1]) if match else b""
+
+
+def result_digest(job_id: str, size_bytes: int) -> ClientRequest[bytes]:
+    """Request the digest of a result of this size. The service reads all of it before it answers."""
+    path, wanted = path_of("/jobs", job_id, "/result"), {"Want-Repr-Digest": "sha-256=1"}
+    wait_s = size_bytes // _HASHED_BYTES_PER_S
+    return DigestRequest("HEAD", PREFIX + path, bytes, headers=wanted, wait_s=wait_s)
 
 
 def upload(kind: wire.JobKind, options: UploadOptions) -> ClientRequest[wire.JobAccepted]:

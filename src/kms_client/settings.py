@@ -27,10 +27,11 @@ class Options(TypedDict, total=False):
 
     ``token`` is a bearer token, ``token_file`` a file that contains one and is read for each request, so that
     a renewed token is used. ``timeout_s`` limits connecting and each period without data, not a whole
-    transfer. ``retries`` is the number of attempts after the first; none begins later than ``deadline_s``
-    after the call; one fewer is made where a key backend did not answer, which the service has tried again
-    itself. ``on_retry`` is called before the wait for an attempt: with the error of the last one, the seconds
-    of the wait, and how many attempts are left. ``ca_file`` replaces the certificate authorities of the
+    transfer. ``retries`` is the number of attempts after the first of a call without a deadline; one fewer is
+    made where a key backend did not answer, which the service has tried again itself. Until ``deadline_s``
+    seconds after the call attempts are made however often the service is away. ``on_retry`` is called before
+    the wait for an attempt: with the error of the last one, the seconds of the wait, and how many attempts
+    are left, or None if only time limits them. ``ca_file`` replaces the certificate authorities of the
     system. ``cert_file`` and ``key_file`` (PEM) are a client certificate. ``allow_http`` allows sending
     tokens, keys and plaintexts unencrypted over ``http://`` to another machine and through proxies.
     ``check_service`` asks the address, before the first request and without a credential, whether it
@@ -47,7 +48,7 @@ class Options(TypedDict, total=False):
     key_file: str | Path | None
     allow_http: bool
     check_service: bool
-    on_retry: Callable[[KmsError, float, int], object] | None
+    on_retry: Callable[[KmsError, float, int | None], object] | None
 
 
 class ClientSettings(Hidden, frozen=True):
@@ -67,7 +68,7 @@ class ClientSettings(Hidden, frozen=True):
     key_file: str | Path | None = None
     allow_http: bool = False
     check_service: bool = False
-    on_retry: Callable[[KmsError, float, int], object] | None = None
+    on_retry: Callable[[KmsError, float, int | None], object] | None = None
 
     @classmethod
     def of(cls, url: str | None, options: Options) -> Self:

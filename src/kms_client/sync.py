@@ -306,6 +306,12 @@ class Client:
 
     close = _blocking(AsyncClient.close)
 
+    def within(self, deadline_s: float | None) -> Self:
+        """Return this client with another ``deadline_s``, over the same connections: close one of them."""
+        client = type(self).__new__(type(self))
+        client._api = self._api.within(deadline_s)  # noqa: SLF001 - its own class
+        return client
+
     # -- single calls --------------------------------------------------------------------------------
 
     encrypt = _blocking(AsyncClient.encrypt)
@@ -340,5 +346,9 @@ class Client:
     upload_encrypt = _blocking(AsyncClient.upload_encrypt)
     upload_decrypt = _blocking(AsyncClient.upload_decrypt)
     download = _blocking(AsyncClient.download)
+    encrypt_file = _blocking(AsyncClient.encrypt_file)
+    decrypt_file = _blocking(AsyncClient.decrypt_file)
+    rewrap_file = _blocking(AsyncClient.rewrap_file)
+    download_to = _blocking(AsyncClient.download_to)
     result = _iterating(AsyncClient.result)
     items = _iterating(AsyncClient.items)

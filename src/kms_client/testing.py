@@ -114,6 +114,7 @@ class FakeService:
             "POST /jobs/status": self._many,
             "GET /jobs/*": lambda call: self._job(call).shown,
             "GET /jobs/*/result": self._result,
+            "HEAD /jobs/*/result": lambda call: self._result(call)[:0],
             "DELETE /jobs/*": lambda call: self._job(call).shown,
             "DELETE /jobs/*/result": self._release,
         }

@@ -1,4 +1,4 @@
-"""Files that only the user of the service may read: written whole and durably, and checked when read."""
+"""Files that only the user of the service may read: written durably, and checked when read."""
 
 import fcntl
 import os
@@ -7,43 +7,18 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 from kms_protocol import small_files
 from kms_protocol.errors import ConfigurationError
+from kms_protocol.whole_files import replacing, sync_folder
 
 OTHERS: Final = stat.S_IRWXO
 GROUP_AND_OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 
 
-@contextmanager
-def replacing(path: Path, *, overwrite: bool = True, locked: bool = False) -> Iterator[BinaryIO]:
-    """A file (0600) that gets the name ``path`` when the block ends without an error.
-
-    It is then complete and on disk, with its name. Without ``overwrite`` an existing file stays, and
-    FileExistsError is raised. ``locked``: the caller excludes other writers, so the temporary file that a
-    killed one left is removed. Raises OSError.
-    """
-    temporary = path.with_name(f".{path.name}.{'tmp' if locked else os.urandom(4).hex()}")
-    if locked:
-        temporary.unlink(missing_ok=True)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        with open(fd, "wb") as file:  # noqa: PTH123 -- a descriptor, not a path
-            yield file
-            file.flush()
-            os.fsync(fd)
-        if overwrite:
-            temporary.replace(path)
-        else:
-            path.hardlink_to(temporary)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write(path: Path, content: bytes, *, locked: bool = False) -> None:
-    """Write a file (0600) durably, in place of an existing one; as ``replacing``. Raises OSError."""
+    """Write a file (0600) durably, in place of an existing one; see ``whole_files``. Raises OSError."""
     with replacing(path, locked=locked) as file:
         file.write(content)
 
@@ -106,18 +81,6 @@ def write_all(fd: int, data: bytes) -> None:
     """Write all of ``data`` at the position of a descriptor. Raises OSError if only a part was written."""
     while data:
         data = data[os.write(fd, data) :]
-
-
-def sync_folder(path: Path) -> None:
-    """Write the entries of a directory to disk: a file that was created or renamed there keeps its name.
-
-    fsync(2): syncing a file does not sync the directory that names it. Raises OSError.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def make_folders(path: Path) -> None:

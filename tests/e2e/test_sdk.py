@@ -5,12 +5,15 @@ import re
 import subprocess
 import sys
 import tracemalloc
+from base64 import b64encode
+from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO, Final, cast
 
 import pytest
 
-from kms_client import Client
+from kms_client import Client, errors
+from kms_protocol.wire import PREFIX
 from support.service import Service
 
 DOCUMENT: Final = Path(__file__).parents[2] / "docs/sdk.md"
@@ -89,3 +92,44 @@ def test_large_file_passes_through_flat_memory(service: Service) -> None:
 
     assert size > SIZE
     assert peak_bytes < SIZE / 4
+
+
+def test_file_is_rewrapped_without_its_payload(service: Service, tmp_path: Path) -> None:
+    source, sealed = tmp_path / "source", tmp_path / "sealed.age"
+    source.write_bytes(bytes(3 * MIB))
+    with Client(service.url) as kms:
+        kms.encrypt_file(source, sealed, context="env=dev")
+        sealed.chmod(0o640)
+        payload = sealed.read_bytes()[-2 * MIB :]
+        answer = kms.rewrap_file(sealed, sealed, context="env=dev", new_context="env=prod", overwrite=True)
+        with pytest.raises(errors.DecryptFailed):
+            kms.decrypt_file(sealed, tmp_path / "opened", context="env=dev")
+        kms.decrypt_file(sealed, tmp_path / "opened", context="env=prod")
+
+    assert sealed.stat().st_mode & 0o777 == 0o640
+    assert sealed.read_bytes().startswith(answer.ciphertext)
+    assert sealed.read_bytes().endswith(payload)
+    assert (tmp_path / "opened").read_bytes() == bytes(3 * MIB)
+
+
+@pytest.mark.parametrize("size", [0, 1, 3 * MIB])
+def test_digest_of_a_result_is_that_of_its_bytes(service: Service, size: int) -> None:
+    job_id = service.upload("encrypt", bytes(size))
+    service.wait(job_id, "succeeded")
+    path = f"{PREFIX}/jobs/{job_id}/result"
+    wanted = service.http.head(path, headers={"Want-Repr-Digest": "sha-512=3, sha-256=10"})
+
+    digest = b64encode(sha256(service.result(job_id)).digest()).decode()
+    assert wanted.headers["repr-digest"] == f"sha-256=:{digest}:"
+    for other in ({}, {"Want-Repr-Digest": "sha-256=0"}, {"Want-Repr-Digest": "sha-512=1"}):
+        assert "repr-digest" not in service.http.head(path, headers=other).headers
+
+
+def test_digest_of_a_result_is_on_record(service: Service) -> None:
+    """It confirms a guess of a plaintext."""
+    job_id = service.upload("encrypt", b"x")
+    service.wait(job_id, "succeeded")
+    for wanted in ("", "sha-256=1"):
+        service.http.head(f"{PREFIX}/jobs/{job_id}/result", headers={"Want-Repr-Digest": wanted})
+
+    assert len(service.audited(operation="job.result", job_id=job_id)) == 1

@@ -19,6 +19,9 @@ class OnEventLoop:
         self._client = client
         self._portal = portal
 
+    def within(self, deadline_s: float) -> "OnEventLoop":
+        return OnEventLoop(self._client.within(deadline_s), self._portal)
+
     def __getattr__(self, name: str) -> Callable[..., object]:
         async def call(*args: object, **named: object) -> object:
             found = getattr(self._client, name)(*args, **named)

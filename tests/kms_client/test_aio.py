@@ -3,7 +3,7 @@ import uuid
 
 import pytest
 
-from kms_client import Client, ServiceUnreachable, aio
+from kms_client import Client, ServiceUnreachable, attempts
 from kms_protocol import errors, wire
 from support.contract_server import ContractServer
 from support.waiting import RealTime
@@ -66,8 +66,8 @@ def test_progress_tells_each_state_once(kms: Client, server: ContractServer) -> 
 def test_wait_outlives_a_proxy_that_cuts_waits(
     kms: Client, server: ContractServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(aio, "OUTAGE_S", 0.3)
-    monkeypatch.setattr(aio, "_SLOWEST_POLL_S", 0.1)
+    monkeypatch.setattr(attempts, "OUTAGE_S", 0.3)
+    monkeypatch.setattr(attempts, "_SLOWEST_WAIT_S", 0.1)
     server.faults.wait_times_out, server.faults.steps_s = True, 0.3
 
     assert kms.wait(kms.submit(bulk_job()).job_id).state == "succeeded"
@@ -76,7 +76,7 @@ def test_wait_outlives_a_proxy_that_cuts_waits(
 def test_wait_ends_with_an_outage(
     kms: Client, server: ContractServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(aio, "OUTAGE_S", 0.3)
+    monkeypatch.setattr(attempts, "OUTAGE_S", 0.3)
     job_id = kms.submit(bulk_job()).job_id
     server.faults.dropped = 1000
 

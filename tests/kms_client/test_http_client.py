@@ -6,7 +6,8 @@ from typing import Any, BinaryIO, ClassVar, cast
 import pytest
 
 from kms_client import Client, ServiceUnreachable
-from kms_client.http_client import Engine, Upload
+from kms_client.attempts import Attempts
+from kms_client.http_client import Upload
 from kms_client.settings import ClientSettings
 from kms_client.sync import run
 from kms_protocol import errors, wire
@@ -166,9 +167,8 @@ def test_callers_that_are_refused_together_do_not_come_back_together() -> None:
         async def sleep(self, seconds: float) -> None:
             self.slept.append(seconds)
 
-    engine = Engine(ClientSettings("http://localhost"), cast("Any", Clock()))
     for _ in range(100):
-        run(engine.pause(errors.RateLimited(), 5.0, 0))
+        run(Attempts(ClientSettings("http://localhost"), Clock().sleep).pause(errors.RateLimited(), 5.0))
 
     assert all(5.0 <= seconds <= 7.5 for seconds in Clock.slept)
     assert max(Clock.slept) - min(Clock.slept) > 1.0

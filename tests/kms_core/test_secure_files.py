@@ -8,6 +8,7 @@ import pytest
 
 from kms_core import secure_files
 from kms_core.secure_files import is_open
+from kms_protocol import whole_files
 from kms_protocol.errors import ConfigurationError
 
 ROOT, SERVICE, STRANGER = 0, 10001, 1000
@@ -68,7 +69,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path.write_bytes(b"old")
 
     def fail() -> None:
-        with secure_files.replacing(path) as file:
+        with whole_files.replacing(path) as file:
             file.write(b"new")
             raise ZeroDivisionError
 

@@ -55,6 +55,7 @@ class Faults:
     retry_after: str | None = "0"
     dropped: int = 0
     cuts: int = 0
+    damaged: int = 0
     stalls: bool = False
     changed_result: bool = False
     honours_wait: bool = True
@@ -63,6 +64,7 @@ class Faults:
     token: str = ""
     job_error: str = ""
     foreign_answer: bool = False
+    gives_digests: bool = True
     data_keys: bool = True
     steps_s: float = 0.05
     single_bytes: int = SYNC_LIMIT_BYTES
@@ -93,6 +95,7 @@ class ContractServer:
         self.faults = Faults()
         self.jobs: dict[str, Job] = {}
         self.submitted: dict[str, str] = {}
+        self.released: list[str] = []
         self.seen: list[RecordedRequest] = []
         self.url = ""
 
@@ -189,7 +192,7 @@ class Handler(QuietHandler):
         except KmsError as exc:
             self.problem(exc)
 
-    do_GET = do_POST = do_DELETE = serve  # noqa: N815 -- the library's names
+    do_GET = do_HEAD = do_POST = do_DELETE = serve  # noqa: N815 -- the library's names
 
     def refuse(self) -> None:
         faults = self.service.faults
@@ -205,7 +208,7 @@ class Handler(QuietHandler):
             return
         if match := re.fullmatch(r"/jobs/([^/]+)(/result)?", path):
             handle: Callable[[str], None] = {
-                "/result": self.result,
+                "/result": {"DELETE": self.release, "HEAD": self.digest}.get(self.command, self.result),
                 "": self.cancel if self.command == "DELETE" else self.job,
             }[match[2] or ""]
             handle(unquote(match[1]))
@@ -333,10 +336,19 @@ class Handler(QuietHandler):
         self.service.jobs[job_id].cancelled = shown["state"] not in {"succeeded", "failed"}
         self.json(self.service.shown(job_id), 202)
 
+    def digest(self, job_id: str) -> None:
+        body, faults = self.service.jobs[job_id].body, self.service.faults
+        digest = f"sha-256=:{text(sha256(body).digest())}:" if faults.gives_digests else ""
+        self.answer(200, b"", {"Repr-Digest": digest, "Content-Length": str(len(body))})
+
+    def release(self, job_id: str) -> None:
+        self.service.released.append(job_id)
+        self.json(self.service.shown(job_id))
+
     def result(self, job_id: str) -> None:
         if self.service.shown(job_id)["state"] != "succeeded":
             raise errors.JobNotFinished
-        body, faults = self.service.jobs[job_id].body, self.service.faults
+        body, faults = self.damaged(self.service.jobs[job_id].body), self.service.faults
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         etag = f'"{sha256(body).hexdigest()[:16]}"'
         start = int(asked[1]) if asked and self.headers.get("If-Range", etag) == etag else 0
@@ -357,6 +369,12 @@ class Handler(QuietHandler):
                 self.service.jobs[job_id].body = body[::-1]
             return
         self.answer(206 if start else 200, body[start:], head)
+
+    def damaged(self, body: bytes) -> bytes:
+        if not self.service.faults.damaged:
+            return body
+        self.service.faults.damaged -= 1
+        return b"\0" + body[1:]
 
     # -- bytes ---------------------------------------------------------------------------------------
 

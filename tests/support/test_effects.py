@@ -16,6 +16,7 @@ import pytest
 import redis
 
 import kms_core
+import kms_protocol
 from kms_core.jobs.store.scripts import SCRIPTS
 from support.effects import TARGETS, Process, installed
 from support.job_stores import connect
@@ -150,6 +151,7 @@ CHANGING: Final = {
     "programs/supervisor.py": "the log of a child program",
     "secure_files.py": "private files",
     "secure_memory.py": "memory",
+    "whole_files.py": "private files",
     "settings/files.py": "the note of which settings are in use",
 }
 """Modules that change files, and which. Of jobs, all are in ``jobs/storage`` and intercepted here."""
@@ -190,7 +192,11 @@ def changing_calls(tree: ast.AST) -> set[str]:
 
 def test_each_module_that_changes_files_is_known() -> None:
     """And each function of ``os`` that the core calls is intercepted, or changes no file."""
-    texts = {str(path.relative_to(CORE)): path.read_text("utf-8") for path in CORE.rglob("*.py")}
+    texts = {
+        str(path.relative_to(folder)): path.read_text("utf-8")
+        for folder in (CORE, Path(kms_protocol.__file__).parent)
+        for path in folder.rglob("*.py")
+    }
     modules = {name: ast.parse(text) for name, text in texts.items() if MAY_CHANGE.search(text)}
     unknown = {name: named_of_os(tree) - TARGETS.keys() - READING for name, tree in modules.items()}
 

@@ -1,14 +1,17 @@
 """Files of any size: a streamed upload becomes a job, a job's result is a streamed download with ranges."""
 
 import re
+from base64 import b64encode
 from collections.abc import Generator, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import aclosing, nullcontext, suppress
 from functools import partial
+from hashlib import sha256
 from itertools import islice
 from typing import Final, TypeVar, get_args
 
 import anyio.from_thread
 from fastapi import Response
+from starlette.requests import ClientDisconnect
 
 from kms_api.deps import STORE, Pool
 from kms_api.openapi import describe
@@ -18,6 +21,7 @@ from kms_api.routes.job_options import one_of, submission_options
 from kms_api.routing import READ, WRITE, Call, Router
 from kms_api.transport import bodies
 from kms_api.transport.admission import reservation_of
+from kms_api.transport.pace import should_stop_waiting
 from kms_core import audit
 from kms_core.jobs import authorization, bulk_lines
 from kms_core.jobs.execution import results
@@ -32,6 +36,7 @@ from kms_protocol.errors import (
     UnknownJob,
     UnknownKey,
 )
+from kms_protocol.units import GiB
 
 T = TypeVar("T")
 router: Final = Router("files")
@@ -42,6 +47,9 @@ _RESULT: Final = {
 _KINDS: Final[tuple[wire.JobKind, ...]] = get_args(wire.JobKind)
 _CHUNK_BYTES: Final = 64 * 1024
 _OF_RESULT: Final = ("ETag", "Accept-Ranges", "Content-Disposition", "X-KMS-File-Id")
+_WANTED: Final = re.compile(r"(?:^|,)\s*sha-256\s*=\s*(?:[1-9]|10)\s*(?:,|$)")
+_MOST_HASHED_BYTES: Final = 4 * GiB
+"""Of a result whose digest is given: hashing takes longer than callers wait for more."""
 _RANGE: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
@@ -80,6 +88,9 @@ async def decrypt_file(call: Call[None]) -> Response:
     parameters=(
         describe.header("Range", describe.STRING, "One range of bytes, as `bytes=0-1023`"),
         describe.header("If-Range", describe.STRING, "The ETag that the range is of"),
+        describe.header(
+            "Want-Repr-Digest", describe.STRING, "With HEAD: `sha-256=1` asks for Repr-Digest (RFC 9530)"
+        ),
     ),
     answers={
         200: describe.raw("The whole result", _RESULT, *_OF_RESULT),
@@ -92,7 +103,10 @@ async def job_result(call: Call[None]) -> Response:
     service = call.service
     job = await service.run(STORE, service.submitter.store.get, call.path("job_id"), call.caller.tenant)
     reservation_of(call.request.scope).take("downloads")
-    return await service.run(STORE, _result, call, job)
+    made, body = await service.run(STORE, _result, call, job)
+    if _wants_digest(call) and body.size <= _MOST_HASHED_BYTES:
+        made.headers["Repr-Digest"] = await _digest(call, body)
+    return made
 
 
 async def _upload(call: Call[None], kind: wire.JobKind) -> Response:
@@ -130,12 +144,39 @@ async def submit_stream(call: Call[None]) -> Response:
     return await accepted(call, job, wait_s)
 
 
-def _result(call: Call[None], job: Job) -> Response:
+def _result(call: Call[None], job: Job) -> tuple[Response, Result]:
     log, submitter = call.service.kms.audit_log, call.service.submitter
     check_reader(call, job)
-    is_read = call.request.method != "HEAD"
+    is_read = call.request.method != "HEAD" or _wants_digest(call)
     with audit.recorded(log, call.caller, "job.result", job.job_id) if is_read else nullcontext():
-        return _ranged(call, job, results.of(job, submitter.store, submitter.spool))
+        body = results.of(job, submitter.store, submitter.spool)
+        return _ranged(call, job, body), body
+
+
+def _wants_digest(call: Call[None]) -> bool:
+    """Return whether a HEAD request asks for the SHA-256 of the whole result (RFC 9530 §4)."""
+    wanted = call.headers.get("want-repr-digest", "")
+    return call.request.method == "HEAD" and _WANTED.search(wanted) is not None
+
+
+async def _digest(call: Call[None], body: Result) -> str:
+    """Return the value of Repr-Digest (RFC 9530 §3) of a result, which is read for it.
+
+    Raises what reading it raises; ClientDisconnect once its caller is gone.
+    """
+    hasher = sha256()
+    slabs = body.slabs(0, body.size)
+
+    def hashed() -> Generator[bool]:
+        for slab in slabs:
+            hasher.update(slab)
+            yield True
+
+    async with aclosing(bodies.send(hashed(), call.service.threads)) as steps:
+        async for _ in steps:
+            if should_stop_waiting(call.request.scope):
+                raise ClientDisconnect
+    return f"sha-256=:{b64encode(hasher.digest()).decode()}:"
 
 
 def check_reader(call: Call[None], job: Job) -> None:

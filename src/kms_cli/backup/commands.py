@@ -23,12 +23,13 @@ from kms_cli.local import directories, installation
 from kms_cli.options import FILE, STDIO, OutputExists, force_option, writing
 from kms_cli.session import global_options
 from kms_core.audit import segments
-from kms_core.secure_files import make_folders, sync_folder
+from kms_core.secure_files import make_folders
 from kms_core.settings import load
 from kms_core.settings.files import for_command
 from kms_protocol import __version__, small_files
 from kms_protocol.errors import ConfigurationError, Conflict, TargetExists
 from kms_protocol.units import size_text, time_text
+from kms_protocol.whole_files import sync_folder
 
 _MOUNTED: Final = frozenset({"lost+found"})
 

@@ -34,13 +34,13 @@ from kms_cli.options import (
     writing,
 )
 from kms_client import Client
-from kms_client.requests import JobOptions, UnexpectedAnswer, coded_error
+from kms_client.requests import JobOptions, UnexpectedAnswer, job_error
 from kms_core.age import stream
 from kms_core.age.header import FILE_KEY_BYTES, render_stanza
 from kms_core.envelope import binding
-from kms_protocol.errors import DecryptFailed, Forbidden, JobCancelled, KmsError, TooLarge, Unavailable
+from kms_protocol.errors import DecryptFailed, Forbidden, KmsError, TooLarge, Unavailable
 from kms_protocol.units import KiB, MiB
-from kms_protocol.wire import ContextIn, JobError, JobOut
+from kms_protocol.wire import ContextIn, JobOut
 
 Kind = Literal["encrypt", "decrypt"]
 SUFFIX: Final = ".age"
@@ -278,12 +278,5 @@ def shown_in(line: terminal.Meter) -> Callable[[JobOut], None]:
 
 def require_success(job: JobOut) -> None:
     """Raise the error of a failed or cancelled job, as the service explains it."""
-    if job.state == "cancelled":
-        raise JobCancelled
-    if job.state != "failed":
-        return
-    reason = job.error or JobError(code="internal")
-    error = coded_error(reason.code)
-    error.detail = reason.detail or error.detail
-    error.hint = reason.hint or ""
-    raise error
+    if error := job_error(job):
+        raise error

@@ -4,7 +4,7 @@ import contextlib
 import io
 import os
 from pathlib import Path
-from typing import BinaryIO, Final, TypedDict, Unpack
+from typing import BinaryIO, Final, Unpack
 
 import click
 
@@ -24,7 +24,7 @@ from kms_cli.options import (
     source_argument,
     writing,
 )
-from kms_client.requests import UnexpectedAnswer
+from kms_client.requests import RewrapOptions, UnexpectedAnswer
 from kms_core.age import header
 from kms_core.age.armor import BEGIN
 from kms_core.age.header import FILE_LIMITS, Header
@@ -32,17 +32,9 @@ from kms_core.envelope import binding
 from kms_core.payload.files import FileRange, copied_in_kernel
 from kms_core.secure_files import keep_access
 from kms_protocol.errors import BadInput, DecryptFailed, InvalidRequest, NotACiphertext
-from kms_protocol.wire import ContextIn, EncryptOut
+from kms_protocol.wire import EncryptOut
 
 COPY_BYTES: Final = 1024 * 1024
-
-
-class RewrapOptions(TypedDict):
-    """Options that the service takes."""
-
-    context: ContextIn
-    new_context: ContextIn
-    key_id: str | None
 
 
 @click.command(

@@ -20,12 +20,12 @@ from kms_core.audit.chain import ChainHead, LineClock
 from kms_core.audit.keys import Concealer, Signer
 from kms_core.audit.segment_writer import SegmentFile
 from kms_core.observability import metrics
-from kms_core.secure_files import sync_folder
 from kms_core.settings.model import AuditSection
 from kms_protocol import __version__
 from kms_protocol.context import Context
 from kms_protocol.errors import AuditUnavailable
 from kms_protocol.units import MiB
+from kms_protocol.whole_files import sync_folder
 
 FORMAT: Final = 1
 _MINUTE_S: Final = 60

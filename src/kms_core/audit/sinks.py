@@ -9,9 +9,10 @@ from typing import Final, Protocol, cast
 import redis
 
 from kms_core.audit import chain, segments
-from kms_core.secure_files import sync_folder, write_all
+from kms_core.secure_files import write_all
 from kms_core.settings.model import Settings
 from kms_protocol.errors import AuditUnavailable
+from kms_protocol.whole_files import sync_folder
 
 ANCHORS: Final = "kms:audit:anchors"
 _MOST_ANCHORS: Final = 100_000

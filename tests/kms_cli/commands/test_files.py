@@ -170,8 +170,8 @@ def test_a_service_that_takes_less_in_one_call_gets_all_of_the_file_for_a_job(
 def test_a_pipe_by_name_is_sent_for_a_job(
     env: dict[str, str], stand_in: ContractServer, tmp_path: Path
 ) -> None:
-    command = [f"{KMS} encrypt-file <(printf x) -o out"]
-    subprocess.run(["bash", "-c", *command], cwd=tmp_path, env=env, check=True)
+    line = "kms encrypt-file <(printf x) -o out"
+    subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, check=True)
 
     assert asked(stand_in) == ["files/encrypt"]
 

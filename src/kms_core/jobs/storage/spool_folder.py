@@ -21,8 +21,8 @@ import structlog
 from kms_core.jobs.storage.blob_store import SpoolNote, WriteBlob
 from kms_core.payload import files
 from kms_core.payload.files import FileRange
-from kms_core.secure_files import sync_folder
 from kms_protocol.errors import RecordRefused, ResultExpired, SpoolUnavailable
+from kms_protocol.whole_files import sync_folder
 
 # Plain files in a folder that others may write to: no link is followed, no pipe waited for.
 #
