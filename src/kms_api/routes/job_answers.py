@@ -1,6 +1,5 @@
 """Answers about jobs: their wire form, the answer to a submission, and long polls (``?wait=``)."""
 
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -14,11 +13,10 @@ from kms_api.openapi import describe
 from kms_api.routing import Call
 from kms_api.transport.admission import reservation_of
 from kms_api.transport.pace import should_stop_waiting
+from kms_core.jobs import failures
 from kms_core.jobs.execution import tree
 from kms_core.jobs.model import Job
-from kms_core.jobs.spec import ITEMS_FAILED, Failure
 from kms_protocol import wire
-from kms_protocol.error_texts import NO_TEXT, TEXTS
 from kms_protocol.errors import Unavailable, UnknownJob
 from kms_protocol.units import time_text
 
@@ -101,7 +99,7 @@ def shape(job: Job) -> wire.JobOut:
         labels=(spec.labels if spec else None) or UNSET,
         metadata=(spec.metadata if spec else None) or UNSET,
         group=(spec.group if spec else None) or UNSET,
-        error=_error(job),
+        error=failures.error_of(job),
         report=tree.migration_report(job),
         links=links(job),
     )
@@ -109,30 +107,3 @@ def shape(job: Job) -> wire.JobOut:
 
 def _time(at: float) -> str | UnsetType:
     return time_text(at, "milliseconds") if at else UNSET
-
-
-def _error(job: Job) -> wire.JobError | None:
-    """The error of a job. Where items failed, it explains the first of them."""
-    if not job.error:
-        return None
-    failures = job.end.failures if job.end else ()
-    text = TEXTS.get(job.error, NO_TEXT)
-    detail, hint = text.job_detail, text.job_hint
-    if job.error == ITEMS_FAILED:
-        detail, hint = _items_failed(f"{job.items_failed} of {job.items} items failed", failures)
-    return wire.JobError(
-        code=job.error,
-        detail=detail or UNSET,
-        hint=hint or UNSET,
-        items=[wire.FailedItem(index=index, code=code) for index, code in failures] or UNSET,
-    )
-
-
-def _items_failed(count: str, failures: Sequence[Failure]) -> tuple[str, str]:
-    results = "`kms job result` shows which and why"
-    for index, code in failures:
-        first = TEXTS.get(code, NO_TEXT)
-        if first.job_detail:
-            why = f"{first.job_detail[0].lower()}{first.job_detail[1:]}"
-            return f"{count}, the first at index {index}: {why}", f"{first.job_hint}; {results}"
-    return count, results

@@ -226,7 +226,7 @@ def dead_deliveries(call: Call[None]) -> admin.DeliveryList:
     refuses=(*describe.JOBS, Missing),
 )
 def resend_delivery(call: Call[None]) -> admin.DeliveryOut:
-    """Send a delivery again, with all its attempts and the same ``X-KMS-Delivery``."""
+    """Send a delivery again, with all its attempts and the same ``webhook-id``."""
     outbox, found = _given_up(call)
     for delivery in found:
         if delivery.delivery_id == call.path("delivery_id"):

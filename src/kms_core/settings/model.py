@@ -214,11 +214,14 @@ class FacadeSection(Section, frozen=True, kw_only=True):
 class EndpointSection(Section, frozen=True, kw_only=True):
     """``[kms.jobs.endpoints.<name>]``: a receiver of webhooks, which a job names in its ``callback``.
 
-    ``tenants`` are those whose jobs may name it; None means all.
+    ``tenants`` are those whose jobs may name it; None means all. While a secret is replaced, requests have a
+    second signature, by ``previous_secret_file``. ``kms_headers``: they have the headers X-KMS-… as well.
     """
 
     url: str
     secret_file: Path
+    previous_secret_file: Path | None = None
+    kms_headers: bool = True
     tenants: Annotated[tuple[KeyId, ...], Meta(min_length=1)] | None = None
     allow_private: bool = False
     events: tuple[JobState, ...] = ("succeeded", "failed", "cancelled")

@@ -49,6 +49,7 @@ SECRETS: Final = (
     "jobs.buckets.secret_key_file",
     "jobs.spool_bucket.secret_key_file",
     "jobs.endpoints.secret_file",
+    "jobs.endpoints.previous_secret_file",
     "jobs.spool_identity_path",
     "jobs.intake_identity_path",
     "audit.key_path",

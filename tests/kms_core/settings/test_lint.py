@@ -230,6 +230,9 @@ FILES = {
     "jobs.buckets.secret_key_file": '[kms.jobs.buckets.mine]\naccess_key_id = "i"\nsecret_key_file = "{}"',
     "jobs.spool_bucket.secret_key_file": SPOOL + 'access_key_id = "i"\nsecret_key_file = "{}"',
     "jobs.endpoints.secret_file": '[kms.jobs.endpoints.e]\nurl = "https://e"\nsecret_file = "{}"',
+    "jobs.endpoints.previous_secret_file": (
+        '[kms.jobs.endpoints.e]\nurl = "https://e"\nsecret_file = "/s"\nprevious_secret_file = "{}"'
+    ),
     "age.private_key_path": '[kms.age]\nprivate_key_path = "{}"',
     "jobs.spool_identity_path": '[kms.jobs]\nspool_identity_path = "{}"',
     "jobs.intake_identity_path": '[kms.jobs]\nintake_identity_path = "{}"',
@@ -318,7 +321,7 @@ NO_VALUE_WEAKENS = {  # why no value of these settings is told
     """,
     "certificates are verified in any case": """
         redis.broker_queue_type redis.ca_file redis.client_cert_file jobs.endpoints.*.events
-        jobs.endpoints.*.ca_file
+        jobs.endpoints.*.ca_file jobs.endpoints.*.kms_headers
     """,
     "rights and identities": """
         auth.issuers.*.ca_file auth.issuers.*.algorithms auth.issuers.*.leeway_s

@@ -1,18 +1,19 @@
 """Webhooks: endpoints from settings, the event, its signature and the request. Does not use Redis.
 
-One POST for one event: a CloudEvents 1.0 JSON body in structured mode, signed (``sign``). The endpoint's name
-is resolved once for each request, every address found is checked, and the connection goes to those addresses
-while TLS and ``Host`` keep the name: a name that changes its address in between changes nothing. No redirect
-is followed and no body is read.
+One POST for one event: a CloudEvents 1.0 JSON body in structured mode, signed (``sign_standard``). The name
+of the endpoint is resolved once for each request, every address found is checked, and the connection goes to
+those addresses while TLS and ``Host`` keep the name: a name that changes its address in between changes
+nothing. No redirect is followed and no body is read.
 """
 
+import base64
 import hashlib
 import hmac
 import ipaddress
 import socket
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
@@ -24,6 +25,7 @@ import msgspec
 import structlog
 
 from kms_core.http_client import DeadlineTransport, within
+from kms_core.jobs import failures
 from kms_core.jobs.events.address_classes import Address, is_of_host, is_public
 from kms_core.jobs.model import Job
 from kms_core.secure_files import check_secret
@@ -38,9 +40,11 @@ from kms_protocol.units import time_text
 CONTENT_TYPE: Final = "application/cloudevents+json"
 SOURCE: Final = f"{wire.PREFIX}/jobs"
 SECRET_BYTES: Final = 32
+STANDARD_PREFIX: Final = b"whsec_"
+STANDARD_SECRET_BYTES: Final = 24
 CONNECT_S: Final = 2.0
 TOTAL_S: Final = 10.0
-_MAKE: Final = "make one with `(umask 077; openssl rand -hex 32 > {path})`"
+_MAKE: Final = "make one with `(umask 077; echo whsec_$(openssl rand -base64 32) > {path})`"
 _log = structlog.get_logger(__name__)
 
 
@@ -65,7 +69,7 @@ class EventData(msgspec.Struct, frozen=True, kw_only=True):
     kind: wire.JobKind
     state: wire.JobState
     attempt: int
-    error: wire.ErrorCode | None
+    error: wire.JobError | None
     progress: wire.JobProgress
     labels: Mapping[str, str] | msgspec.UnsetType = msgspec.UNSET
     metadata: Mapping[str, str] | msgspec.UnsetType = msgspec.UNSET
@@ -126,25 +130,39 @@ def endpoints(settings: Settings) -> dict[str, WebhookEndpoint]:
 
 def _endpoint(section: Section, settings: Settings, name: str) -> WebhookEndpoint:
     url, event = urlsplit(section.url), "webhook.secret_open_to_others"
-    read_secret(section.secret_file)
-    check_secret(section.secret_file, _log.warning, event, strict=settings.is_prod)
+    for path in secret_files(section):
+        read_secret(path)
+        check_secret(path, _log.warning, event, strict=settings.is_prod)
     ca_setting = f"kms.jobs.endpoints.{name}.ca_file"
     tls = client_context(section.ca_file, ca_setting) if url.scheme == "https" else None
     return WebhookEndpoint(section, settings.environment == "dev" and is_loopback(url.hostname), tls)
 
 
-def read_secret(path: Path) -> bytes:
-    """The file without its final newline, at least 32 bytes. Raises ConfigurationError.
+def secret_files(section: Section) -> list[Path]:
+    """The files of the secrets that sign, the current one first."""
+    return [path for path in (section.secret_file, section.previous_secret_file) if path]
 
-    It is read for each delivery, so a new secret needs no restart.
+
+def read_secret(path: Path) -> bytes:
+    """The key of signatures: after ``whsec_`` base64 of at least 24 bytes (Standard Webhooks 1.0).
+
+    Of another text the file without its final newline, at least 32 bytes. It is read for each delivery, so a
+    new secret needs no restart. Raises ConfigurationError.
     """
     hint = _MAKE.format(path=path)
     try:
         secret = small_files.read(path).rstrip(b"\r\n")
     except OSError as exc:
         raise ConfigurationError(f"Cannot read the webhook secret {path} ({exc.strerror}): {hint}") from exc
-    if len(secret) < SECRET_BYTES:
-        raise ConfigurationError(f"The webhook secret {path} is below {SECRET_BYTES} bytes: {hint}")
+    least = SECRET_BYTES
+    if secret.startswith(STANDARD_PREFIX):
+        least = STANDARD_SECRET_BYTES
+        try:
+            secret = base64.b64decode(secret.removeprefix(STANDARD_PREFIX), validate=True)
+        except ValueError as exc:
+            raise ConfigurationError(f"The webhook secret {path} is no base64 after whsec_: {hint}") from exc
+    if len(secret) < least:
+        raise ConfigurationError(f"The webhook secret {path} is below {least} bytes: {hint}")
     return secret
 
 
@@ -163,7 +181,7 @@ def event_body(delivery_id: str, job: Job, at: float) -> bytes:
         kind=job.kind,
         state=job.state,
         attempt=job.attempt,
-        error=wire.ErrorCode(code=job.error) if job.error else None,
+        error=failures.error_of(job),
         progress=job.progress,
         labels=job.labels or msgspec.UNSET,
         metadata=(job.accepted.metadata if job.accepted else None) or msgspec.UNSET,
@@ -182,16 +200,33 @@ def sign(secret: bytes, timestamp: int, message: WebhookRequest) -> str:
     return "v1=" + hmac.new(secret, head + message.body, hashlib.sha256).hexdigest()
 
 
-def _headers(secret: bytes, message: WebhookRequest) -> dict[bytes | str, bytes | str]:
-    now = int(time.time())
+def sign_standard(secrets: Sequence[bytes], timestamp: int, message: WebhookRequest) -> str:
+    """``v1,`` and base64 of HMAC-SHA256 over ``<delivery id>.<timestamp>.<body>``, once for each secret.
+
+    https://github.com/standard-webhooks/standard-webhooks/blob/main/spec/standard-webhooks.md
+    """
+    signed = f"{message.delivery_id}.{timestamp}.".encode() + message.body
+    macs = (hmac.new(secret, signed, hashlib.sha256).digest() for secret in secrets)
+    return " ".join("v1," + base64.b64encode(mac).decode() for mac in macs)
+
+
+def _headers(section: Section, message: WebhookRequest) -> dict[bytes | str, bytes | str]:
+    """The headers of a request. Raises ConfigurationError if a secret cannot be read."""
+    now, secrets = int(time.time()), [read_secret(path) for path in secret_files(section)]
+    own: dict[bytes | str, bytes | str] = {
+        "X-KMS-Delivery": message.delivery_id,
+        "X-KMS-Job": message.job_id,
+        "X-KMS-Timestamp": str(now),
+        "X-KMS-Signature": sign(secrets[0], now, message),
+    }
     return {
         "Content-Type": CONTENT_TYPE,
         "User-Agent": f"kms-service/{__version__}",
         "Connection": "close",
-        "X-KMS-Delivery": message.delivery_id,
-        "X-KMS-Job": message.job_id,
-        "X-KMS-Timestamp": str(now),
-        "X-KMS-Signature": sign(secret, now, message),
+        "webhook-id": message.delivery_id,
+        "webhook-timestamp": str(now),
+        "webhook-signature": sign_standard(secrets, now, message),
+        **(own if section.kms_headers else {}),
     }
 
 
@@ -220,7 +255,7 @@ def resolve(endpoint: WebhookEndpoint) -> list[Address]:
 
 
 def _status(endpoint: WebhookEndpoint, message: WebhookRequest) -> int:
-    headers = _headers(read_secret(endpoint.section.secret_file), message)
+    headers = _headers(endpoint.section, message)
     timeouts = {"connect": CONNECT_S, "read": TOTAL_S, "write": TOTAL_S, "pool": TOTAL_S}
     network = DeadlineTransport([str(address) for address in resolve(endpoint)])
     with (

@@ -1,5 +1,6 @@
 """Webhooks without Redis: sections of settings, addresses, signature, and the request to a real server."""
 
+import base64
 import hmac
 import ipaddress
 import json
@@ -16,8 +17,16 @@ import pytest
 
 from kms_core.jobs.events import webhook
 from kms_core.jobs.events.address_classes import Address, is_public
-from kms_core.jobs.events.webhook import DeliveryOutcome, WebhookEndpoint, WebhookRequest, post, sign
+from kms_core.jobs.events.webhook import (
+    DeliveryOutcome,
+    WebhookEndpoint,
+    WebhookRequest,
+    post,
+    sign,
+    sign_standard,
+)
 from kms_core.jobs.model import Job
+from kms_core.jobs.spec import SignedEnd
 from kms_protocol.errors import ConfigurationError
 from support.ports import free_port
 from support.waiting import until
@@ -182,6 +191,33 @@ def test_the_signature_is_hmac_sha256_over_the_documented_bytes() -> None:
     assert sign(SECRET, 1767225600, MESSAGE) == "v1=" + hmac.new(SECRET, signed, "sha256").hexdigest()
 
 
+def test_the_standard_signature_is_that_of_the_published_example() -> None:
+    """Of docs.svix.com/receiving/verifying-payloads/how-manual, whose scheme Standard Webhooks took over."""
+    secret = base64.b64decode("MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
+    message = WebhookRequest("msg_p5jXN8AQM9LWM0D4loKWxJek", "", b'{"test": 2432232314}')
+
+    assert sign_standard([secret], 1614265330, message) == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+
+@pytest.mark.parametrize("has_kms_headers", [True, False])
+def test_while_a_secret_is_replaced_requests_have_two_signatures(
+    tmp_path: Path, webhook_endpoint: WebhookEndpoint, receiver: Receiver, *, has_kms_headers: bool
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_bytes(SECRET + b"\n")
+    new.write_bytes(b"whsec_" + base64.b64encode(b"n" * 24) + b"\n")
+    changes = {"secret_file": new, "previous_secret_file": old, "kms_headers": has_kms_headers}
+    assert post(changed(webhook_endpoint, **changes), MESSAGE) == DeliveryOutcome("delivered")
+
+    headers = receiver.requests[0].headers
+    signed = f"{MESSAGE.delivery_id}.{headers['webhook-timestamp']}.".encode() + MESSAGE.body
+    macs = [hmac.new(key, signed, "sha256").digest() for key in (b"n" * 24, SECRET)]
+    assert headers["webhook-id"] == MESSAGE.delivery_id
+    assert headers["webhook-signature"].split(" ") == [f"v1,{base64.b64encode(mac).decode()}" for mac in macs]
+    own = {name for name in headers if name.startswith("X-KMS-")}
+    assert len(own) == (4 if has_kms_headers else 0)
+
+
 def test_a_new_secret_needs_no_restart(webhook_endpoint: WebhookEndpoint, receiver: Receiver) -> None:
     new = b"n" * 32
     webhook_endpoint.section.secret_file.write_bytes(new)
@@ -270,6 +306,7 @@ def test_the_event_is_a_cloud_event_without_anything_secret() -> None:
         items_done=3,
         items_failed=1,
         error="items_failed",
+        end=SignedEnd(fence=2, attempt=2, state="failed", failures=((2, "cancelled"),), kept_until=0.0),
     )
 
     assert json.loads(webhook.event_body(MESSAGE.delivery_id, job, 1767225600.25)) == {
@@ -285,7 +322,12 @@ def test_the_event_is_a_cloud_event_without_anything_secret() -> None:
             "kind": "encrypt",
             "state": "failed",
             "attempt": 2,
-            "error": {"code": "items_failed"},
+            "error": {
+                "code": "items_failed",
+                "detail": "1 of 3 items failed, the first at index 2: it was cancelled",
+                "hint": "submit it again if it should still run; `kms job result` shows which and why",
+                "items": [{"index": 2, "code": "cancelled"}],
+            },
             "progress": {"items": 3, "items_done": 3, "items_failed": 1, "bytes": 0, "bytes_done": 0},
         },
     }
@@ -298,14 +340,15 @@ def test_the_event_is_a_cloud_event_without_anything_secret() -> None:
 def documented(tmp_path: Path) -> Iterator[str]:
     """The URL of the receiver in docs/webhooks.md, running."""
     [code] = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)
-    port = free_port()
-    (tmp_path / "hook.secret").write_bytes(SECRET + b"\n")
+    port, folder = free_port(), tmp_path / "receiver"
+    folder.mkdir()
+    (folder / "hook.secret").write_bytes(b"whsec_" + base64.b64encode(SECRET) + b"\n")
     source = code.replace("9000", str(port))
     assert source != code
     with (tmp_path / "output").open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", source],
-            cwd=tmp_path,
+            cwd=folder,
             stdout=output,
             stderr=output,
             env={"PATH": os.environ["PATH"]},
@@ -391,12 +434,15 @@ def test_sections_are_read_strictly(tmp_path: Path, body: str, message: str) -> 
     ("secret", "mode", "environment", "refusal"),
     [
         (None, 0o600, "dev", "openssl rand"),
+        (b"whsec_" + base64.b64encode(SECRET[:23]), 0o600, "prod", "below 24 bytes"),
+        (b"whsec_no base64 at all", 0o600, "prod", "no base64"),
+        (b"whsec_" + base64.b64encode(SECRET[:24]), 0o600, "prod", ""),
         (b"short\n", 0o600, "prod", "below 32 bytes"),
         (SECRET[1:] + b"\n", 0o600, "prod", "below 32 bytes"),
         (SECRET, 0o640, "prod", "chmod 600"),
         (SECRET, 0o644, "dev", ""),
     ],
-    ids=["missing", "short", "31-and-newline", "open", "open-in-dev"],
+    ids=["missing", "whsec-short", "whsec-odd", "whsec", "short", "31-and-newline", "open", "open-in-dev"],
 )
 def test_a_missing_or_weak_secret_stops_the_start_and_an_open_one_except_in_dev(
     tmp_path: Path, secret: bytes | None, mode: int, environment: str, refusal: str
